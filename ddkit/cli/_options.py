@@ -1,0 +1,66 @@
+"""Options that several commands share, so that they are spelt and explained once."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddkit.cli import _remember_debug
+from ddkit.cli._surface import Surface
+from ddkit.results import RESULTS_FILE
+
+SUBMISSION_FOLDER = Path("submission")
+RUNS_FOLDER = Path("runs")
+
+
+def surface_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--json, --quiet, --verbose, --debug; the command gets a `surface` to speak through."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks.")
+    @click.option("-v", "--verbose", count=True, help="Say more; twice for the libraries' own logs.")
+    @click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
+                  help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def with_surface(*args: Any, as_json: bool, quiet: bool, verbose: int, **kwargs: Any) -> Any:
+        with Surface(as_json=as_json, quiet=quiet, verbosity=verbose) as surface:
+            return command(*args, surface=surface, **kwargs)
+
+    return with_surface
+
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Where to compute."
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of all random numbers."
+)
+results_option = click.option(
+    "--results", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS_FILE, show_default=True,
+    help="The file of results.",
+)
+
+
+class Duration(click.ParamType):
+    """A length of time such as 90, 90s, 20m, 1.5h; becomes seconds, a float."""
+
+    name = "duration"
+    _seconds_per = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", value.strip().lower())
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"'{value}' is no length of time; write 90s, 20m or 1.5h.", param, ctx)
+        return float(match[1]) * self._seconds_per[match[2]]
+
+
+def example(text: str) -> str:
+    """The epilog of a command: its example, kept as written."""
+    return "\b\nExample:\n  " + text.replace("\n", "\n  ")

@@ -1,0 +1,29 @@
+"""Between the ways to hold pixels: uint8 [0, 255], float [0, 1], and normalised as the protocol wants them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import DatasetSpec
+
+
+def normalise(images: Tensor, spec: DatasetSpec) -> Tensor:
+    """(N, 3, S, S) uint8 in [0, 255] or float in [0, 1] -> float32, (x - mean) / std per channel."""
+    unit = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return (unit - _column(spec.mean, unit)) / _column(spec.std, unit)
+
+
+def denormalise(images: Tensor, spec: DatasetSpec) -> Tensor:
+    """(N, 3, S, S) normalised float -> float32 in the units of [0, 1]; values outside stay outside."""
+    unit = images.float()
+    return unit * _column(spec.std, unit) + _column(spec.mean, unit)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(N, 3, S, S) float in [0, 1] -> uint8, clamped and rounded to the nearest."""
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _column(values: tuple[float, float, float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, 3, 1, 1)

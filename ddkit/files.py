@@ -1,0 +1,153 @@
+"""Writing so that nothing is lost: a reader finds the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ddkit.errors import BadFile
+
+_BLOCK = 1 << 20  # bytes
+
+
+def cache_folder() -> Path:
+    """Where prepared data and measured facts lie: `$DDKIT_CACHE`, else the platform's user cache."""
+    if chosen := os.environ.get("DDKIT_CACHE"):
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("ddkit", appauthor=False))
+
+
+def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFile:
+    """The BadFile that says what the system refused at `path` and what to do."""
+    remedies = {
+        errno.ENOSPC: "Free some space there, or choose another place.",
+        errno.EDQUOT: "Your quota there is used up: free some space, or choose another place.",
+        errno.EACCES: "Choose a place you may write to, or change its permissions.",
+        errno.EPERM: "Choose a place you may write to, or change its permissions.",
+        errno.EROFS: "That file system is read-only: choose another place.",
+        errno.ENOENT: "Check the path.",
+    }
+    reason = error.strerror or str(error)
+    return BadFile(f"{path}: {reason}.", remedies.get(error.errno or 0, ""))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed onto `path`.
+
+    On any error the temporary file is removed and `path` stays as it was.
+    The parent folder is made when missing. Raises BadFile for what the system refuses.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        # mkstemp makes private files; what we write is as shareable as any file the user makes.
+        temporary.chmod(0o666 & ~_umask())
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise explain_os_error(error, error.filename or path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Like `replacing`, for a whole folder: yields an empty temporary folder that takes `path`'s place.
+
+    The old folder is set aside just before the rename and removed after it, so that a kill
+    leaves a complete folder at `path` or, in the instant between two renames, beside it.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        aside = temporary.with_suffix(".old")
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+        shutil.rmtree(aside, ignore_errors=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise explain_os_error(error, error.filename or path) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file. Raises BadFile that names the file when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path} is not JSON: {error}.") from error
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system can open folders."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        # Some network file systems refuse to sync folders; the rename has happened all the same.
+        return
+    finally:
+        os.close(handle)

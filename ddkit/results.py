@@ -1,0 +1,155 @@
+"""The record of an evaluation, and the file of records: one JSON object a line, only ever appended to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddkit.errors import BadFile
+from ddkit.files import explain_os_error
+
+FORMAT_VERSION = 1
+RESULTS_FILE = Path("runs/results.jsonl")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluated set. Accuracies are fractions of the test set, 0 to 1.
+
+    kind: what was evaluated: "submission", or a reference to hold it against: "random-real"
+        (as many real images a class, drawn at random) or "full-real" (the whole training set).
+    sha256: of the evaluated file; of the pixels and labels where there was no file.
+    images_per_class: smallest and largest number of images of any class.
+    epochs_setting: E of PROTOCOL.md; E + 1 epochs ran.
+    loss_curves: per round, the mean training loss of evenly spaced epochs, first and last included.
+    per_class: mean accuracy of each class over the rounds.
+    confusions: the most frequent mistakes, as (true class, predicted class, mean count per round).
+    official: true only where nothing differs from PROTOCOL.md; otherwise `deviations` says what does.
+    """
+
+    name: str
+    dataset: str
+    track: int
+    sha256: str
+    source: str
+    images: int
+    images_per_class: tuple[int, int]
+    epochs_setting: int
+    accuracies: tuple[float, ...]
+    kind: str = "submission"
+    network: str = "convnet"
+    augment: bool = True
+    precision: str = "float32"
+    seed: int = 0
+    official: bool = False
+    deviations: tuple[str, ...] = ()
+    seconds: float = 0.0  # of training and testing, all rounds
+    generation_seconds: tuple[float, ...] = ()  # track 2: of the generator, per round
+    device: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""  # ISO 8601, UTC, when the evaluation ended
+    loss_curves: tuple[tuple[float, ...], ...] = ()
+    per_class: tuple[float, ...] = ()
+    confusions: tuple[tuple[int, int, float], ...] = ()
+    made_by: Mapping[str, Any] = field(default_factory=dict)  # the JSON beside the evaluated set
+    format: int = FORMAT_VERSION
+
+    @property
+    def rounds(self) -> int:
+        return len(self.accuracies)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over the rounds: the score."""
+        return sum(self.accuracies) / len(self.accuracies)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the rounds (n - 1); None for a single round."""
+        if self.rounds < 2:
+            return None
+        return (sum((a - self.mean) ** 2 for a in self.accuracies) / (self.rounds - 1)) ** 0.5
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the mean by Student's t; None for a single round."""
+        if self.std is None:
+            return None
+        from scipy.stats import t
+
+        half = float(t.ppf(0.975, self.rounds - 1)) * self.std / self.rounds**0.5
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a results file held: the usable records in file order, and a line on each that was not."""
+
+    results: tuple[Result, ...]
+    problems: tuple[str, ...]
+
+
+def append(result: Result, path: str | os.PathLike[str] = RESULTS_FILE) -> None:
+    """Append one record and sync it. A torn last line stays as it is; the record begins on a new line."""
+    path = Path(path)
+    line = json.dumps(dataclasses.asdict(result), ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
+    """Read all records; unusable lines are reported, never fatal. A missing file reads as empty.
+
+    Raises BadFile when the file is there and cannot be read.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return Reading((), ())
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    results, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            results.append(_from_json(json.loads(line)))
+        except (ValueError, BadFile) as error:
+            problems.append(f"{path}, line {number}: {error}")
+    return Reading(tuple(results), tuple(problems))
+
+
+def _from_json(value: Any) -> Result:
+    if not isinstance(value, dict):
+        raise BadFile("not a result record")
+    if value.get("format") != FORMAT_VERSION:
+        raise BadFile(f"format version {value.get('format')!r}, this ddkit reads {FORMAT_VERSION}")
+    known = {f.name for f in dataclasses.fields(Result)}
+    if unknown := sorted(set(value) - known):
+        raise BadFile(f"unknown fields {', '.join(unknown)}")
+    required = {f.name for f in dataclasses.fields(Result) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(value)):
+        raise BadFile(f"fields missing: {', '.join(missing)}")
+    if not value["accuracies"]:
+        raise BadFile("no accuracies")
+    return Result(**{name: _tuples(item) for name, item in value.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
