@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from ddkit import __version__
-from ddkit.errors import DDKitError
+from ddkit.environment import explain_broken_install
+from ddkit.errors import DDKitError, nearest_name
 from ddkit.files import explain_os_error
 
 # In the order of the user's way through them. Each is `ddkit.cli.<module>` holding a click command of that name.
@@ -36,8 +37,6 @@ class _Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            from ddkit.errors import nearest_name
-
             ctx.fail(f"There is no command '{args[0]}'. {nearest_name(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
@@ -45,6 +44,9 @@ class _Group(click.Group):
         signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):
+            # Click's own ways to end, which are RuntimeErrors too.
+            raise
         except DDKitError as error:
             if wants_traceback(ctx):
                 raise
@@ -58,6 +60,11 @@ class _Group(click.Group):
                 raise
             _say(explain_os_error(error, error.filename or "writing"))
             ctx.exit(3)
+        except (RuntimeError, ImportError) as error:
+            if wants_traceback(ctx) or (broken := explain_broken_install(error)) is None:
+                raise
+            _say(broken)
+            ctx.exit(broken.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)

@@ -1,0 +1,48 @@
+"""What is installed: recognising pairs of libraries that do not work together, and naming versions in results."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from ddkit import __version__
+from ddkit.errors import DDKitError
+
+_NAMED_IN_RESULTS = ("torch", "torchvision", "diffusers")
+
+
+class BrokenInstall(DDKitError):
+    """Libraries that are installed and cannot be used together, or one that is missing."""
+
+
+def explain_broken_install(error: Exception) -> BrokenInstall | None:
+    """What `error`, raised by importing a library, means for the user; None when it is another matter.
+
+    torchvision's compiled operators are missing when it was built for another torch than the one
+    installed, for example a CPU-only torch beside the registry's torchvision.
+    """
+    text = str(error)
+    if "torchvision::" in text or "torchvision" in text and "undefined symbol" in text:
+        return BrokenInstall(
+            f"torch {_installed('torch')} and torchvision {_installed('torchvision')} were not built for each other.",
+            "Install a pair that was: pip install --force-reinstall torch torchvision",
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ddkit"):
+        return BrokenInstall(f"The Python package '{error.name}' is missing.", f"pip install {error.name}")
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of ddkit, Python and the libraries that decide on results, for records of how they came about."""
+    return {
+        "ddkit": __version__,
+        "python": platform.python_version(),
+        **{name: _installed(name) for name in _NAMED_IN_RESULTS},
+    }
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"

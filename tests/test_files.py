@@ -1,0 +1,111 @@
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddkit import files
+from ddkit.errors import BadFile
+
+
+def test_replacing_keeps_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(ValueError), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["kept.txt"]
+
+
+def test_replacing_makes_ordinary_files(tmp_path):
+    (tmp_path / "ordinary").write_text("")
+    files.write_text(tmp_path / "deep" / "ours.txt", "ü")
+    assert (tmp_path / "deep" / "ours.txt").read_text(encoding="utf-8") == "ü"
+    assert (tmp_path / "deep" / "ours.txt").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_replacing_folder_replaces_as_a_whole(tmp_path):
+    folder = tmp_path / "model"
+    for content in ("first", "second"):
+        with files.replacing_folder(folder) as temporary:
+            (temporary / f"{content}.txt").write_text(content)
+    assert [path.name for path in folder.iterdir()] == ["second.txt"]
+    with pytest.raises(ValueError), files.replacing_folder(folder) as temporary:
+        (temporary / "third.txt").write_text("half")
+        raise ValueError
+    assert [path.name for path in folder.iterdir()] == ["second.txt"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_writer_killed_midway_leaves_the_old_file(tmp_path):
+    path = tmp_path / "kept.bin"
+    path.write_bytes(b"old")
+    writer = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys, time\n"
+         "from ddkit.files import replacing\n"
+         "with replacing(sys.argv[1]) as temporary:\n"
+         "    temporary.write_bytes(b'half')\n"
+         "    print('writing', flush=True)\n"
+         "    time.sleep(60)\n", str(path)],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert writer.stdout.readline() == b"writing\n"
+    writer.kill()
+    writer.wait()
+    assert path.read_bytes() == b"old"
+
+
+def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "kept.bin"
+    path.write_bytes(b"old")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    # A file-size limit is what a test can have of a full disk without being root: the write itself fails.
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from ddkit.errors import BadFile\n"
+        "from ddkit.files import replacing\n"
+        "try:\n"
+        "    with replacing(sys.argv[1]) as temporary:\n"
+        "        temporary.write_bytes(b'x' * 5000)\n"
+        "except BadFile as error:\n"
+        "    sys.exit(error.exit_code)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, str(path)], preexec_fn=limit)
+    assert finished.returncode == 3
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["kept.bin"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
+def test_a_read_only_folder_is_one_message(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(BadFile, match="Permission denied"):
+        files.write_text(tmp_path / "new.txt", "text")
+
+
+def test_read_json_names_the_file(tmp_path):
+    (tmp_path / "torn.json").write_text('{"a": ')
+    with pytest.raises(BadFile, match="torn.json is not JSON"):
+        files.read_json(tmp_path / "torn.json")
+    with pytest.raises(BadFile, match="absent.json"):
+        files.read_json(tmp_path / "absent.json")
+
+
+def test_sha256_is_of_the_bytes(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert files.sha256_of(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+def test_the_cache_folder_is_the_users_choice(monkeypatch):
+    monkeypatch.setenv("DDKIT_CACHE", "~/somewhere")
+    assert files.cache_folder() == Path.home() / "somewhere"
+    monkeypatch.delenv("DDKIT_CACHE")
+    assert files.cache_folder().name == "ddkit"
