@@ -1,0 +1,53 @@
+"""The Frechet distance between two sets of features, by torchmetrics' own accumulation and formula."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ddkit.errors import ComputeError, UsageError
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Squared Frechet distance between the Gaussians that fit two sets of features.
+
+    |mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 sqrt(cov_a cov_b)) (Heusel et al. 2017, equation 6).
+    features_a: (N, D), features_b: (M, D), any float type; computed in float64. With fewer than D + 1
+    images the covariances are singular and the distance is biased upwards: compare equal N and M only.
+    Raises UsageError for shapes that do not fit or fewer than two images, ComputeError for values that
+    are not finite.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    _check(features_a, features_b)
+    metric = FrechetInceptionDistance(feature=_Unchanged(features_a.shape[1])).set_dtype(torch.float64)
+    metric.update(features_a.detach().cpu().double(), real=True)
+    metric.update(features_b.detach().cpu().double(), real=False)
+    # The matrix root's rounding can leave a tiny negative value for equal sets.
+    return max(0.0, float(metric.compute()))
+
+
+def _check(features_a: Tensor, features_b: Tensor) -> None:
+    for features in (features_a, features_b):
+        if features.ndim != 2 or len(features) < 2:
+            raise UsageError(
+                f"The Frechet distance needs (N, D) features of at least two images, not {tuple(features.shape)}."
+            )
+        if not torch.isfinite(features).all():
+            raise ComputeError("The features hold values that are not finite.", "Look at the images they come from.")
+    if features_a.shape[1] != features_b.shape[1]:
+        raise UsageError(
+            f"Features of {features_a.shape[1]} and {features_b.shape[1]} dimensions cannot be compared.",
+            "Take both from the same network.",
+        )
+
+
+class _Unchanged(nn.Module):
+    """Stands where torchmetrics expects a network: what comes are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features

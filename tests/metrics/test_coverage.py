@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddkit.errors import UsageError
+from ddkit.metrics.coverage import density_and_coverage, nearest, within_class_diversity
+
+
+def draws(n: int, d: int = 6, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_by_hand_on_a_line():
+    # Real images at 0, 1, 3, 7 with k = 1: radii 1, 1, 2, 4. One generated at 2 lies within 1 and 2 of 1 and 3 only.
+    real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    found = density_and_coverage(real, torch.tensor([[2.0]]), k=1)
+    assert (found.density, found.coverage) == (2.0, 0.5)
+
+
+def test_the_same_distribution_is_dense_and_covered():
+    found = density_and_coverage(draws(1500), draws(1500, seed=1))
+    assert found.density == pytest.approx(1, abs=0.1)
+    # Naeem et al. 2020, equation 10: 1 - 1/2^k in expectation for equal sizes.
+    assert found.coverage == pytest.approx(1 - 0.5**5, abs=0.02)
+
+
+def test_one_image_repeated_covers_little_however_often():
+    found = density_and_coverage(draws(500), torch.zeros(500, 6))
+    assert found.density > 0.5
+    assert 0 < found.coverage < 0.05
+
+
+def test_a_far_away_set_has_neither():
+    found = density_and_coverage(draws(300), draws(300, seed=1) + 100)
+    assert (found.density, found.coverage) == (0, 0)
+
+
+def test_too_few_real_images_are_refused():
+    with pytest.raises(UsageError, match="more than 5 real"):
+        density_and_coverage(draws(5), draws(10))
+
+
+def test_diversity_is_the_mean_distance_within_classes():
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
+    assert within_class_diversity(features, torch.tensor([0, 0, 1, 1, 2])) == pytest.approx(3.0)
+
+
+def test_diversity_of_single_images_is_refused():
+    with pytest.raises(UsageError, match="two images"):
+        within_class_diversity(draws(3), torch.tensor([0, 1, 2]))
+
+
+def test_a_copy_is_its_own_nearest_at_no_distance():
+    real = draws(700)
+    places = torch.tensor([3, 600, 41])
+    indices, distances = nearest(real[places], real)
+    assert indices.tolist() == places.tolist()
+    assert distances.max() < 1e-5
+
+
+def test_among_themselves_no_image_is_its_own_neighbour():
+    points = torch.tensor([[0.0], [1.0], [5.0]])
+    indices, distances = nearest(points, points, exclude_self=True)
+    assert indices.tolist() == [1, 0, 1]
+    assert distances.tolist() == pytest.approx([1, 1, 4])

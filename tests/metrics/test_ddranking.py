@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ddkit.errors import UsageError
+from ddkit.metrics import ddranking
+from ddkit.metrics.ddranking import Need
+from ddkit.results import Result
+
+
+def result(kind: str, accuracy: float, *, augment: bool = True, sha256: str = "", **fields) -> Result:
+    return Result(
+        name=kind, dataset=fields.pop("dataset", "cifar100"), track=1, sha256=sha256 or kind, source=f"{kind}.pt",
+        images=1000, images_per_class=(10, 10), epochs_setting=fields.pop("epochs_setting", 50),
+        accuracies=fields.pop("accuracies", (accuracy,)), kind=kind, augment=augment, **fields,
+    )  # fmt: skip
+
+
+SUBJECT = result("submission", 0.45)
+EVERYTHING = (
+    SUBJECT,
+    result("full-real", 0.65),
+    result("random-real", 0.20),
+    result("submission", 0.40, augment=False),
+    result("random-real", 0.18, augment=False),
+)
+
+
+def test_the_value_of_the_paper_s_formula():
+    assert ddranking.label_robust_score(0.20, 0.25) == pytest.approx(0.280, abs=5e-4)
+
+
+def test_the_ends_of_the_scale():
+    assert ddranking.label_robust_score(hlr=1, ior=-1) == pytest.approx(0)
+    assert ddranking.label_robust_score(hlr=-1, ior=1) == pytest.approx(1)
+    assert ddranking.augmentation_robust_score(1, 1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ddranking.hard_label_recovery(65, 45),
+        lambda: ddranking.improvement_over_random(0.45, 20),
+        lambda: ddranking.label_robust_score(20, 25),
+        lambda: ddranking.augmentation_robust_score(25, 0.2),
+        lambda: ddranking.hard_label_recovery(-0.1, 0.2),
+    ],
+)
+def test_percentages_are_refused(call):
+    with pytest.raises(UsageError, match="100"):
+        call()
+
+
+def test_all_scores_from_the_results_at_hand():
+    (ranking,) = ddranking.from_results(EVERYTHING)
+    assert ranking.hlr == pytest.approx(0.20)
+    assert ranking.ior == pytest.approx(0.25)
+    assert ranking.lrs == pytest.approx(0.280, abs=5e-4)
+    assert ranking.ars == pytest.approx(ddranking.augmentation_robust_score(0.25, 0.22))
+    assert ranking.missing == ()
+    assert ranking.remarks == ()
+
+
+def test_what_is_missing_is_named():
+    (ranking,) = ddranking.from_results(EVERYTHING[:2])
+    assert ranking.hlr == pytest.approx(0.20)
+    assert ranking.ior is ranking.lrs is ranking.ars is None
+    assert ranking.missing == (
+        Need("random-real", True), Need("submission", False), Need("random-real", False)
+    )  # fmt: skip
+    assert str(ranking.missing[0]) == "random real images, as many a class, with augmentation"
+
+
+def test_baselines_of_another_setting_do_not_count():
+    other = [
+        result("random-real", 0.2, epochs_setting=100),
+        result("random-real", 0.2, dataset="tinyimagenet"),
+        result("random-real", 0.2, network="resnet18"),
+        dataclasses.replace(result("random-real", 0.2), images_per_class=(50, 50)),
+    ]
+    (ranking,) = ddranking.from_results([SUBJECT, *other])
+    assert Need("random-real", True) in ranking.missing
+
+
+def test_another_set_without_augmentation_does_not_count():
+    (ranking,) = ddranking.from_results([SUBJECT, result("submission", 0.40, augment=False, sha256="other")])
+    assert Need("submission", False) in ranking.missing
+
+
+def test_all_real_images_may_have_other_epochs_and_that_is_said():
+    (ranking,) = ddranking.from_results([SUBJECT, result("full-real", 0.6, epochs_setting=20)])
+    assert ranking.hlr == pytest.approx(0.15)
+    assert "E = 20" in ranking.remarks[0] and "E = 50" in ranking.remarks[0]
+
+
+def test_the_newest_evaluation_of_a_set_counts():
+    again = result("submission", 0.50)
+    (ranking,) = ddranking.from_results([*EVERYTHING, again])
+    assert ranking.subject is again
+
+
+def test_missing_evaluations_are_run_and_counted():
+    ran = []
+
+    def evaluate(need: Need) -> Result:
+        ran.append(need)
+        return next(r for r in EVERYTHING if (r.kind, r.augment) == (need.kind, need.augment))
+
+    (before,) = ddranking.from_results(EVERYTHING[:3])
+    after = ddranking.run_missing(before, evaluate, also=EVERYTHING[:3])
+    assert ran == [Need("submission", False), Need("random-real", False)]
+    assert after.missing == ()
+    assert after.ars is not None
