@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ddkit.challenge import DatasetSpec
+from ddkit.data.store import ImageSet
+from ddkit.errors import UsageError
+from ddkit.files import cache_folder
+from ddkit.metrics.features import FeatureSettings, ReferenceFeatures, is_cached, reference_features
+from ddkit.metrics.frechet import frechet_distance
+
+SPEC = DatasetSpec("stripes", 2, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+QUICK = FeatureSettings(images=120, epochs=3)
+
+
+def stripes(count: int, seed: int, side: int = 16) -> ImageSet:
+    """Two classes that a network learns at once: horizontal and vertical stripes under noise."""
+    generator = torch.Generator().manual_seed(seed)
+    pattern = ((torch.arange(side) // 2) % 2 * 120 + 60).expand(side, side)
+    noise = torch.randint(-40, 40, (count, 3, side, side), generator=generator)
+    labels = torch.arange(count) % 2
+    images = torch.where(labels.view(-1, 1, 1, 1) == 1, pattern.T, pattern) + noise
+    return ImageSet(images.clamp(0, 255).to(torch.uint8), labels, ("rows", "columns"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> ReferenceFeatures:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDKIT_CACHE", str(tmp_path_factory.mktemp("features")))
+        return reference_features(stripes(200, 0), SPEC, QUICK)
+
+
+def test_features_tell_the_classes_apart(trained):
+    held_out = stripes(60, 1)
+    features = trained(held_out.images)
+    assert features.shape == (60, ReferenceFeatures.num_features) and features.dtype == torch.float32
+    rows, columns = features[held_out.labels == 0], features[held_out.labels == 1]
+    assert frechet_distance(rows, columns) > 5 * frechet_distance(rows[::2], rows[1::2])
+
+
+def test_float_images_have_the_features_of_their_bytes(trained):
+    images = stripes(4, 2).images
+    torch.testing.assert_close(trained(images), trained(images.float() / 255))
+
+
+def test_no_images_have_no_features(trained):
+    assert trained(torch.empty(0, 3, 16, 16, dtype=torch.uint8)).shape == (0, ReferenceFeatures.num_features)
+
+
+def test_the_network_is_trained_once_and_found_again():
+    dataset, reports = stripes(200, 0), []
+    assert not is_cached(dataset, SPEC, QUICK)
+    first = reference_features(dataset, SPEC, QUICK, progress=reports.append)
+    assert is_cached(dataset, SPEC, QUICK)
+    assert [(report.done, report.total) for report in reports] == [(0, 360), (120, 360), (240, 360), (360, 360)]
+    assert all("loss" in report.figures for report in reports[1:])
+    again = reference_features(dataset, SPEC, QUICK, progress=lambda report: pytest.fail("trained again"))
+    torch.testing.assert_close(first(dataset.images[:8]), again(dataset.images[:8]))
+
+
+def test_other_pixels_or_settings_train_another_network():
+    reference_features(stripes(200, 0), SPEC, QUICK)
+    assert not is_cached(stripes(200, 3), SPEC, QUICK)
+    assert not is_cached(stripes(200, 0), SPEC, dataclasses.replace(QUICK, seed=1))
+
+
+def test_a_damaged_cache_is_made_anew():
+    dataset = stripes(200, 0)
+    reference_features(dataset, SPEC, QUICK)
+    (path,) = (cache_folder() / "features").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    before = path.stat().st_size
+    reference_features(dataset, SPEC, QUICK)
+    assert path.stat().st_size > before
+
+
+def test_large_images_are_reduced():
+    spec = dataclasses.replace(SPEC, image_size=100)
+    features = reference_features(stripes(12, 0, side=100), spec, FeatureSettings(images=8, epochs=1))
+    assert features(stripes(3, 1, side=100).images).shape == (3, ReferenceFeatures.num_features)
+
+
+def test_larger_images_are_fewer():
+    assert FeatureSettings().images_for(32, 50_000) == 10_000
+    assert FeatureSettings().images_for(64, 100_000) == 5_000
+    assert FeatureSettings().images_for(32, 600) == 600
+
+
+def test_settings_that_cannot_be_meant_are_refused():
+    with pytest.raises(UsageError, match="epochs"):
+        FeatureSettings(epochs=0)
