@@ -80,9 +80,9 @@ class Result:
         """95 % confidence interval of the mean by Student's t; None for a single round."""
         if self.std is None:
             return None
-        from scipy.stats import t
+        from scipy.special import stdtrit  # imports in a third of the time that scipy.stats takes
 
-        half = float(t.ppf(0.975, self.rounds - 1)) * self.std / self.rounds**0.5
+        half = float(stdtrit(self.rounds - 1, 0.975)) * self.std / self.rounds**0.5
         return self.mean - half, self.mean + half
 
 
