@@ -1,10 +1,28 @@
-"""The prepared store: a dataset's pixels and labels as memory-mapped tensors that open in milliseconds."""
+"""The prepared store: a dataset's pixels and labels as memory-mapped tensors that open in milliseconds.
+
+`<cache>/<dataset>/{train,test}.safetensors` hold `images` (N, 3, S, S) uint8 and `labels` (N,) int64, ordered by
+class and, within a class, by file name; `meta.json` says where they come from. `ddkit.data.prepare` makes stores.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from ddkit.challenge import DATASETS, DatasetSpec
+from ddkit.errors import BadData, BadFile, MissingData, UsageError, nearest_name
+from ddkit.files import cache_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "test")
+META_FILE = "meta.json"
 
 
 @dataclass(frozen=True)
@@ -20,3 +38,188 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """One split of a store. per_class: the smallest and largest number of images of any class."""
+
+    images: int
+    per_class: tuple[int, int]
+    sha256: str  # of the safetensors file
+    skipped: tuple[str, ...] = ()  # unusable files that --skip-bad left out
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """What a store's meta.json says.
+
+    source: layout ("kind"), path and settings the store was made from.
+    class_titles: names for people ("goldfish") in the order of class_names; empty where those are for people already.
+    listed_order: the class names in the order in which the source lists them, where that is another order
+        (the shuffled wnids.txt of TinyImageNet); empty where unknown.
+    """
+
+    name: str
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    class_names: tuple[str, ...]
+    splits: Mapping[str, SplitFacts]
+    source: Mapping[str, Any]
+    class_titles: tuple[str, ...] = ()
+    listed_order: tuple[str, ...] = ()
+    prepared: str = ""  # ISO 8601, UTC
+    ddkit_version: str = ""
+    format: int = field(default=FORMAT_VERSION)
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """The built-in facts of a built-in dataset, else those measured on the training split."""
+        known = DATASETS.get(self.name)
+        return known or DatasetSpec(self.name, len(self.class_names), self.image_size, self.mean, self.std)
+
+
+def load_dataset(name: str, split: str, *, cache: Path | None = None) -> ImageSet:
+    """Open a prepared split, memory-mapped. The built-in `glyphs` is drawn on first use.
+
+    name: a built-in dataset or one the user prepared. split: "train" or "test".
+    cache: folder of stores; the user's where None.
+    Raises UsageError for an unknown name or split, MissingData with the command that gets it where it is not
+    prepared, BadData where the store is damaged or of another format version.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"There is no split '{split}'.", "Splits are train and test.")
+    if name == "glyphs" and not is_prepared(name, cache=cache):
+        # Imported here, as preparing builds on this module.
+        from ddkit.data.prepare import prepare
+
+        prepare(name, cache=cache)
+    facts = store_facts(name, cache=cache)
+    if split not in facts.splits:
+        raise MissingData(
+            f"The prepared '{name}' has no {split} split: it was made from {facts.source.get('path') or 'another one'}.",
+            f"Get all of it: {_command(name)}",
+        )
+    images, labels = _open_tensors(store_folder(name, cache=cache) / f"{split}.safetensors", name)
+    expected = (facts.splits[split].images, 3, facts.image_size, facts.image_size)
+    if tuple(images.shape) != expected or tuple(labels.shape) != expected[:1]:
+        raise _damaged(name, f"{split}.safetensors holds {tuple(images.shape)}, meta.json says {expected}")
+    return ImageSet(images, labels, facts.class_names)
+
+
+def dataset_spec(name: str, *, cache: Path | None = None) -> DatasetSpec:
+    """The facts of a built-in dataset, or those measured when the user prepared one.
+
+    Raises UsageError, offering the nearest of all these names.
+    """
+    return DATASETS.get(name) or store_facts(name, cache=cache).spec
+
+
+def class_titles(name: str, *, cache: Path | None = None) -> tuple[str, ...]:
+    """Class names for people, in class order: "goldfish" where the class's own name is n01443537.
+
+    Raises what `store_facts` raises.
+    """
+    facts = store_facts(name, cache=cache)
+    return facts.class_titles or facts.class_names
+
+
+def store_hash(name: str, split: str, *, cache: Path | None = None) -> str:
+    """Hexadecimal SHA-256 of a prepared split's file, as recorded when it was written.
+
+    Raises what `store_facts` raises, and MissingData where that split is not prepared.
+    """
+    facts = store_facts(name, cache=cache)
+    if split not in facts.splits:
+        raise MissingData(f"The prepared '{name}' has no {split} split.", f"Get all of it: {_command(name)}")
+    return facts.splits[split].sha256
+
+
+def list_prepared(*, cache: Path | None = None) -> tuple[str, ...]:
+    """Names of the prepared datasets, sorted; whole or damaged."""
+    folder = cache or cache_folder()
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(path.parent.name for path in folder.glob(f"*/{META_FILE}") if path.parent.name[0] != "."))
+
+
+def is_prepared(name: str, *, cache: Path | None = None) -> bool:
+    """Whether a store of that name is there, whole or damaged."""
+    return (store_folder(name, cache=cache) / META_FILE).is_file()
+
+
+def store_folder(name: str, *, cache: Path | None = None) -> Path:
+    """Where the store of that name lies or would lie. Raises UsageError for what cannot be a name."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or len(name) > 64:
+        known = (*DATASETS, *list_prepared(cache=cache))
+        raise UsageError(
+            f"'{name}' cannot be a dataset's name.",
+            f"Names are of lower-case letters, digits, '.', '_' and '-'. {nearest_name(name, known)}",
+        )
+    return (cache or cache_folder()) / name
+
+
+def store_facts(name: str, *, cache: Path | None = None) -> StoreFacts:
+    """Read and check the meta.json of a store.
+
+    Raises UsageError for a name that is neither built-in nor prepared, MissingData for a built-in dataset that is
+    not prepared, BadData for a damaged store or one of another format version.
+    """
+    folder = store_folder(name, cache=cache)
+    if not is_prepared(name, cache=cache):
+        if name in DATASETS:
+            raise MissingData(f"The dataset '{name}' is not prepared.", f"Get it: {_command(name)}")
+        known = tuple(dict.fromkeys((*DATASETS, *list_prepared(cache=cache))))
+        raise UsageError(f"There is no dataset '{name}'.", nearest_name(name, known))
+    try:
+        value = read_json(folder / META_FILE)
+    except BadFile as error:
+        raise _damaged(name, error.message) from error
+    version = value.get("format") if isinstance(value, dict) else None
+    if version != FORMAT_VERSION:
+        raise BadData(
+            f"The prepared '{name}' in {folder} has format version {version}; this ddkit reads {FORMAT_VERSION}.",
+            f"Prepare it again: {_command(name, force=True)}",
+        )
+    try:
+        return _facts_from_json(value)
+    except (TypeError, ValueError, KeyError) as error:
+        raise _damaged(name, f"meta.json does not hold what it should ({error})") from error
+
+
+def write_facts(facts: StoreFacts, folder: Path) -> None:
+    """Write meta.json into a store's folder. Raises BadFile for what the system refuses."""
+    write_json(folder / META_FILE, dataclasses.asdict(facts))
+
+
+def _open_tensors(path: Path, name: str) -> tuple[Tensor, Tensor]:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_tensor("images"), file.get_tensor("labels")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _damaged(name, f"{path.name}: {error}") from error
+
+
+def _facts_from_json(value: dict[str, Any]) -> StoreFacts:
+    splits = {
+        split: SplitFacts(**{key: _tuples(item) for key, item in facts.items()})
+        for split, facts in value.pop("splits").items()
+    }
+    source = value.pop("source")
+    return StoreFacts(**{key: _tuples(item) for key, item in value.items()}, splits=splits, source=source)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _damaged(name: str, what: str) -> BadData:
+    return BadData(f"The prepared '{name}' is damaged: {what}.", f"Prepare it again: {_command(name, force=True)}")
+
+
+def _command(name: str, *, force: bool = False) -> str:
+    source = "" if name in DATASETS else " --from PATH"
+    return f"ddkit data prepare {name}{source}{' --force' if force else ''}"

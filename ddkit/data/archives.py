@@ -1,0 +1,137 @@
+"""Files of a folder or a zip, by their paths inside it, read one at a time and never unpacked.
+
+Apart from `sources`, which knows what the files mean: a worker that decodes images needs only this.
+A zip from somebody else may be hostile, so its members are read into memory under a size limit,
+and one that holds links or paths leading out of it is refused whole.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+import zlib
+from pathlib import Path
+
+from ddkit.errors import BadData, MissingData
+from ddkit.files import explain_os_error
+
+MAX_MEMBER_BYTES = 256 << 20  # of one file; the largest photographs are far below
+MAX_MEMBERS = 5_000_000
+
+# What systems leave in folders and people never put there.
+_CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+class DamagedMember(Exception):
+    """One file of a tree cannot be read; the others may be whole."""
+
+
+class FolderTree:
+    """The files below a folder. Links are followed, as a folder is the user's own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """(files, folders) as POSIX paths relative to the folder, sorted; clutter and hidden ones left out."""
+        files: list[str] = []
+        folders: list[str] = []
+
+        def refuse(error: OSError) -> None:
+            raise explain_os_error(error, error.filename or self.path) from error
+
+        for place, below, here in os.walk(self.path, onerror=refuse):
+            below[:] = [name for name in below if not _is_clutter(name)]
+            inside = Path(place).relative_to(self.path)
+            folders.extend((inside / name).as_posix() for name in below)
+            files.extend((inside / name).as_posix() for name in here if not _is_clutter(name))
+        # Links to folders: os.walk lists but does not enter them; the layouts go two levels deep, so look once more.
+        for link in [name for name in folders if (self.path / name).is_symlink()]:
+            linked = FolderTree((self.path / link).resolve())
+            more_files, more_folders = linked.names()
+            files.extend(f"{link}/{name}" for name in more_files)
+            folders.extend(f"{link}/{name}" for name in more_folders)
+        return sorted(files), sorted(folders)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file. Raises DamagedMember when it cannot be read or is beyond the size limit."""
+        path = self.path / name
+        try:
+            if (size := path.stat().st_size) > MAX_MEMBER_BYTES:
+                raise DamagedMember(f"{size:,} bytes, more than any image has")
+            return path.read_bytes()
+        except OSError as error:
+            raise DamagedMember(error.strerror or str(error)) from error
+
+
+class ZipTree:
+    """The members of a zip. Raises BadData for what is no zip, is cut off, or holds links or paths out of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except OSError as error:
+            raise explain_os_error(error, path) from error
+        except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError) as error:
+            raise BadData(
+                f"{path} is not a whole zip file: {error}.", "It may be half downloaded: get it again."
+            ) from error
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """(files, folders) as POSIX paths, sorted; folders also where only their files are listed."""
+        infos = self._zip.infolist()
+        if len(infos) > MAX_MEMBERS:
+            raise BadData(f"{self.path} lists {len(infos):,} files, more than {MAX_MEMBERS:,}.")
+        for info in infos:
+            _refuse_hostile(info, self.path)
+        kept = [info for info in infos if not any(map(_is_clutter, info.filename.rstrip("/").split("/")))]
+        files = {info.filename for info in kept if not info.is_dir()}
+        folders = {info.filename.rstrip("/") for info in kept if info.is_dir()}
+        for name in files | folders:
+            while "/" in name:
+                name = name.rpartition("/")[0]
+                if name in folders:
+                    continue
+                folders.add(name)
+        return sorted(files), sorted(folders)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one member. Raises DamagedMember when it cannot be read or is beyond the size limit."""
+        try:
+            info = self._zip.getinfo(name)
+            if info.file_size > MAX_MEMBER_BYTES:
+                raise DamagedMember(f"{info.file_size:,} bytes unpacked, more than any image has")
+            return self._zip.read(info)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as error:
+            raise DamagedMember(f"damaged in the zip ({error})") from error
+        except (RuntimeError, NotImplementedError) as error:
+            # An encrypted member, or a compression that this Python lacks.
+            raise DamagedMember(str(error)) from error
+
+
+Tree = FolderTree | ZipTree
+
+
+def open_tree(path: str | os.PathLike[str]) -> Tree:
+    """The tree of a folder or a zip file. Raises MissingData when nothing is there, BadData for other files."""
+    path = Path(path)
+    if path.is_dir():
+        return FolderTree(path)
+    if not path.exists():
+        raise MissingData(f"There is no {path}.", "Check the path given to --from.")
+    return ZipTree(path)
+
+
+def _is_clutter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _CLUTTER
+
+
+def _refuse_hostile(info: zipfile.ZipInfo, path: Path) -> None:
+    name = info.filename
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\\" in name:
+        raise BadData(f"{path} holds a path that leads out of it: {name!r}.", "Do not trust that file.")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise BadData(f"{path} holds a link: {name!r}.", "Pack the files themselves instead of links to them.")

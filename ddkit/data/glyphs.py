@@ -1,0 +1,82 @@
+"""The built-in practice images: letters of random place, size, angle and colours on a noisy ground.
+
+They need no download, are drawn with Pillow's own font, and are the same wherever that font draws the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from ddkit.challenge import GLYPHS
+from ddkit.data.sources import PixelSplit, Source
+from ddkit.progress import Listener, Progress, ignore
+
+# Letters that stay apart when they are turned a little.
+CLASS_NAMES = ("A", "E", "H", "K", "L", "O", "S", "T", "X", "Z")
+PER_CLASS = {"train": 500, "test": 100}
+
+_SIDE = GLYPHS.image_size
+_SCALE = 2  # letters are drawn larger and reduced, so that turned edges are smooth
+_SEED = 2024
+_ANGLE = 20.0  # degrees either way
+_FONT_SIZES = (19, 27)  # pixels of the finished image
+_SHIFT = 4.0  # pixels of the finished image either way
+
+
+def source(progress: Listener = ignore) -> Source:
+    """Draw both splits."""
+    splits = {}
+    for split, per_class in PER_CLASS.items():
+        images = np.empty((per_class * len(CLASS_NAMES), 3, _SIDE, _SIDE), np.uint8)
+        labels = np.repeat(np.arange(len(CLASS_NAMES)), per_class)
+        for row, label in enumerate(labels):
+            images[row] = draw(split, int(label), row % per_class)
+            if row % 100 == 99:
+                progress(Progress(f"drawing glyphs, {split}", row + 1, len(labels), "images"))
+        splits[split] = PixelSplit(images, tuple(labels.tolist()))
+    return Source("drawn letters", Path(), CLASS_NAMES, splits)
+
+
+def draw(split: str, label: int, index: int) -> NDArray[np.uint8]:
+    """Image `index` of a class, (3, 32, 32) uint8; the same whenever it is drawn."""
+    random = np.random.default_rng([_SEED, list(PER_CLASS).index(split), label, index])
+    shape = _letter(CLASS_NAMES[label], random)
+    ground, ink = _colours(random)
+    picture = ground[:, None, None] + _slope(random) + random.normal(0, 0.04, (3, _SIDE, _SIDE))
+    picture += shape * (ink[:, None, None] - picture) * random.uniform(0.9, 1.0)
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _letter(name: str, random: np.random.Generator) -> NDArray[np.float32]:
+    """How much of each pixel the letter covers, (S, S) in [0, 1]."""
+    side = _SIDE * _SCALE
+    canvas = Image.new("L", (side, side))
+    font = _font(int(random.integers(_FONT_SIZES[0], _FONT_SIZES[1] + 1)) * _SCALE)
+    ImageDraw.Draw(canvas).text((side / 2, side / 2), name, fill=255, font=font, anchor="mm", stroke_width=1)
+    shift = random.uniform(-_SHIFT, _SHIFT, 2) * _SCALE
+    turned = canvas.rotate(
+        random.uniform(-_ANGLE, _ANGLE), Image.Resampling.BILINEAR, translate=tuple(shift.round().astype(int).tolist())
+    )
+    return np.asarray(turned.reduce(_SCALE), np.float32) / 255
+
+
+def _colours(random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Ground and ink, (3,) each in [0, 1]; ink is always the lighter, so that every letter can be read."""
+    return random.uniform(0.1, 0.45, 3), random.uniform(0.65, 1.0, 3)
+
+
+def _slope(random: np.random.Generator) -> NDArray[np.float64]:
+    """Light that falls off across the ground, (3, S, S) about 0."""
+    x, y = np.meshgrid(np.linspace(-1, 1, _SIDE), np.linspace(-1, 1, _SIDE))
+    weights = random.uniform(-0.12, 0.12, (2, 3, 1, 1))
+    return weights[0] * x + weights[1] * y
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

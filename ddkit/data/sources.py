@@ -1,0 +1,208 @@
+"""Where images come from: one reader per layout, recognised by content and not by name.
+
+A reader lists what there is and its labels; `ddkit.data.prepare` turns that into a store. Image files stay
+encoded until then; only layouts that hold pixels already (`PixelSplit`) are read here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddkit.data.archives import DamagedMember, FolderTree, Tree, open_tree
+from ddkit.errors import BadData, MissingData
+
+_LAYOUTS = (
+    "Known layouts: <split>/<class>/<image> with splits train and test (or val), as a folder or a zip; "
+    "tiny-imagenet-200 as a folder or zip; cifar-100-python as a folder or tar.gz; the challenge's *_test.pt."
+)
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """A split of image files: their paths inside the source, ordered by class and name, and their labels."""
+
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PixelSplit:
+    """A split of pixels: (N, 3, S, S) uint8, and their labels."""
+
+    images: NDArray[np.uint8]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found at a path.
+
+    kind: the layout, in words. class_names: sorted as strings; empty where the layout has none.
+    class_titles, listed_order: see `ddkit.data.store.StoreFacts`.
+    """
+
+    kind: str
+    path: Path
+    class_names: tuple[str, ...]
+    splits: Mapping[str, FileSplit | PixelSplit]
+    class_titles: tuple[str, ...] = ()
+    listed_order: tuple[str, ...] = ()
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Find out what lies at `path` and list it.
+
+    Raises MissingData when nothing is there, BadData for what is damaged, hostile or of no known layout.
+    """
+    path = Path(path)
+    tree = open_tree(path)
+    files, folders = tree.names()
+    for top in _possible_tops(files):
+        inside = _Listing(tree, top, _below(files, top), _below(folders, top))
+        for recognise in (_read_tiny_imagenet, _read_image_folder):
+            if (source := recognise(path, inside)) is not None:
+                return source
+    raise BadData(f"{path} has no layout that ddkit knows; it holds {_glimpse(files, folders)}.", _LAYOUTS)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files and folders below `top`, relative to it; `top` is "" or ends in "/"."""
+
+    tree: Tree
+    top: str
+    files: list[str]
+    folders: list[str]
+
+    def text(self, name: str) -> list[str]:
+        """The lines of a text file. Raises BadData naming it."""
+        try:
+            return self.tree.read(self.top + name).decode("utf-8").splitlines()
+        except (DamagedMember, UnicodeDecodeError) as error:
+            raise BadData(f"{self.tree.path}: {self.top}{name} cannot be read: {error}.") from error
+
+
+def _read_tiny_imagenet(path: Path, listing: _Listing) -> Source | None:
+    """train/<wnid>/images/*, val/images/* labelled by val/val_annotations.txt; words.txt has the words of each wnid."""
+    if "val/val_annotations.txt" not in listing.files:
+        return None
+    train = [name for name in listing.files if _matches(name, "train", "*", "images", "*")]
+    wnids = tuple(sorted(name.split("/")[1] for name in listing.folders if _matches(name, "train", "*")))
+    if not wnids:
+        raise BadData(f"{path} looks like tiny-imagenet-200, but has no train/<wnid>/images.", "Get all of it again.")
+    place = {wnid: k for k, wnid in enumerate(wnids)}
+    labels = {name: place[name.split("/")[1]] for name in train}
+    splits = {
+        "train": _file_split(listing, labels),
+        "test": _file_split(listing, _tiny_imagenet_validation(path, listing, place)),
+    }
+    words = _words(listing)
+    listed = tuple(listing.text("wnids.txt")) if "wnids.txt" in listing.files else ()
+    titles = tuple(words.get(wnid, wnid) for wnid in wnids)
+    return Source("tiny-imagenet-200", path, wnids, splits, titles, listed if set(listed) == set(wnids) else ())
+
+
+def _tiny_imagenet_validation(path: Path, listing: _Listing, place: Mapping[str, int]) -> dict[str, int]:
+    """The labels of val/images by file name."""
+    present = {name for name in listing.files if _matches(name, "val", "images", "*")}
+    labels = {}
+    for number, line in enumerate(listing.text("val/val_annotations.txt"), start=1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in place:
+            raise BadData(f"{path}: line {number} of val_annotations.txt names the class {wnid!r}, which train lacks.")
+        if f"val/images/{name}" not in present:
+            raise BadData(f"{path}: val_annotations.txt names {name}, which is not there.", "Get all of it again.")
+        labels[f"val/images/{name}"] = place[wnid]
+    if unlabelled := sorted(present - set(labels)):
+        raise BadData(f"{path}: val_annotations.txt has no class for {unlabelled[0]}.", "Get all of it again.")
+    return labels
+
+
+def _words(listing: _Listing) -> dict[str, str]:
+    """wnid -> the first of its words ("goldfish" of "goldfish, Carassius auratus")."""
+    if "words.txt" not in listing.files:
+        return {}
+    lines = (line.partition("\t") for line in listing.text("words.txt"))
+    return {wnid: words.partition(",")[0].strip() for wnid, _, words in lines if words}
+
+
+def _read_image_folder(path: Path, listing: _Listing) -> Source | None:
+    """<split>/<class>/<image>; the test split may be called val."""
+    folders = {
+        split: sorted(name.split("/")[1] for name in listing.folders if _matches(name, split, "*"))
+        for split in ("train", "test", "val")
+    }
+    test = "test" if folders["test"] else "val"
+    if not folders["train"] and not folders[test]:
+        return None
+    for split in ("train", test):
+        if not folders[split]:
+            needed = "train" if split == "train" else "test (or val)"
+            raise BadData(f"{path} has no folder '{needed}' with a folder for each class.", _LAYOUTS)
+    _refuse_class_mismatch(path, folders["train"], folders[test], test)
+    place = {name: k for k, name in enumerate(folders["train"])}
+    splits = {}
+    for split, folder in (("train", "train"), ("test", test)):
+        files = [name for name in listing.files if name.startswith(f"{folder}/") and name.count("/") > 1]
+        if deeper := [name for name in files if name.count("/") > 2]:
+            raise BadData(f"{path}: {deeper[0]} lies deeper than <split>/<class>/<image>.", _LAYOUTS)
+        splits[split] = _file_split(listing, {name: place[name.split("/")[1]] for name in files})
+        _refuse_empty_classes(path, folder, folders["train"], splits[split])
+    return Source("image folder", path, tuple(folders["train"]), splits)
+
+
+def _refuse_class_mismatch(path: Path, train: Sequence[str], test: Sequence[str], test_folder: str) -> None:
+    """Two names that differ only by case are one folder on some systems; classes that only one split has are a mistake."""
+    seen: dict[str, str] = {}
+    for name in sorted({*train, *test}):
+        if (other := seen.setdefault(name.lower(), name)) != name:
+            raise BadData(f"{path}: the classes '{other}' and '{name}' differ only by case.", "Rename or merge them.")
+    if extra := sorted(set(test) - set(train)):
+        raise BadData(f"{path}: {test_folder} has classes that train lacks: {_some(extra)}.", "Add or remove them.")
+    if missing := sorted(set(train) - set(test)):
+        raise BadData(f"{path}: {test_folder} lacks classes that train has: {_some(missing)}.", "Add or remove them.")
+
+
+def _refuse_empty_classes(path: Path, folder: str, class_names: Sequence[str], split: FileSplit) -> None:
+    filled = set(split.labels)
+    if empty := [name for label, name in enumerate(class_names) if label not in filled]:
+        raise BadData(f"{path}: no images in {_some([f'{folder}/{name}' for name in empty])}.", "Add some, or remove it.")
+
+
+def _file_split(listing: _Listing, labels: Mapping[str, int]) -> FileSplit:
+    """Ordered by class, then by file name, so that labels and positions never depend on a folder's own order."""
+    names = sorted(labels, key=lambda name: (labels[name], name))
+    return FileSplit(tuple(listing.top + name for name in names), tuple(labels[name] for name in names))
+
+
+def _possible_tops(files: Sequence[str]) -> list[str]:
+    """Where the layout may begin: at the root, or in the one folder that holds everything."""
+    tops = {name.partition("/")[0] for name in files if "/" in name}
+    return ["", f"{tops.pop()}/"] if len(tops) == 1 else [""]
+
+
+def _below(names: Sequence[str], top: str) -> list[str]:
+    return [name[len(top) :] for name in names if name.startswith(top)]
+
+
+def _matches(name: str, *pattern: str) -> bool:
+    """Whether the path has exactly these parts; "*" stands for any."""
+    parts = name.split("/")
+    return len(parts) == len(pattern) and all(want in ("*", part) for part, want in zip(parts, pattern))
+
+
+def _glimpse(files: Sequence[str], folders: Sequence[str]) -> str:
+    top = sorted({name.partition("/")[0] for name in (*files, *folders)})
+    return _some(top) if top else "nothing"
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
