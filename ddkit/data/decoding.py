@@ -41,6 +41,8 @@ _MAX_PIXELS = 1 << 27  # of one image file; larger ones are taken for bombs
 
 # EPS is a program that Pillow hands to an outside interpreter; nothing of others' is executed here.
 _REFUSED_FORMATS = {"EPS"}
+# Tried first: Pillow asks each format in turn whether a file is its own.
+_COMMON_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 _ORIENTATION_TAG = 0x0112  # of EXIF
 
 # What Pillow's readers raise on files that are damaged or not images.
@@ -144,7 +146,7 @@ def decode_split(
     """
     blocks = [(start, names[start : start + BLOCK]) for start in range(0, len(names), BLOCK)]
     if workers is None:
-        workers = 0 if len(names) < _FEW or not sys.executable else min(_cores(), len(blocks))
+        workers = 0 if len(names) < _FEW or not sys.executable else min(available_cores(), len(blocks))
     problems: list[Problem] = []
     done = 0
     with _decoders(_Job(path, target, resize), workers) as decode:
@@ -213,8 +215,10 @@ class _Worker:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ddkit.data.decoding", job.to_json()],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
 
     def decode(self, start: int, names: Sequence[str]) -> list[Problem]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -263,7 +267,8 @@ def _decode_block(job: _Job, tree: Tree, start: int, names: Sequence[str]) -> li
 @functools.cache
 def _formats() -> list[str]:
     Image.init()
-    return [name for name in Image.ID if name not in _REFUSED_FORMATS]
+    known = [name for name in dict.fromkeys((*_COMMON_FORMATS, *Image.ID)) if name in Image.OPEN]
+    return [name for name in known if name not in _REFUSED_FORMATS]
 
 
 def _reason(error: BaseException) -> str:
@@ -294,7 +299,7 @@ def _from_integers(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use, which a container or a batch system may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

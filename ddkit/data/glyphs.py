@@ -57,7 +57,7 @@ def _letter(name: str, random: np.random.Generator) -> NDArray[np.float32]:
     side = _SIDE * _SCALE
     canvas = Image.new("L", (side, side))
     font = _font(int(random.integers(_FONT_SIZES[0], _FONT_SIZES[1] + 1)) * _SCALE)
-    ImageDraw.Draw(canvas).text((side / 2, side / 2), name, fill=255, font=font, anchor="mm", stroke_width=1)
+    ImageDraw.Draw(canvas).text((side / 2, side / 2), name, fill=255, font=font, anchor="mm", stroke_width=2)
     shift = random.uniform(-_SHIFT, _SHIFT, 2) * _SCALE
     turned = canvas.rotate(
         random.uniform(-_ANGLE, _ANGLE), Image.Resampling.BILINEAR, translate=tuple(shift.round().astype(int).tolist())
@@ -67,7 +67,7 @@ def _letter(name: str, random: np.random.Generator) -> NDArray[np.float32]:
 
 def _colours(random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ground and ink, (3,) each in [0, 1]; ink is always the lighter, so that every letter can be read."""
-    return random.uniform(0.1, 0.45, 3), random.uniform(0.65, 1.0, 3)
+    return random.uniform(0.25, 0.55, 3), random.uniform(0.75, 1.0, 3)
 
 
 def _slope(random: np.random.Generator) -> NDArray[np.float64]:
