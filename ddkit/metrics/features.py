@@ -33,6 +33,7 @@ _SIDE_OF_SETTINGS = 32  # pixels; larger images are fewer, see FeatureSettings
 _LARGEST_SIDE = 64  # pixels; larger images are reduced to it
 _SIDE_MULTIPLE = 8  # the network halves the side three times
 _IMAGES_AT_ONCE = 250
+_CACHE_FOLDER = "_features"  # no dataset can have this name
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _cache_path(images: Tensor, labels: Tensor, spec: DatasetSpec, settings: Fea
     for part in _blocks(images):
         digest.update(part)
     digest.update(labels.contiguous().numpy().tobytes())
-    return cache_folder() / "features" / f"{spec.name}-{digest.hexdigest()[:20]}.safetensors"
+    return cache_folder() / _CACHE_FOLDER / f"{spec.name}-{digest.hexdigest()[:20]}.safetensors"
 
 
 def _blocks(images: Tensor) -> Iterator[memoryview]:

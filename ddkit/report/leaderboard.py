@@ -95,6 +95,7 @@ class Group:
     """Rows that were obtained under the same settings, best first.
 
     title: the settings in words. datasets: those with an accuracy; a score is the mean over both of the challenge.
+    shared_deviations: what differs from the protocol in every row.
     """
 
     track: int
@@ -103,6 +104,14 @@ class Group:
     datasets: tuple[str, ...]
     rows: tuple[Row, ...]
     remarks: tuple[str, ...] = ()
+    shared_deviations: tuple[str, ...] = ()
+
+    def verdict(self, row: Row) -> str:
+        """Whether the row counts: `official`, where it was published, or what sets it apart from the group's others."""
+        if row.kind == "published":
+            return f"published, {row.source}"
+        own = [d for d in row.deviations if d not in self.shared_deviations]
+        return "official" if row.official else "; ".join(own) or "not official"
 
 
 def dataset_title(name: str) -> str:
@@ -214,12 +223,15 @@ def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_C
     rows = _best_first(_local_row(d, baselines, ()) for d in drafts)
     present = {name for row in rows for name in row.accuracy}
     datasets = tuple(sorted(present, key=_dataset_order))
-    remarks = []
-    if key.dataset is None:
-        remarks.append(f"Not comparable with the published entries: {key.deviation()}.")
+    shared = _shared_deviations(rows)
+    remarks = [f"Not comparable with the published entries: {'; '.join(shared)}."] if shared else []
     if not any(row.kind == "random-real" for row in rows):
         remarks.append("No random real images were evaluated under these settings.")
-    return Group(key.track, False, key.title(), datasets, tuple(rows), tuple(remarks))
+    return Group(key.track, False, key.title(), datasets, tuple(rows), tuple(remarks), shared)
+
+
+def _shared_deviations(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(d for d in rows[0].deviations if all(d in row.deviations for row in rows))
 
 
 @dataclass(frozen=True)
@@ -256,11 +268,6 @@ class _GroupKey:
     def title(self) -> str:
         name = dataset_title(self.dataset) if self.dataset else "Not official"
         return ", ".join([f"{name}: E = {self.epochs_setting}", *self._unusual()])
-
-    def deviation(self) -> str:
-        official = TRACKS[self.track].epochs_setting
-        parts = [f"E = {self.epochs_setting} instead of {official}"] if self.epochs_setting != official else []
-        return ", ".join(parts + self._unusual()) or "rounds or conditions differ, see each row"
 
     def _unusual(self) -> list[str]:
         parts = []
@@ -354,8 +361,12 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
         spread=mean,
         to_first=_to_best_published(mean, results, published) if draft.kind == "submission" else None,
         to_random=difference(evaluated, against) if all(against) and draft.kind != "random-real" else None,
-        remarks=draft.remarks,
+        remarks=draft.remarks + _lacking(results, expected if draft.key.official else ()),
     )
+
+
+def _lacking(results: Mapping[str, Result], expected: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"no rank without {dataset_title(name)}" for name in expected if name not in results)
 
 
 def _published_row(entry: Entry) -> Row:
