@@ -79,6 +79,10 @@ class ZipTree:
                 f"{path} is not a whole zip file: {error}.", "It may be half downloaded: get it again."
             ) from error
 
+    def is_torch_file(self) -> bool:
+        """Whether this is what `torch.save` writes, which is a zip too."""
+        return any(name.endswith("/data.pkl") or name == "data.pkl" for name in self._zip.namelist())
+
     def names(self) -> tuple[list[str], list[str]]:
         """(files, folders) as POSIX paths, sorted; folders also where only their files are listed."""
         infos = self._zip.infolist()

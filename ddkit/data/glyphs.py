@@ -6,7 +6,7 @@ They need no download, are drawn with Pillow's own font, and are the same wherev
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddkit.challenge import GLYPHS
 from ddkit.data.sources import PixelSplit, Source
-from ddkit.progress import Listener, Progress, ignore
 
 # Letters that stay apart when they are turned a little.
 CLASS_NAMES = ("A", "E", "H", "K", "L", "O", "S", "T", "X", "Z")
@@ -28,18 +27,20 @@ _FONT_SIZES = (19, 27)  # pixels of the finished image
 _SHIFT = 4.0  # pixels of the finished image either way
 
 
-def source(progress: Listener = ignore) -> Source:
-    """Draw both splits."""
-    splits = {}
-    for split, per_class in PER_CLASS.items():
-        images = np.empty((per_class * len(CLASS_NAMES), 3, _SIDE, _SIDE), np.uint8)
-        labels = np.repeat(np.arange(len(CLASS_NAMES)), per_class)
-        for row, label in enumerate(labels):
-            images[row] = draw(split, int(label), row % per_class)
-            if row % 100 == 99:
-                progress(Progress(f"drawing glyphs, {split}", row + 1, len(labels), "images"))
-        splits[split] = PixelSplit(images, tuple(labels.tolist()))
-    return Source("drawn letters", Path(), CLASS_NAMES, splits)
+def source() -> Source:
+    """Both splits, drawn as they are asked for."""
+    return Source("drawn letters", None, CLASS_NAMES, {split: _split(split) for split in PER_CLASS})
+
+
+def _split(split: str) -> PixelSplit:
+    per_class = PER_CLASS[split]
+
+    def blocks() -> Iterator[NDArray[np.uint8]]:
+        for label in range(len(CLASS_NAMES)):
+            yield np.stack([draw(split, label, index) for index in range(per_class)])
+
+    labels = tuple(label for label in range(len(CLASS_NAMES)) for _ in range(per_class))
+    return PixelSplit(labels, _SIDE, blocks)
 
 
 def draw(split: str, label: int, index: int) -> NDArray[np.uint8]:
@@ -72,9 +73,9 @@ def _colours(random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[
 
 def _slope(random: np.random.Generator) -> NDArray[np.float64]:
     """Light that falls off across the ground, (3, S, S) about 0."""
-    x, y = np.meshgrid(np.linspace(-1, 1, _SIDE), np.linspace(-1, 1, _SIDE))
+    across = np.linspace(-1, 1, _SIDE)
     weights = random.uniform(-0.12, 0.12, (2, 3, 1, 1))
-    return weights[0] * x + weights[1] * y
+    return weights[0] * across + weights[1] * across[:, None]
 
 
 @functools.cache

@@ -9,7 +9,8 @@ import contextlib
 import datetime
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from typing import Any
 import numpy as np
 
 from ddkit import __version__
-from ddkit.challenge import DATASETS
-from ddkit.data import store
+from ddkit.challenge import DATASETS, DatasetSpec
+from ddkit.data import glyphs, store
 from ddkit.data.archives import DamagedMember, open_tree
+from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.decoding import BadImage, Problem, decode_split, open_image
-from ddkit.data.sources import PixelSplit, Source, open_source
+from ddkit.data.download import OFFICIAL, download
+from ddkit.data.sources import PixelSplit, Source, open_source, some
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
-from ddkit.errors import BadData, UsageError, nearest_name
-from ddkit.files import explain_os_error, replacing_folder, sha256_of
+from ddkit.errors import BadData, DDKitError, UsageError, nearest_name
+from ddkit.files import cache_folder, explain_os_error, replacing_folder, sha256_of
 from ddkit.progress import Listener, Progress, ignore
 
 try:
@@ -92,7 +95,8 @@ def prepare(
     request = Request(name, None if source is None else Path(source), image_size, skip_bad)
     with _alone(folder):
         if force or not _is_finished(request, cache):
-            _build(request, _obtain(request, progress), folder, progress)
+            _build(request, _obtain(request, cache, progress), folder, progress)
+            _remove_download(request, cache)
     return folder
 
 
@@ -133,43 +137,80 @@ def _identity(request: Request) -> dict[str, Any]:
     return {"path": path, "image_size": request.image_size, "skip_bad": request.skip_bad}
 
 
-def _obtain(request: Request, progress: Listener) -> Source:
+def _obtain(request: Request, cache: Path | None, progress: Listener) -> Source:
+    """Draw, download or open what was asked for. Raises BadData where a built-in name does not fit it."""
     if request.name == "glyphs":
-        from ddkit.data import glyphs
+        return glyphs.source()
+    path = request.source
+    if path is None:
+        path = download(OFFICIAL[request.name], _downloads(cache), progress=progress)
+    source = open_source(path)
+    _refuse_other_classes(request.name, source)
+    return source
 
-        return glyphs.source(progress)
-    return open_source(request.source)
+
+def _downloads(cache: Path | None) -> Path:
+    return (cache or cache_folder()) / ".downloads"
+
+
+def _remove_download(request: Request, cache: Path | None) -> None:
+    """The store has all that the archive had."""
+    if request.source is None and request.name in OFFICIAL:
+        shutil.rmtree(_downloads(cache), ignore_errors=True)
+
+
+def _refuse_other_classes(name: str, source: Source) -> None:
+    """A built-in name promises its classes in their order; one class fewer would shift the labels of all others."""
+    if "train" not in source.splits and name not in CLASS_NAMES:
+        raise BadData(f"{source.path} holds only test images.", "Give a source that has training images too.")
+    if name not in CLASS_NAMES or source.class_names == CLASS_NAMES[name]:
+        return
+    missing = [known for known in CLASS_NAMES[name] if known not in source.class_names]
+    extra = [found for found in source.class_names if found not in CLASS_NAMES[name]]
+    differences = [f"{word} {some(names)}" for word, names in (("it lacks", missing), ("it has", extra)) if names]
+    raise BadData(
+        f"{source.path} is not '{name}': it has {len(source.class_names)} classes of {len(CLASS_NAMES[name])}; "
+        f"{'; '.join(differences)}.",
+        "Prepare it under a name of its own.",
+    )
 
 
 def _build(request: Request, source: Source, folder: Path, progress: Listener) -> None:
+    """Write the whole store to a temporary folder, then put it in the place of the earlier one."""
     image_size = _image_size(request, source)
+    spec = DATASETS.get(request.name)
     with replacing_folder(folder) as temporary:
-        splits, mean_and_std = {}, None
+        splits: dict[str, SplitFacts] = {}
+        origin = {"kind": source.kind, **_identity(request)}
         for split in source.splits:
             file, skipped = _fill(request, source, split, temporary / f"{split}.safetensors", image_size, progress)
-            labels = file.labels()
-            _refuse_empty_classes(source, split, labels)
-            if split == "train":
-                mean_and_std = _measure(file)
-            splits[split] = SplitFacts(file.count, _per_class(labels), sha256_of(file.path), skipped)
-        spec = DATASETS.get(request.name)
-        mean, std = (spec.mean, spec.std) if spec else mean_and_std
-        store.write_facts(
-            StoreFacts(
-                name=request.name,
-                image_size=image_size,
-                mean=mean,
-                std=std,
-                class_names=source.class_names,
-                class_titles=source.class_titles,
-                listed_order=source.listed_order,
-                splits=splits,
-                source={"kind": source.kind, **_identity(request)},
-                prepared=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                ddkit_version=__version__,
-            ),
-            temporary,
-        )
+            splits[split] = _split_facts(source, split, file, skipped)
+            if spec is None and split == "train":
+                spec = DatasetSpec(request.name, len(source.class_names), image_size, *_measure(file))
+        if "train" not in splits and (earlier := _earlier(request.name, folder)) is not None:
+            # A reference file has the test split only: what was prepared of the training split stays.
+            shutil.copyfile(folder / "train.safetensors", temporary / "train.safetensors")
+            splits = {"train": earlier.splits["train"], **splits}
+            origin["train"] = dict(earlier.source)
+        store.write_facts(_facts(spec, source, splits, origin), temporary)
+
+
+def _facts(
+    spec: DatasetSpec, source: Source, splits: Mapping[str, SplitFacts], origin: Mapping[str, Any]
+) -> StoreFacts:
+    return StoreFacts(
+        name=spec.name,
+        image_size=spec.image_size,
+        mean=spec.mean,
+        std=spec.std,
+        class_names=source.class_names,
+        class_titles=source.class_titles,
+        listed_order=source.listed_order,
+        splits=splits,
+        source=origin,
+        prepared=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        ddkit_version=__version__,
+    )
 
 
 def _fill(
@@ -177,26 +218,42 @@ def _fill(
 ) -> tuple[SplitFile, tuple[str, ...]]:
     """Write one split. Returns its file and the names of the files that were left out."""
     content = source.splits[split]
+    total = len(content.labels)
     file = SplitFile.create(path, content.labels, image_size)
+
+    def report(done: int) -> None:
+        progress(Progress(f"{request.name}, {split}", done, total, "images"))
+
     if isinstance(content, PixelSplit):
-        file.write(0, content.images)
+        done = 0
+        for block in content.blocks():
+            file.write(done, block)
+            done += len(block)
+            report(done)
         return file, ()
-    task, total = f"reading {request.name}, {split}", len(content.names)
     problems = decode_split(
         source.path,
         content.names,
         file,
         resize=request.image_size is not None,
         give_up_after=None if request.skip_bad else _MOST_PROBLEMS,
-        report=lambda done: progress(Progress(task, done, total, "images")),
+        report=report,
     )
     if not problems:
         return file, ()
     _refuse_problems(problems, source, image_size, request.skip_bad)
     kept = np.ones(total, bool)
     kept[[problem.row for problem in problems]] = False
-    labels = np.asarray(content.labels)[kept]
-    return file.keep(labels, kept), tuple(problem.name for problem in problems)
+    return file.keep(np.asarray(content.labels)[kept].tolist(), kept), tuple(problem.name for problem in problems)
+
+
+def _split_facts(source: Source, split: str, file: SplitFile, skipped: tuple[str, ...]) -> SplitFacts:
+    """Raises BadData where a class has no image: nothing could be learnt or tested of it."""
+    counts = np.bincount(file.labels(), minlength=len(source.class_names))
+    if not counts.all():
+        name = source.class_names[int(counts.argmin())]
+        raise BadData(f"{source.path}: the {split} split has no usable image of the class '{name}'.")
+    return SplitFacts(file.count, (int(counts.min()), int(counts.max())), sha256_of(file.path), skipped)
 
 
 def _refuse_problems(problems: Sequence[Problem], source: Source, image_size: int, skip_bad: bool) -> None:
@@ -219,16 +276,22 @@ def _described(problems: Sequence[Problem], limit: int = 10) -> str:
 
 
 def _image_size(request: Request, source: Source) -> int:
-    """The dataset's own, the one asked for, or that of the first whole image. Raises BadData unless square."""
-    if request.name in DATASETS:
-        return DATASETS[request.name].image_size
-    if request.image_size is not None:
-        return request.image_size
-    content = source.splits["train"]
+    """The dataset's own, the one asked for, or that of the first whole image. Raises BadData where none fits."""
+    spec, content = DATASETS.get(request.name), source.splits.get("train") or source.splits["test"]
+    wanted = spec.image_size if spec else request.image_size
     if isinstance(content, PixelSplit):
-        return content.images.shape[-1]
+        if wanted not in (None, content.image_size):
+            raise BadData(
+                f"The images of {source.path or 'that source'} are {content.image_size} pixels, not {wanted}.",
+                "Only images in files of their own can be resized.",
+            )
+        return content.image_size
+    return wanted or _size_of_first(source, content.names)
+
+
+def _size_of_first(source: Source, names: Sequence[str]) -> int:
     tree = open_tree(source.path)
-    for name in content.names:
+    for name in names:
         with contextlib.suppress(BadImage, DamagedMember):
             width, height = open_image(tree.read(name)).size
             if width != height:
@@ -237,19 +300,15 @@ def _image_size(request: Request, source: Source) -> int:
                     "Add --image-size N to crop the images to squares and resize them.",
                 )
             return width
-    raise BadData(f"{source.path}: none of its {len(content.names)} training files is an image.")
+    raise BadData(f"{source.path}: none of its {len(names)} training files is an image.")
 
 
-def _refuse_empty_classes(source: Source, split: str, labels: np.ndarray) -> None:
-    counts = np.bincount(labels, minlength=len(source.class_names))
-    if not counts.all():
-        name = source.class_names[int(counts.argmin())]
-        raise BadData(f"{source.path}: the {split} split has no image of the class '{name}'.")
-
-
-def _per_class(labels: np.ndarray) -> tuple[int, int]:
-    counts = np.bincount(labels)
-    return int(counts.min()), int(counts.max())
+def _earlier(name: str, folder: Path) -> StoreFacts | None:
+    """What is prepared already under that name, if it can be used and has a training split."""
+    with contextlib.suppress(DDKitError):
+        store.load_dataset(name, "train", cache=folder.parent)
+        return store.store_facts(name, cache=folder.parent)
+    return None
 
 
 def _measure(file: SplitFile) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,26 +1,41 @@
 """Where images come from: one reader per layout, recognised by content and not by name.
 
-A reader lists what there is and its labels; `ddkit.data.prepare` turns that into a store. Image files stay
-encoded until then; only layouts that hold pixels already (`PixelSplit`) are read here.
+A reader lists what there is and its labels; `ddkit.data.prepare` turns that into a store. Image files are decoded
+only then; layouts that hold pixels already give them in blocks.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddkit.data.archives import DamagedMember, FolderTree, Tree, open_tree
+from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec
+from ddkit.data.archives import DamagedMember, FolderTree, Tree, ZipTree
+from ddkit.data.cifar_archive import CifarArchive, CifarSplit, cifar_folder, read_folder, read_tar
+from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadData, MissingData
+from ddkit.files import explain_os_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LAYOUTS = (
     "Known layouts: <split>/<class>/<image> with splits train and test (or val), as a folder or a zip; "
     "tiny-imagenet-200 as a folder or zip; cifar-100-python as a folder or tar.gz; the challenge's *_test.pt."
 )
+
+
+_ZIP, _GZIP, _TAR = b"PK", b"\x1f\x8b", b"ustar"  # how these files begin; a tar says so at byte 257
+_ROWS_AT_ONCE = 1024
+_TOLERANCE = 0.5 / 255  # of a reference file's values, in units of [0, 1]
 
 
 @dataclass(frozen=True)
@@ -33,22 +48,24 @@ class FileSplit:
 
 @dataclass(frozen=True)
 class PixelSplit:
-    """A split of pixels: (N, 3, S, S) uint8, and their labels."""
+    """A split of pixels. labels: ordered. blocks: gives the images in that order, (n, 3, S, S) uint8 at a time."""
 
-    images: NDArray[np.uint8]
     labels: tuple[int, ...]
+    image_size: int
+    blocks: Callable[[], Iterator[NDArray[np.uint8]]]
 
 
 @dataclass(frozen=True)
 class Source:
     """What was found at a path.
 
-    kind: the layout, in words. class_names: sorted as strings; empty where the layout has none.
+    kind: the layout, in words. path: None where the images are drawn. class_names: sorted as strings.
+    splits: "train" and "test", or "test" alone.
     class_titles, listed_order: see `ddkit.data.store.StoreFacts`.
     """
 
     kind: str
-    path: Path
+    path: Path | None
     class_names: tuple[str, ...]
     splits: Mapping[str, FileSplit | PixelSplit]
     class_titles: tuple[str, ...] = ()
@@ -58,17 +75,34 @@ class Source:
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Find out what lies at `path` and list it.
 
-    Raises MissingData when nothing is there, BadData for what is damaged, hostile or of no known layout.
+    Raises MissingData when nothing is there, BadData for what is damaged, hostile or of no known layout, BadFile
+    for what the system refuses.
     """
     path = Path(path)
-    tree = open_tree(path)
+    if path.is_dir():
+        if (folder := cifar_folder(path)) is not None:
+            return _cifar_source(path, read_folder(folder))
+        return _tree_source(FolderTree(path))
+    if not path.exists():
+        raise MissingData(f"There is no {path}.", "Check the path given to --from.")
+    beginning = _first_bytes(path)
+    if beginning.startswith(_GZIP) or _is_tar(beginning):
+        return _cifar_source(path, read_tar(path))
+    if beginning.startswith(_ZIP):
+        tree = ZipTree(path)
+        return _reference_source(path) if tree.is_torch_file() else _tree_source(tree)
+    raise BadData(f"{path} is neither a folder nor an archive.", _LAYOUTS)
+
+
+def _tree_source(tree: Tree) -> Source:
+    """The layouts that are image files, in a folder or in a zip."""
     files, folders = tree.names()
     for top in _possible_tops(files):
-        inside = _Listing(tree, top, _below(files, top), _below(folders, top))
-        for recognise in (_read_tiny_imagenet, _read_image_folder):
-            if (source := recognise(path, inside)) is not None:
+        listing = _Listing(tree, top, _below(files, top), _below(folders, top))
+        for read in (_read_tiny_imagenet, _read_image_folder):
+            if (source := read(tree.path, listing)) is not None:
                 return source
-    raise BadData(f"{path} has no layout that ddkit knows; it holds {_glimpse(files, folders)}.", _LAYOUTS)
+    raise BadData(f"{tree.path} has no layout that ddkit knows; it holds {_glimpse(files, folders)}.", _LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -158,6 +192,65 @@ def _read_image_folder(path: Path, listing: _Listing) -> Source | None:
     return Source("image folder", path, tuple(folders["train"]), splits)
 
 
+def _cifar_source(path: Path, archive: CifarArchive) -> Source:
+    """Classes sorted by name, and images by class and file name, as an image folder of them would have it."""
+    names = tuple(sorted(archive.class_names))
+    place = np.array([names.index(name) for name in archive.class_names])
+    splits = {split: _ordered(content, place[content.labels]) for split, content in archive.splits.items()}
+    return Source("cifar-100-python", path, names, splits)
+
+
+def _ordered(content: CifarSplit, labels: NDArray[np.int64]) -> PixelSplit:
+    names = content.names or [""] * len(labels)
+    order = sorted(range(len(labels)), key=lambda row: (labels[row], names[row]))
+
+    def blocks() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(order), _ROWS_AT_ONCE):
+            yield content.images[order[start : start + _ROWS_AT_ONCE]]
+
+    return PixelSplit(tuple(labels[order].tolist()), content.images.shape[-1], blocks)
+
+
+def _reference_source(path: Path) -> Source:
+    """The challenge's own test file: `images_val` (N, 3, S, S) float32, normalised, and `labels_val` (N,) int64."""
+    import torch
+
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadData(f"{path} is no tensor file that can be loaded safely: {reason}") from error
+    if not isinstance(value, dict) or not {"images_val", "labels_val"} <= set(value):
+        raise BadData(f"{path} is not the challenge's test file: it has no images_val and labels_val.", _LAYOUTS)
+    images, labels = value["images_val"], value["labels_val"]
+    spec = next((spec for spec in CHALLENGE_DATASETS if images.shape[1:] == spec.image_shape), None)
+    if spec is None or labels.shape != images.shape[:1] or not images.is_floating_point():
+        raise BadData(
+            f"{path}: images_val is {images.dtype} {tuple(images.shape)} and labels_val {tuple(labels.shape)}, "
+            "which is none of the challenge's datasets."
+        )
+    if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < spec.num_classes:
+        raise BadData(f"{path}: labels_val is not of classes 0 to {spec.num_classes - 1}.")
+    order = labels.argsort(stable=True)
+
+    def blocks() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(order), _ROWS_AT_ONCE):
+            yield _pixels(images[order[start : start + _ROWS_AT_ONCE]], spec, path)
+
+    split = PixelSplit(tuple(labels[order].tolist()), spec.image_size, blocks)
+    return Source("the challenge's test file", path, CLASS_NAMES[spec.name], {"test": split})
+
+
+def _pixels(normalised: Tensor, spec: DatasetSpec, path: Path) -> NDArray[np.uint8]:
+    """Back from normalised values to uint8. Raises BadData where they were normalised with other constants."""
+    from ddkit.data.images import denormalise, to_uint8
+
+    unit = denormalise(normalised, spec)
+    if not bool(((unit > -_TOLERANCE) & (unit < 1 + _TOLERANCE)).all()):
+        raise BadData(f"{path}: images_val was not normalised with the mean and standard deviation of {spec.name}.")
+    return to_uint8(unit).numpy()
+
+
 def _refuse_class_mismatch(path: Path, train: Sequence[str], test: Sequence[str], test_folder: str) -> None:
     """Two names that differ only by case are one folder on some systems; classes that only one split has are a mistake."""
     seen: dict[str, str] = {}
@@ -165,15 +258,15 @@ def _refuse_class_mismatch(path: Path, train: Sequence[str], test: Sequence[str]
         if (other := seen.setdefault(name.lower(), name)) != name:
             raise BadData(f"{path}: the classes '{other}' and '{name}' differ only by case.", "Rename or merge them.")
     if extra := sorted(set(test) - set(train)):
-        raise BadData(f"{path}: {test_folder} has classes that train lacks: {_some(extra)}.", "Add or remove them.")
+        raise BadData(f"{path}: {test_folder} has classes that train lacks: {some(extra)}.", "Add or remove them.")
     if missing := sorted(set(train) - set(test)):
-        raise BadData(f"{path}: {test_folder} lacks classes that train has: {_some(missing)}.", "Add or remove them.")
+        raise BadData(f"{path}: {test_folder} lacks classes that train has: {some(missing)}.", "Add or remove them.")
 
 
 def _refuse_empty_classes(path: Path, folder: str, class_names: Sequence[str], split: FileSplit) -> None:
     filled = set(split.labels)
     if empty := [name for label, name in enumerate(class_names) if label not in filled]:
-        raise BadData(f"{path}: no images in {_some([f'{folder}/{name}' for name in empty])}.", "Add some, or remove it.")
+        raise BadData(f"{path}: no images in {some([f'{folder}/{name}' for name in empty])}.", "Add some, or remove it.")
 
 
 def _file_split(listing: _Listing, labels: Mapping[str, int]) -> FileSplit:
@@ -200,9 +293,22 @@ def _matches(name: str, *pattern: str) -> bool:
 
 def _glimpse(files: Sequence[str], folders: Sequence[str]) -> str:
     top = sorted({name.partition("/")[0] for name in (*files, *folders)})
-    return _some(top) if top else "nothing"
+    return some(top) if top else "nothing"
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def _is_tar(beginning: bytes) -> bool:
+    return beginning[257:262] == _TAR

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,24 @@ def class_titles(name: str, *, cache: Path | None = None) -> tuple[str, ...]:
     """
     facts = store_facts(name, cache=cache)
     return facts.class_titles or facts.class_names
+
+
+def find_classes(name: str, wanted: Sequence[str], *, cache: Path | None = None) -> list[int]:
+    """Labels of the classes meant by names, titles or numbers, in the order given.
+
+    Raises UsageError offering the nearest name, and what `store_facts` raises.
+    """
+    facts = store_facts(name, cache=cache)
+    known = {str(label): label for label in range(len(facts.class_names))}
+    # Names come last, as a class may be called by a number.
+    known.update({title.lower(): label for label, title in reversed(list(enumerate(facts.class_titles)))})
+    known.update({class_name.lower(): label for label, class_name in enumerate(facts.class_names)})
+    labels = []
+    for word in (word.strip() for word in wanted):
+        if word.lower() not in known:
+            raise UsageError(f"'{name}' has no class '{word}'.", nearest_name(word, facts.class_titles or facts.class_names))
+        labels.append(known[word.lower()])
+    return labels
 
 
 def store_hash(name: str, split: str, *, cache: Path | None = None) -> str:

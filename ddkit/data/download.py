@@ -1,0 +1,202 @@
+"""Archives from their official addresses: resumed after a broken connection, also in a later run, and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import logging
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ddkit import __version__
+from ddkit.errors import BadData, BadFile, DDKitError, MissingData
+from ddkit.files import explain_os_error
+from ddkit.progress import Listener, Progress, ignore
+
+_log = logging.getLogger(__name__)
+
+_BLOCK = 1 << 18  # bytes
+_MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to fetch. md5: of the whole file, hexadecimal, as its publisher or torchvision states it."""
+
+    url: str
+    md5: str
+
+    @property
+    def file_name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+OFFICIAL = {
+    "cifar100": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"
+    ),
+    "tinyimagenet": Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
+}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to put up with a bad network.
+
+    attempts: failures in a row, each without one new byte, after which to give up.
+    pause: seconds before the second attempt; it doubles with each further one.
+    timeout: seconds without an answer that count as a failure.
+    """
+
+    attempts: int = 4
+    pause: float = 1.0
+    timeout: float = 30.0
+
+
+def download(
+    archive: Archive, folder: Path, *, patience: Patience = Patience(), progress: Listener = ignore
+) -> Path:
+    """Fetch an archive into `folder` and return its path; one that is there and whole is not fetched again.
+
+    What has arrived stays in `<name>.part` when the network fails or the program is stopped; the next call goes on
+    from there. Raises MissingData when the network does not give it, BadData when its checksum differs (the file is
+    then removed), BadFile when it cannot be written.
+    """
+    path = folder / archive.file_name
+    part = path.with_name(path.name + ".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and _md5(path) == archive.md5:
+            return path
+        resumed = part.exists() and part.stat().st_size > 0
+        _fetch(archive, part, patience, progress)
+        if resumed and _md5(part) != archive.md5:
+            _log.warning("What an earlier run had fetched of %s does not fit; fetching all of it again.", path.name)
+            part.unlink()
+            _fetch(archive, part, patience, progress)
+        if (found := _md5(part)) != archive.md5:
+            part.unlink()
+            raise BadData(
+                f"{archive.url} is not the file it should be: its MD5 is {found}, expected {archive.md5}.",
+                f"Try again later, or get {archive.file_name} elsewhere and give it to --from.",
+            )
+        os.replace(part, path)
+    except OSError as error:
+        raise explain_os_error(error, error.filename or path) from error
+    return path
+
+
+class _Broken(Exception):
+    """The network failed in a way that another attempt may mend."""
+
+
+def _fetch(archive: Archive, part: Path, patience: Patience, progress: Listener) -> None:
+    """Bring `part` to the full length, however many connections that takes."""
+    failures = 0
+    while True:
+        before = _size(part)
+        try:
+            return _fetch_rest(archive, part, patience.timeout, progress)
+        except _Broken as error:
+            failures = 1 if _size(part) > before else failures + 1
+            if failures >= patience.attempts:
+                raise _unreachable(archive, error) from error
+            _log.info("%s: %s; trying again from byte %d", archive.url, error, _size(part))
+            time.sleep(patience.pause * 2 ** (failures - 1))
+
+
+def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener) -> None:
+    """One connection: append to `part` what it lacks. Raises _Broken, or MissingData for what no retry mends."""
+    have = _size(part)
+    headers = {"User-Agent": f"ddkit/{__version__}", **({"Range": f"bytes={have}-"} if have else {})}
+    request = urllib.request.Request(archive.url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            begin = _first_byte(response)
+            length = response.headers.get("Content-Length")
+            total = begin + int(length) if length is not None else None
+            _refuse_full_disk(part, total, have)
+            with part.open("ab") as file:
+                # A server that ignores the range sends everything again.
+                file.truncate(begin)
+                _copy(response, file, archive, total, progress)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:
+            return _settle_range(error, part)
+        if error.code < 500 and error.code != 429:
+            raise _unreachable(archive, error) from error
+        raise _Broken(str(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(str(getattr(error, "reason", error)) or type(error).__name__) from error
+
+
+def _copy(
+    response: http.client.HTTPResponse, file: BinaryIO, archive: Archive, total: int | None, progress: Listener
+) -> None:
+    """Raises BadFile where the disk, and OSError or _Broken where the network fails."""
+    task = f"downloading {archive.file_name}"
+    while block := response.read(_BLOCK):
+        try:
+            file.write(block)
+        except OSError as error:
+            raise explain_os_error(error, file.name) from error
+        progress(Progress(task, file.tell() / _MEGABYTE, total and total / _MEGABYTE, "MB"))
+    if total is not None and file.tell() < total:
+        raise _Broken(f"the connection ended after {file.tell():,} of {total:,} bytes")
+
+
+def _first_byte(response: http.client.HTTPResponse) -> int:
+    """Where the answer begins in the file. Raises _Broken for a range that nobody asked for."""
+    if response.status != 206:
+        return 0
+    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    if match is None:
+        raise _Broken("the server answered with part of the file and did not say which")
+    return int(match[1])
+
+
+def _settle_range(error: urllib.error.HTTPError, part: Path) -> None:
+    """The server has no byte after what `part` holds: either that is all, or it is of another file."""
+    total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
+    if total is None or int(total[1]) != _size(part):
+        part.unlink()
+        raise _Broken("what was fetched before is longer than the file") from error
+
+
+def _refuse_full_disk(part: Path, total: int | None, have: int) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if total is not None and total - have > free:
+        raise BadFile(
+            f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are to come and {free / _MEGABYTE:,.0f} MB are free.",
+            "Free some space there, or set DDKIT_CACHE to another place.",
+        )
+
+
+def _unreachable(archive: Archive, error: Exception) -> DDKitError:
+    return MissingData(
+        f"{archive.url} could not be fetched: {error}.",
+        f"Try again (it goes on where it stopped), or get {archive.file_name} elsewhere and give it to --from.",
+    )
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
+def _md5(path: Path) -> str:
+    """Known checksums of these archives are MD5; they guard against damage, not against malice."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
