@@ -60,22 +60,13 @@ def within_class_diversity(features: Tensor, labels: Tensor) -> float:
     return float(torch.stack(means).mean())
 
 
-def nearest(queries: Tensor, candidates: Tensor, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
-    """The nearest candidate of each query: (N,) int64 indices and (N,) float distances.
+def nearest(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest candidate of each query: (N,) int64 indices and (N,) float32 distances.
 
-    queries: (N, D). candidates: (M, D). exclude_self: the queries are the candidates themselves, in the
-    same order, and none may be its own neighbour.
+    queries: (N, D). candidates: (M, D), not empty.
     """
-    indices, distances = [], []
-    for start in range(0, len(queries), _ROWS_AT_ONCE):
-        block = _distances(queries[start : start + _ROWS_AT_ONCE], candidates)
-        if exclude_self:
-            rows = torch.arange(len(block))
-            block[rows, rows + start] = torch.inf
-        found = block.min(dim=1)
-        indices.append(found.indices)
-        distances.append(found.values)
-    return torch.cat(indices), torch.cat(distances).float()
+    found = [_distances(rows, candidates).min(dim=1) for rows in queries.split(_ROWS_AT_ONCE)]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]).float()
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

@@ -57,10 +57,3 @@ def test_a_copy_is_its_own_nearest_at_no_distance():
     indices, distances = nearest(real[places], real)
     assert indices.tolist() == places.tolist()
     assert distances.max() < 1e-5
-
-
-def test_among_themselves_no_image_is_its_own_neighbour():
-    points = torch.tensor([[0.0], [1.0], [5.0]])
-    indices, distances = nearest(points, points, exclude_self=True)
-    assert indices.tolist() == [1, 0, 1]
-    assert distances.tolist() == pytest.approx([1, 1, 4])

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddkit.data.store import ImageSet
+from ddkit.errors import UsageError
+from ddkit.metrics.quality import measure
+
+CLASSES = 3
+
+
+class Pixels:
+    """Stands in for a trained network where only the metrics' wiring matters: the pixels are the features."""
+
+    def __call__(self, images, progress=None):
+        return images.float().flatten(1)
+
+
+def real_set(count: int, seed: int = 0) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    images = torch.randint(0, 120, (count, 3, 2, 2), generator=generator) + labels.view(-1, 1, 1, 1) * 60
+    return ImageSet(images.to(torch.uint8), labels, ("a", "b", "c"))
+
+
+def test_real_images_measure_like_real_images():
+    dataset, other = real_set(600), real_set(90, seed=1)
+    quality = measure(other.images, other.labels, dataset, Pixels())
+    assert quality.images == 90
+    assert quality.scores.density == pytest.approx(quality.real.density, abs=0.25)
+    assert quality.scores.coverage == pytest.approx(quality.real.coverage, abs=0.15)
+    assert quality.scores.diversity == pytest.approx(quality.real.diversity, rel=0.1)
+    assert quality.scores.nearest == pytest.approx(1, abs=0.15)
+    assert quality.real.nearest == 1
+
+
+def test_copies_are_found_with_what_they_copy():
+    dataset = real_set(600)
+    # Most of these are not among the real images that stand in, so that their originals can be found.
+    quality = measure(dataset.images[:300], dataset.labels[:300], dataset, Pixels())
+    copied = quality.distances < 1e-3
+    assert copied.float().mean() > 0.3
+    assert quality.neighbours[copied].tolist() == copied.nonzero().flatten().tolist()
+
+
+def test_one_picture_for_each_class_has_no_diversity_and_covers_little():
+    dataset = real_set(600)
+    first = torch.tensor([0, 1, 2])
+    quality = measure(dataset.images[first].repeat_interleave(20, 0), first.repeat_interleave(20), dataset, Pixels())
+    assert quality.scores.diversity == pytest.approx(0, abs=1e-4)
+    assert quality.scores.coverage < quality.real.coverage / 3
+    assert quality.scores.frechet > quality.real.frechet
+
+
+def test_one_image_a_class_has_no_diversity_to_measure():
+    dataset = real_set(300)
+    assert measure(dataset.images[:3], dataset.labels[:3], dataset, Pixels()).scores.diversity is None
+
+
+def test_a_single_image_is_refused():
+    dataset = real_set(60)
+    with pytest.raises(UsageError, match="two images"):
+        measure(dataset.images[:1], dataset.labels[:1], dataset, Pixels())
+
+
+def test_a_tiny_dataset_is_refused():
+    dataset = real_set(12)
+    with pytest.raises(UsageError, match="too few real images"):
+        measure(dataset.images, dataset.labels, dataset, Pixels())
