@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from ddkit.report.leaderboard import Group, Row, sampled_curve
 
 _POINTS_OF_LINE = 200
-_MOST_TICKS = 6
+_MOST_TICKS = 6  # intervals between them
+_MOST_WIDE_TICKS = 4  # along the bottom, where labels stand side by side on a phone too
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def line_chart(
         return None
     xs = [x for points in finite.values() for x, _ in points]
     ys = [y for points in finite.values() for _, y in points]
-    x_ticks, x_low, x_high = _axis(min(xs), max(xs), tight=True)
+    x_ticks, x_low, x_high = _axis(min(xs), max(xs), most=_MOST_WIDE_TICKS, tight=True)
     y_ticks, y_low, y_high = _axis(0.0 if from_zero else min(ys), max(ys))
 
     def place(x: float, y: float) -> str:
@@ -133,12 +134,12 @@ def _value_and_interval(row: Row, dataset: str | None) -> tuple[float, float | N
 
 
 def _axis(
-    low: float, high: float, *, tight: bool = False, scale: float = 1, unit: str = ""
+    low: float, high: float, *, most: int = _MOST_TICKS, tight: bool = False, scale: float = 1, unit: str = ""
 ) -> tuple[tuple[Tick, ...], float, float]:
     """Ticks at round numbers, and the ends of the axis: the outer ticks, or the data's own ends when `tight`."""
     if high <= low:
         low, high = low - abs(low) * 0.05 - 1e-3, high + abs(high) * 0.05 + 1e-3
-    step = _round_step((high - low) * scale) / scale
+    step = _round_step((high - low) * scale, most) / scale
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     start, end = (low, high) if tight else (first * step, last * step)
     decimals = max(0, -math.floor(math.log10(step * scale) + 1e-9))
@@ -148,10 +149,10 @@ def _axis(
     return tuple(tick for tick in ticks if -0.01 <= tick.position <= 100.01), start, end
 
 
-def _round_step(extent: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that leaves no more than so many ticks."""
-    power = 10 ** math.floor(math.log10(extent / _MOST_TICKS))
-    return next(m * power for m in (1, 2, 5, 10, 20) if extent / (m * power) <= _MOST_TICKS)
+def _round_step(extent: float, most: int) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is passed no more than so many times."""
+    power = 10 ** math.floor(math.log10(extent / most))
+    return next(m * power for m in (1, 2, 5, 10, 20) if extent / (m * power) <= most)
 
 
 def _percent(value: float, low: float, high: float) -> float:

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,17 @@ from ddkit.files import read_json, sha256_of
 from ddkit.metrics import ddranking
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.report.charts import IntervalChart, LineChart, interval_charts, line_chart
+from ddkit.report.console import shortened
 from ddkit.report.leaderboard import Estimate, Group, Row, build, dataset_title
 from ddkit.results import Result
+from ddkit.submission.findings import Finding
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 _MOST_ENTRIES = 8  # told in detail; the rest stays in the leaderboard
+_MOST_ROWS = 100  # of our own in a table
+_MOST_MARKS = 12  # of our own in a chart
 _MOST_SHEETS = 3  # sets of a dataset whose pictures are shown: one file has to be sent around
 _MOST_PER_CLASS = 10  # pictures of a class
 _MOST_CONFUSIONS = 15
@@ -68,16 +72,6 @@ class ClassPictures:
 
     name: str
     pictures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What `check` found. level: "error", "warning" or another word of its own."""
-
-    level: str
-    code: str
-    message: str
-    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +115,35 @@ class RunView:
 
 
 @dataclass(frozen=True)
+class QualityLine:
+    """One metric of a set, and of real images."""
+
+    metric: str
+    ours: float | None
+    real: float | None
+    reading: str
+
+
+@dataclass(frozen=True)
+class QualityPicture:
+    """A sheet that goes with the metrics. uri: a data URI."""
+
+    title: str
+    note: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class QualityView:
+    """The metrics of one set's pictures. images: in the set."""
+
+    name: str
+    images: int
+    lines: tuple[QualityLine, ...]
+    pictures: tuple[QualityPicture, ...] = ()
+
+
+@dataclass(frozen=True)
 class Page:
     """All that the page shows."""
 
@@ -128,12 +151,13 @@ class Page:
     version: str
     cards: tuple[Card, ...]
     groups: tuple[Group, ...]
-    charts: Mapping[int, tuple[IntervalChart, ...]]  # by the group's place
+    groups_left_out: tuple[int, ...]  # rows, for each group
+    charts: tuple[tuple[IntervalChart, ...], ...]  # for each group
     entries: tuple[EntryView, ...]
     entries_left_out: int
     runs: tuple[RunView, ...]
     problems: tuple[str, ...]
-    quality: tuple[Any, ...] = field(default=())
+    quality: tuple[QualityView, ...] = ()
 
 
 def gather(
@@ -142,6 +166,7 @@ def gather(
     problems: Sequence[str] = (),
     tracks: Iterable[int] | None = None,
     runs_folder: Path = Path("runs"),
+    quality: Sequence[QualityView] = (),
     progress: Listener = ignore,
 ) -> Page:
     """Everything the page shows.
@@ -161,13 +186,15 @@ def gather(
     return Page(
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z").strip(),
         version=__version__,
-        cards=_cards(groups),
-        groups=groups,
-        charts={place: interval_charts(group) for place, group in enumerate(groups)},
+        cards=_cards(groups, sum(result.kind == "submission" for result in results)),
+        groups=tuple(shortened(group, _MOST_ROWS)[0] for group in groups),
+        groups_left_out=tuple(shortened(group, _MOST_ROWS)[1] for group in groups),
+        charts=tuple(interval_charts(shortened(group, _MOST_MARKS)[0]) for group in groups),
         entries=tuple(entries),
         entries_left_out=len(chosen) - len(told),
         runs=training_runs(runs_folder),
         problems=tuple(problems),
+        quality=tuple(quality),
     )
 
 
@@ -184,10 +211,10 @@ def class_titles(result: Result) -> tuple[str, ...]:
     from ddkit.data import store
 
     try:
-        return store.class_titles(result.dataset)
+        names: Any = store.class_titles(result.dataset)
     except DDKitError:
         names = result.made_by.get("class_names", ())
-        return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
+    return tuple(str(name).replace("_", " ") for name in names) if isinstance(names, (list, tuple)) else ()
 
 
 def _entries_to_tell(groups: Iterable[Group]) -> list[tuple[Group, Row]]:
@@ -201,7 +228,7 @@ def _entries_to_tell(groups: Iterable[Group]) -> list[tuple[Group, Row]]:
     return list(best.values())
 
 
-def _cards(groups: Sequence[Group]) -> tuple[Card, ...]:
+def _cards(groups: Sequence[Group], evaluations: int) -> tuple[Card, ...]:
     rows = [(group, row) for group in groups for row in group.rows if row.is_local]
     official = [(group, row) for group, row in rows if row.official and row.score is not None]
     cards = []
@@ -209,16 +236,17 @@ def _cards(groups: Sequence[Group]) -> tuple[Card, ...]:
         cards += _cards_of_best(*official[0])
     elif rows:
         cards += _cards_of_best(*rows[0])
-    evaluations = sum(len(row.results) for _, row in rows)
-    cards.append(Card("Our evaluations", f"{evaluations:,}", f"{len(official):,} complete and official entries"))
+    entries = "entry" if len(official) == 1 else "entries"
+    cards.append(Card("Your evaluations", f"{evaluations:,}", f"{len(official):,} complete and official {entries}"))
     return tuple(cards)
 
 
 def _cards_of_best(group: Group, row: Row) -> list[Card]:
     datasets = " and ".join(dataset_title(name) for name in row.accuracy)
     rank = f"rank {row.rank} among the entries with public numbers" if row.rank else group.verdict(row)
-    interval = "" if row.spread is None or row.spread.half_width is None else f" ± {100 * row.spread.half_width:.2f}"
-    cards = [Card(f"Best entry: {row.name}", f"{100 * (row.value or 0):.2f}{interval} %", f"{datasets}; {rank}")]
+    half_width = row.spread.half_width if row.spread else None
+    interval = "" if half_width is None else f"± {100 * half_width:.2f}; "
+    cards = [Card(f"Best entry: {row.name}", f"{100 * (row.value or 0):.2f} %", f"{interval}{datasets}; {rank}")]
     first = max((e for e in PUBLISHED if e.track == group.track and e.score), key=lambda e: e.score or 0, default=None)
     if row.to_first is not None and first is not None:
         cards.append(_difference_card(f"To first place ({first.name})", row.to_first))
@@ -260,19 +288,18 @@ def _entry_view(place: int, group: Group, row: Row, results: Sequence[Result], b
 def _set_view(result: Result, results: Sequence[Result], budget: _PictureBudget) -> SetView:
     titles = class_titles(result)
     path = Path(result.source)
-    gone = _why_gone(path, result)
+    gone = changed = _why_gone(path, result)
     sheet: tuple[ClassPictures, ...] = ()
-    if not gone and not (gone := budget.grants(result)):
+    if not changed and not (gone := budget.grants(result)):
         sheet, gone = _sheet(path, result, titles)
-    checked, findings = _findings(path, result) if not _why_gone(path, result) else (False, ())
     return SetView(
         result=result,
         title=dataset_title(result.dataset),
         sheet=sheet,
         gone=gone,
         facts=_facts(result),
-        checked=checked,
-        findings=findings,
+        checked=not changed,
+        findings=() if changed else _findings(path),
         loss=_loss_chart(result),
         classes=_classes(result, titles),
         confusions=_confusions(result, titles),
@@ -320,14 +347,14 @@ def _data_uri(picture: Any) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _findings(path: Path, result: Result) -> tuple[bool, tuple[Finding, ...]]:
+def _findings(path: Path) -> tuple[Finding, ...]:
     from ddkit.submission.check import check_path
 
     try:
         report = check_path(path)
     except DDKitError as error:
-        return True, (Finding("error", "", error.message),)
-    return True, tuple(Finding(str(f.level), f.code, f.message, str(f.where or "")) for f in report.findings)
+        return (Finding("error", "–", error.message),)
+    return tuple(report.findings)
 
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:
