@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,34 @@ class Result:
     @property
     def std(self) -> float | None:
         """Sample standard deviation over the rounds (n - 1); None for a single round."""
-        if self.rounds < 2:
-            return None
-        return (sum((a - self.mean) ** 2 for a in self.accuracies) / (self.rounds - 1)) ** 0.5
+        return std_of(self.accuracies)
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % confidence interval of the mean by Student's t; None for a single round."""
-        if self.std is None:
-            return None
-        from scipy.special import stdtrit  # imports in a third of the time that scipy.stats takes
+        return interval_of(self.accuracies)
 
-        half = float(stdtrit(self.rounds - 1, 0.975)) * self.std / self.rounds**0.5
-        return self.mean - half, self.mean + half
+
+def std_of(accuracies: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1); None for fewer than two."""
+    n = len(accuracies)
+    if n < 2:
+        return None
+    mean = sum(accuracies) / n
+    return (sum((accuracy - mean) ** 2 for accuracy in accuracies) / (n - 1)) ** 0.5
+
+
+def interval_of(accuracies: Sequence[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean by Student's t; None for fewer than two."""
+    std = std_of(accuracies)
+    if std is None:
+        return None
+    from scipy.special import stdtrit  # imports in a third of the time that scipy.stats takes
+
+    n = len(accuracies)
+    mean = sum(accuracies) / n
+    half = float(stdtrit(n - 1, 0.975)) * std / n**0.5
+    return mean - half, mean + half
 
 
 @dataclass(frozen=True)

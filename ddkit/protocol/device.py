@@ -1,0 +1,50 @@
+"""Which device to compute on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from ddkit.errors import ComputeError, UsageError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called "auto" (the fastest there is), "cpu", "cuda", "cuda:N" or "mps".
+
+    Raises UsageError for another name, ComputeError for a device that this machine or this PyTorch lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"There is no device '{name}'.", "Known: auto, cpu, cuda, cuda:N, mps.") from error
+    present = {
+        "cpu": device.index in (None, 0),
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not present.get(device.type, False):
+        raise ComputeError(f"This machine has no device '{name}' that PyTorch can use.", "Try --device auto.")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's model, for records: "AMD EPYC, 2 threads", "NVIDIA H200"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{cpu_model()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def cpu_model() -> str:
+    """The processor's model name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

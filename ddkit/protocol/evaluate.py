@@ -1,0 +1,341 @@
+"""The challenge's evaluation: several fresh networks trained on a set and tested on the real test images."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit import challenge
+from ddkit.challenge import DatasetSpec
+from ddkit.data.store import ImageSet
+from ddkit.environment import versions
+from ddkit.errors import UsageError
+from ddkit.interrupt import StopRequest, stop_requests
+from ddkit.progress import Listener, Progress, ignore
+from ddkit.protocol.device import describe_device, resolve_device
+from ddkit.protocol.networks import OFFICIAL_NETWORK
+from ddkit.protocol.reference import TestSet, as_test_set
+from ddkit.protocol.rounds import RoundResult, RoundSettings, StateFile, read_result, run_round
+from ddkit.protocol.sharing import Team
+from ddkit.protocol.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
+from ddkit.protocol.tracks import Conditions, Generate, deviations
+from ddkit.protocol.training import TrainingSettings
+from ddkit.results import Result, interval_of, std_of
+
+_MOST_CONFUSIONS = 30
+_POINTS_OF_CURVE = 101
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate; None keeps what the track prescribes.
+
+    epochs_setting: E; E + 1 epochs run. precision: "float32" or "bfloat16". network: a name in
+    `ddkit.protocol.networks.NETWORKS`. time_budget: seconds a track 2 generator may take for each round.
+    """
+
+    track: int = 1
+    rounds: int | None = None
+    epochs_setting: int | None = None
+    seed: int = 0
+    network: str = "convnet"
+    augment: bool = True
+    precision: str = "float32"
+    device: str = "auto"
+    time_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None and self.rounds < 1:
+            raise UsageError(f"The number of rounds must be positive, got {self.rounds}.")
+        if self.time_budget is not None and self.time_budget <= 0:
+            raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
+        self.training  # refuses what no training can be meant by
+
+    @property
+    def number_of_rounds(self) -> int:
+        return self.rounds or challenge.track(self.track).rounds
+
+    @property
+    def training(self) -> TrainingSettings:
+        epochs = self.epochs_setting
+        if epochs is None:
+            epochs = challenge.track(self.track).epochs_setting
+        return TrainingSettings(epochs, augment=self.augment, precision=self.precision)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of an evaluation. Accuracies are fractions of the test set, 0 to 1; fields as in `Result`."""
+
+    dataset: str
+    settings: EvaluationSettings
+    accuracies: tuple[float, ...]
+    official: bool
+    deviations: tuple[str, ...]
+    images: int
+    images_per_class: tuple[int, int]
+    seconds: float
+    generation_seconds: tuple[float, ...]
+    device: str
+    loss_curves: tuple[tuple[float, ...], ...]
+    per_class: tuple[float, ...]
+    confusions: tuple[tuple[int, int, float], ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over the rounds: the score."""
+        return sum(self.accuracies) / len(self.accuracies)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the rounds; None for a single one."""
+        return std_of(self.accuracies)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the mean by Student's t; None for a single round."""
+        return interval_of(self.accuracies)
+
+    def result(
+        self, name: str, sha256: str, source: str, *, kind: str = "submission", made_by: Mapping[str, Any] | None = None
+    ) -> Result:
+        """The record for the results file: what was evaluated (its name, hash and where it lay) and what came out."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "settings"}
+        settings = self.settings
+        return Result(
+            name=name,
+            sha256=sha256,
+            source=source,
+            kind=kind,
+            made_by=dict(made_by or {}),
+            track=settings.track,
+            epochs_setting=settings.training.epochs_setting,
+            network=settings.network,
+            augment=settings.augment,
+            precision=settings.precision,
+            seed=settings.seed,
+            versions=versions(),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **own,
+        )
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """Where evaluations keep what they have done; each in a folder of its own, named by a hash of all that decides.
+
+    path: None keeps nothing. seconds_between_saves: how much work a kill may cost.
+    """
+
+    path: Path | None = None
+    seconds_between_saves: float = 30.0
+
+    def folder(self, key: str) -> Path | None:
+        """The folder of the evaluation with that key."""
+        return None if self.path is None else Path(self.path) / key
+
+    def file(self, key: str, index: int) -> StateFile:
+        """The state of one round of it."""
+        folder = self.folder(key)
+        return StateFile(folder and folder / f"round-{index}.pt", self.seconds_between_saves)
+
+
+def evaluate(
+    images: Tensor,
+    labels: Tensor,
+    test_set: ImageSet | Mapping[str, Tensor] | tuple[Tensor, Tensor] | TestSet,
+    *,
+    track: int = 1,
+    rounds: int | None = None,
+    epochs_setting: int | None = None,
+    seed: int = 0,
+    network: str = OFFICIAL_NETWORK,
+    augment: bool = True,
+    precision: str = "float32",
+    device: str = "auto",
+    spec: DatasetSpec | None = None,
+    state: StateFolder | None = None,
+    progress: Listener = ignore,
+) -> Evaluation:
+    """Train fresh networks on a distilled set as the challenge does and test them on real images.
+
+    images: (N, 3, S, S) float, normalised. labels: (N,) int64.
+    test_set: an ImageSet of uint8 pixels, or the challenge's reference as dict or as (images, labels), normalised.
+    track, rounds, epochs_setting and what follows: see EvaluationSettings; None keeps the track's own.
+    spec: of the dataset; found among the built-in ones by number of classes and image size when None.
+    state: where to keep what is done, so that an interrupted evaluation goes on and a finished one is not repeated;
+        on a CPU its accuracies are bit-identical to those of an uninterrupted one.
+
+    Raises InvalidSubmission for images that cannot be trained on, BadData for a test set that does not fit,
+    UsageError for settings that cannot be meant, Interrupted once asked to stop, the state saved.
+    Source: PROTOCOL.md.
+    """
+    settings = EvaluationSettings(track, rounds, epochs_setting, seed, network, augment, precision, device)
+    test_set = as_test_set(test_set, spec)
+    return evaluate_source(FixedSet(images, labels), test_set, settings, state=state, progress=progress)
+
+
+def evaluate_generator(
+    generate: Generate,
+    test_set: TestSet,
+    settings: EvaluationSettings,
+    *,
+    name: str,
+    state: StateFolder | None = None,
+    progress: Listener = ignore,
+) -> Evaluation:
+    """Track 2: like `evaluate`, on images that `generate` makes anew for each round within the time budget.
+
+    generate: (seed, seconds) -> (images, labels) as `evaluate` takes them. name: a hash or name that identifies the
+    entry, under which interrupted evaluations are continued. Raises InvalidSubmission when the budget is overrun.
+    """
+    budget = settings.time_budget or challenge.track(settings.track).time_budget_seconds
+    if budget is None:
+        raise UsageError("Generators are evaluated on track 2.", "Say --track 2, or give a time budget.")
+    source = TimedGenerator(generate, name, budget)
+    return evaluate_source(source, test_set, settings, state=state, progress=progress)
+
+
+def evaluate_source(
+    source: Source,
+    test_set: TestSet,
+    settings: EvaluationSettings,
+    *,
+    state: StateFolder | None = None,
+    progress: Listener = ignore,
+) -> Evaluation:
+    """What `evaluate` and `evaluate_generator` do, for any source of training images."""
+    team = Team()
+    device = team.device(resolve_device(settings.device))
+    mine = team.share_of(range(settings.number_of_rounds))
+    runner = _Runner(source, test_set, settings, device, state or StateFolder(), progress, len(mine))
+    with stop_requests() as stop:
+        results = [(index, runner.run(index, stop)) for index in mine]
+    # Every process gets all results, and so the same evaluation.
+    results = [result for _, result in sorted(team.gather(results), key=lambda pair: pair[0])]
+    return _summary(results, test_set, settings, source.budget, device)
+
+
+class _Runner:
+    """Runs this process's rounds one after the other and reports how far they are together."""
+
+    def __init__(
+        self,
+        source: Source,
+        test_set: TestSet,
+        settings: EvaluationSettings,
+        device: torch.device,
+        state: StateFolder,
+        progress: Listener,
+        rounds: int,
+    ) -> None:
+        self._source, self._test_set, self._state = source, test_set, state
+        self._rounds = RoundSettings(settings.network, settings.training, settings.seed, str(device))
+        self._key = _key(source, test_set, self._rounds) if state.path else ""
+        self._progress = progress
+        self._epochs = settings.training.epochs
+        self._epochs_before, self._epochs_total = 0, rounds * self._epochs
+
+    def run(self, index: int, stop: StopRequest) -> RoundResult:
+        """Round `index`, or its result where it is there already."""
+        file = self._state.file(self._key, index)
+        result = read_result(file)
+        if result is None:
+            seed = self._rounds.seed_for("generation", index)
+            made = self._source.for_round(index, seed, self._state.folder(self._key))
+            check_training_set(made.images, made.labels, self._test_set.spec)
+            listener = functools.partial(self._report, index)
+            result = run_round(index, made, self._test_set, self._rounds, file=file, stop=stop, listener=listener)
+        self._epochs_before += self._epochs
+        self._report(index, 0, result.losses[-1])
+        return result
+
+    def _report(self, index: int, epochs_done: int, loss: float) -> None:
+        done = self._epochs_before + epochs_done
+        figures = {"round": index + 1, "loss": loss}
+        task = f"training on {self._test_set.spec.name}"
+        self._progress(Progress(task, done, self._epochs_total, "epochs", figures))
+
+
+def _key(source: Source, test_set: TestSet, rounds: RoundSettings) -> str:
+    """A name for everything that decides on the outcome of a round but its number."""
+    spec = test_set.spec
+    decides = {
+        "training set": source.identity,
+        "test set": hash_of(test_set.images, test_set.labels),
+        "normalisation": [spec.num_classes, spec.mean, spec.std],
+        "settings": dataclasses.asdict(rounds),
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return f"{spec.name}-{digest[:16]}"
+
+
+def _summary(
+    results: Sequence[RoundResult],
+    test_set: TestSet,
+    settings: EvaluationSettings,
+    budget: float | None,
+    device: torch.device,
+) -> Evaluation:
+    spec = test_set.spec
+    fewest = min(result.images_per_class[0] for result in results)
+    most = max(result.images_per_class[1] for result in results)
+    conditions = Conditions(
+        rounds=len(results),
+        epochs_setting=settings.training.epochs_setting,
+        images_per_class=(fewest, most),
+        test_images=len(test_set),
+        network=settings.network,
+        augment=settings.augment,
+        precision=settings.precision,
+        time_budget=budget,
+    )
+    differences = deviations(challenge.track(settings.track), spec, conditions)
+    counts = torch.stack([result.confusion(test_set.labels, spec.num_classes) for result in results])
+    return Evaluation(
+        dataset=spec.name,
+        settings=settings,
+        accuracies=tuple(result.accuracy(test_set.labels) for result in results),
+        official=not differences,
+        deviations=differences,
+        images=results[0].images,
+        images_per_class=(fewest, most),
+        seconds=sum(result.seconds for result in results),
+        generation_seconds=tuple(result.generation_seconds for result in results) if budget else (),
+        device=describe_device(device),
+        loss_curves=tuple(_thinned(result.losses) for result in results),
+        per_class=_per_class(counts),
+        confusions=_confusions(counts),
+    )
+
+
+def _thinned(losses: Sequence[float]) -> tuple[float, ...]:
+    """Evenly spaced epochs, first and last included, few enough for a picture."""
+    points = min(len(losses), _POINTS_OF_CURVE)
+    places = torch.linspace(0, len(losses) - 1, points).round().long().tolist()
+    return tuple(round(losses[place], 5) for place in places)
+
+
+def _per_class(counts: Tensor) -> tuple[float, ...]:
+    """Mean accuracy of each class over (rounds, true class, predicted class) counts; 0 for a class without images."""
+    right = counts.diagonal(dim1=1, dim2=2).sum(0).double()
+    return tuple((right / counts.sum((0, 2)).clamp(min=1)).tolist())
+
+
+def _confusions(counts: Tensor) -> tuple[tuple[int, int, float], ...]:
+    """The most frequent mistakes, as (true class, predicted class, mean count a round)."""
+    mistakes = counts.double().mean(0).fill_diagonal_(0)
+    top = mistakes.flatten().topk(min(_MOST_CONFUSIONS, mistakes.numel()))
+    classes = len(mistakes)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return tuple((place // classes, place % classes, count) for place, count in pairs if count > 0)

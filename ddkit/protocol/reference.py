@@ -1,0 +1,129 @@
+"""What networks are tested on: raw pixels normalised a batch at a time, or a reference file's ready floats."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import BATCH_SIZE, DATASETS, DatasetSpec
+from ddkit.data.images import normalise
+from ddkit.data.store import ImageSet
+from ddkit.errors import BadData, UsageError
+from ddkit.files import explain_os_error
+
+_IMAGES_KEY, _LABELS_KEY = "images_val", "labels_val"
+# Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalised ones have no negative values.
+_LARGEST_NORMALISED = 10.0
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A test set of one dataset.
+
+    images: (N, 3, S, S), uint8 pixels or float32 already normalised with the spec's constants.
+    labels: (N,) int64 in [0, spec.num_classes).
+    """
+
+    __test__ = False  # no test of pytest's, whatever its name
+
+    images: Tensor
+    labels: Tensor
+    spec: DatasetSpec
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, device: torch.device, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
+        """Normalised float32 batches in file order. Pixels stay uint8 until their batch is due."""
+        for pixels in self.images.split(batch_size):
+            pixels = pixels.to(device, non_blocking=True)
+            yield normalise(pixels, self.spec) if pixels.dtype == torch.uint8 else pixels.float()
+
+
+def as_test_set(
+    data: ImageSet | Mapping[str, Tensor] | tuple[Tensor, Tensor], spec: DatasetSpec | None = None
+) -> TestSet:
+    """A checked TestSet from an ImageSet, a reference dict as in `*_test.pt`, or normalised (images, labels).
+
+    spec: of the dataset; found among the built-in ones by number of classes and image size when None.
+    Raises BadData for other sizes, values that are not normalised, labels out of range.
+    """
+    if isinstance(data, ImageSet):
+        spec = spec or _spec_like(len(data.class_names), data.images.shape[-1])
+        return _checked(TestSet(data.images, data.labels, spec), "the test set")
+    images, labels = _pair(data)
+    if spec is None:
+        # A reference file names no classes; the challenge's test sets hold images of every one.
+        spec = _spec_like(int(labels.max()) + 1 if labels.numel() else 0, images.shape[-1])
+    return _checked(TestSet(images, labels.long(), spec), "the reference")
+
+
+def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:
+    """Read the challenge's `{dataset}_test.pt`. Raises BadData naming the file when it is not one."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise BadData(f"{path} cannot be read as a reference file: {_first_line(error)}.") from error
+    images, labels = _pair(data, str(path))
+    return _checked(TestSet(images, labels.long(), spec), str(path))
+
+
+def _pair(data: Any, name: str = "the reference") -> tuple[Tensor, Tensor]:
+    if isinstance(data, Mapping):
+        data = (data.get(_IMAGES_KEY), data.get(_LABELS_KEY))
+    if not isinstance(data, tuple) or len(data) != 2 or not all(isinstance(item, Tensor) for item in data):
+        raise BadData(
+            f"{name} holds no tensors '{_IMAGES_KEY}' and '{_LABELS_KEY}'.",
+            "The challenge's reference files are dicts of those two.",
+        )
+    return data
+
+
+def _checked(test_set: TestSet, name: str) -> TestSet:
+    images, labels, spec = test_set.images, test_set.labels, test_set.spec
+    if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape:
+        raise BadData(f"{name} holds images of shape {tuple(images.shape[1:])}, {spec.name} has {spec.image_shape}.")
+    if labels.shape != (len(images),) or len(images) == 0:
+        raise BadData(f"{name} holds {len(images)} images and labels of shape {tuple(labels.shape)}.")
+    if int(labels.min()) < 0 or int(labels.max()) >= spec.num_classes:
+        raise BadData(
+            f"{name} has labels from {int(labels.min())} to {int(labels.max())}, "
+            f"{spec.name} has classes 0 to {spec.num_classes - 1}."
+        )
+    if images.dtype != torch.uint8:
+        _check_normalised(images, name, spec)
+    return test_set
+
+
+def _check_normalised(images: Tensor, name: str, spec: DatasetSpec) -> None:
+    if not images.is_floating_point():
+        raise BadData(f"{name} holds {images.dtype} images, expected uint8 pixels or normalised float32.")
+    low, high = (float(bound) for bound in images.aminmax())
+    # A comparison with nan is false, so this refuses nan too.
+    if not (-_LARGEST_NORMALISED < low < 0.0 < high < _LARGEST_NORMALISED):
+        raise BadData(
+            f"{name} has values from {low:.4g} to {high:.4g}, which are not normalised images.",
+            f"Normalise pixels in [0, 1] with mean {spec.mean} and std {spec.std}.",
+        )
+
+
+def _spec_like(num_classes: int, image_size: int) -> DatasetSpec:
+    for spec in DATASETS.values():
+        if (spec.num_classes, spec.image_size) == (num_classes, image_size):
+            return spec
+    raise UsageError(
+        f"No built-in dataset has {num_classes} classes of {image_size}-pixel images.",
+        "Say which dataset it is: evaluate(..., spec=ddkit.data.store.dataset_spec(name)).",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

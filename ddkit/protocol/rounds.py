@@ -1,0 +1,194 @@
+"""One round of an evaluation: a fresh network trained and tested, saved on the way so that a kill costs little."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import DatasetSpec
+from ddkit.errors import Interrupted
+from ddkit.files import replacing
+from ddkit.interrupt import StopRequest
+from ddkit.protocol.engine import Engine
+from ddkit.protocol.networks import build_network
+from ddkit.protocol.reference import TestSet
+from ddkit.protocol.tracks import Generated, images_per_class
+from ddkit.protocol.training import TrainingRun, TrainingSettings
+
+_log = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
+
+EpochListener = Callable[[int, float], None]  # epochs done, mean loss of the last
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """What decides on a round's outcome, beside the data and its number.
+
+    seed: of the whole evaluation; round r of every evaluation with this seed starts from the same network and
+        draws the same shuffles and augmentations, so that two sets can be compared round by round.
+    """
+
+    network: str
+    training: TrainingSettings
+    seed: int
+    device: str = "cpu"
+
+    def seed_for(self, purpose: str, index: int) -> int:
+        """A 32-bit seed for one purpose in round `index`.
+
+        Hashed, because PyTorch's CPU generator looks at the lower 32 bits of a seed only and neighbouring
+        sums of seed and round would coincide.
+        """
+        text = f"ddkit/{purpose}/{self.seed}/{index}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a finished round leaves.
+
+    predictions: (N_test,) int16, the predicted class of each test image in file order.
+    losses: of each epoch, the mean of its batches' losses. seconds: of training and testing.
+    images, images_per_class: how many were trained on, and the smallest and largest number of any class.
+    """
+
+    predictions: Tensor
+    losses: tuple[float, ...]
+    seconds: float
+    generation_seconds: float
+    images: int
+    images_per_class: tuple[int, int]
+
+    def accuracy(self, labels: Tensor) -> float:
+        """Fraction of the test images whose prediction is in `labels`, (N_test,) int64."""
+        return int((self.predictions == labels).sum()) / len(labels)
+
+    def confusion(self, labels: Tensor, num_classes: int) -> Tensor:
+        """(num_classes, num_classes) int64: how many images of each true class (row) got each predicted one."""
+        pairs = labels * num_classes + self.predictions
+        return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """Where a round's state lies while it runs, and its result afterwards.
+
+    path: None keeps nothing. seconds_between_saves: how much work a kill may cost.
+    """
+
+    path: Path | None = None
+    seconds_between_saves: float = 30.0
+
+    def read(self) -> dict[str, Any]:
+        """What was saved, or an empty dict; a file that cannot be used is reported and counts as none."""
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            _log.warning("%s cannot be read (%s); the round starts afresh.", self.path, error)
+            return {}
+        if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
+            _log.warning("%s is of another version; the round starts afresh.", self.path)
+            return {}
+        return state
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Save atomically."""
+        if self.path is not None:
+            with replacing(self.path) as temporary:
+                torch.save({"version": _STATE_VERSION, **state}, temporary)
+
+
+def run_round(
+    index: int,
+    made: Generated,
+    test_set: TestSet,
+    settings: RoundSettings,
+    *,
+    file: StateFile,
+    stop: StopRequest,
+    listener: EpochListener,
+) -> RoundResult:
+    """Train and test the network of round `index` on `made`, going on from what `file` holds.
+
+    Raises Interrupted, the state saved, once `stop` is set.
+    """
+    device = torch.device(settings.device)
+    training = _training_run(index, made.images.to(device), made.labels.to(device), test_set.spec, settings)
+    losses: list[float] = []
+    clock = _Clock()
+    if saved := file.read():
+        training.load_state_dict(saved["training"])
+        losses = saved["losses"]
+        clock = _Clock(saved["seconds"])
+    while not training.finished:
+        batch_losses = training.epoch()
+        losses.append(sum(batch_losses) / len(batch_losses))
+        listener(training.epochs_done, losses[-1])
+        if stop or clock.since_mark() >= file.seconds_between_saves:
+            file.write({"training": training.state_dict(), "losses": losses, "seconds": clock.seconds()})
+            clock.mark()
+        if stop:
+            kept = "Run the same again to go on from there." if file.path else "Nothing was kept."
+            raise Interrupted(f"Interrupted after epoch {training.epochs_done} of round {index + 1}.", kept)
+    training.network.eval()
+    result = RoundResult(
+        predictions=predict(training.engine, test_set, device),
+        losses=tuple(losses),
+        seconds=clock.seconds(),
+        generation_seconds=made.seconds,
+        images=len(made.images),
+        images_per_class=images_per_class(made.labels, test_set.spec.num_classes),
+    )
+    file.write({"result": {**vars(result), "losses": losses}})
+    return result
+
+
+def read_result(file: StateFile) -> RoundResult | None:
+    """The result of a round that is finished; None of one that is not."""
+    result = file.read().get("result")
+    return RoundResult(**{**result, "losses": tuple(result["losses"])}) if result else None
+
+
+def predict(engine: Engine, test_set: TestSet, device: torch.device) -> Tensor:
+    """(N_test,) int16 on the CPU: the class of the largest logit of each test image."""
+    classes = [engine.logits(images).argmax(dim=1) for images in test_set.batches(device)]
+    return torch.cat(classes).to("cpu", torch.int16)
+
+
+def _training_run(
+    index: int, images: Tensor, labels: Tensor, spec: DatasetSpec, settings: RoundSettings
+) -> TrainingRun:
+    initial = settings.seed_for("network", index)
+    network = build_network(settings.network, spec.num_classes, spec.image_size, seed=initial).to(settings.device)
+    generator = torch.Generator().manual_seed(settings.seed_for("training", index))
+    return TrainingRun(network, images.float(), labels, settings.training, generator)
+
+
+class _Clock:
+    """Seconds worked on a round over all its sittings, and since the last save."""
+
+    def __init__(self, seconds_before: float = 0.0) -> None:
+        self._began = self._marked = time.monotonic()
+        self._before = seconds_before
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._began
+
+    def since_mark(self) -> float:
+        return time.monotonic() - self._marked
+
+    def mark(self) -> None:
+        self._marked = time.monotonic()

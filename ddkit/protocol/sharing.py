@@ -1,0 +1,45 @@
+"""Several processes, on one machine or many, that share the rounds of an evaluation (`accelerate launch`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+_Item = TypeVar("_Item")
+
+
+class Team:
+    """The processes that were launched together; a team of one where none were.
+
+    Round r belongs to process r modulo the team's size.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self._state = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState()
+            self.rank, self.size = self._state.process_index, self._state.num_processes
+
+    def share_of(self, rounds: Sequence[int]) -> list[int]:
+        """The rounds that are this process's to run."""
+        return [index for index in rounds if index % self.size == self.rank]
+
+    def device(self, wanted: torch.device) -> torch.device:
+        """This process's own GPU, where the team computes on GPUs and no particular one was asked for."""
+        if self._state is not None and wanted.type == "cuda" and wanted.index is None:
+            return torch.device("cuda", self._state.local_process_index % torch.cuda.device_count())
+        return wanted
+
+    def gather(self, items: list[_Item]) -> list[_Item]:
+        """The items of all processes, in every process; the order is that of the ranks."""
+        if self._state is None:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)

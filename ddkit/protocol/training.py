@@ -1,0 +1,175 @@
+"""Training one network on a labelled set as the challenge trains it.
+
+Source: PROTOCOL.md, "Training one network on a submission".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddkit.challenge import (
+    BATCH_SIZE,
+    LEARNING_RATE,
+    LEARNING_RATE_AFTER_DROP,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    epoch_of_drop,
+)
+from ddkit.errors import ComputeError, UsageError
+from ddkit.protocol.augment import random_augment
+from ddkit.protocol.engine import PRECISIONS, Engine, EnginePlan, build_engine, choose_plan
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What may differ from the protocol, at its official values where it has them.
+
+    epochs_setting: E; E + 1 epochs run. precision: "float32" or "bfloat16" (autocast).
+    """
+
+    epochs_setting: int
+    batch_size: int = BATCH_SIZE
+    augment: bool = True
+    shuffle: bool = True
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.epochs_setting < 0:
+            raise UsageError(f"The epochs setting must not be negative, got {self.epochs_setting}.")
+        if self.batch_size < 1:
+            raise UsageError(f"The batch size must be positive, got {self.batch_size}.")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"There is no precision '{self.precision}'.", f"Known: {', '.join(PRECISIONS)}.")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that run: 0 ... E."""
+        return self.epochs_setting + 1
+
+
+class TrainingRun:
+    """The training of one network, an epoch at a time, so that it can be saved and continued between two.
+
+    network: trained in place; on the device where it is to be trained.
+    images: (N, 3, S, S) float, normalised. labels: (N,) int64. Both on the network's device.
+    generator: on the CPU; draws the order of the images and the augmentation.
+    plan: of the engine that computes gradients; when None, the one measured to be fastest on this machine, or,
+        once a state is loaded, the one that the state was trained with.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        settings: TrainingSettings,
+        generator: torch.Generator,
+        plan: EnginePlan | None = None,
+    ) -> None:
+        if len(images) != len(labels) or len(images) == 0:
+            raise UsageError(f"Cannot train on {len(images)} images with {len(labels)} labels.")
+        self.network = network
+        self.settings = settings
+        self.epochs_done = 0
+        self._images, self._labels = images, labels
+        self._generator = generator
+        self._plan = plan
+        self._engine: Engine | None = None
+        self._optimizer = _optimizer(network, LEARNING_RATE)
+
+    @property
+    def finished(self) -> bool:
+        return self.epochs_done >= self.settings.epochs
+
+    @property
+    def engine(self) -> Engine:
+        """What computes gradients; chosen when it is first needed."""
+        if self._engine is None:
+            self._plan = self._plan or choose_plan(self.network, self.settings.precision, self.settings.batch_size)
+            self._engine = build_engine(self.network, self._plan)
+        return self._engine
+
+    def epoch(self) -> list[float]:
+        """Train for one epoch; returns the mean loss of each batch. Raises ComputeError when it is no number."""
+        self.network.train()
+        losses = [self._step(indices) for indices in self._batches()]
+        if self.epochs_done == epoch_of_drop(self.settings.epochs_setting):
+            # A new optimiser, not only a new rate: momentum starts again from zero.
+            self._optimizer = _optimizer(self.network, LEARNING_RATE_AFTER_DROP)
+        self.epochs_done += 1
+        # One transfer an epoch: a GPU is never waited for between batches.
+        values = torch.stack(losses).tolist()
+        if not all(map(math.isfinite, values)):
+            raise ComputeError(
+                f"The training loss is no number in epoch {self.epochs_done}.",
+                "Check the set's values: they must be normalised with the dataset's constants.",
+            )
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the remaining epochs depend on, as tensors and plain numbers."""
+        return {
+            "epochs_done": self.epochs_done,
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "plan": dataclasses.asdict(self._plan) if self._plan else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.epochs_done = state["epochs_done"]
+        self.network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"].cpu())
+        # Another engine would round differently: the rest of a run is computed as its beginning was.
+        self._plan, self._engine = EnginePlan(**state["plan"]) if state["plan"] else None, None
+
+    def _batches(self) -> tuple[Tensor, ...]:
+        n = len(self._images)
+        order = torch.randperm(n, generator=self._generator) if self.settings.shuffle else torch.arange(n)
+        return order.to(self._images.device).split(self.settings.batch_size)
+
+    def _step(self, indices: Tensor) -> Tensor:
+        images, labels = self._images[indices], self._labels[indices]
+        if self.settings.augment:
+            images = random_augment(images, self._generator)
+        loss = self.engine.gradients(images, labels)
+        self._optimizer.step()
+        return loss
+
+
+def train_network(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs_setting: int,
+    batch_size: int = BATCH_SIZE,
+    augment: bool = True,
+    shuffle: bool = True,
+    generator: torch.Generator | None = None,
+    precision: str = "float32",
+) -> list[float]:
+    """Train `network` in place as the protocol does, for E + 1 epochs; returns every batch's mean loss in order.
+
+    images: (N, 3, S, S) float, normalised. labels: (N,) int64, below the network's number of classes.
+    epochs_setting: E of PROTOCOL.md. generator: on the CPU; one seeded with 0 when None.
+    Raises UsageError for settings that cannot be meant, ComputeError when the loss is no number.
+    """
+    settings = TrainingSettings(epochs_setting, batch_size, augment, shuffle, precision)
+    run = TrainingRun(network, images, labels, settings, generator or torch.Generator().manual_seed(0))
+    losses: list[float] = []
+    while not run.finished:
+        losses += run.epoch()
+    return losses
+
+
+def _optimizer(network: nn.Module, learning_rate: float) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
