@@ -1,0 +1,102 @@
+"""The KL autoencoder between images and latents: building it, its training loss, encoding and decoding.
+
+Squares of pixels become channels before the first convolution and turn back after the last one, which spares
+the costly convolutions at full size. How large the squares are can be told from the number of channels, so a
+saved autoencoder is an ordinary `diffusers.AutoencoderKL` folder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddkit.generator.presets import AutoencoderConfig
+
+_STARTING_LOG_VARIANCE = -5.0
+
+
+def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) -> AutoencoderKL:
+    """An untrained autoencoder for (N, 3, image_size, image_size); its weights depend on `seed` alone."""
+    config.latent_shape(image_size)
+    levels = len(config.channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = AutoencoderKL(
+            in_channels=3 * config.pixel_patch**2,
+            out_channels=3 * config.pixel_patch**2,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.channels,
+            layers_per_block=config.layers_per_level,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_groups,
+            mid_block_add_attention=False,
+            sample_size=image_size // config.pixel_patch,
+        )
+    _begin_simple(autoencoder)
+    return autoencoder
+
+
+def pixel_patch(autoencoder: AutoencoderKL) -> int:
+    """Side of the squares of pixels that the autoencoder takes as channels; 1 for most pretrained ones."""
+    return math.isqrt(autoencoder.config.in_channels // 3)
+
+
+def encode(autoencoder: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """(N, 3, S, S) in [-1, 1] -> (N, C, s, s) means of the posterior, not scaled."""
+    return autoencoder.encode(F.pixel_unshuffle(pixels, pixel_patch(autoencoder))).latent_dist.mean
+
+
+def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+    """(N, C, s, s), not scaled -> (N, 3, S, S) around [-1, 1]."""
+    return F.pixel_shuffle(autoencoder.decode(latents).sample, pixel_patch(autoencoder))
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1], the autoencoder's range (not the protocol's normalisation)."""
+    return images.float() / 127.5 - 1
+
+
+class AutoencoderLoss(nn.Module):
+    """The loss of a batch: mean absolute plus mean squared error of the pixels, and a little KL.
+
+    The squared error alone blurs, the absolute one alone converges slowly.
+    """
+
+    def __init__(self, network: AutoencoderKL, kl_weight: float) -> None:
+        super().__init__()
+        self.network = network
+        self.kl_weight = kl_weight
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels: (N, 3, S, S) in [-1, 1]. noise: (N, C, s, s), standard normal.
+
+        Returns the loss and the mean squared error, both scalars.
+        """
+        posterior = self.network.encode(F.pixel_unshuffle(pixels, pixel_patch(self.network))).latent_dist
+        decoded = decode(self.network, posterior.mean + posterior.std * noise)
+        squared = F.mse_loss(decoded, pixels)
+        # Kingma & Welling 2013, appendix B, as a mean over latents, so that its weight means the same at all sizes.
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return F.l1_loss(decoded, pixels) + squared + self.kl_weight * kl, squared
+
+
+def psnr(squared_error: float) -> float:
+    """Peak signal-to-noise ratio in decibels of images in [-1, 1]."""
+    return 10 * math.log10(4 / max(squared_error, 1e-12))
+
+
+@torch.no_grad()
+def _begin_simple(autoencoder: AutoencoderKL) -> None:
+    """Residual branches begin at zero and latents nearly without noise: training begins with an almost linear map."""
+    for module in autoencoder.modules():
+        if type(module).__name__ == "ResnetBlock2D":
+            module.conv2.weight.zero_()
+            module.conv2.bias.zero_()
+    channels = autoencoder.config.latent_channels
+    autoencoder.quant_conv.weight[channels:].zero_()
+    autoencoder.quant_conv.bias[channels:].fill_(_STARTING_LOG_VARIANCE)

@@ -1,0 +1,307 @@
+"""The training loop of one stage: the same for the autoencoder, the denoiser and fine-tuning.
+
+A stage says what a step's global batch is, as a pure function of (seed, step), and what its loss is. The engine
+does the rest: processes, precision, accumulation, averaged weights, checkpoints, stopping and going on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ddkit.errors import ComputeError, Interrupted, UsageError
+from ddkit.generator.checkpoints import Checkpoint, list_checkpoints, load_latest, save_checkpoint
+from ddkit.generator.compiling import compiled
+from ddkit.generator.presets import OptimiserConfig
+from ddkit.interrupt import stop_requests
+from ddkit.progress import Listener, Progress, ignore
+
+log = logging.getLogger(__name__)
+
+_SMOOTHING = 0.98  # of the loss that is shown
+
+
+class Stage(Protocol):
+    """What the engine trains.
+
+    name: of its checkpoints and records. loss: a module that holds `network` and maps a part of a batch to the mean
+    loss and a figure worth recording, both scalars. config: plain values; checkpoints of others are not continued.
+    """
+
+    name: str
+    task: str  # what progress calls it
+    figure: str  # what the second value is called in records
+    network: nn.Module
+    loss: nn.Module
+    optimiser: OptimiserConfig
+    ema_width: float
+    config: Mapping[str, object]
+
+    def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
+        """The global batch of that step: tensors whose first dimension is the batch."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a stage ends, and how often it is saved.
+
+    steps: in all. seconds: of training in all, resumed or not; None for no limit.
+    """
+
+    steps: int
+    seconds: float | None = None
+    save_every_seconds: float = 300.0
+    record_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.record_every < 1:
+            raise UsageError("A training needs at least one step.")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened up to a step. loss: the mean since the record before. images: seen so far."""
+
+    stage: str
+    step: int
+    loss: float
+    figure: float
+    rate: float
+    images: int
+    seconds: float
+
+
+class Engine:
+    """Trains one stage. Make it, then `run()`; `ema_weights()` is the result.
+
+    folder: of checkpoints. on_record: called with every StepRecord, on the main process only.
+    on_save: called after a checkpoint was written, on the main process only.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        accelerator: Accelerator,
+        folder: Path,
+        limits: Limits,
+        *,
+        compile_network: bool = False,
+        progress: Listener = ignore,
+        on_record: Callable[[StepRecord], None] = lambda record: None,
+        on_save: Callable[[Engine], None] = lambda engine: None,
+    ) -> None:
+        self.stage, self.accelerator, self.folder, self.limits = stage, accelerator, folder, limits
+        self._progress, self._on_record, self._on_save = progress, on_record, on_save
+        self.step, self.seconds, self.finished = 0, 0.0, False
+        self._check_batch()
+        stage.network.to(accelerator.device)
+        optimiser = torch.optim.AdamW(
+            stage.network.parameters(),
+            lr=stage.optimiser.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=stage.optimiser.weight_decay,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        self._loss, self._optimiser = accelerator.prepare(stage.loss, optimiser)
+        if compile_network:
+            self._loss = compiled(self._loss)
+        self._ema = power_ema(stage.network, stage.ema_width)
+        self._resume()
+
+    def run(self) -> None:
+        """Train until a limit is reached. Raises Interrupted or ComputeError, the state saved as far as it is good."""
+        with stop_requests() as stop:
+            for record in self._steps():
+                if self.accelerator.is_main_process:
+                    self._on_record(record)
+                    self._show(record)
+                if self._agreed(bool(stop)):
+                    self.save()
+                    raise Interrupted(
+                        f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
+                        "Run the same command again to go on.",
+                    )
+        if not self.finished:
+            self.finished = True
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint now."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder, self.stage.name, self._checkpoint())
+            self._on_save(self)
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[nn.Module]:
+        """The stage's network with its averaged weights, which are put back afterwards."""
+        parameters = list(self.stage.network.parameters())
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        try:
+            yield self.stage.network
+        finally:
+            self._ema.restore(parameters)
+
+    def _steps(self) -> Iterator[StepRecord]:
+        """Train, yielding a record every so often; saves by the clock."""
+        saved = time.monotonic()
+        losses: list[tuple[Tensor, Tensor]] = []
+        while not self._is_over():
+            began = time.monotonic()
+            losses.append(self._train_step())
+            self.step += 1
+            if self.step % self.limits.record_every == 0 or self.step == self.limits.steps:
+                record = self._record(losses, began)
+                losses = []
+                yield record
+            self.seconds += time.monotonic() - began
+            if self._agreed(time.monotonic() - saved > self.limits.save_every_seconds):
+                self.save()
+                saved = time.monotonic()
+
+    def _train_step(self) -> tuple[Tensor, Tensor]:
+        """One optimiser step; returns this process's mean loss and figure, on the device."""
+        rate = self.stage.optimiser.rate(self.step)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        batch = self.stage.draw(self.step, self.accelerator.device)
+        parts = self._own_parts(batch)
+        losses = []
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self._loss):
+                loss, figure = self._loss(**part)
+                self.accelerator.backward(loss / len(parts))
+            losses.append(torch.stack([loss.detach().float(), figure.detach().float()]))
+        self.accelerator.clip_grad_norm_(self.stage.network.parameters(), self.stage.optimiser.clip_norm)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._ema.step(self.stage.network.parameters())
+        mean_loss, mean_figure = torch.stack(losses).mean(dim=0)
+        return mean_loss, mean_figure
+
+    def _own_parts(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """This process's share of the global batch, in as many parts as the step is computed in."""
+        processes, own = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.stage.optimiser.batch_size // (processes * self.stage.optimiser.accumulation)
+        starts = [(own * self.stage.optimiser.accumulation + k) * size for k in range(self.stage.optimiser.accumulation)]
+        return [{name: values[start : start + size] for name, values in batch.items()} for start in starts]
+
+    def _record(self, losses: list[tuple[Tensor, Tensor]], began: float) -> StepRecord:
+        """The means since the last record over all processes. Raises ComputeError where the loss is no number."""
+        means = torch.stack([torch.stack(pair) for pair in losses]).mean(dim=0)
+        loss, figure = self.accelerator.reduce(means, reduction="mean").tolist()
+        if not math.isfinite(loss):
+            raise self._diverged()
+        return StepRecord(
+            stage=self.stage.name,
+            step=self.step,
+            loss=loss,
+            figure=figure,
+            rate=self.stage.optimiser.rate(self.step - 1),
+            images=self.step * self.stage.optimiser.batch_size,
+            seconds=self.seconds + time.monotonic() - began,
+        )
+
+    def _is_over(self) -> bool:
+        over_time = self.limits.seconds is not None and self.seconds >= self.limits.seconds
+        return self.finished or self.step >= self.limits.steps or self._agreed(over_time)
+
+    def _agreed(self, wish: bool) -> bool:
+        """Whether any process wishes it: all must leave the loop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return wish
+        votes = torch.tensor(float(wish), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, reduction="sum") > 0)
+
+    def _show(self, record: StepRecord) -> None:
+        figures = {"loss": record.loss, self.stage.figure: record.figure}
+        if self.limits.seconds is None:
+            self._progress(Progress(self.stage.task, record.step, self.limits.steps, "steps", figures))
+        else:
+            seconds = min(record.seconds, self.limits.seconds)
+            figures = {"step": record.step, **figures}
+            self._progress(Progress(self.stage.task, round(seconds), round(self.limits.seconds), "s", figures))
+
+    def _check_batch(self) -> None:
+        parts = self.accelerator.num_processes * self.stage.optimiser.accumulation
+        if self.stage.optimiser.batch_size % parts:
+            raise UsageError(
+                f"A batch of {self.stage.optimiser.batch_size} cannot be split evenly into {parts} parts "
+                f"({self.accelerator.num_processes} processes, {self.stage.optimiser.accumulation} accumulated).",
+                "Choose another --batch-size.",
+            )
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            seconds=self.seconds,
+            finished=self.finished,
+            network=self.stage.network.state_dict(),
+            ema=self._ema.state_dict(),
+            optimiser=self._optimiser.state_dict(),
+            config=json.loads(json.dumps(self.stage.config)),
+        )
+
+    def _resume(self) -> None:
+        checkpoint = load_latest(self.folder, self.stage.name)
+        if checkpoint is None:
+            return
+        self.stage.network.load_state_dict(checkpoint.network)
+        self._ema.load_state_dict(checkpoint.ema)
+        self._ema.to(self.accelerator.device)
+        self._optimiser.load_state_dict(checkpoint.optimiser)
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        within = self.step < self.limits.steps and (self.limits.seconds is None or self.seconds < self.limits.seconds)
+        self.finished = checkpoint.finished and not within
+        log.info("Going on with %s after %d steps", self.stage.name, self.step)
+
+    def _diverged(self) -> ComputeError:
+        good = list_checkpoints(self.folder, self.stage.name)
+        remedy = f"The last good state is {good[-1]}. " if good else "There is no checkpoint yet. "
+        return ComputeError(
+            f"The loss of {self.stage.name} training is no number after step {self.step}.",
+            remedy + "Try a lower --lr.",
+        )
+
+
+def power_ema(network: nn.Module, width: float) -> EMAModel:
+    """Averaged weights whose profile is a power of the step, so that it suits any length of training.
+
+    width: the profile's standard deviation as a share of the training so far, sigma_rel of Karras et al. 2024
+    (arXiv 2312.02696, equations 3 and 126): sigma_rel = sqrt((g + 1) / ((g + 2)^2 (g + 3))) is solved for g.
+    diffusers' decay 1 - 1 / (1 + step / inv_gamma) is that profile where inv_gamma = g + 1.
+    """
+    exponent = _ema_exponent(width)
+    return EMAModel(
+        network.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=exponent + 1, power=1.0, foreach=True
+    )
+
+
+def _ema_exponent(width: float) -> float:
+    """The g > 0 of `power_ema`, by bisection: the width falls as g grows."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        of_middle = math.sqrt((middle + 1) / ((middle + 2) ** 2 * (middle + 3)))
+        low, high = (middle, high) if of_middle > width else (low, middle)
+    return low
+
+
+def as_json_line(record: StepRecord) -> str:
+    """A record as one line of the metrics log."""
+    return json.dumps(dataclasses.asdict(record)) + "\n"

@@ -1,0 +1,82 @@
+"""What the denoiser is asked: noisy latents, the target to predict, and what its answer says of the clean latents.
+
+All objectives mix as z_t = a(t) z_0 + s(t) noise and differ in a, s and the target:
+"flow" has a = 1 - t, s = t (Liu et al. 2022, arXiv 2209.03003); "epsilon" and "v" have a^2 + s^2 = 1 with the cosine
+schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 17) in 1,000 steps, as diffusers' schedulers compute it.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from ddkit.generator.presets import ObjectiveConfig
+
+TIME_SCALE = 1000  # the denoiser sees times on the scale 0 to 1000, as diffusers' schedulers give them
+BETA_SCHEDULE = "squaredcos_cap_v2"  # diffusers' name of the cosine schedule
+
+
+class Objective:
+    """The mixing, the targets and the weights of one ObjectiveConfig. `times` are (N,) float32 in [0, 1000]."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        scheduler = DDPMScheduler(num_train_timesteps=TIME_SCALE, beta_schedule=BETA_SCHEDULE)
+        self._signal = scheduler.alphas_cumprod.sqrt()  # (1000,)
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) float32 on the generator's device, spread evenly over the distribution.
+
+        One random shift of an even grid, which makes the batch's loss less noisy (Kingma et al. 2021, appendix I.1).
+        """
+        device = generator.device
+        shift = torch.rand((), generator=generator, device=device)
+        even = (torch.arange(count, device=device) / count + shift) % 1
+        if self.config.prediction != "flow":
+            return (even * TIME_SCALE).floor().clamp(max=TIME_SCALE - 1)
+        normal = torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))
+        return torch.sigmoid(self.config.time_mean + self.config.time_std * normal) * TIME_SCALE
+
+    def mix(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Noisy latents z_t. clean, noise: (N, ...) of the same shape."""
+        signal, spread = self._levels(times, clean)
+        return signal * clean + spread * noise
+
+    def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What the denoiser's output is compared with."""
+        if self.config.prediction == "epsilon":
+            return noise
+        if self.config.prediction == "flow":
+            return noise - clean
+        signal, spread = self._levels(times, clean)
+        return signal * noise - spread * clean
+
+    def clean(self, noisy: Tensor, output: Tensor, times: Tensor) -> Tensor:
+        """The prediction of z_0 that a denoiser's output for z_t amounts to."""
+        signal, spread = self._levels(times, noisy)
+        if self.config.prediction == "epsilon":
+            return (noisy - spread * output) / signal
+        if self.config.prediction == "flow":
+            return noisy - spread * output
+        return signal * noisy - spread * output
+
+    def weight(self, times: Tensor) -> Tensor:
+        """(N,) weights of the squared error: min-SNR for epsilon and v (arXiv 2303.09556, section 3.4), ones for flow."""
+        if self.config.prediction == "flow":
+            return torch.ones_like(times)
+        signal, spread = self._levels(times, times)
+        snr = (signal / spread) ** 2
+        clipped = snr.clamp(max=self.config.min_snr_gamma)
+        return clipped / snr if self.config.prediction == "epsilon" else clipped / (snr + 1)
+
+    def _levels(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """a(t) and s(t), shaped to multiply `like`."""
+        if self.config.prediction == "flow":
+            spread = times / TIME_SCALE
+            signal = 1 - spread
+        else:
+            signal = self._signal.to(times.device)[times.long()]
+            spread = (1 - signal**2).sqrt()
+        shape = (-1, *[1] * (like.ndim - 1))
+        return signal.view(shape), spread.view(shape)
