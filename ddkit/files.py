@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddkit.errors import BadFile
 
@@ -122,14 +122,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
+    """Hexadecimal SHA-256 of a file's bytes. Raises BadFile where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+            return sha256_of_stream(file)
     except OSError as error:
         raise explain_os_error(error, path) from error
+
+
+def sha256_of_stream(stream: IO[bytes]) -> str:
+    """Hexadecimal SHA-256 of what is left to read in a stream, read in blocks."""
+    digest = hashlib.sha256()
+    while block := stream.read(_BLOCK):
+        digest.update(block)
     return digest.hexdigest()
 
 

@@ -1,0 +1,52 @@
+"""`ddkit check`: whether a submission is what the challenge takes, and means what its rows say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from ddkit.cli._options import SUBMISSION_FOLDER, example, surface_options
+from ddkit.cli._surface import Surface
+
+
+@click.command(epilog=example("ddkit check submission.zip --strict"))
+@click.argument("path", type=click.Path(path_type=Path), default=SUBMISSION_FOLDER)
+@click.option("--dataset", metavar="NAME", help="Of a single file whose name does not say it.")
+@click.option("--ipc", type=click.IntRange(min=1), help="Images per class there must be.  [default: the challenge's 10]")
+@click.option("--strict", is_flag=True, help="Warnings make it unacceptable too.")
+@click.option("--ignore", "ignored", multiple=True, metavar="CODE", help="Leave out findings of this code; repeatable.")
+@click.option("--fix-order", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT",
+              help="Write the tensor with its rows in the right order, as far as the real images tell it.")
+@surface_options
+@click.pass_context
+def check(
+    ctx: click.Context, surface: Surface, path: Path, dataset: str | None, ipc: int | None, strict: bool,
+    ignored: tuple[str, ...], fix_order: Path | None,
+) -> None:  # fmt: skip
+    """Check a submission folder, a zip or one tensor; nothing in it is executed.
+
+    Looks at files, shapes and values, and, where the real images are prepared, at what the rows show: labels are
+    implied by the order of the rows, and nothing in the official scorer notices when that is wrong.
+    Codes are explained in submission/README.md. Ends with status 1 where the submission is unacceptable.
+    """
+    from dataclasses import replace
+
+    from ddkit.cli._findings import findings_table
+    from ddkit.submission.check import CheckSettings, check_path
+    from ddkit.submission.fixing import fix_row_order
+
+    if fix_order is not None:
+        fixed = fix_row_order(path, fix_order, dataset=dataset)
+        surface.result({"wrote": str(fixed.path), "moved_rows": fixed.moved_rows}, f"{fixed.moved_rows} rows moved.")
+        surface.done([fixed.path], f"ddkit check {fixed.path}" + (f" --dataset {dataset}" if dataset else ""))
+        return
+    surface.say(f"Checking {escape(str(path))}.")
+    settings = CheckSettings() if ipc is None else replace(CheckSettings(), ipc=ipc)
+    report = check_path(path, dataset=dataset, settings=settings, progress=surface.listen).ignoring(ignored)
+    report = report.strict() if strict else report
+    surface.result({"path": str(path), **report.to_json()}, findings_table(report, path))
+    if not report.ok:
+        ctx.exit(1)
+    surface.done([], "ddkit pack" if path.is_dir() else "")

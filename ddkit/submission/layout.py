@@ -1,0 +1,123 @@
+"""The challenge's files: their names, the order of their rows, and how ddkit writes and reads them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import DatasetSpec
+from ddkit.data.images import denormalise, to_uint8
+from ddkit.errors import BadFile, InvalidSubmission
+from ddkit.files import read_json, replacing, sha256_of, write_json
+from ddkit.report.figures import contact_sheet, save_png
+from ddkit.submission.reading import read_tensor
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedSet:
+    """The three files of a distilled set: the challenge's tensor, how it was made, and how it looks."""
+
+    tensor: Path
+    facts: Path
+    sheet: Path
+
+
+def tensor_path(folder: str | os.PathLike[str], dataset_name: str) -> Path:
+    """Where a dataset's tensor lies in a submission folder."""
+    return Path(folder) / f"{dataset_name}.pt"
+
+
+def set_files(path: str | os.PathLike[str]) -> SavedSet:
+    """The three files of the set whose tensor is, or will be, at `path`."""
+    path = Path(path)
+    return SavedSet(path, path.with_suffix(".json"), path.with_suffix(".png"))
+
+
+def row_labels(num_classes: int, ipc: int) -> Tensor:
+    """The labels that the scorer implies: (num_classes * ipc,) int64, ipc rows of class 0, then of class 1, and so on."""
+    return torch.arange(num_classes).repeat_interleave(ipc)
+
+
+def save_set(
+    path: str | os.PathLike[str],
+    images: Tensor,
+    spec: DatasetSpec,
+    class_names: Sequence[str],
+    made_by: Mapping[str, Any],
+    *,
+    titles: Sequence[str] | None = None,
+) -> SavedSet:
+    """Write a distilled set: the bare tensor, its JSON and its contact sheet.
+
+    images: (num_classes * ipc, 3, S, S) float, normalised, rows in the order of `row_labels`.
+    made_by: how the set was made; the JSON holds it with the tensor's SHA-256, so that an old JSON beside a
+    new tensor, after a kill between the two, is recognised. titles: class names for people, on the sheet.
+    Raises InvalidSubmission for another shape, BadFile for what the system refuses.
+    """
+    if images.ndim != 4 or images.shape[1:] != spec.image_shape or len(images) % spec.num_classes or not len(images):
+        raise InvalidSubmission(
+            f"{tuple(images.shape)} is no set for {spec.name}: "
+            f"it takes (rows, 3, {spec.image_size}, {spec.image_size}), the same number of rows for each class."
+        )
+    files = set_files(path)
+    ipc = len(images) // spec.num_classes
+    # A tensor saved as a view would drag its whole storage along.
+    own = images.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+    save_tensor(own, files.tensor)
+    facts = dict(made_by) | {
+        "dataset": spec.name,
+        "images_per_class": ipc,
+        "class_names": list(titles or class_names),
+        "sha256": sha256_of(files.tensor),
+    }
+    write_json(files.facts, facts)
+    labels = row_labels(spec.num_classes, ipc)
+    save_png(contact_sheet(to_uint8(denormalise(own, spec)), labels, titles or class_names), files.sheet)
+    return files
+
+
+def save_tensor(tensor: Tensor, path: str | os.PathLike[str]) -> None:
+    """torch.save, atomically, and with the same bytes whatever the file is called."""
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """How the set at `path` was made, from the JSON beside its tensor; empty where there is none that belongs to it."""
+    files = set_files(path)
+    if not files.facts.exists():
+        return {}
+    try:
+        facts = read_json(files.facts)
+    except BadFile as error:
+        _log.warning("%s", error)
+        return {}
+    if not isinstance(facts, dict) or facts.get("sha256") != sha256_of(files.tensor):
+        _log.warning("%s does not belong to the present %s and is left aside.", files.facts, files.tensor.name)
+        return {}
+    return facts
+
+
+def load_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | None = None) -> Tensor:
+    """Read a distilled set without executing anything in it.
+
+    Returns (N, 3, S, S) float32, contiguous. ipc: images per class there must be; None for any whole number.
+    Raises InvalidSubmission with the first thing that `check` would find wrong.
+    """
+    tensor, findings = read_tensor(path, spec, ipc=ipc)
+    if tensor is None:
+        first = next(finding for finding in findings if finding.level == "error")
+        raise InvalidSubmission(f"{path}: {first.message}", f"See: ddkit check {path}")
+    return tensor.detach().contiguous()
