@@ -167,4 +167,7 @@ def _from_json(value: Any) -> Result:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    # Lists of numbers, the bulk of a record, are converted whole: files of thousands of records stay quick to read.
+    return tuple(map(_tuples, value)) if value and isinstance(value[0], list) else tuple(value)

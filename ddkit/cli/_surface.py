@@ -5,9 +5,11 @@ Progress looks the same everywhere: what runs, how far it is, how fast it goes, 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -27,7 +29,7 @@ from rich.text import Text
 from ddkit.progress import Progress
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress where standard error is no terminal
-_WIDTH_WITHOUT_TERMINAL = 120  # columns of a result that goes to a file or another program
+_WIDTH_WITHOUT_TERMINAL = 160  # columns of a result that goes to a file or another program
 _MOST_BARS = 5
 _NARROW = 80  # columns, below which the counts stand without a bar
 
@@ -88,12 +90,26 @@ class Surface:
         elif shown is not None:
             self.out.print(shown)
 
+    def page(self, shown: RenderableType) -> None:
+        """A result that may be longer than the screen: through the user's pager on a terminal, else as it is."""
+        self._live.stop()
+        if not self.out.is_terminal:
+            self.out.print(shown)
+            return
+        with self.out.capture() as captured:
+            self.out.print(shown)
+        text = captured.get()
+        if text.count("\n") < self.out.height:
+            click.echo(text, nl=False)
+        else:
+            click.echo_via_pager(text)
+
     def done(self, outputs: Sequence[object], next_command: str = "") -> None:
         """Ends a command: how long it took, where its output is, and what to type next."""
         self._live.stop()
         if self.quiet:
             return
-        if self.err.is_terminal:
+        if self.err.is_terminal and outputs:
             self.err.print(_summary(time.monotonic() - self._began, outputs, next_command))
             return
         for output in outputs:
@@ -114,6 +130,10 @@ def span_text(seconds: float) -> str:
 
 
 def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        # A character that the other side cannot write is no reason to lose the result.
+        stream.reconfigure(errors="replace")
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_WITHOUT_TERMINAL

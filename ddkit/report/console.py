@@ -23,8 +23,8 @@ _NARROW = 78  # below it, a few lines an entry instead of a table
 _CURVE_POINTS = 10
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 LEGEND = (
-    "Accuracy in % ± standard deviation over the rounds; 95 %: half the interval of the mean; differences in points, "
-    "with 95 % intervals."
+    "Accuracy in % ± standard deviation over the rounds; 95\u00a0%: half the interval of the mean; differences in points, "
+    "with 95\u00a0% intervals."
 )
 _STYLES = {"submission": "bold cyan", "published": "", "random-real": "dim", "full-real": "dim"}
 

@@ -5,6 +5,7 @@ Nothing here imports torch, so that a leaderboard of thousands of results is the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,13 +38,12 @@ class Row:
     """One entry: published, ours, or a reference to hold the others against.
 
     kind: "published", or a Result's kind ("submission", "random-real", "full-real").
-    results: the latest evaluation for each dataset; empty for published entries.
     accuracy: dataset -> fraction. score: the mean over both datasets of the challenge, None until both are there;
         of a dataset outside the challenge its accuracy.
-    spread: of the score, or of the only accuracy there is; no published entry has one.
+    results: the latest evaluation for each dataset; empty for published entries.
     rank: among official scores; None for references, for incomplete entries and whatever is not official.
-    to_first, to_random: difference to the best published entry and to random real images under the same
-        settings, over the datasets that this row has; None where there is nothing comparable.
+    best_published: the best published mean over the datasets of this row; None where none can be compared with.
+    baseline: random real images under the same settings, in the order of `results`; empty where there are none.
     """
 
     name: str
@@ -51,12 +51,31 @@ class Row:
     accuracy: Mapping[str, float]
     score: float | None
     results: Mapping[str, Result] = field(default_factory=dict)
-    spread: Estimate | None = None
     rank: int | None = None
     source: str = ""
-    to_first: Estimate | None = None
-    to_random: Estimate | None = None
+    best_published: float | None = None
+    baseline: tuple[Result, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    @property
+    def spread(self) -> Estimate | None:
+        """The mean of this row's accuracies with its interval; None for published entries, which have none."""
+        if not self.results:
+            return None
+        evaluated = tuple(self.results.values())
+        return Estimate(_mean(self.accuracy.values()), _half_width(evaluated, 1 / len(evaluated)))
+
+    @property
+    def to_first(self) -> Estimate | None:
+        """Difference to the best published entry. That has no spread: the interval is our own mean's."""
+        if self.best_published is None or self.spread is None:
+            return None
+        return Estimate(self.spread.value - self.best_published, self.spread.half_width)
+
+    @property
+    def to_random(self) -> Estimate | None:
+        """Difference to random real images, over the datasets that this row has."""
+        return difference(tuple(self.results.values()), self.baseline) if self.baseline else None
 
     @property
     def is_local(self) -> bool:
@@ -87,7 +106,7 @@ class Row:
         """What rows are sorted by: the score, else the mean of what there is."""
         if self.score is not None or not self.accuracy:
             return self.score
-        return sum(self.accuracy.values()) / len(self.accuracy)
+        return _mean(self.accuracy.values())
 
 
 @dataclass(frozen=True)
@@ -350,17 +369,15 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
     evaluated = tuple(results.values())
     expected = (draft.key.dataset,) if draft.key.dataset else _CHALLENGE_NAMES
     accuracy = {name: r.mean for name, r in results.items()}
-    mean = Estimate(sum(accuracy.values()) / len(accuracy), _half_width(evaluated, 1 / len(evaluated)))
-    against = [baselines.get(_conditions(r)) for r in evaluated]
+    baseline = [baselines.get(_conditions(r)) for r in evaluated] if draft.kind != "random-real" else []
     return Row(
         name=_REFERENCE_NAMES.get(draft.kind, draft.name),
         kind=draft.kind,
         accuracy=accuracy,
-        score=mean.value if all(name in results for name in expected) else None,
+        score=_mean(accuracy.values()) if all(name in results for name in expected) else None,
         results=results,
-        spread=mean,
-        to_first=_to_best_published(mean, results, published) if draft.kind == "submission" else None,
-        to_random=difference(evaluated, against) if all(against) and draft.kind != "random-real" else None,
+        best_published=_best_published(results, published) if draft.kind == "submission" else None,
+        baseline=tuple(baseline) if all(baseline) else (),
         remarks=draft.remarks + _lacking(results, expected if draft.key.official else ()),
     )
 
@@ -373,17 +390,11 @@ def _published_row(entry: Entry) -> Row:
     return Row(entry.name, "published", dict(entry.accuracy), entry.score, rank=entry.rank, source=entry.source)
 
 
-def _to_best_published(mean: Estimate, datasets: Iterable[str], published: Iterable[Entry]) -> Estimate | None:
-    """Difference to the best published mean over these datasets, of the entries whose numbers are public.
-
-    Published entries come without a spread: the interval is that of our own mean.
-    """
+def _best_published(datasets: Iterable[str], published: Iterable[Entry]) -> float | None:
+    """The best published mean over these datasets, of the entries whose numbers are public; None without any."""
     names = list(datasets)
-    known = [entry.accuracy for entry in published if all(name in entry.accuracy for name in names)]
-    if not known:
-        return None
-    best = max(sum(accuracy[name] for name in names) / len(names) for accuracy in known)
-    return Estimate(mean.value - best, mean.half_width)
+    known = (entry.accuracy for entry in published if all(name in entry.accuracy for name in names))
+    return max((_mean(accuracy[name] for name in names) for accuracy in known), default=None)
 
 
 def _ranked(rows: Sequence[Row]) -> list[Row]:
@@ -409,6 +420,11 @@ def _best_first(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=order)
 
 
+def _mean(values: Iterable[float]) -> float:
+    known = tuple(values)
+    return sum(known) / len(known)
+
+
 def _half_width(results: Sequence[Result], weight: float) -> float | None:
     """Half the 95 % interval of a weighted sum of means, degrees of freedom by Welch and Satterthwaite."""
     deviations = [r.std for r in results]
@@ -422,6 +438,7 @@ def _half_width(results: Sequence[Result], weight: float) -> float | None:
     return float(_t_quantile()(freedom, (1 + _CONFIDENCE) / 2)) * math.sqrt(total)
 
 
+@functools.lru_cache(maxsize=1)
 def _t_quantile() -> Callable[[float, float], float]:
     """Quantiles of Student's t; imported late, a leaderboard without spreads does without."""
     from scipy.special import stdtrit

@@ -1,0 +1,167 @@
+"""`ddkit report`: where we stand beside the published entries, in the terminal and as one HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+
+from ddkit.cli._options import (
+    RUNS_FOLDER,
+    SUBMISSION_FOLDER,
+    device_option,
+    example,
+    results_option,
+    seed_option,
+    surface_options,
+)
+from ddkit.cli._surface import Surface
+from ddkit.errors import MissingData, UsageError
+from ddkit.results import RESULTS_FILE
+
+if TYPE_CHECKING:
+    from ddkit.report.leaderboard import Group
+    from ddkit.report.quality import SetQuality
+
+_MOST_ROWS = 12  # of our own entries in a table, unless --all
+_MOST_GROUPS = 6
+_MOST_PROBLEMS = 3
+
+
+@click.command(epilog=example("ddkit report --html report.html\nddkit report --quality submission/cifar100.pt"))
+@results_option
+@click.option("--track", type=click.Choice(["1", "2"]), help="Only this track.  [default: those with results, and 1]")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the page to this file as well.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values; fractions, not percent.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown tables.")
+@click.option("--all", "show_all", is_flag=True, help="All entries, a page at a time on a terminal.")
+@click.option("--quality", is_flag=False, flag_value=str(SUBMISSION_FOLDER), metavar="[PATH]",
+              type=click.Path(path_type=Path), help="Measure the pictures of the sets at PATH as well: Frechet "
+              f"distance, density, coverage, diversity, copies.  [PATH: {SUBMISSION_FOLDER}]")
+@click.option("--runs", type=click.Path(file_okay=False, path_type=Path), default=RUNS_FOLDER, show_default=True,
+              help="Folder of trained generators, whose training logs the page shows.")
+@device_option
+@seed_option
+@surface_options
+def report(surface: Surface, results: Path, track: str | None, html: Path | None, as_csv: bool, as_markdown: bool,
+           show_all: bool, quality: Path | None, runs: Path, device: str, seed: int) -> None:  # fmt: skip
+    """Show the leaderboard: your results beside the published entries and random real images.
+
+    Only official results are ranked; the others stand below, grouped by the settings they were obtained under.
+    """
+    from ddkit import results as records
+    from ddkit.report.leaderboard import as_data, build
+
+    if as_csv + as_markdown + surface.as_json > 1:
+        raise UsageError("--json, --csv and --markdown exclude each other.")
+    reading = records.read(results)
+    if not results.is_file() and results != RESULTS_FILE:
+        raise MissingData(f"There is no file of results {results}.", "Make one: ddkit evaluate --results PATH")
+    if not reading.results:
+        surface.say(f"No results in {escape(str(results))} yet; these are the published entries.")
+    _tell_problems(surface, reading.problems)
+    tracks = [int(track)] if track else None
+    groups = build(reading.results, tracks)
+    measured = _measure(surface, quality, device, seed, runs / "quality") if quality else []
+    if html is not None:
+        _write_page(surface, reading, tracks, runs, measured, html)
+    data = {
+        "leaderboard": as_data(groups),
+        "problems": list(reading.problems),
+        "quality": [dataclasses.asdict(one.view) for one in measured],
+    } if surface.as_json else None
+    _show(surface, groups, data, as_csv=as_csv, as_markdown=as_markdown, show_all=show_all)
+    for one in measured if not (as_csv or as_markdown or surface.as_json) else []:
+        surface.out.print(_quality_table(one))
+    outputs = [*([html] if html else []), *(path for one in measured for path in _sheets(one, runs / "quality"))]
+    surface.done(outputs, _next(reading.results, html))
+
+
+def _show(surface: Surface, groups: Sequence[Group], data: Any, *, as_csv: bool, as_markdown: bool,
+          show_all: bool) -> None:  # fmt: skip
+    from ddkit.report import console
+
+    if as_csv:
+        click.echo(console.as_csv(groups), nl=False)
+    elif as_markdown:
+        click.echo(console.as_markdown(groups), nl=False)
+    elif show_all and not surface.as_json:
+        surface.page(console.LeaderboardView(groups))
+    else:
+        view = console.LeaderboardView(groups, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS)
+        surface.result(data, view)
+
+
+def _tell_problems(surface: Surface, problems: Sequence[str]) -> None:
+    for problem in problems[:_MOST_PROBLEMS]:
+        surface.say(f"[yellow]not used:[/yellow] {escape(problem)}")
+    if len(problems) > _MOST_PROBLEMS:
+        surface.say(f"[yellow]not used:[/yellow] {len(problems) - _MOST_PROBLEMS} more lines; --json lists them all")
+
+
+def _write_page(surface: Surface, reading: Any, tracks: list[int] | None, runs: Path,
+                measured: Sequence[SetQuality], html: Path) -> None:  # fmt: skip
+    from ddkit.report.html import write_html
+    from ddkit.report.page import gather
+
+    page = gather(
+        reading.results,
+        problems=reading.problems,
+        tracks=tracks,
+        runs_folder=runs,
+        quality=[one.view for one in measured],
+        progress=surface.listen,
+    )
+    write_html(page, html)
+
+
+def _measure(surface: Surface, path: Path, device: str, seed: int, folder: Path) -> list[SetQuality]:
+    from ddkit.protocol.device import resolve_device
+    from ddkit.report.figures import save_png
+    from ddkit.report.quality import quality_of, sets_at
+
+    sets = sets_at(path)
+    names = escape(", ".join(map(str, sets)))
+    surface.say(f"Measuring the pictures of {names} against the real ones; minutes each time a dataset is new.")
+    measured = []
+    for file in sets:
+        one = quality_of(file, file.stem, seed=seed, device=resolve_device(device), progress=surface.listen)
+        for picture, target in zip((one.neighbours, one.beside), _sheets(one, folder), strict=True):
+            save_png(picture, target)
+        measured.append(one)
+    return measured
+
+
+def _sheets(one: SetQuality, folder: Path) -> tuple[Path, Path]:
+    return folder / f"{one.dataset}-neighbours.png", folder / f"{one.dataset}-real.png"
+
+
+def _quality_table(one: SetQuality) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", title_style="bold",
+                  title=Text(f"\nQuality of {one.view.name} ({one.view.images:,} images)"))  # fmt: skip
+    table.add_column("metric")
+    table.add_column("this set", justify="right")
+    table.add_column("real images", justify="right")
+    table.add_column("reading", style="dim")
+    for line in one.view.lines:
+        numbers = ["–" if value is None else f"{value:.4g}" for value in (line.ours, line.real)]
+        table.add_row(line.metric, *numbers, line.reading)
+    return table
+
+
+def _next(results: Sequence[Any], html: Path | None) -> str:
+    ours = [result for result in results if result.kind == "submission"]
+    if not ours:
+        return "ddkit evaluate"
+    if not any(result.kind == "random-real" for result in results):
+        name, ipc = ours[-1].dataset, ours[-1].images_per_class[0]
+        return f"ddkit generate --from-real random --dataset {name} --ipc {ipc} --out baseline/{name}.pt"
+    return "" if html else "ddkit report --html report.html"
