@@ -103,11 +103,12 @@ def prepare(
 @surface_options
 def show(surface: Surface, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:
     """Draw a contact sheet: one row a class, the first images of each."""
-    from ddkit.data.prepare import open_dataset
     from ddkit.data.store import class_titles, dataset_spec, find_classes
+
+    dataset_spec(name)  # a misspelt name is said at once, before torch is loaded
+    from ddkit.data.prepare import open_dataset
     from ddkit.report.figures import contact_sheet, save_png
 
-    dataset_spec(name)
     surface.say(f"Drawing the first {per_class} {split} images of each class of {escape(name)}.")
     images = open_dataset(name, split, progress=surface.listen)
     titles = class_titles(name)

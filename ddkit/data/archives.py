@@ -19,6 +19,8 @@ from ddkit.files import explain_os_error
 MAX_MEMBER_BYTES = 256 << 20  # of one file; the largest photographs are far below
 MAX_MEMBERS = 5_000_000
 
+_MAX_DEPTH = 6  # of folders; layouts need four, and a link to a folder above itself would never end
+
 # What systems leave in folders and people never put there.
 _CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}
 
@@ -41,17 +43,13 @@ class FolderTree:
         def refuse(error: OSError) -> None:
             raise explain_os_error(error, error.filename or self.path) from error
 
-        for place, below, here in os.walk(self.path, onerror=refuse):
-            below[:] = [name for name in below if not _is_clutter(name)]
+        for place, below, here in os.walk(self.path, onerror=refuse, followlinks=True):
             inside = Path(place).relative_to(self.path)
+            below[:] = [name for name in below if not _is_clutter(name)]
             folders.extend((inside / name).as_posix() for name in below)
             files.extend((inside / name).as_posix() for name in here if not _is_clutter(name))
-        # Links to folders: os.walk lists but does not enter them; the layouts go two levels deep, so look once more.
-        for link in [name for name in folders if (self.path / name).is_symlink()]:
-            linked = FolderTree((self.path / link).resolve())
-            more_files, more_folders = linked.names()
-            files.extend(f"{link}/{name}" for name in more_files)
-            folders.extend(f"{link}/{name}" for name in more_folders)
+            if len(inside.parts) >= _MAX_DEPTH:
+                below.clear()
         return sorted(files), sorted(folders)
 
     def read(self, name: str) -> bytes:
@@ -93,12 +91,9 @@ class ZipTree:
         kept = [info for info in infos if not any(map(_is_clutter, info.filename.rstrip("/").split("/")))]
         files = {info.filename for info in kept if not info.is_dir()}
         folders = {info.filename.rstrip("/") for info in kept if info.is_dir()}
-        for name in files | folders:
-            while "/" in name:
-                name = name.rpartition("/")[0]
-                if name in folders:
-                    continue
-                folders.add(name)
+        parents = files | folders
+        while parents := {name.rpartition("/")[0] for name in parents} - {""}:
+            folders |= parents
         return sorted(files), sorted(folders)
 
     def read(self, name: str) -> bytes:

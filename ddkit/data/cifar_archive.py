@@ -7,6 +7,7 @@ torchvision's checksums tell the official files from others.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import logging
 import pickle
@@ -73,8 +74,13 @@ def read_folder(folder: Path) -> CifarArchive:
 def read_tar(path: Path) -> CifarArchive:
     """Read the packed archive from front to back. Raises BadData, or BadFile for what the system refuses."""
     try:
-        with tarfile.open(path, "r|*") as archive:
-            return _read(_members(archive), path)
+        with _unpacked(path) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                content = _read(_members(archive), path)
+            # To the very end, where gzip's own checksum is.
+            while stream.read(_BLOCK):
+                pass
+        return content
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise BadData(f"{path} is not a whole archive: {error}.", "It may be half downloaded: get it again.") from error
     except OSError as error:
@@ -82,6 +88,12 @@ def read_tar(path: Path) -> CifarArchive:
             raise explain_os_error(error, path) from error
         # gzip's own complaint about a damaged file is an OSError without a number.
         raise BadData(f"{path} is damaged: {error}.", "Get it again.") from error
+
+
+def _unpacked(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else path.open("rb")
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, BinaryIO]]:

@@ -8,8 +8,7 @@ because only what reads data needs them.
 from __future__ import annotations
 
 # The fine labels. NOT grouped by superclass (beaver, dolphin, otter, ...), which is another order.
-CIFAR100 = tuple(
-    """
+CIFAR100_FINE_LABELS = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
     can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
     dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
@@ -18,12 +17,10 @@ CIFAR100 = tuple(
     seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table
     tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
     worm
-    """.split()
-)
+"""
 
 # The wnids. NOT in the order of wnids.txt, which is shuffled.
-TINYIMAGENET = tuple(
-    """
+TINYIMAGENET_WNIDS = """
     n01443537 n01629819 n01641577 n01644900 n01698640 n01742172 n01768244 n01770393 n01774384 n01774750
     n01784675 n01855672 n01882714 n01910747 n01917289 n01944390 n01945685 n01950731 n01983481 n01984695
     n02002724 n02056570 n02058221 n02074367 n02085620 n02094433 n02099601 n02099712 n02106662 n02113799
@@ -44,7 +41,9 @@ TINYIMAGENET = tuple(
     n04532670 n04540053 n04560804 n04562935 n04596742 n04597913 n06596364 n07579787 n07583066 n07614500
     n07615774 n07695742 n07711569 n07715103 n07720875 n07734744 n07747607 n07749582 n07753592 n07768694
     n07871810 n07873807 n07875152 n07920052 n09193705 n09246464 n09256479 n09332890 n09428293 n12267677
-    """.split()
-)
+"""
 
-CLASS_NAMES = {"cifar100": CIFAR100, "tinyimagenet": TINYIMAGENET}
+CLASS_NAMES = {
+    "cifar100": tuple(CIFAR100_FINE_LABELS.split()),
+    "tinyimagenet": tuple(TINYIMAGENET_WNIDS.split()),
+}

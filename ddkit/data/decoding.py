@@ -19,6 +19,7 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -45,7 +46,7 @@ _REFUSED_FORMATS = {"EPS"}
 _COMMON_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 _ORIENTATION_TAG = 0x0112  # of EXIF
 
-# What Pillow's readers raise on files that are damaged or not images.
+# What Pillow's readers raise on damaged files, found by feeding them some; one bad file must not end the others.
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -53,9 +54,10 @@ _PILLOW_ERRORS = (
     EOFError,
     LookupError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     TypeError,
-    NotImplementedError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -186,7 +188,8 @@ def _decoders(job: _Job, workers: int) -> Iterator[_Decode]:
     """A function that decodes blocks, in this process or in `workers` others, which end with the context."""
     if workers < 1:
         tree = open_tree(job.path)
-        yield lambda blocks: ((len(names), _decode_block(job, tree, start, names)) for start, names in blocks)
+        with _quiet():
+            yield lambda blocks: ((len(names), _decode_block(job, tree, start, names)) for start, names in blocks)
         return
     with contextlib.ExitStack() as stack:
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -304,6 +307,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow's remarks on odd files would fall between the lines of the progress."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _work(job: _Job, requests: BinaryIO, answers: BinaryIO) -> None:
     tree = open_tree(job.path)
     for line in requests:
@@ -320,4 +331,5 @@ def _work(job: _Job, requests: BinaryIO, answers: BinaryIO) -> None:
 if __name__ == "__main__":
     # Ctrl-C reaches every process of a terminal; the one that started this decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _work(_Job.from_json(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)
+    with _quiet():
+        _work(_Job.from_json(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)

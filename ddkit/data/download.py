@@ -56,7 +56,7 @@ class Patience:
     timeout: seconds without an answer that count as a failure.
     """
 
-    attempts: int = 4
+    attempts: int = 3
     pause: float = 1.0
     timeout: float = 30.0
 

@@ -265,7 +265,7 @@ def _refuse_problems(problems: Sequence[Problem], source: Source, image_size: in
         )
     if not skip_bad:
         raise BadData(
-            f"{source.path}: {len(problems)} files cannot be used: {_described(problems)}.",
+            f"{source.path}: {len(problems)} file{'s'[: len(problems) > 1]} cannot be used: {_described(problems)}.",
             "Mend or remove them, or add --skip-bad to leave them out.",
         )
 
