@@ -1,8 +1,8 @@
 """What the denoiser is asked: noisy latents, the target to predict, and what its answer says of the clean latents.
 
 All objectives mix as z_t = a(t) z_0 + s(t) noise and differ in a, s and the target:
-"flow" has a = 1 - t, s = t (Liu et al. 2022, arXiv 2209.03003); "epsilon" and "v" have a^2 + s^2 = 1 with the cosine
-schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 17) in 1,000 steps, as diffusers' schedulers compute it.
+"flow" has a = 1 - t, s = t (Liu et al. 2022, arXiv 2209.03003); "epsilon" and "v" have a^2 + s^2 = 1 in 1,000 steps,
+as diffusers' schedulers compute them from the betas.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from torch import Tensor
 from ddkit.generator.presets import ObjectiveConfig
 
 TIME_SCALE = 1000  # the denoiser sees times on the scale 0 to 1000, as diffusers' schedulers give them
-BETA_SCHEDULE = "squaredcos_cap_v2"  # diffusers' name of the cosine schedule
+BETA_SCHEDULES = {
+    # The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 17) ends in pure noise, out of which
+    # no clean image can be computed from a prediction of the noise; the linear one (Ho et al. 2020) stops short of it.
+    "epsilon": "linear",
+    "v": "squaredcos_cap_v2",
+    "flow": "linear",  # not used, but diffusers' schedulers want one
+}
 
 
 class Objective:
@@ -22,7 +28,7 @@ class Objective:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
-        scheduler = DDPMScheduler(num_train_timesteps=TIME_SCALE, beta_schedule=BETA_SCHEDULE)
+        scheduler = DDPMScheduler(num_train_timesteps=TIME_SCALE, beta_schedule=BETA_SCHEDULES[config.prediction])
         self._signal = scheduler.alphas_cumprod.sqrt()  # (1000,)
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:

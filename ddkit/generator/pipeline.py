@@ -24,7 +24,7 @@ from ddkit import __version__
 from ddkit.errors import BadFile, MissingModel, UsageError
 from ddkit.files import read_json, replacing_folder, sha256_of, write_json
 from ddkit.generator.denoiser import UViT
-from ddkit.generator.objective import BETA_SCHEDULE, TIME_SCALE
+from ddkit.generator.objective import BETA_SCHEDULES, TIME_SCALE
 
 FACTS_FILE = "ddkit.json"
 INDEX_FILE = "model_index.json"
@@ -81,7 +81,7 @@ def base_scheduler(prediction: str) -> SchedulerMixin:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIME_SCALE)
     return DDIMScheduler(
         num_train_timesteps=TIME_SCALE,
-        beta_schedule=BETA_SCHEDULE,
+        beta_schedule=BETA_SCHEDULES[prediction],
         prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[prediction],
         clip_sample=False,
         set_alpha_to_one=True,

@@ -1,0 +1,96 @@
+"""diffusers' samplers by name, and what their steps amount to: fixed linear combinations of noise and network outputs.
+
+Each of these samplers computes its next point as a combination of the points and outputs before, with coefficients
+that do not depend on the images. `linear_plan` finds the coefficients by letting the scheduler work on symbols
+instead of images: vectors of coefficients. So sampling needs none of the scheduler's bookkeeping at run time,
+and agrees with diffusers by construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from ddkit.errors import UsageError, nearest_name
+from ddkit.generator.objective import BETA_SCHEDULES, TIME_SCALE
+
+SAMPLERS = ("ddim", "dpm++", "unipc", "euler")
+
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """A sampler of n steps as numbers.
+
+    times: (n,) float32, what the network is told at each step.
+    inputs: (n, n + 1) float32; row i makes the network's input of step i from [noise, output 0, ..., output n - 1].
+    final: (n + 1,) float32; makes the clean latents from them.
+    """
+
+    times: Tensor
+    inputs: Tensor
+    final: Tensor
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+
+def make_scheduler(sampler: str, prediction: str) -> SchedulerMixin:
+    """diffusers' scheduler of that name for a network with that prediction.
+
+    DDIM on a flow is Euler's method, so both names give it. Raises UsageError, offering the nearest name.
+    """
+    if sampler not in SAMPLERS:
+        raise UsageError(f"There is no sampler '{sampler}'.", nearest_name(sampler, SAMPLERS))
+    if prediction == "flow" and sampler in ("ddim", "euler"):
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIME_SCALE)
+    common = {
+        "num_train_timesteps": TIME_SCALE,
+        "beta_schedule": BETA_SCHEDULES[prediction],
+        "prediction_type": _PREDICTION_TYPES[prediction],
+        # Begin at the noisiest step, as training saw it (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+        "timestep_spacing": "trailing",
+    }
+    if sampler == "ddim":
+        return DDIMScheduler(**common, clip_sample=False)
+    if sampler == "euler":
+        return EulerDiscreteScheduler(**common)
+    kind = DPMSolverMultistepScheduler if sampler == "dpm++" else UniPCMultistepScheduler
+    return kind(**common, use_flow_sigmas=prediction == "flow", final_sigmas_type="zero")
+
+
+def linear_plan(scheduler: SchedulerMixin, steps: int) -> LinearPlan:
+    """The coefficients of a deterministic scheduler of `steps` steps. Raises UsageError for fewer than one."""
+    if steps < 1:
+        raise UsageError(f"Sampling needs at least one step, not {steps}.")
+    set_steps(scheduler, steps)
+    times = scheduler.timesteps
+    # Symbol 0 is the noise, symbol 1 + i the output of step i; some schedulers insist on image-like dimensions.
+    symbols = torch.eye(len(times) + 1, dtype=torch.float64).reshape(len(times) + 1, 1, -1, 1, 1)
+    point = symbols[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    inputs = []
+    for i, time in enumerate(times):
+        scaled = scheduler.scale_model_input(point, time) if hasattr(scheduler, "scale_model_input") else point
+        inputs.append(scaled)
+        point = scheduler.step(symbols[1 + i], time, point, return_dict=False)[0].double()
+    return LinearPlan(times.float(), torch.stack(inputs).flatten(1).float(), point.flatten().float())
+
+
+def set_steps(scheduler: SchedulerMixin, steps: int) -> None:
+    """Give a scheduler its steps; Euler's for flows spaced evenly, where diffusers would end with one of almost no length."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)

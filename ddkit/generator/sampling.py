@@ -1,0 +1,189 @@
+"""From a trained generator to images: any number of any classes, the same ones whatever the batch size.
+
+Image i of class c under seed s begins with noise drawn by a generator of its own, seeded with (s, c, i); the
+samplers draw nothing more. So every image can be made again alone, in another batch or by another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddkit.data.images import to_uint8
+from ddkit.errors import ComputeError, UsageError
+from ddkit.generator.autoencoder import decode
+from ddkit.generator.compiling import compiled
+from ddkit.generator.networks import null_class, predict
+from ddkit.generator.pipeline import Model
+from ddkit.generator.samplers import linear_plan, make_scheduler
+from ddkit.generator.seeds import generator_for
+from ddkit.progress import Listener, Progress, ignore
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How images are sampled.
+
+    guidance: w of classifier-free guidance, null + w * (class - null); 1 is none (Ho & Salimans 2022, arXiv 2207.12598).
+    guidance_interval: the times, 0 (clean) to 1 (noise), in which guidance acts (Kynkaanniemi et al. 2024,
+        arXiv 2404.07724).
+    compile: with torch.compile; pays from some thousands of images on.
+    """
+
+    sampler: str = "dpm++"
+    steps: int = 20
+    guidance: float = 2.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+    batch_size: int = 256
+    precision: str = "float32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"Sampling needs at least one step, not {self.steps}.")
+        if self.batch_size < 1:
+            raise UsageError(f"A batch needs at least one image, not {self.batch_size}.")
+        if self.guidance < 0:
+            raise UsageError(f"Guidance must not be negative, got {self.guidance}.")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise UsageError(f"A guidance interval lies within 0 and 1, got {low} to {high}.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise UsageError(f"Sampling knows float32 and bfloat16, not '{self.precision}'.")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some of the images asked for, in the order asked. images: (n, 3, S, S) uint8. labels: (n,) int64; both on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Sampler:
+    """A model made ready to sample on one device. Call it with labels and indices."""
+
+    def __init__(self, model: Model, config: SamplingConfig, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.facts = model.facts
+        self._latent_shape = model.latent_shape
+        model = model.to(self.device)
+        self._guided = GuidedDenoiser(model.denoiser)
+        self._decoder = Decoder(model)
+        self._null_class = null_class(model.denoiser)
+        if config.compile:
+            self._guided, self._decoder = compiled(self._guided), compiled(self._decoder)
+        self._plan = linear_plan(make_scheduler(config.sampler, model.facts.prediction), config.steps)
+
+    @torch.inference_mode()
+    def __call__(self, labels: Tensor, indices: Tensor) -> Samples:
+        """labels, indices: (n,) int64, which image of which class. Returns them in that order.
+
+        Fewer than the batch size are filled up, so that every batch has one shape. Raises UsageError for labels
+        that the model lacks, ComputeError where memory is short.
+        """
+        self._check(labels)
+        noise = self._noise(labels, indices)
+        images = []
+        for start in range(0, len(labels), self.config.batch_size):
+            part = slice(start, start + self.config.batch_size)
+            images.append(self._make(noise[part], labels[part]))
+        empty = torch.empty(0, 3, self.facts.image_size, self.facts.image_size, dtype=torch.uint8)
+        return Samples(torch.cat(images) if images else empty, labels)
+
+    def _make(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """(n, C, s, s), (n,) -> (n, 3, S, S) uint8 on the CPU; n at most the batch size."""
+        count, size = len(labels), self.config.batch_size
+        noise = torch.cat([noise, noise[:1].expand(size - count, -1, -1, -1)]).to(self.device)
+        labels = torch.cat([labels, labels[:1].expand(size - count)]).to(self.device)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+                return to_uint8(self._decoder(self._latents(noise, labels)))[:count].cpu()
+        except torch.OutOfMemoryError as error:
+            raise ComputeError(
+                f"Memory is short for batches of {size} images.", f"Try --batch-size {max(1, size // 2)}."
+            ) from error
+
+    def _latents(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """The sampler's loop: clean latents, scaled, from noise, both (n, C, s, s) float32."""
+        known = noise.new_empty(self._plan.steps + 1, *noise.shape)  # the noise and the outputs so far
+        known[0] = noise
+        inputs, final = self._plan.inputs.to(noise), self._plan.final.to(noise)
+        for i, time in enumerate(self._plan.times.tolist()):
+            current = torch.tensordot(inputs[i, : i + 1], known[: i + 1], dims=1)
+            known[i + 1] = self._output(current, time, labels)
+        return torch.tensordot(final, known, dims=1)
+
+    def _output(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
+        low, high = self.config.guidance_interval
+        guidance = self.config.guidance
+        if guidance == 1 or not low <= time / 1000 <= high:
+            return self._guided(noisy, noisy.new_full((len(noisy),), time), labels)
+        both = torch.cat([labels, torch.full_like(labels, self._null_class)])
+        return self._guided(noisy, noisy.new_full((2 * len(noisy),), time), both, guidance)
+
+    def _noise(self, labels: Tensor, indices: Tensor) -> Tensor:
+        """(n, C, s, s) float32, always drawn on the CPU so that all devices begin with the same."""
+        pairs = zip(labels.tolist(), indices.tolist())
+        seed = self.config.seed
+        return torch.stack(
+            [torch.randn(self._latent_shape, generator=generator_for("cpu", "sample", seed, c, i)) for c, i in pairs]
+        )
+
+    def _check(self, labels: Tensor) -> None:
+        classes = len(self.facts.class_names)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise UsageError(f"The model knows classes 0 to {classes - 1}, asked for {labels.min()} to {labels.max()}.")
+
+
+class GuidedDenoiser(nn.Module):
+    """The denoiser with classifier-free guidance, both its passes in one batch."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, noisy: Tensor, times: Tensor, labels: Tensor, guidance: float | None = None) -> Tensor:
+        """noisy: (n, C, s, s). With guidance, times and labels are (2n,): the classes, then the null class."""
+        if guidance is None:
+            return predict(self.denoiser, noisy, times, labels).float()
+        with_class, without = predict(self.denoiser, torch.cat([noisy, noisy]), times, labels).float().chunk(2)
+        return torch.lerp(without, with_class, guidance)
+
+
+class Decoder(nn.Module):
+    """Scaled latents (n, C, s, s) to images (n, 3, S, S) in [0, 1]."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.autoencoder = model.autoencoder.to(memory_format=torch.channels_last)
+        self.scale = float(model.autoencoder.config.scaling_factor)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        latents = (latents / self.scale).contiguous(memory_format=torch.channels_last)
+        return decode(self.autoencoder, latents).float() / 2 + 0.5
+
+
+def class_ordered(images_per_class: int, num_classes: int, *, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Labels and indices of `images_per_class` images of every class, class by class: both (N,) int64."""
+    labels = torch.arange(num_classes).repeat_interleave(images_per_class)
+    indices = torch.arange(start, start + images_per_class).repeat(num_classes)
+    return labels, indices
+
+
+def sample(sampler: Sampler, labels: Tensor, indices: Tensor, *, progress: Listener = ignore) -> Iterator[Samples]:
+    """Yield the images asked for, batch by batch, in order."""
+    size = sampler.config.batch_size
+    for start in range(0, len(labels), size):
+        yield sampler(labels[start : start + size], indices[start : start + size])
+        progress(Progress("Sampling", min(start + size, len(labels)), len(labels), "images"))
+
+
+def sample_all(sampler: Sampler, labels: Tensor, indices: Tensor, *, progress: Listener = ignore) -> Tensor:
+    """(N, 3, S, S) uint8: all the images asked for, in order."""
+    return torch.cat([batch.images for batch in sample(sampler, labels, indices, progress=progress)])
