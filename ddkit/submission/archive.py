@@ -85,7 +85,9 @@ def _member_finding(info: zipfile.ZipInfo) -> Finding | None:
         return Finding("error", "F013", "The member is a link, not a file.", name)
     if info.flag_bits & 1:
         return Finding("error", "F015", "The member is encrypted; the scorer cannot open it.", name)
-    if info.is_dir() or len(path.parts) > 1:
+    if not path.parts:
+        return Finding("error", "F009", "The zip has a member without a name.", repr(name))
+    if name.endswith("/") or len(path.parts) > 1:
         message = "The zip holds a folder; the scorer looks for the files at its root. Pack with ddkit pack."
         return Finding("error", "F010", message, name)
     return None

@@ -1,0 +1,67 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+def run(*arguments, cwd):
+    return subprocess.run([sys.executable, "-m", "ddkit", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def half_submission(tmp_path):
+    """A challenge folder that lacks TinyImageNet, with noise for CIFAR-100."""
+    (tmp_path / "submission").mkdir()
+    torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "submission" / "cifar100.pt")
+    return tmp_path
+
+
+def test_an_unacceptable_submission_ends_with_status_1_and_a_table(half_submission):
+    finished = run("check", cwd=half_submission)
+    assert finished.returncode == 1
+    assert "unacceptable" in finished.stdout and "F003" in finished.stdout
+    assert "tinyimagenet.pt is missing" in " ".join(finished.stdout.split())
+    assert "Traceback" not in finished.stderr
+
+
+def test_json_goes_to_stdout_alone(half_submission):
+    finished = run("check", "--json", cwd=half_submission)
+    report = json.loads(finished.stdout)
+    assert report["ok"] is False
+    assert {"level", "code", "message", "where"} == set(report["findings"][0])
+    assert "Checking" in finished.stderr
+
+
+def test_codes_can_be_ignored(half_submission):
+    finished = run("check", "--ignore", "F003", "--json", cwd=half_submission)
+    assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
+
+
+def test_nothing_to_check_says_what_to_do(tmp_path):
+    finished = run("check", cwd=tmp_path)
+    assert finished.returncode == 1
+    assert "does not exist" in finished.stdout and "ddkit generate" in finished.stdout
+
+
+def test_packing_what_check_refuses_ends_with_status_1_and_writes_nothing(half_submission):
+    finished = run("pack", cwd=half_submission)
+    assert finished.returncode == 1
+    assert "tinyimagenet.pt is missing" in finished.stderr and "Traceback" not in finished.stderr
+    assert not (half_submission / "submission.zip").exists()
+
+
+def test_packing_without_a_folder_ends_with_status_3(tmp_path):
+    finished = run("pack", cwd=tmp_path)
+    assert finished.returncode == 3
+    assert "ddkit generate" in finished.stderr
+
+
+def test_a_packed_zip_is_named_with_its_hashes(half_submission):
+    finished = run("pack", "--ignore", "F003", "--json", cwd=half_submission)
+    assert finished.returncode == 0, finished.stderr
+    packed = json.loads(finished.stdout)
+    assert [file["name"] for file in packed["files"]] == ["cifar100.pt"]
+    assert len(packed["sha256"]) == 64
+    assert (half_submission / "submission.zip").stat().st_size > 12_000_000
