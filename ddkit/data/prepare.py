@@ -9,9 +9,10 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ddkit.data.download import OFFICIAL, download
 from ddkit.data.sources import PixelSplit, Source, open_source, some
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
-from ddkit.errors import BadData, DDKitError, UsageError, nearest_name
+from ddkit.errors import BadData, MissingData, UsageError, nearest_name
 from ddkit.files import cache_folder, explain_os_error, replacing_folder, sha256_of
 from ddkit.progress import Listener, Progress, ignore
 
@@ -42,13 +43,8 @@ _MOST_PROBLEMS = 100  # unusable files after which a preparation that must refus
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of a preparation.
-
-    source: folder or file; None for what the dataset's own address offers, or is drawn.
-    image_size: resize images of other sizes to this; None to refuse them.
-    skip_bad: leave out files that are no whole images; otherwise they are an error.
-    """
+class _Request:
+    """What is asked of `prepare`, whose docstring explains it."""
 
     name: str
     source: Path | None = None
@@ -59,12 +55,6 @@ class Request:
         if self.image_size is not None and not 8 <= self.image_size <= 1024:
             raise UsageError(f"An image size of {self.image_size} cannot be meant.", "Give 8 to 1024 pixels.")
         spec = DATASETS.get(self.name)
-        if spec is None and self.source is None:
-            known = tuple(dict.fromkeys((*DATASETS, *store.list_prepared())))
-            raise UsageError(
-                f"There is no dataset '{self.name}'.",
-                f"{nearest_name(self.name, known)} For images of your own: ddkit data prepare {self.name} --from PATH",
-            )
         if spec is not None and self.image_size not in (None, spec.image_size):
             raise UsageError(
                 f"The images of '{self.name}' are {spec.image_size} pixels, not {self.image_size}.",
@@ -86,14 +76,23 @@ def prepare(
 ) -> Path:
     """Make the store of a dataset and return its folder; one that is there already is not made again.
 
-    name: a built-in dataset, or any name for images of one's own. The rest: see `Request`; force: make it anew.
+    name: a built-in dataset, or any name for images of one's own.
+    source: folder or archive in any layout of `ddkit.data.sources`; None to draw or download a built-in dataset.
+    image_size: crop images of other sizes to squares and resize them to this; None to refuse them.
+    skip_bad: leave out files that are no whole images; otherwise they are an error that names them.
+    force: make it anew even if it is there, from whatever source. cache: folder of stores; the user's where None.
     An earlier store stays as it is until the new one is complete. Raises UsageError for what cannot be meant,
     MissingData where the source or the network is not there, BadData for sources that cannot be used (naming
     the files), BadFile for what the system refuses.
     """
     folder = store.store_folder(name, cache=cache)
-    request = Request(name, None if source is None else Path(source), image_size, skip_bad)
+    request = _Request(name, None if source is None else Path(source), image_size, skip_bad)
+    if source is None and name not in (*DATASETS, *store.list_prepared(cache=cache)):
+        known = tuple(dict.fromkeys((*DATASETS, *store.list_prepared(cache=cache))))
+        own = f"For images of your own: ddkit data prepare {name} --from PATH"
+        raise UsageError(f"There is no dataset '{name}'.", f"{nearest_name(name, known)} {own}")
     with _alone(folder):
+        _tidy(folder)
         if force or not _is_finished(request, cache):
             _build(request, _obtain(request, cache, progress), folder, progress)
             _remove_download(request, cache)
@@ -110,7 +109,7 @@ def open_dataset(name: str, split: str, *, progress: Listener = ignore, cache: P
     return store.load_dataset(name, split, cache=cache)
 
 
-def _is_finished(request: Request, cache: Path | None) -> bool:
+def _is_finished(request: _Request, cache: Path | None) -> bool:
     """Whether the store is there, whole, and from that source. Raises UsageError if from another one."""
     if not store.is_prepared(request.name, cache=cache):
         return False
@@ -123,21 +122,22 @@ def _is_finished(request: Request, cache: Path | None) -> bool:
         return False
     if request.source is None:
         return set(facts.splits) == set(store.SPLITS)
-    if _identity(request) != {key: facts.source.get(key) for key in _identity(request)}:
+    if _origin(request)["path"] != facts.source.get("path") or request.image_size not in (None, facts.image_size):
+        earlier = facts.source.get("path") or facts.source.get("kind")
         raise UsageError(
-            f"'{request.name}' is already prepared from {facts.source.get('path') or facts.source.get('kind')}.",
+            f"'{request.name}' is already prepared from {earlier}, at {facts.image_size} pixels.",
             "Add --force to prepare it anew, or choose another name.",
         )
     return True
 
 
-def _identity(request: Request) -> dict[str, Any]:
-    """What distinguishes one preparation from another, as kept in meta.json."""
+def _origin(request: _Request) -> dict[str, Any]:
+    """Where a store comes from, as kept in meta.json."""
     path = None if request.source is None else str(request.source.resolve())
     return {"path": path, "image_size": request.image_size, "skip_bad": request.skip_bad}
 
 
-def _obtain(request: Request, cache: Path | None, progress: Listener) -> Source:
+def _obtain(request: _Request, cache: Path | None, progress: Listener) -> Source:
     """Draw, download or open what was asked for. Raises BadData where a built-in name does not fit it."""
     if request.name == "glyphs":
         return glyphs.source()
@@ -153,7 +153,7 @@ def _downloads(cache: Path | None) -> Path:
     return (cache or cache_folder()) / ".downloads"
 
 
-def _remove_download(request: Request, cache: Path | None) -> None:
+def _remove_download(request: _Request, cache: Path | None) -> None:
     """The store has all that the archive had."""
     if request.source is None and request.name in OFFICIAL:
         shutil.rmtree(_downloads(cache), ignore_errors=True)
@@ -175,24 +175,38 @@ def _refuse_other_classes(name: str, source: Source) -> None:
     )
 
 
-def _build(request: Request, source: Source, folder: Path, progress: Listener) -> None:
+def _build(request: _Request, source: Source, folder: Path, progress: Listener) -> None:
     """Write the whole store to a temporary folder, then put it in the place of the earlier one."""
     image_size = _image_size(request, source)
     spec = DATASETS.get(request.name)
     with replacing_folder(folder) as temporary:
         splits: dict[str, SplitFacts] = {}
-        origin = {"kind": source.kind, **_identity(request)}
         for split in source.splits:
             file, skipped = _fill(request, source, split, temporary / f"{split}.safetensors", image_size, progress)
             splits[split] = _split_facts(source, split, file, skipped)
             if spec is None and split == "train":
                 spec = DatasetSpec(request.name, len(source.class_names), image_size, *_measure(file))
-        if "train" not in splits and (earlier := _earlier(request.name, folder)) is not None:
-            # A reference file has the test split only: what was prepared of the training split stays.
-            shutil.copyfile(folder / "train.safetensors", temporary / "train.safetensors")
-            splits = {"train": earlier.splits["train"], **splits}
-            origin["train"] = dict(earlier.source)
-        store.write_facts(_facts(spec, source, splits, origin), temporary)
+        facts = _facts(spec, source, splits, {"kind": source.kind, **_origin(request)})
+        if "train" not in splits:
+            facts = _with_earlier_training_split(facts, folder, temporary)
+        store.write_facts(facts, temporary)
+
+
+def _with_earlier_training_split(facts: StoreFacts, folder: Path, temporary: Path) -> StoreFacts:
+    """A reference file has the test split only: what is prepared of the training split already, if whole, stays."""
+    try:
+        store.load_dataset(facts.name, "train", cache=folder.parent)
+        earlier = store.store_facts(facts.name, cache=folder.parent)
+    except (MissingData, BadData):
+        return facts
+    shutil.copyfile(folder / "train.safetensors", temporary / "train.safetensors")
+    return replace(
+        facts,
+        splits={"train": earlier.splits["train"], **facts.splits},
+        source={**facts.source, "train": dict(earlier.source)},
+        class_titles=earlier.class_titles,
+        listed_order=earlier.listed_order,
+    )
 
 
 def _facts(
@@ -214,7 +228,7 @@ def _facts(
 
 
 def _fill(
-    request: Request, source: Source, split: str, path: Path, image_size: int, progress: Listener
+    request: _Request, source: Source, split: str, path: Path, image_size: int, progress: Listener
 ) -> tuple[SplitFile, tuple[str, ...]]:
     """Write one split. Returns its file and the names of the files that were left out."""
     content = source.splits[split]
@@ -275,7 +289,7 @@ def _described(problems: Sequence[Problem], limit: int = 10) -> str:
     return shown + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
 
 
-def _image_size(request: Request, source: Source) -> int:
+def _image_size(request: _Request, source: Source) -> int:
     """The dataset's own, the one asked for, or that of the first whole image. Raises BadData where none fits."""
     spec, content = DATASETS.get(request.name), source.splits.get("train") or source.splits["test"]
     wanted = spec.image_size if spec else request.image_size
@@ -303,14 +317,6 @@ def _size_of_first(source: Source, names: Sequence[str]) -> int:
     raise BadData(f"{source.path}: none of its {len(names)} training files is an image.")
 
 
-def _earlier(name: str, folder: Path) -> StoreFacts | None:
-    """What is prepared already under that name, if it can be used and has a training split."""
-    with contextlib.suppress(DDKitError):
-        store.load_dataset(name, "train", cache=folder.parent)
-        return store.store_facts(name, cache=folder.parent)
-    return None
-
-
 def _measure(file: SplitFile) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel over all pixels, in units of [0, 1], rounded to 4 digits.
 
@@ -325,6 +331,20 @@ def _measure(file: SplitFile) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
     return tuple(round(float(m), 4) for m in mean), tuple(round(float(s), 4) or 1.0 for s in std)
+
+
+def _tidy(folder: Path) -> None:
+    """Mend what a preparation left that was killed on the spot. Only for who is `_alone`."""
+    left = [
+        path
+        for path in folder.parent.iterdir()
+        if re.fullmatch(re.escape(f".{folder.name}.") + r"\w{8}\.(tmp|old)", path.name)
+    ]
+    for path in left:
+        if path.suffix == ".old" and not folder.exists():
+            # It died between setting the earlier store aside and putting the new one in its place.
+            path.replace(folder)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -94,6 +94,18 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     raise BadData(f"{path} is neither a folder nor an archive.", _LAYOUTS)
 
 
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def _is_tar(beginning: bytes) -> bool:
+    return beginning[257:262] == _TAR
+
+
 def _tree_source(tree: Tree) -> Source:
     """The layouts that are image files, in a folder or in a zip."""
     files, folders = tree.names()
@@ -192,65 +204,6 @@ def _read_image_folder(path: Path, listing: _Listing) -> Source | None:
     return Source("image folder", path, tuple(folders["train"]), splits)
 
 
-def _cifar_source(path: Path, archive: CifarArchive) -> Source:
-    """Classes sorted by name, and images by class and file name, as an image folder of them would have it."""
-    names = tuple(sorted(archive.class_names))
-    place = np.array([names.index(name) for name in archive.class_names])
-    splits = {split: _ordered(content, place[content.labels]) for split, content in archive.splits.items()}
-    return Source("cifar-100-python", path, names, splits)
-
-
-def _ordered(content: CifarSplit, labels: NDArray[np.int64]) -> PixelSplit:
-    names = content.names or [""] * len(labels)
-    order = sorted(range(len(labels)), key=lambda row: (labels[row], names[row]))
-
-    def blocks() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, len(order), _ROWS_AT_ONCE):
-            yield content.images[order[start : start + _ROWS_AT_ONCE]]
-
-    return PixelSplit(tuple(labels[order].tolist()), content.images.shape[-1], blocks)
-
-
-def _reference_source(path: Path) -> Source:
-    """The challenge's own test file: `images_val` (N, 3, S, S) float32, normalised, and `labels_val` (N,) int64."""
-    import torch
-
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadData(f"{path} is no tensor file that can be loaded safely: {reason}") from error
-    if not isinstance(value, dict) or not {"images_val", "labels_val"} <= set(value):
-        raise BadData(f"{path} is not the challenge's test file: it has no images_val and labels_val.", _LAYOUTS)
-    images, labels = value["images_val"], value["labels_val"]
-    spec = next((spec for spec in CHALLENGE_DATASETS if images.shape[1:] == spec.image_shape), None)
-    if spec is None or labels.shape != images.shape[:1] or not images.is_floating_point():
-        raise BadData(
-            f"{path}: images_val is {images.dtype} {tuple(images.shape)} and labels_val {tuple(labels.shape)}, "
-            "which is none of the challenge's datasets."
-        )
-    if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < spec.num_classes:
-        raise BadData(f"{path}: labels_val is not of classes 0 to {spec.num_classes - 1}.")
-    order = labels.argsort(stable=True)
-
-    def blocks() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, len(order), _ROWS_AT_ONCE):
-            yield _pixels(images[order[start : start + _ROWS_AT_ONCE]], spec, path)
-
-    split = PixelSplit(tuple(labels[order].tolist()), spec.image_size, blocks)
-    return Source("the challenge's test file", path, CLASS_NAMES[spec.name], {"test": split})
-
-
-def _pixels(normalised: Tensor, spec: DatasetSpec, path: Path) -> NDArray[np.uint8]:
-    """Back from normalised values to uint8. Raises BadData where they were normalised with other constants."""
-    from ddkit.data.images import denormalise, to_uint8
-
-    unit = denormalise(normalised, spec)
-    if not bool(((unit > -_TOLERANCE) & (unit < 1 + _TOLERANCE)).all()):
-        raise BadData(f"{path}: images_val was not normalised with the mean and standard deviation of {spec.name}.")
-    return to_uint8(unit).numpy()
-
-
 def _refuse_class_mismatch(path: Path, train: Sequence[str], test: Sequence[str], test_folder: str) -> None:
     """Two names that differ only by case are one folder on some systems; classes that only one split has are a mistake."""
     seen: dict[str, str] = {}
@@ -273,6 +226,71 @@ def _file_split(listing: _Listing, labels: Mapping[str, int]) -> FileSplit:
     """Ordered by class, then by file name, so that labels and positions never depend on a folder's own order."""
     names = sorted(labels, key=lambda name: (labels[name], name))
     return FileSplit(tuple(listing.top + name for name in names), tuple(labels[name] for name in names))
+
+
+def _cifar_source(path: Path, archive: CifarArchive) -> Source:
+    """Classes sorted by name, and images by class and file name, as an image folder of them would have it."""
+    names = tuple(sorted(archive.class_names))
+    place = np.array([names.index(name) for name in archive.class_names])
+    splits = {split: _ordered(content, place[content.labels]) for split, content in archive.splits.items()}
+    return Source("cifar-100-python", path, names, splits)
+
+
+def _ordered(content: CifarSplit, labels: NDArray[np.int64]) -> PixelSplit:
+    names = content.names or [""] * len(labels)
+    order = sorted(range(len(labels)), key=lambda row: (labels[row], names[row]))
+
+    def blocks() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(order), _ROWS_AT_ONCE):
+            yield content.images[order[start : start + _ROWS_AT_ONCE]]
+
+    return PixelSplit(tuple(labels[order].tolist()), content.images.shape[-1], blocks)
+
+
+def _reference_source(path: Path) -> Source:
+    """The challenge's own test file: `images_val` (N, 3, S, S) float32, normalised, and `labels_val` (N,) int64."""
+    images, labels = _reference_tensors(path)
+    spec = next((spec for spec in CHALLENGE_DATASETS if images.shape[1:] == spec.image_shape), None)
+    if spec is None or labels.shape != images.shape[:1] or not images.is_floating_point():
+        raise BadData(
+            f"{path}: images_val is {images.dtype} {tuple(images.shape)} and labels_val {tuple(labels.shape)}, "
+            "which is none of the challenge's datasets."
+        )
+    if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < spec.num_classes:
+        raise BadData(f"{path}: labels_val is not of classes 0 to {spec.num_classes - 1}.")
+    order = labels.argsort(stable=True)
+
+    def blocks() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(order), _ROWS_AT_ONCE):
+            yield _pixels(images[order[start : start + _ROWS_AT_ONCE]], spec, path)
+
+    split = PixelSplit(tuple(labels[order].tolist()), spec.image_size, blocks)
+    return Source("the challenge's test file", path, CLASS_NAMES[spec.name], {"test": split})
+
+
+def _reference_tensors(path: Path) -> tuple[Tensor, Tensor]:
+    """images_val and labels_val, memory-mapped. Raises BadData for files of anything else, or of code."""
+    import torch
+
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadData(f"{path} is no tensor file that can be loaded safely: {reason}") from error
+    tensors = [value.get(key) for key in ("images_val", "labels_val")] if isinstance(value, dict) else []
+    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise BadData(f"{path} is not the challenge's test file: it has no images_val and labels_val.", _LAYOUTS)
+    return tensors[0], tensors[1]
+
+
+def _pixels(normalised: Tensor, spec: DatasetSpec, path: Path) -> NDArray[np.uint8]:
+    """Back from normalised values to uint8. Raises BadData where they were normalised with other constants."""
+    from ddkit.data.images import denormalise, to_uint8
+
+    unit = denormalise(normalised, spec)
+    if not bool(((unit > -_TOLERANCE) & (unit < 1 + _TOLERANCE)).all()):
+        raise BadData(f"{path}: images_val was not normalised with the mean and standard deviation of {spec.name}.")
+    return to_uint8(unit).numpy()
 
 
 def _possible_tops(files: Sequence[str]) -> list[str]:
@@ -300,15 +318,3 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _first_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(512)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-
-
-def _is_tar(beginning: bytes) -> bool:
-    return beginning[257:262] == _TAR

@@ -1,10 +1,13 @@
 """Image files to RGB pixels: every mode, damage, other sizes, and several processes at once."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ddkit.data.decoding import BadImage, OtherSize, decode_split, read_image
@@ -193,9 +196,6 @@ def test_it_gives_up_after_as_many_problems_as_told(write_tree, tmp_path):
 
 
 def test_processes_need_no_main_guard_in_the_users_program(many, write_tree, tmp_path):
-    import subprocess
-    import sys
-
     path = write_tree({name: many[name] for name in sorted(many)[6:200]})
     program = tmp_path / "program.py"
     program.write_text(

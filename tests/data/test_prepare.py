@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +17,10 @@ from ddkit.challenge import CIFAR100
 from ddkit.data import prepare as preparing
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.download import Archive
+from ddkit.data.glyphs import draw
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset, prepare
-from ddkit.data.store import list_prepared, load_dataset, store_facts
+from ddkit.data.store import load_dataset, store_facts
 from ddkit.errors import BadData, BadFile, MissingData, UsageError
 
 
@@ -124,7 +124,7 @@ class TestImageFolders:
 
 class TestFinishedWork:
     def test_it_is_not_done_again(self, pets, tmp_path):
-        folder, before = pets
+        folder, _ = pets
         times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         shutil.rmtree(tmp_path / "earlier" / "test")
         assert prepare("pets", tmp_path / "earlier") == folder
@@ -217,6 +217,16 @@ class TestNothingLost:
         assert process.returncode == 130 and "Traceback" not in errors
         assert contents(pets[0]) == pets[1] and in_cache(own_cache) == ["pets"]
 
+    def test_what_a_killed_preparation_left_is_mended(self, pets, own_cache, tmp_path):
+        """Killed between the two renames that exchange the stores: the earlier one lies aside, the new one is not in place."""
+        folder, before = pets
+        folder.rename(own_cache / ".pets.abcd1234.old")
+        (own_cache / ".pets.abcd1234.tmp").mkdir()
+        (own_cache / ".pets.v2.abcd1234.tmp").mkdir()  # of another dataset, perhaps being prepared right now
+        prepare("pets", tmp_path / "earlier")
+        assert contents(folder) == before
+        assert in_cache(own_cache) == [".pets.v2.abcd1234.tmp", "pets"]
+
     def test_two_at_once_make_one_store(self, write_tree, photos, own_cache):
         path = write_tree(photos)
         program = f"from ddkit.data.prepare import prepare; prepare('pets', {str(path)!r})"
@@ -302,18 +312,26 @@ class TestBuiltInNames:
 
 
 class TestGlyphs:
-    def test_they_are_balanced_distinct_and_the_same_every_time(self, tmp_path):
-        first, second = (prepare("glyphs", cache=tmp_path / name) for name in ("a", "b"))
-        assert (first / "train.safetensors").read_bytes() == (second / "train.safetensors").read_bytes()
-        train = load_dataset("glyphs", "train", cache=tmp_path / "a")
-        assert train.labels.bincount().tolist() == [500] * 10 and train.images.shape == (5000, 3, 32, 32)
-        assert len({image.tobytes() for image in train.images.numpy()}) == 5000
-        test = load_dataset("glyphs", "test", cache=tmp_path / "a")
-        assert test.labels.bincount().tolist() == [100] * 10
+    @pytest.fixture(scope="class")
+    def drawn(self, tmp_path_factory):
+        cache = tmp_path_factory.mktemp("drawn")
+        prepare("glyphs", cache=cache)
+        return [load_dataset("glyphs", split, cache=cache) for split in ("train", "test")]
 
-    def test_letters_can_be_read(self):
+    def test_they_are_balanced_and_distinct(self, drawn):
+        for images, per_class in zip(drawn, (500, 100)):
+            assert images.images.shape == (10 * per_class, 3, 32, 32)
+            assert images.labels.tolist() == [label for label in range(10) for _ in range(per_class)]
+        assert len({image.tobytes() for images in drawn for image in images.images.numpy()}) == 6000
+
+    def test_an_image_is_the_same_whenever_it_is_drawn(self, drawn):
+        train, test = drawn
+        assert (draw("train", 3, 7) == train.images[3 * 500 + 7].numpy()).all()
+        assert (draw("test", 9, 99) == test.images[-1].numpy()).all()
+
+    def test_letters_can_be_read(self, drawn):
         """The nearest training picture shows the same letter, although place, size, angle and colours differ."""
-        train, test = load_dataset("glyphs", "train"), load_dataset("glyphs", "test")
+        train, test = drawn
 
         def features(images):
             # Grey, coarse, and without the picture's own brightness and contrast.

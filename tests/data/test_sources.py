@@ -75,24 +75,25 @@ def _case_insensitive(folder):
     return (folder / "case").exists()
 
 
-class TestTinyImageNet:
-    FILES = {
-        "train/n02/images/n02_0.JPEG": b"",
-        "train/n02/images/n02_1.JPEG": b"",
-        "train/n02/n02_boxes.txt": b"",
-        "train/n01/images/n01_0.JPEG": b"",
-        "val/images/val_0.JPEG": b"",
-        "val/images/val_1.JPEG": b"",
-        "val/val_annotations.txt": b"val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n",
-        "wnids.txt": b"n02\nn01\n",
-        "words.txt": b"n01\tgoldfish, Carassius auratus\nn02\tnewt\nn99\tentity\n",
-        "test/images/test_0.JPEG": b"",
-    }
+TINY_IMAGENET = {
+    "train/n02/images/n02_0.JPEG": b"",
+    "train/n02/images/n02_1.JPEG": b"",
+    "train/n02/n02_boxes.txt": b"",
+    "train/n01/images/n01_0.JPEG": b"",
+    "val/images/val_0.JPEG": b"",
+    "val/images/val_1.JPEG": b"",
+    "val/val_annotations.txt": b"val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n",
+    "wnids.txt": b"n02\nn01\n",
+    "words.txt": b"n01\tgoldfish, Carassius auratus\nn02\tnewt\nn99\tentity\n",
+    "test/images/test_0.JPEG": b"",
+}
 
+
+class TestTinyImageNet:
     @pytest.mark.parametrize("name", ["anything", "anything.zip"])
     @pytest.mark.parametrize("top", ["", "tiny-imagenet-200/"])
     def test_labels_come_from_the_annotations_and_sorted_wnids(self, write_tree, name, top):
-        source = open_source(write_tree({top + path: data for path, data in self.FILES.items()}, name))
+        source = open_source(write_tree({top + path: data for path, data in TINY_IMAGENET.items()}, name))
         assert (source.kind, source.class_names) == ("tiny-imagenet-200", ("n01", "n02"))
         assert source.class_titles == ("goldfish", "newt")
         assert source.listed_order == ("n02", "n01")
@@ -111,7 +112,7 @@ class TestTinyImageNet:
     )
     def test_annotations_that_do_not_fit_are_refused(self, write_tree, path, data, message):
         with pytest.raises(BadData, match=message):
-            open_source(write_tree({**self.FILES, path: data}))
+            open_source(write_tree({**TINY_IMAGENET, path: data}))
 
     def test_the_real_archive(self, tinyimagenet_zip):
         source = open_source(tinyimagenet_zip)
@@ -123,7 +124,7 @@ class TestTinyImageNet:
 
 
 class TestCifarArchive:
-    NAMES = ["dog", "cat"]  # not sorted, so that labels must be brought into order
+    NAMES = ("dog", "cat")  # not sorted, so that labels must be brought into order
 
     @pytest.fixture
     def splits(self):
@@ -146,7 +147,7 @@ class TestCifarArchive:
             })
             for split, (values, labels, names) in splits.items()
         }  # fmt: skip
-        return {**files, "meta": dump({"fine_label_names": self.NAMES, "coarse_label_names": ["animal"]})}
+        return {**files, "meta": dump({"fine_label_names": list(self.NAMES), "coarse_label_names": ["animal"]})}
 
     def packed(self, files, tmp_path, name="some.tar.gz", mode="w:gz"):
         with tarfile.open(tmp_path / name, mode) as archive:
@@ -176,7 +177,7 @@ class TestCifarArchive:
             split: _python2_split(np.repeat(np.array(values, np.uint8)[:, None], 3072, axis=1), labels, names)
             for split, (values, labels, names) in splits.items()
         }
-        files["meta"] = _python2({"fine_label_names": self.NAMES})
+        files["meta"] = _python2({"fine_label_names": list(self.NAMES)})
         self.check(open_source(self.packed(files, tmp_path)))
 
     def test_channels_and_rows_are_where_they_belong(self, tmp_path):
@@ -269,6 +270,7 @@ class TestReferenceFiles:
         [
             (torch.zeros(10, 3, 32, 32), "has no images_val and labels_val"),
             ({"images": torch.zeros(1)}, "has no images_val and labels_val"),
+            ({"images_val": [1], "labels_val": [2]}, "has no images_val and labels_val"),
             ({"images_val": torch.zeros(2, 3, 28, 28), "labels_val": torch.zeros(2).long()}, "none of the challenge's"),
             ({"images_val": torch.zeros(2, 3, 32, 32), "labels_val": torch.zeros(3).long()}, "none of the challenge's"),
             ({"images_val": torch.zeros(2, 3, 32, 32), "labels_val": torch.tensor([0, 100])}, "not of classes 0 to 99"),
