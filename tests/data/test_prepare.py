@@ -230,8 +230,8 @@ class TestNothingLost:
     def test_two_at_once_make_one_store(self, write_tree, photos, own_cache):
         path = write_tree(photos)
         program = f"from ddkit.data.prepare import prepare; prepare('pets', {str(path)!r})"
-        processes = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) for _ in range(3)]
-        assert [process.communicate()[1] for process in processes] == [b"", b"", b""]
+        processes = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) for _ in range(2)]
+        assert [process.communicate()[1] for process in processes] == [b"", b""]
         assert in_cache(own_cache) == ["pets"] and len(load_dataset("pets", "train")) == 6
 
 
@@ -311,13 +311,15 @@ class TestBuiltInNames:
             open_dataset("cifar10", "test")
 
 
-class TestGlyphs:
-    @pytest.fixture(scope="class")
-    def drawn(self, tmp_path_factory):
-        cache = tmp_path_factory.mktemp("drawn")
-        prepare("glyphs", cache=cache)
-        return [load_dataset("glyphs", split, cache=cache) for split in ("train", "test")]
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Both splits of glyphs."""
+    cache = tmp_path_factory.mktemp("drawn")
+    prepare("glyphs", cache=cache)
+    return [load_dataset("glyphs", split, cache=cache) for split in ("train", "test")]
 
+
+class TestGlyphs:
     def test_they_are_balanced_and_distinct(self, drawn):
         for images, per_class in zip(drawn, (500, 100)):
             assert images.images.shape == (10 * per_class, 3, 32, 32)

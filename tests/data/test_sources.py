@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ddkit.challenge import CIFAR100, TINYIMAGENET
+from ddkit.data.cifar_archive import OFFICIAL_MD5
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.images import normalise
 from ddkit.data.sources import FileSplit, open_source
@@ -218,6 +219,13 @@ class TestCifarArchive:
             path.write_bytes(whole[:size])
             with pytest.raises(BadData, match="not a whole archive|is damaged"):
                 open_source(path)
+
+    def test_checksums_are_those_of_torchvision(self, splits, tmp_path, caplog):
+        from torchvision.datasets import CIFAR100 as Theirs
+
+        assert OFFICIAL_MD5 == {**dict(Theirs.train_list + Theirs.test_list), "meta": Theirs.meta["md5"]}
+        open_source(self.packed(self.pickles(splits), tmp_path))
+        assert "'train' is not the official file; its checksum differs" in caplog.text
 
     def test_another_tar_is_refused(self, tmp_path):
         with pytest.raises(BadData, match="lacks train, test, meta"):
