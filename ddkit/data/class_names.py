@@ -1,4 +1,4 @@
-"""The class names of the challenge's datasets, in the order of their labels: sorted as strings.
+"""The class names of the built-in datasets, in the order of their labels: sorted as strings.
 
 They decide what is accepted under a built-in dataset's name. A source with one class more, less or under another
 name would shift labels silently, which no later check can see. `challenge` holds the numbers; the names are here
@@ -43,7 +43,11 @@ TINYIMAGENET_WNIDS = """
     n07871810 n07873807 n07875152 n07920052 n09193705 n09246464 n09256479 n09332890 n09428293 n12267677
 """
 
+# Letters that stay apart when they are turned a little.
+GLYPHS_LETTERS = "AEHKLOSTXZ"
+
 CLASS_NAMES = {
     "cifar100": tuple(CIFAR100_FINE_LABELS.split()),
     "tinyimagenet": tuple(TINYIMAGENET_WNIDS.split()),
+    "glyphs": tuple(GLYPHS_LETTERS),
 }

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ddkit.challenge import GLYPHS
+from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.sources import PixelSplit, Source
 
-# Letters that stay apart when they are turned a little.
-CLASS_NAMES = ("A", "E", "H", "K", "L", "O", "S", "T", "X", "Z")
+LETTERS = CLASS_NAMES["glyphs"]
 PER_CLASS = {"train": 500, "test": 100}
 
 _SIDE = GLYPHS.image_size
@@ -29,24 +29,24 @@ _SHIFT = 4.0  # pixels of the finished image either way
 
 def source() -> Source:
     """Both splits, drawn as they are asked for."""
-    return Source("drawn letters", None, CLASS_NAMES, {split: _split(split) for split in PER_CLASS})
+    return Source("drawn letters", None, LETTERS, {split: _split(split) for split in PER_CLASS})
 
 
 def _split(split: str) -> PixelSplit:
     per_class = PER_CLASS[split]
 
     def blocks() -> Iterator[NDArray[np.uint8]]:
-        for label in range(len(CLASS_NAMES)):
+        for label in range(len(LETTERS)):
             yield np.stack([draw(split, label, index) for index in range(per_class)])
 
-    labels = tuple(label for label in range(len(CLASS_NAMES)) for _ in range(per_class))
+    labels = tuple(label for label in range(len(LETTERS)) for _ in range(per_class))
     return PixelSplit(labels, _SIDE, blocks)
 
 
 def draw(split: str, label: int, index: int) -> NDArray[np.uint8]:
     """Image `index` of a class, (3, 32, 32) uint8; the same whenever it is drawn."""
     random = np.random.default_rng([_SEED, list(PER_CLASS).index(split), label, index])
-    shape = _letter(CLASS_NAMES[label], random)
+    shape = _letter(LETTERS[label], random)
     ground, ink = _colours(random)
     picture = ground[:, None, None] + _slope(random) + random.normal(0, 0.04, (3, _SIDE, _SIDE))
     picture += shape * (ink[:, None, None] - picture) * random.uniform(0.9, 1.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddkit.challenge import DATASETS, DatasetSpec
+from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadData, BadFile, MissingData, UsageError, nearest_name
 from ddkit.files import cache_folder, read_json, write_json
 
@@ -119,8 +120,10 @@ def dataset_spec(name: str, *, cache: Path | None = None) -> DatasetSpec:
 def class_titles(name: str, *, cache: Path | None = None) -> tuple[str, ...]:
     """Class names for people, in class order: "goldfish" where the class's own name is n01443537.
 
-    Raises what `store_facts` raises.
+    A built-in dataset that is not prepared has its classes' own names. Raises what `store_facts` raises.
     """
+    if name in CLASS_NAMES and not is_prepared(name, cache=cache):
+        return CLASS_NAMES[name]
     facts = store_facts(name, cache=cache)
     return facts.class_titles or facts.class_names
 

@@ -80,6 +80,12 @@ def test_facts_are_measured_on_the_training_split_or_built_in(pets):
     assert dataset_spec("cifar100") is CIFAR100
 
 
+def test_built_in_datasets_have_class_names_before_they_are_prepared():
+    assert (class_titles("cifar100")[0], class_titles("cifar100")[99]) == ("apple", "worm")
+    assert class_titles("tinyimagenet")[0] == "n01443537"
+    assert class_titles("glyphs") == tuple("AEHKLOSTXZ")
+
+
 def test_what_is_prepared_is_listed(pets):
     assert list_prepared() == ("pets",)
     facts = store_facts("pets")
