@@ -36,7 +36,7 @@ from ddkit.data.split_file import SplitFile
 from ddkit.errors import BadFile, ComputeError
 from ddkit.files import explain_os_error
 
-BLOCK = 256  # images a worker decodes and writes at once
+_BLOCK = 256  # most images a worker decodes and writes at once; few enough that all workers end together
 _FEW = 2000  # images below which starting processes costs more than it saves
 _MAX_PIXELS = 1 << 27  # of one image file; larger ones are taken for bombs
 
@@ -146,7 +146,8 @@ def decode_split(
     report: called with the number of files done so far.
     Returns the rows that could not be filled, in order. Raises BadFile when `target` cannot be written.
     """
-    blocks = [(start, names[start : start + BLOCK]) for start in range(0, len(names), BLOCK)]
+    size = min(_BLOCK, target.rows_at_once)
+    blocks = [(start, names[start : start + size]) for start in range(0, len(names), size)]
     if workers is None:
         workers = 0 if len(names) < _FEW or not sys.executable else min(available_cores(), len(blocks))
     problems: list[Problem] = []
@@ -224,6 +225,7 @@ class _Worker:
         )
 
     def decode(self, start: int, names: Sequence[str]) -> list[Problem]:
+        """Have one block decoded, and wait. Raises BadFile where the target cannot be written, ComputeError if it dies."""
         assert self._process.stdin is not None and self._process.stdout is not None
         answer = b""
         with contextlib.suppress(BrokenPipeError):

@@ -133,7 +133,7 @@ def _is_finished(request: _Request, cache: Path | None) -> bool:
 
 def _origin(request: _Request) -> dict[str, Any]:
     """Where a store comes from, as kept in meta.json."""
-    path = None if request.source is None else str(request.source.resolve())
+    path = None if request.source is None else _readable(str(request.source.resolve()))
     return {"path": path, "image_size": request.image_size, "skip_bad": request.skip_bad}
 
 
@@ -258,7 +258,7 @@ def _fill(
     _refuse_problems(problems, source, image_size, request.skip_bad)
     kept = np.ones(total, bool)
     kept[[problem.row for problem in problems]] = False
-    return file.keep(np.asarray(content.labels)[kept].tolist(), kept), tuple(problem.name for problem in problems)
+    return file.keep(np.asarray(content.labels)[kept].tolist(), kept), tuple(_readable(problem.name) for problem in problems)
 
 
 def _split_facts(source: Source, split: str, file: SplitFile, skipped: tuple[str, ...]) -> SplitFacts:
@@ -315,6 +315,11 @@ def _size_of_first(source: Source, names: Sequence[str]) -> int:
                 )
             return width
     raise BadData(f"{source.path}: none of its {len(names)} training files is an image.")
+
+
+def _readable(name: str) -> str:
+    """A file's name as text that can be written; names are bytes to some systems, and not always UTF-8."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _measure(file: SplitFile) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-_ROWS_AT_ONCE = 1024  # read at once, 3 MiB at 32 pixels
+_BYTES_AT_ONCE = 8 << 20  # of pixels in memory
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class SplitFile:
     def row_bytes(self) -> int:
         return 3 * self.image_size**2
 
+    @property
+    def rows_at_once(self) -> int:
+        """As many rows as are held in memory at a time, by whoever reads or fills the file."""
+        return max(1, _BYTES_AT_ONCE // self.row_bytes)
+
     def write(self, start: int, rows: NDArray[np.uint8]) -> None:
         """Write rows (n, 3, S, S) from row `start` on. Raises OSError."""
         with self.path.open("rb+") as file:
@@ -70,8 +75,8 @@ class SplitFile:
         """The rows in order, (n, 3, S, S) at a time. Raises OSError."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            for start in range(0, self.count, _ROWS_AT_ONCE):
-                rows = min(_ROWS_AT_ONCE, self.count - start)
+            for start in range(0, self.count, self.rows_at_once):
+                rows = min(self.rows_at_once, self.count - start)
                 data = np.frombuffer(file.read(rows * self.row_bytes), np.uint8)
                 yield data.reshape(rows, 3, self.image_size, self.image_size)
 

@@ -1,6 +1,7 @@
 """Image files to RGB pixels: every mode, damage, other sizes, and several processes at once."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -207,5 +208,6 @@ def test_processes_need_no_main_guard_in_the_users_program(many, write_tree, tmp
         f"target = SplitFile.create(Path({str(tmp_path / 'out')!r}), [0] * len(names), 4)\n"
         "print(decode_split(path, names, target, workers=2))\n"
     )
-    finished = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    finished = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
     assert (finished.stdout, finished.stderr) == ("[]\n", "")

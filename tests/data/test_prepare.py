@@ -20,7 +20,7 @@ from ddkit.data.download import Archive
 from ddkit.data.glyphs import draw
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset, prepare
-from ddkit.data.store import load_dataset, store_facts
+from ddkit.data.store import dataset_spec, load_dataset, store_facts
 from ddkit.errors import BadData, BadFile, MissingData, UsageError
 
 
@@ -77,6 +77,19 @@ class TestImageFolders:
         split_file = own_cache / "pets" / "train.safetensors"
         assert facts.sha256 == hashlib.sha256(split_file.read_bytes()).hexdigest()
 
+    def test_names_that_are_no_text_are_recorded_readably(self, write_tree, photos, own_cache):
+        path = write_tree(photos)
+        strange = os.fsencode(path / "train" / "cat") + b"/caf\xe9.txt"
+        try:
+            with open(strange, "wb") as file:
+                file.write(b"notes")
+        except OSError:
+            pytest.skip("this file system takes only names that are text")
+        with pytest.raises(BadData, match="1 file cannot be used: train/cat/caf"):
+            prepare("pets", path)
+        prepare("pets", path, skip_bad=True)
+        assert store_facts("pets").splits["train"].skipped == ("train/cat/caf?.txt",)
+
     def test_a_long_list_of_bad_files_is_cut(self, write_tree, photos):
         photos |= {f"train/cat/x{k:02}.txt": b"" for k in range(30)}
         with pytest.raises(BadData, match=r"30 files cannot be used: .*; and 20 more\."):
@@ -104,6 +117,12 @@ class TestImageFolders:
         assert store_facts("pets").image_size == 16
         with pytest.raises(UsageError, match="size of 4"):
             prepare("pets", path, image_size=4)
+
+    def test_large_images_are_read_a_few_at_a_time(self, write_tree, picture, colours):
+        files = {f"{s}/{c}/{k}.png": picture((k, 2, 3), side=1024) for s in ("train", "test") for c in "ab" for k in range(3)}
+        prepare("large", write_tree(files))
+        assert colours(load_dataset("large", "train").images)[3:] == [(0, 2, 3), (1, 2, 3), (2, 2, 3)]
+        assert dataset_spec("large").mean == (round(1 / 255, 4), round(2 / 255, 4), round(3 / 255, 4))
 
     def test_oblong_images_need_a_size(self, write_tree, photos, tmp_path):
         from PIL import Image
