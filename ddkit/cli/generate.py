@@ -48,9 +48,11 @@ def generate(
 
     The same seed gives the same images, whatever the batch size.
     """
-    from ddkit.distill.generate import FromReal, generate as generate_set
+    from ddkit.distill.generate import FromReal
+    from ddkit.distill.generate import generate as generate_set
 
-    source = FromReal(from_real, seed) if from_real else _from_model(model or RUNS_FOLDER / dataset, seed, device, sampling)
+    folder = model or RUNS_FOLDER / dataset
+    source = FromReal(from_real, seed) if from_real else _from_model(folder, seed, device, sampling)
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     surface.say(f"Making {ipc} images per class of {escape(dataset)} {escape(_origin(source))}.")
     saved = generate_set(dataset, ipc, source, out, progress=surface.listen)
@@ -61,10 +63,9 @@ def generate(
 def _from_model(folder: Path, seed: int, device: str, options: dict[str, Any]) -> FromModel:
     from ddkit.distill.generate import FromModel
     from ddkit.generator.sampling import SamplingConfig
-    from ddkit.protocol.device import resolve_device
 
     chosen = {name: value for name, value in options.items() if value is not None}
-    return FromModel(folder, SamplingConfig(seed=seed, **chosen), resolve_device(device))
+    return FromModel(folder, SamplingConfig(seed=seed, **chosen), device)
 
 
 def _origin(source: FromModel | FromReal) -> str:

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
+from rich.table import Table
 
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, seed_option, surface_options
-from ddkit.cli._surface import Surface
+from ddkit.cli._surface import Surface, span_text
+from ddkit.errors import MissingModel, UsageError
+
+if TYPE_CHECKING:
+    from ddkit.generator.estimate import Estimate
+    from ddkit.generator.presets import GeneratorConfig
+    from ddkit.generator.training import TrainingData, TrainingRequest
+
+_DEFAULT_PRESET = "tiny"
 
 
 @click.command(epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
 @click.option("--dataset", required=True, help="A dataset of `ddkit data list`.")
-@click.option("--preset", "preset_name", help="A set of sizes: demo, tiny, small or base.")
+@click.option("--preset", "preset_name", help=f"Sizes: demo, tiny, small or base.  [default: {_DEFAULT_PRESET}]")
 @click.option("--steps", type=click.IntRange(1), help="Of denoiser training, in all.")
 @click.option("--time", "seconds", type=Duration(), help="Of training in all, such as 20m; takes the place of --steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="The denoiser's learning rate.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder; runs/<dataset>.")
+@click.option("--accumulation", type=click.IntRange(1), help="Parts a step is computed in, where memory is short.")
+@click.option("--prediction", type=click.Choice(["flow", "v", "epsilon"]), help="What the denoiser predicts.")
+@click.option("--architecture", type=click.Choice(["uvit", "unet", "dit"]), help="Of the denoiser.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the computation.")
+@click.option("--compile/--no-compile", "compile_network", default=None, help="Compile the networks first.")
+@click.option("--autoencoder", metavar="HUB_ID_OR_FOLDER", help="A pretrained one to use, such as stabilityai/sd-vae-ft-mse.")
+@click.option("--resume", is_flag=True, help="Insist on going on: an error where there is nothing to go on from.")
+@click.option("--fresh", is_flag=True, help="Start over: removes the training that is in the folder.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder.  [default: runs/<dataset>]")
+@click.option("--tensorboard", is_flag=True, help="Write records for TensorBoard too.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
 @device_option
 @seed_option
 @surface_options
@@ -27,32 +47,131 @@ def train(
     surface: Surface,
     dataset: str,
     preset_name: str | None,
-    steps: int | None,
     seconds: float | None,
-    batch_size: int | None,
-    lr: float | None,
+    resume: bool,
+    fresh: bool,
     out: Path | None,
     device: str,
-    seed: int,
+    tensorboard: bool,
+    dry_run: bool,
+    **settings: Any,
 ) -> None:
-    """Train a generator: an autoencoder, then a denoiser of its latents. Run it again to go on."""
+    """Train a generator: an autoencoder, then a denoiser of its latents.
+
+    Run it again to go on where it stopped, or, with more --steps or --time, to train on.
+    """
+    from ddkit.generator.training import TrainingRequest
+
+    if resume and fresh:
+        raise UsageError("--resume and --fresh contradict each other.")
+    folder = out or RUNS_FOLDER / dataset
+    _check_folder(folder, resume)
+    data = _open(surface, dataset)
+    preset_name = preset_name or _preset_of(folder, fresh) or _DEFAULT_PRESET
+    config = _configure(preset_name, data.image_size, settings)
+    if dry_run:
+        _show_costs(surface, config, data, device)
+        return
+    request = TrainingRequest(config, preset_name, seconds, device, tensorboard=tensorboard)
+    _train(surface, data, request, folder, fresh)
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    from ddkit.generator.training import has_training
+
+    if resume and not has_training(folder):
+        raise MissingModel(f"There is no training in {folder} to go on from.", "Leave --resume away to begin one.")
+
+
+def _open(surface: Surface, dataset: str) -> TrainingData:
     from ddkit.data.prepare import open_dataset
     from ddkit.data.store import store_hash
-    from ddkit.generator.presets import preset
-    from ddkit.generator.training import TrainingData, TrainingRequest, train as train_generator
-    from ddkit.protocol.device import resolve_device
+    from ddkit.generator.training import TrainingData
 
     images = open_dataset(dataset, "train", progress=surface.listen)
-    data = TrainingData(dataset, images, store_hash(dataset, "train"))
-    config = dataclasses.replace(preset(preset_name or "tiny").config(data.image_size), seed=seed)
-    changes = {"steps": steps, "batch_size": batch_size, "learning_rate": lr}
-    optimiser = dataclasses.replace(
-        config.denoiser_optimiser, **{name: value for name, value in changes.items() if value is not None}
+    return TrainingData(dataset, images, store_hash(dataset, "train"))
+
+
+def _preset_of(folder: Path, fresh: bool) -> str | None:
+    """The preset of the training that is to go on, so that it need not be said again."""
+    from ddkit.generator.training import recorded_preset
+
+    return None if fresh else recorded_preset(folder)
+
+
+def _configure(preset_name: str, image_size: int, settings: dict[str, Any]) -> GeneratorConfig:
+    """The preset with what the options say otherwise."""
+    from ddkit.generator.presets import preset
+
+    def given(**names: str) -> dict[str, Any]:
+        return {field: settings[option] for field, option in names.items() if settings[option] is not None}
+
+    config = preset(preset_name).config(image_size)
+    optimiser = given(steps="steps", batch_size="batch_size", learning_rate="lr", accumulation="accumulation")
+    return dataclasses.replace(
+        config,
+        denoiser=dataclasses.replace(config.denoiser, **given(architecture="architecture")),
+        objective=dataclasses.replace(config.objective, **given(prediction="prediction")),
+        denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, **optimiser),
+        **given(
+            precision="precision", compile="compile_network", pretrained_autoencoder="autoencoder", seed="seed"
+        ),
     )
-    config = dataclasses.replace(config, denoiser_optimiser=optimiser)
-    folder = out or RUNS_FOLDER / dataset
-    request = TrainingRequest(config, preset_name or "tiny", seconds, resolve_device(device))
-    surface.say(f"Training a generator on {escape(dataset)} in {escape(str(folder))}.")
+
+
+def _train(surface: Surface, data: TrainingData, request: TrainingRequest, folder: Path, fresh: bool) -> None:
+    from ddkit.generator.estimate import check_memory
+    from ddkit.generator.training import has_training, start_over
+    from ddkit.generator.training import train as train_generator
+    from ddkit.protocol.device import resolve_device
+
+    check_memory(request.config, data.image_size, len(data.images.class_names), resolve_device(request.device))
+    if fresh:
+        start_over(folder)
+    verb = "Going on with" if has_training(folder) else "Training"
+    surface.say(
+        f"{verb} a generator on {escape(data.name)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
+    )
     model = train_generator(data, request, folder, progress=surface.listen)
-    surface.done([folder], f"ddkit generate --ipc 10 --dataset {dataset}")
-    surface.result({"folder": str(folder), "steps": model.facts.steps})
+    surface.done([folder], f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name))
+    surface.result(
+        {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
+        | {"metrics": dict(model.facts.metrics)}
+    )
+
+
+def _length(request: TrainingRequest) -> str:
+    if request.seconds is not None:
+        return span_text(request.seconds)
+    config = request.config
+    return f"{config.autoencoder_optimiser.steps:,} + {config.denoiser_optimiser.steps:,} steps"
+
+
+def _model_option(folder: Path, dataset: str) -> str:
+    return "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
+
+
+def _show_costs(surface: Surface, config: GeneratorConfig, data: TrainingData, device: str) -> None:
+    from ddkit.generator.estimate import estimate
+    from ddkit.generator.presets import to_json
+    from ddkit.protocol.device import resolve_device
+
+    surface.say("Trying both stages for a few seconds each; nothing is kept.")
+    costs = estimate(config, data.image_size, len(data.images.class_names), resolve_device(device))
+    surface.result(dataclasses.asdict(costs) | {"config": to_json(config)}, _cost_table(costs))
+
+
+def _cost_table(costs: Estimate) -> Table:
+    table = Table("stage", "parameters", "memory", "images/s", "steps", "batch", "in all")
+    for stage in costs.stages:
+        table.add_row(
+            stage.stage,
+            f"{stage.parameters / 1e6:.2f} M",
+            f"{stage.memory / 2**20:,.0f} MiB",
+            f"{stage.images_per_second:,.0f}",
+            f"{stage.steps:,}",
+            f"{stage.batch_size:,}",
+            span_text(stage.seconds),
+        )
+    table.caption = f"{costs.free_memory / 2**30:.1f} GiB of memory are free; not compiled, so at worst"
+    return table

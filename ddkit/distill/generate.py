@@ -20,6 +20,7 @@ from ddkit.errors import UsageError
 from ddkit.generator.pipeline import Model, load_model, model_hash
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
 from ddkit.progress import Listener, ignore
+from ddkit.protocol.device import resolve_device
 from ddkit.submission.layout import SavedSet, save_set
 
 # How the JSON beside a set calls what it is; `ddkit report` holds others against "random-real".
@@ -28,11 +29,11 @@ KIND_GENERATED = "generated"
 
 @dataclass(frozen=True)
 class FromModel:
-    """Images of a trained generator. folder: of the model. device: where to sample."""
+    """Images of a trained generator. folder: of the model. device: as `resolve_device` names it."""
 
     folder: Path
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _sampled(dataset: str, ipc: int, source: FromModel, progress: Listener) -> t
     model = load_model(source.folder, dataset=dataset)
     _check_classes(model, spec.num_classes, source.folder)
     labels, indices = class_ordered(ipc, spec.num_classes)
-    sampler = Sampler(model, source.sampling, source.device)
+    sampler = Sampler(model, source.sampling, resolve_device(source.device))
     images = sample_all(sampler, labels, indices, progress=progress)
     made_by = {
         "kind": KIND_GENERATED,

@@ -8,12 +8,14 @@ saved autoencoder is an ordinary `diffusers.AutoencoderKL` folder.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddkit.errors import MissingModel
 from ddkit.generator.presets import AutoencoderConfig
 
 _STARTING_LOG_VARIANCE = -5.0
@@ -41,19 +43,43 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) 
     return autoencoder
 
 
+def load_pretrained(source: str) -> AutoencoderKL:
+    """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
+
+    Raises MissingModel where there is none or it cannot be had.
+    """
+    subfolder = "vae" if (Path(source) / "vae").is_dir() else None
+    try:
+        return AutoencoderKL.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise MissingModel(
+            f"There is no autoencoder to be had from '{source}': {str(error).splitlines()[0]}",
+            "Give a folder in diffusers' format with safetensors weights, or the hub id of one.",
+        ) from error
+
+
 def pixel_patch(autoencoder: AutoencoderKL) -> int:
     """Side of the squares of pixels that the autoencoder takes as channels; 1 for most pretrained ones."""
     return math.isqrt(autoencoder.config.in_channels // 3)
 
 
-def encode(autoencoder: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """(N, 3, S, S) in [-1, 1] -> (N, C, s, s) means of the posterior, not scaled."""
+def pixels_per_latent(autoencoder: AutoencoderKL) -> int:
+    """How many times the latents' side fits into the images' side."""
+    return pixel_patch(autoencoder) * 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+
+def encode(autoencoder: AutoencoderKL, pixels: Tensor, latent_side: int) -> Tensor:
+    """(N, 3, S, S) in [-1, 1] -> (N, C, s, s), s = latent_side: means of the posterior, not scaled.
+
+    Images of another side than that asks for are resized first, as pretrained autoencoders may need.
+    """
+    pixels = _resized(pixels, latent_side * pixels_per_latent(autoencoder))
     return autoencoder.encode(F.pixel_unshuffle(pixels, pixel_patch(autoencoder))).latent_dist.mean
 
 
-def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """(N, C, s, s), not scaled -> (N, 3, S, S) around [-1, 1]."""
-    return F.pixel_shuffle(autoencoder.decode(latents).sample, pixel_patch(autoencoder))
+def decode(autoencoder: AutoencoderKL, latents: Tensor, image_size: int) -> Tensor:
+    """(N, C, s, s), not scaled -> (N, 3, S, S) around [-1, 1], S = image_size; the inverse of `encode`."""
+    return _resized(F.pixel_shuffle(autoencoder.decode(latents).sample, pixel_patch(autoencoder)), image_size)
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -78,7 +104,7 @@ class AutoencoderLoss(nn.Module):
         Returns the loss and the mean squared error, both scalars.
         """
         posterior = self.network.encode(F.pixel_unshuffle(pixels, pixel_patch(self.network))).latent_dist
-        decoded = decode(self.network, posterior.mean + posterior.std * noise)
+        decoded = decode(self.network, posterior.mean + posterior.std * noise, pixels.shape[-1])
         squared = F.mse_loss(decoded, pixels)
         # Kingma & Welling 2013, appendix B, as a mean over latents, so that its weight means the same at all sizes.
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
@@ -88,6 +114,12 @@ class AutoencoderLoss(nn.Module):
 def psnr(squared_error: float) -> float:
     """Peak signal-to-noise ratio in decibels of images in [-1, 1]."""
     return 10 * math.log10(4 / max(squared_error, 1e-12))
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    if pixels.shape[-1] == side:
+        return pixels
+    return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
 
 
 @torch.no_grad()

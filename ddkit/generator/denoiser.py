@@ -25,8 +25,6 @@ class UViT(ModelMixin, ConfigMixin):
     depth: odd, the middle block has no skip connection. hidden_size: a multiple of num_heads.
     """
 
-    _no_split_modules = ["Block"]
-
     @register_to_config
     def __init__(
         self,

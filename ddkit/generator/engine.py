@@ -7,7 +7,6 @@ does the rest: processes, precision, accumulation, averaged weights, checkpoints
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
@@ -26,13 +25,10 @@ from ddkit.errors import ComputeError, Interrupted, UsageError
 from ddkit.generator.checkpoints import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from ddkit.generator.compiling import compiled
 from ddkit.generator.presets import OptimiserConfig
-from ddkit.interrupt import stop_requests
+from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
 
 log = logging.getLogger(__name__)
-
-_SMOOTHING = 0.98  # of the loss that is shown
-
 
 class Stage(Protocol):
     """What the engine trains.
@@ -88,7 +84,7 @@ class Engine:
     """Trains one stage. Make it, then `run()`; `ema_weights()` is the result.
 
     folder: of checkpoints. on_record: called with every StepRecord, on the main process only.
-    on_save: called after a checkpoint was written, on the main process only.
+    Set `on_save` to what is to happen after a checkpoint was written, on the main process only.
     """
 
     def __init__(
@@ -101,10 +97,11 @@ class Engine:
         compile_network: bool = False,
         progress: Listener = ignore,
         on_record: Callable[[StepRecord], None] = lambda record: None,
-        on_save: Callable[[Engine], None] = lambda engine: None,
     ) -> None:
         self.stage, self.accelerator, self.folder, self.limits = stage, accelerator, folder, limits
-        self._progress, self._on_record, self._on_save = progress, on_record, on_save
+        self.on_save: Callable[[], None] = lambda: None
+        self._progress, self._on_record = progress, on_record
+        self._visits: list[tuple[int, Callable[[], None]]] = []
         self.step, self.seconds, self.finished = 0, 0.0, False
         self._check_batch()
         stage.network.to(accelerator.device)
@@ -124,25 +121,23 @@ class Engine:
     def run(self) -> None:
         """Train until a limit is reached. Raises Interrupted or ComputeError, the state saved as far as it is good."""
         with stop_requests() as stop:
-            for record in self._steps():
+            for record in self._steps(stop):
                 if self.accelerator.is_main_process:
                     self._on_record(record)
                     self._show(record)
-                if self._agreed(bool(stop)):
-                    self.save()
-                    raise Interrupted(
-                        f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
-                        "Run the same command again to go on.",
-                    )
         if not self.finished:
             self.finished = True
             self.save()
+
+    def every(self, steps: int, visit: Callable[[], None]) -> None:
+        """Call `visit` after every `steps` steps, on the main process only; the time it takes is not counted."""
+        self._visits.append((steps, visit))
 
     def save(self) -> None:
         """Write a checkpoint now."""
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder, self.stage.name, self._checkpoint())
-            self._on_save(self)
+            self.on_save()
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -156,25 +151,43 @@ class Engine:
         finally:
             self._ema.restore(parameters)
 
-    def _steps(self) -> Iterator[StepRecord]:
-        """Train, yielding a record every so often; saves by the clock."""
+    def _steps(self, stop: StopRequest) -> Iterator[StepRecord]:
+        """Train, yielding a record every so often and before every save, so that no broken state is saved."""
         saved = time.monotonic()
-        losses: list[tuple[Tensor, Tensor]] = []
-        while not self._is_over():
+        losses: list[Tensor] = []
+        over = self.finished or self.step >= self.limits.steps or self._out_of_time()
+        while not over:
             began = time.monotonic()
             losses.append(self._train_step())
             self.step += 1
-            if self.step % self.limits.record_every == 0 or self.step == self.limits.steps:
-                record = self._record(losses, began)
-                losses = []
-                yield record
+            # The clock ticks on before the votes, which every process takes after the same step.
             self.seconds += time.monotonic() - began
-            if self._agreed(time.monotonic() - saved > self.limits.save_every_seconds):
+            stopping, out_of_time, save_due = self._agreed(
+                bool(stop), self._out_of_time(), time.monotonic() - saved > self.limits.save_every_seconds
+            )
+            over = out_of_time or self.step >= self.limits.steps
+            if over or stopping or save_due or self.step % self.limits.record_every == 0:
+                yield self._record(losses)
+                losses = []
+            self._visit()
+            if stopping or save_due:
                 self.save()
                 saved = time.monotonic()
+            if stopping and not over:
+                raise Interrupted(
+                    f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
+                    "Run the same command again to go on.",
+                )
 
-    def _train_step(self) -> tuple[Tensor, Tensor]:
-        """One optimiser step; returns this process's mean loss and figure, on the device."""
+    def _visit(self) -> None:
+        for steps, visit in self._visits:
+            if self.step % steps == 0:
+                if self.accelerator.is_main_process:
+                    visit()
+                self.accelerator.wait_for_everyone()
+
+    def _train_step(self) -> Tensor:
+        """One optimiser step; returns this process's mean loss and figure, (2,) float32 on the device."""
         rate = self.stage.optimiser.rate(self.step)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
@@ -191,8 +204,7 @@ class Engine:
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._ema.step(self.stage.network.parameters())
-        mean_loss, mean_figure = torch.stack(losses).mean(dim=0)
-        return mean_loss, mean_figure
+        return torch.stack(losses).mean(dim=0)
 
     def _own_parts(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """This process's share of the global batch, in as many parts as the step is computed in."""
@@ -201,9 +213,9 @@ class Engine:
         starts = [(own * self.stage.optimiser.accumulation + k) * size for k in range(self.stage.optimiser.accumulation)]
         return [{name: values[start : start + size] for name, values in batch.items()} for start in starts]
 
-    def _record(self, losses: list[tuple[Tensor, Tensor]], began: float) -> StepRecord:
+    def _record(self, losses: list[Tensor]) -> StepRecord:
         """The means since the last record over all processes. Raises ComputeError where the loss is no number."""
-        means = torch.stack([torch.stack(pair) for pair in losses]).mean(dim=0)
+        means = torch.stack(losses).mean(dim=0)
         loss, figure = self.accelerator.reduce(means, reduction="mean").tolist()
         if not math.isfinite(loss):
             raise self._diverged()
@@ -214,19 +226,18 @@ class Engine:
             figure=figure,
             rate=self.stage.optimiser.rate(self.step - 1),
             images=self.step * self.stage.optimiser.batch_size,
-            seconds=self.seconds + time.monotonic() - began,
+            seconds=self.seconds,
         )
 
-    def _is_over(self) -> bool:
-        over_time = self.limits.seconds is not None and self.seconds >= self.limits.seconds
-        return self.finished or self.step >= self.limits.steps or self._agreed(over_time)
+    def _out_of_time(self) -> bool:
+        return self.limits.seconds is not None and self.seconds >= self.limits.seconds
 
-    def _agreed(self, wish: bool) -> bool:
-        """Whether any process wishes it: all must leave the loop after the same step."""
+    def _agreed(self, *wishes: bool) -> tuple[bool, ...]:
+        """For each wish whether any process has it: all must do the same after the same step."""
         if self.accelerator.num_processes == 1:
-            return wish
-        votes = torch.tensor(float(wish), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(votes, reduction="sum") > 0)
+            return wishes
+        votes = torch.tensor(wishes, dtype=torch.float32, device=self.accelerator.device)
+        return tuple((self.accelerator.reduce(votes, reduction="sum") > 0).tolist())
 
     def _show(self, record: StepRecord) -> None:
         figures = {"loss": record.loss, self.stage.figure: record.figure}
@@ -266,8 +277,8 @@ class Engine:
         self._ema.to(self.accelerator.device)
         self._optimiser.load_state_dict(checkpoint.optimiser)
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
-        within = self.step < self.limits.steps and (self.limits.seconds is None or self.seconds < self.limits.seconds)
-        self.finished = checkpoint.finished and not within
+        # Limits may have grown since.
+        self.finished = checkpoint.finished and (self.step >= self.limits.steps or self._out_of_time())
         log.info("Going on with %s after %d steps", self.stage.name, self.step)
 
     def _diverged(self) -> ComputeError:
@@ -300,8 +311,3 @@ def _ema_exponent(width: float) -> float:
         of_middle = math.sqrt((middle + 1) / ((middle + 2) ** 2 * (middle + 3)))
         low, high = (middle, high) if of_middle > width else (low, middle)
     return low
-
-
-def as_json_line(record: StepRecord) -> str:
-    """A record as one line of the metrics log."""
-    return json.dumps(dataclasses.asdict(record)) + "\n"

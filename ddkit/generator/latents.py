@@ -42,6 +42,7 @@ def cached_latents(
     path: Path,
     autoencoder: AutoencoderKL,
     images: ImageSet,
+    latent_side: int,
     *,
     flips: bool,
     identity: str,
@@ -55,7 +56,7 @@ def cached_latents(
         return found
     if path.exists():
         log.warning("The data or the autoencoder changed since the latents were made: encoding them again.")
-    latents = _encode_all(autoencoder, images, flips, progress)
+    latents = _encode_all(autoencoder, images, latent_side, flips, progress)
     std = float(latents.float().std())
     with replacing(path) as temporary:
         save_file({"latents": latents}, temporary, metadata={"identity": identity, "std": repr(std)})
@@ -76,12 +77,14 @@ def _read(path: Path, images: ImageSet, identity: str) -> LatentSet | None:
 
 
 @torch.inference_mode()
-def _encode_all(autoencoder: AutoencoderKL, images: ImageSet, flips: bool, progress: Listener) -> Tensor:
+def _encode_all(
+    autoencoder: AutoencoderKL, images: ImageSet, latent_side: int, flips: bool, progress: Listener
+) -> Tensor:
     """(N, V, C, s, s) float16 on the CPU."""
     encoded = []
     for start in range(0, len(images), _IMAGES_AT_ONCE):
         pixels = to_signed(images.images[start : start + _IMAGES_AT_ONCE].to(autoencoder.device))
         views = [pixels, pixels.flip(-1)] if flips else [pixels]
-        encoded.append(torch.stack([encode(autoencoder, view) for view in views], dim=1).half().cpu())
+        encoded.append(torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1).half().cpu())
         progress(Progress("Encoding the training set", start + len(pixels), len(images), "images"))
     return torch.cat(encoded)

@@ -8,23 +8,34 @@ Each part takes its place by one rename, ddkit.json last, so that a kill leaves 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    UNet2DModel,
+)
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ddkit import __version__
 from ddkit.errors import BadFile, MissingModel, UsageError
 from ddkit.files import read_json, replacing_folder, sha256_of, write_json
+from ddkit.generator.autoencoder import decode
 from ddkit.generator.denoiser import UViT
-from ddkit.generator.objective import BETA_SCHEDULES, TIME_SCALE
+from ddkit.generator.networks import null_class, predict
+from ddkit.generator.samplers import make_scheduler, set_steps
 
 FACTS_FILE = "ddkit.json"
 INDEX_FILE = "model_index.json"
@@ -75,20 +86,6 @@ class Model:
         return dataclasses.replace(self, denoiser=self.denoiser.to(device), autoencoder=self.autoencoder.to(device))
 
 
-def base_scheduler(prediction: str) -> SchedulerMixin:
-    """The scheduler a model folder names; other samplers are made from its config."""
-    if prediction == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIME_SCALE)
-    return DDIMScheduler(
-        num_train_timesteps=TIME_SCALE,
-        beta_schedule=BETA_SCHEDULES[prediction],
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[prediction],
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-    )
-
-
 def save_autoencoder(autoencoder: AutoencoderKL, folder: Path) -> None:
     """Write `<folder>/vae`."""
     _save_part(autoencoder, folder / "vae")
@@ -97,18 +94,20 @@ def save_autoencoder(autoencoder: AutoencoderKL, folder: Path) -> None:
 def save_model(model: Model, folder: Path) -> None:
     """Write or replace all of a model folder. Nothing else in it is touched. Raises BadFile."""
     part = denoiser_part(model.denoiser)
-    scheduler = base_scheduler(model.facts.prediction)
+    scheduler = make_scheduler("ddim", model.facts.prediction)
     save_autoencoder(model.autoencoder, folder)
     _save_part(scheduler, folder / "scheduler")
     _save_part(model.denoiser, folder / part)
+    kind = type(model.denoiser)
     index = {
-        "_class_name": "LatentClassPipeline",
-        "_diffusers_version": model.denoiser.config.get("_diffusers_version", ""),
-        part: [type(model.denoiser).__module__ if isinstance(model.denoiser, UViT) else "diffusers",
-               type(model.denoiser).__name__],
-        "scheduler": ["diffusers", type(scheduler).__name__],
+        "_class_name": LatentClassPipeline.__name__,
+        "_diffusers_version": diffusers.__version__,
+        "image_size": model.facts.image_size,
         "vae": ["diffusers", "AutoencoderKL"],
-    }  # fmt: skip
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        # diffusers imports what is not its own from the module named here.
+        part: [kind.__module__ if kind is UViT else "diffusers", kind.__name__],
+    }
     write_json(folder / INDEX_FILE, index)
     write_json(folder / FACTS_FILE, dataclasses.asdict(model.facts))
 
@@ -134,6 +133,11 @@ def load_model(folder: Path, *, dataset: str | None = None) -> Model:
 def load_autoencoder(folder: Path) -> AutoencoderKL:
     """Read an autoencoder's folder onto the CPU. Raises what `load_model` raises."""
     return _load_part(folder, {"AutoencoderKL": AutoencoderKL})
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model of ours: ddkit.json is written last."""
+    return (folder / FACTS_FILE).is_file()
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -185,3 +189,66 @@ def _load_part(folder: Path, kinds: Mapping[str, type[ModelMixin]]) -> ModelMixi
         reason = str(error).splitlines()[0]
         raise BadFile(f"{weights_path} does not fit its config.json: {reason}", "The folder is damaged.") from error
     return network
+
+
+class LatentClassPipeline(DiffusionPipeline):
+    """A model folder as a diffusers pipeline: images of classes by diffusers' own plain loop.
+
+    LatentClassPipeline.from_pretrained("runs/cifar100")(class_labels=[0, 0, 1]).images
+    For speed, and for images that do not depend on the batch, use `ddkit.generator.sampling`.
+    """
+
+    _optional_components: ClassVar[list[str]] = ["transformer", "unet"]  # one of them is there
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+        image_size: int,
+        transformer: ModelMixin | None = None,
+        unet: UNet2DModel | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, scheduler=scheduler, transformer=transformer, unet=unet)
+        self.register_to_config(image_size=image_size)
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The network that removes noise."""
+        return self.transformer if self.unet is None else self.unet
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        guidance_scale: float = 2.0,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """One image for each label. guidance_scale: 1 is none. output_type: "pil", "np" or "pt" (N, 3, S, S) in [0, 1]."""
+        labels = torch.as_tensor(class_labels, device=self._execution_device)
+        config = self.denoiser.config
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        latents = randn_tensor(shape, generator=generator, device=labels.device, dtype=self.denoiser.dtype)
+        both = torch.cat([labels, torch.full_like(labels, null_class(self.denoiser))])
+        set_steps(self.scheduler, num_inference_steps)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        for time in self.progress_bar(self.scheduler.timesteps):
+            noisy = latents
+            if hasattr(self.scheduler, "scale_model_input"):
+                noisy = self.scheduler.scale_model_input(latents, time)
+            times = time.to(labels.device).expand(len(both))
+            with_class, without = predict(self.denoiser, torch.cat([noisy, noisy]), times, both).chunk(2)
+            output = without + guidance_scale * (with_class - without)
+            latents = self.scheduler.step(output, time, latents, return_dict=False)[0]
+        images = decode(self.vae, latents / self.vae.config.scaling_factor, self.config.image_size)
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return ImagePipelineOutput(_as_output(images, output_type))
+
+
+def _as_output(images: Tensor, output_type: str) -> Any:
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+    return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array

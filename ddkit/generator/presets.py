@@ -143,6 +143,8 @@ class GeneratorConfig:
 
     kl_weight: of the autoencoder's KL term beside the mean absolute and mean squared errors of pixels in [-1, 1].
     flips: show every image mirrored as well; wrong for letters.
+    pretrained_autoencoder: hub id or folder of one to use instead of training one; of `autoencoder` only the
+        latents' side then counts.
     ema_width: of the averaged weights' profile, as a share of the training so far (sigma_rel of Karras et al. 2024).
     """
 
@@ -156,6 +158,7 @@ class GeneratorConfig:
     flips: bool = True
     precision: str = "float32"
     compile: bool = True
+    pretrained_autoencoder: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:

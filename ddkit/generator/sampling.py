@@ -163,10 +163,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.autoencoder = model.autoencoder.to(memory_format=torch.channels_last)
         self.scale = float(model.autoencoder.config.scaling_factor)
+        self.image_size = model.facts.image_size
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = (latents / self.scale).contiguous(memory_format=torch.channels_last)
-        return decode(self.autoencoder, latents).float() / 2 + 0.5
+        return decode(self.autoencoder, latents, self.image_size).float() / 2 + 0.5
 
 
 def class_ordered(images_per_class: int, num_classes: int, *, start: int = 0) -> tuple[Tensor, Tensor]:

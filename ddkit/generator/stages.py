@@ -72,6 +72,7 @@ class DenoiserStage:
             "objective": to_json(config.objective),
             "optimiser": {name: value for name, value in to_json(self.optimiser).items() if name != "steps"},
             "ema_width": config.ema_width,
+            "pretrained_autoencoder": config.pretrained_autoencoder,
             "seed": config.seed,
             "flips": config.flips,
         }

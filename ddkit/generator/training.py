@@ -1,13 +1,20 @@
-"""Training a generator: the autoencoder, the latents, the denoiser, the model folder; each once, each resumable."""
+"""Training a generator: the autoencoder, the latents, the denoiser, the model folder; each once, each resumable.
+
+A run's folder is the model folder itself; beside its parts lie `config.json` (the settings it was begun with),
+`metrics.jsonl` (one StepRecord or Score a line) and `checkpoints/`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,17 +23,28 @@ from diffusers import AutoencoderKL
 
 from ddkit import __version__
 from ddkit.data.store import ImageSet
-from ddkit.errors import MissingModel, UsageError
-from ddkit.files import read_json, sha256_of, write_json
-from ddkit.generator.autoencoder import build_autoencoder
-from ddkit.generator.engine import Engine, Limits, StepRecord, as_json_line
+from ddkit.errors import UsageError
+from ddkit.files import explain_os_error, read_json, sha256_of, write_json
+from ddkit.generator.autoencoder import build_autoencoder, load_pretrained
+from ddkit.generator.engine import Engine, Limits, Stage
 from ddkit.generator.latents import LatentSet, cached_latents
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.pipeline import WEIGHTS_FILE, Model, ModelFacts, load_autoencoder, save_autoencoder, save_model
+from ddkit.generator.pipeline import (
+    WEIGHTS_FILE,
+    Model,
+    ModelFacts,
+    has_model,
+    load_autoencoder,
+    load_model,
+    read_facts,
+    save_autoencoder,
+    save_model,
+)
 from ddkit.generator.presets import GeneratorConfig, differences, from_json, to_json
 from ddkit.generator.seeds import derived_seed
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage
 from ddkit.progress import Listener, ignore
+from ddkit.protocol.device import resolve_device
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +52,7 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 AUTOENCODER_SHARE = 0.15  # of a training time given in seconds
+_NO_LIMIT = 10**9  # steps, where time is the limit
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,10 @@ class TrainingData:
     name: str
     images: ImageSet
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not len(self.images):
+            raise UsageError(f"The training split of '{self.name}' holds no images.")
 
     @property
     def image_size(self) -> int:
@@ -55,92 +78,163 @@ class TrainingRequest:
 
     preset: the name the configuration came from, for the records.
     seconds: of training in all, both stages; the autoencoder takes up to AUTOENCODER_SHARE of it. None: the
-    configuration's steps.
+        configuration's steps.
+    device: as `resolve_device` names it.
     """
 
     config: GeneratorConfig
     preset: str = ""
     seconds: float | None = None
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     save_every_seconds: float = 300.0
+    tensorboard: bool = False
 
 
-def train(data: TrainingData, request: TrainingRequest, folder: Path, *, progress: Listener = ignore) -> Model:
-    """Train a generator in `folder`, going on from what is there; returns the model, which is also written there.
+@dataclass(frozen=True)
+class Tracking:
+    """Scoring the model during training; the folder then keeps the best one by it.
+
+    score: of a model with its averaged weights, lower is better, such as a Frechet distance. name: of the score.
+    """
+
+    name: str
+    score: Callable[[Model], float]
+    every_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise UsageError(f"Tracking every {self.every_steps} steps cannot be meant.")
+
+
+def train(
+    data: TrainingData,
+    request: TrainingRequest,
+    folder: Path,
+    *,
+    tracking: Tracking | None = None,
+    progress: Listener = ignore,
+) -> Model:
+    """Train a generator in `folder`, going on from what is there; returns the model that is then in the folder.
 
     Raises UsageError where the folder holds a training with other settings (each is listed), Interrupted and
-    ComputeError as `Engine.run` does.
+    ComputeError as `Engine.run` does, BadFile for what the system refuses.
     """
     _claim(folder, data, request)
     with _accelerator(request) as accelerator:
-        run = _Run(data, request, folder, accelerator, progress)
+        listener = progress if accelerator.is_main_process else ignore
+        run = _Run(data, request, folder, accelerator, tracking, listener)
         autoencoder = run.autoencoder()
-        latents = run.latents(autoencoder)
-        return run.denoiser(autoencoder, latents)
+        run.denoiser(autoencoder, run.latents(autoencoder))
+        return load_model(folder, dataset=data.name)
+
+
+def start_over(folder: Path) -> None:
+    """Remove what a training left in `folder`: its state, its records and its model. Other files stay.
+
+    Raises UsageError where a folder that is there holds no training of ours.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / CONFIG_FILE).is_file():
+        raise UsageError(f"{folder} holds no training, so nothing is removed from it.", "Choose another --out.")
+    try:
+        # The settings go last: a kill halfway leaves a folder that --fresh still knows for its own.
+        for name in (CHECKPOINTS, "vae", "transformer", "unet", "scheduler"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("ddkit.json", "model_index.json", METRICS_FILE, CONFIG_FILE):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+
+
+def has_training(folder: Path) -> bool:
+    """Whether a training was begun in that folder."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def recorded_preset(folder: Path) -> str | None:
+    """The name of the preset a training in that folder was begun with; None where there is none."""
+    return read_json(folder / CONFIG_FILE).get("preset") if has_training(folder) else None
 
 
 class _Run:
     """One call of `train`: what its steps share."""
 
     def __init__(
-        self, data: TrainingData, request: TrainingRequest, folder: Path, accelerator: Accelerator, progress: Listener
+        self,
+        data: TrainingData,
+        request: TrainingRequest,
+        folder: Path,
+        accelerator: Accelerator,
+        tracking: Tracking | None,
+        progress: Listener,
     ) -> None:
         self.data, self.request, self.config = data, request, request.config
-        self.folder, self.accelerator, self.progress = folder, accelerator, progress
-        self.latent_shape = self.config.autoencoder.latent_shape(data.image_size)
+        self.folder, self.accelerator, self.tracking, self.progress = folder, accelerator, tracking, progress
+        self.latent_side = self.config.autoencoder.latent_shape(data.image_size)[1]
+        self.best = _best_score(folder, tracking)
+        self.log = _MetricsLog(folder, tensorboard=request.tensorboard and accelerator.is_main_process)
 
     def autoencoder(self) -> AutoencoderKL:
-        """The trained autoencoder, from the folder where it is finished."""
-        if (self.folder / "vae" / WEIGHTS_FILE).is_file():
-            return load_autoencoder(self.folder / "vae").to(self.accelerator.device)
+        """The autoencoder, from the folder where it is finished."""
+        if not (self.folder / "vae" / WEIGHTS_FILE).is_file():
+            self._make_autoencoder()
+            self.accelerator.wait_for_everyone()
+        return load_autoencoder(self.folder / "vae").to(self.accelerator.device).eval()
+
+    def latents(self, autoencoder: AutoencoderKL) -> LatentSet:
+        """The training set's latents; the autoencoder's latent scale is set from them."""
+        weights = sha256_of(self.folder / "vae" / WEIGHTS_FILE)
+        with self.accelerator.main_process_first():
+            latents = cached_latents(
+                self.folder / CHECKPOINTS / "latents.safetensors",
+                autoencoder,
+                self.data.images,
+                self.latent_side,
+                flips=self.config.flips,
+                identity=f"{self.data.sha256} {weights} flips={self.config.flips}",
+                progress=self.progress,
+            )
+        autoencoder.register_to_config(scaling_factor=1 / latents.std)
+        return latents
+
+    def denoiser(self, autoencoder: AutoencoderKL, latents: LatentSet) -> None:
+        """Train the denoiser; the model folder is written whenever a checkpoint is."""
+        network = build_denoiser(
+            self.config.denoiser,
+            tuple(latents.latents.shape[-3:]),
+            len(self.data.images.class_names),
+            seed=derived_seed("denoiser", self.config.seed),
+        )
+        stage = DenoiserStage(self.config, network, latents)
+        steps, seconds = stage.optimiser.steps, None
+        if self.request.seconds is not None:
+            steps, seconds = _NO_LIMIT, (1 - AUTOENCODER_SHARE) * self.request.seconds
+        engine = self._engine(stage, Limits(steps, seconds, self.request.save_every_seconds))
+        engine.on_save = lambda: self._save_model(engine, autoencoder)
+        if self.tracking is not None:
+            engine.every(self.tracking.every_steps, lambda: self._track(engine, autoencoder))
+        engine.run()
+        if not has_model(self.folder):
+            engine.save()
+
+    def _make_autoencoder(self) -> None:
+        if self.config.pretrained_autoencoder:
+            network = load_pretrained(self.config.pretrained_autoencoder)
+            if self.accelerator.is_main_process:
+                save_autoencoder(network, self.folder)
+            return
         seed = derived_seed("autoencoder", self.config.seed)
         network = build_autoencoder(self.config.autoencoder, self.data.image_size, seed=seed)
         stage = AutoencoderStage(self.config, network, self.data.images)
         share = None if self.request.seconds is None else AUTOENCODER_SHARE * self.request.seconds
         engine = self._engine(stage, Limits(stage.optimiser.steps, share, self.request.save_every_seconds))
         engine.run()
-        with engine.ema_weights() as trained:
+        with engine.ema_weights() as averaged:
             if self.accelerator.is_main_process:
-                save_autoencoder(trained, self.folder)
-        self.accelerator.wait_for_everyone()
-        return load_autoencoder(self.folder / "vae").to(self.accelerator.device)
+                save_autoencoder(averaged, self.folder)
 
-    def latents(self, autoencoder: AutoencoderKL) -> LatentSet:
-        """The training set's latents; the autoencoder's latent scale is set from them."""
-        identity = f"{self.data.sha256} {sha256_of(self.folder / 'vae' / WEIGHTS_FILE)} flips={self.config.flips}"
-        with self.accelerator.main_process_first():
-            latents = cached_latents(
-                self.folder / CHECKPOINTS / "latents.safetensors",
-                autoencoder.eval(),
-                self.data.images,
-                flips=self.config.flips,
-                identity=identity,
-                progress=self.progress,
-            )
-        autoencoder.register_to_config(scaling_factor=1 / latents.std)
-        return latents
-
-    def denoiser(self, autoencoder: AutoencoderKL, latents: LatentSet) -> Model:
-        """Train the denoiser; the model folder is written whenever a checkpoint is."""
-        seed = derived_seed("denoiser", self.config.seed)
-        classes = len(self.data.images.class_names)
-        network = build_denoiser(self.config.denoiser, self.latent_shape, classes, seed=seed)
-        stage = DenoiserStage(self.config, network, latents)
-        steps = stage.optimiser.steps if self.request.seconds is None else _NO_LIMIT
-        rest = None if self.request.seconds is None else (1 - AUTOENCODER_SHARE) * self.request.seconds
-
-        def save(engine: Engine) -> None:
-            with engine.ema_weights() as averaged:
-                save_model(Model(averaged, autoencoder, self._facts(engine)), self.folder)
-
-        engine = self._engine(stage, Limits(steps, rest, self.request.save_every_seconds), save)
-        engine.run()
-        averaged = build_denoiser(self.config.denoiser, self.latent_shape, classes, seed=seed)
-        with engine.ema_weights() as trained:
-            averaged.load_state_dict(trained.state_dict())
-        return Model(averaged.to(self.accelerator.device).eval(), autoencoder, self._facts(engine))
-
-    def _engine(self, stage, limits: Limits, on_save=lambda engine: None) -> Engine:
+    def _engine(self, stage: Stage, limits: Limits) -> Engine:
         return Engine(
             stage,
             self.accelerator,
@@ -148,15 +242,30 @@ class _Run:
             limits,
             compile_network=self.config.compile,
             progress=self.progress,
-            on_record=self._record,
-            on_save=on_save,
+            on_record=self.log.write,
         )
 
-    def _record(self, record: StepRecord) -> None:
-        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(as_json_line(record))
+    def _save_model(self, engine: Engine, autoencoder: AutoencoderKL) -> None:
+        """Keep the folder's model at the newest state, or, where scores are tracked, leave it at the best one."""
+        if self.best is None:
+            self._write_model(engine, autoencoder, {})
 
-    def _facts(self, engine: Engine) -> ModelFacts:
+    def _track(self, engine: Engine, autoencoder: AutoencoderKL) -> None:
+        """Score the averaged weights; the best so far become the folder's model."""
+        with engine.ema_weights() as averaged:
+            model = Model(averaged.eval(), autoencoder, self._facts(engine, {}))
+            score = self.tracking.score(model)
+            averaged.train()
+        self.log.write(Score(engine.step, self.tracking.name, score))
+        if self.best is None or score < self.best:
+            self.best = score
+            self._write_model(engine, autoencoder, {self.tracking.name: score})
+
+    def _write_model(self, engine: Engine, autoencoder: AutoencoderKL, metrics: Mapping[str, float]) -> None:
+        with engine.ema_weights() as averaged:
+            save_model(Model(averaged, autoencoder, self._facts(engine, metrics)), self.folder)
+
+    def _facts(self, engine: Engine, metrics: Mapping[str, float]) -> ModelFacts:
         return ModelFacts(
             dataset=self.data.name,
             class_names=self.data.images.class_names,
@@ -166,35 +275,87 @@ class _Run:
             steps=engine.step,
             images_seen=engine.step * self.config.denoiser_optimiser.batch_size,
             dataset_sha256=self.data.sha256,
+            metrics=metrics,
         )
 
 
-_NO_LIMIT = 10**9  # steps
+@dataclass(frozen=True)
+class Score:
+    """What Tracking found after `step` steps of the denoiser."""
+
+    step: int
+    name: str
+    value: float
+    stage: str = "score"
 
 
-def read_config(folder: Path) -> GeneratorConfig | None:
-    """The configuration a run folder was begun with, or None where none was."""
-    path = folder / CONFIG_FILE
-    return from_json(read_json(path)["config"]) if path.is_file() else None
+class _MetricsLog:
+    """Records as JSON lines, and for TensorBoard where that is asked for."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+        self._path = folder / METRICS_FILE
+        self._writer = _summary_writer(folder / "tensorboard") if tensorboard else None
+
+    def write(self, record: Any) -> None:
+        """Append one dataclass; raises BadFile for what the system refuses."""
+        values = dataclasses.asdict(record)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise explain_os_error(error, self._path) from error
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("TensorBoard is not installed.", "Install it: pip install 'ddkit[tensorboard]'") from error
+    return SummaryWriter(folder)
+
+
+def _best_score(folder: Path, tracking: Tracking | None) -> float | None:
+    """The score of the model in the folder, where it was tracked by the same name."""
+    if tracking is None or not has_model(folder):
+        return None
+    return read_facts(folder).metrics.get(tracking.name)
 
 
 def _claim(folder: Path, data: TrainingData, request: TrainingRequest) -> None:
-    """Record the settings in a new run folder; refuse one begun with others."""
-    begun = read_config(folder)
-    if begun is None:
-        write_json(folder / CONFIG_FILE, {
-            "ddkit_version": __version__, "dataset": data.name, "preset": request.preset,
-            "config": to_json(request.config),
-        })  # fmt: skip
+    """Record the settings in a new run folder; refuse one that was begun with others, listing them."""
+    begun = {
+        "ddkit_version": __version__,
+        "dataset": data.name,
+        "class_names": list(data.images.class_names),
+        "preset": request.preset,
+        "config": to_json(request.config),
+    }
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        write_json(path, begun)
         return
-    if lines := differences(without_limits(request.config), without_limits(begun)):
+    recorded = read_json(path)
+    if lines := _differences(begun, recorded, request.config):
         raise UsageError(
             f"{folder} holds a training with other settings: {'; '.join(lines)}.",
-            "Give the same settings, start over with --fresh, or choose another folder with --out.",
+            "Give those, start over with --fresh, or choose another folder with --out.",
         )
 
 
-def without_limits(config: GeneratorConfig) -> GeneratorConfig:
+def _differences(asked: Mapping[str, Any], recorded: Mapping[str, Any], config: GeneratorConfig) -> list[str]:
+    lines = []
+    if recorded.get("dataset") != asked["dataset"]:
+        lines.append(f"dataset: {recorded.get('dataset')}, not {asked['dataset']}")
+    elif recorded.get("class_names") != asked["class_names"]:
+        lines.append("class_names: the dataset had other classes then")
+    return lines + differences(_comparable(config), _comparable(from_json(recorded["config"])))
+
+
+def _comparable(config: GeneratorConfig) -> GeneratorConfig:
     """The configuration with what may differ when a training goes on, its lengths and compilation, set equal."""
     return replace(
         config,
@@ -207,10 +368,11 @@ def without_limits(config: GeneratorConfig) -> GeneratorConfig:
 @contextmanager
 def _accelerator(request: TrainingRequest) -> Iterator[Accelerator]:
     """accelerate's view of the processes and devices of this training, forgotten afterwards."""
-    if request.device.type == "cuda" and request.device.index is not None:
-        torch.cuda.set_device(request.device)
+    device = resolve_device(request.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[request.config.precision]
     try:
-        yield Accelerator(mixed_precision=precision, cpu=request.device.type == "cpu")
+        yield Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,157 @@
+"""What a training will cost, before it begins: parameters, memory and speed, found by trying for a few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ddkit.data.store import ImageSet
+from ddkit.errors import ComputeError
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.engine import Stage
+from ddkit.generator.latents import LatentSet
+from ddkit.generator.networks import build_denoiser
+from ddkit.generator.presets import GeneratorConfig
+from ddkit.generator.stages import AutoencoderStage, DenoiserStage
+
+# Weights, gradients, two moments of AdamW, averaged weights; all float32.
+_COPIES_OF_PARAMETERS = 5
+_BYTES_PER_VALUE = 4
+_PROBE_BATCH = 4  # images, of which memory is measured
+_RESERVE = 0.9  # of the free memory may be planned for
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """parameters: of the network. memory: bytes at the peak of a step. images_per_second: None where not measured."""
+
+    stage: str
+    parameters: int
+    memory: int
+    images_per_second: float | None
+    steps: int
+    batch_size: int
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all its steps at that speed."""
+        if self.images_per_second is None:
+            return None
+        return self.steps * self.batch_size / self.images_per_second
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Both stages of a training, and the device's free memory in bytes."""
+
+    stages: tuple[StageEstimate, ...]
+    free_memory: int
+
+    @property
+    def memory(self) -> int:
+        """Of the hungrier stage; they run one after the other."""
+        return max(stage.memory for stage in self.stages)
+
+
+def estimate(
+    config: GeneratorConfig, image_size: int, num_classes: int, device: torch.device, *, seconds: float = 3.0
+) -> Estimate:
+    """Find out what training costs on that device.
+
+    seconds: to measure each stage's speed for; 0 to find parameters and memory only.
+    """
+    stages = tuple(_estimate_stage(stage, device, seconds) for stage in _stages(config, image_size, num_classes))
+    return Estimate(stages, free_memory(device))
+
+
+def check_memory(config: GeneratorConfig, image_size: int, num_classes: int, device: torch.device) -> None:
+    """Raise ComputeError, saying what would fit, where a training needs more memory than the device has free."""
+    needed = estimate(config, image_size, num_classes, device, seconds=0)
+    if needed.memory <= _RESERVE * needed.free_memory:
+        return
+    fixed = max(stage.parameters for stage in needed.stages) * _COPIES_OF_PARAMETERS * _BYTES_PER_VALUE
+    per_image = max(stage.memory / stage.batch_size for stage in needed.stages)
+    fitting = int((_RESERVE * needed.free_memory - fixed) / per_image)
+    remedy = f"--batch-size {fitting} would fit." if fitting >= 1 else "Choose a smaller --preset."
+    raise ComputeError(
+        f"This training needs about {needed.memory / 2**30:.1f} GiB of memory; "
+        f"{needed.free_memory / 2**30:.1f} GiB are free on {device}.",
+        remedy,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple[Stage, Stage]:
+    """Both stages over made-up data of the right shapes."""
+    count = max(config.autoencoder_optimiser.batch_size, config.denoiser_optimiser.batch_size, num_classes)
+    labels = torch.arange(count) % num_classes
+    names = tuple(map(str, range(num_classes)))
+    images = ImageSet(torch.zeros(count, 3, image_size, image_size, dtype=torch.uint8), labels, names)
+    shape = config.autoencoder.latent_shape(image_size)
+    latents = LatentSet(torch.zeros(count, 1, *shape, dtype=torch.float16), labels, std=1.0)
+    autoencoder = build_autoencoder(config.autoencoder, image_size, seed=0)
+    denoiser = build_denoiser(config.denoiser, shape, num_classes, seed=0)
+    return AutoencoderStage(config, autoencoder, images), DenoiserStage(config, denoiser, latents)
+
+
+def _estimate_stage(stage: Stage, device: torch.device, seconds: float) -> StageEstimate:
+    stage.loss.to(device)
+    parameters = sum(parameter.numel() for parameter in stage.network.parameters())
+    batch = stage.draw(0, device)
+    part = stage.optimiser.batch_size // stage.optimiser.accumulation
+    per_image = _bytes_kept(stage.loss, batch) / _PROBE_BATCH
+    return StageEstimate(
+        stage=stage.name,
+        parameters=parameters,
+        memory=int(parameters * _COPIES_OF_PARAMETERS * _BYTES_PER_VALUE + per_image * part),
+        images_per_second=_speed(stage.loss, batch, seconds) if seconds > 0 else None,
+        steps=stage.optimiser.steps,
+        batch_size=stage.optimiser.batch_size,
+    )
+
+
+def _bytes_kept(loss: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """What a forward pass over a few images keeps for the backward pass, each storage counted once."""
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in loss.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    few = {name: values[:_PROBE_BATCH] for name, values in batch.items()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(**{name: values.clone() for name, values in few.items()})
+    return sum(kept.values())
+
+
+def _speed(loss: nn.Module, batch: Mapping[str, Tensor], seconds: float) -> float:
+    """Images per second of forward and backward passes, not compiled."""
+    size = len(next(iter(batch.values())))
+    _pass(loss, batch)
+    began, images = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        _pass(loss, batch)
+        images += size
+    return images / (time.perf_counter() - began)
+
+
+def _pass(loss: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    value, _ = loss(**batch)
+    value.backward()
+    loss.zero_grad(set_to_none=True)
+    if value.is_cuda:
+        torch.cuda.synchronize(value.device)
