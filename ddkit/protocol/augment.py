@@ -64,7 +64,7 @@ def crop(images: Tensor, shift_x: Tensor, shift_y: Tensor) -> Tensor:
     """output[i, j] = input[i + shift_x, j + shift_y], zero outside; shifts (N,) int64 along dimensions 2 and 3."""
     # A reader that clamps to a border of zeros, one pixel wide, reads zero wherever it is outside.
     padded = F.pad(images, (1, 1, 1, 1))
-    n, channels, height, width = padded.shape
+    _, channels, height, width = padded.shape
     rows = (_places(height - 2, images.device) + shift_x[:, None] + 1).clamp(0, height - 1)
     columns = (_places(width - 2, images.device) + shift_y[:, None] + 1).clamp(0, width - 1)
     taken = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width))

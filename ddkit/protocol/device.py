@@ -40,11 +40,28 @@ def describe_device(device: torch.device) -> str:
     return device.type
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says by this error that an allocation failed, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # PyTorch has no class of its own for the CPU's.
+    return "DefaultCPUAllocator" in str(error) and "memory" in str(error)
+
+
 def cpu_model() -> str:
     """The processor's model name as the system tells it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """The names of the processor's instruction sets; empty where the system does not tell."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; empty where nothing is said."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")

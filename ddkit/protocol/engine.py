@@ -1,27 +1,15 @@
-"""How a network's loss and gradients are computed: the plain way and faster ways to the same numbers."""
+"""How a network's loss and gradients are computed: the plain way and a faster way to the same numbers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PRECISIONS = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class EnginePlan:
-    """Which engine, and how it is set: what has to be the same for the same rounding.
-
-    kind: a name in ENGINES. chunk: images computed at a time; 0 for the whole batch.
-    """
-
-    kind: str = "plain"
-    precision: str = "float32"
-    chunk: int = 0
+from ddkit.protocol.plan import EnginePlan
+from ddkit.protocol.winograd import WinogradEngine
 
 
 class Engine(Protocol):
@@ -35,7 +23,11 @@ class Engine(Protocol):
 
 
 class PlainEngine:
-    """Autograd over the whole batch: the reference for every other engine, and the one that fits any network."""
+    """Autograd over the whole batch or over chunks of it: the reference for every other engine, for any network.
+
+    Gradients of chunks add up to the batch's, as the loss is a mean over images and no network here has statistics
+    across images; the caller gives no chunk to one that has.
+    """
 
     def __init__(self, network: nn.Module, plan: EnginePlan) -> None:
         self._network = network
@@ -43,25 +35,27 @@ class PlainEngine:
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         self._network.zero_grad(set_to_none=True)
-        with self._autocast(images):
-            loss = F.cross_entropy(self._network(images), labels)
-        loss.backward()
-        return loss.detach()
+        losses = [self._chunk(*chunk, len(images)) for chunk in zip(*map(self._split, (images, labels)), strict=True)]
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         with self._autocast(images):
-            return self._network(images).float()
+            return torch.cat([self._network(chunk).float() for chunk in self._split(images)])
+
+    def _chunk(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        with self._autocast(images):
+            loss = F.cross_entropy(self._network(images), labels, reduction="sum") / batch_size
+        loss.backward()
+        return loss.detach()
+
+    def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.split(self._plan.chunk or len(tensor))
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self._plan.precision == "bfloat16")
 
 
-def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePlan:
-    """The fastest plan for this network on its device."""
-    return EnginePlan("plain", precision)
-
-
 def build_engine(network: nn.Module, plan: EnginePlan) -> Engine:
-    """The engine that `plan` describes, for `network`."""
-    return PlainEngine(network, plan)
+    """The engine that `plan` describes, for `network`. Raises CannotCompile where it needs a compiler in vain."""
+    return {"plain": PlainEngine, "winograd": WinogradEngine}[plan.kind](network, plan)

@@ -19,11 +19,11 @@ from ddkit import challenge
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.environment import versions
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, nearest_name
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.device import describe_device, resolve_device
-from ddkit.protocol.networks import OFFICIAL_NETWORK
+from ddkit.protocol.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.protocol.reference import TestSet, as_test_set
 from ddkit.protocol.rounds import RoundResult, RoundSettings, StateFile, read_result, run_round
 from ddkit.protocol.sharing import Team
@@ -59,7 +59,9 @@ class EvaluationSettings:
             raise UsageError(f"The number of rounds must be positive, got {self.rounds}.")
         if self.time_budget is not None and self.time_budget <= 0:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
-        self.training  # refuses what no training can be meant by
+        if self.network not in NETWORKS:
+            raise UsageError(f"There is no network '{self.network}'.", nearest_name(self.network, tuple(NETWORKS)))
+        _ = self.training  # refuses a track, a number of epochs or a precision that there is not
 
     @property
     def number_of_rounds(self) -> int:

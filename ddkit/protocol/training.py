@@ -6,6 +6,7 @@ Source: PROTOCOL.md, "Training one network on a submission".
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,12 @@ from ddkit.challenge import (
 )
 from ddkit.errors import ComputeError, UsageError
 from ddkit.protocol.augment import random_augment
-from ddkit.protocol.engine import PRECISIONS, Engine, EnginePlan, build_engine, choose_plan
+from ddkit.protocol.device import is_out_of_memory
+from ddkit.protocol.engine import Engine, build_engine
+from ddkit.protocol.plan import PRECISIONS, EnginePlan
+from ddkit.protocol.tuning import choose_plan, smaller
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,29 @@ class TrainingRun:
         images, labels = self._images[indices], self._labels[indices]
         if self.settings.augment:
             images = random_augment(images, self._generator)
-        loss = self.engine.gradients(images, labels)
+        loss = self._gradients(images, labels)
         self._optimizer.step()
         return loss
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """As the engine does, with ever smaller chunks while the memory does not suffice."""
+        while True:
+            try:
+                return self.engine.gradients(images, labels)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._use_smaller_chunks(len(images), error)
+
+    def _use_smaller_chunks(self, batch_size: int, error: RuntimeError) -> None:
+        plan = self._plan and smaller(self._plan, batch_size)
+        if plan is None:
+            raise ComputeError(
+                "There is not enough memory to train the network even on one image at a time.",
+                "Close other programs, or use another --device.",
+            ) from error
+        _log.warning("Not enough memory: computing %d images at a time from now on.", plan.chunk)
+        self._plan, self._engine = plan, None
 
 
 def train_network(
