@@ -26,6 +26,11 @@ class Team:
             self._state = PartialState()
             self.rank, self.size = self._state.process_index, self._state.num_processes
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that speaks for all."""
+        return self.rank == 0
+
     def share_of(self, rounds: Sequence[int]) -> list[int]:
         """The rounds that are this process's to run."""
         return [index for index in rounds if index % self.size == self.rank]

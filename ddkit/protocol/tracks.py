@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -15,9 +18,12 @@ from torch import Tensor
 
 from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec, Track
 from ddkit.errors import ComputeError, InvalidSubmission
+from ddkit.files import sha256_of
+from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.networks import OFFICIAL_NETWORK
 
 TEST_IMAGES = 10_000  # of both datasets of the challenge
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 Generate = Callable[[int, float], tuple[Tensor, Tensor]]
 """A track 2 entry: (seed, seconds it may take) -> normalised (N, 3, S, S) images and (N,) int64 labels."""
@@ -84,17 +90,17 @@ def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
     images, labels = generate(seed, budget)
     seconds = time.monotonic() - began
     if seconds > budget:
-        raise InvalidSubmission(
-            f"The generator took {seconds:.1f} s; its budget is {budget:g} s.",
-            "In the challenge an entry that overruns its time scores nothing.",
-        )
+        raise _overrun("The generator", f"ended after {seconds:.1f} s,", budget)
     return Generated(images, labels, seconds)
 
 
-def script_entry(script: Path, dataset: str, device: str | None = None) -> Generate:
+def script_entry(
+    script: Path, dataset: str, *, device: str | None = None, progress: Listener = ignore
+) -> Generate:
     """The entry that `python script --dataset NAME --out FILE --time-budget SECONDS --seed N` is.
 
     The script writes {"images": (N, 3, S, S) float32 normalised, "labels": (N,) int64} with torch.save.
+    device: passed on as --device, where given. progress: hears of the seconds as they are spent.
     """
 
     def generate(seed: int, budget: float) -> tuple[Tensor, Tensor]:
@@ -102,29 +108,53 @@ def script_entry(script: Path, dataset: str, device: str | None = None) -> Gener
             out = Path(folder) / "images.pt"
             command = [sys.executable, str(script), "--dataset", dataset, "--out", str(out)]
             command += ["--time-budget", f"{budget:g}", "--seed", str(seed)]
-            _run_script(command + (["--device", device] if device else []), budget)
+            _run_script(command + (["--device", device] if device else []), budget, progress)
             return _read_generated(out)
 
     return generate
 
 
-def _run_script(command: list[str], budget: float) -> None:
-    try:
-        # Its output is the entry's own affair, and ours may be JSON: it goes where progress goes.
-        finished = subprocess.run(command, stdout=sys.stderr, timeout=budget, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise InvalidSubmission(
-            f"{command[1]} was still running after its budget of {budget:g} s.",
-            "In the challenge an entry that overruns its time scores nothing.",
-        ) from error
-    if finished.returncode != 0:
-        raise ComputeError(f"{command[1]} ended with status {finished.returncode}.", "Its own message stands above.")
+def hash_of_folder(folder: Path) -> str:
+    """Hexadecimal SHA-256 of all files below `folder`, names included: identifies an entry with its models."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(f"{path.relative_to(folder)}\0{sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _run_script(command: list[str], budget: float, progress: Listener) -> None:
+    began = time.monotonic()
+    # Its output is the entry's own affair, and ours may be JSON: it goes where progress goes.
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
+        try:
+            while process.poll() is None:
+                spent = time.monotonic() - began
+                if spent > budget:
+                    raise _overrun(command[1], "was still running", budget)
+                progress(Progress("generating", spent, budget, "s"))
+                _wait(process, _SECONDS_BETWEEN_LOOKS)
+        finally:
+            process.kill()  # nothing, where it has ended
+    if process.returncode != 0:
+        raise ComputeError(f"{command[1]} ended with status {process.returncode}.", "Its own message stands above.")
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+
+
+def _overrun(name: str, what: str, budget: float) -> InvalidSubmission:
+    return InvalidSubmission(
+        f"{name} {what} after its budget of {budget:g} s.",
+        "In the challenge an entry that overruns its time scores nothing.",
+    )
 
 
 def _read_generated(path: Path) -> tuple[Tensor, Tensor]:
     try:
         made = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
         raise InvalidSubmission(f"The generator left no readable file of images: {error}.") from error
     if not isinstance(made, dict) or not {"images", "labels"} <= made.keys():
         raise InvalidSubmission("The generator's file is no dict of 'images' and 'labels'.")

@@ -1,0 +1,259 @@
+"""`ddkit evaluate`: score sets as the challenge does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from ddkit.cli._options import (
+    RUNS_FOLDER,
+    SUBMISSION_FOLDER,
+    Duration,
+    device_option,
+    example,
+    results_option,
+    seed_option,
+    surface_options,
+)
+from ddkit.cli._surface import Surface
+from ddkit.errors import InvalidSubmission, MissingData, UsageError
+from ddkit.protocol.plan import PRECISIONS
+
+if TYPE_CHECKING:
+    from ddkit.challenge import DatasetSpec
+    from ddkit.protocol.comparison import Comparison
+    from ddkit.protocol.evaluate import Evaluation, EvaluationSettings, StateFolder
+    from ddkit.protocol.reference import TestSet
+    from ddkit.results import Result
+
+_REFERENCE_KINDS = ("random-real", "full-real")  # what results are held against, as the JSON beside a set says
+_MOST_ROUNDS_SHOWN = 5
+
+
+@click.command(epilog=example("ddkit evaluate submission/cifar100.pt --rounds 5 --epochs-setting 50"))
+@click.argument("sets", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--dataset", help="Of the sets; else found from the file's name or the JSON beside it.")
+@click.option("--track", type=click.Choice(["1", "2"]), default="1", show_default=True,
+              help="Track 2 evaluates a generator's script instead of a .pt file.")
+@click.option("--rounds", type=click.IntRange(1), help="Fresh networks to train; the protocol says 3.")
+@click.option("--epochs-setting", type=click.IntRange(0), metavar="E",
+              help="E + 1 epochs run; the protocol says 1000 on track 1, 100 on track 2.")
+@click.option("--network", default="convnet", show_default=True,
+              help="The protocol's convnet, or another: resnet18, resnet_ap10, resnet18_ap, alexnet, vgg11.")
+@click.option("--no-augment", is_flag=True, help="Train without augmentation.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True,
+              help="bfloat16 rounds more, and is not official.")
+@click.option("--reference", type=click.Path(path_type=Path), help="The challenge's <dataset>_test.pt to test on.")
+@click.option("--time-budget", type=Duration(), help="Track 2: what the generator may take each round; 600s.")
+@click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=RUNS_FOLDER / "evaluations",
+              show_default=True, help="Where interrupted evaluations are kept.")
+@click.option("--save-every", type=Duration(), default="30s", show_default=True, help="How much work a kill may cost.")
+@device_option
+@seed_option
+@results_option
+@surface_options
+def evaluate(
+    surface: Surface,
+    sets: tuple[Path, ...],
+    dataset: str | None,
+    reference: Path | None,
+    state: Path,
+    save_every: float,
+    results: Path,
+    no_augment: bool,
+    track: str,
+    **options: Any,
+) -> None:
+    """Train fresh networks on distilled SETS, test them on real images: the challenge's score.
+
+    Without SETS, whatever is in submission/. Several sets of one dataset are compared: do they differ by more than
+    the noise? Interrupted, it goes on where it was when run again. Several GPUs share the rounds:
+    accelerate launch -m ddkit evaluate.
+    """
+    from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
+    from ddkit.protocol.sharing import Team
+
+    settings = EvaluationSettings(track=int(track), augment=not no_augment, **options)
+    team = Team()
+    surface.quiet = surface.quiet or not team.leads
+    job = _Job(surface, settings, reference, StateFolder(state, save_every))
+    evaluated = [job.run(path, _dataset_of(path, dataset)) for path in sets or _in_submission_folder()]
+    if team.leads:
+        _report(surface, evaluated, results)
+
+
+def _in_submission_folder() -> list[Path]:
+    found = sorted(SUBMISSION_FOLDER.glob("*.pt"))
+    if not found:
+        raise MissingData(
+            f"There is no .pt file in {SUBMISSION_FOLDER}/.", "Make one: ddkit generate --ipc 10 --dataset cifar100"
+        )
+    return found
+
+
+def _dataset_of(path: Path, wanted: str | None) -> str:
+    """The dataset a set is of: as said, else as the JSON beside it says, else as the file is called."""
+    from ddkit.submission.layout import read_facts
+
+    if wanted is not None:
+        return wanted
+    if not path.is_file():
+        raise MissingData(f"{path} does not exist.", "Make it: ddkit generate --ipc 10 --dataset cifar100")
+    return str(read_facts(path).get("dataset", path.stem))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the evaluations of one command have in common."""
+
+    surface: Surface
+    settings: EvaluationSettings
+    reference: Path | None
+    state: StateFolder
+
+    def run(self, path: Path, name: str) -> Result:
+        """Evaluate one set, or on track 2 one generator."""
+        from ddkit.data.store import dataset_spec
+        from ddkit.files import sha256_of
+        from ddkit.submission.layout import read_facts
+
+        spec = dataset_spec(name)
+        rounds, epochs = self.settings.number_of_rounds, self.settings.training.epochs
+        self.surface.say(
+            f"Evaluating {escape(str(path))} on {escape(name)}: {rounds} round{'s' * (rounds > 1)} of {epochs:,} "
+            f"epochs in {self.settings.precision}."
+        )
+        evaluation = self._script(path, spec) if self.settings.track == 2 else self._tensor(path, spec)
+        facts = read_facts(path)
+        kind = facts["kind"] if facts.get("kind") in _REFERENCE_KINDS else "submission"
+        return evaluation.result(path.stem, sha256_of(path), str(path), kind=kind, made_by=facts)
+
+    def _tensor(self, path: Path, spec: DatasetSpec) -> Evaluation:
+        from ddkit.protocol.evaluate import evaluate_source
+        from ddkit.protocol.sources import FixedSet
+        from ddkit.submission.layout import load_tensor, row_labels
+
+        self._check(path, spec)
+        images = load_tensor(path, spec)
+        source = FixedSet(images, row_labels(spec.num_classes, len(images) // spec.num_classes))
+        return evaluate_source(
+            source, self._test_set(spec), self.settings, state=self.state, progress=self.surface.listen
+        )
+
+    def _check(self, path: Path, spec: DatasetSpec) -> None:
+        """Refuse what `ddkit check` refuses; say what it warns of. Any number of images a class can be evaluated."""
+        from ddkit.submission.check import CheckSettings, check_path
+
+        report = check_path(path, dataset=spec.name, settings=CheckSettings(ipc=None), progress=self.surface.listen)
+        for finding in report.findings:
+            if finding.level == "error":
+                raise InvalidSubmission(f"{path}: {finding.message}", f"See: ddkit check {path}")
+            if finding.level == "warning":
+                self.surface.say(f"[yellow]warning[/yellow] {escape(f'{finding.code}: {finding.message}')}")
+
+    def _script(self, path: Path, spec: DatasetSpec) -> Evaluation:
+        from ddkit.protocol.evaluate import evaluate_generator
+        from ddkit.protocol.tracks import hash_of_folder, script_entry
+
+        if path.suffix != ".py":
+            raise UsageError(f"{path} is no Python script.", "Track 2 evaluates a generator's script, generate.py.")
+        device = None if self.settings.device == "auto" else self.settings.device
+        entry = script_entry(path, spec.name, device=device, progress=self.surface.listen)
+        name = f"{spec.name}/{hash_of_folder(path.parent)}"
+        return evaluate_generator(
+            entry, self._test_set(spec), self.settings, name=name, state=self.state, progress=self.surface.listen
+        )
+
+    def _test_set(self, spec: DatasetSpec) -> TestSet:
+        from ddkit.data.prepare import open_dataset
+        from ddkit.protocol.reference import as_test_set, load_reference
+
+        if self.reference is not None:
+            return load_reference(self.reference, spec)
+        return as_test_set(open_dataset(spec.name, "test", progress=self.surface.listen), spec)
+
+
+def _report(surface: Surface, evaluated: Sequence[Result], results: Path) -> None:
+    """Keep what is new, show everything, and compare what can be compared."""
+    from ddkit.results import append, read
+
+    known = {_identity(result) for result in read(results).results}
+    for problem in read(results).problems:
+        surface.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
+    for result in evaluated:
+        if _identity(result) not in known:
+            append(result, results)
+    comparisons = _comparisons(evaluated)
+    data = {"results": [_as_data(result) for result in evaluated], "comparisons": [_as_data(c) for _, _, c in comparisons]}
+    surface.result(data, _shown(evaluated, comparisons))
+    surface.done([results], "ddkit report")
+
+
+def _identity(result: Result) -> tuple[Any, ...]:
+    """The same for a result that was only read back from its finished state."""
+    return (result.sha256, result.dataset, result.track, result.epochs_setting, result.network, result.augment,
+            result.precision, result.seed, result.accuracies)  # fmt: skip
+
+
+def _comparisons(evaluated: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:
+    """Of the first set of each dataset with the others of it; rounds are paired, as the seeds are the same."""
+    from ddkit.protocol.comparison import compare
+
+    firsts: dict[str, Result] = {}
+    pairs = [
+        (first, result)
+        for result in evaluated
+        if (first := firsts.setdefault(result.dataset, result)) is not result and result.rounds > 1
+    ]
+    return [(first, other, compare(first.accuracies, other.accuracies, paired=True)) for first, other in pairs]
+
+
+def _as_data(record: Result | Comparison) -> dict[str, Any]:
+    derived = ("mean", "std", "interval", "exceeds_noise")
+    return {**asdict(record), **{name: getattr(record, name) for name in derived if hasattr(record, name)}}
+
+
+def _shown(evaluated: Sequence[Result], comparisons: Sequence[tuple[Result, Result, Comparison]]) -> Group:
+    lines = [_table(evaluated), *(_verdict(*comparison) for comparison in comparisons)]
+    official = {result.dataset: result.mean for result in evaluated if result.official}
+    if len(official) == 2:
+        lines.append(f"The challenge's score, the mean of both datasets: [bold]{_percent(sum(official.values()) / 2)}[/]")
+    return Group(*lines)
+
+
+def _table(evaluated: Sequence[Result]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("set", "dataset", "accuracy", "95 % interval", "rounds", "official"):
+        table.add_column(heading, overflow="fold")
+    for result in evaluated:
+        accuracy = _percent(result.mean) + (f" ± {100 * result.std:.2f}" if result.std is not None else "")
+        interval = " to ".join(map(_percent, result.interval)) if result.interval else "one round says none"
+        official = "yes" if result.official else f"no: {'; '.join(result.deviations)}"
+        rounds = " ".join(map(_percent, result.accuracies[:_MOST_ROUNDS_SHOWN]))
+        rounds += " ..." * (result.rounds > _MOST_ROUNDS_SHOWN)
+        table.add_row(*map(escape, (result.source, result.dataset, accuracy, interval, rounds, official)))
+    return table
+
+
+def _verdict(first: Result, second: Result, comparison: Comparison) -> str:
+    better, worse = (first, second) if comparison.difference >= 0 else (second, first)
+    points = abs(100 * comparison.difference)
+    half = 50 * (comparison.interval[1] - comparison.interval[0])
+    facts = f"by {points:.2f} ± {half:.2f} points (95 %, {first.rounds} paired rounds, p = {comparison.p_value:.2g})"
+    if comparison.exceeds_noise:
+        return f"[bold]{escape(better.source)}[/] is better than {escape(worse.source)} {facts}."
+    return (
+        f"{escape(better.source)} and {escape(worse.source)} differ {facts}: no more than the noise. "
+        "More --rounds would tell smaller differences."
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
