@@ -15,10 +15,7 @@ from ddkit.data.store import ImageSet, dataset_spec, list_prepared, load_dataset
 from ddkit.errors import DDKitError, MissingData, UsageError
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.submission.archive import Member, read_members
-from ddkit.submission.content import content_findings
 from ddkit.submission.findings import Finding, Report, report_of
-from ddkit.submission.normalisation import normalisation_findings
-from ddkit.submission.order import order_findings
 from ddkit.submission.reading import describe_tensor, read_tensor, read_tensor_bytes
 
 __all__ = ["Finding", "Report", "check_path", "check_tensor", "submission_files"]
@@ -190,6 +187,11 @@ def _value_findings(tensor: Tensor, spec: DatasetSpec, settings: CheckSettings, 
         return [Finding("error", "T009", message, f"{where}, rows {named}")]
     if not settings.meaning:
         return []
+    # Imported here, as the shape and the files can be checked without scipy and the classifiers.
+    from ddkit.submission.content import content_findings
+    from ddkit.submission.normalisation import normalisation_findings
+    from ddkit.submission.order import order_findings
+
     test = _prepared(spec.name, "test")
     wrong_values = normalisation_findings(tensor, spec, where)
     # Values that are not normalised look like no class at all: their order would be judged wrongly.
