@@ -38,6 +38,7 @@ _DEFAULT_PRESET = "tiny"
 @click.option("--resume", is_flag=True, help="Insist on going on: an error where there is nothing to go on from.")
 @click.option("--fresh", is_flag=True, help="Start over: removes the training that is in the folder.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder.  [default: runs/<dataset>]")
+@click.option("--save-every", type=Duration(), default="5m", show_default=True, help="How much work a kill may cost.")
 @click.option("--tensorboard", is_flag=True, help="Write records for TensorBoard too.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
 @device_option
@@ -51,6 +52,7 @@ def train(
     resume: bool,
     fresh: bool,
     out: Path | None,
+    save_every: float,
     device: str,
     tensorboard: bool,
     dry_run: bool,
@@ -72,7 +74,7 @@ def train(
     if dry_run:
         _show_costs(surface, config, data, device)
         return
-    request = TrainingRequest(config, preset_name, seconds, device, tensorboard=tensorboard)
+    request = TrainingRequest(config, preset_name, seconds, device, save_every, tensorboard)
     _train(surface, data, request, folder, fresh)
 
 

@@ -29,7 +29,7 @@ class Objective:
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
         scheduler = DDPMScheduler(num_train_timesteps=TIME_SCALE, beta_schedule=BETA_SCHEDULES[config.prediction])
-        self._signal = scheduler.alphas_cumprod.sqrt()  # (1000,)
+        self._kept = scheduler.alphas_cumprod  # (1000,), a(t)^2
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """(count,) float32 on the generator's device, spread evenly over the distribution.
@@ -82,7 +82,7 @@ class Objective:
             spread = times / TIME_SCALE
             signal = 1 - spread
         else:
-            signal = self._signal.to(times.device)[times.long()]
-            spread = (1 - signal**2).sqrt()
+            kept = self._kept.to(times.device)[times.long()]
+            signal, spread = kept.sqrt(), (1 - kept).sqrt()
         shape = (-1, *[1] * (like.ndim - 1))
         return signal.view(shape), spread.view(shape)

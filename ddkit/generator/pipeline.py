@@ -32,7 +32,7 @@ from torch import Tensor
 from ddkit import __version__
 from ddkit.errors import BadFile, MissingModel, UsageError
 from ddkit.files import read_json, replacing_folder, sha256_of, write_json
-from ddkit.generator.autoencoder import decode
+from ddkit.generator.autoencoder import decode, pixels_per_latent
 from ddkit.generator.denoiser import UViT
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.samplers import make_scheduler, set_steps
@@ -195,6 +195,7 @@ class LatentClassPipeline(DiffusionPipeline):
     """A model folder as a diffusers pipeline: images of classes by diffusers' own plain loop.
 
     LatentClassPipeline.from_pretrained("runs/cifar100")(class_labels=[0, 0, 1]).images
+    image_size: of the images that come out; None for what the autoencoder makes.
     For speed, and for images that do not depend on the batch, use `ddkit.generator.sampling`.
     """
 
@@ -204,9 +205,9 @@ class LatentClassPipeline(DiffusionPipeline):
         self,
         vae: AutoencoderKL,
         scheduler: SchedulerMixin,
-        image_size: int,
         transformer: ModelMixin | None = None,
         unet: UNet2DModel | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, scheduler=scheduler, transformer=transformer, unet=unet)
@@ -233,16 +234,13 @@ class LatentClassPipeline(DiffusionPipeline):
         latents = randn_tensor(shape, generator=generator, device=labels.device, dtype=self.denoiser.dtype)
         both = torch.cat([labels, torch.full_like(labels, null_class(self.denoiser))])
         set_steps(self.scheduler, num_inference_steps)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         for time in self.progress_bar(self.scheduler.timesteps):
-            noisy = latents
-            if hasattr(self.scheduler, "scale_model_input"):
-                noisy = self.scheduler.scale_model_input(latents, time)
             times = time.to(labels.device).expand(len(both))
-            with_class, without = predict(self.denoiser, torch.cat([noisy, noisy]), times, both).chunk(2)
+            with_class, without = predict(self.denoiser, torch.cat([latents, latents]), times, both).chunk(2)
             output = without + guidance_scale * (with_class - without)
             latents = self.scheduler.step(output, time, latents, return_dict=False)[0]
-        images = decode(self.vae, latents / self.vae.config.scaling_factor, self.config.image_size)
+        image_size = self.config.image_size or latents.shape[-1] * pixels_per_latent(self.vae)
+        images = decode(self.vae, latents / self.vae.config.scaling_factor, image_size)
         images = (images / 2 + 0.5).clamp(0, 1)
         return ImagePipelineOutput(_as_output(images, output_type))
 

@@ -14,7 +14,6 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -50,7 +49,8 @@ class LinearPlan:
 def make_scheduler(sampler: str, prediction: str) -> SchedulerMixin:
     """diffusers' scheduler of that name for a network with that prediction.
 
-    DDIM on a flow is Euler's method, so both names give it. Raises UsageError, offering the nearest name.
+    DDIM takes Euler's steps along the probability flow, so both names give the same: on a flow as
+    `FlowMatchEulerDiscreteScheduler`, else as `DDIMScheduler`. Raises UsageError, offering the nearest name.
     """
     if sampler not in SAMPLERS:
         raise UsageError(f"There is no sampler '{sampler}'.", nearest_name(sampler, SAMPLERS))
@@ -63,10 +63,8 @@ def make_scheduler(sampler: str, prediction: str) -> SchedulerMixin:
         # Begin at the noisiest step, as training saw it (Lin et al. 2023, arXiv 2305.08891, section 3.3).
         "timestep_spacing": "trailing",
     }
-    if sampler == "ddim":
+    if sampler in ("ddim", "euler"):
         return DDIMScheduler(**common, clip_sample=False)
-    if sampler == "euler":
-        return EulerDiscreteScheduler(**common)
     kind = DPMSolverMultistepScheduler if sampler == "dpm++" else UniPCMultistepScheduler
     return kind(**common, use_flow_sigmas=prediction == "flow", final_sigmas_type="zero")
 
@@ -79,11 +77,10 @@ def linear_plan(scheduler: SchedulerMixin, steps: int) -> LinearPlan:
     times = scheduler.timesteps
     # Symbol 0 is the noise, symbol 1 + i the output of step i; some schedulers insist on image-like dimensions.
     symbols = torch.eye(len(times) + 1, dtype=torch.float64).reshape(len(times) + 1, 1, -1, 1, 1)
-    point = symbols[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    point = symbols[0]
     inputs = []
     for i, time in enumerate(times):
-        scaled = scheduler.scale_model_input(point, time) if hasattr(scheduler, "scale_model_input") else point
-        inputs.append(scaled)
+        inputs.append(point)
         point = scheduler.step(symbols[1 + i], time, point, return_dict=False)[0].double()
     return LinearPlan(times.float(), torch.stack(inputs).flatten(1).float(), point.flatten().float())
 

@@ -88,13 +88,12 @@ class Sampler:
         that the model lacks, ComputeError where memory is short.
         """
         self._check(labels)
-        noise = self._noise(labels, indices)
-        images = []
+        size = self.facts.image_size
+        images = torch.empty(len(labels), 3, size, size, dtype=torch.uint8)
         for start in range(0, len(labels), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
-            images.append(self._make(noise[part], labels[part]))
-        empty = torch.empty(0, 3, self.facts.image_size, self.facts.image_size, dtype=torch.uint8)
-        return Samples(torch.cat(images) if images else empty, labels)
+            images[part] = self._make(self._noise(labels[part], indices[part]), labels[part])
+        return Samples(images, labels)
 
     def _make(self, noise: Tensor, labels: Tensor) -> Tensor:
         """(n, C, s, s), (n,) -> (n, 3, S, S) uint8 on the CPU; n at most the batch size."""

@@ -1,0 +1,139 @@
+"""The autoencoder: sizes, its loss, pretrained ones, and latents on disk."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from ddkit.errors import MissingModel, UsageError
+from ddkit.generator.autoencoder import (
+    AutoencoderLoss,
+    build_autoencoder,
+    decode,
+    encode,
+    load_pretrained,
+    pixels_per_latent,
+    psnr,
+    to_signed,
+)
+from ddkit.generator.latents import cached_latents
+from ddkit.generator.presets import AutoencoderConfig
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        (AutoencoderConfig(pixel_patch=1, channels=(8, 8, 16)), 4),
+        (AutoencoderConfig(pixel_patch=2, channels=(8, 16)), 4),
+        (AutoencoderConfig(pixel_patch=4, channels=(8,)), 4),
+    ],
+)
+def test_images_become_latents_and_images_again(config, factor):
+    autoencoder = build_autoencoder(config, 16, seed=0)
+    assert config.factor == pixels_per_latent(autoencoder) == factor
+    latents = encode(autoencoder, torch.zeros(2, 3, 16, 16), 4)
+    assert latents.shape == (2, 4, 4, 4) == (2, *config.latent_shape(16))
+    assert decode(autoencoder, latents, 16).shape == (2, 3, 16, 16)
+
+
+def test_weights_depend_on_the_seed_alone(config):
+    torch.manual_seed(1)
+    first = build_autoencoder(config.autoencoder, 16, seed=3).state_dict()
+    torch.manual_seed(2)
+    again = build_autoencoder(config.autoencoder, 16, seed=3).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_side_that_is_no_multiple_is_refused():
+    with pytest.raises(UsageError, match="multiple of 4"):
+        build_autoencoder(AutoencoderConfig(), 30, seed=0)
+
+
+def test_the_range_is_minus_one_to_one():
+    assert to_signed(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert psnr(4 / 100) == pytest.approx(20)
+
+
+def test_the_loss_is_its_three_terms(config, images):
+    autoencoder = build_autoencoder(config.autoencoder, 16, seed=0)
+    pixels, noise = to_signed(images.images), torch.zeros(12, 2, 4, 4)
+    loss, squared = AutoencoderLoss(autoencoder, kl_weight=0.5)(pixels, noise)
+    latents = encode(autoencoder, pixels, 4)
+    errors = decode(autoencoder, latents, 16) - pixels
+    log_variance = -5.0  # what it begins with
+    kl = 0.5 * (latents.square() + torch.tensor(log_variance).exp() - 1 - log_variance).mean()
+    assert squared.item() == pytest.approx(errors.square().mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx((errors.abs().mean() + squared + 0.5 * kl).item(), rel=1e-4)
+
+
+class TestPretrained:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """An autoencoder as others have them: pixels as they are, three levels, its own latent scale."""
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            norm_num_groups=4,
+            scaling_factor=0.18215,
+        ).save_pretrained(tmp_path / "model" / "vae")
+        return tmp_path / "model"
+
+    def test_its_own_folder_and_a_pipelines_folder_load(self, folder):
+        for source in (folder, folder / "vae"):
+            assert pixels_per_latent(load_pretrained(str(source))) == 4
+
+    def test_images_are_resized_for_it_and_back(self, folder):
+        autoencoder = load_pretrained(str(folder))
+        latents = encode(autoencoder, torch.zeros(1, 3, 16, 16), 8)
+        assert latents.shape == (1, 4, 8, 8)
+        assert decode(autoencoder, latents, 16).shape == (1, 3, 16, 16)
+
+    def test_nothing_there_is_one_message(self, tmp_path):
+        with pytest.raises(MissingModel, match="no autoencoder"):
+            load_pretrained(str(tmp_path))
+
+
+class TestLatents:
+    @pytest.fixture
+    def autoencoder(self, config):
+        return build_autoencoder(config.autoencoder, 16, seed=0)
+
+    def make(self, path, autoencoder, images, flips=True, identity="one", reports=None):
+        listen = (lambda report: None) if reports is None else reports.append
+        return cached_latents(path, autoencoder, images, 4, flips=flips, identity=identity, progress=listen)
+
+    def test_mirrored_images_are_encoded_themselves(self, tmp_path, autoencoder, images):
+        latents = self.make(tmp_path / "latents.safetensors", autoencoder, images)
+        assert latents.latents.shape == (12, 2, 2, 4, 4)
+        with torch.no_grad():
+            mirrored = encode(autoencoder, to_signed(images.images).flip(-1), 4)
+        assert torch.allclose(latents.latents[:, 1].float(), mirrored, atol=1e-2)
+        assert latents.std == pytest.approx(latents.latents.float().std().item(), rel=1e-3)
+
+    def test_they_are_encoded_once(self, tmp_path, autoencoder, images):
+        reports = []
+        path = tmp_path / "latents.safetensors"
+        first = self.make(path, autoencoder, images, flips=False, reports=reports)
+        encoded = len(reports)
+        again = self.make(path, autoencoder, images, flips=False, reports=reports)
+        assert len(reports) == encoded > 0
+        assert torch.equal(first.latents, again.latents) and first.std == again.std
+        assert first.latents.shape[1] == 1
+
+    @pytest.mark.parametrize("how", ["changed", "cut short"])
+    def test_changed_data_and_damaged_files_are_encoded_again(self, tmp_path, autoencoder, images, caplog, how):
+        path = tmp_path / "latents.safetensors"
+        self.make(path, autoencoder, images)
+        identity = "one"
+        if how == "changed":
+            images, identity = dataclasses.replace(images, images=images.images.flip(0)), "two"
+        else:
+            path.write_bytes(path.read_bytes()[:100])
+        with caplog.at_level(logging.WARNING):
+            latents = self.make(path, autoencoder, images, identity=identity)
+        fresh = self.make(tmp_path / "other.safetensors", autoencoder, images, identity=identity)
+        assert torch.equal(latents.latents, fresh.latents)
+        assert "encoding them again" in caplog.text

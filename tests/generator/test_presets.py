@@ -1,0 +1,93 @@
+"""Settings: what is refused, presets at every size, and the way through JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ddkit.errors import BadFile, UsageError
+from ddkit.generator.presets import (
+    PRESETS,
+    AutoencoderConfig,
+    DenoiserConfig,
+    ObjectiveConfig,
+    OptimiserConfig,
+    differences,
+    from_json,
+    preset,
+    to_json,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "named"),
+    [
+        (AutoencoderConfig, {"channels": (12,)}, "channels"),
+        (AutoencoderConfig, {"latent_channels": 0}, "latent_channels"),
+        (DenoiserConfig, {"architecture": "uvitt"}, "Did you mean 'uvit'"),
+        (DenoiserConfig, {"depth": 4}, "odd"),
+        (DenoiserConfig, {"hidden_size": 100, "num_heads": 3}, "heads"),
+        (ObjectiveConfig, {"prediction": "velocity"}, "prediction"),
+        (ObjectiveConfig, {"label_dropout": 1.0}, "label_dropout"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_by_name(kind, wrong, named):
+    with pytest.raises(UsageError, match=named):
+        kind(**wrong)
+
+
+def test_a_batch_must_split_evenly():
+    with pytest.raises(UsageError, match="4 equal parts"):
+        OptimiserConfig(steps=1, batch_size=6, learning_rate=1e-3, accumulation=4)
+
+
+def test_the_rate_rises_then_holds_then_falls_as_one_over_the_root():
+    optimiser = OptimiserConfig(steps=1, batch_size=1, learning_rate=0.1, warmup_steps=10, decay_after_steps=100)
+    assert optimiser.rate(0) == pytest.approx(0.01)
+    assert optimiser.rate(9) == optimiser.rate(99) == pytest.approx(0.1)
+    assert optimiser.rate(399) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("image_size", [32, 64, 128])
+def test_every_preset_fits_every_usual_size(name, image_size):
+    config = preset(name).config(image_size)
+    channels, side, _ = config.autoencoder.latent_shape(image_size)
+    assert config.denoiser.patch_size(side) * config.denoiser.tokens_per_side == side
+    assert channels == config.autoencoder.latent_channels
+
+
+def test_sizes_that_do_not_fit_are_refused_with_the_way_out():
+    with pytest.raises(UsageError, match="--image-size"):
+        preset("demo").config(30)
+
+
+def test_an_unknown_preset_offers_the_nearest():
+    with pytest.raises(UsageError, match="Did you mean 'tiny'"):
+        preset("tinny")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_survive_json(name):
+    config = preset(name).config(32)
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_unknown_and_missing_keys_in_a_file_are_named():
+    value = to_json(preset("demo").config(32))
+    value["objective"]["wieght"] = 1
+    with pytest.raises(BadFile, match="ObjectiveConfig has no wieght"):
+        from_json(value)
+    del value["objective"]["wieght"], value["denoiser"]
+    with pytest.raises(BadFile, match="denoiser"):
+        from_json(value)
+
+
+def test_differences_are_listed_with_both_values():
+    config = preset("demo").config(32)
+    objective = dataclasses.replace(config.objective, prediction="epsilon")
+    other = dataclasses.replace(config, objective=objective, seed=7)
+    assert differences(config, other) == [
+        f"objective.prediction: epsilon, not {config.objective.prediction}",
+        "seed: 7, not 0",
+    ]

@@ -1,0 +1,77 @@
+"""The samplers as numbers agree with diffusers taking the same steps."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+from ddkit.errors import UsageError
+from ddkit.generator.presets import PREDICTIONS
+from ddkit.generator.samplers import SAMPLERS, linear_plan, make_scheduler, set_steps
+
+
+def network(noisy, time):
+    """Any function that is not linear will do."""
+    return torch.tanh(noisy * (1 + time / 1000)) - 0.1 * noisy
+
+
+def by_diffusers(sampler, prediction, steps, noise):
+    scheduler = make_scheduler(sampler, prediction)
+    set_steps(scheduler, steps)
+    point = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+    for time in scheduler.timesteps:
+        point = scheduler.step(network(point, time), time, point, return_dict=False)[0]
+    return point
+
+
+def by_plan(plan, noise):
+    known = [noise]
+    for i, time in enumerate(plan.times):
+        known.append(network(torch.tensordot(plan.inputs[i, : i + 1], torch.stack(known), dims=1), time))
+    return torch.tensordot(plan.final, torch.stack(known), dims=1)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_plan_agrees_with_diffusers(sampler, prediction, steps):
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    plan = linear_plan(make_scheduler(sampler, prediction), steps)
+    expected = by_diffusers(sampler, prediction, steps, noise)
+    assert plan.steps == steps
+    assert torch.allclose(by_plan(plan, noise), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_straight_flow_is_followed_exactly_in_any_number_of_steps(sampler):
+    """If the network knows the one clean image, every sampler must end at it."""
+    clean = torch.full((1, 1, 2, 2), 0.5)
+    noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    for steps in (1, 4):
+        plan = linear_plan(make_scheduler(sampler, "flow"), steps)
+        known = torch.stack([noise, *[noise - clean] * steps])
+        assert torch.allclose(torch.tensordot(plan.final, known, dims=1), clean, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_euler_on_a_variance_preserving_model_is_ddim(steps):
+    """So diffusers' Euler, whose numbers begin at 20,000, is not needed."""
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    euler = EulerDiscreteScheduler(
+        beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    ddim = DDIMScheduler(
+        beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+    )
+    euler.set_timesteps(steps)
+    point = noise * euler.init_noise_sigma
+    for time in euler.timesteps:
+        point = euler.step(network(euler.scale_model_input(point, time), time), time, point, return_dict=False)[0]
+    plan = linear_plan(ddim, steps)
+    assert torch.allclose(by_plan(plan, noise), point, atol=0.02)
+
+
+def test_unknown_samplers_and_no_steps_are_refused():
+    with pytest.raises(UsageError, match="Did you mean 'dpm\\+\\+'"):
+        make_scheduler("dpmpp", "flow")
+    with pytest.raises(UsageError, match="at least one"):
+        linear_plan(make_scheduler("ddim", "flow"), 0)

@@ -1,0 +1,266 @@
+"""Training: resumed as if never stopped, whatever stops it, with whatever number of processes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddkit.data.store import ImageSet
+from ddkit.errors import ComputeError, MissingModel, UsageError
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.checkpoints import list_checkpoints, load_latest
+from ddkit.generator.pipeline import load_model, read_facts, save_autoencoder
+from ddkit.generator.training import Tracking, TrainingData, TrainingRequest, start_over, train
+
+
+def with_steps(config, steps):
+    return dataclasses.replace(config, denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, steps=steps))
+
+
+def with_optimiser(config, **changes):
+    return dataclasses.replace(config, denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, **changes))
+
+
+def records(folder, stage="denoiser"):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["stage"] == stage]
+
+
+def state(folder, stage="denoiser"):
+    """Everything of the newest checkpoint that steps decide, as one flat dictionary."""
+    checkpoint = load_latest(folder / "checkpoints", stage)
+    flat = {f"network.{name}": value for name, value in checkpoint.network.items()}
+    flat |= {f"ema.{i}": value for i, value in enumerate(checkpoint.ema["shadow_params"])}
+    for i, moments in checkpoint.optimiser["state"].items():
+        flat |= {f"optimiser.{i}.{name}": value for name, value in moments.items()}
+    return checkpoint.step, flat
+
+
+def assert_same(first, second, **tolerance):
+    assert first[0] == second[0] and first[1].keys() == second[1].keys()
+    for name, value in first[1].items():
+        if tolerance:
+            assert torch.allclose(value, second[1][name], **tolerance), name
+        else:
+            assert torch.equal(value, second[1][name]), name
+
+
+class TestGoingOn:
+    def test_resumed_is_bit_for_bit_the_same_as_never_stopped(self, data, config, tmp_path):
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "straight")
+        train(data, TrainingRequest(with_steps(config, 2)), tmp_path / "resumed")
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "resumed")
+        assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+        assert load_model(tmp_path / "resumed").facts.steps == 6
+        assert load_model(tmp_path / "resumed").facts.images_seen == 36
+
+    def test_an_autoencoder_stopped_midway_goes_on_the_same(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path / "straight")
+        short = dataclasses.replace(
+            config, autoencoder_optimiser=dataclasses.replace(config.autoencoder_optimiser, steps=2)
+        )
+        train(data, TrainingRequest(short), tmp_path / "stopped")
+        # As if the process had ended right after the checkpoint of step 2.
+        for name in ("vae", "transformer"):
+            for path in (tmp_path / "stopped" / name).iterdir():
+                path.unlink()
+        for path in list_checkpoints(tmp_path / "stopped" / "checkpoints", "denoiser"):
+            path.unlink()
+        train(data, TrainingRequest(config), tmp_path / "stopped")
+        assert_same(state(tmp_path / "straight", "autoencoder"), state(tmp_path / "stopped", "autoencoder"))
+        assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
+
+    def test_finished_work_is_not_done_again(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path)
+        before = (tmp_path / "metrics.jsonl").read_text()
+        reports = []
+        train(data, TrainingRequest(config), tmp_path, progress=reports.append)
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+        assert reports == []
+
+    def test_a_checkpoint_cut_short_costs_only_what_came_after_the_one_before(self, data, config, tmp_path):
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "straight")
+        for steps in (2, 4):
+            train(data, TrainingRequest(with_steps(config, steps)), tmp_path / "damaged")
+        newest = list_checkpoints(tmp_path / "damaged" / "checkpoints", "denoiser")[-1]
+        newest.write_bytes(newest.read_bytes()[:500])
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "damaged")
+        assert_same(state(tmp_path / "straight"), state(tmp_path / "damaged"))
+
+    def test_other_settings_are_listed_and_refused(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path)
+        other = with_optimiser(dataclasses.replace(config, seed=3), learning_rate=0.5)
+        with pytest.raises(UsageError, match="learning_rate: 0.001, not 0.5; seed: 0, not 3") as caught:
+            train(data, TrainingRequest(other), tmp_path)
+        assert "--fresh" in caught.value.remedy
+
+    def test_another_dataset_and_other_classes_are_refused(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path)
+        with pytest.raises(UsageError, match="dataset: colours, not shapes"):
+            train(dataclasses.replace(data, name="shapes"), TrainingRequest(config), tmp_path)
+        renamed = dataclasses.replace(data.images, class_names=("red", "green", "violet"))
+        with pytest.raises(UsageError, match="other classes"):
+            train(dataclasses.replace(data, images=renamed), TrainingRequest(config), tmp_path)
+
+    def test_changed_data_is_encoded_again(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path)
+        before = load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"]
+        images = dataclasses.replace(data.images, images=data.images.images.flip(-2).contiguous())
+        changed = dataclasses.replace(data, images=images, sha256="of-other-pixels")
+        train(changed, TrainingRequest(config), tmp_path)
+        assert not torch.equal(before, load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"])
+
+    def test_starting_over_leaves_what_is_not_ours(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path)
+        (tmp_path / "notes.txt").write_text("mine")
+        start_over(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        with pytest.raises(UsageError, match="no training"):
+            start_over(tmp_path)
+
+
+class TestTheSameBatchHoweverItIsComputed:
+    def test_accumulated_parts_amount_to_the_whole(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path / "whole")
+        train(data, TrainingRequest(with_optimiser(config, accumulation=3)), tmp_path / "parts")
+        assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
+
+    def test_two_processes_amount_to_one(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path / "one")
+        torch.save(dict(vars(data.images)), tmp_path / "images.pt")
+        (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        script = tmp_path / "script.py"
+        script.write_text(
+            textwrap.dedent(f"""
+                import json, torch
+                from pathlib import Path
+                from ddkit.data.store import ImageSet
+                from ddkit.generator.presets import from_json
+                from ddkit.generator.training import TrainingData, TrainingRequest, train
+                here = Path({str(tmp_path)!r})
+                images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
+                config = from_json(json.loads((here / "config.json").read_text()))
+                train(TrainingData("colours", images, "of-these-pixels"), TrainingRequest(config), here / "two")
+            """)
+        )
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+        done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
+        ours, theirs = (records(tmp_path / name)[-1] for name in ("one", "two"))
+        assert theirs["step"] == ours["step"] == 6 and theirs["images"] == ours["images"]
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+
+    def test_a_batch_that_does_not_split_is_refused(self, data, config, tmp_path):
+        with pytest.raises(UsageError, match="4 equal parts"):
+            train(data, TrainingRequest(with_optimiser(config, accumulation=4)), tmp_path)
+
+
+class TestWhatStopsIt:
+    def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(self, data, config, tmp_path):
+        train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
+        good = list_checkpoints(tmp_path / "checkpoints", "denoiser")
+        wild = with_optimiser(config, steps=60, learning_rate=1e38, warmup_steps=1)
+        begun = json.loads((tmp_path / "config.json").read_text())
+        begun["config"] = dataclasses.asdict(wild)
+        (tmp_path / "config.json").write_text(json.dumps(begun))
+        with pytest.raises(ComputeError, match="no number") as caught:
+            train(data, TrainingRequest(wild), tmp_path)
+        assert str(good[-1]) in caught.value.remedy and "--lr" in caught.value.remedy
+        assert list_checkpoints(tmp_path / "checkpoints", "denoiser") == good
+
+    def test_time_is_a_limit_of_both_stages_and_counts_what_was_done_before(self, data, config, tmp_path):
+        endless = with_steps(config, 10**9)
+        train(data, TrainingRequest(endless, seconds=0.5), tmp_path)
+        first = load_model(tmp_path).facts.steps
+        spent = load_latest(tmp_path / "checkpoints", "denoiser").seconds
+        assert spent == pytest.approx(0.85 * 0.5, abs=0.3)
+        train(data, TrainingRequest(endless, seconds=0.5), tmp_path)
+        assert load_model(tmp_path).facts.steps == first
+        train(data, TrainingRequest(endless, seconds=spent + 0.5), tmp_path)
+        assert load_model(tmp_path).facts.steps > first
+
+
+class TestTracking:
+    def test_the_best_model_is_kept_and_known_again(self, data, config, tmp_path):
+        scores = iter([3.0, 1.0, 2.0, 5.0])
+        tracking = Tracking("frechet", lambda model: next(scores), every_steps=2)
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking)
+        facts = read_facts(tmp_path)
+        assert (facts.steps, dict(facts.metrics)) == (4, {"frechet": 1.0})
+        train(data, TrainingRequest(with_steps(config, 8)), tmp_path, tracking=tracking)
+        assert read_facts(tmp_path).steps == 4
+        assert [(record["step"], record["value"]) for record in records(tmp_path, "score")] == [
+            (2, 3.0),
+            (4, 1.0),
+            (6, 2.0),
+            (8, 5.0),
+        ]
+
+    def test_what_is_scored_has_the_averaged_weights(self, data, config, tmp_path):
+        seen = []
+
+        def score(model):
+            seen.append({name: value.clone() for name, value in model.denoiser.state_dict().items()})
+            return 1.0
+
+        train(data, TrainingRequest(config), tmp_path, tracking=Tracking("score", score, every_steps=6))
+        saved = load_model(tmp_path).denoiser.state_dict()
+        assert all(torch.equal(value, seen[0][name]) for name, value in saved.items())
+        network = load_latest(tmp_path / "checkpoints", "denoiser").network
+        assert any(not torch.equal(value, seen[0][name]) for name, value in network.items())
+
+
+@pytest.mark.parametrize(
+    "labels", [[0], [0, 0, 0], [0, 1, 2]], ids=["one image", "one class", "one image of each class"]
+)
+def test_the_smallest_datasets_train(config, tmp_path, labels):
+    pixels = torch.randint(0, 256, (len(labels), 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    names = tuple("abc"[: max(labels) + 1])
+    images = ImageSet(pixels.to(torch.uint8), torch.tensor(labels), names)
+    model = train(TrainingData("few", images, "few"), TrainingRequest(config), tmp_path)
+    assert model.facts.class_names == names and model.facts.steps == 6
+
+
+def test_an_empty_dataset_is_refused(images):
+    nothing = ImageSet(images.images[:0], images.labels[:0], images.class_names)
+    with pytest.raises(UsageError, match="no images"):
+        TrainingData("nothing", nothing, "")
+
+
+class TestPretrainedAutoencoder:
+    def test_it_is_used_as_it_is_but_for_the_latent_scale(self, data, config, tmp_path):
+        pretrained = build_autoencoder(config.autoencoder, 16, seed=9)
+        save_autoencoder(pretrained, tmp_path / "pretrained")
+        config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "pretrained"))
+        model = train(data, TrainingRequest(config), tmp_path / "run")
+        expected = pretrained.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in model.autoencoder.state_dict().items())
+        latents = load_file(tmp_path / "run" / "checkpoints" / "latents.safetensors")["latents"]
+        assert model.autoencoder.config.scaling_factor == pytest.approx(1 / latents.float().std().item(), rel=1e-3)
+        assert list_checkpoints(tmp_path / "run" / "checkpoints", "autoencoder") == []
+
+    def test_none_to_be_had_is_one_message(self, data, config, tmp_path):
+        config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
+        with pytest.raises(MissingModel, match="nowhere"):
+            train(data, TrainingRequest(config), tmp_path / "run")
+
+
+def test_training_learns(data, config, tmp_path):
+    """A few hundred steps on three flat colours: samples of each class have its colour on the whole."""
+    from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
+
+    config = dataclasses.replace(
+        with_optimiser(config, steps=400, learning_rate=5e-3, batch_size=12),
+        autoencoder_optimiser=dataclasses.replace(config.autoencoder_optimiser, steps=300, learning_rate=1e-2),
+    )
+    model = train(data, TrainingRequest(config), tmp_path)
+    labels, indices = class_ordered(8, 3)
+    images = sample_all(Sampler(model, SamplingConfig(steps=8, guidance=1.0, batch_size=24)), labels, indices)
+    brightest = images.float().mean(dim=(2, 3)).argmax(dim=1)
+    assert (brightest == labels).float().mean() > 0.9
