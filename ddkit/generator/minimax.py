@@ -57,13 +57,16 @@ class MinimaxCriteria(nn.Module):
         Returns two float32 scalars: representativeness, which is 1 minus the least cosine between a prediction and a
         remembered real latent of its class, and diversity, the greatest cosine between a prediction and a remembered
         prediction of its class; both summed over the classes of the batch that have memories and divided by the number
-        of classes in the batch. Raises UsageError where latents have another size than those before.
+        of classes in the batch. Raises UsageError where the three do not fit together, a label is out of range, or
+        latents have another size than those before; the memories stay as they were.
         """
+        _check_shapes(predicted, real, labels)
         # Low precision would choose other pairs, and rounds the very differences that count.
         with torch.autocast(predicted.device.type, enabled=False):
             own = predicted.flatten(1).float()
             everything = _of_all_processes(own.detach())
             real, labels = _of_all_processes(real.detach().flatten(1).float()), _of_all_processes(labels)
+            self._check_range(labels)
             self._allocate(own)
             with torch.no_grad():
                 directions = F.normalize(everything, dim=1)
@@ -104,7 +107,9 @@ class MinimaxCriteria(nn.Module):
         classes = groups.present.sum()
         return _averageable((1 - least).sum() / classes), _averageable(most.sum() / classes)
 
-    def _cosines_of(self, pairs: _Pairs, predicted: Tensor, memory: Tensor, groups: _Groups, counting: Tensor) -> Tensor:
+    def _cosines_of(
+        self, pairs: _Pairs, predicted: Tensor, memory: Tensor, groups: _Groups, counting: Tensor
+    ) -> Tensor:
         """The cosines of chosen pairs, with gradients. counting: (k,) which of the groups. Returns (k,)."""
         places = groups.classes[counting] * self.memory_size + pairs.place[counting]
         images = predicted.index_select(0, pairs.image[counting])
@@ -119,6 +124,12 @@ class MinimaxCriteria(nn.Module):
         self.predicted[rows, places] = predicted[stays]
         self.real[rows, places] = real[stays]
         self.seen += added
+
+    def _check_range(self, labels: Tensor) -> None:
+        # After gathering, so that all processes stop, and none waits for one that has.
+        least, greatest = labels.aminmax()
+        if least < 0 or greatest >= self.num_classes:
+            raise UsageError(f"Labels {int(least)} to {int(greatest)} are not within 0 to {self.num_classes - 1}.")
 
     def _allocate(self, latents: Tensor) -> None:
         size, held = latents.shape[1], self.real.shape[2]
@@ -160,6 +171,12 @@ class _Pairs:
 
     image: Tensor
     place: Tensor
+
+
+def _check_shapes(predicted: Tensor, real: Tensor, labels: Tensor) -> None:
+    if predicted.shape != real.shape or labels.shape != predicted.shape[:1] or not len(labels):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predicted, real, labels))
+        raise UsageError(f"Predictions, real latents and labels of shapes {shapes} are no batch.")
 
 
 def _group(labels: Tensor, num_classes: int) -> _Groups:

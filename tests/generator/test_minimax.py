@@ -1,0 +1,218 @@
+"""The minimax criteria: recorded values, a plain version beside them, memories, several processes, and bad input."""
+
+import copy
+import socket
+from collections import defaultdict, deque
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed, multiprocessing
+from torch.nn import functional as F
+
+from ddkit.errors import UsageError
+from ddkit.generator.minimax import MinimaxCriteria
+
+GOLDENS = Path(__file__).parents[1] / "fixtures" / "goldens" / "minimax.safetensors"
+CLASSES, MEMORY = 4, 3
+
+
+class Plain:
+    """The definition, one image and one class after another."""
+
+    def __init__(self, memory_size):
+        self.real = defaultdict(lambda: deque(maxlen=memory_size))
+        self.predicted = defaultdict(lambda: deque(maxlen=memory_size))
+
+    def __call__(self, predicted, real, labels):
+        present = sorted(set(labels.tolist()))
+        representativeness = diversity = predicted.sum() * 0
+        for label in present:
+            own = predicted[labels == label].flatten(1)
+            if self.predicted[label]:
+                to_real = [F.cosine_similarity(z, m, dim=0) for z in own for m in self.real[label]]
+                to_predicted = [F.cosine_similarity(z, m, dim=0) for z in own for m in self.predicted[label]]
+                representativeness = representativeness + (1 - torch.stack(to_real).min()) / len(present)
+                diversity = diversity + torch.stack(to_predicted).max() / len(present)
+        for image, label in enumerate(labels.tolist()):
+            self.real[label].append(real[image].detach().flatten())
+            self.predicted[label].append(predicted[image].detach().flatten())
+        return representativeness, diversity
+
+
+def batch(size=6, seed=0, shape=(2, 3), classes=CLASSES):
+    generator = torch.Generator().manual_seed(seed)
+    predicted, real = torch.randn(2, size, *shape, generator=generator)
+    return predicted, real, torch.randint(classes, (size,), generator=generator)
+
+
+def gradient(criteria, predicted, real, labels):
+    """Values, and the gradient of a sum in which both count, differently."""
+    predicted = predicted.clone().requires_grad_()
+    representativeness, diversity = criteria(predicted, real, labels)
+    (representativeness + 3 * diversity).backward()
+    return representativeness.detach(), diversity.detach(), predicted.grad
+
+
+def close(found, expected, tolerance=1e-5):
+    return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(found, expected))
+
+
+def test_recorded_values_and_gradients():
+    goldens = load_file(GOLDENS)
+    criteria = MinimaxCriteria(3, 5)
+    for step in range(7):
+        predicted = goldens[f"step{step}.predicted_latents"].requires_grad_()
+        found = criteria(predicted, goldens[f"step{step}.real_latents"], goldens[f"step{step}.labels"])
+        (0.002 * found[0] + 0.008 * found[1]).backward()
+        assert close(found, (goldens["representativeness"][step], goldens["diversity"][step])), step
+        if step == 0:
+            assert not predicted.grad.any(), "nothing is remembered yet"
+        else:
+            # Gradients are of the order of 1e-4, so they are held to more than the 1e-5 asked for.
+            assert close([predicted.grad], [goldens[f"step{step}.grad_of_weighted_sum"]], 1e-8), step
+    assert found[0] > 0
+
+
+@pytest.mark.parametrize(("classes", "size"), [(CLASSES, 6), (CLASSES, 1), (50, 6), (1, 9)])
+def test_the_plain_definition_over_many_steps(classes, size):
+    """Few classes of many, all classes, one image, and more images of a class than places."""
+    criteria, plain = MinimaxCriteria(classes, MEMORY), Plain(MEMORY)
+    for seed in range(25):
+        given = batch(size, seed, classes=classes)
+        assert close(gradient(criteria, *given), gradient(plain, *given)), seed
+    assert criteria.seen.sum() == 25 * size
+
+
+def test_by_hand():
+    """Two classes in the batch, one of which has memories: what it adds is divided by two."""
+    criteria = MinimaxCriteria(2, 4)
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    first = criteria(torch.stack([x, x]), torch.stack([x, y]), torch.tensor([0, 0]))
+    assert [value.item() for value in first] == [0, 0]
+    second = criteria(torch.stack([3 * x + 4 * y, y]), torch.stack([x, y]), torch.tensor([0, 1]))
+    assert [value.item() for value in second] == pytest.approx([(1 - 0.6) / 2, 0.6 / 2])
+
+
+def test_memories_are_first_in_first_out_and_of_a_large_batch_the_last_stay():
+    criteria = MinimaxCriteria(2, MEMORY)
+    axes = torch.eye(8)
+    criteria(axes[:2], axes[:2], torch.tensor([1, 1]))
+    criteria(axes[2:4], axes[2:4], torch.tensor([1, 1]))
+    assert {row.argmax().item() for row in criteria.real[1]} == {1, 2, 3}
+    criteria(axes[3:], axes[3:], torch.ones(5, dtype=torch.int64))
+    assert {row.argmax().item() for row in criteria.predicted[1]} == {5, 6, 7}
+    assert criteria.seen.tolist() == [0, 9]
+
+
+def test_no_gradient_reaches_real_latents_or_earlier_predictions():
+    criteria = MinimaxCriteria(1, 2)
+    labels = torch.zeros(2, dtype=torch.int64)
+    earlier, real, now = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
+    criteria(earlier, real, labels)
+    sum(criteria(now, real, labels)).backward()
+    assert earlier.grad is None and real.grad is None
+    assert now.grad.abs().sum() > 0
+
+
+def test_half_precision_is_measured_in_full():
+    predicted, real, labels = batch()
+    rounded = predicted.bfloat16()
+    half, full = MinimaxCriteria(CLASSES, MEMORY), MinimaxCriteria(CLASSES, MEMORY)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = half(rounded, real, labels)
+        assert close(found, full(rounded.float(), real, labels), 1e-6)
+    assert found[0].dtype == torch.float32
+
+
+def test_the_buffers_hold_the_two_memories_and_a_count_only():
+    criteria = MinimaxCriteria(CLASSES, MEMORY)
+    criteria(*batch())
+    assert sum(buffer.nbytes for buffer in criteria.buffers()) == 2 * CLASSES * MEMORY * 6 * 4 + CLASSES * 8
+    assert not list(criteria.parameters())
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_going_on_from_a_state(tmp_path, used):
+    criteria = MinimaxCriteria(CLASSES, MEMORY)
+    for seed in range(3):
+        criteria(*batch(seed=seed))
+    torch.save(criteria.state_dict(), tmp_path / "state.pt")
+    resumed = MinimaxCriteria(CLASSES, MEMORY)
+    if used:
+        resumed(*batch(seed=99, shape=(5,)))
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for seed in range(3, 6):
+        given = batch(seed=seed)
+        assert all(map(torch.equal, gradient(resumed, *given), gradient(criteria, *given)))
+
+
+def test_a_state_before_the_first_batch_can_be_kept_too():
+    resumed = MinimaxCriteria(CLASSES, MEMORY)
+    resumed.load_state_dict(MinimaxCriteria(CLASSES, MEMORY).state_dict())
+    assert resumed(*batch())[0] == 0
+
+
+def test_a_state_of_other_sizes_is_refused():
+    criteria = MinimaxCriteria(CLASSES, MEMORY)
+    criteria(*batch())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        MinimaxCriteria(CLASSES, MEMORY + 1).load_state_dict(criteria.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, r, y: (p, r, y - CLASSES), "not within 0 to 3"),
+        (lambda p, r, y: (p, r, y + CLASSES), "not within 0 to 3"),
+        (lambda p, r, y: (p, r[:, :1], y), "are no batch"),
+        (lambda p, r, y: (p, r, y[:-1]), "are no batch"),
+        (lambda p, r, y: (p[:0], r[:0], y[:0]), "are no batch"),
+        (lambda p, r, y: (p[:, :1], r[:, :1], y), "hold latents of 6 numbers, the batch has latents of 3"),
+    ],
+)
+def test_batches_that_cannot_be_meant_leave_the_memories_alone(change, message):
+    criteria = MinimaxCriteria(CLASSES, MEMORY)
+    criteria(*batch())
+    before = copy.deepcopy(criteria.state_dict())
+    with pytest.raises(UsageError, match=message):
+        criteria(*change(*batch(seed=1)))
+    assert all(torch.equal(before[name], value) for name, value in criteria.state_dict().items())
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
+def test_memories_without_places_are_refused(sizes):
+    with pytest.raises(UsageError):
+        MinimaxCriteria(*sizes)
+
+
+def one_of_two(rank, port, folder):
+    """A process of a group of two; each sees half of every batch."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    criteria, results = MinimaxCriteria(CLASSES, MEMORY), []
+    for seed in range(4):
+        own = [rows.chunk(2)[rank] for rows in batch(8, seed)]
+        results.append(gradient(criteria, *own))
+    torch.save((results, criteria.state_dict()), Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Values and memories are those of the whole batch; gradients averaged as DistributedDataParallel does as well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone = MinimaxCriteria(CLASSES, MEMORY)
+    for seed, (one, other) in enumerate(zip(first[0], second[0])):
+        *values, grad = gradient(alone, *batch(8, seed))
+        assert close(one[:2], values, 1e-6) and close(other[:2], values, 1e-6)
+        # Each averages its rows' gradient with the other's nought.
+        assert close([torch.cat([one[2], other[2]]) / 2], [grad], 1e-6)
+    assert grad.abs().sum() > 0
+    for state in (first[1], second[1]):
+        assert all(torch.equal(state[name], value) for name, value in alone.state_dict().items())
