@@ -46,3 +46,21 @@ def cifar100_zip() -> Path:
 def tinyimagenet_zip() -> Path:
     """The real tiny-imagenet-200.zip, with 100 training images a class."""
     return _archive("tiny-imagenet-200.zip")
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> str:
+    """The name of a prepared dataset of 16 px: "blue" and "red", five training and two test images each."""
+    from PIL import Image
+
+    from ddkit.data.prepare import prepare
+
+    for split, count in (("train", 5), ("test", 2)):
+        for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                shade = tuple(min(255, value + 10 * i) for value in colour)
+                Image.new("RGB", (16, 16), shade).save(folder / f"{i}.png")
+    prepare("colours", tmp_path / "pictures")
+    return "colours"

@@ -8,6 +8,7 @@ saved autoencoder is an ordinary `diffusers.AutoencoderKL` folder.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ddkit.errors import MissingModel
 from ddkit.generator.presets import AutoencoderConfig
 
 _STARTING_LOG_VARIANCE = -5.0
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) -> AutoencoderKL:
@@ -48,14 +50,17 @@ def load_pretrained(source: str) -> AutoencoderKL:
 
     Raises MissingModel where there is none or it cannot be had.
     """
-    subfolder = "vae" if (Path(source) / "vae").is_dir() else None
+    remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and not _HUB_ID.fullmatch(source):
+        raise MissingModel(f"There is no folder '{source}' to load an autoencoder from.", remedy)
+    where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source}
+    if (folder / "vae").is_dir():
+        where["subfolder"] = "vae"
     try:
-        return AutoencoderKL.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
+        return AutoencoderKL.from_pretrained(**where, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise MissingModel(
-            f"There is no autoencoder to be had from '{source}': {str(error).splitlines()[0]}",
-            "Give a folder in diffusers' format with safetensors weights, or the hub id of one.",
-        ) from error
+        raise MissingModel(f"No autoencoder could be loaded from '{source}': {str(error).splitlines()[0]}", remedy) from error
 
 
 def pixel_patch(autoencoder: AutoencoderKL) -> int:

@@ -38,6 +38,17 @@ def predict(denoiser: nn.Module, noisy: Tensor, times: Tensor, labels: Tensor) -
     return output if isinstance(output, Tensor) else output.sample
 
 
+def keep_labels(denoiser: ModelMixin) -> ModelMixin:
+    """The denoiser, in place, without a dropout of labels of its own.
+
+    Labels are dropped by our own generator; diffusers' DiT would draw from the global one as well.
+    """
+    for module in denoiser.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    return denoiser
+
+
 def _build_uvit(config: DenoiserConfig, latent_shape: tuple[int, int, int], num_classes: int) -> UViT:
     channels, side, _ = latent_shape
     return UViT(
@@ -80,8 +91,4 @@ def _build_dit(config: DenoiserConfig, latent_shape: tuple[int, int, int], num_c
         patch_size=config.patch_size(side),
         num_embeds_ada_norm=num_classes,
     )
-    for module in denoiser.modules():
-        # Labels are dropped by our own generator; diffusers would draw from the global one as well.
-        if hasattr(module, "dropout_prob"):
-            module.dropout_prob = 0.0
-    return denoiser
+    return keep_labels(denoiser)

@@ -15,6 +15,15 @@ from ddkit.generator.training import TrainingData
 CLASSES = ("red", "green", "blue")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that share tensors as small as these mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def config():
     return GeneratorConfig(

@@ -92,8 +92,10 @@ class TestPretrained:
         assert decode(autoencoder, latents, 16).shape == (1, 3, 16, 16)
 
     def test_nothing_there_is_one_message(self, tmp_path):
-        with pytest.raises(MissingModel, match="no autoencoder"):
+        with pytest.raises(MissingModel, match="No autoencoder could be loaded"):
             load_pretrained(str(tmp_path))
+        with pytest.raises(MissingModel, match="no folder 'nowhere'"):
+            load_pretrained("nowhere")
 
 
 class TestLatents:

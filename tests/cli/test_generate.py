@@ -1,0 +1,41 @@
+"""`ddkit generate` as a person runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ddkit.cli import main
+
+
+def test_real_images_by_default_names(colours, tmp_path):
+    command = [sys.executable, "-m", "ddkit", "generate", "--dataset", colours, "--from-real", "random", "--ipc", "2"]
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tensor"] == "submission/colours.pt"
+    assert torch.load(tmp_path / "submission" / "colours.pt", weights_only=True).shape == (4, 3, 16, 16)
+    assert {path.name for path in (tmp_path / "submission").iterdir()} == {"colours.pt", "colours.json", "colours.png"}
+    assert "next: ddkit evaluate submission/colours.pt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--dataset", "colours", "--ipc", "0"], 2, "at least one image per class"),
+        (["--dataset", "colors"], 2, "Did you mean 'colours'?"),
+        (["--dataset", "colours"], 3, "ddkit train"),
+        (["--dataset", "colours", "--out", "set.zip", "--from-real", "first"], 2, ".pt"),
+        (["--dataset", "colours", "--from-real", "first", "--ipc", "6"], 2, "--ipc 5"),
+        (["--dataset", "colours", "--sampler", "heun"], 2, "heun"),
+        (["--dataset", "colours", "--guidance-interval", "0.9", "0.1"], 2, "0.9 to 0.1"),
+    ],
+)
+def test_what_it_refuses_in_one_message(colours, tmp_path, monkeypatch, words, status, said):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["generate", *words])
+    assert done.exit_code == status, done.output
+    assert said in " ".join(done.output.split()) and "Traceback" not in done.output
+    assert not (tmp_path / "submission").exists()

@@ -1,0 +1,118 @@
+"""`ddkit train` as a person runs it: going on, being stopped, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ddkit.cli import main
+
+
+@pytest.fixture
+def ddkit(tmp_path, monkeypatch):
+    """Runs ddkit in this process, in a folder of the test's own; `.output` is what it printed."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda *words: CliRunner().invoke(main, words)
+    torch.set_num_threads(threads)
+
+
+def steps_done(folder):
+    return json.loads((folder / "ddkit.json").read_text())["steps"]
+
+
+def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
+    words = ["train", "--dataset", colours, "--preset", "demo", "--batch-size", "8", "--quiet"]
+    first = ddkit(*words, "--time", "1s", "--json")
+    assert first.exit_code == 0, first.output
+    folder = tmp_path / "runs" / "colours"
+    assert json.loads(first.output) == {
+        "folder": "runs/colours",
+        "steps": steps_done(folder),
+        "images_seen": 8 * steps_done(folder),
+        "metrics": {},
+    }
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints", "config.json", "ddkit.json", "metrics.jsonl", "model_index.json", "scheduler", "transformer", "vae",
+    }  # fmt: skip
+
+    before = steps_done(folder)
+    longer = ddkit("train", "--dataset", colours, "--batch-size", "8", "--time", "2s", "--resume")
+    assert longer.exit_code == 0 and "Going on with" in longer.output, longer.output
+    assert "ddkit generate --ipc 10 --dataset colours" in longer.output
+    assert steps_done(folder) > before
+
+    other = ddkit(*words, "--time", "2s", "--lr", "0.5", "--seed", "3")
+    assert other.exit_code == 2
+    assert "learning_rate: 0.002, not 0.5" in other.output and "seed: 0, not 3" in other.output
+
+    fresh = ddkit(*words, "--time", "0.5s", "--seed", "3", "--fresh")
+    assert fresh.exit_code == 0, fresh.output
+    assert json.loads((folder / "config.json").read_text())["config"]["seed"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_stopped_it_has_saved_and_goes_on(ddkit, colours, tmp_path, number):
+    words = ["train", "--dataset", colours, "--preset", "demo", "--save-every", "0.5s"]
+    folder = tmp_path / "runs" / "colours"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddkit", *words, "--time", "10h"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        # Small tensors: threads would only wait for each other.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/autoencoder-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130 and "all of it is saved" in errors
+    done = (folder / "metrics.jsonl").read_text().splitlines()
+    assert done
+
+    again = ddkit(*words, "--time", "0.5s")
+    assert again.exit_code == 0, again.output
+    first_new = json.loads((folder / "metrics.jsonl").read_text().splitlines()[len(done)])
+    assert first_new["stage"] == "denoiser" or first_new["step"] > 10
+    assert steps_done(folder) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--dataset", "colors"], 2, "Did you mean 'colours'?"),
+        (["--dataset", "colours", "--preset", "tinny"], 2, "Did you mean 'tiny'?"),
+        (["--dataset", "colours", "--resume"], 3, "no training in runs/colours"),
+        (["--dataset", "colours", "--resume", "--fresh"], 2, "contradict"),
+        (["--dataset", "colours", "--time", "soon"], 2, "no length of time"),
+        (["--dataset", "colours", "--batch-size", "0"], 2, "0 is not in the range"),
+        (["--dataset", "colours", "--device", "cuda:99"], 3, "cuda:99"),
+        (["--dataset", "colours", "--batch-size", "100000"], 3, "would fit"),
+        (["--dataset", "colours", "--autoencoder", "nowhere", "--preset", "demo"], 3, "nowhere"),
+    ],
+)
+def test_what_it_refuses_in_one_message(ddkit, colours, monkeypatch, words, status, said):
+    monkeypatch.setattr("ddkit.generator.estimate.free_memory", lambda device: 2**30)
+    done = ddkit("train", *words)
+    assert done.exit_code == status, done.output
+    assert said in " ".join(done.output.split()) and "Traceback" not in done.output
+
+
+def test_a_dry_run_tells_the_costs_and_leaves_nothing(ddkit, colours, tmp_path):
+    words = ["train", "--dataset", colours, "--preset", "demo", "--batch-size", "8", "--dry-run"]
+    done = ddkit(*words, "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    costs = json.loads(done.output)
+    assert [stage["stage"] for stage in costs["stages"]] == ["autoencoder", "denoiser"]
+    assert all(stage["images_per_second"] > 0 for stage in costs["stages"])
+    assert costs["config"]["denoiser_optimiser"]["batch_size"] == 8
+    assert not (tmp_path / "runs").exists()

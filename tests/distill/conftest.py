@@ -1,0 +1,22 @@
+"""A generator of the flat colours, with random weights."""
+
+import pytest
+import torch
+
+from ddkit.data.store import load_dataset, store_hash
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.networks import build_denoiser
+from ddkit.generator.pipeline import Model, ModelFacts, save_model
+from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig
+
+
+@pytest.fixture
+def model_folder(colours, tmp_path):
+    images = load_dataset(colours, "train")
+    autoencoder = build_autoencoder(AutoencoderConfig(channels=(8,), latent_channels=2, norm_groups=4), 16, seed=0)
+    config = DenoiserConfig(hidden_size=16, depth=1, num_heads=2, tokens_per_side=2)
+    denoiser = build_denoiser(config, (2, 4, 4), 2, seed=0)
+    facts = ModelFacts(colours, images.class_names, 16, "flow", "none", 3, 30, store_hash(colours, "train"))
+    torch.manual_seed(0)
+    save_model(Model(denoiser, autoencoder, facts), tmp_path / "model")
+    return tmp_path / "model"

@@ -1,0 +1,100 @@
+"""Distilled sets: of a model and of real images, how they say they were made, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from ddkit.data.images import denormalise, to_uint8
+from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.distill.generate import FromModel, FromReal, generate
+from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.generator.pipeline import load_model, model_hash, save_model
+from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
+
+
+def pixels(path, name):
+    """A set's tensor as uint8."""
+    return to_uint8(denormalise(torch.load(path, weights_only=True), dataset_spec(name)))
+
+
+def test_real_images_come_back_exactly_in_class_order(colours, tmp_path):
+    saved = generate(colours, 2, FromReal("first"), tmp_path / "set.pt")
+    train = load_dataset(colours, "train")
+    assert torch.equal(pixels(saved.tensor, colours), train.images[[0, 1, 5, 6]])
+    facts = json.loads(saved.facts.read_text())
+    assert facts["kind"] == "first-real"
+    assert facts["dataset_sha256"] == store_hash(colours, "train")
+
+
+def test_the_random_choice_is_called_so_and_follows_the_seed(colours, tmp_path):
+    first, again, other = (
+        generate(colours, 3, FromReal("random", seed), tmp_path / f"{name}.pt")
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert json.loads(first.facts.read_text())["kind"] == "random-real"
+    assert first.tensor.read_bytes() == again.tensor.read_bytes() != other.tensor.read_bytes()
+
+
+def test_samples_of_a_model_and_how_they_were_made(colours, model_folder, tmp_path):
+    sampling = SamplingConfig("ddim", steps=2, guidance=1.5, seed=4, batch_size=3)
+    saved = generate(colours, 2, FromModel(model_folder, sampling), tmp_path / "set.pt")
+    expected = sample_all(Sampler(load_model(model_folder), sampling), *class_ordered(2, 2))
+    assert torch.equal(pixels(saved.tensor, colours), expected)
+    facts = json.loads(saved.facts.read_text())
+    assert facts["kind"] == "generated"
+    assert facts["model_sha256"] == model_hash(model_folder)
+    stated = {name: facts[name] for name in ("sampler", "steps", "guidance", "seed", "selection", "model_steps")}
+    assert stated == {
+        "sampler": "ddim", "steps": 2, "guidance": 1.5, "seed": 4, "selection": "none", "model_steps": 3,
+    }  # fmt: skip
+    assert {"ddkit", "torch", "diffusers"} <= set(facts["versions"])
+
+
+class TestWhatIsRefused:
+    @pytest.fixture
+    def earlier(self, colours, tmp_path):
+        saved = generate(colours, 1, FromReal("first"), tmp_path / "set.pt")
+        return saved.tensor, saved.tensor.read_bytes()
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "said"),
+        [
+            ({"ipc": 0}, UsageError, "at least one"),
+            ({"ipc": 6}, UsageError, "has 5 images"),
+            ({"dataset": "colors"}, UsageError, "Did you mean 'colours'"),
+        ],
+    )
+    def test_the_earlier_set_stays(self, colours, earlier, changes, error, said):
+        path, before = earlier
+        wanted = {"dataset": colours, "ipc": 2} | changes
+        with pytest.raises(error, match=said):
+            generate(**wanted, source=FromReal(), out=path)
+        assert path.read_bytes() == before
+
+    def test_another_ending(self, colours, tmp_path):
+        with pytest.raises(UsageError, match=".pt"):
+            generate(colours, 1, FromReal(), tmp_path / "set.png")
+
+    def test_no_model(self, colours, tmp_path):
+        with pytest.raises(MissingModel):
+            generate(colours, 1, FromModel(tmp_path / "nowhere"), tmp_path / "set.pt")
+
+    def test_a_model_of_another_dataset(self, colours, model_folder, tmp_path):
+        model = load_model(model_folder)
+        save_model(dataclasses.replace(model, facts=dataclasses.replace(model.facts, dataset="glyphs")), model_folder)
+        with pytest.raises(UsageError, match="is of 'glyphs', not of 'colours'"):
+            generate(colours, 1, FromModel(model_folder), tmp_path / "set.pt")
+
+    def test_a_model_of_other_classes(self, colours, model_folder, tmp_path):
+        model = load_model(model_folder)
+        facts = dataclasses.replace(model.facts, class_names=("red", "blue", "green"))
+        save_model(dataclasses.replace(model, facts=facts), model_folder)
+        with pytest.raises(UsageError, match="knows 3 classes, the dataset has 2"):
+            generate(colours, 1, FromModel(model_folder), tmp_path / "set.pt")
+
+    def test_a_folder_that_cannot_be_written(self, colours, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(BadFile):
+            generate(colours, 1, FromReal(), tmp_path / "file" / "set.pt")

@@ -1,0 +1,63 @@
+"""What a training will cost: counted parameters, memory that grows with the batch, and what would fit."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ddkit.errors import ComputeError
+from ddkit.generator import estimate as module
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.estimate import check_memory, estimate
+from ddkit.generator.networks import build_denoiser
+
+CPU = torch.device("cpu")
+
+
+def batches_of(config, size):
+    optimiser = dataclasses.replace(config.denoiser_optimiser, batch_size=size)
+    return dataclasses.replace(config, denoiser_optimiser=optimiser)
+
+
+def test_parameters_are_those_of_the_networks(config):
+    autoencoder, denoiser = estimate(config, 16, 3, CPU, seconds=0).stages
+    counted = [sum(p.numel() for p in network.parameters()) for network in (
+        build_autoencoder(config.autoencoder, 16, seed=0), build_denoiser(config.denoiser, (2, 4, 4), 3, seed=0)
+    )]  # fmt: skip
+    assert [autoencoder.parameters, denoiser.parameters] == counted
+    assert autoencoder.images_per_second is None
+
+
+def test_memory_is_states_and_what_each_image_keeps(config):
+    states = 5 * 4 * estimate(config, 16, 3, CPU, seconds=0).stages[1].parameters
+    small, large = (estimate(batches_of(config, size), 16, 3, CPU, seconds=0).stages[1].memory for size in (8, 80))
+    assert large - states == pytest.approx(10 * (small - states), rel=0.01)
+
+
+def test_an_image_keeps_about_as_much_as_its_activations(config):
+    """The hidden states alone, which every block keeps several times over, are a lower bound."""
+    stage = estimate(batches_of(config, 100), 16, 3, CPU, seconds=0).stages[1]
+    per_image = (stage.memory - 5 * 4 * stage.parameters) / 100
+    hidden_state = (2 + 4) * 16 * 4  # tokens * hidden size * bytes
+    assert 3 * 8 * hidden_state < per_image < 3 * 60 * hidden_state
+
+
+def test_speed_is_measured_on_demand(config):
+    autoencoder, denoiser = estimate(config, 16, 3, CPU, seconds=0.05).stages
+    assert autoencoder.images_per_second > 0
+    assert denoiser.seconds == pytest.approx(6 * 6 / denoiser.images_per_second)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(config, monkeypatch):
+    check_memory(config, 16, 3, CPU)
+    wanted = estimate(batches_of(config, 64), 16, 3, CPU, seconds=0)
+    monkeypatch.setattr(module, "free_memory", lambda device: wanted.memory // 2)
+    with pytest.raises(ComputeError, match="GiB") as caught:
+        check_memory(batches_of(config, 64), 16, 3, CPU)
+    fitting = int(caught.value.remedy.split()[1])
+    assert caught.value.remedy == f"--batch-size {fitting} would fit." and 1 <= fitting < 64
+    check_memory(batches_of(config, fitting), 16, 3, CPU)
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    with pytest.raises(ComputeError) as caught:
+        check_memory(config, 16, 3, CPU)
+    assert "--preset" in caught.value.remedy
