@@ -1,0 +1,234 @@
+"""Generators to start from: DiT folders as diffusers writes them, ours, hub ids, and whose classes become whose."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from ddkit.data.class_names import CLASS_NAMES
+from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.generator.networks import null_class, predict
+from ddkit.generator.pipeline import save_model
+from ddkit.generator.pretrained import ClassMap, imagenet_wnids, load_generator, map_classes, with_classes
+
+TITLES = (
+    "tench, Tinca tinca",
+    "goldfish, Carassius auratus",
+    "brown bear, bruin",
+    "ice bear",
+    "tiger, Panthera tigris",
+)
+
+
+def save_dit(folder, titles=TITLES):
+    """A DiTPipeline folder with random weights: latents of 8 x 8, images of 16 px, a predicted variance."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=len(titles),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
+    )  # fmt: skip
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+    change(folder / "model_index.json", id2label={str(i): title for i, title in enumerate(titles)})
+    return folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture(scope="module")
+def dit_folder(tmp_path_factory):
+    return save_dit(tmp_path_factory.mktemp("dit") / "tiny")
+
+
+@pytest.fixture
+def own_dit(dit_folder, tmp_path):
+    return shutil.copytree(dit_folder, tmp_path / "copy")
+
+
+def noisy_batch(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 4, 8, 8, generator=generator), torch.tensor([0.0, 400.0, 999.0])[:count]
+
+
+def tables(denoiser):
+    return [module.weight for module in denoiser.modules() if isinstance(module, torch.nn.Embedding)]
+
+
+class TestReading:
+    @torch.no_grad()
+    def test_predicts_the_noise_that_diffusers_own_pipeline_takes(self, dit_folder):
+        theirs = DiTPipeline.from_pretrained(dit_folder).transformer.eval()
+        ours = load_generator(str(dit_folder))
+        noisy, times = noisy_batch()
+        labels = torch.tensor([0, 4, 5])
+        expected = theirs(noisy, timestep=times, class_labels=labels).sample[:, :4]
+        torch.testing.assert_close(predict(ours.denoiser, noisy, times, labels), expected)
+        assert ours.denoiser.config.out_channels == 4 and null_class(ours.denoiser) == 5
+        assert ours.prediction == "epsilon"
+        assert ours.autoencoder.config.scaling_factor == pytest.approx(0.18215)
+        assert ours.class_names[1] == ("goldfish", "Carassius auratus")
+
+    def test_keeps_no_path_of_this_machine(self, dit_folder, tmp_path):
+        load_generator(str(dit_folder)).denoiser.save_pretrained(tmp_path)
+        assert str(dit_folder) not in (tmp_path / "config.json").read_text()
+
+    def test_answers_the_same_while_training(self, dit_folder):
+        """diffusers' own label dropout would change some answers at random."""
+        denoiser = load_generator(str(dit_folder)).denoiser.train()
+        noisy, times = noisy_batch(2)
+        noisy, times, labels = noisy.repeat(50, 1, 1, 1), times.repeat(50), torch.tensor([0, 1] * 50)
+        answers = predict(denoiser, noisy, times, labels)
+        torch.testing.assert_close(answers, answers[:2].repeat(50, 1, 1, 1), atol=1e-5, rtol=1e-4)
+
+    def test_folders_from_before_the_transformer_had_a_class_of_its_own(self, own_dit, dit_folder):
+        config = own_dit / "transformer" / "config.json"
+        change(config, _class_name="Transformer2DModel", cross_attention_dim=None, only_cross_attention=False)
+        old, new = (load_generator(str(folder)).denoiser.state_dict() for folder in (own_dit, dit_folder))
+        assert all(torch.equal(old[name], new[name]) for name in new)
+
+    @pytest.mark.parametrize("architecture", ["uvit", "unet", "dit"])
+    def test_generators_that_ddkit_trained(self, make_model, tmp_path, architecture):
+        model = make_model(architecture, "v")
+        save_model(model, tmp_path)
+        found = load_generator(str(tmp_path))
+        assert found.prediction == "v"
+        assert found.class_names == tuple((name,) for name in model.facts.class_names)
+        state = model.denoiser.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in found.denoiser.state_dict().items())
+
+
+class TestRefusing:
+    def test_no_folder_and_no_hub_id(self):
+        with pytest.raises(MissingModel, match="no folder not/a/place"):
+            load_generator("not/a/place")
+
+    def test_a_folder_without_a_generator(self, tmp_path):
+        with pytest.raises(MissingModel, match="neither ddkit.json nor model_index.json"):
+            load_generator(str(tmp_path))
+
+    def test_another_pipeline(self, own_dit):
+        change(own_dit / "model_index.json", _class_name="StableDiffusionPipeline")
+        with pytest.raises(BadFile, match="StableDiffusionPipeline, which is no diffusion transformer.*DiTPipeline"):
+            load_generator(str(own_dit))
+
+    def test_another_network_in_its_place(self, own_dit):
+        change(own_dit / "transformer" / "config.json", _class_name="UNet2DConditionModel")
+        with pytest.raises(BadFile, match="transformer holds a UNet2DConditionModel, not a DiTTransformer2DModel"):
+            load_generator(str(own_dit))
+
+    def test_another_noise_schedule(self, own_dit):
+        change(own_dit / "scheduler" / "scheduler_config.json", beta_schedule="squaredcos_cap_v2")
+        with pytest.raises(BadFile, match="beta_schedule squaredcos_cap_v2; only linear"):
+            load_generator(str(own_dit))
+
+    @pytest.mark.parametrize("setting", [{"num_layers": 3}, {"num_layers": 1}, {"attention_head_dim": 16}])
+    def test_weights_that_do_not_fit(self, own_dit, setting):
+        change(own_dit / "transformer" / "config.json", **setting)
+        with pytest.raises(BadFile, match="transformer.*The folder is damaged"):
+            load_generator(str(own_dit))
+
+    def test_cut_short_weights(self, own_dit):
+        path = own_dit / "vae" / "diffusion_pytorch_model.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(BadFile, match="vae cannot be read"):
+            load_generator(str(own_dit))
+
+    def test_a_hub_id_without_a_network_says_how_to_point_to_a_folder(self, tmp_path):
+        """In a process of its own, whose hub is a port where nobody listens."""
+        code = (
+            "from ddkit.errors import MissingModel\nfrom ddkit.generator.pretrained import load_generator\n"
+            "try: load_generator('facebook/DiT-XL-2-256')\nexcept MissingModel as error: print(error)\n"
+        )
+        environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True
+        )
+        assert "'facebook/DiT-XL-2-256' is no folder here, and it cannot be downloaded" in done.stdout, done.stderr
+        assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in done.stdout
+
+
+class TestMapping:
+    def test_exact_names_come_before_names_that_end_in_it(self):
+        known = [[name.strip() for name in title.split(",")] for title in TITLES]
+        found = map_classes(["tiger", "bear", "Ice_Bear", "road"], known)
+        assert found.labels == ((4,), (2, 3), (3,), ())
+        assert found.unmatched == ("road",)
+
+    def test_choices_go_before_names(self):
+        known = [["mouse"], ["lion"], []]
+        found = map_classes(["mouse", "lion", "road"], known, {"mouse": None, "road": 2, "lion": "MOUSE"})
+        assert found.labels == ((), (0,), (2,))
+
+    @pytest.mark.parametrize(
+        ("chosen", "message"),
+        [
+            ({"hose": 1}, "no class 'hose' to map. Did you mean 'house'"),
+            ({"house": 2}, "labels 0 to 1, not 2"),
+            ({"house": "tigger"}, "knows no class 'tigger'. Did you mean 'tiger'"),
+        ],
+    )
+    def test_choices_that_cannot_be_meant(self, chosen, message):
+        with pytest.raises(UsageError, match=message):
+            map_classes(["house"], [["tiger"], ["lion"]], chosen)
+
+    def test_classes_of_which_none_is_known(self):
+        with pytest.raises(UsageError, match="None of the classes alpha, beta, gamma ... is known.*--class-map"):
+            map_classes(["alpha", "beta", "gamma", "delta"], [["tench"], []])
+
+    def test_every_tinyimagenet_class_is_the_imagenet_label_of_the_same_wnid(self, tinyimagenet_zip):
+        """The archive's own names of the wnids are torchvision's names of those labels."""
+        from torchvision.models import ResNet18_Weights
+
+        titles = ResNet18_Weights.DEFAULT.meta["categories"]
+        with zipfile.ZipFile(tinyimagenet_zip) as archive:
+            lines = archive.read("tiny-imagenet-200/words.txt").decode().splitlines()
+        words = dict(line.split("\t") for line in lines)
+        found = map_classes(CLASS_NAMES["tinyimagenet"], [[wnid] for wnid in imagenet_wnids()])
+        assert len(set(found.labels)) == 200 and not found.unmatched
+        for wnid, (label,) in zip(found.names, found.labels):
+            assert titles[label] in words[wnid].split(", "), wnid
+
+    def test_imagenet_is_known_by_its_size_and_its_names(self, tmp_path):
+        from torchvision.models import ResNet18_Weights
+
+        titles = ResNet18_Weights.DEFAULT.meta["categories"]
+        right = load_generator(str(save_dit(tmp_path / "imagenet", titles)))
+        assert right.class_names[1] == ("n01443537", "goldfish")
+        found = map_classes(CLASS_NAMES["cifar100"], right.class_names)
+        by_name = dict(zip(found.names, found.labels))
+        assert by_name["tiger"] == (292,) and by_name["orange"] == (950,) and by_name["bear"] == (294, 295, 296, 297)
+        assert by_name["cloud"] == ()
+        change(tmp_path / "imagenet" / "model_index.json", id2label={str(i): f"thing {i}" for i in range(1000)})
+        assert load_generator(str(tmp_path / "imagenet")).class_names[1] == ("thing 1",)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["uvit", "unet", "dit"])
+def test_other_classes_begin_with_the_embeddings_of_those_they_are_like(make_model, tmp_path, architecture):
+    save_model(make_model(architecture), tmp_path)
+    before = load_generator(str(tmp_path))
+    after = with_classes(before, ClassMap(("x", "y", "z", "x again"), ((2,), (0, 1), (), (2,))))
+    assert null_class(before.denoiser) == 3 and null_class(after.denoiser) == 4
+    for old, new in zip(tables(before.denoiser), tables(after.denoiser), strict=True):
+        expected = [old[2], old[:2].mean(dim=0), old[:3].mean(dim=0), old[2], old[3]]
+        assert torch.equal(new, torch.stack(expected))
+    noisy, times = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, 700.0])
+    answers = [
+        predict(denoiser, noisy, times, torch.tensor(labels))
+        for denoiser, labels in ((before.denoiser, (2, 3)), (after.denoiser, (3, 4)))
+    ]
+    torch.testing.assert_close(*answers)
+    after.denoiser.save_pretrained(tmp_path / "after")
+    saved = type(after.denoiser).from_pretrained(tmp_path / "after")
+    torch.testing.assert_close(predict(saved.eval(), noisy, times, torch.tensor((3, 4))), answers[1])
