@@ -1,0 +1,257 @@
+"""Whether the numbers are normalised as the scorer takes them, and the pixels are where they belong.
+
+Images of 8-bit pixels lie exactly on the lattice (k / 255 - mean) / std of the constants they were normalised with,
+which names those constants beyond doubt. Images that were only clipped to [0, 1] begin and end at its corners. For
+others the moments say something, and whether a classifier of the real images finds their classes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import CIFAR100, TINYIMAGENET, DatasetSpec
+from ddkit.data.images import denormalise
+from ddkit.errors import BadData, MissingData, UsageError
+from ddkit.submission.features import ClassModel, class_model
+from ddkit.submission.findings import Finding
+
+_VALUES_TESTED = 50_000  # per channel
+_ON_LATTICE = 0.02  # of an 8-bit step, either way; by chance 4 in 100 values are this near
+_SHARE_ON_LATTICE = 0.99  # a few values may have been touched
+_FEWEST_LEVELS = 12  # different 8-bit values; fewer lie on many lattices
+_CORNER = 0.01  # of the range: how near the extremes of clipped images come to its ends
+_FITS = 0.125  # times as far from the real moments as under the right constants
+_MISFITS = 0.15  # distance of moments
+_FAR_OFF = 1.0  # distance of moments that no set of images should have
+_SMOOTHER = 0.7  # differences between neighbours, channels last against as it stands
+_ROWS_COMPARED = 500
+_CLEARLY_BETTER = 6.0  # standard errors by which turned images must show their classes better
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """What images may have been normalised with. code: of the finding; empty for the right ones."""
+
+    title: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    code: str = "N004"
+
+
+_UNIT = _Constants("values in [0, 1], not normalised", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "N001")
+_SIGNED = _Constants("values in [-1, 1]", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "N002")
+_BYTES = _Constants("values in [0, 255]", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "N003")
+_OTHERS = (
+    _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    _Constants("ImageNet's constants", TINYIMAGENET.mean, TINYIMAGENET.std),
+    _Constants("CIFAR-100's constants", CIFAR100.mean, CIFAR100.std),
+    _Constants("the dataset's constants with red and blue exchanged", CIFAR100.mean[::-1], CIFAR100.std[::-1], "N006"),
+)
+# Other roundings of CIFAR-100's constants: values differ by a hundredth of a standard deviation at most.
+_ROUNDINGS = (
+    _Constants("another rounding of CIFAR-100's constants", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), "N005"),
+    _Constants("another rounding of CIFAR-100's constants", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "N005"),
+    _Constants("another rounding of CIFAR-100's constants", (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), "N005"),
+)
+
+
+def normalisation_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """What the values say about how they were normalised (codes N001-N010; a table is in submission/README.md).
+
+    images: (N, 3, S, S) float32, finite. Only whether images are turned or have red and blue exchanged needs the
+    real images; it is left out where they are not prepared.
+    """
+    if _is_channels_last(images):
+        return [_channels_last(where)]
+    wrong = _by_lattice(images, spec, where) or _by_corners(images, spec, where) or _by_moments(images, spec, where)
+    if any(finding.level != "info" for finding in wrong):
+        return wrong
+    return wrong + _turned(images, spec, where)
+
+
+def _candidates(spec: DatasetSpec) -> list[_Constants]:
+    """All that images may have been normalised with, the right constants first, each once."""
+    right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
+    reversed_ = _Constants("the dataset's constants with red and blue exchanged", spec.mean[::-1], spec.std[::-1], "N006")
+    named = [right, _UNIT, _SIGNED, _BYTES, *_OTHERS[:-1], reversed_]
+    named += _ROUNDINGS if spec.name == CIFAR100.name else ()
+    kept: dict[tuple[float, ...], _Constants] = {}
+    for constants in named:
+        kept.setdefault((*constants.mean, *constants.std), constants)
+    return list(kept.values())
+
+
+def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """The one set of constants under which the values are 8-bit pixels; nothing where none or several fit."""
+    values = _sample(images)
+    fitting = [(share, each) for each in _candidates(spec) if (share := _lattice_share(values, each)) >= _SHARE_ON_LATTICE]
+    if not fitting:
+        return []
+    share, found = max(fitting, key=lambda pair: pair[0])
+    evidence = f"{share:.1%} of the values are exact 8-bit pixels under {_numbers(found)}"
+    if found.code == "" or any(each.code == "" for _, each in fitting):
+        return [Finding("info", "N010", f"Normalised with {spec.name}'s constants: {share:.1%} are exact 8-bit pixels.", where)]
+    return [_wrong_constants(found, spec, evidence, where)]
+
+
+def _lattice_share(values: Tensor, constants: _Constants) -> float:
+    """Smallest share over channels of values on the lattice; 0 where too few levels occur. values: (3, M) float64."""
+    mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None] for numbers in (constants.mean, constants.std))
+    pixels = (values * std + mean) * 255
+    levels = pixels.round()
+    on = ((pixels - levels).abs() <= _ON_LATTICE) & (levels >= 0) & (levels <= 255)
+    if min(len(channel.unique()) for channel in levels) < _FEWEST_LEVELS:
+        return 0.0
+    return float(on.double().mean(dim=1).min())
+
+
+def _by_corners(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """Constants under which each channel runs from just 0 to just 1, as in images clipped to [0, 1]."""
+    channels = images.double().transpose(0, 1).flatten(1)
+    lowest, highest = channels.amin(dim=1), channels.amax(dim=1)
+    fitting = []
+    for constants in _candidates(spec):
+        mean, std = torch.tensor(constants.mean).double(), torch.tensor(constants.std).double()
+        off = torch.stack([lowest * std + mean, highest * std + mean - 1]).abs().max()
+        if off <= _CORNER:
+            fitting.append((float(off), constants))
+    if not fitting:
+        return []
+    found = min(fitting, key=lambda pair: pair[0])[1]
+    if found.code == "" or any(constants.code == "" for _, constants in fitting):
+        message = f"Normalised with {spec.name}'s constants: every channel runs from black to white exactly."
+        return [Finding("info", "N010", message, where)]
+    ranges = ", ".join(f"{low:.2f} to {high:.2f}" for low, high in zip(lowest.tolist(), highest.tolist(), strict=True))
+    return [_wrong_constants(found, spec, f"the channels run from {ranges}, which is [0, 1] under {_numbers(found)}", where)]
+
+
+def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """Constants under which mean and spread are those of the real images, where the right ones are far from it."""
+    mean, std = images.double().mean(dim=(0, 2, 3)), images.double().std(dim=(0, 2, 3))
+    distances = [(_moment_distance(mean, std, constants, spec), constants) for constants in _candidates(spec)]
+    ours = distances[0][0]
+    nearest, found = min(distances, key=lambda pair: pair[0])
+    moments = f"means {_triple(mean.tolist())}, standard deviations {_triple(std.tolist())}"
+    if found.code not in ("", "N005") and nearest <= _FITS * ours and ours >= _MISFITS:
+        evidence = f"{moments}, as the real images have them under {_numbers(found)}"
+        wrong = _wrong_constants(found, spec, evidence, where)
+        return [Finding("warning", wrong.code, wrong.message, where)]
+    if ours >= _FAR_OFF:
+        message = f"The values are far from normalised images': {moments}; they should be near 0 and 1."
+        return [Finding("warning", "N009", message, where)]
+    return []
+
+
+def _moment_distance(mean: Tensor, std: Tensor, constants: _Constants, spec: DatasetSpec) -> float:
+    """How far moments are from those of the real images, had they been normalised with `constants`.
+
+    Root mean square over channels of the differences in mean, in standard deviations, and in log deviation. The
+    dataset's own constants stand for the moments of its images.
+    """
+    theirs_mean, theirs_std = torch.tensor(constants.mean).double(), torch.tensor(constants.std).double()
+    real_mean, real_std = torch.tensor(spec.mean).double(), torch.tensor(spec.std).double()
+    pixel_mean, pixel_std = mean * theirs_std + theirs_mean, std * theirs_std
+    shift = (pixel_mean - real_mean) / real_std
+    spread = (pixel_std.clamp_min(1e-6) / real_std).log()
+    return float(torch.stack([shift, spread]).square().mean().sqrt())
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    """Whether the memory makes clearly smoother images when read as (N, S, S, 3)."""
+    sample = images[:: max(1, len(images) // _ROWS_COMPARED)]
+    count, channels, side, _ = sample.shape
+    other = sample.reshape(count, side, side, channels).permute(0, 3, 1, 2)
+    return _roughness(other) < _SMOOTHER * _roughness(sample)
+
+
+def _roughness(images: Tensor) -> float:
+    """Mean absolute difference between vertical and horizontal neighbours."""
+    return float(images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean())
+
+
+def _channels_last(where: str) -> Finding:
+    message = (
+        "The images were stored channels last, (rows, S, S, 3), and only reshaped: read that way they are smooth, as "
+        "they stand they are not. Use tensor.reshape(rows, S, S, 3).permute(0, 3, 1, 2) on this file, "
+        "or permute instead of reshape when making it."
+    )
+    return Finding("error", "N007", message, where)
+
+
+_TURNS: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
+    ("N006", "with red and blue exchanged (BGR for RGB)", lambda images: images.flip(1)),
+    ("N008", "upside down", lambda images: images.flip(2)),
+    # Which side is up; mirror images are of the same class, so that turning and transposing cannot be told apart.
+    ("N008", "on their side (rows and columns exchanged, or turned a quarter)", lambda images: images.transpose(2, 3)),
+    ("N008", "on their side (turned a quarter)", lambda images: images.transpose(2, 3).flip(2)),
+)
+
+
+def _turned(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """Whether the images show the classes of their rows clearly better once turned, or with red and blue exchanged.
+
+    Says nothing where the rows are in another order, as then no turn is better.
+    """
+    try:
+        model = class_model(spec.name)
+    except (MissingData, UsageError, BadData):
+        return []
+    labels = torch.arange(spec.num_classes).repeat_interleave(len(images) // spec.num_classes)
+    rows = torch.arange(0, len(images), max(1, len(images) // _ROWS_COMPARED))
+    # Units in which exchanging channels is exchanging colours.
+    sample, labels = denormalise(images[rows], spec), labels[rows]
+    as_is = _own_class_gain(model, sample, labels)
+    scores = [_mean_in_errors(_own_class_gain(model, turn(sample), labels) - as_is) for _, _, turn in _TURNS]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    if scores[best] < _CLEARLY_BETTER:
+        return []
+    code, words, _ = _TURNS[best]
+    message = (
+        f"The images seem to stand {words}: put right, a classifier of the real images finds the classes of their "
+        f"rows better by {scores[best]:.1f} standard errors."
+    )
+    return [Finding("error", code, message, where)]
+
+
+def _own_class_gain(model: ClassModel, images: Tensor, labels: Tensor) -> Tensor:
+    """(N,): log-probability of each image's own class above the average, without what all images share."""
+    logp = model.log_probabilities(images)
+    logp = logp - logp.mean(dim=1, keepdim=True)
+    logp = logp - logp.mean(dim=0)
+    return logp.gather(1, labels[:, None]).flatten()
+
+
+def _mean_in_errors(values: Tensor) -> float:
+    return float(values.mean() / (values.std() / len(values) ** 0.5).clamp_min(1e-9))
+
+
+def _wrong_constants(found: _Constants, spec: DatasetSpec, evidence: str, where: str) -> Finding:
+    right = f"{_triple(spec.mean)} and {_triple(spec.std)}"
+    if found.code == "N005":
+        message = f"Normalised with {found.title}: {evidence}. Harmless; the scorer's are {right}."
+        return Finding("info", "N005", message, where)
+    message = f"Wrong normalisation: {found.title}: {evidence}. The scorer takes (x - mean) / std with {right}."
+    return Finding("error", found.code, message, where)
+
+
+def _sample(images: Tensor) -> Tensor:
+    """(3, M) float64: evenly chosen values of each channel."""
+    channels = images.transpose(0, 1).flatten(1)
+    # An odd step meets all columns.
+    step = max(1, channels.shape[1] // _VALUES_TESTED) | 1
+    return channels[:, ::step].double()
+
+
+def _numbers(constants: _Constants) -> str:
+    if constants is _BYTES:
+        return "mean 0 and std 1/255"
+    return f"mean {_triple(constants.mean)} and std {_triple(constants.std)}"
+
+
+def _triple(values: tuple[float, ...] | list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
