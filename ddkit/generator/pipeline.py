@@ -225,13 +225,19 @@ class LatentClassPipeline(DiffusionPipeline):
         guidance_scale: float = 2.0,
         num_inference_steps: int = 20,
         generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """One image for each label. guidance_scale: 1 is none. output_type: "pil", "np" or "pt" (N, 3, S, S) in [0, 1]."""
+        """One image for each label.
+
+        guidance_scale: 1 is none. latents: noise of one's own, (N, C, s, s); drawn by `generator` where None.
+        output_type: "pil", "np" or "pt", which is (N, 3, S, S) in [0, 1].
+        """
         labels = torch.as_tensor(class_labels, device=self._execution_device)
-        config = self.denoiser.config
-        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-        latents = randn_tensor(shape, generator=generator, device=labels.device, dtype=self.denoiser.dtype)
+        if latents is None:
+            config = self.denoiser.config
+            shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+            latents = randn_tensor(shape, generator=generator, device=labels.device, dtype=self.denoiser.dtype)
         both = torch.cat([labels, torch.full_like(labels, null_class(self.denoiser))])
         set_steps(self.scheduler, num_inference_steps)
         for time in self.progress_bar(self.scheduler.timesteps):

@@ -92,11 +92,15 @@ class Sampler:
         images = torch.empty(len(labels), 3, size, size, dtype=torch.uint8)
         for start in range(0, len(labels), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
-            images[part] = self._make(self._noise(labels[part], indices[part]), labels[part])
+            images[part] = self.from_noise(self._noise(labels[part], indices[part]), labels[part])
         return Samples(images, labels)
 
-    def _make(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """(n, C, s, s), (n,) -> (n, 3, S, S) uint8 on the CPU; n at most the batch size."""
+    @torch.inference_mode()
+    def from_noise(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Images of noise of one's own: (n, C, s, s) standard normal, (n,) -> (n, 3, S, S) uint8 on the CPU.
+
+        n is at most the batch size. Raises ComputeError where memory is short.
+        """
         count, size = len(labels), self.config.batch_size
         noise = torch.cat([noise, noise[:1].expand(size - count, -1, -1, -1)]).to(self.device)
         labels = torch.cat([labels, labels[:1].expand(size - count)]).to(self.device)

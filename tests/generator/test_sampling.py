@@ -54,7 +54,7 @@ def test_it_agrees_with_diffusers_own_loop(make_model, sampler, prediction):
 
     ours = Sampler(model, SamplingConfig(sampler, steps=4, guidance=3.0, batch_size=4))
     noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(7))
-    assert difference(ours._make(noise, labels), (plain * 255).round().to(torch.uint8)) <= 1
+    assert difference(ours.from_noise(noise, labels), (plain * 255).round().to(torch.uint8)) <= 1
 
 
 class TestGuidance:
@@ -67,7 +67,7 @@ class TestGuidance:
         sampler = Sampler(model, SamplingConfig(steps=3, batch_size=3, guidance=0.0))
         noise = sampler._noise(torch.arange(3), torch.zeros(3, dtype=int))
         free = Sampler(model, SamplingConfig(steps=3, batch_size=3, guidance=1.0))
-        assert difference(sampler._make(noise, torch.arange(3)), free._make(noise, null)) <= 1
+        assert difference(sampler.from_noise(noise, torch.arange(3)), free.from_noise(noise, null)) <= 1
 
     def test_an_empty_interval_is_no_guidance(self, make_model):
         model = make_model()

@@ -1,0 +1,124 @@
+"""Images per second: diffusers' plain loop beside ddkit's sampling, of the same model, steps, guidance and batch.
+
+    python tools/bench_sampling.py [--model FOLDER | --preset NAME --image-size N --classes N]
+        [--steps N] [--guidance W] [--sampler NAME] [--batch-size N] [--batches N] [--precision NAME] [--device NAME]
+
+Without --model the weights are random: speed does not depend on them. Both ways make the same images from the same
+noise, in turn, after a batch each to warm up; the median batch of each counts. The largest difference of a pixel
+between them is printed as well, in steps of 1/255.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddkit.data.images import to_uint8
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.networks import build_denoiser
+from ddkit.generator.pipeline import LatentClassPipeline, Model, ModelFacts, load_model
+from ddkit.generator.presets import preset
+from ddkit.generator.samplers import SAMPLERS, make_scheduler
+from ddkit.generator.sampling import Sampler, SamplingConfig
+from ddkit.generator.seeds import generator_for
+from ddkit.protocol.device import describe_device, resolve_device
+
+
+def random_model(name: str, image_size: int, classes: int) -> Model:
+    """A preset's model with random weights, no layer of which answers nought."""
+    config = preset(name).config(image_size)
+    autoencoder = build_autoencoder(config.autoencoder, image_size, seed=0)
+    denoiser = build_denoiser(config.denoiser, config.autoencoder.latent_shape(image_size), classes, seed=0)
+    generator = generator_for("cpu", "bench")
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    facts = ModelFacts("bench", tuple(map(str, range(classes))), image_size, config.objective.prediction, name, 0, 0, "")
+    return Model(denoiser.eval(), autoencoder.eval(), facts)
+
+
+def plain(model: Model, config: SamplingConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """diffusers' loop, as its own pipelines write it."""
+    scheduler = make_scheduler(config.sampler, model.facts.prediction)
+    part = {"unet" if type(model.denoiser).__name__ == "UNet2DModel" else "transformer": model.denoiser}
+    pipeline = LatentClassPipeline(model.autoencoder, scheduler, **part, image_size=model.facts.image_size).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def make(labels: Tensor, noise: Tensor) -> Tensor:
+        images = pipeline(labels, config.guidance, config.steps, latents=noise.to(device), output_type="pt").images
+        return to_uint8(images).cpu()
+
+    return make
+
+
+def fast(model: Model, config: SamplingConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """ddkit's way."""
+    sampler = Sampler(model, config, device)
+    return lambda labels, noise: sampler.from_noise(noise, labels)
+
+
+def measure(make: Callable[[Tensor, Tensor], Tensor], labels: Tensor, noise: Tensor) -> tuple[float, Tensor]:
+    """Seconds one batch takes, its way to the CPU included, and its images."""
+    began = time.perf_counter()
+    images = make(labels, noise)
+    return time.perf_counter() - began, images
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    device = resolve_device(options.device)
+    model = load_model(options.model) if options.model else random_model(
+        options.preset, options.image_size, options.classes
+    )  # fmt: skip
+    config = SamplingConfig(
+        options.sampler,
+        options.steps,
+        options.guidance,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        compile=not options.no_compile,
+    )
+    labels = torch.arange(options.batch_size) % len(model.facts.class_names)
+    ways = {"diffusers": plain(model, config, device), "ddkit": fast(model, config, device)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    images = {}
+    for batch in range(options.batches + 1):
+        noise = torch.randn(len(labels), *model.latent_shape, generator=generator_for("cpu", "bench", batch))
+        for name, way in ways.items():
+            taken, images[name] = measure(way, labels, noise)
+            if batch > 0:
+                seconds[name].append(taken)
+    speeds = {name: options.batch_size / statistics.median(taken) for name, taken in seconds.items()}
+    difference = (images["diffusers"].int() - images["ddkit"].int()).abs().max().item()
+    print(f"{describe_device(device)}; {config.sampler}, {config.steps} steps, guidance {config.guidance:g}, "
+          f"batches of {options.batch_size}, {config.precision}, torch {torch.__version__}")  # fmt: skip
+    for name, speed in speeds.items():
+        print(f"{name:>10}: {speed:10.1f} images/s")
+    print(f"{'ratio':>10}: {speeds['ddkit'] / speeds['diffusers']:10.2f}    largest difference of a pixel: {difference}")
+
+
+if __name__ == "__main__":
+    main()
