@@ -17,7 +17,8 @@ from ddkit.errors import MissingModel, UsageError
 if TYPE_CHECKING:
     from ddkit.generator.estimate import Estimate
     from ddkit.generator.presets import GeneratorConfig
-    from ddkit.generator.training import TrainingData, TrainingRequest
+    from ddkit.generator.tracking import Features
+    from ddkit.generator.training import Tracking, TrainingData, TrainingRequest
 
 _DEFAULT_PRESET = "tiny"
 
@@ -38,6 +39,8 @@ _DEFAULT_PRESET = "tiny"
 @click.option("--resume", is_flag=True, help="Insist on going on: an error where there is nothing to go on from.")
 @click.option("--fresh", is_flag=True, help="Start over: removes the training that is in the folder.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder.  [default: runs/<dataset>]")
+@click.option("--track-every", type=click.IntRange(0), metavar="STEPS",
+              help="Score the model so often by its Frechet distance, and keep the best; 0 for never.")
 @click.option("--save-every", type=Duration(), default="5m", show_default=True, help="How much work a kill may cost.")
 @click.option("--tensorboard", is_flag=True, help="Write records for TensorBoard too.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
@@ -53,6 +56,7 @@ def train(
     fresh: bool,
     out: Path | None,
     save_every: float,
+    track_every: int | None,
     device: str,
     tensorboard: bool,
     dry_run: bool,
@@ -62,6 +66,7 @@ def train(
 
     Run it again to go on where it stopped, or, with more --steps or --time, to train on.
     """
+    from ddkit.generator.presets import preset
     from ddkit.generator.training import TrainingRequest
 
     if resume and fresh:
@@ -75,7 +80,9 @@ def train(
         _show_costs(surface, config, data, device)
         return
     request = TrainingRequest(config, preset_name, seconds, device, save_every, tensorboard)
-    _train(surface, data, request, folder, fresh)
+    if track_every is None:
+        track_every = preset(preset_name).track_every
+    _train(surface, data, request, folder, fresh, track_every)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -121,7 +128,10 @@ def _configure(preset_name: str, image_size: int, settings: dict[str, Any]) -> G
     )
 
 
-def _train(surface: Surface, data: TrainingData, request: TrainingRequest, folder: Path, fresh: bool) -> None:
+def _train(
+    surface: Surface, data: TrainingData, request: TrainingRequest, folder: Path, fresh: bool, track_every: int
+) -> None:
+    from ddkit.generator.chart import CHART_FILE
     from ddkit.generator.estimate import check_memory
     from ddkit.generator.training import has_training, start_over
     from ddkit.generator.training import train as train_generator
@@ -134,12 +144,29 @@ def _train(surface: Surface, data: TrainingData, request: TrainingRequest, folde
     surface.say(
         f"{verb} a generator on {escape(data.name)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
     )
-    model = train_generator(data, request, folder, progress=surface.listen)
-    surface.done([folder], f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name))
+    tracking = _tracking(surface, data, request.device, track_every)
+    model = train_generator(data, request, folder, tracking=tracking, progress=surface.listen)
+    surface.done([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name))
     surface.result(
         {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
         | {"metrics": dict(model.facts.metrics)}
     )
+
+
+def _tracking(surface: Surface, data: TrainingData, device: str, every_steps: int) -> Tracking | None:
+    from ddkit.data.store import dataset_spec
+    from ddkit.generator.tracking import track_frechet
+    from ddkit.metrics.features import reference_features
+    from ddkit.protocol.device import resolve_device
+
+    if not every_steps or len(data.images) < 2:
+        return None
+    chosen = resolve_device(device)
+
+    def features() -> Features:
+        return reference_features(data.images, dataset_spec(data.name), device=chosen, progress=surface.listen)
+
+    return track_frechet(data.images, features, every_steps=every_steps, device=chosen)
 
 
 def _length(request: TrainingRequest) -> str:

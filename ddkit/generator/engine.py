@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,20 +30,29 @@ from ddkit.progress import Listener, Progress, ignore
 
 log = logging.getLogger(__name__)
 
+# Images, latents and targets have a variance of about one or two: who predicts nothing at all errs no more than that.
+_LARGEST_ERROR = 20.0
+
+
 class Stage(Protocol):
     """What the engine trains.
 
     name: of its checkpoints and records. loss: a module that holds `network` and maps a part of a batch to the mean
-    loss and a figure worth recording, both scalars. config: plain values; checkpoints of others are not continued.
+    loss and the figures worth recording, all scalars. memory: what the loss keeps from step to step beside the network.
+    config: plain values; checkpoints of others are not continued.
+    ema_width, ema_decay: of the averaged weights, as GeneratorConfig has them.
     """
 
     name: str
     task: str  # what progress calls it
-    figure: str  # what the second value is called in records
+    figures: tuple[str, ...]  # what the values after the loss are called in records; the first is a squared error
+    remedy: str  # what to do where the loss diverges
     network: nn.Module
     loss: nn.Module
+    memory: nn.Module | None
     optimiser: OptimiserConfig
     ema_width: float
+    ema_decay: float | None
     config: Mapping[str, object]
 
     def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
@@ -69,12 +78,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What happened up to a step. loss: the mean since the record before. images: seen so far."""
+    """What happened up to a step. loss, figures: means since the record before. images: seen so far."""
 
     stage: str
     step: int
     loss: float
-    figure: float
+    figures: Mapping[str, float]
     rate: float
     images: int
     seconds: float
@@ -102,24 +111,27 @@ class Engine:
         self.on_save: Callable[[], None] = lambda: None
         self._progress, self._on_record = progress, on_record
         self._visits: list[tuple[int, Callable[[], None]]] = []
-        self.step, self.seconds, self.finished = 0, 0.0, False
+        self.step, self.finished = 0, False
+        self._seconds_before, self._began = 0.0, time.monotonic()
         self._check_batch()
         stage.network.to(accelerator.device)
+        self._parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(
-            stage.network.parameters(),
+            self._parameters,
             lr=stage.optimiser.learning_rate,
-            betas=(0.9, 0.99),
+            betas=(0.9, stage.optimiser.beta2),
             weight_decay=stage.optimiser.weight_decay,
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self._loss, self._optimiser = accelerator.prepare(stage.loss, optimiser)
         if compile_network:
             self._loss = compiled(self._loss)
-        self._ema = power_ema(stage.network, stage.ema_width)
+        self._ema = averaging(self._parameters, stage.ema_width, stage.ema_decay)
         self._resume()
 
     def run(self) -> None:
         """Train until a limit is reached. Raises Interrupted or ComputeError, the state saved as far as it is good."""
+        self._began = time.monotonic()
         with stop_requests() as stop:
             for record in self._steps(stop):
                 if self.accelerator.is_main_process:
@@ -129,8 +141,13 @@ class Engine:
             self.finished = True
             self.save()
 
+    @property
+    def seconds(self) -> float:
+        """Spent on this stage by all runs so far, saving and visits included."""
+        return self._seconds_before + time.monotonic() - self._began
+
     def every(self, steps: int, visit: Callable[[], None]) -> None:
-        """Call `visit` after every `steps` steps, on the main process only; the time it takes is not counted."""
+        """Call `visit` after every `steps` steps, on the main process only."""
         self._visits.append((steps, visit))
 
     def save(self) -> None:
@@ -143,13 +160,12 @@ class Engine:
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """The stage's network with its averaged weights, which are put back afterwards."""
-        parameters = list(self.stage.network.parameters())
-        self._ema.store(parameters)
-        self._ema.copy_to(parameters)
+        self._ema.store(self._parameters)
+        self._ema.copy_to(self._parameters)
         try:
             yield self.stage.network
         finally:
-            self._ema.restore(parameters)
+            self._ema.restore(self._parameters)
 
     def _steps(self, stop: StopRequest) -> Iterator[StepRecord]:
         """Train, yielding a record every so often and before every save, so that no broken state is saved."""
@@ -157,11 +173,8 @@ class Engine:
         losses: list[Tensor] = []
         over = self.finished or self.step >= self.limits.steps or self._out_of_time()
         while not over:
-            began = time.monotonic()
             losses.append(self._train_step())
             self.step += 1
-            # The clock ticks on before the votes, which every process takes after the same step.
-            self.seconds += time.monotonic() - began
             stopping, out_of_time, save_due = self._agreed(
                 bool(stop), self._out_of_time(), time.monotonic() - saved > self.limits.save_every_seconds
             )
@@ -187,7 +200,7 @@ class Engine:
                 self.accelerator.wait_for_everyone()
 
     def _train_step(self) -> Tensor:
-        """One optimiser step; returns this process's mean loss and figure, (2,) float32 on the device."""
+        """One optimiser step; returns this process's mean loss and figures, (1 + figures,) float32 on the device."""
         rate = self.stage.optimiser.rate(self.step)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
@@ -197,13 +210,13 @@ class Engine:
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self._loss):
-                loss, figure = self._loss(**part)
+                loss, *figures = self._loss(**part)
                 self.accelerator.backward(loss / len(parts))
-            losses.append(torch.stack([loss.detach().float(), figure.detach().float()]))
-        self.accelerator.clip_grad_norm_(self.stage.network.parameters(), self.stage.optimiser.clip_norm)
+            losses.append(torch.stack([value.detach().float() for value in (loss, *figures)]))
+        self.accelerator.clip_grad_norm_(self._parameters, self.stage.optimiser.clip_norm)
         self._optimiser.step()
         self._optimiser.zero_grad()
-        self._ema.step(self.stage.network.parameters())
+        self._ema.step(self._parameters)
         return torch.stack(losses).mean(dim=0)
 
     def _own_parts(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -214,16 +227,16 @@ class Engine:
         return [{name: values[start : start + size] for name, values in batch.items()} for start in starts]
 
     def _record(self, losses: list[Tensor]) -> StepRecord:
-        """The means since the last record over all processes. Raises ComputeError where the loss is no number."""
+        """The means since the last record over all processes. Raises ComputeError where the loss diverges."""
         means = torch.stack(losses).mean(dim=0)
-        loss, figure = self.accelerator.reduce(means, reduction="mean").tolist()
-        if not math.isfinite(loss):
-            raise self._diverged()
+        loss, *figures = self.accelerator.reduce(means, reduction="mean").tolist()
+        if not math.isfinite(loss) or figures[0] > _LARGEST_ERROR:
+            raise self._diverged(loss)
         return StepRecord(
             stage=self.stage.name,
             step=self.step,
             loss=loss,
-            figure=figure,
+            figures=dict(zip(self.stage.figures, figures)),
             rate=self.stage.optimiser.rate(self.step - 1),
             images=self.step * self.stage.optimiser.batch_size,
             seconds=self.seconds,
@@ -240,7 +253,7 @@ class Engine:
         return tuple((self.accelerator.reduce(votes, reduction="sum") > 0).tolist())
 
     def _show(self, record: StepRecord) -> None:
-        figures = {"loss": record.loss, self.stage.figure: record.figure}
+        figures = {"loss": record.loss, **record.figures}
         if self.limits.seconds is None:
             self._progress(Progress(self.stage.task, record.step, self.limits.steps, "steps", figures))
         else:
@@ -266,6 +279,7 @@ class Engine:
             ema=self._ema.state_dict(),
             optimiser=self._optimiser.state_dict(),
             config=json.loads(json.dumps(self.stage.config)),
+            memory={} if self.stage.memory is None else self.stage.memory.state_dict(),
         )
 
     def _resume(self) -> None:
@@ -276,21 +290,32 @@ class Engine:
         self._ema.load_state_dict(checkpoint.ema)
         self._ema.to(self.accelerator.device)
         self._optimiser.load_state_dict(checkpoint.optimiser)
-        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        if self.stage.memory is not None:
+            self.stage.memory.load_state_dict(checkpoint.memory)
+        self.step, self._seconds_before, self._began = checkpoint.step, checkpoint.seconds, time.monotonic()
         # Limits may have grown since.
         self.finished = checkpoint.finished and (self.step >= self.limits.steps or self._out_of_time())
         log.info("Going on with %s after %d steps", self.stage.name, self.step)
 
-    def _diverged(self) -> ComputeError:
+    def _diverged(self, loss: float) -> ComputeError:
         good = list_checkpoints(self.folder, self.stage.name)
         remedy = f"The last good state is {good[-1]}. " if good else "There is no checkpoint yet. "
         return ComputeError(
-            f"The loss of {self.stage.name} training is no number after step {self.step}.",
-            remedy + "Try a lower --lr.",
+            f"The loss of {self.stage.name} training is {'too large' if math.isfinite(loss) else 'no number'} "
+            f"after step {self.step}.",
+            remedy + self.stage.remedy,
         )
 
 
-def power_ema(network: nn.Module, width: float) -> EMAModel:
+def averaging(parameters: Sequence[nn.Parameter], width: float, decay: float | None) -> EMAModel:
+    """Averaged weights: with the same decay at every step, or where that is None as `power_ema` has them."""
+    if decay is None:
+        return power_ema(parameters, width)
+    # diffusers would begin with a lower decay, which is a way to forget initial weights that are worth nothing.
+    return EMAModel(parameters, decay=decay, min_decay=decay, foreach=True)
+
+
+def power_ema(parameters: Sequence[nn.Parameter], width: float) -> EMAModel:
     """Averaged weights whose profile is a power of the step, so that it suits any length of training.
 
     width: the profile's standard deviation as a share of the training so far, sigma_rel of Karras et al. 2024
@@ -298,9 +323,7 @@ def power_ema(network: nn.Module, width: float) -> EMAModel:
     diffusers' decay 1 - 1 / (1 + step / inv_gamma) is that profile where inv_gamma = g + 1.
     """
     exponent = _ema_exponent(width)
-    return EMAModel(
-        network.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=exponent + 1, power=1.0, foreach=True
-    )
+    return EMAModel(parameters, decay=1.0, use_ema_warmup=True, inv_gamma=exponent + 1, power=1.0, foreach=True)
 
 
 def _ema_exponent(width: float) -> float:

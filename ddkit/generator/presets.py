@@ -121,11 +121,14 @@ class OptimiserConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     accumulation: int = 1
+    beta2: float = 0.99
 
     def __post_init__(self) -> None:
         _check_positive(
             self, "steps", "batch_size", "learning_rate", "warmup_steps", "decay_after_steps", "clip_norm", "accumulation"
         )
+        if not 0 < self.beta2 < 1:
+            raise UsageError(f"OptimiserConfig.beta2 must be in (0, 1), got {self.beta2}.")
         if self.weight_decay < 0:
             raise UsageError(f"OptimiserConfig.weight_decay must not be negative, got {self.weight_decay}.")
         if self.batch_size % self.accumulation:
@@ -138,6 +141,32 @@ class OptimiserConfig:
 
 
 @dataclass(frozen=True)
+class MinimaxConfig:
+    """Fine-tuning by the minimax criteria. Defaults: Gu et al. 2024, arXiv 2311.15529, section 4.1.
+
+    init: the generator to start from, a folder or a hub id. full: tune all parameters, not only DiffFit's.
+    lambda_r, lambda_d: weights of representativeness and diversity beside the diffusion loss.
+    memory_size: latents of each class in each of the two memories. epochs: over the training set, where no steps
+    are given.
+    """
+
+    init: str
+    full: bool = False
+    lambda_r: float = 0.002
+    lambda_d: float = 0.008
+    memory_size: int = 64
+    epochs: int = 8
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "memory_size", "epochs")
+        for name in ("lambda_r", "lambda_d"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"MinimaxConfig.{name} must not be negative, got {getattr(self, name)}.")
+        if not self.init:
+            raise UsageError("Minimax diffusion fine-tunes a generator.", "Say which with --init FOLDER or a hub id.")
+
+
+@dataclass(frozen=True)
 class GeneratorConfig:
     """All that decides what a training run computes.
 
@@ -146,6 +175,9 @@ class GeneratorConfig:
     pretrained_autoencoder: hub id or folder of one to use instead of training one; of `autoencoder` only the
         latents' side then counts.
     ema_width: of the averaged weights' profile, as a share of the training so far (sigma_rel of Karras et al. 2024).
+    ema_decay: the same of every step, in place of that profile.
+    minimax: fine-tune a generator by these criteria; its autoencoder and its network then take the place of the ones
+        described here.
     """
 
     autoencoder: AutoencoderConfig
@@ -160,6 +192,8 @@ class GeneratorConfig:
     compile: bool = True
     pretrained_autoencoder: str = ""
     seed: int = 0
+    ema_decay: float | None = None
+    minimax: MinimaxConfig | None = None
 
     def __post_init__(self) -> None:
         _check_choice(self, "precision", PRECISIONS)
@@ -167,18 +201,23 @@ class GeneratorConfig:
             raise UsageError(f"GeneratorConfig.kl_weight must not be negative, got {self.kl_weight}.")
         if not 0 < self.ema_width < 0.28:
             raise UsageError(f"GeneratorConfig.ema_width must be in (0, 0.28), got {self.ema_width}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UsageError(f"GeneratorConfig.ema_decay must be in [0, 1), got {self.ema_decay}.")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named configuration and what it costs.
+    """A named configuration.
 
+    meant_for: the machine and the time it takes there, for people.
     configs: by the smallest image side each is meant for.
+    track_every: steps between two scores of the model in training; 0 for none.
     """
 
     name: str
     meant_for: str
     configs: Mapping[int, GeneratorConfig]
+    track_every: int = 1000
 
     def config(self, image_size: int) -> GeneratorConfig:
         """The configuration for images of that side. Raises UsageError where the sizes do not fit."""
@@ -217,7 +256,7 @@ def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
     lines = []
     for f in dataclasses.fields(ours):
         mine, other = getattr(ours, f.name), getattr(theirs, f.name)
-        if dataclasses.is_dataclass(mine):
+        if dataclasses.is_dataclass(mine) and dataclasses.is_dataclass(other):
             lines += differences(mine, other, f"{prefix}{f.name}.")
         elif mine != other:
             lines.append(f"{prefix}{f.name}: {other}, not {mine}")
@@ -226,7 +265,7 @@ def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
 
 def _from_json_value(annotation: str, item: Any) -> Any:
     if isinstance(item, Mapping):
-        return from_json(item, _NESTED[annotation])
+        return from_json(item, _NESTED[annotation.removesuffix(" | None")])
     return tuple(item) if isinstance(item, list) else item
 
 
@@ -242,7 +281,34 @@ def _check_choice(config: Any, name: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"{type(config).__name__}.{name} cannot be '{value}'.", nearest_name(str(value), known))
 
 
-_NESTED = {kind.__name__: kind for kind in (AutoencoderConfig, DenoiserConfig, ObjectiveConfig, OptimiserConfig)}
+_KINDS = (AutoencoderConfig, DenoiserConfig, MinimaxConfig, ObjectiveConfig, OptimiserConfig)
+_NESTED = {kind.__name__: kind for kind in _KINDS}
+
+MINIMAX_PRESET = "minimax-paper"
+
+
+def _minimax_paper() -> GeneratorConfig:
+    """The published settings (arXiv 2311.15529 and its public code).
+
+    Not taken over is the loss of the predicted variance, which no sampler here reads.
+    """
+    return GeneratorConfig(
+        # The first three are not used: both networks come from minimax.init.
+        AutoencoderConfig(),
+        DenoiserConfig("dit"),
+        OptimiserConfig(steps=1, batch_size=8, learning_rate=1e-3),
+        # A constant rate, and gradients as they are. 10,000 steps are 8 epochs of 10,000 images.
+        OptimiserConfig(
+            steps=10_000, batch_size=8, learning_rate=1e-3, warmup_steps=1, decay_after_steps=10**9, clip_norm=1e9,
+            beta2=0.999,
+        ),
+        # Every noise level counts the same.
+        ObjectiveConfig(prediction="epsilon", min_snr_gamma=1e9),
+        ema_decay=0.9999,
+        compile=False,
+        minimax=MinimaxConfig(init="facebook/DiT-XL-2-256"),
+    )  # fmt: skip
+
 
 PRESETS = {
     preset.name: preset
@@ -272,6 +338,23 @@ PRESETS = {
                     OptimiserConfig(steps=10_000, batch_size=128, learning_rate=1e-3),
                 )
             },
+        ),
+        Preset(
+            "dit",
+            "as tiny, with diffusers' diffusion transformer",
+            {
+                32: GeneratorConfig(
+                    AutoencoderConfig(pixel_patch=4, channels=(64,)),
+                    DenoiserConfig("dit", hidden_size=192, depth=6, num_heads=3),
+                    OptimiserConfig(steps=6000, batch_size=32, learning_rate=3e-3),
+                    OptimiserConfig(steps=10_000, batch_size=128, learning_rate=1e-3),
+                )
+            },
+        ),
+        Preset(
+            MINIMAX_PRESET,
+            "fine-tuning DiT-XL/2, or a generator of yours, by the minimax criteria",
+            {32: _minimax_paper()},
         ),
     )
 }

@@ -1,7 +1,7 @@
 """Training a generator: the autoencoder, the latents, the denoiser, the model folder; each once, each resumable.
 
 A run's folder is the model folder itself; beside its parts lie `config.json` (the settings it was begun with),
-`metrics.jsonl` (one StepRecord or Score a line) and `checkpoints/`.
+`metrics.jsonl` (one StepRecord or Score a line), `training.png` (a chart of it) and `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import AutoencoderKL
 
 from ddkit import __version__
@@ -26,6 +27,8 @@ from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.files import explain_os_error, read_json, sha256_of, write_json
 from ddkit.generator.autoencoder import build_autoencoder, load_pretrained
+from ddkit.generator.chart import CHART_FILE, draw_chart, read_records
+from ddkit.generator.difffit import plain_copy
 from ddkit.generator.engine import Engine, Limits, Stage
 from ddkit.generator.latents import LatentSet, cached_latents
 from ddkit.generator.networks import build_denoiser
@@ -41,8 +44,9 @@ from ddkit.generator.pipeline import (
     save_model,
 )
 from ddkit.generator.presets import GeneratorConfig, differences, from_json, to_json
+from ddkit.generator.pretrained import Start, start_from
 from ddkit.generator.seeds import derived_seed
-from ddkit.generator.stages import AutoencoderStage, DenoiserStage
+from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.progress import Listener, ignore
 from ddkit.protocol.device import resolve_device
 
@@ -111,20 +115,27 @@ def train(
     request: TrainingRequest,
     folder: Path,
     *,
+    start: Start | None = None,
     tracking: Tracking | None = None,
     progress: Listener = ignore,
 ) -> Model:
     """Train a generator in `folder`, going on from what is there; returns the model that is then in the folder.
 
+    start: what `config.minimax.init` names, where the caller has read it already; it is trained in place.
     Raises UsageError where the folder holds a training with other settings (each is listed), Interrupted and
     ComputeError as `Engine.run` does, BadFile for what the system refuses.
     """
     _claim(folder, data, request)
+    if request.config.minimax is not None:
+        start = start or _start(request.config, data.images.class_names)
     with _accelerator(request) as accelerator:
         listener = progress if accelerator.is_main_process else ignore
-        run = _Run(data, request, folder, accelerator, tracking, listener)
+        run = _Run(data, request, folder, accelerator, start, tracking, listener)
         autoencoder = run.autoencoder()
         run.denoiser(autoencoder, run.latents(autoencoder))
+        if accelerator.is_main_process:
+            draw_chart(read_records(folder / METRICS_FILE), folder / CHART_FILE)
+        accelerator.wait_for_everyone()
         return load_model(folder, dataset=data.name)
 
 
@@ -141,7 +152,7 @@ def start_over(folder: Path) -> None:
         # The settings go last: a kill halfway leaves a folder that --fresh still knows for its own.
         for name in (CHECKPOINTS, "vae", "transformer", "unet", "scheduler"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("ddkit.json", "model_index.json", METRICS_FILE, CONFIG_FILE):
+        for name in ("ddkit.json", "model_index.json", CHART_FILE, METRICS_FILE, CONFIG_FILE):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise explain_os_error(error, folder) from error
@@ -166,12 +177,18 @@ class _Run:
         request: TrainingRequest,
         folder: Path,
         accelerator: Accelerator,
+        start: Start | None,
         tracking: Tracking | None,
         progress: Listener,
     ) -> None:
         self.data, self.request, self.config = data, request, request.config
         self.folder, self.accelerator, self.tracking, self.progress = folder, accelerator, tracking, progress
-        self.latent_side = self.config.autoencoder.latent_shape(data.image_size)[1]
+        self.start = start.generator if start else None
+        self.latent_side = (
+            self.start.denoiser.config.sample_size
+            if self.start
+            else self.config.autoencoder.latent_shape(data.image_size)[1]
+        )
         self.best = _best_score(folder, tracking)
         self.log = _MetricsLog(folder, tensorboard=request.tensorboard and accelerator.is_main_process)
 
@@ -195,18 +212,15 @@ class _Run:
                 identity=f"{self.data.sha256} {weights} flips={self.config.flips}",
                 progress=self.progress,
             )
+        if self.start:
+            # What a network has learned holds for the latent scale it has learned with.
+            return replace(latents, std=1 / autoencoder.config.scaling_factor)
         autoencoder.register_to_config(scaling_factor=1 / latents.std)
         return latents
 
     def denoiser(self, autoencoder: AutoencoderKL, latents: LatentSet) -> None:
         """Train the denoiser; the model folder is written whenever a checkpoint is."""
-        network = build_denoiser(
-            self.config.denoiser,
-            tuple(latents.latents.shape[-3:]),
-            len(self.data.images.class_names),
-            seed=derived_seed("denoiser", self.config.seed),
-        )
-        stage = DenoiserStage(self.config, network, latents)
+        stage = self._denoiser_stage(latents)
         steps, seconds = stage.optimiser.steps, None
         if self.request.seconds is not None:
             steps, seconds = _NO_LIMIT, (1 - AUTOENCODER_SHARE) * self.request.seconds
@@ -218,9 +232,16 @@ class _Run:
         if not has_model(self.folder):
             engine.save()
 
+    def _denoiser_stage(self, latents: LatentSet) -> DenoiserStage:
+        classes = len(self.data.images.class_names)
+        if self.start:
+            return MinimaxStage(self.config, self.start.denoiser.train(), latents, classes)
+        shape, seed = tuple(latents.latents.shape[-3:]), derived_seed("denoiser", self.config.seed)
+        return DenoiserStage(self.config, build_denoiser(self.config.denoiser, shape, classes, seed=seed), latents)
+
     def _make_autoencoder(self) -> None:
-        if self.config.pretrained_autoencoder:
-            network = load_pretrained(self.config.pretrained_autoencoder)
+        if self.start or self.config.pretrained_autoencoder:
+            network = self.start.autoencoder if self.start else load_pretrained(self.config.pretrained_autoencoder)
             if self.accelerator.is_main_process:
                 save_autoencoder(network, self.folder)
             return
@@ -263,7 +284,8 @@ class _Run:
 
     def _write_model(self, engine: Engine, autoencoder: AutoencoderKL, metrics: Mapping[str, float]) -> None:
         with engine.ema_weights() as averaged:
-            save_model(Model(averaged, autoencoder, self._facts(engine, metrics)), self.folder)
+            denoiser = plain_copy(averaged) if self.start else averaged
+            save_model(Model(denoiser, autoencoder, self._facts(engine, metrics)), self.folder)
 
     def _facts(self, engine: Engine, metrics: Mapping[str, float]) -> ModelFacts:
         return ModelFacts(
@@ -299,6 +321,7 @@ class _MetricsLog:
     def write(self, record: Any) -> None:
         """Append one dataclass; raises BadFile for what the system refuses."""
         values = dataclasses.asdict(record)
+        values |= values.pop("figures", {})
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -357,12 +380,24 @@ def _differences(asked: Mapping[str, Any], recorded: Mapping[str, Any], config: 
 
 def _comparable(config: GeneratorConfig) -> GeneratorConfig:
     """The configuration with what may differ when a training goes on, its lengths and compilation, set equal."""
+    minimax = config.minimax
     return replace(
         config,
+        minimax=None if minimax is None else replace(minimax, epochs=1),
         autoencoder_optimiser=replace(config.autoencoder_optimiser, steps=1),
         denoiser_optimiser=replace(config.denoiser_optimiser, steps=1),
         compile=False,
     )
+
+
+def _start(config: GeneratorConfig, class_names: Sequence[str]) -> Start:
+    start = start_from(config.minimax.init, class_names, full=config.minimax.full)
+    if start.generator.prediction != config.objective.prediction:
+        raise UsageError(
+            f"{start.source} predicts '{start.generator.prediction}', not '{config.objective.prediction}'.",
+            "Set ObjectiveConfig.prediction to what it has learned.",
+        )
+    return start
 
 
 @contextmanager
@@ -373,6 +408,8 @@ def _accelerator(request: TrainingRequest) -> Iterator[Accelerator]:
         torch.cuda.set_device(device)
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[request.config.precision]
     try:
-        yield Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+        # No buffer here needs to be sent around: what has any computes the same on all processes.
+        settings = DistributedDataParallelKwargs(broadcast_buffers=False)
+        yield Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=[settings])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

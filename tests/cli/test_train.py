@@ -40,7 +40,8 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
         "metrics": {},
     }
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoints", "config.json", "ddkit.json", "metrics.jsonl", "model_index.json", "scheduler", "transformer", "vae",
+        "checkpoints", "config.json", "ddkit.json", "metrics.jsonl", "model_index.json", "scheduler", "training.png",
+        "transformer", "vae",
     }  # fmt: skip
 
     before = steps_done(folder)

@@ -1,0 +1,63 @@
+"""The picture of a training: its losses and scores over the images seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddkit.files import explain_os_error, replacing
+
+CHART_FILE = "training.png"
+_STAGES = ("autoencoder", "denoiser")
+_POINTS = 400  # of a curve; more cannot be seen
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics log, the last one of each stage and step; a torn line is left out. Raises BadFile."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            # A kill can cut the last line short.
+            continue
+        found[record["stage"], record["step"]] = record
+    return sorted(found.values(), key=lambda record: record["step"])
+
+
+def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a PNG with the loss of each stage, and the scores where there are any. Raises BadFile."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    by_stage = {name: [record for record in records if record["stage"] == name] for name in (*_STAGES, "score")}
+    shown = [name for name, of_stage in by_stage.items() if of_stage]
+    figure = Figure(figsize=(4 * max(1, len(shown)), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown):
+        _draw(axes, name, by_stage[name])
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def _draw(axes: Any, name: str, records: Sequence[dict[str, Any]]) -> None:
+    scores = name == "score"
+    steps = [record["step"] for record in records]
+    values = [record["value" if scores else "loss"] for record in records]
+    axes.set_xlabel("steps")
+    if scores:
+        best = min(range(len(values)), key=values.__getitem__)
+        axes.plot(steps, values, marker="o", markersize=3)
+        axes.annotate(f"{values[best]:.4g}", (steps[best], values[best]))
+        axes.set_title(records[-1]["name"])
+        return
+    width = max(1, len(values) // _POINTS)
+    means = [sum(values[i : i + width]) / width for i in range(0, len(values) - width + 1, width)]
+    axes.plot(steps[width - 1 :: width][: len(means)], means, linewidth=1)
+    axes.set_yscale("log")
+    axes.set_title(f"{name}: loss")

@@ -1,0 +1,57 @@
+"""Following a generator's quality while it trains: the Frechet distance of its samples to real images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddkit.data.store import ImageSet
+from ddkit.errors import UsageError
+from ddkit.generator.pipeline import Model
+from ddkit.generator.sampling import Sampler, SamplingConfig, sample_all
+from ddkit.generator.seeds import generator_for
+from ddkit.generator.training import Tracking
+from ddkit.metrics.frechet import frechet_distance
+
+Features = Callable[[Tensor], Tensor]  # (N, 3, S, S) uint8 -> (N, D)
+
+# Few steps and little guidance: the course of the distance is wanted, not the best picture.
+SAMPLING = SamplingConfig(steps=10, guidance=1.5, batch_size=250)
+NAME = "frechet"
+
+
+def track_frechet(
+    real: ImageSet,
+    make_features: Callable[[], Features],
+    *,
+    every_steps: int,
+    images: int = 1000,
+    sampling: SamplingConfig = SAMPLING,
+    device: torch.device | str = "cpu",
+) -> Tracking:
+    """A Tracking by the Frechet distance of `images` samples to as many real images, classes alike in both.
+
+    make_features: called once, when the first score is due, as making features may mean training a network; such as
+    `ddkit.metrics.features.reference_features`. Distances of different features or numbers of images cannot be
+    compared. The same noise is sampled from every time, so that only the model differs.
+    Raises UsageError for fewer than two images.
+    """
+    count = min(images, len(real))
+    if count < 2:
+        raise UsageError(f"The Frechet distance needs at least two images, not {count}.")
+    rows = torch.randperm(len(real), generator=generator_for("cpu", "tracking", sampling.seed))[:count]
+
+    @functools.cache
+    def reference() -> tuple[Features, Tensor]:
+        features = make_features()
+        return features, features(real.images[rows])
+
+    def score(model: Model) -> float:
+        features, of_real = reference()
+        made = sample_all(Sampler(model, sampling, device), real.labels[rows], torch.arange(count))
+        return frechet_distance(of_real, features(made))
+
+    return Tracking(NAME, score, every_steps)
