@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Checkpoint:
     seconds: spent on them, over all the times the stage ran. finished: nothing more is to be done.
     network, ema, optimiser: state dictionaries of tensors and plain values.
     config: of the stage, as plain values, to tell a run with other settings.
+    memory: state dictionary of what the stage's loss keeps beside the network.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Checkpoint:
     ema: dict[str, Any]
     optimiser: dict[str, Any]
     config: dict[str, Any]
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, stage: str, checkpoint: Checkpoint, *, kept: int = KEPT) -> Path:

@@ -150,7 +150,7 @@ def _speed(loss: nn.Module, batch: Mapping[str, Tensor], seconds: float) -> floa
 
 
 def _pass(loss: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    value, _ = loss(**batch)
+    value, *_ = loss(**batch)
     value.backward()
     loss.zero_grad(set_to_none=True)
     if value.is_cuda:

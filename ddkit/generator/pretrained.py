@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ddkit.errors import BadFile, MissingModel, UsageError, nearest_name
 from ddkit.files import read_json
+from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
 from ddkit.generator.networks import keep_labels, null_class
 from ddkit.generator.pipeline import FACTS_FILE, INDEX_FILE, load_model
 
@@ -70,6 +71,32 @@ class ClassMap:
     def unmatched(self) -> tuple[str, ...]:
         """Classes that begin with the mean of all."""
         return tuple(name for name, labels in zip(self.names, self.labels) if not labels)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A generator made ready for fine-tuning on a dataset's classes. source: where it was read from."""
+
+    source: str
+    generator: Pretrained
+    classes: ClassMap
+    parameters: ParameterCounts
+
+
+def start_from(
+    source: str, class_names: Sequence[str], *, full: bool = False, chosen: ClassChoices | None = None
+) -> Start:
+    """Read a generator and make it ready for a dataset.
+
+    full: train all its parameters, not only DiffFit's. chosen: as `map_classes` has it. Raises what `load_generator`
+    and `map_classes` raise.
+    """
+    found = load_generator(source)
+    classes = map_classes(class_names, found.class_names, chosen)
+    ready = with_classes(found, classes)
+    share_conditioning(ready.denoiser)
+    parameters = count_parameters(ready.denoiser) if full else apply_difffit(ready.denoiser)
+    return Start(source, ready, classes, parameters)
 
 
 def load_generator(source: str) -> Pretrained:

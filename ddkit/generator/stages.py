@@ -1,4 +1,4 @@
-"""The two stages of training the generator: the autoencoder on pixels, the denoiser on its latents."""
+"""The stages of training the generator: the autoencoder on pixels, the denoiser on its latents, and its fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ddkit.data.store import ImageSet
 from ddkit.generator.autoencoder import AutoencoderLoss, to_signed
 from ddkit.generator.latents import LatentSet
+from ddkit.generator.minimax import MinimaxCriteria
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import Objective
-from ddkit.generator.presets import GeneratorConfig, to_json
+from ddkit.generator.presets import GeneratorConfig, MinimaxConfig, to_json
 from ddkit.generator.seeds import Shuffling, generator_for
 
 
@@ -22,13 +23,15 @@ class AutoencoderStage:
 
     name = "autoencoder"
     task = "Training the autoencoder"
-    figure = "mse"
+    figures = ("mse",)
+    remedy = "Try a lower --lr."
+    memory = None
 
     def __init__(self, config: GeneratorConfig, network: AutoencoderKL, images: ImageSet) -> None:
         self.network = network.to(memory_format=torch.channels_last)
         self.loss = AutoencoderLoss(self.network, config.kl_weight)
         self.optimiser = config.autoencoder_optimiser
-        self.ema_width = config.ema_width
+        self.ema_width, self.ema_decay = config.ema_width, None
         self.config: Mapping[str, object] = {
             "autoencoder": to_json(config.autoencoder),
             "kl_weight": config.kl_weight,
@@ -59,19 +62,22 @@ class DenoiserStage:
 
     name = "denoiser"
     task = "Training the denoiser"
-    figure = "mse"
+    figures: tuple[str, ...] = ("mse",)
+    remedy = "Try a lower --lr."
+    memory: nn.Module | None = None
 
     def __init__(self, config: GeneratorConfig, network: nn.Module, latents: LatentSet) -> None:
         self.network = network
         self.objective = Objective(config.objective)
-        self.loss = DenoiserLoss(network, self.objective)
+        self.loss: nn.Module = DenoiserLoss(network, self.objective)
         self.optimiser = config.denoiser_optimiser
-        self.ema_width = config.ema_width
+        self.ema_width, self.ema_decay = config.ema_width, config.ema_decay
         self.config: Mapping[str, object] = {
             "denoiser": to_json(config.denoiser),
             "objective": to_json(config.objective),
             "optimiser": {name: value for name, value in to_json(self.optimiser).items() if name != "steps"},
             "ema_width": config.ema_width,
+            "ema_decay": config.ema_decay,
             "pretrained_autoencoder": config.pretrained_autoencoder,
             "seed": config.seed,
             "flips": config.flips,
@@ -101,6 +107,27 @@ class DenoiserStage:
         }
 
 
+class MinimaxStage(DenoiserStage):
+    """Fine-tune a denoiser by the minimax criteria, which are recorded as well, before their weights."""
+
+    name = "minimax"
+    task = "Fine-tuning the denoiser"
+    figures = ("mse", "representativeness", "diversity")
+    remedy = "Try a lower --lr, --lambda-r or --lambda-d."
+
+    def __init__(self, config: GeneratorConfig, network: nn.Module, latents: LatentSet, num_classes: int) -> None:
+        super().__init__(config, network, latents)
+        self.memory = MinimaxCriteria(num_classes, config.minimax.memory_size)
+        self.loss = MinimaxLoss(network, self.objective, self.memory, config.minimax)
+        self.config = {**self.config, "minimax": to_json(config.minimax)}
+
+    def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
+        """As `DenoiserStage.draw`, and classes: (B,) int64, the labels none of which is replaced by the null class."""
+        count = self.optimiser.batch_size
+        classes = self._latents.labels[self._order.take(step * count, count)]
+        return super().draw(step, device) | {"classes": classes.to(device)}
+
+
 class DenoiserLoss(nn.Module):
     """The weighted squared error of a batch."""
 
@@ -112,5 +139,30 @@ class DenoiserLoss(nn.Module):
     def forward(self, clean: Tensor, noise: Tensor, times: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """As `DenoiserStage.draw` gives them. Returns the weighted and the unweighted mean squared error."""
         output = predict(self.network, self.objective.mix(clean, noise, times), times, labels)
+        return self._of_output(output, clean, noise, times)
+
+    def _of_output(self, output: Tensor, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         errors = (output - self.objective.target(clean, noise, times)).square().flatten(1).mean(dim=1)  # (B,)
         return (self.objective.weight(times) * errors).mean(), errors.mean()
+
+
+class MinimaxLoss(DenoiserLoss):
+    """The same, with the minimax criteria of the clean latents that the network predicts (arXiv 2311.15529, section 3)."""
+
+    def __init__(
+        self, network: nn.Module, objective: Objective, criteria: MinimaxCriteria, config: MinimaxConfig
+    ) -> None:
+        super().__init__(network, objective)
+        self.criteria = criteria
+        self.config = config
+
+    def forward(
+        self, clean: Tensor, noise: Tensor, times: Tensor, labels: Tensor, classes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `MinimaxStage.draw` gives them. Returns the weighted sum, the mean squared error and both criteria."""
+        noisy = self.objective.mix(clean, noise, times)
+        output = predict(self.network, noisy, times, labels)
+        loss, error = self._of_output(output, clean, noise, times)
+        representativeness, diversity = self.criteria(self.objective.clean(noisy, output, times), clean, classes)
+        loss = loss + self.config.lambda_r * representativeness + self.config.lambda_d * diversity
+        return loss, error, representativeness, diversity
