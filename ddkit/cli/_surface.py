@@ -52,20 +52,25 @@ class Surface:
         self._lines = _ProgressLines(self.err)
 
     def __enter__(self) -> Surface:
-        level = logging.ERROR if self.quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(self._verbosity, 2)]
-        logging.basicConfig(
-            level=logging.WARNING if self._verbosity < 2 else logging.INFO,
-            format="%(message)s",
-            handlers=[RichHandler(console=self.err, show_time=False, show_path=False)],
-            force=True,
-        )
-        logging.getLogger("ddkit").setLevel(level)
+        ours, everyone = logging.getLogger("ddkit"), logging.getLogger()
+        self._logger = everyone if self._verbosity >= 2 else ours
+        self._levels = {logger: logger.level for logger in (ours, everyone)}
+        self._handler = RichHandler(console=self.err, show_time=False, show_path=False)
+        self._handler.setFormatter(logging.Formatter("%(message)s"))
+        self._logger.addHandler(self._handler)
+        chosen = (logging.WARNING, logging.INFO, logging.DEBUG)[min(self._verbosity, 2)]
+        ours.setLevel(logging.ERROR if self.quiet else chosen)
+        everyone.setLevel(logging.INFO if self._verbosity >= 2 else logging.WARNING)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._live.stop()
+        # Commands follow one another in one process in the demo, in notebooks and in tests.
+        self._logger.removeHandler(self._handler)
+        for logger, level in self._levels.items():
+            logger.setLevel(level)
 
     def say(self, text: str) -> None:
         """A remark for the person, on standard error. `text` may hold rich markup; escape what is not ours."""

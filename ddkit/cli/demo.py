@@ -15,8 +15,8 @@ from rich.markup import escape
 from ddkit.cli._options import device_option, example, seed_option, surface_options
 from ddkit.cli._surface import Surface
 
-# A quick look: the official E is 1000. 100 keeps the demo within minutes and still separates good sets from bad.
-_EPOCHS_SETTING = "100"
+# A quick look: the official E is 1000. 60 keeps the demo within minutes and still separates good sets from bad.
+_EPOCHS_SETTING = "60"
 
 
 @click.command(epilog=example("ddkit demo --folder /tmp/ddkit-demo"))

@@ -133,7 +133,9 @@ class _Job:
         evaluation = self._script(path, spec) if self.settings.track == 2 else self._tensor(path, spec)
         facts = read_facts(path)
         kind = facts["kind"] if facts.get("kind") in _REFERENCE_KINDS else "submission"
-        return evaluation.result(path.stem, sha256_of(path), str(path), kind=kind, made_by=facts)
+        # Sets in one folder are one entry: the report joins them by this name.
+        name = path.resolve().parent.name
+        return evaluation.result(name, sha256_of(path), str(path), kind=kind, made_by=facts)
 
     def _tensor(self, path: Path, spec: DatasetSpec) -> Evaluation:
         from ddkit.protocol.evaluate import evaluate_source
