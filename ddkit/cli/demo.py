@@ -31,7 +31,7 @@ def demo(ctx: click.Context, surface: Surface, folder: Path, device: str, seed: 
 
     Takes minutes on a laptop's CPU and downloads nothing. Run it again and it goes on where it was.
     """
-    surface.say(f"The whole way on built-in images of letters, in {escape(str(folder))}: about 4 minutes on 2 CPU cores.")
+    surface.say(f"The whole way on built-in images of letters, in {escape(str(folder))}: some minutes on 2 CPU cores.")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with _inside(folder):
