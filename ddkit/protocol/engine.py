@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddkit.protocol.graphed import GraphedEngine
 from ddkit.protocol.plan import EnginePlan
 from ddkit.protocol.winograd import WinogradEngine
 
@@ -58,4 +59,5 @@ class PlainEngine:
 
 def build_engine(network: nn.Module, plan: EnginePlan) -> Engine:
     """The engine that `plan` describes, for `network`. Raises CannotCompile where it needs a compiler in vain."""
-    return {"plain": PlainEngine, "winograd": WinogradEngine}[plan.kind](network, plan)
+    kinds = {"plain": PlainEngine, "winograd": WinogradEngine, "graphed": GraphedEngine, "compiled": GraphedEngine}
+    return kinds[plan.kind](network, plan)

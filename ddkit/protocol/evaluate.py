@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.device import describe_device, resolve_device
 from ddkit.protocol.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.protocol.reference import TestSet, as_test_set
-from ddkit.protocol.rounds import RoundResult, RoundSettings, StateFile, read_result, run_round
+from ddkit.protocol.rounds import RoundJob, RoundResult, RoundSettings, StateFile, read_result, run_rounds
 from ddkit.protocol.sharing import Team
 from ddkit.protocol.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
 from ddkit.protocol.tracks import Conditions, Generate, deviations
@@ -34,6 +33,7 @@ from ddkit.results import Result, interval_of, std_of
 
 _MOST_CONFUSIONS = 30
 _POINTS_OF_CURVE = 101
+_SIDE_BY_SIDE = 4  # rounds at a time on a GPU
 
 
 @dataclass(frozen=True)
@@ -222,14 +222,20 @@ def evaluate_source(
     mine = team.share_of(range(settings.number_of_rounds))
     runner = _Runner(source, test_set, settings, device, state or StateFolder(), progress, len(mine))
     with stop_requests() as stop:
-        results = [(index, runner.run(index, stop)) for index in mine]
+        results = [pair for group in _groups(mine, device) for pair in zip(group, runner.run(group, stop), strict=True)]
     # Every process gets all results, and so the same evaluation.
     results = [result for _, result in sorted(team.gather(results), key=lambda pair: pair[0])]
     return _summary(results, test_set, settings, source.budget, device)
 
 
+def _groups(rounds: Sequence[int], device: torch.device) -> list[Sequence[int]]:
+    """What runs side by side: a few rounds on a GPU, which one small network does not fill; on a CPU one."""
+    size = _SIDE_BY_SIDE if device.type == "cuda" else 1
+    return [rounds[start : start + size] for start in range(0, len(rounds), size)]
+
+
 class _Runner:
-    """Runs this process's rounds one after the other and reports how far they are together."""
+    """Runs this process's rounds and reports how far they are together."""
 
     def __init__(
         self,
@@ -242,31 +248,37 @@ class _Runner:
         rounds: int,
     ) -> None:
         self._source, self._test_set, self._state = source, test_set, state
-        self._rounds = RoundSettings(settings.network, settings.training, settings.seed, str(device))
-        self._key = _key(source, test_set, self._rounds) if state.path else ""
+        self._settings = RoundSettings(settings.network, settings.training, settings.seed, str(device))
+        self._key = _key(source, test_set, self._settings) if state.path else ""
         self._progress = progress
         self._epochs = settings.training.epochs
-        self._epochs_before, self._epochs_total = 0, rounds * self._epochs
+        self._rounds = rounds
+        self._epochs_done: dict[int, int] = {}
 
-    def run(self, index: int, stop: StopRequest) -> RoundResult:
-        """Round `index`, or its result where it is there already."""
-        file = self._state.file(self._key, index)
-        result = read_result(file)
-        if result is None:
-            seed = self._rounds.seed_for("generation", index)
-            made = self._source.for_round(index, seed, self._state.folder(self._key))
-            check_training_set(made.images, made.labels, self._test_set.spec)
-            listener = functools.partial(self._report, index)
-            result = run_round(index, made, self._test_set, self._rounds, file=file, stop=stop, listener=listener)
-        self._epochs_before += self._epochs
-        self._report(index, 0, result.losses[-1])
-        return result
+    def run(self, group: Sequence[int], stop: StopRequest) -> list[RoundResult]:
+        """The results of these rounds; of those that are finished already, the kept ones."""
+        kept = {index: result for index in group if (result := read_result(self._file(index)))}
+        for index, result in kept.items():
+            self._report(index, self._epochs, result.losses[-1])
+        jobs = [self._job(index) for index in group if index not in kept]
+        ran = run_rounds(jobs, self._test_set, self._settings, stop=stop, listener=self._report)
+        kept |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
+        return [kept[index] for index in group]
+
+    def _job(self, index: int) -> RoundJob:
+        folder = self._state.folder(self._key)
+        made = self._source.for_round(index, self._settings.seed_for("generation", index), folder)
+        check_training_set(made.images, made.labels, self._test_set.spec)
+        return RoundJob(index, made, self._file(index))
+
+    def _file(self, index: int) -> StateFile:
+        return self._state.file(self._key, index)
 
     def _report(self, index: int, epochs_done: int, loss: float) -> None:
-        done = self._epochs_before + epochs_done
+        self._epochs_done[index] = epochs_done
+        done, total = sum(self._epochs_done.values()), self._rounds * self._epochs
         figures = {"round": index + 1, "loss": loss}
-        task = f"training on {self._test_set.spec.name}"
-        self._progress(Progress(task, done, self._epochs_total, "epochs", figures))
+        self._progress(Progress(f"training on {self._test_set.spec.name}", done, total, "epochs", figures))
 
 
 def _key(source: Source, test_set: TestSet, rounds: RoundSettings) -> str:

@@ -11,8 +11,8 @@ PRECISIONS = ("float32", "bfloat16")
 class EnginePlan:
     """Which engine, and how it is set: what has to be the same for the same rounding.
 
-    kind: "plain" or "winograd". precision: "float32" or "bfloat16". chunk: images computed at a time; 0 for the whole
-    batch. workers: threads that work on chunks of their own.
+    kind: "plain"; on a CPU "winograd"; on a GPU "graphed" or "compiled". precision: "float32" or "bfloat16".
+    chunk: images computed at a time; 0 for the whole batch. workers: threads that work on chunks of their own.
     """
 
     kind: str = "plain"

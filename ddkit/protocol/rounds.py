@@ -1,4 +1,4 @@
-"""One round of an evaluation: a fresh network trained and tested, saved on the way so that a kill costs little."""
+"""Rounds of an evaluation: fresh networks trained and tested, saved on the way so that a kill costs little."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from ddkit.protocol.engine import Engine
 from ddkit.protocol.networks import build_network
 from ddkit.protocol.reference import TestSet
 from ddkit.protocol.tracks import Generated, images_per_class
-from ddkit.protocol.training import TrainingRun, TrainingSettings
+from ddkit.protocol.training import TrainingRun, TrainingSettings, epoch_side_by_side
 
 _log = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
 
-EpochListener = Callable[[int, float], None]  # epochs done, mean loss of the last
+EpochListener = Callable[[int, int, float], None]  # round, its epochs done, mean loss of the last
 
 
 @dataclass(frozen=True)
@@ -111,49 +111,74 @@ class StateFile:
                 torch.save({"version": _STATE_VERSION, **state}, temporary)
 
 
-def run_round(
-    index: int,
-    made: Generated,
+@dataclass(frozen=True)
+class RoundJob:
+    """A round to run: its number, what it trains on, where its state lies."""
+
+    index: int
+    made: Generated
+    file: StateFile
+
+
+def run_rounds(
+    jobs: Sequence[RoundJob],
     test_set: TestSet,
     settings: RoundSettings,
     *,
-    file: StateFile,
     stop: StopRequest,
     listener: EpochListener,
-) -> RoundResult:
-    """Train and test the network of round `index` on `made`, going on from what `file` holds.
+) -> list[RoundResult]:
+    """Train and test the jobs' networks side by side, going on from what their files hold.
 
-    Raises Interrupted, the state saved, once `stop` is set.
+    Raises Interrupted, the states saved, once `stop` is set.
     """
-    device = torch.device(settings.device)
-    training = _training_run(index, made.images.to(device), made.labels.to(device), test_set.spec, settings)
-    losses: list[float] = []
-    clock = _Clock()
-    if saved := file.read():
-        training.load_state_dict(saved["training"])
-        losses = saved["losses"]
-        clock = _Clock(saved["seconds"])
-    while not training.finished:
-        batch_losses = training.epoch()
-        losses.append(sum(batch_losses) / len(batch_losses))
-        listener(training.epochs_done, losses[-1])
-        if stop or clock.since_mark() >= file.seconds_between_saves:
-            file.write({"training": training.state_dict(), "losses": losses, "seconds": clock.seconds()})
-            clock.mark()
+    rounds = [_Round(job, test_set, settings) for job in jobs]
+    while unfinished := [one for one in rounds if not one.training.finished]:
+        for one, losses in zip(unfinished, epoch_side_by_side([one.training for one in unfinished]), strict=True):
+            one.losses.append(sum(losses) / len(losses))
+            listener(one.index, one.training.epochs_done, one.losses[-1])
+        for one in unfinished:
+            one.save_if_due(stop)
         if stop:
-            kept = "Run the same again to go on from there." if file.path else "Nothing was kept."
-            raise Interrupted(f"Interrupted after epoch {training.epochs_done} of round {index + 1}.", kept)
-    training.network.eval()
-    result = RoundResult(
-        predictions=predict(training.engine, test_set, device),
-        losses=tuple(losses),
-        seconds=clock.seconds(),
-        generation_seconds=made.seconds,
-        images=len(made.images),
-        images_per_class=images_per_class(made.labels, test_set.spec.num_classes),
-    )
-    file.write({"result": {**vars(result), "losses": losses}})
-    return result
+            kept = "Run the same again to go on from there." if jobs[0].file.path else "Nothing was kept."
+            first = unfinished[0]
+            raise Interrupted(f"Interrupted after epoch {first.training.epochs_done} of round {first.index + 1}.", kept)
+    return [one.finish(test_set) for one in rounds]
+
+
+class _Round:
+    """A round that runs."""
+
+    def __init__(self, job: RoundJob, test_set: TestSet, settings: RoundSettings) -> None:
+        self.index = job.index
+        self._made, self._file = job.made, job.file
+        self._device = torch.device(settings.device)
+        self.training = _training_run(job, test_set.spec, settings)
+        self.losses: list[float] = []
+        self._clock = _Clock()
+        if saved := job.file.read():
+            self.training.load_state_dict(saved["training"])
+            self.losses = saved["losses"]
+            self._clock = _Clock(saved["seconds"])
+
+    def save_if_due(self, stop: StopRequest) -> None:
+        if stop or self._clock.since_mark() >= self._file.seconds_between_saves:
+            state = {"training": self.training.state_dict(), "losses": self.losses, "seconds": self._clock.seconds()}
+            self._file.write(state)
+            self._clock.mark()
+
+    def finish(self, test_set: TestSet) -> RoundResult:
+        self.training.network.eval()
+        result = RoundResult(
+            predictions=predict(self.training.engine, test_set, self._device),
+            losses=tuple(self.losses),
+            seconds=self._clock.seconds(),
+            generation_seconds=self._made.seconds,
+            images=len(self._made.images),
+            images_per_class=images_per_class(self._made.labels, test_set.spec.num_classes),
+        )
+        self._file.write({"result": {**vars(result), "losses": self.losses}})
+        return result
 
 
 def read_result(file: StateFile) -> RoundResult | None:
@@ -168,13 +193,12 @@ def predict(engine: Engine, test_set: TestSet, device: torch.device) -> Tensor:
     return torch.cat(classes).to("cpu", torch.int16)
 
 
-def _training_run(
-    index: int, images: Tensor, labels: Tensor, spec: DatasetSpec, settings: RoundSettings
-) -> TrainingRun:
-    initial = settings.seed_for("network", index)
+def _training_run(job: RoundJob, spec: DatasetSpec, settings: RoundSettings) -> TrainingRun:
+    initial = settings.seed_for("network", job.index)
     network = build_network(settings.network, spec.num_classes, spec.image_size, seed=initial).to(settings.device)
-    generator = torch.Generator().manual_seed(settings.seed_for("training", index))
-    return TrainingRun(network, images.float(), labels, settings.training, generator)
+    images, labels = job.made.images.float().to(settings.device), job.made.labels.to(settings.device)
+    generator = torch.Generator().manual_seed(settings.seed_for("training", job.index))
+    return TrainingRun(network, images, labels, settings.training, generator)
 
 
 class _Clock:

@@ -5,9 +5,12 @@ Source: PROTOCOL.md, "Training one network on a submission".
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +91,8 @@ class TrainingRun:
         self._plan = plan
         self._engine: Engine | None = None
         self._optimizer = _optimizer(network, LEARNING_RATE)
+        self._stream = torch.cuda.Stream(images.device) if images.is_cuda else None
+        self._wait_for_others()
 
     @property
     def finished(self) -> bool:
@@ -103,14 +108,32 @@ class TrainingRun:
 
     def epoch(self) -> list[float]:
         """Train for one epoch; returns the mean loss of each batch. Raises ComputeError when it is no number."""
+        (losses,) = epoch_side_by_side([self])
+        return losses
+
+    def steps(self) -> Iterator[None]:
+        """Begin an epoch and train on one batch at each turn; `end_epoch` is to follow the last.
+
+        On a GPU a turn only queues work, on this run's own stream, and waits for nothing.
+        """
         self.network.train()
-        losses = [self._step(indices) for indices in self._batches()]
+        self._losses: list[Tensor] = []
+        with self._on_own_stream():
+            batches = self._batches()
+        for indices in batches:
+            with self._on_own_stream():
+                self._losses.append(self._step(indices))
+            yield
+
+    def end_epoch(self) -> list[float]:
+        """The mean loss of each of the epoch's batches. Raises ComputeError when it is no number."""
         if self.epochs_done == epoch_of_drop(self.settings.epochs_setting):
             # A new optimiser, not only a new rate: momentum starts again from zero.
             self._optimizer = _optimizer(self.network, LEARNING_RATE_AFTER_DROP)
         self.epochs_done += 1
-        # One transfer an epoch: a GPU is never waited for between batches.
-        values = torch.stack(losses).tolist()
+        # One transfer an epoch: a GPU is waited for here only.
+        with self._on_own_stream():
+            values = torch.stack(self._losses).tolist()
         if not all(map(math.isfinite, values)):
             raise ComputeError(
                 f"The training loss is no number in epoch {self.epochs_done}.",
@@ -136,6 +159,15 @@ class TrainingRun:
         self._generator.set_state(state["generator"].cpu())
         # Another engine would round differently: the rest of a run is computed as its beginning was.
         self._plan, self._engine = EnginePlan(**state["plan"]) if state["plan"] else None, None
+        self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        """On a GPU: what was queued elsewhere so far, such as copying data, comes before this run's own work."""
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    def _on_own_stream(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
     def _batches(self) -> tuple[Tensor, ...]:
         n = len(self._images)
@@ -171,6 +203,17 @@ class TrainingRun:
         self._plan, self._engine = plan, None
 
 
+def epoch_side_by_side(runs: Sequence[TrainingRun]) -> list[list[float]]:
+    """One epoch of several runs, a batch of each in turn; returns each one's losses, as its own `epoch` would.
+
+    Nothing passes between the runs, so each computes what it computes alone. On a GPU their work overlaps, which
+    fills the gaps that one small network leaves.
+    """
+    for _ in itertools.zip_longest(*(run.steps() for run in runs)):
+        pass
+    return [run.end_epoch() for run in runs]
+
+
 def train_network(
     network: nn.Module,
     images: Tensor,
@@ -198,4 +241,6 @@ def train_network(
 
 
 def _optimizer(network: nn.Module, learning_rate: float) -> torch.optim.SGD:
-    return torch.optim.SGD(network.parameters(), lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    parameters = list(network.parameters())
+    fused = parameters[0].is_cuda  # one kernel instead of several
+    return torch.optim.SGD(parameters, learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=fused)

@@ -15,7 +15,8 @@ from torch import nn
 from ddkit.errors import BadFile
 from ddkit.files import cache_folder, read_json, write_json
 from ddkit.protocol import winograd
-from ddkit.protocol.device import cpu_flags, cpu_model
+from ddkit.protocol.convnet import ConvNet
+from ddkit.protocol.device import cpu_flags, describe_device
 from ddkit.protocol.engine import build_engine
 from ddkit.protocol.kernels import CannotCompile
 from ddkit.protocol.plan import EnginePlan
@@ -30,59 +31,73 @@ _BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePlan:
-    """The fastest plan for training `network` on this machine.
+    """The fastest plan for training `network` on its device.
 
-    For the official network on a CPU it is measured at first use, in a second or two, and remembered in the cache
-    for this processor, PyTorch, number of threads, image size and precision.
+    For the official network it is measured at first use, in seconds, and remembered in the cache for this processor
+    or GPU, PyTorch, number of threads, image size and precision.
     """
-    if not winograd.fits(network):
+    if type(network) is not ConvNet:
         return _plan_without_measuring(network, precision)
-    try:
-        winograd.load()
-    except (CannotCompile, BadFile) as error:
-        _log.warning("Evaluating the plain way, several times slower: %s", error)
-        return _plan_without_measuring(network, precision)
-    key = _key(network.image_size, precision)
+    device = next(network.parameters()).device
+    if device.type == "cpu":
+        try:
+            winograd.load()
+        except (CannotCompile, BadFile) as error:
+            _log.warning("Evaluating the plain way, several times slower: %s", error)
+            return _plan_without_measuring(network, precision)
+    key = f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, {precision}"
     plan = _remembered(key)
     if plan is None:
-        plan = fastest(network, candidates(network.image_size, precision, batch_size))
+        plan = fastest(network, candidates(network, precision, batch_size), batch_size)
         _remember(key, plan)
     return plan
 
 
-def candidates(image_size: int, precision: str, batch_size: int) -> list[EnginePlan]:
-    """What is worth trying for the official network on a CPU."""
+def candidates(network: ConvNet, precision: str, batch_size: int) -> list[EnginePlan]:
+    """What is worth trying for the official network on its device; the plain way is among it unless hopeless."""
+    device = next(network.parameters()).device.type
+    if device == "cuda":
+        return [EnginePlan(kind, precision) for kind in ("plain", "graphed", "compiled")]
+    if device != "cpu":
+        return [EnginePlan("plain", precision)]
     workers = torch.get_num_threads()
     most = -(-batch_size // workers)
-    chunks = sorted({min(most, max(1, chunk * 32**2 // image_size**2)) for chunk in _CHUNKS})
-    plans = [EnginePlan("winograd", precision, chunk, workers) for chunk in chunks]
-    if precision == "float32" or has_bfloat16():
-        plans.append(EnginePlan("plain", precision, chunks[-1]))
+    chunks = sorted({min(most, max(1, chunk * 32**2 // network.image_size**2)) for chunk in _CHUNKS})
+    plain = EnginePlan("plain", precision, chunks[-1])
+    plans = [plain] if precision == "float32" or has_bfloat16() or not winograd.fits(network) else []
+    if winograd.fits(network):
+        plans += [EnginePlan("winograd", precision, chunk, workers) for chunk in chunks]
     return plans
 
 
-def fastest(network: nn.Module, plans: Sequence[EnginePlan]) -> EnginePlan:
-    """The plan that takes least time an image, measured with a copy of `network`."""
-    if len(plans) == 1:
-        return plans[0]
-    seconds = {plan: seconds_per_image(network, plan) for plan in plans}
-    for plan, spent in seconds.items():
-        _log.info("%s: %.2f ms an image", plan, 1000 * spent)
-    return min(seconds, key=seconds.__getitem__)
+def fastest(network: ConvNet, plans: Sequence[EnginePlan], batch_size: int) -> EnginePlan:
+    """The plan that takes least time an image, measured with copies of `network`."""
+    seconds = {}
+    for plan in plans if len(plans) > 1 else ():
+        try:
+            seconds[plan] = seconds_per_image(network, plan, batch_size)
+        except RuntimeError as error:
+            # Compilers for GPUs fail in many ways of their own; what works is enough.
+            _log.info("%s does not work here: %s", plan, error)
+        else:
+            _log.info("%s: %.3f ms an image", plan, 1000 * seconds[plan])
+    return min(seconds, key=seconds.__getitem__, default=plans[0])
 
 
-def seconds_per_image(network: nn.Module, plan: EnginePlan) -> float:
+def seconds_per_image(network: ConvNet, plan: EnginePlan, batch_size: int) -> float:
     """Of one forward and backward pass: the least of a few short measurements."""
-    size = network.image_size
-    n = max(plan.chunk, _CHUNKS[0] * 32**2 // size**2, 1) * plan.workers
+    size, device = network.image_size, next(network.parameters()).device
+    n = batch_size
+    if device.type == "cpu":
+        n = max(plan.chunk, _CHUNKS[0] * 32**2 // size**2, 1) * plan.workers
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(n, 3, size, size, generator=random)
-    labels = torch.randint(network.num_classes, (n,), generator=random)
+    images = torch.randn(n, 3, size, size, generator=random).to(device)
+    labels = torch.randint(network.num_classes, (n,), generator=random).to(device)
     engine = build_engine(copy.deepcopy(network), plan)
     least = float("inf")
     for _ in range(1 + _REPEATS):  # the first also warms up
         began = time.perf_counter()
-        engine.gradients(images, labels)
+        engine.gradients(images, labels).item()
         least = min(least, time.perf_counter() - began)
     return least / n
 
@@ -104,11 +119,6 @@ def _plan_without_measuring(network: nn.Module, precision: str) -> EnginePlan:
     # In chunks, a CPU's caches hold more of what is needed next.
     chunk = _CHUNKS[1] if device.type == "cpu" and not across_images else 0
     return EnginePlan("plain", precision, chunk)
-
-
-def _key(image_size: int, precision: str) -> str:
-    threads = torch.get_num_threads()
-    return f"{cpu_model()}, torch {torch.__version__}, {threads} threads, {image_size} pixels, {precision}"
 
 
 def _remembered(key: str) -> EnginePlan | None:

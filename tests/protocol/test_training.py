@@ -11,6 +11,8 @@ from ddkit.protocol.convnet import ConvNet
 from ddkit.protocol.networks import NETWORKS, build_network
 from ddkit.protocol.training import TrainingRun, TrainingSettings, train_network
 
+pytestmark = pytest.mark.usefixtures("measured_before")
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

@@ -8,6 +8,8 @@ from ddkit.protocol.engine import PlainEngine, build_engine
 from ddkit.protocol.networks import build_network
 from ddkit.protocol.plan import EnginePlan
 
+pytestmark = pytest.mark.usefixtures("measured_before")
+
 
 @pytest.fixture(autouse=True)
 def compiler():

@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""How fast ddkit evaluates, beside the challenge's own code: both on this machine, alternately, in one run.
+
+    python tools/bench_evaluate.py --official PATH/TO/ECCV2024-Dataset-Distillation-Challenge
+
+For each dataset both train the same network on the same random images (ten a class, batches of 256, augmentation
+drawn as each does it); the official code's functions are imported from the checkout and called as its own loop calls
+them, with only the device changed. Each measurement is one process, so that its peak memory is its own; a
+measurement of the official code is always followed by one of ddkit. Figures are images a second over whole batches,
+training only, after one batch to warm up; the ratio is of the medians.
+
+--memory instead measures the peak memory of a whole TinyImageNet evaluation at E = 0, one round, test set included:
+the official code loads its reference file of 10,000 float images, ddkit tests from uint8 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+DATASETS = ("cifar100", "tinyimagenet")
+CONTENDERS = ("official", "float32", "bfloat16")
+BATCHES = {"cifar100": 4, "tinyimagenet": 1}  # timed in one measurement, of 256 images
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.measure:
+        print(json.dumps(_measure(arguments)))
+        return
+    rows = _memory_rows(arguments) if arguments.memory else _speed_rows(arguments)
+    _print_table(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", type=Path, required=True, help="a checkout of the challenge's repository")
+    parser.add_argument("--dataset", choices=DATASETS, action="append", help="one of them; both when left out")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each contender")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a whole evaluation instead of speed")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _speed_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    rows = []
+    for dataset in arguments.dataset or DATASETS:
+        found: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
+        for repeat in range(arguments.repeats):
+            for contender in CONTENDERS:
+                found[contender].append(_in_own_process(arguments, contender, dataset))
+                _say(f"{dataset}, {contender}, {repeat + 1}: {found[contender][-1]}")
+        official = statistics.median(run["images_per_second"] for run in found["official"])
+        for contender, runs in found.items():
+            speed = statistics.median(run["images_per_second"] for run in runs)
+            rows.append(
+                {
+                    "dataset": dataset,
+                    "code": contender if contender == "official" else f"ddkit {contender}",
+                    "images/s": round(speed, 1),
+                    "x official": round(speed / official, 2),
+                    "peak MiB": round(max(run["peak_mib"] for run in runs)),
+                }
+            )
+    return rows
+
+
+def _memory_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.reference = Path(folder) / "tinyimagenet_test.pt"
+        _write_reference(arguments.reference)
+        for contender in ("official", "float32"):
+            run = _in_own_process(arguments, contender, "tinyimagenet")
+            rows.append({"code": contender, "peak MiB": round(run["peak_mib"]), "seconds": round(run["seconds"])})
+    rows[1]["of official"] = round(rows[1]["peak MiB"] / rows[0]["peak MiB"], 2)  # type: ignore[operator]
+    return rows
+
+
+def _in_own_process(arguments: argparse.Namespace, contender: str, dataset: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--official", str(arguments.official), "--device", arguments.device]
+    command += ["--dataset", dataset, "--measure", contender]
+    command += ["--reference", str(arguments.reference)] if arguments.reference else []
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        sys.exit(f"measuring {contender} on {dataset} failed:\n{finished.stderr}")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """In a process of its own: what one contender does."""
+    (dataset,) = arguments.dataset
+    if arguments.reference:
+        measured = _whole_evaluation(arguments, dataset)
+    else:
+        measured = _training_speed(arguments, dataset)
+    return {**measured, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def _training_speed(arguments: argparse.Namespace, dataset: str) -> dict[str, float]:
+    import torch
+
+    size, classes = _facts(dataset)
+    images = torch.randn(10 * classes, 3, size, size, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(classes).repeat_interleave(10)
+    make = _official_epoch if arguments.measure == "official" else _ddkit_epoch
+    count = 256 * BATCHES[dataset]
+    places = torch.arange(count) % len(images)
+    make(arguments, dataset, images[:256], labels[:256])()  # compiling and choosing are not part of it
+    epoch = make(arguments, dataset, images[places], labels[places])
+    began = time.perf_counter()
+    epoch()
+    if arguments.device != "cpu":
+        torch.cuda.synchronize()
+    return {"images_per_second": count / (time.perf_counter() - began)}
+
+
+def _official_epoch(arguments: argparse.Namespace, dataset: str, images, labels) -> Callable[[], object]:
+    import torch
+
+    official, network_module, utils = _official_modules(arguments.official)
+    size, classes = _facts(dataset)
+    network = network_module.ConvNet(3, classes, 128, 3, "relu", "instancenorm", "avgpooling", (size, size))
+    network = network.to(arguments.device)
+    data = official.TensorDataset(images.to(arguments.device), labels.to(arguments.device))
+    loader = torch.utils.data.DataLoader(data, batch_size=256, shuffle=True, num_workers=0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
+    loss = torch.nn.CrossEntropyLoss()
+    augmentation = utils.ParamDiffAug()
+    return lambda: official.epoch(
+        "train", loader, network, optimizer, loss, aug=True, dsa_param=augmentation, device=arguments.device
+    )
+
+
+def _ddkit_epoch(arguments: argparse.Namespace, dataset: str, images, labels) -> Callable[[], object]:
+    import torch
+
+    from ddkit.protocol.networks import build_network
+    from ddkit.protocol.training import TrainingRun, TrainingSettings
+
+    size, classes = _facts(dataset)
+    network = build_network("convnet", classes, size, seed=0).to(arguments.device)
+    settings = TrainingSettings(1000, precision=arguments.measure)
+    images, labels = images.to(arguments.device), labels.to(arguments.device)
+    return TrainingRun(network, images, labels, settings, torch.Generator().manual_seed(0)).epoch
+
+
+def _whole_evaluation(arguments: argparse.Namespace, dataset: str) -> dict[str, float]:
+    import torch
+
+    size, classes = _facts(dataset)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        submission = Path(folder) / f"{dataset}.pt"
+        torch.save(torch.randn(10 * classes, 3, size, size), submission)
+        if arguments.measure == "official":
+            _official_evaluation(arguments, submission, dataset)
+        else:
+            _ddkit_evaluation(arguments, submission, dataset)
+    return {"seconds": time.perf_counter() - began}
+
+
+def _official_evaluation(arguments: argparse.Namespace, submission: Path, dataset: str) -> None:
+    """The steps of the official evaluator, E = 0 and one round."""
+    import torch
+
+    official, _, _ = _official_modules(arguments.official)
+    _, classes = _facts(dataset)
+    images = torch.load(submission)
+    labels = torch.arange(classes).repeat_interleave(10)
+    _official_epoch(arguments, dataset, images, labels)()
+    reference = torch.load(arguments.reference, map_location="cpu")
+    tests = official.TensorDataset(reference["images_val"], reference["labels_val"])
+    loader = torch.utils.data.DataLoader(tests, batch_size=256, shuffle=True, num_workers=0)
+    _, network_module, _ = _official_modules(arguments.official)
+    network = network_module.ConvNet(3, classes, 128, 3, "relu", "instancenorm", "avgpooling", (64, 64))
+    official.epoch("test", loader, network, None, torch.nn.CrossEntropyLoss(), aug=False, dsa_param=None, device="cpu")
+
+
+def _ddkit_evaluation(arguments: argparse.Namespace, submission: Path, dataset: str) -> None:
+    import torch
+    from safetensors.torch import safe_open
+
+    from ddkit.data.store import ImageSet
+    from ddkit.protocol.evaluate import evaluate
+
+    with safe_open(arguments.reference.with_suffix(".safetensors"), "pt") as file:
+        tests = ImageSet(file.get_tensor("images"), file.get_tensor("labels"), tuple(map(str, range(200))))
+    images = torch.load(submission, weights_only=True)
+    labels = torch.arange(_facts(dataset)[1]).repeat_interleave(10)
+    evaluate(images, labels, tests, epochs_setting=0, rounds=1, device=arguments.device)
+
+
+def _write_reference(path: Path) -> None:
+    """Random test images, as the challenge's reference file and as ddkit's prepared store hold them."""
+    import torch
+    from safetensors.torch import save_file
+
+    from ddkit.challenge import TINYIMAGENET
+    from ddkit.data.images import normalise
+
+    pixels = torch.randint(0, 256, (10_000, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.arange(10_000) % 200
+    torch.save({"images_val": normalise(pixels, TINYIMAGENET), "labels_val": labels}, path)
+    save_file({"images": pixels, "labels": labels}, path.with_suffix(".safetensors"))
+
+
+def _official_modules(checkout: Path):
+    """The challenge's evaluate.py, its network and its augmentation; the script asks for a GPU's state on import."""
+    sys.path.insert(0, str(checkout))
+    with contextlib.redirect_stdout(sys.stderr):
+        import evaluate as official
+        from utils import network, utils
+
+    return official, network, utils
+
+
+def _facts(dataset: str) -> tuple[int, int]:
+    from ddkit.challenge import DATASETS as SPECS
+
+    return SPECS[dataset].image_size, SPECS[dataset].num_classes
+
+
+def _print_table(rows: list[dict[str, object]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |")
+    from ddkit.environment import versions
+    from ddkit.protocol.device import cpu_model
+
+    print(f"\n{cpu_model()}, {os.cpu_count()} cores, torch {versions()['torch']}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
