@@ -10,6 +10,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from ddkit.cli._minimax import begin, configure_minimax, minimax_options, refuse_minimax_settings, wants_minimax
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, seed_option, surface_options
 from ddkit.cli._surface import Surface, span_text
 from ddkit.errors import MissingModel, UsageError
@@ -17,19 +18,24 @@ from ddkit.errors import MissingModel, UsageError
 if TYPE_CHECKING:
     from ddkit.generator.estimate import Estimate
     from ddkit.generator.presets import GeneratorConfig
+    from ddkit.generator.pretrained import Start
     from ddkit.generator.tracking import Features
     from ddkit.generator.training import Tracking, TrainingData, TrainingRequest
 
 _DEFAULT_PRESET = "tiny"
+_TUNING_PRESET = "minimax-paper"
 
 
 @click.command(epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
 @click.option("--dataset", required=True, help="A dataset of `ddkit data list`.")
-@click.option("--preset", "preset_name", help=f"Sizes: demo, tiny, small or base.  [default: {_DEFAULT_PRESET}]")
+@click.option("--preset", "preset_name",
+              help=f"Sizes and settings: demo, tiny, small, base, dit or {_TUNING_PRESET}.  [default: {_DEFAULT_PRESET}]")
+@minimax_options
 @click.option("--steps", type=click.IntRange(1), help="Of denoiser training, in all.")
 @click.option("--time", "seconds", type=Duration(), help="Of training in all, such as 20m; takes the place of --steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="The denoiser's learning rate.")
+@click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), help="Of the averaged weights, at every step.")
 @click.option("--accumulation", type=click.IntRange(1), help="Parts a step is computed in, where memory is short.")
 @click.option("--prediction", type=click.Choice(["flow", "v", "epsilon"]), help="What the denoiser predicts.")
 @click.option("--architecture", type=click.Choice(["uvit", "unet", "dit"]), help="Of the denoiser.")
@@ -62,7 +68,7 @@ def train(
     dry_run: bool,
     **settings: Any,
 ) -> None:
-    """Train a generator: an autoencoder, then a denoiser of its latents.
+    """Train a generator: an autoencoder, then a denoiser of its latents; or fine-tune one that is there.
 
     Run it again to go on where it stopped, or, with more --steps or --time, to train on.
     """
@@ -71,18 +77,25 @@ def train(
 
     if resume and fresh:
         raise UsageError("--resume and --fresh contradict each other.")
-    folder = out or RUNS_FOLDER / dataset
+    tuning, named = wants_minimax(preset_name, settings), preset_name is not None
+    folder = out or RUNS_FOLDER / (f"{dataset}-minimax" if tuning else dataset)
     _check_folder(folder, resume)
     data = _open(surface, dataset)
-    preset_name = preset_name or _preset_of(folder, fresh) or _DEFAULT_PRESET
+    preset_name = preset_name or _preset_of(folder, fresh) or (_TUNING_PRESET if tuning else _DEFAULT_PRESET)
     config = _configure(preset_name, data.image_size, settings)
+    start = None
+    if tuning or config.minimax:
+        config = configure_minimax(config, dataset, settings, named)
+        start, config = begin(surface, config, data, settings)
+    else:
+        refuse_minimax_settings(settings)
     if dry_run:
-        _show_costs(surface, config, data, device)
+        _show_costs(surface, config, data, device, start)
         return
     request = TrainingRequest(config, preset_name, seconds, device, save_every, tensorboard)
     if track_every is None:
         track_every = preset(preset_name).track_every
-    _train(surface, data, request, folder, fresh, track_every)
+    _train(surface, data, request, folder, fresh, track_every, start)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -123,13 +136,20 @@ def _configure(preset_name: str, image_size: int, settings: dict[str, Any]) -> G
         objective=dataclasses.replace(config.objective, **given(prediction="prediction")),
         denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, **optimiser),
         **given(
-            precision="precision", compile="compile_network", pretrained_autoencoder="autoencoder", seed="seed"
+            precision="precision", compile="compile_network", pretrained_autoencoder="autoencoder", seed="seed",
+            ema_decay="ema_decay",
         ),
     )
 
 
 def _train(
-    surface: Surface, data: TrainingData, request: TrainingRequest, folder: Path, fresh: bool, track_every: int
+    surface: Surface,
+    data: TrainingData,
+    request: TrainingRequest,
+    folder: Path,
+    fresh: bool,
+    track_every: int,
+    start: Start | None,
 ) -> None:
     from ddkit.generator.chart import CHART_FILE
     from ddkit.generator.estimate import check_memory
@@ -137,15 +157,16 @@ def _train(
     from ddkit.generator.training import train as train_generator
     from ddkit.protocol.device import resolve_device
 
-    check_memory(request.config, data.image_size, len(data.images.class_names), resolve_device(request.device))
+    classes, device = len(data.images.class_names), resolve_device(request.device)
+    check_memory(request.config, data.image_size, classes, device, start=start)
     if fresh:
         start_over(folder)
-    verb = "Going on with" if has_training(folder) else "Training"
+    verb = "Going on with" if has_training(folder) else "Fine-tuning" if start else "Training"
     surface.say(
         f"{verb} a generator on {escape(data.name)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
     )
     tracking = _tracking(surface, data, request.device, track_every)
-    model = train_generator(data, request, folder, tracking=tracking, progress=surface.listen)
+    model = train_generator(data, request, folder, start=start, tracking=tracking, progress=surface.listen)
     surface.done([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name))
     surface.result(
         {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
@@ -173,20 +194,23 @@ def _length(request: TrainingRequest) -> str:
     if request.seconds is not None:
         return span_text(request.seconds)
     config = request.config
-    return f"{config.autoencoder_optimiser.steps:,} + {config.denoiser_optimiser.steps:,} steps"
+    before = "" if config.minimax else f"{config.autoencoder_optimiser.steps:,} + "
+    return f"{before}{config.denoiser_optimiser.steps:,} steps"
 
 
 def _model_option(folder: Path, dataset: str) -> str:
     return "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
 
 
-def _show_costs(surface: Surface, config: GeneratorConfig, data: TrainingData, device: str) -> None:
+def _show_costs(
+    surface: Surface, config: GeneratorConfig, data: TrainingData, device: str, start: Start | None
+) -> None:
     from ddkit.generator.estimate import estimate
     from ddkit.generator.presets import to_json
     from ddkit.protocol.device import resolve_device
 
-    surface.say("Trying both stages for a few seconds each; nothing is kept.")
-    costs = estimate(config, data.image_size, len(data.images.class_names), resolve_device(device))
+    surface.say("Trying each stage for a few seconds; nothing is kept.")
+    costs = estimate(config, data.image_size, len(data.images.class_names), resolve_device(device), start=start)
     surface.result(dataclasses.asdict(costs) | {"config": to_json(config)}, _cost_table(costs))
 
 

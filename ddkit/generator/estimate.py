@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from ddkit.data.store import ImageSet
 from ddkit.errors import ComputeError
 from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.difffit import count_parameters
 from ddkit.generator.engine import Stage
 from ddkit.generator.latents import LatentSet
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import GeneratorConfig
-from ddkit.generator.stages import AutoencoderStage, DenoiserStage
+from ddkit.generator.pretrained import Start
+from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 
-# Weights, gradients, two moments of AdamW, averaged weights; all float32.
+# Of what is trained: weights, gradients, two moments of AdamW, averaged weights; all float32.
 _COPIES_OF_PARAMETERS = 5
 _BYTES_PER_VALUE = 4
 _PROBE_BATCH = 4  # images, of which memory is measured
@@ -28,11 +30,14 @@ _RESERVE = 0.9  # of the free memory may be planned for
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """parameters: of the network. memory: bytes at the peak of a step. images_per_second: None where not measured."""
+    """parameters: of the network, trainable or not. memory: bytes at the peak of a step, fixed_memory: those of them that
+    do not depend on the batch. images_per_second: None where not measured.
+    """
 
     stage: str
     parameters: int
     memory: int
+    fixed_memory: int
     images_per_second: float | None
     steps: int
     batch_size: int
@@ -47,7 +52,7 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Both stages of a training, and the device's free memory in bytes."""
+    """The stages of a training, and the device's free memory in bytes."""
 
     stages: tuple[StageEstimate, ...]
     free_memory: int
@@ -59,22 +64,32 @@ class Estimate:
 
 
 def estimate(
-    config: GeneratorConfig, image_size: int, num_classes: int, device: torch.device, *, seconds: float = 3.0
+    config: GeneratorConfig,
+    image_size: int,
+    num_classes: int,
+    device: torch.device,
+    *,
+    seconds: float = 3.0,
+    start: Start | None = None,
 ) -> Estimate:
     """Find out what training costs on that device.
 
+    start: of fine-tuning, which has one stage alone.
     seconds: to measure each stage's speed for; 0 to find parameters and memory only.
     """
-    stages = tuple(_estimate_stage(stage, device, seconds) for stage in _stages(config, image_size, num_classes))
-    return Estimate(stages, free_memory(device))
+    stages = (_fine_tuning(config, start, num_classes),) if start else _stages(config, image_size, num_classes)
+    estimates = tuple(_estimate_stage(stage, device, seconds) for stage in stages)
+    return Estimate(estimates, free_memory(device))
 
 
-def check_memory(config: GeneratorConfig, image_size: int, num_classes: int, device: torch.device) -> None:
+def check_memory(
+    config: GeneratorConfig, image_size: int, num_classes: int, device: torch.device, *, start: Start | None = None
+) -> None:
     """Raise ComputeError, saying what would fit, where a training needs more memory than the device has free."""
-    needed = estimate(config, image_size, num_classes, device, seconds=0)
+    needed = estimate(config, image_size, num_classes, device, seconds=0, start=start)
     if needed.memory <= _RESERVE * needed.free_memory:
         return
-    fixed = max(stage.parameters for stage in needed.stages) * _COPIES_OF_PARAMETERS * _BYTES_PER_VALUE
+    fixed = max(stage.fixed_memory for stage in needed.stages)
     per_image = max(stage.memory / stage.batch_size for stage in needed.stages)
     fitting = int((_RESERVE * needed.free_memory - fixed) / per_image)
     remedy = f"--batch-size {fitting} would fit." if fitting >= 1 else "Choose a smaller --preset."
@@ -105,16 +120,29 @@ def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple
     return AutoencoderStage(config, autoencoder, images), DenoiserStage(config, denoiser, latents)
 
 
+def _fine_tuning(config: GeneratorConfig, start: Start, num_classes: int) -> Stage:
+    """The same of fine-tuning. The network is the start's own, which stays as it is."""
+    network = start.generator.denoiser
+    count, side = max(config.denoiser_optimiser.batch_size, num_classes), network.config.sample_size
+    made_up = torch.zeros(count, 1, network.config.in_channels, side, side, dtype=torch.float16)
+    latents = LatentSet(made_up, torch.arange(count) % num_classes, std=1.0)
+    return MinimaxStage(config, network, latents, num_classes)
+
+
 def _estimate_stage(stage: Stage, device: torch.device, seconds: float) -> StageEstimate:
     stage.loss.to(device)
-    parameters = sum(parameter.numel() for parameter in stage.network.parameters())
+    counts = count_parameters(stage.network)
     batch = stage.draw(0, device)
     part = stage.optimiser.batch_size // stage.optimiser.accumulation
     per_image = _bytes_kept(stage.loss, batch) / _PROBE_BATCH
+    # Only now, as memories are allocated when a first batch shows how large latents are.
+    fixed = _BYTES_PER_VALUE * (counts.total + (_COPIES_OF_PARAMETERS - 1) * counts.trainable)
+    fixed += sum(buffer.nbytes for buffer in stage.loss.buffers())
     return StageEstimate(
         stage=stage.name,
-        parameters=parameters,
-        memory=int(parameters * _COPIES_OF_PARAMETERS * _BYTES_PER_VALUE + per_image * part),
+        parameters=counts.total,
+        memory=int(fixed + per_image * part),
+        fixed_memory=fixed,
         images_per_second=_speed(stage.loss, batch, seconds) if seconds > 0 else None,
         steps=stage.optimiser.steps,
         batch_size=stage.optimiser.batch_size,

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from ddkit.errors import UsageError
 
-
 _COPIED_AT_MOST = 1 / 8  # of a memory; copying its rows takes about so many times as long as multiplying with them
 
 

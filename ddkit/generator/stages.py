@@ -108,7 +108,10 @@ class DenoiserStage:
 
 
 class MinimaxStage(DenoiserStage):
-    """Fine-tune a denoiser by the minimax criteria, which are recorded as well, before their weights."""
+    """Fine-tune a denoiser by the minimax criteria. They are recorded too, without their weights.
+
+    To the criteria each part of an accumulated batch is a batch of its own.
+    """
 
     name = "minimax"
     task = "Fine-tuning the denoiser"

@@ -223,7 +223,8 @@ class _Run:
         stage = self._denoiser_stage(latents)
         steps, seconds = stage.optimiser.steps, None
         if self.request.seconds is not None:
-            steps, seconds = _NO_LIMIT, (1 - AUTOENCODER_SHARE) * self.request.seconds
+            share = 1 if self.start else 1 - AUTOENCODER_SHARE
+            steps, seconds = _NO_LIMIT, share * self.request.seconds
         engine = self._engine(stage, Limits(steps, seconds, self.request.save_every_seconds))
         engine.on_save = lambda: self._save_model(engine, autoencoder)
         if self.tracking is not None:
