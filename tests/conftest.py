@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,32 @@ def colours(tmp_path: Path) -> str:
                 Image.new("RGB", (16, 16), shade).save(folder / f"{i}.png")
     prepare("colours", tmp_path / "pictures")
     return "colours"
+
+
+@pytest.fixture(scope="session")
+def save_dit() -> Callable[[Path, Sequence[str]], Path]:
+    """Writes a DiTPipeline folder with random weights: latents of 8 x 8, images of 16 px, a predicted variance."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    def save(folder: Path, titles: Sequence[str]) -> Path:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transformer = DiTTransformer2DModel(
+                num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+                sample_size=8, patch_size=2, num_embeds_ada_norm=len(titles),
+            )  # fmt: skip
+            vae = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
+            )  # fmt: skip
+        first, *others = transformer.transformer_blocks
+        for block in others:  # as in the pretrained ones
+            block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+        DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["id2label"] = {str(i): title for i, title in enumerate(titles)}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        return folder
+
+    return save

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline
 
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadFile, MissingModel, UsageError
@@ -26,29 +26,13 @@ TITLES = (
 )
 
 
-def save_dit(folder, titles=TITLES):
-    """A DiTPipeline folder with random weights: latents of 8 x 8, images of 16 px, a predicted variance."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=len(titles),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
-    )  # fmt: skip
-    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
-    change(folder / "model_index.json", id2label={str(i): title for i, title in enumerate(titles)})
-    return folder
-
-
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 @pytest.fixture(scope="module")
-def dit_folder(tmp_path_factory):
-    return save_dit(tmp_path_factory.mktemp("dit") / "tiny")
+def dit_folder(save_dit, tmp_path_factory):
+    return save_dit(tmp_path_factory.mktemp("dit") / "tiny", TITLES)
 
 
 @pytest.fixture
@@ -199,7 +183,7 @@ class TestMapping:
         for wnid, (label,) in zip(found.names, found.labels):
             assert titles[label] in words[wnid].split(", "), wnid
 
-    def test_imagenet_is_known_by_its_size_and_its_names(self, tmp_path):
+    def test_imagenet_is_known_by_its_size_and_its_names(self, save_dit, tmp_path):
         from torchvision.models import ResNet18_Weights
 
         titles = ResNet18_Weights.DEFAULT.meta["categories"]
