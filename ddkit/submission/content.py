@@ -20,6 +20,7 @@ _THUMB_ALIKE = 0.97  # correlation of thumbnails
 _ALIKE = 0.95  # correlation of the images themselves, channels together
 _CLOSE = 0.08  # root mean square difference in units of [0, 1]: two plain skies correlate, but differ in colour
 _BATCH = 1000
+_REMARKED = 0.01  # share of the rows up to which near copies are only remarked on
 _NAMED = 5
 
 
@@ -60,22 +61,24 @@ def _copy_findings(
     exact = [(rows[0], row) for rows in same.values() for row in rows[1:]]
     near = [pair for pair in near_pairs(pixels[unlike]) if prints[unlike[pair[0]]] != prints[unlike[pair[1]]]]
     near = [(int(unlike[a]), int(unlike[b])) for a, b in near]
+    return [
+        *_pair_findings(exact, ("C002", "C003"), "the same at 8 bits", 0, ipc, where),
+        # Real sets hold a few pairs that look alike; many are an accident.
+        *_pair_findings(near, ("C004", "C005"), "nearly the same", int(_REMARKED * len(pixels)), ipc, where),
+    ]
+
+
+def _pair_findings(
+    pairs: Sequence[tuple[int, int]], codes: tuple[str, str], words: str, remarked: int, ipc: int, where: str
+) -> list[Finding]:
+    """One finding on pairs within a class and one on pairs across; up to `remarked` pairs are no more than a remark."""
     findings = []
-    for pairs, codes, words in ((exact, ("C002", "C003"), "the same"), (near, ("C004", "C005"), "nearly the same")):
-        within = [(a, b) for a, b in pairs if a // ipc == b // ipc]
-        across = [(a, b) for a, b in pairs if a // ipc != b // ipc]
-        if within:
-            message = f"{len(within)} pairs of images of one class are {words} at 8 bits: rows {_pair_words(within)}."
-            findings.append(Finding(_level(words, within, len(pixels)), codes[0], message, where))
-        if across:
-            message = f"{len(across)} pairs of images of different classes are {words}: rows {_pair_words(across)}."
-            findings.append(Finding(_level(words, across, len(pixels)), codes[1], message, where))
+    for code, kind, inside in ((codes[0], "one class", True), (codes[1], "different classes", False)):
+        chosen = [(a, b) for a, b in pairs if (a // ipc == b // ipc) == inside]
+        if chosen:
+            message = f"{len(chosen)} pairs of images of {kind} are {words}: rows {_pair_words(chosen)}."
+            findings.append(Finding("warning" if len(chosen) > remarked else "info", code, message, where))
     return findings
-
-
-def _level(words: str, pairs: Sequence[tuple[int, int]], rows: int) -> str:
-    """Real sets hold a few pairs that look alike; many, or exact ones, are an accident."""
-    return "info" if words != "the same" and len(pairs) <= 0.01 * rows else "warning"
 
 
 def _test_findings(
@@ -93,7 +96,7 @@ def _test_findings(
         findings.append(Finding("warning", "C006", message, where))
     if near:
         message = f"{len(near)} images are nearly test images: {_pair_words(near, ' is like test image ')}."
-        level = "info" if len(near) <= 0.01 * len(pixels) else "warning"
+        level = "warning" if len(near) > _REMARKED * len(pixels) else "info"
         findings.append(Finding(level, "C007", message, where))
     return findings
 

@@ -50,7 +50,6 @@ _OTHERS = (
     _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     _Constants("ImageNet's constants", TINYIMAGENET.mean, TINYIMAGENET.std),
     _Constants("CIFAR-100's constants", CIFAR100.mean, CIFAR100.std),
-    _Constants("the dataset's constants with red and blue exchanged", CIFAR100.mean[::-1], CIFAR100.std[::-1], "N006"),
 )
 # Other roundings of CIFAR-100's constants: values differ by a hundredth of a standard deviation at most.
 _ROUNDINGS = (
@@ -77,8 +76,8 @@ def normalisation_findings(images: Tensor, spec: DatasetSpec, where: str) -> lis
 def _candidates(spec: DatasetSpec) -> list[_Constants]:
     """All that images may have been normalised with, the right constants first, each once."""
     right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
-    reversed_ = _Constants("the dataset's constants with red and blue exchanged", spec.mean[::-1], spec.std[::-1], "N006")
-    named = [right, _UNIT, _SIGNED, _BYTES, *_OTHERS[:-1], reversed_]
+    exchanged = "the dataset's constants with red and blue exchanged (BGR for RGB)"
+    named = [right, _UNIT, _SIGNED, _BYTES, *_OTHERS, _Constants(exchanged, spec.mean[::-1], spec.std[::-1], "N006")]
     named += _ROUNDINGS if spec.name == CIFAR100.name else ()
     kept: dict[tuple[float, ...], _Constants] = {}
     for constants in named:

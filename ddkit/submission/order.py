@@ -31,11 +31,13 @@ _BETTER = 3.0  # by which a named wrong order must beat the right one
 _UNKNOWN_TELLING = 5.0  # for an order found by assignment, on the images that it was not found on
 _SHARE_OF_REAL = 0.25  # of the log-probability that real images gain, for such an order
 _INFORMATIVE = 0.5  # of real images' information, from which rows that fit no order are called shuffled
-_PAIRS_EXPECTED = 0.01  # false alarms by chance in comparing all pairs of classes, were the images independent
+_UNLIKE = 0.3  # of a row's evidence about single blocks: the share of images that are no likeness of their class
+_PAIRS_ODDS = 0.1  # of a false alarm among all pairs of classes, by a bound that measured ones stay far below
+_FEW_IMAGES = 4.0  # nats a moved block pays more, divided by its number of images
 _FEWEST_CLASSES = 8  # random permutations of fewer are no measure
 _FEW_MOVED = 0.1  # of the blocks: up to here the moved ones are named, beyond it the order is called shuffled
 _NAMED = 5  # blocks listed in a message
-_SCALES = torch.logspace(-2, 0, 41)
+_SCALES = torch.logspace(-2, 0, 21)  # of the evidence of one block
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ def judge_order(logp: Tensor, orders: Mapping[str, Tensor], model: ClassModel) -
 
     logp: (C * ipc, C) of each row. orders: known wrong orders by code, (C,) class of each block each.
     """
-    classes = logp.shape[1]
-    candidates = _candidates(classes, orders)
-    scores = [_agreement(_group_means(logp, candidate.interleaved), candidate.classes) for candidate in candidates]
+    candidates = _candidates(logp.shape[1], orders)
+    matrices = {interleaved: _standardised(_group_means(logp, interleaved)) for interleaved in (False, True)}
+    scores = [_agreement(matrices[candidate.interleaved], candidate.classes) for candidate in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     if scores[0] >= _TELLING and scores[best] - scores[0] < _BETTER:
         return _judge_blocks(logp, scores[0])
@@ -146,14 +148,25 @@ def _candidates(classes: int, orders: Mapping[str, Tensor]) -> list[_Candidate]:
     by_block = [
         _Candidate("L001", _WORDS["L001"], right),
         *(_Candidate(code, _WORDS[code], order) for code, order in orders.items()),
-        _Candidate("L005", "shifted by one block: block 0 shows class 1, block 1 class 2, ...", right.roll(-1)),
-        _Candidate("L005", "shifted by one block: block 1 shows class 0, block 2 class 1, ...", right.roll(1)),
         _Candidate("L006", "reversed: the last class comes first", right.flip(0)),
+        *_shifted(right),
     ]
     in_turn = [_Candidate("L004", "image by image, the classes in turn (0, 1, 2, ... again and again)", right, True)]
     for code, order in orders.items():
         in_turn.append(_Candidate("L004", f"image by image, and the classes {_WORDS[code]}", order, True))
     return by_block + in_turn
+
+
+def _shifted(right: Tensor) -> list[_Candidate]:
+    """From some block on, each shows the class after its own, or before: a class left out, or taken twice."""
+    shifted = []
+    for start in range(len(right) - 1):
+        from_here = f"shifted by one block from block {start} on"
+        before, tail = right[:start], right[start:]
+        up, down = torch.cat([before, tail.roll(-1)]), torch.cat([before, tail.roll(1)])
+        shifted.append(_Candidate("L005", f"{from_here}, where they show the class after theirs", up))
+        shifted.append(_Candidate("L005", f"{from_here}, where they show the class before theirs", down))
+    return shifted
 
 
 def _group_means(logp: Tensor, interleaved: bool) -> Tensor:
@@ -172,12 +185,17 @@ def _centred(matrix: Tensor) -> Tensor:
     return matrix - matrix.mean(dim=0) - matrix.mean(dim=1, keepdim=True) + matrix.mean()
 
 
-def _agreement(matrix: Tensor, classes: Tensor) -> float:
-    """Sum of matrix[b, classes[b]] in standard deviations above its mean over all permutations (Hoeffding 1951)."""
+def _standardised(matrix: Tensor) -> Tensor:
+    """Centred, in units of the deviation that the sum over a random permutation has (Hoeffding 1951)."""
     centred = _centred(matrix.double())
     deviation = (centred.square().sum() / (len(centred) - 1)).sqrt()
     # Images that all look alike leave nothing but rounding to compare.
-    return 0.0 if deviation < 1e-6 else float(centred[torch.arange(len(centred)), classes].sum() / deviation)
+    return torch.zeros_like(centred) if deviation < 1e-6 else centred / deviation
+
+
+def _agreement(standardised: Tensor, classes: Tensor) -> float:
+    """How far the order `classes` stands above random ones, in standard deviations."""
+    return float(standardised.gather(1, classes[:, None]).sum())
 
 
 def _assign(gain: Tensor) -> Tensor:
@@ -189,7 +207,9 @@ def _judge_blocks(logp: Tensor, agreement: float) -> OrderVerdict:
     """The order is right on the whole; find blocks that stand at each other's place."""
     classes = logp.shape[1]
     ipc = len(logp) // classes
-    shown = _moved_blocks(_centred(_group_means(logp, False)) * ipc)
+    # One image that looks like anything but its class must not decide over its block.
+    robust = torch.log((1 - _UNLIKE) * logp.exp() + _UNLIKE / classes)
+    shown = _moved_blocks(_centred(_group_means(robust, False)) * ipc, ipc)
     moved = int((shown != torch.arange(classes)).sum())
     if not moved:
         return OrderVerdict("L001", _WORDS["L001"], torch.arange(classes).repeat_interleave(ipc), agreement)
@@ -198,16 +218,16 @@ def _judge_blocks(logp: Tensor, agreement: float) -> OrderVerdict:
     return OrderVerdict(code, words, shown.repeat_interleave(ipc), agreement)
 
 
-def _moved_blocks(evidence: Tensor) -> Tensor:
+def _moved_blocks(evidence: Tensor, ipc: int) -> Tensor:
     """(C,): the class that each block shows, its own unless the evidence for moving pays for all that was tried.
 
     evidence: (C, C), summed log-probabilities. As images of a block resemble one another and are no real ones, it
-    is scaled down to what makes the blocks' own classes most probable; then every moved block must gain half of what
-    makes one false alarm among all pairs of classes as rare as `_PAIRS_EXPECTED`.
+    is scaled down to what makes the blocks' classes most probable. A swapped pair must outweigh the log odds of one
+    pair against all, so that each moved block pays half of them.
     """
     classes = len(evidence)
     pairs = classes * (classes - 1) / 2
-    price = math.log(pairs / _PAIRS_EXPECTED) / 2
+    price = math.log(pairs / _PAIRS_ODDS) / 2 + _FEW_IMAGES / ipc
     shown = torch.arange(classes)
     for _ in range(3):
         likelihoods = [torch.log_softmax(scale * evidence, dim=1).gather(1, shown[:, None]).mean() for scale in _SCALES]
@@ -245,7 +265,7 @@ def _cross_checked(logp: Tensor, interleaved: bool) -> tuple[float, float] | Non
     agreements, gains = [], []
     for ours, theirs in (halves, halves[::-1]):
         shown = _assign(ours)
-        agreements.append(_agreement(theirs, shown))
+        agreements.append(_agreement(_standardised(theirs), shown))
         gains.append(float(_centred(theirs)[torch.arange(classes), shown].mean()))
     return sum(agreements) / math.sqrt(2), sum(gains) / 2
 
