@@ -318,14 +318,15 @@ PRESETS = {
             "built-in letters, a minute and a half on 2 CPU cores",
             {
                 32: GeneratorConfig(
-                    AutoencoderConfig(pixel_patch=4, channels=(48,)),
-                    DenoiserConfig(hidden_size=128, depth=5, num_heads=4),
-                    OptimiserConfig(steps=500, batch_size=32, learning_rate=3e-3),
+                    AutoencoderConfig(pixel_patch=4, channels=(32,)),
+                    DenoiserConfig(hidden_size=128, depth=3, num_heads=4),
+                    OptimiserConfig(steps=400, batch_size=32, learning_rate=4e-3),
                     OptimiserConfig(steps=1500, batch_size=64, learning_rate=2e-3),
                     flips=False,
                     compile=False,
                 )
             },
+            track_every=0,
         ),
         Preset(
             "tiny",
@@ -340,21 +341,48 @@ PRESETS = {
             },
         ),
         Preset(
-            "dit",
-            "as tiny, with diffusers' diffusion transformer",
+            "small",
+            "any GPU, about an hour",
             {
                 32: GeneratorConfig(
-                    AutoencoderConfig(pixel_patch=4, channels=(64,)),
-                    DenoiserConfig("dit", hidden_size=192, depth=6, num_heads=3),
-                    OptimiserConfig(steps=6000, batch_size=32, learning_rate=3e-3),
-                    OptimiserConfig(steps=10_000, batch_size=128, learning_rate=1e-3),
-                )
+                    AutoencoderConfig(pixel_patch=1, channels=(64, 128), layers_per_level=2, latent_channels=4),
+                    DenoiserConfig(hidden_size=384, depth=9, num_heads=6, tokens_per_side=8),
+                    OptimiserConfig(steps=10_000, batch_size=128, learning_rate=1e-3, decay_after_steps=5000),
+                    OptimiserConfig(steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000,
+                                    decay_after_steps=20_000),
+                ),
+                64: GeneratorConfig(
+                    AutoencoderConfig(pixel_patch=2, channels=(64, 128), layers_per_level=2, latent_channels=4),
+                    DenoiserConfig(hidden_size=384, depth=9, num_heads=6, tokens_per_side=8),
+                    OptimiserConfig(steps=15_000, batch_size=64, learning_rate=1e-3, decay_after_steps=5000),
+                    OptimiserConfig(steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000,
+                                    decay_after_steps=20_000),
+                ),
             },
+            track_every=5000,
         ),
         Preset(
-            MINIMAX_PRESET,
-            "fine-tuning DiT-XL/2, or a generator of yours, by the minimax criteria",
-            {32: _minimax_paper()},
+            "base",
+            "an H200 or its like, hours",
+            {
+                32: GeneratorConfig(
+                    AutoencoderConfig(pixel_patch=1, channels=(128, 256), layers_per_level=2, latent_channels=4),
+                    DenoiserConfig(hidden_size=512, depth=13, num_heads=8, tokens_per_side=8),
+                    OptimiserConfig(steps=20_000, batch_size=256, learning_rate=5e-4, decay_after_steps=10_000),
+                    OptimiserConfig(steps=200_000, batch_size=1024, learning_rate=3e-4, warmup_steps=2000,
+                                    decay_after_steps=50_000),
+                    precision="bfloat16",
+                ),
+                64: GeneratorConfig(
+                    AutoencoderConfig(pixel_patch=1, channels=(64, 128, 256), layers_per_level=2, latent_channels=4),
+                    DenoiserConfig(hidden_size=512, depth=13, num_heads=8, tokens_per_side=8),
+                    OptimiserConfig(steps=30_000, batch_size=128, learning_rate=5e-4, decay_after_steps=10_000),
+                    OptimiserConfig(steps=200_000, batch_size=1024, learning_rate=3e-4, warmup_steps=2000,
+                                    decay_after_steps=50_000),
+                    precision="bfloat16",
+                ),
+            },
+            track_every=5000,
         ),
     )
 }
