@@ -384,5 +384,24 @@ PRESETS = {
             },
             track_every=5000,
         ),
+        Preset(
+            "dit",
+            "as tiny, with diffusers' diffusion transformer",
+            {
+                32: GeneratorConfig(
+                    AutoencoderConfig(pixel_patch=4, channels=(64,)),
+                    DenoiserConfig("dit", hidden_size=192, depth=6, num_heads=3),
+                    OptimiserConfig(steps=6000, batch_size=32, learning_rate=3e-3),
+                    OptimiserConfig(steps=10_000, batch_size=128, learning_rate=1e-3),
+                )
+            },
+        ),
+        Preset(
+            MINIMAX_PRESET,
+            "fine-tuning DiT-XL/2, or a generator of yours, by the minimax criteria",
+            {32: _minimax_paper()},
+            # What the criteria are to bring is not what the distance measures: the last model is the result.
+            track_every=0,
+        ),
     )
 }
