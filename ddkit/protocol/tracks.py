@@ -24,6 +24,7 @@ from ddkit.protocol.networks import OFFICIAL_NETWORK
 
 TEST_IMAGES = 10_000  # of both datasets of the challenge
 _SECONDS_BETWEEN_LOOKS = 0.5
+_STANDARD_ERROR = 2  # its file descriptor
 
 Generate = Callable[[int, float], tuple[Tensor, Tensor]]
 """A track 2 entry: (seed, seconds it may take) -> normalised (N, 3, S, S) images and (N,) int64 labels."""
@@ -94,9 +95,7 @@ def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
     return Generated(images, labels, seconds)
 
 
-def script_entry(
-    script: Path, dataset: str, *, device: str | None = None, progress: Listener = ignore
-) -> Generate:
+def script_entry(script: Path, dataset: str, *, device: str | None = None, progress: Listener = ignore) -> Generate:
     """The entry that `python script --dataset NAME --out FILE --time-budget SECONDS --seed N` is.
 
     The script writes {"images": (N, 3, S, S) float32 normalised, "labels": (N,) int64} with torch.save.
@@ -125,7 +124,7 @@ def hash_of_folder(folder: Path) -> str:
 def _run_script(command: list[str], budget: float, progress: Listener) -> None:
     began = time.monotonic()
     # Its output is the entry's own affair, and ours may be JSON: it goes where progress goes.
-    with subprocess.Popen(command, stdout=sys.stderr) as process:
+    with subprocess.Popen(command, stdout=_STANDARD_ERROR) as process:
         try:
             while process.poll() is None:
                 spent = time.monotonic() - began
@@ -165,5 +164,3 @@ def images_per_class(labels: Tensor, num_classes: int) -> tuple[int, int]:
     """Smallest and largest number of images of any class."""
     counts = torch.bincount(labels.cpu(), minlength=num_classes)
     return int(counts.min()), int(counts.max())
-
-

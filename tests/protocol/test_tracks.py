@@ -1,6 +1,5 @@
 """What is official, and generators as scripts on the clock."""
 
-import sys
 import textwrap
 
 import pytest

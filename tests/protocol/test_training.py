@@ -133,7 +133,8 @@ def test_an_unknown_network_is_refused_with_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"epochs_setting": -1}, {"epochs_setting": 1, "batch_size": 0}, {"epochs_setting": 1, "precision": "x"}]
+    "settings",
+    [{"epochs_setting": -1}, {"epochs_setting": 1, "batch_size": 0}, {"epochs_setting": 1, "precision": "x"}],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings):
     with pytest.raises(UsageError):

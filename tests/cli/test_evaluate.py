@@ -1,0 +1,235 @@
+"""`ddkit evaluate` on a small dataset of the user's own, as people call it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from ddkit.cli import main
+from ddkit.data.images import normalise
+from ddkit.data.prepare import prepare
+from ddkit.data.store import dataset_spec, load_dataset
+from ddkit.results import read
+from ddkit.submission.layout import save_set
+
+COLOURS = {"blue": (40, 60, 210), "green": (40, 200, 60), "red": (210, 50, 40), "yellow": (200, 190, 40)}
+QUICK = ("--epochs-setting", "4", "--rounds", "2")
+
+
+@pytest.fixture(scope="session")
+def blobs_cache(tmp_path_factory):
+    """A cache in which a dataset `blobs` of four colours, 16 pixels, is prepared."""
+    folder, cache = tmp_path_factory.mktemp("blobs"), tmp_path_factory.mktemp("blobs-cache")
+    random = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("test", 10)):
+        for name, colour in COLOURS.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(-40, 40, (16, 16, 3), generator=random)
+                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
+                Image.fromarray(pixels.numpy()).save(place / f"{index:02}.png")
+    prepare("blobs", folder, cache=cache)
+    return cache
+
+
+@pytest.fixture
+def work(tmp_path, blobs_cache, monkeypatch):
+    """An empty working folder with blobs at hand."""
+    monkeypatch.setenv("DDKIT_CACHE", str(blobs_cache))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def save(path, start=0, **facts):
+    """A set of two real images a class from `start` on."""
+    real, spec = load_dataset("blobs", "train"), dataset_spec("blobs")
+    images = normalise(real.images.unflatten(0, (4, -1))[:, start : start + 2].flatten(0, 1), spec)
+    save_set(path, images, spec, real.class_names, facts)
+    return str(path)
+
+
+def run(*arguments, status=0):
+    """The command in this process: what it wrote to standard output, and what to standard error."""
+    finished = CliRunner().invoke(main, ["evaluate", *arguments])
+    assert finished.exit_code == status, finished.output
+    return finished.stdout, finished.stderr
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ddkit", "evaluate", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_without_arguments_it_evaluates_what_is_in_submission(work):
+    save(work / "submission" / "blobs.pt")
+    process = start("--json", *QUICK)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    (result,) = json.loads(output)["results"]
+    assert (result["name"], result["dataset"], len(result["accuracies"])) == ("submission", "blobs", 2)
+    assert result["kind"] == "submission" and result["official"] is False and len(result["per_class"]) == 4
+    assert "2 rounds of 5 epochs" in errors and "10/10 epochs" in errors and "next: ddkit report" in errors
+    (kept,) = read(work / "runs" / "results.jsonl").results
+    assert list(kept.accuracies) == result["accuracies"]
+
+
+def test_run_again_it_repeats_nothing_and_records_nothing_twice(work):
+    path = save(work / "blobs.pt")
+    first, _ = run(path, *QUICK, "--json")
+    again, _ = run(path, *QUICK, "--json")
+    assert json.loads(again)["results"][0]["seconds"] == json.loads(first)["results"][0]["seconds"]
+    run(path, "--epochs-setting", "4", "--rounds", "3")
+    assert [result.rounds for result in read("runs/results.jsonl").results] == [2, 3]
+
+
+def test_what_was_made_from_real_images_is_a_baseline(work):
+    run(save(work / "blobs.pt", kind="random-real", seed=3), *QUICK)
+    (result,) = read("runs/results.jsonl").results
+    assert result.kind == "random-real" and result.made_by["seed"] == 3
+
+
+def test_two_sets_are_compared_round_by_round(work):
+    first, second = save(work / "a" / "blobs.pt"), save(work / "b" / "blobs.pt", start=5)
+    output, _ = run(first, second, *QUICK, "--json")
+    data = json.loads(output)
+    (comparison,) = data["comparisons"]
+    accuracies = [result["accuracies"] for result in data["results"]]
+    assert comparison["paired"] and comparison["differences"] == pytest.approx(
+        [a - b for a, b in zip(*accuracies, strict=True)]
+    )
+    shown, _ = run(first, second, *QUICK)
+    assert "noise" in shown or "is better than" in shown
+
+
+def test_the_reasons_for_not_being_official_are_shown(work):
+    shown, _ = run(save(work / "blobs.pt"), *QUICK, "--no-augment", "--precision", "bfloat16")
+    shown = " ".join(shown.split())
+    assert "no augmentation" in shown and "bfloat16 instead of float32" in shown
+
+
+def test_the_dataset_may_be_said_for_a_file_of_another_name(work):
+    path = work / "mine.pt"
+    save(path)
+    path.with_suffix(".json").unlink()
+    _, errors = run(str(path), *QUICK, status=2)
+    assert "There is no dataset 'mine'" in errors
+    run(str(path), "--dataset", "blobs", *QUICK)
+
+
+def test_a_reference_file_can_take_the_test_sets_place(work):
+    tests, spec = load_dataset("blobs", "test"), dataset_spec("blobs")
+    reference = {"images_val": normalise(tests.images, spec), "labels_val": tests.labels}
+    torch.save(reference, "blobs_test.pt")
+    path = save(work / "blobs.pt")
+    outputs = [run(path, *QUICK, "--json", *more)[0] for more in ((), ("--reference", "blobs_test.pt"))]
+    accuracies = [json.loads(output)["results"][0]["accuracies"] for output in outputs]
+    assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"no such thing", "cannot be read as a reference file"),
+    ({"images": torch.zeros(4, 3, 16, 16)}, "images_val"),
+    ({"images_val": torch.rand(4, 3, 16, 16), "labels_val": torch.arange(4)}, "not normalised"),
+    ({"images_val": torch.randn(4, 3, 32, 32), "labels_val": torch.arange(4)}, "shape"),
+    ({"images_val": torch.randn(4, 3, 16, 16), "labels_val": torch.arange(4) + 1}, "labels from 1 to 4"),
+])  # fmt: skip
+def test_a_reference_that_does_not_fit_is_named(work, content, said):
+    if isinstance(content, bytes):
+        (work / "bad_test.pt").write_bytes(content)
+    else:
+        torch.save(content, "bad_test.pt")
+    _, errors = run(save(work / "blobs.pt"), "--reference", "bad_test.pt", status=3)
+    assert "bad_test.pt" in errors and said in errors
+    assert not (work / "runs").exists()
+
+
+def test_what_check_refuses_is_refused_with_the_same_message(work):
+    path = save(work / "blobs.pt")
+    broken = torch.load(path, weights_only=True)
+    broken[3, 0, 0, 0] = torch.nan
+    torch.save(broken, path)
+    _, errors = run(path, *QUICK, status=1)
+    checked = CliRunner().invoke(main, ["check", path, "--ipc", "2", "--json"])
+    messages = [finding["message"] for finding in json.loads(checked.stdout)["findings"]]
+    assert any(message in errors for message in messages)
+
+
+@pytest.mark.parametrize("arguments, status, said", [
+    ((), 3, "There is no .pt file in submission/"),
+    (("missing.pt",), 3, "missing.pt does not exist"),
+    (("--rounds", "0"), 2, "--rounds"),
+    (("--track", "3"), 2, "--track"),
+])  # fmt: skip
+def test_mistakes_get_a_message_and_a_status(work, arguments, status, said):
+    _, errors = run(*arguments, status=status)
+    assert said in errors
+
+
+def test_an_unknown_network_is_refused_with_the_nearest(work):
+    _, errors = run(save(work / "blobs.pt"), "--network", "resnet_18", status=2)
+    assert "Did you mean 'resnet18'?" in errors
+
+
+def test_a_torn_line_of_results_is_kept_reported_and_written_after(work):
+    (work / "runs").mkdir()
+    results = work / "runs" / "results.jsonl"
+    results.write_bytes(b'{"format": 99}\n{"name": "torn')
+    _, errors = run(save(work / "blobs.pt"), *QUICK)
+    assert "line 1" in errors and "line 2" in errors
+    assert results.read_bytes().startswith(b'{"format": 99}\n{"name": "torn\n')
+    assert len(read(results).results) == 1
+
+
+def test_killed_it_goes_on_when_typed_again(work):
+    path = save(work / "blobs.pt")
+    arguments = (path, "--epochs-setting", "60", "--rounds", "2", "--save-every", "0.01", "--state", "states")
+    process = start(*arguments)
+    for line in process.stderr:
+        if "training on blobs" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "Run the same again" in errors
+    assert not os.path.exists("runs/results.jsonl")
+    continued, _ = run(*arguments, "--json")
+    undisturbed, _ = run(path, "--epochs-setting", "60", "--rounds", "2", "--state", "other", "--json")
+    first, second = (json.loads(output)["results"][0] for output in (continued, undisturbed))
+    assert first["accuracies"] == second["accuracies"] and first["loss_curves"] == second["loss_curves"]
+
+
+SCRIPT = """
+import argparse, torch
+parser = argparse.ArgumentParser()
+for name in ("dataset", "out", "time-budget", "seed", "device"):
+    parser.add_argument(f"--{name}")
+arguments = parser.parse_args()
+labels = torch.arange(4).repeat(3)
+levels = torch.tensor([[-1.0, -1, 1], [-1, 1, -1], [1, -1, -1], [1, 1, -1]])
+noise = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(int(arguments.seed))) / 5
+torch.save({"images": levels[labels][:, :, None, None] + noise, "labels": labels}, arguments.out)
+"""
+
+
+def test_track_2_runs_the_entry_for_each_round_on_the_clock(work):
+    (work / "entry").mkdir()
+    (work / "entry" / "generate.py").write_text(SCRIPT)
+    output, errors = run("entry/generate.py", "--dataset", "blobs", "--track", "2", *QUICK, "--time-budget", "2m", "--json")
+    (result,) = json.loads(output)["results"]
+    assert result["track"] == 2 and result["images"] == 12 and len(result["generation_seconds"]) == 2
+    assert "a time budget of 120 s instead of 600 s" in result["deviations"]
+    assert "generating" in errors
+    assert result["mean"] > 0.5  # its colours are those of the classes
+
+
+def test_track_2_needs_a_script(work):
+    _, errors = run(save(work / "blobs.pt"), "--track", "2", status=2)
+    assert "generate.py" in errors
