@@ -1,0 +1,75 @@
+import dataclasses
+import json
+
+import pytest
+from scipy import stats
+
+from ddkit.errors import BadFile
+from ddkit.results import FORMAT_VERSION, Result, append, interval_of, read, std_of
+
+RESULT = Result(
+    name="mine", dataset="cifar100", track=1, sha256="0" * 64, source="submission/cifar100.pt", images=1000,
+    images_per_class=(10, 10), epochs_setting=1000, accuracies=(0.25, 0.26, 0.245),
+    confusions=((1, 2, 3.5),), loss_curves=((4.6, 1.0),), made_by={"seed": 3},
+)  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "runs" / "results.jsonl"
+
+
+def test_what_is_appended_is_read_back(file):
+    other = dataclasses.replace(RESULT, name="other", official=True)
+    append(RESULT, file)
+    append(other, file)
+    assert read(file) == read(str(file))
+    assert read(file).results == (RESULT, other) and read(file).problems == ()
+
+
+def test_a_missing_file_reads_as_empty(file):
+    assert read(file).results == ()
+
+
+def test_a_torn_last_line_is_kept_and_reported_and_appended_after(file):
+    append(RESULT, file)
+    torn = file.read_bytes() + b'{"name": "to'
+    file.write_bytes(torn)
+    append(RESULT, file)
+    assert file.read_bytes().startswith(torn + b"\n")
+    reading = read(file)
+    assert reading.results == (RESULT, RESULT)
+    assert len(reading.problems) == 1 and f"{file}, line 2" in reading.problems[0]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"format": FORMAT_VERSION + 1}, "format version 2"),
+    ({"colour": "red"}, "unknown fields colour"),
+    ({"accuracies": None}, "fields missing: accuracies"),
+    ({"accuracies": []}, "no accuracies"),
+])  # fmt: skip
+def test_records_that_cannot_be_used_are_reported_and_skipped(file, change, said):
+    record = {**dataclasses.asdict(RESULT), **change}
+    record = {name: value for name, value in record.items() if value is not None}
+    file.parent.mkdir()
+    file.write_text(json.dumps(record) + "\n[1]\n\n")
+    append(RESULT, file)
+    reading = read(file)
+    assert reading.results == (RESULT,)
+    assert said in reading.problems[0] and "not a result record" in reading.problems[1]
+
+
+def test_mean_spread_and_interval_are_students():
+    assert RESULT.mean == pytest.approx(0.251667, abs=1e-6)
+    assert RESULT.std == pytest.approx(stats.tstd(RESULT.accuracies))
+    low, high = stats.t.interval(0.95, 2, RESULT.mean, stats.sem(RESULT.accuracies))
+    assert RESULT.interval == pytest.approx((low, high))
+
+
+def test_one_round_has_no_spread():
+    assert std_of((0.3,)) is None and interval_of((0.3,)) is None
+
+
+def test_a_folder_in_the_way_is_a_clear_error(tmp_path):
+    with pytest.raises(BadFile, match=str(tmp_path)):
+        append(RESULT, tmp_path)
