@@ -242,8 +242,8 @@ def _print_table(rows: list[dict[str, object]]) -> None:
     print("|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |")
+    from ddkit.device import cpu_model
     from ddkit.environment import versions
-    from ddkit.protocol.device import cpu_model
 
     print(f"\n{cpu_model()}, {os.cpu_count()} cores, torch {versions()['torch']}")
 

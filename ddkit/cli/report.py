@@ -120,7 +120,7 @@ def _write_page(surface: Surface, reading: Any, tracks: list[int] | None, runs: 
 
 
 def _measure(surface: Surface, path: Path, device: str, seed: int, folder: Path) -> list[SetQuality]:
-    from ddkit.protocol.device import resolve_device
+    from ddkit.device import resolve_device
     from ddkit.report.figures import save_png
     from ddkit.report.quality import quality_of, sets_at
 

@@ -151,11 +151,11 @@ def _train(
     track_every: int,
     start: Start | None,
 ) -> None:
+    from ddkit.device import resolve_device
     from ddkit.generator.chart import CHART_FILE
     from ddkit.generator.estimate import check_memory
     from ddkit.generator.training import has_training, start_over
     from ddkit.generator.training import train as train_generator
-    from ddkit.protocol.device import resolve_device
 
     classes, device = len(data.images.class_names), resolve_device(request.device)
     check_memory(request.config, data.image_size, classes, device, start=start)
@@ -176,9 +176,9 @@ def _train(
 
 def _tracking(surface: Surface, data: TrainingData, device: str, every_steps: int) -> Tracking | None:
     from ddkit.data.store import dataset_spec
+    from ddkit.device import resolve_device
     from ddkit.generator.tracking import track_frechet
     from ddkit.metrics.features import reference_features
-    from ddkit.protocol.device import resolve_device
 
     if not every_steps or len(data.images) < 2:
         return None
@@ -205,9 +205,9 @@ def _model_option(folder: Path, dataset: str) -> str:
 def _show_costs(
     surface: Surface, config: GeneratorConfig, data: TrainingData, device: str, start: Start | None
 ) -> None:
+    from ddkit.device import resolve_device
     from ddkit.generator.estimate import estimate
     from ddkit.generator.presets import to_json
-    from ddkit.protocol.device import resolve_device
 
     surface.say("Trying each stage for a few seconds; nothing is kept.")
     costs = estimate(config, data.image_size, len(data.images.class_names), resolve_device(device), start=start)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ddkit import __version__
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
+from ddkit.device import resolve_device
 from ddkit.distill.select import choose
+from ddkit.environment import versions
 from ddkit.errors import UsageError
 from ddkit.generator.pipeline import Model, load_model, model_hash
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
 from ddkit.progress import Listener, ignore
-from ddkit.protocol.device import resolve_device
 from ddkit.submission.layout import SavedSet, save_set
 
 # How the JSON beside a set calls what it is; `ddkit report` holds others against "random-real".
@@ -59,7 +57,8 @@ def generate(
     make = _sampled if isinstance(source, FromModel) else _real
     images, made_by = make(dataset, ipc, source, progress)
     titles = class_titles(dataset)
-    return save_set(out, normalise(images, dataset_spec(dataset)), dataset_spec(dataset), titles, made_by | _versions())
+    made_by |= {"versions": versions()}
+    return save_set(out, normalise(images, dataset_spec(dataset)), dataset_spec(dataset), titles, made_by)
 
 
 def _sampled(dataset: str, ipc: int, source: FromModel, progress: Listener) -> tuple[Tensor, dict[str, Any]]:
@@ -100,16 +99,3 @@ def _check_classes(model: Model, num_classes: int, folder: Path) -> None:
             f"The model in {folder} knows {len(model.facts.class_names)} classes, the dataset has {num_classes}.",
             "Train a model on the dataset as it is now.",
         )
-
-
-def _versions() -> dict[str, Any]:
-    import diffusers
-
-    return {
-        "versions": {
-            "ddkit": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        }
-    }

@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL
 
 from ddkit import __version__
 from ddkit.data.store import ImageSet
+from ddkit.device import resolve_device
 from ddkit.errors import UsageError
 from ddkit.files import explain_os_error, read_json, sha256_of, write_json
 from ddkit.generator.autoencoder import build_autoencoder, load_pretrained
@@ -48,7 +49,6 @@ from ddkit.generator.pretrained import Start, start_from
 from ddkit.generator.seeds import derived_seed
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.progress import Listener, ignore
-from ddkit.protocol.device import resolve_device
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from ddkit import challenge
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
+from ddkit.device import describe_device, resolve_device
 from ddkit.environment import versions
 from ddkit.errors import UsageError, nearest_name
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
-from ddkit.protocol.device import describe_device, resolve_device
 from ddkit.protocol.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.protocol.reference import TestSet, as_test_set
 from ddkit.protocol.rounds import RoundJob, RoundResult, RoundSettings, StateFile, read_result, run_rounds

@@ -12,9 +12,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from ddkit.device import cpu_flags, cpu_model
 from ddkit.errors import DDKitError
 from ddkit.files import cache_folder, replacing
-from ddkit.protocol.device import cpu_flags, cpu_model
 
 # -O3 unrolls the loops over taps and vectors; no flag relaxes the arithmetic but fused multiply-add, which is GCC's
 # and Clang's habit and rounds once instead of twice.

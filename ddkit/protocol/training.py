@@ -25,9 +25,9 @@ from ddkit.challenge import (
     WEIGHT_DECAY,
     epoch_of_drop,
 )
+from ddkit.device import is_out_of_memory
 from ddkit.errors import ComputeError, UsageError
 from ddkit.protocol.augment import random_augment
-from ddkit.protocol.device import is_out_of_memory
 from ddkit.protocol.engine import Engine, build_engine
 from ddkit.protocol.plan import PRECISIONS, EnginePlan
 from ddkit.protocol.tuning import choose_plan, smaller

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddkit.device import cpu_flags, describe_device
 from ddkit.errors import BadFile
 from ddkit.files import cache_folder, read_json, write_json
 from ddkit.protocol import winograd
 from ddkit.protocol.convnet import ConvNet
-from ddkit.protocol.device import cpu_flags, describe_device
 from ddkit.protocol.engine import build_engine
 from ddkit.protocol.kernels import CannotCompile
 from ddkit.protocol.plan import EnginePlan
