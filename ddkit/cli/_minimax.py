@@ -65,19 +65,23 @@ def refuse_minimax_settings(settings: dict[str, Any]) -> None:
         raise UsageError(f"--{alien[0].replace('_', '-')} goes with --method minimax.")
 
 
-def configure_minimax(config: GeneratorConfig, dataset: str, settings: dict[str, Any], named: bool) -> GeneratorConfig:
+def configure_minimax(
+    config: GeneratorConfig, begun: GeneratorConfig | None, dataset: str, settings: dict[str, Any], named: bool
+) -> GeneratorConfig:
     """A preset's configuration with what the options say of fine-tuning.
 
+    begun: that of the training that is to go on, whose settings of fine-tuning need not be said again.
     named: the preset was asked for by name, so that what it starts from goes before the dataset's own generator.
     """
     from ddkit.generator.pipeline import has_model
     from ddkit.generator.presets import MINIMAX_PRESET, preset
 
-    base = config.minimax or preset(MINIMAX_PRESET).config(32).minimax
+    base = begun.minimax if begun else None
     given = {name: settings[name] for name in _SETTINGS if settings[name] is not None}
-    own = RUNS_FOLDER / dataset
-    if "init" not in given and not named and has_model(own):
-        given["init"] = str(own)
+    if base is None:
+        base, own = config.minimax or preset(MINIMAX_PRESET).config(32).minimax, RUNS_FOLDER / dataset
+        if not named and has_model(own):
+            base = dataclasses.replace(base, init=str(own))
     return dataclasses.replace(config, minimax=dataclasses.replace(base, **given))
 
 
@@ -104,7 +108,7 @@ def _described(start: Start) -> str:
     known = len(start.classes.names) - len(unmatched)
     text = (
         f"Starting from {escape(start.source)}: {counts.trainable / 1e6:,.2f} M of {counts.total / 1e6:,.2f} M parameters "
-        f"are trained ({100 * counts.fraction:.2g} %), {known} of {len(start.classes.names)} classes known by name"
+        f"are trained ({100 * counts.fraction:.3g} %), {known} of {len(start.classes.names)} classes known by name"
     )
     if not unmatched:
         return f"{text}."

@@ -73,7 +73,7 @@ def train(
     Run it again to go on where it stopped, or, with more --steps or --time, to train on.
     """
     from ddkit.generator.presets import preset
-    from ddkit.generator.training import TrainingRequest
+    from ddkit.generator.training import TrainingRequest, recorded_config
 
     if resume and fresh:
         raise UsageError("--resume and --fresh contradict each other.")
@@ -85,7 +85,8 @@ def train(
     config = _configure(preset_name, data.image_size, settings)
     start = None
     if tuning or config.minimax:
-        config = configure_minimax(config, dataset, settings, named)
+        begun = None if fresh else recorded_config(folder)
+        config = configure_minimax(config, begun, dataset, settings, named)
         start, config = begin(surface, config, data, settings)
     else:
         refuse_minimax_settings(settings)

@@ -168,6 +168,11 @@ def recorded_preset(folder: Path) -> str | None:
     return read_json(folder / CONFIG_FILE).get("preset") if has_training(folder) else None
 
 
+def recorded_config(folder: Path) -> GeneratorConfig | None:
+    """The settings a training in that folder was begun with; None where there is none."""
+    return from_json(read_json(folder / CONFIG_FILE)["config"]) if has_training(folder) else None
+
+
 class _Run:
     """One call of `train`: what its steps share."""
 
