@@ -109,12 +109,13 @@ struct Planes {
     float* at(int index, long tile, int channel) const { return data + index * plane + tile * CHANNELS + channel; }
 };
 
-// To the nearest bfloat16, ties to even: the upper half of a float's bits. What is no number stays none.
+// To the nearest bfloat16, ties to even: the upper half of a float's bits. What is no number stays none, as arithmetic
+// makes only such of them whose lower half is zero.
 inline Vec to_bfloat16(Vec value) {
     typedef unsigned Bits __attribute__((vector_size(4 * LANES)));
     Bits bits = reinterpret_cast<Bits&>(value);
     bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    return value == value ? reinterpret_cast<Vec&>(bits) : value;
+    return reinterpret_cast<Vec&>(bits);
 }
 
 inline void store_tile(const Vec* tile, Planes to, long index, int channel) {
