@@ -22,7 +22,8 @@ class Result:
     """One evaluated set. Accuracies are fractions of the test set, 0 to 1.
 
     kind: what was evaluated: "submission", or a reference to hold it against: "random-real"
-        (as many real images a class, drawn at random) or "full-real" (the whole training set).
+        (as many real images a class, drawn at random), "first-real" (the first ones of each class instead) or
+        "full-real" (the whole training set).
     sha256: of the evaluated file; of the pixels and labels where there was no file.
     images_per_class: smallest and largest number of images of any class.
     epochs_setting: E of PROTOCOL.md; E + 1 epochs ran.
@@ -148,6 +149,40 @@ def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
         except (ValueError, BadFile) as error:
             problems.append(f"{path}, line {number}: {error}")
     return Reading(tuple(results), tuple(problems))
+
+
+class Records:
+    """A file of results that is added to while it is worked with; what it holds already is not written twice.
+
+    problems: a line on each of the file's that cannot be used; they stay as they are.
+    writes: False in the processes of a team that do not speak for it; they remember without writing.
+    Raises BadFile when the file is there and cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] = RESULTS_FILE, *, writes: bool = True) -> None:
+        reading = read(path)
+        self.problems = reading.problems
+        self._path, self._writes = path, writes
+        self._results = {_identity(result): result for result in reading.results}
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """All of them, oldest first."""
+        return tuple(self._results.values())
+
+    def add(self, result: Result) -> None:
+        """Remember a result and write it to the end of the file, unless the same came out of the same before."""
+        if _identity(result) in self._results:
+            return
+        self._results[_identity(result)] = result
+        if self._writes:
+            append(result, self._path)
+
+
+def _identity(result: Result) -> tuple[Any, ...]:
+    """The same for a result that was only read back from an evaluation's finished state."""
+    return (result.sha256, result.dataset, result.track, result.epochs_setting, result.network, result.augment,
+            result.precision, result.seed, result.accuracies)  # fmt: skip
 
 
 def _from_json(value: Any) -> Result:

@@ -22,18 +22,20 @@ from ddkit.cli._options import (
     seed_option,
     surface_options,
 )
+from ddkit.cli._rankings import rankings_table
 from ddkit.cli._surface import Surface
 from ddkit.errors import InvalidSubmission, MissingData, UsageError
 from ddkit.protocol.plan import PRECISIONS
 
 if TYPE_CHECKING:
     from ddkit.challenge import DatasetSpec
+    from ddkit.metrics.ddranking import Need, Ranking
     from ddkit.protocol.comparison import Comparison
     from ddkit.protocol.evaluate import Evaluation, EvaluationSettings, StateFolder
     from ddkit.protocol.reference import TestSet
-    from ddkit.results import Result
+    from ddkit.results import Records, Result
 
-_REFERENCE_KINDS = ("random-real", "full-real")  # what results are held against, as the JSON beside a set says
+_REFERENCE_KINDS = ("random-real", "first-real", "full-real")  # what results are held against, as the JSON beside a set says
 _MOST_ROUNDS_SHOWN = 5
 
 
@@ -52,6 +54,11 @@ _MOST_ROUNDS_SHOWN = 5
               help="bfloat16 rounds more, and is not official.")
 @click.option("--reference", type=click.Path(path_type=Path), help="The challenge's <dataset>_test.pt to test on.")
 @click.option("--time-budget", type=Duration(), help="Track 2: what the generator may take each round; 600s.")
+@click.option("--ranking", is_flag=True,
+              help="DD-Ranking's scores as well; evaluates what they want besides: without augmentation, random real "
+              "images, and all real images.")
+@click.option("--full-epochs-setting", type=click.IntRange(0), metavar="E",
+              help="With --ranking: of all real images, which need fewer.  [default: the sets' own, 40 at most]")
 @click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=RUNS_FOLDER / "evaluations",
               show_default=True, help="Where interrupted evaluations are kept.")
 @click.option("--save-every", type=Duration(), default="30s", show_default=True, help="How much work a kill may cost.")
@@ -69,6 +76,8 @@ def evaluate(
     results: Path,
     no_augment: bool,
     track: str,
+    ranking: bool,
+    full_epochs_setting: int | None,
     **options: Any,
 ) -> None:
     """Train fresh networks on distilled SETS, test them on real images: the challenge's score.
@@ -79,14 +88,22 @@ def evaluate(
     """
     from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
     from ddkit.protocol.sharing import Team
+    from ddkit.results import Records
 
     settings = EvaluationSettings(track=int(track), augment=not no_augment, **options)
     team = Team()
     surface.quiet = surface.quiet or not team.leads
-    job = _Job(surface, settings, reference, StateFolder(state, save_every))
+    if ranking and (no_augment or settings.track != 1):
+        raise UsageError("--ranking is of sets on track 1, evaluated with augmentation.")
+    records = Records(results, writes=team.leads)
+    for problem in records.problems:
+        surface.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
+    job = _Job(surface, settings, reference, StateFolder(state, save_every), records)
     evaluated = [job.run(path, _dataset_of(path, dataset)) for path in sets or _in_submission_folder()]
+    ranked = [result for result in evaluated if ranking and result.kind == "submission"]
+    rankings = [job.rank(result, full_epochs_setting) for result in ranked]
     if team.leads:
-        _report(surface, evaluated, results)
+        _report(surface, evaluated, rankings, results)
 
 
 def _in_submission_folder() -> list[Path]:
@@ -117,6 +134,7 @@ class _Job:
     settings: EvaluationSettings
     reference: Path | None
     state: StateFolder
+    records: Records
 
     def run(self, path: Path, name: str) -> Result:
         """Evaluate one set, or on track 2 one generator."""
@@ -125,17 +143,38 @@ class _Job:
         from ddkit.submission.layout import read_facts
 
         spec = dataset_spec(name)
-        rounds, epochs = self.settings.number_of_rounds, self.settings.training.epochs
-        self.surface.say(
-            f"Evaluating {escape(str(path))} on {escape(name)}: {rounds} round{'s' * (rounds > 1)} of {epochs:,} "
-            f"epochs in {self.settings.precision}."
-        )
+        self.surface.say(f"Evaluating {escape(str(path))} on {escape(name)}: {_length(self.settings)}.")
         evaluation = self._script(path, spec) if self.settings.track == 2 else self._tensor(path, spec)
         facts = read_facts(path)
         kind = facts["kind"] if facts.get("kind") in _REFERENCE_KINDS else "submission"
         # Sets in one folder are one entry: the report joins them by this name.
         name = path.resolve().parent.name
-        return evaluation.result(name, sha256_of(path), str(path), kind=kind, made_by=facts)
+        result = evaluation.result(name, sha256_of(path), str(path), kind=kind, made_by=facts)
+        self.records.add(result)
+        return result
+
+    def rank(self, result: Result, full_epochs_setting: int | None) -> Ranking:
+        """DD-Ranking's scores of an evaluated set, after evaluating what they lack."""
+        from ddkit.data.prepare import open_dataset
+        from ddkit.data.store import dataset_spec
+        from ddkit.metrics.ranking_runs import RankingJob, complete
+        from ddkit.submission.layout import load_tensor, row_labels
+
+        spec = dataset_spec(result.dataset)
+        images = load_tensor(result.source, spec)
+        labels = row_labels(spec.num_classes, len(images) // spec.num_classes)
+        real = open_dataset(spec.name, "train", progress=self.surface.listen)
+        return complete(
+            RankingJob(result, images, labels, real, self._test_set(spec), self.settings, full_epochs_setting),
+            self.records.results,
+            record=self.records.add,
+            announce=self._announce,
+            state=self.state,
+            progress=self.surface.listen,
+        )
+
+    def _announce(self, need: Need, settings: EvaluationSettings) -> None:
+        self.surface.say(f"For DD-Ranking, evaluating {need}: {_length(settings)}.")
 
     def _tensor(self, path: Path, spec: DatasetSpec) -> Evaluation:
         from ddkit.protocol.evaluate import evaluate_source
@@ -182,26 +221,22 @@ class _Job:
         return as_test_set(open_dataset(spec.name, "test", progress=self.surface.listen), spec)
 
 
-def _report(surface: Surface, evaluated: Sequence[Result], results: Path) -> None:
-    """Keep what is new, show everything, and compare what can be compared."""
-    from ddkit.results import append, read
+def _length(settings: EvaluationSettings) -> str:
+    rounds, epochs = settings.number_of_rounds, settings.training.epochs
+    return f"{rounds} round{'s' * (rounds > 1)} of {epochs:,} epochs in {settings.precision}"
 
-    known = {_identity(result) for result in read(results).results}
-    for problem in read(results).problems:
-        surface.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
-    for result in evaluated:
-        if _identity(result) not in known:
-            append(result, results)
+
+def _report(surface: Surface, evaluated: Sequence[Result], rankings: Sequence[Ranking], results: Path) -> None:
+    """Show everything, and compare what can be compared."""
     comparisons = _comparisons(evaluated)
-    data = {"results": [_as_data(result) for result in evaluated], "comparisons": [_as_data(c) for _, _, c in comparisons]}
-    surface.result(data, _shown(evaluated, comparisons))
+    data = {
+        "results": [_as_data(result) for result in evaluated],
+        "comparisons": [_as_data(c) for _, _, c in comparisons],
+        "rankings": [ranking.as_data() for ranking in rankings],
+    }
+    shown = _shown(evaluated, comparisons)
+    surface.result(data, Group(shown, rankings_table(rankings)) if rankings else shown)
     surface.done([results], "ddkit report")
-
-
-def _identity(result: Result) -> tuple[Any, ...]:
-    """The same for a result that was only read back from its finished state."""
-    return (result.sha256, result.dataset, result.track, result.epochs_setting, result.network, result.augment,
-            result.precision, result.seed, result.accuracies)  # fmt: skip
 
 
 def _comparisons(evaluated: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ddkit.errors import UsageError
 from ddkit.results import Result
@@ -87,6 +88,18 @@ class Ranking:
     missing: tuple[Need, ...]
     remarks: tuple[str, ...] = ()
 
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """By the paper's names, those that say it all first."""
+        return {"LRS": self.lrs, "ARS": self.ars, "HLR": self.hlr, "IOR": self.ior}
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain values for JSON, fractions."""
+        subject = self.subject
+        facts = {"name": subject.name, "dataset": subject.dataset, "sha256": subject.sha256, "source": subject.source,
+                 "epochs_setting": subject.epochs_setting}  # fmt: skip
+        return facts | self.scores | {"missing": list(map(str, self.missing)), "remarks": list(self.remarks)}
+
 
 def from_results(results: Iterable[Result]) -> tuple[Ranking, ...]:
     """The scores of every submission evaluated with augmentation, newest last, one for each set and setting."""
@@ -118,9 +131,7 @@ def of_result(subject: Result, results: Sequence[Result]) -> Ranking:
     return Ranking(subject, hlr, ior, lrs, ars, missing, remarks)
 
 
-def run_missing(
-    ranking: Ranking, evaluate: Callable[[Need], Result], also: Iterable[Result] = ()
-) -> Ranking:
+def run_missing(ranking: Ranking, evaluate: Callable[[Need], Result], also: Iterable[Result] = ()) -> Ranking:
     """Run what a ranking lacks, one evaluation at a time, and return the ranking that follows.
 
     evaluate: runs the evaluation that a Need asks for, under the subject's settings; what it returns is
@@ -171,7 +182,9 @@ def _unequal(subject: Result, other: Result) -> bool:
 
 
 def _remark(subject: Result, other: Result) -> str:
-    return (
-        f"{Need(other.kind, other.augment)}: E = {other.epochs_setting}, {other.rounds} rounds, {other.precision}; "
-        f"the set itself: E = {subject.epochs_setting}, {subject.rounds} rounds, {subject.precision}"
-    )
+    return f"{Need(other.kind, other.augment)}: {_conditions(other)}; the set itself: {_conditions(subject)}"
+
+
+def _conditions(result: Result) -> str:
+    rounds = f"{result.rounds} round{'s' * (result.rounds > 1)}"
+    return f"E = {result.epochs_setting}, {rounds}, {result.precision}"
