@@ -46,13 +46,22 @@ def minimax_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def wants_minimax(preset_name: str | None, settings: dict[str, Any]) -> bool:
-    """Whether the options ask for fine-tuning. Raises UsageError where they contradict each other."""
+def wants_minimax(
+    preset_name: str | None, settings: dict[str, Any], begun: GeneratorConfig | None = None
+) -> bool:
+    """Whether the options, or the training that is to go on, ask for fine-tuning.
+
+    Raises UsageError where they contradict each other.
+    """
     from ddkit.generator.presets import MINIMAX_PRESET
 
-    method, implied = settings["method"], preset_name == MINIMAX_PRESET or settings["init"] is not None
+    method = settings["method"]
+    implied = preset_name == MINIMAX_PRESET or settings["init"] is not None or bool(begun and begun.minimax)
     if method == "diffusion" and implied:
-        raise UsageError(f"--method diffusion starts from nothing; --init and --preset {MINIMAX_PRESET} do not.")
+        raise UsageError(
+            "--method diffusion starts from nothing.",
+            f"It does not go with --init, --preset {MINIMAX_PRESET} or a folder that holds a fine-tuning.",
+        )
     wanted = method == "minimax" or (method is None and implied)
     if alien := [name for name in _FROM_START if wanted and settings[name] is not None]:
         raise UsageError(f"--{alien[0]} is decided by what fine-tuning starts from, --init.")
@@ -78,6 +87,8 @@ def configure_minimax(
 
     base = begun.minimax if begun else None
     given = {name: settings[name] for name in _SETTINGS if settings[name] is not None}
+    if settings["class_map"] is not None:
+        given["class_map"] = _read_class_map(settings["class_map"])
     if base is None:
         base, own = config.minimax or preset(MINIMAX_PRESET).config(32).minimax, RUNS_FOLDER / dataset
         if not named and has_model(own):
@@ -93,7 +104,7 @@ def begin(
 
     minimax = config.minimax
     names = data.images.class_names
-    start = start_from(minimax.init, names, full=minimax.full, chosen=_read_class_map(settings["class_map"]))
+    start = start_from(minimax.init, names, full=minimax.full, chosen=dict(minimax.class_map))
     surface.say(_described(start))
     optimiser = config.denoiser_optimiser
     if settings["steps"] is None:
@@ -116,10 +127,8 @@ def _described(start: Start) -> str:
     return f"{text}; the mean of all stands for {escape(', '.join(unmatched[:_MOST_NAMED]))}{more}."
 
 
-def _read_class_map(path: Path | None) -> dict[str, str | int | None] | None:
-    if path is None:
-        return None
+def _read_class_map(path: Path) -> tuple[tuple[str, str | int | None], ...]:
     value = read_json(path)
     if not isinstance(value, dict) or not all(isinstance(label, (str, int, type(None))) for label in value.values()):
         raise BadFile(f"{path} is no map of classes.", 'Write it as {"bear": "brown bear", "cloud": null, "ox": 345}.')
-    return value
+    return tuple(sorted(value.items(), key=lambda pair: pair[0]))

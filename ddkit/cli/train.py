@@ -77,15 +77,16 @@ def train(
 
     if resume and fresh:
         raise UsageError("--resume and --fresh contradict each other.")
-    tuning, named = wants_minimax(preset_name, settings), preset_name is not None
-    folder = out or RUNS_FOLDER / (f"{dataset}-minimax" if tuning else dataset)
+    named = preset_name is not None
+    folder = out or RUNS_FOLDER / (f"{dataset}-minimax" if wants_minimax(preset_name, settings) else dataset)
+    begun = None if fresh else recorded_config(folder)
+    tuning = wants_minimax(preset_name, settings, begun)
     _check_folder(folder, resume)
     data = _open(surface, dataset)
     preset_name = preset_name or _preset_of(folder, fresh) or (_TUNING_PRESET if tuning else _DEFAULT_PRESET)
     config = _configure(preset_name, data.image_size, settings)
     start = None
-    if tuning or config.minimax:
-        begun = None if fresh else recorded_config(folder)
+    if tuning:
         config = configure_minimax(config, begun, dataset, settings, named)
         start, config = begin(surface, config, data, settings)
     else:

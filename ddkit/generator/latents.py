@@ -19,6 +19,7 @@ from ddkit.progress import Listener, Progress, ignore
 
 log = logging.getLogger(__name__)
 
+LATENTS_FILE = "latents.safetensors"
 _IMAGES_AT_ONCE = 250
 
 

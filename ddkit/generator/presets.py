@@ -148,6 +148,7 @@ class MinimaxConfig:
     lambda_r, lambda_d: weights of representativeness and diversity beside the diffusion loss.
     memory_size: latents of each class in each of the two memories. epochs: over the training set, where no steps
     are given.
+    class_map: pairs of a class and what it starts from, as `ddkit.generator.pretrained.map_classes` takes them.
     """
 
     init: str
@@ -156,8 +157,11 @@ class MinimaxConfig:
     lambda_d: float = 0.008
     memory_size: int = 64
     epochs: int = 8
+    class_map: tuple[tuple[str, str | int | None], ...] = ()
 
     def __post_init__(self) -> None:
+        # JSON knows no tuples.
+        object.__setattr__(self, "class_map", tuple((name, label) for name, label in self.class_map))
         _check_positive(self, "memory_size", "epochs")
         for name in ("lambda_r", "lambda_d"):
             if getattr(self, name) < 0:

@@ -25,13 +25,13 @@ from diffusers import AutoencoderKL
 from ddkit import __version__
 from ddkit.data.store import ImageSet
 from ddkit.device import resolve_device
-from ddkit.errors import UsageError
+from ddkit.errors import BadFile, UsageError
 from ddkit.files import explain_os_error, read_json, sha256_of, write_json
 from ddkit.generator.autoencoder import build_autoencoder, load_pretrained
 from ddkit.generator.chart import CHART_FILE, draw_chart, read_records
 from ddkit.generator.difffit import plain_copy
 from ddkit.generator.engine import Engine, Limits, Stage
-from ddkit.generator.latents import LatentSet, cached_latents
+from ddkit.generator.latents import LATENTS_FILE, LatentSet, cached_latents
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.pipeline import (
     WEIGHTS_FILE,
@@ -165,12 +165,20 @@ def has_training(folder: Path) -> bool:
 
 def recorded_preset(folder: Path) -> str | None:
     """The name of the preset a training in that folder was begun with; None where there is none."""
-    return read_json(folder / CONFIG_FILE).get("preset") if has_training(folder) else None
+    return _record_of(folder).get("preset") if has_training(folder) else None
 
 
 def recorded_config(folder: Path) -> GeneratorConfig | None:
     """The settings a training in that folder was begun with; None where there is none."""
-    return from_json(read_json(folder / CONFIG_FILE)["config"]) if has_training(folder) else None
+    return from_json(_record_of(folder)["config"]) if has_training(folder) else None
+
+
+def _record_of(folder: Path) -> Mapping[str, Any]:
+    """What a training has written of itself. Raises BadFile where it is something else."""
+    value = read_json(folder / CONFIG_FILE)
+    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
+        raise BadFile(f"{folder / CONFIG_FILE} is not of a training of ddkit's.", "Choose another folder with --out.")
+    return value
 
 
 class _Run:
@@ -209,7 +217,7 @@ class _Run:
         weights = sha256_of(self.folder / "vae" / WEIGHTS_FILE)
         with self.accelerator.main_process_first():
             latents = cached_latents(
-                self.folder / CHECKPOINTS / "latents.safetensors",
+                self.folder / CHECKPOINTS / LATENTS_FILE,
                 autoencoder,
                 self.data.images,
                 self.latent_side,
@@ -363,12 +371,10 @@ def _claim(folder: Path, data: TrainingData, request: TrainingRequest) -> None:
         "preset": request.preset,
         "config": to_json(request.config),
     }
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        write_json(path, begun)
+    if not has_training(folder):
+        write_json(folder / CONFIG_FILE, begun)
         return
-    recorded = read_json(path)
-    if lines := _differences(begun, recorded, request.config):
+    if lines := _differences(begun, _record_of(folder), request.config):
         raise UsageError(
             f"{folder} holds a training with other settings: {'; '.join(lines)}.",
             "Give those, start over with --fresh, or choose another folder with --out.",
@@ -397,7 +403,8 @@ def _comparable(config: GeneratorConfig) -> GeneratorConfig:
 
 
 def _start(config: GeneratorConfig, class_names: Sequence[str]) -> Start:
-    start = start_from(config.minimax.init, class_names, full=config.minimax.full)
+    minimax = config.minimax
+    start = start_from(minimax.init, class_names, full=minimax.full, chosen=dict(minimax.class_map))
     if start.generator.prediction != config.objective.prediction:
         raise UsageError(
             f"{start.source} predicts '{start.generator.prediction}', not '{config.objective.prediction}'.",

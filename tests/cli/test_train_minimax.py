@@ -1,0 +1,179 @@
+"""`ddkit train --method minimax` as a person runs it: from what it can start, going on, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ddkit.cli import main
+
+QUICK = ("--batch-size", "4", "--steps", "6", "--no-compile")
+
+
+@pytest.fixture
+def ddkit(tmp_path, monkeypatch, colours):
+    """Runs ddkit in this process, in a folder of the test's own; `.output` is what it printed, on one line."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda *words: CliRunner().invoke(main, [str(word) for word in words])
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dit_folder(save_dit, tmp_path_factory):
+    """A DiTPipeline that knows "red" by name, and not "blue"."""
+    return save_dit(tmp_path_factory.mktemp("dit") / "tiny", ["tench", "green", "red, crimson"])
+
+
+def said(done):
+    return " ".join(done.output.split())
+
+
+def tune(ddkit, *words):
+    """A fine-tuning that is to succeed; what it said."""
+    done = ddkit("train", "--method", "minimax", "--dataset", "colours", *QUICK, *words)
+    assert done.exit_code == 0, done.output
+    return said(done)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def settings(folder):
+    return json.loads((folder / "config.json").read_text())["config"]
+
+
+def steps_done(folder):
+    return json.loads((folder / "ddkit.json").read_text())["steps"]
+
+
+@pytest.mark.parametrize("architecture", ["uvit", "unet", "dit"])
+def test_from_ones_own_generator_to_pictures(ddkit, tmp_path, architecture):
+    scratch = ("--preset", "demo", "--architecture", architecture, "--time", "1s", "--batch-size", "4")
+    assert ddkit("train", "--dataset", "colours", *scratch).exit_code == 0
+    told = tune(ddkit)
+    assert "Starting from runs/colours" in told and "2 of 2 classes known by name" in told
+    assert "next: ddkit generate --ipc 10 --dataset colours --model runs/colours-minimax" in told
+    folder = tmp_path / "runs" / "colours-minimax"
+    last = records(folder)[-1]
+    assert last["stage"] == "minimax" and last["step"] == steps_done(folder) == 6
+    assert last["loss"] == pytest.approx(
+        last["mse"] + 0.002 * last["representativeness"] + 0.008 * last["diversity"], rel=1e-5
+    )
+    made = ddkit("generate", "--ipc", "2", "--dataset", "colours", "--model", folder, "--sampling-steps", "2")
+    assert made.exit_code == 0, made.output
+    assert torch.load(tmp_path / "submission" / "colours.pt", weights_only=True).shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_from_a_pretrained_diffusion_transformer(ddkit, tmp_path, dit_folder, full):
+    told = tune(ddkit, "--init", dit_folder, *(["--full"] if full else []))
+    assert ("(100 %)" in told) is full
+    assert "1 of 2 classes known by name; the mean of all stands for blue." in told
+    folder = tmp_path / "runs" / "colours-minimax"
+    parts = {path.name for path in folder.iterdir()}
+    assert parts >= {"model_index.json", "ddkit.json", "vae", "transformer", "scheduler"}
+    weights = {name for name in torch_keys(folder)}
+    assert weights == {name for name in torch_keys(dit_folder)}
+    made = ddkit("generate", "--ipc", "1", "--dataset", "colours", "--model", folder, "--sampling-steps", "2")
+    assert made.exit_code == 0, made.output
+
+
+def torch_keys(folder):
+    from safetensors import safe_open
+
+    with safe_open(folder / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+def test_goes_on_without_its_settings_being_said_again(ddkit, tmp_path, dit_folder):
+    folder = tmp_path / "tuned"
+    (tmp_path / "map.json").write_text(json.dumps({"blue": "tench", "red": None}))
+    own = ("--lambda-r", "0.5", "--lambda-d", "0", "--memory-size", "3", "--full", "--class-map", "map.json")
+    told = tune(ddkit, "--init", dit_folder, "--out", folder, *own)
+    assert "the mean of all stands for red" in told
+    (tmp_path / "map.json").unlink()
+    for words in (["--method", "minimax", "--steps", "8", "--resume"], ["--steps", "10"]):
+        again = ddkit("train", "--dataset", "colours", "--out", folder, "--batch-size", "4", "--no-compile", *words)
+        assert again.exit_code == 0 and "Going on with" in again.output, again.output
+    assert steps_done(folder) == 10
+    minimax = settings(folder)["minimax"]
+    assert (minimax["lambda_r"], minimax["lambda_d"], minimax["memory_size"], minimax["full"]) == (0.5, 0.0, 3, True)
+    assert minimax["class_map"] == [["blue", "tench"], ["red", None]]
+    assert all(record["loss"] == pytest.approx(record["mse"] + 0.5 * record["representativeness"], rel=1e-5)
+               for record in records(folder))  # fmt: skip
+
+    other = ddkit("train", "--dataset", "colours", "--out", folder, *QUICK, "--lambda-d", "0.1")
+    assert other.exit_code == 2 and "minimax.lambda_d: 0.0, not 0.1" in said(other)
+    scratch = ddkit("train", "--dataset", "colours", "--out", folder, "--method", "diffusion")
+    assert scratch.exit_code == 2 and "folder that holds a fine-tuning" in said(scratch)
+
+
+def test_epochs_in_place_of_steps(ddkit, tmp_path, dit_folder):
+    words = ("--init", dit_folder, "--batch-size", "5", "--epochs", "3")
+    done = ddkit("train", "--dataset", "colours", *words)
+    assert done.exit_code == 0, done.output
+    assert steps_done(tmp_path / "runs" / "colours-minimax") == 6, "10 images, 3 times, 5 a step"
+
+
+def test_a_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
+    done = ddkit("train", "--dataset", "colours", "--init", dit_folder, *QUICK, "--dry-run", "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    (stage,) = json.loads(done.output)["stages"]
+    assert stage["stage"] == "minimax" and stage["steps"] == 6
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_so_large_that_the_loss_diverges(ddkit, tmp_path, dit_folder):
+    folder = tmp_path / "runs" / "colours-minimax"
+    wild = ("--init", dit_folder, "--full", "--lambda-d", "1e20", "--lr", "1")
+    done = ddkit("train", "--dataset", "colours", "--batch-size", "4", "--steps", "2000", "--no-compile", *wild)
+    assert done.exit_code == 3, done.output
+    assert "loss of minimax training is" in said(done) and "--lambda-d" in said(done)
+    assert not (folder / "ddkit.json").exists(), "a broken model is not kept"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--method", "minimax", "--init", "no/where/at/all"], 3, "no folder no/where/at/all"),
+        (["--init", "pictures"], 3, "neither ddkit.json nor model_index.json"),
+        (["--init", "stable"], 3, "StableDiffusionPipeline, which is no diffusion transformer"),
+        (["--init", "strangers"], 2, "None of the classes blue, red ... is known to the model by name"),
+        (["--init", "strangers", "--class-map", "list.json"], 3, "no map of classes"),
+        (["--init", "strangers", "--class-map", "wrong.json"], 2, "no class 'bleu' to map. Did you mean 'blue'?"),
+        (["--init", "strangers", "--prediction", "v"], 2, "--prediction is decided by what fine-tuning starts from"),
+        (["--init", "strangers", "--method", "diffusion"], 2, "--method diffusion starts from nothing"),
+        (["--lambda-r", "1"], 2, "--lambda-r goes with --method minimax"),
+        (["--method", "minimax", "--lambda-d", "-1"], 2, "-1"),
+        (["--method", "minimax", "--init", "strangers", "--out", "foreign"], 3, "not of a training of ddkit's"),
+    ],
+)
+def test_what_it_refuses_in_one_message(ddkit, save_dit, tmp_path, words, status, message):
+    save_dit(tmp_path / "strangers", ["tench", "goldfish"])
+    for folder, content in {"stable": {"_class_name": "StableDiffusionPipeline"}, "foreign": {}}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / {"stable": "model_index.json"}.get(folder, "config.json")).write_text(json.dumps(content))
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "wrong.json").write_text('{"bleu": "tench"}')
+    done = ddkit("train", "--dataset", "colours", *words)
+    assert done.exit_code == status, done.output
+    assert message in said(done) and "Traceback" not in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_hub_id_without_a_network(colours, tmp_path):
+    """In a process of its own, whose hub is a port where nobody listens."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    words = [sys.executable, "-m", "ddkit", "train", "--method", "minimax", "--dataset", colours]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    told = " ".join(done.stderr.split())
+    assert done.returncode == 3 and "Traceback" not in told
+    assert "'facebook/DiT-XL-2-256' is no folder here, and it cannot be downloaded" in told
+    assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in told
