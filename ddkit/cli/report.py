@@ -19,13 +19,14 @@ from ddkit.cli._options import (
     seed_option,
     surface_options,
 )
+from ddkit.cli._rankings import rankings_table
 from ddkit.cli._surface import Surface
 from ddkit.errors import MissingData, UsageError
 from ddkit.results import RESULTS_FILE
 
 if TYPE_CHECKING:
-    from ddkit.report.leaderboard import Group
     from ddkit.report.quality import SetQuality
+    from ddkit.report.rows import Group
 
 _MOST_ROWS = 12  # of our own entries in a table, unless --all
 _MOST_GROUPS = 6
@@ -54,7 +55,9 @@ def report(surface: Surface, results: Path, track: str | None, html: Path | None
     Only official results are ranked; the others stand below, grouped by the settings they were obtained under.
     """
     from ddkit import results as records
-    from ddkit.report.leaderboard import as_data, build
+    from ddkit.metrics import ddranking
+    from ddkit.report.export import as_data
+    from ddkit.report.leaderboard import build
 
     if as_csv + as_markdown + surface.as_json > 1:
         raise UsageError("--json, --csv and --markdown exclude each other.")
@@ -69,31 +72,34 @@ def report(surface: Surface, results: Path, track: str | None, html: Path | None
     measured = _measure(surface, quality, device, seed, runs / "quality") if quality else []
     if html is not None:
         _write_page(surface, reading, tracks, runs, measured, html)
+    rankings = [ranking for ranking in ddranking.from_results(reading.results) if ranking.lrs is not None]
     data = {
         "leaderboard": as_data(groups),
+        "rankings": [ranking.as_data() for ranking in rankings],
         "problems": list(reading.problems),
         "quality": [dataclasses.asdict(one.view) for one in measured],
     } if surface.as_json else None
     _show(surface, groups, data, as_csv=as_csv, as_markdown=as_markdown, show_all=show_all)
-    for one in measured if not (as_csv or as_markdown or surface.as_json) else []:
-        surface.out.print(_quality_table(one))
+    if not (as_csv or as_markdown or surface.as_json):
+        for table in [*([rankings_table(rankings)] if rankings else []), *map(_quality_table, measured)]:
+            surface.out.print(table)
     outputs = [*([html] if html else []), *(path for one in measured for path in _sheets(one, runs / "quality"))]
     surface.done(outputs, _next(reading.results, html))
 
 
 def _show(surface: Surface, groups: Sequence[Group], data: Any, *, as_csv: bool, as_markdown: bool,
           show_all: bool) -> None:  # fmt: skip
-    from ddkit.report import console
+    from ddkit.report import export
+    from ddkit.report.console import LeaderboardView
 
     if as_csv:
-        click.echo(console.as_csv(groups), nl=False)
+        click.echo(export.as_csv(groups), nl=False)
     elif as_markdown:
-        click.echo(console.as_markdown(groups), nl=False)
+        click.echo(export.as_markdown(groups), nl=False)
     elif show_all and not surface.as_json:
-        surface.page(console.LeaderboardView(groups))
+        surface.page(LeaderboardView(groups))
     else:
-        view = console.LeaderboardView(groups, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS)
-        surface.result(data, view)
+        surface.result(data, LeaderboardView(groups, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS))
 
 
 def _tell_problems(surface: Surface, problems: Sequence[str]) -> None:

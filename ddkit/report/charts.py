@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ddkit.report.leaderboard import Group, Row, sampled_curve
+from ddkit.report.rows import Group, Row
 
 _POINTS_OF_LINE = 200
 _MOST_TICKS = 6  # intervals between them
@@ -98,6 +98,14 @@ def line_chart(
         drawn = " ".join(place(x, y) for x, y in kept)
         lines.append(Line(name, drawn, values[0], values[-1], min(values)))
     return LineChart(title, x_title, tuple(lines), x_ticks, y_ticks)
+
+
+def sampled_curve(values: Sequence[float], points: int) -> tuple[float, ...]:
+    """At most `points` values, evenly spaced, first and last included; values that are no numbers are left out."""
+    finite = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+    if len(finite) <= points:
+        return tuple(finite)
+    return tuple(finite[round(i * (len(finite) - 1) / (points - 1))] for i in range(points))
 
 
 def sampled_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

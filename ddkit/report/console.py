@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 from rich import box
@@ -15,18 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from ddkit.challenge import TRACKS
-from ddkit.report.leaderboard import Estimate, Group, Row, dataset_title, sampled_curve
+from ddkit.report.charts import sampled_curve
+from ddkit.report.rows import Estimate, Group, Row, dataset_title, shortened
+from ddkit.report.wording import LEGEND, deviation, half_interval, percent, points, rounds
 
 _WIDE = 150  # columns that the full table needs
 _MEDIUM = 96  # below it, the interval of the mean gives its room to the names
 _NARROW = 78  # below it, a few lines an entry instead of a table
 _CURVE_POINTS = 10
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
-LEGEND = (
-    "Accuracy in % ± standard deviation over the rounds; 95\u00a0%: half the interval of the mean; differences in points, "
-    "with 95\u00a0% intervals."
-)
-_STYLES = {"submission": "bold cyan", "published": "", "random-real": "dim", "full-real": "dim"}
+_STYLES = {"submission": "bold cyan", "published": ""}
+_REFERENCE_STYLE = "dim"
 
 
 class LeaderboardView:
@@ -60,19 +56,6 @@ class LeaderboardView:
         yield Text(f"\n{LEGEND}", style="dim")
 
 
-def shortened(group: Group, most_rows: int | None) -> tuple[Group, int]:
-    """The group with at most so many of our own entries, the best, and how many were left out."""
-    if most_rows is None:
-        return group, 0
-    kept: list[Row] = []
-    counts: dict[str, int] = {}
-    for row in group.rows:
-        counts[row.kind] = counts.get(row.kind, 0) + 1
-        if row.kind == "published" or counts[row.kind] <= most_rows:
-            kept.append(row)
-    return replace(group, rows=tuple(kept)), len(group.rows) - len(kept)
-
-
 def sparkline(values: Sequence[float], points: int = _CURVE_POINTS, bars: str = _BARS) -> str:
     """Values as a row of bars of growing height, the lowest value the lowest bar."""
     sampled = sampled_curve(values, points)
@@ -82,19 +65,6 @@ def sparkline(values: Sequence[float], points: int = _CURVE_POINTS, bars: str = 
     if high == low:
         return bars[0] * len(sampled)
     return "".join(bars[round((v - low) / (high - low) * (len(bars) - 1))] for v in sampled)
-
-
-def percent(value: float | None) -> str:
-    """A fraction in percent with two decimals; a dash for None."""
-    return "–" if value is None else f"{100 * value:.2f}"
-
-
-def points(estimate: Estimate | None) -> str:
-    """A difference in points with its interval, `+1.23 ± 0.40`; without one after a single round; a dash for None."""
-    if estimate is None:
-        return "–"
-    interval = "" if estimate.half_width is None else f" ± {100 * estimate.half_width:.2f}"
-    return f"{100 * estimate.value:+.2f}{interval}"
 
 
 def _can_draw(options: ConsoleOptions) -> bool:
@@ -111,7 +81,7 @@ def _table(group: Group, width: int, bars: str) -> Table:
         free = title in ("entry", "official")
         table.add_column(title, justify=justify, no_wrap=not free, overflow="fold", min_width=16 if free else None)
     for row in group.rows:
-        table.add_row(*_cells(row, group, width, bars), style=_STYLES[row.kind])
+        table.add_row(*_cells(row, group, width, bars), style=_STYLES.get(row.kind, _REFERENCE_STYLE))
     return table
 
 
@@ -134,7 +104,7 @@ def _cells(row: Row, group: Group, width: int, bars: str) -> list[Text]:
         name if wide else Text("\n").join([name, Text(_small_print(group, row), style="dim")]),
         *(_accuracy(row, dataset) for dataset in group.datasets),
         *([Text(percent(row.score))] if _has_mean(group) else []),
-        *([Text(_spread(row))] if width >= _MEDIUM else []),
+        *([Text(half_interval(row))] if width >= _MEDIUM else []),
         *(differences if wide else [Text("\n").join(differences)]),
         *(_wide_cells(group, row, bars) if wide else []),
     ]
@@ -142,7 +112,7 @@ def _cells(row: Row, group: Group, width: int, bars: str) -> list[Text]:
 
 def _wide_cells(group: Group, row: Row, bars: str) -> list[Text]:
     return [
-        Text(_rounds(row)),
+        Text(rounds(row)),
         Text(_curve(row, bars), style="cyan" if row.is_local else "dim"),
         Text(row.date),
         Text("; ".join([group.verdict(row), *row.remarks])),
@@ -153,10 +123,10 @@ def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
     """A few lines an entry, for screens that are too narrow for a table."""
     for row in group.rows:
         rank = "" if row.rank is None else f"{row.rank}. "
-        yield Text(f"{rank}{row.name}", style=_STYLES[row.kind], overflow="fold")
+        yield Text(f"{rank}{row.name}", style=_STYLES.get(row.kind, _REFERENCE_STYLE), overflow="fold")
         facts = [(dataset_title(name), _accuracy(row, name)) for name in row.accuracy]
         if row.score is not None and len(row.accuracy) > 1:
-            facts.append(("mean", Text(f"{percent(row.score)} {_spread(row)}")))
+            facts.append(("mean", Text(f"{percent(row.score)} {half_interval(row)}")))
         for title, estimate in (("to first", row.to_first), ("to random real", row.to_random)):
             if estimate is not None:
                 facts.append((title, _difference(estimate)))
@@ -170,7 +140,7 @@ def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
 def _small_print(group: Group, row: Row) -> str:
     facts = [group.verdict(row)]
     if row.results:
-        facts += [f"{_rounds(row)} {'round' if _rounds(row) == '1' else 'rounds'}"]
+        facts += [f"{rounds(row)} {'round' if rounds(row) == '1' else 'rounds'}"]
     return ", ".join([*facts, *([row.date] if row.date else []), *row.remarks])
 
 
@@ -194,18 +164,7 @@ def _has_mean(group: Group) -> bool:
 def _accuracy(row: Row, name: str) -> Text:
     if name not in row.accuracy:
         return Text("–", style="dim")
-    return Text(percent(row.accuracy[name])).append(_deviation(row, name), style="dim")
-
-
-def _deviation(row: Row, name: str) -> str:
-    """The standard deviation over the rounds, behind an accuracy."""
-    std = row.results[name].std if name in row.results else None
-    return "" if std is None else f" ±{100 * std:.2f}"
-
-
-def _spread(row: Row) -> str:
-    half_width = row.spread.half_width if row.spread else None
-    return "" if half_width is None else f"± {100 * half_width:.2f}"
+    return Text(percent(row.accuracy[name])).append(deviation(row, name), style="dim")
 
 
 def _difference(estimate: Estimate | None) -> Text:
@@ -216,88 +175,7 @@ def _difference(estimate: Estimate | None) -> Text:
     return Text(points(estimate), style=style)
 
 
-def _rounds(row: Row) -> str:
-    return "+".join(str(n) for n in dict.fromkeys(row.rounds))
-
-
 def _curve(row: Row, bars: str) -> str:
     """The first round's training loss on the first dataset that has a curve."""
     curves = [r.loss_curves[0] for r in row.results.values() if r.loss_curves]
     return sparkline(curves[0], bars=bars) if curves else ""
-
-
-# --- for other programs ---
-
-
-def as_csv(groups: Iterable[Group]) -> str:
-    """One line an entry and group, with a header; fractions, empty where there is no number."""
-    groups = list(groups)
-    datasets = list(dict.fromkeys(name for group in groups for name in group.datasets))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["track", "group", "rank", "entry", "kind", "official", *datasets, "mean", "half_width_95",
-                     "to_first", "to_first_half_width_95", "to_random", "to_random_half_width_95",
-                     "rounds", "date", "source", "deviations"])  # fmt: skip
-    for group in groups:
-        for row in group.rows:
-            writer.writerow(_csv_row(group, row, datasets))
-    return out.getvalue()
-
-
-def _csv_row(group: Group, row: Row, datasets: Sequence[str]) -> list[object]:
-    def pair(estimate: Estimate | None) -> list[object]:
-        return ["", ""] if estimate is None else [_number(estimate.value), _number(estimate.half_width)]
-
-    return [
-        group.track, group.title, row.rank or "", _no_formula(row.name), row.kind, str(row.official).lower(),
-        *(_number(row.accuracy.get(name)) for name in datasets), _number(row.score),
-        _number(row.spread.half_width if row.spread else None), *pair(row.to_first), *pair(row.to_random),
-        _rounds(row), row.date, row.source, "; ".join(row.deviations),
-    ]  # fmt: skip
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
-def _no_formula(text: str) -> str:
-    """A name that a spreadsheet would take for a formula, made text again."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
-
-
-def as_markdown(groups: Iterable[Group]) -> str:
-    """A Markdown table for each group, percent and points as in the terminal."""
-    parts = []
-    for group in groups:
-        titles = ["#", "entry", *map(dataset_title, group.datasets), "mean", "to first", "to random real", "rounds",
-                  "date", "official"]  # fmt: skip
-        lines = [f"### Track {group.track}: {group.title}", "", _markdown_line(titles), _markdown_line(["---"] * len(titles))]
-        lines += [_markdown_line(_markdown_cells(group, row)) for row in group.rows]
-        parts.append("\n".join([*lines, "", *(f"{remark}\n" for remark in group.remarks)]))
-    return "\n".join(parts)
-
-
-def _markdown_cells(group: Group, row: Row) -> list[str]:
-    return [
-        "" if row.rank is None else str(row.rank),
-        f"**{_markdown_text(row.name)}**" if row.is_local else _markdown_text(row.name),
-        *(f"{percent(row.accuracy.get(name))}{_deviation(row, name)}" for name in group.datasets),
-        f"{percent(row.score)} {_spread(row) if row.score is not None else ''}".strip(),
-        points(row.to_first),
-        points(row.to_random),
-        _rounds(row),
-        row.date,
-        _markdown_text(group.verdict(row)),
-    ]
-
-
-def _markdown_line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _markdown_text(text: str) -> str:
-    """Text that Markdown and the HTML within it leave as it is."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
-    for character in "\\`*_[]|":
-        text = text.replace(character, f"\\{character}")
-    return text

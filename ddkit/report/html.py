@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddkit.files import write_text
-from ddkit.report.console import LEGEND, percent, points
-from ddkit.report.leaderboard import dataset_title
 from ddkit.report.page import Page
+from ddkit.report.rows import dataset_title
+from ddkit.report.wording import LEGEND, percent, points
 
 if TYPE_CHECKING:
     import jinja2

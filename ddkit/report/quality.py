@@ -16,11 +16,39 @@ from ddkit.metrics.features import FeatureSettings, reference_features
 from ddkit.metrics.quality import Quality, measure
 from ddkit.progress import Listener, ignore
 from ddkit.report.figures import neighbour_sheet, side_by_side
-from ddkit.report.leaderboard import dataset_title
-from ddkit.report.page import QualityLine, QualityPicture, QualityView
+from ddkit.report.rows import dataset_title
 from ddkit.report.sets import read_set
 
 _COPY = 0.2  # of the distance between real images: nearer than this, an image is as good as copied
+
+
+@dataclass(frozen=True)
+class QualityLine:
+    """One metric of a set, and of real images."""
+
+    metric: str
+    ours: float | None
+    real: float | None
+    reading: str
+
+
+@dataclass(frozen=True)
+class QualityPicture:
+    """A sheet that goes with the metrics. uri: a data URI."""
+
+    title: str
+    note: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class QualityView:
+    """The metrics of one set's pictures. images: in the set."""
+
+    name: str
+    images: int
+    lines: tuple[QualityLine, ...]
+    pictures: tuple[QualityPicture, ...] = ()
 
 
 @dataclass(frozen=True)

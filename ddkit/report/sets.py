@@ -1,38 +1,57 @@
-"""A distilled set as pictures: from the bare, normalised tensor of a submission back to bytes and labels."""
+"""A distilled set as pictures: from the bare, normalised tensor of a submission back to bytes, labels, data URIs."""
 
 from __future__ import annotations
 
+import base64
+import io
 import os
-import pickle
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
+from PIL import Image
 from torch import Tensor
 
 from ddkit.data.images import denormalise, to_uint8
 from ddkit.data.store import dataset_spec
-from ddkit.errors import BadFile
-from ddkit.files import explain_os_error
+from ddkit.submission.layout import load_tensor, row_labels
+
+_MOST_PER_CLASS = 10  # pictures
+_LARGEST_LOSSLESS = 48  # pixels; of larger pictures the page would be too heavy to send
 
 
 def read_set(path: str | os.PathLike[str], dataset: str) -> tuple[Tensor, Tensor]:
     """The images (N, 3, S, S) uint8 and labels (N,) int64 of a submission's file for `dataset`.
 
-    The file holds one tensor, normalised with the dataset's constants, the same number of images of each class
-    one class after another (PROTOCOL.md). Values outside the range of pixels are clamped.
-    Raises BadFile for what is no such file; nothing in it is executed.
+    Values outside the range of pixels are clamped. Raises InvalidSubmission for what is no such file, with the first
+    thing that `check` would find wrong; nothing in it is executed.
     """
-    path, spec = Path(path), dataset_spec(dataset)
-    try:
-        images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
-        raise BadFile(f"{path} is no tensor that can be read safely.") from error
-    if not isinstance(images, Tensor) or images.shape[1:] != spec.image_shape or len(images) % spec.num_classes:
-        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise BadFile(
-            f"{path} holds {found}, not a tensor of (n x {spec.num_classes}, 3, {spec.image_size}, {spec.image_size})."
-        )
-    labels = torch.arange(spec.num_classes).repeat_interleave(len(images) // spec.num_classes)
-    return to_uint8(denormalise(images, spec)), labels
+    spec = dataset_spec(dataset)
+    images = load_tensor(path, spec)
+    return to_uint8(denormalise(images, spec)), row_labels(spec.num_classes, len(images) // spec.num_classes)
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """One row of a contact sheet. pictures: data URIs."""
+
+    name: str
+    pictures: tuple[str, ...]
+
+
+def pictures_by_class(
+    images: Tensor, labels: Tensor, name: Callable[[int], str], *, most: int = _MOST_PER_CLASS
+) -> tuple[ClassPictures, ...]:
+    """The first pictures of each class, at most `most`. images: (N, 3, S, S) uint8. labels: (N,) int64."""
+    rows = []
+    for label in labels.unique().tolist():
+        members = images[labels == label][:most]
+        rows.append(ClassPictures(name(label), tuple(_data_uri(picture) for picture in members)))
+    return tuple(rows)
+
+
+def _data_uri(picture: Tensor) -> str:
+    """(3, S, S) uint8 -> a data URI; small pictures without losses."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image.save(buffer, format="WEBP", lossless=max(image.size) <= _LARGEST_LOSSLESS, quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

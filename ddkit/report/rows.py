@@ -1,0 +1,181 @@
+"""What a leaderboard is made of: entries with their accuracies, spreads and differences, in groups."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ddkit.results import Result
+
+DATASET_TITLES = {"cifar100": "CIFAR-100", "tinyimagenet": "TinyImageNet"}
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A fraction, and half the width of its 95 % interval; None where a single round leaves no spread."""
+
+    value: float
+    half_width: float | None
+
+    @property
+    def is_clear(self) -> bool | None:
+        """Whether zero lies outside the interval; None without one."""
+        return None if self.half_width is None else abs(self.value) > self.half_width
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry: published, ours, or a reference to hold the others against.
+
+    kind: "published", or a Result's kind ("submission", "random-real", "full-real").
+    accuracy: dataset -> fraction. score: the mean over both datasets of the challenge, None until both are there;
+        of a dataset outside the challenge its accuracy.
+    results: the latest evaluation for each dataset; empty for published entries.
+    rank: among official scores; None for references, for incomplete entries and whatever is not official.
+    best_published: the best published mean over the datasets of this row; None where none can be compared with.
+    baseline: random real images under the same settings, in the order of `results`; empty where there are none.
+    """
+
+    name: str
+    kind: str
+    accuracy: Mapping[str, float]
+    score: float | None
+    results: Mapping[str, Result] = field(default_factory=dict)
+    rank: int | None = None
+    source: str = ""
+    best_published: float | None = None
+    baseline: tuple[Result, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def spread(self) -> Estimate | None:
+        """The mean of this row's accuracies with its interval; None for published entries, which have none."""
+        if not self.results:
+            return None
+        evaluated = tuple(self.results.values())
+        return Estimate(mean(self.accuracy.values()), _half_width(evaluated, 1 / len(evaluated)))
+
+    @property
+    def to_first(self) -> Estimate | None:
+        """Difference to the best published entry. That has no spread: the interval is our own mean's."""
+        if self.best_published is None or self.spread is None:
+            return None
+        return Estimate(self.spread.value - self.best_published, self.spread.half_width)
+
+    @property
+    def to_random(self) -> Estimate | None:
+        """Difference to random real images, over the datasets that this row has."""
+        return difference(tuple(self.results.values()), self.baseline) if self.baseline else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is an entry of ours, neither published nor a reference."""
+        return self.kind == "submission"
+
+    @property
+    def official(self) -> bool:
+        return self.kind == "published" or bool(self.results) and all(r.official for r in self.results.values())
+
+    @property
+    def date(self) -> str:
+        """ISO day of the latest evaluation, empty where unknown."""
+        return max((r.date for r in self.results.values()), default="")[:10]
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """Rounds of each dataset's evaluation, in the order of `results`."""
+        return tuple(r.rounds for r in self.results.values())
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """What differs from the protocol in any of the evaluations, each once."""
+        return tuple(dict.fromkeys(d for r in self.results.values() for d in r.deviations))
+
+    @property
+    def value(self) -> float | None:
+        """What rows are sorted by: the score, else the mean of what there is."""
+        if self.score is not None or not self.accuracy:
+            return self.score
+        return mean(self.accuracy.values())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that were obtained under the same settings, best first.
+
+    title: the settings in words. datasets: those with an accuracy; a score is the mean over both of the challenge.
+    shared_deviations: what differs from the protocol in every row.
+    """
+
+    track: int
+    official: bool
+    title: str
+    datasets: tuple[str, ...]
+    rows: tuple[Row, ...]
+    remarks: tuple[str, ...] = ()
+    shared_deviations: tuple[str, ...] = ()
+
+    def verdict(self, row: Row) -> str:
+        """Whether the row counts: `official`, where it was published, or what sets it apart from the group's others."""
+        if row.kind == "published":
+            return f"published, {row.source}"
+        own = [d for d in row.deviations if d not in self.shared_deviations]
+        return "official" if row.official else "; ".join(own) or "not official"
+
+
+def dataset_title(name: str) -> str:
+    """How people write the dataset's name."""
+    return DATASET_TITLES.get(name, name)
+
+
+def shortened(group: Group, most_rows: int | None) -> tuple[Group, int]:
+    """The group with at most so many of our own entries, the best, and how many were left out."""
+    if most_rows is None:
+        return group, 0
+    kept: list[Row] = []
+    counts: dict[str, int] = {}
+    for row in group.rows:
+        counts[row.kind] = counts.get(row.kind, 0) + 1
+        if row.kind == "published" or counts[row.kind] <= most_rows:
+            kept.append(row)
+    return replace(group, rows=tuple(kept)), len(group.rows) - len(kept)
+
+
+def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Estimate:
+    """Mean accuracy of `ours` minus that of `theirs`, with Welch's interval (Welch 1947).
+
+    The datasets are in the same order on both sides and count equally.
+    """
+    weight = 1 / len(ours)
+    value = weight * (sum(r.mean for r in ours) - sum(r.mean for r in theirs))
+    return Estimate(value, _half_width([*ours, *theirs], weight))
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of one value or more."""
+    known = tuple(values)
+    return sum(known) / len(known)
+
+
+def _half_width(results: Sequence[Result], weight: float) -> float | None:
+    """Half the 95 % interval of a weighted sum of means, degrees of freedom by Welch and Satterthwaite."""
+    deviations = [r.std for r in results]
+    if None in deviations:
+        return None
+    variances = [(weight * s) ** 2 / r.rounds for s, r in zip(deviations, results, strict=True)]
+    total = sum(variances)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(v**2 / (r.rounds - 1) for v, r in zip(variances, results, strict=True))
+    return float(_t_quantile()(freedom, (1 + _CONFIDENCE) / 2)) * math.sqrt(total)
+
+
+@functools.lru_cache(maxsize=1)
+def _t_quantile() -> Callable[[float, float], float]:
+    """Quantiles of Student's t; imported late, a leaderboard without spreads does without."""
+    from scipy.special import stdtrit
+
+    return stdtrit
