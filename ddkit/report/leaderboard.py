@@ -69,7 +69,7 @@ def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_C
     datasets = tuple(sorted(present, key=_dataset_order))
     shared = _shared_deviations(rows)
     remarks = [f"Not comparable with the published entries: {'; '.join(shared)}."] if shared else []
-    if not any(row.kind == "random-real" for row in rows):
+    if any(row.is_local for row in rows) and not any(row.kind == "random-real" for row in rows):
         remarks.append("No random real images were evaluated under these settings.")
     return Group(key.track, False, key.title(), datasets, tuple(rows), tuple(remarks), shared)
 
@@ -117,7 +117,7 @@ class _GroupKey:
         parts = []
         if self.ipc is not None and self.ipc != (TRACKS[1].ipc,) * 2:
             low, high = self.ipc
-            parts.append(f"{low if low == high else f'{low} to {high}'} images a class")
+            parts.append("1 image a class" if self.ipc == (1, 1) else f"{_span(low, high)} images a class")
         if self.network != "convnet":
             parts.append(self.network)
         if not self.augment:
@@ -125,6 +125,10 @@ class _GroupKey:
         if self.precision != "float32":
             parts.append(self.precision)
         return parts
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
 
 
 @dataclass
