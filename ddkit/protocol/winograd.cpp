@@ -25,6 +25,7 @@ constexpr int CHANNELS = 128;
 constexpr int BLOCK = 16;  // channels: one cache line of floats
 constexpr int VECS = BLOCK / LANES;
 constexpr int TAPS = 27;  // of the first convolution: 3 channels of 3 x 3
+constexpr int COLUMN = 32;  // floats for TAPS of them, whole vectors
 constexpr float EPSILON = 1e-5f;  // of torch.nn.GroupNorm
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
@@ -351,6 +352,36 @@ void convolve_image_back(const float* padded, int side, const float* gradients, 
         }
 }
 
+// gradients: side^2 x BLOCK, of the outputs; adds to columns: (side^2, COLUMN), what each output's taps pass back.
+// weight_rows: (128, COLUMN), the taps of each channel side by side and zeros after them, from the block's first on.
+void convolve_image_to_columns(const float* gradients, int side, const float* weight_rows, float* columns) {
+    constexpr int VECS_OF_COLUMN = COLUMN / LANES;
+    for (int pixel = 0; pixel < side * side; pixel++, gradients += BLOCK, columns += COLUMN) {
+        Vec sums[VECS_OF_COLUMN];
+        for (int vec = 0; vec < VECS_OF_COLUMN; vec++) sums[vec] = load(columns + vec * LANES);
+        for (int channel = 0; channel < BLOCK; channel++)
+            for (int vec = 0; vec < VECS_OF_COLUMN; vec++)
+                sums[vec] += gradients[channel] * load(weight_rows + channel * COLUMN + vec * LANES);
+        for (int vec = 0; vec < VECS_OF_COLUMN; vec++) store(columns + vec * LANES, sums[vec]);
+    }
+}
+
+// columns: (side^2, COLUMN) -> the gradient of the image (3, side, side), by way of one with a border in `padded`.
+void columns_to_image(const float* columns, int side, float* padded, float* image) {
+    const int row = side + 2;
+    std::memset(padded, 0, sizeof(float) * 3 * row * row);
+    for (int y = 0; y < side; y++)
+        for (int x = 0; x < side; x++, columns += COLUMN)
+            for (int line = 0; line < 9; line++)
+                for (int k = 0; k < 3; k++)
+                    padded[(line / 3 * row + y + line % 3) * row + x + k] += columns[3 * line + k];
+    for (int channel = 0; channel < 3; channel++)
+        for (int y = 0; y < side; y++)
+            std::memcpy(
+                image + (channel * side + y) * side, padded + (channel * row + y + 1) * row + 1, sizeof(float) * side
+            );
+}
+
 }  // namespace
 
 extern "C" {
@@ -470,7 +501,36 @@ void middle_backward(
         }
 }
 
-// The way back of first_forward. The convolution is computed again: that costs less than keeping its outputs,
+// The way back of first_forward to the images, for whoever optimises those; the network's weights stay.
+// weight_rows: (128, 32), see convolve_image_to_columns; columns: (side^2, 32) of scratch memory.
+// image_gradients: (n, 3, side, side).
+void first_backward_to_images(
+    float* tile_gradients, long tile_plane, const float* images, int n, int side, const float* weight,
+    const float* weight_rows, NormData norm, float* image_gradients, float* columns, float* scratch
+) {
+    const int half = side / 2;
+    const long tiles = long(half / 4) * (half / 4), pixels = long(side) * side;
+    float* padded = scratch;
+    float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
+    float* pooled = values + pixels * BLOCK;
+    for (int image = 0; image < n; image++) {
+        pad_image(images + image * 3 * pixels, side, padded);
+        std::memset(columns, 0, sizeof(float) * pixels * COLUMN);
+        for (int c = 0; c < CHANNELS; c += BLOCK) {
+            const float* mean = norm.statistics + image * 2 * CHANNELS + c;
+            map_to_tiles_back({tile_gradients, tile_plane}, image * tiles, c, half, pooled);
+            convolve_image(padded, side, weight + c, values);
+            normalise_and_pool_back(
+                values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled,
+                norm.weight_gradient + c, norm.bias_gradient + c
+            );
+            convolve_image_to_columns(values, side, weight_rows + c * COLUMN, columns);
+        }
+        columns_to_image(columns, side, padded, image_gradients + image * 3 * pixels);
+    }
+}
+
+// The way back of first_forward to the weights. The convolution is computed again: that costs less than keeping its outputs,
 // which are four times as large as all else, in memory.
 void first_backward(
     float* tile_gradients, long tile_plane, const float* images, int n, int side, const float* weight, NormData norm,

@@ -26,12 +26,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddkit.challenge import NETWORK_WIDTH
 from ddkit.protocol.convnet import ConvNet
@@ -42,6 +43,7 @@ _SOURCE = Path(__file__).with_name("winograd.cpp")
 _TILE = 4  # outputs a side
 _PLANES = 36  # transformed values of a tile, 6 x 6
 _TAPS = 27  # of the first convolution
+_COLUMN = 32  # floats for that many, as in winograd.cpp
 # Planes lie this many floats further apart than their size, or they would share few sets of the cache.
 _BETWEEN_PLANES = 16
 
@@ -99,6 +101,31 @@ class WinogradEngine:
         self._share_out(len(images), lambda worker, ranges: worker.test(batch, ranges, weights))
         return batch.logits
 
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, F) float32: the network's `embed`, without gradients."""
+        images = images.float().contiguous()
+        weights = _Weights(self._network, self._plan.precision)
+        embedding = torch.empty(len(images), self._network.classifier.in_features)
+        self._share_out(len(images), lambda worker, ranges: worker.embed(images, embedding, ranges, weights))
+        return embedding
+
+    @torch.no_grad()
+    def image_gradients(self, images: Tensor, embedding_gradients: Tensor) -> Tensor:
+        """The way back of `embed` to the images: (N, F) gradients of embeddings -> (N, 3, S, S) of images.
+
+        Computes the embeddings again instead of keeping what lies between, and no gradient of the weights.
+        """
+        images, embedding_gradients = images.float().contiguous(), embedding_gradients.float().contiguous()
+        weights = _Weights(self._network, self._plan.precision)
+        gradients = torch.empty_like(images)
+
+        def work(worker: _Worker, ranges: list[tuple[int, int]]) -> None:
+            worker.differentiate(images, embedding_gradients, gradients, ranges, weights)
+
+        self._share_out(len(images), work)
+        return gradients
+
     def _share_out(self, n: int, work: Callable[[_Worker, list[tuple[int, int]]], None]) -> list[_Worker]:
         """Have each worker do its part of `n` images, which depends on nothing but the plan; returns who had one."""
         parts = list(_even_parts(0, n, len(self._workers)))
@@ -133,7 +160,8 @@ class _Weights:
     def __init__(self, network: ConvNet, precision: str) -> None:
         features = network.features
         self.rounded = precision == "bfloat16"
-        self.first = features[0].weight.reshape(NETWORK_WIDTH, _TAPS).t().contiguous()
+        self.first_rows = F.pad(features[0].weight.reshape(NETWORK_WIDTH, _TAPS), (0, _COLUMN - _TAPS))
+        self.first = self.first_rows[:, :_TAPS].t().contiguous()
         self.tiles = [_rounded(_to_tiles(features[place].weight), self.rounded) for place in (4, 8)]
         self.classifier = network.classifier.weight.detach()
         self.classifier_bias = network.classifier.bias.detach()
@@ -217,6 +245,26 @@ class _Worker:
             self._cross_entropy(batch, start, end, logits)
             self._backward(images, batch.logit_gradients[start:end] @ weights.classifier, weights)
 
+    @torch.no_grad()
+    def embed(self, images: Tensor, embedding: Tensor, ranges: list[tuple[int, int]], weights: _Weights) -> None:
+        """Fill these rows of `embedding`."""
+        for start, end in ranges:
+            self._forward(images[start:end], embedding[start:end], weights)
+
+    @torch.no_grad()
+    def differentiate(
+        self,
+        images: Tensor,
+        embedding_gradients: Tensor,
+        image_gradients: Tensor,
+        ranges: list[tuple[int, int]],
+        weights: _Weights,
+    ) -> None:
+        """Fill these rows of `image_gradients`."""
+        for start, end in ranges:
+            self._forward(images[start:end], self._embedding[: end - start], weights)
+            self._backward_to_images(images[start:end], embedding_gradients[start:end], image_gradients[start:end], weights)
+
     def _cross_entropy(self, batch: _Batch, start: int, end: int, logits: Tensor) -> None:
         labels = batch.labels[start:end, None]
         log_probabilities = logits.log_softmax(1)
@@ -238,23 +286,37 @@ class _Worker:
         run("last_forward", *last_products, n, side // 4, self._norm(2), self._values[1], embedding, self._scratch)
 
     def _backward(self, images: Tensor, embedding_gradients: Tensor, weights: _Weights) -> None:
-        n, side, run = len(images), self._side, self._run
+        """Add to `self.gradients` what these images contribute."""
+        self._backward_to_first_block(len(images), embedding_gradients, weights, add_to=self.gradients.tiles)
+        inputs, _ = self._planes(0, len(images))
+        self._run("first_backward", *inputs, images, len(images), self._side, weights.first, self._norm(0),
+                  self.gradients.first, self._scratch)  # fmt: skip
+
+    def _backward_to_images(
+        self, images: Tensor, embedding_gradients: Tensor, image_gradients: Tensor, weights: _Weights
+    ) -> None:
+        self._backward_to_first_block(len(images), embedding_gradients, weights, add_to=(None, None))
+        inputs, _ = self._planes(0, len(images))
+        columns = torch.empty(self._side**2, _COLUMN)
+        self._run("first_backward_to_images", *inputs, images, len(images), self._side, weights.first,
+                  weights.first_rows, self._norm(0), image_gradients, columns, self._scratch)  # fmt: skip
+
+    def _backward_to_first_block(
+        self, n: int, embedding_gradients: Tensor, weights: _Weights, add_to: Sequence[Tensor | None]
+    ) -> None:
+        """Replace the tiles that block 2 read by their gradients.
+
+        add_to: of blocks 2 and 3, the sums of the weights' gradients, None where those are not wanted.
+        """
+        side, run = self._side, self._run
         inputs, products = self._planes(0, n)
         last_inputs, last_products = self._planes(1, n)
         run("last_backward", embedding_gradients, n, side // 4, self._norm(2), self._values[1], *last_products,
             weights.rounded, self._scratch)  # fmt: skip
-        self._multiply_back(1, last_inputs[0], last_products[0], weights)
+        _multiply_back(last_inputs[0], last_products[0], weights.tiles[1], add_to[1])
         run("middle_backward", *last_inputs, n, side // 2, self._norm(1), self._values[0], *products, weights.rounded,
             self._scratch)  # fmt: skip
-        self._multiply_back(0, inputs[0], products[0], weights)
-        run("first_backward", *inputs, images, n, side, weights.first, self._norm(0), self.gradients.first,
-            self._scratch)  # fmt: skip
-
-    def _multiply_back(self, place: int, inputs: Tensor, product_gradients: Tensor, weights: _Weights) -> None:
-        """Add to the gradient of the weights' tiles; replace the inputs' tiles by their gradients."""
-        of_weights = self.gradients.tiles[place]
-        torch.baddbmm(of_weights, inputs.transpose(1, 2), product_gradients, out=of_weights)
-        torch.bmm(product_gradients, weights.tiles[place].transpose(1, 2), out=inputs)
+        _multiply_back(inputs[0], products[0], weights.tiles[0], add_to[0])
 
     def _planes(self, place: int, n: int) -> list[tuple[Tensor, int]]:
         """For n images: the inputs' and the products' tiles, (36, tiles, 128) each, and the distance of planes."""
@@ -276,6 +338,13 @@ class _Worker:
         getattr(self._library, function)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
+def _multiply_back(inputs: Tensor, product_gradients: Tensor, tiles: Tensor, add_to: Tensor | None) -> None:
+    """Add to the gradient of the weights' tiles, if wanted; replace the inputs' tiles by their gradients."""
+    if add_to is not None:
+        torch.baddbmm(add_to, inputs.transpose(1, 2), product_gradients, out=add_to)
+    torch.bmm(product_gradients, tiles.transpose(1, 2), out=inputs)
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """winograd.cpp, compiled, its functions told their arguments' types. Raises CannotCompile, or BadFile."""
@@ -289,6 +358,9 @@ def load() -> ctypes.CDLL:
         "last_backward": (pointer, number, number, _NormData, pointer, *planes, flag, pointer),
         "middle_backward": (*planes, number, number, _NormData, pointer, *planes, flag, pointer),
         "first_backward": (*planes, pointer, number, number, pointer, _NormData, pointer, pointer),
+        "first_backward_to_images": (
+            *planes, pointer, number, number, pointer, pointer, _NormData, pointer, pointer, pointer,
+        ),
     }
     for name, types in signatures.items():
         getattr(library, name).argtypes = types

@@ -1,0 +1,44 @@
+"""What the challenge's network makes of images, in a form that the images can be optimised through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.protocol.convnet import ConvNet
+from ddkit.protocol.tuning import choose_plan
+from ddkit.protocol.winograd import WinogradEngine
+
+Embedder = Callable[[Tensor], Tensor]
+
+
+def build_embedder(network: ConvNet, batch_size: int) -> Embedder:
+    """A function (N, 3, S, S) -> (N, F) that computes what `network.embed` does.
+
+    Gradients flow to the images and never to the network's parameters, whose present values count in each call.
+    batch_size: images in a usual call. On a CPU the evaluation's fast engine computes it, where that one works.
+    """
+    plan = choose_plan(network, "float32", batch_size)
+    if plan.kind == "winograd":
+        engine = WinogradEngine(network, plan)
+        return lambda images: _ThroughEngine.apply(images, engine)
+    network.requires_grad_(False)
+    return network.embed
+
+
+class _ThroughEngine(torch.autograd.Function):
+    """Keeps the images alone for the way back: the engine computes what lies between again, in chunks."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, engine: WinogradEngine) -> Tensor:
+        ctx.engine = engine
+        ctx.save_for_backward(images)
+        return engine.embed(images)
+
+    @staticmethod
+    def backward(ctx: Any, embedding_gradients: Tensor) -> tuple[Tensor, None]:
+        (images,) = ctx.saved_tensors
+        return ctx.engine.image_gradients(images, embedding_gradients), None

@@ -1,0 +1,37 @@
+"""Embeddings and their way back to the images: by the fast engine the same as by autograd."""
+
+import pytest
+import torch
+
+from ddkit.protocol.embedding import build_embedder
+from ddkit.protocol.networks import build_network
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+
+@pytest.mark.parametrize("size, n", [(16, 5), (32, 7), (48, 3), (24, 2)])
+def test_values_and_gradients_are_autograds(size, n):
+    network = build_network("convnet", 10, size, seed=0)
+    images = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    expected = network.embed(images)
+    towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad(expected, images, towards)
+
+    embedding = build_embedder(network, n)(images)
+    torch.testing.assert_close(embedding, expected, atol=1e-4, rtol=0)
+    embedding.backward(towards)
+    # A ReLU whose input rounds to the other side of zero passes another gradient: few values may differ.
+    wrong = (images.grad - gradient).abs() > 1e-3 * gradient.abs().max()
+    assert wrong.float().mean() < 0.01
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_network_trained_on_is_seen_as_it_now_is():
+    network = build_network("convnet", 10, 16, seed=0)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    embed = build_embedder(network, 2)
+    before = embed(images)
+    with torch.no_grad():
+        network.features[9].bias += 1
+    torch.testing.assert_close(embed(images), network.embed(images), atol=1e-4, rtol=0)
+    assert not torch.allclose(embed(images), before)
