@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install 'ddkit[test]'")
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver import ActionChains, Keys  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
+from selenium import webdriver
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
 
 OFFICIAL, MARKED = "Official: E = 1000, 3 rounds", "marked: E = 50, 1 image a class"
 DESKTOP, PHONE = (1280, 900), (390, 844)
