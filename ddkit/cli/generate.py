@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from ddkit.cli._options import RUNS_FOLDER, SUBMISSION_FOLDER, device_option, example, seed_option, surface_options
 from ddkit.cli._surface import Surface
+from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
     from ddkit.distill.generate import FromModel, FromReal
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 @click.option("--dataset", required=True, help="A dataset of `ddkit data list`.")
 @click.option("--ipc", type=int, default=10, show_default=True, help="Images per class; the challenge asks for 10.")
 @click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="A model folder; runs/<dataset>.")
-@click.option("--from-real", type=click.Choice(["random", "first"]),
-              help="Real training images instead of a model's: the baselines.")
+@click.option("--candidates", type=click.IntRange(1), help="Images of each class to choose from; see --select.")
+@click.option("--select", metavar="METHOD", help="How to choose from the candidates: herding (the default), k-center, "
+              "k-medoids, minimax, easy, middling, hard, spread, random or first.")
+@click.option("--from-real", metavar="METHOD", help="Real training images instead of a model's: random and first are the "
+              "baselines, the other methods of --select choose from all.")
 @click.option("--sampling-steps", "steps", type=click.IntRange(1), help="Of the sampler.")
 @click.option("--guidance", type=click.FloatRange(0), help="How strongly the class is insisted on; 1 is not at all.")
 @click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH",
@@ -38,6 +42,8 @@ def generate(
     dataset: str,
     ipc: int,
     model: Path | None,
+    candidates: int | None,
+    select: str | None,
     from_real: str | None,
     out: Path | None,
     seed: int,
@@ -46,13 +52,21 @@ def generate(
 ) -> None:
     """Make a distilled set of --ipc images per class, with its JSON and its contact sheet.
 
-    The same seed gives the same images, whatever the batch size.
+    The same seed gives the same images, whatever the batch size. Choosing looks through the eyes of a network that is
+    trained on the real images once, in minutes on a CPU.
     """
     from ddkit.distill.generate import FromReal
     from ddkit.distill.generate import generate as generate_set
 
-    folder = model or RUNS_FOLDER / dataset
-    source = FromReal(from_real, seed) if from_real else _from_model(folder, seed, device, sampling)
+    if select and candidates is None:
+        raise UsageError("--select chooses from candidates.", "Say how many of each class with --candidates.")
+    if from_real and candidates is not None:
+        raise UsageError("--candidates are a model's images; --from-real chooses from all the real ones.")
+    if from_real:
+        source = FromReal(from_real, seed, device)
+    else:
+        choice = {"candidates": candidates} | ({"select": select} if select else {})
+        source = _from_model(model or RUNS_FOLDER / dataset, seed, device, choice, sampling)
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     surface.say(f"Making {ipc} images per class of {escape(dataset)} {escape(_origin(source))}.")
     saved = generate_set(dataset, ipc, source, out, progress=surface.listen)
@@ -60,12 +74,14 @@ def generate(
     surface.result({"tensor": saved.tensor, "facts": saved.facts, "sheet": saved.sheet})
 
 
-def _from_model(folder: Path, seed: int, device: str, options: dict[str, Any]) -> FromModel:
+def _from_model(
+    folder: Path, seed: int, device: str, choice: dict[str, Any], sampling: dict[str, Any]
+) -> FromModel:
     from ddkit.distill.generate import FromModel
     from ddkit.generator.sampling import SamplingConfig
 
-    chosen = {name: value for name, value in options.items() if value is not None}
-    return FromModel(folder, SamplingConfig(seed=seed, **chosen), device)
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return FromModel(folder, SamplingConfig(seed=seed, **given), device, **choice)
 
 
 def _origin(source: FromModel | FromReal) -> str:
@@ -74,4 +90,5 @@ def _origin(source: FromModel | FromReal) -> str:
     if isinstance(source, FromReal):
         return f"from its real training images ({source.choice})"
     config = source.sampling
-    return f"with {source.folder}: {config.sampler}, {config.steps} steps, guidance {config.guidance:g}"
+    chosen = f", chosen from {source.candidates} by {source.select}" if source.candidates else ""
+    return f"with {source.folder}: {config.sampler}, {config.steps} steps, guidance {config.guidance:g}{chosen}"

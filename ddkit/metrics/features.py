@@ -81,11 +81,25 @@ class ReferenceFeatures:
             progress(Progress("Computing features", done, len(images), "images"))
         return torch.cat(features) if features else torch.empty(0, self.num_features)
 
-    @torch.no_grad()
+    def with_confidence(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features as by a call, and (N,) float32 in [0, 1]: the probability that the network gives to each label.
+
+        images: (N, 3, S, S) uint8, or float in [0, 1]. labels: (N,) int64.
+        """
+        parts = [self._look(images[start : start + _IMAGES_AT_ONCE]) for start in range(0, len(images), _IMAGES_AT_ONCE)]
+        features, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return features, logits.softmax(1).gather(1, labels[:, None])[:, 0]
+
     def _of_batch(self, images: Tensor) -> Tensor:
+        return self._look(images)[0]
+
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits of one batch, on the CPU."""
         batch = _resized(normalise(images.to(self._device), self._spec), self._network.image_size)
         maps = self._network.features(batch)  # (N, 128, s, s)
-        return F.adaptive_avg_pool2d(maps, _QUARTERS).flatten(1).float().cpu()
+        logits = self._network.classifier(maps.flatten(1))
+        return F.adaptive_avg_pool2d(maps, _QUARTERS).flatten(1).float().cpu(), logits.float().cpu()
 
 
 def reference_features(

@@ -12,6 +12,7 @@ from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.errors import BadFile, MissingModel, UsageError
 from ddkit.generator.pipeline import load_model, model_hash, save_model
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
+from ddkit.metrics.features import reference_features
 
 
 def pixels(path, name):
@@ -98,3 +99,37 @@ class TestWhatIsRefused:
         (tmp_path / "file").write_text("in the way")
         with pytest.raises(BadFile):
             generate(colours, 1, FromReal(), tmp_path / "file" / "set.pt")
+
+
+class TestChoosing:
+    """Candidates of a model, and all real images, seen by a network trained on the real ones."""
+
+    def test_of_a_models_candidates_those_that_a_choice_takes(self, colours, model_folder, tmp_path):
+        sampling = SamplingConfig("ddim", steps=2, seed=4, batch_size=3)
+        saved = generate(colours, 2, FromModel(model_folder, sampling, candidates=5, select="hard"), tmp_path / "set.pt")
+        train = load_dataset(colours, "train")
+        features = reference_features(train, dataset_spec(colours))
+        expected = []
+        for c in range(2):
+            labels = torch.full((5,), c)
+            images = Sampler(load_model(model_folder), sampling)(labels, torch.arange(5)).images
+            expected.append(images[features.with_confidence(images, labels)[1].argsort(stable=True)[:2]])
+        assert torch.equal(pixels(saved.tensor, colours), torch.cat(expected))
+        facts = json.loads(saved.facts.read_text())
+        assert (facts["selection"], facts["candidates"]) == ("hard", 5)
+
+    def test_of_all_real_images(self, colours, tmp_path):
+        saved = generate(colours, 2, FromReal("easy"), tmp_path / "set.pt")
+        train = load_dataset(colours, "train")
+        confidence = reference_features(train, dataset_spec(colours)).with_confidence(train.images, train.labels)[1]
+        rows = [i for c in (0, 1) for i in confidence[5 * c : 5 * c + 5].argsort(descending=True)[:2].add(5 * c).tolist()]
+        assert torch.equal(pixels(saved.tensor, colours), train.images[rows])
+        assert json.loads(saved.facts.read_text())["kind"] == "easy-real"
+
+    def test_fewer_candidates_than_images(self, colours, model_folder, tmp_path):
+        with pytest.raises(UsageError, match="2 images of each class cannot be chosen from 1"):
+            generate(colours, 2, FromModel(model_folder, candidates=1), tmp_path / "set.pt")
+
+    def test_another_way_to_choose(self, model_folder):
+        with pytest.raises(UsageError, match="Did you mean 'herding'"):
+            FromModel(model_folder, candidates=5, select="hering")
