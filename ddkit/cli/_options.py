@@ -46,6 +46,18 @@ results_option = click.option(
 )
 
 
+class FindingCode(click.ParamType):
+    """The code of a check's finding, such as C006, in either case."""
+
+    name = "code"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        code = str(value).strip().upper()
+        if not re.fullmatch(r"[FTLNC]\d{3}", code):
+            self.fail(f"'{value}' is no code of a finding; one is a letter and three digits, such as C006.", param, ctx)
+        return code
+
+
 class Duration(click.ParamType):
     """A length of time such as 90, 90s, 20m, 1.5h; becomes seconds, a float."""
 

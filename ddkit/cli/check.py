@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from ddkit.cli._options import SUBMISSION_FOLDER, example, surface_options
+from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_options
 from ddkit.cli._surface import Surface
 
 
@@ -16,7 +16,8 @@ from ddkit.cli._surface import Surface
 @click.option("--dataset", metavar="NAME", help="Of a single file whose name does not say it.")
 @click.option("--ipc", type=click.IntRange(min=1), help="Images per class there must be.  [default: the challenge's 10]")
 @click.option("--strict", is_flag=True, help="Warnings make it unacceptable too.")
-@click.option("--ignore", "ignored", multiple=True, metavar="CODE", help="Leave out findings of this code; repeatable.")
+@click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
+              help="Leave out findings of this code; repeatable.")
 @click.option("--fix-order", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT",
               help="Write the tensor with its rows in the right order, as far as the real images tell it.")
 @surface_options

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ddkit.submission.findings import Finding
-from ddkit.submission.reading import directory_problem
+from ddkit.submission.reading import directory_problem, irregularity
 
 _LEFTOVERS = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 _MOST_MEMBERS = 1000
@@ -29,12 +29,15 @@ class Member:
 def read_members(
     path: str | os.PathLike[str], wanted: Callable[[str], bool], *, largest_bytes: int
 ) -> Iterator[Member | Finding]:
-    """Yield the files at a zip's root, one in memory at a time, and findings F005 and F009-F018.
+    """Yield the files at a zip's root, one in memory at a time, and findings F004, F005 and F009-F019.
 
     wanted: whether a name's bytes are to be read. largest_bytes: no member is read beyond this.
     """
     name = os.path.basename(path)
     try:
+        if problem := irregularity(path):
+            yield Finding("error", "F018", f"{path} {problem}.", name)
+            return
         with open(path, "rb") as file:
             if problem := directory_problem(file):
                 yield Finding("error", "F018", f"The file cannot be read as a zip: {problem}.", name)
@@ -85,6 +88,10 @@ def _member_finding(info: zipfile.ZipInfo) -> Finding | None:
         return Finding("error", "F013", "The member is a link, not a file.", name)
     if info.flag_bits & 1:
         return Finding("error", "F015", "The member is encrypted; the scorer cannot open it.", name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Nor should we: such a member can ask for gigabytes of memory by its first bytes.
+        message = "The member is compressed by a method that not every program reads. Pack with ddkit pack."
+        return Finding("error", "F019", message, name)
     if not path.parts:
         return Finding("error", "F009", "The zip has a member without a name.", repr(name))
     if name.endswith("/") or len(path.parts) > 1:

@@ -98,8 +98,10 @@ def submission_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[F
     if any(path.stem in _CHALLENGE_NAMES for path in usable):
         usable = [path for path in usable if path.stem in _CHALLENGE_NAMES]
     for path in usable:
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            message = f"{path.name} is a link to {path.resolve()}, outside the folder. Put the file itself there."
+        # Unlike Path.resolve, this takes links that lead in a circle.
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not target.is_relative_to(os.path.realpath(folder)):
+            message = f"{path.name} is a link to {target}, outside the folder. Put the file itself there."
             findings.append(Finding("error", "F013", message, path.name))
     return usable, findings
 
@@ -157,8 +159,8 @@ def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Repor
             findings.append(member)
             continue
         names.append(member.name)
-        progress(Progress(f"checking {member.name}", len(names), None, "files"))
         if member.data is not None:
+            progress(Progress(f"checking {member.name}", len(names), None, "files"))
             findings += _member_findings(member, settings)
     if not any(finding.code in ("F005", "F018") for finding in findings):
         findings += name_findings([name for name in names if name.lower().endswith(".pt")], path.name)
@@ -190,13 +192,24 @@ def _value_findings(tensor: Tensor, spec: DatasetSpec, settings: CheckSettings, 
     # Imported here, as the shape and the files can be checked without scipy and the classifiers.
     from ddkit.submission.content import content_findings
     from ddkit.submission.normalisation import normalisation_findings
-    from ddkit.submission.order import order_findings
 
     test = _prepared(spec.name, "test")
-    wrong_values = normalisation_findings(tensor, spec, where)
+    values = normalisation_findings(tensor, spec, where)
     # Values that are not normalised look like no class at all: their order would be judged wrongly.
-    order = [] if any(f.level == "error" for f in wrong_values) else order_findings(tensor, spec, where)
-    return wrong_values + order + content_findings(tensor, spec, where, test_images=None if test is None else test.images)
+    shown = [] if any(f.level == "error" for f in values) else _shown_findings(tensor, spec, where)
+    return values + shown + content_findings(tensor, spec, where, test_images=None if test is None else test.images)
+
+
+def _shown_findings(tensor: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """What the images show of their classes: in which order, and whether upright and in their own colours."""
+    from ddkit.submission.order import NAMED_ORDERS, order_findings
+    from ddkit.submission.turning import turned_findings
+
+    order = order_findings(tensor, spec, where)
+    if any(finding.code in NAMED_ORDERS for finding in order):
+        return order
+    # Turned images look like few classes: what their order seems to be says nothing.
+    return turned_findings(tensor, spec, where) or order
 
 
 def _prepared(name: str, split: str) -> ImageSet | None:

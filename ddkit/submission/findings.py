@@ -25,6 +25,11 @@ class Finding:
     message: str
     where: str = ""
 
+    def __post_init__(self) -> None:
+        # Names in strangers' files may hold what a terminal would obey, or what cannot be encoded.
+        object.__setattr__(self, "message", printable(self.message))
+        object.__setattr__(self, "where", printable(self.where))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -48,6 +53,11 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """As plain values for `--json`."""
         return {"ok": self.ok, "findings": [vars(finding) for finding in self.findings]}
+
+
+def printable(text: str) -> str:
+    """`text` with everything but characters that show written as escapes: "\\x1b" for ESC."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def report_of(findings: Collection[Finding]) -> Report:

@@ -27,11 +27,16 @@ def fix_row_order(
 ) -> FixedOrder:
     """Write the tensor at `path` to `out` with its rows where the real images say they belong.
 
-    dataset: None takes it from the file's name. Raises UsageError where `out` is `path` itself, MissingData
+    dataset: None takes it from the file's name. Raises UsageError where `out` is `path` itself or `path` is no tensor, MissingData
     where the real images are not prepared, InvalidSubmission where the tensor cannot be used or its order
     cannot be told.
     """
     path, out = Path(path), Path(out)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        raise UsageError(
+            f"The rows of one tensor at a time are put in order, and {path} is none.",
+            "Name the tensor: ddkit check submission/cifar100.pt --fix-order OUT",
+        )
     if out.exists() and out.samefile(path):
         raise UsageError("The rearranged tensor would replace the original.", "Name another file for it.")
     spec = dataset_spec(dataset or path.stem)

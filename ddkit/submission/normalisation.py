@@ -1,27 +1,25 @@
-"""Whether the numbers are normalised as the scorer takes them, and the pixels are where they belong.
+"""Whether the numbers are normalised as the scorer takes them, and stored channels first.
 
 Images of 8-bit pixels lie exactly on the lattice (k / 255 - mean) / std of the constants they were normalised with,
 which names those constants beyond doubt. Images that were only clipped to [0, 1] begin and end at its corners. For
-others the moments say something, and whether a classifier of the real images finds their classes again.
+others the moments say something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ddkit.challenge import CIFAR100, TINYIMAGENET, DatasetSpec
-from ddkit.data.images import denormalise
-from ddkit.errors import BadData, MissingData, UsageError
-from ddkit.submission.features import ClassModel, class_model
 from ddkit.submission.findings import Finding
 
 _VALUES_TESTED = 50_000  # per channel
 _ON_LATTICE = 0.02  # of an 8-bit step, either way; by chance 4 in 100 values are this near
 _SHARE_ON_LATTICE = 0.99  # a few values may have been touched
+_SCREENED_VALUES = 50  # every so many are looked at first
+_SCREENED_SHARE = 0.9  # of them, on the lattice, to look at all
 _FEWEST_LEVELS = 12  # different 8-bit values; fewer lie on many lattices
 _CORNER = 0.01  # of the range: how near the extremes of clipped images come to its ends
 _FITS = 0.125  # times as far from the real moments as under the right constants
@@ -29,7 +27,6 @@ _MISFITS = 0.15  # distance of moments
 _FAR_OFF = 1.0  # distance of moments that no set of images should have
 _SMOOTHER = 0.7  # differences between neighbours, channels last against as it stands
 _ROWS_COMPARED = 500
-_CLEARLY_BETTER = 6.0  # standard errors by which turned images must show their classes better
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,11 @@ _ROUNDINGS = (
 def normalisation_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     """What the values say about how they were normalised (codes N001-N010; a table is in submission/README.md).
 
-    images: (N, 3, S, S) float32, finite. Only whether images are turned or have red and blue exchanged needs the
-    real images; it is left out where they are not prepared.
+    images: (N, 3, S, S) float32, finite. The real images are not needed.
     """
     if _is_channels_last(images):
         return [_channels_last(where)]
-    wrong = _by_lattice(images, spec, where) or _by_corners(images, spec, where) or _by_moments(images, spec, where)
-    if any(finding.level != "info" for finding in wrong):
-        return wrong
-    return wrong + _turned(images, spec, where)
+    return _by_lattice(images, spec, where) or _by_corners(images, spec, where) or _by_moments(images, spec, where)
 
 
 def _candidates(spec: DatasetSpec) -> list[_Constants]:
@@ -88,7 +81,9 @@ def _candidates(spec: DatasetSpec) -> list[_Constants]:
 def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     """The one set of constants under which the values are 8-bit pixels; nothing where none or several fit."""
     values = _sample(images)
-    fitting = [(share, each) for each in _candidates(spec) if (share := _lattice_share(values, each)) >= _SHARE_ON_LATTICE]
+    few = values[:, ::_SCREENED_VALUES]
+    likely = [each for each in _candidates(spec) if _share(_levels(few, each)[1]) >= _SCREENED_SHARE]
+    fitting = [(share, each) for each in likely if (share := _lattice_share(values, each)) >= _SHARE_ON_LATTICE]
     if not fitting:
         return []
     share, found = max(fitting, key=lambda pair: pair[0])
@@ -100,12 +95,22 @@ def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
 
 def _lattice_share(values: Tensor, constants: _Constants) -> float:
     """Smallest share over channels of values on the lattice; 0 where too few levels occur. values: (3, M) float64."""
+    levels, on = _levels(values, constants)
+    if min(len(channel.unique()) for channel in levels) < _FEWEST_LEVELS:
+        return 0.0
+    return _share(on)
+
+
+def _levels(values: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
+    """(3, M): the nearest 8-bit value of each, and whether it is one."""
     mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None] for numbers in (constants.mean, constants.std))
     pixels = (values * std + mean) * 255
     levels = pixels.round()
-    on = ((pixels - levels).abs() <= _ON_LATTICE) & (levels >= 0) & (levels <= 255)
-    if min(len(channel.unique()) for channel in levels) < _FEWEST_LEVELS:
-        return 0.0
+    return levels, ((pixels - levels).abs() <= _ON_LATTICE) & (levels >= 0) & (levels <= 255)
+
+
+def _share(on: Tensor) -> float:
+    """Smallest share over channels of values that are 8-bit ones."""
     return float(on.double().mean(dim=1).min())
 
 
@@ -180,53 +185,6 @@ def _channels_last(where: str) -> Finding:
         "or permute instead of reshape when making it."
     )
     return Finding("error", "N007", message, where)
-
-
-_TURNS: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
-    ("N006", "with red and blue exchanged (BGR for RGB)", lambda images: images.flip(1)),
-    ("N008", "upside down", lambda images: images.flip(2)),
-    # Which side is up; mirror images are of the same class, so that turning and transposing cannot be told apart.
-    ("N008", "on their side (rows and columns exchanged, or turned a quarter)", lambda images: images.transpose(2, 3)),
-    ("N008", "on their side (turned a quarter)", lambda images: images.transpose(2, 3).flip(2)),
-)
-
-
-def _turned(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
-    """Whether the images show the classes of their rows clearly better once turned, or with red and blue exchanged.
-
-    Says nothing where the rows are in another order, as then no turn is better.
-    """
-    try:
-        model = class_model(spec.name)
-    except (MissingData, UsageError, BadData):
-        return []
-    labels = torch.arange(spec.num_classes).repeat_interleave(len(images) // spec.num_classes)
-    rows = torch.arange(0, len(images), max(1, len(images) // _ROWS_COMPARED))
-    # Units in which exchanging channels is exchanging colours.
-    sample, labels = denormalise(images[rows], spec), labels[rows]
-    as_is = _own_class_gain(model, sample, labels)
-    scores = [_mean_in_errors(_own_class_gain(model, turn(sample), labels) - as_is) for _, _, turn in _TURNS]
-    best = max(range(len(scores)), key=scores.__getitem__)
-    if scores[best] < _CLEARLY_BETTER:
-        return []
-    code, words, _ = _TURNS[best]
-    message = (
-        f"The images seem to stand {words}: put right, a classifier of the real images finds the classes of their "
-        f"rows better by {scores[best]:.1f} standard errors."
-    )
-    return [Finding("error", code, message, where)]
-
-
-def _own_class_gain(model: ClassModel, images: Tensor, labels: Tensor) -> Tensor:
-    """(N,): log-probability of each image's own class above the average, without what all images share."""
-    logp = model.log_probabilities(images)
-    logp = logp - logp.mean(dim=1, keepdim=True)
-    logp = logp - logp.mean(dim=0)
-    return logp.gather(1, labels[:, None]).flatten()
-
-
-def _mean_in_errors(values: Tensor) -> float:
-    return float(values.mean() / (values.std() / len(values) ** 0.5).clamp_min(1e-9))
 
 
 def _wrong_constants(found: _Constants, spec: DatasetSpec, evidence: str, where: str) -> Finding:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import io
 import os
-import pickletools
+import pickle
+import stat
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.submission.findings import Finding
+from ddkit.submission.pickles import PickleFacts, scan_pickle
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save before PyTorch 1.6
 _LARGEST_PICKLE = 64 * 1024  # bytes; that of a bare tensor has about 200
@@ -30,32 +30,6 @@ _LARGEST_DIRECTORY = 1 << 20  # bytes of a zip's list of members
 _END_RECORD = struct.Struct("<4s4H2LH")  # APPNOTE.TXT 4.3.16
 _END_RECORD_64 = struct.Struct("<4sQ2H2L4Q")  # APPNOTE.TXT 4.3.14
 _LOCATOR_64 = struct.Struct("<4sLQL")  # APPNOTE.TXT 4.3.15
-
-_TENSOR_GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
-_PARAMETER_GLOBALS = {"torch._utils _rebuild_parameter"}
-_SPARSE_GLOBALS = {"torch._utils _rebuild_sparse_tensor", "torch.serialization _get_layout", "torch Size"}
-_QUANTISED_GLOBALS = {"torch._utils _rebuild_qtensor", "torch per_tensor_affine", "torch per_channel_affine"}
-
-
-@dataclass(frozen=True)
-class PickleFacts:
-    """What a pickle would do, found out by reading and not by running it.
-
-    names: every "module name" it refers to. locations: devices its storages were on.
-    """
-
-    names: frozenset[str]
-    locations: frozenset[str]
-
-    @property
-    def storages(self) -> frozenset[str]:
-        """The storage types among the names, such as "torch FloatStorage"."""
-        return frozenset(n for n in self.names if n.startswith("torch") and n.endswith("Storage"))
-
-    @property
-    def foreign(self) -> frozenset[str]:
-        """Names that no tensor needs: code that somebody would have executed."""
-        return self.names - self.storages - _TENSOR_GLOBALS - _PARAMETER_GLOBALS - _SPARSE_GLOBALS - _QUANTISED_GLOBALS
 
 
 def read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
@@ -67,6 +41,8 @@ def read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | N
     """
     where = Path(path).name
     try:
+        if problem := irregularity(path):
+            return None, [Finding("error", "F004", f"{path} {problem}.", where)]
         with open(path, "rb") as file:
             return _read_open(file, where, spec, ipc)
     except FileNotFoundError:
@@ -78,6 +54,17 @@ def read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | N
 def read_tensor_bytes(data: bytes, where: str, spec: DatasetSpec, *, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
     """Like `read_tensor`, of a file's bytes in memory."""
     return _read_open(io.BytesIO(data), where, spec, ipc)
+
+
+def irregularity(path: str | os.PathLike[str]) -> str:
+    """Why what lies at `path` is not to be opened, as a predicate; empty for a file. Raises OSError.
+
+    Opening a named pipe waits for ever, and a device may have no end.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode):
+        return ""
+    return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
 
 
 def directory_problem(file: BinaryIO) -> str:
@@ -104,32 +91,6 @@ def directory_problem(file: BinaryIO) -> str:
     if directory_size > _LARGEST_DIRECTORY:
         return f"its list of members claims {directory_size:,} bytes"
     return ""
-
-
-def scan_pickle(data: bytes) -> PickleFacts:
-    """What a pickle refers to, without running it. Raises ValueError where it is not a whole pickle."""
-    names: set[str] = set()
-    locations: set[str] = set()
-    strings: list[str] = []
-    for code, argument, _ in _operations(data):
-        if code.name in ("GLOBAL", "INST"):
-            names.add(str(argument))
-        elif code.name == "STACK_GLOBAL":
-            names.add(" ".join(strings[-2:]) or "(unnamed)")
-        elif isinstance(argument, str):
-            strings.append(argument)
-        elif code.name == "BINPERSID" and "storage" in strings:
-            # A storage is named by ("storage", type, key, location, size). Its location is the last string before,
-            # unless that is a key, a number: then the location was named at an earlier storage already.
-            locations.update(string for string in strings[-1:] if not string.isdigit())
-    return PickleFacts(frozenset(names), frozenset(locations))
-
-
-def _operations(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
-    try:
-        yield from pickletools.genops(data)
-    except (ValueError, IndexError, UnicodeDecodeError, struct.error, OverflowError) as error:
-        raise ValueError(f"its pickle is damaged: {error}") from error
 
 
 def _read_open(
@@ -200,9 +161,9 @@ _BARE = "The scorer takes one bare tensor: torch.save(tensor, path)."
 
 def _look_at_pickle(facts: PickleFacts, where: str) -> list[Finding]:
     findings = []
-    if facts.names & _SPARSE_GLOBALS:
+    if facts.sparse:
         findings.append(Finding("error", "T008", f"The tensor is sparse. {_BARE} Save tensor.to_dense().", where))
-    if facts.names & _QUANTISED_GLOBALS:
+    if facts.quantised:
         findings.append(Finding("error", "T008", f"The tensor is quantised. Save tensor.dequantize(). {_BARE}", where))
     if devices := sorted(facts.locations - {"cpu"}):
         message = (
@@ -297,7 +258,13 @@ def _restricted_load(file: BinaryIO, device: str) -> Any:
         raise
     except Exception as error:
         # The loader interprets hostile bytes and raises whatever they lead to; each of them means the same here.
-        raise _Unloadable(str(error).split("\n")[0][:200] or type(error).__name__) from error
+        # Not in its own words for a pickle: they advise to load without restrictions.
+        own_words = not isinstance(error, pickle.UnpicklingError)
+        raise _Unloadable(_first_line(error) if own_words else "its pickle does not describe a tensor") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:200] or type(error).__name__
 
 
 def _described(value: Any) -> str:

@@ -5,6 +5,10 @@ import sys
 import pytest
 import torch
 
+from ddkit.challenge import GLYPHS
+from ddkit.data.images import normalise
+from ddkit.data.store import load_dataset
+
 
 def run(*arguments, cwd):
     return subprocess.run([sys.executable, "-m", "ddkit", *arguments], cwd=cwd, capture_output=True, text=True)
@@ -37,6 +41,35 @@ def test_json_goes_to_stdout_alone(half_submission):
 def test_codes_can_be_ignored(half_submission):
     finished = run("check", "--ignore", "F003", "--json", cwd=half_submission)
     assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
+
+
+def test_a_code_may_be_in_lower_case_and_must_be_one(half_submission):
+    finished = run("check", "--ignore", "f003", "--json", cwd=half_submission)
+    assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
+    finished = run("check", "--ignore", "order", cwd=half_submission)
+    assert finished.returncode == 2 and "'order' is no code of a finding" in finished.stderr
+
+
+def test_strict_makes_warnings_fail(half_submission):
+    torch.save(torch.randn(1000, 3, 32, 32).requires_grad_(), half_submission / "submission" / "cifar100.pt")
+    for strict, status in (((), 0), (("--strict",), 1)):
+        finished = run("check", "submission/cifar100.pt", "--json", *strict, cwd=half_submission)
+        levels = {finding["code"]: finding["level"] for finding in json.loads(finished.stdout)["findings"]}
+        assert finished.returncode == status and levels["T005"] == ("error" if strict else "warning")
+
+
+def test_the_order_of_one_tensor_is_put_right_in_another_file(tmp_path, own_cache):
+    real = load_dataset("glyphs", "train")
+    right = normalise(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)
+    torch.save(right.flip(0), tmp_path / "glyphs.pt")
+    finished = run("check", "glyphs.pt", cwd=tmp_path)
+    assert finished.returncode == 1 and "L006" in finished.stdout and "--fix-order" in " ".join(finished.stdout.split())
+    finished = run("check", "glyphs.pt", "--fix-order", "fixed.pt", cwd=tmp_path)
+    assert finished.returncode == 0 and "next: ddkit check fixed.pt" in finished.stderr, finished.stderr
+    finished = run("check", "fixed.pt", "--dataset", "glyphs", "--json", cwd=tmp_path)
+    assert "L001" in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
+    finished = run("check", "submission", "--fix-order", "out.pt", cwd=tmp_path)
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr
 
 
 def test_nothing_to_check_says_what_to_do(tmp_path):

@@ -1,3 +1,4 @@
+import os
 import stat
 import zipfile
 
@@ -104,6 +105,18 @@ def test_a_zip_cut_short_anywhere_is_refused(tmp_path):
     for percent in range(100):
         (tmp_path / "cut.zip").write_bytes(whole[: len(whole) * percent // 100])
         assert read(tmp_path / "cut.zip")[1], percent
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_by_other_methods_are_not_unpacked(tmp_path, method):
+    path = write(tmp_path / "s.zip", ("cifar100.pt", b"one"), compression=method)
+    assert read(path) == ({}, ["F019"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "s.zip")
+    assert read(tmp_path / "s.zip") == ({}, ["F018"])
 
 
 def test_too_many_members_are_not_listed(tmp_path):

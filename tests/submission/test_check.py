@@ -57,6 +57,24 @@ def test_a_file_of_an_unknown_dataset_is_wrong_usage(tmp_path):
         check_path(tmp_path / "mine.pt", dataset="cifar10")
 
 
+def test_links_in_a_circle_and_to_nowhere_are_findings(tmp_path):
+    (tmp_path / "cifar100.pt").symlink_to("tinyimagenet.pt")
+    (tmp_path / "tinyimagenet.pt").symlink_to("cifar100.pt")
+    assert codes(check_path(tmp_path, settings=BARE)) == ["F004", "F004"]
+    (tmp_path / "tinyimagenet.pt").unlink()
+    (tmp_path / "tinyimagenet.pt").symlink_to(tmp_path / "absent")
+    assert codes(check_path(tmp_path, settings=BARE)) == ["F001", "F001"]
+
+
+def test_what_a_terminal_would_obey_is_shown_as_written(tmp_path):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.writestr("\x1b[2J\ncifar100.pt", b"")
+    for path in (tmp_path / "s.zip", tmp_path / "folder"):
+        path.suffix or (path.mkdir(), (path / "\x1b[2J\ncifar100.pt").write_bytes(b""))
+        (finding,) = (f for f in check_path(path, settings=BARE).findings if f.code == "F020")
+        assert "\\x1b[2J\\ncifar100.pt" in finding.message and (finding.message + finding.where).isprintable()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_no_numbers_are_an_error_with_their_rows(glyph_images, value):
     glyph_images[[3, 42], 0, 0, 0] = value

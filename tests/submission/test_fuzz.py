@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddkit.challenge import DatasetSpec
-from ddkit.submission.reading import read_tensor_bytes, scan_pickle
+from ddkit.submission.pickles import scan_pickle
+from ddkit.submission.reading import read_tensor_bytes
 
 WORKER = Path(__file__).with_name("fuzz_worker.py")
 SPEC = DatasetSpec("tiny", 2, 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

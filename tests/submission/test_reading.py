@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddkit.challenge import GLYPHS
-from ddkit.submission.reading import read_tensor, read_tensor_bytes, scan_pickle
+from ddkit.submission.reading import read_tensor, read_tensor_bytes
 
 IPC = 2
 SHAPE = (IPC * GLYPHS.num_classes, *GLYPHS.image_shape)
@@ -118,13 +118,6 @@ def test_a_bare_pickle_is_never_run(tmp_path):
     assert not canary.exists()
 
 
-def test_every_way_to_name_code_in_a_pickle_is_found():
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        facts = scan_pickle(pickle.dumps(Hostile("x"), protocol=protocol))
-        assert any(name.endswith(" mkdir") for name in facts.foreign), protocol
-    assert scan_pickle(b"(ios\nsystem\n.").foreign == {"os system"}
-
-
 def test_the_legacy_format_is_refused(images):
     assert read(saved(images, _use_new_zipfile_serialization=False))[1] == ["F007"]
 
@@ -169,6 +162,36 @@ def test_a_directory_that_claims_too_much_is_not_read(images):
     data[at + 40 : at + 48] = struct.pack("<Q", 2_000_000_000)
     tensor, codes, message = read(bytes(data))
     assert tensor is None and codes == ["F005"] and "2,000,000,000 bytes" in message
+
+
+def test_a_refusal_never_advises_to_load_without_restrictions():
+    broken = io.BytesIO()
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02K\x010.")  # POP, which the restricted loader does not know
+        archive.writestr("archive/version", b"3\n")
+    tensor, codes, message = read(broken.getvalue())
+    assert tensor is None and codes == ["F005"] and "weights_only" not in message
+
+
+def test_tuples_of_the_same_tuples_are_refused_before_anything_is_hashed():
+    """A dict whose key has 2 ** 40 parts: the restricted loader alone would hash it for days."""
+    pickled = b"\x80\x02}q\x00K\x01K\x01\x86q\x01"
+    for level in range(1, 40):
+        pickled += b"h%ch%c\x86q%c" % (level, level, level + 1)
+    laughs = io.BytesIO()
+    with zipfile.ZipFile(laughs, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled + b"h\x00h\x28K\x01s.")
+        archive.writestr("archive/data/0", b"")
+        archive.writestr("archive/version", b"3\n")
+    tensor, codes, message = read(laughs.getvalue())
+    assert tensor is None and codes == ["F005"] and "unfolds" in message
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "glyphs.pt")
+    tensor, findings = read_tensor(tmp_path / "glyphs.pt", GLYPHS, ipc=IPC)
+    assert tensor is None and [f.code for f in findings] == ["F004"] and "pipe" in findings[0].message
 
 
 def test_a_missing_file_is_a_finding(tmp_path):
