@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,9 +196,11 @@ def _from_json(value: Any) -> Result:
     required = {f.name for f in dataclasses.fields(Result) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(value)):
         raise BadFile(f"fields missing: {', '.join(missing)}")
-    if not value["accuracies"]:
-        raise BadFile("no accuracies")
-    return Result(**{name: _tuples(item) for name, item in value.items()})
+    values = {name: _tuples(item) for name, item in value.items()}
+    for name, item in values.items():
+        if not _FORMS[name](item):
+            raise BadFile(f"{name} cannot be {json.dumps(item):.60}")
+    return Result(**values)
 
 
 def _tuples(value: Any) -> Any:
@@ -206,3 +208,49 @@ def _tuples(value: Any) -> Any:
         return value
     # Lists of numbers, the bulk of a record, are converted whole: files of thousands of records stay quick to read.
     return tuple(map(_tuples, value)) if value and isinstance(value[0], list) else tuple(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # what JSON has; a bool is none
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _each(form: Callable[[Any], bool], *, least: int = 0, most: int | None = None) -> Callable[[Any], bool]:
+    """The form of a tuple of so many items."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, tuple) and least <= len(value) <= (most or len(value)) and all(map(form, value))
+
+    return holds
+
+
+# What the fields of a record look like, so that a line from elsewhere is named and not met later on.
+_FORMS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "dataset", "sha256", "source", "kind", "network", "precision", "device", "date"), _is_text),
+    **dict.fromkeys(("track", "images", "epochs_setting", "seed", "format"), _is_count),
+    **dict.fromkeys(("augment", "official"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("versions", "made_by"), _is_mapping),
+    "images_per_class": _each(_is_count, least=2, most=2),
+    "accuracies": _each(_is_fraction, least=1),
+    "deviations": _each(_is_text),
+    "seconds": _is_number,
+    "generation_seconds": _each(_is_number),
+    "loss_curves": _each(_each(_is_number)),
+    "per_class": _each(_is_number),
+    "confusions": _each(_each(_is_number, least=3, most=3)),
+}

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from ddkit.errors import BadFile
-from ddkit.results import FORMAT_VERSION, Result, append, interval_of, read, std_of
+from ddkit.results import FORMAT_VERSION, Records, Result, append, interval_of, read, std_of
 
 RESULT = Result(
     name="mine", dataset="cifar100", track=1, sha256="0" * 64, source="submission/cifar100.pt", images=1000,
@@ -46,7 +46,16 @@ def test_a_torn_last_line_is_kept_and_reported_and_appended_after(file):
     ({"format": FORMAT_VERSION + 1}, "format version 2"),
     ({"colour": "red"}, "unknown fields colour"),
     ({"accuracies": None}, "fields missing: accuracies"),
-    ({"accuracies": []}, "no accuracies"),
+    ({"accuracies": []}, "accuracies cannot be []"),
+    ({"accuracies": [0.25, "a"]}, 'accuracies cannot be [0.25, "a"]'),
+    ({"accuracies": [25.0, 26.0]}, "accuracies cannot be"),  # percentages
+    ({"images_per_class": 10}, "images_per_class cannot be 10"),
+    ({"track": "1"}, "track cannot be"),
+    ({"name": ["mine"]}, "name cannot be"),
+    ({"official": 1}, "official cannot be 1"),
+    ({"loss_curves": [1.0, 2.0]}, "loss_curves cannot be"),
+    ({"confusions": [[1, 2]]}, "confusions cannot be"),
+    ({"made_by": "me"}, "made_by cannot be"),
 ])  # fmt: skip
 def test_records_that_cannot_be_used_are_reported_and_skipped(file, change, said):
     record = {**dataclasses.asdict(RESULT), **change}
@@ -73,3 +82,19 @@ def test_one_round_has_no_spread():
 def test_a_folder_in_the_way_is_a_clear_error(tmp_path):
     with pytest.raises(BadFile, match=str(tmp_path)):
         append(RESULT, tmp_path)
+
+
+def test_records_are_written_at_once_and_what_is_there_not_again(file):
+    append(RESULT, file)
+    other = dataclasses.replace(RESULT, seed=1, made_by={})
+    records = Records(file)
+    records.add(dataclasses.replace(RESULT, date="2026-01-01", seconds=9.0))  # read back from its finished state
+    records.add(other)
+    records.add(other)
+    assert records.results == (RESULT, other) == read(file).results
+
+
+def test_records_that_are_not_to_be_written_are_remembered(file):
+    records = Records(file, writes=False)
+    records.add(RESULT)
+    assert records.results == (RESULT,) and not file.exists()

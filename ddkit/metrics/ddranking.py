@@ -7,7 +7,7 @@ Accuracies are fractions, never percentages: on percentages the scores leave [0,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,16 +104,21 @@ class Ranking:
 def from_results(results: Iterable[Result]) -> tuple[Ranking, ...]:
     """The scores of every submission evaluated with augmentation, newest last, one for each set and setting."""
     results = tuple(results)
-    subjects = {_identity(r): r for r in results if r.kind == "submission" and r.augment}
-    return tuple(of_result(subject, results) for subject in subjects.values())
+    known = _Known(results)
+    subjects = {(r.dataset, r.sha256, *_settings(r)): r for r in results if r.kind == "submission" and r.augment}
+    return tuple(_ranking(subject, known) for subject in subjects.values())
 
 
-def of_result(subject: Result, results: Sequence[Result]) -> Ranking:
+def of_result(subject: Result, results: Iterable[Result]) -> Ranking:
     """The scores of one evaluated set, from the evaluations at hand."""
-    plain = _latest(results, subject, "submission", augment=False)
-    random_real = _latest(results, subject, "random-real", augment=True)
-    random_plain = _latest(results, subject, "random-real", augment=False)
-    full_real = _full_real(results, subject)
+    return _ranking(subject, _Known(results))
+
+
+def _ranking(subject: Result, known: _Known) -> Ranking:
+    plain = known.like(subject, "submission", augment=False)
+    random_real = known.like(subject, "random-real", augment=True)
+    random_plain = known.like(subject, "random-real", augment=False)
+    full_real = known.full_real(subject)
     hlr = hard_label_recovery(full_real.mean, subject.mean) if full_real else None
     ior = improvement_over_random(subject.mean, random_real.mean) if random_real else None
     lrs = label_robust_score(hlr, ior) if hlr is not None and ior is not None else None
@@ -144,37 +149,34 @@ def run_missing(ranking: Ranking, evaluate: Callable[[Need], Result], also: Iter
     return of_result(ranking.subject, results)
 
 
-def _identity(result: Result) -> tuple[object, ...]:
-    return (result.dataset, result.sha256, *_settings(result))
+class _Known:
+    """The evaluations at hand, found by what they are to be held against; of equal ones the latest."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self._latest: dict[tuple[object, ...], Result] = {}
+        self._full_real: list[Result] = []
+        for result in results:
+            self._latest[self._key(result, result.kind, result.augment)] = result
+            if result.kind == "full-real" and result.augment:
+                self._full_real.append(result)
+
+    def like(self, subject: Result, kind: str, *, augment: bool) -> Result | None:
+        """The set itself, or as many images of another kind, under the subject's settings but for augmentation."""
+        return self._latest.get(self._key(subject, kind, augment))
+
+    def full_real(self, subject: Result) -> Result | None:
+        """All real images under the same settings, else with the most epochs: they need far fewer to be learnt."""
+        of_dataset = (r for r in self._full_real if (r.dataset, r.network) == (subject.dataset, subject.network))
+        return max(of_dataset, key=lambda r: (_settings(r) == _settings(subject), r.epochs_setting), default=None)
+
+    @staticmethod
+    def _key(result: Result, kind: str, augment: bool) -> tuple[object, ...]:
+        same_set = result.sha256 if kind == "submission" else ""
+        return (kind, augment, result.dataset, result.images_per_class, same_set, *_settings(result))
 
 
 def _settings(result: Result) -> tuple[object, ...]:
     return (result.track, result.epochs_setting, result.network, result.precision)
-
-
-def _latest(results: Sequence[Result], subject: Result, kind: str, *, augment: bool) -> Result | None:
-    for result in reversed(results):
-        same_set = result.sha256 == subject.sha256 if kind == "submission" else True
-        if (
-            result.kind == kind
-            and result.augment == augment
-            and result.dataset == subject.dataset
-            and result.images_per_class == subject.images_per_class
-            and _settings(result) == _settings(subject)
-            and same_set
-        ):
-            return result
-    return None
-
-
-def _full_real(results: Sequence[Result], subject: Result) -> Result | None:
-    """All real images under the same settings, else with the most epochs: they need far fewer to be learnt."""
-    candidates = [
-        r
-        for r in results
-        if r.kind == "full-real" and r.augment and r.dataset == subject.dataset and r.network == subject.network
-    ]
-    return max(candidates, key=lambda r: (_settings(r) == _settings(subject), r.epochs_setting), default=None)
 
 
 def _unequal(subject: Result, other: Result) -> bool:

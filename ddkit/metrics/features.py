@@ -23,6 +23,7 @@ from ddkit.errors import UsageError
 from ddkit.files import cache_folder, replacing
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.convnet import ConvNet
+from ddkit.protocol.embedding import build_embedder
 from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
 from ddkit.protocol.training import TrainingRun, TrainingSettings
 
@@ -71,6 +72,7 @@ class ReferenceFeatures:
         self._network = network.eval()
         self._spec = spec
         self._device = next(network.parameters()).device
+        self._embed = build_embedder(network, _IMAGES_AT_ONCE)
 
     def __call__(self, images: Tensor, progress: Listener = ignore) -> Tensor:
         """(N, 3, S, S) uint8, or float in [0, 1] -> (N, 512) float32 on the CPU."""
@@ -97,8 +99,9 @@ class ReferenceFeatures:
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features and logits of one batch, on the CPU."""
         batch = _resized(normalise(images.to(self._device), self._spec), self._network.image_size)
-        maps = self._network.features(batch)  # (N, 128, s, s)
-        logits = self._network.classifier(maps.flatten(1))
+        embedding = self._embed(batch)
+        logits = self._network.classifier(embedding)
+        maps = embedding.view(len(batch), NETWORK_WIDTH, *[self._network.image_size // _SIDE_MULTIPLE] * 2)
         return F.adaptive_avg_pool2d(maps, _QUARTERS).flatten(1).float().cpu(), logits.float().cpu()
 
 
