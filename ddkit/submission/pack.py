@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import zipfile
@@ -11,16 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddkit.data.store import dataset_spec
-from ddkit.errors import BadFile, InvalidSubmission, MissingData
+from ddkit.errors import BadFile, InvalidSubmission, MissingData, UsageError
 from ddkit.files import explain_os_error, replacing, sha256_of, sha256_of_stream
 from ddkit.progress import Listener, ignore
 from ddkit.submission.check import CheckSettings, Report, check_path, submission_files
 from ddkit.submission.layout import load_tensor
-
-_BLOCK = 1 << 20  # bytes
-# The zip format begins in 1980. One date for all, so that the same tensors make the same zip.
-_DATE = (1980, 1, 1, 0, 0, 0)
-_ORDINARY_FILE = 0o100644
+from ddkit.submission.zipping import write_zip
 
 
 class Refused(InvalidSubmission):
@@ -56,8 +51,8 @@ def pack(
 
     The same tensors always make the same bytes. The zip holds the tensors only, at its root.
     strict: warnings refuse too. ignore_codes: findings that do not.
-    Raises MissingData without a folder, Refused (an InvalidSubmission) for what `check` refuses, and BadFile
-    for what the system refuses; an earlier zip stays as it was in each case.
+    Raises MissingData without a folder, Refused (an InvalidSubmission) for what `check` refuses, UsageError where
+    `out` is one of the tensors, and BadFile for what the system refuses; an earlier zip stays as it was in each case.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
@@ -67,8 +62,10 @@ def pack(
     if not report.ok:
         raise Refused(folder, report)
     files, _ = submission_files(folder)
+    if any(out.exists() and out.samefile(file) for file in files):
+        raise UsageError(f"The zip would replace {out}, which is to go into it.", "Name another file: --out NAME.zip.")
     with replacing(out) as temporary:
-        written = _write(files, temporary)
+        written = write_zip({file.name: file for file in files}, temporary)
         _verify(temporary, written, settings)
     return out
 
@@ -83,33 +80,15 @@ def packed_files(path: str | os.PathLike[str]) -> tuple[PackedFile, ...]:
     return tuple(files)
 
 
-def _write(files: list[Path], path: Path) -> dict[str, str]:
-    """Write the zip. Returns the SHA-256 of what was read of each file."""
-    hashes = {}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for file in files:
-            info = zipfile.ZipInfo(file.name, date_time=_DATE)
-            info.external_attr = _ORDINARY_FILE << 16
-            info.create_system = 3  # Unix, whatever system packs
-            info.file_size = file.stat().st_size
-            digest = hashlib.sha256()
-            with file.open("rb") as source, archive.open(info, "w") as member:
-                while block := source.read(_BLOCK):
-                    digest.update(block)
-                    member.write(block)
-            hashes[file.name] = digest.hexdigest()
-    return hashes
-
-
 def _verify(path: Path, written: dict[str, str], settings: CheckSettings) -> None:
     """Unpack the zip as the scorer does and load each tensor. Raises BadFile where anything differs from what was written."""
     try:
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
             if archive.namelist() != list(written):
                 raise BadFile(f"{path}: the zip that was read back has other members than were written.")
-            for name in written:
+            for name, sha256 in written.items():
                 unpacked = Path(archive.extract(name, folder))
-                if sha256_of(unpacked) != written[name]:
+                if sha256_of(unpacked) != sha256:
                     raise BadFile(f"{path}: '{name}' read back differs from what was written.", "Is the disk sound?")
                 load_tensor(unpacked, dataset_spec(unpacked.stem), ipc=settings.ipc)
                 unpacked.unlink()

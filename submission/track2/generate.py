@@ -1,0 +1,290 @@
+#!/usr/bin/env python3
+"""As many labelled images as a time budget allows, of the diffusion models that lie beside this file.
+
+    python generate.py --dataset cifar100 --out images.pt --time-budget 600
+
+writes {"images": (N, 3, S, S) float32, normalised, "labels": (N,) int64} and ends within 600 seconds, counted from the
+start of the process: importing, loading and saving included. With --ipc 10 instead of a budget it writes the fixed set
+of track 1: one bare tensor, ten images of class 0, then of class 1, and so on.
+
+This process holds the clock. It starts a worker process for each GPU or core, which write what they make to
+OUT.shards/ every few seconds; when the time is up it joins whatever lies there, so that a worker that crashes or hangs
+costs no more than its own last seconds. Killed itself, it leaves the shards: --join makes the file of them, and the
+same command run again goes on with what was left of its budget.
+
+Ends with status 0, or with one line on what is wrong: 2 wrong usage, 3 it cannot be done here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves the script's own folder out
+
+from shards import HASHES_FILE, HERE, Failure, Job, join, open_shards, say, sha256_of, shards_of, write_spent
+
+FLOAT_BYTES = 4
+SECONDS_BETWEEN_REPORTS = 10.0
+
+stop_requested = False
+
+
+def main() -> int:
+    began = time.monotonic() - process_age()
+    try:
+        options = parse_options()
+        job = make_job(options, began)
+        # Asked to stop, it joins what there is: the images so far count, and a second request ends it.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop_now)
+        if not options.join:
+            job = open_shards(job)
+            run_workers(job)
+        made, per_class = join(job)
+        seconds = time.monotonic() - began
+        say(f"{made:,} images, {per_class} of each class, in {options.out}, {seconds:.1f} s after the start")
+        return 0
+    except Failure as failure:
+        print(f"generate.py: {failure}", file=sys.stderr)
+        return failure.status
+    except OSError as error:
+        print(f"generate.py: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        return 3
+
+
+def process_age() -> float:
+    """Seconds since the system started this process, which Python's own start took."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 1.0  # no Linux
+    # A shell that did other things before it replaced itself by Python has an older process.
+    return age if 0 <= age < 10 else 1.0
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="a folder in models/ beside this file")
+    parser.add_argument("--out", required=True, type=Path, help="the file to write")
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--time-budget", type=float, metavar="SECONDS", help="from the start of the process to its end")
+    amount.add_argument("--ipc", type=int, metavar="N", help="exactly so many images of each class, however long it takes")
+    amount.add_argument("--join", action="store_true", help="only join what a killed run left in OUT.shards/")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; auto takes all GPUs  [default: as packed]")
+    parser.add_argument("--processes", type=int, metavar="N", help="workers  [default: one for each GPU or core]")
+    parser.add_argument("--steps", type=int, help="of the sampler  [default: as packed]")
+    parser.add_argument("--guidance", type=float, help="1 is none  [default: as packed]")
+    options = parser.parse_args()
+    for name, least in (("time_budget", 1e-9), ("ipc", 1), ("processes", 1), ("steps", 1), ("guidance", 0)):
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            raise Failure(f"--{name.replace('_', '-')} cannot be {value:g}.", 2)
+    return options
+
+
+def make_job(options: argparse.Namespace, began: float) -> Job:
+    """Everything that can be known to be wrong is known after this, before the budget is spent."""
+    model = HERE / "models" / options.dataset
+    if not (model / "entry.json").is_file() or model.parent != HERE / "models":
+        raise Failure(f"unknown dataset '{options.dataset}'. {nearest_dataset(options.dataset)}", 2)
+    check_hashes(model)
+    entry = json.loads((model / "entry.json").read_text(encoding="utf-8"))
+    entry |= {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
+    out = options.out.absolute()
+    check_writable(out)
+    device = options.device or entry["device"]
+    workers = options.processes or usual_workers(device)
+    budget = math.inf if options.time_budget is None else options.time_budget
+    limit = check_space(entry, out.parent, options.ipc)
+    return Job(model, entry, out, options.seed, device, workers, options.ipc, limit, began, budget)
+
+
+def nearest_dataset(name: str) -> str:
+    known = sorted(path.parent.name for path in HERE.glob("models/*/entry.json"))
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known) or 'none, models/ is empty'}."
+
+
+def check_hashes(model: Path) -> None:
+    """Raise Failure unless every file of the model folder is the one that was packed."""
+    try:
+        lines = (HERE / HASHES_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise Failure(f"{HASHES_FILE} is missing beside generate.py; unpack the bundle again.") from None
+    packed = {HERE / name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    packed = {path: digest for path, digest in packed.items() if model in path.parents}
+    for path in sorted(packed.keys() | {path for path in model.rglob("*") if path.is_file()}):
+        if not path.is_file() or packed.get(path) != sha256_of(path):
+            raise Failure(f"{path.relative_to(HERE)} is not the file that was packed; unpack the bundle again.")
+
+
+def check_writable(out: Path) -> None:
+    """Raise Failure unless the output file can be written."""
+    if out.is_dir():
+        raise Failure(f"--out {out} is a folder; name a file, such as {out / 'images.pt'}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent) as file:
+            file.write(b"writable")
+    except OSError as error:
+        raise Failure(f"--out {out} cannot be written: {error.strerror}.") from error
+
+
+def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None) -> int:
+    """How many images the disk and the memory have room for. Raises Failure where they are too few."""
+    values = 3 * entry["image_size"] ** 2
+    free = shutil.disk_usage(folder).free
+    room = int(0.9 * free) // (values * (1 + FLOAT_BYTES))  # shards hold bytes, the joined file floats
+    needed = (ipc or 1) * entry["num_classes"]
+    if room < needed:
+        raise Failure(f"{free / 1e6:,.0f} MB are free in {folder}, room for {room:,} images; {needed:,} are needed.")
+    return min(room, int(0.7 * free_memory()) // (values * FLOAT_BYTES))
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping; more than anybody has where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return sys.maxsize
+
+
+def usual_workers(device: str) -> int:
+    """One for each GPU; on a CPU one for each core, up to 8.
+
+    Threads that work on one small batch wait for each other, on a machine that does other things as well for most of
+    the time; processes of their own do not.
+    """
+    if device in ("auto", "cuda") and (gpus := gpu_count()):
+        return gpus
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if device in ("auto", "cpu") else 1
+
+
+def gpu_count() -> int:
+    """How many NVIDIA GPUs may be used, asked of the driver: importing torch for it would cost seconds."""
+    name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+    with contextlib.suppress(OSError):
+        driver, count = ctypes.CDLL(name), ctypes.c_int()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            return count.value
+    return 0
+
+
+# The clock
+
+
+class Clock:
+    """When workers must stop, from what has been measured."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.images = sum(end - first for worker in range(job.workers) for first, end in shards_of(job, worker))
+        self.seconds_an_image: list[float] = []  # of writing, shard by shard
+
+    @property
+    def stop_at(self) -> float:
+        """Joining may take twice what writing as many bytes took before."""
+        measured = statistics.median(self.seconds_an_image) if self.seconds_an_image else 0.0
+        return self.job.end - self.job.margin - 2 * FLOAT_BYTES * measured * self.images
+
+
+def stop_now(number: int, frame: Any) -> None:
+    """On SIGINT and SIGTERM: the images so far count. A second one ends it at once."""
+    global stop_requested
+    if stop_requested:
+        raise SystemExit(128 + number)
+    stop_requested = True
+
+
+def start_work(*arguments: Any) -> None:
+    """In a worker's process, which alone imports the networks."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the master says when to stop
+    from worker import work
+
+    work(*arguments)
+
+
+def run_workers(job: Job) -> None:
+    """Start the workers and keep the clock until they ended or their time is up. Raises Failure without images."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core to others
+    context, clock = multiprocessing.get_context("spawn"), Clock(job)
+    stop_at = context.Value("d", clock.stop_at, lock=False)
+    workers = []
+    for worker in range(job.workers):
+        hears, tells = context.Pipe(duplex=False)
+        process = context.Process(target=start_work, args=(job, worker, stop_at, tells), daemon=True)
+        process.start()
+        tells.close()  # so that the pipe ends with the worker
+        workers.append((process, hears))
+    # Joining needs it: imported while the workers load, and without waiting for it.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+    try:
+        failure = listen(job, clock, stop_at, [hears for _, hears in workers])
+    finally:
+        for process, _ in workers:
+            process.kill()
+            process.join()
+    if clock.images == 0:
+        shutil.rmtree(job.shards)
+        raise Failure(failure or "the workers ended without an image; their own messages stand above.")
+    if failure:
+        say(f"a worker failed: {failure}")
+    if clock.images >= job.limit:
+        say("there was no room for more images")
+
+
+def listen(job: Job, clock: Clock, stop_at: Any, hears: list[Connection]) -> str:
+    """Hear the workers until all ended, or a quarter of the margin after they should have. Returns what went wrong."""
+    state, failure, said = "importing and loading the model", "", time.monotonic()
+    while hears and time.monotonic() < stop_at.value + job.margin / 4:
+        for connection in wait(hears, timeout=0.1):
+            try:
+                kind, value = connection.recv()
+            except EOFError:
+                hears.remove(connection)
+                continue
+            if kind == "failed":
+                failure = value
+            elif kind == "loaded":
+                state = f"the first images, with a model loaded after {value:.1f} s"
+            else:
+                clock.images += value[0]
+                clock.seconds_an_image.append(value[1] / value[0])
+                write_spent(job)
+        stop_at.value = min(clock.stop_at, stop_at.value, time.monotonic() if stop_requested else math.inf)
+        if time.monotonic() - said > SECONDS_BETWEEN_REPORTS:
+            said = time.monotonic()
+            say(f"{clock.images:,} images after {said - job.began:.0f} s")
+    if not clock.images and hears and not failure:
+        return f"stopped after {time.monotonic() - job.began:.1f} s of a budget of {job.budget:g} s, during {state}."
+    return failure
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # taking torch down would be on the clock

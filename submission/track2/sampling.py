@@ -1,0 +1,133 @@
+"""A model folder made ready to sample: which image of which class in, pixels out.
+
+Needs torch, diffusers and safetensors, and `denoiser.py` beside it where the model is a U-ViT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+class Sampler:
+    """The networks of a model folder on a device. Call it with classes and indices.
+
+    folder: holds vae/, scheduler/ and transformer/ or unet/, in diffusers' format.
+    entry: its entry.json, with how many steps, how much guidance, between which times and in which precision.
+    """
+
+    def __init__(self, folder: Path, entry: Mapping[str, Any], device: str, seed: int) -> None:
+        self._entry, self._seed = entry, seed
+        self._device = torch.device(device)
+        self._denoiser = _load_denoiser(folder).to(self._device)
+        self._autoencoder = _load(AutoencoderKL, folder / "vae").to(self._device, memory_format=torch.channels_last)
+        self._times, self._inputs, self._final = _plan(_load_scheduler(folder / "scheduler"), entry["steps"])
+        config = self._denoiser.config
+        self._latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    @torch.inference_mode()
+    def __call__(self, classes: Sequence[int], indices: Sequence[int]) -> Tensor:
+        """Image `indices[i]` of class `classes[i]`, for all i: (n, 3, S, S) uint8 on the CPU.
+
+        The same image for the same seed, class and index, in whatever batch.
+        """
+        noise = torch.stack([self._noise(c, i) for c, i in zip(classes, indices)]).to(self._device)
+        labels = torch.tensor(classes, device=self._device)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._entry["precision"] == "bfloat16"):
+            pixels = self._decode(self._latents(noise, labels))
+        return (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
+
+    def _noise(self, class_label: int, index: int) -> Tensor:
+        """(C, s, s), drawn by a generator of its own, on the CPU, so that all devices begin with the same."""
+        digest = hashlib.blake2b(f"sample/{self._seed}/{class_label}/{index}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randn(self._latent_shape, generator=generator)
+
+    def _latents(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """From noise to clean latents, both (n, C, s, s), along the plan."""
+        known = noise.new_empty(len(self._times) + 1, *noise.shape)  # the noise, and the outputs so far
+        known[0] = noise
+        inputs, final = self._inputs.to(noise), self._final.to(noise)
+        for step, time in enumerate(self._times.tolist()):
+            noisy = torch.tensordot(inputs[step, : step + 1], known[: step + 1], dims=1)
+            known[step + 1] = self._guided(noisy, time, labels)
+        return torch.tensordot(final, known, dims=1)
+
+    def _guided(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
+        """The denoiser's output with classifier-free guidance, where the time is one for it."""
+        low, high = self._entry["guidance_interval"]
+        guidance = self._entry["guidance"]
+        if guidance == 1 or not low <= time / 1000 <= high:
+            return self._predict(noisy, time, labels)
+        both = torch.cat([labels, torch.full_like(labels, self._entry["num_classes"])])  # the last label: no class
+        with_class, without = self._predict(torch.cat([noisy, noisy]), time, both).chunk(2)
+        return torch.lerp(without, with_class, guidance)
+
+    def _predict(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
+        output = self._denoiser(noisy, timestep=noisy.new_full((len(noisy),), time), class_labels=labels)
+        return (output if isinstance(output, Tensor) else output.sample).float()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents to pixels around [0, 1], (n, 3, S, S) float32."""
+        latents = (latents / self._autoencoder.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+        patch = math.isqrt(self._autoencoder.config.out_channels // 3)  # pixels that lie in the channels
+        pixels = F.pixel_shuffle(self._autoencoder.decode(latents).sample, patch)
+        side = self._entry["image_size"]
+        if pixels.shape[-1] != side:
+            pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+        return pixels.float() / 2 + 0.5
+
+
+def _plan(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a deterministic scheduler's steps amount to: fixed combinations of the noise and the network's outputs.
+
+    Found by letting the scheduler work on vectors of coefficients instead of images. Returns the times (n,), the
+    coefficients of each step's input (n, n + 1), and those of the result (n + 1,); the first is the noise's.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)
+    times = scheduler.timesteps
+    symbols = torch.eye(len(times) + 1, dtype=torch.float64).reshape(len(times) + 1, 1, -1, 1, 1)  # image-like
+    point, inputs = symbols[0], []
+    for step, time in enumerate(times):
+        inputs.append(point)
+        point = scheduler.step(symbols[step + 1], time, point, return_dict=False)[0].double()
+    return times.float(), torch.stack(inputs).flatten(1).float(), point.flatten().float()
+
+
+def _load_scheduler(folder: Path) -> Any:
+    config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def _load_denoiser(folder: Path) -> nn.Module:
+    if (folder / "unet").is_dir():
+        return _load(UNet2DModel, folder / "unet")
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    if config["_class_name"] == "DiTTransformer2DModel":
+        return _load(DiTTransformer2DModel, folder / "transformer")
+    from denoiser import UViT
+
+    return _load(UViT, folder / "transformer")
+
+
+def _load(kind: Any, folder: Path) -> nn.Module:
+    """A network and its weights, which must fit to the last key; computed in float32 however they are stored."""
+    network = kind.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    network.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    return network.eval()

@@ -1,0 +1,241 @@
+"""What the processes of generate.py share: the job, and the folder of shards in which its images gather.
+
+Shard `<worker>-<first>-<end>.safetensors` holds the worker's images number `first` to `end` as bytes, with their labels
+and their indices within their classes. `run.json` says what they are of, and how much of the budget is spent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+HERE = Path(__file__).resolve().parent
+HASHES_FILE = "SHA256SUMS"
+
+
+class Failure(Exception):
+    """What somebody can mend. status: the process's exit status."""
+
+    def __init__(self, message: str, status: int = 3) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make, the same for all workers.
+
+    entry: the model folder's entry.json. workers: how many share the work. limit: of images, by disk and memory.
+    began: when the process started, on time.monotonic()'s clock. budget: seconds from then on; math.inf with --ipc.
+    """
+
+    model: Path
+    entry: Mapping[str, Any]
+    out: Path
+    seed: int
+    device: str
+    workers: int
+    ipc: int | None
+    limit: int
+    began: float
+    budget: float
+
+    @property
+    def shards(self) -> Path:
+        return self.out.with_name(self.out.name + ".shards")
+
+    @property
+    def end(self) -> float:
+        return self.began + self.budget
+
+    @property
+    def margin(self) -> float:
+        """Seconds kept free for what cannot be foreseen: 4 % of the budget, but 2 to 20 s where there is room."""
+        return min(max(0.04 * self.budget, 2.0), 20.0, 0.25 * self.budget)
+
+    @property
+    def seconds_per_shard(self) -> float:
+        return min(max(self.budget / 100, 2.0), 10.0)
+
+    @property
+    def classes(self) -> int:
+        return self.entry["num_classes"]
+
+    def share(self, worker: int) -> int:
+        """How many images the worker may make."""
+        if self.ipc is None:
+            return self.limit // self.workers
+        return len(range(worker, self.ipc, self.workers)) * self.classes
+
+    def image(self, worker: int, position: int) -> tuple[int, int]:
+        """The worker's image number `position`: its class, and its index in that class.
+
+        The indices are dealt out to the workers. Each takes all classes in turn, and each begins with another one.
+        """
+        turn, place = divmod(position, self.classes)
+        return (place + worker * self.classes // self.workers) % self.classes, worker + self.workers * turn
+
+
+def open_shards(job: Job) -> Job:
+    """Make the folder of shards, or go on with what the same run left when it was killed, its time counted."""
+    settings = {"entry": dict(job.entry), "seed": job.seed, "workers": job.workers, "ipc": job.ipc,
+                "model": sha256_of(HERE / HASHES_FILE)}  # fmt: skip
+    spent = 0.0
+    if job.shards.exists():
+        left = read_run(job)
+        if left.get("settings") == settings:
+            spent = left["spent"]
+            say(f"going on with what a run that was stopped after {spent:.0f} s left in {job.shards}")
+        else:
+            say(f"discarding what another run left in {job.shards}")
+            shutil.rmtree(job.shards)
+    job.shards.mkdir(exist_ok=True)
+    write_run(job, {"settings": settings, "spent": spent})
+    # Began so much earlier; but what is left must do for loading and joining.
+    return replace(job, began=job.began - spent)
+
+
+def read_run(job: Job) -> dict[str, Any]:
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        return json.loads((job.shards / "run.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def write_spent(job: Job) -> None:
+    """Note how much of the budget is spent, for whoever goes on."""
+    write_run(job, read_run(job) | {"spent": time.monotonic() - job.began})
+
+
+def write_run(job: Job, run: Mapping[str, Any]) -> None:
+    with replacing(job.shards / "run.json") as file:
+        file.write(json.dumps(run).encode())
+
+
+class Shard:
+    """Images of one worker, its `first` to `end`, on their way to the disk."""
+
+    def __init__(self, job: Job, worker: int, first: int) -> None:
+        self.job, self.worker, self.first, self.end = job, worker, first, first
+        self.began = time.monotonic()
+        self.classes: list[int] = []
+        self.indices: list[int] = []
+        self.images: list[Any] = []
+
+    def add(self, sampler: Callable[[list[int], list[int]], Any], count: int) -> None:
+        images = [self.job.image(self.worker, position) for position in range(self.end, self.end + count)]
+        classes, indices = [c for c, _ in images], [i for _, i in images]
+        self.images.append(sampler(classes, indices))
+        self.classes += classes
+        self.indices += indices
+        self.end += count
+
+    def written(self, master: Connection) -> Shard:
+        """Write it and say so; returns the next one."""
+        if not multiprocessing.parent_process().is_alive():
+            sys.exit()  # the folder may be another run's by now
+        if self.images:
+            import torch
+            from safetensors.torch import save
+
+            began = time.monotonic()
+            labels, indices = torch.tensor(self.classes), torch.tensor(self.indices)
+            with replacing(self.job.shards / f"{self.worker}-{self.first}-{self.end}.safetensors") as file:
+                file.write(save({"images": torch.cat(self.images), "labels": labels, "indices": indices}))
+            master.send(("written", (self.end - self.first, time.monotonic() - began)))
+        return Shard(self.job, self.worker, self.end)
+
+
+def join(job: Job) -> tuple[int, str]:
+    """Make the file of what lies in the shards, and remove them. Returns how many images, in all and of each class."""
+    import torch
+    from safetensors import safe_open
+
+    if not (settings := read_run(job).get("settings")):
+        raise Failure(f"there is nothing to join in {job.shards}.")
+    entry, ipc = settings["entry"], settings["ipc"]
+    paths = [job.shards / f"{worker}-{first}-{end}.safetensors"
+             for worker in range(settings["workers"]) for first, end in shards_of(job, worker)]  # fmt: skip
+    shards = [safe_open(path, framework="pt") for path in paths]
+    if not shards:
+        raise Failure(f"there are no images in {job.shards}.")
+    labels = torch.cat([shard.get_tensor("labels") for shard in shards])
+    indices = torch.cat([shard.get_tensor("indices") for shard in shards])
+    chosen = choose(labels, indices, entry["num_classes"], ipc)
+    if ipc and len(chosen) < ipc * entry["num_classes"]:
+        raise Failure(f"{len(chosen):,} of {ipc * entry['num_classes']:,} images were made; run it again to go on.")
+    place = torch.full_like(labels, -1)
+    place[chosen] = torch.arange(len(chosen))
+    images = torch.empty(len(chosen), 3, entry["image_size"], entry["image_size"])
+    mean, std = (torch.tensor(entry[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    for shard, places in zip(shards, place.split([len(shard.get_tensor("labels")) for shard in shards])):
+        images[places[places >= 0]] = (shard.get_tensor("images")[places >= 0].float() / 255 - mean) / std
+    with replacing(job.out) as file:
+        torch.save(images if ipc else {"images": images, "labels": labels[chosen]}, file)
+    shutil.rmtree(job.shards)
+    counts = torch.bincount(labels[chosen], minlength=entry["num_classes"])
+    least, most = int(counts.min()), int(counts.max())
+    return len(chosen), f"{least}" if least == most else f"{least} or {most}"
+
+
+def choose(labels: Any, indices: Any, classes: int, ipc: int | None) -> Any:
+    """Which images make the set, in its order: class by class with --ipc; else class after class in turn, none more
+    than one image ahead of the others.
+
+    labels, indices: (N,) int64. Returns (n,) int64, rows of them.
+    """
+    import torch
+
+    by_class = (labels * (indices.max() + 1) + indices).argsort()
+    counts = torch.bincount(labels, minlength=classes)
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
+    if ipc:
+        return by_class
+    kept = rank <= counts.min()
+    return by_class[kept][(rank[kept] * classes + labels[by_class][kept]).argsort()]
+
+
+def shards_of(job: Job, worker: int) -> list[tuple[int, int]]:
+    """First and end of each of the worker's shards on disk, in order, none of them overlapping."""
+    names = [path.stem.split("-") for path in job.shards.glob(f"{worker}-*-*.safetensors")]
+    found: list[tuple[int, int]] = []
+    for first, end in sorted((int(first), -int(end)) for _, first, end in names):
+        if not found or first >= found[-1][1]:
+            found.append((first, -end))
+    return found
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its place, synced, when all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def say(text: str) -> None:
+    print(f"generate.py: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,80 @@
+"""A worker process of generate.py: makes images until it is told to stop, writing a shard every few seconds."""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from sampling import Sampler
+from shards import Failure, Job, Shard, shards_of
+
+FIRST_BATCH, LARGEST_BATCH = 8, 4096  # images
+
+
+def work(job: Job, worker: int, stop_at: Any, master: Connection) -> None:
+    """Make images until the time that `stop_at` holds, writing a shard every few seconds."""
+    try:
+        make_images(job, worker, stop_at, master)
+    except (Failure, OSError) as error:
+        master.send(("failed", str(error)))
+
+
+def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None:
+    device = choose_device(job, worker)
+    if device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
+    sampler = Sampler(job.model, job.entry, device, job.seed)
+    master.send(("loaded", time.monotonic() - job.began))
+    shard = Shard(job, worker, first=max((end for _, end in shards_of(job, worker)), default=0))
+    batch = BatchSize(longest=job.seconds_per_shard / 2)
+    while (left := job.share(worker) - shard.end) > 0 and time.monotonic() + batch.expected < stop_at.value:
+        began = time.monotonic()
+        try:
+            shard.add(sampler, min(batch.size, left))
+        except torch.OutOfMemoryError:
+            if batch.size == 1:
+                raise Failure(f"the memory of {device} is too small for one image.") from None
+            batch.shrink()
+            continue
+        batch.learn(time.monotonic() - began)
+        if time.monotonic() - shard.began > job.seconds_per_shard:
+            shard = shard.written(master)
+    shard.written(master)
+
+
+def choose_device(job: Job, worker: int) -> str:
+    gpus = torch.cuda.device_count()
+    kind, _, number = job.device.partition(":")
+    if kind == "auto":
+        return f"cuda:{worker % gpus}" if gpus else "cpu"
+    if kind == "cuda" and int(number or 0) >= gpus:
+        raise Failure(f"there is no GPU '{job.device}' that PyTorch can use here; --device auto takes what there is.")
+    return f"cuda:{worker % gpus}" if job.device == "cuda" else job.device
+
+
+class BatchSize:
+    """Doubles as long as that costs no speed and batches stay short, then stays at the fastest size met."""
+
+    def __init__(self, longest: float) -> None:
+        self.size = self._fastest_size = FIRST_BATCH
+        self.expected = 0.0  # seconds that the next batch may take
+        self._longest, self._fastest, self._growing = longest, 0.0, True
+
+    def learn(self, seconds: float) -> None:
+        self.expected = max(1.5 * seconds, 0.8 * self.expected)
+        if not self._growing:
+            return
+        speed = self.size / seconds
+        if speed > self._fastest:
+            self._fastest, self._fastest_size = speed, self.size
+        self._growing = speed > 0.9 * self._fastest and 2 * seconds < self._longest and self.size < LARGEST_BATCH
+        if self._growing:
+            self.size, self.expected = 2 * self.size, 2 * self.expected
+        else:
+            self.size = self._fastest_size
+
+    def shrink(self) -> None:
+        self.size, self._growing = self.size // 2, False
