@@ -114,6 +114,7 @@ def _write_page(surface: Surface, reading: Any, tracks: list[int] | None, runs: 
     from ddkit.report.html import write_html
     from ddkit.report.page import gather
 
+    surface.say(f"Gathering what {escape(str(html))} shows; the sets that are still there are checked, seconds each.")
     page = gather(
         reading.results,
         problems=reading.problems,
@@ -128,14 +129,14 @@ def _write_page(surface: Surface, reading: Any, tracks: list[int] | None, runs: 
 def _measure(surface: Surface, path: Path, device: str, seed: int, folder: Path) -> list[SetQuality]:
     from ddkit.device import resolve_device
     from ddkit.report.figures import save_png
-    from ddkit.report.quality import quality_of, sets_at
+    from ddkit.report.quality import dataset_at, is_prepared, quality_of, sets_at
 
-    sets = sets_at(path)
-    names = escape(", ".join(map(str, sets)))
-    surface.say(f"Measuring the pictures of {names} against the real ones; minutes each time a dataset is new.")
     measured = []
-    for file in sets:
-        one = quality_of(file, file.stem, seed=seed, device=resolve_device(device), progress=surface.listen)
+    for file in sets_at(path):
+        dataset = dataset_at(file)
+        first = "" if is_prepared(dataset) else " A small network is trained on these first: minutes, once for a dataset."
+        surface.say(f"Measuring the pictures of {escape(str(file))} against the real ones.{first}")
+        one = quality_of(file, dataset, seed=seed, device=resolve_device(device), progress=surface.listen)
         for picture, target in zip((one.neighbours, one.beside), _sheets(one, folder), strict=True):
             save_png(picture, target)
         measured.append(one)
@@ -143,7 +144,7 @@ def _measure(surface: Surface, path: Path, device: str, seed: int, folder: Path)
 
 
 def _sheets(one: SetQuality, folder: Path) -> tuple[Path, Path]:
-    return folder / f"{one.dataset}-neighbours.png", folder / f"{one.dataset}-real.png"
+    return folder / f"{one.name}-neighbours.png", folder / f"{one.name}-real.png"
 
 
 def _quality_table(one: SetQuality) -> Any:

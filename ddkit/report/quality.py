@@ -12,12 +12,13 @@ from PIL.Image import Image
 
 from ddkit.data.store import class_titles, dataset_spec, load_dataset
 from ddkit.errors import MissingData
-from ddkit.metrics.features import FeatureSettings, reference_features
+from ddkit.metrics.features import FeatureSettings, is_cached, reference_features
 from ddkit.metrics.quality import Quality, measure
 from ddkit.progress import Listener, ignore
 from ddkit.report.figures import neighbour_sheet, side_by_side
 from ddkit.report.rows import dataset_title
 from ddkit.report.sets import read_set
+from ddkit.submission.layout import read_facts
 
 _COPY = 0.2  # of the distance between real images: nearer than this, an image is as good as copied
 
@@ -53,9 +54,13 @@ class QualityView:
 
 @dataclass(frozen=True)
 class SetQuality:
-    """A set's quality and its two sheets. neighbours: each image with its nearest real one; beside: with real ones."""
+    """A set's quality and its two sheets.
 
-    dataset: str
+    name: its folder and dataset, for the names of files. neighbours: each image with its nearest real one; beside:
+    with real ones of its class.
+    """
+
+    name: str
     view: QualityView
     neighbours: Image
     beside: Image
@@ -67,6 +72,16 @@ def sets_at(path: Path) -> list[Path]:
     if not found:
         raise MissingData(f"There is no set at {path}.", "Make one: ddkit generate")
     return found
+
+
+def dataset_at(path: Path) -> str:
+    """The dataset of a set: as the JSON beside it says, else as the file is called."""
+    return str(read_facts(path).get("dataset", path.stem))
+
+
+def is_prepared(dataset: str) -> bool:
+    """Whether the feature network of the dataset is trained already: without, `quality_of` takes minutes more."""
+    return is_cached(load_dataset(dataset, "train"), dataset_spec(dataset))
 
 
 def quality_of(
@@ -92,7 +107,8 @@ def quality_of(
         images, real.images[quality.neighbours], quality.distances, [titles[label] for label in labels.tolist()]
     )
     beside = side_by_side((images, labels), (real.images, real.labels), titles)
-    return SetQuality(dataset, _view(path, dataset, quality, neighbours, beside), neighbours, beside)
+    name = f"{path.resolve().parent.name}-{dataset}"
+    return SetQuality(name, _view(path, dataset, quality, neighbours, beside), neighbours, beside)
 
 
 def _view(path: Path, dataset: str, quality: Quality, neighbours: Image, beside: Image) -> QualityView:

@@ -1,0 +1,179 @@
+"""`ddkit report` as people and programs call it."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from ddkit.cli import main
+from ddkit.results import Result, append
+
+RESULT = Result(
+    name="mine", dataset="cifar100", track=1, sha256="0" * 64, source="submission/cifar100.pt", images=1000,
+    images_per_class=(10, 10), epochs_setting=1000, accuracies=(0.31, 0.32, 0.33), official=True,
+    loss_curves=((4.6, 2.0, 1.0),) * 3, date="2026-07-12T10:00:00+00:00",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def results():
+    """A file of results with an official entry, its baseline and a quick look."""
+    quick = {"epochs_setting": 50, "official": False, "deviations": ("E = 50 instead of 1000",), "sha256": "1" * 64}
+    for result in (
+        RESULT,
+        dataclasses.replace(RESULT, dataset="tinyimagenet", accuracies=(0.12, 0.13, 0.14), sha256="2" * 64),
+        dataclasses.replace(RESULT, name="random", kind="random-real", accuracies=(0.17, 0.16, 0.18), sha256="3" * 64),
+        dataclasses.replace(RESULT, name="[red]quick[/red] <b>", accuracies=(0.15,), **quick),
+    ):
+        append(result)
+    return "runs/results.jsonl"
+
+
+def run(*arguments, status=0):
+    finished = CliRunner().invoke(main, ["report", *arguments])
+    assert finished.exit_code == status, finished.output
+    return finished.stdout, finished.stderr
+
+
+def process(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "ddkit", "report", *arguments],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode(), done.stderr.decode()
+
+
+def test_without_results_it_shows_the_published_entries_and_what_to_type():
+    output, errors = run()
+    assert "M-DATM" in output and "No results in runs/results.jsonl yet" in errors and "next: ddkit evaluate" in errors
+
+
+def test_piped_it_is_plain_text_and_only_the_leaderboard(results):
+    output, errors = process()
+    assert "\x1b" not in output and "mine" in output and "next:" not in output
+    assert "next: ddkit report --html report.html" in errors
+    (mine,) = (line for line in output.splitlines() if "mine" in line)
+    assert "32.00 ±1.00" in mine and "22.50" in mine and "2026-07-12" in mine
+
+
+def test_on_forty_columns_every_line_fits(results):
+    output, _ = process(COLUMNS="40")
+    assert max(map(len, output.splitlines())) <= 40 and "32.00 ±1.00" in output
+
+
+def in_terminal(*arguments, **environment):
+    """What the command writes to a terminal."""
+    leader, follower = pty.openpty()
+    started = subprocess.Popen(
+        [sys.executable, "-m", "ddkit", "report", *arguments], stdin=follower, stdout=follower, stderr=follower,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "160", **environment},
+    )  # fmt: skip
+    os.close(follower)
+    written = b""
+    try:
+        while part := os.read(leader, 4096):
+            written += part
+    except OSError:
+        pass  # how Linux says that the other side has closed
+    os.close(leader)
+    assert started.wait() == 0
+    return written.decode()
+
+
+def test_colours_in_a_terminal_unless_no_color_is_set(results, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[1;36m" in in_terminal()
+    plain = in_terminal(NO_COLOR="1")
+    assert "mine" in plain and not any(f"3{colour}m" in plain for colour in range(1, 7))
+
+
+def test_json_is_the_same_leaderboard(results):
+    output, _ = process("--json")
+    data = json.loads(output)
+    official, quick = data["leaderboard"]
+    mine = next(row for row in official["rows"] if row["name"] == "mine")
+    assert mine["rank"] == 2 and mine["score"] == pytest.approx(0.225) and official["track"] == 1
+    assert quick["rows"][0]["name"] == "[red]quick[/red] <b>"
+    assert data["problems"] == [] and data["quality"] == [] and data["rankings"] == []
+
+
+def test_csv_and_markdown(results):
+    rows = list(csv.DictReader(io.StringIO(run("--csv")[0])))
+    assert [row["entry"] for row in rows] == ["M-DATM", "mine", "random real images", "[red]quick[/red] <b>"]
+    assert "| **mine** |" in run("--markdown")[0]
+
+
+def test_ways_to_print_exclude_each_other(results):
+    _, errors = run("--csv", "--json", status=2)
+    assert "exclude each other" in errors
+
+
+def test_markup_in_names_is_text(results):
+    assert "[red]quick[/red] <b>" in run()[0]
+    run("--html", "report.html")
+    assert "[red]quick[/red] &lt;b&gt;" in (open("report.html", encoding="utf-8").read())
+
+
+def test_lines_that_cannot_be_used_are_named_and_left_out(results):
+    with open(results, "a") as file:
+        file.write('{"format": 0, "name": "old [x]"}\n[1]\n{"name": "x"}\n{}\n{"name": "torn')
+    output, errors = run()
+    assert "mine" in output and "line 5: format version 0, this ddkit reads 1" in " ".join(errors.split())
+    assert "2 more lines; --json lists them all" in errors
+    assert len(json.loads(run("--json")[0])["problems"]) == 5
+
+
+def test_a_missing_file_of_results_that_was_asked_for_is_an_error():
+    _, errors = run("--results", "elsewhere.jsonl", status=3)
+    assert "elsewhere.jsonl" in errors and "ddkit evaluate --results" in errors
+
+
+def test_thousands_of_results_are_shortened_unless_all_are_wanted(folder):
+    line = json.dumps(dataclasses.asdict(dataclasses.replace(RESULT, epochs_setting=50, official=False)))
+    (folder / "runs").mkdir()
+    with open("runs/results.jsonl", "w") as file:
+        for i in range(2000):
+            file.write(line.replace('"mine"', f'"run-{i}"').replace("0.31", f"0.{i:04}") + "\n")
+    output, errors = run()
+    assert "1,988 more entries: ddkit report --all" in output and output.count("run-") == 12
+    assert run("--all")[0].count("run-") == 2000
+
+
+def test_the_page_is_written_with_what_is_left(results):
+    _, errors = run("--html", "out/report.html")
+    html = open("out/report.html", encoding="utf-8").read()
+    assert "wrote out/report.html" in errors and "is no longer there" in html and "32.00" in html
+
+
+def test_a_page_that_cannot_be_written_says_why(results):
+    open("file", "w").close()
+    _, errors = run("--html", "file/report.html", status=3)
+    assert "file" in errors and "Traceback" not in errors
+
+
+def test_only_the_wanted_track(results):
+    append(dataclasses.replace(RESULT, track=2, epochs_setting=100))
+    assert "Track 2" in run()[0] and "Track 2" not in run("--track", "1")[0]
+    assert "Track 1" not in run("--track", "2")[0]
+
+
+def test_the_quality_of_a_set_is_measured_and_its_sheets_written(colours):
+    CliRunner().invoke(main, ["generate", "--dataset", colours, "--from-real", "first", "--ipc", "2", "--out", "m/colours.pt"])
+    _, errors = run("--quality", "m", "--device", "cpu", status=2)
+    assert "too few real images" in errors  # five a class
+    _, errors = run("--quality", "nowhere", status=3)
+    assert "There is no set at nowhere" in errors and "ddkit generate" in errors
