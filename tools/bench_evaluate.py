@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast ddkit evaluates, beside the challenge's own code: both on this machine, alternately, in one run.
 
-    python tools/bench_evaluate.py --official PATH/TO/ECCV2024-Dataset-Distillation-Challenge
+    python tools/bench_evaluate.py --official PATH/TO/ECCV2024-Dataset-Distillation-Challenge --memory
 
 For each dataset both train the same network on the same random images (ten a class, batches of 256, augmentation
 drawn as each does it); the official code's functions are imported from the checkout and called as its own loop calls
@@ -9,8 +9,8 @@ them, with only the device changed. Each measurement is one process, so that its
 measurement of the official code is always followed by one of ddkit. Figures are images a second over whole batches,
 training only, after one batch to warm up; the ratio is of the medians.
 
---memory instead measures the peak memory of a whole TinyImageNet evaluation at E = 0, one round, test set included:
-the official code loads its reference file of 10,000 float images, ddkit tests from uint8 pixels.
+--memory adds the peak memory of a whole TinyImageNet evaluation at E = 0, one round, test set included: the official
+code loads its reference file of 10,000 float images, ddkit tests from uint8 pixels.
 """
 
 from __future__ import annotations
@@ -38,10 +38,15 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(_measure(arguments)))
         return
-    rows = _memory_rows(arguments) if arguments.memory else _speed_rows(arguments)
-    _print_table(rows)
+    load = os.getloadavg()[0]
+    tables = {"speed": _speed_rows(arguments)}
+    if arguments.memory:
+        tables["memory"] = _memory_rows(arguments)
+    for rows in tables.values():
+        _print_table(rows)
+    _print_machine(load)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -50,7 +55,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", choices=DATASETS, action="append", help="one of them; both when left out")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each contender")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory", action="store_true", help="peak memory of a whole evaluation instead of speed")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of a whole evaluation")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
@@ -81,15 +86,19 @@ def _speed_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def _memory_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         arguments.reference = Path(folder) / "tinyimagenet_test.pt"
         _write_reference(arguments.reference)
-        for contender in ("official", "float32"):
-            run = _in_own_process(arguments, contender, "tinyimagenet")
-            rows.append({"code": contender, "peak MiB": round(run["peak_mib"]), "seconds": round(run["seconds"])})
-    rows[1]["of official"] = round(rows[1]["peak MiB"] / rows[0]["peak MiB"], 2)  # type: ignore[operator]
-    return rows
+        runs = {each: _in_own_process(arguments, each, "tinyimagenet") for each in ("official", "float32")}
+    return [
+        {
+            "a whole TinyImageNet evaluation": contender if contender == "official" else f"ddkit {contender}",
+            "peak MiB": round(run["peak_mib"]),
+            "of official": round(run["peak_mib"] / runs["official"]["peak_mib"], 2),
+            "seconds": round(run["seconds"]),
+        }
+        for contender, run in runs.items()
+    ]
 
 
 def _in_own_process(arguments: argparse.Namespace, contender: str, dataset: str) -> dict[str, float]:
@@ -237,15 +246,17 @@ def _facts(dataset: str) -> tuple[int, int]:
 
 
 def _print_table(rows: list[dict[str, object]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |")
+        print("| " + " | ".join(map(str, row.values())) + " |")
+    print()
+
+
+def _print_machine(load: float) -> None:
     from ddkit.device import cpu_model
     from ddkit.environment import versions
 
-    print(f"\n{cpu_model()}, {os.cpu_count()} cores, torch {versions()['torch']}")
+    print(f"{cpu_model()}, {os.cpu_count()} cores, torch {versions()['torch']}; load average before: {load:.1f}")
 
 
 def _say(text: str) -> None:

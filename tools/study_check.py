@@ -1,17 +1,20 @@
-"""How often `ddkit check` is wrong about the order of rows: false alarms on right sets, wrong orders it misses.
+"""How often `ddkit check` is wrong: false alarms on right sets, mistakes of order and of values that it misses.
 
-    python tools/study_check.py cifar100 [--trials N] [--ipc 1 10 50] [--mistakes N] [--values N]
+    python tools/study_check.py cifar100 [--ipc 1 10 50] [--trials N] [--mistakes N] [--values N] [--set FILE]
 
-Sets are drawn from real test images, degraded as weak generators and optimisers degrade them. The classifier sees
-each image once; every set after that is a choice of rows. `--values` also counts false alarms on normalisation.
+Sets are drawn from real test images, degraded as weak generators and optimisers degrade them; --set studies a set of
+one's own instead, whose order and values must be right. For orders the classifier sees each image once, and every
+set after that is a choice of rows. Two tables are printed: orders, then values (normalisation, channels, sides).
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,16 +22,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ddkit.challenge import DatasetSpec
-from ddkit.data.images import normalise
+from ddkit.challenge import CIFAR100, TINYIMAGENET, DatasetSpec
+from ddkit.data.images import denormalise, normalise
 from ddkit.data.store import dataset_spec, load_dataset
+from ddkit.submission.check import meaning_findings
 from ddkit.submission.features import class_model
-from ddkit.submission.normalisation import normalisation_findings
+from ddkit.submission.layout import load_tensor
 from ddkit.submission.order import judge_order, known_orders
 
 Degradation = Callable[[Tensor, torch.Generator], Tensor]
 Mistake = Callable[[Tensor, torch.Generator], Tensor]
+Row = dict[str, str]  # of a table, by column
 PER_CLASS = 50  # test images of a class to draw from
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
 def blurred(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -72,18 +78,23 @@ DEGRADATIONS: dict[str, Degradation] = {
 }
 
 
-def log_probabilities(name: str, degrade: Degradation) -> Tensor:
-    """(C, P, C): what the classifier says of P degraded test images of each class."""
-    spec, model = dataset_spec(name), class_model(name)
-    generator = torch.Generator().manual_seed(1)
-    images = _by_class(name).flatten(0, 1)
-    logp = [model.log_probabilities(degrade(batch.float() / 255, generator)) for batch in images.split(500)]
-    return torch.cat(logp).unflatten(0, (spec.num_classes, -1))
-
-
-def _by_class(name: str) -> Tensor:
+def real_pool(name: str) -> Tensor:
+    """(C, P, 3, S, S) float in units of [0, 1]: real test images of each class."""
     spec = dataset_spec(name)
-    return load_dataset(name, "test").images.unflatten(0, (spec.num_classes, -1))[:, :PER_CLASS]
+    tests = load_dataset(name, "test")
+    rows = tests.labels.argsort(stable=True).unflatten(0, (spec.num_classes, -1))[:, :PER_CLASS]
+    return tests.images[rows].float() / 255
+
+
+def own_pool(path: Path, spec: DatasetSpec) -> Tensor:
+    """(C, ipc, 3, S, S) in units of [0, 1]: the images of a set."""
+    return denormalise(load_tensor(path, spec), spec).unflatten(0, (spec.num_classes, -1))
+
+
+def degraded(pool: Tensor, degrade: Degradation) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.cat([degrade(batch, generator) for batch in pool.flatten(0, 1).split(500)])
+    return images.unflatten(0, pool.shape[:2])
 
 
 def draw(pool: Tensor, ipc: int, generator: torch.Generator) -> Tensor:
@@ -127,50 +138,103 @@ def _shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)]
 
 
-def study_order(name: str, kind: str, pool: Tensor, ipc: int, trials: int, tried_mistakes: int) -> None:
-    """Print one row: codes on right sets, then the share of each mistake that is found."""
+def wrong_values(spec: DatasetSpec) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """Wrong tensors by name: the code that should be found, and how images in units of [0, 1] become one."""
+    other = TINYIMAGENET if spec.name == CIFAR100.name else CIFAR100
+    return {
+        "[0, 1]": ("N001", lambda images: images),
+        "[-1, 1]": ("N002", lambda images: 2 * images - 1),
+        "[0, 255]": ("N003", lambda images: 255 * images),
+        "CIFAR-10's constants": ("N004", lambda images: _with_constants(images, *CIFAR10)),
+        f"{other.name}'s constants": ("N004", lambda images: normalise(images, other)),
+        "BGR": ("N006", lambda images: normalise(images.flip(1), spec)),
+        "channels last": ("N007", lambda images: normalise(images, spec).permute(0, 2, 3, 1).reshape(images.shape)),
+        "upside down": ("N008", lambda images: normalise(images.flip(2), spec)),
+        "transposed": ("N008", lambda images: normalise(images.transpose(2, 3).contiguous(), spec)),
+    }
+
+
+def _with_constants(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def study_order(name: str, kind: str, pool: Tensor, ipc: int, trials: int, tried_mistakes: int) -> Row:
+    """Codes on right sets, and the share of each mistake that is found. pool: (C, P, C) log-probabilities."""
     spec, model = dataset_spec(name), class_model(name)
     orders = known_orders(spec)
     generator = torch.Generator().manual_seed(2)
-    codes = Counter(judge_order(draw(pool, ipc, generator).flatten(0, 1), orders, model).code for _ in range(trials))
-    found = []
+
+    def judged(mistake: Mistake) -> str:
+        return judge_order(mistake(draw(pool, ipc, generator), generator), orders, model).code
+
+    right = Counter(judged(lambda blocks, generator: blocks.flatten(0, 1)) for _ in range(trials))
+    row = {"images": kind, "ipc": str(ipc), "right sets: L001": _share(right["L001"], trials)}
+    row["other codes"] = ", ".join(f"{code} {n}" for code, n in sorted(right.items()) if code != "L001")
     for title, (code, mistake) in mistakes(spec).items():
-        hits = sum(
-            judge_order(mistake(draw(pool, ipc, generator), generator), orders, model).code == code
-            for _ in range(tried_mistakes)
-        )
-        found.append(f"{title} {hits}/{tried_mistakes}")
-    right = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
-    print(f"{name} ipc {ipc} {kind}: {right} of {trials} right sets; found: {', '.join(found)}", flush=True)
+        row[title] = _share(sum(judged(mistake) == code for _ in range(tried_mistakes)), tried_mistakes)
+    return row
 
 
-def study_values(name: str, kind: str, degrade: Degradation, trials: int) -> None:
-    """Print how often right sets of ten images a class draw a warning or an error about their values."""
+def study_values(name: str, kind: str, pool: Tensor, ipc: int, trials: int, tried_mistakes: int) -> Row:
+    """How often right sets draw an alarm on values or order, and the share of wrong values that is found."""
     spec = dataset_spec(name)
     generator = torch.Generator().manual_seed(3)
-    codes: Counter[str] = Counter()
-    for _ in range(trials):
-        images = degrade(draw(_by_class(name), 10, generator).flatten(0, 1).float() / 255, generator)
-        found = normalisation_findings(normalise(images, spec), spec, name)
-        codes.update(finding.code for finding in found if finding.level != "info")
-    print(f"{name} {kind}: {dict(codes) or 'no'} alarms about values in {trials} right sets", flush=True)
+
+    def codes(make: Callable[[Tensor], Tensor]) -> set[str]:
+        tensor = make(draw(pool, ipc, generator).flatten(0, 1))
+        return {finding.code for finding in meaning_findings(tensor, spec, name) if finding.level != "info"}
+
+    alarms = Counter(code for _ in range(trials) for code in codes(lambda images: normalise(images, spec)))
+    row = {"images": kind, "ipc": str(ipc), "right sets": str(trials)}
+    row["alarms"] = ", ".join(f"{code} {n}" for code, n in sorted(alarms.items())) or "0"
+    for title, (code, make) in wrong_values(spec).items():
+        row[title] = _share(sum(code in codes(make) for _ in range(tried_mistakes)), tried_mistakes)
+    return row
+
+
+def _share(found: int, tried: int) -> str:
+    return f"{100 * found / tried:.0f} %" if tried else ""
+
+
+def pools(name: str, own: Path | None) -> Iterator[tuple[str, Tensor]]:
+    """What sets are drawn from, by name: (C, P, 3, S, S) in units of [0, 1]."""
+    if own is not None:
+        yield own.parent.name, own_pool(own, dataset_spec(name))
+        return
+    real = real_pool(name)
+    for kind, degrade in DEGRADATIONS.items():
+        yield kind, degraded(real, degrade)
+
+
+def print_table(rows: list[Row]) -> None:
+    if rows:
+        print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(row.values()) + " |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
+    parser.add_argument("--set", type=Path, help="a set whose order and values are right, instead of real images")
     parser.add_argument("--ipc", type=int, nargs="+", default=[1, 10, 50])
-    parser.add_argument("--trials", type=int, default=200, help="right sets of each kind")
+    parser.add_argument("--trials", type=int, default=200, help="right sets of each kind, judged by their order")
     parser.add_argument("--mistakes", type=int, default=20, help="sets of each kind and mistake")
-    parser.add_argument("--values", type=int, default=0, help="right sets of each kind whose values are checked")
+    parser.add_argument("--values", type=int, default=20, help="right sets of each kind whose values are checked too")
     arguments = parser.parse_args()
-    for kind, degrade in DEGRADATIONS.items():
-        if arguments.trials or arguments.mistakes:
-            pool = log_probabilities(arguments.dataset, degrade)
-            for ipc in arguments.ipc:
-                study_order(arguments.dataset, kind, pool, ipc, arguments.trials, arguments.mistakes)
+    orders, values = [], []
+    for kind, pool in pools(arguments.dataset, arguments.set):
+        logp = class_model(arguments.dataset).log_probabilities(pool.flatten(0, 1)).unflatten(0, pool.shape[:2])
+        for ipc in arguments.ipc:
+            if ipc <= pool.shape[1]:
+                orders.append(study_order(arguments.dataset, kind, logp, ipc, arguments.trials, arguments.mistakes))
+                print(orders[-1], file=sys.stderr, flush=True)
         if arguments.values:
-            study_values(arguments.dataset, kind, degrade, arguments.values)
+            ipc = min(10, pool.shape[1])
+            values.append(study_values(arguments.dataset, kind, pool, ipc, arguments.values, arguments.mistakes))
+            print(values[-1], file=sys.stderr, flush=True)
+    print_table(orders)
+    print_table(values)
 
 
 if __name__ == "__main__":

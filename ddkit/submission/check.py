@@ -191,25 +191,30 @@ def _value_findings(tensor: Tensor, spec: DatasetSpec, settings: CheckSettings, 
         return []
     # Imported here, as the shape and the files can be checked without scipy and the classifiers.
     from ddkit.submission.content import content_findings
-    from ddkit.submission.normalisation import normalisation_findings
 
     test = _prepared(spec.name, "test")
-    values = normalisation_findings(tensor, spec, where)
-    # Values that are not normalised look like no class at all: their order would be judged wrongly.
-    shown = [] if any(f.level == "error" for f in values) else _shown_findings(tensor, spec, where)
-    return values + shown + content_findings(tensor, spec, where, test_images=None if test is None else test.images)
+    findings = meaning_findings(tensor, spec, where)
+    return findings + content_findings(tensor, spec, where, test_images=None if test is None else test.images)
 
 
-def _shown_findings(tensor: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
-    """What the images show of their classes: in which order, and whether upright and in their own colours."""
+def meaning_findings(tensor: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """What the values are normalised with, which order the rows are in, whether the images are upright (codes N, L).
+
+    tensor: (C * ipc, 3, S, S) float32, finite.
+    """
+    from ddkit.submission.normalisation import normalisation_findings
     from ddkit.submission.order import NAMED_ORDERS, order_findings
     from ddkit.submission.turning import turned_findings
 
+    values = normalisation_findings(tensor, spec, where)
+    if any(finding.level == "error" for finding in values):
+        # Values that are not normalised look like no class at all: their order would be judged wrongly.
+        return values
     order = order_findings(tensor, spec, where)
     if any(finding.code in NAMED_ORDERS for finding in order):
-        return order
+        return values + order
     # Turned images look like few classes: what their order seems to be says nothing.
-    return turned_findings(tensor, spec, where) or order
+    return values + (turned_findings(tensor, spec, where) or order)
 
 
 def _prepared(name: str, split: str) -> ImageSet | None:

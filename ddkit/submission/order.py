@@ -126,8 +126,8 @@ def known_orders(spec: DatasetSpec) -> dict[str, Tensor]:
     return {code: order for code, order in orders.items() if not torch.equal(order, torch.arange(len(names)))}
 
 
-# Wrong orders that are believed only where the evidence for that very order is strong.
-NAMED_ORDERS = frozenset({"L002", "L003", "L004", "L005", "L006", "L007", "L012"})
+# Wrong orders of all classes, believed only where the evidence for that very order is strong.
+NAMED_ORDERS = frozenset({"L002", "L003", "L004", "L005", "L006", "L012"})
 
 _WORDS = {
     "L001": "class by class, as the labels imply",
