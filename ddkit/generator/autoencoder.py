@@ -20,6 +20,8 @@ from ddkit.errors import MissingModel
 from ddkit.generator.presets import AutoencoderConfig
 
 _STARTING_LOG_VARIANCE = -5.0
+_MOST_AT_ONCE = 250  # images; more are no faster
+_BYTES_AT_ONCE = 2**30  # of the widest maps
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -71,6 +73,13 @@ def pixel_patch(autoencoder: AutoencoderKL) -> int:
 def pixels_per_latent(autoencoder: AutoencoderKL) -> int:
     """How many times the latents' side fits into the images' side."""
     return pixel_patch(autoencoder) * 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+
+def images_at_once(autoencoder: AutoencoderKL, latent_side: int) -> int:
+    """How many images to encode or decode together, so that memory stays bounded whatever their size."""
+    levels = autoencoder.config.block_out_channels
+    side = latent_side * 2 ** (len(levels) - 1)  # of the first maps and the last ones, which are the largest
+    return max(1, min(_MOST_AT_ONCE, _BYTES_AT_ONCE // (4 * levels[0] * side**2)))
 
 
 def encode(autoencoder: AutoencoderKL, pixels: Tensor, latent_side: int) -> Tensor:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ddkit.data.store import ImageSet
 from ddkit.files import replacing
-from ddkit.generator.autoencoder import encode, to_signed
+from ddkit.generator.autoencoder import encode, images_at_once, to_signed
 from ddkit.progress import Listener, Progress, ignore
 
 log = logging.getLogger(__name__)
 
 LATENTS_FILE = "latents.safetensors"
-_IMAGES_AT_ONCE = 250
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ def _encode_all(
     autoencoder: AutoencoderKL, images: ImageSet, latent_side: int, flips: bool, progress: Listener
 ) -> Tensor:
     """(N, V, C, s, s) float16 on the CPU."""
-    encoded = []
-    for start in range(0, len(images), _IMAGES_AT_ONCE):
-        pixels = to_signed(images.images[start : start + _IMAGES_AT_ONCE].to(autoencoder.device))
+    encoded, count = [], images_at_once(autoencoder, latent_side)
+    for start in range(0, len(images), count):
+        pixels = to_signed(images.images[start : start + count].to(autoencoder.device))
         views = [pixels, pixels.flip(-1)] if flips else [pixels]
         encoded.append(torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1).half().cpu())
         progress(Progress("Encoding the training set", start + len(pixels), len(images), "images"))

@@ -41,9 +41,10 @@ class AutoencoderConfig:
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, s, s). Raises UsageError where the image side is no multiple of the factor."""
         if image_size % self.factor:
+            fitting = max(1, round(image_size / self.factor)) * self.factor
             raise UsageError(
                 f"Images of {image_size} pixels cannot be encoded: their side is no multiple of {self.factor}.",
-                "Prepare the dataset with --image-size.",
+                f"Prepare the dataset with --image-size {fitting}, or choose another preset.",
             )
         side = image_size // self.factor
         return (self.latent_channels, side, side)
@@ -224,11 +225,14 @@ class Preset:
     track_every: int = 1000
 
     def config(self, image_size: int) -> GeneratorConfig:
-        """The configuration for images of that side. Raises UsageError where the sizes do not fit."""
+        """The configuration for images of that side, cut into about as many patches as the preset has.
+
+        Raises UsageError where the autoencoder cannot encode that side.
+        """
         smallest = max((side for side in self.configs if side <= image_size), default=min(self.configs))
         config = self.configs[smallest]
-        config.denoiser.patch_size(config.autoencoder.latent_shape(image_size)[1])
-        return config
+        tokens = _nearest_divisor(config.autoencoder.latent_shape(image_size)[1], config.denoiser.tokens_per_side)
+        return dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, tokens_per_side=tokens))
 
 
 def preset(name: str) -> Preset:
@@ -271,6 +275,12 @@ def _from_json_value(annotation: str, item: Any) -> Any:
     if isinstance(item, Mapping):
         return from_json(item, _NESTED[annotation.removesuffix(" | None")])
     return tuple(item) if isinstance(item, list) else item
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is `wanted`, or the fewest times more or less."""
+    divisors = (divisor for divisor in range(1, number + 1) if number % divisor == 0)
+    return min(divisors, key=lambda divisor: max(divisor, wanted) / min(divisor, wanted))
 
 
 def _check_positive(config: Any, *names: str) -> None:
@@ -341,7 +351,13 @@ PRESETS = {
                     DenoiserConfig(hidden_size=192, depth=5, num_heads=3),
                     OptimiserConfig(steps=6000, batch_size=32, learning_rate=3e-3),
                     OptimiserConfig(steps=10_000, batch_size=128, learning_rate=1e-3),
-                )
+                ),
+                128: GeneratorConfig(
+                    AutoencoderConfig(pixel_patch=8, channels=(64, 128), latent_channels=8),
+                    DenoiserConfig(hidden_size=192, depth=5, num_heads=3, tokens_per_side=8),
+                    OptimiserConfig(steps=6000, batch_size=32, learning_rate=3e-3),
+                    OptimiserConfig(steps=10_000, batch_size=64, learning_rate=1e-3),
+                ),
             },
         ),
         Preset(
@@ -359,6 +375,13 @@ PRESETS = {
                     AutoencoderConfig(pixel_patch=2, channels=(64, 128), layers_per_level=2, latent_channels=4),
                     DenoiserConfig(hidden_size=384, depth=9, num_heads=6, tokens_per_side=8),
                     OptimiserConfig(steps=15_000, batch_size=64, learning_rate=1e-3, decay_after_steps=5000),
+                    OptimiserConfig(steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000,
+                                    decay_after_steps=20_000),
+                ),
+                128: GeneratorConfig(
+                    AutoencoderConfig(pixel_patch=2, channels=(64, 128, 256), layers_per_level=2, latent_channels=4),
+                    DenoiserConfig(hidden_size=384, depth=9, num_heads=6, tokens_per_side=16),
+                    OptimiserConfig(steps=15_000, batch_size=32, learning_rate=5e-4, decay_after_steps=5000),
                     OptimiserConfig(steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000,
                                     decay_after_steps=20_000),
                 ),
@@ -397,7 +420,13 @@ PRESETS = {
                     DenoiserConfig("dit", hidden_size=192, depth=6, num_heads=3),
                     OptimiserConfig(steps=6000, batch_size=32, learning_rate=3e-3),
                     OptimiserConfig(steps=10_000, batch_size=128, learning_rate=1e-3),
-                )
+                ),
+                128: GeneratorConfig(
+                    AutoencoderConfig(pixel_patch=8, channels=(64, 128), latent_channels=8),
+                    DenoiserConfig("dit", hidden_size=192, depth=6, num_heads=3, tokens_per_side=8),
+                    OptimiserConfig(steps=6000, batch_size=32, learning_rate=3e-3),
+                    OptimiserConfig(steps=10_000, batch_size=64, learning_rate=1e-3),
+                ),
             },
         ),
         Preset(

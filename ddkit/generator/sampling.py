@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddkit.data.images import to_uint8
 from ddkit.errors import ComputeError, UsageError
-from ddkit.generator.autoencoder import decode
+from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.pipeline import Model
@@ -75,6 +75,7 @@ class Sampler:
         model = model.to(self.device)
         self._guided = GuidedDenoiser(model.denoiser)
         self._decoder = Decoder(model)
+        self._decoded_at_once = images_at_once(model.autoencoder, self._latent_shape[1])
         self._null_class = null_class(model.denoiser)
         if config.compile:
             self._guided, self._decoder = compiled(self._guided), compiled(self._decoder)
@@ -84,8 +85,7 @@ class Sampler:
     def __call__(self, labels: Tensor, indices: Tensor) -> Samples:
         """labels, indices: (n,) int64, which image of which class. Returns them in that order.
 
-        Fewer than the batch size are filled up, so that every batch has one shape. Raises UsageError for labels
-        that the model lacks, ComputeError where memory is short.
+        Raises UsageError for labels that the model lacks, ComputeError where memory is short.
         """
         self._check(labels)
         size = self.facts.image_size
@@ -102,11 +102,14 @@ class Sampler:
         n is at most the batch size. Raises ComputeError where memory is short.
         """
         count, size = len(labels), self.config.batch_size
-        noise = torch.cat([noise, noise[:1].expand(size - count, -1, -1, -1)]).to(self.device)
-        labels = torch.cat([labels, labels[:1].expand(size - count)]).to(self.device)
+        # What is compiled is compiled for one shape.
+        fillers = size - count if self.config.compile else 0
+        noise = torch.cat([noise, noise[:1].expand(fillers, -1, -1, -1)]).to(self.device)
+        labels = torch.cat([labels, labels[:1].expand(fillers)]).to(self.device)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                return to_uint8(self._decoder(self._latents(noise, labels)))[:count].cpu()
+                latents = self._latents(noise, labels)
+                return torch.cat([to_uint8(self._decoder(part)).cpu() for part in latents.split(self._decoded_at_once)])[:count]
         except torch.OutOfMemoryError as error:
             raise ComputeError(
                 f"Memory is short for batches of {size} images.", f"Try --batch-size {max(1, size // 2)}."

@@ -13,6 +13,7 @@ from ddkit.generator.autoencoder import (
     build_autoencoder,
     decode,
     encode,
+    images_at_once,
     load_pretrained,
     pixels_per_latent,
     psnr,
@@ -36,6 +37,18 @@ def test_images_become_latents_and_images_again(config, factor):
     latents = encode(autoencoder, torch.zeros(2, 3, 16, 16), 4)
     assert latents.shape == (2, 4, 4, 4) == (2, *config.latent_shape(16))
     assert decode(autoencoder, latents, 16).shape == (2, 3, 16, 16)
+
+
+def test_the_larger_the_images_the_fewer_are_looked_at_together():
+    small = build_autoencoder(AutoencoderConfig(pixel_patch=4, channels=(64,)), 32, seed=0)
+    assert images_at_once(small, 8) == 250
+    with torch.device("meta"):
+        large = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), sample_size=256,
+        )  # fmt: skip
+    assert images_at_once(large, 32) == 2**30 // (4 * 128 * 256 * 256) == 32
+    assert images_at_once(large, 2048) == 1
 
 
 def test_weights_depend_on_the_seed_alone(config):

@@ -49,7 +49,7 @@ def test_the_rate_rises_then_holds_then_falls_as_one_over_the_root():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("image_size", [32, 64, 128])
+@pytest.mark.parametrize("image_size", [32, 64, 96, 128, 160, 224, 256])
 def test_every_preset_fits_every_usual_size(name, image_size):
     config = preset(name).config(image_size)
     channels, side, _ = config.autoencoder.latent_shape(image_size)
@@ -58,8 +58,20 @@ def test_every_preset_fits_every_usual_size(name, image_size):
 
 
 def test_sizes_that_do_not_fit_are_refused_with_the_way_out():
-    with pytest.raises(UsageError, match="--image-size"):
+    with pytest.raises(UsageError, match="multiple of 4.*--image-size 32, or choose another preset"):
         preset("demo").config(30)
+    with pytest.raises(UsageError, match="multiple of 16.*--image-size 192"):
+        preset("tiny").config(200)
+
+
+def test_larger_images_are_not_cut_into_coarser_patches():
+    """What the transformer of a preset sees at 256 px is no coarser, in latents a patch, than at 32 px."""
+    for name in ("tiny", "small", "dit"):
+        patches = {}
+        for size in (32, 256):
+            config = preset(name).config(size)
+            patches[size] = config.denoiser.patch_size(config.autoencoder.latent_shape(size)[1])
+        assert patches[256] <= patches[32]
 
 
 def test_an_unknown_preset_offers_the_nearest():
