@@ -51,6 +51,7 @@ class Result:
     deviations: tuple[str, ...] = ()
     seconds: float = 0.0  # of training and testing, all rounds
     generation_seconds: tuple[float, ...] = ()  # track 2: of the generator, per round
+    generated: tuple[int, ...] = ()  # track 2: how many images it made, per round
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str = ""  # ISO 8601, UTC, when the evaluation ended
@@ -230,6 +231,10 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and set(map(type, value)) <= {int, float}
+
+
 def _each(form: Callable[[Any], bool], *, least: int = 0, most: int | None = None) -> Callable[[Any], bool]:
     """The form of a tuple of so many items."""
 
@@ -250,6 +255,7 @@ _FORMS: Mapping[str, Callable[[Any], bool]] = {
     "deviations": _each(_is_text),
     "seconds": _is_number,
     "generation_seconds": _each(_is_number),
+    "generated": _each(_is_count),
     "loss_curves": _each(_each(_is_number)),
     "per_class": _each(_is_number),
     "confusions": _each(_each(_is_number, least=3, most=3)),

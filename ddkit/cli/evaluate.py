@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddkit.cli._options import (
+    ENTRY_FILE,
     RUNS_FOLDER,
     SUBMISSION_FOLDER,
     Duration,
@@ -43,7 +44,7 @@ _MOST_ROUNDS_SHOWN = 5
 @click.argument("sets", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--dataset", help="Of the sets; else found from the file's name or the JSON beside it.")
 @click.option("--track", type=click.Choice(["1", "2"]), default="1", show_default=True,
-              help="Track 2 evaluates a generator's script instead of a .pt file.")
+              help="Track 2 evaluates a generator instead of a .pt file: a bundle's zip or folder.")
 @click.option("--rounds", type=click.IntRange(1), help="Fresh networks to train; the protocol says 3.")
 @click.option("--epochs-setting", type=click.IntRange(0), metavar="E",
               help="E + 1 epochs run; the protocol says 1000 on track 1, 100 on track 2.")
@@ -82,7 +83,7 @@ def evaluate(
 ) -> None:
     """Train fresh networks on distilled SETS, test them on real images: the challenge's score.
 
-    Without SETS, whatever is in submission/. Several sets of one dataset are compared: do they differ by more than
+    Without SETS, whatever is in submission/, on track 2 track2.zip. Several sets of one dataset are compared: do they differ by more than
     the noise? Interrupted, it goes on where it was when run again. Several GPUs share the rounds:
     accelerate launch -m ddkit evaluate.
     """
@@ -99,11 +100,30 @@ def evaluate(
     for problem in records.problems:
         surface.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
     job = _Job(surface, settings, reference, StateFolder(state, save_every), records)
-    evaluated = [job.run(path, _dataset_of(path, dataset)) for path in sets or _in_submission_folder()]
+    evaluate_each = _evaluate_entries if settings.track == 2 else _evaluate_sets
+    evaluated = evaluate_each(job, sets, dataset)
     ranked = [result for result in evaluated if ranking and result.kind == "submission"]
     rankings = [job.rank(result, full_epochs_setting) for result in ranked]
     if team.leads:
         _report(surface, evaluated, rankings, results)
+
+
+def _evaluate_sets(job: _Job, sets: Sequence[Path], dataset: str | None) -> list[Result]:
+    return [job.run(path, _dataset_of(path, dataset)) for path in sets or _in_submission_folder()]
+
+
+def _evaluate_entries(job: _Job, entries: Sequence[Path], dataset: str | None) -> list[Result]:
+    """Of each track 2 entry, on one dataset or on all that it has models for."""
+    from ddkit.submission.bundle import datasets_of, opened
+
+    results = []
+    for path in entries or [ENTRY_FILE]:
+        with opened(path) as folder:
+            names = [dataset] if dataset else datasets_of(folder)
+            if not names:
+                raise UsageError(f"{path} does not say which datasets it is for.", "Say --dataset.")
+            results += [job.run_entry(path, folder, name) for name in names]
+    return results
 
 
 def _in_submission_folder() -> list[Path]:
@@ -137,19 +157,45 @@ class _Job:
     records: Records
 
     def run(self, path: Path, name: str) -> Result:
-        """Evaluate one set, or on track 2 one generator."""
+        """Evaluate one set."""
         from ddkit.data.store import dataset_spec
         from ddkit.files import sha256_of
         from ddkit.submission.layout import read_facts
 
         spec = dataset_spec(name)
         self.surface.say(f"Evaluating {escape(str(path))} on {escape(name)}: {_length(self.settings)}.")
-        evaluation = self._script(path, spec) if self.settings.track == 2 else self._tensor(path, spec)
+        evaluation = self._tensor(path, spec)
         facts = read_facts(path)
         kind = facts["kind"] if facts.get("kind") in _REFERENCE_KINDS else "submission"
         # Sets in one folder are one entry: the report joins them by this name.
         name = path.resolve().parent.name
         result = evaluation.result(name, sha256_of(path), str(path), kind=kind, made_by=facts)
+        self.records.add(result)
+        return result
+
+    def run_entry(self, path: Path, folder: Path, name: str) -> Result:
+        """Evaluate one track 2 entry, whose files are in `folder`, on one dataset."""
+        from ddkit.data.store import dataset_spec
+        from ddkit.protocol.entry import ScriptEntry
+        from ddkit.protocol.evaluate import evaluate_generator
+        from ddkit.protocol.tracks import hash_of_folder
+        from ddkit.submission.bundle import SCRIPT, entry_facts
+
+        spec, sha256 = dataset_spec(name), hash_of_folder(folder)
+        self.surface.say(f"Evaluating {escape(str(path))} on {escape(name)}: {_length(self.settings)}, "
+                         f"each on what it makes in {self.settings.budget:g} s.")  # fmt: skip
+        device = () if self.settings.device == "auto" else ("--device", self.settings.device)
+        entry = ScriptEntry(folder / SCRIPT, name, device, progress=self.surface.listen)
+        evaluation = evaluate_generator(
+            entry,
+            self._test_set(spec),
+            self.settings,
+            name=f"{name}/{sha256}",
+            state=self.state,
+            progress=self.surface.listen,
+        )
+        title = path.resolve().parent.name if path.suffix == ".py" else path.resolve().stem
+        result = evaluation.result(title, sha256, str(path), made_by=entry_facts(folder, name))
         self.records.add(result)
         return result
 
@@ -199,19 +245,6 @@ class _Job:
             if finding.level == "warning":
                 self.surface.say(f"[yellow]warning[/yellow] {escape(f'{finding.code}: {finding.message}')}")
 
-    def _script(self, path: Path, spec: DatasetSpec) -> Evaluation:
-        from ddkit.protocol.evaluate import evaluate_generator
-        from ddkit.protocol.tracks import hash_of_folder, script_entry
-
-        if path.suffix != ".py":
-            raise UsageError(f"{path} is no Python script.", "Track 2 evaluates a generator's script, generate.py.")
-        device = None if self.settings.device == "auto" else self.settings.device
-        entry = script_entry(path, spec.name, device=device, progress=self.surface.listen)
-        name = f"{spec.name}/{hash_of_folder(path.parent)}"
-        return evaluate_generator(
-            entry, self._test_set(spec), self.settings, name=name, state=self.state, progress=self.surface.listen
-        )
-
     def _test_set(self, spec: DatasetSpec) -> TestSet:
         from ddkit.data.prepare import open_dataset
         from ddkit.protocol.reference import as_test_set, load_reference
@@ -258,7 +291,7 @@ def _as_data(record: Result | Comparison) -> dict[str, Any]:
 
 
 def _shown(evaluated: Sequence[Result], comparisons: Sequence[tuple[Result, Result, Comparison]]) -> Group:
-    lines = [_table(evaluated), *(_verdict(*comparison) for comparison in comparisons)]
+    lines = [_table(evaluated), *_made(evaluated), *(_verdict(*comparison) for comparison in comparisons)]
     official = {result.dataset: result.mean for result in evaluated if result.official}
     if len(official) == 2:
         lines.append(f"The challenge's score, the mean of both datasets: [bold]{_percent(sum(official.values()) / 2)}[/]")
@@ -277,6 +310,21 @@ def _table(evaluated: Sequence[Result]) -> Table:
         rounds += " ..." * (result.rounds > _MOST_ROUNDS_SHOWN)
         table.add_row(*map(escape, (result.source, result.dataset, accuracy, interval, rounds, official)))
     return table
+
+
+def _made(evaluated: Sequence[Result]) -> list[str]:
+    """What track 2's generators made, a line each."""
+    lines = []
+    for result in (result for result in evaluated if result.generated):
+        counts = [f"{count:,}" for count in result.generated]
+        speed = sum(result.generated) / sum(result.generation_seconds)
+        least, most = result.images_per_class
+        seconds = ", ".join(f"{seconds:.1f}" for seconds in result.generation_seconds)
+        lines.append(
+            f"{escape(result.source)} on {escape(result.dataset)} made {', '.join(counts)} images in {seconds} s: "
+            f"{speed:,.1f} images/s, {least:,} to {most:,} of each class."
+        )
+    return lines
 
 
 def _verdict(first: Result, second: Result, comparison: Comparison) -> str:

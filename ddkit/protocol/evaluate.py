@@ -68,6 +68,11 @@ class EvaluationSettings:
         return self.rounds or challenge.track(self.track).rounds
 
     @property
+    def budget(self) -> float | None:
+        """Seconds that a track 2 generator may take for each round; None on track 1."""
+        return self.time_budget or challenge.track(self.track).time_budget_seconds
+
+    @property
     def training(self) -> TrainingSettings:
         epochs = self.epochs_setting
         if epochs is None:
@@ -88,6 +93,7 @@ class Evaluation:
     images_per_class: tuple[int, int]
     seconds: float
     generation_seconds: tuple[float, ...]
+    generated: tuple[int, ...]
     device: str
     loss_curves: tuple[tuple[float, ...], ...]
     per_class: tuple[float, ...]
@@ -201,10 +207,9 @@ def evaluate_generator(
     generate: (seed, seconds) -> (images, labels) as `evaluate` takes them. name: a hash or name that identifies the
     entry, under which interrupted evaluations are continued. Raises InvalidSubmission when the budget is overrun.
     """
-    budget = settings.time_budget or challenge.track(settings.track).time_budget_seconds
-    if budget is None:
+    if settings.budget is None:
         raise UsageError("Generators are evaluated on track 2.", "Say --track 2, or give a time budget.")
-    source = TimedGenerator(generate, name, budget)
+    source = TimedGenerator(generate, name, settings.budget)
     return evaluate_source(source, test_set, settings, state=state, progress=progress)
 
 
@@ -326,6 +331,7 @@ def _summary(
         images_per_class=(fewest, most),
         seconds=sum(result.seconds for result in results),
         generation_seconds=tuple(result.generation_seconds for result in results) if budget else (),
+        generated=tuple(result.images for result in results) if budget else (),
         device=describe_device(device),
         loss_curves=tuple(_thinned(result.losses) for result in results),
         per_class=_per_class(counts),

@@ -1,13 +1,8 @@
-"""What makes an evaluation official, and track 2's generators under their clock."""
+"""What makes an evaluation official, and what a track 2 entry is: images made within a time budget."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import pickle
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +12,11 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec, Track
-from ddkit.errors import ComputeError, InvalidSubmission
+from ddkit.errors import InvalidSubmission
 from ddkit.files import sha256_of
-from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.networks import OFFICIAL_NETWORK
 
 TEST_IMAGES = 10_000  # of both datasets of the challenge
-_SECONDS_BETWEEN_LOOKS = 0.5
-_STANDARD_ERROR = 2  # its file descriptor
-
-Generate = Callable[[int, float], tuple[Tensor, Tensor]]
-"""A track 2 entry: (seed, seconds it may take) -> normalised (N, 3, S, S) images and (N,) int64 labels."""
-
 
 @dataclass(frozen=True)
 class Conditions:
@@ -85,32 +73,20 @@ class Generated:
     seconds: float
 
 
+Generate = Callable[[int, float], "tuple[Tensor, Tensor] | Generated"]
+"""A track 2 entry: (seed, seconds it may take) -> normalised (N, 3, S, S) images and (N,) int64 labels; or the same as
+Generated, where it knows better than its caller how long it took."""
+
+
 def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
     """Run a track 2 entry on the clock. Raises InvalidSubmission when it takes longer than `budget` seconds."""
     began = time.monotonic()
-    images, labels = generate(seed, budget)
-    seconds = time.monotonic() - began
-    if seconds > budget:
-        raise _overrun("The generator", f"ended after {seconds:.1f} s,", budget)
-    return Generated(images, labels, seconds)
-
-
-def script_entry(script: Path, dataset: str, *, device: str | None = None, progress: Listener = ignore) -> Generate:
-    """The entry that `python script --dataset NAME --out FILE --time-budget SECONDS --seed N` is.
-
-    The script writes {"images": (N, 3, S, S) float32 normalised, "labels": (N,) int64} with torch.save.
-    device: passed on as --device, where given. progress: hears of the seconds as they are spent.
-    """
-
-    def generate(seed: int, budget: float) -> tuple[Tensor, Tensor]:
-        with tempfile.TemporaryDirectory(prefix="ddkit-entry-") as folder:
-            out = Path(folder) / "images.pt"
-            command = [sys.executable, str(script), "--dataset", dataset, "--out", str(out)]
-            command += ["--time-budget", f"{budget:g}", "--seed", str(seed)]
-            _run_script(command + (["--device", device] if device else []), budget, progress)
-            return _read_generated(out)
-
-    return generate
+    made = generate(seed, budget)
+    if not isinstance(made, Generated):
+        made = Generated(*made, time.monotonic() - began)
+    if made.seconds > budget:
+        raise overrun("The generator", f"ended after {made.seconds:.1f} s,", budget)
+    return made
 
 
 def hash_of_folder(folder: Path) -> str:
@@ -121,43 +97,12 @@ def hash_of_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _run_script(command: list[str], budget: float, progress: Listener) -> None:
-    began = time.monotonic()
-    # Its output is the entry's own affair, and ours may be JSON: it goes where progress goes.
-    with subprocess.Popen(command, stdout=_STANDARD_ERROR) as process:
-        try:
-            while process.poll() is None:
-                spent = time.monotonic() - began
-                if spent > budget:
-                    raise _overrun(command[1], "was still running", budget)
-                progress(Progress("generating", spent, budget, "s"))
-                _wait(process, _SECONDS_BETWEEN_LOOKS)
-        finally:
-            process.kill()  # nothing, where it has ended
-    if process.returncode != 0:
-        raise ComputeError(f"{command[1]} ended with status {process.returncode}.", "Its own message stands above.")
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-
-
-def _overrun(name: str, what: str, budget: float) -> InvalidSubmission:
+def overrun(name: str, what: str, budget: float) -> InvalidSubmission:
+    """The error that says that an entry took too long."""
     return InvalidSubmission(
         f"{name} {what} after its budget of {budget:g} s.",
         "In the challenge an entry that overruns its time scores nothing.",
     )
-
-
-def _read_generated(path: Path) -> tuple[Tensor, Tensor]:
-    try:
-        made = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
-        raise InvalidSubmission(f"The generator left no readable file of images: {error}.") from error
-    if not isinstance(made, dict) or not {"images", "labels"} <= made.keys():
-        raise InvalidSubmission("The generator's file is no dict of 'images' and 'labels'.")
-    return made["images"], made["labels"]
 
 
 def images_per_class(labels: Tensor, num_classes: int) -> tuple[int, int]:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import string
 import sysconfig
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec
 from ddkit.data.store import dataset_spec
-from ddkit.errors import MissingModel, UsageError
-from ddkit.files import replacing, replacing_folder, sha256_of, write_json, write_text
+from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.files import read_json, replacing, replacing_folder, sha256_of, write_json, write_text
 from ddkit.generator import denoiser
 from ddkit.generator.pipeline import WEIGHTS_FILE, ModelFacts, load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import SamplingConfig
-from ddkit.submission.zipping import write_zip
+from ddkit.submission.zipping import unpack, write_zip
 
 SCRIPT = "generate.py"
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
@@ -80,6 +83,34 @@ def zip_folder(folder: Path, out: Path) -> Path:
     return out
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Path]:
+    """The folder of a bundle, with generate.py in it: of a zip, unpacked while it is used; of a folder; of the script.
+
+    Raises MissingModel where there is nothing, UsageError for a file of another kind, BadFile for a zip that is none.
+    """
+    if not path.exists():
+        raise MissingModel(f"There is no track 2 entry {path}.", "Make one: ddkit pack --track 2")
+    if path.is_dir() or path.suffix == ".py":
+        yield _with_script(path if path.is_dir() else path.parent, path)
+        return
+    if path.suffix != ".zip":
+        raise UsageError(f"{path} is no track 2 entry.", "Give a bundle's zip or folder, or its generate.py.")
+    with tempfile.TemporaryDirectory(prefix="ddkit-bundle-") as temporary:
+        yield _with_script(unpack(path, Path(temporary)), path)
+
+
+def datasets_of(folder: Path) -> list[str]:
+    """The datasets that a bundle has models for; empty of an entry of another make."""
+    return sorted(path.parent.name for path in folder.glob("models/*/entry.json"))
+
+
+def entry_facts(folder: Path, dataset: str) -> dict[str, Any]:
+    """How a bundle samples that dataset; empty of an entry of another make."""
+    path = folder / "models" / dataset / "entry.json"
+    return dict(read_json(path)) if path.is_file() else {}
+
+
 def scripts() -> dict[str, Path]:
     """The stand-alone scripts, from the source checkout or from where the package's data was installed."""
     places = [Path(__file__).parents[2] / "submission", Path(sysconfig.get_path("data")) / "share" / "ddkit"]
@@ -102,6 +133,12 @@ def requirements() -> list[str]:
 def lacking(datasets: Sequence[str]) -> list[str]:
     """Datasets of the challenge that a bundle of these has no model for."""
     return [spec.name for spec in CHALLENGE_DATASETS if spec.name not in datasets]
+
+
+def _with_script(folder: Path, path: Path) -> Path:
+    if not (folder / SCRIPT).is_file():
+        raise BadFile(f"{path} holds no {SCRIPT}.", "Give a bundle that ddkit pack --track 2 made, or one like it.")
+    return folder
 
 
 def _add_model(model: EntryModel, folder: Path) -> ModelFacts:

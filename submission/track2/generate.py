@@ -204,6 +204,11 @@ class Clock:
         self.images = sum(end - first for worker in range(job.workers) for first, end in shards_of(job, worker))
         self.seconds_an_image: list[float] = []  # of writing, shard by shard
 
+    def heard(self, images: int, seconds: float) -> None:
+        """Of so many images written in so many seconds."""
+        self.images += images
+        self.seconds_an_image.append(seconds / images)
+
     @property
     def stop_at(self) -> float:
         """Joining may take twice what writing as many bytes took before."""
@@ -228,26 +233,52 @@ def start_work(*arguments: Any) -> None:
     work(*arguments)
 
 
+class Crew:
+    """The worker processes. The first begins alone: on a busy machine it loads the sooner, and so there are images."""
+
+    def __init__(self, job: Job, stop_at: float) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.stop_at = context.Value("d", stop_at, lock=False)  # on time.monotonic()'s clock
+        self.hears: list[Connection] = []
+        self._job, self._context, self._processes = job, context, []
+        self._start()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of them have been started."""
+        return len(self._processes) == self._job.workers
+
+    def start_others(self) -> None:
+        """Start the rest; and import torch meanwhile, which joining needs."""
+        while not self.is_whole:
+            self._start()
+        threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def _start(self) -> None:
+        hears, tells = self._context.Pipe(duplex=False)
+        arguments = (self._job, len(self._processes), self.stop_at, tells)
+        process = self._context.Process(target=start_work, args=arguments, daemon=True)
+        process.start()
+        tells.close()  # so that the pipe ends with the worker
+        self.hears.append(hears)
+        self._processes.append(process)
+
+
 def run_workers(job: Job) -> None:
     """Start the workers and keep the clock until they ended or their time is up. Raises Failure without images."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core to others
-    context, clock = multiprocessing.get_context("spawn"), Clock(job)
-    stop_at = context.Value("d", clock.stop_at, lock=False)
-    workers = []
-    for worker in range(job.workers):
-        hears, tells = context.Pipe(duplex=False)
-        process = context.Process(target=start_work, args=(job, worker, stop_at, tells), daemon=True)
-        process.start()
-        tells.close()  # so that the pipe ends with the worker
-        workers.append((process, hears))
-    # Joining needs it: imported while the workers load, and without waiting for it.
-    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+    clock = Clock(job)
+    crew = Crew(job, clock.stop_at)
     try:
-        failure = listen(job, clock, stop_at, [hears for _, hears in workers])
+        failure = listen(job, clock, crew)
     finally:
-        for process, _ in workers:
-            process.kill()
-            process.join()
+        crew.end()
     if clock.images == 0:
         shutil.rmtree(job.shards)
         raise Failure(failure or "the workers ended without an image; their own messages stand above.")
@@ -257,29 +288,29 @@ def run_workers(job: Job) -> None:
         say("there was no room for more images")
 
 
-def listen(job: Job, clock: Clock, stop_at: Any, hears: list[Connection]) -> str:
+def listen(job: Job, clock: Clock, crew: Crew) -> str:
     """Hear the workers until all ended, or a quarter of the margin after they should have. Returns what went wrong."""
     state, failure, said = "importing and loading the model", "", time.monotonic()
-    while hears and time.monotonic() < stop_at.value + job.margin / 4:
-        for connection in wait(hears, timeout=0.1):
+    while crew.hears and time.monotonic() < crew.stop_at.value + job.margin / 4:
+        for connection in wait(crew.hears, timeout=0.1):
             try:
                 kind, value = connection.recv()
             except EOFError:
-                hears.remove(connection)
+                crew.hears.remove(connection)
                 continue
             if kind == "failed":
                 failure = value
             elif kind == "loaded":
                 state = f"the first images, with a model loaded after {value:.1f} s"
+                crew.start_others()
             else:
-                clock.images += value[0]
-                clock.seconds_an_image.append(value[1] / value[0])
+                clock.heard(*value)
                 write_spent(job)
-        stop_at.value = min(clock.stop_at, stop_at.value, time.monotonic() if stop_requested else math.inf)
+        crew.stop_at.value = min(clock.stop_at, crew.stop_at.value, time.monotonic() if stop_requested else math.inf)
         if time.monotonic() - said > SECONDS_BETWEEN_REPORTS:
             said = time.monotonic()
             say(f"{clock.images:,} images after {said - job.began:.0f} s")
-    if not clock.images and hears and not failure:
+    if not clock.images and crew.hears and not failure:
         return f"stopped after {time.monotonic() - job.began:.1f} s of a budget of {job.budget:g} s, during {state}."
     return failure
 
