@@ -64,6 +64,14 @@ def test_without_a_compiler_it_goes_the_plain_way_and_says_so_in_one_line(own_ca
     assert "no-such-compiler" in log and "plain way" in log and "CXX" in log
 
 
+def test_a_machine_without_compilers_is_no_harm(own_cache, tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    (tmp_path / "bin").mkdir()
+    plan, log = choose_elsewhere(PATH=str(tmp_path / "bin"))
+    assert plan.kind == "plain"
+    assert log.count("\n") == 1 and "There is no C++ compiler" in log and "Install g++" in log
+
+
 def test_a_compiler_that_fails_is_no_harm(own_cache):
     plan, log = choose_elsewhere(CXX="false")
     assert plan.kind == "plain" and "does not compile" in log

@@ -1,0 +1,76 @@
+"""Rounds that run side by side, as a GPU's do: each computes what it computes alone."""
+
+import itertools
+import signal
+
+import pytest
+import torch
+
+from ddkit.challenge import DatasetSpec
+from ddkit.data.images import normalise
+from ddkit.data.store import ImageSet
+from ddkit.errors import Interrupted
+from ddkit.interrupt import StopRequest, stop_requests
+from ddkit.protocol.reference import as_test_set
+from ddkit.protocol.rounds import RoundJob, RoundSettings, StateFile, read_result, run_rounds
+from ddkit.protocol.tracks import Generated
+from ddkit.protocol.training import TrainingSettings
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+SPEC = DatasetSpec("blobs", 4, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+SETTINGS = RoundSettings("convnet", TrainingSettings(4, batch_size=8), seed=7)
+
+
+def pixels(n, seed):
+    return torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def real_images():
+    return as_test_set(ImageSet(pixels(20, 1), torch.arange(20) % 4, ("a", "b", "c", "d")), SPEC)
+
+
+def job(index, folder=None, images=12):
+    made = Generated(normalise(pixels(images, 2), SPEC), torch.arange(images) % 4, 0.0)
+    return RoundJob(index, made, StateFile(folder and folder / f"round-{index}.pt", seconds_between_saves=0))
+
+
+def run(jobs, stop=None, listener=lambda *report: None):
+    return run_rounds(jobs, real_images(), SETTINGS, stop=StopRequest() if stop is None else stop, listener=listener)
+
+
+def stopping_after(reports):
+    """A listener that asks to stop at so many reports."""
+    numbers = itertools.count(1)
+    return lambda *report: signal.raise_signal(signal.SIGTERM) if next(numbers) == reports else None
+
+
+def same(first, second):
+    return torch.equal(first.predictions, second.predictions) and first.losses == second.losses
+
+
+def test_side_by_side_they_come_to_the_same_as_alone():
+    together = run([job(0), job(1), job(2)])
+    alone = [run([job(index)])[0] for index in range(3)]
+    assert all(map(same, together, alone))
+    assert len({result.losses for result in together}) == 3  # each from weights of its own
+
+
+def test_rounds_of_different_lengths_of_data_run_side_by_side():
+    """A track 2 generator makes more images for one round than for another."""
+    together = run([job(0, images=4), job(1, images=20)])
+    assert all(map(same, together, [run([job(0, images=4)])[0], run([job(1, images=20)])[0]]))
+    assert [result.images for result in together] == [4, 20]
+
+
+def test_interrupted_all_are_saved_and_go_on_from_where_each_was(tmp_path):
+    wanted = run([job(0), job(1)])
+    # Round 0 is ahead when both go on together.
+    for indices, epochs in (([0], 1), ([0, 1], 3)):
+        with stop_requests() as stop, pytest.raises(Interrupted, match="Run the same again"):
+            run([job(index, tmp_path) for index in indices], stop, stopping_after(epochs * len(indices)))
+    seen = []
+    results = run([job(0, tmp_path), job(1, tmp_path)], listener=lambda index, done, loss: seen.append((index, done)))
+    assert seen == [(0, 5), (1, 4), (1, 5)]
+    assert all(map(same, results, wanted))
+    assert all(same(read_result(job(index, tmp_path).file), wanted[index]) for index in (0, 1))
