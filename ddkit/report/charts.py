@@ -10,7 +10,7 @@ from ddkit.report.rows import Group, Row
 
 _POINTS_OF_LINE = 200
 _MOST_TICKS = 6  # intervals between them
-_MOST_WIDE_TICKS = 4  # along the bottom, where labels stand side by side on a phone too
+_MOST_WIDE_TICKS = 4  # along the bottom, where labels stand side by side, on a phone too
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def _interval_chart(rows: Sequence[Row], dataset: str | None) -> IntervalChart:
     if not found:
         return IntervalChart(dataset, (), ())
     ends = [end for _, value, half in found for end in (value - (half or 0), value + (half or 0))]
-    ticks, low, high = _axis(max(0.0, min(ends)), min(1.0, max(ends)), scale=100, unit=" %")
+    ticks, low, high = _axis(
+        max(0.0, min(ends)), min(1.0, max(ends)), most=_MOST_WIDE_TICKS, scale=100, unit=" %"
+    )
     marks = tuple(
         IntervalMark(
             row,
