@@ -1,0 +1,68 @@
+"""An image folder of larger pictures, ten classes of them, from preparing to a score by a network made for them."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from ddkit.cli import main
+
+CLASSES = 10
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """<split>/<class>/<image>: each class a colour of its own, four to train on and one to test on, none of them square."""
+    for split, count in (("train", 4), ("val", 1)):
+        for label in range(CLASSES):
+            folder = tmp_path / "pictures" / split / f"breed-{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture = Image.new("HSV", (150, 140), (25 * label, 160 + 20 * i, 200)).convert("RGB")
+                picture.save(folder / f"{i}.jpg")
+    return tmp_path / "pictures"
+
+
+def test_from_a_folder_to_a_score(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        prepared = ddkit("data", "prepare", "breeds", "--from", "pictures", "--image-size", "128")
+        assert prepared["image_size"] == 128 and len(prepared["class_names"]) == CLASSES
+
+        trained = ddkit("train", "--dataset", "breeds", "--preset", "tiny", "--batch-size", "4", "--time", "2s",
+                        "--no-compile", "--track-every", "0")  # fmt: skip
+        assert trained["steps"] >= 1
+        tuned = ddkit("train", "--method", "minimax", "--dataset", "breeds", "--batch-size", "4", "--steps", "2")
+        assert tuned["steps"] == 2
+
+        made = ddkit("generate", "--dataset", "breeds", "--ipc", "1", "--sampling-steps", "2", "--model", tuned["folder"])
+        assert torch.load(made["tensor"], weights_only=True).shape == (CLASSES, 3, 128, 128)
+
+        words = ("--network", "resnet_ap10", "--epochs-setting", "0", "--rounds", "1")
+        (result,) = ddkit("evaluate", made["tensor"], *words)["results"]
+        assert result["network"] == "resnet_ap10" and result["dataset"] == "breeds" and not result["official"]
+        assert result["accuracies"][0] in [correct / CLASSES for correct in range(CLASSES + 1)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_sizes_that_a_preset_cannot_make_are_refused_before_long_work(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ddkit("data", "prepare", "breeds", "--from", "pictures", "--image-size", "136")
+    refused = CliRunner().invoke(main, ["train", "--dataset", "breeds", "--preset", "tiny"])
+    told = " ".join(refused.output.split())
+    assert refused.exit_code == 2 and "Traceback" not in told
+    assert "Images of 136 pixels cannot be encoded: their side is no multiple of 16." in told
+    assert "--image-size 128" in told or "--image-size 144" in told
+    assert not (tmp_path / "runs").exists()
+
+
+def ddkit(*words):
+    """What a command prints with --json."""
+    done = CliRunner().invoke(main, [*words, "--json", "--quiet"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.output)
