@@ -102,7 +102,8 @@ def plain_copy(denoiser: nn.Module) -> nn.Module:
 def share_conditioning(denoiser: nn.Module) -> bool:
     """Let all blocks of a DiTTransformer2DModel use one embedding of time and class, where they all have the same.
 
-    diffusers gives each block a copy of what is one layer in the model as published. Returns whether it is shared now.
+    diffusers gives each block a copy of what is one layer in the model as published: of DiT-XL/2 DiffFit would train
+    28 class embeddings, 4.4 % of all parameters in place of 0.26 %. Returns whether it is shared now.
     """
     if not isinstance(denoiser, DiTTransformer2DModel):
         return False
