@@ -1,0 +1,274 @@
+"""Do the minimax criteria do what they claim? The same generator tuned for as many steps with and without them.
+
+    python tools/study_minimax.py cifar100 --start runs/cifar100 [--out FOLDER] [--steps N] [--sweep R,D ...] [--table]
+
+Every arm starts from the same weights, sees the same batches, and is sampled with the same noise. Its pictures are
+looked at in features of an official ConvNet trained on real images, class by class, and trained on by the protocol.
+All that is finished is kept in the folder: stopped, it goes on when run again; --table shows what there is so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.data.images import denormalise, normalise, to_uint8
+from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.distill.generate import FromModel, generate
+from ddkit.distill.select import choose
+from ddkit.files import read_json, write_json
+from ddkit.generator.latents import LATENTS_FILE
+from ddkit.generator.pipeline import Model, ModelFacts, has_model, save_model
+from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, MinimaxConfig, preset
+from ddkit.generator.pretrained import start_from
+from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.training import CHECKPOINTS, TrainingData, TrainingRequest, train
+from ddkit.metrics.coverage import density_and_coverage, nearest
+from ddkit.metrics.features import ReferenceFeatures, reference_features
+from ddkit.metrics.frechet import frechet_distance
+from ddkit.protocol.evaluate import StateFolder, evaluate
+from ddkit.submission.layout import load_tensor, row_labels
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table. weights: lambda_r and lambda_d; None where nothing is tuned."""
+
+    name: str
+    weights: tuple[float, float] | None = None
+    real: bool = False
+
+
+REAL = Arm("real images", real=True)
+START = Arm("not tuned")
+WITHOUT = Arm("without", (0.0, 0.0))
+PUBLISHED = Arm("published", (0.002, 0.008))
+
+
+class Study:
+    """The arms of one dataset and what is known of each."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.out: Path = options.out or Path("runs") / f"study-minimax-{options.dataset}"
+        self.spec = dataset_spec(options.dataset)
+        self.real = load_dataset(options.dataset, "train")
+        self.sweep = [Arm(f"{r:g}, {d:g}", (r, d)) for r, d in options.sweep]
+        self.arms = [REAL, START, WITHOUT, PUBLISHED, *self.sweep]
+
+    @cached_property
+    def features(self) -> ReferenceFeatures:
+        """What pictures are looked at with."""
+        name = self.options.features_of or self.options.dataset
+        return reference_features(load_dataset(name, "train"), dataset_spec(name))
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """(classes, measured + reference, 3, S, S) uint8 real images: the arm of real images, then what all are held to."""
+        count = self.options.measured + self.options.reference
+        rows = choose("random", self.real.labels, count, self.spec.num_classes, seed=0)
+        return self.real.images[rows].unflatten(0, (self.spec.num_classes, count))
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """(classes, reference, D) features of real images."""
+        return self._look(self.drawn[:, self.options.measured :])
+
+    def run(self) -> None:
+        """Everything that is not done yet; of the sweep only the first weights at more than the smallest IPC."""
+        for arm in self.arms:
+            self._once(arm, "pictures", lambda arm=arm: self._measure(arm))
+        first = [WITHOUT, PUBLISHED, *self.sweep[:1], START]
+        for ipc, epochs in zip(self.options.ipc, self.options.epochs_setting, strict=True):
+            for arm in [*first, *self.sweep[1:], REAL] if ipc == min(self.options.ipc) else first:
+                self._once(arm, f"ipc {ipc}", lambda arm=arm, ipc=ipc, epochs=epochs: self._evaluate(arm, ipc, epochs))
+
+    def table(self) -> str:
+        """What is known, as Markdown."""
+        columns = {"arm": "lambda r, d", **_TITLES, **{f"ipc {ipc}": f"IPC {ipc}, %" for ipc in self.options.ipc}}
+        lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
+        for arm in self.arms:
+            found = self._known(arm)
+            values = {"arm": arm.name, **_shown(found.get("pictures", {}))}
+            values |= {name: _percent(found[name]) for name in columns if name.startswith("ipc") and name in found}
+            lines.append("| " + " | ".join(values.get(name, "-") for name in columns) + " |")
+        return "\n".join(lines)
+
+    def _once(self, arm: Arm, what: str, work: Callable[[], Any]) -> None:
+        known = self._known(arm)
+        if what not in known:
+            write_json(self._folder(arm) / "found.json", {**known, what: work()})
+            print(f"{arm.name}: {what}", file=sys.stderr, flush=True)
+
+    def _known(self, arm: Arm) -> Record:
+        path = self._folder(arm) / "found.json"
+        return read_json(path) if path.is_file() else {}
+
+    def _folder(self, arm: Arm) -> Path:
+        return self.out / arm.name.replace(", ", "-").replace(" ", "-")
+
+    def _images(self, arm: Arm, count: int) -> Tensor:
+        """(classes, count, 3, S, S) uint8: the first ones are the same whatever the count."""
+        if arm.real:
+            return self.drawn[:, :count]
+        path = self._folder(arm) / f"{self.options.dataset}-{count}.pt"
+        if not path.is_file():
+            generate(self.options.dataset, count, FromModel(self._model(arm), self.options.sampling), path)
+        pixels = to_uint8(denormalise(load_tensor(path, self.spec), self.spec))
+        return pixels.unflatten(0, (self.spec.num_classes, count))
+
+    def _look(self, images: Tensor) -> Tensor:
+        """(classes, n, 3, S, S) uint8 -> (classes, n, D)."""
+        return self.features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def _model(self, arm: Arm) -> Path:
+        """The folder of the arm's generator."""
+        folder = self._folder(arm) / "model"
+        if arm.weights is not None:
+            _share_latents([self.options.start, *self.out.glob("*/model")], folder)
+            train(self._data(), TrainingRequest(self._config(*arm.weights), MINIMAX_PRESET), folder)
+        elif not has_model(folder):
+            generator = start_from(str(self.options.start), self.real.class_names, full=True).generator
+            save_model(Model(generator.denoiser, generator.autoencoder, self._facts(generator.prediction)), folder)
+        return folder
+
+    def _config(self, lambda_r: float, lambda_d: float) -> GeneratorConfig:
+        options, config = self.options, preset(MINIMAX_PRESET).config(self.spec.image_size)
+        start = start_from(str(options.start), self.real.class_names)
+        return dataclasses.replace(
+            config,
+            objective=dataclasses.replace(config.objective, prediction=start.generator.prediction),
+            denoiser_optimiser=dataclasses.replace(
+                config.denoiser_optimiser, steps=options.steps, batch_size=options.batch_size, learning_rate=options.lr
+            ),
+            ema_decay=options.ema_decay,
+            minimax=MinimaxConfig(str(options.start), full=options.full, lambda_r=lambda_r, lambda_d=lambda_d),
+        )
+
+    def _data(self) -> TrainingData:
+        return TrainingData(self.options.dataset, self.real, store_hash(self.options.dataset, "train"))
+
+    def _facts(self, prediction: str) -> ModelFacts:
+        data = self._data()
+        return ModelFacts(data.name, data.images.class_names, data.image_size, prediction, "none", 0, 0, data.sha256)
+
+    def _measure(self, arm: Arm) -> Record:
+        return measure_by_class(self._look(self._images(arm, self.options.measured)), self.reference)
+
+    def _evaluate(self, arm: Arm, ipc: int, epochs: int) -> Record:
+        count = max(ipc, self.options.measured)
+        images = normalise(self._images(arm, count)[:, :ipc].flatten(0, 1), self.spec)
+        labels = row_labels(self.spec.num_classes, ipc)
+        test = load_dataset(self.options.dataset, "test")
+        done = evaluate(
+            images, labels, test, rounds=self.options.rounds, epochs_setting=epochs, spec=self.spec,
+            state=StateFolder(self.out / "evaluations"),
+        )  # fmt: skip
+        return {"epochs_setting": epochs, "accuracies": list(done.accuracies)}
+
+
+def measure_by_class(ours: Tensor, real: Tensor) -> Record:
+    """Representativeness and diversity, means over the classes, and the Frechet distance of all together.
+
+    ours: (classes, n, D) features of pictures. real: (classes, N, D) features of real images.
+    """
+    rows = []
+    for pictures, members in zip(ours, real):
+        found = density_and_coverage(members, pictures)
+        rows.append((found.coverage, found.density, float(nearest(members, pictures)[1].mean()), _apart(pictures)))
+    values = dict(zip(_TITLES, (mean(column) for column in zip(*rows))))
+    return values | {"frechet": frechet_distance(real.flatten(0, 1), ours.flatten(0, 1))}
+
+
+_TITLES = {
+    "coverage": "coverage",
+    "density": "density",
+    "reach": "real to nearest",
+    "apart": "to nearest other",
+    "frechet": "Frechet",
+}
+
+
+def _apart(features: Tensor) -> float:
+    """The mean distance from each of (n, D) features to the nearest other one."""
+    distances = torch.cdist(features, features).fill_diagonal_(torch.inf)
+    return float(distances.min(dim=1).values.mean())
+
+
+def _share_latents(folders: Sequence[Path], folder: Path) -> None:
+    """Copy the encoded training set of another model, which is looked at before it is used, and so not made again."""
+    target = folder / CHECKPOINTS / LATENTS_FILE
+    found = [path for other in folders if (path := other / CHECKPOINTS / LATENTS_FILE).is_file()]
+    if found and not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(found[0], target)
+
+
+def _shown(pictures: Mapping[str, float]) -> dict[str, str]:
+    return {name: f"{value:.3f}" if name != "frechet" else f"{value:.2f}" for name, value in pictures.items()}
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    values = [100 * value for value in found["accuracies"]]
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread} (E = {found['epochs_setting']})"
+
+
+def _pair(text: str) -> tuple[float, float]:
+    first, second = (float(part) for part in text.split(","))
+    return first, second
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, `sampling` put together from its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("--start", type=Path, required=True, help="the generator that all arms start from")
+    parser.add_argument("--out", type=Path, help="default: runs/study-minimax-<dataset>")
+    parser.add_argument("--sweep", type=_pair, nargs="*", default=[], metavar="R,D", help="more weights to try")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema-decay", type=float, default=0.99)
+    parser.add_argument("--full", action="store_true", help="tune everything")
+    parser.add_argument("--ipc", type=int, nargs="+", default=[10, 20, 50])
+    parser.add_argument("--epochs-setting", type=int, nargs="+", default=[20, 10, 5], help="E for each IPC")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measured", type=int, default=20, help="pictures of a class that are looked at")
+    parser.add_argument("--reference", type=int, default=100, help="real images of a class that they are held against")
+    parser.add_argument("--features-of", metavar="DATASET",
+                        help="whose real images the network of the features learns from; such as that of a part of it")
+    parser.add_argument("--sampling-steps", type=int, default=12)
+    parser.add_argument("--compile", action="store_true", help="compile before sampling; pays for thousands of pictures")
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--table", action="store_true", help="only show what is known")
+    options = parser.parse_args(arguments)
+    options.sampling = SamplingConfig(
+        steps=options.sampling_steps, guidance=options.guidance, batch_size=100, compile=options.compile
+    )
+    return options
+
+
+def main() -> None:
+    options = parse()
+    study = Study(options)
+    if not options.table:
+        study.run()
+    print(study.table())
+
+
+if __name__ == "__main__":
+    main()
