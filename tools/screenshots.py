@@ -93,7 +93,7 @@ def main() -> None:
         write_html(gather(read().results, quality=quality), page)
         save_terminal(Path(), out / "leaderboard.svg")
         save_page(page, out / "report.png", start="header", height=1180)
-        save_page(page, out / "report-entry.png", start="#entries", height=560, dark=True)
+        save_page(page, out / "report-entry.png", start="#entries", height=358, dark=True)
         if quality:
             save_page(page, out / "report-quality.png", start="#quality", height=900)
     for path in sorted(out.iterdir()):
