@@ -111,6 +111,8 @@ class SetDetails:
 
 
 def _why_gone(path: Path, result: Result) -> str:
+    if result.track == 2:
+        return "A generator makes its pictures anew for each round."
     try:
         if not path.is_file():
             return f"The evaluated file, {path}, is no longer there."

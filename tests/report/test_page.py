@@ -76,6 +76,11 @@ def test_a_deleted_folder_and_a_dataset_that_is_not_prepared_leave_the_numbers(r
     assert "class 0" in render(page)
 
 
+def test_a_generator_has_no_pictures_of_its_own(evaluated):
+    (view,) = gather([evaluated("mine", 0.5, track=2)]).entries[0].sets
+    assert "anew for each round" in view.gone and view.sheet == view.findings == ()
+
+
 def test_the_same_file_is_shown_and_checked_once(evaluated):
     first = evaluated("mine", 0.5)
     later = dataclasses.replace(first, epochs_setting=9, accuracies=(0.6,))
