@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ddkit.errors import ComputeError, UsageError
@@ -15,7 +16,7 @@ from ddkit.generator.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.pipeline import load_model, save_model
 from ddkit.generator.presets import MinimaxConfig, from_json, preset, to_json
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered
-from ddkit.generator.training import TrainingRequest, train
+from ddkit.generator.training import TrainingData, TrainingRequest, train
 
 
 @pytest.fixture
@@ -86,6 +87,16 @@ def test_from_a_pretrained_transformer_to_a_plain_model_of_ours(data, tuning, pr
         before["transformer_blocks.0.attn1.to_q.bias"], after["transformer_blocks.0.attn1.to_q.bias"]
     )
     assert sampled(model).shape == (6, 3, 16, 16)
+
+
+def test_images_take_the_models_size_for_training_and_their_own_again(images, tuning, pretrained, tmp_path):
+    """Images of 40 px, latents of 8 x 8 as the model's own 16 px have them, pictures of 40 px."""
+    pixels = images.images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)[..., :40, :40]
+    large = TrainingData("colours", dataclasses.replace(images, images=pixels), "of-larger-pixels")
+    model = train(large, TrainingRequest(tuning(pretrained, prediction="epsilon", steps=1)), tmp_path / "run")
+    with safe_open(tmp_path / "run" / "checkpoints" / "latents.safetensors", "pt") as file:
+        assert file.get_slice("latents").get_shape() == [12, 2, 4, 8, 8]
+    assert sampled(model).shape == (6, 3, 40, 40)
 
 
 def test_from_a_generator_of_ours_and_on_again_bit_for_bit(data, tuning, own, tmp_path):
