@@ -4,9 +4,8 @@
     python tools/study_precision.py submission/cifar100.pt [--rounds N] [--epochs-setting E] [--state FOLDER]
 
 Round r starts in both precisions from the same weights and draws the same shuffles and augmentations, so that the
-two can be compared round by round; training amplifies the difference in rounding, so most of the noise stays. After
-each round the table so far is printed. What is done is kept in --state: a study that was interrupted, or that is to
-have more rounds, goes on where it was.
+two can be compared round by round: what differs between rounds is the same in both. What is done is kept in --state:
+a study that was interrupted, or that is to have more rounds, goes on where it was.
 """
 
 from __future__ import annotations

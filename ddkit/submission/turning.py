@@ -13,8 +13,8 @@ from ddkit.errors import BadData, MissingData, UsageError
 from ddkit.submission.features import ClassModel, class_model
 from ddkit.submission.findings import Finding
 
-_ROWS_COMPARED = 500
-_ROWS_SCREENED = 3  # every so many of them are turned first
+_ROWS_COMPARED = 1000
+_ROWS_SCREENED = 6  # every so many of them are turned first
 _PROMISING = 1.0  # standard errors by which turned ones are better, to turn all
 _CLEARLY_BETTER = 6.0  # standard errors by which turned images must show their classes better
 

@@ -110,6 +110,15 @@ def test_two_sets_are_compared_round_by_round(work):
     assert "noise" in shown or "is better than" in shown
 
 
+def test_each_result_is_recorded_before_the_next_set_begins(work):
+    good, bad = save(work / "a" / "blobs.pt"), save(work / "b" / "blobs.pt")
+    torch.save(torch.zeros(3), bad)
+    _, errors = run(good, bad, *QUICK, status=1)
+    assert "b/blobs.pt" in errors
+    (kept,) = read("runs/results.jsonl").results
+    assert kept.source == good
+
+
 def test_the_reasons_for_not_being_official_are_shown(work):
     shown, _ = run(save(work / "blobs.pt"), *QUICK, "--no-augment", "--precision", "bfloat16")
     shown = " ".join(shown.split())

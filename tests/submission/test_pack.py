@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from ddkit.errors import BadFile, InvalidSubmission, MissingData
+from ddkit.errors import BadFile, InvalidSubmission, MissingData, UsageError
 from ddkit.files import sha256_of
 from ddkit.submission.check import check_path
 from ddkit.submission.pack import Refused, pack, packed_files
@@ -65,6 +65,21 @@ def test_links_out_of_the_folder_are_refused(tmp_path, folder):
     (folder / "glyphs.pt").symlink_to(tmp_path / "elsewhere.pt")
     with pytest.raises(Refused, match="outside the folder"):
         pack(folder, tmp_path / "s.zip")
+
+
+def test_links_inside_the_folder_are_packed_as_files(tmp_path, folder):
+    content = (folder / "glyphs.pt").read_bytes()
+    (folder / "glyphs.pt").rename(folder / "version-2")
+    (folder / "glyphs.pt").symlink_to("version-2")
+    with zipfile.ZipFile(pack(folder, tmp_path / "s.zip")) as archive:
+        assert archive.read("glyphs.pt") == content
+
+
+def test_the_zip_never_replaces_a_tensor(tmp_path, folder):
+    before = (folder / "glyphs.pt").read_bytes()
+    with pytest.raises(UsageError, match="would replace"):
+        pack(folder, folder / "glyphs.pt")
+    assert (folder / "glyphs.pt").read_bytes() == before
 
 
 def test_a_missing_folder_says_what_to_do(tmp_path):
