@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +25,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("DDKIT_CACHE", str(cache))
     return cache
+
+
+@pytest.fixture
+def measured_before(own_cache, tmp_path_factory):
+    """What one test has compiled and measured serves the next: the test's cache is filled from theirs."""
+    shared = tmp_path_factory.getbasetemp() / "engines"
+    shared.mkdir(exist_ok=True)
+    shutil.copytree(shared, own_cache, dirs_exist_ok=True)
+    yield
+    for found in (own_cache / "engines.json", *own_cache.glob("kernels/*.so")):
+        if found.exists():
+            (shared / found.relative_to(own_cache)).parent.mkdir(exist_ok=True)
+            shutil.copy(found, shared / found.relative_to(own_cache))
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +80,39 @@ def colours(tmp_path: Path) -> str:
                 Image.new("RGB", (16, 16), shade).save(folder / f"{i}.png")
     prepare("colours", tmp_path / "pictures")
     return "colours"
+
+
+@pytest.fixture
+def save_colours_model(colours) -> Callable[..., Path]:
+    """Writes models of the dataset `colours` with random weights, none of them nought, for any architecture and prediction."""
+    import torch
+
+    from ddkit.data.store import load_dataset, store_hash
+    from ddkit.generator.autoencoder import build_autoencoder
+    from ddkit.generator.networks import build_denoiser
+    from ddkit.generator.pipeline import Model, ModelFacts, save_model
+    from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig
+
+    def save(folder: Path, architecture: str = "uvit", prediction: str = "flow") -> Path:
+        names = load_dataset(colours, "train").class_names
+        autoencoder = build_autoencoder(AutoencoderConfig(channels=(8,), latent_channels=2, norm_groups=4), 16, seed=1)
+        config = DenoiserConfig(architecture, hidden_size=16, depth=3, num_heads=2, tokens_per_side=2)
+        denoiser = build_denoiser(config, (2, 4, 4), len(names), seed=2)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in (*denoiser.parameters(), *autoencoder.parameters()):
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        facts = ModelFacts(colours, names, 16, prediction, "none", 0, 0, store_hash(colours, "train"))
+        save_model(Model(denoiser.eval(), autoencoder.eval(), facts), folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def colours_model(save_colours_model, tmp_path: Path) -> Path:
+    """A model folder of the dataset `colours`."""
+    return save_colours_model(tmp_path / "colours-model")
 
 
 @pytest.fixture(scope="session")

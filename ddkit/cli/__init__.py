@@ -19,7 +19,7 @@ from ddkit.errors import DDKitError, nearest_name
 from ddkit.files import explain_os_error
 
 # In the order of the user's way through them. Each is `ddkit.cli.<module>` holding a click command of that name.
-COMMANDS = ("demo", "data", "train", "generate", "evaluate", "check", "pack", "report", "completion")
+COMMANDS = ("demo", "data", "train", "generate", "refine", "evaluate", "check", "tune", "pack", "report", "completion")
 
 
 class _Group(click.Group):

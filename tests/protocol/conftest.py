@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -46,19 +45,6 @@ def _open(name: str, prefix: str) -> Golden:
         if path.is_file() and Golden(path, prefix).names():
             return Golden(path, prefix)
     pytest.skip(f"recorded numbers for {prefix} missing: {_FULL / name} (set DDKIT_TEST_GOLDENS to their folder)")
-
-
-@pytest.fixture
-def measured_before(own_cache, tmp_path_factory):
-    """What one test has compiled and measured serves the next: the test's cache is filled from theirs."""
-    shared = tmp_path_factory.getbasetemp() / "engines"
-    shared.mkdir(exist_ok=True)
-    shutil.copytree(shared, own_cache, dirs_exist_ok=True)
-    yield
-    for found in (own_cache / "engines.json", *own_cache.glob("kernels/*.so")):
-        if found.exists():
-            (shared / found.relative_to(own_cache)).parent.mkdir(exist_ok=True)
-            shutil.copy(found, shared / found.relative_to(own_cache))
 
 
 @pytest.fixture

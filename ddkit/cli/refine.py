@@ -1,0 +1,94 @@
+"""`ddkit refine`: optimise a distilled set's pixels for the challenge's network."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+
+from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, seed_option, surface_options
+from ddkit.cli._surface import Surface, span_text
+from ddkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from ddkit.distill.refine import RefineSettings
+
+
+@click.command(epilog=example("ddkit refine submission/cifar100.pt --time 30m"))
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--dataset", help="Of the set; taken from the file's name otherwise.")
+@click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
+@click.option("--time", "seconds", type=Duration(), help="In all, such as 30m; takes the place of --steps.")
+@click.option("--real-per-class", type=click.IntRange(1), help="Real images of each class that a step compares with.")
+@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.")
+@click.option("--trained-share", type=click.FloatRange(0, 1), help="Share of steps seen by partly trained networks.")
+@click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
+@click.option("--displayable", is_flag=True, help="Keep pixels within [0, 255]; the challenge does not ask for it.")
+@click.option("--check-every", type=click.IntRange(1), help="Steps between judgements by held-out training images.")
+@click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
+              help="The refined set's file; PATH itself, whose former set is kept in --run.")
+@click.option("--run", type=click.Path(file_okay=False, path_type=Path),
+              help="Where state and former set are kept.  [default: runs/<dataset>-refine]")
+@click.option("--fresh", is_flag=True, help="Start over: removes the refinement that is in --run.")
+@click.option("--save-every", type=Duration(), default="2m", show_default=True, help="How much work a kill may cost.")
+@device_option
+@seed_option
+@surface_options
+def refine(
+    surface: Surface,
+    path: Path,
+    dataset: str | None,
+    steps: int | None,
+    seconds: float | None,
+    out: Path | None,
+    run: Path | None,
+    fresh: bool,
+    save_every: float,
+    device: str,
+    **options: Any,
+) -> None:
+    """Optimise the pixels of the set PATH so that the challenge's network learns more from it.
+
+    Its images are moved until networks see in them, on average, what they see in the real images of their class.
+    The best set by a held-out part of the training images is written; the test images are never looked at. Run it
+    again to go on where it stopped or, with more --steps or --time, to refine on.
+    """
+    from ddkit.distill.refine import Limits
+    from ddkit.distill.refine import refine as refine_set
+
+    if steps is not None and seconds is not None:
+        raise UsageError("--steps and --time contradict each other.")
+    dataset = dataset or path.stem
+    folder = run or RUNS_FOLDER / f"{dataset}-refine"
+    limits = Limits(seconds=seconds) if steps is None else Limits(steps, seconds)
+    settings = _settings(options)
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
+    surface.say(f"Refining {escape(str(path))} for {length}; the set as it was is kept in {escape(str(folder))}.")
+    refined = refine_set(
+        path, dataset, settings, limits, folder,
+        out=out, device=device, save_every_seconds=save_every, progress=surface.listen,
+    )  # fmt: skip
+    surface.say(
+        f"By held-out training images {refined.accuracy_before:.2%} before, {refined.accuracy:.2%} at step "
+        f"{refined.best_step:,} of {refined.steps:,}."
+    )
+    files = refined.files
+    surface.done([files.tensor, files.facts, files.sheet, refined.before.sheet], f"ddkit evaluate {files.tensor}")
+    surface.result(dataclasses.asdict(refined))
+
+
+def _settings(options: dict[str, Any]) -> RefineSettings:
+    from ddkit.distill.observers import ObserverSettings
+    from ddkit.distill.refine import RefineSettings
+
+    given = {name: value for name, value in options.items() if value is not None}
+    share = given.pop("trained_share", None)
+    observers = ObserverSettings() if share is None else ObserverSettings(trained_share=share)
+    return RefineSettings(**given, observers=observers)

@@ -1,0 +1,86 @@
+"""The networks through which a refinement compares its images with real ones: fresh, or partly trained."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from ddkit.challenge import BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY
+from ddkit.distill.references import References
+from ddkit.generator.seeds import derived_seed, generator_for
+from ddkit.progress import Listener, Progress, ignore
+from ddkit.protocol.augment import random_augment
+from ddkit.protocol.convnet import ConvNet
+from ddkit.protocol.engine import build_engine
+from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
+from ddkit.protocol.tuning import choose_plan
+
+_SEEDS = 2**32  # of PyTorch's generator on the CPU
+
+
+@dataclass(frozen=True)
+class ObserverSettings:
+    """Which networks look at the images.
+
+    trained_share: of the steps that go by partly trained networks, the others by fresh random ones.
+    trainings: on real images, each from another start. snapshots: steps of them after which the network is kept:
+        early ones, as features of long-trained networks say less of what a few images can teach.
+    """
+
+    trained_share: float = 0.5
+    trainings: int = 3
+    snapshots: tuple[int, ...] = (20, 40, 80, 160)
+
+
+class Observers:
+    """Official networks, one for each step; which one depends on the seed and the step alone.
+
+    The partly trained ones are trained here, by the protocol's optimiser, batch size and augmentation.
+    """
+
+    def __init__(
+        self,
+        references: References,
+        settings: ObserverSettings,
+        *,
+        seed: int,
+        device: torch.device,
+        progress: Listener = ignore,
+    ) -> None:
+        self._settings, self._seed, self._device = settings, seed, device
+        self._spec = references.spec
+        self._trained: list[ConvNet] = []
+        if settings.trained_share > 0:
+            self._train(references, progress)
+
+    def at(self, step: int) -> tuple[ConvNet, bool]:
+        """The network of that step, and whether it has been trained."""
+        generator = generator_for("cpu", "observer", self._seed, step)
+        if torch.rand(1, generator=generator).item() < self._settings.trained_share:
+            return self._trained[int(torch.randint(len(self._trained), (1,), generator=generator))], True
+        return self._fresh("observer", step), False
+
+    def _fresh(self, purpose: str, number: int) -> ConvNet:
+        seed = derived_seed(purpose, self._seed, number) % _SEEDS
+        network = build_network(OFFICIAL_NETWORK, self._spec.num_classes, self._spec.image_size, seed=seed)
+        return network.to(self._device)
+
+    def _train(self, references: References, progress: Listener) -> None:
+        steps, total = max(self._settings.snapshots), self._settings.trainings * max(self._settings.snapshots)
+        for training in range(self._settings.trainings):
+            network = self._fresh("partly trained", training)
+            engine = build_engine(network, choose_plan(network, "float32", BATCH_SIZE))
+            optimiser = torch.optim.SGD(
+                network.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+            )
+            generator = generator_for("cpu", "partly trained", self._seed, training)
+            for step in range(1, steps + 1):
+                images, labels = references.mixed_batch(BATCH_SIZE, generator)
+                images = random_augment(images.to(self._device), generator)
+                engine.gradients(images, labels.to(self._device))
+                optimiser.step()
+                if step in self._settings.snapshots:
+                    self._trained.append(copy.deepcopy(network))
+                progress(Progress("Training networks to look with", training * steps + step, total, "steps"))

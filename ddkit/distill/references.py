@@ -1,0 +1,51 @@
+"""The real training images that a refinement goes by, a part of them held out to judge it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import DatasetSpec
+from ddkit.data.images import normalise
+from ddkit.data.store import ImageSet
+from ddkit.errors import UsageError
+from ddkit.generator.seeds import generator_for
+from ddkit.protocol.reference import TestSet
+
+
+class References:
+    """The training split in two parts, class by class: images to learn from, and images held out.
+
+    held_out: share of each class, at least one image of it. Raises UsageError for a class of fewer than two images.
+    """
+
+    def __init__(self, dataset: ImageSet, spec: DatasetSpec, *, held_out: float, seed: int) -> None:
+        self.spec = spec
+        self._dataset = dataset
+        self._rows, kept_back = [], []
+        for c in range(spec.num_classes):
+            rows = (dataset.labels == c).nonzero().flatten()
+            if len(rows) < 2:
+                raise UsageError(
+                    f"Class {c} of {spec.name} has {len(rows)} training images: one to learn from and one to judge by are needed."
+                )
+            rows = rows[torch.randperm(len(rows), generator=generator_for("cpu", "held out", seed, c))]
+            count = max(1, round(held_out * len(rows)))
+            kept_back.append(rows[:count])
+            self._rows.append(rows[count:].sort().values)
+        self._all = torch.cat(self._rows)
+        self._held_out = torch.cat(kept_back)
+
+    def batch(self, per_class: int, generator: torch.Generator) -> Tensor:
+        """(num_classes * per_class, 3, S, S) normalised float32, class by class, drawn with repeats."""
+        drawn = [rows[torch.randint(len(rows), (per_class,), generator=generator)] for rows in self._rows]
+        return normalise(self._dataset.images[torch.cat(drawn)], self.spec)
+
+    def mixed_batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images of any classes, (count, 3, S, S) normalised float32, and their labels (count,) int64."""
+        rows = self._all[torch.randint(len(self._all), (count,), generator=generator)]
+        return normalise(self._dataset.images[rows], self.spec), self._dataset.labels[rows]
+
+    def held_out(self) -> TestSet:
+        """What a set is judged by while it is refined; never the test split."""
+        return TestSet(self._dataset.images[self._held_out], self._dataset.labels[self._held_out], self.spec)

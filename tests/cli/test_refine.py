@@ -1,0 +1,77 @@
+"""`ddkit refine` as a person runs it: what it leaves, being stopped, going on, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ddkit.cli import main
+from ddkit.distill.generate import FromReal, generate
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+QUICK = ["--real-per-class", "2", "--check-epochs", "0", "--trained-share", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def submission(colours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return generate(colours, 2, FromReal("first"), tmp_path / "submission" / "colours.pt").tensor
+
+
+def ddkit(*words):
+    return CliRunner().invoke(main, ["refine", *words])
+
+
+def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
+    before = submission.read_bytes()
+    done = ddkit("submission/colours.pt", "--steps", "3", *QUICK, "--quiet", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output)
+    assert (result["steps"], result["files"]["tensor"]) == (3, "submission/colours.pt")
+    assert (tmp_path / "runs" / "colours-refine" / "before.pt").read_bytes() == before != submission.read_bytes()
+
+    again = ddkit("submission/colours.pt", "--steps", "4", *QUICK)
+    assert again.exit_code == 0, again.output
+    assert "next: ddkit evaluate submission/colours.pt" in again.output
+    fresh = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--seed", "3", "--fresh", "--quiet", "--json")
+    assert json.loads(fresh.output)["steps"] == 1
+
+
+def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
+    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "100000", *QUICK]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+    records = tmp_path / "runs" / "colours-refine" / "records.jsonl"
+    while not records.exists() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
+    assert state["step"] > 0
+    assert f"Interrupted after step {state['step']}." in said
+    done = ddkit(str(submission), "--steps", str(state["step"] + 1), *QUICK, "--quiet", "--json")
+    assert json.loads(done.output)["steps"] == state["step"] + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["nowhere.pt", "--dataset", "colours"], 1, "nowhere.pt"),
+        (["submission/colours.pt", "--steps", "2", "--time", "1m"], 2, "contradict"),
+        (["submission/colours.pt", "--dataset", "colors"], 2, "Did you mean 'colours'?"),
+        (["submission/colours.pt", "--lr", "0"], 2, "--lr"),
+    ],
+)
+def test_what_it_refuses_in_one_message(submission, words, status, said):
+    done = ddkit(*words)
+    assert done.exit_code == status, done.output
+    assert said in " ".join(done.output.split()) and "Traceback" not in done.output

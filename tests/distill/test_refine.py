@@ -1,0 +1,154 @@
+"""Refinement: it does what it is for, goes on where it stopped to the same bits, and loses nothing."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from ddkit.data.images import denormalise, normalise
+from ddkit.data.prepare import prepare
+from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.distill.generate import FromReal, generate
+from ddkit.distill.matching import distance_of_means
+from ddkit.distill.observers import ObserverSettings
+from ddkit.distill.references import References
+from ddkit.distill.refine import RECORDS_FILE, Limits, RefineSettings, refine
+from ddkit.errors import BadFile, ComputeError, InvalidSubmission, UsageError
+from ddkit.files import sha256_of
+from ddkit.protocol.networks import build_network
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+QUICK = RefineSettings(
+    real_per_class=4, check_every=3, check_epochs=1, held_out=0.2,
+    observers=ObserverSettings(trained_share=0.5, trainings=1, snapshots=(1, 2)), recognition=0.1,
+)  # fmt: skip
+BLIND = dataclasses.replace(QUICK, observers=ObserverSettings(trained_share=0))
+
+
+@pytest.fixture
+def start(colours, tmp_path):
+    return generate(colours, 2, FromReal("first"), tmp_path / "submission" / "colours.pt").tensor
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def run(path, folder, steps, settings=QUICK, **options):
+    return refine(path, "colours", settings, Limits(steps), folder, **options)
+
+
+def test_what_it_leaves(start, tmp_path):
+    before, facts_before = start.read_bytes(), json.loads(start.with_suffix(".json").read_text())
+    refined = run(start, tmp_path / "run", 4)
+    assert read(start).shape == (4, 3, 16, 16)
+    assert start.read_bytes() != before == refined.before.tensor.read_bytes()
+    facts = json.loads(refined.files.facts.read_text())
+    assert (facts["kind"], facts["real_per_class"], facts["sha256"]) == ("refined", 4, sha256_of(start))
+    assert facts["before"] == facts_before
+    assert facts["dataset_sha256"] == store_hash("colours", "train")
+    assert refined.files.sheet.exists() and refined.before.sheet.exists()
+    records = [json.loads(line) for line in (tmp_path / "run" / RECORDS_FILE).read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 3, 4]
+    best = max(records, key=lambda record: (record["accuracy"], record["step"]))
+    assert (refined.best_step, refined.accuracy) == (best["step"], best["accuracy"])
+    assert refined.accuracy_before == records[0]["accuracy"]
+
+
+def test_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
+    prepare("glyphs")
+    letters = generate("glyphs", 1, FromReal("random"), tmp_path / "glyphs.pt").tensor
+    settings = dataclasses.replace(BLIND, real_per_class=16, check_every=1000, check_epochs=0)
+    before = read(letters)
+    refine(letters, "glyphs", settings, Limits(steps=10), tmp_path / "run")
+    after = read(tmp_path / "run" / "state.pt")["images"]
+    real, spec = load_dataset("glyphs", "train"), dataset_spec("glyphs")
+    some = real.labels.argsort(stable=True).view(10, -1)[:, :20].flatten()
+    network = build_network("convnet", 10, 32, seed=12345)
+    distances = [
+        distance_of_means(network, images, normalise(real.images[some], spec), 10)[0].item() for images in (before, after)
+    ]
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
+    before = read(start)
+    with pytest.raises(ComputeError, match="diverged at step 1: its pixels"):
+        run(start, tmp_path / "run", 9, dataclasses.replace(BLIND, learning_rate=1e6))
+    assert torch.equal(read(start), before)
+    assert json.loads(start.with_suffix(".json").read_text())["refined_steps"] == 0
+
+
+def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path):
+    copy = tmp_path / "other" / "colours.pt"
+    copy.parent.mkdir()
+    copy.write_bytes(start.read_bytes())
+    run(start, tmp_path / "whole", 5)
+    run(copy, tmp_path / "parts", 2)
+    refined = run(copy, tmp_path / "parts", 5)
+    assert refined.steps == 5
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
+    for name in ("images", "velocity"):
+        assert torch.equal(states[0][name], states[1][name]), name
+
+
+def test_finished_work_is_not_done_again(start, tmp_path):
+    run(start, tmp_path / "run", 3)
+    written, records = start.read_bytes(), (tmp_path / "run" / RECORDS_FILE).read_text()
+    refined = run(start, tmp_path / "run", 3)
+    assert refined.steps == 3
+    assert (start.read_bytes(), (tmp_path / "run" / RECORDS_FILE).read_text()) == (written, records)
+
+
+def test_displayable_pixels_stay_within_what_a_picture_holds(start, tmp_path):
+    for displayable in (False, True):
+        settings = dataclasses.replace(BLIND, displayable=displayable, learning_rate=300.0)
+        folder = tmp_path / str(displayable)
+        run(start, folder, 3, settings, out=tmp_path / f"{displayable}.pt")
+        pixels = denormalise(torch.load(folder / "state.pt", weights_only=True)["images"], dataset_spec("colours"))
+        inside = -1e-5 <= pixels.min() and pixels.max() <= 1 + 1e-5
+        assert inside == displayable
+
+
+def test_held_out_images_are_never_learnt_from(colours):
+    real = load_dataset(colours, "train")
+    references = References(real, dataset_spec(colours), held_out=0.2, seed=0)
+    held_out = references.held_out()
+    assert held_out.labels.tolist() == [0, 1]
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.cat([references.batch(30, generator), references.mixed_batch(60, generator)[0]])
+    kept_back = torch.cat(list(held_out.batches(torch.device("cpu"))))
+    assert not any(torch.equal(one, other) for one in seen for other in kept_back)
+    assert references.batch(2, generator).shape == (4, 3, 16, 16)
+
+
+class TestWhatIsRefused:
+    def test_other_settings_than_it_was_begun_with(self, start, tmp_path):
+        run(start, tmp_path / "run", 1)
+        with pytest.raises(UsageError, match="momentum 0.5 \\(now 0.9\\)"):
+            run(start, tmp_path / "run", 2, dataclasses.replace(QUICK, momentum=0.9))
+
+    def test_the_refinement_of_another_set(self, start, colours, tmp_path):
+        run(start, tmp_path / "run", 1)
+        generate(colours, 2, FromReal("random", seed=5), start)
+        with pytest.raises(UsageError, match="of another set"):
+            run(start, tmp_path / "run", 2)
+
+    def test_a_damaged_state(self, start, tmp_path):
+        run(start, tmp_path / "run", 1)
+        state = tmp_path / "run" / "state.pt"
+        state.write_bytes(state.read_bytes()[:1000])
+        with pytest.raises(BadFile, match="--fresh"):
+            run(start, tmp_path / "run", 2)
+
+    def test_a_set_that_check_refuses(self, start, tmp_path):
+        torch.save(torch.zeros(4, 3, 8, 8), start)
+        with pytest.raises(InvalidSubmission):
+            run(start, tmp_path / "run", 1)
+
+    @pytest.mark.parametrize("wrong", [{"held_out": 0.0}, {"learning_rate": 0.0}, {"check_every": 0}])
+    def test_settings_that_cannot_be_meant(self, wrong):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            dataclasses.replace(QUICK, **wrong)
