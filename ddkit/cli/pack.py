@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from ddkit.cli._options import SUBMISSION_FOLDER, example, surface_options
+from ddkit.cli._entry import entry_options, pack_track_2
+from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_options
 from ddkit.cli._surface import Surface
+from ddkit.errors import UsageError
+
+_OF_TRACK_1 = ("folder", "strict", "ignored")
+_OF_BOTH = ("track", "out")
 
 
-@click.command(epilog=example("ddkit pack submission --out my-entry.zip"))
+@click.command(epilog=example("ddkit pack submission --out my-entry.zip\nddkit pack --track 2 --tuned"))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=SUBMISSION_FOLDER)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("submission.zip"),
-              show_default=True, help="The zip to write.")
+@click.option("--track", type=click.Choice(["1", "2"]), default="1", show_default=True,
+              help="Track 2 bundles the trained models with a script that samples them.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
+              help="The zip to write.  [default: submission.zip; track2.zip on track 2]")
 @click.option("--strict", is_flag=True, help="Refuse to pack what has warnings.")
-@click.option("--ignore", "ignored", multiple=True, metavar="CODE",
+@click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
               help="Pack in spite of findings of this code; repeatable.")
+@entry_options
 @surface_options
-def pack(surface: Surface, folder: Path, out: Path, strict: bool, ignored: tuple[str, ...]) -> None:
+@click.pass_context
+def pack(
+    ctx: click.Context,
+    surface: Surface,
+    folder: Path,
+    track: str,
+    out: Path | None,
+    strict: bool,
+    ignored: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Check FOLDER and write the submission zip, with the tensors at its root.
 
     The zip is read back as the scorer reads it. What `ddkit check` refuses is not packed, and an earlier zip
     stays as it was. The same tensors always make the same zip.
+
+    On track 2 the models are bundled with a stand-alone generate.py. The bundle is unpacked into an empty folder and
+    run there without ddkit, and what it made is checked, before the zip takes its place.
     """
+    _refuse_options_of_the_other_track(ctx, track)
+    if track == "2":
+        pack_track_2(surface, out, options)
+    else:
+        _pack_track_1(surface, folder, out or Path("submission.zip"), strict, ignored)
+
+
+def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
+    """An option that would do nothing is a misunderstanding."""
+    common = {*_OF_BOTH, "as_json", "quiet", "verbose", "debug", "help"}
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        if name in common or (name in _OF_TRACK_1) == (track == "1"):
+            continue
+        if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
+            raise UsageError(f"{parameter.opts[0]} is not of track {track}.", "See: ddkit pack --help")
+
+
+def _pack_track_1(surface: Surface, folder: Path, out: Path, strict: bool, ignored: tuple[str, ...]) -> None:
     from ddkit.files import sha256_of
     from ddkit.submission import pack as packing
 

@@ -158,6 +158,7 @@ def _add_model(model: EntryModel, folder: Path) -> ModelFacts:
         "image_size": spec.image_size,
         "mean": spec.mean,
         "std": spec.std,
+        "sampler": sampling.sampler,
         "steps": sampling.steps,
         "guidance": sampling.guidance,
         "guidance_interval": sampling.guidance_interval,

@@ -39,11 +39,19 @@ class ProofSettings:
 
     budget: seconds for each dataset. fresh_venv: install requirements.txt from the package index into the environment,
     instead of letting it see those packages of ours. device: as the entry takes it, None for what it was packed with.
+    most: images of each dataset, which may be there before the budget is spent; None for as many as it allows.
     """
 
     budget: float = 60.0
     fresh_venv: bool = False
     device: str | None = None
+    most: int | None = None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of the entry, beside dataset, budget and seed."""
+        device = ("--device", self.device) if self.device else ()
+        return device if self.most is None else (*device, "--most", str(self.most))
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def _prove(
     entry = ScriptEntry(
         folder / SCRIPT,
         name,
-        ("--device", settings.device) if settings.device else (),
+        settings.arguments,
         python=(str(python), "-I"),
         environment=_variables(elsewhere),
         folder=elsewhere,

@@ -90,13 +90,14 @@ def parse_options() -> argparse.Namespace:
     amount.add_argument("--time-budget", type=float, metavar="SECONDS", help="from the start of the process to its end")
     amount.add_argument("--ipc", type=int, metavar="N", help="exactly so many images of each class, however long it takes")
     amount.add_argument("--join", action="store_true", help="only join what a killed run left in OUT.shards/")
+    parser.add_argument("--most", type=int, metavar="N", help="no more images than that, even if there is time left")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; auto takes all GPUs  [default: as packed]")
     parser.add_argument("--processes", type=int, metavar="N", help="workers  [default: one for each GPU or core]")
     parser.add_argument("--steps", type=int, help="of the sampler  [default: as packed]")
     parser.add_argument("--guidance", type=float, help="1 is none  [default: as packed]")
     options = parser.parse_args()
-    for name, least in (("time_budget", 1e-9), ("ipc", 1), ("processes", 1), ("steps", 1), ("guidance", 0)):
+    for name, least in (("time_budget", 1e-9), ("ipc", 1), ("most", 1), ("processes", 1), ("steps", 1), ("guidance", 0)):
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             raise Failure(f"--{name.replace('_', '-')} cannot be {value:g}.", 2)
@@ -116,7 +117,7 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     device = options.device or entry["device"]
     workers = options.processes or usual_workers(device)
     budget = math.inf if options.time_budget is None else options.time_budget
-    limit = check_space(entry, out.parent, options.ipc)
+    limit = min(check_space(entry, out.parent, options.ipc), options.most or sys.maxsize)
     return Job(model, entry, out, options.seed, device, workers, options.ipc, limit, began, budget)
 
 
@@ -255,10 +256,9 @@ class Crew:
         threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
 
     def end(self) -> None:
+        """Without waiting for it: on a busy machine processes take seconds to go."""
         for process in self._processes:
             process.kill()
-        for process in self._processes:
-            process.join()
 
     def _start(self) -> None:
         hears, tells = self._context.Pipe(duplex=False)
@@ -280,12 +280,12 @@ def run_workers(job: Job) -> None:
     finally:
         crew.end()
     if clock.images == 0:
-        shutil.rmtree(job.shards)
+        shutil.rmtree(job.shards, ignore_errors=True)
         raise Failure(failure or "the workers ended without an image; their own messages stand above.")
     if failure:
         say(f"a worker failed: {failure}")
-    if clock.images >= job.limit:
-        say("there was no room for more images")
+    if job.ipc is None and clock.images >= job.limit // job.workers * job.workers:
+        say(f"stopped at {clock.images:,} images: no more were wanted, or there is no room for more")
 
 
 def listen(job: Job, clock: Clock, crew: Crew) -> str:

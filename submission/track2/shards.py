@@ -182,7 +182,7 @@ def join(job: Job) -> tuple[int, str]:
         images[places[places >= 0]] = (shard.get_tensor("images")[places >= 0].float() / 255 - mean) / std
     with replacing(job.out) as file:
         torch.save(images if ipc else {"images": images, "labels": labels[chosen]}, file)
-    shutil.rmtree(job.shards)
+    shutil.rmtree(job.shards, ignore_errors=True)
     counts = torch.bincount(labels[chosen], minlength=entry["num_classes"])
     least, most = int(counts.min()), int(counts.max())
     return len(chosen), f"{least}" if least == most else f"{least} or {most}"

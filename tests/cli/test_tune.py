@@ -1,0 +1,47 @@
+"""`ddkit tune`, as a person calls it."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ddkit.cli import main
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words, status=0):
+    done = CliRunner().invoke(main, ["tune", *map(str, words)])
+    assert done.exit_code == status, done.output
+    return done.stdout, " ".join(done.stderr.split())
+
+
+def test_a_trial_is_run_kept_and_drawn(colours, colours_model, work):
+    words = (colours, "--model", colours_model, "--steps", 2, "--guidance", 1, "--time-budget", "45s",
+             "--epochs-setting", 0, "--rounds", 1, "--device", "cpu", "--json")  # fmt: skip
+    output, said = run(*words)
+    data = json.loads(output)
+    (trial,) = data["trials"]
+    assert data["best"] == trial and (trial["steps"], trial["guidance"], trial["budget"]) == (2, 1.0, 45.0)
+    assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 45 and 0 <= trial["mean"] <= 1
+    assert "Trying 1 settings" in said and "Best: 2 steps, guidance 1" in said
+    assert (work / "runs" / "tune" / "colours.png").stat().st_size > 0
+    kept = (work / "runs" / "tune" / "colours.jsonl").read_text()
+
+    again, _ = run(*words)  # at once, from what was kept
+    assert json.loads(again) == data and (work / "runs" / "tune" / "colours.jsonl").read_text() == kept
+
+
+@pytest.mark.parametrize("words, status, said", [
+    (["colours", "--steps", "0"], 2, "--steps"),
+    (["colours", "--track", "1"], 2, "--track"),
+    (["colors"], 2, "Did you mean 'colours'?"),
+    (["colours"], 3, "ddkit train"),
+])  # fmt: skip
+def test_what_it_refuses(colours, work, words, status, said):
+    _, errors = run(*words, status=status)
+    assert said in errors

@@ -1,0 +1,76 @@
+"""Trials of steps and guidance: kept, compared, drawn and used."""
+
+import pytest
+from PIL import Image
+
+from ddkit.errors import BadFile, MissingData, UsageError
+from ddkit.generator.pipeline import model_hash
+from ddkit.protocol.evaluate import EvaluationSettings
+from ddkit.submission.bundle import EntryModel
+from ddkit.submission.trade_off import Grid, Trial, _append, best_of, draw_chart, explore, lead, read_trials, tuned
+
+
+def trial(steps, *accuracies, guidance=1.0, **changes):
+    settings = {"dataset": "colours", "model_sha256": "of-it", "sampler": "dpm++", "budget": 60.0, "epochs_setting": 20,
+                "seed": 0, "device": "cpu", "images": (800 // steps,) * len(accuracies),
+                "seconds": (57.0,) * len(accuracies)}  # fmt: skip
+    return Trial(steps=steps, guidance=guidance, accuracies=accuracies, **(settings | changes))
+
+
+def test_a_grid_is_all_combinations():
+    assert Grid((2, 4), (1.0, 3.0)).points == ((2, 1.0), (2, 3.0), (4, 1.0), (4, 3.0))
+    for wrong in ({"steps": ()}, {"steps": (0,)}, {"guidance": (-1.0,)}, {"evaluation": EvaluationSettings(track=1)}):
+        with pytest.raises(UsageError):
+            Grid(**wrong)
+
+
+def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
+    path = tmp_path / "deep" / "trials.jsonl"
+    assert read_trials(path) == []
+    _append(trial(4, 0.2, 0.3), path)
+    _append(trial(8, 0.4, 0.3, guidance=2.0), path)
+    path.write_text(path.read_text() + '{"dataset": "colo')
+    assert read_trials(path) == [trial(4, 0.2, 0.3), trial(8, 0.4, 0.3, guidance=2.0)]
+    path.write_text('{"dataset": "colours"}\n')
+    with pytest.raises(BadFile, match="line 1"):
+        read_trials(path)
+
+
+def test_the_best_is_named_with_how_sure_that_is():
+    trials = [trial(4, 0.20, 0.22), trial(8, 0.40, 0.42), trial(16, 0.30, 0.32)]
+    assert best_of(trials).steps == 8
+    comparison = lead(trials)
+    assert comparison.difference == pytest.approx(0.1) and comparison.exceeds_noise
+    assert best_of([trial(16, 0.3), trial(4, 0.3)]).steps == 4  # as good, and cheaper
+    assert lead([trial(4, 0.3), trial(8, 0.2)]) is None and lead(trials[:1]) is None
+
+
+def test_what_was_tried_is_not_tried_again(colours, colours_model, tmp_path):
+    """Nothing is run: the test set, which every trial needs, is none."""
+    settings = EvaluationSettings(track=2, rounds=2, epochs_setting=3, time_budget=30.0)
+    grid = Grid((2, 4), (1.0,), settings)
+    kept = {"model_sha256": model_hash(colours_model), "budget": 30.0, "epochs_setting": 3}
+    done = [trial(2, 0.5, 0.6, **kept), trial(4, 0.7, 0.8, **kept)]
+    for one in (*done, trial(8, 0.9, 0.9, **kept), trial(4, 0.1, 0.1, **(kept | {"budget": 31.0}))):
+        _append(one, tmp_path / "trials.jsonl")
+    model = EntryModel(colours, colours_model)
+    assert explore(model, None, grid, tmp_path / "trials.jsonl") == tuple(done)
+
+
+def test_the_best_of_the_latest_conditions_is_packed(colours, colours_model, tmp_path):
+    path, model = tmp_path / "trials.jsonl", EntryModel(colours, colours_model)
+    _append(trial(2, 0.99), path)  # of another model
+    with pytest.raises(MissingData, match="ddkit tune colours"):
+        tuned(model, path)
+    sha256 = model_hash(colours_model)
+    for one in (trial(32, 0.9, model_sha256=sha256, budget=600.0), trial(4, 0.3, model_sha256=sha256),
+                trial(8, 0.5, guidance=1.5, sampler="dpm++", model_sha256=sha256)):  # fmt: skip
+        _append(one, path)
+    sampling = tuned(model, path).settings.sampling
+    assert (sampling.steps, sampling.guidance) == (8, 1.5)
+
+
+def test_the_chart_is_a_picture(tmp_path):
+    draw_chart([trial(4, 0.2, 0.3), trial(8, 0.4, 0.5), trial(4, 0.1, 0.1, guidance=2.0)], tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as picture:
+        assert picture.format == "PNG" and picture.width > 400 and len(picture.convert("L").getcolors()) > 10
