@@ -14,6 +14,11 @@ def normalise(images: Tensor, spec: DatasetSpec) -> Tensor:
     return (unit - _column(spec.mean, unit)) / _column(spec.std, unit)
 
 
+def normalise_(pixels: Tensor, spec: DatasetSpec) -> Tensor:
+    """`normalise` in place, to the same bits: (N, 3, S, S) float32 pixels in [0, 255]."""
+    return pixels.div_(255).sub_(_column(spec.mean, pixels)).div_(_column(spec.std, pixels))
+
+
 def denormalise(images: Tensor, spec: DatasetSpec) -> Tensor:
     """(N, 3, S, S) normalised float -> float32 in the units of [0, 1]; values outside stay outside."""
     unit = images.float()

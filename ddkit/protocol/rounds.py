@@ -189,8 +189,12 @@ def read_result(file: StateFile) -> RoundResult | None:
 
 def predict(engine: Engine, test_set: TestSet, device: torch.device) -> Tensor:
     """(N_test,) int16 on the CPU: the class of the largest logit of each test image."""
-    classes = [engine.logits(images).argmax(dim=1) for images in test_set.batches(device)]
-    return torch.cat(classes).to("cpu", torch.int16)
+    classes = torch.empty(len(test_set), dtype=torch.int64, device=device)
+    start = 0
+    for images in test_set.batches(device):
+        classes[start : start + len(images)] = engine.logits(images).argmax(dim=1)
+        start += len(images)
+    return classes.to("cpu", torch.int16)
 
 
 def _training_run(job: RoundJob, spec: DatasetSpec, settings: RoundSettings) -> TrainingRun:
