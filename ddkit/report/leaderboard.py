@@ -207,7 +207,17 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
         results=results,
         best_published=_best_published(results, published) if draft.kind == "submission" else None,
         baseline=tuple(baseline) if all(baseline) else (),
-        remarks=draft.remarks + _lacking(results, expected if draft.key.official else ()),
+        remarks=draft.remarks + _generated(results) + _lacking(results, expected if draft.key.official else ()),
+    )
+
+
+def _generated(results: Mapping[str, Result]) -> tuple[str, ...]:
+    """Of track 2: what the generator made of its time."""
+    made = {name: r for name, r in results.items() if r.generated and sum(r.generation_seconds) > 0}
+    return tuple(
+        f"{dataset_title(name)}: {sum(r.generated) / len(r.generated):,.0f} images a round, "
+        f"{sum(r.generated) / sum(r.generation_seconds):,.1f} a second"
+        for name, r in made.items()
     )
 
 

@@ -102,7 +102,7 @@ def quality_of(
     images, labels = read_set(path, dataset)
     features = reference_features(real, spec, settings or FeatureSettings(), device=device, progress=progress)
     quality = measure(images, labels, real, features, seed=seed, progress=progress)
-    titles = class_titles(dataset)
+    titles = [title.replace("_", " ") for title in class_titles(dataset)]
     neighbours = neighbour_sheet(
         images, real.images[quality.neighbours], quality.distances, [titles[label] for label in labels.tolist()]
     )
@@ -143,5 +143,6 @@ def _lines(quality: Quality, copies: int) -> tuple[QualityLine, ...]:
 
 def _uri(picture: Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    # With losses: the page has to be sent around. The files beside it have none.
+    picture.save(buffer, format="WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,6 +1,7 @@
 """`ddkit evaluate --ranking`, and its scores in `ddkit report`."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -44,7 +45,7 @@ def test_it_runs_what_is_missing_once_and_the_report_shows_the_scores(mine):
     (reported,) = json.loads(run("report", "--json")[0])["rankings"]
     assert reported == ranking
     run("report", "--html", "report.html")
-    page = (open("report.html").read()).split("DD-Ranking</h5>")[1]
+    page = Path("report.html").read_text(encoding="utf-8").split("DD-Ranking</h5>")[1]
     assert all(f"<dd>{ranking[name]:.3f}</dd>" in page for name in ("LRS", "ARS", "HLR", "IOR"))
 
 

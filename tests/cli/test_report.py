@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -51,7 +52,7 @@ def run(*arguments, status=0):
 def process(*arguments, **environment):
     done = subprocess.run(
         [sys.executable, "-m", "ddkit", "report", *arguments],
-        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        check=False, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.decode(), done.stderr.decode()
@@ -125,11 +126,11 @@ def test_ways_to_print_exclude_each_other(results):
 def test_markup_in_names_is_text(results):
     assert "[red]quick[/red] <b>" in run()[0]
     run("--html", "report.html")
-    assert "[red]quick[/red] &lt;b&gt;" in (open("report.html", encoding="utf-8").read())
+    assert "[red]quick[/red] &lt;b&gt;" in Path("report.html").read_text(encoding="utf-8")
 
 
 def test_lines_that_cannot_be_used_are_named_and_left_out(results):
-    with open(results, "a") as file:
+    with Path(results).open("a", encoding="utf-8") as file:
         file.write('{"format": 0, "name": "old [x]"}\n[1]\n{"name": "x"}\n{}\n{"name": "torn')
     output, errors = run()
     assert "mine" in output and "line 5: format version 0, this ddkit reads 1" in " ".join(errors.split())
@@ -145,22 +146,21 @@ def test_a_missing_file_of_results_that_was_asked_for_is_an_error():
 def test_thousands_of_results_are_shortened_unless_all_are_wanted(folder):
     line = json.dumps(dataclasses.asdict(dataclasses.replace(RESULT, epochs_setting=50, official=False)))
     (folder / "runs").mkdir()
-    with open("runs/results.jsonl", "w") as file:
-        for i in range(2000):
-            file.write(line.replace('"mine"', f'"run-{i}"').replace("0.31", f"0.{i:04}") + "\n")
-    output, errors = run()
+    lines = (line.replace('"mine"', f'"run-{i}"').replace("0.31", f"0.{i:04}") for i in range(2000))
+    Path("runs/results.jsonl").write_text("\n".join(lines))
+    output, _ = run()
     assert "1,988 more entries: ddkit report --all" in output and output.count("run-") == 12
     assert run("--all")[0].count("run-") == 2000
 
 
 def test_the_page_is_written_with_what_is_left(results):
     _, errors = run("--html", "out/report.html")
-    html = open("out/report.html", encoding="utf-8").read()
+    html = Path("out/report.html").read_text(encoding="utf-8")
     assert "wrote out/report.html" in errors and "is no longer there" in html and "32.00" in html
 
 
 def test_a_page_that_cannot_be_written_says_why(results):
-    open("file", "w").close()
+    Path("file").touch()
     _, errors = run("--html", "file/report.html", status=3)
     assert "file" in errors and "Traceback" not in errors
 

@@ -127,6 +127,13 @@ def test_first_real_images_are_a_reference_and_no_entry(result):
     assert row.name == "first real images" and not row.is_local
 
 
+def test_track_2_says_what_was_made_of_the_time(result):
+    made = {"generated": (6000, 5900), "generation_seconds": (580.0, 610.0)}
+    groups = build([result("generator", "cifar100", 0.3, 0.31, track=2, official=True, **made)])
+    (row,) = [row for group in groups for row in group.rows if row.is_local]
+    assert "CIFAR-100: 5,950 images a round, 10.0 a second" in row.remarks
+
+
 def test_only_the_wanted_tracks(result):
     results = [result("generator", "cifar100", 0.3, track=2, epochs_setting=50)]
     assert {group.track for group in build(results)} == {1, 2}

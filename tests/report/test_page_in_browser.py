@@ -37,8 +37,18 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDKIT_CACHE", str(folder / "cache"))
         patch.chdir(folder)
-        write_html(gather(_results(folder), problems=["results.jsonl, line 3: torn"], runs_folder=_runs(folder)), "r.html")
+        page = gather(_results(folder), problems=["results.jsonl, line 3: torn"], runs_folder=_runs(folder),
+                      quality=[_quality()])  # fmt: skip
+        write_html(page, "r.html")
     return folder / "r.html"
+
+
+def _quality() -> object:
+    from ddkit.report.quality import QualityLine, QualityPicture, QualityView
+
+    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEAAAAALAAAAAABAAEAAAICRAEAOw=="
+    lines = (QualityLine("Frechet distance", 3.018, 1.555, "smaller is better"), QualityLine("copies", 0.0, None, "none"))
+    return QualityView("marked: <b>mine", 30, lines, (QualityPicture("Beside real images", "Left and right.", pixel),))
 
 
 def _results(folder: Path) -> list:
@@ -164,6 +174,7 @@ def test_everything_is_there_and_markup_is_text(look):
     assert texts(browser, ".sheet .class")[:3] == ["[red]c", "b<b>bold", "class 00"]
     assert "Denoiser: loss" in texts(browser, "#training figcaption")
     assert "Frechet distance of samples" in texts(browser, "#training figcaption")
+    assert texts(browser, "#quality h3") == ["marked: <b>mine"] and "3.018" in texts(browser, "#quality td")
     assert browser.find_elements(By.CSS_SELECTOR, "figure.intervals circle.mark")
     assert browser.find_elements(By.CSS_SELECTOR, "figure.classes svg.bars rect")
     scores = [text for text in texts(browser, "#entries details[open] .scores dd") if text != "–"]
@@ -175,7 +186,7 @@ def test_everything_is_there_and_markup_is_text(look):
 def test_pictures_are_really_drawn(look):
     browser = look()
     widths = browser.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth])")
-    assert len(widths) == 30 and all(width == [True, 16] for width in widths)
+    assert widths.count([True, 16]) == 30 and all(complete and width for complete, width in widths)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -49,7 +49,7 @@ def test_copies_of_real_images_are_found_out(spots, tmp_path):
     assert lines[copies]["Frechet distance"] < lines[made]["Frechet distance"]
     one = measured[copies]
     assert one.name == "copies-spots" and one.view.images == 8
-    assert all(picture.uri.startswith("data:image/png;base64,") for picture in one.view.pictures)
+    assert all(picture.uri.startswith("data:image/webp;base64,") for picture in one.view.pictures)
 
 
 def test_the_dataset_is_found_from_the_json_beside_the_set(spots, tmp_path):
