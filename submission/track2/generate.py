@@ -204,6 +204,14 @@ class Clock:
         self.job = job
         self.images = sum(end - first for worker in range(job.workers) for first, end in shards_of(job, worker))
         self.seconds_an_image: list[float] = []  # of writing, shard by shard
+        self.slowness = 1.0  # seconds that one second of computing takes this process, on a busy machine
+        threading.Thread(target=self.import_torch, daemon=True).start()
+
+    def import_torch(self) -> None:
+        """Joining needs it: imported while the workers load; and a measure of how much others leave us of the machine."""
+        began, computed = time.monotonic(), time.thread_time()
+        importlib.import_module("torch")
+        self.slowness = (time.monotonic() - began) / max(time.thread_time() - computed, 0.1)
 
     def heard(self, images: int, seconds: float) -> None:
         """Of so many images written in so many seconds."""
@@ -212,9 +220,10 @@ class Clock:
 
     @property
     def stop_at(self) -> float:
-        """Joining may take twice what writing as many bytes took before."""
+        """Joining may take half a second of computing, and twice what writing as many bytes took before."""
+        computing = min(0.5 * self.slowness, 0.1 * self.job.budget)
         measured = statistics.median(self.seconds_an_image) if self.seconds_an_image else 0.0
-        return self.job.end - self.job.margin - 2 * FLOAT_BYTES * measured * self.images
+        return self.job.end - self.job.margin - computing - 2 * FLOAT_BYTES * measured * self.images
 
 
 def stop_now(number: int, frame: Any) -> None:
@@ -250,10 +259,8 @@ class Crew:
         return len(self._processes) == self._job.workers
 
     def start_others(self) -> None:
-        """Start the rest; and import torch meanwhile, which joining needs."""
         while not self.is_whole:
             self._start()
-        threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
 
     def end(self) -> None:
         """Without waiting for it: on a busy machine processes take seconds to go."""
