@@ -200,14 +200,14 @@ def _share(found: int, tried: int) -> str:
     return f"{100 * found / tried:.0f} %" if tried else ""
 
 
-def pools(name: str, own: Path | None) -> Iterator[tuple[str, Tensor]]:
-    """What sets are drawn from, by name: (C, P, 3, S, S) in units of [0, 1]."""
+def pools(name: str, own: Path | None, kinds: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """What sets are drawn from, by name: (C, P, 3, S, S) in units of [0, 1]. kinds: keys of DEGRADATIONS."""
     if own is not None:
         yield own.parent.name, own_pool(own, dataset_spec(name))
         return
     real = real_pool(name)
-    for kind, degrade in DEGRADATIONS.items():
-        yield kind, degraded(real, degrade)
+    for kind in kinds:
+        yield kind, degraded(real, DEGRADATIONS[kind])
 
 
 def print_table(rows: list[Row]) -> None:
@@ -221,16 +221,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
     parser.add_argument("--set", type=Path, help="a set whose order and values are right, instead of real images")
+    parser.add_argument("--images", nargs="+", choices=list(DEGRADATIONS), default=list(DEGRADATIONS))
     parser.add_argument("--ipc", type=int, nargs="+", default=[1, 10, 50])
-    parser.add_argument("--trials", type=int, default=200, help="right sets of each kind, judged by their order")
+    parser.add_argument("--trials", type=int, default=200, help="right sets of each kind whose order is judged; or 0")
     parser.add_argument("--mistakes", type=int, default=20, help="sets of each kind and mistake")
-    parser.add_argument("--values", type=int, default=20, help="right sets of each kind whose values are checked too")
+    parser.add_argument("--values", type=int, default=20, help="right sets of each kind whose values are judged; or 0")
     arguments = parser.parse_args()
     orders, values = [], []
-    for kind, pool in pools(arguments.dataset, arguments.set):
+    for kind, pool in pools(arguments.dataset, arguments.set, arguments.images):
         logp = class_model(arguments.dataset).log_probabilities(pool.flatten(0, 1)).unflatten(0, pool.shape[:2])
         for ipc in arguments.ipc:
-            if ipc <= pool.shape[1]:
+            if arguments.trials and ipc <= pool.shape[1]:
                 orders.append(study_order(arguments.dataset, kind, logp, ipc, arguments.trials, arguments.mistakes))
                 print(orders[-1], file=sys.stderr, flush=True)
         if arguments.values:

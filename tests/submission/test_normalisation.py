@@ -78,7 +78,16 @@ def test_optimised_sets_of_any_contrast_draw_no_alarm(strength):
     assert found(images + 0.5 * torch.randn(images.shape, generator=random)) == {}
 
 
-def test_channels_last_that_were_only_reshaped():
+@pytest.mark.parametrize("noise", [0.0, 0.7])
+def test_channels_last_that_were_only_reshaped(noise):
     images = normalise(pictures(), CIFAR100)
+    images += noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
     squeezed = images.permute(0, 2, 3, 1).reshape(images.shape)
     assert found(squeezed) == {"N007": "error"}
+
+
+def test_noisy_images_that_were_never_normalised():
+    images = pictures().float() / 255
+    images += 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
+    assert found(images) == {"N001": "warning"}
+    assert found(normalise(images, CIFAR100)) == {}
