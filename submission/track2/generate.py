@@ -205,13 +205,12 @@ class Clock:
         self.images = sum(end - first for worker in range(job.workers) for first, end in shards_of(job, worker))
         self.seconds_an_image: list[float] = []  # of writing, shard by shard
         self.slowness = 1.0  # seconds that one second of computing takes this process, on a busy machine
-        threading.Thread(target=self.import_torch, daemon=True).start()
 
     def import_torch(self) -> None:
         """Joining needs it: imported while the workers load; and a measure of how much others leave us of the machine."""
         began, computed = time.monotonic(), time.thread_time()
         importlib.import_module("torch")
-        self.slowness = (time.monotonic() - began) / max(time.thread_time() - computed, 0.1)
+        self.slowness = max(1.0, (time.monotonic() - began) / max(time.thread_time() - computed, 0.1))
 
     def heard(self, images: int, seconds: float) -> None:
         """Of so many images written in so many seconds."""
@@ -220,8 +219,8 @@ class Clock:
 
     @property
     def stop_at(self) -> float:
-        """Joining may take half a second of computing, and twice what writing as many bytes took before."""
-        computing = min(0.5 * self.slowness, 0.1 * self.job.budget)
+        """Joining and ending may take a second of computing, and twice what writing as many bytes took before."""
+        computing = min(self.slowness, 0.06 * self.job.budget)
         measured = statistics.median(self.seconds_an_image) if self.seconds_an_image else 0.0
         return self.job.end - self.job.margin - computing - 2 * FLOAT_BYTES * measured * self.images
 
@@ -281,6 +280,7 @@ def run_workers(job: Job) -> None:
     """Start the workers and keep the clock until they ended or their time is up. Raises Failure without images."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core to others
     clock = Clock(job)
+    threading.Thread(target=clock.import_torch, daemon=True).start()
     crew = Crew(job, clock.stop_at)
     try:
         failure = listen(job, clock, crew)

@@ -235,10 +235,12 @@ class TestParts:
 
     def test_workers_stop_early_enough_to_join_what_there_is(self, load, job):
         clock = load("generate").Clock(job(began=1000.0))
-        assert clock.stop_at == 1600.0 - 20.0
+        assert clock.stop_at == 1600.0 - 20.0 - 1.0
         for seconds in (0.1, 0.2, 5.0):  # one slow write is no rule
             clock.heard(100, seconds)
-        assert clock.stop_at == pytest.approx(1580.0 - 2 * 4 * 0.002 * 300)
+        assert clock.stop_at == pytest.approx(1579.0 - 2 * 4 * 0.002 * 300)
+        clock.slowness = 1000.0  # others leave nearly nothing of the machine
+        assert clock.stop_at == pytest.approx(1580.0 - 0.06 * 600 - 2 * 4 * 0.002 * 300)
 
     def test_the_margin_is_there_in_short_budgets_and_not_the_whole_of_them(self, job):
         assert [job(budget=seconds).margin for seconds in (4.0, 20.0, 120.0, 600.0)] == [1.0, 2.0, 4.8, 20.0]
