@@ -39,11 +39,9 @@ def run(entry, out, *words, status=0, **settings):
     return done.stderr
 
 
-def expected(colours_model, made, seed=0):
-    """What ddkit's own sampler makes for the rows: images of both classes in turn, by rising index."""
-    rows = torch.arange(len(made["labels"]))
-    sampler = Sampler(load_model(colours_model), SamplingConfig(steps=3, guidance=1.5, batch_size=64, seed=seed))
-    return normalise(sampler(rows % 2, rows // 2).images, dataset_spec("colours"))
+def expected(colours_model, rows):
+    """What ddkit's own sampler makes for these rows of a set: images of both classes in turn, by rising index."""
+    return normalise(Sampler(load_model(colours_model), SAMPLING)(rows % 2, rows // 2).images, dataset_spec("colours"))
 
 
 def wait_for(condition):
@@ -97,7 +95,8 @@ def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, colou
     run(entry, out, "--join")
     joined = torch.load(out, weights_only=True)
     step = 1 / 255 / min(dataset_spec("colours").std)
-    assert (joined["images"] - expected(colours_model, joined)).abs().max() < 1.01 * step
+    rows = torch.linspace(0, len(joined["labels"]) - 1, 32).long()
+    assert (joined["images"][rows] - expected(colours_model, rows)).abs().max() < 1.01 * step
     assert joined["labels"].dtype == torch.int64 and torch.equal(joined["labels"], torch.arange(len(joined["labels"])) % 2)
     assert not shards.exists()
 
