@@ -83,16 +83,17 @@ def evaluate(
 ) -> None:
     """Train fresh networks on distilled SETS, test them on real images: the challenge's score.
 
-    Without SETS, whatever is in submission/, on track 2 track2.zip. Several sets of one dataset are compared: do they differ by more than
-    the noise? Interrupted, it goes on where it was when run again. Several GPUs share the rounds:
+    Without SETS, whatever is in submission/, on track 2 track2.zip. Several sets of one dataset are compared: do they
+    differ by more than the noise? Interrupted, it goes on where it was when run again. Several GPUs share the rounds:
     accelerate launch -m ddkit evaluate.
     """
+    from ddkit.device import resolve_device
     from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
     from ddkit.protocol.sharing import Team
     from ddkit.results import Records
 
     settings = EvaluationSettings(track=int(track), augment=not no_augment, **options)
-    team = Team()
+    team = Team(resolve_device(settings.device))
     surface.quiet = surface.quiet or not team.leads
     if ranking and (no_augment or settings.track != 1):
         raise UsageError("--ranking is of sets on track 1, evaluated with augmentation.")

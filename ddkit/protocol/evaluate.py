@@ -222,8 +222,8 @@ def evaluate_source(
     progress: Listener = ignore,
 ) -> Evaluation:
     """What `evaluate` and `evaluate_generator` do, for any source of training images."""
-    team = Team()
-    device = team.device(resolve_device(settings.device))
+    team = Team(resolve_device(settings.device))
+    device = team.device
     mine = team.share_of(range(settings.number_of_rounds))
     runner = _Runner(source, test_set, settings, device, state or StateFolder(), progress, len(mine))
     with stop_requests() as stop:

@@ -12,18 +12,20 @@ _Item = TypeVar("_Item")
 
 
 class Team:
-    """The processes that were launched together; a team of one where none were.
+    """The processes that were launched together to compute on `wanted`; a team of one where none were.
 
     Round r belongs to process r modulo the team's size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: torch.device) -> None:
+        self._wanted = wanted
         self.rank, self.size = 0, 1
         self._state = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self._state = PartialState()
+            # Without being told so, accelerate takes processes without a GPU for strangers to each other.
+            self._state = PartialState(cpu=wanted.type == "cpu")
             self.rank, self.size = self._state.process_index, self._state.num_processes
 
     @property
@@ -35,11 +37,12 @@ class Team:
         """The rounds that are this process's to run."""
         return [index for index in rounds if index % self.size == self.rank]
 
-    def device(self, wanted: torch.device) -> torch.device:
-        """This process's own GPU, where the team computes on GPUs and no particular one was asked for."""
-        if self._state is not None and wanted.type == "cuda" and wanted.index is None:
+    @property
+    def device(self) -> torch.device:
+        """What was wanted; this process's own GPU, where the team computes on GPUs and wanted no particular one."""
+        if self._state is not None and self._wanted.type == "cuda" and self._wanted.index is None:
             return torch.device("cuda", self._state.local_process_index % torch.cuda.device_count())
-        return wanted
+        return self._wanted
 
     def gather(self, items: list[_Item]) -> list[_Item]:
         """The items of all processes, in every process; the order is that of the ranks."""
