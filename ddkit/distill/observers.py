@@ -29,7 +29,7 @@ class ObserverSettings:
         early ones, as features of long-trained networks say less of what a few images can teach.
     """
 
-    trained_share: float = 0.5
+    trained_share: float = 0.0
     trainings: int = 3
     snapshots: tuple[int, ...] = (20, 40, 80, 160)
 
