@@ -74,4 +74,6 @@ def _own_class_gain(model: ClassModel, images: Tensor, labels: Tensor) -> Tensor
 
 
 def _mean_in_errors(values: Tensor) -> float:
+    if len(values) < 2:
+        return 0.0  # a single image tells nothing of its error
     return float(values.mean() / (values.std() / len(values) ** 0.5).clamp_min(1e-9))
