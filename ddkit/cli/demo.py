@@ -27,7 +27,7 @@ _EPOCHS_SETTING = "60"
 @surface_options
 @click.pass_context
 def demo(ctx: click.Context, surface: Surface, folder: Path, device: str, seed: int) -> None:
-    """Go the whole way on built-in images: train, generate, evaluate, check, pack, report.
+    """Go the whole way on built-in images: train, generate, evaluate, refine, check, pack, report.
 
     Takes minutes on a laptop's CPU and downloads nothing. Run it again and it goes on where it was.
     """
@@ -58,6 +58,9 @@ def _steps(device: str, seed: int) -> list[list[str]]:
          "--seed", str(seed)],
         ["evaluate", "submission/glyphs.pt", *quick],
         ["evaluate", "baseline/glyphs.pt", *quick],
+        ["refine", "submission/glyphs.pt", "--steps", "60", "--real-per-class", "16", "--check-every", "60",
+         "--check-epochs", "20", *compute],
+        ["evaluate", "submission/glyphs.pt", *quick],
         ["check"],
         ["pack"],
         ["report", "--html", "report.html"],
