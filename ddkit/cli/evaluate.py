@@ -25,7 +25,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._rankings import rankings_table
 from ddkit.cli._surface import Surface
-from ddkit.errors import InvalidSubmission, MissingData, UsageError
+from ddkit.errors import MissingData, UsageError
 from ddkit.protocol.plan import PRECISIONS
 
 if TYPE_CHECKING:
@@ -237,12 +237,9 @@ class _Job:
 
     def _check(self, path: Path, spec: DatasetSpec) -> None:
         """Refuse what `ddkit check` refuses; say what it warns of. Any number of images a class can be evaluated."""
-        from ddkit.submission.check import CheckSettings, check_path
+        from ddkit.submission.check import require_acceptable
 
-        report = check_path(path, dataset=spec.name, settings=CheckSettings(ipc=None), progress=self.surface.listen)
-        for finding in report.findings:
-            if finding.level == "error":
-                raise InvalidSubmission(f"{path}: {finding.message}", f"See: ddkit check {path}")
+        for finding in require_acceptable(path, spec.name, progress=self.surface.listen).findings:
             if finding.level == "warning":
                 self.surface.say(f"[yellow]warning[/yellow] {escape(f'{finding.code}: {finding.message}')}")
 

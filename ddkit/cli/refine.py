@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
               help="The refined set's file; PATH itself, whose former set is kept in --run.")
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path),
               help="Where state and former set are kept.  [default: runs/<dataset>-refine]")
-@click.option("--fresh", is_flag=True, help="Start over: removes the refinement that is in --run.")
+@click.option("--fresh", is_flag=True, help="Start over, from the set as it was.")
 @click.option("--save-every", type=Duration(), default="2m", show_default=True, help="How much work a kill may cost.")
 @device_option
 @seed_option
@@ -60,6 +59,7 @@ def refine(
     """
     from ddkit.distill.refine import Limits
     from ddkit.distill.refine import refine as refine_set
+    from ddkit.distill.state import start_over
 
     if steps is not None and seconds is not None:
         raise UsageError("--steps and --time contradict each other.")
@@ -68,7 +68,7 @@ def refine(
     limits = Limits(seconds=seconds) if steps is None else Limits(steps, seconds)
     settings = _settings(options)
     if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        start_over(path, folder)
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
     surface.say(f"Refining {escape(str(path))} for {length}; the set as it was is kept in {escape(str(folder))}.")
     refined = refine_set(

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ddkit.challenge import CHALLENGE_DATASETS, DATASETS, TRACKS, DatasetSpec
 from ddkit.data.store import ImageSet, dataset_spec, list_prepared, load_dataset
-from ddkit.errors import DDKitError, MissingData, UsageError
+from ddkit.errors import DDKitError, InvalidSubmission, MissingData, UsageError
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.submission.archive import Member, read_members
 from ddkit.submission.findings import Finding, Report, report_of
 from ddkit.submission.reading import describe_tensor, read_tensor, read_tensor_bytes
 
-__all__ = ["Finding", "Report", "check_path", "check_tensor", "submission_files"]
+__all__ = ["Finding", "Report", "check_path", "check_tensor", "require_acceptable", "submission_files"]
 
 _CHALLENGE_NAMES = tuple(spec.name for spec in CHALLENGE_DATASETS)
 _MOST_ROWS_NAMED = 5
@@ -83,6 +83,14 @@ def check_path(
     progress(Progress(f"checking {path.name}", 0, 1))
     report = report_of(_file_findings(path, spec, settings))
     progress(Progress(f"checking {path.name}", 1, 1))
+    return report
+
+
+def require_acceptable(path: str | os.PathLike[str], dataset: str, *, progress: Listener = ignore) -> Report:
+    """Check one `.pt` file of any number of images a class; raises InvalidSubmission with the first error found."""
+    report = check_path(path, dataset=dataset, settings=CheckSettings(ipc=None), progress=progress)
+    if not report.ok:
+        raise InvalidSubmission(f"{path}: {report.findings[0].message}", f"See: ddkit check {path}")
     return report
 
 

@@ -42,6 +42,21 @@ def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
     assert "next: ddkit evaluate submission/colours.pt" in again.output
     fresh = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--seed", "3", "--fresh", "--quiet", "--json")
     assert json.loads(fresh.output)["steps"] == 1
+    assert (tmp_path / "runs" / "colours-refine" / "before.pt").read_bytes() == before
+
+
+def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
+    settings = [*QUICK[:2], "--check-epochs", "100000", "--trained-share", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "5", *settings]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "Judging" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
+    assert (state["step"], state["judgements"]) == (0, [])
 
 
 def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):

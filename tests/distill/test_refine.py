@@ -13,7 +13,8 @@ from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.matching import distance_of_means
 from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.references import References
-from ddkit.distill.refine import RECORDS_FILE, Limits, RefineSettings, refine
+from ddkit.distill.refine import Limits, RefineSettings, refine
+from ddkit.distill.state import RECORDS_FILE
 from ddkit.errors import BadFile, ComputeError, InvalidSubmission, UsageError
 from ddkit.files import sha256_of
 from ddkit.protocol.networks import build_network
@@ -136,6 +137,13 @@ class TestWhatIsRefused:
         with pytest.raises(UsageError, match="of another set"):
             run(start, tmp_path / "run", 2)
 
+    def test_real_images_that_changed_since(self, start, colours, tmp_path):
+        run(start, tmp_path / "run", 1)
+        (tmp_path / "pictures" / "train" / "red" / "0.png").unlink()
+        prepare(colours, tmp_path / "pictures", force=True)
+        with pytest.raises(UsageError, match="real images have changed"):
+            run(start, tmp_path / "run", 2)
+
     def test_a_damaged_state(self, start, tmp_path):
         run(start, tmp_path / "run", 1)
         state = tmp_path / "run" / "state.pt"
@@ -143,10 +151,12 @@ class TestWhatIsRefused:
         with pytest.raises(BadFile, match="--fresh"):
             run(start, tmp_path / "run", 2)
 
-    def test_a_set_that_check_refuses(self, start, tmp_path):
-        torch.save(torch.zeros(4, 3, 8, 8), start)
+    @pytest.mark.parametrize("wrong", [torch.zeros(4, 3, 8, 8), torch.full((4, 3, 16, 16), torch.nan)])
+    def test_a_set_that_check_refuses(self, start, tmp_path, wrong):
+        torch.save(wrong, start)
         with pytest.raises(InvalidSubmission):
             run(start, tmp_path / "run", 1)
+        assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize("wrong", [{"held_out": 0.0}, {"learning_rate": 0.0}, {"check_every": 0}])
     def test_settings_that_cannot_be_meant(self, wrong):

@@ -1,0 +1,167 @@
+"""What a refinement has reached, on disk: enough to go on as if it had not been interrupted.
+
+A run folder holds state.pt, the judgements as records.jsonl, and the set as it was before (before.pt, .json, .png).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.errors import BadFile, UsageError
+from ddkit.files import replacing, sha256_of, write_text
+from ddkit.submission.layout import SavedSet, read_facts, set_files
+
+STATE_FILE = "state.pt"
+RECORDS_FILE = "records.jsonl"
+_VERSION = 2
+_FRESH = "Start over with --fresh."
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the held-out images said of the set. step: steps before it; seconds: of work; accuracy: a fraction."""
+
+    step: int
+    seconds: float
+    accuracy: float
+
+
+@dataclass
+class RefinementState:
+    """A refinement between two steps.
+
+    settings: plain values, which have to stay the same. start_sha256: of the set's file as it was;
+    dataset_sha256: of the real training images. images, velocity, best_images: (N, 3, S, S) float32, on the CPU.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    start_sha256: str
+    dataset_sha256: str
+    images: Tensor
+    velocity: Tensor
+    best_images: Tensor
+    step: int = 0
+    seconds: float = 0.0
+    judgements: list[Judgement] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls, path: Path, images: Tensor, folder: Path, settings: Mapping[str, Any], dataset_sha256: str
+    ) -> RefinementState:
+        """The state before the first step on the set at `path`, which is copied into the folder."""
+        _copy_set(path, _before(folder))
+        return cls(folder, settings, sha256_of(path), dataset_sha256, images, torch.zeros_like(images), images)
+
+    @classmethod
+    def read(cls, folder: Path, settings: Mapping[str, Any], dataset_sha256: str) -> RefinementState:
+        """The state in `folder`. Raises BadFile where it cannot be used, UsageError where it was begun otherwise."""
+        kept = _load(folder / STATE_FILE)
+        _refuse_changes(folder, json.loads(kept.pop("settings")), settings)
+        if kept["dataset_sha256"] != dataset_sha256:
+            raise UsageError(f"The real images have changed since the refinement in {folder} was begun.", _FRESH)
+        judgements = [Judgement(**judgement) for judgement in kept.pop("judgements")]
+        return cls(folder, settings, judgements=judgements, **kept)
+
+    @property
+    def before(self) -> SavedSet:
+        """The set as it was."""
+        return set_files(_before(self.folder))
+
+    @property
+    def first(self) -> Judgement:
+        """Of the set as it was."""
+        return self.judgements[0]
+
+    @property
+    def best(self) -> Judgement:
+        """Of equals the later one, which is refined further."""
+        return max(self.judgements, key=lambda judgement: (judgement.accuracy, judgement.step))
+
+    @property
+    def judged(self) -> bool:
+        """Whether the present images have been."""
+        return bool(self.judgements) and self.judgements[-1].step == self.step
+
+    def judge(self, accuracy: float) -> None:
+        """Take note of what the held-out images say of the present ones."""
+        self.judgements.append(Judgement(self.step, round(self.seconds, 1), accuracy))
+        if self.best is self.judgements[-1]:
+            self.best_images = self.images
+
+    def made(self, path: Path) -> bool:
+        """Whether the set at `path` is this refinement's result, the present or an earlier one."""
+        if _is_result(path, self.start_sha256):
+            return True
+        # Killed between writing the tensor and how it was made, the facts do not tell.
+        images = torch.load(path, weights_only=True)
+        return images.shape == self.best_images.shape and torch.equal(images, self.best_images)
+
+    def save(self) -> None:
+        """Write it all, atomically."""
+        kept = {name: value for name, value in vars(self).items() if name != "folder"}
+        judgements = [asdict(judgement) for judgement in self.judgements]
+        kept |= {"version": _VERSION, "settings": json.dumps(self.settings), "judgements": judgements}
+        with replacing(self.folder / STATE_FILE) as temporary:
+            torch.save(kept, temporary)
+        write_text(self.folder / RECORDS_FILE, "".join(f"{json.dumps(judgement)}\n" for judgement in judgements))
+
+
+def start_over(path: Path, folder: Path) -> None:
+    """Forget the refinement in `folder`; a set at `path` that it made gives way to the one it was made from.
+
+    Only what a refinement wrote is removed from the folder.
+    """
+    before = _before(folder)
+    if before.exists() and path.exists() and _is_result(path, sha256_of(before)):
+        _copy_set(before, path)
+    for file in (folder / STATE_FILE, folder / RECORDS_FILE, *vars(set_files(before)).values()):
+        file.unlink(missing_ok=True)
+
+
+def _before(folder: Path) -> Path:
+    return folder / "before.pt"
+
+
+def _is_result(path: Path, start_sha256: str) -> bool:
+    return read_facts(path).get("refined_from") == start_sha256
+
+
+def _copy_set(path: Path, to: Path) -> None:
+    """The three files of a set under another name, in the place of those that were there."""
+    for source, target in zip(vars(set_files(path)).values(), vars(set_files(to)).values(), strict=True):
+        if source.exists():
+            with replacing(target) as temporary:
+                shutil.copyfile(source, temporary)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise BadFile(f"{path} is damaged or no state of a refinement.", _FRESH) from error
+    if not isinstance(kept, dict) or kept.pop("version", None) != _VERSION:
+        raise BadFile(f"{path} is of another version of ddkit.", _FRESH)
+    return kept
+
+
+def _refuse_changes(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    # Through JSON, as `begun` went: tuples are lists there.
+    now = json.loads(json.dumps(now))
+    changed = [f"{name} {begun.get(name)} (now {now[name]})" for name in now if begun.get(name) != now[name]]
+    if changed:
+        raise UsageError(
+            f"The refinement in {folder} was begun with other settings: {', '.join(changed)}.",
+            "Start over with --fresh, or leave the settings as they were.",
+        )

@@ -1,0 +1,87 @@
+"""A refinement's state: starting over gives back what was there and removes nothing else; its own results are known."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from ddkit.distill.generate import FromReal, generate
+from ddkit.distill.refine import Limits, RefineSettings, refine
+from ddkit.distill.state import RefinementState, start_over
+from ddkit.files import sha256_of
+from ddkit.submission.layout import set_files
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+SETTINGS = RefineSettings(real_per_class=2, check_every=2, check_epochs=0, held_out=0.2)
+
+
+@pytest.fixture
+def start(colours, tmp_path):
+    return generate(colours, 2, FromReal("first"), tmp_path / "submission" / "colours.pt").tensor
+
+
+def run(path, folder, steps, **options):
+    return refine(path, "colours", SETTINGS, Limits(steps), folder, **options)
+
+
+def contents(path):
+    return [file.read_bytes() for file in vars(set_files(path)).values()]
+
+
+def test_starting_over_gives_back_the_set_as_it_was(start, tmp_path):
+    before = contents(start)
+    run(start, tmp_path / "run", 2)
+    assert contents(start) != before
+    start_over(start, tmp_path / "run")
+    assert contents(start) == before
+    assert run(start, tmp_path / "run", 1).steps == 1
+
+
+def test_starting_over_leaves_another_set_and_other_files_alone(start, colours, tmp_path):
+    folder = tmp_path / "run"
+    run(start, folder, 1)
+    (folder / "notes.txt").write_text("mine")
+    generate(colours, 2, FromReal("random", seed=5), start)
+    other = contents(start)
+    start_over(start, folder)
+    assert contents(start) == other
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
+
+
+def test_starting_over_where_nothing_was_begun(start, tmp_path):
+    before = contents(start)
+    start_over(start, tmp_path / "nowhere")
+    assert contents(start) == before and not (tmp_path / "nowhere").exists()
+
+
+def test_its_own_result_is_known_without_the_facts_beside_it(start, tmp_path):
+    folder = tmp_path / "run"
+    run(start, folder, 2)
+    set_files(start).facts.unlink()
+    assert run(start, folder, 3).steps == 3
+
+
+def test_an_earlier_result_is_known(start, tmp_path):
+    run(start, tmp_path / "run", 2)
+    earlier = tmp_path / "earlier" / "colours.pt"
+    shutil.copytree(start.parent, earlier.parent)
+    run(start, tmp_path / "run", 4)
+    assert run(earlier, tmp_path / "run", 5).steps == 5
+
+
+def test_of_equal_judgements_the_later_is_the_best(start, tmp_path):
+    images = torch.load(start, weights_only=True)
+    state = RefinementState.begin(start, images, tmp_path / "run", dataclasses.asdict(SETTINGS), "hash")
+    for step, accuracy in ((0, 0.1), (2, 0.3), (4, 0.3), (6, 0.2)):
+        state.step, state.images = step, images + step
+        assert not state.judged
+        state.judge(accuracy)
+        assert state.judged
+    assert (state.first.step, state.best.step) == (0, 4)
+    assert torch.equal(state.best_images, images + 4)
+    state.save()
+    again = RefinementState.read(tmp_path / "run", dataclasses.asdict(SETTINGS), "hash")
+    assert again.judgements == state.judgements and torch.equal(again.best_images, state.best_images)
+    assert again.start_sha256 == sha256_of(start) == sha256_of(again.before.tensor)
