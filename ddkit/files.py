@@ -6,15 +6,21 @@ import contextlib
 import errno
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from ddkit.errors import BadFile
 
+# What zipfile raises over a damaged or hostile zip. RuntimeError: a password is asked for; NotImplementedError: a
+# compression or a version that this Python lacks; ValueError: a directory that cannot be true.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError, ValueError)
 _BLOCK = 1 << 20  # bytes
 
 

@@ -17,8 +17,33 @@ FORMAT_VERSION = 1
 RESULTS_FILE = Path("runs/results.jsonl")
 
 
+class Scores:
+    """What the accuracies of some rounds, fractions of the test set, come to."""
+
+    accuracies: tuple[float, ...]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.accuracies)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over the rounds: the score."""
+        return sum(self.accuracies) / len(self.accuracies)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the rounds (n - 1); None for a single round."""
+        return std_of(self.accuracies)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the mean by Student's t; None for a single round."""
+        return interval_of(self.accuracies)
+
+
 @dataclass(frozen=True)
-class Result:
+class Result(Scores):
     """One evaluated set. Accuracies are fractions of the test set, 0 to 1.
 
     kind: what was evaluated: "submission", or a reference to hold it against: "random-real"
@@ -60,25 +85,6 @@ class Result:
     confusions: tuple[tuple[int, int, float], ...] = ()
     made_by: Mapping[str, Any] = field(default_factory=dict)  # the JSON beside the evaluated set
     format: int = FORMAT_VERSION
-
-    @property
-    def rounds(self) -> int:
-        return len(self.accuracies)
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy over the rounds: the score."""
-        return sum(self.accuracies) / len(self.accuracies)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over the rounds (n - 1); None for a single round."""
-        return std_of(self.accuracies)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for a single round."""
-        return interval_of(self.accuracies)
 
 
 def std_of(accuracies: Sequence[float]) -> float | None:

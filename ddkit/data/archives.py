@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
-import zlib
 from pathlib import Path
 
 from ddkit.errors import BadData, MissingData
-from ddkit.files import explain_os_error
+from ddkit.files import ZIP_ERRORS, explain_os_error
 
 MAX_MEMBER_BYTES = 256 << 20  # of one file; the largest photographs are far below
 MAX_MEMBERS = 5_000_000
@@ -72,7 +71,7 @@ class ZipTree:
             self._zip = zipfile.ZipFile(path)
         except OSError as error:
             raise explain_os_error(error, path) from error
-        except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError) as error:
+        except ZIP_ERRORS as error:
             raise BadData(
                 f"{path} is not a whole zip file: {error}.", "It may be half downloaded: get it again."
             ) from error
@@ -103,11 +102,8 @@ class ZipTree:
             if info.file_size > MAX_MEMBER_BYTES:
                 raise DamagedMember(f"{info.file_size:,} bytes unpacked, more than any image has")
             return self._zip.read(info)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as error:
+        except (*ZIP_ERRORS, OSError, KeyError) as error:
             raise DamagedMember(f"damaged in the zip ({error})") from error
-        except (RuntimeError, NotImplementedError) as error:
-            # An encrypted member, or a compression that this Python lacks.
-            raise DamagedMember(str(error)) from error
 
 
 Tree = FolderTree | ZipTree

@@ -29,7 +29,7 @@ from ddkit.protocol.sharing import Team
 from ddkit.protocol.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
 from ddkit.protocol.tracks import Conditions, Generate, deviations
 from ddkit.protocol.training import TrainingSettings
-from ddkit.results import Result, interval_of, std_of
+from ddkit.results import Result, Scores
 
 _MOST_CONFUSIONS = 30
 _POINTS_OF_CURVE = 101
@@ -81,7 +81,7 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Scores):
     """The outcome of an evaluation. Accuracies are fractions of the test set, 0 to 1; fields as in `Result`."""
 
     dataset: str
@@ -98,21 +98,6 @@ class Evaluation:
     loss_curves: tuple[tuple[float, ...], ...]
     per_class: tuple[float, ...]
     confusions: tuple[tuple[int, int, float], ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy over the rounds: the score."""
-        return sum(self.accuracies) / len(self.accuracies)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over the rounds; None for a single one."""
-        return std_of(self.accuracies)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for a single round."""
-        return interval_of(self.accuracies)
 
     def result(
         self, name: str, sha256: str, source: str, *, kind: str = "submission", made_by: Mapping[str, Any] | None = None

@@ -501,6 +501,22 @@ void middle_backward(
         }
 }
 
+// Gradients of block 1's convolution in one image and 16 channels, into `values`. The convolution is computed again: that
+// costs less than keeping its outputs, which are four times as large as all else, in memory.
+static void convolution_gradients(
+    Planes tile_gradients, long image, int c, const float* padded, int side, const float* weight, NormData norm,
+    float* values, float* pooled
+) {
+    const int half = side / 2;
+    const float* mean = norm.statistics + image * 2 * CHANNELS + c;
+    map_to_tiles_back(tile_gradients, image * (half / 4) * (half / 4), c, half, pooled);
+    convolve_image(padded, side, weight + c, values);
+    normalise_and_pool_back(
+        values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled, norm.weight_gradient + c,
+        norm.bias_gradient + c
+    );
+}
+
 // The way back of first_forward to the images, for whoever optimises those; the network's weights stay.
 // weight_rows: (128, 32), see convolve_image_to_columns; columns: (side^2, 32) of scratch memory.
 // image_gradients: (n, 3, side, side).
@@ -508,8 +524,7 @@ void first_backward_to_images(
     float* tile_gradients, long tile_plane, const float* images, int n, int side, const float* weight,
     const float* weight_rows, NormData norm, float* image_gradients, float* columns, float* scratch
 ) {
-    const int half = side / 2;
-    const long tiles = long(half / 4) * (half / 4), pixels = long(side) * side;
+    const long pixels = long(side) * side;
     float* padded = scratch;
     float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
     float* pooled = values + pixels * BLOCK;
@@ -517,40 +532,25 @@ void first_backward_to_images(
         pad_image(images + image * 3 * pixels, side, padded);
         std::memset(columns, 0, sizeof(float) * pixels * COLUMN);
         for (int c = 0; c < CHANNELS; c += BLOCK) {
-            const float* mean = norm.statistics + image * 2 * CHANNELS + c;
-            map_to_tiles_back({tile_gradients, tile_plane}, image * tiles, c, half, pooled);
-            convolve_image(padded, side, weight + c, values);
-            normalise_and_pool_back(
-                values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled,
-                norm.weight_gradient + c, norm.bias_gradient + c
-            );
+            convolution_gradients({tile_gradients, tile_plane}, image, c, padded, side, weight, norm, values, pooled);
             convolve_image_to_columns(values, side, weight_rows + c * COLUMN, columns);
         }
         columns_to_image(columns, side, padded, image_gradients + image * 3 * pixels);
     }
 }
 
-// The way back of first_forward to the weights. The convolution is computed again: that costs less than keeping its outputs,
-// which are four times as large as all else, in memory.
+// The way back of first_forward to the weights.
 void first_backward(
     float* tile_gradients, long tile_plane, const float* images, int n, int side, const float* weight, NormData norm,
     float* weight_gradient, float* scratch
 ) {
-    const int half = side / 2;
-    const long tiles = long(half / 4) * (half / 4);
     float* padded = scratch;
     float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
     float* pooled = values + side * side * BLOCK;
     for (int image = 0; image < n; image++) {
         pad_image(images + long(image) * 3 * side * side, side, padded);
         for (int c = 0; c < CHANNELS; c += BLOCK) {
-            const float* mean = norm.statistics + image * 2 * CHANNELS + c;
-            map_to_tiles_back({tile_gradients, tile_plane}, image * tiles, c, half, pooled);
-            convolve_image(padded, side, weight + c, values);
-            normalise_and_pool_back(
-                values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled,
-                norm.weight_gradient + c, norm.bias_gradient + c
-            );
+            convolution_gradients({tile_gradients, tile_plane}, image, c, padded, side, weight, norm, values, pooled);
             convolve_image_back(padded, side, values, weight_gradient + c);
         }
     }

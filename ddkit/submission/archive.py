@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ddkit.files import ZIP_ERRORS
 from ddkit.submission.findings import Finding
 from ddkit.submission.reading import directory_problem, irregularity
 
@@ -44,7 +44,7 @@ def read_members(
                 return
             with zipfile.ZipFile(file) as archive:
                 yield from _members(archive, wanted, largest_bytes, name)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+    except ZIP_ERRORS as error:
         yield Finding("error", "F018", f"The file cannot be read as a zip: {error}.", name)
     except OSError as error:
         yield Finding("error", "F004", f"{path} cannot be read: {error.strerror or error}.", name)
@@ -110,7 +110,7 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, largest_bytes: int
         with archive.open(info) as member:
             # A member may hold more than it claims; zipfile stops at the claim and compares the checksum.
             data = member.read(largest_bytes + 1)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except ZIP_ERRORS as error:
         yield Finding("error", "F005", f"The member is damaged: {error}. Pack again.", info.filename)
         yield Member(info.filename, None)
         return

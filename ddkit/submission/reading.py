@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
+from ddkit.files import ZIP_ERRORS
 from ddkit.submission.findings import Finding
 from ddkit.submission.pickles import PickleFacts, scan_pickle
 
@@ -135,7 +136,7 @@ def _look_inside(file: BinaryIO, where: str) -> tuple[list[Finding], Tensor | No
     try:
         pickled, stored = _pickle_and_stored_bytes(file)
         facts = scan_pickle(pickled)
-    except (ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except (*ZIP_ERRORS, OSError) as error:
         return [Finding("error", "F005", f"The file is damaged: {error}. Save or copy it again.", where)], None, 0
     if facts.foreign:
         named = ", ".join(sorted(name.replace(" ", ".") for name in facts.foreign)[:5])

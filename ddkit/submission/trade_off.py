@@ -23,7 +23,7 @@ from ddkit.protocol.comparison import Comparison, compare
 from ddkit.protocol.entry import ScriptEntry
 from ddkit.protocol.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.protocol.reference import TestSet
-from ddkit.results import std_of
+from ddkit.results import Scores
 from ddkit.submission.bundle import SCRIPT, EntryModel, build_folder
 
 
@@ -50,7 +50,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Scores):
     """A point that was tried. images, seconds, accuracies: of each round; seconds are the generator's."""
 
     dataset: str
@@ -65,16 +65,6 @@ class Trial:
     images: tuple[int, ...]
     seconds: tuple[float, ...]
     accuracies: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy over the rounds, a fraction."""
-        return sum(self.accuracies) / len(self.accuracies)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over the rounds; None of a single one."""
-        return std_of(self.accuracies)
 
     @property
     def conditions(self) -> tuple[Any, ...]:

@@ -6,12 +6,11 @@ import hashlib
 import shutil
 import stat
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from ddkit.errors import BadFile
-from ddkit.files import explain_os_error
+from ddkit.files import ZIP_ERRORS, explain_os_error
 
 _BLOCK = 1 << 20  # bytes
 # The zip format begins in 1980. One date for all, so that the same files make the same zip.
@@ -53,7 +52,7 @@ def unpack(path: Path, folder: Path) -> Path:
                 raise BadFile(f"{path} claims more bytes than there is room for in {folder}.")
             for info in members:
                 _unpack_member(archive, info, folder, path)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except ZIP_ERRORS as error:
         raise BadFile(f"{path} cannot be unpacked: {error}.", "Pack it again.") from error
     except OSError as error:
         raise explain_os_error(error, error.filename or path) from error

@@ -10,12 +10,6 @@ from ddkit.cli import main
 from ddkit.submission.trade_off import Trial
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(*words, status=0):
     done = CliRunner().invoke(main, ["pack", *map(str, words)])
     assert done.exit_code == status, done.output

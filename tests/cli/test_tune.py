@@ -8,12 +8,6 @@ from click.testing import CliRunner
 from ddkit.cli import main
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(*words, status=0):
     done = CliRunner().invoke(main, ["tune", *map(str, words)])
     assert done.exit_code == status, done.output

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from ddkit.errors import ComputeError, Interrupted, InvalidSubmission
 from ddkit.protocol.entry import ScriptEntry
@@ -28,7 +27,6 @@ def script(folder, body):
 
 
 SAVES = """
-import torch
 print("chatter")
 images = torch.full((3, 3, 32, 32), float(arguments.seed))
 torch.save({"images": images, "labels": torch.tensor([0, 1, 1])}, arguments.out)
