@@ -19,6 +19,7 @@ from torch import Tensor
 from ddkit.errors import BadFile, UsageError
 from ddkit.files import replacing, sha256_of, write_text
 from ddkit.submission.layout import SavedSet, read_facts, set_files
+from ddkit.tensor_files import save_torch
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
@@ -111,8 +112,7 @@ class RefinementState:
         kept = {name: value for name, value in vars(self).items() if name != "folder"}
         judgements = [asdict(judgement) for judgement in self.judgements]
         kept |= {"version": _VERSION, "settings": json.dumps(self.settings), "judgements": judgements}
-        with replacing(self.folder / STATE_FILE) as temporary:
-            torch.save(kept, temporary)
+        save_torch(kept, self.folder / STATE_FILE)
         write_text(self.folder / RECORDS_FILE, "".join(f"{json.dumps(judgement)}\n" for judgement in judgements))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ddkit.errors import BadFile
-from ddkit.files import replacing
+from ddkit.tensor_files import save_torch
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, stage: str, checkpoint: Checkpoint, *, kept: int = KEPT) -> Path:
     """Write `<folder>/<stage>-<step>.pt` and remove all but the newest `kept` of that stage."""
     path = folder / f"{stage}-{checkpoint.step:08d}.pt"
-    with replacing(path) as temporary:
-        torch.save({"format": FORMAT_VERSION, **vars(checkpoint)}, temporary)
+    save_torch({"format": FORMAT_VERSION, **vars(checkpoint)}, path)
     for old in list_checkpoints(folder, stage)[:-kept]:
         old.unlink(missing_ok=True)
     return path

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ddkit.data.store import ImageSet
-from ddkit.files import replacing
 from ddkit.generator.autoencoder import encode, images_at_once, to_signed
 from ddkit.progress import Listener, Progress, ignore
+from ddkit.tensor_files import save_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +57,7 @@ def cached_latents(
         log.warning("The data or the autoencoder changed since the latents were made: encoding them again.")
     latents = _encode_all(autoencoder, images, latent_side, flips, progress)
     std = float(latents.float().std())
-    with replacing(path) as temporary:
-        save_file({"latents": latents}, temporary, metadata={"identity": identity, "std": repr(std)})
+    save_safetensors({"latents": latents}, path, {"identity": identity, "std": repr(std)})
     return LatentSet(latents, images.labels, std)
 
 

@@ -169,7 +169,10 @@ def denoiser_part(denoiser: ModelMixin) -> str:
 
 def _save_part(part: Any, folder: Path) -> None:
     with replacing_folder(folder) as temporary:
-        part.save_pretrained(temporary)
+        try:
+            part.save_pretrained(temporary)
+        except SafetensorError as error:  # of a full disk, for one
+            raise BadFile(f"{folder} cannot be written: {error}.", "Free some space there, or choose another place.") from error
 
 
 def _load_part(folder: Path, kinds: Mapping[str, type[ModelMixin]]) -> ModelMixin:

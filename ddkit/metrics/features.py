@@ -20,12 +20,13 @@ from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
-from ddkit.files import cache_folder, replacing
+from ddkit.files import cache_folder
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.convnet import ConvNet
 from ddkit.protocol.embedding import build_embedder
 from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
 from ddkit.protocol.training import TrainingRun, TrainingSettings
+from ddkit.tensor_files import save_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,4 @@ def _load(network: ConvNet, path: Path) -> bool:
 
 
 def _save(network: ConvNet, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        save_file({key: value.cpu().contiguous() for key, value in network.state_dict().items()}, temporary)
+    save_safetensors({key: value.cpu().contiguous() for key, value in network.state_dict().items()}, path)

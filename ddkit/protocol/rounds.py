@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.errors import Interrupted
-from ddkit.files import replacing
 from ddkit.interrupt import StopRequest
 from ddkit.protocol.engine import Engine
 from ddkit.protocol.networks import build_network
 from ddkit.protocol.reference import TestSet
 from ddkit.protocol.tracks import Generated, images_per_class
 from ddkit.protocol.training import TrainingRun, TrainingSettings, epoch_side_by_side
+from ddkit.tensor_files import save_torch
 
 _log = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ class StateFile:
     def write(self, state: dict[str, Any]) -> None:
         """Save atomically."""
         if self.path is not None:
-            with replacing(self.path) as temporary:
-                torch.save({"version": _STATE_VERSION, **state}, temporary)
+            save_torch({"version": _STATE_VERSION, **state}, self.path)
 
 
 @dataclass(frozen=True)

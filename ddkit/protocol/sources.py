@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.errors import InvalidSubmission, UsageError
-from ddkit.files import replacing
 from ddkit.protocol.tracks import Generate, Generated, generate_within
+from ddkit.tensor_files import save_torch
 
 
 class Source(Protocol):
@@ -76,8 +76,7 @@ class TimedGenerator:
                 kept.unlink()
         made = generate_within(self.generate, seed, self.budget)
         if kept:
-            with replacing(kept) as temporary:
-                torch.save({"images": made.images, "labels": made.labels, "seconds": made.seconds}, temporary)
+            save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, kept)
         return made
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ddkit.data.store import ImageSet, dataset_spec, load_dataset, store_hash
 from ddkit.errors import BadData
-from ddkit.files import cache_folder, replacing
+from ddkit.files import cache_folder
+from ddkit.tensor_files import save_safetensors
 
 _VERSION = 1  # of features and fit; a classifier of another version is not read
 _SIDE = 32  # pixels that features are computed at
@@ -207,9 +208,6 @@ def _read(path: Path) -> ClassModel | None:
 
 
 def _write(model: ClassModel, path: Path) -> None:
-    import safetensors.torch
-
     measures = torch.tensor([model.real_gain, model.real_information])
     tensors = {"weight": model.weight.contiguous(), "bias": model.bias.contiguous(), "measures": measures}
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary)
+    save_safetensors(tensors, path)

@@ -10,8 +10,9 @@ import torch
 
 from ddkit.data.store import dataset_spec
 from ddkit.errors import InvalidSubmission, UsageError
-from ddkit.submission.layout import load_tensor, save_tensor
+from ddkit.submission.layout import load_tensor
 from ddkit.submission.order import detected_rows
+from ddkit.tensor_files import save_torch
 
 
 @dataclass(frozen=True)
@@ -47,5 +48,5 @@ def fix_row_order(
             f"{path}: the images do not tell which order is right, so nothing was written.",
             "Look at them: the contact sheet beside the tensor shows one row a class.",
         )
-    save_tensor(images[rows], out)
+    save_torch(images[rows], out)
     return FixedOrder(out, int((rows != torch.arange(len(rows))).sum()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,10 @@ from torch import Tensor
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalise, to_uint8
 from ddkit.errors import BadFile, InvalidSubmission
-from ddkit.files import read_json, replacing, sha256_of, write_json
+from ddkit.files import read_json, sha256_of, write_json
 from ddkit.report.figures import contact_sheet, save_png
 from ddkit.submission.reading import read_tensor
+from ddkit.tensor_files import save_torch
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def save_set(
     ipc = len(images) // spec.num_classes
     # A tensor saved as a view would drag its whole storage along.
     own = images.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-    save_tensor(own, files.tensor)
+    save_torch(own, files.tensor)
     facts = dict(made_by) | {
         "dataset": spec.name,
         "images_per_class": ipc,
@@ -84,14 +84,6 @@ def save_set(
     labels = row_labels(spec.num_classes, ipc)
     save_png(contact_sheet(to_uint8(denormalise(own, spec)), labels, titles or class_names), files.sheet)
     return files
-
-
-def save_tensor(tensor: Tensor, path: str | os.PathLike[str]) -> None:
-    """torch.save, atomically, and with the same bytes whatever the file is called."""
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,27 @@ def test_a_disk_without_room_is_known_before_the_budget_is_spent(entry, tmp_path
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", inside], capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert "room for" in done.stderr and "2 are needed" in done.stderr
+
+
+def limited(size):
+    """Of a process: files that would become larger are refused, as by a disk without room."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_no_room_for_the_joined_file_costs_no_image(entry, tmp_path):
+    out = tmp_path / "images.pt"
+    # 80 images of 768 bytes in a shard, of 3,072 joined.
+    said = run(entry, out, "--ipc", 40, "--processes", 1, status=3, preexec_fn=limited(150_000))
+    assert "File too large" in said and "--join" in said
+    assert [path.name for path in tmp_path.glob("*images.pt*")] == ["images.pt.shards"]
+    run(entry, out, "--join")
+    assert torch.load(out, weights_only=True).shape == (80, 3, 16, 16)
+
+
+def test_a_worker_that_cannot_write_says_why(entry, tmp_path):
+    said = run(entry, tmp_path / "images.pt", "--ipc", 400, "--processes", 1, status=3, preexec_fn=limited(100_000))
+    assert "File too large" in said
+    assert not (tmp_path / "images.pt").exists()
 
 
 class TestParts:

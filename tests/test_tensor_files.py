@@ -1,0 +1,54 @@
+"""Tensors on disk: the same bytes for the same tensors, and a full disk is one message."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ddkit.tensor_files import save_safetensors, save_torch
+
+
+def test_the_bytes_do_not_depend_on_the_name(tmp_path):
+    for name in ("one.pt", "another.pt"):
+        save_torch({"x": torch.arange(5)}, tmp_path / name)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
+    assert torch.load(tmp_path / "one.pt", weights_only=True)["x"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_safetensors_with_what_they_are(tmp_path):
+    save_safetensors({"x": torch.arange(5)}, tmp_path / "x.safetensors", {"of": "five"})
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert file.metadata() == {"of": "five"} and file.get_tensor("x").tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        "ddkit.tensor_files.save_torch(x, path)",
+        "ddkit.tensor_files.save_safetensors({'x': x}, path)",
+        "ddkit.generator.pipeline._save_part(ddkit.generator.autoencoder.build_autoencoder("
+        "ddkit.generator.presets.AutoencoderConfig(), 16, seed=0), path)",
+    ],
+)
+def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path, saving):
+    code = (
+        "import sys, torch, ddkit.tensor_files, ddkit.generator.pipeline, ddkit.generator.autoencoder\n"
+        "from pathlib import Path\n"
+        "from ddkit.errors import BadFile\n"
+        "path, x = Path(sys.argv[1]), torch.zeros(5000)\n"
+        f"try:\n    {saving}\n"
+        "except BadFile as error:\n    sys.exit(error.exit_code)\n"
+    )
+    path = tmp_path / "kept"
+    # A limit on the size of files is what a test can have of a full disk without being root.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # noqa: E731
+    words = [sys.executable, "-B", "-c", code, str(path)]
+    assert subprocess.run(words, check=False).returncode == 0 and path.exists()
+    before = sorted(file.stat().st_mtime_ns for file in tmp_path.rglob("*"))
+    done = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert sorted(file.stat().st_mtime_ns for file in tmp_path.rglob("*")) == before
