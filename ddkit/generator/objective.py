@@ -68,8 +68,8 @@ class Objective:
         return signal * noisy - spread * output
 
     def weight(self, times: Tensor) -> Tensor:
-        """(N,) weights of the squared error: min-SNR for epsilon and v (arXiv 2303.09556, section 3.4), ones for flow."""
-        if self.config.prediction == "flow":
+        """(N,) weights of the squared error: min-SNR for epsilon and v (arXiv 2303.09556, section 3.4), else ones."""
+        if self.config.prediction == "flow" or self.config.min_snr_gamma is None:
             return torch.ones_like(times)
         signal, spread = self._levels(times, times)
         snr = (signal / spread) ** 2

@@ -88,20 +88,21 @@ class ObjectiveConfig:
     """What the denoiser learns to predict, and which noise levels it sees.
 
     prediction: "epsilon", "v" (Salimans & Ho 2022) or "flow" (rectified flow: noise minus data, Liu et al. 2022).
-    min_snr_gamma: weights of epsilon and v losses (Hang et al. 2023, arXiv 2303.09556); not used by flow.
+    min_snr_gamma: weights of epsilon and v losses (Hang et al. 2023, arXiv 2303.09556); None for the same weight
+        at every noise level; not used by flow.
     time_mean, time_std: of the logit of flow's times (Esser et al. 2024, arXiv 2403.03206, section 3.1).
     label_dropout: share of labels replaced by the null class.
     """
 
     prediction: str = "flow"
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: float | None = 5.0
     time_mean: float = 0.0
     time_std: float = 1.0
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         _check_choice(self, "prediction", PREDICTIONS)
-        _check_positive(self, "min_snr_gamma", "time_std")
+        _check_positive(self, "time_std", *(() if self.min_snr_gamma is None else ("min_snr_gamma",)))
         if not 0 <= self.label_dropout < 1:
             raise UsageError(f"ObjectiveConfig.label_dropout must be in [0, 1), got {self.label_dropout}.")
 
