@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 @click.option("--time", "seconds", type=Duration(), help="In all, such as 30m; takes the place of --steps.")
 @click.option("--real-per-class", type=click.IntRange(1), help="Real images of each class that a step compares with.")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.")
-@click.option("--trained-share", type=click.FloatRange(0, 1), help="Share of steps that go by partly trained networks, not fresh ones.  [default: 0]")
+@click.option("--trained-share", type=click.FloatRange(0, 1),
+              help="Share of steps that go by partly trained networks, not fresh ones.  [default: 0]")
 @click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
 @click.option("--displayable", is_flag=True, help="Keep pixels within [0, 255]; the challenge does not ask for it.")
 @click.option("--check-every", type=click.IntRange(1), help="Steps between judgements by held-out training images.")

@@ -26,6 +26,14 @@ _DEFAULT_PRESET = "tiny"
 _TUNING_PRESET = "minimax-paper"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """How a model is scored while it trains. every_steps: 0 for never."""
+
+    every_steps: int
+    features: str
+
+
 @click.command(epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
 @click.option("--dataset", required=True, help="A dataset of `ddkit data list`.")
 @click.option("--preset", "preset_name",
@@ -47,6 +55,8 @@ _TUNING_PRESET = "minimax-paper"
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder.  [default: runs/<dataset>]")
 @click.option("--track-every", type=click.IntRange(0), metavar="STEPS",
               help="Score the model so often by its Frechet distance, and keep the best; 0 for never.")
+@click.option("--features", type=click.Choice(["convnet", "inception"]), default="convnet", show_default=True,
+              help="Of the Frechet distance: of a ConvNet trained on the real images, or of Inception.")
 @click.option("--save-every", type=Duration(), default="5m", show_default=True, help="How much work a kill may cost.")
 @click.option("--tensorboard", is_flag=True, help="Write records for TensorBoard too.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
@@ -63,6 +73,7 @@ def train(
     out: Path | None,
     save_every: float,
     track_every: int | None,
+    features: str,
     device: str,
     tensorboard: bool,
     dry_run: bool,
@@ -97,7 +108,7 @@ def train(
     request = TrainingRequest(config, preset_name, seconds, device, save_every, tensorboard)
     if track_every is None:
         track_every = preset(preset_name).track_every
-    _train(surface, data, request, folder, fresh, track_every, start)
+    _train(surface, data, request, folder, fresh, _Watch(track_every, features), start)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -150,7 +161,7 @@ def _train(
     request: TrainingRequest,
     folder: Path,
     fresh: bool,
-    track_every: int,
+    watch: _Watch,
     start: Start | None,
 ) -> None:
     from ddkit.device import resolve_device
@@ -161,13 +172,13 @@ def _train(
 
     classes, device = len(data.images.class_names), resolve_device(request.device)
     check_memory(request.config, data.image_size, classes, device, start=start)
+    tracking = _tracking(surface, data, request.device, watch)
     if fresh:
         start_over(folder)
     verb = "Going on with" if has_training(folder) else "Fine-tuning" if start else "Training"
     surface.say(
         f"{verb} a generator on {escape(data.name)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
     )
-    tracking = _tracking(surface, data, request.device, track_every)
     model = train_generator(data, request, folder, start=start, tracking=tracking, progress=surface.listen)
     surface.done([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name))
     surface.result(
@@ -176,20 +187,27 @@ def _train(
     )
 
 
-def _tracking(surface: Surface, data: TrainingData, device: str, every_steps: int) -> Tracking | None:
+def _tracking(surface: Surface, data: TrainingData, device: str, watch: _Watch) -> Tracking | None:
     from ddkit.data.store import dataset_spec
     from ddkit.device import resolve_device
     from ddkit.generator.tracking import track_frechet
     from ddkit.metrics.features import reference_features
 
-    if not every_steps or len(data.images) < 2:
+    if not watch.every_steps or len(data.images) < 2:
         return None
     chosen = resolve_device(device)
+    if watch.features == "inception":
+        from ddkit.metrics.inception import InceptionFeatures
+
+        inception = InceptionFeatures(chosen)  # at once: that its weights are missing is to be known before hours of work
+        return track_frechet(
+            data.images, lambda: inception, every_steps=watch.every_steps, name="frechet_inception", device=chosen
+        )
 
     def features() -> Features:
         return reference_features(data.images, dataset_spec(data.name), device=chosen, progress=surface.listen)
 
-    return track_frechet(data.images, features, every_steps=every_steps, device=chosen)
+    return track_frechet(data.images, features, every_steps=watch.every_steps, device=chosen)
 
 
 def _length(request: TrainingRequest) -> str:

@@ -28,6 +28,7 @@ def track_frechet(
     make_features: Callable[[], Features],
     *,
     every_steps: int,
+    name: str = NAME,
     images: int = 1000,
     sampling: SamplingConfig = SAMPLING,
     device: torch.device | str = "cpu",
@@ -35,8 +36,9 @@ def track_frechet(
     """A Tracking by the Frechet distance of `images` samples to as many real images, classes alike in both.
 
     make_features: called once, when the first score is due, as making features may mean training a network; such as
-    `ddkit.metrics.features.reference_features`. Distances of different features or numbers of images cannot be
-    compared. The same noise is sampled from every time, so that only the model differs.
+    `ddkit.metrics.features.reference_features`. name: of the distance in the records; distances of different features
+    or numbers of images cannot be compared and should not share one. The same noise is sampled from every time, so
+    that only the model differs.
     Raises UsageError for fewer than two images.
     """
     count = min(images, len(real))
@@ -54,4 +56,4 @@ def track_frechet(
         made = sample_all(Sampler(model, sampling, device), real.labels[rows], torch.arange(count))
         return frechet_distance(of_real, features(made))
 
-    return Tracking(NAME, score, every_steps)
+    return Tracking(name, score, every_steps)

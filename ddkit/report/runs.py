@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 _MINIMAX_CRITERIA = ("representativeness", "diversity")
-_SCORES = {"frechet": "Frechet distance"}
+_SCORES = {"frechet": "Frechet distance", "frechet_inception": "Frechet distance (Inception)"}
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,17 @@ def test_stopped_it_has_saved_and_goes_on(ddkit, colours, tmp_path, number):
     assert steps_done(folder) > 0
 
 
+def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, colours, tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    (tmp_path / "runs").mkdir()
+    done = ddkit("train", "--dataset", colours, "--preset", "demo", "--track-every", "5", "--features", "inception")
+    assert done.exit_code == 3, done.output
+    assert "weights of Inception" in " ".join(done.output.split())
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [

@@ -1,0 +1,51 @@
+"""Inception's features, in which the Frechet distances of papers are measured; by torchmetrics and torch-fidelity."""
+
+from __future__ import annotations
+
+import urllib.error
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddkit.errors import MissingData, UsageError
+from ddkit.progress import Listener, Progress, ignore
+
+_IMAGES_AT_ONCE = 50  # which grow to 299 px
+
+
+class InceptionFeatures:
+    """Turns images into features of the Inception network of Heusel et al. 2017 (arXiv 1706.08500). Call it.
+
+    Its weights, 91 MiB, come from PyTorch's cache of downloads, or are downloaded. Raises UsageError where
+    torch-fidelity is not installed, MissingData where the weights are not there and cannot be downloaded.
+    """
+
+    num_features = 2048
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+            from torchmetrics.image.fid import NoTrainInceptionV3
+        except ImportError as error:
+            raise UsageError("torch-fidelity is not installed.", "Install it: pip install 'ddkit[inception]'") from error
+        try:
+            network = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)])
+        except urllib.error.URLError as error:
+            path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+            raise MissingData(
+                f"The weights of Inception cannot be downloaded: {error.reason}.",
+                f"Get {URL_INCEPTION_V3} by other means, and put it at {path}.",
+            ) from error
+        self._device = torch.device(device)
+        self._network = network.to(self._device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, progress: Listener = ignore) -> Tensor:
+        """(N, 3, S, S) uint8 -> (N, 2048) float32 on the CPU."""
+        features = []
+        for start in range(0, len(images), _IMAGES_AT_ONCE):
+            features.append(self._network(images[start : start + _IMAGES_AT_ONCE].to(self._device)).float().cpu())
+            done = min(start + _IMAGES_AT_ONCE, len(images))
+            progress(Progress("Computing features", done, len(images), "images"))
+        return torch.cat(features) if features else torch.empty(0, self.num_features)
