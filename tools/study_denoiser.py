@@ -1,0 +1,281 @@
+"""Which network and which objective make the best generator for the same computation? On the same latents, in turn.
+
+    python tools/study_denoiser.py cifar100 --start runs/cifar100 [--out FOLDER] [--minutes N] [--preset NAME] [--table]
+
+The autoencoder and the encoded training set are those of --start. First a U-ViT and a U-Net predict v; the one whose
+samples have the smaller Frechet distance then predicts noise, predicts the flow, and predicts v without min-SNR
+weights. Each trains for as many steps as fit into --minutes of a core's own time: seconds a step are measured in CPU
+time, so that other work on the machine takes nothing away from one of them. Threads add up in CPU time, waiting
+included: give the study one (OMP_NUM_THREADS=1).
+
+Samples are held against real images in features of an official ConvNet trained on real images; a row of real images
+shows what can be reached. With --rounds they are trained on as well. All that is finished is kept in the folder:
+stopped, the study goes on when run again; --table shows what there is so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ddkit.data.images import normalise
+from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.distill.select import choose
+from ddkit.files import read_json, write_json
+from ddkit.generator.engine import Engine, Limits
+from ddkit.generator.latents import LATENTS_FILE, LatentSet
+from ddkit.generator.networks import build_denoiser
+from ddkit.generator.presets import DenoiserConfig, GeneratorConfig, ObjectiveConfig, preset
+from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
+from ddkit.generator.stages import DenoiserStage
+from ddkit.generator.training import CHECKPOINTS, TrainingData, TrainingRequest, train
+from ddkit.metrics.coverage import density_and_coverage
+from ddkit.metrics.features import ReferenceFeatures, reference_features
+from ddkit.metrics.frechet import frechet_distance
+from ddkit.protocol.evaluate import StateFolder, evaluate
+from ddkit.submission.layout import row_labels
+
+Record = dict[str, Any]
+
+# As large as the U-ViT of the preset `tiny` in computation: its step takes about as long.
+UNET = DenoiserConfig("unet", hidden_size=64, depth=2, num_heads=2)
+REAL = "real images"
+_STEPS_BETWEEN_TIMES = 5
+_TIMES = 5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table."""
+
+    name: str
+    architecture: str
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig("v"))
+
+
+BACKBONES = (Arm("U-ViT, v", "uvit"), Arm("U-Net, v", "unet"))
+
+
+def objectives(backbone: Arm) -> list[Arm]:
+    """The backbone with what else it may learn."""
+    title = backbone.name.split(",")[0]
+    ways = {
+        "epsilon": ObjectiveConfig("epsilon"),
+        "flow": ObjectiveConfig("flow"),
+        "v, no min-SNR": ObjectiveConfig("v", min_snr_gamma=None),
+    }
+    return [Arm(f"{title}, {name}", backbone.architecture, objective) for name, objective in ways.items()]
+
+
+class Study:
+    """The arms of one dataset and what is known of each."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.out: Path = options.out or Path("runs") / f"study-denoiser-{options.dataset}"
+        self.spec = dataset_spec(options.dataset)
+        self.real = load_dataset(options.dataset, "train")
+        self.data = TrainingData(options.dataset, self.real, store_hash(options.dataset, "train"))
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Those that can be named yet: the better backbone is not known before both are measured."""
+        distances = [self._known(arm.name).get("quality", {}).get("frechet") for arm in BACKBONES]
+        if None in distances:
+            return list(BACKBONES)
+        return [*BACKBONES, *objectives(BACKBONES[distances.index(min(distances))])]
+
+    @cached_property
+    def features(self) -> ReferenceFeatures:
+        """What pictures are looked at with."""
+        return reference_features(self.real, self.spec)
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """(classes, images + reference, 3, S, S) uint8 real images: the row of real images, then what all are held to."""
+        count = self.options.images + self.options.reference
+        rows = choose("random", self.real.labels, count, self.spec.num_classes, seed=0)
+        return self.real.images[rows].unflatten(0, (self.spec.num_classes, count))
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """(classes * reference, D) features of real images."""
+        return self.features(self.drawn[:, self.options.images :].flatten(0, 1))
+
+    def run(self) -> None:
+        """Everything that is not done yet."""
+        self._measure(REAL, lambda: self.drawn[:, : self.options.images].flatten(0, 1))
+        done: set[str] = set()
+        while remaining := [arm for arm in self.arms if arm.name not in done]:
+            arm = remaining[0]
+            self._once(arm.name, "cost", lambda arm=arm: self._cost(arm))
+            self._measure(arm.name, lambda arm=arm: self._samples(arm))
+            done.add(arm.name)
+
+    def table(self) -> str:
+        """What is known, as Markdown."""
+        lines = [
+            "| network, prediction | parameters | ms a step | steps | Frechet | density | coverage | accuracy, % |",
+            "|---" * 8 + "|",
+        ]
+        for name in (REAL, *(arm.name for arm in self.arms)):
+            known = self._known(name)
+            cells = [*_shown_cost(known.get("cost")), *_shown_quality(known.get("quality"))]
+            lines.append("| " + " | ".join([name, *cells, _percent(known.get("accuracies", []))]) + " |")
+        return "\n".join(lines)
+
+    def _measure(self, name: str, images: Callable[[], Tensor]) -> None:
+        self._once(name, "quality", lambda: self._quality(images()))
+        if self.options.rounds:
+            self._once(name, "accuracies", lambda: self._accuracies(images()))
+
+    def _once(self, name: str, what: str, work: Callable[[], Any]) -> None:
+        known = self._known(name)
+        if what not in known:
+            write_json(self._folder(name) / "found.json", {**known, what: work()})
+            print(f"{name}: {what}", file=sys.stderr, flush=True)
+
+    def _known(self, name: str) -> Record:
+        path = self._folder(name) / "found.json"
+        return read_json(path) if path.is_file() else {}
+
+    def _folder(self, name: str) -> Path:
+        return self.out / name.replace(", ", "-").replace(" ", "-")
+
+    def _config(self, arm: Arm) -> GeneratorConfig:
+        config = preset(self.options.preset).config(self.spec.image_size)
+        denoiser = config.denoiser
+        if arm.architecture != denoiser.architecture:
+            denoiser = dataclasses.replace(UNET, tokens_per_side=denoiser.tokens_per_side)
+        return dataclasses.replace(
+            config,
+            denoiser=denoiser,
+            objective=arm.objective,
+            compile=self.options.compile,
+            pretrained_autoencoder=str(self.options.start / "vae"),
+        )
+
+    def _cost(self, arm: Arm) -> Record:
+        """The network's size, the seconds a step takes a core, and how many of them fit into the time."""
+        config = self._config(arm)
+        shape = config.autoencoder.latent_shape(self.spec.image_size)
+        network = build_denoiser(config.denoiser, shape, self.spec.num_classes, seed=0)
+        made_up = torch.zeros(len(self.real), 1, *shape, dtype=torch.float16)
+        stage = DenoiserStage(config, network, LatentSet(made_up, self.real.labels, std=1.0))
+        seconds = seconds_per_step(stage, compile_network=config.compile)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        return {"parameters": parameters, "seconds": seconds, "steps": round(60 * self.options.minutes / seconds)}
+
+    def _samples(self, arm: Arm) -> Tensor:
+        """(classes * images, 3, S, S) uint8 of the arm's model, which is trained where it is not yet."""
+        folder, config = self._folder(arm.name) / "model", self._config(arm)
+        steps = self._known(arm.name)["cost"]["steps"]
+        optimiser = dataclasses.replace(config.denoiser_optimiser, steps=steps)
+        _share_latents(self.options.start, folder)
+        request = TrainingRequest(dataclasses.replace(config, denoiser_optimiser=optimiser), self.options.preset)
+        sampler = Sampler(train(self.data, request, folder), self.options.sampling)
+        return sample_all(sampler, *class_ordered(self.options.images, self.spec.num_classes))
+
+    def _quality(self, images: Tensor) -> Record:
+        features = self.features(images)
+        found = density_and_coverage(self.reference, features)
+        distance = frechet_distance(self.reference, features)
+        return {"frechet": distance, "density": found.density, "coverage": found.coverage}
+
+    def _accuracies(self, images: Tensor) -> list[float]:
+        ipc = min(self.options.ipc, self.options.images)
+        chosen = images.unflatten(0, (self.spec.num_classes, -1))[:, :ipc].flatten(0, 1)
+        done = evaluate(
+            normalise(chosen, self.spec), row_labels(self.spec.num_classes, ipc), load_dataset(self.spec.name, "test"),
+            rounds=self.options.rounds, epochs_setting=self.options.epochs_setting, spec=self.spec,
+            state=StateFolder(self.out / "evaluations"),
+        )  # fmt: skip
+        return list(done.accuracies)
+
+
+def seconds_per_step(stage: DenoiserStage, *, compile_network: bool) -> float:
+    """CPU seconds of a step of training, the median of a few; compiling is not counted."""
+    times: list[float] = []
+    # The first stretch compiles.
+    limits = Limits(_STEPS_BETWEEN_TIMES * (_TIMES + 1), record_every=_STEPS_BETWEEN_TIMES)
+    with tempfile.TemporaryDirectory() as folder:
+        Engine(
+            stage, Accelerator(cpu=True), Path(folder), limits,
+            compile_network=compile_network, on_record=lambda record: times.append(time.process_time()),
+        ).run()  # fmt: skip
+    return median(after - before for before, after in zip(times, times[1:])) / _STEPS_BETWEEN_TIMES
+
+
+def _share_latents(start: Path, folder: Path) -> None:
+    """Copy the encoded training set, which is looked at before it is used, and so not made again."""
+    source, target = (each / CHECKPOINTS / LATENTS_FILE for each in (start, folder))
+    if source.is_file() and not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+
+def _shown_cost(cost: Record | None) -> list[str]:
+    if cost is None:
+        return ["-"] * 3
+    return [f"{cost['parameters']:,}", f"{1000 * cost['seconds']:.0f}", f"{cost['steps']:,}"]
+
+
+def _shown_quality(quality: Record | None) -> list[str]:
+    if quality is None:
+        return ["-"] * 3
+    return [f"{quality['frechet']:.2f}", f"{quality['density']:.3f}", f"{quality['coverage']:.3f}"]
+
+
+def _percent(accuracies: Sequence[float]) -> str:
+    if not accuracies:
+        return "-"
+    values = [100 * value for value in accuracies]
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, `sampling` put together from its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("--start", type=Path, required=True, help="the model folder whose autoencoder all share")
+    parser.add_argument("--out", type=Path, help="default: runs/study-denoiser-<dataset>")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--minutes", type=float, default=10, help="of a core, to train each for")
+    parser.add_argument("--images", type=int, default=20, help="samples of a class that are looked at")
+    parser.add_argument("--reference", type=int, default=100, help="real images of a class that they are held against")
+    parser.add_argument("--sampling-steps", type=int, default=12)
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--rounds", type=int, default=0, help="of the protocol, on the first --ipc samples of a class")
+    parser.add_argument("--ipc", type=int, default=10)
+    parser.add_argument("--epochs-setting", type=int, default=30, help="E of the protocol")
+    parser.add_argument("--compile", action="store_true", help="compile before training; pays from some minutes on")
+    parser.add_argument("--table", action="store_true", help="only show what is known")
+    options = parser.parse_args(arguments)
+    options.sampling = SamplingConfig(steps=options.sampling_steps, guidance=options.guidance, batch_size=64)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    study = Study(options)
+    if not options.table:
+        study.run()
+    print(study.table())
+
+
+if __name__ == "__main__":
+    main()
