@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @click.option("--time", "seconds", type=Duration(), help="In all, such as 30m; takes the place of --steps.")
 @click.option("--real-per-class", type=click.IntRange(1), help="Real images of each class that a step compares with.")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.")
+@click.option("--average", type=click.FloatRange(0, 1, max_open=True),
+              help="Share that a step keeps of the images' moving average, which is what is written; 0 for none.")
 @click.option("--trained-share", type=click.FloatRange(0, 1),
               help="Share of steps that go by partly trained networks, not fresh ones.  [default: 0]")
 @click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")

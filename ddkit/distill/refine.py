@@ -47,15 +47,18 @@ class RefineSettings:
 
     real_per_class: real images of each class that a step's mean is taken over.
     learning_rate, momentum: of SGD on the pixels, in normalised space.
+    average: of the images' exponential moving average, which is what is judged and written, the share that a step
+        keeps; it evens out what each step's random network does. 0: the images themselves.
     recognition: weight of the cross-entropy by partly trained networks beside the distance of means.
     displayable: keep pixels within [0, 255]; the challenge does not ask for it.
     check_every: steps between two judgements by a held-out part of the training set; the best set by them is kept.
     check_epochs: E of the training that a judgement takes. held_out: share of each class's training images.
     """
 
-    real_per_class: int = 32
-    learning_rate: float = 1.0
+    real_per_class: int = 16
+    learning_rate: float = 3.0
     momentum: float = 0.5
+    average: float = 0.97
     recognition: float = 0.0
     displayable: bool = False
     check_every: int = 250
@@ -70,6 +73,8 @@ class RefineSettings:
                 raise UsageError(f"RefineSettings.{name} must be positive, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
             raise UsageError(f"RefineSettings.held_out is a share between 0 and 1, got {self.held_out}.")
+        if not 0 <= self.average < 1:
+            raise UsageError(f"RefineSettings.average is a share from 0 to below 1, got {self.average}.")
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ class _Refinement:
         self._references, self._observers = references, observers
         self._spec, self._device, self._progress = references.spec, device, progress
         self._images = state.images.to(device).clone().requires_grad_()
+        self._average = state.average.to(device).clone()
         self._labels = row_labels(self._spec.num_classes, len(state.images) // self._spec.num_classes).to(device)
         self._optimiser = torch.optim.SGD([self._images], settings.learning_rate, momentum=settings.momentum)
         self._optimiser.state[self._images]["momentum_buffer"] = state.velocity.to(device).clone()
@@ -220,6 +226,8 @@ class _Refinement:
         if settings.displayable:
             with torch.no_grad():
                 torch.clamp(self._images, *self._range, out=self._images)
+        # Early averages are shorter: the first images are far from what is to come.
+        self._average.lerp_(self._images.detach(), 1 - min(settings.average, (1 + number) / (10 + number)))
         if not self._images.detach().abs().max() < _LARGEST_PIXEL:
             raise self._diverged(f"its pixels are further than {_LARGEST_PIXEL:,.0f} deviations from their mean")
         return value
@@ -231,7 +239,7 @@ class _Refinement:
         network = build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=seed).to(self._device)
         generator = torch.Generator().manual_seed(seed)
         training = TrainingSettings(settings.check_epochs)
-        run = TrainingRun(network, self._images.detach().clone(), self._labels, training, generator)
+        run = TrainingRun(network, self._average.clone(), self._labels, training, generator)
         while not run.finished:
             if stop:
                 return
@@ -260,6 +268,7 @@ class _Refinement:
     def _keep(self) -> None:
         """Bring the state up to what is on the device."""
         self._state.images = self._images.detach().cpu().clone()
+        self._state.average = self._average.cpu().clone()
         self._state.velocity = self._optimiser.state[self._images]["momentum_buffer"].cpu().clone()
 
 

@@ -23,7 +23,7 @@ from ddkit.tensor_files import save_torch
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
-_VERSION = 2
+_VERSION = 3
 _FRESH = "Start over with --fresh."
 
 
@@ -41,7 +41,8 @@ class RefinementState:
     """A refinement between two steps.
 
     settings: plain values, which have to stay the same. start_sha256: of the set's file as it was;
-    dataset_sha256: of the real training images. images, velocity, best_images: (N, 3, S, S) float32, on the CPU.
+    dataset_sha256: of the real training images. images, velocity, average (of the images, moving) and best_images (the
+    average that was judged best): (N, 3, S, S) float32, on the CPU.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class RefinementState:
     dataset_sha256: str
     images: Tensor
     velocity: Tensor
+    average: Tensor
     best_images: Tensor
     step: int = 0
     seconds: float = 0.0
@@ -61,7 +63,7 @@ class RefinementState:
     ) -> RefinementState:
         """The state before the first step on the set at `path`, which is copied into the folder."""
         _copy_set(path, _before(folder))
-        return cls(folder, settings, sha256_of(path), dataset_sha256, images, torch.zeros_like(images), images)
+        return cls(folder, settings, sha256_of(path), dataset_sha256, images, torch.zeros_like(images), images, images)
 
     @classmethod
     def read(cls, folder: Path, settings: Mapping[str, Any], dataset_sha256: str) -> RefinementState:
@@ -97,7 +99,7 @@ class RefinementState:
         """Take note of what the held-out images say of the present ones."""
         self.judgements.append(Judgement(self.step, round(self.seconds, 1), accuracy))
         if self.best is self.judgements[-1]:
-            self.best_images = self.images
+            self.best_images = self.average
 
     def made(self, path: Path) -> bool:
         """Whether the set at `path` is this refinement's result, the present or an earlier one."""

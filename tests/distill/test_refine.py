@@ -103,6 +103,25 @@ def test_finished_work_is_not_done_again(start, tmp_path):
     assert (start.read_bytes(), (tmp_path / "run" / RECORDS_FILE).read_text()) == (written, records)
 
 
+def test_what_is_judged_and_written_is_the_moving_average_of_the_images(start, tmp_path):
+    x0, states = read(start), []
+    for steps in (1, 2):
+        settings = dataclasses.replace(BLIND, average=0.15, check_every=1)
+        run(start, tmp_path / "run", steps, settings)
+        states.append(read(tmp_path / "run" / "state.pt"))
+    x1, x2 = (state["images"] for state in states)
+    first = 0.1 * x0 + 0.9 * x1
+    assert torch.allclose(states[0]["average"], first, atol=1e-6)
+    assert torch.allclose(states[1]["average"], 0.15 * first + 0.85 * x2, atol=1e-6)
+    averages = [x0, *(state["average"] for state in states)]
+    best = max(states[1]["judgements"], key=lambda judgement: (judgement["accuracy"], judgement["step"]))
+    assert torch.equal(read(start), averages[best["step"]])
+    alone = dataclasses.replace(BLIND, average=0.0)
+    run(start, tmp_path / "alone", 1, alone, out=tmp_path / "alone.pt")
+    state = read(tmp_path / "alone" / "state.pt")
+    assert torch.equal(state["average"], state["images"])
+
+
 def test_displayable_pixels_stay_within_what_a_picture_holds(start, tmp_path):
     for displayable in (False, True):
         settings = dataclasses.replace(BLIND, displayable=displayable, learning_rate=300.0)
@@ -158,7 +177,7 @@ class TestWhatIsRefused:
             run(start, tmp_path / "run", 1)
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.parametrize("wrong", [{"held_out": 0.0}, {"learning_rate": 0.0}, {"check_every": 0}])
+    @pytest.mark.parametrize("wrong", [{"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0}, {"check_every": 0}])
     def test_settings_that_cannot_be_meant(self, wrong):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             dataclasses.replace(QUICK, **wrong)

@@ -75,7 +75,7 @@ def test_of_equal_judgements_the_later_is_the_best(start, tmp_path):
     images = torch.load(start, weights_only=True)
     state = RefinementState.begin(start, images, tmp_path / "run", dataclasses.asdict(SETTINGS), "hash")
     for step, accuracy in ((0, 0.1), (2, 0.3), (4, 0.3), (6, 0.2)):
-        state.step, state.images = step, images + step
+        state.step, state.average = step, images + step
         assert not state.judged
         state.judge(accuracy)
         assert state.judged
