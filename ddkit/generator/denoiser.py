@@ -13,6 +13,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
+
 
 class UViT(ModelMixin, ConfigMixin):
     """A vision transformer over latents in which time, class and patches are all tokens.
@@ -127,7 +130,7 @@ class Block(nn.Module):
         self.attention_out = nn.Linear(hidden_size, hidden_size)
         self.norm_mlp = nn.LayerNorm(hidden_size)
         self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, hidden_size)
+            nn.Linear(hidden_size, inner), TanhGELU(), nn.Linear(inner, hidden_size)
         )
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -141,6 +144,17 @@ class Block(nn.Module):
         heads = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, tokens, hidden / heads)
         return self.attention_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class TanhGELU(nn.Module):
+    """GELU in its approximation by tanh (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: of any shape -> the same shape."""
+        if not torch.compiler.is_compiling():
+            return F.gelu(x, approximate="tanh")
+        # The same, (1 + tanh(u)) / 2 = sigmoid(2 u), which a compiler makes several times as fast on a CPU.
+        return x * torch.sigmoid(x * (_GELU_LINEAR + _GELU_CUBIC * x * x))
 
 
 def timestep_embedding(timestep: Tensor, size: int, longest_period: float = 10_000.0) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddkit.generator import denoiser as module
-from ddkit.generator.denoiser import UViT, timestep_embedding
+from ddkit.generator.denoiser import TanhGELU, UViT, timestep_embedding
 from ddkit.generator.networks import build_denoiser, null_class, predict
 from ddkit.generator.presets import ARCHITECTURES
 
@@ -90,3 +90,12 @@ class TestEveryArchitecture:
         times, labels = torch.full((64,), 300.0), torch.zeros(64, dtype=torch.int64)
         answer = predict(network, noisy(1).expand(64, -1, -1, -1), times, labels)
         assert torch.allclose(answer, answer[:1].expand_as(answer), atol=1e-5)
+
+
+def test_gelu_is_the_same_compiled_and_not():
+    values = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    traced = torch.export.export(TanhGELU(), (values,)).module()(values)
+    plain = torch.nn.functional.gelu(values, approximate="tanh")
+    assert torch.equal(TanhGELU()(values), plain)
+    assert not torch.equal(traced, plain)  # the other formula it was
+    assert torch.allclose(traced, plain, atol=1e-12)

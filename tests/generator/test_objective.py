@@ -52,6 +52,12 @@ def test_min_snr_weights(prediction, offset):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_without_min_snr_all_noise_levels_weigh_the_same(prediction):
+    objective = Objective(ObjectiveConfig(prediction=prediction, min_snr_gamma=None))
+    assert torch.equal(objective.weight(TIMES), torch.ones_like(TIMES))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_times_follow_their_distribution_and_their_generator(prediction):
     objective = Objective(ObjectiveConfig(prediction=prediction))
     times = objective.draw_times(4000, torch.Generator().manual_seed(3))

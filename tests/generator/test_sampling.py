@@ -31,6 +31,14 @@ def test_images_do_not_depend_on_batch_size_order_or_company(make_model, archite
     assert torch.equal(backwards.labels, labels.flip(0))
 
 
+def test_images_do_not_depend_on_how_many_cores_share_a_batch(make_model):
+    model, config = make_model(), SamplingConfig(steps=3, batch_size=9)
+    asked = class_ordered(3, 3)
+    alone = sample_all(Sampler(model, config), *asked)
+    torch.set_num_threads(2)  # put back by the fixture that set one
+    assert difference(alone, sample_all(Sampler(model, config), *asked)) <= 1
+
+
 def test_seed_class_and_index_each_make_another_image(make_model):
     model = make_model()
     sampler = Sampler(model, SamplingConfig(steps=2, batch_size=4))
