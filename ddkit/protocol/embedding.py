@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ddkit.protocol.convnet import ConvNet
 from ddkit.protocol.tuning import choose_plan
-from ddkit.protocol.winograd import WinogradEngine
+from ddkit.protocol.winograd import FeatureMaps, WinogradEngine
 
 Embedder = Callable[[Tensor], Tensor]
 
@@ -30,15 +31,21 @@ def build_embedder(network: ConvNet, batch_size: int) -> Embedder:
 
 
 class _ThroughEngine(torch.autograd.Function):
-    """Keeps the images alone for the way back: the engine computes what lies between again, in chunks."""
+    """The engine's way there and back, with what it keeps of the images between the two."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, engine: WinogradEngine) -> Tensor:
         ctx.engine = engine
         ctx.save_for_backward(images)
-        return engine.embed(images)
+        ctx.maps = FeatureMaps(len(images), images.shape[-1]) if images.requires_grad else None
+        return engine.embed(images, ctx.maps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, embedding_gradients: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
-        return ctx.engine.image_gradients(images, embedding_gradients), None
+        maps, ctx.maps = ctx.maps, None  # the way back overwrites them
+        if maps is None:
+            maps = FeatureMaps(len(images), images.shape[-1])
+            ctx.engine.embed(images, maps)
+        return ctx.engine.image_gradients(images, embedding_gradients, maps), None

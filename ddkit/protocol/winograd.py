@@ -102,26 +102,29 @@ class WinogradEngine:
         return batch.logits
 
     @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, F) float32: the network's `embed`, without gradients."""
+    def embed(self, images: Tensor, keep: FeatureMaps | None = None) -> Tensor:
+        """(N, 3, S, S) -> (N, F) float32: the network's `embed`, without gradients.
+
+        keep: of N images, filled with what `image_gradients` needs.
+        """
         images = images.float().contiguous()
         weights = _Weights(self._network, self._plan.precision)
         embedding = torch.empty(len(images), self._network.classifier.in_features)
-        self._share_out(len(images), lambda worker, ranges: worker.embed(images, embedding, ranges, weights))
+        self._share_out(len(images), lambda worker, ranges: worker.embed(images, embedding, ranges, weights, keep))
         return embedding
 
     @torch.no_grad()
-    def image_gradients(self, images: Tensor, embedding_gradients: Tensor) -> Tensor:
+    def image_gradients(self, images: Tensor, embedding_gradients: Tensor, kept: FeatureMaps) -> Tensor:
         """The way back of `embed` to the images: (N, F) gradients of embeddings -> (N, 3, S, S) of images.
 
-        Computes the embeddings again instead of keeping what lies between, and no gradient of the weights.
+        kept: by `embed` of the same images and weights; overwritten. Computes no gradient of the weights.
         """
         images, embedding_gradients = images.float().contiguous(), embedding_gradients.float().contiguous()
         weights = _Weights(self._network, self._plan.precision)
         gradients = torch.empty_like(images)
 
         def work(worker: _Worker, ranges: list[tuple[int, int]]) -> None:
-            worker.differentiate(images, embedding_gradients, gradients, ranges, weights)
+            worker.differentiate(images, embedding_gradients, gradients, ranges, weights, kept)
 
         self._share_out(len(images), work)
         return gradients
@@ -201,6 +204,24 @@ class _Gradients:
         return self
 
 
+class FeatureMaps:
+    """What the way back needs of `n` images: outputs of the convolutions of blocks 2 and 3, and the norms' statistics.
+
+    160 KiB an image of side 32; that of block 1, four times as much, is computed again.
+    """
+
+    def __init__(self, n: int, side: int) -> None:
+        self.values = [torch.empty(n, (side // shrunk) ** 2 * NETWORK_WIDTH) for shrunk in (2, 4)]
+        self.statistics = torch.empty(3, n, 2, NETWORK_WIDTH)
+
+    def rows(self, start: int, end: int) -> FeatureMaps:
+        """Those of some images, in the same memory."""
+        part = object.__new__(FeatureMaps)
+        part.values = [values[start:end] for values in self.values]
+        part.statistics = self.statistics[:, start:end]
+        return part
+
+
 class _NormData(ctypes.Structure):
     """`NormData` of winograd.cpp."""
 
@@ -216,12 +237,11 @@ class _Worker:
         self._library = load()
         self._side = network.image_size
         self._features = network.features
-        n, half, quarter = plan.chunk, self._side // 2, self._side // 4
-        # Of blocks 2 and 3, each: the inputs' tiles and the products' tiles, and the convolution's outputs.
-        self._tiles_per_image = [(side // _TILE) ** 2 for side in (half, quarter)]
+        n = plan.chunk
+        # Of blocks 2 and 3, each: the inputs' tiles and the products' tiles.
+        self._tiles_per_image = [(self._side // shrunk // _TILE) ** 2 for shrunk in (2, 4)]
         self._tiles = [torch.zeros(2, _plane_floats(n * tiles) * _PLANES) for tiles in self._tiles_per_image]
-        self._values = [torch.zeros(n * side * side * NETWORK_WIDTH) for side in (half, quarter)]
-        self._statistics = torch.zeros(3, n, 2, NETWORK_WIDTH)
+        self._maps = FeatureMaps(n, self._side)
         self._embedding = torch.zeros(n, network.classifier.in_features)
         self._scratch = torch.zeros(self._library.scratch_floats(self._side))
         self.gradients = _Gradients()
@@ -231,7 +251,7 @@ class _Worker:
         """Fill these rows of the batch's logits."""
         for start, end in ranges:
             embedding = self._embedding[: end - start]
-            self._forward(batch.images[start:end], embedding, weights)
+            self._forward(batch.images[start:end], embedding, weights, self._maps)
             torch.addmm(weights.classifier_bias, embedding, weights.classifier.t(), out=batch.logits[start:end])
 
     @torch.no_grad()
@@ -240,16 +260,24 @@ class _Worker:
         self.gradients.zero_()
         for start, end in ranges:
             images, embedding = batch.images[start:end], batch.embedding[start:end]
-            self._forward(images, embedding, weights)
+            self._forward(images, embedding, weights, self._maps)
             logits = torch.addmm(weights.classifier_bias, embedding, weights.classifier.t())
             self._cross_entropy(batch, start, end, logits)
             self._backward(images, batch.logit_gradients[start:end] @ weights.classifier, weights)
 
     @torch.no_grad()
-    def embed(self, images: Tensor, embedding: Tensor, ranges: list[tuple[int, int]], weights: _Weights) -> None:
-        """Fill these rows of `embedding`."""
+    def embed(
+        self,
+        images: Tensor,
+        embedding: Tensor,
+        ranges: list[tuple[int, int]],
+        weights: _Weights,
+        keep: FeatureMaps | None,
+    ) -> None:
+        """Fill these rows of `embedding` and, where given, of `keep`."""
         for start, end in ranges:
-            self._forward(images[start:end], embedding[start:end], weights)
+            maps = keep.rows(start, end) if keep else self._maps
+            self._forward(images[start:end], embedding[start:end], weights, maps)
 
     @torch.no_grad()
     def differentiate(
@@ -259,11 +287,12 @@ class _Worker:
         image_gradients: Tensor,
         ranges: list[tuple[int, int]],
         weights: _Weights,
+        kept: FeatureMaps,
     ) -> None:
         """Fill these rows of `image_gradients`."""
         for start, end in ranges:
-            self._forward(images[start:end], self._embedding[: end - start], weights)
-            self._backward_to_images(images[start:end], embedding_gradients[start:end], image_gradients[start:end], weights)
+            rows, maps = slice(start, end), kept.rows(start, end)
+            self._backward_to_images(images[rows], embedding_gradients[rows], image_gradients[rows], weights, maps)
 
     def _cross_entropy(self, batch: _Batch, start: int, end: int, logits: Tensor) -> None:
         labels = batch.labels[start:end, None]
@@ -274,47 +303,58 @@ class _Worker:
         # Of the mean over the whole batch.
         torch.div(gradients, len(batch.images), out=batch.logit_gradients[start:end])
 
-    def _forward(self, images: Tensor, embedding: Tensor, weights: _Weights) -> None:
+    def _forward(self, images: Tensor, embedding: Tensor, weights: _Weights, maps: FeatureMaps) -> None:
+        """Fill `embedding` and `maps`."""
         n, side, run = len(images), self._side, self._run
         inputs, products = self._planes(0, n)
         last_inputs, last_products = self._planes(1, n)
-        run("first_forward", images, n, side, weights.first, self._norm(0), *inputs, weights.rounded, self._scratch)
+        run("first_forward", images, n, side, weights.first, self._norm(0, maps), *inputs, weights.rounded, self._scratch)
         torch.bmm(inputs[0], weights.tiles[0], out=products[0])
-        run("middle_forward", *products, n, side // 2, self._norm(1), self._values[0], *last_inputs, weights.rounded,
+        run("middle_forward", *products, n, side // 2, self._norm(1, maps), maps.values[0], *last_inputs, weights.rounded,
             self._scratch)  # fmt: skip
         torch.bmm(last_inputs[0], weights.tiles[1], out=last_products[0])
-        run("last_forward", *last_products, n, side // 4, self._norm(2), self._values[1], embedding, self._scratch)
+        run("last_forward", *last_products, n, side // 4, self._norm(2, maps), maps.values[1], embedding, self._scratch)
 
     def _backward(self, images: Tensor, embedding_gradients: Tensor, weights: _Weights) -> None:
         """Add to `self.gradients` what these images contribute."""
-        self._backward_to_first_block(len(images), embedding_gradients, weights, add_to=self.gradients.tiles)
+        self._backward_to_first_block(len(images), embedding_gradients, weights, self._maps, add_to=self.gradients.tiles)
         inputs, _ = self._planes(0, len(images))
-        self._run("first_backward", *inputs, images, len(images), self._side, weights.first, self._norm(0),
-                  self.gradients.first, self._scratch)  # fmt: skip
+        self._run("first_backward", *inputs, images, len(images), self._side, weights.first,
+                  self._norm(0, self._maps), self.gradients.first, self._scratch)  # fmt: skip
 
     def _backward_to_images(
-        self, images: Tensor, embedding_gradients: Tensor, image_gradients: Tensor, weights: _Weights
+        self,
+        images: Tensor,
+        embedding_gradients: Tensor,
+        image_gradients: Tensor,
+        weights: _Weights,
+        maps: FeatureMaps,
     ) -> None:
-        self._backward_to_first_block(len(images), embedding_gradients, weights, add_to=(None, None))
+        self._backward_to_first_block(len(images), embedding_gradients, weights, maps, add_to=(None, None))
         inputs, _ = self._planes(0, len(images))
         columns = torch.empty(self._side**2, _COLUMN)
         self._run("first_backward_to_images", *inputs, images, len(images), self._side, weights.first,
-                  weights.first_rows, self._norm(0), image_gradients, columns, self._scratch)  # fmt: skip
+                  weights.first_rows, self._norm(0, maps), image_gradients, columns, self._scratch)  # fmt: skip
 
     def _backward_to_first_block(
-        self, n: int, embedding_gradients: Tensor, weights: _Weights, add_to: Sequence[Tensor | None]
+        self,
+        n: int,
+        embedding_gradients: Tensor,
+        weights: _Weights,
+        maps: FeatureMaps,
+        add_to: Sequence[Tensor | None],
     ) -> None:
-        """Replace the tiles that block 2 read by their gradients.
+        """Replace the tiles that block 2 read by their gradients, and `maps` by others.
 
         add_to: of blocks 2 and 3, the sums of the weights' gradients, None where those are not wanted.
         """
         side, run = self._side, self._run
         inputs, products = self._planes(0, n)
         last_inputs, last_products = self._planes(1, n)
-        run("last_backward", embedding_gradients, n, side // 4, self._norm(2), self._values[1], *last_products,
+        run("last_backward", embedding_gradients, n, side // 4, self._norm(2, maps), maps.values[1], *last_products,
             weights.rounded, self._scratch)  # fmt: skip
         _multiply_back(last_inputs[0], last_products[0], weights.tiles[1], add_to[1])
-        run("middle_backward", *last_inputs, n, side // 2, self._norm(1), self._values[0], *products, weights.rounded,
+        run("middle_backward", *last_inputs, n, side // 2, self._norm(1, maps), maps.values[0], *products, weights.rounded,
             self._scratch)  # fmt: skip
         _multiply_back(inputs[0], products[0], weights.tiles[0], add_to[0])
 
@@ -327,10 +367,10 @@ class _Worker:
             for memory in self._tiles[place]
         ]
 
-    def _norm(self, place: int) -> _NormData:
+    def _norm(self, place: int, maps: FeatureMaps) -> _NormData:
         norm = self._features[4 * place + 1]
         weight_gradient, bias_gradient = self.gradients.norms[place]
-        tensors = (norm.weight, norm.bias, self._statistics[place], weight_gradient, bias_gradient)
+        tensors = (norm.weight, norm.bias, maps.statistics[place], weight_gradient, bias_gradient)
         return _NormData(*(tensor.data_ptr() for tensor in tensors))
 
     def _run(self, function: str, *arguments: Tensor | int | bool | _NormData) -> None:

@@ -35,3 +35,12 @@ def test_a_network_trained_on_is_seen_as_it_now_is():
         network.features[9].bias += 1
     torch.testing.assert_close(embed(images), network.embed(images), atol=1e-4, rtol=0)
     assert not torch.allclose(embed(images), before)
+
+
+def test_the_way_back_can_be_gone_twice():
+    network = build_network("convnet", 10, 16, seed=0)
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    embedding = build_embedder(network, 3)(images)
+    first, second = (torch.autograd.grad(embedding.sum(), images, retain_graph=True)[0] for _ in range(2))
+    assert first.abs().max() > 0
+    assert torch.equal(first, second)
