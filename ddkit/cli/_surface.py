@@ -222,7 +222,7 @@ class _PaceColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         if task.finished:
             return Text(f"in {span_text(task.finished_time or 0.0)}", style="progress.elapsed")
-        return Text(_pace_text(task.speed, task.time_remaining), style="progress.remaining")
+        return Text(_pace_text(task.speed, task.time_remaining, task.fields["unit"]), style="progress.remaining")
 
 
 class _ProgressLines:
@@ -256,10 +256,10 @@ class _ProgressLines:
             return ""
         speed = here / elapsed
         if progress.total is None:
-            return _pace_text(speed, None)
+            return _pace_text(speed, None, progress.unit)
         if progress.done >= progress.total:
             return f"in {span_text(elapsed)}"
-        return _pace_text(speed, (progress.total - progress.done) / speed)
+        return _pace_text(speed, (progress.total - progress.done) / speed, progress.unit)
 
 
 def _count_text(done: float, total: float | None, unit: str) -> str:
@@ -267,9 +267,9 @@ def _count_text(done: float, total: float | None, unit: str) -> str:
     return f"{count} {unit}".rstrip()
 
 
-def _pace_text(speed: float | None, seconds_left: float | None) -> str:
+def _pace_text(speed: float | None, seconds_left: float | None, unit: str) -> str:
     parts = []
-    if speed:
+    if speed and unit != "s":  # seconds pass at one a second
         parts.append(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s" if speed >= 0.95 else f"{1 / speed:.1f} s each")
     if seconds_left is not None:
         parts.append(f"{span_text(seconds_left)} left")

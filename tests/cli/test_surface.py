@@ -123,6 +123,14 @@ def test_lines_of_a_log_are_far_apart_and_count_only_this_run(clock, capsys):
     ]
 
 
+def test_seconds_have_no_speed(clock, capsys):
+    surface = Surface()
+    for done in (0, 20):
+        surface.listen(Progress("Refining", done, 60, "s"))
+        clock[0] += 20
+    assert capsys.readouterr().err.splitlines()[1] == "Refining: 20/60 s, 40 s left"
+
+
 def test_work_that_begins_anew_is_measured_anew(clock, capsys):
     surface = Surface()
     for done in (1, 3, 1, 3):
