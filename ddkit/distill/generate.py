@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, class_titles, dataset_spec, store_hash
 from ddkit.device import resolve_device
+from ddkit.distill.parts import Parts
 from ddkit.distill.select import BLIND_CHOICES, View, check_choice, choose, choose_in_class
 from ddkit.environment import versions
-from ddkit.errors import UsageError
+from ddkit.errors import Interrupted, UsageError
 from ddkit.generator.pipeline import Model, load_model, model_hash
-from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
+from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample
+from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.metrics.features import reference_features
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.submission.layout import SavedSet, save_set
+
+log = logging.getLogger(__name__)
 
 # How the JSON beside a set calls what it is; `ddkit report` holds others against "random-real".
 KIND_GENERATED = "generated"
@@ -45,6 +50,11 @@ class FromModel:
     def __post_init__(self) -> None:
         check_choice(self.select)
 
+    @property
+    def looks(self) -> bool:
+        """Whether images are looked at to choose among them."""
+        return self.candidates is not None and self.select not in BLIND_CHOICES
+
 
 @dataclass(frozen=True)
 class FromReal:
@@ -60,31 +70,48 @@ def generate(
 ) -> SavedSet:
     """Write a distilled set of `ipc` images per class, its JSON and its contact sheet; earlier ones are replaced.
 
-    out: where the tensor goes, a .pt file. Raises UsageError for an ipc below one, another ending, an unknown dataset
-    or a model of another one, and what `load_model`, `open_dataset` and `save_set` raise.
+    out: where the tensor goes, a .pt file. Samples of a model are kept beside it as they are made: stopped, even
+    killed, the same call goes on with what is missing.
+    Raises UsageError for an ipc below one, another ending, an unknown dataset or a model of another one, Interrupted
+    once asked to stop, and what `load_model`, `open_dataset` and `save_set` raise.
     """
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, not {ipc}.", "The challenge asks for --ipc 10.")
     if out.suffix != ".pt":
         raise UsageError(f"{out} does not end in .pt.", "Name the tensor's file, such as submission/cifar100.pt.")
-    make = _sampled if isinstance(source, FromModel) else _real
-    images, made_by = make(dataset, ipc, source, progress)
-    titles = class_titles(dataset)
-    made_by |= {"versions": versions()}
-    return save_set(out, normalise(images, dataset_spec(dataset)), dataset_spec(dataset), titles, made_by)
+    if isinstance(source, FromReal):
+        return _save(dataset, out, *_real(dataset, ipc, source, progress))
+    return _generate_samples(dataset, ipc, source, out, progress)
 
 
-def _sampled(dataset: str, ipc: int, source: FromModel, progress: Listener) -> tuple[Tensor, dict[str, Any]]:
-    """(classes * ipc, 3, S, S) uint8 of the model, and how they were made."""
+def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> SavedSet:
+    spec = dataset_spec(dataset)
+    return save_set(out, normalise(images, spec), spec, class_titles(dataset), {**made_by, "versions": versions()})
+
+
+def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, progress: Listener) -> SavedSet:
+    """A set of a model's images; what an earlier call has made of it is taken up."""
     spec = dataset_spec(dataset)
     model = load_model(source.folder, dataset=dataset)
     _check_classes(model, spec.num_classes, source.folder)
+    if source.candidates is not None and source.candidates < ipc:
+        raise UsageError(
+            f"{ipc} images of each class cannot be chosen from {source.candidates}.", f"Ask for --candidates {ipc} or more."
+        )
+    made_by = _made_by(model, source)
+    real = open_dataset(dataset, "train", progress=progress) if source.looks else None
+    identity = _identity(made_by, ipc, store_hash(dataset, "train") if source.looks else "")
+    parts = Parts(out, identity, spec.image_shape)
     sampler = Sampler(model, source.sampling, resolve_device(source.device))
-    if source.candidates is None:
-        images = sample_all(sampler, *class_ordered(ipc, spec.num_classes), progress=progress)
-    else:
-        images = _chosen_samples(dataset, sampler, ipc, source, progress)
-    made_by = {
+    images = _complete(_Rows(dataset, ipc, source, sampler, real, progress), parts)
+    saved = _save(dataset, out, images, made_by)
+    parts.drop()
+    return saved
+
+
+def _made_by(model: Model, source: FromModel) -> dict[str, Any]:
+    """How a model's images are made, for the JSON beside them."""
+    return {
         "kind": KIND_GENERATED,
         "model": str(source.folder),
         "model_sha256": model_hash(source.folder),
@@ -93,28 +120,95 @@ def _sampled(dataset: str, ipc: int, source: FromModel, progress: Listener) -> t
         **({} if source.candidates is None else {"candidates": source.candidates}),
         **{name: value for name, value in dataclasses.asdict(source.sampling).items() if name != "compile"},
     }
-    return images, made_by
 
 
-def _chosen_samples(
-    dataset: str, sampler: Sampler, ipc: int, source: FromModel, progress: Listener
-) -> Tensor:
-    """(classes * ipc, 3, S, S) uint8: of each class its candidates are sampled, looked at, and only the chosen kept."""
-    num_classes, candidates = dataset_spec(dataset).num_classes, source.candidates
-    if candidates < ipc:
-        raise UsageError(f"{ipc} images of each class cannot be chosen from {candidates}.", f"Ask for --candidates {ipc} or more.")
-    view = None
-    if source.select not in BLIND_CHOICES:
-        view = _views(open_dataset(dataset, "train", progress=progress), dataset, source.device, progress)
-    chosen = []
-    for c in range(num_classes):
-        labels = torch.full((candidates,), c)
-        images = sampler(labels, torch.arange(candidates)).images
-        seen = view(images, labels) if view else None
-        rows = choose_in_class(source.select, candidates, ipc, seed=source.sampling.seed, label=c, view=seen)
-        chosen.append(images[rows])
-        progress(Progress("Sampling and choosing", (c + 1) * candidates, num_classes * candidates, "images"))
-    return torch.cat(chosen)
+def _identity(made_by: dict[str, Any], ipc: int, dataset_sha256: str) -> dict[str, Any]:
+    """What decides on the images: not the folder's name, nor how many are made at once."""
+    own = {name: value for name, value in made_by.items() if name not in ("model", "batch_size")}
+    return {**own, "ipc": ipc, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
+
+
+def _complete(rows: _Rows, parts: Parts) -> Tensor:
+    """All rows of a set, (classes * ipc, 3, S, S) uint8: those kept, and what is missing, kept as it is made.
+
+    Raises Interrupted once asked to stop.
+    """
+    made = [parts.kept()[: rows.total]]
+    done = len(made[0])
+    if done:
+        log.info("Going on after %d of %d images that an earlier run has made", done, rows.total)
+    with stop_requests() as stop:
+        for new in rows.after(done, stop):
+            made.append(new)
+            done += len(new)
+            if done < rows.total:  # the last ones are in the set at once
+                parts.keep(done - len(new), new)
+            if stop:
+                break
+    if done < rows.total:
+        raise Interrupted(f"Stopped with {done} of {rows.total} images made; they are kept.", "Run the same command again to go on.")
+    return torch.cat(made)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What makes the rows of one set. real: the images to learn to look from; None where no choice looks."""
+
+    dataset: str
+    ipc: int
+    source: FromModel
+    sampler: Sampler
+    real: ImageSet | None
+    progress: Listener
+
+    @property
+    def num_classes(self) -> int:
+        return dataset_spec(self.dataset).num_classes
+
+    @property
+    def total(self) -> int:
+        return self.num_classes * self.ipc
+
+    def after(self, done: int, stop: StopRequest) -> Iterator[Tensor]:
+        """(n, 3, S, S) uint8, again and again: the rows that follow the first `done`."""
+        return self._samples(done) if self.source.candidates is None else self._chosen(done, stop)
+
+    def _samples(self, done: int) -> Iterator[Tensor]:
+        """All samples, batch by batch."""
+        labels, indices = class_ordered(self.ipc, self.num_classes)
+        for batch in sample(self.sampler, labels[done:], indices[done:]):
+            yield batch.images
+            done += len(batch.images)
+            self.progress(Progress("Sampling", done, self.total, "images"))
+
+    def _chosen(self, done: int, stop: StopRequest) -> Iterator[Tensor]:
+        """Class by class: its candidates are sampled, looked at, and only the chosen kept. Ends when asked to stop."""
+        missing = range(done // self.ipc, self.num_classes)
+        if not missing:
+            return
+        view = _views(self.real, self.dataset, self.source.device, self.progress) if self.real else None
+        for label in missing:
+            candidates = self._candidates(label, stop)
+            if stop:
+                return
+            labels = torch.full((len(candidates),), label)
+            yield candidates[
+                choose_in_class(
+                    self.source.select, len(candidates), self.ipc, seed=self.source.sampling.seed, label=label,
+                    view=view(candidates, labels) if view else None,
+                )
+            ]  # fmt: skip
+
+    def _candidates(self, label: int, stop: StopRequest) -> Tensor:
+        """(candidates, 3, S, S) uint8 of one class; fewer when asked to stop."""
+        count, made = self.source.candidates, []
+        for batch in sample(self.sampler, torch.full((count,), label), torch.arange(count)):
+            made.append(batch.images)
+            done = label * count + sum(map(len, made))
+            self.progress(Progress("Sampling and choosing", done, self.num_classes * count, "images"))
+            if stop:
+                break
+        return torch.cat(made)
 
 
 def _views(real: ImageSet, dataset: str, device: str, progress: Listener) -> Callable[[Tensor, Tensor], View]:
