@@ -1,11 +1,14 @@
 """Images per second: diffusers' plain loop beside ddkit's sampling, of the same model, steps, guidance and batch.
 
     python tools/bench_sampling.py [--model FOLDER | --preset NAME --image-size N --classes N]
-        [--steps N] [--guidance W] [--sampler NAME] [--batch-size N] [--batches N] [--precision NAME] [--device NAME]
+        [--steps N] [--guidance W] [--sampler NAME] [--batch-size N] [--batches N] [--precision NAME] [--no-compile]
+        [--cpu-time] [--device NAME]
 
 Without --model the weights are random: speed does not depend on them. Both ways make the same images from the same
 noise, in turn, after a batch each to warm up; the median batch of each counts. The largest difference of a pixel
-between them is printed as well, in steps of 1/255.
+between them is printed as well, in steps of 1/255. With --cpu-time the seconds are those that the process computed,
+not those that passed, which other work on the machine stretches; waiting threads count, so give it one
+(OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -63,11 +66,13 @@ def fast(model: Model, config: SamplingConfig, device: torch.device) -> Callable
     return lambda labels, noise: sampler.from_noise(noise, labels)
 
 
-def measure(make: Callable[[Tensor, Tensor], Tensor], labels: Tensor, noise: Tensor) -> tuple[float, Tensor]:
+def measure(
+    make: Callable[[Tensor, Tensor], Tensor], labels: Tensor, noise: Tensor, clock: Callable[[], float]
+) -> tuple[float, Tensor]:
     """Seconds one batch takes, its way to the CPU included, and its images."""
-    began = time.perf_counter()
+    began = clock()
     images = make(labels, noise)
-    return time.perf_counter() - began, images
+    return clock() - began, images
 
 
 def parse() -> argparse.Namespace:
@@ -83,6 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
@@ -108,13 +114,13 @@ def main() -> None:
     for batch in range(options.batches + 1):
         noise = torch.randn(len(labels), *model.latent_shape, generator=generator_for("cpu", "bench", batch))
         for name, way in ways.items():
-            taken, images[name] = measure(way, labels, noise)
+            taken, images[name] = measure(way, labels, noise, time.process_time if options.cpu_time else time.perf_counter)
             if batch > 0:
                 seconds[name].append(taken)
     speeds = {name: options.batch_size / statistics.median(taken) for name, taken in seconds.items()}
     difference = (images["diffusers"].int() - images["ddkit"].int()).abs().max().item()
     print(f"{describe_device(device)}; {config.sampler}, {config.steps} steps, guidance {config.guidance:g}, "
-          f"batches of {options.batch_size}, {config.precision}, torch {torch.__version__}")  # fmt: skip
+          f"batches of {options.batch_size}, {config.precision}, torch {torch.__version__}" + (", per second of a core" if options.cpu_time else ""))  # fmt: skip
     for name, speed in speeds.items():
         print(f"{name:>10}: {speed:10.1f} images/s")
     print(f"{'ratio':>10}: {speeds['ddkit'] / speeds['diffusers']:10.2f}    largest difference of a pixel: {difference}")

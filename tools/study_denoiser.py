@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -217,7 +218,7 @@ def seconds_per_step(stage: DenoiserStage, *, compile_network: bool) -> float:
             stage, Accelerator(cpu=True), Path(folder), limits,
             compile_network=compile_network, on_record=lambda record: times.append(time.process_time()),
         ).run()  # fmt: skip
-    return median(after - before for before, after in zip(times, times[1:])) / _STEPS_BETWEEN_TIMES
+    return median(after - before for before, after in pairwise(times)) / _STEPS_BETWEEN_TIMES
 
 
 def _share_latents(start: Path, folder: Path) -> None:
