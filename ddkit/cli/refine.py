@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 @click.option("--dataset", help="Of the set; taken from the file's name otherwise.")
 @click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
 @click.option("--time", "seconds", type=Duration(), help="In all, such as 30m; takes the place of --steps.")
+@click.option("--objective", type=click.Choice(("means", "regression")),
+              help="Match the classes' mean features, or let a regression on the set's features tell real images. "
+              "[default: means]")
+@click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
 @click.option("--real-per-class", type=click.IntRange(1), help="Real images of each class that a step compares with.")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.")
 @click.option("--average", type=click.FloatRange(0, 1, max_open=True),

@@ -20,12 +20,12 @@ from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
 from ddkit.device import is_out_of_memory, resolve_device
-from ddkit.distill.matching import distance_of_means, misclassification, same_augmentation
+from ddkit.distill.matching import distance_of_means, misclassification, regression_error, same_augmentation
 from ddkit.distill.observers import Observers, ObserverSettings
 from ddkit.distill.references import References
 from ddkit.distill.state import STATE_FILE, RefinementState
 from ddkit.environment import versions
-from ddkit.errors import ComputeError, Interrupted, UsageError
+from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name
 from ddkit.files import sha256_of
 from ddkit.generator.seeds import derived_seed, generator_for
 from ddkit.interrupt import StopRequest, stop_requests
@@ -37,6 +37,7 @@ from ddkit.submission.check import require_acceptable
 from ddkit.submission.layout import SavedSet, load_tensor, read_facts, row_labels, save_set
 
 KIND_REFINED = "refined"
+METHODS = {"means": "distribution matching", "regression": "neural feature regression"}  # by objective
 _LARGEST_PIXEL = 1000.0  # standard deviations of the dataset's pixels; refined sets that score well stay within ten
 _SEEDS = 2**32  # of PyTorch's generator on the CPU
 
@@ -45,7 +46,9 @@ _SEEDS = 2**32  # of PyTorch's generator on the CPU
 class RefineSettings:
     """How a set is refined; what has to stay the same from call to call.
 
-    real_per_class: real images of each class that a step's mean is taken over.
+    objective: "means", the distance of the classes' mean features from those of real images, or "regression", the
+        error with which ridge regression on the set's features tells real images; ridge: its strength.
+    real_per_class: real images of each class that a step goes by.
     learning_rate, momentum: of SGD on the pixels, in normalised space.
     average: of the images' exponential moving average, which is what is judged and written, the share that a step
         keeps; it evens out what each step's random network does. 0: the images themselves.
@@ -55,6 +58,8 @@ class RefineSettings:
     check_epochs: E of the training that a judgement takes. held_out: share of each class's training images.
     """
 
+    objective: str = "means"
+    ridge: float = 0.2
     real_per_class: int = 16
     learning_rate: float = 3.0
     momentum: float = 0.5
@@ -68,7 +73,9 @@ class RefineSettings:
     observers: ObserverSettings = field(default_factory=ObserverSettings)
 
     def __post_init__(self) -> None:
-        for name in ("real_per_class", "learning_rate", "check_every"):
+        if self.objective not in METHODS:
+            raise UsageError(f"There is no objective '{self.objective}'.", nearest_name(self.objective, tuple(METHODS)))
+        for name in ("ridge", "real_per_class", "learning_rate", "check_every"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"RefineSettings.{name} must be positive, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
@@ -214,7 +221,10 @@ class _Refinement:
         network, trained = self._observers.at(number)
         real = self._references.batch(settings.real_per_class, generator).to(self._device)
         images, real = same_augmentation(self._images, real, generator)
-        loss, embedding = distance_of_means(network, images, real, self._spec.num_classes)
+        if settings.objective == "regression":
+            loss, embedding = regression_error(network, images, real, self._spec.num_classes, settings.ridge)
+        else:
+            loss, embedding = distance_of_means(network, images, real, self._spec.num_classes)
         if trained and settings.recognition > 0:
             loss = loss + settings.recognition * misclassification(network, embedding, self._labels)
         self._optimiser.zero_grad()
@@ -276,7 +286,7 @@ def _write(state: RefinementState, spec: DatasetSpec, out: Path) -> SavedSet:
     """The best set so far, with how it was made."""
     made_by = {
         "kind": KIND_REFINED,
-        "method": "distribution matching",
+        "method": METHODS[state.settings["objective"]],
         "refined_steps": state.best.step,
         "held_out_accuracy": state.best.accuracy,
         "refined_from": state.start_sha256,

@@ -103,6 +103,15 @@ def test_finished_work_is_not_done_again(start, tmp_path):
     assert (start.read_bytes(), (tmp_path / "run" / RECORDS_FILE).read_text()) == (written, records)
 
 
+@pytest.mark.parametrize("objective, method", [("means", "distribution"), ("regression", "regression")])
+def test_what_it_goes_by_is_told(start, tmp_path, objective, method):
+    before = read(start)
+    run(start, tmp_path / "run", 1, dataclasses.replace(BLIND, objective=objective, average=0.0))
+    assert not torch.equal(read(tmp_path / "run" / "state.pt")["images"], before)
+    facts = json.loads(start.with_suffix(".json").read_text())
+    assert facts["objective"] == objective and method in facts["method"]
+
+
 def test_what_is_judged_and_written_is_the_moving_average_of_the_images(start, tmp_path):
     x0, states = read(start), []
     for steps in (1, 2):
@@ -177,7 +186,10 @@ class TestWhatIsRefused:
             run(start, tmp_path / "run", 1)
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.parametrize("wrong", [{"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0}, {"check_every": 0}])
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"objective": "mean"}, {"ridge": 0.0}, {"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0}, {"check_every": 0}],
+    )
     def test_settings_that_cannot_be_meant(self, wrong):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             dataclasses.replace(QUICK, **wrong)

@@ -1,0 +1,59 @@
+"""What a refinement makes smaller, against the same worked out another way."""
+
+import pytest
+import torch
+
+from ddkit.distill.matching import distance_of_means, regression_error
+from ddkit.protocol.networks import build_network
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+CLASSES, RIDGE = 3, 0.3
+
+
+@pytest.fixture
+def network():
+    return build_network("convnet", CLASSES, 16, seed=0)
+
+
+def draw(count, seed):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(value, images):
+    return torch.autograd.grad(value, images)[0]
+
+
+def assert_same_gradients(found, expected):
+    # A ReLU whose input rounds to the other side of zero passes another gradient: few values may differ.
+    wrong = (found - expected).abs() > 1e-2 * expected.abs().max()
+    assert expected.abs().max() > 0 and wrong.float().mean() < 0.01
+
+
+def test_the_distance_of_means_is_that_of_each_class(network):
+    images, real = draw(6, 1).requires_grad_(), draw(12, 2)
+    found, _ = distance_of_means(network, images, real, CLASSES)
+    ours, theirs = network.embed(images).chunk(CLASSES), network.embed(real).detach().chunk(CLASSES)
+    expected = sum(((a.mean(0) - b.mean(0)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert_same_gradients(gradient(found, images), gradient(expected, images))
+
+
+def test_the_regression_is_the_ridge_regression_of_weights(network):
+    images, real = draw(6, 1).requires_grad_(), draw(12, 2)
+    found, _ = regression_error(network, images, real, CLASSES, RIDGE)
+    ours, theirs = network.embed(images).double(), network.embed(real).double().detach()
+    strength = RIDGE * ours.square().sum(1).mean()
+    classes = torch.eye(CLASSES).double() - 1 / CLASSES
+    within = ours.t() @ ours + strength * torch.eye(ours.shape[1])  # the weights' own normal equations
+    weights = torch.linalg.solve(within, ours.t() @ classes.repeat_interleave(2, 0))
+    errors = (theirs @ weights - classes.repeat_interleave(4, 0)).square().sum(1)
+    expected = 10 * errors.sum() / 4
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert_same_gradients(gradient(found, images), gradient(expected, images))
+
+
+def test_a_regression_on_the_real_images_themselves_is_almost_right(network):
+    real = draw(12, 2)
+    assert regression_error(network, real, real, CLASSES, 1e-4)[0] < 0.01
+    assert regression_error(network, real, draw(12, 3), CLASSES, 1e-4)[0] > 1
