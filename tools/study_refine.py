@@ -1,8 +1,8 @@
 """Which way of refining brings most in the same time? One start set, refined in several ways, scored by the protocol.
 
-    python tools/study_refine.py cifar100 [--methods NAME ...] [--seconds S ... | --steps N ...] [--epochs-setting E]
+    python tools/study_refine.py cifar100 [--methods NAME ...] [--seconds S ... | --steps N ...] [--start FILE]
 
-Every method starts from the same random training images and draws the same real images and augmentations; every
+Every method starts from the same random training images, or the set FILE, and draws the same real images and augmentations; every
 budget goes on from the one before. What each has reached, not its best by held-out images, is scored on the test split,
 round by round with the same networks, so that rows can be compared pair by pair. All that is finished is kept in the
 folder: stopped, it goes on when run again. --table shows what there is so far.
@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "32 real": {"learning_rate": 3.0, "real_per_class": 32},
     "half trained": {"learning_rate": 3.0, "observers": _TRAINED},
     "half trained, recognised": {"learning_rate": 3.0, "observers": _TRAINED, "recognition": 0.1},
+    "regression": {"objective": "regression"},
 }
 
 
@@ -71,6 +72,8 @@ class Study:
         return "\n".join(lines)
 
     def _start(self) -> Path:
+        if self.options.start:
+            return self.options.start
         path = self.out / f"{self.options.dataset}.pt"
         if not path.is_file():
             generate(self.options.dataset, self.options.ipc, FromReal("random", seed=self.options.seed), path)
@@ -131,6 +134,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                         help=f"of: {'; '.join(METHODS)}")
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 180.0], help="budgets of wall time")
     parser.add_argument("--steps", type=int, nargs="+", help="budgets of steps, in the place of --seconds")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="the set to start from, such as one refined before")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--epochs-setting", type=int, default=100, help="E of the evaluations")
     parser.add_argument("--rounds", type=int, default=2)
