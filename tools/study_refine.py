@@ -2,10 +2,10 @@
 
     python tools/study_refine.py cifar100 [--methods NAME ...] [--seconds S ... | --steps N ...] [--start FILE]
 
-Every method starts from the same random training images, or the set FILE, and draws the same real images and augmentations; every
-budget goes on from the one before. What each has reached, not its best by held-out images, is scored on the test split,
-round by round with the same networks, so that rows can be compared pair by pair. All that is finished is kept in the
-folder: stopped, it goes on when run again. --table shows what there is so far.
+Every method starts from the same random training images, or the set FILE, and draws the same real images and
+augmentations; every budget goes on from the one before. What each has reached, not its best by held-out images, is
+scored on the test split, round by round with the same networks, so that rows can be compared pair by pair. All that is
+finished is kept in the folder: stopped, it goes on when run again. --table shows what there is so far.
 """
 
 from __future__ import annotations
