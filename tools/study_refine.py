@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ class Study:
         self._once(self._row(START, Limits(0)), lambda: self._score(load_tensor(start, self.spec)))
         for method in self.options.methods:
             for limits in _budgets(self.options):
-                self._once(self._row(method, limits), lambda method=method, limits=limits: self._refined(start, method, limits))
+                work = functools.partial(self._refined, start, method, limits)
+                self._once(self._row(method, limits), work)
 
     def table(self) -> str:
         """What is known, as Markdown."""

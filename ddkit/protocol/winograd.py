@@ -308,16 +308,18 @@ class _Worker:
         n, side, run = len(images), self._side, self._run
         inputs, products = self._planes(0, n)
         last_inputs, last_products = self._planes(1, n)
-        run("first_forward", images, n, side, weights.first, self._norm(0, maps), *inputs, weights.rounded, self._scratch)
-        torch.bmm(inputs[0], weights.tiles[0], out=products[0])
-        run("middle_forward", *products, n, side // 2, self._norm(1, maps), maps.values[0], *last_inputs, weights.rounded,
+        run("first_forward", images, n, side, weights.first, self._norm(0, maps), *inputs, weights.rounded,
             self._scratch)  # fmt: skip
+        torch.bmm(inputs[0], weights.tiles[0], out=products[0])
+        run("middle_forward", *products, n, side // 2, self._norm(1, maps), maps.values[0], *last_inputs,
+            weights.rounded, self._scratch)  # fmt: skip
         torch.bmm(last_inputs[0], weights.tiles[1], out=last_products[0])
         run("last_forward", *last_products, n, side // 4, self._norm(2, maps), maps.values[1], embedding, self._scratch)
 
     def _backward(self, images: Tensor, embedding_gradients: Tensor, weights: _Weights) -> None:
         """Add to `self.gradients` what these images contribute."""
-        self._backward_to_first_block(len(images), embedding_gradients, weights, self._maps, add_to=self.gradients.tiles)
+        tiles = self.gradients.tiles
+        self._backward_to_first_block(len(images), embedding_gradients, weights, self._maps, add_to=tiles)
         inputs, _ = self._planes(0, len(images))
         self._run("first_backward", *inputs, images, len(images), self._side, weights.first,
                   self._norm(0, self._maps), self.gradients.first, self._scratch)  # fmt: skip

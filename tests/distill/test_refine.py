@@ -188,7 +188,8 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"objective": "mean"}, {"ridge": 0.0}, {"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0}, {"check_every": 0}],
+        [{"objective": "mean"}, {"ridge": 0.0}, {"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0},
+         {"check_every": 0}],
     )
     def test_settings_that_cannot_be_meant(self, wrong):
         with pytest.raises(UsageError, match=next(iter(wrong))):
