@@ -25,9 +25,9 @@ from ddkit.errors import ComputeError, Interrupted, UsageError
 from ddkit.generator.checkpoints import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from ddkit.generator.compiling import compiled
 from ddkit.generator.presets import OptimiserConfig
-from ddkit.generator.threads import cores_for, side_by_side
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
+from ddkit.threads import cores_for, side_by_side
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from ddkit.generator.networks import null_class, predict
 from ddkit.generator.pipeline import Model
 from ddkit.generator.samplers import linear_plan, make_scheduler
 from ddkit.generator.seeds import generator_for
-from ddkit.generator.threads import cores_for, side_by_side
 from ddkit.progress import Listener, Progress, ignore
+from ddkit.threads import cores_for, side_by_side
 
 _PART = 32  # images that a core computes together; more are no faster
 

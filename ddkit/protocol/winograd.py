@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,6 +36,7 @@ from ddkit.challenge import NETWORK_WIDTH
 from ddkit.protocol.convnet import ConvNet
 from ddkit.protocol.kernels import load_library
 from ddkit.protocol.plan import EnginePlan
+from ddkit.threads import threads
 
 _SOURCE = Path(__file__).with_name("winograd.cpp")
 _TILE = 4  # outputs a side
@@ -136,7 +135,7 @@ class WinogradEngine:
             (worker, list(_even_parts(start, end, -(-(end - start) // self._plan.chunk))))
             for worker, (start, end) in zip(self._workers, parts, strict=False)
         ]
-        for future in [_threads(self._plan.workers).submit(work, *job) for job in jobs]:
+        for future in [threads(self._plan.workers).submit(work, *job) for job in jobs]:
             future.result()
         return [worker for worker, _ in jobs]
 
@@ -410,20 +409,6 @@ def load() -> ctypes.CDLL:
     library.scratch_floats.argtypes = (number,)
     library.scratch_floats.restype = floats
     return library
-
-
-@functools.cache
-def _threads(workers: int) -> ThreadPoolExecutor:
-    """So many threads, in each of which PyTorch itself computes with one."""
-    all_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, "ddkit-winograd", initializer=torch.set_num_threads, initargs=(1,))
-    barrier = threading.Barrier(workers + 1)
-    for _ in range(workers):
-        pool.submit(barrier.wait)
-    barrier.wait()
-    # Setting it in a thread also sets what threads to come start with.
-    torch.set_num_threads(all_threads)
-    return pool
 
 
 def _even_parts(start: int, end: int, parts: int) -> Iterator[tuple[int, int]]:

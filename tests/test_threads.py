@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ddkit.generator.threads import cores_for, side_by_side
+from ddkit.threads import cores_for, side_by_side
 
 
 @pytest.fixture

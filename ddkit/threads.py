@@ -28,11 +28,11 @@ def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part], workers:
 
     What is set for a thread, such as inference mode, `work` sets itself.
     """
-    return map(work, parts) if workers == 1 else _threads(workers).map(work, parts)
+    return map(work, parts) if workers == 1 else threads(workers).map(work, parts)
 
 
 @functools.cache
-def _threads(workers: int) -> ThreadPoolExecutor:
+def threads(workers: int) -> ThreadPoolExecutor:
     """So many threads, in each of which PyTorch itself computes with one."""
     all_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, "ddkit-parts", initializer=_compute_alone)
