@@ -61,8 +61,9 @@ def evaluate(images: Tensor, test_set: TestSet, options: argparse.Namespace) -> 
 
 def row(name: str, of_pixels: str, accuracies: Accuracies, lost: str) -> str:
     """Of the table."""
-    mean, std = 100 * sum(accuracies) / len(accuracies), 100 * std_of(accuracies)
-    return f"| {name} | {of_pixels} | {len(accuracies)} | {mean:.2f} ± {std:.2f} | {lost} |"
+    mean, std = sum(accuracies) / len(accuracies), std_of(accuracies)
+    spread = "" if std is None else f" ± {100 * std:.2f}"
+    return f"| {name} | {of_pixels} | {len(accuracies)} | {100 * mean:.2f}{spread} | {lost} |"
 
 
 def lost_points(real: Accuracies, reconstructed: Accuracies) -> str:
