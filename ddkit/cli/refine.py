@@ -26,16 +26,16 @@ if TYPE_CHECKING:
               help="Match the classes' mean features, or let a regression on the set's features tell real images. "
               "[default: means]")
 @click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
-@click.option("--real-per-class", type=click.IntRange(1), help="Real images of each class that a step compares with.")
-@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.")
+@click.option("--real-per-class", type=click.IntRange(1), help="Real images of each class that a step compares with.  [default: 16]")
+@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.  [default: 3]")
 @click.option("--average", type=click.FloatRange(0, 1, max_open=True),
-              help="Share that a step keeps of the images' moving average, which is what is written; 0 for none.")
+              help="Share that a step keeps of the images' moving average, which is what is written; 0 for none.  [default: 0.97]")
 @click.option("--trained-share", type=click.FloatRange(0, 1),
               help="Share of steps that go by partly trained networks, not fresh ones.  [default: 0]")
 @click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
 @click.option("--displayable", is_flag=True, help="Keep pixels within [0, 255]; the challenge does not ask for it.")
-@click.option("--check-every", type=click.IntRange(1), help="Steps between judgements by held-out training images.")
-@click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.")
+@click.option("--check-every", type=click.IntRange(1), help="Steps between judgements by held-out training images.  [default: 250]")
+@click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.  [default: 100]")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
               help="The refined set's file; PATH itself, whose former set is kept in --run.")
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path),
