@@ -27,6 +27,7 @@ def script(folder, body):
 
 
 SAVES = """
+import torch
 print("chatter")
 images = torch.full((3, 3, 32, 32), float(arguments.seed))
 torch.save({"images": images, "labels": torch.tensor([0, 1, 1])}, arguments.out)
