@@ -26,7 +26,8 @@ if TYPE_CHECKING:
               help="Match the classes' mean features, or let a regression on the set's features tell real images. "
               "[default: means]")
 @click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
-@click.option("--real-per-class", type=click.IntRange(1), help="Real images of each class that a step compares with.  [default: 16]")
+@click.option("--real-per-class", type=click.IntRange(1),
+              help="Real images of each class that a step compares with.  [default: 16]")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.  [default: 3]")
 @click.option("--average", type=click.FloatRange(0, 1, max_open=True),
               help="Share that a step keeps of the images' moving average, which is what is written; 0 for none.  [default: 0.97]")

@@ -146,7 +146,9 @@ def _complete(rows: _Rows, parts: Parts) -> Tensor:
             if stop:
                 break
     if done < rows.total:
-        raise Interrupted(f"Stopped with {done} of {rows.total} images made; they are kept.", "Run the same command again to go on.")
+        raise Interrupted(
+            f"Stopped with {done} of {rows.total} images made; they are kept.", "Run the same command again to go on."
+        )
     return torch.cat(made)
 
 

@@ -128,7 +128,7 @@ class Engine:
         if compile_network:
             self._loss = compiled(self._loss)
         self._compiling = compile_network  # until the first step
-        self._workers = self._workers_for(stage)
+        self._workers = workers_for(stage, accelerator.device, accelerator.num_processes)
         self._ema = averaging(self._parameters, stage.ema_width, stage.ema_decay)
         self._resume()
 
@@ -228,7 +228,7 @@ class Engine:
 
     def _backward_side_by_side(self, parts: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """The same, every part cut into one for each core. Gradients are added in order, so that sums are the same again."""
-        pieces = [piece for part in parts for piece in _cut(part, self._workers)]
+        pieces = [piece for part in parts for piece in cut(part, self._workers)]
 
         def work(piece: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             loss, *figures = self._loss(**piece)
@@ -244,13 +244,6 @@ class Engine:
                 values.append(value)
                 _add_gradients(self._parameters, gradients)
         return values
-
-    def _workers_for(self, stage: Stage) -> int:
-        """How many cores share a step. What is kept from step to step wants a part as a whole, and processes share already."""
-        part = stage.optimiser.batch_size // (self.accelerator.num_processes * stage.optimiser.accumulation)
-        workers = cores_for(self.accelerator.device)
-        alone = self.accelerator.num_processes == 1 and stage.memory is None
-        return workers if alone and part % workers == 0 else 1
 
     def _own_parts(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """This process's share of the global batch, in as many parts as the step is computed in."""
@@ -340,12 +333,19 @@ class Engine:
         )
 
 
+def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
+    """How many cores share a step. What is kept from step to step wants a part as a whole, and processes share already."""
+    part = stage.optimiser.batch_size // (processes * stage.optimiser.accumulation)
+    workers = cores_for(device)
+    return workers if processes == 1 and stage.memory is None and part % workers == 0 else 1
+
+
 def _detached(*values: Tensor) -> Tensor:
     """Scalars as (n,) float32."""
     return torch.stack([value.detach().float() for value in values])
 
 
-def _cut(part: Mapping[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
+def cut(part: Mapping[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
     """A part as that many equal ones."""
     cut = {name: values.chunk(pieces) for name, values in part.items()}
     return [{name: values[k] for name, values in cut.items()} for k in range(pieces)]

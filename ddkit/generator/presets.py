@@ -317,8 +317,7 @@ def _minimax_paper() -> GeneratorConfig:
             steps=10_000, batch_size=8, learning_rate=1e-3, warmup_steps=1, decay_after_steps=10**9, clip_norm=1e9,
             beta2=0.999,
         ),
-        # Every noise level counts the same.
-        ObjectiveConfig(prediction="epsilon", min_snr_gamma=1e9),
+        ObjectiveConfig(prediction="epsilon", min_snr_gamma=None),  # every noise level counts the same
         ema_decay=0.9999,
         compile=False,
         minimax=MinimaxConfig(init="facebook/DiT-XL-2-256"),

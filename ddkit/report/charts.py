@@ -75,9 +75,9 @@ def interval_charts(group: Group) -> tuple[IntervalChart, ...]:
 def line_chart(
     title: str, x_title: str, series: Mapping[str, Sequence[tuple[float, float]]], *, from_zero: bool = False
 ) -> LineChart | None:
-    """A chart of the series that have points, (x, y) each in the order of x; None when none has. Points that are not finite are left out.
+    """A chart of the series that have points, (x, y) each in the order of x; None when none has.
 
-    from_zero: the vertical axis begins at zero.
+    Points that are not finite are left out. from_zero: the vertical axis begins at zero.
     """
     finite = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
     finite = {name: points for name, points in finite.items() if points}
