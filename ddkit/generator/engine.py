@@ -27,6 +27,7 @@ from ddkit.generator.compiling import compiled
 from ddkit.generator.presets import OptimiserConfig
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
+from ddkit.threads import cores_for, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ class Engine:
         self._loss, self._optimiser = accelerator.prepare(stage.loss, optimiser)
         if compile_network:
             self._loss = compiled(self._loss)
+        self._compiling = compile_network  # until the first step
+        self._workers = workers_for(stage, accelerator.device, accelerator.num_processes)
         self._ema = averaging(self._parameters, stage.ema_width, stage.ema_decay)
         self._resume()
 
@@ -204,20 +207,43 @@ class Engine:
         rate = self.stage.optimiser.rate(self.step)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        batch = self.stage.draw(self.step, self.accelerator.device)
-        parts = self._own_parts(batch)
-        losses = []
+        parts = self._own_parts(self.stage.draw(self.step, self.accelerator.device))
+        values = self._backward(parts) if self._workers == 1 else self._backward_side_by_side(parts)
+        self.accelerator.clip_grad_norm_(self._parameters, self.stage.optimiser.clip_norm)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._ema.step(self._parameters)
+        return torch.stack(values).mean(dim=0)
+
+    def _backward(self, parts: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Leave the gradient of the mean loss in the parameters; returns each part's loss and figures."""
+        values = []
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self._loss):
                 loss, *figures = self._loss(**part)
                 self.accelerator.backward(loss / len(parts))
-            losses.append(torch.stack([value.detach().float() for value in (loss, *figures)]))
-        self.accelerator.clip_grad_norm_(self._parameters, self.stage.optimiser.clip_norm)
-        self._optimiser.step()
-        self._optimiser.zero_grad()
-        self._ema.step(self._parameters)
-        return torch.stack(losses).mean(dim=0)
+            values.append(_detached(loss, *figures))
+        return values
+
+    def _backward_side_by_side(self, parts: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """The same, every part cut into one for each core. Gradients are added in order, so that sums are the same again."""
+        pieces = [piece for part in parts for piece in cut(part, self._workers)]
+
+        def work(piece: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            loss, *figures = self._loss(**piece)
+            gradients = torch.autograd.grad(loss / len(pieces), self._parameters, allow_unused=True)
+            return _detached(loss, *figures), gradients
+
+        # What compiles, compiles once; the pieces after the first find it done.
+        alone = 1 if self._compiling else 0
+        self._compiling = False
+        values = []
+        for group in (pieces[:alone], pieces[alone:]):
+            for value, gradients in side_by_side(work, group, self._workers):
+                values.append(value)
+                _add_gradients(self._parameters, gradients)
+        return values
 
     def _own_parts(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """This process's share of the global batch, in as many parts as the step is computed in."""
@@ -305,6 +331,35 @@ class Engine:
             f"after step {self.step}.",
             remedy + self.stage.remedy,
         )
+
+
+def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
+    """How many cores share a step. What is kept from step to step wants a part as a whole, and processes share already."""
+    part = stage.optimiser.batch_size // (processes * stage.optimiser.accumulation)
+    workers = cores_for(device)
+    return workers if processes == 1 and stage.memory is None and part % workers == 0 else 1
+
+
+def _detached(*values: Tensor) -> Tensor:
+    """Scalars as (n,) float32."""
+    return torch.stack([value.detach().float() for value in values])
+
+
+def cut(part: Mapping[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
+    """A part as that many equal ones."""
+    cut = {name: values.chunk(pieces) for name, values in part.items()}
+    return [{name: values[k] for name, values in cut.items()} for k in range(pieces)]
+
+
+def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            # In the parameter's own layout: those of linear layers come transposed, and fused AdamW takes memory as it lies.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        else:
+            parameter.grad.add_(gradient)
 
 
 def averaging(parameters: Sequence[nn.Parameter], width: float, decay: float | None) -> EMAModel:

@@ -14,12 +14,13 @@ from ddkit.data.store import ImageSet
 from ddkit.errors import ComputeError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.difffit import count_parameters
-from ddkit.generator.engine import Stage
+from ddkit.generator.engine import Stage, cut, workers_for
 from ddkit.generator.latents import LatentSet
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import GeneratorConfig
 from ddkit.generator.pretrained import Start
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
+from ddkit.threads import side_by_side
 
 # Of what is trained: weights, gradients, two moments of AdamW, averaged weights; all float32.
 _COPIES_OF_PARAMETERS = 5
@@ -143,7 +144,7 @@ def _estimate_stage(stage: Stage, device: torch.device, seconds: float) -> Stage
         parameters=counts.total,
         memory=int(fixed + per_image * part),
         fixed_memory=fixed,
-        images_per_second=_speed(stage.loss, batch, seconds) if seconds > 0 else None,
+        images_per_second=_speed(stage.loss, batch, workers_for(stage, device), seconds) if seconds > 0 else None,
         steps=stage.optimiser.steps,
         batch_size=stage.optimiser.batch_size,
     )
@@ -166,20 +167,25 @@ def _bytes_kept(loss: nn.Module, batch: Mapping[str, Tensor]) -> int:
     return sum(kept.values())
 
 
-def _speed(loss: nn.Module, batch: Mapping[str, Tensor], seconds: float) -> float:
-    """Images per second of forward and backward passes, not compiled."""
+def _speed(loss: nn.Module, batch: Mapping[str, Tensor], workers: int, seconds: float) -> float:
+    """Images per second of forward and backward passes, not compiled, shared by so many cores as in training."""
     size = len(next(iter(batch.values())))
-    _pass(loss, batch)
+    _pass(loss, batch, workers)
     began, images = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        _pass(loss, batch)
+        _pass(loss, batch, workers)
         images += size
     return images / (time.perf_counter() - began)
 
 
-def _pass(loss: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    value, *_ = loss(**batch)
-    value.backward()
-    loss.zero_grad(set_to_none=True)
-    if value.is_cuda:
-        torch.cuda.synchronize(value.device)
+def _pass(loss: nn.Module, batch: Mapping[str, Tensor], workers: int) -> None:
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+
+    def work(piece: Mapping[str, Tensor]) -> Tensor:
+        value, *_ = loss(**piece)
+        torch.autograd.grad(value, trained, allow_unused=True)
+        return value
+
+    for value in side_by_side(work, cut(batch, workers), workers):
+        if value.is_cuda:
+            torch.cuda.synchronize(value.device)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -58,6 +59,13 @@ class TestGoingOn:
         assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
         assert load_model(tmp_path / "resumed").facts.steps == 6
         assert load_model(tmp_path / "resumed").facts.images_seen == 36
+
+    def test_so_it_is_where_two_cores_share_each_step(self, data, config, tmp_path):
+        torch.set_num_threads(2)  # put back by the fixture that set one
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "straight")
+        train(data, TrainingRequest(with_steps(config, 2)), tmp_path / "resumed")
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "resumed")
+        assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
 
     def test_an_autoencoder_stopped_midway_goes_on_the_same(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path / "straight")
@@ -129,6 +137,24 @@ class TestTheSameBatchHoweverItIsComputed:
         train(data, TrainingRequest(config), tmp_path / "whole")
         train(data, TrainingRequest(with_optimiser(config, accumulation=3)), tmp_path / "parts")
         assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
+
+    def test_two_cores_amount_to_one(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path / "one")
+        torch.set_num_threads(2)  # put back by the fixture that set one
+        train(data, TrainingRequest(config), tmp_path / "two")
+        assert_same(state(tmp_path / "one", "autoencoder"), state(tmp_path / "two", "autoencoder"), atol=1e-4)
+        # The second stage learns latents that were rounded to half precision, and may have been the other way.
+        ours, theirs = (records(tmp_path / name) for name in ("one", "two"))
+        assert len(ours) == len(theirs)
+        assert [each["loss"] for each in theirs] == pytest.approx([each["loss"] for each in ours], rel=1e-3)
+
+    def test_two_cores_amount_to_one_on_the_same_latents(self, data, config, tmp_path):
+        train(data, TrainingRequest(with_steps(config, 1)), tmp_path / "one")
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "one")
+        torch.set_num_threads(2)  # put back by the fixture that set one
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "two")
+        assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
 
     def test_two_processes_amount_to_one(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path / "one")
