@@ -119,8 +119,9 @@ def main() -> None:
                 seconds[name].append(taken)
     speeds = {name: options.batch_size / statistics.median(taken) for name, taken in seconds.items()}
     difference = (images["diffusers"].int() - images["ddkit"].int()).abs().max().item()
+    unit = ", per second of a core" if options.cpu_time else ""
     print(f"{describe_device(device)}; {config.sampler}, {config.steps} steps, guidance {config.guidance:g}, "
-          f"batches of {options.batch_size}, {config.precision}, torch {torch.__version__}" + (", per second of a core" if options.cpu_time else ""))  # fmt: skip
+          f"batches of {options.batch_size}, {config.precision}, torch {torch.__version__}{unit}")  # fmt: skip
     for name, speed in speeds.items():
         print(f"{name:>10}: {speed:10.1f} images/s")
     print(f"{'ratio':>10}: {speeds['ddkit'] / speeds['diffusers']:10.2f}    largest difference of a pixel: {difference}")

@@ -206,8 +206,9 @@ def main() -> None:
                     seconds[name].append(taken)
     batch = config.denoiser_optimiser.batch_size
     speeds = {name: options.steps * batch / statistics.median(taken) for name, taken in seconds.items()}
+    unit = ", per second of a core" if options.cpu_time else ""
     print(f"{describe_device(device)}; preset {options.preset}, {options.image_size} px, batches of {batch}, "
-          f"{config.precision}, torch {torch.__version__}" + (", per second of a core" if options.cpu_time else ""))  # fmt: skip
+          f"{config.precision}, torch {torch.__version__}{unit}")  # fmt: skip
     for name, speed in speeds.items():
         print(f"{name:>10}: {speed:10.1f} images/s")
     print(f"{'ratio':>10}: {speeds['ddkit'] / speeds['diffusers']:10.2f}")

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,31 +24,26 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median, stdev
-from typing import Any
+from statistics import median
 
 import torch
 from accelerate import Accelerator
+from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 from torch import Tensor
 
 from ddkit.data.images import normalise
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.select import choose
-from ddkit.files import read_json, write_json
 from ddkit.generator.engine import Engine, Limits
-from ddkit.generator.latents import LATENTS_FILE, LatentSet
+from ddkit.generator.latents import LatentSet
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import DenoiserConfig, GeneratorConfig, ObjectiveConfig, preset
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
 from ddkit.generator.stages import DenoiserStage
-from ddkit.generator.training import CHECKPOINTS, TrainingData, TrainingRequest, train
+from ddkit.generator.training import TrainingData, TrainingRequest, train
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
-from ddkit.protocol.evaluate import StateFolder, evaluate
-from ddkit.submission.layout import row_labels
-
-Record = dict[str, Any]
 
 # Of about the U-ViT's size in the preset `tiny`; a step takes about twice its time.
 UNET = DenoiserConfig("unet", hidden_size=64, depth=2, num_heads=2)
@@ -87,7 +80,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.out: Path = options.out or Path("runs") / f"study-denoiser-{options.dataset}"
+        self.findings = Findings(options.out or Path("runs") / f"study-denoiser-{options.dataset}")
         self.spec = dataset_spec(options.dataset)
         self.real = load_dataset(options.dataset, "train")
         self.data = TrainingData(options.dataset, self.real, store_hash(options.dataset, "train"))
@@ -95,7 +88,7 @@ class Study:
     @property
     def arms(self) -> list[Arm]:
         """Those that can be named yet: the better backbone is not known before both are measured."""
-        distances = [self._known(arm.name).get("quality", {}).get("frechet") for arm in BACKBONES]
+        distances = [self.findings.of(arm.name).get("quality", {}).get("frechet") for arm in BACKBONES]
         if None in distances:
             return list(BACKBONES)
         return [*BACKBONES, *objectives(BACKBONES[distances.index(min(distances))])]
@@ -123,39 +116,24 @@ class Study:
         done: set[str] = set()
         while remaining := [arm for arm in self.arms if arm.name not in done]:
             arm = remaining[0]
-            self._once(arm.name, "cost", lambda arm=arm: self._cost(arm))
+            self.findings.once(arm.name, "cost", lambda arm=arm: self._cost(arm))
             self._measure(arm.name, lambda arm=arm: self._samples(arm))
             done.add(arm.name)
 
     def table(self) -> str:
         """What is known, as Markdown."""
-        lines = [
-            "| network, prediction | parameters | ms a step | steps | Frechet | density | coverage | accuracy, % |",
-            "|---" * 8 + "|",
-        ]
+        titles = ["network, prediction", "parameters", "ms a step", "steps", "Frechet", "density", "coverage", "accuracy, %"]
+        rows = []
         for name in (REAL, *(arm.name for arm in self.arms)):
-            known = self._known(name)
+            known = self.findings.of(name)
             cells = [*_shown_cost(known.get("cost")), *_shown_quality(known.get("quality"))]
-            lines.append("| " + " | ".join([name, *cells, _percent(known.get("accuracies", []))]) + " |")
-        return "\n".join(lines)
+            rows.append([name, *cells, percent(known.get("accuracies", []))])
+        return markdown(titles, rows)
 
     def _measure(self, name: str, images: Callable[[], Tensor]) -> None:
-        self._once(name, "quality", lambda: self._quality(images()))
+        self.findings.once(name, "quality", lambda: self._quality(images()))
         if self.options.rounds:
-            self._once(name, "accuracies", lambda: self._accuracies(images()))
-
-    def _once(self, name: str, what: str, work: Callable[[], Any]) -> None:
-        known = self._known(name)
-        if what not in known:
-            write_json(self._folder(name) / "found.json", {**known, what: work()})
-            print(f"{name}: {what}", file=sys.stderr, flush=True)
-
-    def _known(self, name: str) -> Record:
-        path = self._folder(name) / "found.json"
-        return read_json(path) if path.is_file() else {}
-
-    def _folder(self, name: str) -> Path:
-        return self.out / name.replace(", ", "-").replace(" ", "-")
+            self.findings.once(name, "accuracies", lambda: self._accuracies(images()))
 
     def _config(self, arm: Arm) -> GeneratorConfig:
         config = preset(self.options.preset).config(self.spec.image_size)
@@ -183,10 +161,10 @@ class Study:
 
     def _samples(self, arm: Arm) -> Tensor:
         """(classes * images, 3, S, S) uint8 of the arm's model, which is trained where it is not yet."""
-        folder, config = self._folder(arm.name) / "model", self._config(arm)
-        steps = self._known(arm.name)["cost"]["steps"]
+        folder, config = self.findings.folder(arm.name) / "model", self._config(arm)
+        steps = self.findings.of(arm.name)["cost"]["steps"]
         optimiser = dataclasses.replace(config.denoiser_optimiser, steps=steps)
-        _share_latents(self.options.start, folder)
+        share_latents([self.options.start], folder)
         request = TrainingRequest(dataclasses.replace(config, denoiser_optimiser=optimiser), self.options.preset)
         sampler = Sampler(train(self.data, request, folder), self.options.sampling)
         return sample_all(sampler, *class_ordered(self.options.images, self.spec.num_classes))
@@ -200,12 +178,9 @@ class Study:
     def _accuracies(self, images: Tensor) -> list[float]:
         ipc = min(self.options.ipc, self.options.images)
         chosen = images.unflatten(0, (self.spec.num_classes, -1))[:, :ipc].flatten(0, 1)
-        done = evaluate(
-            normalise(chosen, self.spec), row_labels(self.spec.num_classes, ipc), load_dataset(self.spec.name, "test"),
-            rounds=self.options.rounds, epochs_setting=self.options.epochs_setting, spec=self.spec,
-            state=StateFolder(self.out / "evaluations"),
-        )  # fmt: skip
-        return list(done.accuracies)
+        return self.findings.score(
+            normalise(chosen, self.spec), self.spec, rounds=self.options.rounds, epochs_setting=self.options.epochs_setting
+        )
 
 
 def seconds_per_step(stage: DenoiserStage, *, compile_network: bool) -> float:
@@ -221,14 +196,6 @@ def seconds_per_step(stage: DenoiserStage, *, compile_network: bool) -> float:
     return median(after - before for before, after in pairwise(times)) / _STEPS_BETWEEN_TIMES
 
 
-def _share_latents(start: Path, folder: Path) -> None:
-    """Copy the encoded training set, which is looked at before it is used, and so not made again."""
-    source, target = (each / CHECKPOINTS / LATENTS_FILE for each in (start, folder))
-    if source.is_file() and not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
-
-
 def _shown_cost(cost: Record | None) -> list[str]:
     if cost is None:
         return ["-"] * 3
@@ -241,19 +208,10 @@ def _shown_quality(quality: Record | None) -> list[str]:
     return [f"{quality['frechet']:.2f}", f"{quality['density']:.3f}", f"{quality['coverage']:.3f}"]
 
 
-def _percent(accuracies: Sequence[float]) -> str:
-    if not accuracies:
-        return "-"
-    values = [100 * value for value in accuracies]
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, `sampling` put together from its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
+    parser = arguments_of(__doc__)
     parser.add_argument("--start", type=Path, required=True, help="the model folder whose autoencoder all share")
-    parser.add_argument("--out", type=Path, help="default: runs/study-denoiser-<dataset>")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--minutes", type=float, default=10, help="of a core, to train each for")
     parser.add_argument("--images", type=int, default=20, help="samples of a class that are looked at")
@@ -264,7 +222,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--epochs-setting", type=int, default=30, help="E of the protocol")
     parser.add_argument("--compile", action="store_true", help="compile before training; pays from some minutes on")
-    parser.add_argument("--table", action="store_true", help="only show what is known")
     options = parser.parse_args(arguments)
     options.sampling = SamplingConfig(steps=options.sampling_steps, guidance=options.guidance, batch_size=64)
     return options
@@ -272,10 +229,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    study = Study(options)
-    if not options.table:
-        study.run()
-    print(study.table())
+    carry_out(Study(options), options)
 
 
 if __name__ == "__main__":

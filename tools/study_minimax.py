@@ -11,36 +11,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
+from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 from torch import Tensor
 
 from ddkit.data.images import denormalise, normalise, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, generate
 from ddkit.distill.select import choose
-from ddkit.files import read_json, write_json
-from ddkit.generator.latents import LATENTS_FILE
 from ddkit.generator.pipeline import Model, ModelFacts, has_model, save_model
 from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, MinimaxConfig, preset
 from ddkit.generator.pretrained import start_from
 from ddkit.generator.sampling import SamplingConfig
-from ddkit.generator.training import CHECKPOINTS, TrainingData, TrainingRequest, train
+from ddkit.generator.training import TrainingData, TrainingRequest, train
 from ddkit.metrics.coverage import density_and_coverage, nearest
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
-from ddkit.protocol.evaluate import StateFolder, evaluate
-from ddkit.submission.layout import load_tensor, row_labels
-
-Record = dict[str, Any]
+from ddkit.submission.layout import load_tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.out: Path = options.out or Path("runs") / f"study-minimax-{options.dataset}"
+        self.findings = Findings(options.out or Path("runs") / f"study-minimax-{options.dataset}")
         self.spec = dataset_spec(options.dataset)
         self.real = load_dataset(options.dataset, "train")
         self.sweep = [Arm(f"{r:g}, {d:g}", (r, d)) for r, d in options.sweep]
@@ -90,41 +84,28 @@ class Study:
     def run(self) -> None:
         """Everything that is not done yet; of the sweep only the first weights at more than the smallest IPC."""
         for arm in self.arms:
-            self._once(arm, "pictures", lambda arm=arm: self._measure(arm))
+            self.findings.once(arm.name, "pictures", lambda arm=arm: self._measure(arm))
         first = [WITHOUT, PUBLISHED, *self.sweep[:1], START]
         for ipc, epochs in zip(self.options.ipc, self.options.epochs_setting, strict=True):
             for arm in [*first, *self.sweep[1:], REAL] if ipc == min(self.options.ipc) else first:
-                self._once(arm, f"ipc {ipc}", lambda arm=arm, ipc=ipc, epochs=epochs: self._evaluate(arm, ipc, epochs))
+                self.findings.once(arm.name, f"ipc {ipc}", lambda arm=arm, ipc=ipc, epochs=epochs: self._evaluate(arm, ipc, epochs))
 
     def table(self) -> str:
         """What is known, as Markdown."""
         columns = {"arm": "lambda r, d", **_TITLES, **{f"ipc {ipc}": f"IPC {ipc}, %" for ipc in self.options.ipc}}
-        lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
+        rows = []
         for arm in self.arms:
-            found = self._known(arm)
+            found = self.findings.of(arm.name)
             values = {"arm": arm.name, **_shown(found.get("pictures", {}))}
-            values |= {name: _percent(found[name]) for name in columns if name.startswith("ipc") and name in found}
-            lines.append("| " + " | ".join(values.get(name, "-") for name in columns) + " |")
-        return "\n".join(lines)
-
-    def _once(self, arm: Arm, what: str, work: Callable[[], Any]) -> None:
-        known = self._known(arm)
-        if what not in known:
-            write_json(self._folder(arm) / "found.json", {**known, what: work()})
-            print(f"{arm.name}: {what}", file=sys.stderr, flush=True)
-
-    def _known(self, arm: Arm) -> Record:
-        path = self._folder(arm) / "found.json"
-        return read_json(path) if path.is_file() else {}
-
-    def _folder(self, arm: Arm) -> Path:
-        return self.out / arm.name.replace(", ", "-").replace(" ", "-")
+            values |= {name: _scored(found[name]) for name in columns if name.startswith("ipc") and name in found}
+            rows.append([values.get(name, "-") for name in columns])
+        return markdown(list(columns.values()), rows)
 
     def _images(self, arm: Arm, count: int) -> Tensor:
         """(classes, count, 3, S, S) uint8: the first ones are the same whatever the count."""
         if arm.real:
             return self.drawn[:, :count]
-        path = self._folder(arm) / f"{self.options.dataset}-{count}.pt"
+        path = self.findings.folder(arm.name) / f"{self.options.dataset}-{count}.pt"
         if not path.is_file():
             generate(self.options.dataset, count, FromModel(self._model(arm), self.options.sampling), path)
         pixels = to_uint8(denormalise(load_tensor(path, self.spec), self.spec))
@@ -136,9 +117,9 @@ class Study:
 
     def _model(self, arm: Arm) -> Path:
         """The folder of the arm's generator."""
-        folder = self._folder(arm) / "model"
+        folder = self.findings.folder(arm.name) / "model"
         if arm.weights is not None:
-            _share_latents([self.options.start, *self.out.glob("*/model")], folder)
+            share_latents([self.options.start, *self.findings.out.glob("*/model")], folder)
             train(self._data(), TrainingRequest(self._config(*arm.weights), MINIMAX_PRESET), folder)
         elif not has_model(folder):
             generator = start_from(str(self.options.start), self.real.class_names, full=True).generator
@@ -171,13 +152,8 @@ class Study:
     def _evaluate(self, arm: Arm, ipc: int, epochs: int) -> Record:
         count = max(ipc, self.options.measured)
         images = normalise(self._images(arm, count)[:, :ipc].flatten(0, 1), self.spec)
-        labels = row_labels(self.spec.num_classes, ipc)
-        test = load_dataset(self.options.dataset, "test")
-        done = evaluate(
-            images, labels, test, rounds=self.options.rounds, epochs_setting=epochs, spec=self.spec,
-            state=StateFolder(self.out / "evaluations"),
-        )  # fmt: skip
-        return {"epochs_setting": epochs, "accuracies": list(done.accuracies)}
+        accuracies = self.findings.score(images, self.spec, rounds=self.options.rounds, epochs_setting=epochs)
+        return {"epochs_setting": epochs, "accuracies": accuracies}
 
 
 def measure_by_class(ours: Tensor, real: Tensor) -> Record:
@@ -208,23 +184,12 @@ def _apart(features: Tensor) -> float:
     return float(distances.min(dim=1).values.mean())
 
 
-def _share_latents(folders: Sequence[Path], folder: Path) -> None:
-    """Copy the encoded training set of another model, which is looked at before it is used, and so not made again."""
-    target = folder / CHECKPOINTS / LATENTS_FILE
-    found = [path for other in folders if (path := other / CHECKPOINTS / LATENTS_FILE).is_file()]
-    if found and not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(found[0], target)
-
-
 def _shown(pictures: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.3f}" if name != "frechet" else f"{value:.2f}" for name, value in pictures.items()}
 
 
-def _percent(found: Mapping[str, Any]) -> str:
-    values = [100 * value for value in found["accuracies"]]
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread} (E = {found['epochs_setting']})"
+def _scored(found: Mapping[str, Any]) -> str:
+    return f"{percent(found['accuracies'])} (E = {found['epochs_setting']})"
 
 
 def _pair(text: str) -> tuple[float, float]:
@@ -234,10 +199,8 @@ def _pair(text: str) -> tuple[float, float]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, `sampling` put together from its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
+    parser = arguments_of(__doc__)
     parser.add_argument("--start", type=Path, required=True, help="the generator that all arms start from")
-    parser.add_argument("--out", type=Path, help="default: runs/study-minimax-<dataset>")
     parser.add_argument("--sweep", type=_pair, nargs="*", default=[], metavar="R,D", help="more weights to try")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -254,7 +217,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--compile", action="store_true", help="compile before sampling; pays for thousands of pictures")
     parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--table", action="store_true", help="only show what is known")
     options = parser.parse_args(arguments)
     options.sampling = SamplingConfig(
         steps=options.sampling_steps, guidance=options.guidance, batch_size=100, compile=options.compile
@@ -264,10 +226,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    study = Study(options)
-    if not options.table:
-        study.run()
-    print(study.table())
+    carry_out(Study(options), options)
 
 
 if __name__ == "__main__":

@@ -13,24 +13,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 from torch import Tensor
 
-from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.data.store import dataset_spec, store_hash
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RefinementState
-from ddkit.files import read_json, write_json
-from ddkit.protocol.evaluate import StateFolder, evaluate
-from ddkit.submission.layout import load_tensor, row_labels
+from ddkit.submission.layout import load_tensor
 
-Record = dict[str, Any]
 START = "start"
 _TRAINED = ObserverSettings(trained_share=0.5)
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,67 +48,56 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.out: Path = options.out or Path("runs") / f"study-refine-{options.dataset}"
+        self.findings = Findings(options.out or Path("runs") / f"study-refine-{options.dataset}")
         self.spec = dataset_spec(options.dataset)
-        self.found = self.out / "found.json"
 
     def run(self) -> None:
         """Everything that is not done yet."""
         start = self._start()
-        self._once(self._row(START, Limits(0)), lambda: self._score(load_tensor(start, self.spec)))
+        what = self._what(Limits(0))
+        self.findings.once(START, what, lambda: {"accuracies": self._score(load_tensor(start, self.spec))})
         for method in self.options.methods:
             for limits in _budgets(self.options):
                 work = functools.partial(self._refined, start, method, limits)
-                self._once(self._row(method, limits), work)
+                self.findings.once(method, self._what(limits), work)
 
     def table(self) -> str:
         """What is known, as Markdown."""
-        lines = ["| method | budget | E | steps | seconds | accuracy, % |", "|---|---|---|---|---|---|"]
-        for row, record in self._known().items():
-            work = [f"{record.get(name, 0):.0f}" for name in ("steps", "seconds")]
-            lines.append("| " + " | ".join([*row.split(" / "), *work, _percent(record["accuracies"])]) + " |")
-        return "\n".join(lines)
+        rows = []
+        for method in (START, *METHODS):
+            for what, record in self.findings.of(method).items():
+                work = [f"{record.get(name, 0):.0f}" for name in ("steps", "seconds")]
+                rows.append([method, *what.split(" / "), *work, percent(record["accuracies"])])
+        return markdown(["method", "budget", "E", "steps", "seconds", "accuracy, %"], rows)
 
     def _start(self) -> Path:
         if self.options.start:
             return self.options.start
-        path = self.out / f"{self.options.dataset}.pt"
+        path = self.findings.out / f"{self.options.dataset}.pt"
         if not path.is_file():
             generate(self.options.dataset, self.options.ipc, FromReal("random", seed=self.options.seed), path)
         return path
 
     def _refined(self, start: Path, method: str, limits: Limits) -> Record:
         settings = self._settings(method)
-        folder = self.out / method.replace(", ", "-").replace(" ", "-")
+        folder = self.findings.folder(method)
         refine(start, self.options.dataset, settings, limits, folder, out=folder / start.name)
         state = RefinementState.read(folder, dataclasses.asdict(settings), store_hash(self.options.dataset, "train"))
-        return {"steps": state.step, "seconds": state.seconds, **self._score(state.average)}
+        return {"steps": state.step, "seconds": state.seconds, "accuracies": self._score(state.average)}
 
     def _settings(self, method: str) -> RefineSettings:
         # Judged by one epoch, and rarely: that is no part of this study.
         common = {"seed": self.options.seed, "check_every": 10**9, "check_epochs": 0}
         return RefineSettings(**common, **METHODS[method])
 
-    def _score(self, images: Tensor) -> Record:
-        labels = row_labels(self.spec.num_classes, len(images) // self.spec.num_classes)
-        done = evaluate(
-            images, labels, load_dataset(self.options.dataset, "test"), rounds=self.options.rounds,
-            epochs_setting=self.options.epochs_setting, spec=self.spec, state=StateFolder(self.out / "evaluations"),
-        )  # fmt: skip
-        return {"accuracies": list(done.accuracies)}
+    def _score(self, images: Tensor) -> list[float]:
+        return self.findings.score(
+            images, self.spec, rounds=self.options.rounds, epochs_setting=self.options.epochs_setting
+        )
 
-    def _row(self, method: str, limits: Limits) -> str:
+    def _what(self, limits: Limits) -> str:
         budget = f"{limits.steps} steps" if limits.seconds is None else f"{limits.seconds:g} s"
-        return f"{method} / {budget} / {self.options.epochs_setting}"
-
-    def _once(self, row: str, work: Callable[[], Record]) -> None:
-        if row not in self._known():
-            record = work()
-            write_json(self.found, {**self._known(), row: record})
-            print(f"{row}: {_percent(record['accuracies'])} %", file=sys.stderr, flush=True)
-
-    def _known(self) -> dict[str, Record]:
-        return read_json(self.found) if self.found.is_file() else {}
+        return f"{budget} / {self.options.epochs_setting}"
 
 
 def _budgets(options: argparse.Namespace) -> Iterator[Limits]:
@@ -123,15 +108,8 @@ def _budgets(options: argparse.Namespace) -> Iterator[Limits]:
         yield from (Limits(seconds=seconds) for seconds in sorted(options.seconds))
 
 
-def _percent(accuracies: Sequence[float]) -> str:
-    values = [100 * accuracy for accuracy in accuracies]
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}"
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
+    parser = arguments_of(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
                         help=f"of: {'; '.join(METHODS)}")
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 180.0], help="budgets of wall time")
@@ -141,17 +119,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs-setting", type=int, default=100, help="E of the evaluations")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the start set and of every refinement")
-    parser.add_argument("--out", type=Path, help="default: runs/study-refine-<dataset>")
-    parser.add_argument("--table", action="store_true", help="only show what is known")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     options = parse()
-    study = Study(options)
-    if not options.table:
-        study.run()
-    print(study.table())
+    carry_out(Study(options), options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""What a generator's samples are worth: guidance x steps, and ways to choose among many, beside real images.
+
+    python tools/study_samples.py cifar100 --model runs/cifar100 [--guidance G ...] [--steps N ...]
+        [--candidates N] [--select HOW ...] [--out FOLDER] [--table]
+
+Every cell samples from the same noise; the first ten images of each class are trained on by the protocol, round by
+round with the same networks as every other row. Their quality is measured on all of a class's samples, in features of
+an official ConvNet trained on real images. Choices are made among --candidates samples of each class, at the first
+--guidance and the first --steps, and among as many real ones; "random" is the row that the others are held against.
+All that is finished is kept in the folder: stopped, it goes on when run again; --table shows what there is so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from kept import Findings, Record, arguments_of, carry_out, markdown, percent
+from torch import Tensor
+
+from ddkit.data.images import denormalise, normalise, to_uint8
+from ddkit.data.store import dataset_spec, load_dataset
+from ddkit.distill.generate import FromModel, generate
+from ddkit.distill.select import BLIND_CHOICES, SEEING_CHOICES, View, choose
+from ddkit.generator.sampling import SamplingConfig
+from ddkit.metrics.coverage import density_and_coverage
+from ddkit.metrics.features import ReferenceFeatures, reference_features
+from ddkit.metrics.frechet import frechet_distance
+from ddkit.submission.layout import load_tensor, row_labels
+
+REAL = "real"
+SAMPLES = "samples"
+
+
+class Study:
+    """One generator's samples and what is known of them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.findings = Findings(options.out or Path("runs") / f"study-samples-{options.dataset}")
+        self.spec = dataset_spec(options.dataset)
+        self.real = load_dataset(options.dataset, "train")
+        self.cells = [(guidance, steps) for steps in options.steps for guidance in options.guidance]
+
+    @functools.cached_property
+    def features(self) -> ReferenceFeatures:
+        """What pictures are looked at with."""
+        return reference_features(self.real, self.spec)
+
+    @functools.cached_property
+    def drawn(self) -> Tensor:
+        """(classes, candidates + reference, 3, S, S) uint8 real images: rows of their own, then what all are held to."""
+        count = self.options.candidates + self.options.reference
+        rows = choose("random", self.real.labels, count, self.spec.num_classes, seed=0)
+        return self.real.images[rows].unflatten(0, (self.spec.num_classes, count))
+
+    @functools.cached_property
+    def reference(self) -> Tensor:
+        """(classes * reference, D) features of real images."""
+        return self.features(self.drawn[:, self.options.candidates :].flatten(0, 1))
+
+    def run(self) -> None:
+        """Everything that is not done yet."""
+        ways = {REAL: lambda: self.drawn[:, : self.options.images]}
+        ways |= {_cell(*cell): functools.partial(self._samples, *cell, self.options.images) for cell in self.cells}
+        for name, images in ways.items():
+            self.findings.once(name, "quality", lambda images=images: self._quality(images()))
+            self.findings.once(name, "accuracies", lambda images=images: self._score(images()[:, : self.options.ipc]))
+        for source, how in self._choices():
+            self.findings.once(
+                f"{source}, {how}", "accuracies", lambda source=source, how=how: self._score(self._chosen(source, how))
+            )
+
+    def table(self) -> str:
+        """What is known, as two tables in Markdown."""
+        cells = []
+        for name in (REAL, *(_cell(*cell) for cell in self.cells)):
+            found = self.findings.of(name)
+            quality = found.get("quality", {})
+            shown = [f"{quality[key]:.3f}" if key in quality else "-" for key in ("frechet", "density", "coverage")]
+            cells.append([name, *shown, percent(found.get("accuracies", []))])
+        chosen = [
+            [source, how, percent(self.findings.of(f"{source}, {how}").get("accuracies", []))]
+            for source, how in self._choices()
+        ]
+        first = markdown(["guidance, steps", "Frechet", "density", "coverage", "accuracy, %"], cells)
+        return first + "\n\n" + markdown(["chosen among", "how", "accuracy, %"], chosen)
+
+    def _choices(self) -> list[tuple[str, str]]:
+        return [(source, how) for source in (SAMPLES, REAL) for how in self.options.select]
+
+    def _samples(self, guidance: float, steps: int, count: int) -> Tensor:
+        """(classes, count, 3, S, S) uint8: the first ones are the same whatever the count."""
+        path = self.findings.out / f"{_cell(guidance, steps).replace(', ', '-')}-{count}.pt"
+        if not path.is_file():
+            sampling = SamplingConfig(steps=steps, guidance=guidance, batch_size=100)
+            generate(self.options.dataset, count, FromModel(self.options.model, sampling), path)
+        pixels = to_uint8(denormalise(load_tensor(path, self.spec), self.spec))
+        return pixels.unflatten(0, (self.spec.num_classes, count))
+
+    def _chosen(self, source: str, how: str) -> Tensor:
+        """(classes, ipc, 3, S, S) uint8."""
+        count = self.options.candidates
+        pool = self.drawn[:, :count] if source == REAL else self._samples(*self.cells[0], count)
+        images, labels = pool.flatten(0, 1), row_labels(self.spec.num_classes, count)
+
+        def look(rows: Tensor) -> View:
+            return View(*self.features.with_confidence(images[rows], labels[rows]))
+
+        rows = choose(how, labels, self.options.ipc, self.spec.num_classes, seed=0, look=look)
+        return images[rows].unflatten(0, (self.spec.num_classes, self.options.ipc))
+
+    def _quality(self, images: Tensor) -> Record:
+        features = self.features(images.flatten(0, 1))
+        found = density_and_coverage(self.reference, features)
+        distance = frechet_distance(self.reference, features)
+        return {"frechet": distance, "density": found.density, "coverage": found.coverage}
+
+    def _score(self, images: Tensor) -> list[float]:
+        """Of (classes, ipc, 3, S, S) uint8."""
+        options = self.options
+        return self.findings.score(
+            normalise(images.flatten(0, 1), self.spec), self.spec,
+            rounds=options.rounds, epochs_setting=options.epochs_setting,
+        )  # fmt: skip
+
+
+def _cell(guidance: float, steps: int) -> str:
+    return f"{guidance:g}, {steps} steps"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="the generator's folder")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 1.0, 2.0, 3.0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[20])
+    parser.add_argument("--images", type=int, default=20, help="samples of a class that quality is measured on")
+    parser.add_argument("--candidates", type=int, default=100, help="images of a class to choose from")
+    parser.add_argument("--select", nargs="+", choices=(*BLIND_CHOICES, *SEEING_CHOICES), metavar="HOW",
+                        default=["random", *SEEING_CHOICES])
+    parser.add_argument("--reference", type=int, default=100, help="real images of a class that samples are held against")
+    parser.add_argument("--ipc", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs-setting", type=int, default=30, help="E of the protocol")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    carry_out(Study(options), options)
+
+
+if __name__ == "__main__":
+    main()
