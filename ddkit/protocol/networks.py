@@ -31,24 +31,34 @@ def _instance_norm(channels: int) -> nn.Module:
 
 
 def _resnet(blocks: list[int], pooling: bool = False) -> Callable[[int, int], nn.Module]:
-    """A torchvision residual network for small images: instance norm, a 3x3 stem of stride 1 without pooling.
+    """A torchvision residual network with instance norm.
 
     pooling: "AP", average pooling in place of strided convolution.
-    As in the cross-architecture tables of arXiv 2006.05929, arXiv 2102.08259 and later work; those differ among
-    themselves in the last pooling, here it is global.
+    Up to 64 pixels the stem is a 3x3 convolution of stride 1 without pooling, as in the cross-architecture tables of
+    arXiv 2006.05929, arXiv 2102.08259 and later work; those differ among themselves in the last pooling, here it is
+    global. Larger images have torchvision's own stem, or with pooling that of arXiv 2205.14959 and arXiv 2311.15529: a
+    3x3 convolution and 2x2 pooling up to 128 pixels, a 7x7 convolution and 4x4 pooling above.
     """
 
     def build(num_classes: int, image_size: int) -> nn.Module:
         from torchvision.models.resnet import BasicBlock, ResNet
 
         network = ResNet(BasicBlock, blocks, num_classes=num_classes, norm_layer=_instance_norm)
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
+        if image_size <= 64:
+            _replace_stem(network, kernel=3, pool=1)
+        elif pooling:
+            _replace_stem(network, *((3, 2) if image_size <= 128 else (7, 4)))
         if pooling:
             _pool_instead_of_striding(network)
         return network
 
     return build
+
+
+def _replace_stem(network: nn.Module, kernel: int, pool: int) -> None:
+    """A first convolution of stride 1, and average pooling after its norm and ReLU."""
+    network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel, padding=kernel // 2, bias=False)
+    network.maxpool = nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
 
 
 def _pool_instead_of_striding(network: nn.Module) -> None:

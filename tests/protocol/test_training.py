@@ -116,6 +116,20 @@ def test_average_pooling_networks_have_no_strided_convolution_and_the_same_outpu
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("name, size, kernel, stem_side", [
+    ("resnet_ap10", 64, 3, 64), ("resnet_ap10", 128, 3, 64), ("resnet_ap10", 256, 7, 64), ("resnet18", 256, 7, 64),
+])  # fmt: skip
+def test_stems_of_residual_networks_keep_what_follows_affordable(name, size, kernel, stem_side):
+    network = build_network(name, 4, size, seed=0)
+    maps = torch.randn(1, 3, size, size)
+    for stage in ("conv1", "bn1", "relu", "maxpool"):
+        maps = getattr(network, stage)(maps)
+    assert network.conv1.kernel_size == (kernel, kernel)
+    assert maps.shape == (1, 64, stem_side, stem_side)
+    pooled = not any(isinstance(module, nn.Conv2d) and module.stride != (1, 1) for module in network.modules())
+    assert pooled == (name == "resnet_ap10")
+
+
 def test_a_network_is_drawn_from_its_seed_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
