@@ -23,7 +23,7 @@ from torch import Tensor
 from ddkit.data.store import dataset_spec, store_hash
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.observers import ObserverSettings
-from ddkit.distill.refine import Limits, RefineSettings, refine
+from ddkit.distill.refine import PRESETS, Limits, RefineSettings, refine
 from ddkit.distill.state import RefinementState
 from ddkit.submission.layout import load_tensor
 
@@ -31,15 +31,16 @@ START = "start"
 _TRAINED = ObserverSettings(trained_share=0.5)
 METHODS: dict[str, dict[str, Any]] = {
     "published": {"learning_rate": 1.0, "average": 0.0},
-    "rate 3": {"learning_rate": 3.0, "average": 0.0},
+    "rate 3": {"average": 0.0},
     "averaged": {"learning_rate": 1.0},
-    "rate 3, averaged": {"learning_rate": 3.0},
+    "rate 3, averaged": {},
     "rate 10, averaged": {"learning_rate": 10.0},
-    "long average": {"learning_rate": 3.0, "average": 0.99},
-    "32 real": {"learning_rate": 3.0, "real_per_class": 32},
-    "half trained": {"learning_rate": 3.0, "observers": _TRAINED},
-    "half trained, recognised": {"learning_rate": 3.0, "observers": _TRAINED, "recognition": 0.1},
-    "regression": {"objective": "regression"},
+    "long average": {"average": 0.99},
+    "32 real": {"real_per_class": 32},
+    "half trained": {"observers": _TRAINED},
+    "half trained, recognised": {"observers": _TRAINED, "recognition": 0.1},
+    "regression": {"objective": "regression", "means_first": 0},
+    "means, then regression": {"objective": "regression"},
 }
 
 
@@ -88,7 +89,7 @@ class Study:
     def _settings(self, method: str) -> RefineSettings:
         # Judged by one epoch, and rarely: that is no part of this study.
         common = {"seed": self.options.seed, "check_every": 10**9, "check_epochs": 0}
-        return RefineSettings(**common, **METHODS[method])
+        return dataclasses.replace(PRESETS["means"], **common, **METHODS[method])
 
     def _score(self, images: Tensor) -> list[float]:
         return self.findings.score(

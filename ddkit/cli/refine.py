@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 @click.option("--dataset", help="Of the set; taken from the file's name otherwise.")
 @click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
 @click.option("--time", "seconds", type=Duration(), help="In all, such as 30m; takes the place of --steps.")
+@click.option("--preset", type=click.Choice(("track1", "means")), default="track1", show_default=True,
+              help="Settings that measured best for track 1; or distribution matching alone. Options change single ones.")
 @click.option("--objective", type=click.Choice(("means", "regression")),
               help="Match the classes' mean features, or let a regression on the set's features tell real images. "
-              "[default: means]")
+              "[default: regression]")
+@click.option("--means-first", type=click.IntRange(0), help="Steps by means before the regression.  [default: 400]")
 @click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
 @click.option("--real-per-class", type=click.IntRange(1),
               help="Real images of each class that a step compares with.  [default: 16]")
@@ -57,11 +60,13 @@ def refine(
     fresh: bool,
     save_every: float,
     device: str,
+    preset: str,
     **options: Any,
 ) -> None:
     """Optimise the pixels of the set PATH so that the challenge's network learns more from it.
 
-    Its images are moved until networks see in them, on average, what they see in the real images of their class.
+    Its images are moved until networks see in them, on average, what they see in the real images of their class, and
+    then until a regression on what they see in the set tells real images best.
     The best set by a held-out part of the training images is written; the test images are never looked at. Run it
     again to go on where it stopped or, with more --steps or --time, to refine on.
     """
@@ -74,7 +79,7 @@ def refine(
     dataset = dataset or path.stem
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = Limits(seconds=seconds) if steps is None else Limits(steps, seconds)
-    settings = _settings(options)
+    settings = _settings(preset, options)
     if fresh:
         start_over(path, folder)
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
@@ -92,11 +97,12 @@ def refine(
     surface.result(dataclasses.asdict(refined))
 
 
-def _settings(options: dict[str, Any]) -> RefineSettings:
+def _settings(preset: str, options: dict[str, Any]) -> RefineSettings:
     from ddkit.distill.observers import ObserverSettings
-    from ddkit.distill.refine import RefineSettings
+    from ddkit.distill.refine import PRESETS
 
     given = {name: value for name, value in options.items() if value is not None}
     share = given.pop("trained_share", None)
-    observers = ObserverSettings() if share is None else ObserverSettings(trained_share=share)
-    return RefineSettings(**given, observers=observers)
+    if share is not None:
+        given["observers"] = ObserverSettings(trained_share=share)
+    return dataclasses.replace(PRESETS[preset], **given)

@@ -23,7 +23,7 @@ from ddkit.tensor_files import save_torch
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
-_VERSION = 3
+_VERSION = 4
 _FRESH = "Start over with --fresh."
 
 

@@ -12,7 +12,9 @@ import torch
 from click.testing import CliRunner
 
 from ddkit.cli import main
+from ddkit.cli.refine import refine
 from ddkit.distill.generate import FromReal, generate
+from ddkit.distill.refine import PRESETS
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
@@ -43,6 +45,15 @@ def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
     fresh = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--seed", "3", "--fresh", "--quiet", "--json")
     assert json.loads(fresh.output)["steps"] == 1
     assert (tmp_path / "runs" / "colours-refine" / "before.pt").read_bytes() == before
+
+
+def test_presets_are_those_of_the_library_and_options_change_single_settings(submission):
+    (option,) = [option for option in refine.params if option.name == "preset"]
+    assert set(option.type.choices) == set(PRESETS)
+    done = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--preset", "means", "--lr", "2", "--quiet")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(submission.with_suffix(".json").read_text())
+    assert (facts["objective"], facts["learning_rate"], facts["real_per_class"]) == ("means", 2.0, 2)
 
 
 def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):

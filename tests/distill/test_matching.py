@@ -48,7 +48,7 @@ def test_the_regression_is_the_ridge_regression_of_weights(network):
     within = ours.t() @ ours + strength * torch.eye(ours.shape[1])  # the weights' own normal equations
     weights = torch.linalg.solve(within, ours.t() @ classes.repeat_interleave(2, 0))
     errors = (theirs @ weights - classes.repeat_interleave(4, 0)).square().sum(1)
-    expected = 10 * errors.sum() / 4
+    expected = 70 / 3 * errors.sum() / 4
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     assert_same_gradients(gradient(found, images), gradient(expected, images))
 

@@ -106,10 +106,25 @@ def test_finished_work_is_not_done_again(start, tmp_path):
 @pytest.mark.parametrize("objective, method", [("means", "distribution"), ("regression", "regression")])
 def test_what_it_goes_by_is_told(start, tmp_path, objective, method):
     before = read(start)
-    run(start, tmp_path / "run", 1, dataclasses.replace(BLIND, objective=objective, average=0.0))
+    run(start, tmp_path / "run", 1, dataclasses.replace(BLIND, objective=objective, means_first=0, average=0.0))
     assert not torch.equal(read(tmp_path / "run" / "state.pt")["images"], before)
     facts = json.loads(start.with_suffix(".json").read_text())
     assert facts["objective"] == objective and method in facts["method"]
+
+
+def test_means_go_first_and_the_regression_follows(start, tmp_path):
+    both = dataclasses.replace(BLIND, means_first=2)
+    folders = {"both": both, "means": dataclasses.replace(BLIND, objective="means")}
+    images = {}
+    for steps in (2, 3):
+        for name, settings in folders.items():
+            run(start, tmp_path / name, steps, settings, out=tmp_path / f"{name}.pt")
+            images[name, steps] = read(tmp_path / name / "state.pt")["images"]
+    assert torch.equal(images["both", 2], images["means", 2])
+    assert not torch.allclose(images["both", 3], images["means", 3])
+    run(start, tmp_path / "told", 3, dataclasses.replace(both, average=0.0, check_every=3), out=tmp_path / "told.pt")
+    facts = json.loads((tmp_path / "told.json").read_text())
+    assert facts["method"].startswith("distribution matching") and ("regression" in facts["method"]) == (facts["refined_steps"] == 3)
 
 
 def test_what_is_judged_and_written_is_the_moving_average_of_the_images(start, tmp_path):
@@ -188,7 +203,7 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"objective": "mean"}, {"ridge": 0.0}, {"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0},
+        [{"objective": "mean"}, {"ridge": 0.0}, {"means_first": -1}, {"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0},
          {"check_every": 0}],
     )
     def test_settings_that_cannot_be_meant(self, wrong):
