@@ -1,7 +1,7 @@
 """Training images per second: a plain diffusers training loop beside ddkit's engine, of the same model and batch.
 
-    python tools/bench_training.py [--model FOLDER | --preset NAME --image-size N --classes N]
-        [--batch-size N] [--steps N] [--turns N] [--workers N] [--precision NAME] [--no-compile] [--device NAME]
+    python tools/bench_training.py [--preset NAME] [--image-size N] [--classes N] [--batch-size N] [--steps N]
+        [--turns N] [--workers N] [--precision NAME] [--no-compile] [--cpu-time] [--device NAME]
 
 The plain loop is that of diffusers' own examples: images from a DataLoader with worker processes that flip, crop
 nothing and normalise them one by one, the autoencoder encodes every batch, diffusers' scheduler adds the noise, mean

@@ -6,6 +6,7 @@ Imported by the scripts beside it, which Python finds as they are run from their
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import load_dataset
+from ddkit.errors import DDKitError, UsageError
 from ddkit.files import read_json, write_json
 from ddkit.generator.latents import LATENTS_FILE
 from ddkit.generator.training import CHECKPOINTS
@@ -32,6 +34,24 @@ class Findings:
     """What a study knows of each of its rows, by name; one JSON file for each in a folder of the row's own."""
 
     out: Path
+
+    def claim(self, options: argparse.Namespace, rows: Sequence[str]) -> None:
+        """Note what the findings were made with, and refuse to go on with anything else.
+
+        rows: the options that say which rows there are, and may differ from call to call.
+        """
+        free = {"out", "table", *rows}
+        # Through JSON, as those on disk went.
+        deciding = {name: value for name, value in vars(options).items() if name not in free}
+        asked = json.loads(json.dumps(deciding, default=str))
+        path = self.out / "options.json"
+        begun = read_json(path) if path.is_file() else asked
+        changed = [f"{name} {begun.get(name)} (now {value})" for name, value in asked.items() if begun.get(name) != value]
+        if changed:
+            raise UsageError(
+                f"The study in {self.out} was begun with other options: {', '.join(changed)}.", "Choose another --out."
+            )
+        write_json(path, asked)
 
     def folder(self, name: str) -> Path:
         """The row's own, for whatever belongs to it."""
@@ -101,8 +121,12 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def carry_out(study: Study, options: argparse.Namespace) -> None:
-    """Run it unless only the table is asked for, and print that."""
-    if not options.table:
-        study.run()
-    print(study.table())
+def carry_out(begin: Callable[[argparse.Namespace], Study], options: argparse.Namespace) -> None:
+    """Run the study of these options unless only its table is asked for, and print that."""
+    try:
+        study = begin(options)
+        if not options.table:
+            study.run()
+        print(study.table())
+    except DDKitError as error:
+        raise SystemExit(str(error)) from error

@@ -81,6 +81,7 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.findings = Findings(options.out or Path("runs") / f"study-denoiser-{options.dataset}")
+        self.findings.claim(options, rows=())
         self.spec = dataset_spec(options.dataset)
         self.real = load_dataset(options.dataset, "train")
         self.data = TrainingData(options.dataset, self.real, store_hash(options.dataset, "train"))
@@ -229,7 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    carry_out(Study(options), options)
+    carry_out(Study, options)
 
 
 if __name__ == "__main__":

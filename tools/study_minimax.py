@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -58,25 +58,26 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.findings = Findings(options.out or Path("runs") / f"study-minimax-{options.dataset}")
+        self.findings.claim(options, rows=("sweep", "ipc", "epochs_setting"))
         self.spec = dataset_spec(options.dataset)
         self.real = load_dataset(options.dataset, "train")
         self.sweep = [Arm(f"{r:g}, {d:g}", (r, d)) for r, d in options.sweep]
         self.arms = [REAL, START, WITHOUT, PUBLISHED, *self.sweep]
 
-    @cached_property
+    @functools.cached_property
     def features(self) -> ReferenceFeatures:
         """What pictures are looked at with."""
         name = self.options.features_of or self.options.dataset
         return reference_features(load_dataset(name, "train"), dataset_spec(name))
 
-    @cached_property
+    @functools.cached_property
     def drawn(self) -> Tensor:
         """(classes, measured + reference, 3, S, S) uint8 real images: the arm of real images, then what all are held to."""
         count = self.options.measured + self.options.reference
         rows = choose("random", self.real.labels, count, self.spec.num_classes, seed=0)
         return self.real.images[rows].unflatten(0, (self.spec.num_classes, count))
 
-    @cached_property
+    @functools.cached_property
     def reference(self) -> Tensor:
         """(classes, reference, D) features of real images."""
         return self._look(self.drawn[:, self.options.measured :])
@@ -88,7 +89,8 @@ class Study:
         first = [WITHOUT, PUBLISHED, *self.sweep[:1], START]
         for ipc, epochs in zip(self.options.ipc, self.options.epochs_setting, strict=True):
             for arm in [*first, *self.sweep[1:], REAL] if ipc == min(self.options.ipc) else first:
-                self.findings.once(arm.name, f"ipc {ipc}", lambda arm=arm, ipc=ipc, epochs=epochs: self._evaluate(arm, ipc, epochs))
+                work = functools.partial(self._evaluate, arm, ipc, epochs)
+                self.findings.once(arm.name, f"ipc {ipc}", work)
 
     def table(self) -> str:
         """What is known, as Markdown."""
@@ -226,7 +228,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    carry_out(Study(options), options)
+    carry_out(Study, options)
 
 
 if __name__ == "__main__":

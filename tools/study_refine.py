@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 from torch import Tensor
 
@@ -24,8 +25,10 @@ from ddkit.data.store import dataset_spec, store_hash
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.refine import PRESETS, Limits, RefineSettings, refine
-from ddkit.distill.state import RefinementState
+from ddkit.distill.state import STATE_FILE, RefinementState
+from ddkit.errors import UsageError
 from ddkit.submission.layout import load_tensor
+from ddkit.tensor_files import save_torch
 
 START = "start"
 _TRAINED = ObserverSettings(trained_share=0.5)
@@ -40,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "half trained": {"observers": _TRAINED},
     "half trained, recognised": {"observers": _TRAINED, "recognition": 0.1},
     "regression": {"objective": "regression", "means_first": 0},
-    "means, then regression": {"objective": "regression"},
+    "means, then regression": {"objective": "regression", "means_first": 100},
 }
 
 
@@ -50,6 +53,7 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.findings = Findings(options.out or Path("runs") / f"study-refine-{options.dataset}")
+        self.findings.claim(options, rows=("methods", "seconds", "steps", "epochs_setting", "rounds"))
         self.spec = dataset_spec(options.dataset)
 
     def run(self) -> None:
@@ -68,7 +72,7 @@ class Study:
         for method in (START, *METHODS):
             for what, record in self.findings.of(method).items():
                 work = [f"{record.get(name, 0):.0f}" for name in ("steps", "seconds")]
-                rows.append([method, *what.split(" / "), *work, percent(record["accuracies"])])
+                rows.append([method, *what.split(" / ")[:2], *work, percent(record["accuracies"])])
         return markdown(["method", "budget", "E", "steps", "seconds", "accuracy, %"], rows)
 
     def _start(self) -> Path:
@@ -80,11 +84,23 @@ class Study:
         return path
 
     def _refined(self, start: Path, method: str, limits: Limits) -> Record:
-        settings = self._settings(method)
-        folder = self.findings.folder(method)
-        refine(start, self.options.dataset, settings, limits, folder, out=folder / start.name)
-        state = RefinementState.read(folder, dataclasses.asdict(settings), store_hash(self.options.dataset, "train"))
-        return {"steps": state.step, "seconds": state.seconds, "accuracies": self._score(state.average)}
+        """What a budget comes to. The set it led to is kept, as the refinement goes on from it."""
+        settings, folder = self._settings(method), self.findings.folder(method)
+        path = folder / f"after {_budget(limits)}.pt"
+        if not path.is_file():
+            state = self._state(settings, folder)
+            if state is not None and limits.reached(state.step, state.seconds):
+                raise UsageError(f"'{method}' has gone further than {_budget(limits)}.", "Choose another --out.")
+            refine(start, self.options.dataset, settings, limits, folder, out=folder / start.name)
+            state = self._state(settings, folder)
+            save_torch({"images": state.average, "steps": state.step, "seconds": state.seconds}, path)
+        kept = torch.load(path, weights_only=True)
+        return {"steps": kept["steps"], "seconds": kept["seconds"], "accuracies": self._score(kept["images"])}
+
+    def _state(self, settings: RefineSettings, folder: Path) -> RefinementState | None:
+        if not (folder / STATE_FILE).is_file():
+            return None
+        return RefinementState.read(folder, dataclasses.asdict(settings), store_hash(self.options.dataset, "train"))
 
     def _settings(self, method: str) -> RefineSettings:
         # Judged by one epoch, and rarely: that is no part of this study.
@@ -97,8 +113,11 @@ class Study:
         )
 
     def _what(self, limits: Limits) -> str:
-        budget = f"{limits.steps} steps" if limits.seconds is None else f"{limits.seconds:g} s"
-        return f"{budget} / {self.options.epochs_setting}"
+        return f"{_budget(limits)} / {self.options.epochs_setting} / {self.options.rounds}"
+
+
+def _budget(limits: Limits) -> str:
+    return f"{limits.steps} steps" if limits.seconds is None else f"{limits.seconds:g} s"
 
 
 def _budgets(options: argparse.Namespace) -> Iterator[Limits]:
@@ -125,7 +144,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    carry_out(Study(options), options)
+    carry_out(Study, options)
 
 
 if __name__ == "__main__":

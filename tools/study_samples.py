@@ -31,7 +31,6 @@ from ddkit.metrics.frechet import frechet_distance
 from ddkit.submission.layout import load_tensor, row_labels
 
 REAL = "real"
-SAMPLES = "samples"
 
 
 class Study:
@@ -40,6 +39,7 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.findings = Findings(options.out or Path("runs") / f"study-samples-{options.dataset}")
+        self.findings.claim(options, rows=("guidance", "steps", "select"))
         self.spec = dataset_spec(options.dataset)
         self.real = load_dataset(options.dataset, "train")
         self.cells = [(guidance, steps) for steps in options.steps for guidance in options.guidance]
@@ -89,7 +89,7 @@ class Study:
         return first + "\n\n" + markdown(["chosen among", "how", "accuracy, %"], chosen)
 
     def _choices(self) -> list[tuple[str, str]]:
-        return [(source, how) for source in (SAMPLES, REAL) for how in self.options.select]
+        return [(source, how) for source in (_cell(*self.cells[0]), REAL) for how in self.options.select]
 
     def _samples(self, guidance: float, steps: int, count: int) -> Tensor:
         """(classes, count, 3, S, S) uint8: the first ones are the same whatever the count."""
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    carry_out(Study(options), options)
+    carry_out(Study, options)
 
 
 if __name__ == "__main__":

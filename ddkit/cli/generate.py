@@ -62,6 +62,9 @@ def generate(
         raise UsageError("--select chooses from candidates.", "Say how many of each class with --candidates.")
     if from_real and candidates is not None:
         raise UsageError("--candidates are a model's images; --from-real chooses from all the real ones.")
+    unused = [f"--{name.replace('_', '-')}" for name, value in {"model": model, **sampling}.items() if value is not None]
+    if from_real and unused:
+        raise UsageError(f"{', '.join(unused)}: nothing is sampled with --from-real.")
     if from_real:
         source = FromReal(from_real, seed, device)
     else:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--dataset", help="Of the set; taken from the file's name otherwise.")
 @click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
-@click.option("--time", "seconds", type=Duration(), help="In all, such as 30m; takes the place of --steps.")
+@click.option("--time", "seconds", type=Duration(), help="In all, such as 30m; takes the place of --steps. Judging comes on top.")
 @click.option("--preset", type=click.Choice(("track1", "means")), default="track1", show_default=True,
               help="Settings that measured best for track 1; or distribution matching alone. Options change single ones.")
 @click.option("--objective", type=click.Choice(("means", "regression")),
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
 @click.option("--displayable", is_flag=True, help="Keep pixels within [0, 255]; the challenge does not ask for it.")
 @click.option("--check-every", type=click.IntRange(1), help="Steps between judgements by held-out training images.  [default: 250]")
-@click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.  [default: 100]")
+@click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.  [default: 50]")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
               help="The refined set's file; PATH itself, whose former set is kept in --run.")
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path),
@@ -72,7 +72,6 @@ def refine(
     """
     from ddkit.distill.refine import Limits
     from ddkit.distill.refine import refine as refine_set
-    from ddkit.distill.state import start_over
 
     if steps is not None and seconds is not None:
         raise UsageError("--steps and --time contradict each other.")
@@ -80,20 +79,19 @@ def refine(
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = Limits(seconds=seconds) if steps is None else Limits(steps, seconds)
     settings = _settings(preset, options)
-    if fresh:
-        start_over(path, folder)
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
     surface.say(f"Refining {escape(str(path))} for {length}; the set as it was is kept in {escape(str(folder))}.")
     refined = refine_set(
         path, dataset, settings, limits, folder,
-        out=out, device=device, save_every_seconds=save_every, progress=surface.listen,
+        out=out, fresh=fresh, device=device, save_every_seconds=save_every, progress=surface.listen,
     )  # fmt: skip
     surface.say(
         f"By held-out training images {refined.accuracy_before:.2%} before, {refined.accuracy:.2%} at step "
         f"{refined.best_step:,} of {refined.steps:,}."
     )
     files = refined.files
-    surface.done([files.tensor, files.facts, files.sheet, refined.before.sheet], f"ddkit evaluate {files.tensor}")
+    written = (files.tensor, files.facts, files.sheet, refined.before.tensor, refined.before.sheet)
+    surface.done([file for file in written if file.exists()], f"ddkit evaluate {files.tensor}")
     surface.result(dataclasses.asdict(refined))
 
 
@@ -102,6 +100,9 @@ def _settings(preset: str, options: dict[str, Any]) -> RefineSettings:
     from ddkit.distill.refine import PRESETS
 
     given = {name: value for name, value in options.items() if value is not None}
+    unused = [f"--{name.replace('_', '-')}" for name in ("ridge", "means_first") if name in given]
+    if unused and given.get("objective", PRESETS[preset].objective) == "means":
+        raise UsageError(f"{' and '.join(unused)}: there is no regression, as the objective is means.")
     share = given.pop("trained_share", None)
     if share is not None:
         given["observers"] = ObserverSettings(trained_share=share)

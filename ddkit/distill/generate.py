@@ -25,7 +25,7 @@ from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sam
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.metrics.features import reference_features
 from ddkit.progress import Listener, Progress, ignore
-from ddkit.submission.layout import SavedSet, save_set
+from ddkit.submission.layout import SavedSet, require_tensor_name, save_set
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def generate(
     """
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, not {ipc}.", "The challenge asks for --ipc 10.")
-    if out.suffix != ".pt":
-        raise UsageError(f"{out} does not end in .pt.", "Name the tensor's file, such as submission/cifar100.pt.")
+    require_tensor_name(out)
     if isinstance(source, FromReal):
         return _save(dataset, out, *_real(dataset, ipc, source, progress))
     return _generate_samples(dataset, ipc, source, out, progress)
@@ -99,11 +98,13 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, prog
             f"{ipc} images of each class cannot be chosen from {source.candidates}.", f"Ask for --candidates {ipc} or more."
         )
     made_by = _made_by(model, source)
-    real = open_dataset(dataset, "train", progress=progress) if source.looks else None
     identity = _identity(made_by, ipc, store_hash(dataset, "train") if source.looks else "")
     parts = Parts(out, identity, spec.image_shape)
     sampler = Sampler(model, source.sampling, resolve_device(source.device))
-    images = _complete(_Rows(dataset, ipc, source, sampler, real, progress), parts)
+    view = None
+    if source.looks:
+        view = _views(open_dataset(dataset, "train", progress=progress), dataset, source.device, progress)
+    images = _complete(_Rows(dataset, ipc, source, sampler, view, progress), parts)
     saved = _save(dataset, out, images, made_by)
     parts.drop()
     return saved
@@ -154,13 +155,13 @@ def _complete(rows: _Rows, parts: Parts) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What makes the rows of one set. real: the images to learn to look from; None where no choice looks."""
+    """What makes the rows of one set. view: what is seen in images of labels; None where no choice looks."""
 
     dataset: str
     ipc: int
     source: FromModel
     sampler: Sampler
-    real: ImageSet | None
+    view: Callable[[Tensor, Tensor], View] | None
     progress: Listener
 
     @property
@@ -185,11 +186,7 @@ class _Rows:
 
     def _chosen(self, done: int, stop: StopRequest) -> Iterator[Tensor]:
         """Class by class: its candidates are sampled, looked at, and only the chosen kept. Ends when asked to stop."""
-        missing = range(done // self.ipc, self.num_classes)
-        if not missing:
-            return
-        view = _views(self.real, self.dataset, self.source.device, self.progress) if self.real else None
-        for label in missing:
+        for label in range(done // self.ipc, self.num_classes):
             candidates = self._candidates(label, stop)
             if stop:
                 return
@@ -197,7 +194,7 @@ class _Rows:
             yield candidates[
                 choose_in_class(
                     self.source.select, len(candidates), self.ipc, seed=self.source.sampling.seed, label=label,
-                    view=view(candidates, labels) if view else None,
+                    view=self.view(candidates, labels) if self.view else None,
                 )
             ]  # fmt: skip
 

@@ -6,6 +6,7 @@ settings or another model never takes them for its own and does not destroy them
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ddkit.errors import BadFile
-from ddkit.files import read_json, replacing, write_json
+from ddkit.files import read_json, write_json
+from ddkit.tensor_files import save_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class Parts:
     def __init__(self, path: Path, identity: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         self._identity, self._shape = json.loads(json.dumps(identity)), shape
         digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:12]
-        self._pattern = f".{path.stem}.parts-*"
+        self._pattern = f".{glob.escape(path.stem)}.parts-*"
         self._beside = path.parent
         self._folder = path.parent / f".{path.stem}.parts-{digest}"
         self._warn_of_others()
@@ -58,13 +60,11 @@ class Parts:
         """Write rows start, start + 1, ...; raises BadFile for what the system refuses."""
         if not (self._folder / _IDENTITY_FILE).is_file():
             write_json(self._folder / _IDENTITY_FILE, self._identity)
-        with replacing(self._folder / f"rows-{start:09d}.safetensors") as temporary:
-            save_file({"images": rows.contiguous()}, temporary)
+        save_safetensors({"images": rows.contiguous()}, self._folder / f"rows-{start:09d}.safetensors")
 
     def drop(self) -> None:
-        """Remove all parts of this set, those of other settings too: it is written now."""
-        for folder in self._beside.glob(self._pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove the parts of this set, which is written now; those of other settings stay."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _files(self) -> list[tuple[int, Path]]:
         found = ((_PART.fullmatch(path.name), path) for path in self._folder.glob("*"))
@@ -83,8 +83,8 @@ class Parts:
         for folder in self._beside.glob(self._pattern):
             if folder != self._folder and (changes := self._differences(folder / _IDENTITY_FILE)):
                 log.warning(
-                    "Parts that an interrupted run left are of another set and are not used (%s). "
-                    "They go once a set is written.", "; ".join(changes),
+                    "%s was left by an interrupted run with other settings and is not used (%s). "
+                    "Remove it where that run is not to go on.", folder, "; ".join(changes),
                 )  # fmt: skip
 
     def _differences(self, path: Path) -> list[str]:

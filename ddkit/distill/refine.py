@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalise
@@ -23,7 +24,7 @@ from ddkit.device import is_out_of_memory, resolve_device
 from ddkit.distill.matching import distance_of_means, misclassification, regression_error, same_augmentation
 from ddkit.distill.observers import Observers, ObserverSettings
 from ddkit.distill.references import References
-from ddkit.distill.state import STATE_FILE, RefinementState
+from ddkit.distill.state import STATE_FILE, RefinementState, start_over
 from ddkit.environment import versions
 from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name
 from ddkit.files import sha256_of
@@ -34,7 +35,7 @@ from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
 from ddkit.protocol.rounds import predict
 from ddkit.protocol.training import TrainingRun, TrainingSettings
 from ddkit.submission.check import require_acceptable
-from ddkit.submission.layout import SavedSet, load_tensor, read_facts, row_labels, save_set
+from ddkit.submission.layout import SavedSet, load_tensor, read_facts, require_tensor_name, row_labels, save_set
 
 KIND_REFINED = "refined"
 METHODS = {"means": "distribution matching", "regression": "neural feature regression"}  # by objective
@@ -69,7 +70,7 @@ class RefineSettings:
     recognition: float = 0.0
     displayable: bool = False
     check_every: int = 250
-    check_epochs: int = 100
+    check_epochs: int = 50
     held_out: float = 0.1
     seed: int = 0
     observers: ObserverSettings = field(default_factory=ObserverSettings)
@@ -84,6 +85,8 @@ class RefineSettings:
             raise UsageError(f"RefineSettings.means_first must not be negative, got {self.means_first}.")
         if not 0 < self.held_out < 1:
             raise UsageError(f"RefineSettings.held_out is a share between 0 and 1, got {self.held_out}.")
+        if self.recognition > 0 and self.observers.trained_share == 0:
+            raise UsageError("RefineSettings.recognition is by partly trained networks, and trained_share is 0.")
         if not 0 <= self.average < 1:
             raise UsageError(f"RefineSettings.average is a share from 0 to below 1, got {self.average}.")
 
@@ -92,7 +95,7 @@ class RefineSettings:
         return "means" if step < self.means_first else self.objective
 
 
-# What measured best for each purpose: track 1's ten images a class trained on for E = 1000; and the published method.
+# What measured best for track 1's ten images a class and E = 1000; and distribution matching alone.
 PRESETS = {"track1": RefineSettings(), "means": RefineSettings(objective="means")}
 
 
@@ -128,6 +131,7 @@ def refine(
     folder: Path,
     *,
     out: Path | None = None,
+    fresh: bool = False,
     device: str = "cpu",
     save_every_seconds: float = 120.0,
     progress: Listener = ignore,
@@ -135,12 +139,16 @@ def refine(
     """Refine the set at `path`, going on from what `folder` holds of it; the best by the held-out images is written.
 
     folder: keeps the set as it was (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
-    Raises InvalidSubmission for a set that `check` refuses, UsageError where the folder belongs to another set, other
-    settings or other real images, ComputeError where it diverges or memory is short and Interrupted once asked to stop,
+    fresh: begin from the set as it was. A set that nothing is gained on is left as it is.
+    Raises InvalidSubmission for a set that `check` refuses, UsageError for an `out` that does not end in .pt or where
+    the folder belongs to another set, other settings or other real images, ComputeError where it diverges or memory is short and Interrupted once asked to stop,
     what was reached written in these cases, and what `open_dataset` and `save_set` raise.
     """
+    require_tensor_name(out or path)
     spec = dataset_spec(dataset)
     real = open_dataset(dataset, "train", progress=progress)
+    if fresh and path.is_file():
+        start_over(path, folder)
     state = _begin_or_go_on(path, spec, settings, folder)
     references = References(real, spec, held_out=settings.held_out, seed=settings.seed)
     chosen = resolve_device(device)
@@ -160,13 +168,20 @@ def _begin_or_go_on(path: Path, spec: DatasetSpec, settings: RefineSettings, fol
     images, dataset_sha256 = load_tensor(path, spec), store_hash(spec.name, "train")
     if not (folder / STATE_FILE).exists():
         require_acceptable(path, spec.name)
+        if settings.displayable:
+            images = images.clamp(*_black_and_white(spec))
         return RefinementState.begin(path, images, folder, dataclasses.asdict(settings), dataset_sha256)
     state = RefinementState.read(folder, dataclasses.asdict(settings), dataset_sha256)
     if sha256_of(path) != state.start_sha256 and not state.made(path):
         raise UsageError(
-            f"{folder} holds the refinement of another set than {path}.", "Start over with --fresh, or name another --run."
+            f"{folder} holds the refinement of another set than {path}.", "Name another --run."
         )
     return state
+
+
+def _black_and_white(spec: DatasetSpec) -> Tensor:
+    """(2, 3, 1, 1): the least and the largest values that a picture can have, normalised."""
+    return normalise(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1), spec)
 
 
 class _Refinement:
@@ -190,8 +205,7 @@ class _Refinement:
         self._optimiser = torch.optim.SGD([self._images], settings.learning_rate, momentum=settings.momentum)
         self._optimiser.state[self._images]["momentum_buffer"] = state.velocity.to(device).clone()
         self._held_out = references.held_out()
-        black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-        self._range = normalise(black_and_white, self._spec).to(device)
+        self._range = _black_and_white(self._spec).to(device)
 
     def run(self, limits: Limits, save_every_seconds: float) -> None:
         state, saved = self._state, time.monotonic()
@@ -295,8 +309,10 @@ class _Refinement:
 
 
 def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, out: Path) -> SavedSet:
-    """The best set so far, with how it was made."""
-    went_by = dict.fromkeys(settings.objective_at(step) for step in (0, max(0, state.best.step - 1)))
+    """The best set so far, with how it was made; the set as it was where that is the best."""
+    if state.gained_nothing():
+        return state.give_back(out)
+    went_by = dict.fromkeys(settings.objective_at(step) for step in (0, state.best.step - 1))
     made_by = {
         "kind": KIND_REFINED,
         "method": ", then ".join(METHODS[objective] for objective in went_by),

@@ -103,11 +103,18 @@ class RefinementState:
 
     def made(self, path: Path) -> bool:
         """Whether the set at `path` is this refinement's result, the present or an earlier one."""
-        if _is_result(path, self.start_sha256):
-            return True
-        # Killed between writing the tensor and how it was made, the facts do not tell.
-        images = torch.load(path, weights_only=True)
-        return images.shape == self.best_images.shape and torch.equal(images, self.best_images)
+        return _is_result(path, self.start_sha256, self.best_images)
+
+    def gained_nothing(self) -> bool:
+        """Whether the best images are those of the set as it was."""
+        if self.best.step > 0:
+            return False
+        return _holds(self.before.tensor, self.best_images)
+
+    def give_back(self, to: Path) -> SavedSet:
+        """Write the set as it was."""
+        _copy_set(self.before.tensor, to)
+        return set_files(to)
 
     def save(self) -> None:
         """Write it all, atomically."""
@@ -121,11 +128,19 @@ class RefinementState:
 def start_over(path: Path, folder: Path) -> None:
     """Forget the refinement in `folder`; a set at `path` that it made gives way to the one it was made from.
 
-    Only what a refinement wrote is removed from the folder.
+    Only what a refinement wrote is removed from the folder. Raises UsageError where the set at `path` is neither what
+    that refinement began with nor what it made: the only copy of the former would be lost.
     """
     before = _before(folder)
-    if before.exists() and path.exists() and _is_result(path, sha256_of(before)):
-        _copy_set(before, path)
+    if before.exists():
+        started_with = sha256_of(before)
+        if _is_result(path, started_with, _best_images(folder)):
+            _copy_set(before, path)
+        elif sha256_of(path) != started_with:
+            raise UsageError(
+                f"{folder} keeps the set that another refinement began with, {before.name}, and {path} is not of it.",
+                "Name another --run, or put that file elsewhere first.",
+            )
     for file in (folder / STATE_FILE, folder / RECORDS_FILE, *vars(set_files(before)).values()):
         file.unlink(missing_ok=True)
 
@@ -134,8 +149,24 @@ def _before(folder: Path) -> Path:
     return folder / "before.pt"
 
 
-def _is_result(path: Path, start_sha256: str) -> bool:
-    return read_facts(path).get("refined_from") == start_sha256
+def _is_result(path: Path, start_sha256: str, best_images: Tensor | None) -> bool:
+    if read_facts(path).get("refined_from") == start_sha256:
+        return True
+    # Killed between writing the tensor and how it was made, the facts do not tell.
+    return best_images is not None and _holds(path, best_images)
+
+
+def _holds(path: Path, images: Tensor) -> bool:
+    held = torch.load(path, weights_only=True)
+    return held.shape == images.shape and torch.equal(held, images)
+
+
+def _best_images(folder: Path) -> Tensor | None:
+    """None where the state cannot be read."""
+    try:
+        return _load(folder / STATE_FILE)["best_images"]
+    except BadFile:
+        return None
 
 
 def _copy_set(path: Path, to: Path) -> None:

@@ -189,7 +189,7 @@ class Engine:
             if stopping or save_due:
                 self.save()
                 saved = time.monotonic()
-            if stopping and not over:
+            if stopping:
                 raise Interrupted(
                     f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
                     "Run the same command again to go on.",
@@ -334,10 +334,14 @@ class Engine:
 
 
 def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
-    """How many cores share a step. What is kept from step to step wants a part as a whole, and processes share already."""
-    part = stage.optimiser.batch_size // (processes * stage.optimiser.accumulation)
-    workers = cores_for(device)
-    return workers if processes == 1 and stage.memory is None and part % workers == 0 else 1
+    """How many cores share a step: as many as cut a part into equal ones.
+
+    What is kept from step to step wants a part as a whole, and processes share already.
+    """
+    if processes > 1 or stage.memory is not None:
+        return 1
+    part = stage.optimiser.batch_size // stage.optimiser.accumulation
+    return max(workers for workers in range(1, cores_for(device) + 1) if part % workers == 0)
 
 
 def _detached(*values: Tensor) -> Tensor:

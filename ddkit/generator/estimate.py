@@ -22,7 +22,8 @@ from ddkit.generator.pretrained import Start
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.threads import side_by_side
 
-# Of what is trained: weights, gradients, two moments of AdamW, averaged weights; all float32.
+# Of what is trained: weights, gradients, two moments of AdamW, averaged weights; all float32. Cores that share a step
+# have gradients of their own besides.
 _COPIES_OF_PARAMETERS = 5
 _BYTES_PER_VALUE = 4
 _PROBE_BATCH = 4  # images, of which memory is measured
@@ -137,14 +138,16 @@ def _estimate_stage(stage: Stage, device: torch.device, seconds: float) -> Stage
     part = stage.optimiser.batch_size // stage.optimiser.accumulation
     per_image = _bytes_kept(stage.loss, batch) / _PROBE_BATCH
     # Only now, as memories are allocated when a first batch shows how large latents are.
-    fixed = _BYTES_PER_VALUE * (counts.total + (_COPIES_OF_PARAMETERS - 1) * counts.trainable)
+    workers = workers_for(stage, device)
+    copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0)
+    fixed = _BYTES_PER_VALUE * (counts.total + copies * counts.trainable)
     fixed += sum(buffer.nbytes for buffer in stage.loss.buffers())
     return StageEstimate(
         stage=stage.name,
         parameters=counts.total,
         memory=int(fixed + per_image * part),
         fixed_memory=fixed,
-        images_per_second=_speed(stage.loss, batch, workers_for(stage, device), seconds) if seconds > 0 else None,
+        images_per_second=_speed(stage.loss, batch, workers, seconds) if seconds > 0 else None,
         steps=stage.optimiser.steps,
         batch_size=stage.optimiser.batch_size,
     )

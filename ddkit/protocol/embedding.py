@@ -22,8 +22,9 @@ def build_embedder(network: ConvNet, batch_size: int) -> Embedder:
     Gradients flow to the images and never to the network's parameters, whose present values count in each call.
     batch_size: images in a usual call. On a CPU the evaluation's fast engine computes it, where that one works.
     """
-    plan = choose_plan(network, "float32", batch_size)
-    if plan.kind == "winograd":
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    plan = choose_plan(network, "float32", batch_size) if on_cpu else None
+    if plan is not None and plan.kind == "winograd":
         engine = WinogradEngine(network, plan)
         return lambda images: _ThroughEngine.apply(images, engine)
     network.requires_grad_(False)

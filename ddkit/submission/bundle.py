@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec
 from ddkit.data.store import dataset_spec
@@ -25,6 +25,7 @@ from ddkit.generator.pipeline import WEIGHTS_FILE, ModelFacts, load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import SamplingConfig
 from ddkit.submission.zipping import unpack, write_zip
+from ddkit.tensor_files import save_safetensors
 
 SCRIPT = "generate.py"
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
@@ -183,7 +184,7 @@ def _copy_weights(source: Path, target: Path, *, half: bool) -> None:
         target.write_bytes(source.read_bytes())
         return
     weights = load_file(source)
-    save_file({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
+    save_safetensors({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
 
 
 def _readme(models: Sequence[EntryModel], facts: Mapping[str, ModelFacts]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalise, to_uint8
-from ddkit.errors import BadFile, InvalidSubmission
+from ddkit.errors import BadFile, InvalidSubmission, UsageError
 from ddkit.files import read_json, sha256_of, write_json
 from ddkit.report.figures import contact_sheet, save_png
 from ddkit.submission.reading import read_tensor
@@ -46,6 +46,12 @@ def set_files(path: str | os.PathLike[str]) -> SavedSet:
 def row_labels(num_classes: int, ipc: int) -> Tensor:
     """The labels that the scorer implies: (num_classes * ipc,) int64, ipc rows of class 0, then of class 1, and so on."""
     return torch.arange(num_classes).repeat_interleave(ipc)
+
+
+def require_tensor_name(path: Path) -> None:
+    """Raises UsageError for a set's file that does not end in .pt: its JSON and sheet lie beside it, by other endings."""
+    if path.suffix != ".pt":
+        raise UsageError(f"{path} does not end in .pt.", "Name the tensor's file, such as submission/cifar100.pt.")
 
 
 def save_set(

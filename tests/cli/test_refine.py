@@ -56,7 +56,7 @@ def test_presets_are_those_of_the_library_and_options_change_single_settings(sub
     assert (facts["objective"], facts["learning_rate"], facts["real_per_class"]) == ("means", 2.0, 2)
 
 
-def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
+def test_stopped_while_it_judges_it_stops_at_once(submission, tmp_path):
     settings = [*QUICK[:2], "--check-epochs", "100000", "--trained-share", "0", "--device", "cpu"]
     command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "5", *settings]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -68,6 +68,23 @@ def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
     assert process.returncode == 130
     state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
     assert (state["step"], state["judgements"]) == (0, [])
+
+
+def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
+    """A judgement's length is a setting of the run, so that this one takes just long enough to be stopped in."""
+    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "2", *QUICK[:2], "--check-epochs", "300",
+               "--device", "cpu"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "Judging" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
+    assert [judgement["step"] for judgement in state["judgements"]] == [0, 2]
 
 
 def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
@@ -95,6 +112,9 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
         (["submission/colours.pt", "--steps", "2", "--time", "1m"], 2, "contradict"),
         (["submission/colours.pt", "--dataset", "colors"], 2, "Did you mean 'colours'?"),
         (["submission/colours.pt", "--lr", "0"], 2, "--lr"),
+        (["submission/colours.pt", "--preset", "means", "--ridge", "1"], 2, "--ridge: there is no regression"),
+        (["submission/colours.pt", "--recognition", "1"], 2, "partly trained"),
+        (["submission/colours.pt", "--out", "refined.json"], 2, "does not end in .pt"),
     ],
 )
 def test_what_it_refuses_in_one_message(submission, words, status, said):

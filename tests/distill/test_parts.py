@@ -47,7 +47,7 @@ class TestParts:
             assert torch.equal(parts.kept(), rows(0, 2))
         assert str(damaged) in caplog.text
 
-    def test_those_of_other_settings_are_named_left_aside_and_go_with_the_set(self, tmp_path, caplog):
+    def test_those_of_other_settings_are_named_and_left_aside(self, tmp_path, caplog):
         self.parts(tmp_path, steps=4).keep(0, rows(0, 2))
         with caplog.at_level(logging.WARNING):
             ours = self.parts(tmp_path, steps=8)
@@ -56,7 +56,15 @@ class TestParts:
         assert len(self.parts(tmp_path, steps=4).kept()) == 2
         ours.keep(0, rows(0, 2))
         ours.drop()
-        assert list(tmp_path.iterdir()) == []
+        assert len(self.parts(tmp_path, steps=4).kept()) == 2
+        assert len(self.parts(tmp_path, steps=8).kept()) == 0
+
+    def test_names_of_sets_are_no_patterns(self, tmp_path):
+        one, other = (Parts(tmp_path / name, {}, SHAPE) for name in ("set[1].pt", "set1.pt"))
+        for parts in (one, other):
+            parts.keep(0, rows(0, 2))
+        one.drop()
+        assert (len(one.kept()), len(other.kept())) == (0, 2)
 
 
 # Plainly, every batch is a part; chosen from candidates, every class.

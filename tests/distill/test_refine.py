@@ -25,7 +25,7 @@ QUICK = RefineSettings(
     real_per_class=4, check_every=3, check_epochs=1, held_out=0.2,
     observers=ObserverSettings(trained_share=0.5, trainings=1, snapshots=(1, 2)), recognition=0.1,
 )  # fmt: skip
-BLIND = dataclasses.replace(QUICK, observers=ObserverSettings(trained_share=0))
+BLIND = dataclasses.replace(QUICK, observers=ObserverSettings(trained_share=0), recognition=0.0)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
     with pytest.raises(ComputeError, match="diverged at step 1: its pixels"):
         run(start, tmp_path / "run", 9, dataclasses.replace(BLIND, learning_rate=1e6))
     assert torch.equal(read(start), before)
-    assert json.loads(start.with_suffix(".json").read_text())["refined_steps"] == 0
+    assert json.loads(start.with_suffix(".json").read_text())["kind"] == "first-real"
 
 
 def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path):
@@ -147,13 +147,26 @@ def test_what_is_judged_and_written_is_the_moving_average_of_the_images(start, t
 
 
 def test_displayable_pixels_stay_within_what_a_picture_holds(start, tmp_path):
+    original = read(start)
     for displayable in (False, True):
+        torch.save(10 * original, start)
         settings = dataclasses.replace(BLIND, displayable=displayable, learning_rate=300.0)
         folder = tmp_path / str(displayable)
         run(start, folder, 3, settings, out=tmp_path / f"{displayable}.pt")
-        pixels = denormalise(torch.load(folder / "state.pt", weights_only=True)["images"], dataset_spec("colours"))
-        inside = -1e-5 <= pixels.min() and pixels.max() <= 1 + 1e-5
-        assert inside == displayable
+        for name in ("images", "average", "best_images"):
+            pixels = denormalise(read(folder / "state.pt")[name], dataset_spec("colours"))
+            inside = -1e-5 <= pixels.min() and pixels.max() <= 1 + 1e-5
+            assert inside == displayable, name
+
+
+def test_a_set_that_nothing_is_gained_on_is_left_as_it_is(start, tmp_path):
+    files = [start.with_suffix(suffix) for suffix in (".pt", ".json", ".png")]
+    before = [file.read_bytes() for file in files]
+    run(start, tmp_path / "run", 0, BLIND)
+    elsewhere = tmp_path / "elsewhere.pt"
+    run(start, tmp_path / "run", 0, BLIND, out=elsewhere)
+    assert [file.read_bytes() for file in files] == before
+    assert [elsewhere.with_suffix(file.suffix).read_bytes() for file in files] == before
 
 
 def test_held_out_images_are_never_learnt_from(colours):
@@ -203,7 +216,7 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"objective": "mean"}, {"ridge": 0.0}, {"means_first": -1}, {"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0},
+        [{"objective": "mean"}, {"ridge": 0.0}, {"means_first": -1}, {"recognition": 0.1, "observers": ObserverSettings()}, {"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0},
          {"check_every": 0}],
     )
     def test_settings_that_cannot_be_meant(self, wrong):

@@ -9,6 +9,7 @@ import torch
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RefinementState, start_over
+from ddkit.errors import InvalidSubmission, UsageError
 from ddkit.files import sha256_of
 from ddkit.submission.layout import set_files
 
@@ -39,15 +40,34 @@ def test_starting_over_gives_back_the_set_as_it_was(start, tmp_path):
     assert run(start, tmp_path / "run", 1).steps == 1
 
 
-def test_starting_over_leaves_another_set_and_other_files_alone(start, colours, tmp_path):
+def test_starting_over_leaves_other_files_alone(start, tmp_path):
     folder = tmp_path / "run"
     run(start, folder, 1)
     (folder / "notes.txt").write_text("mine")
-    generate(colours, 2, FromReal("random", seed=5), start)
-    other = contents(start)
     start_over(start, folder)
-    assert contents(start) == other
     assert [file.name for file in folder.iterdir()] == ["notes.txt"]
+
+
+def test_the_only_copy_of_a_set_is_never_removed(start, colours, tmp_path):
+    folder, before = tmp_path / "run", contents(start)
+    run(start, folder, 2)
+    generate(colours, 2, FromReal("random", seed=5), start)
+    other, kept = contents(start), {file: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(UsageError, match="another refinement"):
+        run(start, folder, 1, fresh=True)
+    with pytest.raises(InvalidSubmission, match="does not exist"):
+        run(tmp_path / "nowhere.pt", folder, 1, fresh=True)
+    assert contents(start) == other
+    assert {file: file.read_bytes() for file in folder.iterdir()} == kept
+    assert contents(folder / "before.pt") == before
+
+
+def test_starting_over_knows_its_result_without_the_facts_beside_it(start, tmp_path):
+    folder, before = tmp_path / "run", contents(start)
+    run(start, folder, 2)
+    set_files(start).facts.unlink()
+    start_over(start, folder)
+    assert contents(start) == before
 
 
 def test_starting_over_where_nothing_was_begun(start, tmp_path):
