@@ -140,9 +140,13 @@ class Engine:
                 if self.accelerator.is_main_process:
                     self._on_record(record)
                     self._show(record)
-        if not self.finished:
-            self.finished = True
-            self.save()
+            if not self.finished:
+                self.finished = True
+                self.save()
+            # Asked for during the last step, it would be forgotten, and the next stage begin.
+            (stopping,) = self._agreed(bool(stop))
+            if stopping:
+                raise self._interrupted()
 
     @property
     def seconds(self) -> float:
@@ -189,11 +193,14 @@ class Engine:
             if stopping or save_due:
                 self.save()
                 saved = time.monotonic()
-            if stopping:
-                raise Interrupted(
-                    f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
-                    "Run the same command again to go on.",
-                )
+            if stopping and not over:
+                raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(
+            f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
+            "Run the same command again to go on.",
+        )
 
     def _visit(self) -> None:
         for steps, visit in self._visits:

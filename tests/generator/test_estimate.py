@@ -34,6 +34,13 @@ def test_memory_is_states_and_what_each_image_keeps(config):
     assert large - states == pytest.approx(10 * (small - states), rel=0.01)
 
 
+def test_cores_that_share_a_step_have_gradients_of_their_own(config):
+    alone = estimate(batches_of(config, 8), 16, 3, CPU, seconds=0).stages[1]
+    torch.set_num_threads(3)  # put back by the fixture that set one; eight images are shared by two of three
+    shared = estimate(batches_of(config, 8), 16, 3, CPU, seconds=0).stages[1]
+    assert shared.memory - alone.memory == 2 * 4 * alone.parameters
+
+
 def test_an_image_keeps_about_as_much_as_its_activations(config):
     """The hidden states alone, which every block keeps several times over, are a lower bound."""
     stage = estimate(batches_of(config, 100), 16, 3, CPU, seconds=0).stages[1]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.data.store import ImageSet
-from ddkit.errors import ComputeError, MissingModel, UsageError
+from ddkit.errors import ComputeError, Interrupted, MissingModel, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.pipeline import load_model, read_facts, save_autoencoder
@@ -81,6 +82,18 @@ class TestGoingOn:
             path.unlink()
         train(data, TrainingRequest(config), tmp_path / "stopped")
         assert_same(state(tmp_path / "straight", "autoencoder"), state(tmp_path / "stopped", "autoencoder"))
+        assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
+
+    def test_stopped_during_the_last_step_of_a_stage_the_next_does_not_begin(self, data, config, tmp_path):
+        def stop(report):
+            if report.done == report.total:
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(Interrupted, match="autoencoder"):
+            train(data, TrainingRequest(config), tmp_path / "stopped", progress=stop)
+        assert not list_checkpoints(tmp_path / "stopped" / "checkpoints", "denoiser")
+        train(data, TrainingRequest(config), tmp_path / "stopped")
+        train(data, TrainingRequest(config), tmp_path / "straight")
         assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
 
     def test_finished_work_is_not_done_again(self, data, config, tmp_path):
