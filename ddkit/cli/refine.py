@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
 @click.option("--displayable", is_flag=True, help="Keep pixels within [0, 255]; the challenge does not ask for it.")
 @click.option("--check-every", type=click.IntRange(1), help="Steps between judgements by held-out training images.  [default: 250]")
-@click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.  [default: 50]")
+@click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.  [default: 100]")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
               help="The refined set's file; PATH itself, whose former set is kept in --run.")
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path),

@@ -70,7 +70,7 @@ class RefineSettings:
     recognition: float = 0.0
     displayable: bool = False
     check_every: int = 250
-    check_epochs: int = 50
+    check_epochs: int = 100
     held_out: float = 0.1
     seed: int = 0
     observers: ObserverSettings = field(default_factory=ObserverSettings)

@@ -31,6 +31,7 @@ def test_real_images_by_default_names(colours, tmp_path):
         (["--dataset", "colours", "--from-real", "first", "--ipc", "6"], 2, "--ipc 5"),
         (["--dataset", "colours", "--sampler", "heun"], 2, "heun"),
         (["--dataset", "colours", "--select", "herding"], 2, "--candidates"),
+        (["--dataset", "colours", "--from-real", "random", "--guidance", "3"], 2, "--guidance: nothing is sampled"),
         (["--dataset", "colours", "--from-real", "first", "--candidates", "5"], 2, "all the real ones"),
         (["--dataset", "colours", "--from-real", "k-centre"], 2, "Did you mean 'k-center'?"),
         (["--dataset", "colours", "--candidates", "20", "--select", "hering"], 2, "Did you mean 'herding'?"),
