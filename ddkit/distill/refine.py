@@ -147,7 +147,8 @@ def refine(
     require_tensor_name(out or path)
     spec = dataset_spec(dataset)
     real = open_dataset(dataset, "train", progress=progress)
-    if fresh and path.is_file():
+    if fresh:
+        load_tensor(path, spec)  # what is no set is refused before anything is forgotten
         start_over(path, folder)
     state = _begin_or_go_on(path, spec, settings, folder)
     references = References(real, spec, held_out=settings.held_out, seed=settings.seed)

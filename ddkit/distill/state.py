@@ -107,9 +107,8 @@ class RefinementState:
 
     def gained_nothing(self) -> bool:
         """Whether the best images are those of the set as it was."""
-        if self.best.step > 0:
-            return False
-        return _holds(self.before.tensor, self.best_images)
+        before = self.before.tensor
+        return self.best.step == 0 and before.is_file() and _holds(before, self.best_images)
 
     def give_back(self, to: Path) -> SavedSet:
         """Write the set as it was."""

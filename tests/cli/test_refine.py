@@ -50,10 +50,10 @@ def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
 def test_presets_are_those_of_the_library_and_options_change_single_settings(submission):
     (option,) = [option for option in refine.params if option.name == "preset"]
     assert set(option.type.choices) == set(PRESETS)
-    done = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--preset", "means", "--lr", "2", "--quiet")
+    done = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--preset", "means", "--lr", "0.001", "--quiet")
     assert done.exit_code == 0, done.output
     facts = json.loads(submission.with_suffix(".json").read_text())
-    assert (facts["objective"], facts["learning_rate"], facts["real_per_class"]) == ("means", 2.0, 2)
+    assert (facts["objective"], facts["learning_rate"], facts["real_per_class"]) == ("means", 0.001, 2)
 
 
 def test_stopped_while_it_judges_it_stops_at_once(submission, tmp_path):

@@ -15,7 +15,8 @@ from ddkit.submission.layout import set_files
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
-SETTINGS = RefineSettings(real_per_class=2, check_every=2, check_epochs=0, held_out=0.2)
+# So slowly that the judgements cannot differ, of which the latest then counts.
+SETTINGS = RefineSettings(real_per_class=2, check_every=2, check_epochs=0, held_out=0.2, learning_rate=1e-3)
 
 
 @pytest.fixture
@@ -58,6 +59,9 @@ def test_the_only_copy_of_a_set_is_never_removed(start, colours, tmp_path):
     with pytest.raises(InvalidSubmission, match="does not exist"):
         run(tmp_path / "nowhere.pt", folder, 1, fresh=True)
     assert contents(start) == other
+    start.write_bytes(b"no tensor")
+    with pytest.raises(InvalidSubmission):
+        run(start, folder, 1, fresh=True)
     assert {file: file.read_bytes() for file in folder.iterdir()} == kept
     assert contents(folder / "before.pt") == before
 
