@@ -160,7 +160,8 @@ from {module} import SPEC, real_images, training_set
 from ddkit.errors import Interrupted
 from ddkit.protocol.evaluate import StateFolder, evaluate
 def progress(report):
-    print(report.done, flush=True)
+    # In one write: print may end a line in a second one, between which another process's report can come.
+    os.write(sys.stdout.fileno(), f"{{report.done}}\\n".encode())
 try:
     outcome = evaluate(*training_set(), real_images(), spec=SPEC, epochs_setting={epochs}, rounds=2,
                        state=StateFolder({state!r}, 0.0), progress=progress)
