@@ -1,4 +1,4 @@
-"""What `pip install .` puts on a machine."""
+"""What `pip install .` puts on a machine, and the sources it comes from."""
 
 import subprocess
 import sys
@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_sources_keep_to_the_rules():
+    pytest.importorskip("ruff", reason="the rules of .ruff.toml are ruff's")
+    checked = subprocess.run([sys.executable, "-m", "ruff", "check"], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.fixture(scope="module")

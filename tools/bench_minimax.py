@@ -103,7 +103,7 @@ def measure(lists: ListCriteria, tensors: MinimaxCriteria, options: argparse.Nam
         (slow, expected), (fast, found) = step(lists, batch), step(tensors, batch)
         times.append((slow, fast))
         difference = max(difference, float((expected - found).abs().max()))
-    slow, fast = (statistics.median(column) for column in zip(*times))
+    slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
     return slow, fast, difference
 
 

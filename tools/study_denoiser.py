@@ -28,7 +28,6 @@ from statistics import median
 
 import torch
 from accelerate import Accelerator
-from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 from torch import Tensor
 
 from ddkit.data.images import normalise
@@ -44,6 +43,7 @@ from ddkit.generator.training import TrainingData, TrainingRequest, train
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
+from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 
 # Of about the U-ViT's size in the preset `tiny`; a step takes about twice its time.
 UNET = DenoiserConfig("unet", hidden_size=64, depth=2, num_heads=2)

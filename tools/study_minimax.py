@@ -19,7 +19,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 from torch import Tensor
 
 from ddkit.data.images import denormalise, normalise, to_uint8
@@ -35,6 +34,7 @@ from ddkit.metrics.coverage import density_and_coverage, nearest
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.submission.layout import load_tensor
+from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,10 @@ def measure_by_class(ours: Tensor, real: Tensor) -> Record:
     ours: (classes, n, D) features of pictures. real: (classes, N, D) features of real images.
     """
     rows = []
-    for pictures, members in zip(ours, real):
+    for pictures, members in zip(ours, real, strict=True):
         found = density_and_coverage(members, pictures)
         rows.append((found.coverage, found.density, float(nearest(members, pictures)[1].mean()), _apart(pictures)))
-    values = dict(zip(_TITLES, (mean(column) for column in zip(*rows))))
+    values = dict(zip(_TITLES, (mean(column) for column in zip(*rows, strict=True)), strict=False))
     return values | {"frechet": frechet_distance(real.flatten(0, 1), ours.flatten(0, 1))}
 
 

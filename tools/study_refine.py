@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 from torch import Tensor
 
 from ddkit.data.store import dataset_spec, store_hash
@@ -29,6 +28,7 @@ from ddkit.distill.state import STATE_FILE, RefinementState
 from ddkit.errors import UsageError
 from ddkit.submission.layout import load_tensor
 from ddkit.tensor_files import save_torch
+from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 START = "start"
 _TRAINED = ObserverSettings(trained_share=0.5)

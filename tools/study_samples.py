@@ -17,7 +17,6 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 from torch import Tensor
 
 from ddkit.data.images import denormalise, normalise, to_uint8
@@ -29,6 +28,7 @@ from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.submission.layout import load_tensor, row_labels
+from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 REAL = "real"
 

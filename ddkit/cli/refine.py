@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--dataset", help="Of the set; taken from the file's name otherwise.")
 @click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
-@click.option("--time", "seconds", type=Duration(), help="In all, such as 30m; takes the place of --steps. Judging comes on top.")
+@click.option("--time", "seconds", type=Duration(),
+              help="In all, such as 30m; takes the place of --steps. Judging comes on top.")
 @click.option("--preset", type=click.Choice(("track1", "means")), default="track1", show_default=True,
               help="Settings that measured best for track 1; or distribution matching alone. Options change single ones.")
 @click.option("--objective", type=click.Choice(("means", "regression")),
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
               help="Real images of each class that a step compares with.  [default: 16]")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.  [default: 3]")
 @click.option("--average", type=click.FloatRange(0, 1, max_open=True),
-              help="Share that a step keeps of the images' moving average, which is what is written; 0 for none.  [default: 0.97]")
+              help="Share that a step keeps of the images' moving average, which is what is written; 0 for none."
+                   "  [default: 0.97]")
 @click.option("--trained-share", type=click.FloatRange(0, 1),
               help="Share of steps that go by partly trained networks, not fresh ones.  [default: 0]")
 @click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
 @click.option("--displayable", is_flag=True, help="Keep pixels within [0, 255]; the challenge does not ask for it.")
-@click.option("--check-every", type=click.IntRange(1), help="Steps between judgements by held-out training images.  [default: 250]")
+@click.option("--check-every", type=click.IntRange(1),
+              help="Steps between judgements by held-out training images.  [default: 250]")
 @click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.  [default: 100]")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
               help="The refined set's file; PATH itself, whose former set is kept in --run.")

@@ -180,7 +180,8 @@ def _train(
         f"{verb} a generator on {escape(data.name)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
     )
     model = train_generator(data, request, folder, start=start, tracking=tracking, progress=surface.listen)
-    surface.done([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name))
+    next_command = f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name)
+    surface.done([folder, folder / CHART_FILE], next_command)
     surface.result(
         {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
         | {"metrics": dict(model.facts.metrics)}

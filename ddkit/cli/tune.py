@@ -107,4 +107,5 @@ def _evidence(trials: Sequence[Trial]) -> str:
         return "One round of one setting tells nothing of the noise." if len(trials) > 1 else "Nothing else was tried."
     points, half = 100 * comparison.difference, 50 * (comparison.interval[1] - comparison.interval[0])
     verdict = "more than the noise" if comparison.exceeds_noise else "no more than the noise; more --rounds would tell"
-    return f"It leads the next by {points:.2f} ± {half:.2f} points (95 %), {verdict}. E = {trials[0].epochs_setting}, not official."
+    settings = f"E = {trials[0].epochs_setting}, not official"
+    return f"It leads the next by {points:.2f} ± {half:.2f} points (95 %), {verdict}. {settings}."

@@ -306,7 +306,7 @@ def _below(names: Sequence[str], top: str) -> list[str]:
 def _matches(name: str, *pattern: str) -> bool:
     """Whether the path has exactly these parts; "*" stands for any."""
     parts = name.split("/")
-    return len(parts) == len(pattern) and all(want in ("*", part) for part, want in zip(parts, pattern))
+    return len(parts) == len(pattern) and all(want in ("*", part) for part, want in zip(parts, pattern, strict=True))
 
 
 def _glimpse(files: Sequence[str], folders: Sequence[str]) -> str:

@@ -27,7 +27,8 @@ class References:
             rows = (dataset.labels == c).nonzero().flatten()
             if len(rows) < 2:
                 raise UsageError(
-                    f"Class {c} of {spec.name} has {len(rows)} training images: one to learn from and one to judge by are needed."
+                    f"Class {c} of {spec.name} has {len(rows)} training images: "
+                    "one to learn from and one to judge by are needed."
                 )
             rows = rows[torch.randperm(len(rows), generator=generator_for("cpu", "held out", seed, c))]
             count = max(1, round(held_out * len(rows)))

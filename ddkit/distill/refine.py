@@ -141,8 +141,9 @@ def refine(
     folder: keeps the set as it was (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
     fresh: begin from the set as it was. A set that nothing is gained on is left as it is.
     Raises InvalidSubmission for a set that `check` refuses, UsageError for an `out` that does not end in .pt or where
-    the folder belongs to another set, other settings or other real images, ComputeError where it diverges or memory is short and Interrupted once asked to stop,
-    what was reached written in these cases, and what `open_dataset` and `save_set` raise.
+    the folder belongs to another set, other settings or other real images, ComputeError where it diverges or memory is
+    short and Interrupted once asked to stop, what was reached written in both cases, and what `open_dataset` and
+    `save_set` raise.
     """
     require_tensor_name(out or path)
     spec = dataset_spec(dataset)
@@ -174,9 +175,7 @@ def _begin_or_go_on(path: Path, spec: DatasetSpec, settings: RefineSettings, fol
         return RefinementState.begin(path, images, folder, dataclasses.asdict(settings), dataset_sha256)
     state = RefinementState.read(folder, dataclasses.asdict(settings), dataset_sha256)
     if sha256_of(path) != state.start_sha256 and not state.made(path):
-        raise UsageError(
-            f"{folder} holds the refinement of another set than {path}.", "Name another --run."
-        )
+        raise UsageError(f"{folder} holds the refinement of another set than {path}.", "Name another --run.")
     return state
 
 

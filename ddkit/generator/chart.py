@@ -39,7 +39,7 @@ def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
     by_stage = {name: [record for record in records if record["stage"] == name] for name in (*_STAGES, "score")}
     shown = [name for name, of_stage in by_stage.items() if of_stage]
     figure = Figure(figsize=(4 * max(1, len(shown)), 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown):
+    for axes, name in zip(figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown, strict=False):
         _draw(axes, name, by_stage[name])
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)

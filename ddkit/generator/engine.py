@@ -269,7 +269,7 @@ class Engine:
             stage=self.stage.name,
             step=self.step,
             loss=loss,
-            figures=dict(zip(self.stage.figures, figures)),
+            figures=dict(zip(self.stage.figures, figures, strict=True)),
             rate=self.stage.optimiser.rate(self.step - 1),
             images=self.step * self.stage.optimiser.batch_size,
             seconds=self.seconds,

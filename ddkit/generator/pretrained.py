@@ -70,7 +70,7 @@ class ClassMap:
     @property
     def unmatched(self) -> tuple[str, ...]:
         """Classes that begin with the mean of all."""
-        return tuple(name for name, labels in zip(self.names, self.labels) if not labels)
+        return tuple(name for name, labels in zip(self.names, self.labels, strict=True) if not labels)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def map_classes(names: Sequence[str], known: Sequence[Sequence[str]], chosen: Cl
     Raises UsageError where nothing matches at all, or `chosen` names what is not there.
     """
     readable = [[_readable(name) for name in label] for label in known]
-    labels = dict(zip(names, (_matching(_readable(name), readable) for name in names)))
+    labels = {name: _matching(_readable(name), readable) for name in names}
     for name, choice in (chosen or {}).items():
         if name not in labels:
             raise UsageError(f"The dataset has no class '{name}' to map.", nearest_name(name, list(labels)))
@@ -223,7 +223,7 @@ def _label_names(titles: Any, count: int) -> tuple[tuple[str, ...], ...]:
     names = [[name for name in label if name] for label in names]
     is_imagenet = count == _IMAGENET_CLASSES and (not names[1] or _SECOND_IMAGENET_CLASS in names[1])
     wnids = [[wnid] for wnid in imagenet_wnids()] if is_imagenet else [[] for _ in names]
-    return tuple((*wnid, *label) for wnid, label in zip(wnids, names))
+    return tuple((*wnid, *label) for wnid, label in zip(wnids, names, strict=True))
 
 
 def _noise_only(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:

@@ -110,7 +110,7 @@ class Sampler:
 
         n is at most the batch size. Raises ComputeError where memory is short.
         """
-        parts = list(zip(noise.split(self._part), labels.split(self._part)))
+        parts = list(zip(noise.split(self._part), labels.split(self._part), strict=True))
         try:
             # What compiles, compiles once; the parts after the first find it done.
             alone = 1 if self._compiling else 0
@@ -159,7 +159,7 @@ class Sampler:
 
     def _noise(self, labels: Tensor, indices: Tensor) -> Tensor:
         """(n, C, s, s) float32, always drawn on the CPU so that all devices begin with the same."""
-        pairs = zip(labels.tolist(), indices.tolist())
+        pairs = zip(labels.tolist(), indices.tolist(), strict=True)
         seed = self.config.seed
         return torch.stack(
             [torch.randn(self._latent_shape, generator=generator_for("cpu", "sample", seed, c, i)) for c, i in pairs]

@@ -144,8 +144,7 @@ def run_missing(ranking: Ranking, evaluate: Callable[[Need], Result], also: Iter
     also: the results at hand, from which the ranking came.
     """
     results = [*also, ranking.subject]
-    for need in ranking.missing:
-        results.append(evaluate(need))
+    results.extend(evaluate(need) for need in ranking.missing)
     return of_result(ranking.subject, results)
 
 

@@ -28,8 +28,8 @@ def fix_row_order(
 ) -> FixedOrder:
     """Write the tensor at `path` to `out` with its rows where the real images say they belong.
 
-    dataset: None takes it from the file's name. Raises UsageError where `out` is `path` itself or `path` is no tensor, MissingData
-    where the real images are not prepared, InvalidSubmission where the tensor cannot be used or its order
+    dataset: None takes it from the file's name. Raises UsageError where `out` is `path` itself or `path` is no tensor,
+    MissingData where the real images are not prepared, InvalidSubmission where the tensor cannot be used or its order
     cannot be told.
     """
     path, out = Path(path), Path(out)

@@ -44,7 +44,7 @@ class Sampler:
 
         The same image for the same seed, class and index, in whatever batch.
         """
-        noise = torch.stack([self._noise(c, i) for c, i in zip(classes, indices)]).to(self._device)
+        noise = torch.stack([self._noise(c, i) for c, i in zip(classes, indices, strict=True)]).to(self._device)
         labels = torch.tensor(classes, device=self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._entry["precision"] == "bfloat16"):
             pixels = self._decode(self._latents(noise, labels))

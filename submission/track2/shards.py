@@ -178,17 +178,19 @@ def join(job: Job) -> tuple[int, str]:
     place[chosen] = torch.arange(len(chosen))
     images = torch.empty(len(chosen), 3, entry["image_size"], entry["image_size"])
     mean, std = (torch.tensor(entry[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-    for shard, places in zip(shards, place.split([len(shard.get_tensor("labels")) for shard in shards])):
+    counts = [len(shard.get_tensor("labels")) for shard in shards]
+    for shard, places in zip(shards, place.split(counts), strict=True):
         images[places[places >= 0]] = (shard.get_tensor("images")[places >= 0].float() / 255 - mean) / std
     try:
         with replacing(job.out) as file:
             torch.save(images if ipc else {"images": images, "labels": labels[chosen]}, file)
     except (OSError, RuntimeError) as error:  # the latter is what torch makes of the former
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise Failure(f"{job.out} cannot be written: {reason}. The images stay in {job.shards}: make room, then --join.") from error
+        stays = f"The images stay in {job.shards}: make room, then --join."
+        raise Failure(f"{job.out} cannot be written: {reason}. {stays}") from error
     shutil.rmtree(job.shards, ignore_errors=True)
-    counts = torch.bincount(labels[chosen], minlength=entry["num_classes"])
-    least, most = int(counts.min()), int(counts.max())
+    per_class = torch.bincount(labels[chosen], minlength=entry["num_classes"])
+    least, most = int(per_class.min()), int(per_class.max())
     return len(chosen), f"{least}" if least == most else f"{least} or {most}"
 
 

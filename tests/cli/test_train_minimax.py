@@ -79,8 +79,8 @@ def test_from_a_pretrained_diffusion_transformer(ddkit, tmp_path, dit_folder, fu
     folder = tmp_path / "runs" / "colours-minimax"
     parts = {path.name for path in folder.iterdir()}
     assert parts >= {"model_index.json", "ddkit.json", "vae", "transformer", "scheduler"}
-    weights = {name for name in torch_keys(folder)}
-    assert weights == {name for name in torch_keys(dit_folder)}
+    weights = set(torch_keys(folder))
+    assert weights == set(torch_keys(dit_folder))
     made = ddkit("generate", "--ipc", "1", "--dataset", "colours", "--model", folder, "--sampling-steps", "2")
     assert made.exit_code == 0, made.output
 

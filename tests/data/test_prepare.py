@@ -340,7 +340,7 @@ def drawn(tmp_path_factory):
 
 class TestGlyphs:
     def test_they_are_balanced_and_distinct(self, drawn):
-        for images, per_class in zip(drawn, (500, 100)):
+        for images, per_class in zip(drawn, (500, 100), strict=True):
             assert images.images.shape == (10 * per_class, 3, 32, 32)
             assert images.labels.tolist() == [label for label in range(10) for _ in range(per_class)]
         assert len({image.tobytes() for images in drawn for image in images.images.numpy()}) == 6000

@@ -56,7 +56,7 @@ def gradient(criteria, predicted, real, labels):
 
 
 def close(found, expected, tolerance=1e-5):
-    return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(found, expected))
+    return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(found, expected, strict=True))
 
 
 def test_recorded_values_and_gradients():
@@ -208,7 +208,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = MinimaxCriteria(CLASSES, MEMORY)
-    for seed, (one, other) in enumerate(zip(first[0], second[0])):
+    for seed, (one, other) in enumerate(zip(first[0], second[0], strict=True)):
         *values, grad = gradient(alone, *batch(8, seed))
         assert close(one[:2], values, 1e-6) and close(other[:2], values, 1e-6)
         # Each averages its rows' gradient with the other's nought.

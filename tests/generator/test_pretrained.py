@@ -180,7 +180,7 @@ class TestMapping:
         words = dict(line.split("\t") for line in lines)
         found = map_classes(CLASS_NAMES["tinyimagenet"], [[wnid] for wnid in imagenet_wnids()])
         assert len(set(found.labels)) == 200 and not found.unmatched
-        for wnid, (label,) in zip(found.names, found.labels):
+        for wnid, (label,) in zip(found.names, found.labels, strict=True):
             assert titles[label] in words[wnid].split(", "), wnid
 
     def test_imagenet_is_known_by_its_size_and_its_names(self, save_dit, tmp_path):
@@ -190,7 +190,7 @@ class TestMapping:
         right = load_generator(str(save_dit(tmp_path / "imagenet", titles)))
         assert right.class_names[1] == ("n01443537", "goldfish")
         found = map_classes(CLASS_NAMES["cifar100"], right.class_names)
-        by_name = dict(zip(found.names, found.labels))
+        by_name = dict(zip(found.names, found.labels, strict=True))
         assert by_name["tiger"] == (292,) and by_name["orange"] == (950,) and by_name["bear"] == (294, 295, 296, 297)
         assert by_name["cloud"] == ()
         change(tmp_path / "imagenet" / "model_index.json", id2label={str(i): f"thing {i}" for i in range(1000)})

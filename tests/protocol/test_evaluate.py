@@ -217,7 +217,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path):
 def test_processes_share_the_rounds(tmp_path):
     alone = evaluated()
     # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start(tmp_path / "state", 3, prefix=launch)
     reported, errors = process.communicate()
     assert process.returncode == 0, errors

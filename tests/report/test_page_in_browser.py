@@ -315,7 +315,8 @@ def test_text_stands_out_from_its_background(look, scheme, size):
 FAINT_TEXT = """
 const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
 const light = (colour) => {
-  const [r, g, b] = parts(colour).slice(0, 3).map((v) => v / 255).map((v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  const linear = (v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const [r, g, b] = parts(colour).slice(0, 3).map((v) => linear(v / 255));
   return .2126 * r + .7152 * g + .0722 * b;
 };
 const behind = (element) => {

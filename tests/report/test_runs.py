@@ -55,7 +55,7 @@ def test_torn_and_foreign_lines_are_passed_over(write_log):
 
 
 def test_what_a_resumed_training_did_again_counts_as_it_was_done_last(write_log):
-    (run,) = training_runs(write_log(*(record("denoiser", s, l) for s, l in ((10, 3.0), (20, 9.0), (20, 2.0)))))
+    (run,) = training_runs(write_log(*(record("denoiser", step, loss) for step, loss in ((10, 3.0), (20, 9.0), (20, 2.0)))))
     assert run.charts[0].lines[0].last == 2.0
 
 

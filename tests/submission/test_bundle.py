@@ -44,7 +44,8 @@ def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):
     assert (facts["steps"], facts["guidance"], facts["num_classes"], facts["image_size"]) == (6, 1.25, 2, 16)
     scheduler = json.loads((folder / "models" / "colours" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] == "UniPCMultistepScheduler"
-    assert (folder / WEIGHTS).read_bytes() == (model.folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    weights = model.folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert (folder / WEIGHTS).read_bytes() == weights.read_bytes()
     readme = (folder / "README.md").read_text()
     assert "unipc, 6 steps, guidance 1.25" in readme and "--dataset colours" in readme and "$" not in readme
     assert (folder / "requirements.txt").read_text().split() == requirements()
