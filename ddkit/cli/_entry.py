@@ -45,7 +45,7 @@ _OPTIONS = (
                  help="Track 2: what to bundle; repeatable.  [default: runs/<dataset> of both datasets]"),
     click.option("--tuned", is_flag=True, help="Track 2: with the best settings that ddkit tune found."),
     click.option("--sampler", type=click.Choice(["ddim", "dpm++", "unipc", "euler"]), help="Track 2: how to sample."),
-    click.option("--sampling-steps", "steps", type=click.IntRange(1), help="Track 2: of the sampler."),
+    click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Track 2: of the sampler."),
     click.option("--guidance", type=click.FloatRange(0), help="Track 2: 1 is none."),
     click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="Track 2: of sampling."),
     click.option("--entry-device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,

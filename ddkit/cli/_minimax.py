@@ -91,25 +91,33 @@ def configure_minimax(
         given["class_map"] = _read_class_map(settings["class_map"])
     if base is None:
         base, own = config.minimax or preset(MINIMAX_PRESET).config(32).minimax, RUNS_FOLDER / dataset
-        if not named and has_model(own):
+        if (not named or config.minimax is None) and has_model(own):
             base = dataclasses.replace(base, init=str(own))
     return dataclasses.replace(config, minimax=dataclasses.replace(base, **given))
 
 
 def begin(
-    surface: Surface, config: GeneratorConfig, data: TrainingData, settings: dict[str, Any]
+    surface: Surface, config: GeneratorConfig, data: TrainingData, settings: dict[str, Any], *, new: bool
 ) -> tuple[Start, GeneratorConfig]:
-    """Read what fine-tuning starts from, say what of it is trained, and complete the configuration by it."""
+    """Read what fine-tuning starts from, say what of it is trained, and complete the configuration by it.
+
+    new: no training goes on, whose length and mirroring would be known.
+    """
+    from ddkit.generator.pipeline import has_model
     from ddkit.generator.pretrained import start_from
+    from ddkit.generator.training import recorded_config
 
     minimax = config.minimax
     names = data.images.class_names
     start = start_from(minimax.init, names, full=minimax.full, chosen=dict(minimax.class_map))
     surface.say(_described(start))
     optimiser = config.denoiser_optimiser
-    if settings["steps"] is None:
+    if settings["steps"] is None and (new or settings["epochs"] is not None):
         steps = max(1, minimax.epochs * len(data.images) // optimiser.batch_size)
         optimiser = dataclasses.replace(optimiser, steps=steps)
+    own = Path(minimax.init).expanduser()
+    if new and settings["flips"] is None and has_model(own) and (before := recorded_config(own)):
+        config = dataclasses.replace(config, flips=before.flips)
     objective = dataclasses.replace(config.objective, prediction=start.generator.prediction)
     return start, dataclasses.replace(config, objective=objective, denoiser_optimiser=optimiser)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
               "k-medoids, minimax, easy, middling, hard, spread, random or first.")
 @click.option("--from-real", metavar="METHOD", help="Real training images instead of a model's: random and first are the "
               "baselines, the other methods of --select choose from all.")
-@click.option("--sampling-steps", "steps", type=click.IntRange(1), help="Of the sampler.")
+@click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Of the sampler.")
 @click.option("--guidance", type=click.FloatRange(0), help="How strongly the class is insisted on; 1 is not at all.")
 @click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH",
               help="The times, 0 (clean) to 1 (noise), in which guidance acts.")
@@ -58,10 +58,10 @@ def generate(
     from ddkit.distill.generate import FromReal
     from ddkit.distill.generate import generate as generate_set
 
+    if from_real and (select or candidates is not None):
+        raise UsageError("--candidates and --select are of a model's images.", "--from-real METHOD chooses from all real ones.")
     if select and candidates is None:
         raise UsageError("--select chooses from candidates.", "Say how many of each class with --candidates.")
-    if from_real and candidates is not None:
-        raise UsageError("--candidates are a model's images; --from-real chooses from all the real ones.")
     unused = [f"--{name.replace('_', '-')}" for name, value in {"model": model, **sampling}.items() if value is not None]
     if from_real and unused:
         raise UsageError(f"{', '.join(unused)}: nothing is sampled with --from-real.")

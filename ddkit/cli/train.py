@@ -47,6 +47,7 @@ class _Watch:
 @click.option("--accumulation", type=click.IntRange(1), help="Parts a step is computed in, where memory is short.")
 @click.option("--prediction", type=click.Choice(["flow", "v", "epsilon"]), help="What the denoiser predicts.")
 @click.option("--architecture", type=click.Choice(["uvit", "unet", "dit"]), help="Of the denoiser.")
+@click.option("--flips/--no-flips", default=None, help="Show images mirrored as well; wrong for letters and digits.")
 @click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the computation.")
 @click.option("--compile/--no-compile", "compile_network", default=None, help="Compile the networks first.")
 @click.option("--autoencoder", metavar="HUB_ID_OR_FOLDER", help="A pretrained one to use, such as stabilityai/sd-vae-ft-mse.")
@@ -55,8 +56,8 @@ class _Watch:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder.  [default: runs/<dataset>]")
 @click.option("--track-every", type=click.IntRange(0), metavar="STEPS",
               help="Score the model so often by its Frechet distance, and keep the best; 0 for never.")
-@click.option("--features", type=click.Choice(["convnet", "inception"]), default="convnet", show_default=True,
-              help="Of the Frechet distance: of a ConvNet trained on the real images, or of Inception.")
+@click.option("--features", type=click.Choice(["convnet", "inception"]),
+              help="Of the Frechet distance: of a ConvNet trained on the real images, or of Inception.  [default: convnet]")
 @click.option("--save-every", type=Duration(), default="5m", show_default=True, help="How much work a kill may cost.")
 @click.option("--tensorboard", is_flag=True, help="Write records for TensorBoard too.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
@@ -73,7 +74,7 @@ def train(
     out: Path | None,
     save_every: float,
     track_every: int | None,
-    features: str,
+    features: str | None,
     device: str,
     tensorboard: bool,
     dry_run: bool,
@@ -88,18 +89,23 @@ def train(
 
     if resume and fresh:
         raise UsageError("--resume and --fresh contradict each other.")
+    if settings["epochs"] is not None and (settings["steps"] is not None or seconds is not None):
+        raise UsageError("--epochs says how long to train, as --steps and --time do: give one of them.")
     named = preset_name is not None
     folder = out or RUNS_FOLDER / (f"{dataset}-minimax" if wants_minimax(preset_name, settings) else dataset)
     begun = None if fresh else recorded_config(folder)
     tuning = wants_minimax(preset_name, settings, begun)
     _check_folder(folder, resume)
     data = _open(surface, dataset)
-    preset_name = preset_name or _preset_of(folder, fresh) or (_TUNING_PRESET if tuning else _DEFAULT_PRESET)
-    config = _configure(preset_name, data.image_size, settings)
+    recorded_name = _preset_of(folder, fresh)
+    preset_name = preset_name or recorded_name or (_TUNING_PRESET if tuning else _DEFAULT_PRESET)
+    # What goes on has the settings it has, unless an option says otherwise.
+    going_on = begun is not None and preset_name == recorded_name
+    config = _configure(begun if going_on else preset(preset_name).config(data.image_size), settings)
     start = None
     if tuning:
         config = configure_minimax(config, begun, dataset, settings, named)
-        start, config = begin(surface, config, data, settings)
+        start, config = begin(surface, config, data, settings, new=begun is None)
     else:
         refuse_minimax_settings(settings)
     if dry_run:
@@ -108,7 +114,9 @@ def train(
     request = TrainingRequest(config, preset_name, seconds, device, save_every, tensorboard)
     if track_every is None:
         track_every = preset(preset_name).track_every
-    _train(surface, data, request, folder, fresh, _Watch(track_every, features), start)
+    if features and not track_every:
+        raise UsageError("--features are what --track-every looks with, and nothing is tracked.", "Give --track-every STEPS.")
+    _train(surface, data, request, folder, fresh, _Watch(track_every, features or "convnet"), start)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -134,14 +142,12 @@ def _preset_of(folder: Path, fresh: bool) -> str | None:
     return None if fresh else recorded_preset(folder)
 
 
-def _configure(preset_name: str, image_size: int, settings: dict[str, Any]) -> GeneratorConfig:
-    """The preset with what the options say otherwise."""
-    from ddkit.generator.presets import preset
+def _configure(config: GeneratorConfig, settings: dict[str, Any]) -> GeneratorConfig:
+    """A configuration with what the options say otherwise."""
 
     def given(**names: str) -> dict[str, Any]:
         return {field: settings[option] for field, option in names.items() if settings[option] is not None}
 
-    config = preset(preset_name).config(image_size)
     optimiser = given(steps="steps", batch_size="batch_size", learning_rate="lr", accumulation="accumulation")
     return dataclasses.replace(
         config,
@@ -150,7 +156,7 @@ def _configure(preset_name: str, image_size: int, settings: dict[str, Any]) -> G
         denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, **optimiser),
         **given(
             precision="precision", compile="compile_network", pretrained_autoencoder="autoencoder", seed="seed",
-            ema_decay="ema_decay",
+            ema_decay="ema_decay", flips="flips",
         ),
     )
 
@@ -167,19 +173,19 @@ def _train(
     from ddkit.device import resolve_device
     from ddkit.generator.chart import CHART_FILE
     from ddkit.generator.estimate import check_memory
-    from ddkit.generator.training import has_training, start_over
+    from ddkit.generator.training import has_training
     from ddkit.generator.training import train as train_generator
 
     classes, device = len(data.images.class_names), resolve_device(request.device)
     check_memory(request.config, data.image_size, classes, device, start=start)
     tracking = _tracking(surface, data, request.device, watch)
-    if fresh:
-        start_over(folder)
-    verb = "Going on with" if has_training(folder) else "Fine-tuning" if start else "Training"
+    verb = "Going on with" if has_training(folder) and not fresh else "Fine-tuning" if start else "Training"
     surface.say(
         f"{verb} a generator on {escape(data.name)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
     )
-    model = train_generator(data, request, folder, start=start, tracking=tracking, progress=surface.listen)
+    model = train_generator(
+        data, request, folder, start=start, tracking=tracking, fresh=fresh, progress=surface.listen
+    )
     next_command = f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name)
     surface.done([folder, folder / CHART_FILE], next_command)
     surface.result(
@@ -215,7 +221,7 @@ def _length(request: TrainingRequest) -> str:
     if request.seconds is not None:
         return span_text(request.seconds)
     config = request.config
-    before = "" if config.minimax else f"{config.autoencoder_optimiser.steps:,} + "
+    before = "" if config.minimax or config.pretrained_autoencoder else f"{config.autoencoder_optimiser.steps:,} + "
     return f"{before}{config.denoiser_optimiser.steps:,} steps"
 
 

@@ -117,6 +117,16 @@ def dataset_spec(name: str, *, cache: Path | None = None) -> DatasetSpec:
     return DATASETS.get(name) or store_facts(name, cache=cache).spec
 
 
+def class_names(name: str, *, cache: Path | None = None) -> tuple[str, ...]:
+    """The classes' own names, in class order; those of a built-in dataset are known before it is prepared.
+
+    Raises what `store_facts` raises.
+    """
+    if name in CLASS_NAMES and not is_prepared(name, cache=cache):
+        return CLASS_NAMES[name]
+    return store_facts(name, cache=cache).class_names
+
+
 def class_titles(name: str, *, cache: Path | None = None) -> tuple[str, ...]:
     """Class names for people, in class order: "goldfish" where the class's own name is n01443537.
 
@@ -124,8 +134,7 @@ def class_titles(name: str, *, cache: Path | None = None) -> tuple[str, ...]:
     """
     if name in CLASS_NAMES and not is_prepared(name, cache=cache):
         return CLASS_NAMES[name]
-    facts = store_facts(name, cache=cache)
-    return facts.class_titles or facts.class_names
+    return store_facts(name, cache=cache).class_titles or class_names(name, cache=cache)
 
 
 def find_classes(name: str, wanted: Sequence[str], *, cache: Path | None = None) -> list[int]:

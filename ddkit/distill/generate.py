@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import ImageSet, class_titles, dataset_spec, store_hash
+from ddkit.data.store import ImageSet, class_names, class_titles, dataset_spec, store_hash
 from ddkit.device import resolve_device
 from ddkit.distill.parts import Parts
 from ddkit.distill.select import BLIND_CHOICES, View, check_choice, choose, choose_in_class
@@ -92,7 +92,7 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, prog
     """A set of a model's images; what an earlier call has made of it is taken up."""
     spec = dataset_spec(dataset)
     model = load_model(source.folder, dataset=dataset)
-    _check_classes(model, spec.num_classes, source.folder)
+    _check_model(model, dataset, source.folder)
     if source.candidates is not None and source.candidates < ipc:
         raise UsageError(
             f"{ipc} images of each class cannot be chosen from {source.candidates}.", f"Ask for --candidates {ipc} or more."
@@ -234,9 +234,21 @@ def _real(dataset: str, ipc: int, source: FromReal, progress: Listener) -> tuple
     return real.images[rows], made_by
 
 
-def _check_classes(model: Model, num_classes: int, folder: Path) -> None:
-    if len(model.facts.class_names) != num_classes:
+def _check_model(model: Model, dataset: str, folder: Path) -> None:
+    """Raise UsageError where a dataset was prepared anew, with other classes or sizes, after the model was trained."""
+    known, asked = model.facts.class_names, class_names(dataset)
+    remedy = "Train a model on the dataset as it is now."
+    if len(known) != len(asked):
+        raise UsageError(f"The model in {folder} knows {len(known)} classes, the dataset has {len(asked)}.", remedy)
+    if known != asked:
+        label = next(label for label in range(len(asked)) if known[label] != asked[label])
         raise UsageError(
-            f"The model in {folder} knows {len(model.facts.class_names)} classes, the dataset has {num_classes}.",
-            "Train a model on the dataset as it is now.",
+            f"The model in {folder} knows other classes than '{dataset}' has now: class {label} is {known[label]} there, "
+            f"and {asked[label]} in the dataset.",
+            remedy,
+        )
+    size = dataset_spec(dataset).image_size
+    if model.facts.image_size != size:
+        raise UsageError(
+            f"The model in {folder} makes images of {model.facts.image_size} pixels, '{dataset}' has {size}.", remedy
         )

@@ -123,6 +123,7 @@ def k_medoids(view: View, ipc: int) -> Tensor:
 def minimax(view: View, ipc: int) -> Tensor:
     """Greedily what is like the class and unlike those taken: the largest cosine to the class's mean less the largest
     cosine to any taken. It turns the two criteria of minimax diffusion (arXiv 2311.15529) into a choice."""
+    # Less their level, one number for all: averages of rectified values would all point nearly the same way.
     features = F.normalize(view.features - view.features.mean(), dim=1)
     representative = features @ F.normalize(features.mean(0), dim=0)
     likest_taken = torch.zeros(len(features))

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddkit.errors import MissingModel
+from ddkit.errors import BadFile, MissingModel
 from ddkit.generator.presets import AutoencoderConfig
 
 _STARTING_LOG_VARIANCE = -5.0
@@ -50,7 +52,7 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) 
 def load_pretrained(source: str) -> AutoencoderKL:
     """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
 
-    Raises MissingModel where there is none or it cannot be had.
+    Raises MissingModel where there is none or it cannot be had, BadFile where its weights do not fit it.
     """
     remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
     folder = Path(source).expanduser()
@@ -60,9 +62,20 @@ def load_pretrained(source: str) -> AutoencoderKL:
     if (folder / "vae").is_dir():
         where["subfolder"] = "vae"
     try:
-        return AutoencoderKL.from_pretrained(**where, use_safetensors=True)
+        autoencoder, found = AutoencoderKL.from_pretrained(**where, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise MissingModel(f"No autoencoder could be loaded from '{source}': {str(error).splitlines()[0]}", remedy) from error
+    refuse_misfits(found, source)
+    return autoencoder
+
+
+def refuse_misfits(found: Mapping[str, Sequence[Any]], source: object) -> None:
+    """Raise BadFile where diffusers' loading info tells of weights that are missing, unknown or of another shape.
+
+    diffusers would go on with random ones in their places.
+    """
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
+        raise BadFile(f"The weights in {source} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete.")
 
 
 def pixel_patch(autoencoder: AutoencoderKL) -> int:

@@ -1,4 +1,4 @@
-"""The picture of a training: its losses and scores over the images seen."""
+"""The picture of a training: its losses and scores over the steps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from typing import Any
 from ddkit.files import explain_os_error, replacing
 
 CHART_FILE = "training.png"
-_STAGES = ("autoencoder", "denoiser")
 _POINTS = 400  # of a curve; more cannot be seen
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics log, the last one of each stage and step; a torn line is left out. Raises BadFile."""
+    """The lines of a metrics log, the last one of each stage and step; none where there is no log yet.
+
+    A torn line is left out. Raises BadFile.
+    """
     found: dict[tuple[str, int], dict[str, Any]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise explain_os_error(error, path) from error
     for line in lines:
@@ -36,11 +40,13 @@ def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    by_stage = {name: [record for record in records if record["stage"] == name] for name in (*_STAGES, "score")}
-    shown = [name for name, of_stage in by_stage.items() if of_stage]
-    figure = Figure(figsize=(4 * max(1, len(shown)), 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown, strict=False):
-        _draw(axes, name, by_stage[name])
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["stage"] == "score"):  # scores come last
+        by_stage.setdefault(record["stage"], []).append(record)
+    panels = max(1, len(by_stage))
+    figure = Figure(figsize=(4 * panels, 3), layout="constrained")
+    for axes, (name, of_stage) in zip(figure.subplots(1, panels, squeeze=False)[0], by_stage.items(), strict=False):
+        _draw(axes, name, of_stage)
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 

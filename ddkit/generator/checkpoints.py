@@ -16,7 +16,7 @@ from ddkit.tensor_files import save_torch
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEPT = 2  # checkpoints of a stage
 
 
@@ -26,7 +26,6 @@ class Checkpoint:
 
     seconds: spent on them, over all the times the stage ran. finished: nothing more is to be done.
     network, ema, optimiser: state dictionaries of tensors and plain values.
-    config: of the stage, as plain values, to tell a run with other settings.
     memory: state dictionary of what the stage's loss keeps beside the network.
     """
 
@@ -36,7 +35,6 @@ class Checkpoint:
     network: dict[str, Any]
     ema: dict[str, Any]
     optimiser: dict[str, Any]
-    config: dict[str, Any]
     memory: dict[str, Any] = field(default_factory=dict)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
+import subprocess
 import sys
+import sysconfig
 
 import torch
 from torch import nn
@@ -13,12 +16,18 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 
+@functools.cache
 def can_compile() -> bool:
-    """Whether torch.compile has the C++ compiler it needs."""
+    """Whether torch.compile has the C++ compiler and Python's headers, which it needs; tried once."""
     if sys.platform == "win32":
         return False
-    candidates = (os.environ.get("CXX"), "g++", "c++", "clang++")
-    return any(shutil.which(name) for name in candidates if name)
+    compiler = shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+    if compiler is None:
+        return False
+    headers = f"-I{sysconfig.get_path('include')}"
+    program = "#include <Python.h>\n#include <vector>\n"
+    command = [compiler, "-fsyntax-only", headers, "-x", "c++", "-"]
+    return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -35,6 +44,6 @@ def compiled_for_inference(module: nn.Module, device: torch.device) -> nn.Module
 
 def _compiled(module: nn.Module, options: dict[str, bool]) -> nn.Module:
     if not can_compile():
-        log.info("No C++ compiler was found: going on without torch.compile, which is slower.")
+        log.warning("No C++ compiler that works was found: going on without torch.compile, which is slower.")
         return module
     return torch.compile(module, options=options or None)

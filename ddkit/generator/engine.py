@@ -7,7 +7,6 @@ does the rest: processes, precision, accumulation, averaged weights, checkpoints
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -21,6 +20,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ddkit.device import is_out_of_memory
 from ddkit.errors import ComputeError, Interrupted, UsageError
 from ddkit.generator.checkpoints import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from ddkit.generator.compiling import compiled
@@ -40,7 +40,6 @@ class Stage(Protocol):
 
     name: of its checkpoints and records. loss: a module that holds `network` and maps a part of a batch to the mean
     loss and the figures worth recording, all scalars. memory: what the loss keeps from step to step beside the network.
-    config: plain values; checkpoints of others are not continued.
     ema_width, ema_decay: of the averaged weights, as GeneratorConfig has them.
     """
 
@@ -54,7 +53,6 @@ class Stage(Protocol):
     optimiser: OptimiserConfig
     ema_width: float
     ema_decay: float | None
-    config: Mapping[str, object]
 
     def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
         """The global batch of that step: tensors whose first dimension is the batch."""
@@ -180,7 +178,8 @@ class Engine:
         losses: list[Tensor] = []
         over = self.finished or self.step >= self.limits.steps or self._out_of_time()
         while not over:
-            losses.append(self._train_step())
+            with self._shortage_explained():
+                losses.append(self._train_step())
             self.step += 1
             stopping, out_of_time, save_due = self._agreed(
                 bool(stop), self._out_of_time(), time.monotonic() - saved > self.limits.save_every_seconds
@@ -208,6 +207,19 @@ class Engine:
                 if self.accelerator.is_main_process:
                     visit()
                 self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _shortage_explained(self) -> Iterator[None]:
+        """Raises ComputeError where memory is short."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ComputeError(
+                f"Memory is short for {self.stage.name} training with batches of {self.stage.optimiser.batch_size} images.",
+                "Try --accumulation 2 or more, a smaller --batch-size, or a smaller --preset.",
+            ) from error
 
     def _train_step(self) -> Tensor:
         """One optimiser step; returns this process's mean loss and figures, (1 + figures,) float32 on the device."""
@@ -300,7 +312,7 @@ class Engine:
             raise UsageError(
                 f"A batch of {self.stage.optimiser.batch_size} cannot be split evenly into {parts} parts "
                 f"({self.accelerator.num_processes} processes, {self.stage.optimiser.accumulation} accumulated).",
-                "Choose another --batch-size.",
+                "Launch a number of processes that divides it, or choose another --batch-size or --accumulation.",
             )
 
     def _checkpoint(self) -> Checkpoint:
@@ -311,7 +323,6 @@ class Engine:
             network=self.stage.network.state_dict(),
             ema=self._ema.state_dict(),
             optimiser=self._optimiser.state_dict(),
-            config=json.loads(json.dumps(self.stage.config)),
             memory={} if self.stage.memory is None else self.stage.memory.state_dict(),
         )
 

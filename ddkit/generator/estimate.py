@@ -89,12 +89,14 @@ def check_memory(
 ) -> None:
     """Raise ComputeError, saying what would fit, where a training needs more memory than the device has free."""
     needed = estimate(config, image_size, num_classes, device, seconds=0, start=start)
-    if needed.memory <= _RESERVE * needed.free_memory:
+    limit = _RESERVE * needed.free_memory
+    if needed.memory <= limit:
         return
-    fixed = max(stage.fixed_memory for stage in needed.stages)
-    per_image = max(stage.memory / stage.batch_size for stage in needed.stages)
-    fitting = int((_RESERVE * needed.free_memory - fixed) / per_image)
-    remedy = f"--batch-size {fitting} would fit." if fitting >= 1 else "Choose a smaller --preset."
+    *others, last = needed.stages
+    # The option is of the last stage's batches alone.
+    fitting = int((limit - last.fixed_memory) / ((last.memory - last.fixed_memory) / last.batch_size))
+    would_help = fitting >= 1 and all(stage.memory <= limit for stage in others)
+    remedy = f"--batch-size {fitting} would fit." if would_help else "Choose a smaller --preset."
     raise ComputeError(
         f"This training needs about {needed.memory / 2**30:.1f} GiB of memory; "
         f"{needed.free_memory / 2**30:.1f} GiB are free on {device}.",
@@ -109,17 +111,19 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple[Stage, Stage]:
-    """Both stages over made-up data of the right shapes."""
+def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple[Stage, ...]:
+    """The stages over made-up data of the right shapes; an autoencoder that is there already has none."""
     count = max(config.autoencoder_optimiser.batch_size, config.denoiser_optimiser.batch_size, num_classes)
     labels = torch.arange(count) % num_classes
     names = tuple(map(str, range(num_classes)))
     images = ImageSet(torch.zeros(count, 3, image_size, image_size, dtype=torch.uint8), labels, names)
     shape = config.autoencoder.latent_shape(image_size)
     latents = LatentSet(torch.zeros(count, 1, *shape, dtype=torch.float16), labels, std=1.0)
+    denoiser = DenoiserStage(config, build_denoiser(config.denoiser, shape, num_classes, seed=0), latents)
+    if config.pretrained_autoencoder:
+        return (denoiser,)
     autoencoder = build_autoencoder(config.autoencoder, image_size, seed=0)
-    denoiser = build_denoiser(config.denoiser, shape, num_classes, seed=0)
-    return AutoencoderStage(config, autoencoder, images), DenoiserStage(config, denoiser, latents)
+    return AutoencoderStage(config, autoencoder, images), denoiser
 
 
 def _fine_tuning(config: GeneratorConfig, start: Start, num_classes: int) -> Stage:

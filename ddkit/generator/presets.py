@@ -228,10 +228,13 @@ class Preset:
     def config(self, image_size: int) -> GeneratorConfig:
         """The configuration for images of that side, cut into about as many patches as the preset has.
 
-        Raises UsageError where the autoencoder cannot encode that side.
+        Fine-tuning takes sizes and patches from what it starts from. Raises UsageError where the autoencoder cannot
+        encode that side.
         """
         smallest = max((side for side in self.configs if side <= image_size), default=min(self.configs))
         config = self.configs[smallest]
+        if config.minimax is not None:
+            return config
         tokens = _nearest_divisor(config.autoencoder.latent_shape(image_size)[1], config.denoiser.tokens_per_side)
         return dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, tokens_per_side=tokens))
 

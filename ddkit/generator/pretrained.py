@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ddkit.errors import BadFile, MissingModel, UsageError, nearest_name
 from ddkit.files import read_json
+from ddkit.generator.autoencoder import refuse_misfits
 from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
 from ddkit.generator.networks import keep_labels, null_class
 from ddkit.generator.pipeline import FACTS_FILE, INDEX_FILE, load_model
@@ -201,8 +202,7 @@ def _read_part(kind: type[ModelMixin], folder: Path, classes: Sequence[str]) -> 
         network, found = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise BadFile(f"{folder} cannot be read: {str(error).splitlines()[0]}", "The folder is damaged.") from error
-    if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
-        raise BadFile(f"The weights in {folder} do not fit its config.json: {wrong[0]}.", "The folder is damaged.")
+    refuse_misfits(found, folder)
     # Where it lay on this machine is nothing to save with what it becomes.
     network.register_to_config(_name_or_path="")
     return network

@@ -70,9 +70,12 @@ def make_scheduler(sampler: str, prediction: str) -> SchedulerMixin:
 
 
 def linear_plan(scheduler: SchedulerMixin, steps: int) -> LinearPlan:
-    """The coefficients of a deterministic scheduler of `steps` steps. Raises UsageError for fewer than one."""
-    if steps < 1:
-        raise UsageError(f"Sampling needs at least one step, not {steps}.")
+    """The coefficients of a deterministic scheduler of `steps` steps.
+
+    Raises UsageError unless they are 1 to TIME_SCALE, and for more than a sampler can tell apart.
+    """
+    if not 1 <= steps <= TIME_SCALE:
+        raise UsageError(f"Sampling takes 1 to {TIME_SCALE} steps, not {steps}.")
     set_steps(scheduler, steps)
     times = scheduler.timesteps
     # Symbol 0 is the noise, symbol 1 + i the output of step i; some schedulers insist on image-like dimensions.
@@ -81,7 +84,10 @@ def linear_plan(scheduler: SchedulerMixin, steps: int) -> LinearPlan:
     inputs = []
     for i, time in enumerate(times):
         inputs.append(point)
-        point = scheduler.step(symbols[1 + i], time, point, return_dict=False)[0].double()
+        try:
+            point = scheduler.step(symbols[1 + i], time, point, return_dict=False)[0].double()
+        except AssertionError as error:  # UniPC's, where two steps have come to lie on one time
+            raise UsageError(f"{type(scheduler).__name__} cannot take as many as {steps} steps.", "Ask for fewer.") from error
     return LinearPlan(times.float(), torch.stack(inputs).flatten(1).float(), point.flatten().float())
 
 

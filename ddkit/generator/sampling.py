@@ -8,6 +8,7 @@ On a CPU the parts of a batch are computed side by side, one a core, which is fa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.data.images import to_uint8
+from ddkit.device import is_out_of_memory
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled_for_inference
 from ddkit.generator.networks import null_class, predict
+from ddkit.generator.objective import TIME_SCALE
 from ddkit.generator.pipeline import Model
 from ddkit.generator.samplers import linear_plan, make_scheduler
 from ddkit.generator.seeds import generator_for
@@ -48,12 +51,12 @@ class SamplingConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"Sampling needs at least one step, not {self.steps}.")
+        if not 1 <= self.steps <= TIME_SCALE:
+            raise UsageError(f"Sampling takes 1 to {TIME_SCALE} steps, not {self.steps}.")
         if self.batch_size < 1:
             raise UsageError(f"A batch needs at least one image, not {self.batch_size}.")
-        if self.guidance < 0:
-            raise UsageError(f"Guidance must not be negative, got {self.guidance}.")
+        if not 0 <= self.guidance < math.inf:
+            raise UsageError(f"Guidance is a number from 0 on, not {self.guidance}.")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise UsageError(f"A guidance interval lies within 0 and 1, got {low} to {high}.")
@@ -118,7 +121,9 @@ class Sampler:
                 *side_by_side(self._images, parts[:alone], self._workers),
                 *side_by_side(self._images, parts[alone:], self._workers),
             ]
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             size = self.config.batch_size
             raise ComputeError(
                 f"Memory is short for batches of {size} images.", f"Try --batch-size {max(1, size // 2)}."
@@ -152,7 +157,7 @@ class Sampler:
     def _output(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
         low, high = self.config.guidance_interval
         guidance = self.config.guidance
-        if guidance == 1 or not low <= time / 1000 <= high:
+        if guidance == 1 or not low <= time / TIME_SCALE <= high:
             return self._guided(noisy, noisy.new_full((len(noisy),), time), labels)
         both = torch.cat([labels, torch.full_like(labels, self._null_class)])
         return self._guided(noisy, noisy.new_full((2 * len(noisy),), time), both, guidance)

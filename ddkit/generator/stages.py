@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from ddkit.generator.latents import LatentSet
 from ddkit.generator.minimax import MinimaxCriteria
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import Objective
-from ddkit.generator.presets import GeneratorConfig, MinimaxConfig, to_json
+from ddkit.generator.presets import GeneratorConfig, MinimaxConfig
 from ddkit.generator.seeds import Shuffling, generator_for
 
 
@@ -24,7 +22,7 @@ class AutoencoderStage:
     name = "autoencoder"
     task = "Training the autoencoder"
     figures = ("mse",)
-    remedy = "Try a lower --lr."
+    remedy = "Its rate is the preset's: choose another --preset, or a pretrained --autoencoder."
     memory = None
 
     def __init__(self, config: GeneratorConfig, network: AutoencoderKL, images: ImageSet) -> None:
@@ -32,12 +30,6 @@ class AutoencoderStage:
         self.loss = AutoencoderLoss(self.network, config.kl_weight)
         self.optimiser = config.autoencoder_optimiser
         self.ema_width, self.ema_decay = config.ema_width, None
-        self.config: Mapping[str, object] = {
-            "autoencoder": to_json(config.autoencoder),
-            "kl_weight": config.kl_weight,
-            "seed": config.seed,
-            "flips": config.flips,
-        }
         self._images = images
         self._flips = config.flips
         self._seed = config.seed
@@ -72,16 +64,6 @@ class DenoiserStage:
         self.loss: nn.Module = DenoiserLoss(network, self.objective)
         self.optimiser = config.denoiser_optimiser
         self.ema_width, self.ema_decay = config.ema_width, config.ema_decay
-        self.config: Mapping[str, object] = {
-            "denoiser": to_json(config.denoiser),
-            "objective": to_json(config.objective),
-            "optimiser": {name: value for name, value in to_json(self.optimiser).items() if name != "steps"},
-            "ema_width": config.ema_width,
-            "ema_decay": config.ema_decay,
-            "pretrained_autoencoder": config.pretrained_autoencoder,
-            "seed": config.seed,
-            "flips": config.flips,
-        }
         self._latents = latents
         self._seed = config.seed
         self._null_class = null_class(network)
@@ -122,7 +104,6 @@ class MinimaxStage(DenoiserStage):
         super().__init__(config, network, latents)
         self.memory = MinimaxCriteria(num_classes, config.minimax.memory_size)
         self.loss = MinimaxLoss(network, self.objective, self.memory, config.minimax)
-        self.config = {**self.config, "minimax": to_json(config.minimax)}
 
     def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
         """As `DenoiserStage.draw`, and classes: (B,) int64, the labels none of which is replaced by the null class."""

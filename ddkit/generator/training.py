@@ -1,6 +1,6 @@
 """Training a generator: the autoencoder, the latents, the denoiser, the model folder; each once, each resumable.
 
-A run's folder is the model folder itself; beside its parts lie `config.json` (the settings it was begun with),
+A run's folder is the model folder itself; beside its parts lie `config.json` (the settings it goes by),
 `metrics.jsonl` (one StepRecord or Score a line), `training.png` (a chart of it) and `checkpoints/`.
 """
 
@@ -29,11 +29,14 @@ from ddkit.errors import BadFile, UsageError
 from ddkit.files import explain_os_error, read_json, sha256_of, write_json
 from ddkit.generator.autoencoder import build_autoencoder, load_pretrained
 from ddkit.generator.chart import CHART_FILE, draw_chart, read_records
+from ddkit.generator.checkpoints import list_checkpoints
 from ddkit.generator.difffit import plain_copy
 from ddkit.generator.engine import Engine, Limits, Stage
 from ddkit.generator.latents import LATENTS_FILE, LatentSet, cached_latents
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.pipeline import (
+    FACTS_FILE,
+    INDEX_FILE,
     WEIGHTS_FILE,
     Model,
     ModelFacts,
@@ -50,13 +53,20 @@ from ddkit.generator.seeds import derived_seed
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.progress import Listener, ignore
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; there two trainings in one folder are the user's care.
+    fcntl = None
+
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 AUTOENCODER_SHARE = 0.15  # of a training time given in seconds
 _NO_LIMIT = 10**9  # steps, where time is the limit
+_OF_MODELS = (FACTS_FILE, INDEX_FILE, "vae", "transformer", "unet")
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class TrainingRequest:
     """How to train: the configuration and the limits of this call, which may grow from call to call.
 
     preset: the name the configuration came from, for the records.
-    seconds: of training in all, both stages; the autoencoder takes up to AUTOENCODER_SHARE of it. None: the
+    seconds: of training in all, both stages; the autoencoder takes up to AUTOENCODER_SHARE of it, once. None: the
         configuration's steps.
     device: as `resolve_device` names it.
     """
@@ -117,24 +127,33 @@ def train(
     *,
     start: Start | None = None,
     tracking: Tracking | None = None,
+    fresh: bool = False,
     progress: Listener = ignore,
 ) -> Model:
     """Train a generator in `folder`, going on from what is there; returns the model that is then in the folder.
 
     start: what `config.minimax.init` names, where the caller has read it already; it is trained in place.
-    Raises UsageError where the folder holds a training with other settings (each is listed), Interrupted and
+    fresh: remove the training that is there first, as `start_over` does.
+    Raises UsageError where the folder holds a training with other settings (each is listed), a model that is not of a
+    training here, or the very generator to start from, and where another process trains in it; Interrupted and
     ComputeError as `Engine.run` does, BadFile for what the system refuses.
     """
-    _claim(folder, data, request)
-    if request.config.minimax is not None:
+    minimax = request.config.minimax
+    if minimax is not None:
+        if Path(minimax.init).expanduser().resolve() == folder.resolve():
+            raise UsageError(f"{folder} holds what fine-tuning starts from.", "Choose another folder with --out.")
         start = start or _start(request.config, data.images.class_names)
-    with _accelerator(request) as accelerator:
+    with _accelerator(request) as accelerator, _alone(folder, accelerator):
+        with accelerator.main_process_first():
+            if fresh and accelerator.is_main_process:
+                start_over(folder)
+            _claim(folder, data, request)
         listener = progress if accelerator.is_main_process else ignore
         run = _Run(data, request, folder, accelerator, start, tracking, listener)
         autoencoder = run.autoencoder()
         run.denoiser(autoencoder, run.latents(autoencoder))
         if accelerator.is_main_process:
-            draw_chart(read_records(folder / METRICS_FILE), folder / CHART_FILE)
+            draw_chart(run.log.records(), folder / CHART_FILE)
         accelerator.wait_for_everyone()
         return load_model(folder, dataset=data.name)
 
@@ -144,7 +163,7 @@ def start_over(folder: Path) -> None:
 
     Raises UsageError where a folder that is there holds no training of ours.
     """
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK_FILE for path in folder.iterdir()):
         return
     if not (folder / CONFIG_FILE).is_file():
         raise UsageError(f"{folder} holds no training, so nothing is removed from it.", "Choose another --out.")
@@ -169,7 +188,7 @@ def recorded_preset(folder: Path) -> str | None:
 
 
 def recorded_config(folder: Path) -> GeneratorConfig | None:
-    """The settings a training in that folder was begun with; None where there is none."""
+    """The settings a training in that folder goes by; None where there is none."""
     return from_json(_record_of(folder)["config"]) if has_training(folder) else None
 
 
@@ -207,9 +226,12 @@ class _Run:
 
     def autoencoder(self) -> AutoencoderKL:
         """The autoencoder, from the folder where it is finished."""
-        if not (self.folder / "vae" / WEIGHTS_FILE).is_file():
+        if not (self.folder / "vae" / WEIGHTS_FILE).is_file() or self._may_improve_autoencoder():
             self._make_autoencoder()
             self.accelerator.wait_for_everyone()
+        elif self._autoencoder_was_hurried():
+            log.warning("The autoencoder stays as little trained as it is, as the denoiser has learned from its latents. "
+                        "--fresh trains both for longer.")  # fmt: skip
         return load_autoencoder(self.folder / "vae").to(self.accelerator.device).eval()
 
     def latents(self, autoencoder: AutoencoderKL) -> LatentSet:
@@ -236,15 +258,43 @@ class _Run:
         stage = self._denoiser_stage(latents)
         steps, seconds = stage.optimiser.steps, None
         if self.request.seconds is not None:
-            share = 1 if self.start else 1 - AUTOENCODER_SHARE
-            steps, seconds = _NO_LIMIT, share * self.request.seconds
+            steps, seconds = _NO_LIMIT, max(0.0, self.request.seconds - self._autoencoder_seconds())
         engine = self._engine(stage, Limits(steps, seconds, self.request.save_every_seconds))
         engine.on_save = lambda: self._save_model(engine, autoencoder)
         if self.tracking is not None:
             engine.every(self.tracking.every_steps, lambda: self._track(engine, autoencoder))
         engine.run()
+        if self.tracking is not None and not self._scored(engine.step):
+            if self.accelerator.is_main_process:
+                self._track(engine, autoencoder)
+            self.accelerator.wait_for_everyone()
         if not has_model(self.folder):
             engine.save()
+
+    def _may_improve_autoencoder(self) -> bool:
+        """Whether one of our own can train on: not once a denoiser has begun to learn from its latents."""
+        trained_here = not self.start and not self.config.pretrained_autoencoder
+        return trained_here and not list_checkpoints(self.folder / CHECKPOINTS, DenoiserStage.name)
+
+    def _autoencoder_was_hurried(self) -> bool:
+        """Whether it ended when its time was up, and would have more than twice as much now."""
+        records = self._autoencoder_records()
+        if self.request.seconds is None or not records or records[-1]["step"] >= self.config.autoencoder_optimiser.steps:
+            return False
+        return AUTOENCODER_SHARE * self.request.seconds > 2 * self._autoencoder_seconds()
+
+    def _autoencoder_seconds(self) -> float:
+        """Of the time in all, what training the autoencoder took."""
+        return max((record["seconds"] for record in self._autoencoder_records()), default=0.0)
+
+    def _autoencoder_records(self) -> list[dict[str, Any]]:
+        return [record for record in self.log.records() if record["stage"] == AutoencoderStage.name]
+
+    def _scored(self, step: int) -> bool:
+        return any(
+            (record["stage"], record["step"], record.get("name")) == ("score", step, self.tracking.name)
+            for record in self.log.records()
+        )
 
     def _denoiser_stage(self, latents: LatentSet) -> DenoiserStage:
         classes = len(self.data.images.class_names)
@@ -332,6 +382,10 @@ class _MetricsLog:
         self._path = folder / METRICS_FILE
         self._writer = _summary_writer(folder / "tensorboard") if tensorboard else None
 
+    def records(self) -> list[dict[str, Any]]:
+        """What is written so far, as `read_records` has it."""
+        return read_records(self._path)
+
     def write(self, record: Any) -> None:
         """Append one dataclass; raises BadFile for what the system refuses."""
         values = dataclasses.asdict(record)
@@ -363,43 +417,77 @@ def _best_score(folder: Path, tracking: Tracking | None) -> float | None:
 
 
 def _claim(folder: Path, data: TrainingData, request: TrainingRequest) -> None:
-    """Record the settings in a new run folder; refuse one that was begun with others, listing them."""
-    begun = {
+    """Record the settings in a run's folder; refuse one that was begun with others, listing them."""
+    asked = {
         "ddkit_version": __version__,
         "dataset": data.name,
+        "dataset_sha256": data.sha256,
         "class_names": list(data.images.class_names),
+        "image_size": data.image_size,
         "preset": request.preset,
         "config": to_json(request.config),
     }
-    if not has_training(folder):
-        write_json(folder / CONFIG_FILE, begun)
-        return
-    if lines := _differences(begun, _record_of(folder), request.config):
+    if has_training(folder):
+        recorded = _record_of(folder)
+        if lines := _differences(asked, recorded, request.config):
+            raise UsageError(
+                f"{folder} holds a training with other settings: {'; '.join(lines)}.",
+                "Give those, start over with --fresh, or choose another folder with --out.",
+            )
+        if recorded.get("dataset_sha256") != data.sha256:
+            log.warning("'%s' was prepared anew since the training in %s began; it goes on with the new images.",
+                        data.name, folder)  # fmt: skip
+    elif found := [name for name in _OF_MODELS if (folder / name).exists()]:
         raise UsageError(
-            f"{folder} holds a training with other settings: {'; '.join(lines)}.",
-            "Give those, start over with --fresh, or choose another folder with --out.",
+            f"{folder} holds a model that was not trained there ({found[0]}); it would be lost.",
+            "Choose another folder with --out.",
         )
+    write_json(folder / CONFIG_FILE, asked)
 
 
 def _differences(asked: Mapping[str, Any], recorded: Mapping[str, Any], config: GeneratorConfig) -> list[str]:
-    lines = []
     if recorded.get("dataset") != asked["dataset"]:
-        lines.append(f"dataset: {recorded.get('dataset')}, not {asked['dataset']}")
-    elif recorded.get("class_names") != asked["class_names"]:
-        lines.append("class_names: the dataset had other classes then")
-    return lines + differences(_comparable(config), _comparable(from_json(recorded["config"])))
+        return [f"dataset: {recorded.get('dataset')}, not {asked['dataset']}"]
+    if recorded.get("class_names") != asked["class_names"]:
+        return ["class_names: the dataset had other classes then"]
+    if recorded.get("image_size") != asked["image_size"]:
+        return [f"image_size: {recorded.get('image_size')}, not {asked['image_size']}"]
+    return differences(_comparable(config), _comparable(from_json(recorded["config"])))
 
 
 def _comparable(config: GeneratorConfig) -> GeneratorConfig:
-    """The configuration with what may differ when a training goes on, its lengths and compilation, set equal."""
+    """The configuration with what may differ when a training goes on set equal: its lengths, compilation, and what
+    helps against a loss that diverges."""
     minimax = config.minimax
     return replace(
         config,
-        minimax=None if minimax is None else replace(minimax, epochs=1),
+        minimax=None if minimax is None else replace(minimax, epochs=1, lambda_r=0, lambda_d=0),
         autoencoder_optimiser=replace(config.autoencoder_optimiser, steps=1),
-        denoiser_optimiser=replace(config.denoiser_optimiser, steps=1),
+        denoiser_optimiser=replace(config.denoiser_optimiser, steps=1, learning_rate=1.0),
         compile=False,
     )
+
+
+@contextmanager
+def _alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """One training at a time in a folder. Raises UsageError where another is at work there."""
+    if fcntl is None or not accelerator.is_main_process:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise explain_os_error(error, error.filename or folder) from error
+    with lock:
+        try:
+            # Unlike flock's, these locks are not inherited by the processes that compile.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UsageError(
+                f"Another process trains in {folder}.", "Wait for it, stop it, or choose another folder with --out."
+            ) from None
+        yield
 
 
 def _start(config: GeneratorConfig, class_names: Sequence[str]) -> Start:

@@ -40,7 +40,7 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
         "metrics": {},
     }
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoints", "config.json", "ddkit.json", "metrics.jsonl", "model_index.json", "scheduler", "training.png",
+        ".lock", "checkpoints", "config.json", "ddkit.json", "metrics.jsonl", "model_index.json", "scheduler", "training.png",
         "transformer", "vae",
     }  # fmt: skip
 
@@ -50,9 +50,15 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
     assert "ddkit generate --ipc 10 --dataset colours" in longer.output
     assert steps_done(folder) > before
 
-    other = ddkit(*words, "--time", "2s", "--lr", "0.5", "--seed", "3")
+    other = ddkit(*words, "--time", "2s", "--ema-decay", "0.5", "--seed", "3")
     assert other.exit_code == 2
-    assert "learning_rate: 0.002, not 0.5" in other.output and "seed: 0, not 3" in other.output
+    assert "ema_decay: None, not 0.5" in other.output and "seed: 0, not 3" in other.output
+
+    slower = ddkit(*words, "--time", "2.2s", "--lr", "1e-5")
+    again = ddkit("train", "--dataset", colours, "--time", "2.3s")  # batch size and rate need not be said again
+    assert (slower.exit_code, again.exit_code) == (0, 0), slower.output + again.output
+    optimiser = json.loads((folder / "config.json").read_text())["config"]["denoiser_optimiser"]
+    assert (optimiser["learning_rate"], optimiser["batch_size"]) == (1e-5, 8)
 
     fresh = ddkit(*words, "--time", "0.5s", "--seed", "3", "--fresh")
     assert fresh.exit_code == 0, fresh.output
@@ -71,6 +77,8 @@ def test_stopped_it_has_saved_and_goes_on(ddkit, colours, tmp_path, number):
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/autoencoder-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    second = ddkit(*words, "--time", "1s")
+    assert second.exit_code == 2 and "Another process trains in runs/colours" in " ".join(second.output.split())
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGKILL:
@@ -110,6 +118,7 @@ def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, c
         (["--dataset", "colours", "--device", "cuda:99"], 3, "cuda:99"),
         (["--dataset", "colours", "--batch-size", "100000"], 3, "would fit"),
         (["--dataset", "colours", "--autoencoder", "nowhere", "--preset", "demo"], 3, "nowhere"),
+        (["--dataset", "colours", "--preset", "demo", "--features", "inception"], 2, "nothing is tracked"),
     ],
 )
 def test_what_it_refuses_in_one_message(ddkit, colours, monkeypatch, words, status, said):

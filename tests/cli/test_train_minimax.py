@@ -61,6 +61,7 @@ def test_from_ones_own_generator_to_pictures(ddkit, tmp_path, architecture):
     assert "Starting from runs/colours" in told and "2 of 2 classes known by name" in told
     assert "next: ddkit generate --ipc 10 --dataset colours --model runs/colours-minimax" in told
     folder = tmp_path / "runs" / "colours-minimax"
+    assert settings(folder)["flips"] is False  # as the generator was trained
     last = records(folder)[-1]
     assert last["stage"] == "minimax" and last["step"] == steps_done(folder) == 6
     assert last["loss"] == pytest.approx(
@@ -109,8 +110,11 @@ def test_goes_on_without_its_settings_being_said_again(ddkit, tmp_path, dit_fold
     assert all(record["loss"] == pytest.approx(record["mse"] + 0.5 * record["representativeness"], rel=1e-5)
                for record in records(folder))  # fmt: skip
 
-    other = ddkit("train", "--dataset", "colours", "--out", folder, *QUICK, "--lambda-d", "0.1")
-    assert other.exit_code == 2 and "minimax.lambda_d: 0.0, not 0.1" in said(other)
+    other = ddkit("train", "--dataset", "colours", "--out", folder, *QUICK, "--memory-size", "5")
+    assert other.exit_code == 2 and "minimax.memory_size: 3, not 5" in said(other)
+    tamer = ddkit("train", "--dataset", "colours", "--out", folder, "--lambda-r", "0.1", "--lr", "1e-4")
+    assert tamer.exit_code == 0 and settings(folder)["minimax"]["lambda_r"] == 0.1
+    assert settings(folder)["denoiser_optimiser"]["learning_rate"] == 1e-4 and steps_done(folder) == 10
     scratch = ddkit("train", "--dataset", "colours", "--out", folder, "--method", "diffusion")
     assert scratch.exit_code == 2 and "folder that holds a fine-tuning" in said(scratch)
 
@@ -151,12 +155,15 @@ def test_weights_so_large_that_the_loss_diverges(ddkit, tmp_path, dit_folder):
         (["--init", "strangers", "--prediction", "v"], 2, "--prediction is decided by what fine-tuning starts from"),
         (["--init", "strangers", "--method", "diffusion"], 2, "--method diffusion starts from nothing"),
         (["--lambda-r", "1"], 2, "--lambda-r goes with --method minimax"),
+        (["--init", "strangers", "--epochs", "2", "--steps", "9"], 2, "give one of them"),
+        (["--init", "mine", "--out", "mine", "--fresh"], 2, "mine holds what fine-tuning starts from"),
         (["--method", "minimax", "--lambda-d", "-1"], 2, "-1"),
         (["--method", "minimax", "--init", "strangers", "--out", "foreign"], 3, "not of a training of ddkit's"),
     ],
 )
 def test_what_it_refuses_in_one_message(ddkit, save_dit, tmp_path, words, status, message):
     save_dit(tmp_path / "strangers", ["tench", "goldfish"])
+    save_dit(tmp_path / "mine", ["blue", "red"])
     for folder, content in {"stable": {"_class_name": "StableDiffusionPipeline"}, "foreign": {}}.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / {"stable": "model_index.json"}.get(folder, "config.json")).write_text(json.dumps(content))

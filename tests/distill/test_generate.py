@@ -95,6 +95,16 @@ class TestWhatIsRefused:
         with pytest.raises(UsageError, match="knows 3 classes, the dataset has 2"):
             generate(colours, 1, FromModel(model_folder), tmp_path / "set.pt")
 
+    @pytest.mark.parametrize(("changes", "said"), [
+        ({"class_names": ("blue", "green")}, "class 1 is green there, and red in the dataset"),
+        ({"image_size": 8}, "images of 8 pixels, 'colours' has 16"),
+    ])  # fmt: skip
+    def test_a_model_of_the_dataset_as_it_was(self, colours, model_folder, tmp_path, changes, said):
+        model = load_model(model_folder)
+        save_model(dataclasses.replace(model, facts=dataclasses.replace(model.facts, **changes)), model_folder)
+        with pytest.raises(UsageError, match=said):
+            generate(colours, 1, FromModel(model_folder), tmp_path / "set.pt")
+
     def test_a_folder_that_cannot_be_written(self, colours, tmp_path):
         (tmp_path / "file").write_text("in the way")
         with pytest.raises(BadFile):

@@ -68,3 +68,18 @@ def test_what_does_not_fit_is_refused_with_what_would(config, monkeypatch):
     with pytest.raises(ComputeError) as caught:
         check_memory(config, 16, 3, CPU)
     assert "--preset" in caught.value.remedy
+
+
+def test_an_autoencoder_that_is_there_costs_nothing(config):
+    (stage,) = estimate(dataclasses.replace(config, pretrained_autoencoder="here"), 16, 3, CPU, seconds=0).stages
+    assert stage.stage == "denoiser"
+
+
+def test_smaller_batches_are_no_remedy_for_the_autoencoder(config, monkeypatch):
+    large = dataclasses.replace(config.autoencoder_optimiser, batch_size=6000)
+    config = dataclasses.replace(config, autoencoder_optimiser=large)
+    autoencoder, denoiser = estimate(config, 16, 3, CPU, seconds=0).stages
+    monkeypatch.setattr(module, "free_memory", lambda device: (autoencoder.memory + denoiser.memory) // 2)
+    with pytest.raises(ComputeError) as caught:
+        check_memory(config, 16, 3, CPU)
+    assert caught.value.remedy == "Choose a smaller --preset."

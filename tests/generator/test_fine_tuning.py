@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -172,8 +173,13 @@ def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
 class TestRefusing:
     def test_going_on_from_another_start(self, data, tuning, own, tmp_path):
         train(data, TrainingRequest(tuning(own, steps=1)), tmp_path / "run")
-        with pytest.raises(UsageError, match="minimax.lambda_r: 0.002, not 1"):
-            train(data, TrainingRequest(tuning(own, steps=2, lambda_r=1)), tmp_path / "run")
+        shutil.copytree(own, tmp_path / "other")
+        with pytest.raises(UsageError, match=r"minimax.init: .*own, not .*other"):
+            train(data, TrainingRequest(tuning(tmp_path / "other", steps=2)), tmp_path / "run")
+
+    def test_training_in_the_folder_to_start_from(self, data, tuning, own, tmp_path):
+        with pytest.raises(UsageError, match="holds what fine-tuning starts from"):
+            train(data, TrainingRequest(tuning(own)), own, fresh=True)
 
     def test_another_prediction_than_was_learned(self, data, tuning, own, tmp_path):
         with pytest.raises(UsageError, match="predicts 'flow', not 'v'"):

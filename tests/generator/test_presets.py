@@ -57,6 +57,10 @@ def test_every_preset_fits_every_usual_size(name, image_size):
     assert channels == config.autoencoder.latent_channels
 
 
+def test_fine_tuning_takes_its_sizes_from_what_it_starts_from():
+    assert preset("minimax-paper").config(30) == preset("minimax-paper").config(32)
+
+
 def test_sizes_that_do_not_fit_are_refused_with_the_way_out():
     with pytest.raises(UsageError, match="multiple of 4.*--image-size 32, or choose another preset"):
         preset("demo").config(30)

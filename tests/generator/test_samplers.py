@@ -70,8 +70,21 @@ def test_euler_on_a_variance_preserving_model_is_ddim(steps):
     assert torch.allclose(by_plan(plan, noise), point, atol=0.02)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_very_many_steps_make_a_sound_plan_or_are_refused(sampler, prediction):
+    try:
+        plan = linear_plan(make_scheduler(sampler, prediction), 999)
+    except UsageError as error:
+        assert (sampler, prediction) == ("unipc", "flow") and "cannot take as many as 999 steps" in error.message
+    else:
+        assert plan.inputs.isfinite().all() and plan.final.isfinite().all()
+
+
 def test_unknown_samplers_and_no_steps_are_refused():
     with pytest.raises(UsageError, match="Did you mean 'dpm\\+\\+'"):
         make_scheduler("dpmpp", "flow")
-    with pytest.raises(UsageError, match="at least one"):
+    with pytest.raises(UsageError, match="1 to 1000 steps, not 0"):
         linear_plan(make_scheduler("ddim", "flow"), 0)
+    with pytest.raises(UsageError, match="1 to 1000 steps, not 1001"):
+        linear_plan(make_scheduler("dpm++", "v"), 1001)

@@ -59,8 +59,15 @@ def test_records_are_read_once_each_and_a_torn_line_is_left_out(tmp_path):
     lines = [{"stage": "denoiser", "step": step, "loss": loss} for step, loss in ((10, 1.0), (20, 0.9), (10, 0.8))]
     log.write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "den')
     assert [(record["step"], record["loss"]) for record in read_records(log)] == [(10, 0.8), (20, 0.9)]
+    assert read_records(tmp_path / "none.jsonl") == []
     with pytest.raises(BadFile):
-        read_records(tmp_path / "none.jsonl")
+        read_records(tmp_path)
+
+
+def test_a_fine_tuning_has_its_curve(tmp_path):
+    draw_chart([], tmp_path / "nothing.png")
+    draw_chart([{"stage": "minimax", "step": step, "loss": 1 / step} for step in (1, 2, 3)], tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes() != (tmp_path / "nothing.png").read_bytes()
 
 
 def test_a_chart_of_nothing_is_a_picture_too(tmp_path):

@@ -10,14 +10,14 @@ import textwrap
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddkit.data.store import ImageSet
-from ddkit.errors import ComputeError, Interrupted, MissingModel, UsageError
+from ddkit.errors import BadFile, ComputeError, Interrupted, MissingModel, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.pipeline import load_model, read_facts, save_autoencoder
-from ddkit.generator.training import Tracking, TrainingData, TrainingRequest, start_over, train
+from ddkit.generator.training import Tracking, TrainingData, TrainingRequest, recorded_config, start_over, train
 
 
 def with_steps(config, steps):
@@ -50,6 +50,27 @@ def assert_same(first, second, **tolerance):
             assert torch.allclose(value, second[1][name], **tolerance), name
         else:
             assert torch.equal(value, second[1][name]), name
+
+
+def in_a_process(here, data, config, folder, before="", *, launcher=()):
+    """A training in the folder of that name by a process of its own, or by those that a launcher starts."""
+    torch.save(dict(vars(data.images)), here / "images.pt")
+    (here / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    script = textwrap.dedent(f"""
+        import json, torch
+        from pathlib import Path
+        from ddkit.data.store import ImageSet
+        from ddkit.generator.presets import from_json
+        from ddkit.generator.training import TrainingData, TrainingRequest, train
+        here = Path({str(here)!r})
+        images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
+        config = from_json(json.loads((here / "config.json").read_text()))
+        exec({textwrap.dedent(before)!r})
+        train(TrainingData("colours", images, "of-these-pixels"), TrainingRequest(config), here / {folder!r})
+    """)
+    (here / "script.py").write_text(script)
+    command = [sys.executable, *launcher, str(here / "script.py")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 class TestGoingOn:
@@ -115,10 +136,16 @@ class TestGoingOn:
 
     def test_other_settings_are_listed_and_refused(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path)
-        other = with_optimiser(dataclasses.replace(config, seed=3), learning_rate=0.5)
-        with pytest.raises(UsageError, match="learning_rate: 0.001, not 0.5; seed: 0, not 3") as caught:
+        other = with_optimiser(dataclasses.replace(config, seed=3), beta2=0.5)
+        with pytest.raises(UsageError, match="beta2: 0.99, not 0.5; seed: 0, not 3") as caught:
             train(data, TrainingRequest(other), tmp_path)
         assert "--fresh" in caught.value.remedy
+
+    def test_with_a_lower_rate_it_goes_on(self, data, config, tmp_path):
+        train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
+        train(data, TrainingRequest(with_optimiser(config, learning_rate=1e-4)), tmp_path)
+        assert [(record["step"], record["rate"]) for record in records(tmp_path)] == [(2, 1e-3), (6, 1e-4)]
+        assert recorded_config(tmp_path).denoiser_optimiser.learning_rate == 1e-4
 
     def test_another_dataset_and_other_classes_are_refused(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path)
@@ -128,19 +155,47 @@ class TestGoingOn:
         with pytest.raises(UsageError, match="other classes"):
             train(dataclasses.replace(data, images=renamed), TrainingRequest(config), tmp_path)
 
-    def test_changed_data_is_encoded_again(self, data, config, tmp_path):
+    def test_images_of_another_size_are_refused(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path)
+        smaller = dataclasses.replace(data.images, images=data.images.images[..., ::2, ::2].contiguous())
+        with pytest.raises(UsageError, match="image_size: 16, not 8"):
+            train(dataclasses.replace(data, images=smaller), TrainingRequest(config), tmp_path)
+
+    def test_a_model_that_was_not_trained_there_is_not_overwritten(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path / "run")
+        shutil.copytree(tmp_path / "run", tmp_path / "got", ignore=shutil.ignore_patterns("config.json", "checkpoints"))
+        before = (tmp_path / "got" / "ddkit.json").read_bytes()
+        with pytest.raises(UsageError, match="not trained there"):
+            train(data, TrainingRequest(config), tmp_path / "got")
+        with pytest.raises(UsageError, match="no training"):
+            train(data, TrainingRequest(config), tmp_path / "got", fresh=True)
+        assert (tmp_path / "got" / "ddkit.json").read_bytes() == before
+
+    def test_an_autoencoder_may_train_on_until_a_denoiser_has_learned_from_it(self, data, config, tmp_path, caplog):
+        longer = with_optimiser(config, steps=10**9)
+        train(data, TrainingRequest(config, seconds=0.001), tmp_path)
+        for path in list_checkpoints(tmp_path / "checkpoints", "denoiser"):
+            path.unlink()
+        train(data, TrainingRequest(longer, seconds=2.0), tmp_path)
+        assert records(tmp_path, "autoencoder")[-1]["step"] == 4 and "stays" not in caplog.text
+        train(data, TrainingRequest(longer, seconds=0.001), tmp_path / "hurried")
+        train(data, TrainingRequest(longer, seconds=2.0), tmp_path / "hurried")
+        assert records(tmp_path / "hurried", "autoencoder")[-1]["step"] < 4 and "stays as little trained" in caplog.text
+
+    def test_changed_data_is_encoded_again(self, data, config, tmp_path, caplog):
         train(data, TrainingRequest(config), tmp_path)
         before = load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"]
         images = dataclasses.replace(data.images, images=data.images.images.flip(-2).contiguous())
         changed = dataclasses.replace(data, images=images, sha256="of-other-pixels")
         train(changed, TrainingRequest(config), tmp_path)
+        assert "prepared anew since" in caplog.text
         assert not torch.equal(before, load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"])
 
     def test_starting_over_leaves_what_is_not_ours(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
         start_over(tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", ".lock"}
         with pytest.raises(UsageError, match="no training"):
             start_over(tmp_path)
 
@@ -171,24 +226,8 @@ class TestTheSameBatchHoweverItIsComputed:
 
     def test_two_processes_amount_to_one(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path / "one")
-        torch.save(dict(vars(data.images)), tmp_path / "images.pt")
-        (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-        script = tmp_path / "script.py"
-        script.write_text(
-            textwrap.dedent(f"""
-                import json, torch
-                from pathlib import Path
-                from ddkit.data.store import ImageSet
-                from ddkit.generator.presets import from_json
-                from ddkit.generator.training import TrainingData, TrainingRequest, train
-                here = Path({str(tmp_path)!r})
-                images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
-                config = from_json(json.loads((here / "config.json").read_text()))
-                train(TrainingData("colours", images, "of-these-pixels"), TrainingRequest(config), here / "two")
-            """)
-        )
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-        done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        done = in_a_process(tmp_path, data, config, "two", launcher=launcher)
         assert done.returncode == 0, done.stderr
         assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
         ours, theirs = (records(tmp_path / name)[-1] for name in ("one", "two"))
@@ -212,6 +251,17 @@ class TestWhatStopsIt:
             train(data, TrainingRequest(wild), tmp_path)
         assert str(good[-1]) in caught.value.remedy and "--lr" in caught.value.remedy
         assert list_checkpoints(tmp_path / "checkpoints", "denoiser") == good
+
+    def test_short_memory_says_what_would_help(self, data, config, tmp_path):
+        done = in_a_process(
+            tmp_path, data, with_optimiser(config, batch_size=60_000), "run",
+            """
+            import resource, psutil
+            limit = psutil.Process().memory_info().vms + 2**29
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            """,
+        )  # fmt: skip
+        assert "ComputeError: Memory is short for denoiser training with batches of 60000 images." in done.stderr
 
     def test_time_is_a_limit_of_both_stages_and_counts_what_was_done_before(self, data, config, tmp_path):
         endless = with_steps(config, 10**9)
@@ -240,6 +290,12 @@ class TestTracking:
             (6, 2.0),
             (8, 5.0),
         ]
+
+    def test_the_last_step_is_scored_too_once(self, data, config, tmp_path):
+        tracking = Tracking("frechet", lambda model: 1.0, every_steps=4)
+        for _ in range(2):
+            train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking)
+            assert [record["step"] for record in records(tmp_path, "score")] == [4, 6]
 
     def test_what_is_scored_has_the_averaged_weights(self, data, config, tmp_path):
         seen = []
@@ -283,6 +339,20 @@ class TestPretrainedAutoencoder:
         latents = load_file(tmp_path / "run" / "checkpoints" / "latents.safetensors")["latents"]
         assert model.autoencoder.config.scaling_factor == pytest.approx(1 / latents.float().std().item(), rel=1e-3)
         assert list_checkpoints(tmp_path / "run" / "checkpoints", "autoencoder") == []
+
+    def test_it_leaves_all_the_time_to_the_denoiser(self, data, config, tmp_path):
+        save_autoencoder(build_autoencoder(config.autoencoder, 16, seed=9), tmp_path / "pretrained")
+        config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "pretrained"))
+        train(data, TrainingRequest(with_steps(config, 10**9), seconds=2.0), tmp_path / "run")
+        assert load_latest(tmp_path / "run" / "checkpoints", "denoiser").seconds >= 2
+
+    def test_weights_that_are_missing_are_not_made_up(self, data, config, tmp_path):
+        save_autoencoder(build_autoencoder(config.autoencoder, 16, seed=9), tmp_path)
+        (weights,) = (tmp_path / "vae").glob("*.safetensors")
+        save_file({name: value for name, value in load_file(weights).items() if "decoder" not in name}, weights)
+        config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path))
+        with pytest.raises(BadFile, match="do not fit its config.json: decoder"):
+            train(data, TrainingRequest(config), tmp_path / "run")
 
     def test_none_to_be_had_is_one_message(self, data, config, tmp_path):
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))

@@ -1,0 +1,32 @@
+"""Compiling where it can work."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from ddkit.generator.compiling import can_compile, compiled
+
+
+@pytest.fixture(autouse=True)
+def tried_anew():
+    can_compile.cache_clear()
+    yield
+    can_compile.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_that_works_it_says_so_and_goes_on_plainly(compiler, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", compiler)
+    module = nn.Linear(2, 2)
+    with caplog.at_level(logging.WARNING):
+        assert compiled(module) is module
+    assert "No C++ compiler that works" in caplog.text
+
+
+def test_what_is_compiled_computes_the_same():
+    if not can_compile():
+        pytest.skip("no C++ compiler with Python's headers")
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.GELU()), torch.ones(2, 4)
+    torch.testing.assert_close(compiled(module)(x), module(x))
