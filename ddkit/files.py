@@ -42,6 +42,8 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFile:
         errno.EPERM: "Choose a place you may write to, or change its permissions.",
         errno.EROFS: "That file system is read-only: choose another place.",
         errno.ENOENT: "Check the path.",
+        errno.EEXIST: "A file is in the way of that folder: choose another place.",
+        errno.ENOTDIR: "A file is in the way of a folder: choose another place.",
     }
     reason = error.strerror or str(error)
     return BadFile(f"{path}: {reason}.", remedies.get(error.errno or 0, ""))
@@ -69,7 +71,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise explain_os_error(error, error.filename or path) from error
+        raise explain_os_error(error, _meant(error, path)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -100,10 +102,16 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         _sync_folder(path.parent)
     except OSError as error:
-        raise explain_os_error(error, error.filename or path) from error
+        raise explain_os_error(error, _meant(error, path)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _meant(error: OSError, path: Path) -> str | os.PathLike[str]:
+    """What the system refused, by the name that was asked for: temporary ones say nothing to anybody."""
+    named = error.filename or path
+    return path if Path(os.fsdecode(named)).name.startswith(f".{path.name}.") else named
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -59,6 +59,16 @@ def test_a_writer_killed_midway_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
+def test_what_is_refused_is_named_as_it_was_asked_for(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BadFile) as caught:
+        files.write_text(tmp_path / "file" / "here.txt", "text")
+    assert str(tmp_path / "file") in caught.value.message and "A file is in the way" in caught.value.remedy
+    with pytest.raises(BadFile) as caught:
+        files.write_text("/proc/here.txt", "text")
+    assert caught.value.message.startswith("/proc/here.txt:")
+
+
 def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path):
     path = tmp_path / "kept.bin"
     path.write_bytes(b"old")

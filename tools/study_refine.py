@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddkit.data.store import dataset_spec, store_hash
+from ddkit.data.store import dataset_spec
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.refine import PRESETS, Limits, RefineSettings, refine
@@ -100,7 +100,7 @@ class Study:
     def _state(self, settings: RefineSettings, folder: Path) -> RefinementState | None:
         if not (folder / STATE_FILE).is_file():
             return None
-        return RefinementState.read(folder, dataclasses.asdict(settings), store_hash(self.options.dataset, "train"))
+        return RefinementState.read(folder)
 
     def _settings(self, method: str) -> RefineSettings:
         # Judged by one epoch, and rarely: that is no part of this study.

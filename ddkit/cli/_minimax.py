@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from ddkit.cli._options import RUNS_FOLDER
 from ddkit.cli._surface import Surface
-from ddkit.errors import BadFile, UsageError
+from ddkit.errors import BadFile, MissingModel, UsageError
 from ddkit.files import read_json
 
 if TYPE_CHECKING:
@@ -75,12 +75,11 @@ def refuse_minimax_settings(settings: dict[str, Any]) -> None:
 
 
 def configure_minimax(
-    config: GeneratorConfig, begun: GeneratorConfig | None, dataset: str, settings: dict[str, Any], named: bool
+    config: GeneratorConfig, begun: GeneratorConfig | None, dataset: str, settings: dict[str, Any]
 ) -> GeneratorConfig:
     """A preset's configuration with what the options say of fine-tuning.
 
     begun: that of the training that is to go on, whose settings of fine-tuning need not be said again.
-    named: the preset was asked for by name, so that what it starts from goes before the dataset's own generator.
     """
     from ddkit.generator.pipeline import has_model
     from ddkit.generator.presets import MINIMAX_PRESET, preset
@@ -91,7 +90,7 @@ def configure_minimax(
         given["class_map"] = _read_class_map(settings["class_map"])
     if base is None:
         base, own = config.minimax or preset(MINIMAX_PRESET).config(32).minimax, RUNS_FOLDER / dataset
-        if (not named or config.minimax is None) and has_model(own):
+        if has_model(own):
             base = dataclasses.replace(base, init=str(own))
     return dataclasses.replace(config, minimax=dataclasses.replace(base, **given))
 
@@ -109,7 +108,15 @@ def begin(
 
     minimax = config.minimax
     names = data.images.class_names
-    start = start_from(minimax.init, names, full=minimax.full, chosen=dict(minimax.class_map))
+    try:
+        start = start_from(minimax.init, names, full=minimax.full, chosen=dict(minimax.class_map))
+    except MissingModel as error:
+        if settings["init"] is not None:
+            raise
+        raise MissingModel(
+            f"There is no generator of '{data.name}' to start from, and {error.message}",
+            f"Train one: ddkit train --dataset {data.name}. {error.remedy}",
+        ) from error
     surface.say(_described(start))
     optimiser = config.denoiser_optimiser
     if settings["steps"] is None and (new or settings["epochs"] is not None):

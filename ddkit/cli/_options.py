@@ -12,6 +12,7 @@ import click
 
 from ddkit.cli import _remember_debug
 from ddkit.cli._surface import Surface
+from ddkit.errors import MissingData, UsageError
 from ddkit.results import RESULTS_FILE
 
 SUBMISSION_FOLDER = Path("submission")
@@ -45,6 +46,23 @@ results_option = click.option(
     "--results", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS_FILE, show_default=True,
     help="The file of results.",
 )
+
+
+def dataset_of(path: Path, wanted: str | None) -> str:
+    """The dataset a set is of: as said, else as the JSON beside it says, else as the file is called.
+
+    Raises MissingData where there is no such file, UsageError for a folder.
+    """
+    from ddkit.challenge import DATASETS
+    from ddkit.data.store import list_prepared
+    from ddkit.submission.layout import read_facts
+
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder.", "Name the .pt files in it.")
+    if not path.is_file():
+        name = wanted or (path.stem if path.stem in (*DATASETS, *list_prepared()) else "NAME")
+        raise MissingData(f"{path} does not exist.", f"Make it: ddkit generate --dataset {name} --out {path}")
+    return wanted or str(read_facts(path).get("dataset", path.stem))
 
 
 class FindingCode(click.ParamType):

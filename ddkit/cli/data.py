@@ -75,9 +75,11 @@ def prepare(
       *_test.pt              the challenge's test file (test split only)
     """
     from ddkit.data.prepare import prepare as prepare_dataset
-    from ddkit.data.store import is_prepared, store_facts, store_folder
+    from ddkit.data.store import dataset_spec, is_prepared, store_facts, store_folder
 
     folder = store_folder(name)
+    if source is None and not is_prepared(name):
+        dataset_spec(name)  # only what is built in can be had without a source
     made_before = _date_of(name) if is_prepared(name) else None
     surface.say(f"Preparing {escape(name)} {escape(_whence(name, source))} in {escape(str(folder))}.")
     prepare_dataset(

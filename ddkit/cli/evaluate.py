@@ -17,6 +17,7 @@ from ddkit.cli._options import (
     RUNS_FOLDER,
     SUBMISSION_FOLDER,
     Duration,
+    dataset_of,
     device_option,
     example,
     results_option,
@@ -110,7 +111,9 @@ def evaluate(
 
 
 def _evaluate_sets(job: _Job, sets: Sequence[Path], dataset: str | None) -> list[Result]:
-    return [job.run(path, _dataset_of(path, dataset)) for path in sets or _in_submission_folder()]
+    # All are looked for before the first is trained on, which can take hours.
+    named = [(path, dataset_of(path, dataset)) for path in sets or _in_submission_folder()]
+    return [job.run(path, name) for path, name in named]
 
 
 def _evaluate_entries(job: _Job, entries: Sequence[Path], dataset: str | None) -> list[Result]:
@@ -134,17 +137,6 @@ def _in_submission_folder() -> list[Path]:
             f"There is no .pt file in {SUBMISSION_FOLDER}/.", "Make one: ddkit generate --ipc 10 --dataset cifar100"
         )
     return found
-
-
-def _dataset_of(path: Path, wanted: str | None) -> str:
-    """The dataset a set is of: as said, else as the JSON beside it says, else as the file is called."""
-    from ddkit.submission.layout import read_facts
-
-    if wanted is not None:
-        return wanted
-    if not path.is_file():
-        raise MissingData(f"{path} does not exist.", "Make it: ddkit generate --ipc 10 --dataset cifar100")
-    return str(read_facts(path).get("dataset", path.stem))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
+from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._entry import entry_options, pack_track_2
 from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_options
 from ddkit.cli._surface import Surface
@@ -81,5 +82,7 @@ def _pack_track_1(surface: Surface, folder: Path, out: Path, strict: bool, ignor
         table.add_row(escape(file.name), f"{file.size:,}", file.sha256)
     table.add_row(f"[bold]{escape(path.name)}[/]", f"{path.stat().st_size:,}", sha256_of(path))
     surface.result({"path": str(path), "sha256": sha256_of(path), "files": [vars(file) for file in files]}, table)
-    surface.say(f"Upload {escape(str(path))}: read back and verified.")
+    scored = any(file.name == f"{spec.name}.pt" for file in files for spec in CHALLENGE_DATASETS)
+    what = f"Upload {escape(str(path))}" if scored else "For practice: the challenge scores other datasets"
+    surface.say(f"{what}: read back and verified.")
     surface.done([path], "ddkit report")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
-from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, seed_option, surface_options
+from ddkit.cli._options import RUNS_FOLDER, Duration, dataset_of, device_option, example, seed_option, surface_options
 from ddkit.cli._surface import Surface, span_text
 from ddkit.errors import UsageError
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=example("ddkit refine submission/cifar100.pt --time 30m"))
-@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--dataset", help="Of the set; taken from the file's name otherwise.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--dataset", help="Of the set; as the JSON beside it says otherwise, or the file's name.")
 @click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
 @click.option("--time", "seconds", type=Duration(),
               help="In all, such as 30m; takes the place of --steps. Judging comes on top.")
-@click.option("--preset", type=click.Choice(("track1", "means")), default="track1", show_default=True,
-              help="Settings that measured best for track 1; or distribution matching alone. Options change single ones.")
+@click.option("--preset", type=click.Choice(("track1", "means")),
+              help="Settings that measured best for track 1; or distribution matching alone. Options change single ones. "
+                   "[default: those of the refinement that goes on, else track1]")
 @click.option("--objective", type=click.Choice(("means", "regression")),
               help="Match the classes' mean features, or let a regression on the set's features tell real images. "
               "[default: regression]")
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 @click.option("--trained-share", type=click.FloatRange(0, 1),
               help="Share of steps that go by partly trained networks, not fresh ones.  [default: 0]")
 @click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
-@click.option("--displayable", is_flag=True, help="Keep pixels within [0, 255]; the challenge does not ask for it.")
+@click.option("--displayable", is_flag=True, default=None,
+              help="Keep pixels within [0, 255]; the challenge does not ask for it.")
 @click.option("--check-every", type=click.IntRange(1),
               help="Steps between judgements by held-out training images.  [default: 250]")
 @click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.  [default: 100]")
@@ -63,7 +65,7 @@ def refine(
     fresh: bool,
     save_every: float,
     device: str,
-    preset: str,
+    preset: str | None,
     **options: Any,
 ) -> None:
     """Optimise the pixels of the set PATH so that the challenge's network learns more from it.
@@ -73,15 +75,15 @@ def refine(
     The best set by a held-out part of the training images is written; the test images are never looked at. Run it
     again to go on where it stopped or, with more --steps or --time, to refine on.
     """
-    from ddkit.distill.refine import Limits
+    from ddkit.distill.refine import Limits, recorded_settings
     from ddkit.distill.refine import refine as refine_set
 
     if steps is not None and seconds is not None:
         raise UsageError("--steps and --time contradict each other.")
-    dataset = dataset or path.stem
+    dataset = dataset_of(path, dataset)
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = Limits(seconds=seconds) if steps is None else Limits(steps, seconds)
-    settings = _settings(preset, options)
+    settings = _settings(preset, options, None if fresh else recorded_settings(folder))
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
     surface.say(f"Refining {escape(str(path))} for {length}; the set as it was is kept in {escape(str(folder))}.")
     refined = refine_set(
@@ -98,15 +100,17 @@ def refine(
     surface.result(dataclasses.asdict(refined))
 
 
-def _settings(preset: str, options: dict[str, Any]) -> RefineSettings:
+def _settings(preset: str | None, options: dict[str, Any], recorded: RefineSettings | None) -> RefineSettings:
+    """A preset's settings, or else those of the refinement that goes on, with what the options say otherwise."""
     from ddkit.distill.observers import ObserverSettings
     from ddkit.distill.refine import PRESETS
 
+    base = recorded if recorded and preset is None else PRESETS[preset or "track1"]
     given = {name: value for name, value in options.items() if value is not None}
     unused = [f"--{name.replace('_', '-')}" for name in ("ridge", "means_first") if name in given]
-    if unused and given.get("objective", PRESETS[preset].objective) == "means":
+    if unused and given.get("objective", base.objective) == "means":
         raise UsageError(f"{' and '.join(unused)}: there is no regression, as the objective is means.")
     share = given.pop("trained_share", None)
     if share is not None:
         given["observers"] = ObserverSettings(trained_share=share)
-    return dataclasses.replace(PRESETS[preset], **given)
+    return dataclasses.replace(base, **given)

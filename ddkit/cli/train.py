@@ -39,7 +39,7 @@ class _Watch:
 @click.option("--preset", "preset_name",
               help=f"Sizes and settings: demo, tiny, small, base, dit or {_TUNING_PRESET}.  [default: {_DEFAULT_PRESET}]")
 @minimax_options
-@click.option("--steps", type=click.IntRange(1), help="Of denoiser training, in all.")
+@click.option("--steps", type=click.IntRange(1), help="Of denoiser training, in all; the autoencoder's come first.")
 @click.option("--time", "seconds", type=Duration(), help="Of training in all, such as 20m; takes the place of --steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="The denoiser's learning rate.")
@@ -91,7 +91,6 @@ def train(
         raise UsageError("--resume and --fresh contradict each other.")
     if settings["epochs"] is not None and (settings["steps"] is not None or seconds is not None):
         raise UsageError("--epochs says how long to train, as --steps and --time do: give one of them.")
-    named = preset_name is not None
     folder = out or RUNS_FOLDER / (f"{dataset}-minimax" if wants_minimax(preset_name, settings) else dataset)
     begun = None if fresh else recorded_config(folder)
     tuning = wants_minimax(preset_name, settings, begun)
@@ -104,7 +103,7 @@ def train(
     config = _configure(begun if going_on else preset(preset_name).config(data.image_size), settings)
     start = None
     if tuning:
-        config = configure_minimax(config, begun, dataset, settings, named)
+        config = configure_minimax(config, begun, dataset, settings)
         start, config = begin(surface, config, data, settings, new=begun is None)
     else:
         refuse_minimax_settings(settings)

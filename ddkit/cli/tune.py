@@ -11,10 +11,10 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from ddkit.challenge import CIFAR100
+from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
 from ddkit.cli._entry import TRIALS_FOLDER
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, seed_option, surface_options
-from ddkit.cli._surface import Surface
+from ddkit.cli._surface import Surface, span_text
 
 if TYPE_CHECKING:
     from ddkit.submission.trade_off import Trial
@@ -56,6 +56,7 @@ def tune(
     """
     from ddkit.data.prepare import open_dataset
     from ddkit.data.store import dataset_spec
+    from ddkit.generator.pipeline import read_facts
     from ddkit.generator.sampling import SamplingConfig
     from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
     from ddkit.protocol.reference import as_test_set
@@ -67,14 +68,24 @@ def tune(
     entry = EntryModel(dataset, model or RUNS_FOLDER / dataset, EntrySettings(SamplingConfig(sampler)))
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
     longest = len(grid.points) * settings.number_of_rounds * settings.budget
-    surface.say(f"Trying {len(grid.points)} settings of {escape(str(entry.folder))}: generating takes {longest / 60:.0f} "
-                f"min at most, training of {settings.training.epochs} epochs comes on top.")  # fmt: skip
+    read_facts(entry.folder)  # a model that is missing is said before anything is downloaded
+    surface.say(f"Trying {len(grid.points)} settings of {escape(str(entry.folder))}: generating takes {span_text(longest)} "
+                f"at most, training of {settings.training.epochs} epochs comes on top.")  # fmt: skip
     test_set = as_test_set(open_dataset(dataset, "test", progress=surface.listen), dataset_spec(dataset))
     state = StateFolder(RUNS_FOLDER / "evaluations")
     trials = explore(entry, test_set, grid, records, state=state, progress=surface.listen)
     draw_chart(trials, chart)
     _report(surface, trials)
-    surface.done([records, chart], "ddkit pack --track 2 --tuned")
+    surface.done([records, chart], _next_command(dataset, model, out))
+
+
+def _next_command(dataset: str, model: Path | None, out: Path) -> str:
+    """Packing, once all that belongs into the bundle is tuned."""
+    names = [spec.name for spec in CHALLENGE_DATASETS]
+    if model is not None or dataset not in names:
+        return f"ddkit pack --track 2 --tuned --model {dataset}={model or RUNS_FOLDER / dataset}"
+    missing = [name for name in names if not (out / f"{name}.jsonl").is_file()]
+    return f"ddkit tune {missing[0]}" if missing else "ddkit pack --track 2 --tuned"
 
 
 def _report(surface: Surface, trials: Sequence[Trial]) -> None:

@@ -104,7 +104,7 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, prog
     view = None
     if source.looks:
         view = _views(open_dataset(dataset, "train", progress=progress), dataset, source.device, progress)
-    images = _complete(_Rows(dataset, ipc, source, sampler, view, progress), parts)
+    images = _complete(_Rows(spec.num_classes, ipc, source, sampler, view, progress), parts)
     saved = _save(dataset, out, images, made_by)
     parts.drop()
     return saved
@@ -147,9 +147,8 @@ def _complete(rows: _Rows, parts: Parts) -> Tensor:
             if stop:
                 break
     if done < rows.total:
-        raise Interrupted(
-            f"Stopped with {done} of {rows.total} images made; they are kept.", "Run the same command again to go on."
-        )
+        kept = f"with {done} of {rows.total} images made; they are kept" if done else "before any image was made"
+        raise Interrupted(f"Stopped {kept}.", "Run the same command again to go on.")
     return torch.cat(made)
 
 
@@ -157,16 +156,12 @@ def _complete(rows: _Rows, parts: Parts) -> Tensor:
 class _Rows:
     """What makes the rows of one set. view: what is seen in images of labels; None where no choice looks."""
 
-    dataset: str
+    num_classes: int
     ipc: int
     source: FromModel
     sampler: Sampler
     view: Callable[[Tensor, Tensor], View] | None
     progress: Listener
-
-    @property
-    def num_classes(self) -> int:
-        return dataset_spec(self.dataset).num_classes
 
     @property
     def total(self) -> int:

@@ -27,7 +27,6 @@ from ddkit.distill.references import References
 from ddkit.distill.state import STATE_FILE, RefinementState, start_over
 from ddkit.environment import versions
 from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name
-from ddkit.files import sha256_of
 from ddkit.generator.seeds import derived_seed, generator_for
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
@@ -166,6 +165,17 @@ def refine(
     return Refined(files, state.before, state.step, best.step, best.accuracy, first.accuracy, state.seconds)
 
 
+def recorded_settings(folder: Path) -> RefineSettings | None:
+    """Those of the refinement in `folder`; None where there is none. Raises BadFile where it cannot be read."""
+    if not (folder / STATE_FILE).exists():
+        return None
+    recorded = dict(RefinementState.read(folder).settings)
+    observers = recorded.pop("observers")
+    return RefineSettings(
+        **recorded, observers=ObserverSettings(**{**observers, "snapshots": tuple(observers["snapshots"])})
+    )
+
+
 def _begin_or_go_on(path: Path, spec: DatasetSpec, settings: RefineSettings, folder: Path) -> RefinementState:
     images, dataset_sha256 = load_tensor(path, spec), store_hash(spec.name, "train")
     if not (folder / STATE_FILE).exists():
@@ -173,9 +183,8 @@ def _begin_or_go_on(path: Path, spec: DatasetSpec, settings: RefineSettings, fol
         if settings.displayable:
             images = images.clamp(*_black_and_white(spec))
         return RefinementState.begin(path, images, folder, dataclasses.asdict(settings), dataset_sha256)
-    state = RefinementState.read(folder, dataclasses.asdict(settings), dataset_sha256)
-    if sha256_of(path) != state.start_sha256 and not state.made(path):
-        raise UsageError(f"{folder} holds the refinement of another set than {path}.", "Name another --run.")
+    state = RefinementState.read(folder)
+    state.require(path, dataclasses.asdict(settings), dataset_sha256)
     return state
 
 

@@ -66,14 +66,28 @@ class RefinementState:
         return cls(folder, settings, sha256_of(path), dataset_sha256, images, torch.zeros_like(images), images, images)
 
     @classmethod
-    def read(cls, folder: Path, settings: Mapping[str, Any], dataset_sha256: str) -> RefinementState:
-        """The state in `folder`. Raises BadFile where it cannot be used, UsageError where it was begun otherwise."""
+    def read(cls, folder: Path) -> RefinementState:
+        """The state in `folder`. Raises BadFile where it cannot be used."""
         kept = _load(folder / STATE_FILE)
-        _refuse_changes(folder, json.loads(kept.pop("settings")), settings)
-        if kept["dataset_sha256"] != dataset_sha256:
-            raise UsageError(f"The real images have changed since the refinement in {folder} was begun.", _FRESH)
+        settings = json.loads(kept.pop("settings"))
         judgements = [Judgement(**judgement) for judgement in kept.pop("judgements")]
         return cls(folder, settings, judgements=judgements, **kept)
+
+    def require(self, path: Path, settings: Mapping[str, Any], dataset_sha256: str) -> None:
+        """Raise UsageError where this is of another set than the one at `path`, of other settings or real images."""
+        if sha256_of(path) != self.start_sha256 and not self.made(path):
+            raise UsageError(f"{self.folder} holds the refinement of another set than {path}.", _another(self.folder))
+        # Through JSON, as those of the state went: tuples are lists there.
+        wanted = json.loads(json.dumps(settings))
+        changed = [f"{name} {self.settings.get(name)}, not {value}" for name, value in wanted.items()
+                   if self.settings.get(name) != value]  # fmt: skip
+        if changed:
+            raise UsageError(
+                f"The refinement in {self.folder} was begun with other settings: {'; '.join(changed)}.",
+                f"Leave those options away to go on, or start over with --fresh. {_another(self.folder)}",
+            )
+        if self.dataset_sha256 != dataset_sha256:
+            raise UsageError(f"The real images have changed since the refinement in {self.folder} was begun.", _FRESH)
 
     @property
     def before(self) -> SavedSet:
@@ -138,7 +152,7 @@ def start_over(path: Path, folder: Path) -> None:
         elif sha256_of(path) != started_with:
             raise UsageError(
                 f"{folder} keeps the set that another refinement began with, {before.name}, and {path} is not of it.",
-                "Name another --run, or put that file elsewhere first.",
+                _another(folder),
             )
     for file in (folder / STATE_FILE, folder / RECORDS_FILE, *vars(set_files(before)).values()):
         file.unlink(missing_ok=True)
@@ -188,12 +202,6 @@ def _load(path: Path) -> dict[str, Any]:
     return kept
 
 
-def _refuse_changes(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    # Through JSON, as `begun` went: tuples are lists there.
-    now = json.loads(json.dumps(now))
-    changed = [f"{name} {begun.get(name)} (now {now[name]})" for name in now if begun.get(name) != now[name]]
-    if changed:
-        raise UsageError(
-            f"The refinement in {folder} was begun with other settings: {', '.join(changed)}.",
-            "Start over with --fresh, or leave the settings as they were.",
-        )
+def _another(folder: Path) -> str:
+    """How to refine beside what a folder holds."""
+    return f"Name another folder, such as --run {folder}-2."

@@ -27,6 +27,7 @@ class Checkpoint:
     seconds: spent on them, over all the times the stage ran. finished: nothing more is to be done.
     network, ema, optimiser: state dictionaries of tensors and plain values.
     memory: state dictionary of what the stage's loss keeps beside the network.
+    scaler: the same of the loss's scale, which float16 has.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Checkpoint:
     ema: dict[str, Any]
     optimiser: dict[str, Any]
     memory: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, stage: str, checkpoint: Checkpoint, *, kept: int = KEPT) -> Path:

@@ -46,4 +46,6 @@ def _compiled(module: nn.Module, options: dict[str, bool]) -> nn.Module:
     if not can_compile():
         log.warning("No C++ compiler that works was found: going on without torch.compile, which is slower.")
         return module
+    # On a machine without a GPU it would tell people that, in the middle of their output.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return torch.compile(module, options=options or None)

@@ -324,6 +324,7 @@ class Engine:
             ema=self._ema.state_dict(),
             optimiser=self._optimiser.state_dict(),
             memory={} if self.stage.memory is None else self.stage.memory.state_dict(),
+            scaler={} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         )
 
     def _resume(self) -> None:
@@ -336,6 +337,8 @@ class Engine:
         self._optimiser.load_state_dict(checkpoint.optimiser)
         if self.stage.memory is not None:
             self.stage.memory.load_state_dict(checkpoint.memory)
+        if self.accelerator.scaler is not None and checkpoint.scaler:
+            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.step, self._seconds_before, self._began = checkpoint.step, checkpoint.seconds, time.monotonic()
         # Limits may have grown since.
         self.finished = checkpoint.finished and (self.step >= self.limits.steps or self._out_of_time())

@@ -144,7 +144,10 @@ def read_facts(folder: Path) -> ModelFacts:
     """What a model folder's ddkit.json says. Raises MissingModel where there is none, BadFile where it is foreign."""
     path = folder / FACTS_FILE
     if not path.is_file():
-        raise MissingModel(f"{folder} is no model folder of ddkit: it has no {FACTS_FILE}.", "Make one: ddkit train")
+        raise MissingModel(
+            f"{folder} holds no whole model of ddkit's: it has no {FACTS_FILE}.",
+            "Train one, or go on with its training: ddkit train --dataset NAME",
+        )
     value = read_json(path)
     if not isinstance(value, dict) or value.get("format") != FORMAT_VERSION:
         raise BadFile(f"{path} is not of this version of ddkit.", "Train the model again.")

@@ -452,7 +452,10 @@ def _differences(asked: Mapping[str, Any], recorded: Mapping[str, Any], config: 
         return ["class_names: the dataset had other classes then"]
     if recorded.get("image_size") != asked["image_size"]:
         return [f"image_size: {recorded.get('image_size')}, not {asked['image_size']}"]
-    return differences(_comparable(config), _comparable(from_json(recorded["config"])))
+    found = differences(_comparable(config), _comparable(from_json(recorded["config"])))
+    if found and recorded.get("preset") != asked["preset"]:
+        return [f"preset: {recorded.get('preset')}, not {asked['preset']}"]
+    return found
 
 
 def _comparable(config: GeneratorConfig) -> GeneratorConfig:

@@ -72,7 +72,8 @@ class ScriptEntry:
         if process.returncode != 0:
             words = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LINES_OF_OUTPUT:]
             raise ComputeError(
-                f"{self.script} ended with status {process.returncode}.", "It said: " + " | ".join(words) if words else ""
+                f"{self.script} ended with status {process.returncode} after {seconds:.0f} s of a budget of {budget:g} s.",
+                "It said: " + " | ".join(words) if words else "",
             )
         return seconds
 

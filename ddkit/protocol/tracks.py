@@ -46,7 +46,7 @@ def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple
     if conditions.time_budget != track.time_budget_seconds:
         found.append(_budget_deviation(conditions.time_budget, track.time_budget_seconds))
     if conditions.rounds != track.rounds:
-        found.append(f"{conditions.rounds} rounds instead of {track.rounds}")
+        found.append(f"{conditions.rounds} round{'s'[: conditions.rounds != 1]} instead of {track.rounds}")
     if conditions.epochs_setting != track.epochs_setting:
         found.append(f"E = {conditions.epochs_setting} instead of {track.epochs_setting}")
     if conditions.network != OFFICIAL_NETWORK:

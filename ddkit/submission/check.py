@@ -104,6 +104,10 @@ def submission_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[F
     findings = name_findings([path.name for path in tensors], folder.name or str(folder))
     usable = [path for path in tensors if path.suffix == ".pt" and path.stem in _known_names()]
     if any(path.stem in _CHALLENGE_NAMES for path in usable):
+        for path in usable:
+            if path.stem not in _CHALLENGE_NAMES:
+                message = f"'{path.name}' is of no dataset of the challenge and is left aside."
+                findings.append(Finding("warning", "F020", message, path.name))
         usable = [path for path in usable if path.stem in _CHALLENGE_NAMES]
     for path in usable:
         # Unlike Path.resolve, this takes links that lead in a circle.

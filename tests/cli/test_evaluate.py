@@ -175,12 +175,15 @@ def test_what_check_refuses_is_refused_with_the_same_message(work):
 @pytest.mark.parametrize("arguments, status, said", [
     ((), 3, "There is no .pt file in submission/"),
     (("missing.pt",), 3, "missing.pt does not exist"),
+    (("blobs.pt", "missing.pt"), 3, "missing.pt does not exist"),
+    ((".",), 2, ". is a folder"),
     (("--rounds", "0"), 2, "--rounds"),
     (("--track", "3"), 2, "--track"),
 ])  # fmt: skip
 def test_mistakes_get_a_message_and_a_status(work, arguments, status, said):
+    save(work / "blobs.pt")
     _, errors = run(*arguments, status=status)
-    assert said in errors
+    assert said in errors and "Evaluating" not in errors
 
 
 def test_an_unknown_network_is_refused_with_the_nearest(work):

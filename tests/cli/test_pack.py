@@ -28,6 +28,13 @@ def test_track_2_bundles_proves_and_reports(colours, colours_model, work):
     assert "more than the limit of 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
 
 
+def test_practice_is_packed_and_not_for_upload(work):
+    done = CliRunner().invoke(main, ["generate", "--dataset", "glyphs", "--from-real", "first"])
+    assert done.exit_code == 0, done.output
+    _, said = run()
+    assert "For practice" in said and "Upload" not in said
+
+
 def test_it_takes_the_best_settings_that_were_tuned(colours, colours_model, work):
     from ddkit.generator.pipeline import model_hash
     from ddkit.submission.trade_off import _append

@@ -47,6 +47,32 @@ def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
     assert (tmp_path / "runs" / "colours-refine" / "before.pt").read_bytes() == before
 
 
+def test_what_goes_on_has_the_settings_it_had(submission):
+    first = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--preset", "means", "--displayable")
+    again = ddkit("submission/colours.pt", "--steps", "2", "--quiet", "--json")
+    assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
+    assert json.loads(again.stdout)["steps"] == 2
+    other = ddkit("submission/colours.pt", "--steps", "3", "--real-per-class", "3")
+    assert other.exit_code == 2 and "real_per_class 2, not 3." in " ".join(other.output.split())
+
+
+def test_a_set_made_anew_is_refined_in_another_folder(submission):
+    for words in ((), ("--run", "runs/colours-refine-2")):
+        done = ddkit("submission/colours.pt", "--steps", "1", *QUICK, *words)
+        assert done.exit_code == 0, done.output
+        generate("colours", 2, FromReal("random", seed=5), submission)
+        for options in ((), ("--fresh",)):
+            refused = ddkit("submission/colours.pt", "--steps", "1", *options)
+            assert refused.exit_code == 2 and "--run runs/colours-refine-2" in " ".join(refused.output.split())
+
+
+def test_the_dataset_is_what_the_json_beside_the_set_says(submission):
+    (submission.parent / "first.json").write_bytes(submission.with_suffix(".json").read_bytes())
+    submission.rename(submission.parent / "first.pt")
+    done = ddkit("submission/first.pt", "--steps", "1", *QUICK)
+    assert done.exit_code == 0, done.output
+
+
 def test_presets_are_those_of_the_library_and_options_change_single_settings(submission):
     (option,) = [option for option in refine.params if option.name == "preset"]
     assert set(option.type.choices) == set(PRESETS)
@@ -108,7 +134,8 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["nowhere.pt", "--dataset", "colours"], 1, "nowhere.pt"),
+        (["nowhere.pt", "--dataset", "colours"], 3, "nowhere.pt does not exist"),
+        (["submission"], 2, "submission is a folder"),
         (["submission/colours.pt", "--steps", "2", "--time", "1m"], 2, "contradict"),
         (["submission/colours.pt", "--dataset", "colors"], 2, "Did you mean 'colours'?"),
         (["submission/colours.pt", "--lr", "0"], 2, "--lr"),

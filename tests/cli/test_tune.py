@@ -23,6 +23,7 @@ def test_a_trial_is_run_kept_and_drawn(colours, colours_model, work):
     assert data["best"] == trial and (trial["steps"], trial["guidance"], trial["budget"]) == (2, 1.0, 30.0)
     assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 30 and 0 <= trial["mean"] <= 1
     assert "Trying 1 settings" in said and "Best: 2 steps, guidance 1" in said
+    assert f"next: ddkit pack --track 2 --tuned --model colours={colours_model}" in said
     assert (work / "runs" / "tune" / "colours.png").stat().st_size > 0
     kept = (work / "runs" / "tune" / "colours.jsonl").read_text()
 

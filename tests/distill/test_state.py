@@ -106,6 +106,7 @@ def test_of_equal_judgements_the_later_is_the_best(start, tmp_path):
     assert (state.first.step, state.best.step) == (0, 4)
     assert torch.equal(state.best_images, images + 4)
     state.save()
-    again = RefinementState.read(tmp_path / "run", dataclasses.asdict(SETTINGS), "hash")
+    again = RefinementState.read(tmp_path / "run")
+    again.require(start, dataclasses.asdict(SETTINGS), "hash")
     assert again.judgements == state.judgements and torch.equal(again.best_images, state.best_images)
     assert again.start_sha256 == sha256_of(start) == sha256_of(again.before.tensor)

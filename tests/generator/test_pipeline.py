@@ -87,7 +87,7 @@ class TestWhatIsRefused:
             load_model(folder, dataset="cifar100")
 
     def test_no_model_at_all(self, tmp_path):
-        with pytest.raises(MissingModel, match="no model folder") as caught:
+        with pytest.raises(MissingModel, match="no whole model") as caught:
             load_model(tmp_path)
         assert "ddkit train" in caught.value.remedy
 

@@ -66,6 +66,12 @@ def test_links_in_a_circle_and_to_nowhere_are_findings(tmp_path):
     assert codes(check_path(tmp_path, settings=BARE)) == ["F001", "F001"]
 
 
+def test_practice_beside_the_challenge_is_left_aside_with_a_warning(folder):
+    torch.save(torch.zeros(1000, 3, 32, 32), folder / "cifar100.pt")
+    left_aside = [f.where for f in check_path(folder, settings=BARE).findings if f.code == "F020"]
+    assert left_aside == ["glyphs.pt"]
+
+
 def test_what_a_terminal_would_obey_is_shown_as_written(tmp_path):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.writestr("\x1b[2J\ncifar100.pt", b"")
