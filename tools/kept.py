@@ -22,7 +22,7 @@ from ddkit.data.store import load_dataset
 from ddkit.errors import DDKitError, UsageError
 from ddkit.files import read_json, write_json
 from ddkit.generator.latents import LATENTS_FILE
-from ddkit.generator.training import CHECKPOINTS
+from ddkit.generator.run_folder import CHECKPOINTS
 from ddkit.protocol.evaluate import StateFolder, evaluate
 from ddkit.submission.layout import row_labels
 

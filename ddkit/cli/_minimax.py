@@ -104,7 +104,7 @@ def begin(
     """
     from ddkit.generator.pipeline import has_model
     from ddkit.generator.pretrained import start_from
-    from ddkit.generator.training import recorded_config
+    from ddkit.generator.run_folder import recorded_config
 
     minimax = config.minimax
     names = data.images.class_names

@@ -85,7 +85,8 @@ def train(
     Run it again to go on where it stopped, or, with more --steps or --time, to train on.
     """
     from ddkit.generator.presets import preset
-    from ddkit.generator.training import TrainingRequest, recorded_config
+    from ddkit.generator.run_folder import recorded_config
+    from ddkit.generator.training import TrainingRequest
 
     if resume and fresh:
         raise UsageError("--resume and --fresh contradict each other.")
@@ -119,7 +120,7 @@ def train(
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    from ddkit.generator.training import has_training
+    from ddkit.generator.run_folder import has_training
 
     if resume and not has_training(folder):
         raise MissingModel(f"There is no training in {folder} to go on from.", "Leave --resume away to begin one.")
@@ -136,7 +137,7 @@ def _open(surface: Surface, dataset: str) -> TrainingData:
 
 def _preset_of(folder: Path, fresh: bool) -> str | None:
     """The preset of the training that is to go on, so that it need not be said again."""
-    from ddkit.generator.training import recorded_preset
+    from ddkit.generator.run_folder import recorded_preset
 
     return None if fresh else recorded_preset(folder)
 
@@ -170,9 +171,8 @@ def _train(
     start: Start | None,
 ) -> None:
     from ddkit.device import resolve_device
-    from ddkit.generator.chart import CHART_FILE
     from ddkit.generator.estimate import check_memory
-    from ddkit.generator.training import has_training
+    from ddkit.generator.run_folder import CHART_FILE, has_training
     from ddkit.generator.training import train as train_generator
 
     classes, device = len(data.images.class_names), resolve_device(request.device)

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddkit.files import explain_os_error, replacing
+from ddkit.files import replacing
 
-CHART_FILE = "training.png"
 _POINTS = 400  # of a curve; more cannot be seen
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics log, the last one of each stage and step; none where there is no log yet.
-
-    A torn line is left out. Raises BadFile.
-    """
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            # A kill can cut the last line short.
-            continue
-        found[record["stage"], record["step"]] = record
-    return sorted(found.values(), key=lambda record: record["step"])
 
 
 def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,15 +1,8 @@
-"""Training a generator: the autoencoder, the latents, the denoiser, the model folder; each once, each resumable.
-
-A run's folder is the model folder itself; beside its parts lie `config.json` (the settings it goes by),
-`metrics.jsonl` (one StepRecord or Score a line), `training.png` (a chart of it) and `checkpoints/`.
-"""
+"""Training a generator: the autoencoder, the latents, the denoiser, the model folder; each once, each resumable."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,21 +15,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import AutoencoderKL
 
-from ddkit import __version__
 from ddkit.data.store import ImageSet
 from ddkit.device import resolve_device
-from ddkit.errors import BadFile, UsageError
-from ddkit.files import explain_os_error, read_json, sha256_of, write_json
+from ddkit.errors import UsageError
+from ddkit.files import sha256_of
 from ddkit.generator.autoencoder import build_autoencoder, load_pretrained
-from ddkit.generator.chart import CHART_FILE, draw_chart, read_records
+from ddkit.generator.chart import draw_chart
 from ddkit.generator.checkpoints import list_checkpoints
 from ddkit.generator.difffit import plain_copy
 from ddkit.generator.engine import Engine, Limits, Stage
 from ddkit.generator.latents import LATENTS_FILE, LatentSet, cached_latents
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.pipeline import (
-    FACTS_FILE,
-    INDEX_FILE,
     WEIGHTS_FILE,
     Model,
     ModelFacts,
@@ -47,26 +37,18 @@ from ddkit.generator.pipeline import (
     save_autoencoder,
     save_model,
 )
-from ddkit.generator.presets import GeneratorConfig, differences, from_json, to_json
+from ddkit.generator.presets import GeneratorConfig
 from ddkit.generator.pretrained import Start, start_from
+from ddkit.generator.records import MetricsLog, Score
+from ddkit.generator.run_folder import CHART_FILE, CHECKPOINTS, Begun, alone, claim, start_over
 from ddkit.generator.seeds import derived_seed
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.progress import Listener, ignore
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; there two trainings in one folder are the user's care.
-    fcntl = None
-
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
-METRICS_FILE = "metrics.jsonl"
-LOCK_FILE = ".lock"
-CHECKPOINTS = "checkpoints"
 AUTOENCODER_SHARE = 0.15  # of a training time given in seconds
 _NO_LIMIT = 10**9  # steps, where time is the limit
-_OF_MODELS = (FACTS_FILE, INDEX_FILE, "vae", "transformer", "unet")
 
 
 @dataclass(frozen=True)
@@ -143,11 +125,12 @@ def train(
         if Path(minimax.init).expanduser().resolve() == folder.resolve():
             raise UsageError(f"{folder} holds what fine-tuning starts from.", "Choose another folder with --out.")
         start = start or _start(request.config, data.images.class_names)
-    with _accelerator(request) as accelerator, _alone(folder, accelerator):
+    with _accelerator(request) as accelerator, alone(folder, leads=accelerator.is_main_process):
         with accelerator.main_process_first():
             if fresh and accelerator.is_main_process:
                 start_over(folder)
-            _claim(folder, data, request)
+            images = data.images
+            claim(folder, Begun(data.name, data.sha256, images.class_names, data.image_size, request.preset, request.config))
         listener = progress if accelerator.is_main_process else ignore
         run = _Run(data, request, folder, accelerator, start, tracking, listener)
         autoencoder = run.autoencoder()
@@ -156,48 +139,6 @@ def train(
             draw_chart(run.log.records(), folder / CHART_FILE)
         accelerator.wait_for_everyone()
         return load_model(folder, dataset=data.name)
-
-
-def start_over(folder: Path) -> None:
-    """Remove what a training left in `folder`: its state, its records and its model. Other files stay.
-
-    Raises UsageError where a folder that is there holds no training of ours.
-    """
-    if not folder.is_dir() or not any(path.name != LOCK_FILE for path in folder.iterdir()):
-        return
-    if not (folder / CONFIG_FILE).is_file():
-        raise UsageError(f"{folder} holds no training, so nothing is removed from it.", "Choose another --out.")
-    try:
-        # The settings go last: a kill halfway leaves a folder that --fresh still knows for its own.
-        for name in (CHECKPOINTS, "vae", "transformer", "unet", "scheduler"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("ddkit.json", "model_index.json", CHART_FILE, METRICS_FILE, CONFIG_FILE):
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise explain_os_error(error, folder) from error
-
-
-def has_training(folder: Path) -> bool:
-    """Whether a training was begun in that folder."""
-    return (folder / CONFIG_FILE).is_file()
-
-
-def recorded_preset(folder: Path) -> str | None:
-    """The name of the preset a training in that folder was begun with; None where there is none."""
-    return _record_of(folder).get("preset") if has_training(folder) else None
-
-
-def recorded_config(folder: Path) -> GeneratorConfig | None:
-    """The settings a training in that folder goes by; None where there is none."""
-    return from_json(_record_of(folder)["config"]) if has_training(folder) else None
-
-
-def _record_of(folder: Path) -> Mapping[str, Any]:
-    """What a training has written of itself. Raises BadFile where it is something else."""
-    value = read_json(folder / CONFIG_FILE)
-    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
-        raise BadFile(f"{folder / CONFIG_FILE} is not of a training of ddkit's.", "Choose another folder with --out.")
-    return value
 
 
 class _Run:
@@ -222,7 +163,7 @@ class _Run:
             else self.config.autoencoder.latent_shape(data.image_size)[1]
         )
         self.best = _best_score(folder, tracking)
-        self.log = _MetricsLog(folder, tensorboard=request.tensorboard and accelerator.is_main_process)
+        self.log = MetricsLog(folder, tensorboard=request.tensorboard and accelerator.is_main_process)
 
     def autoencoder(self) -> AutoencoderKL:
         """The autoencoder, from the folder where it is finished."""
@@ -365,132 +306,11 @@ class _Run:
         )
 
 
-@dataclass(frozen=True)
-class Score:
-    """What Tracking found after `step` steps of the denoiser."""
-
-    step: int
-    name: str
-    value: float
-    stage: str = "score"
-
-
-class _MetricsLog:
-    """Records as JSON lines, and for TensorBoard where that is asked for."""
-
-    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
-        self._path = folder / METRICS_FILE
-        self._writer = _summary_writer(folder / "tensorboard") if tensorboard else None
-
-    def records(self) -> list[dict[str, Any]]:
-        """What is written so far, as `read_records` has it."""
-        return read_records(self._path)
-
-    def write(self, record: Any) -> None:
-        """Append one dataclass; raises BadFile for what the system refuses."""
-        values = dataclasses.asdict(record)
-        values |= values.pop("figures", {})
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise explain_os_error(error, self._path) from error
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
-
-
-def _summary_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError("TensorBoard is not installed.", "Install it: pip install 'ddkit[tensorboard]'") from error
-    return SummaryWriter(folder)
-
-
 def _best_score(folder: Path, tracking: Tracking | None) -> float | None:
     """The score of the model in the folder, where it was tracked by the same name."""
     if tracking is None or not has_model(folder):
         return None
     return read_facts(folder).metrics.get(tracking.name)
-
-
-def _claim(folder: Path, data: TrainingData, request: TrainingRequest) -> None:
-    """Record the settings in a run's folder; refuse one that was begun with others, listing them."""
-    asked = {
-        "ddkit_version": __version__,
-        "dataset": data.name,
-        "dataset_sha256": data.sha256,
-        "class_names": list(data.images.class_names),
-        "image_size": data.image_size,
-        "preset": request.preset,
-        "config": to_json(request.config),
-    }
-    if has_training(folder):
-        recorded = _record_of(folder)
-        if lines := _differences(asked, recorded, request.config):
-            raise UsageError(
-                f"{folder} holds a training with other settings: {'; '.join(lines)}.",
-                "Give those, start over with --fresh, or choose another folder with --out.",
-            )
-        if recorded.get("dataset_sha256") != data.sha256:
-            log.warning("'%s' was prepared anew since the training in %s began; it goes on with the new images.",
-                        data.name, folder)  # fmt: skip
-    elif found := [name for name in _OF_MODELS if (folder / name).exists()]:
-        raise UsageError(
-            f"{folder} holds a model that was not trained there ({found[0]}); it would be lost.",
-            "Choose another folder with --out.",
-        )
-    write_json(folder / CONFIG_FILE, asked)
-
-
-def _differences(asked: Mapping[str, Any], recorded: Mapping[str, Any], config: GeneratorConfig) -> list[str]:
-    if recorded.get("dataset") != asked["dataset"]:
-        return [f"dataset: {recorded.get('dataset')}, not {asked['dataset']}"]
-    if recorded.get("class_names") != asked["class_names"]:
-        return ["class_names: the dataset had other classes then"]
-    if recorded.get("image_size") != asked["image_size"]:
-        return [f"image_size: {recorded.get('image_size')}, not {asked['image_size']}"]
-    found = differences(_comparable(config), _comparable(from_json(recorded["config"])))
-    if found and recorded.get("preset") != asked["preset"]:
-        return [f"preset: {recorded.get('preset')}, not {asked['preset']}"]
-    return found
-
-
-def _comparable(config: GeneratorConfig) -> GeneratorConfig:
-    """The configuration with what may differ when a training goes on set equal: its lengths, compilation, and what
-    helps against a loss that diverges."""
-    minimax = config.minimax
-    return replace(
-        config,
-        minimax=None if minimax is None else replace(minimax, epochs=1, lambda_r=0, lambda_d=0),
-        autoencoder_optimiser=replace(config.autoencoder_optimiser, steps=1),
-        denoiser_optimiser=replace(config.denoiser_optimiser, steps=1, learning_rate=1.0),
-        compile=False,
-    )
-
-
-@contextmanager
-def _alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """One training at a time in a folder. Raises UsageError where another is at work there."""
-    if fcntl is None or not accelerator.is_main_process:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise explain_os_error(error, error.filename or folder) from error
-    with lock:
-        try:
-            # Unlike flock's, these locks are not inherited by the processes that compile.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UsageError(
-                f"Another process trains in {folder}.", "Wait for it, stop it, or choose another folder with --out."
-            ) from None
-        yield
 
 
 def _start(config: GeneratorConfig, class_names: Sequence[str]) -> Start:

@@ -1,14 +1,14 @@
 """Following the Frechet distance during training, and the chart of it."""
 
 import dataclasses
-import json
 
 import pytest
 from PIL import Image
 
-from ddkit.errors import BadFile, UsageError
-from ddkit.generator.chart import draw_chart, read_records
+from ddkit.errors import UsageError
+from ddkit.generator.chart import draw_chart
 from ddkit.generator.pipeline import read_facts
+from ddkit.generator.records import read_records
 from ddkit.generator.sampling import SamplingConfig
 from ddkit.generator.tracking import track_frechet
 from ddkit.generator.training import TrainingRequest, train
@@ -52,16 +52,6 @@ def test_a_tracked_training_keeps_the_best_and_draws_its_course(data, config, tm
     assert facts.metrics == {"frechet": min(scores.values())} and scores[facts.steps] == min(scores.values())
     with Image.open(tmp_path / "training.png") as chart:
         assert chart.format == "PNG" and chart.width > 2 * chart.height
-
-
-def test_records_are_read_once_each_and_a_torn_line_is_left_out(tmp_path):
-    log = tmp_path / "metrics.jsonl"
-    lines = [{"stage": "denoiser", "step": step, "loss": loss} for step, loss in ((10, 1.0), (20, 0.9), (10, 0.8))]
-    log.write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "den')
-    assert [(record["step"], record["loss"]) for record in read_records(log)] == [(10, 0.8), (20, 0.9)]
-    assert read_records(tmp_path / "none.jsonl") == []
-    with pytest.raises(BadFile):
-        read_records(tmp_path)
 
 
 def test_a_fine_tuning_has_its_curve(tmp_path):

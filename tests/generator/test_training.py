@@ -17,7 +17,8 @@ from ddkit.errors import BadFile, ComputeError, Interrupted, MissingModel, Usage
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.pipeline import load_model, read_facts, save_autoencoder
-from ddkit.generator.training import Tracking, TrainingData, TrainingRequest, recorded_config, start_over, train
+from ddkit.generator.run_folder import recorded_config
+from ddkit.generator.training import Tracking, TrainingData, TrainingRequest, train
 
 
 def with_steps(config, steps):
@@ -134,42 +135,11 @@ class TestGoingOn:
         train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "damaged")
         assert_same(state(tmp_path / "straight"), state(tmp_path / "damaged"))
 
-    def test_other_settings_are_listed_and_refused(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path)
-        other = with_optimiser(dataclasses.replace(config, seed=3), beta2=0.5)
-        with pytest.raises(UsageError, match="beta2: 0.99, not 0.5; seed: 0, not 3") as caught:
-            train(data, TrainingRequest(other), tmp_path)
-        assert "--fresh" in caught.value.remedy
-
     def test_with_a_lower_rate_it_goes_on(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
         train(data, TrainingRequest(with_optimiser(config, learning_rate=1e-4)), tmp_path)
         assert [(record["step"], record["rate"]) for record in records(tmp_path)] == [(2, 1e-3), (6, 1e-4)]
         assert recorded_config(tmp_path).denoiser_optimiser.learning_rate == 1e-4
-
-    def test_another_dataset_and_other_classes_are_refused(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path)
-        with pytest.raises(UsageError, match="dataset: colours, not shapes"):
-            train(dataclasses.replace(data, name="shapes"), TrainingRequest(config), tmp_path)
-        renamed = dataclasses.replace(data.images, class_names=("red", "green", "violet"))
-        with pytest.raises(UsageError, match="other classes"):
-            train(dataclasses.replace(data, images=renamed), TrainingRequest(config), tmp_path)
-
-    def test_images_of_another_size_are_refused(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path)
-        smaller = dataclasses.replace(data.images, images=data.images.images[..., ::2, ::2].contiguous())
-        with pytest.raises(UsageError, match="image_size: 16, not 8"):
-            train(dataclasses.replace(data, images=smaller), TrainingRequest(config), tmp_path)
-
-    def test_a_model_that_was_not_trained_there_is_not_overwritten(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path / "run")
-        shutil.copytree(tmp_path / "run", tmp_path / "got", ignore=shutil.ignore_patterns("config.json", "checkpoints"))
-        before = (tmp_path / "got" / "ddkit.json").read_bytes()
-        with pytest.raises(UsageError, match="not trained there"):
-            train(data, TrainingRequest(config), tmp_path / "got")
-        with pytest.raises(UsageError, match="no training"):
-            train(data, TrainingRequest(config), tmp_path / "got", fresh=True)
-        assert (tmp_path / "got" / "ddkit.json").read_bytes() == before
 
     def test_an_autoencoder_may_train_on_until_a_denoiser_has_learned_from_it(self, data, config, tmp_path, caplog):
         longer = with_optimiser(config, steps=10**9)
@@ -190,14 +160,6 @@ class TestGoingOn:
         train(changed, TrainingRequest(config), tmp_path)
         assert "prepared anew since" in caplog.text
         assert not torch.equal(before, load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"])
-
-    def test_starting_over_leaves_what_is_not_ours(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path)
-        (tmp_path / "notes.txt").write_text("mine")
-        start_over(tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", ".lock"}
-        with pytest.raises(UsageError, match="no training"):
-            start_over(tmp_path)
 
 
 class TestTheSameBatchHoweverItIsComputed:

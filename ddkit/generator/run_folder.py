@@ -1,0 +1,165 @@
+"""The folder of a training: which one it holds, that nothing else is lost there, and that nobody else trains in it.
+
+It is the model folder itself; beside the model's parts lie `config.json` (the settings the training goes by),
+`metrics.jsonl` (its records), `training.png` (a chart of them) and `checkpoints/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ddkit import __version__
+from ddkit.errors import BadFile, UsageError
+from ddkit.files import explain_os_error, read_json, write_json
+from ddkit.generator.pipeline import FACTS_FILE, INDEX_FILE
+from ddkit.generator.presets import GeneratorConfig, differences, from_json, to_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; there two trainings in one folder are the user's care.
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+CHART_FILE = "training.png"
+CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
+_OF_MODELS = (FACTS_FILE, INDEX_FILE, "vae", "transformer", "unet")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a training is of. dataset_sha256: of the prepared training split. preset: the configuration's name."""
+
+    dataset: str
+    dataset_sha256: str
+    class_names: tuple[str, ...]
+    image_size: int
+    preset: str
+    config: GeneratorConfig
+
+
+def has_training(folder: Path) -> bool:
+    """Whether a training was begun in that folder."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def recorded_preset(folder: Path) -> str | None:
+    """The name of the preset a training in that folder was begun with; None where there is none."""
+    return _record_of(folder).get("preset") if has_training(folder) else None
+
+
+def recorded_config(folder: Path) -> GeneratorConfig | None:
+    """The settings a training in that folder goes by; None where there is none."""
+    return from_json(_record_of(folder)["config"]) if has_training(folder) else None
+
+
+def _record_of(folder: Path) -> Mapping[str, Any]:
+    """What a training has written of itself. Raises BadFile where it is something else."""
+    value = read_json(folder / CONFIG_FILE)
+    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
+        raise BadFile(f"{folder / CONFIG_FILE} is not of a training of ddkit's.", "Choose another folder with --out.")
+    return value
+
+
+def claim(folder: Path, begun: Begun) -> None:
+    """Record in its folder what a training is of.
+
+    Raises UsageError where the folder holds a training of something else (each difference is listed), or a model that
+    was not trained there.
+    """
+    if has_training(folder):
+        recorded = _record_of(folder)
+        if lines := _differences(begun, recorded):
+            raise UsageError(
+                f"{folder} holds a training with other settings: {'; '.join(lines)}.",
+                "Give those, start over with --fresh, or choose another folder with --out.",
+            )
+        if recorded.get("dataset_sha256") != begun.dataset_sha256:
+            log.warning("'%s' was prepared anew since the training in %s began; it goes on with the new images.",
+                        begun.dataset, folder)  # fmt: skip
+    elif found := [name for name in _OF_MODELS if (folder / name).exists()]:
+        raise UsageError(
+            f"{folder} holds a model that was not trained there ({found[0]}); it would be lost.",
+            "Choose another folder with --out.",
+        )
+    values = {name: getattr(begun, name) for name in ("dataset", "dataset_sha256", "class_names", "image_size", "preset")}
+    write_json(folder / CONFIG_FILE, {"ddkit_version": __version__, **values, "config": to_json(begun.config)})
+
+
+def _differences(begun: Begun, recorded: Mapping[str, Any]) -> list[str]:
+    if recorded.get("dataset") != begun.dataset:
+        return [f"dataset: {recorded.get('dataset')}, not {begun.dataset}"]
+    if recorded.get("class_names") != list(begun.class_names):
+        return ["class_names: the dataset had other classes then"]
+    if recorded.get("image_size") != begun.image_size:
+        return [f"image_size: {recorded.get('image_size')}, not {begun.image_size}"]
+    found = differences(_comparable(begun.config), _comparable(from_json(recorded["config"])))
+    if found and recorded.get("preset") != begun.preset:
+        return [f"preset: {recorded.get('preset')}, not {begun.preset}"]
+    return found
+
+
+def _comparable(config: GeneratorConfig) -> GeneratorConfig:
+    """The configuration with what may differ when a training goes on set equal: its lengths, compilation, and what
+    helps against a loss that diverges."""
+    minimax = config.minimax
+    return replace(
+        config,
+        minimax=None if minimax is None else replace(minimax, epochs=1, lambda_r=0, lambda_d=0),
+        autoencoder_optimiser=replace(config.autoencoder_optimiser, steps=1),
+        denoiser_optimiser=replace(config.denoiser_optimiser, steps=1, learning_rate=1.0),
+        compile=False,
+    )
+
+
+def start_over(folder: Path) -> None:
+    """Remove what a training left in `folder`: its state, its records and its model. Other files stay.
+
+    Raises UsageError where a folder that is there holds no training of ours.
+    """
+    if not folder.is_dir() or not any(path.name != LOCK_FILE for path in folder.iterdir()):
+        return
+    if not (folder / CONFIG_FILE).is_file():
+        raise UsageError(f"{folder} holds no training, so nothing is removed from it.", "Choose another --out.")
+    try:
+        # The settings go last: a kill halfway leaves a folder that --fresh still knows for its own.
+        for name in (CHECKPOINTS, "vae", "transformer", "unet", "scheduler"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("ddkit.json", "model_index.json", CHART_FILE, METRICS_FILE, CONFIG_FILE):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+
+
+@contextmanager
+def alone(folder: Path, *, leads: bool = True) -> Iterator[None]:
+    """One training at a time in a folder. Raises UsageError where another is at work there.
+
+    leads: of the processes of one training, whether this is the one that watches over the folder.
+    """
+    if fcntl is None or not leads:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise explain_os_error(error, error.filename or folder) from error
+    with lock:
+        try:
+            # Unlike flock's, these locks are not inherited by the processes that compile.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UsageError(
+                f"Another process trains in {folder}.", "Wait for it, stop it, or choose another folder with --out."
+            ) from None
+        yield
