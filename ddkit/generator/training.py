@@ -199,7 +199,8 @@ class _Run:
         stage = self._denoiser_stage(latents)
         steps, seconds = stage.optimiser.steps, None
         if self.request.seconds is not None:
-            steps, seconds = _NO_LIMIT, max(0.0, self.request.seconds - self._autoencoder_seconds())
+            share = AUTOENCODER_SHARE * self.request.seconds
+            steps, seconds = _NO_LIMIT, self.request.seconds - min(share, self._autoencoder_seconds())
         engine = self._engine(stage, Limits(steps, seconds, self.request.save_every_seconds))
         engine.on_save = lambda: self._save_model(engine, autoencoder)
         if self.tracking is not None:

@@ -90,7 +90,7 @@ def test_stopped_while_it_judges_it_stops_at_once(submission, tmp_path):
         if "Judging" in line:
             break
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 130
     state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
     assert (state["step"], state["judgements"]) == (0, [])
@@ -105,7 +105,7 @@ def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
         if "Judging" in line:
             break
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 130
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -122,7 +122,7 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
     assert state["step"] > 0

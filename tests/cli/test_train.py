@@ -83,7 +83,7 @@ def test_stopped_it_has_saved_and_goes_on(ddkit, colours, tmp_path, number):
     second = ddkit(*words, "--time", "1s")
     assert second.exit_code == 2 and "Another process trains in runs/colours" in " ".join(second.output.split())
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:

@@ -232,7 +232,7 @@ class TestNothingLost:
         while not list(own_cache.glob(".pets.*.tmp/train.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 130 and "Traceback" not in errors
         assert contents(pets[0]) == pets[1] and in_cache(own_cache) == ["pets"]
 

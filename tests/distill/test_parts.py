@@ -104,6 +104,6 @@ def _stop(command, folder, how):
         assert time.monotonic() < limit
         time.sleep(0.02)
     process.send_signal(how)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == (-how if how is signal.SIGKILL else 130), said
     return " ".join(said.split())
