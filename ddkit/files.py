@@ -83,8 +83,9 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The old folder is set aside just before the rename and removed after it, so that a kill
     leaves a complete folder at `path` or, in the instant between two renames, beside it.
+    A link to a folder stays one; the folder that it leads to is replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,9 +97,14 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
         aside = temporary.with_suffix(".old")
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(temporary, path)
+        try:
+            if path.exists():
+                os.replace(path, aside)
+            os.replace(temporary, path)
+        except BaseException:
+            if aside.exists() and not path.exists():
+                os.replace(aside, path)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
         _sync_folder(path.parent)
     except OSError as error:
@@ -118,6 +124,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Append a line of UTF-8 and sync it; after a last line that a kill has torn, on a new one. Raises BadFile."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain_os_error(error, path) from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.errors import BadFile
-from ddkit.files import explain_os_error
+from ddkit.files import append_line, explain_os_error
 
 FORMAT_VERSION = 1
 RESULTS_FILE = Path("runs/results.jsonl")
@@ -119,21 +119,7 @@ class Reading:
 
 def append(result: Result, path: str | os.PathLike[str] = RESULTS_FILE) -> None:
     """Append one record and sync it. A torn last line stays as it is; the record begins on a new line."""
-    path = Path(path)
-    line = json.dumps(dataclasses.asdict(result), ensure_ascii=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            file.seek(0, os.SEEK_END)
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise explain_os_error(error, path) from error
+    append_line(path, json.dumps(dataclasses.asdict(result), ensure_ascii=False))
 
 
 def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
@@ -188,8 +174,10 @@ class Records:
 
 def _identity(result: Result) -> tuple[Any, ...]:
     """The same for a result that was only read back from an evaluation's finished state."""
-    return (result.sha256, result.dataset, result.track, result.epochs_setting, result.network, result.augment,
-            result.precision, result.seed, result.accuracies)  # fmt: skip
+    return (
+        result.name, result.kind, result.sha256, result.dataset, result.track, result.epochs_setting, result.network,
+        result.augment, result.precision, result.seed, result.accuracies,
+    )  # fmt: skip
 
 
 def _from_json(value: Any) -> Result:

@@ -69,6 +69,23 @@ def test_what_is_refused_is_named_as_it_was_asked_for(tmp_path):
     assert caught.value.message.startswith("/proc/here.txt:")
 
 
+def test_a_line_is_appended_after_a_torn_one(tmp_path):
+    path = tmp_path / "deep" / "lines.txt"
+    files.append_line(path, "one")
+    path.write_text(path.read_text() + "to")
+    files.append_line(path, "two")
+    assert path.read_text() == "one\nto\ntwo\n"
+
+
+def test_a_folder_behind_a_link_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "disk" / "data").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "data")
+    with files.replacing_folder(tmp_path / "data") as folder:
+        (folder / "new").write_text("new")
+    assert (tmp_path / "data").is_symlink() and (tmp_path / "disk" / "data" / "new").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "disk"]
+
+
 def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path):
     path = tmp_path / "kept.bin"
     path.write_bytes(b"old")

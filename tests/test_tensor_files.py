@@ -1,5 +1,6 @@
 """Tensors on disk: the same bytes for the same tensors, and a full disk is one message."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ddkit.tensor_files import save_safetensors, save_torch
+from ddkit.tensor_files import Unloadable, load_restricted, save_safetensors, save_torch
 
 
 def test_the_bytes_do_not_depend_on_the_name(tmp_path):
@@ -22,6 +23,30 @@ def test_safetensors_with_what_they_are(tmp_path):
     save_safetensors({"x": torch.arange(5)}, tmp_path / "x.safetensors", {"of": "five"})
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert file.metadata() == {"of": "five"} and file.get_tensor("x").tolist() == [0, 1, 2, 3, 4]
+
+
+class Code:
+    """A pickle of it would make a folder wherever it is loaded plainly."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made-by-code",)
+
+
+def test_code_is_not_run_and_no_advice_given_to_run_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": Code()}, tmp_path / "code.pt")
+    with pytest.raises(Unloadable) as caught:
+        load_restricted(tmp_path / "code.pt")
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "made-by-code").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02.", b"\x80\x02K\x01R.", b"text"])
+def test_what_is_no_tensor_file_is_unloadable(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(Unloadable):
+        load_restricted(tmp_path / "x.pt")
+    with pytest.raises(FileNotFoundError):
+        load_restricted(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,10 @@ device_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of all random numbers."
 )
+# What goes on has the seed it was begun with.
+recorded_seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), help="Of all random numbers.  [default: 0, or what it was begun with]"
+)
 results_option = click.option(
     "--results", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS_FILE, show_default=True,
     help="The file of results.",

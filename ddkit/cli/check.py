@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ from rich.markup import escape
 
 from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_options
 from ddkit.cli._surface import Surface
+from ddkit.errors import UsageError
 
 
 @click.command(epilog=example("ddkit check submission.zip --strict"))
@@ -38,6 +40,10 @@ def check(
     from ddkit.submission.check import CheckSettings, check_path
     from ddkit.submission.fixing import fix_row_order
 
+    if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
+        raise UsageError("--dataset is of a single file; in a folder or a zip the files' names say it.")
+    if fix_order is not None and (ipc or strict or ignored):
+        raise UsageError("--fix-order writes a tensor and judges nothing: --ipc, --strict and --ignore do not go with it.")
     if fix_order is not None:
         fixed = fix_row_order(path, fix_order, dataset=dataset)
         surface.result({"wrote": str(fixed.path), "moved_rows": fixed.moved_rows}, f"{fixed.moved_rows} rows moved.")
@@ -50,4 +56,4 @@ def check(
     surface.result({"path": str(path), **report.to_json()}, findings_table(report, path))
     if not report.ok:
         ctx.exit(1)
-    surface.done([], "ddkit pack" if path.is_dir() else "")
+    surface.done([], f"ddkit pack{'' if path == SUBMISSION_FOLDER else f' {shlex.quote(str(path))}'}" if path.is_dir() else "")

@@ -26,7 +26,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._rankings import rankings_table
 from ddkit.cli._surface import Surface
-from ddkit.errors import MissingData, UsageError
+from ddkit.errors import BadFile, MissingData, UsageError
 from ddkit.protocol.plan import PRECISIONS
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def evaluate(
     """Train fresh networks on distilled SETS, test them on real images: the challenge's score.
 
     Without SETS, whatever is in submission/, on track 2 track2.zip. Several sets of one dataset are compared: do they
-    differ by more than the noise? Interrupted, it goes on where it was when run again. Several GPUs share the rounds:
-    accelerate launch -m ddkit evaluate.
+    differ by more than the noise? Interrupted, it goes on where it was when run again. Several GPUs share the rounds of
+    track 1: accelerate launch -m ddkit evaluate.
     """
     from ddkit.device import resolve_device
     from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
@@ -95,9 +95,13 @@ def evaluate(
 
     settings = EvaluationSettings(track=int(track), augment=not no_augment, **options)
     team = Team(resolve_device(settings.device))
+    if settings.track == 2 and team.size > 1:
+        raise UsageError("Track 2's generators want the machine to themselves.", "Leave accelerate launch away.")
     surface.quiet = surface.quiet or not team.leads
     if ranking and (no_augment or settings.track != 1):
         raise UsageError("--ranking is of sets on track 1, evaluated with augmentation.")
+    if full_epochs_setting is not None and not ranking:
+        raise UsageError("--full-epochs-setting goes with --ranking.")
     records = Records(results, writes=team.leads)
     for problem in records.problems:
         surface.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
@@ -157,12 +161,13 @@ class _Job:
 
         spec = dataset_spec(name)
         self.surface.say(f"Evaluating {escape(str(path))} on {escape(name)}: {_length(self.settings)}.")
+        # Before it is trained on: the file may be another one by the end.
+        facts, sha256 = read_facts(path), sha256_of(path)
         evaluation = self._tensor(path, spec)
-        facts = read_facts(path)
         kind = facts["kind"] if facts.get("kind") in _REFERENCE_KINDS else "submission"
         # Sets in one folder are one entry: the report joins them by this name.
         name = path.resolve().parent.name
-        result = evaluation.result(name, sha256_of(path), str(path), kind=kind, made_by=facts)
+        result = evaluation.result(name, sha256, str(path), kind=kind, made_by=facts)
         self.records.add(result)
         return result
 
@@ -196,9 +201,12 @@ class _Job:
         """DD-Ranking's scores of an evaluated set, after evaluating what they lack."""
         from ddkit.data.prepare import open_dataset
         from ddkit.data.store import dataset_spec
+        from ddkit.files import sha256_of
         from ddkit.metrics.ranking_runs import RankingJob, complete
         from ddkit.submission.layout import load_tensor, row_labels
 
+        if sha256_of(result.source) != result.sha256:
+            raise BadFile(f"{result.source} has changed while it was evaluated.", "Run the same again.")
         spec = dataset_spec(result.dataset)
         images = load_tensor(result.source, spec)
         labels = row_labels(spec.num_classes, len(images) // spec.num_classes)
@@ -282,9 +290,14 @@ def _as_data(record: Result | Comparison) -> dict[str, Any]:
 
 def _shown(evaluated: Sequence[Result], comparisons: Sequence[tuple[Result, Result, Comparison]]) -> Group:
     lines = [_table(evaluated), *_made(evaluated), *(_verdict(*comparison) for comparison in comparisons)]
-    official = {result.dataset: result.mean for result in evaluated if result.official}
-    if len(official) == 2:
-        lines.append(f"The challenge's score, the mean of both datasets: [bold]{_percent(sum(official.values()) / 2)}[/]")
+    entries: dict[str, dict[str, float]] = {}
+    for result in evaluated:
+        if result.official and result.kind == "submission":
+            entries.setdefault(result.name, {})[result.dataset] = result.mean
+    for name, means in entries.items():
+        if len(means) == 2:
+            score = _percent(sum(means.values()) / 2)
+            lines.append(f"The challenge's score of {escape(name)}, the mean of both datasets: [bold]{score}[/]")
     return Group(*lines)
 
 

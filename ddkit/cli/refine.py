@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
-from ddkit.cli._options import RUNS_FOLDER, Duration, dataset_of, device_option, example, seed_option, surface_options
+from ddkit.cli._options import RUNS_FOLDER, Duration, dataset_of, device_option, example, recorded_seed_option, surface_options
 from ddkit.cli._surface import Surface, span_text
 from ddkit.errors import UsageError
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("--fresh", is_flag=True, help="Start over, from the set as it was.")
 @click.option("--save-every", type=Duration(), default="2m", show_default=True, help="How much work a kill may cost.")
 @device_option
-@seed_option
+@recorded_seed_option
 @surface_options
 def refine(
     surface: Surface,

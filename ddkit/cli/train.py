@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddkit.cli._minimax import begin, configure_minimax, minimax_options, refuse_minimax_settings, wants_minimax
-from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, seed_option, surface_options
+from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, recorded_seed_option, surface_options
 from ddkit.cli._surface import Surface, span_text
 from ddkit.errors import MissingModel, UsageError
 
@@ -62,7 +62,7 @@ class _Watch:
 @click.option("--tensorboard", is_flag=True, help="Write records for TensorBoard too.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
 @device_option
-@seed_option
+@recorded_seed_option
 @surface_options
 def train(
     surface: Surface,

@@ -82,6 +82,8 @@ def tune(
 def _next_command(dataset: str, model: Path | None, out: Path) -> str:
     """Packing, once all that belongs into the bundle is tuned."""
     names = [spec.name for spec in CHALLENGE_DATASETS]
+    if out != TRIALS_FOLDER:
+        return ""  # packing looks for trials in that one only
     if model is not None or dataset not in names:
         return f"ddkit pack --track 2 --tuned --model {dataset}={model or RUNS_FOLDER / dataset}"
     missing = [name for name in names if not (out / f"{name}.jsonl").is_file()]

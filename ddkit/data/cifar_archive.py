@@ -144,7 +144,10 @@ def _load_pickle(name: str, file: BinaryIO, path: Path) -> dict[str, Any]:
     try:
         # Written by Python 2, whose texts and pixels are both byte strings to us.
         value = _DataUnpickler(hashed, encoding="bytes").load()
-    except (pickle.UnpicklingError, ValueError, LookupError, AttributeError, TypeError, ImportError) as error:
+    except (
+        pickle.UnpicklingError, ValueError, LookupError, AttributeError, TypeError, ImportError, EOFError, OverflowError,
+        MemoryError,
+    ) as error:  # fmt: skip
         raise BadData(f"{path}: '{name}' is not a data pickle: {error}.", "Get the archive again.") from error
     if hashed.finish() != OFFICIAL_MD5[name]:
         _log.warning("%s: '%s' is not the official file; its checksum differs.", path, name)

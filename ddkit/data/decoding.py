@@ -218,7 +218,8 @@ class _Worker:
         # The worker must find the same packages as this process, wherever it found them.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ddkit.data.decoding", job.to_json()],
+            # By its path: with -m, whatever lies in the working folder could be imported in the place of what is meant.
+            [sys.executable, __file__, job.to_json()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -233,10 +234,9 @@ class _Worker:
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         if not answer:
-            raise ComputeError(
-                f"A process that decodes images ended with status {self._process.wait()}.",
-                "It may have been killed for want of memory: close other programs and try again.",
-            )
+            status = self._process.wait()
+            remedy = "It may have been killed for want of memory: close other programs and try again."
+            raise ComputeError(f"A process that decodes images ended with status {status}.", remedy if status < 0 else "")
         reply = json.loads(answer)
         if reply["refused"]:
             raise BadFile(*reply["refused"])

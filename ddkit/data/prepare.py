@@ -142,6 +142,8 @@ def _obtain(request: _Request, cache: Path | None, progress: Listener) -> Source
     if request.name == "glyphs":
         return glyphs.source()
     path = request.source
+    if path is None and request.name not in OFFICIAL:
+        raise UsageError(f"'{request.name}' can be prepared anew only from its pictures.", "Say where they are: --from PATH.")
     if path is None:
         path = download(OFFICIAL[request.name], _downloads(cache), progress=progress)
     source = open_source(path)
@@ -156,7 +158,9 @@ def _downloads(cache: Path | None) -> Path:
 def _remove_download(request: _Request, cache: Path | None) -> None:
     """The store has all that the archive had."""
     if request.source is None and request.name in OFFICIAL:
-        shutil.rmtree(_downloads(cache), ignore_errors=True)
+        (_downloads(cache) / OFFICIAL[request.name].file_name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what another download has begun stays
+            _downloads(cache).rmdir()
 
 
 def _refuse_other_classes(name: str, source: Source) -> None:

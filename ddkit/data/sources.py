@@ -7,8 +7,6 @@ only then; layouts that hold pixels already give them in blocks.
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,11 +270,12 @@ def _reference_tensors(path: Path) -> tuple[Tensor, Tensor]:
     """images_val and labels_val, memory-mapped. Raises BadData for files of anything else, or of code."""
     import torch
 
+    from ddkit.tensor_files import Unloadable, load_restricted
+
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadData(f"{path} is no tensor file that can be loaded safely: {reason}") from error
+        value = load_restricted(path, mmap=True)
+    except (Unloadable, MemoryError) as error:
+        raise BadData(f"{path} is no tensor file that can be loaded safely: {error}") from error
     tensors = [value.get(key) for key in ("images_val", "labels_val")] if isinstance(value, dict) else []
     if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         raise BadData(f"{path} is not the challenge's test file: it has no images_val and labels_val.", _LAYOUTS)

@@ -171,7 +171,7 @@ def list_prepared(*, cache: Path | None = None) -> tuple[str, ...]:
     folder = cache or cache_folder()
     if not folder.is_dir():
         return ()
-    return tuple(sorted(path.parent.name for path in folder.glob(f"*/{META_FILE}") if path.parent.name[0] != "."))
+    return tuple(sorted(name for path in folder.glob(f"*/{META_FILE}") if _can_be_name(name := path.parent.name)))
 
 
 def is_prepared(name: str, *, cache: Path | None = None) -> bool:
@@ -179,9 +179,13 @@ def is_prepared(name: str, *, cache: Path | None = None) -> bool:
     return (store_folder(name, cache=cache) / META_FILE).is_file()
 
 
+def _can_be_name(name: str) -> bool:
+    return re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) is not None and len(name) <= 64
+
+
 def store_folder(name: str, *, cache: Path | None = None) -> Path:
     """Where the store of that name lies or would lie. Raises UsageError for what cannot be a name."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or len(name) > 64:
+    if not _can_be_name(name):
         known = (*DATASETS, *list_prepared(cache=cache))
         raise UsageError(
             f"'{name}' cannot be a dataset's name.",

@@ -24,7 +24,7 @@ from ddkit.device import is_out_of_memory, resolve_device
 from ddkit.distill.matching import distance_of_means, misclassification, regression_error, same_augmentation
 from ddkit.distill.observers import Observers, ObserverSettings
 from ddkit.distill.references import References
-from ddkit.distill.state import STATE_FILE, RefinementState, start_over
+from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
 from ddkit.environment import versions
 from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name
 from ddkit.generator.seeds import derived_seed, generator_for
@@ -139,12 +139,13 @@ def refine(
 
     folder: keeps the set as it was (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
     fresh: begin from the set as it was. A set that nothing is gained on is left as it is.
-    Raises InvalidSubmission for a set that `check` refuses, UsageError for an `out` that does not end in .pt or where
-    the folder belongs to another set, other settings or other real images, ComputeError where it diverges or memory is
-    short and Interrupted once asked to stop, what was reached written in both cases, and what `open_dataset` and
-    `save_set` raise.
+    Raises InvalidSubmission for a set that `check` refuses; UsageError for an `out` that does not end in .pt, for the
+    copy that the folder keeps, or where the folder belongs to another set, other settings or other real images;
+    ComputeError where it diverges or memory is short and Interrupted once asked to stop, what was reached written in
+    both cases; and what `open_dataset` and `save_set` raise.
     """
     require_tensor_name(out or path)
+    refuse_kept_copy(folder, path, out or path)
     spec = dataset_spec(dataset)
     real = open_dataset(dataset, "train", progress=progress)
     if fresh:
@@ -217,19 +218,24 @@ class _Refinement:
         self._range = _black_and_white(self._spec).to(device)
 
     def run(self, limits: Limits, save_every_seconds: float) -> None:
+        """Advance and judge until a limit is reached and the images it is reached with are judged."""
         state, saved = self._state, time.monotonic()
         with stop_requests() as stop:
-            while not (finished := limits.reached(state.step, state.seconds)) or not state.judged:
+            while True:
+                finished = limits.reached(state.step, state.seconds)
                 judging = not state.judged and (finished or state.step % self._settings.check_every == 0)
+                if finished and not judging:
+                    return
                 if judging:
                     self._judge(stop)
                 else:
                     self._advance(limits)
-                if stop or judging or time.monotonic() - saved >= save_every_seconds:
+                stopping = bool(stop)
+                if stopping or judging or time.monotonic() - saved >= save_every_seconds:
                     self._keep()
                     state.save()
                     saved = time.monotonic()
-                if stop:
+                if stopping:
                     raise Interrupted(f"Interrupted after step {state.step}.", "Run the same again to go on from there.")
 
     def _advance(self, limits: Limits) -> None:

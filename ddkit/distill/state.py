@@ -158,6 +158,17 @@ def start_over(path: Path, folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def refuse_kept_copy(folder: Path, *paths: Path) -> None:
+    """Raise UsageError where a path is the folder's own copy of the set as it was, which would be lost."""
+    kept = _before(folder)
+    for path in paths:
+        if path.resolve() == kept.resolve():
+            raise UsageError(
+                f"{path} is the copy that the refinement in {folder} keeps of the set as it was.",
+                "Name the set itself with --fresh to start over from it, or copy that file elsewhere first.",
+            )
+
+
 def _before(folder: Path) -> Path:
     return folder / "before.pt"
 

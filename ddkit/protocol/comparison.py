@@ -44,11 +44,11 @@ def compare(first: Sequence[float], second: Sequence[float], *, paired: bool) ->
         raise UsageError(f"{len(first)} rounds cannot be paired with {len(second)}.")
     difference = sum(first) / len(first) - sum(second) / len(second)
     differences = tuple(a - b for a, b in zip(first, second, strict=True)) if paired else ()
-    spread = differences if paired else (*first, *second)
-    if max(spread) - min(spread) < 1e-12:
-        # No noise at all, so that no test applies: it is a difference unless it is zero.
-        certain = abs(difference) > 1e-12
-        return Comparison(difference, (difference, difference), 0.0 if certain else 1.0, paired, differences)
+    spreads = (differences,) if paired else (first, second)
+    if all(max(spread) - min(spread) < 1e-12 for spread in spreads):
+        # A few rounds that agree to the last image do not tell how much others would differ.
+        interval = (0.0, 0.0) if abs(difference) < 1e-12 else (-1.0, 1.0)
+        return Comparison(difference, interval, 1.0, paired, differences)
     from scipy.stats import ttest_ind, ttest_rel
 
     test = ttest_rel(first, second) if paired else ttest_ind(first, second, equal_var=False)

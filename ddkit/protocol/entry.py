@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -14,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ddkit.errors import ComputeError, Interrupted, InvalidSubmission
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.tracks import Generated, overrun
+from ddkit.tensor_files import Unloadable, load_restricted
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _LINES_OF_OUTPUT = 3  # quoted of a script that failed
@@ -100,8 +99,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     try:
-        made = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
+        made = load_restricted(path)
+    except (OSError, Unloadable, MemoryError) as error:
         raise InvalidSubmission(f"The generator left no readable file of images: {error}.") from error
     if not isinstance(made, dict) or not {"images", "labels"} <= made.keys():
         raise InvalidSubmission("The generator's file is no dict of 'images' and 'labels'.")

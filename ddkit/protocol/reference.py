@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ddkit.data.images import normalise_
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadData, UsageError
 from ddkit.files import explain_os_error
+from ddkit.tensor_files import Unloadable, load_restricted
 
 _IMAGES_KEY, _LABELS_KEY = "images_val", "labels_val"
 # Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalised ones have no negative values.
@@ -69,11 +69,11 @@ def as_test_set(
 def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:
     """Read the challenge's `{dataset}_test.pt`. Raises BadData naming the file when it is not one."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        data = load_restricted(path, mmap=True)
     except OSError as error:
         raise explain_os_error(error, path) from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise BadData(f"{path} cannot be read as a reference file: {_first_line(error)}.") from error
+    except (Unloadable, MemoryError) as error:
+        raise BadData(f"{path} cannot be read as a reference file: {error}.") from error
     images, labels = _pair(data, str(path))
     return _checked(TestSet(images, labels.long(), spec), str(path))
 
@@ -125,7 +125,3 @@ def _spec_like(num_classes: int, image_size: int) -> DatasetSpec:
         f"No built-in dataset has {num_classes} classes of {image_size}-pixel images.",
         "Say which dataset it is: evaluate(..., spec=ddkit.data.store.dataset_spec(name)).",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")

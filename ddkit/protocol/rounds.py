@@ -133,7 +133,11 @@ def run_rounds(
     """
     rounds = [_Round(job, test_set, settings) for job in jobs]
     while unfinished := [one for one in rounds if not one.training.finished]:
-        for one, losses in zip(unfinished, epoch_side_by_side([one.training for one in unfinished]), strict=True):
+        began = time.monotonic()
+        of_epoch = epoch_side_by_side([one.training for one in unfinished])
+        share = (time.monotonic() - began) / len(unfinished)
+        for one, losses in zip(unfinished, of_epoch, strict=True):
+            one.seconds += share
             one.losses.append(sum(losses) / len(losses))
             listener(one.index, one.training.epochs_done, one.losses[-1])
         for one in unfinished:
@@ -154,24 +158,26 @@ class _Round:
         self._device = torch.device(settings.device)
         self.training = _training_run(job, test_set.spec, settings)
         self.losses: list[float] = []
-        self._clock = _Clock()
+        self.seconds = 0.0  # of this round's own work, over all its sittings
+        self._saved = time.monotonic()
         if saved := job.file.read():
             self.training.load_state_dict(saved["training"])
-            self.losses = saved["losses"]
-            self._clock = _Clock(saved["seconds"])
+            self.losses, self.seconds = saved["losses"], saved["seconds"]
 
     def save_if_due(self, stop: StopRequest) -> None:
-        if stop or self._clock.since_mark() >= self._file.seconds_between_saves:
-            state = {"training": self.training.state_dict(), "losses": self.losses, "seconds": self._clock.seconds()}
+        if stop or time.monotonic() - self._saved >= self._file.seconds_between_saves:
+            state = {"training": self.training.state_dict(), "losses": self.losses, "seconds": self.seconds}
             self._file.write(state)
-            self._clock.mark()
+            self._saved = time.monotonic()
 
     def finish(self, test_set: TestSet) -> RoundResult:
+        began = time.monotonic()
         self.training.network.eval()
+        predictions = predict(self.training.engine, test_set, self._device)
         result = RoundResult(
-            predictions=predict(self.training.engine, test_set, self._device),
+            predictions=predictions,
             losses=tuple(self.losses),
-            seconds=self._clock.seconds(),
+            seconds=self.seconds + time.monotonic() - began,
             generation_seconds=self._made.seconds,
             images=len(self._made.images),
             images_per_class=images_per_class(self._made.labels, test_set.spec.num_classes),
@@ -202,20 +208,3 @@ def _training_run(job: RoundJob, spec: DatasetSpec, settings: RoundSettings) -> 
     images, labels = job.made.images.float().to(settings.device), job.made.labels.to(settings.device)
     generator = torch.Generator().manual_seed(settings.seed_for("training", job.index))
     return TrainingRun(network, images, labels, settings.training, generator)
-
-
-class _Clock:
-    """Seconds worked on a round over all its sittings, and since the last save."""
-
-    def __init__(self, seconds_before: float = 0.0) -> None:
-        self._began = self._marked = time.monotonic()
-        self._before = seconds_before
-
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._began
-
-    def since_mark(self) -> float:
-        return time.monotonic() - self._marked
-
-    def mark(self) -> None:
-        self._marked = time.monotonic()

@@ -34,18 +34,22 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePl
     """The fastest plan for training `network` on its device.
 
     For the official network it is measured at first use, in seconds, and remembered in the cache for this processor
-    or GPU, PyTorch, number of threads, image size and precision.
+    or GPU, PyTorch, number of threads, image size, batch size, precision and type of the weights.
     """
     if type(network) is not ConvNet:
         return _plan_without_measuring(network, precision)
-    device = next(network.parameters()).device
+    weights = next(network.parameters())
+    device = weights.device
     if device.type == "cpu":
         try:
             winograd.load()
         except (CannotCompile, BadFile) as error:
             _log.warning("Evaluating the plain way, several times slower: %s", error)
             return _plan_without_measuring(network, precision)
-    key = f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, {precision}"
+    key = (
+        f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, batches of {batch_size}, "
+        f"{precision}, {str(weights.dtype).removeprefix('torch.')}"
+    )
     plan = _remembered(key)
     if plan is None:
         plan = fastest(network, candidates(network, precision, batch_size), batch_size)
@@ -105,7 +109,9 @@ def seconds_per_image(network: ConvNet, plan: EnginePlan, batch_size: int) -> fl
 def smaller(plan: EnginePlan, batch_size: int) -> EnginePlan | None:
     """A plan that takes less memory, or None."""
     chunk = (plan.chunk or batch_size) // 2
-    return replace(plan, chunk=chunk) if chunk >= 1 else None
+    # What is recorded or compiled on a GPU takes whole batches.
+    kind = plan.kind if plan.kind == "winograd" else "plain"
+    return replace(plan, kind=kind, chunk=chunk) if chunk >= 1 else None
 
 
 def has_bfloat16() -> bool:

@@ -156,12 +156,14 @@ def class_titles(result: Result) -> tuple[str, ...]:
 
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:
-    """How the set was made: what the result remembers, else the JSON beside the file."""
+    """How the set was made: what the result remembers, else the JSON beside the file while that is the same."""
     made_by: Any = result.made_by
-    beside = Path(result.source).with_suffix(".json")
-    if not made_by and beside.is_file():
+    source = Path(result.source)
+    if not made_by and source.is_file():
+        beside = source.with_suffix(".json")
         try:
-            made_by = read_json(beside)
+            if beside.is_file() and sha256_of(source) == result.sha256:
+                made_by = read_json(beside)
         except DDKitError as error:
             log.warning("%s", error.message)
     known = list(_flat(made_by)) if isinstance(made_by, Mapping) else []

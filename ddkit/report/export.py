@@ -71,10 +71,10 @@ def _csv_row(group: Group, row: Row, datasets: Sequence[str]) -> list[object]:
         return ["", ""] if estimate is None else [_number(estimate.value), _number(estimate.half_width)]
 
     return [
-        group.track, group.title, row.rank or "", _no_formula(row.name), row.kind, str(row.official).lower(),
+        group.track, _no_formula(group.title), row.rank or "", _no_formula(row.name), row.kind, str(row.official).lower(),
         *(_number(row.accuracy.get(name)) for name in datasets), _number(row.score),
         _number(row.spread.half_width if row.spread else None), *pair(row.to_first), *pair(row.to_random),
-        rounds(row), row.date, row.source, "; ".join(row.deviations),
+        rounds(row), _no_formula(row.date), _no_formula(row.source), _no_formula("; ".join(row.deviations)),
     ]  # fmt: skip
 
 
@@ -91,11 +91,12 @@ def as_markdown(groups: Iterable[Group]) -> str:
     """A Markdown table for each group, percent and points as in the terminal."""
     parts = []
     for group in groups:
-        titles = ["#", "entry", *map(dataset_title, group.datasets), "mean", "to first", "to random real", "rounds",
-                  "date", "official"]  # fmt: skip
-        lines = [f"### Track {group.track}: {group.title}", "", _markdown_line(titles), _markdown_line(["---"] * len(titles))]
+        datasets = [_markdown_text(dataset_title(name)) for name in group.datasets]
+        titles = ["#", "entry", *datasets, "mean", "to first", "to random real", "rounds", "date", "official"]
+        heading = f"### Track {group.track}: {_markdown_text(group.title)}"
+        lines = [heading, "", _markdown_line(titles), _markdown_line(["---"] * len(titles))]
         lines += [_markdown_line(_markdown_cells(group, row)) for row in group.rows]
-        parts.append("\n".join([*lines, "", *(f"{remark}\n" for remark in group.remarks)]))
+        parts.append("\n".join([*lines, "", *(f"{_markdown_text(remark)}\n" for remark in group.remarks)]))
     return "\n".join(parts)
 
 
@@ -108,7 +109,7 @@ def _markdown_cells(group: Group, row: Row) -> list[str]:
         points(row.to_first),
         points(row.to_random),
         rounds(row),
-        row.date,
+        _markdown_text(row.date),
         _markdown_text(group.verdict(row)),
     ]
 

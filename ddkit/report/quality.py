@@ -107,7 +107,8 @@ def quality_of(
         images, real.images[quality.neighbours], quality.distances, [titles[label] for label in labels.tolist()]
     )
     beside = side_by_side((images, labels), (real.images, real.labels), titles)
-    name = f"{path.resolve().parent.name}-{dataset}"
+    called = "" if path.stem == dataset else f"-{path.stem}"
+    name = f"{path.resolve().parent.name}-{dataset}{called}"
     return SetQuality(name, _view(path, dataset, quality, neighbours, beside), neighbours, beside)
 
 

@@ -62,11 +62,13 @@ def pack(
     if not report.ok:
         raise Refused(folder, report)
     files, _ = submission_files(folder)
+    if not files:
+        raise MissingData(f"There is no tensor in {folder} to pack.", "Make one: ddkit generate")
     if any(out.exists() and out.samefile(file) for file in files):
         raise UsageError(f"The zip would replace {out}, which is to go into it.", "Name another file: --out NAME.zip.")
     with replacing(out) as temporary:
         written = write_zip({file.name: file for file in files}, temporary)
-        _verify(temporary, written, settings)
+        _verify(temporary, written, folder, settings)
     return out
 
 
@@ -80,8 +82,12 @@ def packed_files(path: str | os.PathLike[str]) -> tuple[PackedFile, ...]:
     return tuple(files)
 
 
-def _verify(path: Path, written: dict[str, str], settings: CheckSettings) -> None:
-    """Unpack the zip as the scorer does and load each tensor. Raises BadFile where anything differs from what was written."""
+def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSettings) -> None:
+    """Unpack the zip as the scorer does and load each tensor.
+
+    origin: the folder the tensors come from. Raises BadFile where anything differs from what was written,
+    InvalidSubmission where a tensor cannot be loaded, whatever findings were to be ignored.
+    """
     try:
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
             if archive.namelist() != list(written):
@@ -90,7 +96,12 @@ def _verify(path: Path, written: dict[str, str], settings: CheckSettings) -> Non
                 unpacked = Path(archive.extract(name, folder))
                 if sha256_of(unpacked) != sha256:
                     raise BadFile(f"{path}: '{name}' read back differs from what was written.", "Is the disk sound?")
-                load_tensor(unpacked, dataset_spec(unpacked.stem), ipc=settings.ipc)
+                try:
+                    load_tensor(unpacked, dataset_spec(unpacked.stem), ipc=settings.ipc)
+                except InvalidSubmission as error:
+                    raise InvalidSubmission(
+                        f"{origin / name} is not packed: the scorer could not use it.", f"See: ddkit check {origin / name}"
+                    ) from error
                 unpacked.unlink()
     except OSError as error:
         raise explain_os_error(error, error.filename or path) from error

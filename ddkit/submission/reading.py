@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import stat
 import struct
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +22,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.files import ZIP_ERRORS
 from ddkit.submission.findings import Finding
 from ddkit.submission.pickles import PickleFacts, scan_pickle
+from ddkit.tensor_files import Unloadable, load_restricted
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save before PyTorch 1.6
 _LARGEST_PICKLE = 64 * 1024  # bytes; that of a bare tensor has about 200
@@ -105,8 +104,8 @@ def _read_open(
     if any(finding.level == "error" for finding in findings):
         return None, findings
     try:
-        tensor = _restricted_load(file, "cpu")
-    except _Unloadable as error:
+        tensor = load_restricted(file)
+    except Unloadable as error:
         return None, [Finding("error", "F005", f"The file is damaged: {error}. Save or copy it again.", where)]
     return tensor, findings
 
@@ -149,8 +148,8 @@ def _look_inside(file: BinaryIO, where: str) -> tuple[list[Finding], Tensor | No
     if any(finding.level == "error" for finding in findings):
         return findings, None, 0
     try:
-        loaded = _restricted_load(file, "meta")
-    except _Unloadable as error:
+        loaded = load_restricted(file, device="meta")
+    except Unloadable as error:
         return [Finding("error", "F005", f"The file is damaged: {error}. Save or copy it again.", where)], None, 0
     if not isinstance(loaded, Tensor):
         return [Finding("error", "T001", f"The file holds {_described(loaded)}. {_BARE}", where)], None, 0
@@ -243,29 +242,6 @@ def _shape_problem(shape: tuple[int, ...], spec: DatasetSpec, ipc: int | None) -
             f"{classes} classes, {ipc * classes:,} rows."
         )
     return ""
-
-
-class _Unloadable(Exception):
-    """The restricted loader refused a file."""
-
-
-def _restricted_load(file: BinaryIO, device: str) -> Any:
-    file.seek(0)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location=device, weights_only=True)
-    except (MemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        # The loader interprets hostile bytes and raises whatever they lead to; each of them means the same here.
-        # Not in its own words for a pickle: they advise to load without restrictions.
-        own_words = not isinstance(error, pickle.UnpicklingError)
-        raise _Unloadable(_first_line(error) if own_words else "its pickle does not describe a tensor") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200] or type(error).__name__
 
 
 def _described(value: Any) -> str:

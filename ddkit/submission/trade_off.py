@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ddkit.device import describe_device, resolve_device
 from ddkit.errors import BadFile, MissingData, UsageError
-from ddkit.files import explain_os_error, replacing
+from ddkit.files import append_line, explain_os_error, replacing
 from ddkit.generator.pipeline import model_hash
 from ddkit.progress import Listener, ignore
 from ddkit.protocol.comparison import Comparison, compare
@@ -69,7 +69,7 @@ class Trial(Scores):
     @property
     def conditions(self) -> tuple[Any, ...]:
         """What trials must share for their accuracies to be comparable."""
-        return (self.dataset, self.model_sha256, self.sampler, self.budget, self.epochs_setting, self.seed,
+        return (self.dataset, self.model_sha256, self.sampler, self.budget, self.epochs_setting, self.seed, self.device,
                 len(self.accuracies))  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def _trial(model: EntryModel, steps: int, guidance: float, evaluation: Evaluatio
         float(evaluation.budget or 0.0),
         evaluation.training.epochs_setting,
         evaluation.seed,
-        "",
+        describe_device(resolve_device(evaluation.device)),
         images=(),
         seconds=(),
         accuracies=(0.0,) * rounds,
@@ -212,7 +212,6 @@ def _try(
     outcome = evaluate_generator(entry, test_set, settings, name=name, state=state, progress=progress)
     return replace(
         trial,
-        device=outcome.device,
         images=outcome.generated,
         seconds=outcome.generation_seconds,
         accuracies=outcome.accuracies,
@@ -220,11 +219,4 @@ def _try(
 
 
 def _append(trial: Trial, records: Path) -> None:
-    try:
-        records.parent.mkdir(parents=True, exist_ok=True)
-        with records.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise explain_os_error(error, records) from error
+    append_line(records, json.dumps(dataclasses.asdict(trial)))

@@ -44,6 +44,7 @@ from shards import HASHES_FILE, HERE, Failure, Job, join, open_shards, say, sha2
 
 FLOAT_BYTES = 4
 SECONDS_BETWEEN_REPORTS = 10.0
+PATIENCE = 0.25  # share of the budget after which the first worker is no longer waited for
 
 stop_requested = False
 
@@ -101,6 +102,8 @@ def parse_options() -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             raise Failure(f"--{name.replace('_', '-')} cannot be {value:g}.", 2)
+    if options.ipc and options.most:
+        raise Failure("--ipc says how many images there are to be, and --most another number.", 2)
     return options
 
 
@@ -291,14 +294,17 @@ def run_workers(job: Job) -> None:
         raise Failure(failure or "the workers ended without an image; their own messages stand above.")
     if failure:
         say(f"a worker failed: {failure}")
-    if job.ipc is None and clock.images >= job.limit // job.workers * job.workers:
+    if job.ipc is None and clock.images >= job.limit:
         say(f"stopped at {clock.images:,} images: no more were wanted, or there is no room for more")
 
 
 def listen(job: Job, clock: Clock, crew: Crew) -> str:
     """Hear the workers until all ended, or a quarter of the margin after they should have. Returns what went wrong."""
     state, failure, said = "importing and loading the model", "", time.monotonic()
-    while crew.hears and time.monotonic() < crew.stop_at.value + job.margin / 4:
+    patience = job.began + PATIENCE * job.budget
+    while (crew.hears or not crew.is_whole) and time.monotonic() < crew.stop_at.value + job.margin / 4:
+        if not crew.hears or time.monotonic() > patience:
+            crew.start_others()  # the first has failed, or takes so long that it may
         for connection in wait(crew.hears, timeout=0.1):
             try:
                 kind, value = connection.recv()

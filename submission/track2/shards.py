@@ -75,7 +75,7 @@ class Job:
     def share(self, worker: int) -> int:
         """How many images the worker may make."""
         if self.ipc is None:
-            return self.limit // self.workers
+            return len(range(worker, self.limit, self.workers))
         return len(range(worker, self.ipc, self.workers)) * self.classes
 
     def image(self, worker: int, position: int) -> tuple[int, int]:

@@ -196,6 +196,15 @@ def test_it_gives_up_after_as_many_problems_as_told(write_tree, tmp_path):
     assert 10 <= len(problems) < 1500
 
 
+def test_python_files_in_the_working_folder_are_not_run(many, write_tree, tmp_path, monkeypatch):
+    path = write_tree({name: many[name] for name in sorted(many)[6:20]})
+    (path / "dataclasses.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(path)
+    names = sorted(item.name for item in path.glob("*.png"))
+    target = SplitFile.create(tmp_path / "out", [0] * len(names), 4)
+    assert decode_split(path, names, target, workers=2) == []
+
+
 def test_processes_need_no_main_guard_in_the_users_program(many, write_tree, tmp_path):
     path = write_tree({name: many[name] for name in sorted(many)[6:200]})
     program = tmp_path / "program.py"

@@ -321,7 +321,11 @@ class TestBuiltInNames:
         data = write_tree(hundred, "cifar100.zip").read_bytes()
         server = serve(data)
         monkeypatch.setitem(preparing.OFFICIAL, "cifar100", Archive(server.url, hashlib.md5(data).hexdigest()))
+        begun = own_cache / ".downloads" / "tiny-imagenet-200.zip.part"
+        begun.parent.mkdir()
+        begun.write_bytes(b"half of it")
         assert len(open_dataset("cifar100", "test")) == 100
+        assert [path.name for path in begun.parent.iterdir()] == [begun.name], "another's download stays"
         assert len(server.requests) == 1
         open_dataset("cifar100", "train")
         assert len(server.requests) == 1, "prepared once"

@@ -189,6 +189,15 @@ class TestWhatIsRefused:
         with pytest.raises(UsageError, match="momentum 0.5, not 0.9"):
             run(start, tmp_path / "run", 2, dataclasses.replace(QUICK, momentum=0.9))
 
+    def test_the_copy_that_the_folder_keeps(self, start, tmp_path):
+        run(start, tmp_path / "run", 1)
+        kept = tmp_path / "run" / "before.pt"
+        before = kept.read_bytes()
+        for fresh in (False, True):
+            with pytest.raises(UsageError, match="is the copy that the refinement"):
+                run(kept, tmp_path / "run", 2, fresh=fresh)
+        assert kept.read_bytes() == before
+
     def test_the_refinement_of_another_set(self, start, colours, tmp_path):
         run(start, tmp_path / "run", 1)
         generate(colours, 2, FromReal("random", seed=5), start)

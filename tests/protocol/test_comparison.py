@@ -23,10 +23,12 @@ def test_intervals_are_those_of_student_and_of_welch():
     assert unpaired.p_value == pytest.approx(stats.ttest_ind(FIRST, SECOND[:3], equal_var=False).pvalue)
 
 
-def test_equal_accuracies_are_no_difference_and_constant_ones_are_certain():
+def test_equal_accuracies_are_no_difference_and_constant_ones_prove_nothing():
     assert not compare((0.1, 0.2), (0.1, 0.2), paired=True).exceeds_noise
-    certain = compare((0.25, 0.5), (0.125, 0.375), paired=True)
-    assert certain.exceeds_noise and certain.interval == (0.125, 0.125)
+    for accuracies in (((0.25, 0.5), (0.125, 0.375)), ((0.25, 0.25), (0.125, 0.125))):
+        constant = compare(*accuracies, paired=True)
+        assert not constant.exceeds_noise and constant.interval == (-1, 1) and constant.difference == 0.125
+    assert not compare((0.25, 0.25), (0.125, 0.125), paired=False).exceeds_noise
 
 
 @pytest.mark.parametrize("first, second, paired", [((0.1,), (0.2,), True), ((0.1, 0.2), (0.1, 0.2, 0.3), True)])

@@ -96,6 +96,8 @@ def test_smaller_plans_end_at_one_image():
         chunks.append(plan.chunk)
     assert chunks == [3, 1]
     assert smaller(EnginePlan(), 256).chunk == 128
+    for kind in ("graphed", "compiled"):  # these take whole batches
+        assert smaller(EnginePlan(kind, "float32"), 256) == EnginePlan("plain", "float32", 128)
 
 
 def test_too_little_memory_is_met_with_smaller_chunks():

@@ -66,6 +66,15 @@ def test_links_in_a_circle_and_to_nowhere_are_findings(tmp_path):
     assert codes(check_path(tmp_path, settings=BARE)) == ["F001", "F001"]
 
 
+def test_a_damaged_store_of_something_else_is_no_fault_of_a_zip(tmp_path, own_cache):
+    for name in ("birds", "Not A Name"):
+        (own_cache / name).mkdir()
+        (own_cache / name / "meta.json").write_text("{}")
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.writestr("notes.txt", b"")
+    assert "F002" in codes(check_path(tmp_path / "s.zip", settings=BARE))
+
+
 def test_practice_beside_the_challenge_is_left_aside_with_a_warning(folder):
     torch.save(torch.zeros(1000, 3, 32, 32), folder / "cifar100.pt")
     left_aside = [f.where for f in check_path(folder, settings=BARE).findings if f.code == "F020"]

@@ -60,6 +60,16 @@ def test_half_of_the_challenge_is_packed_only_when_asked_for(tmp_path):
     assert [file.name for file in packed_files(out)] == ["cifar100.pt"]
 
 
+def test_nothing_to_pack_and_what_cannot_be_loaded_are_refused_whatever_is_ignored(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingData, match="no tensor"):
+        pack(tmp_path / "empty", tmp_path / "s.zip", ignore_codes={"F002"})
+    torch.save({"images": torch.zeros(1)}, folder / "glyphs.pt")
+    with pytest.raises(InvalidSubmission, match="glyphs.pt is not packed") as caught:
+        pack(folder, tmp_path / "s.zip", ignore_codes={"T001"})
+    assert str(folder / "glyphs.pt") in caught.value.remedy and not (tmp_path / "s.zip").exists()
+
+
 def test_links_out_of_the_folder_are_refused(tmp_path, folder):
     (folder / "glyphs.pt").rename(tmp_path / "elsewhere.pt")
     (folder / "glyphs.pt").symlink_to(tmp_path / "elsewhere.pt")

@@ -226,6 +226,9 @@ class TestParts:
         assert second[:5] == [(c, 1) for c in (2, 3, 4, 0, 1)]  # another class first
         assert len(set(first + second)) == 20
         assert [job(workers=2, ipc=3).share(worker) for worker in (0, 1)] == [10, 5]
+        for workers in (1, 2, 4, 8):
+            few = job(workers=workers, limit=6)
+            assert sum(few.share(worker) for worker in range(workers)) == 6
 
     def test_no_class_is_more_than_one_image_ahead(self, load):
         labels = torch.tensor([0, 1, 2, 0, 1, 0, 0])

@@ -31,6 +31,7 @@ def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
     _append(trial(8, 0.4, 0.3, guidance=2.0), path)
     path.write_text(path.read_text() + '{"dataset": "colo')
     assert read_trials(path) == [trial(4, 0.2, 0.3), trial(8, 0.4, 0.3, guidance=2.0)]
+    assert trial(4, 0.2).conditions != trial(4, 0.2, device="another").conditions
     path.write_text('{"dataset": "colours"}\n')
     with pytest.raises(BadFile, match="line 1"):
         read_trials(path)
