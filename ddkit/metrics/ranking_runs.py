@@ -97,11 +97,11 @@ def complete(
         record(result)
         return result
 
-    known = [result for result in known if not _stands_in_for_full_real(result, job)]
+    known = [result for result in known if not _of_too_few_epochs(result, job)]
     return run_missing(of_result(job.subject, known), run, also=known)
 
 
-def _stands_in_for_full_real(result: Result, job: RankingJob) -> bool:
+def _of_too_few_epochs(result: Result, job: RankingJob) -> bool:
     """Whether it is of all real images, and of fewer epochs than are asked for."""
     wanted = job.settings_for(Need("full-real", True))
     return result.kind == "full-real" and result.epochs_setting < wanted.training.epochs_setting

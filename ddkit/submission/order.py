@@ -46,12 +46,14 @@ class OrderVerdict:
 
     code: of the finding. words: the order, as a phrase. labels: (N,) int64, the class that each row is taken to
     show; None where it cannot be told. agreement: of that order, in standard deviations above random ones.
+    interleaved: rows show the classes in turn, so that each block holds all of them.
     """
 
     code: str
     words: str
     labels: Tensor | None
     agreement: float
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def judge_order(logp: Tensor, orders: Mapping[str, Tensor], model: ClassModel) -
         return _judge_blocks(logp, scores[0])
     if scores[best] >= _TELLING and scores[best] - scores[0] >= _BETTER:
         found = candidates[best]
-        return OrderVerdict(found.code, found.words, _row_labels(found, len(logp)), scores[best])
+        return _verdict_of(found, len(logp), scores[best])
     return _judge_unknown(logp, model, scores[0])
 
 
@@ -239,6 +241,11 @@ def _moved_blocks(evidence: Tensor, ipc: int) -> Tensor:
     return shown
 
 
+def _verdict_of(candidate: _Candidate, rows: int, agreement: float) -> OrderVerdict:
+    labels = _row_labels(candidate, rows)
+    return OrderVerdict(candidate.code, candidate.words, labels, agreement, candidate.interleaved)
+
+
 def _judge_unknown(logp: Tensor, model: ClassModel, agreement: float) -> OrderVerdict:
     """No named order fits: the classes are shuffled, the rows are, or the images show no classes."""
     classes = logp.shape[1]
@@ -249,7 +256,7 @@ def _judge_unknown(logp: Tensor, model: ClassModel, agreement: float) -> OrderVe
         shown = _assign(_group_means(logp, interleaved))
         words = "shuffled" + (" and image by image, the classes in turn" if interleaved else ", class by class")
         candidate = _Candidate("L008", words, shown, interleaved)
-        return OrderVerdict(candidate.code, words, _row_labels(candidate, len(logp)), found[0])
+        return _verdict_of(candidate, len(logp), found[0])
     if len(logp) > classes and class_information(logp) >= _INFORMATIVE * model.real_information:
         return OrderVerdict("L009", "shuffled image by image", None, agreement)
     return OrderVerdict("L010", "none that the images would tell", None, agreement)
@@ -290,8 +297,8 @@ def _finding(logp: Tensor, verdict: OrderVerdict, spec: DatasetSpec, where: str)
             "with rows class by class."
         )
         return Finding("error", verdict.code, message, where)
-    # Of rows in turn, the blocks hold all classes, and naming them would say nothing.
-    named = "" if "in turn" in verdict.words else f": {_moved_words(logp, verdict, titles)}"
+    # Naming blocks that hold all classes would say nothing.
+    named = "" if verdict.interleaved else f": {_moved_words(logp, verdict, titles)}"
     message = (
         f"The rows are not in the order of the labels; they are {verdict.words} ({_strength(verdict)}){named}. "
         "Put it right: ddkit check FILE --fix-order OUT"
