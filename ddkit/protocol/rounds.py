@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.errors import Interrupted
+from ddkit.device import is_out_of_memory
+from ddkit.errors import ComputeError, Interrupted
 from ddkit.interrupt import StopRequest
 from ddkit.protocol.engine import Engine
 from ddkit.protocol.networks import build_network
@@ -205,6 +206,12 @@ def predict(engine: Engine, test_set: TestSet, device: torch.device) -> Tensor:
 def _training_run(job: RoundJob, spec: DatasetSpec, settings: RoundSettings) -> TrainingRun:
     initial = settings.seed_for("network", job.index)
     network = build_network(settings.network, spec.num_classes, spec.image_size, seed=initial).to(settings.device)
-    images, labels = job.made.images.float().to(settings.device), job.made.labels.to(settings.device)
+    try:
+        images, labels = job.made.images.float().to(settings.device), job.made.labels.to(settings.device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        count = len(job.made.images)
+        raise ComputeError(f"Memory is short for {count:,} training images.", "Use another --device.") from error
     generator = torch.Generator().manual_seed(settings.seed_for("training", job.index))
     return TrainingRun(network, images, labels, settings.training, generator)
