@@ -325,11 +325,11 @@ class TestBuiltInNames:
         begun.parent.mkdir()
         begun.write_bytes(b"half of it")
         assert len(open_dataset("cifar100", "test")) == 100
-        assert [path.name for path in begun.parent.iterdir()] == [begun.name], "another's download stays"
+        assert [path.name for path in begun.parent.iterdir()] == [begun.name], "another's download stays, and no archive"
         assert len(server.requests) == 1
         open_dataset("cifar100", "train")
         assert len(server.requests) == 1, "prepared once"
-        assert in_cache(own_cache) == ["cifar100"], "the archive is not kept"
+        assert in_cache(own_cache) == [".downloads", "cifar100"]
         with pytest.raises(UsageError):
             open_dataset("cifar10", "test")
 
