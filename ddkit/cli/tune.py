@@ -68,10 +68,11 @@ def tune(
     entry = EntryModel(dataset, model or RUNS_FOLDER / dataset, EntrySettings(SamplingConfig(sampler)))
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
     longest = len(grid.points) * settings.number_of_rounds * settings.budget
+    spec = dataset_spec(dataset)
     read_facts(entry.folder)  # a model that is missing is said before anything is downloaded
     surface.say(f"Trying {len(grid.points)} settings of {escape(str(entry.folder))}: generating takes {span_text(longest)} "
                 f"at most, training of {settings.training.epochs} epochs comes on top.")  # fmt: skip
-    test_set = as_test_set(open_dataset(dataset, "test", progress=surface.listen), dataset_spec(dataset))
+    test_set = as_test_set(open_dataset(dataset, "test", progress=surface.listen), spec)
     state = StateFolder(RUNS_FOLDER / "evaluations")
     trials = explore(entry, test_set, grid, records, state=state, progress=surface.listen)
     draw_chart(trials, chart)

@@ -50,9 +50,10 @@ def run(*arguments, status=0):
 
 
 def process(*arguments, **environment):
+    ours = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # a runner of tests may set it
     done = subprocess.run(
         [sys.executable, "-m", "ddkit", "report", *arguments],
-        check=False, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        check=False, capture_output=True, env={**ours, "PYTHONIOENCODING": "utf-8", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.decode(), done.stderr.decode()
