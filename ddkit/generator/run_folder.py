@@ -47,19 +47,25 @@ class Begun:
     config: GeneratorConfig
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a training was begun with. preset: the name of what the configuration came from."""
+
+    preset: str
+    config: GeneratorConfig
+
+
 def has_training(folder: Path) -> bool:
     """Whether a training was begun in that folder."""
     return (folder / CONFIG_FILE).is_file()
 
 
-def recorded_preset(folder: Path) -> str | None:
-    """The name of the preset a training in that folder was begun with; None where there is none."""
-    return _record_of(folder).get("preset") if has_training(folder) else None
-
-
-def recorded_config(folder: Path) -> GeneratorConfig | None:
-    """The settings a training in that folder goes by; None where there is none."""
-    return from_json(_record_of(folder)["config"]) if has_training(folder) else None
+def recorded(folder: Path) -> Recorded | None:
+    """What the training in that folder goes by; None where there is none. Raises BadFile where it cannot be read."""
+    if not has_training(folder):
+        return None
+    record = _record_of(folder)
+    return Recorded(record.get("preset", ""), from_json(record["config"]))
 
 
 def _record_of(folder: Path) -> Mapping[str, Any]:
@@ -77,13 +83,13 @@ def claim(folder: Path, begun: Begun) -> None:
     was not trained there.
     """
     if has_training(folder):
-        recorded = _record_of(folder)
-        if lines := _differences(begun, recorded):
+        record = _record_of(folder)
+        if lines := _differences(begun, record):
             raise UsageError(
                 f"{folder} holds a training with other settings: {'; '.join(lines)}.",
                 "Give those, start over with --fresh, or choose another folder with --out.",
             )
-        if recorded.get("dataset_sha256") != begun.dataset_sha256:
+        if record.get("dataset_sha256") != begun.dataset_sha256:
             log.warning("'%s' was prepared anew since the training in %s began; it goes on with the new images.",
                         begun.dataset, folder)  # fmt: skip
     elif found := [name for name in _OF_MODELS if (folder / name).exists()]:
@@ -95,16 +101,16 @@ def claim(folder: Path, begun: Begun) -> None:
     write_json(folder / CONFIG_FILE, {"ddkit_version": __version__, **values, "config": to_json(begun.config)})
 
 
-def _differences(begun: Begun, recorded: Mapping[str, Any]) -> list[str]:
-    if recorded.get("dataset") != begun.dataset:
-        return [f"dataset: {recorded.get('dataset')}, not {begun.dataset}"]
-    if recorded.get("class_names") != list(begun.class_names):
+def _differences(begun: Begun, record: Mapping[str, Any]) -> list[str]:
+    if record.get("dataset") != begun.dataset:
+        return [f"dataset: {record.get('dataset')}, not {begun.dataset}"]
+    if record.get("class_names") != list(begun.class_names):
         return ["class_names: the dataset had other classes then"]
-    if recorded.get("image_size") != begun.image_size:
-        return [f"image_size: {recorded.get('image_size')}, not {begun.image_size}"]
-    found = differences(_comparable(begun.config), _comparable(from_json(recorded["config"])))
-    if found and recorded.get("preset") != begun.preset:
-        return [f"preset: {recorded.get('preset')}, not {begun.preset}"]
+    if record.get("image_size") != begun.image_size:
+        return [f"image_size: {record.get('image_size')}, not {begun.image_size}"]
+    found = differences(_comparable(begun.config), _comparable(from_json(record["config"])))
+    if found and record.get("preset") != begun.preset:
+        return [f"preset: {record.get('preset')}, not {begun.preset}"]
     return found
 
 

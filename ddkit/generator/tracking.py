@@ -8,13 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddkit.data.store import ImageSet
+from ddkit.data.store import ImageSet, dataset_spec
 from ddkit.errors import UsageError
 from ddkit.generator.pipeline import Model
 from ddkit.generator.sampling import Sampler, SamplingConfig, sample_all
 from ddkit.generator.seeds import generator_for
-from ddkit.generator.training import Tracking
+from ddkit.generator.training import Tracking, TrainingData
+from ddkit.metrics.features import reference_features
 from ddkit.metrics.frechet import frechet_distance
+from ddkit.metrics.inception import InceptionFeatures
+from ddkit.progress import Listener, ignore
 
 Features = Callable[[Tensor], Tensor]  # (N, 3, S, S) uint8 -> (N, D)
 
@@ -57,3 +60,28 @@ def track_frechet(
         return frechet_distance(of_real, features(made))
 
     return Tracking(name, score, every_steps)
+
+
+def track_frechet_in(
+    features: str,
+    data: TrainingData,
+    *,
+    every_steps: int,
+    device: torch.device | str = "cpu",
+    progress: Listener = ignore,
+) -> Tracking:
+    """`track_frechet` in features of that name: "convnet", of a network trained on the real images, or "inception".
+
+    Raises what InceptionFeatures does, at once.
+    """
+    if features == "inception":
+        inception = InceptionFeatures(device)  # before hours of work, not when the first score is due
+        return track_frechet(
+            data.images, lambda: inception, every_steps=every_steps, name="frechet_inception", device=device
+        )
+    return track_frechet(
+        data.images,
+        lambda: reference_features(data.images, dataset_spec(data.name), device=device, progress=progress),
+        every_steps=every_steps,
+        device=device,
+    )

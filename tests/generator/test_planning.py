@@ -1,0 +1,106 @@
+"""Which training is meant by what is said and by what the folder holds."""
+
+import dataclasses
+
+import pytest
+
+from ddkit.errors import MissingModel, UsageError
+from ddkit.generator.pipeline import save_model
+from ddkit.generator.planning import Wishes, plan_training
+from ddkit.generator.presets import preset, to_json
+from ddkit.generator.run_folder import Begun, claim
+
+
+@pytest.fixture
+def begin(data, tmp_path):
+    """Records a training in a folder, as one that has begun leaves it."""
+
+    def begin(name, config, preset_name="demo"):
+        folder = tmp_path / name
+        folder.mkdir()
+        claim(folder, Begun(data.name, data.sha256, data.images.class_names, data.image_size, preset_name, config))
+        return folder
+
+    return begin
+
+
+@pytest.fixture
+def plan(data, tmp_path):
+    def plan(folder="new", *, own="nothing", fresh=False, **wishes):
+        return plan_training(data, tmp_path / folder, Wishes(**wishes), own=tmp_path / own, fresh=fresh)
+
+    return plan
+
+
+def test_a_new_training_is_the_preset_with_what_is_said_otherwise(plan):
+    assert plan().preset == "tiny" and plan().config == preset("tiny").config(16)
+    said = plan(preset="demo", batch_size=7, learning_rate=0.5, prediction="v", architecture="unet", flips=False, seed=9)
+    config = said.config
+    assert said.preset == "demo" and said.start is None
+    assert (config.denoiser_optimiser.batch_size, config.denoiser_optimiser.learning_rate) == (7, 0.5)
+    assert (config.objective.prediction, config.denoiser.architecture, config.flips, config.seed) == ("v", "unet", False, 9)
+    assert config.autoencoder_optimiser == preset("demo").config(16).autoencoder_optimiser
+
+
+def test_what_goes_on_keeps_its_settings(plan, begin, config):
+    begin("run", config)
+    assert plan("run").config == config and plan("run").preset == "demo"
+    assert plan("run", preset="demo", steps=50).config.denoiser_optimiser == dataclasses.replace(
+        config.denoiser_optimiser, steps=50
+    )
+    assert plan("run", preset="tiny").config == preset("tiny").config(16), "to be refused where it is claimed"
+    assert plan("run", fresh=True).config == preset("tiny").config(16)
+
+
+def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config, make_model, data, tmp_path):
+    letters = dataclasses.replace(config, flips=False)
+    own = begin("own", letters)
+    save_model(make_model(prediction="v"), own)
+    tuned = plan(own="own", method="minimax", batch_size=5, epochs=3, lambda_d=0.5)
+    assert tuned.preset == "minimax-paper"
+    assert tuned.start.generator.prediction == tuned.config.objective.prediction == "v"
+    assert tuned.config.denoiser_optimiser.steps == 3 * len(data.images) // 5
+    assert not tuned.config.flips, "as its start was trained"
+    minimax = tuned.config.minimax
+    assert (minimax.init, minimax.lambda_r, minimax.lambda_d, minimax.epochs) == (str(own), 0.002, 0.5, 3)
+    assert plan(own="own", method="minimax", flips=True, steps=4).config.flips
+
+    begin("tuned", tuned.config, tuned.preset)
+    again = plan("tuned", lambda_r=0.1)
+    assert again.config == dataclasses.replace(tuned.config, minimax=dataclasses.replace(minimax, lambda_r=0.1))
+    assert to_json(again.config)["denoiser_optimiser"]["steps"] == tuned.config.denoiser_optimiser.steps
+
+
+def test_nothing_to_start_from(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MissingModel, match="no generator of 'colours' to start from") as caught:
+        plan(method="minimax", init=None)
+    assert "ddkit train --dataset colours" in caught.value.remedy
+    with pytest.raises(MissingModel) as caught:
+        plan(init=str(tmp_path / "missing"))
+    assert "to start from, and" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"preset": "tinny"}, "no preset 'tinny'"),
+        ({"lambda_r": 0.1}, "--lambda-r goes with --method minimax"),
+        ({"class_map": (("red", None),)}, "--class-map goes with --method minimax"),
+        ({"method": "diffusion", "init": "somewhere"}, "--method diffusion starts from nothing"),
+        ({"method": "diffusion", "preset": "minimax-paper"}, "--method diffusion starts from nothing"),
+        ({"method": "minimax", "pretrained_autoencoder": "x"}, "--autoencoder is decided by what fine-tuning starts from"),
+        ({"init": "somewhere", "prediction": "v"}, "--prediction is decided by what fine-tuning starts from"),
+    ],
+)
+def test_wishes_that_contradict_each_other(plan, wishes, said):
+    with pytest.raises(UsageError, match=said):
+        plan(**wishes)
+
+
+def test_a_folder_of_a_fine_tuning_is_not_trained_from_nothing(plan, begin, config):
+    minimax = preset("minimax-paper").config(16).minimax
+    begin("tuned", dataclasses.replace(config, minimax=minimax))
+    with pytest.raises(UsageError, match="starts from nothing"):
+        plan("tuned", method="diffusion")
+    assert plan("tuned", method="diffusion", fresh=True).start is None
