@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ddkit.data.store import dataset_spec
+from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.refine import PRESETS, Limits, RefineSettings, refine
 from ddkit.distill.state import STATE_FILE, RefinementState
+from ddkit.distill.student import StudentSettings
 from ddkit.errors import UsageError
 from ddkit.submission.layout import load_tensor
 from ddkit.tensor_files import save_torch
@@ -44,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "half trained, recognised": {"observers": _TRAINED, "recognition": 0.1},
     "regression": {"objective": "regression", "means_first": 0},
     "means, then regression": {"objective": "regression", "means_first": 100},
+    "trajectories": {"objective": "trajectories", "means_first": 0},
+    "means, then trajectories": {"objective": "trajectories", "means_first": 100},
 }
 
 
@@ -104,7 +108,12 @@ class Study:
 
     def _settings(self, method: str) -> RefineSettings:
         # Judged by one epoch, and rarely: that is no part of this study.
-        common = {"seed": self.options.seed, "check_every": 10**9, "check_epochs": 0}
+        options = self.options
+        common = {
+            "seed": options.seed, "check_every": 10**9, "check_epochs": 0,
+            "experts": ExpertSettings(options.experts, options.expert_steps),
+            "student": StudentSettings(images_per_class=options.student_images),
+        }  # fmt: skip
         return dataclasses.replace(PRESETS["means"], **common, **METHODS[method])
 
     def _score(self, images: Tensor) -> list[float]:
@@ -135,6 +144,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 180.0], help="budgets of wall time")
     parser.add_argument("--steps", type=int, nargs="+", help="budgets of steps, in the place of --seconds")
     parser.add_argument("--start", type=Path, metavar="FILE", help="the set to start from, such as one refined before")
+    parser.add_argument("--experts", type=int, default=4, help="that trajectories are of; training them is not counted")
+    parser.add_argument("--expert-steps", type=int, default=1000, help="of each expert's training")
+    parser.add_argument("--student-images", type=int, default=1, help="of each class, in a step that follows an expert")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--epochs-setting", type=int, default=100, help="E of the evaluations")
     parser.add_argument("--rounds", type=int, default=2)

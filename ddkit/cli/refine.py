@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 @click.option("--preset", type=click.Choice(("track1", "means")),
               help="Settings that measured best for track 1; or distribution matching alone. Options change single ones. "
                    "[default: those of the refinement that goes on, else track1]")
-@click.option("--objective", type=click.Choice(("means", "regression")),
-              help="Match the classes' mean features, or let a regression on the set's features tell real images. "
-              "[default: regression]")
-@click.option("--means-first", type=click.IntRange(0), help="Steps by means before the regression.  [default: 400]")
+@click.option("--objective", type=click.Choice(("means", "regression", "trajectories")),
+              help="Match the classes' mean features, let a regression on the set's features tell real images, or let "
+              "networks that learn from the set follow ones that learn from real images.  [default: regression]")
+@click.option("--means-first", type=click.IntRange(0), help="Steps by means before another objective.  [default: 400]")
 @click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
+@click.option("--experts", type=click.IntRange(1),
+              help="Networks trained on real images, once a dataset, for trajectories.  [default: 4]")
+@click.option("--student-steps", type=click.IntRange(1), help="Steps on the set that follow an expert's.  [default: 20]")
 @click.option("--real-per-class", type=click.IntRange(1),
               help="Real images of each class that a step compares with.  [default: 16]")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.  [default: 3]")
@@ -100,6 +103,10 @@ def refine(
     surface.result(dataclasses.asdict(refined))
 
 
+# What each of these options is of.
+_OF_OBJECTIVE = {"ridge": "regression", "experts": "trajectories", "student_steps": "trajectories"}
+
+
 def _settings(preset: str | None, options: dict[str, Any], recorded: RefineSettings | None) -> RefineSettings:
     """A preset's settings, or else those of the refinement that goes on, with what the options say otherwise."""
     from ddkit.distill.observers import ObserverSettings
@@ -107,10 +114,16 @@ def _settings(preset: str | None, options: dict[str, Any], recorded: RefineSetti
 
     base = recorded if recorded and preset is None else PRESETS[preset or "track1"]
     given = {name: value for name, value in options.items() if value is not None}
-    unused = [f"--{name.replace('_', '-')}" for name in ("ridge", "means_first") if name in given]
-    if unused and given.get("objective", base.objective) == "means":
-        raise UsageError(f"{' and '.join(unused)}: there is no regression, as the objective is means.")
-    share = given.pop("trained_share", None)
-    if share is not None:
+    objective = given.get("objective", base.objective)
+    for name, needed in _OF_OBJECTIVE.items():
+        if name in given and objective != needed:
+            raise UsageError(f"--{name.replace('_', '-')} is of the objective {needed}, and this one is {objective}.")
+    if "means_first" in given and objective == "means":
+        raise UsageError("--means-first: there is nothing after the means, as the objective is means.")
+    if (share := given.pop("trained_share", None)) is not None:
         given["observers"] = ObserverSettings(trained_share=share)
+    if (count := given.pop("experts", None)) is not None:
+        given["experts"] = dataclasses.replace(base.experts, count=count)
+    if (steps := given.pop("student_steps", None)) is not None:
+        given["student"] = dataclasses.replace(base.student, steps=steps)
     return dataclasses.replace(base, **given)

@@ -20,7 +20,7 @@ class References:
     """
 
     def __init__(self, dataset: ImageSet, spec: DatasetSpec, *, held_out: float, seed: int) -> None:
-        self.spec = spec
+        self.spec, self.held_out_share = spec, held_out
         self._dataset = dataset
         self._rows, kept_back = [], []
         for c in range(spec.num_classes):

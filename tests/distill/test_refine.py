@@ -9,12 +9,14 @@ import torch
 from ddkit.data.images import denormalise, normalise
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.matching import distance_of_means
 from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.references import References
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RECORDS_FILE
+from ddkit.distill.student import StudentSettings
 from ddkit.errors import BadFile, ComputeError, InvalidSubmission, UsageError
 from ddkit.files import sha256_of
 from ddkit.protocol.networks import build_network
@@ -26,6 +28,12 @@ QUICK = RefineSettings(
     observers=ObserverSettings(trained_share=0.5, trainings=1, snapshots=(1, 2)), recognition=0.1,
 )  # fmt: skip
 BLIND = dataclasses.replace(QUICK, observers=ObserverSettings(trained_share=0), recognition=0.0)
+
+
+FOLLOWING = dataclasses.replace(
+    BLIND, objective="trajectories", means_first=1, student=StudentSettings(steps=2),
+    experts=ExpertSettings(count=1, steps=4, batch_size=4, keep_every=1, span=2),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -82,17 +90,20 @@ def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
     assert json.loads(start.with_suffix(".json").read_text())["kind"] == "first-real"
 
 
-def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path):
+@pytest.mark.parametrize("settings", [QUICK, FOLLOWING])
+def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
     copy = tmp_path / "other" / "colours.pt"
     copy.parent.mkdir()
     copy.write_bytes(start.read_bytes())
-    run(start, tmp_path / "whole", 5)
-    run(copy, tmp_path / "parts", 2)
-    refined = run(copy, tmp_path / "parts", 5)
+    run(start, tmp_path / "whole", 5, settings)
+    run(copy, tmp_path / "parts", 2, settings)
+    refined = run(copy, tmp_path / "parts", 5, settings)
     assert refined.steps == 5
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
     for name in ("images", "velocity"):
         assert torch.equal(states[0][name], states[1][name]), name
+    assert states[0]["student_rate"] == states[1]["student_rate"]
+    assert (states[0]["student_rate"] > 0) == (settings.objective == "trajectories")
 
 
 def test_finished_work_is_not_done_again(start, tmp_path):
@@ -103,11 +114,13 @@ def test_finished_work_is_not_done_again(start, tmp_path):
     assert (start.read_bytes(), (tmp_path / "run" / RECORDS_FILE).read_text()) == (written, records)
 
 
-@pytest.mark.parametrize("objective, method", [("means", "distribution"), ("regression", "regression")])
+@pytest.mark.parametrize(
+    "objective, method", [("means", "distribution"), ("regression", "regression"), ("trajectories", "trajectory")]
+)
 def test_what_it_goes_by_is_told(start, tmp_path, objective, method):
     before = read(start)
     # So slowly that the judgements cannot differ, of which the later one then counts.
-    settings = dataclasses.replace(BLIND, objective=objective, means_first=0, average=0.0, learning_rate=1e-3)
+    settings = dataclasses.replace(FOLLOWING, objective=objective, means_first=0, average=0.0, learning_rate=1e-3)
     run(start, tmp_path / "run", 1, settings)
     assert not torch.equal(read(tmp_path / "run" / "state.pt")["images"], before)
     facts = json.loads(start.with_suffix(".json").read_text())

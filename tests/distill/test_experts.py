@@ -1,0 +1,103 @@
+"""Experts: their ways are kept, belong to what they were trained on, and lead somewhere."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ddkit.data.prepare import prepare
+from ddkit.data.store import dataset_spec, load_dataset
+from ddkit.distill.experts import Experts, ExpertSettings
+from ddkit.distill.references import References
+from ddkit.distill.student import at_place
+from ddkit.errors import UsageError
+from ddkit.protocol.engine import build_engine
+from ddkit.protocol.networks import build_network
+from ddkit.protocol.rounds import predict
+from ddkit.protocol.tuning import choose_plan
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+QUICK = ExpertSettings(count=2, steps=4, batch_size=4, keep_every=1, span=2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def references(colours):
+    return References(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.2, seed=0)
+
+
+def experts(references, settings=QUICK, *, sha256="of-these", seed=0, told=None):
+    progress = {} if told is None else {"progress": told.append}
+    return Experts(references, sha256, settings, seed=seed, device=CPU, **progress)
+
+
+def files(own_cache):
+    return sorted((own_cache / "_experts").rglob("*.safetensors"))
+
+
+def test_they_are_trained_once_and_found_again(references, own_cache):
+    first, told = experts(references), []
+    written = {path: path.stat().st_mtime_ns for path in files(own_cache)}
+    assert len(written) == 2
+    again = experts(references, told=told)
+    assert told == [] and {path: path.stat().st_mtime_ns for path in files(own_cache)} == written
+    for seed in range(3):
+        ours, theirs = (kept.stretch(torch.Generator().manual_seed(seed)) for kept in (first, again))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"sha256": "of-others"}, {"seed": 1}, {"settings": dataclasses.replace(QUICK, batch_size=5)}]
+)
+def test_of_other_images_settings_or_seeds_they_are_others(references, own_cache, changed):
+    experts(references)
+    experts(references, **changed)
+    assert len(files(own_cache)) == 4
+
+
+def test_a_damaged_one_is_trained_again_and_only_that_one(references, own_cache):
+    experts(references)
+    whole, damaged = files(own_cache)
+    before, kept = damaged.read_bytes(), whole.stat().st_mtime_ns
+    damaged.write_bytes(before[:100])
+    experts(references)
+    assert damaged.read_bytes() == before and whole.stat().st_mtime_ns == kept
+
+
+def test_stretches_are_of_one_way_and_as_long_as_said(references, own_cache):
+    from safetensors.torch import load_file
+
+    kept = experts(references)
+    ways = [load_file(path)["parameters"] for path in files(own_cache)]
+    assert all(way.shape == (5, sum(p.numel() for p in build_network("convnet", 2, 16, seed=0).parameters())) for way in ways)
+    found = set()
+    for seed in range(40):
+        start, end = kept.stretch(torch.Generator().manual_seed(seed))
+        (place,) = [
+            (number, k) for number, way in enumerate(ways) for k in range(3)
+            if torch.equal(way[k], start) and torch.equal(way[k + 2], end)
+        ]  # fmt: skip
+        found.add(place)
+    assert found == {(number, k) for number in range(2) for k in range(3)}
+
+
+def test_they_learn_what_the_images_show():
+    prepare("glyphs")
+    spec = dataset_spec("glyphs")
+    letters = References(load_dataset("glyphs", "train"), spec, held_out=0.1, seed=0)
+    settings = ExpertSettings(count=1, steps=40, batch_size=64, keep_every=40, span=40)
+    start, end = experts(letters, settings).stretch(torch.Generator().manual_seed(0))
+    accuracies = []
+    for place in (start, end):
+        network = at_place(build_network("convnet", 10, 32, seed=5), place).eval()
+        held_out = letters.held_out()
+        told = predict(build_engine(network, choose_plan(network, "float32", 64)), held_out, CPU)
+        accuracies.append((told == held_out.labels).float().mean().item())
+    assert accuracies[0] < 0.3 < 0.5 < accuracies[1]
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"learning_rate": 0.0}, {"span": 25}, {"steps": 995}, {"steps": 10}])
+def test_settings_that_cannot_be_meant(wrong):
+    with pytest.raises(UsageError, match=r"ExpertSettings|longer than the experts"):
+        ExpertSettings(**wrong)

@@ -1,0 +1,133 @@
+"""A student's gradient is what it is said to be, and following it brings the student nearer to the expert."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from ddkit.data.store import dataset_spec
+from ddkit.distill.experts import flat_parameters
+from ddkit.distill.student import Student, StudentSettings, at_place
+from ddkit.errors import UsageError
+from ddkit.protocol.augment import random_augment
+from ddkit.protocol.networks import build_network
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+CPU, RATE = torch.device("cpu"), 0.02
+
+
+@pytest.fixture
+def spec(colours):
+    return dataclasses.replace(dataset_spec(colours), num_classes=3)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def way(spec):
+    """Two places of a network in training on other images, half a dozen steps apart."""
+    network, generator = build_network("convnet", 3, 16, seed=3), torch.Generator().manual_seed(4)
+    real, labels = torch.randn(30, 3, 16, 16, generator=generator), torch.arange(30) % 3
+    start = flat_parameters(network)
+    optimiser = torch.optim.SGD(network.parameters(), 0.05)
+    for _ in range(6):
+        optimiser.zero_grad()
+        F.cross_entropy(network(real), labels).backward()
+        optimiser.step()
+    return start, flat_parameters(network)
+
+
+def student(spec, steps=1, images_per_class=1):
+    """Of a set of two images a class."""
+    return Student(spec, 2, StudentSettings(steps, images_per_class), CPU)
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def distance(spec, images, way, *, steps=1, rate=RATE, seed=0):
+    return student(spec, steps).follow(images, *way, rate, draws(seed), wanted=False).distance
+
+
+def test_of_one_step_the_gradient_says_how_the_distance_changes(spec, images, way):
+    gradient = student(spec).follow(images, *way, RATE, draws()).gradient
+    step = 0.1 * gradient / gradient.norm()
+    rise = (distance(spec, images + step, way) - distance(spec, images - step, way)) / 2
+    assert rise == pytest.approx((gradient * step).sum().item(), rel=0.5)
+    assert rise > 0
+
+
+def test_it_leads_down_more_steeply_than_automatic_differentiation_of_gradients(spec, images, way):
+    """The latter, step by step at the places that the student came by, does not see where a ReLU sets in."""
+    steps = 3
+    gradient = student(spec, steps).follow(images, *way, RATE, draws()).gradient
+    rows, seeds = _drawn(spec, steps)
+    network = build_network("convnet", 3, 16, seed=0)
+    names, shapes = zip(*((name, parameter.shape) for name, parameter in network.named_parameters()), strict=True)
+    (start, end), place, pulls = way, way[0], []
+    x, labels = images.clone().requires_grad_(), torch.arange(3).repeat_interleave(2)
+    for batch, seed in zip(rows, seeds, strict=True):
+        flat = place.detach().requires_grad_()
+        parts = [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+        seen = random_augment(x[batch], torch.Generator().manual_seed(seed))
+        loss = F.cross_entropy(functional_call(network, dict(zip(names, parts, strict=True)), (seen,)), labels[batch])
+        pulls.append(torch.autograd.grad(loss, flat, create_graph=True)[0])
+        place = place - RATE * pulls[-1].detach()
+    scale = (start - end).square().sum()
+    twice = torch.autograd.grad(sum((place - end) @ pull for pull in pulls) * (-2 * RATE / scale), x)[0]
+    assert F.cosine_similarity(gradient.flatten(), twice.flatten(), dim=0) > 0.5
+    now = distance(spec, images, way, steps=steps)
+    falls = [now - distance(spec, images - 0.2 * g / g.norm(), way, steps=steps) for g in (gradient, twice)]
+    assert falls[0] > falls[1] > 0
+
+
+def _drawn(spec, steps):
+    """What `Student.follow` draws: the rows of each step and the seeds of their augmentation."""
+    generator = draws()
+    rows = student(spec, steps)._batches(generator)
+    return rows, torch.randint(2**62, (steps,), generator=generator).tolist()
+
+
+def test_each_step_goes_by_one_image_of_each_class_and_all_have_their_turn(spec):
+    rows, _ = _drawn(spec, 5)
+    assert all([row // 2 for row in batch.tolist()] == [0, 1, 2] for batch in rows)
+    for pair in (rows[:2], rows[2:4]):
+        assert sorted(torch.cat(pair).tolist()) == list(range(6))
+    assert len(rows) == 5
+    (whole, again) = student(spec, 2, images_per_class=9)._batches(draws())
+    assert sorted(whole.tolist()) == sorted(again.tolist()) == list(range(6)), "no more of a class than there are"
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"images_per_class": 0}, {"rate_share": 0.0}, {"rate_share": 1.5}])
+def test_settings_that_cannot_be_meant(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        StudentSettings(**wrong)
+
+
+def test_following_the_gradient_brings_the_student_nearer(spec, images, way):
+    of_four = student(spec, 4)
+    before = of_four.follow(images, *way, RATE, draws())
+    nearer = images - 2 * before.gradient / before.gradient.norm()
+    assert of_four.follow(nearer, *way, RATE, draws()).distance < before.distance
+    assert of_four.follow(images, *way, RATE, draws()).distance == before.distance, "of the same draws"
+
+
+def test_the_best_rate_is_the_best_of_one_step(spec, images, way):
+    best = student(spec).follow(images, *way, RATE, draws(), wanted=False).best_rate
+    least = distance(spec, images, way, rate=best)
+    assert all(distance(spec, images, way, rate=factor * best) > least for factor in (0.8, 1.2))
+    assert 0 < least < 1
+
+
+def test_a_network_is_moved_where_it_lies(way):
+    network = build_network("convnet", 3, 16, seed=7)
+    where = [parameter.data_ptr() for parameter in network.parameters()]
+    assert torch.equal(flat_parameters(at_place(network, way[1])), way[1])
+    assert [parameter.data_ptr() for parameter in network.parameters()] == where
