@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from ddkit.distill.generate import FromModel, FromReal
 
 
-@click.command(epilog=example("ddkit generate --ipc 10 --dataset cifar100 --guidance 2"))
+@click.command(epilog=example("ddkit generate --ipc 10 --dataset cifar100 --candidates 100"))
 @click.option("--dataset", required=True, help="A dataset of `ddkit data list`.")
 @click.option("--ipc", type=int, default=10, show_default=True, help="Images per class; the challenge asks for 10.")
 @click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="A model folder; runs/<dataset>.")
 @click.option("--candidates", type=click.IntRange(1), help="Images of each class to choose from; see --select.")
-@click.option("--select", metavar="METHOD", help="How to choose from the candidates: herding (the default), k-center, "
-              "k-medoids, minimax, easy, middling, hard, spread, random or first.")
+@click.option("--select", metavar="METHOD", help="How to choose from the candidates: easy (the default), herding, k-center, "
+              "k-medoids, minimax, middling, hard, spread, random or first.")
 @click.option("--from-real", metavar="METHOD", help="Real training images instead of a model's: random and first are the "
               "baselines, the other methods of --select choose from all.")
 @click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Of the sampler.")
-@click.option("--guidance", type=click.FloatRange(0), help="How strongly the class is insisted on; 1 is not at all.")
+@click.option("--guidance", type=click.FloatRange(0),
+              help="How strongly the class is insisted on; 1 is not at all.  [default: 3]")
 @click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH",
               help="The times, 0 (clean) to 1 (noise), in which guidance acts.")
 @click.option("--sampler", type=click.Choice(["ddim", "dpm++", "unipc", "euler"]), help="How noise is removed.")

@@ -45,7 +45,7 @@ class FromModel:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     device: str = "cpu"
     candidates: int | None = None
-    select: str = "herding"
+    select: str = "easy"
 
     def __post_init__(self) -> None:
         check_choice(self.select)

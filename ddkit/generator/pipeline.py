@@ -228,7 +228,7 @@ class LatentClassPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: Sequence[int],
-        guidance_scale: float = 2.0,
+        guidance_scale: float = 3.0,
         num_inference_steps: int = 20,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,

@@ -36,6 +36,7 @@ class SamplingConfig:
     """How images are sampled.
 
     guidance: w of classifier-free guidance, null + w * (class - null); 1 is none (Ho & Salimans 2022, arXiv 2207.12598).
+        The default is what a network learned most from, of ten images a class of CIFAR-100.
     guidance_interval: the times, 0 (clean) to 1 (noise), in which guidance acts (Kynkaanniemi et al. 2024,
         arXiv 2404.07724).
     compile: with torch.compile; pays from some thousands of images on.
@@ -43,7 +44,7 @@ class SamplingConfig:
 
     sampler: str = "dpm++"
     steps: int = 20
-    guidance: float = 2.0
+    guidance: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     batch_size: int = 256
