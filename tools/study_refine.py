@@ -33,6 +33,7 @@ from ddkit.tensor_files import save_torch
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 START = "start"
+_OF_EXPERTS = ("experts", "expert_steps", "student_images")
 _TRAINED = ObserverSettings(trained_share=0.5)
 METHODS: dict[str, dict[str, Any]] = {
     "published": {"learning_rate": 1.0, "average": 0.0},
@@ -57,7 +58,7 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.findings = Findings(options.out or Path("runs") / f"study-refine-{options.dataset}")
-        self.findings.claim(options, rows=("methods", "seconds", "steps", "epochs_setting", "rounds"))
+        self.findings.claim(options, rows=("methods", "seconds", "steps", "epochs_setting", "rounds", *_OF_EXPERTS))
         self.spec = dataset_spec(options.dataset)
 
     def run(self) -> None:
@@ -67,13 +68,14 @@ class Study:
         self.findings.once(START, what, lambda: {"accuracies": self._score(load_tensor(start, self.spec))})
         for method in self.options.methods:
             for limits in _budgets(self.options):
-                work = functools.partial(self._refined, start, method, limits)
-                self.findings.once(method, self._what(limits), work)
+                name = self._row(method)
+                work = functools.partial(self._refined, start, method, name, limits)
+                self.findings.once(name, self._what(limits), work)
 
     def table(self) -> str:
         """What is known, as Markdown."""
         rows = []
-        for method in (START, *METHODS):
+        for method in (START, *map(self._row, METHODS)):
             for what, record in self.findings.of(method).items():
                 work = [f"{record.get(name, 0):.0f}" for name in ("steps", "seconds")]
                 rows.append([method, *what.split(" / ")[:2], *work, percent(record["accuracies"])])
@@ -87,14 +89,20 @@ class Study:
             generate(self.options.dataset, self.options.ipc, FromReal("random", seed=self.options.seed), path)
         return path
 
-    def _refined(self, start: Path, method: str, limits: Limits) -> Record:
+    def _row(self, method: str) -> str:
+        """The method, and what else the experts' rows depend on."""
+        if METHODS[method].get("objective") != "trajectories":
+            return method
+        return f"{method}, " + ", ".join(f"{name} {getattr(self.options, name)}" for name in _OF_EXPERTS)
+
+    def _refined(self, start: Path, method: str, name: str, limits: Limits) -> Record:
         """What a budget comes to. The set it led to is kept, as the refinement goes on from it."""
-        settings, folder = self._settings(method), self.findings.folder(method)
+        settings, folder = self._settings(method), self.findings.folder(name)
         path = folder / f"after {_budget(limits)}.pt"
         if not path.is_file():
             state = self._state(settings, folder)
             if state is not None and limits.reached(state.step, state.seconds):
-                raise UsageError(f"'{method}' has gone further than {_budget(limits)}.", "Choose another --out.")
+                raise UsageError(f"'{name}' has gone further than {_budget(limits)}.", "Choose another --out.")
             refine(start, self.options.dataset, settings, limits, folder, out=folder / start.name)
             state = self._state(settings, folder)
             save_torch({"images": state.average, "steps": state.step, "seconds": state.seconds}, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -101,12 +102,12 @@ def pack_track_2(surface: Surface, out: Path | None, options: dict[str, Any]) ->
 
 
 def _models(options: dict[str, Any]) -> list[EntryModel]:
-    from ddkit.generator.sampling import SamplingConfig
     from ddkit.submission.bundle import EntryModel, EntrySettings
     from ddkit.submission.trade_off import tuned
 
     chosen = {name: options[name] for name in _SAMPLING if options[name] is not None}
-    settings = EntrySettings(SamplingConfig(**chosen), options["entry_device"], options["half"])
+    sampling = dataclasses.replace(EntrySettings().sampling, **chosen)
+    settings = EntrySettings(sampling, options["entry_device"], options["half"])
     models = [EntryModel(name, folder, settings) for name, folder in models_by_dataset(options["models"]).items()]
     if not options["tuned"]:
         return models

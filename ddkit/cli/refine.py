@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--dataset", help="Of the set; as the JSON beside it says otherwise, or the file's name.")
 @click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
 @click.option("--time", "seconds", type=Duration(),
-              help="In all, such as 30m; takes the place of --steps. Judging comes on top.")
+              help="In all, such as 30m; takes the place of --steps. Judging and training experts come on top.")
 @click.option("--preset", type=click.Choice(("track1", "means")),
               help="Settings that measured best for track 1; or distribution matching alone. Options change single ones. "
                    "[default: those of the refinement that goes on, else track1]")
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--means-first", type=click.IntRange(0), help="Steps by means before another objective.  [default: 400]")
 @click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
 @click.option("--experts", type=click.IntRange(1),
-              help="Networks trained on real images, once a dataset, for trajectories.  [default: 4]")
+              help="Networks that trajectories are of: trained on real images, once for a dataset and a seed.  [default: 4]")
 @click.option("--student-steps", type=click.IntRange(1), help="Steps on the set that follow an expert's.  [default: 20]")
 @click.option("--real-per-class", type=click.IntRange(1),
               help="Real images of each class that a step compares with.  [default: 16]")
@@ -118,6 +118,9 @@ def _settings(preset: str | None, options: dict[str, Any], recorded: RefineSetti
     for name, needed in _OF_OBJECTIVE.items():
         if name in given and objective != needed:
             raise UsageError(f"--{name.replace('_', '-')} is of the objective {needed}, and this one is {objective}.")
+    only_follows = objective == "trajectories" and given.get("means_first", base.means_first) == 0
+    if unused := [name for name in ("real_per_class", "trained_share", "recognition") if only_follows and name in given]:
+        raise UsageError(f"--{unused[0].replace('_', '-')} is of the means, and none come before the trajectories.")
     if "means_first" in given and objective == "means":
         raise UsageError("--means-first: there is nothing after the means, as the objective is means.")
     if (share := given.pop("trained_share", None)) is not None:

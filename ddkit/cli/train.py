@@ -72,7 +72,6 @@ def train(
     Run it again to go on where it stopped, or, with more --steps or --time, to train on.
     """
     from ddkit.generator.planning import Wishes, plan_training
-    from ddkit.generator.presets import preset
     from ddkit.generator.run_folder import has_training
     from ddkit.generator.training import TrainingRequest
 
@@ -93,7 +92,7 @@ def train(
         _show_costs(surface, plan, data, device)
         return
     if track_every is None:
-        track_every = preset(plan.preset).track_every
+        track_every = plan.track_every
     if features and not track_every:
         raise UsageError("--features are what --track-every looks with, and nothing is tracked.", "Give --track-every STEPS.")
     tracking = _tracking(surface, data, device, track_every, features or "convnet")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from ddkit.distill.references import References
 from ddkit.errors import UsageError
 from ddkit.files import cache_folder
 from ddkit.generator.seeds import derived_seed, generator_for
+from ddkit.interrupt import StopRequest
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.augment import random_augment
 from ddkit.protocol.engine import build_engine
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _CACHE_FOLDER = "_experts"  # no dataset can have this name
 _KEY = "parameters"
+_VERSION = 1  # of how an expert is trained
 _SEEDS = 2**32  # of PyTorch's generator on the CPU
 
 
@@ -57,7 +59,8 @@ class ExpertSettings:
 class Experts:
     """The ways of a few trainings, in the cache, where the next refinement of that dataset finds them.
 
-    They belong to the very images, the settings and the seed. Each is written when it is finished: a kill costs one.
+    They belong to the very images, the seed and the settings that decide a way. Each is some 100 to 800 MB and written
+    when it is finished: a kill costs one.
     dataset_sha256: of the real training images.
     """
 
@@ -71,17 +74,29 @@ class Experts:
         device: torch.device,
         progress: Listener = ignore,
     ) -> None:
-        self._settings = settings
-        made_of = (dataset_sha256, references.held_out_share, seed, sorted(asdict(settings).items()))
+        self._references, self._settings, self._seed = references, settings, seed
+        self._device, self._progress = device, progress
+        of_a_way = (settings.steps, settings.batch_size, settings.learning_rate, settings.keep_every)
+        made_of = (_VERSION, dataset_sha256, references.held_out_share, seed, of_a_way)
         identity = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
-        folder = cache_folder() / _CACHE_FOLDER / f"{references.spec.name}-{identity}"
-        self._ways = []
-        for number in range(settings.count):
-            path = folder / f"{number:03d}.safetensors"
+        self._folder = cache_folder() / _CACHE_FOLDER / f"{references.spec.name}-{identity}"
+        self._ways: list[Tensor] = []
+
+    @property
+    def ready(self) -> bool:
+        return len(self._ways) == self._settings.count
+
+    def prepare(self, stop: StopRequest | None = None) -> None:
+        """Train those that the cache does not hold. Asked to stop, it returns, and those are not `ready`."""
+        for number in range(len(self._ways), self._settings.count):
+            path = self._folder / f"{number:03d}.safetensors"
             way = _read(path)
             if way is None:
-                log.info("Training expert %d of %d, kept in %s", number + 1, settings.count, folder)
-                save_safetensors({_KEY: _train(references, settings, number, seed, device, progress)}, path)
+                log.info("Training expert %d of %d, kept in %s", number + 1, self._settings.count, self._folder)
+                trained = self._train(number, stop)
+                if trained is None:
+                    return
+                save_safetensors({_KEY: trained}, path)
                 way = _read(path)
             self._ways.append(way)
 
@@ -93,32 +108,31 @@ class Experts:
         begin = int(torch.randint(len(way) - stride, (1,), generator=generator))
         return way[begin].clone(), way[begin + stride].clone()
 
+    def _train(self, number: int, stop: StopRequest | None) -> Tensor | None:
+        """(steps / keep_every + 1, P) float32 on the CPU: the start, then every place that is kept; None if stopped."""
+        settings, spec = self._settings, self._references.spec
+        network_seed = derived_seed("expert", self._seed, number) % _SEEDS
+        network = build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=network_seed).to(self._device)
+        engine = build_engine(network, choose_plan(network, "float32", settings.batch_size))
+        optimiser = torch.optim.SGD(network.parameters(), settings.learning_rate)
+        generator = generator_for("cpu", "expert", self._seed, number)
+        kept = [flat_parameters(network).cpu()]
+        for step in range(1, settings.steps + 1):
+            images, labels = self._references.mixed_batch(settings.batch_size, generator)
+            engine.gradients(random_augment(images.to(self._device), generator), labels.to(self._device))
+            optimiser.step()
+            if step % settings.keep_every == 0:
+                kept.append(flat_parameters(network).cpu())
+            done, total = number * settings.steps + step, settings.count * settings.steps
+            self._progress(Progress("Training experts (once)", done, total, "steps"))
+            if stop:
+                return None
+        return torch.stack(kept)
+
 
 def flat_parameters(network: nn.Module) -> Tensor:
     """All parameters of a network one after the other, (P,), a copy."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in network.parameters()])
-
-
-def _train(
-    references: References, settings: ExpertSettings, number: int, seed: int, device: torch.device, progress: Listener
-) -> Tensor:
-    """(steps / keep_every + 1, P) float32 on the CPU: the start, then every place that is kept."""
-    spec = references.spec
-    network_seed = derived_seed("expert", seed, number) % _SEEDS
-    network = build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=network_seed).to(device)
-    engine = build_engine(network, choose_plan(network, "float32", settings.batch_size))
-    optimiser = torch.optim.SGD(network.parameters(), settings.learning_rate)
-    generator = generator_for("cpu", "expert", seed, number)
-    kept = [flat_parameters(network).cpu()]
-    for step in range(1, settings.steps + 1):
-        images, labels = references.mixed_batch(settings.batch_size, generator)
-        engine.gradients(random_augment(images.to(device), generator), labels.to(device))
-        optimiser.step()
-        if step % settings.keep_every == 0:
-            kept.append(flat_parameters(network).cpu())
-        done, total = number * settings.steps + step, settings.count * settings.steps
-        progress(Progress("Training experts (once)", done, total, "steps"))
-    return torch.stack(kept)
 
 
 def _read(path: Path) -> Tensor | None:

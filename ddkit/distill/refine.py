@@ -7,9 +7,11 @@ if it had not been interrupted, on a CPU to the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,11 +171,9 @@ def refine(
     references = References(real, spec, held_out=settings.held_out, seed=settings.seed)
     chosen = resolve_device(device)
     observers = Observers(references, settings.observers, seed=settings.seed, device=chosen, progress=progress)
-    experts = None
-    if settings.objective == "trajectories":
-        experts = Experts(
-            references, state.dataset_sha256, settings.experts, seed=settings.seed, device=chosen, progress=progress
-        )
+    experts = Experts(
+        references, state.dataset_sha256, settings.experts, seed=settings.seed, device=chosen, progress=progress
+    )
     try:
         _Refinement(state, settings, references, observers, experts, chosen, progress).run(limits, save_every_seconds)
     except (Interrupted, ComputeError):
@@ -225,7 +225,7 @@ class _Refinement:
         settings: RefineSettings,
         references: References,
         observers: Observers,
-        experts: Experts | None,
+        experts: Experts,
         device: torch.device,
         progress: Listener,
     ) -> None:
@@ -236,7 +236,7 @@ class _Refinement:
         self._average = state.average.to(device).clone()
         images_per_class = len(state.images) // self._spec.num_classes
         self._labels = row_labels(self._spec.num_classes, images_per_class).to(device)
-        if experts is not None:
+        if settings.objective == "trajectories":
             self._student = Student(self._spec, images_per_class, settings.student, device)
         self._optimiser = torch.optim.SGD([self._images], settings.learning_rate, momentum=settings.momentum)
         self._optimiser.state[self._images]["momentum_buffer"] = state.velocity.to(device).clone()
@@ -254,6 +254,9 @@ class _Refinement:
                     return
                 if judging:
                     self._judge(stop)
+                elif self._follows(state.step) and not self._experts.ready:
+                    with self._shortage_explained():
+                        self._experts.prepare(stop)
                 else:
                     self._advance(limits)
                 stopping = bool(stop)
@@ -267,25 +270,39 @@ class _Refinement:
     def _advance(self, limits: Limits) -> None:
         """One step, timed and told of."""
         began = time.monotonic()
-        try:
+        with self._shortage_explained():
             loss = self._step()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            at_once = self._settings.real_per_class
-            raise ComputeError(
-                f"Memory is short for {at_once} real images of each of {self._spec.num_classes} classes at once.",
-                f"Start over with --fresh and --real-per-class {max(1, at_once // 2)}.",
-            ) from error
         self._state.step += 1
         self._state.seconds += time.monotonic() - began
         self._tell(loss, limits)
+
+    def _follows(self, step: int) -> bool:
+        return self._settings.objective_at(step) == "trajectories"
+
+    @contextlib.contextmanager
+    def _shortage_explained(self) -> Iterator[None]:
+        """Raises ComputeError where memory is short."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            classes, at_once = self._spec.num_classes, self._settings.real_per_class
+            if self._follows(self._state.step):
+                raise ComputeError(
+                    f"Memory is short for experts of {classes} classes and for students that follow them.",
+                    "Close other programs, or start over with --fresh and another --objective.",
+                ) from error
+            raise ComputeError(
+                f"Memory is short for {at_once} real images of each of {classes} classes at once.",
+                f"Start over with --fresh and --real-per-class {max(1, at_once // 2)}.",
+            ) from error
 
     def _step(self) -> float:
         """One step on the images; returns the loss before it."""
         settings, number = self._settings, self._state.step
         generator = generator_for("cpu", "refine", settings.seed, number)
-        if settings.objective_at(number) == "trajectories":
+        if self._follows(number):
             value, gradient = self._follow(generator)
         else:
             value, gradient = self._compare(number, generator)
@@ -319,9 +336,11 @@ class _Refinement:
     def _follow(self, generator: torch.Generator) -> tuple[float, Tensor]:
         """How far a student of the images stays behind an expert: the distance, and its scaled gradient."""
         state = self._state
-        if not state.student_rate:
+        if state.student_rate is None:
             state.student_rate = self._student.first_rate(self._images, self._experts, generator)
         followed = self._student.follow(self._images, *self._experts.stretch(generator), state.student_rate, generator)
+        if not math.isfinite(followed.best_rate):
+            raise self._diverged("its gradients are no numbers")
         state.student_rate += self._settings.student.rate_share * (followed.best_rate - state.student_rate)
         return followed.distance, _DISTANCE_AS_MEANS * self._student.images_at_once * followed.gradient
 

@@ -43,7 +43,7 @@ class RefinementState:
     settings: plain values, which have to stay the same. start_sha256: of the set's file as it was;
     dataset_sha256: of the real training images. images, velocity, average (of the images, moving) and best_images (the
     average that was judged best): (N, 3, S, S) float32, on the CPU. student_rate: of a student's steps, where one
-    follows experts; 0 while it is not known.
+    follows experts; None while it is not known.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class RefinementState:
     best_images: Tensor
     step: int = 0
     seconds: float = 0.0
-    student_rate: float = 0.0
+    student_rate: float | None = None
     judgements: list[Judgement] = field(default_factory=list)
 
     @classmethod

@@ -21,7 +21,7 @@ from ddkit.submission.layout import row_labels
 
 _SEEDS = 2**62  # of an augmentation
 _NUDGE = 0.01  # of the parameters' norm, by which they are moved to and fro
-_FIRST_RATE = 1e-4
+_LEAST_RATE = 1e-4  # where the set leads away from the expert's end, none would be best
 _TRIALS = 6  # to find a rate to begin with
 
 
@@ -49,7 +49,7 @@ class Followed:
     """How a student came off.
 
     distance: the squared distance from where it arrived to the expert's end, of that from start to end. gradient: of the
-    distance, as large as the images; None where not asked for. best_rate: that would have brought it nearest.
+    distance, as large as the images; None where not asked for. best_rate: that would have brought it nearest, positive.
     """
 
     distance: float
@@ -62,11 +62,11 @@ class Student:
 
     Each step goes by as many images of each class, all images in turn. Gradients of the distance with respect to the
     images are taken step by step, as if the parameters that a step begins with did not depend on the images (Cui et al.
-    2023, arXiv 2211.10586), so that memory does not grow with the steps. What is left is the derivative of the images'
-    gradient along the way from the expert's end to the student's: the difference of two gradients at parameters moved a
-    little to either side. The engine that has no second derivatives serves for that; and while those that automatic
-    differentiation finds know nothing of the places where a ReLU sets in, the difference does: at one step of CIFAR-100
-    it led down 1.7 times as steeply.
+    2023, arXiv 2211.10586), so that a step costs the memory of one more copy of the parameters. What is left is the
+    derivative of the images' gradient along the way from the expert's end to the student's: the difference of two
+    gradients at parameters moved a little to either side. The engine that has no second derivatives serves for that;
+    and while those that automatic differentiation finds know nothing of the places where a ReLU sets in, the difference
+    does: at one step of CIFAR-100 it led down 1.7 times as steeply.
 
     images_per_class: of the set. images_at_once: that a step goes by.
     """
@@ -84,8 +84,8 @@ class Student:
         self._embed = build_embedder(self._looker, self.images_at_once)
 
     def first_rate(self, images: Tensor, experts: Experts, generator: torch.Generator) -> float:
-        """A rate at which a student of these images gets about as far as the experts do."""
-        rate = _FIRST_RATE
+        """A rate at which a student of these images comes about as near as it can."""
+        rate = _LEAST_RATE
         for _ in range(_TRIALS):
             rate = (rate + self.follow(images, *experts.stretch(generator), rate, generator, wanted=False).best_rate) / 2
         return rate
@@ -113,7 +113,7 @@ class Student:
         scale = way.square().sum()
         distance, best_rate = left.square().sum() / scale, way @ total / total.square().sum()
         gradient = self._of_images(images, batches, seeds, places, left) * (-2 * rate / scale) if wanted else None
-        return Followed(distance.item(), gradient, best_rate.item())
+        return Followed(distance.item(), gradient, max(best_rate.item(), _LEAST_RATE))
 
     def _batches(self, generator: torch.Generator) -> list[Tensor]:
         """Rows of each step, as many of each class: those of a class in random order, again and again."""

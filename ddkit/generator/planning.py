@@ -26,8 +26,8 @@ class Wishes:
     """What is said of a training; None leaves a setting to the training that goes on, else to the preset.
 
     method: one of METHODS; fine-tuning by minimax diffusion is also what `init`, its preset and a folder that holds
-    one imply. init to class_map: of MinimaxConfig. The others: of GeneratorConfig, and, from batch_size to steps, of
-    the denoiser's OptimiserConfig.
+    one imply. steps to accumulation: of the denoiser's OptimiserConfig. init to class_map: of MinimaxConfig. The
+    others: of GeneratorConfig, its objective and its denoiser.
     """
 
     preset: str | None = None
@@ -55,7 +55,7 @@ class Wishes:
     def tunes(self, begun: GeneratorConfig | None = None) -> bool:
         """Whether a generator is to be fine-tuned. begun: the settings of the training that is to go on.
 
-        Raises UsageError where what is said contradicts itself.
+        Raises UsageError where --method says otherwise than the rest.
         """
         implied = self.preset == MINIMAX_PRESET or self.init is not None or bool(begun and begun.minimax)
         if self.method == "diffusion" and implied:
@@ -63,12 +63,7 @@ class Wishes:
                 "--method diffusion starts from nothing.",
                 f"It does not go with --init, --preset {MINIMAX_PRESET} or a folder that holds a fine-tuning.",
             )
-        wanted = self.method == "minimax" or implied
-        if wanted and (alien := self.given(*_FROM_START)):
-            raise UsageError(f"--{_FROM_START[next(iter(alien))]} is decided by what fine-tuning starts from, --init.")
-        if not wanted and (alien := self.given(*_OF_MINIMAX)):
-            raise UsageError(f"--{next(iter(alien)).replace('_', '-')} goes with --method minimax.")
-        return wanted
+        return self.method == "minimax" or implied
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the settings that something is said of."""
@@ -88,7 +83,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training that can begin, or go on. preset: the name of what the configuration came from.
+    """A training that can begin, or go on. preset: the name of what the configuration came from, "" for none.
 
     start: what fine-tuning starts from, read already; None for a training from nothing.
     """
@@ -96,6 +91,11 @@ class Plan:
     preset: str
     config: GeneratorConfig
     start: Start | None = None
+
+    @property
+    def track_every(self) -> int:
+        """Steps between two scores of the model, as the preset has them; 0 for never."""
+        return preset(self.preset).track_every if self.preset else 0
 
 
 def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path, fresh: bool = False) -> Plan:
@@ -108,8 +108,12 @@ def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path
     """
     begun = None if fresh else recorded(folder)
     tunes = wishes.tunes(begun.config if begun else None)
-    name = wishes.preset or (begun.preset if begun else MINIMAX_PRESET if tunes else DEFAULT_PRESET)
-    base = begun.config if begun and begun.preset == name else preset(name).config(data.image_size)
+    _refuse_alien(wishes, tunes)
+    if begun and wishes.preset in (None, begun.preset):
+        name, base = begun.preset, begun.config
+    else:
+        name = wishes.preset or (MINIMAX_PRESET if tunes else DEFAULT_PRESET)
+        base = preset(name).config(data.image_size)
     config = wishes.applied_to(base)
     if not tunes:
         return Plan(name, config)
@@ -121,6 +125,14 @@ def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path
     config = dataclasses.replace(config, minimax=dataclasses.replace(minimax, **wishes.given(*_OF_MINIMAX)))
     start = _read_start(data, config.minimax, named=wishes.init is not None)
     return Plan(name, _completed(config, data, wishes, start, new=begun is None), start)
+
+
+def _refuse_alien(wishes: Wishes, tunes: bool) -> None:
+    """Raise UsageError where settings of one method are given with the other."""
+    if tunes and (alien := wishes.given(*_FROM_START)):
+        raise UsageError(f"--{_FROM_START[next(iter(alien))]} is decided by what fine-tuning starts from, --init.")
+    if not tunes and (alien := wishes.given(*_OF_MINIMAX)):
+        raise UsageError(f"--{next(iter(alien)).replace('_', '-')} goes with --method minimax.")
 
 
 def _read_start(data: TrainingData, minimax: MinimaxConfig, *, named: bool) -> Start:

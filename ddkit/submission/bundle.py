@@ -38,11 +38,12 @@ _DENOISERS = ("transformer", "unet")
 class EntrySettings:
     """How a bundle's model is sampled and stored.
 
-    sampling: of which sampler, steps, guidance, its interval and the precision count.
+    sampling: of which sampler, steps, guidance, its interval and the precision count. Its guidance is less than for ten
+        images a class, as hundreds of them have to differ.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     """
 
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(guidance=2.0))
     device: str = "auto"
     half: bool = False
 

@@ -1,5 +1,6 @@
 """`ddkit refine` as a person runs it: what it leaves, being stopped, going on, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ from click.testing import CliRunner
 
 from ddkit.cli import main
 from ddkit.cli.refine import refine
+from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.refine import PRESETS
+from ddkit.distill.refine import PRESETS, RefineSettings, recorded_settings
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
@@ -54,6 +56,20 @@ def test_what_goes_on_has_the_settings_it_had(submission):
     assert json.loads(again.stdout)["steps"] == 2
     other = ddkit("submission/colours.pt", "--steps", "3", "--real-per-class", "3")
     assert other.exit_code == 2 and "real_per_class 2, not 3." in " ".join(other.output.split())
+
+
+def test_trajectories_go_on_with_their_experts(submission, monkeypatch, tmp_path):
+    words = ("submission/colours.pt", "--objective", "trajectories", "--means-first", "1", "--student-steps", "2", *QUICK)
+    small = dataclasses.replace(RefineSettings(), experts=ExpertSettings(steps=4, batch_size=4, keep_every=1, span=2))
+    monkeypatch.setitem(PRESETS, "track1", small)
+    first = ddkit(*words, "--experts", "1", "--steps", "2")
+    again = ddkit("submission/colours.pt", "--steps", "3", "--quiet", "--json")
+    assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
+    assert json.loads(again.stdout)["steps"] == 3
+    recorded = recorded_settings(tmp_path / "runs" / "colours-refine")
+    assert (recorded.experts, recorded.student.steps) == (dataclasses.replace(small.experts, count=1), 2)
+    other = ddkit("submission/colours.pt", "--steps", "4", "--experts", "2")
+    assert other.exit_code == 2 and "with other settings: experts" in " ".join(other.output.split())
 
 
 def test_a_set_made_anew_is_refined_in_another_folder(submission):
@@ -142,6 +158,8 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
         (["submission/colours.pt", "--preset", "means", "--ridge", "1"], 2, "--ridge is of the objective regression"),
         (["submission/colours.pt", "--student-steps", "3"], 2, "--student-steps is of the objective trajectories"),
         (["submission/colours.pt", "--preset", "means", "--means-first", "1"], 2, "nothing after the means"),
+        (["submission/colours.pt", "--objective", "trajectories", "--means-first", "0", "--real-per-class", "3"], 2,
+         "--real-per-class is of the means"),
         (["submission/colours.pt", "--recognition", "1"], 2, "partly trained"),
         (["submission/colours.pt", "--out", "refined.json"], 2, "does not end in .pt"),
     ],

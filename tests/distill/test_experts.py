@@ -1,6 +1,8 @@
 """Experts: their ways are kept, belong to what they were trained on, and lead somewhere."""
 
 import dataclasses
+import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from ddkit.distill.experts import Experts, ExpertSettings
 from ddkit.distill.references import References
 from ddkit.distill.student import at_place
 from ddkit.errors import UsageError
+from ddkit.interrupt import stop_requests
 from ddkit.protocol.engine import build_engine
 from ddkit.protocol.networks import build_network
 from ddkit.protocol.rounds import predict
@@ -29,7 +32,10 @@ def references(colours):
 
 def experts(references, settings=QUICK, *, sha256="of-these", seed=0, told=None):
     progress = {} if told is None else {"progress": told.append}
-    return Experts(references, sha256, settings, seed=seed, device=CPU, **progress)
+    ours = Experts(references, sha256, settings, seed=seed, device=CPU, **progress)
+    ours.prepare()
+    assert ours.ready
+    return ours
 
 
 def files(own_cache):
@@ -54,6 +60,33 @@ def test_of_other_images_settings_or_seeds_they_are_others(references, own_cache
     experts(references)
     experts(references, **changed)
     assert len(files(own_cache)) == 4
+
+
+def test_those_that_see_other_images_are_others(references, colours, own_cache):
+    experts(references)
+    experts(References(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.4, seed=0))
+    assert len(files(own_cache)) == 4
+
+
+def test_more_of_them_or_longer_spans_find_those_that_there_are(references, own_cache):
+    experts(references)
+    told = []
+    experts(references, dataclasses.replace(QUICK, count=3, span=4), told=told)
+    assert len(files(own_cache)) == 3
+    assert [report.done for report in told] == [9, 10, 11, 12], "the third alone"
+
+
+def test_asked_to_stop_they_keep_what_is_finished(references, own_cache):
+    with stop_requests() as stop:
+        def listen(report):
+            if report.done == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        ours = Experts(references, "of-these", QUICK, seed=0, device=CPU, progress=listen)
+        ours.prepare(stop)
+    assert not ours.ready and len(files(own_cache)) == 1
+    ours.prepare()
+    assert ours.ready and len(files(own_cache)) == 2
 
 
 def test_a_damaged_one_is_trained_again_and_only_that_one(references, own_cache):

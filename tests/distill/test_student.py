@@ -25,15 +25,22 @@ def spec(colours):
 
 
 @pytest.fixture
-def images():
-    return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+def real():
+    """(30, 3, 16, 16): ten images of each of three classes, class by class."""
+    return torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture
-def way(spec):
-    """Two places of a network in training on other images, half a dozen steps apart."""
-    network, generator = build_network("convnet", 3, 16, seed=3), torch.Generator().manual_seed(4)
-    real, labels = torch.randn(30, 3, 16, 16, generator=generator), torch.arange(30) % 3
+def images(real):
+    """Two of each class, somewhat changed."""
+    changed = real + 0.3 * torch.randn(real.shape, generator=torch.Generator().manual_seed(1))
+    return changed.unflatten(0, (3, 10))[:, :2].flatten(0, 1)
+
+
+@pytest.fixture
+def way(spec, real):
+    """Two places of a network in training on the real images, half a dozen steps apart."""
+    network, labels = build_network("convnet", 3, 16, seed=3), torch.arange(3).repeat_interleave(10)
     start = flat_parameters(network)
     optimiser = torch.optim.SGD(network.parameters(), 0.05)
     for _ in range(6):
@@ -64,8 +71,8 @@ def test_of_one_step_the_gradient_says_how_the_distance_changes(spec, images, wa
     assert rise > 0
 
 
-def test_it_leads_down_more_steeply_than_automatic_differentiation_of_gradients(spec, images, way):
-    """The latter, step by step at the places that the student came by, does not see where a ReLU sets in."""
+def test_it_leads_down_as_automatic_differentiation_of_gradients_does(spec, images, way):
+    """The latter step by step, at the places that the student came by; it does not see where a ReLU sets in."""
     steps = 3
     gradient = student(spec, steps).follow(images, *way, RATE, draws()).gradient
     rows, seeds = _drawn(spec, steps)
@@ -85,7 +92,7 @@ def test_it_leads_down_more_steeply_than_automatic_differentiation_of_gradients(
     assert F.cosine_similarity(gradient.flatten(), twice.flatten(), dim=0) > 0.5
     now = distance(spec, images, way, steps=steps)
     falls = [now - distance(spec, images - 0.2 * g / g.norm(), way, steps=steps) for g in (gradient, twice)]
-    assert falls[0] > falls[1] > 0
+    assert falls[0] > 0.8 * falls[1] > 0
 
 
 def _drawn(spec, steps):
@@ -124,6 +131,11 @@ def test_the_best_rate_is_the_best_of_one_step(spec, images, way):
     least = distance(spec, images, way, rate=best)
     assert all(distance(spec, images, way, rate=factor * best) > least for factor in (0.8, 1.2))
     assert 0 < least < 1
+
+
+def test_the_best_rate_stays_positive_where_the_images_lead_astray(spec, images, way):
+    wrong = images.roll(2, dims=0)  # every class shows another
+    assert 0 < student(spec).follow(wrong, *way, RATE, draws(), wanted=False).best_rate < 1e-3
 
 
 def test_a_network_is_moved_where_it_lies(way):

@@ -50,6 +50,12 @@ def test_what_goes_on_keeps_its_settings(plan, begin, config):
     )
     assert plan("run", preset="tiny").config == preset("tiny").config(16), "to be refused where it is claimed"
     assert plan("run", fresh=True).config == preset("tiny").config(16)
+    assert plan("run").track_every == preset("demo").track_every
+
+
+def test_a_training_begun_without_a_preset_goes_on(plan, begin, config):
+    begin("run", config, preset_name="")
+    assert plan("run").config == config and plan("run").track_every == 0
 
 
 def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config, make_model, data, tmp_path):
@@ -72,7 +78,7 @@ def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config,
 
 
 def test_nothing_to_start_from(plan, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MissingModel, match="no generator of 'colours' to start from") as caught:
         plan(method="minimax", init=None)
     assert "ddkit train --dataset colours" in caught.value.remedy
@@ -98,9 +104,12 @@ def test_wishes_that_contradict_each_other(plan, wishes, said):
         plan(**wishes)
 
 
-def test_a_folder_of_a_fine_tuning_is_not_trained_from_nothing(plan, begin, config):
+def test_a_folder_of_a_fine_tuning_is_not_trained_from_nothing(plan, begin, config, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     minimax = preset("minimax-paper").config(16).minimax
     begin("tuned", dataclasses.replace(config, minimax=minimax))
     with pytest.raises(UsageError, match="starts from nothing"):
         plan("tuned", method="diffusion")
     assert plan("tuned", method="diffusion", fresh=True).start is None
+    with pytest.raises(MissingModel):
+        plan("tuned", lambda_r=0.1, init="nowhere/at-all")

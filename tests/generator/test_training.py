@@ -17,7 +17,7 @@ from ddkit.errors import BadFile, ComputeError, Interrupted, MissingModel, Usage
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.pipeline import load_model, read_facts, save_autoencoder
-from ddkit.generator.run_folder import recorded_config
+from ddkit.generator.run_folder import recorded
 from ddkit.generator.training import Tracking, TrainingData, TrainingRequest, train
 
 
@@ -139,7 +139,7 @@ class TestGoingOn:
         train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
         train(data, TrainingRequest(with_optimiser(config, learning_rate=1e-4)), tmp_path)
         assert [(record["step"], record["rate"]) for record in records(tmp_path)] == [(2, 1e-3), (6, 1e-4)]
-        assert recorded_config(tmp_path).denoiser_optimiser.learning_rate == 1e-4
+        assert recorded(tmp_path).config.denoiser_optimiser.learning_rate == 1e-4
 
     def test_an_autoencoder_may_train_on_until_a_denoiser_has_learned_from_it(self, data, config, tmp_path, caplog):
         longer = with_optimiser(config, steps=10**9)
