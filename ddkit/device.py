@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,6 +48,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
         return True
     # PyTorch has no class of its own for the CPU's.
     return "DefaultCPUAllocator" in str(error) and "memory" in str(error)
+
+
+@contextlib.contextmanager
+def shortage_explained(explanation: Callable[[], ComputeError]) -> Iterator[None]:
+    """Inside, an allocation that fails becomes the error that `explanation` makes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explanation() from error
 
 
 def cpu_model() -> str:

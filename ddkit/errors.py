@@ -70,3 +70,10 @@ def nearest_name(name: str, known: list[str] | tuple[str, ...]) -> str:
 
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
+
+
+def require_positive(settings: object, *names: str) -> None:
+    """Raise UsageError where one of these numbers among the settings is zero or negative."""
+    for name in names:
+        if getattr(settings, name) <= 0:
+            raise UsageError(f"{type(settings).__name__}.{name} must be positive, got {getattr(settings, name)}.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.distill.references import References
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, require_positive
 from ddkit.files import cache_folder
 from ddkit.generator.seeds import derived_seed, generator_for
 from ddkit.interrupt import StopRequest
@@ -47,9 +47,7 @@ class ExpertSettings:
     span: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("count", "steps", "batch_size", "learning_rate", "keep_every", "span"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"ExpertSettings.{name} must be positive, got {getattr(self, name)}.")
+        require_positive(self, "count", "steps", "batch_size", "learning_rate", "keep_every", "span")
         if self.span % self.keep_every or self.steps % self.keep_every:
             raise UsageError(f"ExpertSettings.steps and span must be multiples of keep_every, {self.keep_every}.")
         if self.span > self.steps:

@@ -7,11 +7,9 @@ if it had not been interrupted, on a CPU to the same bits.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
-from ddkit.device import is_out_of_memory, resolve_device
+from ddkit.device import resolve_device, shortage_explained
 from ddkit.distill.experts import Experts, ExpertSettings
 from ddkit.distill.matching import distance_of_means, misclassification, regression_error, same_augmentation
 from ddkit.distill.observers import Observers, ObserverSettings
@@ -30,7 +28,7 @@ from ddkit.distill.references import References
 from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
 from ddkit.distill.student import Student, StudentSettings
 from ddkit.environment import versions
-from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name
+from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name, require_positive
 from ddkit.generator.seeds import derived_seed, generator_for
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
@@ -93,9 +91,7 @@ class RefineSettings:
     def __post_init__(self) -> None:
         if self.objective not in METHODS:
             raise UsageError(f"There is no objective '{self.objective}'.", nearest_name(self.objective, tuple(METHODS)))
-        for name in ("ridge", "real_per_class", "learning_rate", "check_every"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"RefineSettings.{name} must be positive, got {getattr(self, name)}.")
+        require_positive(self, "ridge", "real_per_class", "learning_rate", "check_every")
         if self.means_first < 0:
             raise UsageError(f"RefineSettings.means_first must not be negative, got {self.means_first}.")
         if not 0 < self.held_out < 1:
@@ -255,7 +251,7 @@ class _Refinement:
                 if judging:
                     self._judge(stop)
                 elif self._follows(state.step) and not self._experts.ready:
-                    with self._shortage_explained():
+                    with shortage_explained(self._shortage):
                         self._experts.prepare(stop)
                 else:
                     self._advance(limits)
@@ -270,7 +266,7 @@ class _Refinement:
     def _advance(self, limits: Limits) -> None:
         """One step, timed and told of."""
         began = time.monotonic()
-        with self._shortage_explained():
+        with shortage_explained(self._shortage):
             loss = self._step()
         self._state.step += 1
         self._state.seconds += time.monotonic() - began
@@ -279,24 +275,17 @@ class _Refinement:
     def _follows(self, step: int) -> bool:
         return self._settings.objective_at(step) == "trajectories"
 
-    @contextlib.contextmanager
-    def _shortage_explained(self) -> Iterator[None]:
-        """Raises ComputeError where memory is short."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            classes, at_once = self._spec.num_classes, self._settings.real_per_class
-            if self._follows(self._state.step):
-                raise ComputeError(
-                    f"Memory is short for experts of {classes} classes and for students that follow them.",
-                    "Close other programs, or start over with --fresh and another --objective.",
-                ) from error
-            raise ComputeError(
-                f"Memory is short for {at_once} real images of each of {classes} classes at once.",
-                f"Start over with --fresh and --real-per-class {max(1, at_once // 2)}.",
-            ) from error
+    def _shortage(self) -> ComputeError:
+        classes, at_once = self._spec.num_classes, self._settings.real_per_class
+        if self._follows(self._state.step):
+            return ComputeError(
+                f"Memory is short for experts of {classes} classes and for students that follow them.",
+                "Close other programs, or start over with --fresh and another --objective.",
+            )
+        return ComputeError(
+            f"Memory is short for {at_once} real images of each of {classes} classes at once.",
+            f"Start over with --fresh and --real-per-class {max(1, at_once // 2)}.",
+        )
 
     def _step(self) -> float:
         """One step on the images; returns the loss before it."""

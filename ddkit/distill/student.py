@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ddkit.challenge import DatasetSpec
 from ddkit.distill.experts import Experts
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, require_positive
 from ddkit.protocol.augment import random_augment
 from ddkit.protocol.embedding import build_embedder
 from ddkit.protocol.engine import build_engine
@@ -37,9 +37,7 @@ class StudentSettings:
     rate_share: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("steps", "images_per_class"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"StudentSettings.{name} must be positive, got {getattr(self, name)}.")
+        require_positive(self, "steps", "images_per_class")
         if not 0 < self.rate_share <= 1:
             raise UsageError(f"StudentSettings.rate_share is a share above 0 and up to 1, got {self.rate_share}.")
 

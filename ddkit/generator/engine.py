@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ddkit.device import is_out_of_memory
+from ddkit.device import shortage_explained
 from ddkit.errors import ComputeError, Interrupted, UsageError
 from ddkit.generator.checkpoints import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from ddkit.generator.compiling import compiled
@@ -178,7 +178,7 @@ class Engine:
         losses: list[Tensor] = []
         over = self.finished or self.step >= self.limits.steps or self._out_of_time()
         while not over:
-            with self._shortage_explained():
+            with shortage_explained(self._shortage):
                 losses.append(self._train_step())
             self.step += 1
             stopping, out_of_time, save_due = self._agreed(
@@ -208,18 +208,11 @@ class Engine:
                     visit()
                 self.accelerator.wait_for_everyone()
 
-    @contextlib.contextmanager
-    def _shortage_explained(self) -> Iterator[None]:
-        """Raises ComputeError where memory is short."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ComputeError(
-                f"Memory is short for {self.stage.name} training with batches of {self.stage.optimiser.batch_size} images.",
-                "Try --accumulation 2 or more, a smaller --batch-size, or a smaller --preset.",
-            ) from error
+    def _shortage(self) -> ComputeError:
+        return ComputeError(
+            f"Memory is short for {self.stage.name} training with batches of {self.stage.optimiser.batch_size} images.",
+            "Try --accumulation 2 or more, a smaller --batch-size, or a smaller --preset.",
+        )
 
     def _train_step(self) -> Tensor:
         """One optimiser step; returns this process's mean loss and figures, (1 + figures,) float32 on the device."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddkit.errors import BadFile, UsageError, nearest_name
+from ddkit.errors import BadFile, UsageError, nearest_name, require_positive
 
 ARCHITECTURES = ("uvit", "unet", "dit")
 PREDICTIONS = ("epsilon", "v", "flow")
@@ -29,7 +29,7 @@ class AutoencoderConfig:
     norm_groups: int = 8
 
     def __post_init__(self) -> None:
-        _check_positive(self, "pixel_patch", "layers_per_level", "latent_channels", "norm_groups")
+        require_positive(self, "pixel_patch", "layers_per_level", "latent_channels", "norm_groups")
         if not self.channels or any(width < 1 or width % self.norm_groups for width in self.channels):
             raise UsageError(f"AutoencoderConfig.channels must be multiples of {self.norm_groups}, got {self.channels}.")
 
@@ -67,7 +67,7 @@ class DenoiserConfig:
 
     def __post_init__(self) -> None:
         _check_choice(self, "architecture", ARCHITECTURES)
-        _check_positive(self, "hidden_size", "depth", "num_heads", "tokens_per_side")
+        require_positive(self, "hidden_size", "depth", "num_heads", "tokens_per_side")
         if self.hidden_size % self.num_heads:
             raise UsageError(f"DenoiserConfig.hidden_size {self.hidden_size} is no multiple of {self.num_heads} heads.")
         if self.architecture == "uvit" and self.depth % 2 == 0:
@@ -102,7 +102,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _check_choice(self, "prediction", PREDICTIONS)
-        _check_positive(self, "time_std", *(() if self.min_snr_gamma is None else ("min_snr_gamma",)))
+        require_positive(self, "time_std", *(() if self.min_snr_gamma is None else ("min_snr_gamma",)))
         if not 0 <= self.label_dropout < 1:
             raise UsageError(f"ObjectiveConfig.label_dropout must be in [0, 1), got {self.label_dropout}.")
 
@@ -126,7 +126,7 @@ class OptimiserConfig:
     beta2: float = 0.99
 
     def __post_init__(self) -> None:
-        _check_positive(
+        require_positive(
             self, "steps", "batch_size", "learning_rate", "warmup_steps", "decay_after_steps", "clip_norm", "accumulation"
         )
         if not 0 < self.beta2 < 1:
@@ -164,7 +164,7 @@ class MinimaxConfig:
     def __post_init__(self) -> None:
         # JSON knows no tuples.
         object.__setattr__(self, "class_map", tuple((name, label) for name, label in self.class_map))
-        _check_positive(self, "memory_size", "epochs")
+        require_positive(self, "memory_size", "epochs")
         for name in ("lambda_r", "lambda_d"):
             if getattr(self, name) < 0:
                 raise UsageError(f"MinimaxConfig.{name} must not be negative, got {getattr(self, name)}.")
@@ -285,12 +285,6 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` that is `wanted`, or the fewest times more or less."""
     divisors = (divisor for divisor in range(1, number + 1) if number % divisor == 0)
     return min(divisors, key=lambda divisor: max(divisor, wanted) / min(divisor, wanted))
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise UsageError(f"{type(config).__name__}.{name} must be positive, got {getattr(config, name)}.")
 
 
 def _check_choice(config: Any, name: str, known: tuple[str, ...]) -> None:

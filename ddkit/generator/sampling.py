@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.data.images import to_uint8
-from ddkit.device import is_out_of_memory
+from ddkit.device import shortage_explained
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled_for_inference
@@ -115,22 +115,19 @@ class Sampler:
         n is at most the batch size. Raises ComputeError where memory is short.
         """
         parts = list(zip(noise.split(self._part), labels.split(self._part), strict=True))
-        try:
+        with shortage_explained(self._shortage):
             # What compiles, compiles once; the parts after the first find it done.
             alone = 1 if self._compiling else 0
             images = [
                 *side_by_side(self._images, parts[:alone], self._workers),
                 *side_by_side(self._images, parts[alone:], self._workers),
             ]
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            size = self.config.batch_size
-            raise ComputeError(
-                f"Memory is short for batches of {size} images.", f"Try --batch-size {max(1, size // 2)}."
-            ) from error
         self._compiling = False
         return torch.cat(images)
+
+    def _shortage(self) -> ComputeError:
+        size = self.config.batch_size
+        return ComputeError(f"Memory is short for batches of {size} images.", f"Try --batch-size {max(1, size // 2)}.")
 
     @torch.inference_mode()
     def _images(self, part: tuple[Tensor, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, require_positive
 from ddkit.files import cache_folder
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.convnet import ConvNet
@@ -52,9 +52,7 @@ class FeatureSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"FeatureSettings.{name} must be positive, got {getattr(self, name)}.")
+        require_positive(self, "images", "epochs", "batch_size")
 
     def images_for(self, side: int, available: int) -> int:
         """How many images of that side are trained on."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.device import is_out_of_memory
+from ddkit.device import shortage_explained
 from ddkit.errors import ComputeError, Interrupted
 from ddkit.interrupt import StopRequest
 from ddkit.protocol.engine import Engine
@@ -206,12 +206,10 @@ def predict(engine: Engine, test_set: TestSet, device: torch.device) -> Tensor:
 def _training_run(job: RoundJob, spec: DatasetSpec, settings: RoundSettings) -> TrainingRun:
     initial = settings.seed_for("network", job.index)
     network = build_network(settings.network, spec.num_classes, spec.image_size, seed=initial).to(settings.device)
-    try:
+    count = len(job.made.images)
+    with shortage_explained(
+        lambda: ComputeError(f"Memory is short for {count:,} training images.", "Use another --device.")
+    ):
         images, labels = job.made.images.float().to(settings.device), job.made.labels.to(settings.device)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        count = len(job.made.images)
-        raise ComputeError(f"Memory is short for {count:,} training images.", "Use another --device.") from error
     generator = torch.Generator().manual_seed(settings.seed_for("training", job.index))
     return TrainingRun(network, images, labels, settings.training, generator)
