@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddkit.distill.references import References
 from ddkit.errors import UsageError, require_positive
 from ddkit.files import cache_folder
-from ddkit.generator.seeds import derived_seed, generator_for
+from ddkit.generator.seeds import generator_for, network_seed
 from ddkit.interrupt import StopRequest
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.augment import random_augment
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _CACHE_FOLDER = "_experts"  # no dataset can have this name
 _KEY = "parameters"
 _VERSION = 1  # of how an expert is trained
-_SEEDS = 2**32  # of PyTorch's generator on the CPU
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class ExpertSettings:
 class Experts:
     """The ways of a few trainings, in the cache, where the next refinement of that dataset finds them.
 
-    They belong to the very images, the seed and the settings that decide a way. Each is some 100 to 800 MB and written
+    They belong to the very images, the seed and the settings that decide a way. Each is some 200 to 800 MB and written
     when it is finished: a kill costs one.
     dataset_sha256: of the real training images.
     """
@@ -109,8 +108,8 @@ class Experts:
     def _train(self, number: int, stop: StopRequest | None) -> Tensor | None:
         """(steps / keep_every + 1, P) float32 on the CPU: the start, then every place that is kept; None if stopped."""
         settings, spec = self._settings, self._references.spec
-        network_seed = derived_seed("expert", self._seed, number) % _SEEDS
-        network = build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=network_seed).to(self._device)
+        start = network_seed("expert", self._seed, number)
+        network = build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=start).to(self._device)
         engine = build_engine(network, choose_plan(network, "float32", settings.batch_size))
         optimiser = torch.optim.SGD(network.parameters(), settings.learning_rate)
         generator = generator_for("cpu", "expert", self._seed, number)
@@ -123,7 +122,7 @@ class Experts:
                 kept.append(flat_parameters(network).cpu())
             done, total = number * settings.steps + step, settings.count * settings.steps
             self._progress(Progress("Training experts (once)", done, total, "steps"))
-            if stop:
+            if stop and step < settings.steps:
                 return None
         return torch.stack(kept)
 

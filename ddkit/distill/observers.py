@@ -9,15 +9,13 @@ import torch
 
 from ddkit.challenge import BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY
 from ddkit.distill.references import References
-from ddkit.generator.seeds import derived_seed, generator_for
+from ddkit.generator.seeds import generator_for, network_seed
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.augment import random_augment
 from ddkit.protocol.convnet import ConvNet
 from ddkit.protocol.engine import build_engine
 from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
 from ddkit.protocol.tuning import choose_plan
-
-_SEEDS = 2**32  # of PyTorch's generator on the CPU
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Observers:
         return self._fresh("observer", step), False
 
     def _fresh(self, purpose: str, number: int) -> ConvNet:
-        seed = derived_seed(purpose, self._seed, number) % _SEEDS
+        seed = network_seed(purpose, self._seed, number)
         network = build_network(OFFICIAL_NETWORK, self._spec.num_classes, self._spec.image_size, seed=seed)
         return network.to(self._device)
 

@@ -29,7 +29,7 @@ from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, s
 from ddkit.distill.student import Student, StudentSettings
 from ddkit.environment import versions
 from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name, require_positive
-from ddkit.generator.seeds import derived_seed, generator_for
+from ddkit.generator.seeds import generator_for, network_seed
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
@@ -48,7 +48,6 @@ _LARGEST_PIXEL = 1000.0  # standard deviations of the dataset's pixels; refined 
 # For each image of a student's step, over which its loss is a mean. The steps of one learning rate then serve all
 # objectives; measured on ten classes of CIFAR-100.
 _DISTANCE_AS_MEANS = 6
-_SEEDS = 2**32  # of PyTorch's generator on the CPU
 
 
 @dataclass(frozen=True)
@@ -336,7 +335,7 @@ class _Refinement:
     def _judge(self, stop: StopRequest) -> None:
         """Train one network on the present set and test it on the held-out images; the same network each time."""
         settings, spec = self._settings, self._spec
-        seed = derived_seed("judge", settings.seed) % _SEEDS
+        seed = network_seed("judge", settings.seed)
         network = build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=seed).to(self._device)
         generator = torch.Generator().manual_seed(seed)
         training = TrainingSettings(settings.check_epochs)

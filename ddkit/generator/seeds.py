@@ -13,6 +13,11 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def network_seed(*parts: int | str) -> int:
+    """`derived_seed` as far as PyTorch's generator on the CPU, which draws initial weights, tells seeds apart: below 2**32."""
+    return derived_seed(*parts) % 2**32
+
+
 def generator_for(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """A generator on that device, seeded with `derived_seed`. Devices of different kinds draw different numbers."""
     return torch.Generator(device).manual_seed(derived_seed(*parts))
