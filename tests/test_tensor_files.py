@@ -50,20 +50,22 @@ def test_what_is_no_tensor_file_is_unloadable(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "saving",
+    ("modules", "saving"),
     [
-        "ddkit.tensor_files.save_torch(x, path)",
-        "ddkit.tensor_files.save_safetensors({'x': x}, path)",
-        "ddkit.generator.pipeline._save_part(ddkit.generator.autoencoder.build_autoencoder("
-        "ddkit.generator.presets.AutoencoderConfig(), 16, seed=0), path)",
+        ("torch, ddkit.tensor_files", "ddkit.tensor_files.save_torch(torch.zeros(5000), path)"),
+        ("torch, ddkit.tensor_files", "ddkit.tensor_files.save_safetensors({'x': torch.zeros(5000)}, path)"),
+        ("ddkit.generator.pipeline, ddkit.generator.autoencoder",
+         "ddkit.generator.pipeline._save_part(ddkit.generator.autoencoder.build_autoencoder("
+         "ddkit.generator.presets.AutoencoderConfig(), 16, seed=0), path)"),
     ],
-)
-def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path, saving):
+    ids=["torch", "safetensors", "part of a model"],
+)  # fmt: skip
+def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path, modules, saving):
     code = (
-        "import sys, torch, ddkit.tensor_files, ddkit.generator.pipeline, ddkit.generator.autoencoder\n"
+        f"import sys, {modules}\n"
         "from pathlib import Path\n"
         "from ddkit.errors import BadFile\n"
-        "path, x = Path(sys.argv[1]), torch.zeros(5000)\n"
+        "path = Path(sys.argv[1])\n"
         f"try:\n    {saving}\n"
         "except BadFile as error:\n    sys.exit(error.exit_code)\n"
     )

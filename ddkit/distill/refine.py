@@ -249,9 +249,8 @@ class _Refinement:
                     return
                 if judging:
                     self._judge(stop)
-                elif self._follows(state.step) and not self._experts.ready:
-                    with shortage_explained(self._shortage):
-                        self._experts.prepare(stop)
+                elif self._follows(state.step) and (not self._experts.ready or state.student_rate is None):
+                    self._prepare_student(stop)
                 else:
                     self._advance(limits)
                 stopping = bool(stop)
@@ -321,11 +320,19 @@ class _Refinement:
             loss = loss + settings.recognition * misclassification(network, embedding, self._labels)
         return loss.item(), torch.autograd.grad(loss, self._images)[0]
 
+    def _prepare_student(self, stop: StopRequest) -> None:
+        """See to experts and to a rate that students begin with; asked to stop, it returns with less than that."""
+        with shortage_explained(self._shortage):
+            self._experts.prepare(stop)
+            if self._experts.ready and self._state.student_rate is None:
+                generator = generator_for("cpu", "first rate", self._settings.seed)
+                self._state.student_rate = self._student.first_rate(
+                    self._images, self._experts, generator, stop=stop, progress=self._progress
+                )
+
     def _follow(self, generator: torch.Generator) -> tuple[float, Tensor]:
         """How far a student of the images stays behind an expert: the distance, and its scaled gradient."""
         state = self._state
-        if state.student_rate is None:
-            state.student_rate = self._student.first_rate(self._images, self._experts, generator)
         followed = self._student.follow(self._images, *self._experts.stretch(generator), state.student_rate, generator)
         if not math.isfinite(followed.best_rate):
             raise self._diverged("its gradients are no numbers")

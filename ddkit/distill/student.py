@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from ddkit.challenge import DatasetSpec
 from ddkit.distill.experts import Experts
 from ddkit.errors import UsageError, require_positive
+from ddkit.interrupt import StopRequest
+from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.augment import random_augment
 from ddkit.protocol.embedding import build_embedder
 from ddkit.protocol.engine import build_engine
@@ -81,11 +83,22 @@ class Student:
         self._engine = build_engine(self._learner, choose_plan(self._learner, "float32", self.images_at_once))
         self._embed = build_embedder(self._looker, self.images_at_once)
 
-    def first_rate(self, images: Tensor, experts: Experts, generator: torch.Generator) -> float:
-        """A rate at which a student of these images comes about as near as it can."""
+    def first_rate(
+        self,
+        images: Tensor,
+        experts: Experts,
+        generator: torch.Generator,
+        *,
+        stop: StopRequest | None = None,
+        progress: Listener = ignore,
+    ) -> float | None:
+        """A rate at which a student of these images comes about as near as it can; None if asked to stop before."""
         rate = _LEAST_RATE
-        for _ in range(_TRIALS):
+        for trial in range(_TRIALS):
+            if stop:
+                return None
             rate = (rate + self.follow(images, *experts.stretch(generator), rate, generator, wanted=False).best_rate) / 2
+            progress(Progress("Trying students' rates", trial + 1, _TRIALS, "trials"))
         return rate
 
     def follow(

@@ -4,34 +4,36 @@ import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from ddkit.challenge import GLYPHS
+from ddkit.cli import main
 from ddkit.data.images import normalise
 from ddkit.data.store import load_dataset
 
 
-def run(*arguments, cwd):
-    return subprocess.run([sys.executable, "-m", "ddkit", *arguments], cwd=cwd, capture_output=True, text=True)
+def run(*arguments):
+    return CliRunner().invoke(main, arguments)
 
 
 @pytest.fixture
-def half_submission(tmp_path):
+def half_submission(work):
     """A challenge folder that lacks TinyImageNet, with noise for CIFAR-100."""
-    (tmp_path / "submission").mkdir()
-    torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "submission" / "cifar100.pt")
-    return tmp_path
+    (work / "submission").mkdir()
+    torch.save(torch.randn(1000, 3, 32, 32), work / "submission" / "cifar100.pt")
+    return work
 
 
 def test_an_unacceptable_submission_ends_with_status_1_and_a_table(half_submission):
-    finished = run("check", cwd=half_submission)
-    assert finished.returncode == 1
+    finished = run("check")
+    assert finished.exit_code == 1
     assert "unacceptable" in finished.stdout and "F003" in finished.stdout
     assert "tinyimagenet.pt is missing" in " ".join(finished.stdout.split())
     assert "Traceback" not in finished.stderr
 
 
 def test_json_goes_to_stdout_alone(half_submission):
-    finished = run("check", "--json", cwd=half_submission)
+    finished = subprocess.run([sys.executable, "-m", "ddkit", "check", "--json"], capture_output=True, text=True)
     report = json.loads(finished.stdout)
     assert report["ok"] is False
     assert {"level", "code", "message", "where"} == set(report["findings"][0])
@@ -39,61 +41,61 @@ def test_json_goes_to_stdout_alone(half_submission):
 
 
 def test_codes_can_be_ignored(half_submission):
-    finished = run("check", "--ignore", "F003", "--json", cwd=half_submission)
+    finished = run("check", "--ignore", "F003", "--json")
     assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
 
 
 def test_a_code_may_be_in_lower_case_and_must_be_one(half_submission):
-    finished = run("check", "--ignore", "f003", "--json", cwd=half_submission)
+    finished = run("check", "--ignore", "f003", "--json")
     assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
-    finished = run("check", "--ignore", "order", cwd=half_submission)
-    assert finished.returncode == 2 and "'order' is no code of a finding" in finished.stderr
+    finished = run("check", "--ignore", "order")
+    assert finished.exit_code == 2 and "'order' is no code of a finding" in finished.stderr
 
 
 def test_strict_makes_warnings_fail(half_submission):
     torch.save(torch.randn(1000, 3, 32, 32).requires_grad_(), half_submission / "submission" / "cifar100.pt")
     for strict, status in (((), 0), (("--strict",), 1)):
-        finished = run("check", "submission/cifar100.pt", "--json", *strict, cwd=half_submission)
+        finished = run("check", "submission/cifar100.pt", "--json", *strict)
         levels = {finding["code"]: finding["level"] for finding in json.loads(finished.stdout)["findings"]}
-        assert finished.returncode == status and levels["T005"] == ("error" if strict else "warning")
+        assert finished.exit_code == status and levels["T005"] == ("error" if strict else "warning")
 
 
-def test_the_order_of_one_tensor_is_put_right_in_another_file(tmp_path, own_cache):
+def test_the_order_of_one_tensor_is_put_right_in_another_file(work):
     real = load_dataset("glyphs", "train")
     right = normalise(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)
-    torch.save(right.flip(0), tmp_path / "glyphs.pt")
-    finished = run("check", "glyphs.pt", cwd=tmp_path)
-    assert finished.returncode == 1 and "L006" in finished.stdout and "--fix-order" in " ".join(finished.stdout.split())
-    finished = run("check", "glyphs.pt", "--fix-order", "fixed.pt", cwd=tmp_path)
-    assert finished.returncode == 0 and "next: ddkit check fixed.pt" in finished.stderr, finished.stderr
-    finished = run("check", "fixed.pt", "--dataset", "glyphs", "--json", cwd=tmp_path)
+    torch.save(right.flip(0), work / "glyphs.pt")
+    finished = run("check", "glyphs.pt")
+    assert finished.exit_code == 1 and "L006" in finished.stdout and "--fix-order" in " ".join(finished.stdout.split())
+    finished = run("check", "glyphs.pt", "--fix-order", "fixed.pt")
+    assert finished.exit_code == 0 and "next: ddkit check fixed.pt" in finished.stderr, finished.stderr
+    finished = run("check", "fixed.pt", "--dataset", "glyphs", "--json")
     assert "L001" in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
-    finished = run("check", "submission", "--fix-order", "out.pt", cwd=tmp_path)
-    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    finished = run("check", "submission", "--fix-order", "out.pt")
+    assert finished.exit_code == 2 and "Traceback" not in finished.stderr
 
 
-def test_nothing_to_check_says_what_to_do(tmp_path):
-    finished = run("check", cwd=tmp_path)
-    assert finished.returncode == 1
+def test_nothing_to_check_says_what_to_do(work):
+    finished = run("check")
+    assert finished.exit_code == 1
     assert "does not exist" in finished.stdout and "ddkit generate" in finished.stdout
 
 
 def test_packing_what_check_refuses_ends_with_status_1_and_writes_nothing(half_submission):
-    finished = run("pack", cwd=half_submission)
-    assert finished.returncode == 1
+    finished = run("pack")
+    assert finished.exit_code == 1
     assert "tinyimagenet.pt is missing" in finished.stderr and "Traceback" not in finished.stderr
     assert not (half_submission / "submission.zip").exists()
 
 
-def test_packing_without_a_folder_ends_with_status_3(tmp_path):
-    finished = run("pack", cwd=tmp_path)
-    assert finished.returncode == 3
+def test_packing_without_a_folder_ends_with_status_3(work):
+    finished = run("pack")
+    assert finished.exit_code == 3
     assert "ddkit generate" in finished.stderr
 
 
 def test_a_packed_zip_is_named_with_its_hashes(half_submission):
-    finished = run("pack", "--ignore", "F003", "--json", cwd=half_submission)
-    assert finished.returncode == 0, finished.stderr
+    finished = run("pack", "--ignore", "F003", "--json")
+    assert finished.exit_code == 0, finished.stderr
     packed = json.loads(finished.stdout)
     assert [file["name"] for file in packed["files"]] == ["cifar100.pt"]
     assert len(packed["sha256"]) == 64

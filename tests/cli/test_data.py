@@ -1,24 +1,24 @@
-"""`ddkit data`: what the commands print, write and answer, as real processes."""
+"""`ddkit data`: what the commands print, write and answer."""
 
 import io
 import json
-import os
-import subprocess
-import sys
 import zipfile
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from ddkit.cli import main
 
-def run(*arguments, **kwargs):
-    return subprocess.run([sys.executable, "-m", "ddkit", "data", *arguments], capture_output=True, text=True, **kwargs)
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["data", *arguments])
 
 
 @pytest.fixture
-def photos(tmp_path):
+def photos(tmp_path_factory):
     """A zip of two classes with three training and two test images each."""
-    path = tmp_path / "photos.zip"
+    path = tmp_path_factory.mktemp("archive") / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for split, count in (("train", 3), ("test", 2)):
             for label, name in enumerate(("cat", "dog")):
@@ -36,16 +36,16 @@ def broken(photos):
     return photos
 
 
-def test_prepare_list_and_show(photos, tmp_path, own_cache):
+def test_prepare_list_and_show(photos, work, own_cache):
     finished = run("prepare", "pets", "--from", str(photos))
-    assert finished.returncode == 0, finished.stderr
+    assert finished.exit_code == 0, finished.stderr
     said = "pets: 2 classes, 16 pixels, 6 train images (3 a class), 4 test images (2 a class)"
     assert " ".join(finished.stdout.split()) == said
     assert f"wrote {own_cache}/pets" in finished.stderr.replace("\n", "")
     assert "next: ddkit train --dataset pets" in finished.stderr
 
     again = run("prepare", "pets", "--from", str(photos), "--json")
-    assert again.returncode == 0 and "prepared already" in again.stderr and "wrote" not in again.stderr
+    assert again.exit_code == 0 and "prepared already" in again.stderr and "wrote" not in again.stderr
     facts = json.loads(again.stdout)
     assert facts["class_names"] == ["cat", "dog"] and facts["source"]["path"] == str(photos)
 
@@ -56,33 +56,33 @@ def test_prepare_list_and_show(photos, tmp_path, own_cache):
     assert (rows["pets"]["train"], rows["pets"]["test"], rows["pets"]["image_size"]) == (6, 4, 16)
     assert rows["cifar100"]["state"] == "not prepared: ddkit data prepare cifar100"
 
-    shown = run("show", "pets", "--split", "test", "--per-class", "1", "--out", "sheet.png", cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
+    shown = run("show", "pets", "--split", "test", "--per-class", "1", "--out", "sheet.png")
+    assert shown.exit_code == 0, shown.stderr
     assert "wrote sheet.png" in shown.stderr
-    pixels = {colour for _, colour in Image.open(tmp_path / "sheet.png").convert("RGB").getcolors(1 << 16)}
+    pixels = {colour for _, colour in Image.open(work / "sheet.png").convert("RGB").getcolors(1 << 16)}
     assert {(0, 0, 7), (100, 0, 7)} <= pixels and (0, 1, 7) not in pixels
 
 
-def test_show_draws_only_the_classes_asked_for(photos, tmp_path):
+def test_show_draws_only_the_classes_asked_for(photos, work):
     run("prepare", "pets", "--from", str(photos))
-    shown = run("show", "pets", "--classes", "dog", "--json", cwd=tmp_path)
+    shown = run("show", "pets", "--classes", "dog", "--json")
     assert json.loads(shown.stdout) == {"out": "pets-train.png", "classes": ["dog"]}
-    pixels = {colour for _, colour in Image.open(tmp_path / "pets-train.png").convert("RGB").getcolors(1 << 16)}
+    pixels = {colour for _, colour in Image.open(work / "pets-train.png").convert("RGB").getcolors(1 << 16)}
     assert {(100, 0, 7), (100, 1, 7), (100, 2, 7)} <= pixels and (0, 0, 7) not in pixels
-    wrong = run("show", "pets", "--classes", "dgo", cwd=tmp_path)
-    assert wrong.returncode == 2 and "Did you mean 'dog'?" in wrong.stderr
+    wrong = run("show", "pets", "--classes", "dgo")
+    assert wrong.exit_code == 2 and "Did you mean 'dog'?" in wrong.stderr
 
 
 def test_bad_files_end_with_3_unless_they_may_be_skipped(broken, own_cache):
     finished = run("prepare", "pets", "--from", str(broken))
-    assert finished.returncode == 3 and finished.stdout == ""
+    assert finished.exit_code == 3 and finished.stdout == ""
     said = " ".join(finished.stderr.split())
     assert "1 file cannot be used: photos/train/cat/notes.txt (not an image that Pillow can read)" in said
     assert "--skip-bad" in said and "Traceback" not in said
     assert not (own_cache / "pets").exists()
 
     finished = run("prepare", "pets", "--from", str(broken), "--skip-bad")
-    assert finished.returncode == 0 and "6 train images" in finished.stdout
+    assert finished.exit_code == 0 and "6 train images" in finished.stdout
     assert "left out of train: photos/train/cat/notes.txt" in finished.stderr
 
 
@@ -98,18 +98,19 @@ def test_bad_files_end_with_3_unless_they_may_be_skipped(broken, own_cache):
         (["show", "glyphs", "--per-class", "0"], 2, "0 is not in the range"),
     ],
 )
-def test_mistakes_are_one_message(arguments, status, message, tmp_path):
-    finished = run(*arguments, cwd=tmp_path)
-    assert finished.returncode == status, finished.stderr
+def test_mistakes_are_one_message(arguments, status, message, work):
+    finished = run(*arguments)
+    assert finished.exit_code == status, finished.stderr
     assert message in finished.stderr and "Traceback" not in finished.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(work.iterdir()) == []
 
 
-def test_without_a_network_it_says_how_to_do_without(own_cache):
-    nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    finished = run("prepare", "tinyimagenet", env={**os.environ, **nowhere})
+def test_without_a_network_it_says_how_to_do_without(own_cache, monkeypatch):
+    for name, value in (("http_proxy", "http://127.0.0.1:9"), ("https_proxy", "http://127.0.0.1:9"), ("no_proxy", "")):
+        monkeypatch.setenv(name, value)
+    finished = run("prepare", "tinyimagenet")
     said = " ".join(finished.stderr.split())
-    assert finished.returncode == 3
+    assert finished.exit_code == 3
     assert "tiny-imagenet-200.zip could not be fetched" in said and "give it to --from" in said
     assert not (own_cache / "tinyimagenet").exists()
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from ddkit.distill.references import References
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RECORDS_FILE
 from ddkit.distill.student import StudentSettings
-from ddkit.errors import BadFile, ComputeError, InvalidSubmission, UsageError
+from ddkit.errors import BadFile, ComputeError, Interrupted, InvalidSubmission, UsageError
 from ddkit.files import sha256_of
 from ddkit.protocol.networks import build_network
 
@@ -104,6 +106,28 @@ def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
         assert torch.equal(states[0][name], states[1][name]), name
     assert states[0]["student_rate"] == states[1]["student_rate"]
     assert (states[0]["student_rate"] is None) == (settings.objective != "trajectories")
+
+
+@pytest.mark.parametrize("task", ["Training experts (once)", "Trying students' rates"])
+def test_interrupted_while_it_prepares_to_follow_experts_it_loses_no_step(start, tmp_path, task):
+    copy = tmp_path / "other" / "colours.pt"
+    copy.parent.mkdir()
+    copy.write_bytes(start.read_bytes())
+    told = []
+
+    def listen(report):
+        told.append(report.task)
+        if report.task == task and told.count(task) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after step 1"):
+        run(copy, tmp_path / "parts", 2, FOLLOWING, progress=listen)
+    assert told.count(task) == 1, "it stopped at once"
+    run(copy, tmp_path / "parts", 2, FOLLOWING)
+    run(start, tmp_path / "whole", 2, FOLLOWING)
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
+    assert states[0]["student_rate"] == states[1]["student_rate"]
+    assert torch.equal(states[0]["images"], states[1]["images"])
 
 
 def test_finished_work_is_not_done_again(start, tmp_path):
