@@ -16,13 +16,13 @@ def run(*words, status=0):
 
 def test_a_trial_is_run_kept_and_drawn(colours, colours_model, work):
     # So many steps that the round does not end with learning from tens of thousands of images.
-    words = (colours, "--model", colours_model, "--steps", 200, "--guidance", 1, "--time-budget", "45s",
+    words = (colours, "--model", colours_model, "--steps", 200, "--guidance", 1, "--time-budget", "60s",
              "--epochs-setting", 0, "--rounds", 1, "--device", "cpu", "--json")  # fmt: skip
     output, said = run(*words)
     data = json.loads(output)
     (trial,) = data["trials"]
-    assert data["best"] == trial and (trial["steps"], trial["guidance"], trial["budget"]) == (200, 1.0, 45.0)
-    assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 45 and 0 <= trial["mean"] <= 1
+    assert data["best"] == trial and (trial["steps"], trial["guidance"], trial["budget"]) == (200, 1.0, 60.0)
+    assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 60 and 0 <= trial["mean"] <= 1
     assert "Trying 1 settings" in said and "Best: 200 steps, guidance 1" in said
     assert f"next: ddkit pack --track 2 --tuned --model colours={colours_model}" in said
     assert (work / "runs" / "tune" / "colours.png").stat().st_size > 0
