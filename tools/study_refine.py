@@ -43,6 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "rate 10, averaged": {"learning_rate": 10.0},
     "long average": {"average": 0.99},
     "32 real": {"real_per_class": 32},
+    "attention": {"attention": 100.0},
+    "more attention": {"attention": 1000.0},
     "half trained": {"observers": _TRAINED},
     "half trained, recognised": {"observers": _TRAINED, "recognition": 0.1},
     "regression": {"objective": "regression", "means_first": 0},

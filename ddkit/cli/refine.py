@@ -42,6 +42,9 @@ if TYPE_CHECKING:
                    "  [default: 0.97]")
 @click.option("--trained-share", type=click.FloatRange(0, 1),
               help="Share of steps that go by partly trained networks, not fresh ones.  [default: 0]")
+@click.option("--attention", type=click.FloatRange(0),
+              help="Weight of matching attention maps beside means, 100 as published; several times slower on a CPU."
+                   "  [default: 0]")
 @click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
 @click.option("--displayable", is_flag=True, default=None,
               help="Keep pixels within [0, 255]; the challenge does not ask for it.")
@@ -105,6 +108,11 @@ def refine(
 
 # What each of these options is of.
 _OF_OBJECTIVE = {"ridge": "regression", "experts": "trajectories", "student_steps": "trajectories"}
+# What is of the steps by means that come before an objective, and of no use where there are none.
+_OF_STEPS_BEFORE = {
+    "regression": ("attention",),
+    "trajectories": ("real_per_class", "trained_share", "attention", "recognition"),
+}
 
 
 def _settings(preset: str | None, options: dict[str, Any], recorded: RefineSettings | None) -> RefineSettings:
@@ -118,9 +126,9 @@ def _settings(preset: str | None, options: dict[str, Any], recorded: RefineSetti
     for name, needed in _OF_OBJECTIVE.items():
         if name in given and objective != needed:
             raise UsageError(f"--{name.replace('_', '-')} is of the objective {needed}, and this one is {objective}.")
-    only_follows = objective == "trajectories" and given.get("means_first", base.means_first) == 0
-    if unused := [name for name in ("real_per_class", "trained_share", "recognition") if only_follows and name in given]:
-        raise UsageError(f"--{unused[0].replace('_', '-')} is of the means, and none come before the trajectories.")
+    without_means = objective != "means" and given.get("means_first", base.means_first) == 0
+    if without_means and (unused := [name for name in _OF_STEPS_BEFORE[objective] if name in given]):
+        raise UsageError(f"--{unused[0].replace('_', '-')} is of the means, and none come before the {objective}.")
     if "means_first" in given and objective == "means":
         raise UsageError("--means-first: there is nothing after the means, as the objective is means.")
     if (share := given.pop("trained_share", None)) is not None:

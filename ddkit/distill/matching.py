@@ -4,8 +4,9 @@ badly real images are told by a regression on its images' features."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ddkit.protocol import augment
 from ddkit.protocol.convnet import ConvNet
@@ -13,6 +14,8 @@ from ddkit.protocol.embedding import build_embedder
 
 # The steps of one learning rate then serve both; measured on CIFAR-100.
 _GRADIENTS_AS_MEANS = 70 / 3
+_ATTENTION_POWER = 4  # as published
+_IMAGES_AT_ONCE = 128  # whose feature maps are held; those of all of a set would be gigabytes
 
 
 def same_augmentation(images: Tensor, real: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -42,6 +45,42 @@ def distance_of_means(network: ConvNet, images: Tensor, real: Tensor, num_classe
     embedding = embed(images)
     means = embedding.unflatten(0, (num_classes, -1)).mean(1)
     return (means - target).square().sum(), embedding
+
+
+def distance_of_attention(
+    network: ConvNet, images: Tensor, real: Tensor, num_classes: int, weight: float
+) -> tuple[Tensor, Tensor]:
+    """The distance of means and, times `weight`, that of the class means of where each block but the last attends to.
+
+    images, real: as for `distance_of_means`; gradients likewise, by way of the network's own layers, which is slower.
+    Attention at a place of a block's output is the sum over channels of its fourth power; all of an image have length 1.
+    Returns the sum, a scalar, and the embeddings (N, F) of `images`.
+    Source: DataDAM, Sajedi et al. 2023, arXiv 2310.00093, equations 2 to 4, where the distance of means has the weight
+    0.01, so that `weight` is 100.
+    """
+    network.requires_grad_(False)
+    with torch.no_grad():
+        target = [seen.unflatten(0, (num_classes, -1)).mean(1) for seen in _attention_and_embedding(network, real)]
+    attention, embedding = _attention_and_embedding(network, images)
+    means = [seen.unflatten(0, (num_classes, -1)).mean(1) for seen in (attention, embedding)]
+    of_attention, of_means = ((ours - theirs).square().sum() for ours, theirs in zip(means, target, strict=True))
+    return of_means + weight * of_attention, embedding
+
+
+def _attention_and_embedding(network: ConvNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, places of all blocks but the last) and (N, F); on the way back, feature maps are computed again."""
+    parts = [checkpoint(_attend, network, part, use_reentrant=False) for part in images.split(_IMAGES_AT_ONCE)]
+    attention, embedding = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
+    return attention, embedding
+
+
+def _attend(network: ConvNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    maps, seen = [], images
+    for layer in network.features:
+        seen = layer(seen)
+        if isinstance(layer, nn.ReLU):
+            maps.append(F.normalize(seen.pow(_ATTENTION_POWER).sum(1).flatten(1)))
+    return torch.cat(maps[:-1], dim=1), seen.flatten(1)
 
 
 def regression_error(

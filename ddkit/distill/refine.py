@@ -22,7 +22,13 @@ from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
 from ddkit.device import resolve_device, shortage_explained
 from ddkit.distill.experts import Experts, ExpertSettings
-from ddkit.distill.matching import distance_of_means, misclassification, regression_error, same_augmentation
+from ddkit.distill.matching import (
+    distance_of_attention,
+    distance_of_means,
+    misclassification,
+    regression_error,
+    same_augmentation,
+)
 from ddkit.distill.observers import Observers, ObserverSettings
 from ddkit.distill.references import References
 from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
@@ -64,6 +70,7 @@ class RefineSettings:
     learning_rate, momentum: of SGD on the pixels, in normalised space.
     average: of the images' exponential moving average, which is what is judged and written, the share that a step
         keeps; it evens out what each step's random network does. 0: the images themselves.
+    attention: weight of the distance of attention maps beside that of means; see `distance_of_attention`.
     recognition: weight of the cross-entropy by partly trained networks beside the distance of means.
     displayable: keep pixels within [0, 255]; the challenge does not ask for it.
     check_every: steps between two judgements by a held-out part of the training set; the best set by them is kept.
@@ -77,6 +84,7 @@ class RefineSettings:
     learning_rate: float = 3.0
     momentum: float = 0.5
     average: float = 0.97
+    attention: float = 0.0
     recognition: float = 0.0
     displayable: bool = False
     check_every: int = 250
@@ -95,6 +103,8 @@ class RefineSettings:
             raise UsageError(f"RefineSettings.means_first must not be negative, got {self.means_first}.")
         if not 0 < self.held_out < 1:
             raise UsageError(f"RefineSettings.held_out is a share between 0 and 1, got {self.held_out}.")
+        if self.attention < 0:
+            raise UsageError(f"RefineSettings.attention must not be negative, got {self.attention}.")
         if self.recognition > 0 and self.observers.trained_share == 0:
             raise UsageError("RefineSettings.recognition is by partly trained networks, and trained_share is 0.")
         if not 0 <= self.average < 1:
@@ -314,6 +324,8 @@ class _Refinement:
         images, real = same_augmentation(self._images, real, generator)
         if settings.objective_at(number) == "regression":
             loss, embedding = regression_error(network, images, real, self._spec.num_classes, settings.ridge)
+        elif settings.attention > 0:
+            loss, embedding = distance_of_attention(network, images, real, self._spec.num_classes, settings.attention)
         else:
             loss, embedding = distance_of_means(network, images, real, self._spec.num_classes)
         if trained and settings.recognition > 0:

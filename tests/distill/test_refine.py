@@ -30,7 +30,7 @@ QUICK = RefineSettings(
     observers=ObserverSettings(trained_share=0.5, trainings=1, snapshots=(1, 2)), recognition=0.1,
 )  # fmt: skip
 BLIND = dataclasses.replace(QUICK, observers=ObserverSettings(trained_share=0), recognition=0.0)
-
+ATTENDING = dataclasses.replace(QUICK, objective="means", attention=100.0)
 
 FOLLOWING = dataclasses.replace(
     BLIND, objective="trajectories", means_first=1, student=StudentSettings(steps=2),
@@ -92,7 +92,7 @@ def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
     assert json.loads(start.with_suffix(".json").read_text())["kind"] == "first-real"
 
 
-@pytest.mark.parametrize("settings", [QUICK, FOLLOWING])
+@pytest.mark.parametrize("settings", [QUICK, ATTENDING, FOLLOWING])
 def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
     copy = tmp_path / "other" / "colours.pt"
     copy.parent.mkdir()
@@ -264,8 +264,8 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"objective": "mean"}, {"ridge": 0.0}, {"means_first": -1}, {"recognition": 0.1, "observers": ObserverSettings()},
-         {"held_out": 0.0}, {"average": 1.0}, {"learning_rate": 0.0}, {"check_every": 0}],
+        [{"objective": "mean"}, {"ridge": 0.0}, {"means_first": -1}, {"attention": -1.0}, {"held_out": 0.0}, {"average": 1.0},
+         {"learning_rate": 0.0}, {"check_every": 0}, {"recognition": 0.1, "observers": ObserverSettings()}],
     )
     def test_settings_that_cannot_be_meant(self, wrong):
         with pytest.raises(UsageError, match=next(iter(wrong))):
