@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -159,39 +159,58 @@ class Shard:
 def join(job: Job) -> tuple[int, str]:
     """Make the file of what lies in the shards, and remove them. Returns how many images, in all and of each class."""
     import torch
-    from safetensors import safe_open
 
     if not (settings := read_run(job).get("settings")):
         raise Failure(f"there is nothing to join in {job.shards}.")
     entry, ipc = settings["entry"], settings["ipc"]
-    paths = [job.shards / f"{worker}-{first}-{end}.safetensors"
-             for worker in range(settings["workers"]) for first, end in shards_of(job, worker)]  # fmt: skip
-    shards = [safe_open(path, framework="pt") for path in paths]
-    if not shards:
-        raise Failure(f"there are no images in {job.shards}.")
+    shards = opened_shards(job, settings["workers"])
     labels = torch.cat([shard.get_tensor("labels") for shard in shards])
     indices = torch.cat([shard.get_tensor("indices") for shard in shards])
     chosen = choose(labels, indices, entry["num_classes"], ipc)
     if ipc and len(chosen) < ipc * entry["num_classes"]:
         raise Failure(f"{len(chosen):,} of {ipc * entry['num_classes']:,} images were made; run it again to go on.")
-    place = torch.full_like(labels, -1)
-    place[chosen] = torch.arange(len(chosen))
-    images = torch.empty(len(chosen), 3, entry["image_size"], entry["image_size"])
-    mean, std = (torch.tensor(entry[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-    counts = [len(shard.get_tensor("labels")) for shard in shards]
-    for shard, places in zip(shards, place.split(counts), strict=True):
-        images[places[places >= 0]] = (shard.get_tensor("images")[places >= 0].float() / 255 - mean) / std
-    try:
-        with replacing(job.out) as file:
-            torch.save(images if ipc else {"images": images, "labels": labels[chosen]}, file)
-    except (OSError, RuntimeError) as error:  # the latter is what torch makes of the former
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        stays = f"The images stay in {job.shards}: make room, then --join."
-        raise Failure(f"{job.out} cannot be written: {reason}. {stays}") from error
+    images = normalised(shards, chosen, len(labels), entry)
+    write_set(job, images if ipc else {"images": images, "labels": labels[chosen]})
     shutil.rmtree(job.shards, ignore_errors=True)
     per_class = torch.bincount(labels[chosen], minlength=entry["num_classes"])
     least, most = int(per_class.min()), int(per_class.max())
     return len(chosen), f"{least}" if least == most else f"{least} or {most}"
+
+
+def opened_shards(job: Job, workers: int) -> list[Any]:
+    """Memory-mapped, those of one worker after those of another."""
+    from safetensors import safe_open
+
+    places = [(worker, *shard) for worker in range(workers) for shard in shards_of(job, worker)]
+    if not places:
+        raise Failure(f"there are no images in {job.shards}.")
+    return [safe_open(job.shards / f"{worker}-{first}-{end}.safetensors", framework="pt") for worker, first, end in places]
+
+
+def normalised(shards: Sequence[Any], chosen: Any, rows: int, entry: Mapping[str, Any]) -> Any:
+    """The `chosen` of the shards' rows, in that order, (n, 3, S, S) float32; one shard at a time is in memory."""
+    import torch
+
+    place = torch.full((rows,), -1)
+    place[chosen] = torch.arange(len(chosen))
+    mean, std = (torch.tensor(entry[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    images = torch.empty(len(chosen), 3, entry["image_size"], entry["image_size"])
+    counts = [len(shard.get_tensor("labels")) for shard in shards]
+    for shard, places in zip(shards, place.split(counts), strict=True):
+        images[places[places >= 0]] = (shard.get_tensor("images")[places >= 0].float() / 255 - mean) / std
+    return images
+
+
+def write_set(job: Job, content: Any) -> None:
+    import torch
+
+    try:
+        with replacing(job.out) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # the latter is what torch makes of the former
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        stays = f"The images stay in {job.shards}: make room, then --join."
+        raise Failure(f"{job.out} cannot be written: {reason}. {stays}") from error
 
 
 def choose(labels: Any, indices: Any, classes: int, ipc: int | None) -> Any:
