@@ -203,7 +203,7 @@ def test_a_torn_line_of_results_is_kept_reported_and_written_after(work):
 
 def test_killed_it_goes_on_when_typed_again(work):
     path = save(work / "blobs.pt")
-    arguments = (path, "--epochs-setting", "60", "--rounds", "2", "--save-every", "0.01", "--state", "states")
+    arguments = (path, "--epochs-setting", "30", "--rounds", "2", "--save-every", "0.01", "--state", "states")
     process = start(*arguments)
     for line in process.stderr:
         if "training on blobs" in line:
@@ -213,7 +213,7 @@ def test_killed_it_goes_on_when_typed_again(work):
     assert process.returncode == 130 and "Run the same again" in errors
     assert not os.path.exists("runs/results.jsonl")
     continued, _ = run(*arguments, "--json")
-    undisturbed, _ = run(path, "--epochs-setting", "60", "--rounds", "2", "--state", "other", "--json")
+    undisturbed, _ = run(path, "--epochs-setting", "30", "--rounds", "2", "--state", "other", "--json")
     first, second = (json.loads(output)["results"][0] for output in (continued, undisturbed))
     assert first["accuracies"] == second["accuracies"] and first["loss_curves"] == second["loss_curves"]
 

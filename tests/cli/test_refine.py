@@ -114,7 +114,7 @@ def test_stopped_while_it_judges_it_stops_at_once(submission, tmp_path):
 
 def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
     """A judgement's length is a setting of the run, so that this one takes just long enough to be stopped in."""
-    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "2", *QUICK[:2], "--check-epochs", "100",
+    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "2", *QUICK[:2], "--check-epochs", "60",
                "--device", "cpu"]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:

@@ -69,18 +69,19 @@ class TestParts:
 
 # Plainly, every batch is a part; chosen from candidates, every class.
 @pytest.mark.parametrize(
-    ("ipc", "choice"), [(100, {}), (20, {"candidates": 100, "select": "random"})], ids=["plainly", "from candidates"]
+    ("ipc", "choice", "how"),
+    [(100, {}, signal.SIGTERM), (20, {"candidates": 100, "select": "random"}, signal.SIGKILL)],
+    ids=["plainly", "from candidates"],
 )
-def test_stopped_or_killed_it_goes_on(colours, colours_model, tmp_path, ipc, choice):
+def test_stopped_or_killed_it_goes_on(colours, colours_model, tmp_path, ipc, choice, how):
     out = tmp_path / "sets" / "set.pt"
     command = [
         sys.executable, "-m", "ddkit", "generate", "-v", "--dataset", colours, "--model", str(colours_model), "--out",
         str(out), "--ipc", str(ipc), "--sampling-steps", "60", "--batch-size", "10",
         *(word for name, value in choice.items() for word in (f"--{name}", str(value))),
     ]  # fmt: skip
-    said = _stop(command, out.parent, signal.SIGTERM)
-    assert "Run the same command again" in said
-    _stop(command, out.parent, signal.SIGKILL)
+    said = _stopped(command, out.parent, how)
+    assert how is signal.SIGKILL or "Run the same command again" in said
     assert not out.exists()
     rows_kept = sum(len(load_file(path)["images"]) for path in part_files(out.parent))
 
@@ -94,13 +95,11 @@ def test_stopped_or_killed_it_goes_on(colours, colours_model, tmp_path, ipc, cho
     assert torch.equal(*(torch.load(path, weights_only=True) for path in (out, at_once.tensor)))
 
 
-def _stop(command, folder, how):
-    """Start it, send a signal once it has kept something more; returns what it said."""
-    before = len(part_files(folder))
+def _stopped(command, folder, how):
+    """Start it and send a signal once it has kept something; returns what it said."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 120
-    # Of two classes one is a part: there is nothing more to wait for once it is there.
-    while len(part_files(folder)) < max(1, before) + (before > 1) and process.poll() is None:
+    while not part_files(folder) and process.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.02)
     process.send_signal(how)
