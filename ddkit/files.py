@@ -16,7 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFile, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; there two processes in one folder are the user's care.
+    fcntl = None
+
+LOCK_FILE = ".lock"
 
 # What zipfile raises over a damaged or hostile zip. RuntimeError: a password is asked for; NotImplementedError: a
 # compression or a version that this Python lacks; ValueError: a directory that cannot be true.
@@ -47,6 +54,33 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFile:
     }
     reason = error.strerror or str(error)
     return BadFile(f"{path}: {reason}.", remedies.get(error.errno or 0, ""))
+
+
+@contextlib.contextmanager
+def alone(folder: Path, what: str, *, elsewhere: str, leads: bool = True) -> Iterator[None]:
+    """One process at a time at work in a folder, which is made when missing.
+
+    what: it does there ("trains"). elsewhere: the option that names another folder. leads: of processes that work
+    together, whether this is the one that watches over the folder.
+    Raises UsageError where another is at work there, and BadFile for what the system refuses.
+    """
+    if fcntl is None or not leads:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise explain_os_error(error, error.filename or folder) from error
+    with lock:
+        try:
+            # Unlike flock's, these locks are not inherited by the processes that compile.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UsageError(
+                f"Another process {what} in {folder}.", f"Wait for it, stop it, or choose another folder with {elsewhere}."
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

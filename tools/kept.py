@@ -51,7 +51,8 @@ class Findings:
             raise UsageError(
                 f"The study in {self.out} was begun with other options: {', '.join(changed)}.", "Choose another --out."
             )
-        write_json(path, asked)
+        if not options.table:
+            write_json(path, asked)
 
     def folder(self, name: str) -> Path:
         """The row's own, for whatever belongs to it."""
@@ -64,9 +65,10 @@ class Findings:
 
     def once(self, name: str, what: str, work: Callable[[], Any]) -> None:
         """Find out something of a row, unless it is known."""
-        known = self.of(name)
-        if what not in known:
-            write_json(self.folder(name) / "found.json", {**known, what: work()})
+        if what not in self.of(name):
+            found = work()
+            # Read again: another process may have found out something meanwhile.
+            write_json(self.folder(name) / "found.json", {**self.of(name), what: found})
             print(f"{name}: {what}", file=sys.stderr, flush=True)
 
     def score(self, images: Tensor, spec: DatasetSpec, *, rounds: int, epochs_setting: int) -> list[float]:

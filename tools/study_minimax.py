@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,21 +86,26 @@ class Study:
         for arm in self.arms:
             self.findings.once(arm.name, "pictures", lambda arm=arm: self._measure(arm))
         first = [WITHOUT, PUBLISHED, *self.sweep[:1], START]
-        for ipc, epochs in zip(self.options.ipc, self.options.epochs_setting, strict=True):
+        for name, (ipc, epochs) in self._evaluations().items():
             for arm in [*first, *self.sweep[1:], REAL] if ipc == min(self.options.ipc) else first:
-                work = functools.partial(self._evaluate, arm, ipc, epochs)
-                self.findings.once(arm.name, f"ipc {ipc}", work)
+                self.findings.once(arm.name, name, functools.partial(self._evaluate, arm, ipc, epochs))
 
     def table(self) -> str:
         """What is known, as Markdown."""
-        columns = {"arm": "lambda r, d", **_TITLES, **{f"ipc {ipc}": f"IPC {ipc}, %" for ipc in self.options.ipc}}
+        evaluations = self._evaluations()
+        columns = {"arm": "lambda r, d", **_TITLES, **{name: f"{name}, %" for name in evaluations}}
         rows = []
         for arm in self.arms:
             found = self.findings.of(arm.name)
             values = {"arm": arm.name, **_shown(found.get("pictures", {}))}
-            values |= {name: _scored(found[name]) for name in columns if name.startswith("ipc") and name in found}
+            values |= {name: percent(found[name]) for name in evaluations if name in found}
             rows.append([values.get(name, "-") for name in columns])
         return markdown(list(columns.values()), rows)
+
+    def _evaluations(self) -> dict[str, tuple[int, int]]:
+        """The images per class and the E of each, by name."""
+        pairs = zip(self.options.ipc, self.options.epochs_setting, strict=True)
+        return {f"IPC {ipc} (E = {epochs})": (ipc, epochs) for ipc, epochs in pairs}
 
     def _images(self, arm: Arm, count: int) -> Tensor:
         """(classes, count, 3, S, S) uint8: the first ones are the same whatever the count."""
@@ -151,11 +155,10 @@ class Study:
     def _measure(self, arm: Arm) -> Record:
         return measure_by_class(self._look(self._images(arm, self.options.measured)), self.reference)
 
-    def _evaluate(self, arm: Arm, ipc: int, epochs: int) -> Record:
+    def _evaluate(self, arm: Arm, ipc: int, epochs: int) -> list[float]:
         count = max(ipc, self.options.measured)
         images = normalise(self._images(arm, count)[:, :ipc].flatten(0, 1), self.spec)
-        accuracies = self.findings.score(images, self.spec, rounds=self.options.rounds, epochs_setting=epochs)
-        return {"epochs_setting": epochs, "accuracies": accuracies}
+        return self.findings.score(images, self.spec, rounds=self.options.rounds, epochs_setting=epochs)
 
 
 def measure_by_class(ours: Tensor, real: Tensor) -> Record:
@@ -190,10 +193,6 @@ def _shown(pictures: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.3f}" if name != "frechet" else f"{value:.2f}" for name, value in pictures.items()}
 
 
-def _scored(found: Mapping[str, Any]) -> str:
-    return f"{percent(found['accuracies'])} (E = {found['epochs_setting']})"
-
-
 def _pair(text: str) -> tuple[float, float]:
     first, second = (float(part) for part in text.split(","))
     return first, second
@@ -220,6 +219,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile before sampling; pays for thousands of pictures")
     parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args(arguments)
+    if len(options.ipc) != len(options.epochs_setting):
+        parser.error(f"--epochs-setting: {len(options.ipc)} are wanted, one for each --ipc, not {len(options.epochs_setting)}")
     options.sampling = SamplingConfig(
         steps=options.sampling_steps, guidance=options.guidance, batch_size=100, compile=options.compile
     )

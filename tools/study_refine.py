@@ -25,7 +25,7 @@ from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.refine import PRESETS, Limits, RefineSettings, refine
-from ddkit.distill.state import STATE_FILE, RefinementState
+from ddkit.distill.state import RefinementState
 from ddkit.distill.student import StudentSettings
 from ddkit.errors import UsageError
 from ddkit.submission.layout import load_tensor
@@ -102,19 +102,13 @@ class Study:
         settings, folder = self._settings(method), self.findings.folder(name)
         path = folder / f"after {_budget(limits)}.pt"
         if not path.is_file():
-            state = self._state(settings, folder)
-            if state is not None and limits.reached(state.step, state.seconds):
+            if any(_reached(limits, torch.load(kept, weights_only=True)) for kept in folder.glob("after *.pt")):
                 raise UsageError(f"'{name}' has gone further than {_budget(limits)}.", "Choose another --out.")
             refine(start, self.options.dataset, settings, limits, folder, out=folder / start.name)
-            state = self._state(settings, folder)
+            state = RefinementState.read(folder)
             save_torch({"images": state.average, "steps": state.step, "seconds": state.seconds}, path)
         kept = torch.load(path, weights_only=True)
         return {"steps": kept["steps"], "seconds": kept["seconds"], "accuracies": self._score(kept["images"])}
-
-    def _state(self, settings: RefineSettings, folder: Path) -> RefinementState | None:
-        if not (folder / STATE_FILE).is_file():
-            return None
-        return RefinementState.read(folder)
 
     def _settings(self, method: str) -> RefineSettings:
         # Judged by one epoch, and rarely: that is no part of this study.
@@ -133,6 +127,10 @@ class Study:
 
     def _what(self, limits: Limits) -> str:
         return f"{_budget(limits)} / {self.options.epochs_setting} / {self.options.rounds}"
+
+
+def _reached(limits: Limits, kept: dict[str, Any]) -> bool:
+    return limits.reached(kept["steps"], kept["seconds"])
 
 
 def _budget(limits: Limits) -> str:

@@ -64,6 +64,9 @@ class FromReal:
     seed: int = 0
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        check_choice(self.choice)
+
 
 def generate(
     dataset: str, ipc: int, source: FromModel | FromReal, out: Path, *, progress: Listener = ignore

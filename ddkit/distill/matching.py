@@ -6,16 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ddkit.protocol import augment
 from ddkit.protocol.convnet import ConvNet
-from ddkit.protocol.embedding import build_embedder
+from ddkit.protocol.embedding import build_embedder, in_parts
 
 # The steps of one learning rate then serve both; measured on CIFAR-100.
 _GRADIENTS_AS_MEANS = 70 / 3
 _ATTENTION_POWER = 4  # as published
-_IMAGES_AT_ONCE = 128  # whose feature maps are held; those of all of a set would be gigabytes
 
 
 def same_augmentation(images: Tensor, real: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -59,22 +57,20 @@ def distance_of_attention(
     0.01, so that `weight` is 100.
     """
     network.requires_grad_(False)
+
+    def look(part: Tensor) -> tuple[Tensor, Tensor]:
+        return _attention_and_embedding(network, part)
+
     with torch.no_grad():
-        target = [seen.unflatten(0, (num_classes, -1)).mean(1) for seen in _attention_and_embedding(network, real)]
-    attention, embedding = _attention_and_embedding(network, images)
+        target = [seen.unflatten(0, (num_classes, -1)).mean(1) for seen in in_parts(look, real)]
+    attention, embedding = in_parts(look, images)
     means = [seen.unflatten(0, (num_classes, -1)).mean(1) for seen in (attention, embedding)]
     of_attention, of_means = ((ours - theirs).square().sum() for ours, theirs in zip(means, target, strict=True))
     return of_means + weight * of_attention, embedding
 
 
 def _attention_and_embedding(network: ConvNet, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, places of all blocks but the last) and (N, F); on the way back, feature maps are computed again."""
-    parts = [checkpoint(_attend, network, part, use_reentrant=False) for part in images.split(_IMAGES_AT_ONCE)]
-    attention, embedding = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
-    return attention, embedding
-
-
-def _attend(network: ConvNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, places of all blocks but the last), and (N, F)."""
     maps, seen = [], images
     for layer in network.features:
         seen = layer(seen)

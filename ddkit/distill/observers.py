@@ -10,6 +10,7 @@ import torch
 from ddkit.challenge import BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY
 from ddkit.distill.references import References
 from ddkit.generator.seeds import generator_for, network_seed
+from ddkit.interrupt import StopRequest
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.augment import random_augment
 from ddkit.protocol.convnet import ConvNet
@@ -35,7 +36,8 @@ class ObserverSettings:
 class Observers:
     """Official networks, one for each step; which one depends on the seed and the step alone.
 
-    The partly trained ones are trained here, by the protocol's optimiser, batch size and augmentation.
+    The partly trained ones are trained here, by the protocol's optimiser, batch size and augmentation, before `at` can
+    name them.
     """
 
     def __init__(
@@ -47,11 +49,23 @@ class Observers:
         device: torch.device,
         progress: Listener = ignore,
     ) -> None:
-        self._settings, self._seed, self._device = settings, seed, device
+        self._references, self._settings, self._seed = references, settings, seed
+        self._device, self._progress = device, progress
         self._spec = references.spec
         self._trained: list[ConvNet] = []
-        if settings.trained_share > 0:
-            self._train(references, progress)
+
+    @property
+    def ready(self) -> bool:
+        wanted = self._settings.trainings * len(self._settings.snapshots) if self._settings.trained_share > 0 else 0
+        return len(self._trained) == wanted
+
+    def prepare(self, stop: StopRequest | None = None) -> None:
+        """Train those that are to be. Asked to stop, it returns, and those are not `ready`."""
+        for training in range(len(self._trained) // len(self._settings.snapshots), self._settings.trainings):
+            trained = self._train(training, stop)
+            if trained is None:
+                return
+            self._trained += trained
 
     def at(self, step: int) -> tuple[ConvNet, bool]:
         """The network of that step, and whether it has been trained."""
@@ -65,20 +79,23 @@ class Observers:
         network = build_network(OFFICIAL_NETWORK, self._spec.num_classes, self._spec.image_size, seed=seed)
         return network.to(self._device)
 
-    def _train(self, references: References, progress: Listener) -> None:
-        steps, total = max(self._settings.snapshots), self._settings.trainings * max(self._settings.snapshots)
-        for training in range(self._settings.trainings):
-            network = self._fresh("partly trained", training)
-            engine = build_engine(network, choose_plan(network, "float32", BATCH_SIZE))
-            optimiser = torch.optim.SGD(
-                network.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
-            )
-            generator = generator_for("cpu", "partly trained", self._seed, training)
-            for step in range(1, steps + 1):
-                images, labels = references.mixed_batch(BATCH_SIZE, generator)
-                images = random_augment(images.to(self._device), generator)
-                engine.gradients(images, labels.to(self._device))
-                optimiser.step()
-                if step in self._settings.snapshots:
-                    self._trained.append(copy.deepcopy(network))
-                progress(Progress("Training networks to look with", training * steps + step, total, "steps"))
+    def _train(self, training: int, stop: StopRequest | None) -> list[ConvNet] | None:
+        """The snapshots of one training; None if stopped."""
+        steps = max(self._settings.snapshots)
+        network = self._fresh("partly trained", training)
+        engine = build_engine(network, choose_plan(network, "float32", BATCH_SIZE))
+        optimiser = torch.optim.SGD(network.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        generator = generator_for("cpu", "partly trained", self._seed, training)
+        kept = []
+        for step in range(1, steps + 1):
+            images, labels = self._references.mixed_batch(BATCH_SIZE, generator)
+            images = random_augment(images.to(self._device), generator)
+            engine.gradients(images, labels.to(self._device))
+            optimiser.step()
+            if step in self._settings.snapshots:
+                kept.append(copy.deepcopy(network))
+            done, total = training * steps + step, self._settings.trainings * steps
+            self._progress(Progress("Training networks to look with", done, total, "steps"))
+            if stop and step < steps:
+                return None
+        return kept

@@ -35,6 +35,7 @@ from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, s
 from ddkit.distill.student import Student, StudentSettings
 from ddkit.environment import versions
 from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name, require_positive
+from ddkit.files import alone
 from ddkit.generator.seeds import generator_for, network_seed
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
@@ -159,9 +160,11 @@ def refine(
     """Refine the set at `path`, going on from what `folder` holds of it; the best by the held-out images is written.
 
     folder: keeps the set as it was (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
-    fresh: begin from the set as it was. A set that nothing is gained on is left as it is.
+    fresh: begin from the set as it was; the one that was refined from it is kept in the folder (refined.pt). A set that
+        nothing is gained on is left as it is.
     Raises InvalidSubmission for a set that `check` refuses; UsageError for an `out` that does not end in .pt, for the
-    copy that the folder keeps, or where the folder belongs to another set, other settings or other real images;
+    copies that the folder keeps, or where the folder belongs to another set, other settings or other real images, or
+    another process refines in it;
     ComputeError where it diverges or memory is short and Interrupted once asked to stop, what was reached written in
     both cases; and what `open_dataset` and `save_set` raise.
     """
@@ -169,23 +172,24 @@ def refine(
     refuse_kept_copy(folder, path, out or path)
     spec = dataset_spec(dataset)
     real = open_dataset(dataset, "train", progress=progress)
-    if fresh:
-        load_tensor(path, spec)  # what is no set is refused before anything is forgotten
-        start_over(path, folder)
-    state = _begin_or_go_on(path, spec, settings, folder)
     references = References(real, spec, held_out=settings.held_out, seed=settings.seed)
     chosen = resolve_device(device)
-    observers = Observers(references, settings.observers, seed=settings.seed, device=chosen, progress=progress)
-    experts = Experts(
-        references, state.dataset_sha256, settings.experts, seed=settings.seed, device=chosen, progress=progress
-    )
-    try:
-        _Refinement(state, settings, references, observers, experts, chosen, progress).run(limits, save_every_seconds)
-    except (Interrupted, ComputeError):
-        if state.judgements:
-            _write(state, settings, spec, out or path)
-        raise
-    files = _write(state, settings, spec, out or path)
+    load_tensor(path, spec)  # what is no set is refused before anything is forgotten
+    with alone(folder, "refines", elsewhere="--run"):
+        if fresh:
+            start_over(path, folder)
+        state = _begin_or_go_on(path, spec, settings, folder)
+        observers = Observers(references, settings.observers, seed=settings.seed, device=chosen, progress=progress)
+        experts = Experts(
+            references, state.dataset_sha256, settings.experts, seed=settings.seed, device=chosen, progress=progress
+        )
+        try:
+            _Refinement(state, settings, references, observers, experts, chosen, progress).run(limits, save_every_seconds)
+        except (Interrupted, ComputeError):
+            if state.judgements:
+                _write(state, settings, spec, out or path)
+            raise
+        files = _write(state, settings, spec, out or path)
     best, first = state.best, state.first
     return Refined(files, state.before, state.step, best.step, best.accuracy, first.accuracy, state.seconds)
 
@@ -261,6 +265,9 @@ class _Refinement:
                     self._judge(stop)
                 elif self._follows(state.step) and (not self._experts.ready or state.student_rate is None):
                     self._prepare_student(stop)
+                elif not self._follows(state.step) and not self._observers.ready:
+                    with shortage_explained(self._shortage):
+                        self._observers.prepare(stop)
                 else:
                     self._advance(limits)
                 stopping = bool(stop)
@@ -269,7 +276,9 @@ class _Refinement:
                     state.save()
                     saved = time.monotonic()
                 if stopping:
-                    raise Interrupted(f"Interrupted after step {state.step}.", "Run the same again to go on from there.")
+                    raise Interrupted(
+                        f"Interrupted after step {state.step}.", "Run the same again, without --fresh, to go on from there."
+                    )
 
     def _advance(self, limits: Limits) -> None:
         """One step, timed and told of."""
@@ -372,7 +381,8 @@ class _Refinement:
     def _diverged(self, how: str) -> ComputeError:
         return ComputeError(
             f"The refinement diverged at step {self._state.step + 1}: {how}.",
-            f"The best set, of step {self._state.best.step}, was written. Start over with --fresh and a smaller --lr.",
+            f"The best set, of step {self._state.best.step}, was written. Refine it on with a smaller --lr and another "
+            "--run, or start over with --fresh.",
         )
 
     def _tell(self, loss: float, limits: Limits) -> None:
@@ -395,10 +405,11 @@ def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, 
     """The best set so far, with how it was made; the set as it was where that is the best."""
     if state.gained_nothing():
         return state.give_back(out)
-    went_by = dict.fromkeys(settings.objective_at(step) for step in (0, state.best.step - 1))
+    steps = (0, state.best.step - 1) if state.best.step > 0 else ()
+    went_by = dict.fromkeys(METHODS[settings.objective_at(step)] for step in steps)
     made_by = {
         "kind": KIND_REFINED,
-        "method": ", then ".join(METHODS[objective] for objective in went_by),
+        "method": ", then ".join(went_by) or "kept within what a picture holds",
         "refined_steps": state.best.step,
         "held_out_accuracy": state.best.accuracy,
         "refined_from": state.start_sha256,

@@ -24,7 +24,7 @@ from ddkit.tensor_files import save_torch
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
 _VERSION = 6
-_FRESH = "Start over with --fresh."
+_FRESH = "Start over with --fresh, or refine on in another folder with --run."
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class RefinementState:
 
 
 def start_over(path: Path, folder: Path) -> None:
-    """Forget the refinement in `folder`; a set at `path` that it made gives way to the one it was made from.
+    """Forget the refinement in `folder`; a set at `path` that it made gives way to the one it was made from, and is kept
+    in the folder as refined.pt, .json and .png.
 
     Only what a refinement wrote is removed from the folder. Raises UsageError where the set at `path` is neither what
     that refinement began with nor what it made: the only copy of the former would be lost.
@@ -150,6 +151,7 @@ def start_over(path: Path, folder: Path) -> None:
     if before.exists():
         started_with = sha256_of(before)
         if _is_result(path, started_with, _best_images(folder)):
+            _copy_set(path, _given_up(folder))
             _copy_set(before, path)
         elif sha256_of(path) != started_with:
             raise UsageError(
@@ -161,18 +163,22 @@ def start_over(path: Path, folder: Path) -> None:
 
 
 def refuse_kept_copy(folder: Path, *paths: Path) -> None:
-    """Raise UsageError where a path is the folder's own copy of the set as it was, which would be lost."""
-    kept = _before(folder)
+    """Raise UsageError where a path is a copy that the folder keeps, of the set as it was or of one given up."""
+    kept = {_before(folder).resolve(): "the set as it was", _given_up(folder).resolve(): "a set that was given up"}
     for path in paths:
-        if path.resolve() == kept.resolve():
+        if whose := kept.get(path.resolve()):
             raise UsageError(
-                f"{path} is the copy that the refinement in {folder} keeps of the set as it was.",
-                "Name the set itself with --fresh to start over from it, or copy that file elsewhere first.",
+                f"{path} is the copy that {folder} keeps of {whose}.",
+                "Name the set itself, with --fresh to start over from it as it was, or copy that file elsewhere first.",
             )
 
 
 def _before(folder: Path) -> Path:
     return folder / "before.pt"
+
+
+def _given_up(folder: Path) -> Path:
+    return folder / "refined.pt"
 
 
 def _is_result(path: Path, start_sha256: str, best_images: Tensor | None) -> bool:

@@ -112,7 +112,7 @@ class Engine:
         self._visits: list[tuple[int, Callable[[], None]]] = []
         self.step, self.finished = 0, False
         self._seconds_before, self._began = 0.0, time.monotonic()
-        self._check_batch()
+        require_even_parts(stage.optimiser, accelerator.num_processes)
         stage.network.to(accelerator.device)
         self._parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(
@@ -176,7 +176,8 @@ class Engine:
         """Train, yielding a record every so often and before every save, so that no broken state is saved."""
         saved = time.monotonic()
         losses: list[Tensor] = []
-        over = self.finished or self.step >= self.limits.steps or self._out_of_time()
+        # However short the time, a stage that was begun has taken a step, or there would be nothing to go on from.
+        over = self.finished or self.step >= self.limits.steps or (self.step > 0 and self._out_of_time())
         while not over:
             with shortage_explained(self._shortage):
                 losses.append(self._train_step())
@@ -198,7 +199,7 @@ class Engine:
     def _interrupted(self) -> Interrupted:
         return Interrupted(
             f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
-            "Run the same command again to go on.",
+            "Run the same command again, without --fresh, to go on.",
         )
 
     def _visit(self) -> None:
@@ -299,15 +300,6 @@ class Engine:
             figures = {"step": record.step, **figures}
             self._progress(Progress(self.stage.task, round(seconds), round(self.limits.seconds), "s", figures))
 
-    def _check_batch(self) -> None:
-        parts = self.accelerator.num_processes * self.stage.optimiser.accumulation
-        if self.stage.optimiser.batch_size % parts:
-            raise UsageError(
-                f"A batch of {self.stage.optimiser.batch_size} cannot be split evenly into {parts} parts "
-                f"({self.accelerator.num_processes} processes, {self.stage.optimiser.accumulation} accumulated).",
-                "Launch a number of processes that divides it, or choose another --batch-size or --accumulation.",
-            )
-
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
             step=self.step,
@@ -344,6 +336,17 @@ class Engine:
             f"The loss of {self.stage.name} training is {'too large' if math.isfinite(loss) else 'no number'} "
             f"after step {self.step}.",
             remedy + self.stage.remedy,
+        )
+
+
+def require_even_parts(optimiser: OptimiserConfig, processes: int) -> None:
+    """Raise UsageError where a batch cannot be split evenly among processes and accumulated parts."""
+    parts = processes * optimiser.accumulation
+    if optimiser.batch_size % parts:
+        raise UsageError(
+            f"A batch of {optimiser.batch_size} cannot be split evenly into {parts} parts "
+            f"({processes} processes, {optimiser.accumulation} accumulated).",
+            "Launch a number of processes that divides it, or choose another --batch-size or --accumulation.",
         )
 
 

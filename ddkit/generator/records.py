@@ -28,7 +28,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, tensorboard: bool) -> None:
         self._path = folder / METRICS_FILE
-        self._writer = _summary_writer(folder / "tensorboard") if tensorboard else None
+        self._writer = require_tensorboard()(folder / "tensorboard") if tensorboard else None
 
     def records(self) -> list[dict[str, Any]]:
         """What is written so far, as `read_records` has it."""
@@ -49,12 +49,13 @@ class MetricsLog:
                     self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
 
-def _summary_writer(folder: Path) -> Any:
+def require_tensorboard() -> Any:
+    """Its writer's class. Raises UsageError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("TensorBoard is not installed.", "Install it: pip install 'ddkit[tensorboard]'") from error
-    return SummaryWriter(folder)
+    return SummaryWriter
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

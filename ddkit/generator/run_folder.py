@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ddkit import __version__
 from ddkit.errors import BadFile, UsageError
-from ddkit.files import explain_os_error, read_json, write_json
+from ddkit.files import LOCK_FILE, explain_os_error, read_json, write_json
 from ddkit.generator.pipeline import FACTS_FILE, INDEX_FILE
 from ddkit.generator.presets import GeneratorConfig, differences, from_json, to_json
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; there two trainings in one folder are the user's care.
-    fcntl = None
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +25,6 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHART_FILE = "training.png"
 CHECKPOINTS = "checkpoints"
-LOCK_FILE = ".lock"
 _OF_MODELS = (FACTS_FILE, INDEX_FILE, "vae", "transformer", "unet")
 
 
@@ -115,14 +108,16 @@ def _differences(begun: Begun, record: Mapping[str, Any]) -> list[str]:
 
 
 def _comparable(config: GeneratorConfig) -> GeneratorConfig:
-    """The configuration with what may differ when a training goes on set equal: its lengths, compilation, and what
-    helps against a loss that diverges."""
+    """The configuration with what may differ when a training goes on set equal: its lengths, compilation, what helps
+    against a loss that diverges, and what helps where memory is short."""
     minimax = config.minimax
+    # The criteria of minimax diffusion are of a part of the batch each, so there accumulation is another training.
+    accumulation = 1 if minimax is None else config.denoiser_optimiser.accumulation
     return replace(
         config,
         minimax=None if minimax is None else replace(minimax, epochs=1, lambda_r=0, lambda_d=0),
-        autoencoder_optimiser=replace(config.autoencoder_optimiser, steps=1),
-        denoiser_optimiser=replace(config.denoiser_optimiser, steps=1, learning_rate=1.0),
+        autoencoder_optimiser=replace(config.autoencoder_optimiser, steps=1, accumulation=1),
+        denoiser_optimiser=replace(config.denoiser_optimiser, steps=1, learning_rate=1.0, accumulation=accumulation),
         compile=False,
     )
 
@@ -144,28 +139,3 @@ def start_over(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise explain_os_error(error, folder) from error
-
-
-@contextmanager
-def alone(folder: Path, *, leads: bool = True) -> Iterator[None]:
-    """One training at a time in a folder. Raises UsageError where another is at work there.
-
-    leads: of the processes of one training, whether this is the one that watches over the folder.
-    """
-    if fcntl is None or not leads:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise explain_os_error(error, error.filename or folder) from error
-    with lock:
-        try:
-            # Unlike flock's, these locks are not inherited by the processes that compile.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UsageError(
-                f"Another process trains in {folder}.", "Wait for it, stop it, or choose another folder with --out."
-            ) from None
-        yield

@@ -18,12 +18,12 @@ from diffusers import AutoencoderKL
 from ddkit.data.store import ImageSet
 from ddkit.device import resolve_device
 from ddkit.errors import UsageError
-from ddkit.files import sha256_of
+from ddkit.files import alone, sha256_of
 from ddkit.generator.autoencoder import build_autoencoder, load_pretrained
 from ddkit.generator.chart import draw_chart
 from ddkit.generator.checkpoints import list_checkpoints
 from ddkit.generator.difffit import plain_copy
-from ddkit.generator.engine import Engine, Limits, Stage
+from ddkit.generator.engine import Engine, Limits, Stage, require_even_parts
 from ddkit.generator.latents import LATENTS_FILE, LatentSet, cached_latents
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.pipeline import (
@@ -39,8 +39,8 @@ from ddkit.generator.pipeline import (
 )
 from ddkit.generator.presets import GeneratorConfig
 from ddkit.generator.pretrained import Start, start_from
-from ddkit.generator.records import MetricsLog, Score
-from ddkit.generator.run_folder import CHART_FILE, CHECKPOINTS, Begun, alone, claim, start_over
+from ddkit.generator.records import MetricsLog, Score, require_tensorboard
+from ddkit.generator.run_folder import CHART_FILE, CHECKPOINTS, Begun, claim, start_over
 from ddkit.generator.seeds import derived_seed
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.progress import Listener, ignore
@@ -125,14 +125,26 @@ def train(
         if Path(minimax.init).expanduser().resolve() == folder.resolve():
             raise UsageError(f"{folder} holds what fine-tuning starts from.", "Choose another folder with --out.")
         start = start or _start(request.config, data.images.class_names)
-    with _accelerator(request) as accelerator, alone(folder, leads=accelerator.is_main_process):
+    if request.tensorboard:
+        require_tensorboard()
+    with (
+        _accelerator(request) as accelerator,
+        alone(folder, "trains", elsewhere="--out", leads=accelerator.is_main_process),
+    ):
+        # What may fail does so before anything is removed.
+        require_even_parts(request.config.denoiser_optimiser, accelerator.num_processes)
+        pretrained, source = None, request.config.pretrained_autoencoder
+        if source and (fresh or not (folder / "vae" / WEIGHTS_FILE).is_file()):
+            pretrained = load_pretrained(source)
+        elif not source and minimax is None:
+            require_even_parts(request.config.autoencoder_optimiser, accelerator.num_processes)
         with accelerator.main_process_first():
             if fresh and accelerator.is_main_process:
                 start_over(folder)
             images = data.images
             claim(folder, Begun(data.name, data.sha256, images.class_names, data.image_size, request.preset, request.config))
         listener = progress if accelerator.is_main_process else ignore
-        run = _Run(data, request, folder, accelerator, start, tracking, listener)
+        run = _Run(data, request, folder, accelerator, start, pretrained, tracking, listener)
         autoencoder = run.autoencoder()
         run.denoiser(autoencoder, run.latents(autoencoder))
         if accelerator.is_main_process:
@@ -151,9 +163,11 @@ class _Run:
         folder: Path,
         accelerator: Accelerator,
         start: Start | None,
+        pretrained: AutoencoderKL | None,
         tracking: Tracking | None,
         progress: Listener,
     ) -> None:
+        self.pretrained = pretrained
         self.data, self.request, self.config = data, request, request.config
         self.folder, self.accelerator, self.tracking, self.progress = folder, accelerator, tracking, progress
         self.start = start.generator if start else None
@@ -246,8 +260,8 @@ class _Run:
         return DenoiserStage(self.config, build_denoiser(self.config.denoiser, shape, classes, seed=seed), latents)
 
     def _make_autoencoder(self) -> None:
-        if self.start or self.config.pretrained_autoencoder:
-            network = self.start.autoencoder if self.start else load_pretrained(self.config.pretrained_autoencoder)
+        network = self.start.autoencoder if self.start else self.pretrained
+        if network is not None:
             if self.accelerator.is_main_process:
                 save_autoencoder(network, self.folder)
             return

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from ddkit.challenge import NETWORK_WIDTH
 from ddkit.protocol.convnet import ConvNet
 from ddkit.protocol.tuning import choose_plan
 from ddkit.protocol.winograd import FeatureMaps, WinogradEngine
 
 Embedder = Callable[[Tensor], Tensor]
+_Seen = TypeVar("_Seen", Tensor, tuple[Tensor, ...])
+_LARGEST_MAP = 2**27  # floats of the first block's output, of which half a dozen as large are kept: 512 MiB each
 
 
 def build_embedder(network: ConvNet, batch_size: int) -> Embedder:
@@ -28,7 +32,21 @@ def build_embedder(network: ConvNet, batch_size: int) -> Embedder:
         engine = WinogradEngine(network, plan)
         return lambda images: _ThroughEngine.apply(images, engine)
     network.requires_grad_(False)
-    return network.embed
+    return lambda images: in_parts(network.embed, images)
+
+
+def in_parts(look: Callable[[Tensor], _Seen], images: Tensor) -> _Seen:
+    """What `look` makes of images (N, 3, S, S), row by row, a part of them at a time where all would fill the memory.
+
+    Of parts, the way back computes everything again instead of keeping it.
+    """
+    at_once = max(1, _LARGEST_MAP // (NETWORK_WIDTH * images.shape[-1] ** 2))
+    if len(images) <= at_once:
+        return look(images)
+    seen = [checkpoint(look, part, use_reentrant=False) for part in images.split(at_once)]
+    if isinstance(seen[0], Tensor):
+        return torch.cat(seen)
+    return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
 
 
 class _ThroughEngine(torch.autograd.Function):

@@ -105,6 +105,8 @@ def test_stopped_while_it_judges_it_stops_at_once(submission, tmp_path):
     for line in process.stderr:
         if "Judging" in line:
             break
+    second = ddkit(str(submission), "--steps", "5", *settings)  # which would forget how the first one's set was
+    assert second.exit_code == 2 and "Another process refines in runs/colours-refine" in " ".join(second.output.split())
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=300)
     assert process.returncode == 130

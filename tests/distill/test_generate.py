@@ -143,3 +143,5 @@ class TestChoosing:
     def test_another_way_to_choose(self, model_folder):
         with pytest.raises(UsageError, match="Did you mean 'herding'"):
             FromModel(model_folder, candidates=5, select="hering")
+        with pytest.raises(UsageError, match="Did you mean 'k-center'"):
+            FromReal("k-centre")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ddkit.distill import matching
 from ddkit.distill.matching import distance_of_attention, distance_of_means, regression_error
+from ddkit.protocol import embedding
 from ddkit.protocol.networks import build_network
 
 pytestmark = pytest.mark.usefixtures("measured_before")
@@ -41,7 +41,7 @@ def test_the_distance_of_means_is_that_of_each_class(network):
 
 
 def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(network, monkeypatch):
-    monkeypatch.setattr(matching, "_IMAGES_AT_ONCE", 5)  # of six and twelve: parts of unequal size
+    monkeypatch.setattr(embedding, "_LARGEST_MAP", 5 * 128 * 16**2)  # of six and twelve images: parts of unequal size
     images, real, weight = draw(6, 1).requires_grad_(), draw(12, 2), 7.0
 
     def looked_at(seen):
@@ -53,12 +53,12 @@ def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(net
             seen = network.features[4 * block + 3](seen)
         return torch.cat(maps, 1)
 
-    found, embedding = distance_of_attention(network, images, real, CLASSES, weight)
-    of_means, expected_embedding = distance_of_means(network, images, real, CLASSES)
+    found, seen = distance_of_attention(network, images, real, CLASSES, weight)
+    of_means, expected_seen = distance_of_means(network, images, real, CLASSES)
     ours, theirs = looked_at(images).chunk(CLASSES), looked_at(real).chunk(CLASSES)
     expected = of_means + weight * sum(((a.mean(0) - b.mean(0)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
-    assert torch.allclose(embedding, expected_embedding, atol=1e-4)
+    assert torch.allclose(seen, expected_seen, atol=1e-4)
     assert_same_gradients(gradient(found, images), gradient(expected, images))
 
 

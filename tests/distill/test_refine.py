@@ -30,6 +30,7 @@ QUICK = RefineSettings(
     observers=ObserverSettings(trained_share=0.5, trainings=1, snapshots=(1, 2)), recognition=0.1,
 )  # fmt: skip
 BLIND = dataclasses.replace(QUICK, observers=ObserverSettings(trained_share=0), recognition=0.0)
+REGRESSING = dataclasses.replace(QUICK, means_first=1)
 ATTENDING = dataclasses.replace(QUICK, objective="means", attention=100.0)
 
 FOLLOWING = dataclasses.replace(
@@ -92,7 +93,7 @@ def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
     assert json.loads(start.with_suffix(".json").read_text())["kind"] == "first-real"
 
 
-@pytest.mark.parametrize("settings", [QUICK, ATTENDING, FOLLOWING])
+@pytest.mark.parametrize("settings", [QUICK, REGRESSING, ATTENDING, FOLLOWING])
 def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
     copy = tmp_path / "other" / "colours.pt"
     copy.parent.mkdir()
@@ -102,14 +103,21 @@ def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
     refined = run(copy, tmp_path / "parts", 5, settings)
     assert refined.steps == 5
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
-    for name in ("images", "velocity"):
+    for name in ("images", "velocity", "average"):
         assert torch.equal(states[0][name], states[1][name]), name
     assert states[0]["student_rate"] == states[1]["student_rate"]
     assert (states[0]["student_rate"] is None) == (settings.objective != "trajectories")
 
 
-@pytest.mark.parametrize("task", ["Training experts (once)", "Trying students' rates"])
-def test_interrupted_while_it_prepares_to_follow_experts_it_loses_no_step(start, tmp_path, task):
+@pytest.mark.parametrize(
+    ("task", "settings", "after"),
+    [
+        ("Training networks to look with", QUICK, 0),
+        ("Training experts (once)", FOLLOWING, 1),
+        ("Trying students' rates", FOLLOWING, 1),
+    ],
+)
+def test_interrupted_while_it_prepares_it_loses_no_step(start, tmp_path, task, settings, after):
     copy = tmp_path / "other" / "colours.pt"
     copy.parent.mkdir()
     copy.write_bytes(start.read_bytes())
@@ -120,11 +128,11 @@ def test_interrupted_while_it_prepares_to_follow_experts_it_loses_no_step(start,
         if report.task == task and told.count(task) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="after step 1"):
-        run(copy, tmp_path / "parts", 2, FOLLOWING, progress=listen)
+    with pytest.raises(Interrupted, match=f"after step {after}"):
+        run(copy, tmp_path / "parts", 2, settings, progress=listen)
     assert told.count(task) == 1, "it stopped at once"
-    run(copy, tmp_path / "parts", 2, FOLLOWING)
-    run(start, tmp_path / "whole", 2, FOLLOWING)
+    run(copy, tmp_path / "parts", 2, settings)
+    run(start, tmp_path / "whole", 2, settings)
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
     assert states[0]["student_rate"] == states[1]["student_rate"]
     assert torch.equal(states[0]["images"], states[1]["images"])
@@ -208,6 +216,14 @@ def test_a_set_that_nothing_is_gained_on_is_left_as_it_is(start, tmp_path):
     assert [elsewhere.with_suffix(file.suffix).read_bytes() for file in files] == before
 
 
+def test_a_set_that_only_became_displayable_was_not_refined_by_anything(start, tmp_path):
+    torch.save(3 * read(start), start)
+    settings = dataclasses.replace(BLIND, displayable=True, objective="regression", means_first=0)
+    run(start, tmp_path / "run", 0, settings)
+    facts = json.loads(start.with_suffix(".json").read_text())
+    assert (facts["method"], facts["refined_steps"]) == ("kept within what a picture holds", 0)
+
+
 def test_held_out_images_are_never_learnt_from(colours):
     real = load_dataset(colours, "train")
     references = References(real, dataset_spec(colours), held_out=0.2, seed=0)
@@ -231,7 +247,7 @@ class TestWhatIsRefused:
         kept = tmp_path / "run" / "before.pt"
         before = kept.read_bytes()
         for fresh in (False, True):
-            with pytest.raises(UsageError, match="is the copy that the refinement"):
+            with pytest.raises(UsageError, match="is the copy that"):
                 run(kept, tmp_path / "run", 2, fresh=fresh)
         assert kept.read_bytes() == before
 
@@ -260,7 +276,7 @@ class TestWhatIsRefused:
         torch.save(wrong, start)
         with pytest.raises(InvalidSubmission):
             run(start, tmp_path / "run", 1)
-        assert not (tmp_path / "run").exists()
+        assert [file.name for file in (tmp_path / "run").glob("[!.]*")] == []
 
     @pytest.mark.parametrize(
         "wrong",

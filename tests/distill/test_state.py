@@ -9,7 +9,7 @@ import torch
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RefinementState, start_over
-from ddkit.errors import InvalidSubmission, UsageError
+from ddkit.errors import DDKitError, InvalidSubmission, UsageError
 from ddkit.files import sha256_of
 from ddkit.submission.layout import set_files
 
@@ -35,10 +35,21 @@ def contents(path):
 def test_starting_over_gives_back_the_set_as_it_was(start, tmp_path):
     before = contents(start)
     run(start, tmp_path / "run", 2)
-    assert contents(start) != before
+    refined = contents(start)
+    assert refined != before
     start_over(start, tmp_path / "run")
     assert contents(start) == before
+    assert contents(tmp_path / "run" / "refined.pt") == refined, "what was given up is kept"
     assert run(start, tmp_path / "run", 1).steps == 1
+
+
+def test_nothing_is_given_up_for_a_start_that_fails(start, tmp_path):
+    folder = tmp_path / "run"
+    run(start, folder, 2)
+    kept = {file: file.read_bytes() for file in (*folder.iterdir(), *start.parent.iterdir())}
+    with pytest.raises(DDKitError, match="cuda:77"):
+        run(start, folder, 1, fresh=True, device="cuda:77")
+    assert {file: file.read_bytes() for file in (*folder.iterdir(), *start.parent.iterdir())} == kept
 
 
 def test_starting_over_leaves_other_files_alone(start, tmp_path):
@@ -46,7 +57,7 @@ def test_starting_over_leaves_other_files_alone(start, tmp_path):
     run(start, folder, 1)
     (folder / "notes.txt").write_text("mine")
     start_over(start, folder)
-    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
+    assert {"notes.txt"} == {file.name for file in folder.iterdir()} - {".lock", "refined.pt", "refined.json", "refined.png"}
 
 
 def test_the_only_copy_of_a_set_is_never_removed(start, colours, tmp_path):

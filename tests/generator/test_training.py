@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadFile, ComputeError, Interrupted, MissingModel, UsageError
+from ddkit.generator import training
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.pipeline import load_model, read_facts, save_autoencoder
@@ -141,7 +142,10 @@ class TestGoingOn:
         assert [(record["step"], record["rate"]) for record in records(tmp_path)] == [(2, 1e-3), (6, 1e-4)]
         assert recorded(tmp_path).config.denoiser_optimiser.learning_rate == 1e-4
 
-    def test_an_autoencoder_may_train_on_until_a_denoiser_has_learned_from_it(self, data, config, tmp_path, caplog):
+    def test_an_autoencoder_may_train_on_until_a_denoiser_has_learned_from_it(
+        self, data, config, tmp_path, caplog, monkeypatch
+    ):
+        monkeypatch.setattr(training, "AUTOENCODER_SHARE", 0.9)  # so that its steps fit, however busy the machine is
         longer = with_optimiser(config, steps=10**9)
         train(data, TrainingRequest(config, seconds=0.001), tmp_path)
         for path in list_checkpoints(tmp_path / "checkpoints", "denoiser"):
@@ -288,6 +292,22 @@ def test_an_empty_dataset_is_refused(images):
     nothing = ImageSet(images.images[:0], images.labels[:0], images.class_names)
     with pytest.raises(UsageError, match="no images"):
         TrainingData("nothing", nothing, "")
+
+
+def test_nothing_is_removed_for_a_start_that_fails(data, config, tmp_path):
+    train(data, TrainingRequest(config), tmp_path / "run")
+    kept = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    other = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
+    with pytest.raises(MissingModel):
+        train(data, TrainingRequest(other), tmp_path / "run", fresh=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == kept
+
+
+def test_where_memory_is_short_it_goes_on_in_smaller_parts(data, config, tmp_path):
+    train(data, TrainingRequest(with_steps(config, 3)), tmp_path / "parts")
+    train(data, TrainingRequest(with_optimiser(config, accumulation=3)), tmp_path / "parts")
+    train(data, TrainingRequest(config), tmp_path / "whole")
+    assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
 
 
 class TestPretrainedAutoencoder:
