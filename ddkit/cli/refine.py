@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--dataset", help="Of the set; as the JSON beside it says otherwise, or the file's name.")
 @click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
 @click.option("--time", "seconds", type=Duration(),
-              help="In all, such as 30m; takes the place of --steps. Judging and training experts come on top.")
+              help="In all, such as 30m; takes the place of --steps. Judging and training other networks come on top.")
 @click.option("--preset", type=click.Choice(("track1", "means")),
               help="Settings that measured best for track 1; or distribution matching alone. Options change single ones. "
                    "[default: those of the refinement that goes on, else track1]")
