@@ -24,6 +24,7 @@ except ImportError:  # Windows has no such locks; there two processes in one fol
     fcntl = None
 
 LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none, where it is the user's care too
 
 # What zipfile raises over a damaged or hostile zip. RuntimeError: a password is asked for; NotImplementedError: a
 # compression or a version that this Python lacks; ValueError: a directory that cannot be true.
@@ -80,6 +81,9 @@ def alone(folder: Path, what: str, *, elsewhere: str, leads: bool = True) -> Ite
             raise UsageError(
                 f"Another process {what} in {folder}.", f"Wait for it, stop it, or choose another folder with {elsewhere}."
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise explain_os_error(error, folder) from error
         yield
 
 

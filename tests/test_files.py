@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import os
 import resource
 import subprocess
@@ -136,3 +138,17 @@ def test_the_cache_folder_is_the_users_choice(monkeypatch):
     assert files.cache_folder() == Path.home() / "somewhere"
     monkeypatch.delenv("DDKIT_CACHE")
     assert files.cache_folder().name == "ddkit"
+
+
+def test_a_file_system_without_locks_is_worked_on_and_other_refusals_are_told(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="no such locks on this system")
+    begun = []
+    for number, refused in ((errno.ENOLCK, False), (errno.EIO, True)):
+        def lockf(*_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        with pytest.raises(BadFile) if refused else contextlib.nullcontext():
+            with files.alone(tmp_path, "works", elsewhere="--out"):
+                begun.append(number)
+    assert begun == [errno.ENOLCK]

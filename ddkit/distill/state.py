@@ -150,14 +150,14 @@ def start_over(path: Path, folder: Path) -> None:
     before = _before(folder)
     if before.exists():
         started_with = sha256_of(before)
-        if _is_result(path, started_with, _best_images(folder)):
+        if sha256_of(path) != started_with:
+            if not _is_result(path, started_with, _best_images(folder)):
+                raise UsageError(
+                    f"{folder} keeps the set that another refinement began with, {before.name}, and {path} is not of it.",
+                    _another(folder),
+                )
             _copy_set(path, _given_up(folder))
-            _copy_set(before, path)
-        elif sha256_of(path) != started_with:
-            raise UsageError(
-                f"{folder} keeps the set that another refinement began with, {before.name}, and {path} is not of it.",
-                _another(folder),
-            )
+        _copy_set(before, path)  # also where a kill halfway left the tensor given back and not yet what is beside it
     for file in (folder / STATE_FILE, folder / RECORDS_FILE, *vars(set_files(before)).values()):
         file.unlink(missing_ok=True)
 

@@ -181,7 +181,9 @@ class _Run:
 
     def autoencoder(self) -> AutoencoderKL:
         """The autoencoder, from the folder where it is finished."""
-        if not (self.folder / "vae" / WEIGHTS_FILE).is_file() or self._may_improve_autoencoder():
+        wanted = not (self.folder / "vae" / WEIGHTS_FILE).is_file() or self._may_improve_autoencoder()
+        self.accelerator.wait_for_everyone()  # all processes have looked before one writes
+        if wanted:
             self._make_autoencoder()
             self.accelerator.wait_for_everyone()
         elif self._autoencoder_was_hurried():

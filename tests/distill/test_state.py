@@ -43,6 +43,20 @@ def test_starting_over_gives_back_the_set_as_it_was(start, tmp_path):
     assert run(start, tmp_path / "run", 1).steps == 1
 
 
+def test_a_kill_while_starting_over_loses_neither_set(start, tmp_path):
+    folder, before = tmp_path / "run", contents(start)
+    run(start, folder, 2)
+    refined = contents(start)
+    kept = {file: file.read_bytes() for file in folder.iterdir()}
+    start_over(start, folder)
+    for file, content in kept.items():  # as if killed when the tensor had been given back and nothing else yet
+        file.write_bytes(content)
+    for file, content in list(zip(vars(set_files(start)).values(), refined, strict=True))[1:]:
+        file.write_bytes(content)
+    start_over(start, folder)
+    assert contents(start) == before and contents(folder / "refined.pt") == refined
+
+
 def test_nothing_is_given_up_for_a_start_that_fails(start, tmp_path):
     folder = tmp_path / "run"
     run(start, folder, 2)
