@@ -23,7 +23,6 @@ from torch import Tensor
 from ddkit.data.store import dataset_spec
 from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.refine import PRESETS, Limits, RefineSettings, refine
 from ddkit.distill.state import RefinementState
 from ddkit.distill.student import StudentSettings
@@ -34,7 +33,6 @@ from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 START = "start"
 _OF_EXPERTS = ("experts", "expert_steps", "student_images")
-_TRAINED = ObserverSettings(trained_share=0.5)
 METHODS: dict[str, dict[str, Any]] = {
     "published": {"learning_rate": 1.0, "average": 0.0},
     "rate 3": {"average": 0.0},
@@ -45,10 +43,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "32 real": {"real_per_class": 32},
     "attention": {"attention": 100.0},
     "more attention": {"attention": 1000.0},
-    "half trained": {"observers": _TRAINED},
-    "half trained, recognised": {"observers": _TRAINED, "recognition": 0.1},
+    "half trained": {"trained_share": 0.5},
+    "half trained, recognised": {"trained_share": 0.5, "recognition": 0.1},
     "regression": {"objective": "regression", "means_first": 0},
     "means, then regression": {"objective": "regression", "means_first": 100},
+    "means, then half trained regression": {"objective": "regression", "means_first": 100, "trained_share": 0.5},
     "trajectories": {"objective": "trajectories", "means_first": 0},
     "means, then trajectories": {"objective": "trajectories", "means_first": 100},
 }
@@ -93,7 +92,7 @@ class Study:
 
     def _row(self, method: str) -> str:
         """The method, and what else the experts' rows depend on."""
-        if METHODS[method].get("objective") != "trajectories":
+        if not self._settings(method).needs_experts_at(10**9):
             return method
         return f"{method}, " + ", ".join(f"{name} {getattr(self.options, name)}" for name in _OF_EXPERTS)
 
@@ -152,7 +151,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 180.0], help="budgets of wall time")
     parser.add_argument("--steps", type=int, nargs="+", help="budgets of steps, in the place of --seconds")
     parser.add_argument("--start", type=Path, metavar="FILE", help="the set to start from, such as one refined before")
-    parser.add_argument("--experts", type=int, default=4, help="that trajectories are of; training them is not counted")
+    parser.add_argument("--experts", type=int, default=3, help="of trajectories and half trained; not counted")
     parser.add_argument("--expert-steps", type=int, default=1000, help="of each expert's training")
     parser.add_argument("--student-images", type=int, default=1, help="of each class, in a step that follows an expert")
     parser.add_argument("--ipc", type=int, default=10)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 @click.option("--means-first", type=click.IntRange(0), help="Steps by means before another objective.  [default: 400]")
 @click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
 @click.option("--experts", type=click.IntRange(1),
-              help="Networks that trajectories are of: trained on real images, once for a dataset and a seed.  [default: 4]")
+              help="Networks trained on real images, once for a dataset and a seed, for trajectories and --trained-share.  "
+                   "[default: 3]")
 @click.option("--student-steps", type=click.IntRange(1), help="Steps on the set that follow an expert's.  [default: 20]")
 @click.option("--real-per-class", type=click.IntRange(1),
               help="Real images of each class that a step compares with.  [default: 16]")
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
               help="Share that a step keeps of the images' moving average, which is what is written; 0 for none."
                    "  [default: 0.97]")
 @click.option("--trained-share", type=click.FloatRange(0, 1),
-              help="Share of steps that go by partly trained networks, not fresh ones.  [default: 0]")
+              help="Share of steps, but those by trajectories, that look through experts, not fresh networks.  [default: 0]")
 @click.option("--attention", type=click.FloatRange(0),
               help="Weight of matching attention maps beside means, 100 as published; several times slower on a CPU."
                    "  [default: 0]")
@@ -107,7 +108,7 @@ def refine(
 
 
 # What each of these options is of.
-_OF_OBJECTIVE = {"ridge": "regression", "experts": "trajectories", "student_steps": "trajectories"}
+_OF_OBJECTIVE = {"ridge": "regression", "student_steps": "trajectories"}
 # What is of the steps by means that come before an objective, and of no use where there are none.
 _OF_STEPS_BEFORE = {
     "regression": ("attention",),
@@ -117,7 +118,6 @@ _OF_STEPS_BEFORE = {
 
 def _settings(preset: str | None, options: dict[str, Any], recorded: RefineSettings | None) -> RefineSettings:
     """A preset's settings, or else those of the refinement that goes on, with what the options say otherwise."""
-    from ddkit.distill.observers import ObserverSettings
     from ddkit.distill.refine import PRESETS
 
     base = recorded if recorded and preset is None else PRESETS[preset or "track1"]
@@ -129,10 +129,10 @@ def _settings(preset: str | None, options: dict[str, Any], recorded: RefineSetti
     without_means = objective != "means" and given.get("means_first", base.means_first) == 0
     if without_means and (unused := [name for name in _OF_STEPS_BEFORE[objective] if name in given]):
         raise UsageError(f"--{unused[0].replace('_', '-')} is of the means, and none come before the {objective}.")
+    if "experts" in given and objective != "trajectories" and given.get("trained_share", base.trained_share) == 0:
+        raise UsageError("--experts are of trajectories and of --trained-share, and there are neither.")
     if "means_first" in given and objective == "means":
         raise UsageError("--means-first: there is nothing after the means, as the objective is means.")
-    if (share := given.pop("trained_share", None)) is not None:
-        given["observers"] = ObserverSettings(trained_share=share)
     if (count := given.pop("experts", None)) is not None:
         given["experts"] = dataclasses.replace(base.experts, count=count)
     if (steps := given.pop("student_steps", None)) is not None:

@@ -1,4 +1,5 @@
-"""Experts: networks in training on the real images, whose ways through their parameters a student is to follow."""
+"""Experts: networks in training on the real images, whose ways through their parameters a student is to follow, and
+through which, at any place of them, a set can be looked at."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class ExpertSettings:
     span: steps of an expert that a student is to do in its own few.
     """
 
-    count: int = 4
+    count: int = 3
     steps: int = 1000
     batch_size: int = 128
     learning_rate: float = 0.05
@@ -105,6 +106,11 @@ class Experts:
         begin = int(torch.randint(len(way) - stride, (1,), generator=generator))
         return way[begin].clone(), way[begin + stride].clone()
 
+    def place(self, generator: torch.Generator) -> Tensor:
+        """Any place of any way but its start: parameters as (P,) float32 on the CPU."""
+        way = self._ways[int(torch.randint(len(self._ways), (1,), generator=generator))]
+        return way[int(torch.randint(1, len(way), (1,), generator=generator))].clone()
+
     def _train(self, number: int, stop: StopRequest | None) -> Tensor | None:
         """(steps / keep_every + 1, P) float32 on the CPU: the start, then every place that is kept; None if stopped."""
         settings, spec = self._settings, self._references.spec
@@ -130,6 +136,16 @@ class Experts:
 def flat_parameters(network: nn.Module) -> Tensor:
     """All parameters of a network one after the other, (P,), a copy."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in network.parameters()])
+
+
+@torch.no_grad()
+def at_place(network: nn.Module, place: Tensor) -> nn.Module:
+    """A network with its parameters, (P,) as of `flat_parameters`, set where they lie: engines know where that is."""
+    begin = 0
+    for parameter in network.parameters():
+        parameter.copy_(place[begin : begin + parameter.numel()].view_as(parameter))
+        begin += parameter.numel()
+    return network
 
 
 def _read(path: Path) -> Tensor | None:

@@ -21,7 +21,7 @@ from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
 from ddkit.device import resolve_device, shortage_explained
-from ddkit.distill.experts import Experts, ExpertSettings
+from ddkit.distill.experts import Experts, ExpertSettings, at_place
 from ddkit.distill.matching import (
     distance_of_attention,
     distance_of_means,
@@ -29,7 +29,6 @@ from ddkit.distill.matching import (
     regression_error,
     same_augmentation,
 )
-from ddkit.distill.observers import Observers, ObserverSettings
 from ddkit.distill.references import References
 from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
 from ddkit.distill.student import Student, StudentSettings
@@ -39,6 +38,7 @@ from ddkit.files import alone
 from ddkit.generator.seeds import generator_for, network_seed
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
+from ddkit.protocol.convnet import ConvNet
 from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
 from ddkit.protocol.rounds import predict
 from ddkit.protocol.training import TrainingRun, TrainingSettings
@@ -66,13 +66,15 @@ class RefineSettings:
         learns from the set in a few steps ends from where one has come that learned from real images in many.
     means_first: steps by means before those of another objective, which is slower at first.
     ridge: strength of the regression.
-    experts, student: of the trajectories.
+    trained_share: of the steps but those of trajectories, which share looks through experts, at any place of their ways,
+        instead of through fresh random networks.
+    experts: of that and of trajectories. student: of trajectories.
     real_per_class: real images of each class that a step goes by.
     learning_rate, momentum: of SGD on the pixels, in normalised space.
     average: of the images' exponential moving average, which is what is judged and written, the share that a step
         keeps; it evens out what each step's random network does. 0: the images themselves.
     attention: weight of the distance of attention maps beside that of means; see `distance_of_attention`.
-    recognition: weight of the cross-entropy by partly trained networks beside the distance of means.
+    recognition: weight of the cross-entropy by experts beside the distance of means.
     displayable: keep pixels within [0, 255]; the challenge does not ask for it.
     check_every: steps between two judgements by a held-out part of the training set; the best set by them is kept.
     check_epochs: E of the training that a judgement takes. held_out: share of each class's training images.
@@ -85,6 +87,7 @@ class RefineSettings:
     learning_rate: float = 3.0
     momentum: float = 0.5
     average: float = 0.97
+    trained_share: float = 0.0
     attention: float = 0.0
     recognition: float = 0.0
     displayable: bool = False
@@ -92,7 +95,6 @@ class RefineSettings:
     check_epochs: int = 100
     held_out: float = 0.1
     seed: int = 0
-    observers: ObserverSettings = field(default_factory=ObserverSettings)
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
 
@@ -106,14 +108,20 @@ class RefineSettings:
             raise UsageError(f"RefineSettings.held_out is a share between 0 and 1, got {self.held_out}.")
         if self.attention < 0:
             raise UsageError(f"RefineSettings.attention must not be negative, got {self.attention}.")
-        if self.recognition > 0 and self.observers.trained_share == 0:
-            raise UsageError("RefineSettings.recognition is by partly trained networks, and trained_share is 0.")
+        if not 0 <= self.trained_share <= 1:
+            raise UsageError(f"RefineSettings.trained_share is a share from 0 to 1, got {self.trained_share}.")
+        if self.recognition > 0 and self.trained_share == 0:
+            raise UsageError("RefineSettings.recognition is by experts, and trained_share is 0.")
         if not 0 <= self.average < 1:
             raise UsageError(f"RefineSettings.average is a share from 0 to below 1, got {self.average}.")
 
     def objective_at(self, step: int) -> str:
         """What step number `step`, counted from 0, goes by."""
         return "means" if step < self.means_first else self.objective
+
+    def needs_experts_at(self, step: int) -> bool:
+        """Whether experts have to be there before step number `step`, counted from 0."""
+        return self.trained_share > 0 or self.objective_at(step) == "trajectories"
 
 
 # What measured best for track 1's ten images a class and E = 1000; and distribution matching alone.
@@ -179,12 +187,11 @@ def refine(
         if fresh:
             start_over(path, folder)
         state = _begin_or_go_on(path, spec, settings, folder)
-        observers = Observers(references, settings.observers, seed=settings.seed, device=chosen, progress=progress)
         experts = Experts(
             references, state.dataset_sha256, settings.experts, seed=settings.seed, device=chosen, progress=progress
         )
         try:
-            _Refinement(state, settings, references, observers, experts, chosen, progress).run(limits, save_every_seconds)
+            _Refinement(state, settings, references, experts, chosen, progress).run(limits, save_every_seconds)
         except (Interrupted, ComputeError):
             if state.judgements:
                 _write(state, settings, spec, out or path)
@@ -199,9 +206,7 @@ def recorded_settings(folder: Path) -> RefineSettings | None:
     if not (folder / STATE_FILE).exists():
         return None
     recorded = dict(RefinementState.read(folder).settings)
-    observers = recorded.pop("observers")
     parts = {
-        "observers": ObserverSettings(**{**observers, "snapshots": tuple(observers["snapshots"])}),
         "experts": ExpertSettings(**recorded.pop("experts")),
         "student": StudentSettings(**recorded.pop("student")),
     }
@@ -233,13 +238,12 @@ class _Refinement:
         state: RefinementState,
         settings: RefineSettings,
         references: References,
-        observers: Observers,
         experts: Experts,
         device: torch.device,
         progress: Listener,
     ) -> None:
         self._state, self._settings = state, settings
-        self._references, self._observers, self._experts = references, observers, experts
+        self._references, self._experts = references, experts
         self._spec, self._device, self._progress = references.spec, device, progress
         self._images = state.images.to(device).clone().requires_grad_()
         self._average = state.average.to(device).clone()
@@ -263,11 +267,8 @@ class _Refinement:
                     return
                 if judging:
                     self._judge(stop)
-                elif self._follows(state.step) and (not self._experts.ready or state.student_rate is None):
-                    self._prepare_student(stop)
-                elif not self._follows(state.step) and not self._observers.ready:
-                    with shortage_explained(self._shortage):
-                        self._observers.prepare(stop)
+                elif not self._prepared():
+                    self._prepare(stop)
                 else:
                     self._advance(limits)
                 stopping = bool(stop)
@@ -328,7 +329,7 @@ class _Refinement:
     def _compare(self, number: int, generator: torch.Generator) -> tuple[float, Tensor]:
         """What the step's network makes of the images and of real ones: the loss, and its gradient."""
         settings = self._settings
-        network, trained = self._observers.at(number)
+        network, trained = self._observer(number)
         real = self._references.batch(settings.real_per_class, generator).to(self._device)
         images, real = same_augmentation(self._images, real, generator)
         if settings.objective_at(number) == "regression":
@@ -341,11 +342,29 @@ class _Refinement:
             loss = loss + settings.recognition * misclassification(network, embedding, self._labels)
         return loss.item(), torch.autograd.grad(loss, self._images)[0]
 
-    def _prepare_student(self, stop: StopRequest) -> None:
-        """See to experts and to a rate that students begin with; asked to stop, it returns with less than that."""
+    def _observer(self, number: int) -> tuple[ConvNet, bool]:
+        """The network that a step looks through, and whether it has been trained; by the seed and the step alone."""
+        spec, seed = self._spec, self._settings.seed
+        network = build_network(
+            OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=network_seed("observer", seed, number)
+        ).to(self._device)
+        generator = generator_for("cpu", "observer", seed, number)
+        trained = torch.rand(1, generator=generator).item() < self._settings.trained_share
+        if trained:
+            at_place(network, self._experts.place(generator))
+        return network, trained
+
+    def _prepared(self) -> bool:
+        """Whether what the next step needs besides the images is there."""
+        step = self._state.step
+        experts = self._experts.ready or not self._settings.needs_experts_at(step)
+        return experts and (self._state.student_rate is not None or not self._follows(step))
+
+    def _prepare(self, stop: StopRequest) -> None:
+        """See to experts and, for students, to a rate that they begin with; asked to stop, it returns with less than that."""
         with shortage_explained(self._shortage):
             self._experts.prepare(stop)
-            if self._experts.ready and self._state.student_rate is None:
+            if self._experts.ready and self._follows(self._state.step) and self._state.student_rate is None:
                 generator = generator_for("cpu", "first rate", self._settings.seed)
                 self._state.student_rate = self._student.first_rate(
                     self._images, self._experts, generator, stop=stop, progress=self._progress

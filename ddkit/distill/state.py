@@ -23,7 +23,7 @@ from ddkit.tensor_files import save_torch
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
-_VERSION = 6
+_VERSION = 7
 _FRESH = "Start over with --fresh, or refine on in another folder with --run."
 
 

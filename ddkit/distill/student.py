@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ddkit.challenge import DatasetSpec
-from ddkit.distill.experts import Experts
+from ddkit.distill.experts import Experts, at_place
 from ddkit.errors import UsageError, require_positive
 from ddkit.interrupt import StopRequest
 from ddkit.progress import Listener, Progress, ignore
@@ -159,13 +159,3 @@ class Student:
         classifier = self._looker.classifier
         logits = F.linear(embedding, classifier.weight.detach(), classifier.bias.detach())
         return torch.autograd.grad(F.cross_entropy(logits, labels), images)[0]
-
-
-@torch.no_grad()
-def at_place(network: nn.Module, place: Tensor) -> nn.Module:
-    """A network with its parameters, (P,) as of `flat_parameters`, set where they lie: engines know where that is."""
-    begin = 0
-    for parameter in network.parameters():
-        parameter.copy_(place[begin : begin + parameter.numel()].view_as(parameter))
-        begin += parameter.numel()
-    return network

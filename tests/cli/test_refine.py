@@ -159,6 +159,7 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
         (["submission/colours.pt", "--lr", "0"], 2, "--lr"),
         (["submission/colours.pt", "--preset", "means", "--ridge", "1"], 2, "--ridge is of the objective regression"),
         (["submission/colours.pt", "--student-steps", "3"], 2, "--student-steps is of the objective trajectories"),
+        (["submission/colours.pt", "--experts", "2"], 2, "--experts are of trajectories and of --trained-share"),
         (["submission/colours.pt", "--preset", "means", "--means-first", "1"], 2, "nothing after the means"),
         (["submission/colours.pt", "--objective", "trajectories", "--means-first", "0", "--real-per-class", "3"], 2,
          "--real-per-class is of the means"),

@@ -9,9 +9,8 @@ import torch
 
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.distill.experts import Experts, ExpertSettings
+from ddkit.distill.experts import Experts, ExpertSettings, at_place
 from ddkit.distill.references import References
-from ddkit.distill.student import at_place
 from ddkit.errors import UsageError
 from ddkit.interrupt import stop_requests
 from ddkit.protocol.engine import build_engine
@@ -51,6 +50,17 @@ def test_they_are_trained_once_and_found_again(references, own_cache):
     for seed in range(3):
         ours, theirs = (kept.stretch(torch.Generator().manual_seed(seed)) for kept in (first, again))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_place_is_any_but_a_start(references):
+    ours = experts(references)
+    stretches = [ours.stretch(torch.Generator().manual_seed(seed)) for seed in range(60)]
+    ends, places = ({tuple(place[:4].tolist()) for place in found} for found in (
+        [end for _, end in stretches], [ours.place(torch.Generator().manual_seed(seed)) for seed in range(60)],
+    ))
+    starts = {tuple(start[:4].tolist()) for start, _ in stretches}
+    assert len(places) == QUICK.count * QUICK.steps
+    assert ends <= places and len(starts & places) == len(starts) - QUICK.count
 
 
 @pytest.mark.parametrize(

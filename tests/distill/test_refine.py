@@ -14,7 +14,6 @@ from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.matching import distance_of_means
-from ddkit.distill.observers import ObserverSettings
 from ddkit.distill.references import References
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RECORDS_FILE
@@ -27,16 +26,12 @@ pytestmark = pytest.mark.usefixtures("measured_before")
 
 QUICK = RefineSettings(
     real_per_class=4, check_every=3, check_epochs=1, held_out=0.2,
-    observers=ObserverSettings(trained_share=0.5, trainings=1, snapshots=(1, 2)), recognition=0.1,
+    experts=ExpertSettings(count=1, steps=4, batch_size=4, keep_every=1, span=2), trained_share=0.5, recognition=0.1,
 )  # fmt: skip
-BLIND = dataclasses.replace(QUICK, observers=ObserverSettings(trained_share=0), recognition=0.0)
+BLIND = dataclasses.replace(QUICK, trained_share=0.0, recognition=0.0)
 REGRESSING = dataclasses.replace(QUICK, means_first=1)
 ATTENDING = dataclasses.replace(QUICK, objective="means", attention=100.0)
-
-FOLLOWING = dataclasses.replace(
-    BLIND, objective="trajectories", means_first=1, student=StudentSettings(steps=2),
-    experts=ExpertSettings(count=1, steps=4, batch_size=4, keep_every=1, span=2),
-)  # fmt: skip
+FOLLOWING = dataclasses.replace(BLIND, objective="trajectories", means_first=1, student=StudentSettings(steps=2))
 
 
 @pytest.fixture
@@ -112,7 +107,7 @@ def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
 @pytest.mark.parametrize(
     ("task", "settings", "after"),
     [
-        ("Training networks to look with", QUICK, 0),
+        ("Training experts (once)", QUICK, 0),
         ("Training experts (once)", FOLLOWING, 1),
         ("Trying students' rates", FOLLOWING, 1),
     ],
@@ -281,7 +276,8 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize(
         "wrong",
         [{"objective": "mean"}, {"ridge": 0.0}, {"means_first": -1}, {"attention": -1.0}, {"held_out": 0.0}, {"average": 1.0},
-         {"learning_rate": 0.0}, {"check_every": 0}, {"recognition": 0.1, "observers": ObserverSettings()}],
+         {"learning_rate": 0.0}, {"check_every": 0}, {"recognition": 0.1, "trained_share": 0.0},
+         {"trained_share": 1.5}],
     )
     def test_settings_that_cannot_be_meant(self, wrong):
         with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -8,8 +8,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ddkit.data.store import dataset_spec
-from ddkit.distill.experts import flat_parameters
-from ddkit.distill.student import Student, StudentSettings, at_place
+from ddkit.distill.experts import at_place, flat_parameters
+from ddkit.distill.student import Student, StudentSettings
 from ddkit.errors import UsageError
 from ddkit.protocol.augment import random_augment
 from ddkit.protocol.networks import build_network
