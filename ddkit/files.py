@@ -24,7 +24,8 @@ except ImportError:  # Windows has no such locks; there two processes in one fol
     fcntl = None
 
 LOCK_FILE = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none, where it is the user's care too
+# What locking a file raises on a file system that has no locks, where it is the user's care too.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # What zipfile raises over a damaged or hostile zip. RuntimeError: a password is asked for; NotImplementedError: a
 # compression or a version that this Python lacks; ValueError: a directory that cannot be true.
@@ -82,7 +83,7 @@ def alone(folder: Path, what: str, *, elsewhere: str, leads: bool = True) -> Ite
                 f"Another process {what} in {folder}.", f"Wait for it, stop it, or choose another folder with {elsewhere}."
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise explain_os_error(error, folder) from error
         yield
 
@@ -164,8 +165,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def append_line(path: str | os.PathLike[str], line: str) -> None:
-    """Append a line of UTF-8 and sync it; after a last line that a kill has torn, on a new one. Raises BadFile."""
+def append_line(path: str | os.PathLike[str], line: str, *, sync: bool = True) -> None:
+    """Append a line of UTF-8; after a last line that a kill has torn, on a new one. Raises BadFile.
+
+    sync: wait until it is on the disk.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +181,8 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
                     file.write(b"\n")
             file.write(line.encode() + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
     except OSError as error:
         raise explain_os_error(error, path) from error
 

@@ -77,6 +77,8 @@ class Result(Scores):
     seconds: float = 0.0  # of training and testing, all rounds
     generation_seconds: tuple[float, ...] = ()  # track 2: of the generator, per round
     generated: tuple[int, ...] = ()  # track 2: how many images it made, per round
+    time_budget: float | None = None  # track 2: seconds it had for each round; None where the record is older than that
+    test_images: int | None = None  # None where the record is older than that
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str = ""  # ISO 8601, UTC, when the evaluation ended
@@ -248,6 +250,8 @@ _FORMS: Mapping[str, Callable[[Any], bool]] = {
     "accuracies": _each(_is_fraction, least=1),
     "deviations": _each(_is_text),
     "seconds": _is_number,
+    "time_budget": lambda value: value is None or _is_number(value),
+    "test_images": lambda value: value is None or _is_count(value),
     "generation_seconds": _each(_is_number),
     "generated": _each(_is_count),
     "loss_curves": _each(_each(_is_number)),

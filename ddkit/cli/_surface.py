@@ -46,21 +46,25 @@ class Surface:
         self.quiet = quiet
         self.out = _console(stderr=False)
         self.err = _console(stderr=True)
-        self._verbosity = verbosity
+        self.verbosity = verbosity
         self._began = time.monotonic()
         self._live = _ProgressBars(self.err)
         self._lines = _ProgressLines(self.err)
 
     def __enter__(self) -> Surface:
         ours, everyone = logging.getLogger("ddkit"), logging.getLogger()
-        self._logger = everyone if self._verbosity >= 2 else ours
+        self._logger = everyone if self.verbosity >= 2 else ours
         self._levels = {logger: logger.level for logger in (ours, everyone)}
         self._handler = RichHandler(console=self.err, show_time=False, show_path=False)
         self._handler.setFormatter(logging.Formatter("%(message)s"))
+        # The demo's commands run within one that speaks already: a warning is for telling once.
+        self._outer = [handler for handler in self._logger.handlers if isinstance(handler, RichHandler)]
+        for handler in self._outer:
+            self._logger.removeHandler(handler)
         self._logger.addHandler(self._handler)
-        chosen = (logging.WARNING, logging.INFO, logging.DEBUG)[min(self._verbosity, 2)]
+        chosen = (logging.WARNING, logging.INFO, logging.DEBUG)[min(self.verbosity, 2)]
         ours.setLevel(logging.ERROR if self.quiet else chosen)
-        everyone.setLevel(logging.INFO if self._verbosity >= 2 else logging.WARNING)
+        everyone.setLevel(logging.INFO if self.verbosity >= 2 else logging.WARNING)
         return self
 
     def __exit__(
@@ -69,6 +73,8 @@ class Surface:
         self._live.stop()
         # Commands follow one another in one process in the demo, in notebooks and in tests.
         self._logger.removeHandler(self._handler)
+        for handler in self._outer:
+            self._logger.addHandler(handler)
         for logger, level in self._levels.items():
             logger.setLevel(level)
 

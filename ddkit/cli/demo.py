@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
+from ddkit.cli import wants_traceback
 from ddkit.cli._options import device_option, example, seed_option, surface_options
 from ddkit.cli._surface import Surface
 
@@ -34,17 +36,20 @@ def demo(ctx: click.Context, surface: Surface, folder: Path, device: str, seed: 
     surface.say(f"The whole way on built-in images of letters, in {escape(str(folder))}: some minutes on 2 CPU cores.")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with _inside(folder):
+    flags = ["--quiet"] * surface.quiet + ["--verbose"] * surface.verbosity + ["--debug"] * wants_traceback(ctx)
+    # With --json standard output is for one document.
+    shown = contextlib.redirect_stdout(sys.stderr) if surface.as_json else contextlib.nullcontext()
+    with _inside(folder), shown:
         for words in _steps(device, seed):
             surface.say(f"\n[bold]$ ddkit {escape(shlex.join(words))}[/bold]")
-            status = ctx.find_root().command.main(words, prog_name="ddkit", standalone_mode=False)
+            status = ctx.find_root().command.main([*words, *flags], prog_name="ddkit", standalone_mode=False)
             if status:
                 ctx.exit(status)
-    surface.say(f"\nAll of it took {time.monotonic() - began:.0f} s.")
-    surface.done(
-        [folder / name for name in ("submission/glyphs.png", "report.html", "submission.zip")],
-        "ddkit train --dataset cifar100",
-    )
+    seconds = time.monotonic() - began
+    written = [folder / name for name in ("submission/glyphs.png", "report.html", "submission.zip")]
+    surface.say(f"\nAll of it took {seconds:.0f} s.")
+    surface.done(written, "ddkit train --dataset cifar100")
+    surface.result({"seconds": seconds, "files": written})
 
 
 def _steps(device: str, seed: int) -> list[list[str]]:

@@ -30,10 +30,12 @@ from ddkit.errors import BadFile, MissingData, UsageError
 from ddkit.protocol.plan import PRECISIONS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ddkit.challenge import DatasetSpec
     from ddkit.metrics.ddranking import Need, Ranking
     from ddkit.protocol.comparison import Comparison
-    from ddkit.protocol.evaluate import Evaluation, EvaluationSettings, StateFolder
+    from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
     from ddkit.protocol.reference import TestSet
     from ddkit.results import Records, Result
 
@@ -100,12 +102,14 @@ def evaluate(
     surface.quiet = surface.quiet or not team.leads
     if ranking and (no_augment or settings.track != 1):
         raise UsageError("--ranking is of sets on track 1, evaluated with augmentation.")
+    if settings.time_budget is not None and settings.track == 1:
+        raise UsageError("--time-budget is of track 2, where a generator makes the images.")
     if full_epochs_setting is not None and not ranking:
         raise UsageError("--full-epochs-setting goes with --ranking.")
     records = Records(results, writes=team.leads)
     for problem in records.problems:
         surface.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
-    job = _Job(surface, settings, reference, StateFolder(state, save_every), records)
+    job = _Job(surface, settings, reference, StateFolder(state, save_every), records, ranking)
     evaluate_each = _evaluate_entries if settings.track == 2 else _evaluate_sets
     evaluated = evaluate_each(job, sets, dataset)
     ranked = [result for result in evaluated if ranking and result.kind == "submission"]
@@ -115,9 +119,15 @@ def evaluate(
 
 
 def _evaluate_sets(job: _Job, sets: Sequence[Path], dataset: str | None) -> list[Result]:
-    # All are looked for before the first is trained on, which can take hours.
     named = [(path, dataset_of(path, dataset)) for path in sets or _in_submission_folder()]
-    return [job.run(path, name) for path, name in named]
+    of = sorted({name for _, name in named})
+    if job.reference is not None and len(of) > 1:
+        raise UsageError(f"--reference is of one dataset, and the sets are of {' and '.join(of)}.", "Name sets of one.")
+    # All are read and checked before the first is trained on, which can take hours.
+    read = [job.read(path, name) for path, name in named]
+    if job.ranking and all(one.kind in _REFERENCE_KINDS for one in read):
+        raise UsageError("--ranking is of sets that are held against real images, and these are real images themselves.")
+    return [job.run(one) for one in read]
 
 
 def _evaluate_entries(job: _Job, entries: Sequence[Path], dataset: str | None) -> list[Result]:
@@ -144,6 +154,25 @@ def _in_submission_folder() -> list[Path]:
 
 
 @dataclass(frozen=True)
+class _ReadSet:
+    """A set as it was when the command began: the file may be another one by the time it is trained on.
+
+    facts: the JSON beside it. kind: as in `Result`.
+    """
+
+    path: Path
+    spec: DatasetSpec
+    images: Tensor
+    sha256: str
+    facts: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        kind = self.facts.get("kind")
+        return kind if kind in _REFERENCE_KINDS else "submission"
+
+
+@dataclass(frozen=True)
 class _Job:
     """What the evaluations of one command have in common."""
 
@@ -152,22 +181,34 @@ class _Job:
     reference: Path | None
     state: StateFolder
     records: Records
+    ranking: bool
 
-    def run(self, path: Path, name: str) -> Result:
-        """Evaluate one set."""
+    def read(self, path: Path, name: str) -> _ReadSet:
+        """One set, checked; what it will be tested on is there as well."""
         from ddkit.data.store import dataset_spec
         from ddkit.files import sha256_of
-        from ddkit.submission.layout import read_facts
+        from ddkit.submission.layout import load_tensor, read_facts
 
         spec = dataset_spec(name)
-        self.surface.say(f"Evaluating {escape(str(path))} on {escape(name)}: {_length(self.settings)}.")
-        # Before it is trained on: the file may be another one by the end.
-        facts, sha256 = read_facts(path), sha256_of(path)
-        evaluation = self._tensor(path, spec)
-        kind = facts["kind"] if facts.get("kind") in _REFERENCE_KINDS else "submission"
+        self._check(path, spec)
+        self._test_set(spec)
+        return _ReadSet(path, spec, load_tensor(path, spec), sha256_of(path), read_facts(path))
+
+    def run(self, one: _ReadSet) -> Result:
+        """Evaluate one set."""
+        from ddkit.protocol.evaluate import evaluate_source
+        from ddkit.protocol.sources import FixedSet
+        from ddkit.submission.layout import row_labels
+
+        spec, images = one.spec, one.images
+        self.surface.say(f"Evaluating {escape(str(one.path))} on {escape(spec.name)}: {_length(self.settings)}.")
+        source = FixedSet(images, row_labels(spec.num_classes, len(images) // spec.num_classes))
+        evaluation = evaluate_source(
+            source, self._test_set(spec), self.settings, state=self.state, progress=self.surface.listen
+        )
         # Sets in one folder are one entry: the report joins them by this name.
-        name = path.resolve().parent.name
-        result = evaluation.result(name, sha256, str(path), kind=kind, made_by=facts)
+        name = one.path.resolve().parent.name
+        result = evaluation.result(name, one.sha256, str(one.path), kind=one.kind, made_by=one.facts)
         self.records.add(result)
         return result
 
@@ -222,18 +263,6 @@ class _Job:
 
     def _announce(self, need: Need, settings: EvaluationSettings) -> None:
         self.surface.say(f"For DD-Ranking, evaluating {need}: {_length(settings)}.")
-
-    def _tensor(self, path: Path, spec: DatasetSpec) -> Evaluation:
-        from ddkit.protocol.evaluate import evaluate_source
-        from ddkit.protocol.sources import FixedSet
-        from ddkit.submission.layout import load_tensor, row_labels
-
-        self._check(path, spec)
-        images = load_tensor(path, spec)
-        source = FixedSet(images, row_labels(spec.num_classes, len(images) // spec.num_classes))
-        return evaluate_source(
-            source, self._test_set(spec), self.settings, state=self.state, progress=self.surface.listen
-        )
 
     def _check(self, path: Path, spec: DatasetSpec) -> None:
         """Refuse what `ddkit check` refuses; say what it warns of. Any number of images a class can be evaluated."""

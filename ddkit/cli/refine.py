@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 @click.option("--attention", type=click.FloatRange(0),
               help="Weight of matching attention maps beside means, 100 as published; several times slower on a CPU."
                    "  [default: 0]")
-@click.option("--recognition", type=click.FloatRange(0), help="Weight of being recognised by those.")
+@click.option("--recognition", type=click.FloatRange(0),
+              help="Weight of being recognised by the experts of --trained-share.  [default: 0]")
 @click.option("--displayable", is_flag=True, default=None,
               help="Keep pixels within [0, 255]; the challenge does not ask for it.")
 @click.option("--check-every", type=click.IntRange(1),

@@ -60,8 +60,6 @@ def train(
     fresh: bool,
     out: Path | None,
     save_every: float,
-    track_every: int | None,
-    features: str | None,
     device: str,
     tensorboard: bool,
     dry_run: bool,
@@ -91,11 +89,7 @@ def train(
     if dry_run:
         _show_costs(surface, plan, data, device)
         return
-    if track_every is None:
-        track_every = plan.track_every
-    if features and not track_every:
-        raise UsageError("--features are what --track-every looks with, and nothing is tracked.", "Give --track-every STEPS.")
-    tracking = _tracking(surface, data, device, track_every, features or "convnet")
+    tracking = _tracking(surface, data, device, plan)
     request = TrainingRequest(plan.config, plan.preset, seconds, device, save_every, tensorboard)
     _train(surface, data, request, folder, fresh, tracking, plan)
 
@@ -109,14 +103,14 @@ def _open(surface: Surface, dataset: str) -> TrainingData:
     return TrainingData(dataset, images, store_hash(dataset, "train"))
 
 
-def _tracking(surface: Surface, data: TrainingData, device: str, every_steps: int, features: str) -> Tracking | None:
+def _tracking(surface: Surface, data: TrainingData, device: str, plan: Plan) -> Tracking | None:
     from ddkit.device import resolve_device
     from ddkit.generator.tracking import track_frechet_in
 
-    if not every_steps or len(data.images) < 2:
+    if not plan.track_every or len(data.images) < 2:
         return None
     return track_frechet_in(
-        features, data, every_steps=every_steps, device=resolve_device(device), progress=surface.listen
+        plan.features, data, every_steps=plan.track_every, device=resolve_device(device), progress=surface.listen
     )
 
 

@@ -157,22 +157,62 @@ def _load_pickle(name: str, file: BinaryIO, path: Path) -> dict[str, Any]:
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and Python's plain types; refuses every other class or function by name."""
+    """Builds Python's plain types and arrays of integers; refuses every other class or function by name.
+
+    None of numpy's own are handed out: called with what a pickle chooses, they make objects of any address. What stands
+    in for them are methods, which a pickle can call and not change.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        array = np.zeros(1)
-        allowed = {
-            "_reconstruct": array.__reduce__()[0],
-            "_frombuffer": array.__reduce_ex__(5)[0],
-            "ndarray": np.ndarray,
-            "dtype": np.dtype,
-        }
+        allowed = {"_reconstruct": _Array.empty, "_frombuffer": _Array.of, "ndarray": None, "dtype": _IntegerType.of}
         if module.partition(".")[0] == "numpy" and name in allowed:
             return allowed[name]
         if (module, name) == ("_codecs", "encode"):
             # How Python 3 writes bytes in the older pickle formats.
             return _encode_latin1
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
+
+
+class _IntegerType:
+    """What a pickle says of an array's numbers: the only ones there are, integers."""
+
+    def __init__(self, code: str | bytes) -> None:
+        self.numpy = np.dtype(_text(code))
+        if self.numpy.kind not in "ui":
+            raise pickle.UnpicklingError(f"it holds numbers of type {self.numpy}")
+
+    @classmethod
+    def of(cls, code: str | bytes, *_: Any) -> _IntegerType:
+        return cls(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = _text(state[1])
+        if order in "<>":
+            self.numpy = self.numpy.newbyteorder(order)
+
+
+class _Array:
+    """An array in the making, in the ways that numpy's own are pickled; `numpy.asarray` gives what it came to."""
+
+    def __init__(self) -> None:
+        self._values = np.zeros(0, np.uint8)
+
+    @classmethod
+    def empty(cls, *_: Any) -> _Array:
+        return cls()
+
+    @classmethod
+    def of(cls, data: bytes, numbers: _IntegerType, shape: tuple[int, ...], order: str) -> _Array:
+        array = cls()
+        array.__setstate__((1, shape, numbers, order == "F", data))
+        return array
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, numbers, by_columns, data = state
+        self._values = np.frombuffer(data, numbers.numpy).reshape(shape, order="F" if by_columns else "C")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self._values, dtype)
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:

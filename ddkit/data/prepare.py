@@ -29,7 +29,7 @@ from ddkit.data.sources import PixelSplit, Source, open_source, some
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
 from ddkit.errors import BadData, MissingData, UsageError, nearest_name
-from ddkit.files import cache_folder, explain_os_error, replacing_folder, sha256_of
+from ddkit.files import NO_LOCKS, cache_folder, explain_os_error, replacing_folder, sha256_of
 from ddkit.progress import Listener, Progress, ignore
 
 try:
@@ -368,5 +368,9 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise explain_os_error(error, error.filename or folder) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise explain_os_error(error, folder) from error
         yield

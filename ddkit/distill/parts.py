@@ -49,6 +49,8 @@ class Parts:
         """(n, 3, S, S) uint8: the rows that earlier runs have made, up to the first that is missing or damaged."""
         parts, count = [torch.empty(0, *self._shape, dtype=torch.uint8)], 0
         for start, path in self._files():
+            if start < count:
+                continue  # made by an earlier run that was cut otherwise, and covered since
             part = self._read(path) if start == count else None
             if part is None:
                 break

@@ -16,7 +16,8 @@ from ddkit.protocol.reference import TestSet
 class References:
     """The training split in two parts, class by class: images to learn from, and images held out.
 
-    held_out: share of each class, at least one image of it. Raises UsageError for a class of fewer than two images.
+    held_out: share of each class, at least one image of it and not all. Raises UsageError for a class of fewer than two
+    images.
     """
 
     def __init__(self, dataset: ImageSet, spec: DatasetSpec, *, held_out: float, seed: int) -> None:
@@ -31,7 +32,7 @@ class References:
                     "one to learn from and one to judge by are needed."
                 )
             rows = rows[torch.randperm(len(rows), generator=generator_for("cpu", "held out", seed, c))]
-            count = max(1, round(held_out * len(rows)))
+            count = min(len(rows) - 1, max(1, round(held_out * len(rows))))
             kept_back.append(rows[:count])
             self._rows.append(rows[count:].sort().values)
         self._all = torch.cat(self._rows)

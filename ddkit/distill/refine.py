@@ -33,7 +33,7 @@ from ddkit.distill.references import References
 from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
 from ddkit.distill.student import Student, StudentSettings
 from ddkit.environment import versions
-from ddkit.errors import ComputeError, Interrupted, UsageError, nearest_name, require_positive
+from ddkit.errors import BadFile, ComputeError, Interrupted, UsageError, nearest_name, require_positive
 from ddkit.files import alone
 from ddkit.generator.seeds import generator_for, network_seed
 from ddkit.interrupt import StopRequest, stop_requests
@@ -74,7 +74,7 @@ class RefineSettings:
     average: of the images' exponential moving average, which is what is judged and written, the share that a step
         keeps; it evens out what each step's random network does. 0: the images themselves.
     attention: weight of the distance of attention maps beside that of means; see `distance_of_attention`.
-    recognition: weight of the cross-entropy by experts beside the distance of means.
+    recognition: weight of the cross-entropy by the expert that a step looks through, beside the step's loss.
     displayable: keep pixels within [0, 255]; the challenge does not ask for it.
     check_every: steps between two judgements by a held-out part of the training set; the best set by them is kept.
     check_epochs: E of the training that a judgement takes. held_out: share of each class's training images.
@@ -168,13 +168,13 @@ def refine(
     """Refine the set at `path`, going on from what `folder` holds of it; the best by the held-out images is written.
 
     folder: keeps the set as it was (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
-    fresh: begin from the set as it was; the one that was refined from it is kept in the folder (refined.pt). A set that
-        nothing is gained on is left as it is.
+    fresh: begin from the set as it was; the one that was refined from it, at `out`, is kept in the folder (refined.pt).
+        A set that nothing is gained on is left as it is.
     Raises InvalidSubmission for a set that `check` refuses; UsageError for an `out` that does not end in .pt, for the
     copies that the folder keeps, or where the folder belongs to another set, other settings or other real images, or
     another process refines in it;
-    ComputeError where it diverges or memory is short and Interrupted once asked to stop, what was reached written in
-    both cases; and what `open_dataset` and `save_set` raise.
+    ComputeError where it diverges or memory is short, Interrupted once asked to stop and BadFile for what the system
+    refuses, what was reached written in these cases; and what `open_dataset` and `save_set` raise.
     """
     require_tensor_name(out or path)
     refuse_kept_copy(folder, path, out or path)
@@ -185,14 +185,14 @@ def refine(
     load_tensor(path, spec)  # what is no set is refused before anything is forgotten
     with alone(folder, "refines", elsewhere="--run"):
         if fresh:
-            start_over(path, folder)
+            start_over(path, folder, out)
         state = _begin_or_go_on(path, spec, settings, folder)
         experts = Experts(
             references, state.dataset_sha256, settings.experts, seed=settings.seed, device=chosen, progress=progress
         )
         try:
             _Refinement(state, settings, references, experts, chosen, progress).run(limits, save_every_seconds)
-        except (Interrupted, ComputeError):
+        except (Interrupted, ComputeError, BadFile):
             if state.judgements:
                 _write(state, settings, spec, out or path)
             raise
@@ -268,13 +268,13 @@ class _Refinement:
                 if judging:
                     self._judge(stop)
                 elif not self._prepared():
+                    self._save()
                     self._prepare(stop)
                 else:
                     self._advance(limits)
                 stopping = bool(stop)
                 if stopping or judging or time.monotonic() - saved >= save_every_seconds:
-                    self._keep()
-                    state.save()
+                    self._save()
                     saved = time.monotonic()
                 if stopping:
                     raise Interrupted(
@@ -295,10 +295,10 @@ class _Refinement:
 
     def _shortage(self) -> ComputeError:
         classes, at_once = self._spec.num_classes, self._settings.real_per_class
-        if self._follows(self._state.step):
+        if self._follows(self._state.step) or not self._prepared():
             return ComputeError(
-                f"Memory is short for experts of {classes} classes and for students that follow them.",
-                "Close other programs, or start over with --fresh and another --objective.",
+                f"Memory is short for experts of {classes} classes and for what goes by them.",
+                "Close other programs, or start over with --fresh, without --trained-share and with another --objective.",
             )
         return ComputeError(
             f"Memory is short for {at_once} real images of each of {classes} classes at once.",
@@ -412,6 +412,10 @@ class _Refinement:
         else:
             figures["step"] = state.step
             self._progress(Progress("Refining", min(state.seconds, limits.seconds), limits.seconds, "s", figures))
+
+    def _save(self) -> None:
+        self._keep()
+        self._state.save()
 
     def _keep(self) -> None:
         """Bring the state up to what is on the device."""

@@ -6,7 +6,6 @@ A run folder holds state.pt, the judgements as records.jsonl, and the set as it 
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 from ddkit.errors import BadFile, UsageError
 from ddkit.files import replacing, sha256_of, write_text
 from ddkit.submission.layout import SavedSet, read_facts, set_files
-from ddkit.tensor_files import save_torch
+from ddkit.tensor_files import Unloadable, load_restricted, save_torch
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
@@ -140,23 +139,26 @@ class RefinementState:
         write_text(self.folder / RECORDS_FILE, "".join(f"{json.dumps(judgement)}\n" for judgement in judgements))
 
 
-def start_over(path: Path, folder: Path) -> None:
-    """Forget the refinement in `folder`; a set at `path` that it made gives way to the one it was made from, and is kept
-    in the folder as refined.pt, .json and .png.
+def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
+    """Forget the refinement in `folder`; a set at `path` that it made gives way to the one it was made from.
 
-    Only what a refinement wrote is removed from the folder. Raises UsageError where the set at `path` is neither what
-    that refinement began with nor what it made: the only copy of the former would be lost.
+    out: where the refined set was written, and is to be; `path` when None. What the refinement made there is kept in the
+    folder as refined.pt, .json and .png. Only what a refinement wrote is removed from the folder. Raises UsageError where
+    the set at `path` is neither what that refinement began with nor what it made: the only copy of the former would be
+    lost.
     """
     before = _before(folder)
     if before.exists():
-        started_with = sha256_of(before)
-        if sha256_of(path) != started_with:
-            if not _is_result(path, started_with, _best_images(folder)):
-                raise UsageError(
-                    f"{folder} keeps the set that another refinement began with, {before.name}, and {path} is not of it.",
-                    _another(folder),
-                )
-            _copy_set(path, _given_up(folder))
+        started_with, best = sha256_of(before), _best_images(folder)
+        for file in dict.fromkeys((path, out or path)):
+            if file.is_file() and sha256_of(file) != started_with:
+                if _is_result(file, started_with, best):
+                    _copy_set(file, _given_up(folder))
+                elif file == path:
+                    raise UsageError(
+                        f"{folder} keeps the set that another refinement began with, {before.name}, and {path} is not of it.",
+                        _another(folder),
+                    )
         _copy_set(before, path)  # also where a kill halfway left the tensor given back and not yet what is beside it
     for file in (folder / STATE_FILE, folder / RECORDS_FILE, *vars(set_files(before)).values()):
         file.unlink(missing_ok=True)
@@ -189,8 +191,11 @@ def _is_result(path: Path, start_sha256: str, best_images: Tensor | None) -> boo
 
 
 def _holds(path: Path, images: Tensor) -> bool:
-    held = torch.load(path, weights_only=True)
-    return held.shape == images.shape and torch.equal(held, images)
+    try:
+        held = load_restricted(path)
+    except Unloadable:
+        return False
+    return isinstance(held, Tensor) and held.shape == images.shape and torch.equal(held, images)
 
 
 def _best_images(folder: Path) -> Tensor | None:
@@ -213,8 +218,8 @@ def _copy_set(path: Path, to: Path) -> None:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        kept = load_restricted(path)
+    except (Unloadable, OSError) as error:
         raise BadFile(f"{path} is damaged or no state of a refinement.", _FRESH) from error
     if not isinstance(kept, dict) or kept.pop("version", None) != _VERSION:
         raise BadFile(f"{path} is of another version of ddkit.", _FRESH)

@@ -16,13 +16,14 @@ def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    by_stage: dict[str, list[dict[str, Any]]] = {}
-    for record in sorted(records, key=lambda record: record["stage"] == "score"):  # scores come last
-        by_stage.setdefault(record["stage"], []).append(record)
-    panels = max(1, len(by_stage))
+    # A panel for each stage, then one for each score.
+    by_panel: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["stage"] == "score"):
+        by_panel.setdefault((record["stage"], record.get("name", "")), []).append(record)
+    panels = max(1, len(by_panel))
     figure = Figure(figsize=(4 * panels, 3), layout="constrained")
-    for axes, (name, of_stage) in zip(figure.subplots(1, panels, squeeze=False)[0], by_stage.items(), strict=False):
-        _draw(axes, name, of_stage)
+    for axes, ((stage, _), shown) in zip(figure.subplots(1, panels, squeeze=False)[0], by_panel.items(), strict=False):
+        _draw(axes, stage, shown)
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 

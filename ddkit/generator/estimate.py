@@ -140,7 +140,7 @@ def _estimate_stage(stage: Stage, device: torch.device, seconds: float) -> Stage
     counts = count_parameters(stage.network)
     batch = stage.draw(0, device)
     part = stage.optimiser.batch_size // stage.optimiser.accumulation
-    per_image = _bytes_kept(stage.loss, batch) / _PROBE_BATCH
+    per_image = _bytes_kept(stage.loss, batch) / min(_PROBE_BATCH, len(next(iter(batch.values()))))
     # Only now, as memories are allocated when a first batch shows how large latents are.
     workers = workers_for(stage, device)
     copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0)

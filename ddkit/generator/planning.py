@@ -11,7 +11,8 @@ from ddkit.errors import MissingModel, UsageError
 from ddkit.generator.pipeline import has_model
 from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, MinimaxConfig, preset
 from ddkit.generator.pretrained import Start, start_from
-from ddkit.generator.run_folder import recorded
+from ddkit.generator.run_folder import Recorded, recorded
+from ddkit.generator.tracking import NAMES
 from ddkit.generator.training import TrainingData
 
 DEFAULT_PRESET = "tiny"
@@ -26,8 +27,8 @@ class Wishes:
     """What is said of a training; None leaves a setting to the training that goes on, else to the preset.
 
     method: one of METHODS; fine-tuning by minimax diffusion is also what `init`, its preset and a folder that holds
-    one imply. steps to accumulation: of the denoiser's OptimiserConfig. init to class_map: of MinimaxConfig. The
-    others: of GeneratorConfig, its objective and its denoiser.
+    one imply. steps to accumulation: of the denoiser's OptimiserConfig. init to class_map: of MinimaxConfig.
+    track_every, features: as in `Plan`. The others: of GeneratorConfig, its objective and its denoiser.
     """
 
     preset: str | None = None
@@ -44,6 +45,8 @@ class Wishes:
     compile: bool | None = None
     pretrained_autoencoder: str | None = None
     seed: int | None = None
+    track_every: int | None = None
+    features: str | None = None
     init: str | None = None
     full: bool | None = None
     lambda_r: float | None = None
@@ -85,17 +88,15 @@ class Wishes:
 class Plan:
     """A training that can begin, or go on. preset: the name of what the configuration came from, "" for none.
 
-    start: what fine-tuning starts from, read already; None for a training from nothing.
+    track_every: steps between two scores of the model; 0 for never. features: that they look through, of
+    `tracking.NAMES`. start: what fine-tuning starts from, read already; None for a training from nothing.
     """
 
     preset: str
     config: GeneratorConfig
+    track_every: int
+    features: str
     start: Start | None = None
-
-    @property
-    def track_every(self) -> int:
-        """Steps between two scores of the model, as the preset has them; 0 for never."""
-        return preset(self.preset).track_every if self.preset else 0
 
 
 def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path, fresh: bool = False) -> Plan:
@@ -114,9 +115,9 @@ def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path
     else:
         name = wishes.preset or (MINIMAX_PRESET if tunes else DEFAULT_PRESET)
         base = preset(name).config(data.image_size)
-    config = wishes.applied_to(base)
+    config, tracking = wishes.applied_to(base), _tracking(wishes, begun, name)
     if not tunes:
-        return Plan(name, config)
+        return Plan(name, config, *tracking)
     minimax = begun.config.minimax if begun else None
     if minimax is None:
         minimax = config.minimax or preset(MINIMAX_PRESET).config(data.image_size).minimax
@@ -124,7 +125,20 @@ def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path
             minimax = dataclasses.replace(minimax, init=str(own))
     config = dataclasses.replace(config, minimax=dataclasses.replace(minimax, **wishes.given(*_OF_MINIMAX)))
     start = _read_start(data, config.minimax, named=wishes.init is not None)
-    return Plan(name, _completed(config, data, wishes, start, new=begun is None), start)
+    return Plan(name, _completed(config, data, wishes, start, new=begun is None), *tracking, start)
+
+
+def _tracking(wishes: Wishes, begun: Recorded | None, preset_name: str) -> tuple[int, str]:
+    """`track_every` and `features` of a Plan: what is said, else what was said before, else the preset's."""
+    every, score = (begun.track_every, begun.score) if begun else (None, "")
+    if wishes.track_every is not None:
+        every = wishes.track_every
+    elif every is None:
+        every = preset(preset_name).track_every if preset_name else 0
+    if wishes.features and not every:
+        raise UsageError("--features are what --track-every looks with, and nothing is tracked.", "Give --track-every STEPS.")
+    before = next((features for features, name in NAMES.items() if name == score), next(iter(NAMES)))
+    return every, wishes.features or before
 
 
 def _refuse_alien(wishes: Wishes, tunes: bool) -> None:

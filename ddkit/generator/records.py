@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.errors import UsageError
-from ddkit.files import explain_os_error
-from ddkit.generator.run_folder import METRICS_FILE
+from ddkit.files import append_line, explain_os_error
+from ddkit.generator.run_folder import METRICS_FILE, TENSORBOARD
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, tensorboard: bool) -> None:
         self._path = folder / METRICS_FILE
-        self._writer = require_tensorboard()(folder / "tensorboard") if tensorboard else None
+        self._writer = require_tensorboard()(folder / TENSORBOARD) if tensorboard else None
 
     def records(self) -> list[dict[str, Any]]:
         """What is written so far, as `read_records` has it."""
@@ -38,11 +38,7 @@ class MetricsLog:
         """Append one dataclass; raises BadFile for what the system refuses."""
         values = dataclasses.asdict(record)
         values |= values.pop("figures", {})
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise explain_os_error(error, self._path) from error
+        append_line(self._path, json.dumps(values), sync=False)  # a record is not worth waiting for the disk
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, float):
@@ -59,11 +55,11 @@ def require_tensorboard() -> Any:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics log, the last one of each stage and step; none where there is no log yet.
+    """The lines of a metrics log, the last one of each stage, step and score's name; none where there is no log yet.
 
     A torn line is left out. Raises BadFile.
     """
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -76,5 +72,5 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             # A kill can cut the last line short.
             continue
-        found[record["stage"], record["step"]] = record
+        found[record["stage"], record["step"], record.get("name", "")] = record
     return sorted(found.values(), key=lambda record: record["step"])

@@ -1,7 +1,7 @@
 """The folder of a training: which one it holds, that nothing else is lost there, and that nobody else trains in it.
 
 It is the model folder itself; beside the model's parts lie `config.json` (the settings the training goes by),
-`metrics.jsonl` (its records), `training.png` (a chart of them) and `checkpoints/`.
+`metrics.jsonl` (its records), `training.png` (a chart of them), `checkpoints/` and, where asked for, `tensorboard/`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHART_FILE = "training.png"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 _OF_MODELS = (FACTS_FILE, INDEX_FILE, "vae", "transformer", "unet")
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a training is of. dataset_sha256: of the prepared training split. preset: the configuration's name."""
+    """What a training is of. dataset_sha256: of the prepared training split. preset: the configuration's name.
+
+    track_every, score: steps between two scores of the model, 0 for none, and the score's name.
+    """
 
     dataset: str
     dataset_sha256: str
@@ -38,14 +42,21 @@ class Begun:
     image_size: int
     preset: str
     config: GeneratorConfig
+    track_every: int = 0
+    score: str = ""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a training was begun with. preset: the name of what the configuration came from."""
+    """What a training goes by. preset: the name of what the configuration came from. Others as in `Begun`.
+
+    track_every: None where the record is of an earlier version, which did not say.
+    """
 
     preset: str
     config: GeneratorConfig
+    track_every: int | None
+    score: str
 
 
 def has_training(folder: Path) -> bool:
@@ -58,7 +69,9 @@ def recorded(folder: Path) -> Recorded | None:
     if not has_training(folder):
         return None
     record = _record_of(folder)
-    return Recorded(record.get("preset", ""), from_json(record["config"]))
+    return Recorded(
+        record.get("preset", ""), from_json(record["config"]), record.get("track_every"), record.get("score", "")
+    )
 
 
 def _record_of(folder: Path) -> Mapping[str, Any]:
@@ -90,8 +103,8 @@ def claim(folder: Path, begun: Begun) -> None:
             f"{folder} holds a model that was not trained there ({found[0]}); it would be lost.",
             "Choose another folder with --out.",
         )
-    values = {name: getattr(begun, name) for name in ("dataset", "dataset_sha256", "class_names", "image_size", "preset")}
-    write_json(folder / CONFIG_FILE, {"ddkit_version": __version__, **values, "config": to_json(begun.config)})
+    values = {**vars(begun), "config": to_json(begun.config)}
+    write_json(folder / CONFIG_FILE, {"ddkit_version": __version__, **values})
 
 
 def _differences(begun: Begun, record: Mapping[str, Any]) -> list[str]:
@@ -133,7 +146,7 @@ def start_over(folder: Path) -> None:
         raise UsageError(f"{folder} holds no training, so nothing is removed from it.", "Choose another --out.")
     try:
         # The settings go last: a kill halfway leaves a folder that --fresh still knows for its own.
-        for name in (CHECKPOINTS, "vae", "transformer", "unet", "scheduler"):
+        for name in (CHECKPOINTS, TENSORBOARD, "vae", "transformer", "unet", "scheduler"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("ddkit.json", "model_index.json", CHART_FILE, METRICS_FILE, CONFIG_FILE):
             (folder / name).unlink(missing_ok=True)

@@ -24,6 +24,8 @@ Features = Callable[[Tensor], Tensor]  # (N, 3, S, S) uint8 -> (N, D)
 # Few steps and little guidance: the course of the distance is wanted, not the best picture.
 SAMPLING = SamplingConfig(steps=10, guidance=1.5, batch_size=250)
 NAME = "frechet"
+# Of the distance in the records, by what looks at the images.
+NAMES = {"convnet": NAME, "inception": "frechet_inception"}
 
 
 def track_frechet(
@@ -77,7 +79,7 @@ def track_frechet_in(
     if features == "inception":
         inception = InceptionFeatures(device)  # before hours of work, not when the first score is due
         return track_frechet(
-            data.images, lambda: inception, every_steps=every_steps, name="frechet_inception", device=device
+            data.images, lambda: inception, every_steps=every_steps, name=NAMES[features], device=device
         )
     return track_frechet(
         data.images,

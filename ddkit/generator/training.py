@@ -141,8 +141,9 @@ def train(
         with accelerator.main_process_first():
             if fresh and accelerator.is_main_process:
                 start_over(folder)
-            images = data.images
-            claim(folder, Begun(data.name, data.sha256, images.class_names, data.image_size, request.preset, request.config))
+            tracked = (tracking.every_steps, tracking.name) if tracking else (0, "")
+            of = (data.name, data.sha256, data.images.class_names, data.image_size)
+            claim(folder, Begun(*of, request.preset, request.config, *tracked))
         listener = progress if accelerator.is_main_process else ignore
         run = _Run(data, request, folder, accelerator, start, pretrained, tracking, listener)
         autoencoder = run.autoencoder()
@@ -226,7 +227,9 @@ class _Run:
             if self.accelerator.is_main_process:
                 self._track(engine, autoencoder)
             self.accelerator.wait_for_everyone()
-        if not has_model(self.folder):
+        behind = not has_model(self.folder) or (self.best is None and read_facts(self.folder).steps != engine.step)
+        self.accelerator.wait_for_everyone()  # all processes have looked before one writes
+        if behind:  # a kill between the last checkpoint and the model it belongs to
             engine.save()
 
     def _may_improve_autoencoder(self) -> bool:
@@ -299,10 +302,10 @@ class _Run:
             model = Model(averaged.eval(), autoencoder, self._facts(engine, {}))
             score = self.tracking.score(model)
             averaged.train()
-        self.log.write(Score(engine.step, self.tracking.name, score))
         if self.best is None or score < self.best:
             self.best = score
             self._write_model(engine, autoencoder, {self.tracking.name: score})
+        self.log.write(Score(engine.step, self.tracking.name, score))  # last, as it says that all of this was done
 
     def _write_model(self, engine: Engine, autoencoder: AutoencoderKL, metrics: Mapping[str, float]) -> None:
         with engine.ema_weights() as averaged:
@@ -347,6 +350,8 @@ def _accelerator(request: TrainingRequest) -> Iterator[Accelerator]:
     device = resolve_device(request.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+    if device.type == "cpu" and request.config.precision == "float16":
+        raise UsageError("float16 is for GPUs.", "On a CPU take --precision bfloat16, or float32.")
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[request.config.precision]
     try:
         # No buffer here needs to be sent around: what has any computes the same on all processes.

@@ -94,6 +94,8 @@ class Evaluation(Scores):
     seconds: float
     generation_seconds: tuple[float, ...]
     generated: tuple[int, ...]
+    time_budget: float | None
+    test_images: int
     device: str
     loss_curves: tuple[tuple[float, ...], ...]
     per_class: tuple[float, ...]
@@ -253,6 +255,8 @@ class _Runner:
         jobs = [self._job(index) for index in group if index not in kept]
         ran = run_rounds(jobs, self._test_set, self._settings, stop=stop, listener=self._report)
         kept |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
+        for index in group:
+            self._source.forget(index, self._state.folder(self._key))
         return [kept[index] for index in group]
 
     def _job(self, index: int) -> RoundJob:
@@ -317,6 +321,8 @@ def _summary(
         seconds=sum(result.seconds for result in results),
         generation_seconds=tuple(result.generation_seconds for result in results) if budget else (),
         generated=tuple(result.images for result in results) if budget else (),
+        time_budget=budget,
+        test_images=len(test_set),
         device=describe_device(device),
         loss_curves=tuple(_thinned(result.losses) for result in results),
         per_class=_per_class(counts),

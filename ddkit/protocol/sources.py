@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +13,7 @@ from torch import Tensor
 from ddkit.challenge import DatasetSpec
 from ddkit.errors import InvalidSubmission, UsageError
 from ddkit.protocol.tracks import Generate, Generated, generate_within
-from ddkit.tensor_files import save_torch
+from ddkit.tensor_files import Unloadable, load_restricted, save_torch
 
 
 class Source(Protocol):
@@ -30,6 +29,9 @@ class Source(Protocol):
 
     def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
         """The images and labels of round `index`; `folder` is where a generator's output is kept for resuming."""
+
+    def forget(self, index: int, folder: Path | None) -> None:
+        """Remove what was kept of round `index`, which is finished."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class FixedSet:
     def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
         return Generated(self.images, self.labels, 0.0)
 
+    def forget(self, index: int, folder: Path | None) -> None:
+        """Nothing is kept."""
+
 
 @dataclass(frozen=True)
 class TimedGenerator:
@@ -67,17 +72,26 @@ class TimedGenerator:
         return f"{self.name}/{self.budget:g}"
 
     def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
-        kept = folder / f"round-{index}-images.pt" if folder else None
+        kept = _images_of(index, folder)
         if kept and kept.exists():
             # A continued round must go on with the images that it began with.
             try:
-                return Generated(**torch.load(kept, weights_only=True))
-            except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError):
+                return Generated(**load_restricted(kept))
+            except (Unloadable, TypeError):
                 kept.unlink()
         made = generate_within(self.generate, seed, self.budget)
         if kept:
             save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, kept)
         return made
+
+    def forget(self, index: int, folder: Path | None) -> None:
+        """A round's images can be gigabytes."""
+        if kept := _images_of(index, folder):
+            kept.unlink(missing_ok=True)
+
+
+def _images_of(index: int, folder: Path | None) -> Path | None:
+    return folder / f"round-{index}-images.pt" if folder else None
 
 
 def check_training_set(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:

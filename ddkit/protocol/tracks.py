@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec, Track
+from ddkit.challenge import CHALLENGE_DATASETS, TEST_IMAGES, DatasetSpec, Track
 from ddkit.errors import InvalidSubmission
 from ddkit.files import sha256_of
 from ddkit.protocol.networks import OFFICIAL_NETWORK
 
-TEST_IMAGES = 10_000  # of both datasets of the challenge
 
 @dataclass(frozen=True)
 class Conditions:

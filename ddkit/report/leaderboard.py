@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ddkit.challenge import CHALLENGE_DATASETS, PUBLISHED, TRACKS, Entry
+from ddkit.challenge import CHALLENGE_DATASETS, PUBLISHED, TEST_IMAGES, TRACKS, Entry
 from ddkit.report.rows import Group, Row, dataset_title, mean
 from ddkit.results import Result
 
@@ -34,7 +34,7 @@ def build(results: Sequence[Result], tracks: Iterable[int] | None = None) -> tup
 
 
 def _build_track(track: int, results: Sequence[Result]) -> list[Group]:
-    baselines = {_conditions(r): r for r in results if r.kind == "random-real"}
+    baselines = _latest_of_most_rounds((_conditions(r), r) for r in results if r.kind == "random-real")
     drafts = _drafts(results)
     official = [d for d in drafts if d.key.official and d.key.dataset is None]
     groups = [_official_group(track, official, baselines)]
@@ -84,6 +84,7 @@ class _GroupKey:
 
     dataset: None for the challenge's datasets, which make one score together.
     ipc: of track 1; track 2 leaves the number of images to the entry.
+    time_budget, test_images: where they are not the protocol's; the latter of the challenge's datasets.
     """
 
     track: int
@@ -94,10 +95,13 @@ class _GroupKey:
     augment: bool
     precision: str
     ipc: tuple[int, int] | None
+    time_budget: float | None
+    test_images: int | None
 
     @classmethod
     def of(cls, result: Result) -> _GroupKey:
         in_challenge = result.dataset in _CHALLENGE_NAMES
+        usual_budget = result.time_budget == TRACKS[result.track].time_budget_seconds
         return cls(
             result.track,
             result.official,
@@ -107,6 +111,8 @@ class _GroupKey:
             result.augment,
             result.precision,
             result.images_per_class if result.track == 1 else None,
+            None if usual_budget else result.time_budget,
+            result.test_images if in_challenge and result.test_images != TEST_IMAGES else None,
         )
 
     def title(self) -> str:
@@ -118,6 +124,10 @@ class _GroupKey:
         if self.ipc is not None and self.ipc != (TRACKS[1].ipc,) * 2:
             low, high = self.ipc
             parts.append("1 image a class" if self.ipc == (1, 1) else f"{_span(low, high)} images a class")
+        if self.time_budget is not None:
+            parts.append(f"{self.time_budget:g} s of generating")
+        if self.test_images is not None:
+            parts.append(f"{self.test_images:,} test images")
         if self.network != "convnet":
             parts.append(self.network)
         if not self.augment:
@@ -167,20 +177,29 @@ def _conditions(result: Result) -> _Conditions:
     """What random real images must share with a set to be its baseline."""
     return (
         result.dataset, result.track, result.epochs_setting, result.network, result.augment, result.precision,
-        result.images_per_class,
+        result.images_per_class, result.time_budget, result.test_images or TEST_IMAGES,
     )  # fmt: skip
+
+
+def _latest_of_most_rounds(results: Iterable[tuple[_Conditions, Result]]) -> dict[_Conditions, Result]:
+    """One result of each key, in the order of their places: a later one takes an earlier one's place, but not a quick
+    look that of more rounds."""
+    kept: dict[_Conditions, Result] = {}
+    for key, result in results:
+        if key not in kept or result.rounds >= kept[key].rounds:
+            kept.pop(key, None)  # so that it takes its place at the end
+            kept[key] = result
+    return kept
 
 
 def _drafts(results: Sequence[Result]) -> list[_Draft]:
     """Results of one name and the same settings side by side, a new row each time a dataset is met again.
 
-    An earlier evaluation of the very same set under the same seed is replaced by a later one.
+    An earlier evaluation of the very same set under the same seed is replaced by a later one of as many rounds or more.
     """
-    newest: dict[tuple[Any, ...], Result] = {}
-    for result in results:
-        identity = (_GroupKey.of(result), result.kind, result.name, result.dataset, result.sha256, result.seed)
-        newest.pop(identity, None)  # so that it takes its place at the end
-        newest[identity] = result
+    newest = _latest_of_most_rounds(
+        ((_GroupKey.of(r), r.kind, r.name, r.dataset, r.sha256, r.seed), r) for r in results
+    )
     drafts: list[_Draft] = []
     latest: dict[tuple[Any, ...], _Draft] = {}
     for (*row, dataset, _, _), result in newest.items():

@@ -93,7 +93,7 @@ def opened(path: Path) -> Iterator[Path]:
     """
     if not path.exists():
         raise MissingModel(f"There is no track 2 entry {path}.", "Make one: ddkit pack --track 2")
-    if path.is_dir() or path.suffix == ".py":
+    if path.is_dir() or path.name == SCRIPT:
         yield _with_script(path if path.is_dir() else path.parent, path)
         return
     if path.suffix != ".zip":
@@ -115,13 +115,15 @@ def entry_facts(folder: Path, dataset: str) -> dict[str, Any]:
 
 def scripts() -> dict[str, Path]:
     """The stand-alone scripts, from the source checkout or from where the package's data was installed."""
-    places = [Path(__file__).parents[2] / "submission", Path(sysconfig.get_path("data")) / "share" / "ddkit"]
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))  # pip may fall back to the latter
+    installed = [Path(sysconfig.get_path("data", scheme)) / "share" / "ddkit" for scheme in schemes]
+    places = [Path(__file__).parents[2] / "submission", *installed]
     for place in (place / "track2" for place in places):
         found = {name: place / name for name in _SCRIPTS}
         if all(path.is_file() for path in found.values()):
             return {**found, "denoiser.py": Path(denoiser.__file__)}
     raise MissingModel(
-        f"The scripts of the track 2 entry are in neither of {' and '.join(map(str, places))}.",
+        f"The scripts of the track 2 entry are in none of {', '.join(map(str, places))}.",
         "Run ddkit from a checkout: pip install -e .",
     )
 

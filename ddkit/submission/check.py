@@ -176,7 +176,12 @@ def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Repor
             progress(Progress(f"checking {member.name}", len(names), None, "files"))
             findings += _member_findings(member, settings)
     if not any(finding.code in ("F005", "F018") for finding in findings):
-        findings += name_findings([name for name in names if name.lower().endswith(".pt")], path.name)
+        tensors = [name for name in names if name.lower().endswith(".pt")]
+        of_challenge = [name for name in tensors if name.lower().removesuffix(".pt") in _CHALLENGE_NAMES]
+        if of_challenge:  # nothing is left aside then, as whoever opens the zip gets all of it
+            message = "The zip is to hold the challenge's two tensors only. Pack with ddkit pack."
+            findings += [Finding("error", "F009", message, name) for name in tensors if name not in of_challenge]
+        findings += name_findings(of_challenge or tensors, path.name)
     return report_of(findings)
 
 

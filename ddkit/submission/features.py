@@ -7,6 +7,7 @@ seconds, and the average over ten images tells most classes of CIFAR-100 apart.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddkit.data.store import ImageSet, dataset_spec, load_dataset, store_hash
-from ddkit.errors import BadData
+from ddkit.errors import BadData, BadFile
 from ddkit.files import cache_folder
 from ddkit.tensor_files import save_safetensors
+
+log = logging.getLogger(__name__)
 
 _VERSION = 1  # of features and fit; a classifier of another version is not read
 _SIDE = 32  # pixels that features are computed at
@@ -68,7 +71,10 @@ def class_model(name: str) -> ClassModel:
     if (model := _read(path)) is None:
         spec = dataset_spec(name)
         model = fit_class_model(load_dataset(name, "train"), spec.num_classes)
-        _write(model, path)
+        try:
+            _write(model, path)
+        except BadFile as error:  # a cache that is shared and not ours to write costs the fitting each time, no more
+            log.info("The classifier is not kept: %s", error)
     return model
 
 

@@ -82,7 +82,11 @@ def directory_problem(file: BinaryIO) -> str:
     directory_size = _END_RECORD.unpack_from(tail, at)[5]
     at_locator = at - _LOCATOR_64.size
     if at_locator >= 0 and tail[at_locator : at_locator + 4] == b"PK\x06\x07":
-        file.seek(min(_LOCATOR_64.unpack_from(tail, at_locator)[2], size))
+        # Some programs look where the locator points, others right before it: in an honest file that is one place.
+        expected = size - tail_size + at_locator - _END_RECORD_64.size
+        if _LOCATOR_64.unpack_from(tail, at_locator)[2] != expected:
+            return "its list of members is damaged"
+        file.seek(expected)
         record = file.read(_END_RECORD_64.size)
         if len(record) < _END_RECORD_64.size or record[:4] != b"PK\x06\x06":
             return "its list of members is damaged"

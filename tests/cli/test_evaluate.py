@@ -110,13 +110,37 @@ def test_two_sets_are_compared_round_by_round(work):
     assert "noise" in shown or "is better than" in shown
 
 
-def test_each_result_is_recorded_before_the_next_set_begins(work):
+def test_all_sets_are_checked_before_the_first_is_trained_on(work):
     good, bad = save(work / "a" / "blobs.pt"), save(work / "b" / "blobs.pt")
     torch.save(torch.zeros(3), bad)
     _, errors = run(good, bad, *QUICK, status=1)
-    assert "b/blobs.pt" in errors
+    assert "b/blobs.pt" in errors and "Evaluating" not in errors
+    assert read("runs/results.jsonl").results == ()
+
+
+def test_each_result_is_recorded_before_the_next_set_begins(work):
+    first, second = save(work / "a" / "blobs.pt"), save(work / "b" / "blobs.pt", start=2)
+    process = start(first, second, "--epochs-setting", "300", "--rounds", "1")
+    for line in process.stderr:
+        if "Evaluating" in line and "b/blobs.pt" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    process.stderr.read()
+    assert process.wait() == 130
     (kept,) = read("runs/results.jsonl").results
-    assert kept.source == good
+    assert kept.source == first
+
+
+def test_what_could_only_be_a_misunderstanding_is_refused_before_anything_is_trained(work):
+    real = save(work / "blobs.pt", kind="random-real")
+    _, errors = run(real, *QUICK, "--time-budget", "30s", status=2)
+    assert "--time-budget is of track 2" in errors
+    _, errors = run(real, *QUICK, "--ranking", status=2)
+    assert "real images themselves" in " ".join(errors.split())
+    torch.save(torch.zeros(1000, 3, 32, 32), "cifar100.pt")
+    _, errors = run(real, "cifar100.pt", *QUICK, "--reference", "blobs_test.pt", status=2)
+    assert "--reference is of one dataset, and the sets are of blobs and cifar100" in " ".join(errors.split())
+    assert not (work / "runs" / "results.jsonl").exists()
 
 
 def test_the_reasons_for_not_being_official_are_shown(work):

@@ -164,7 +164,7 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
         (["submission/colours.pt", "--objective", "trajectories", "--means-first", "0", "--real-per-class", "3"], 2,
          "--real-per-class is of the means"),
         (["submission/colours.pt", "--means-first", "0", "--attention", "100"], 2, "none come before the regression"),
-        (["submission/colours.pt", "--recognition", "1"], 2, "partly trained"),
+        (["submission/colours.pt", "--recognition", "1"], 2, "recognition is by experts"),
         (["submission/colours.pt", "--out", "refined.json"], 2, "does not end in .pt"),
     ],
 )

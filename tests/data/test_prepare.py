@@ -1,5 +1,6 @@
 """From sources to stores: pixels, what is skipped or refused, and what stays when something goes wrong."""
 
+import errno
 import hashlib
 import json
 import os
@@ -252,6 +253,16 @@ class TestNothingLost:
         processes = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) for _ in range(2)]
         assert [process.communicate()[1] for process in processes] == [b"", b""]
         assert in_cache(own_cache) == ["pets"] and len(load_dataset("pets", "train")) == 6
+
+    def test_a_file_system_without_locks_is_worked_on(self, write_tree, photos, own_cache, monkeypatch):
+        fcntl = pytest.importorskip("fcntl", reason="no such locks on this system")
+
+        def flock(*_):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        prepare("pets", write_tree(photos))
+        assert len(load_dataset("pets", "train")) == 6
 
 
 class TestBuiltInNames:

@@ -189,6 +189,31 @@ class TestCifarArchive:
         images = pixels_of(open_source(self.packed(files, tmp_path)).splits["train"])
         assert (images[0] == row.reshape(3, 32, 32)).all()
 
+    @pytest.mark.parametrize("order", "<>")
+    def test_labels_may_be_an_array(self, splits, tmp_path, order):
+        files = self.pickles(splits)
+        for split in splits:
+            value = pickle.loads(files[split])
+            value["fine_labels"] = np.array(value["fine_labels"], f"{order}i8")
+            value["data"] = np.asfortranarray(value["data"])
+            files[split] = pickle.dumps(value, protocol=5 if order == "<" else 2)
+        self.check(open_source(self.packed(files, tmp_path)))
+
+    @pytest.mark.parametrize("made", [
+        (np.ndarray, ((2,), np.dtype("O"), b"A" * 16)),  # two objects, wherever these bytes say
+        (np.dtype, ("O",)),
+        (np.ndarray.__reduce__(np.zeros(1))[0], (np.ndarray, (2,), b"O")),
+    ])  # fmt: skip
+    def test_a_pickle_makes_no_objects_of_bytes(self, splits, tmp_path, made):
+        class Labels:
+            def __reduce__(self):
+                return made
+
+        train = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": Labels()})
+        files = {**self.pickles(splits), "train": train}
+        with pytest.raises(BadData, match="'train'"):
+            open_source(self.packed(files, tmp_path))
+
     def test_a_pickle_of_code_is_not_run(self, splits, tmp_path):
         class Code:
             def __reduce__(self):

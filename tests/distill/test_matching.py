@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddkit.distill.matching import distance_of_attention, distance_of_means, regression_error
+from ddkit.distill.matching import distance_of_attention, distance_of_means, misclassification, regression_error
 from ddkit.protocol import embedding
 from ddkit.protocol.networks import build_network
 
@@ -80,3 +80,12 @@ def test_a_regression_on_the_real_images_themselves_is_almost_right(network):
     real = draw(12, 2)
     assert regression_error(network, real, real, CLASSES, 1e-4)[0] < 0.01
     assert regression_error(network, real, draw(12, 3), CLASSES, 1e-4)[0] > 1
+
+
+def test_misclassification_is_the_summed_cross_entropy_of_the_networks_own_layer(network):
+    images, labels = draw(6, 1), torch.arange(CLASSES).repeat_interleave(2)
+    embedding = network.embed(images).detach().requires_grad_()
+    found = misclassification(network, embedding, labels)
+    told = network(images).softmax(1)[torch.arange(6), labels]
+    assert found.item() == pytest.approx(-told.log().sum().item(), rel=1e-4)
+    assert gradient(found, embedding).abs().max() > 0

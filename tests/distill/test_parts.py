@@ -47,6 +47,15 @@ class TestParts:
             assert torch.equal(parts.kept(), rows(0, 2))
         assert str(damaged) in caplog.text
 
+    def test_parts_made_again_and_cut_otherwise_hide_nothing(self, tmp_path):
+        parts = self.parts(tmp_path)
+        for start in (0, 4, 8):
+            parts.keep(start, rows(start, 4))
+        part_files(tmp_path)[1].write_bytes(b"torn")
+        for start in (4, 10):
+            parts.keep(start, rows(start, 6))
+        assert torch.equal(parts.kept(), rows(0, 16))
+
     def test_those_of_other_settings_are_named_and_left_aside(self, tmp_path, caplog):
         self.parts(tmp_path, steps=4).keep(0, rows(0, 2))
         with caplog.at_level(logging.WARNING):

@@ -28,6 +28,7 @@ QUICK = RefineSettings(
     real_per_class=4, check_every=3, check_epochs=1, held_out=0.2,
     experts=ExpertSettings(count=1, steps=4, batch_size=4, keep_every=1, span=2), trained_share=0.5, recognition=0.1,
 )  # fmt: skip
+EXPERTLY = dataclasses.replace(QUICK, trained_share=1.0)
 BLIND = dataclasses.replace(QUICK, trained_share=0.0, recognition=0.0)
 REGRESSING = dataclasses.replace(QUICK, means_first=1)
 ATTENDING = dataclasses.replace(QUICK, objective="means", attention=100.0)
@@ -88,7 +89,17 @@ def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
     assert json.loads(start.with_suffix(".json").read_text())["kind"] == "first-real"
 
 
-@pytest.mark.parametrize("settings", [QUICK, REGRESSING, ATTENDING, FOLLOWING])
+def test_a_step_may_look_through_experts_and_ask_to_be_recognised_by_them(start, tmp_path):
+    refined = []
+    for share, recognition in ((0.0, 0.0), (1.0, 0.0), (1.0, 5.0)):
+        settings = dataclasses.replace(QUICK, trained_share=share, recognition=recognition)
+        run(start, tmp_path / f"{share} {recognition}", 1, settings, out=tmp_path / "out.pt")
+        refined.append(torch.load(tmp_path / f"{share} {recognition}" / "state.pt", weights_only=True)["images"])
+    fresh, looked, recognised = refined
+    assert not torch.equal(fresh, looked) and not torch.equal(looked, recognised)
+
+
+@pytest.mark.parametrize("settings", [EXPERTLY, REGRESSING, ATTENDING, FOLLOWING])
 def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
     copy = tmp_path / "other" / "colours.pt"
     copy.parent.mkdir()

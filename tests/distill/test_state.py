@@ -57,6 +57,17 @@ def test_a_kill_while_starting_over_loses_neither_set(start, tmp_path):
     assert contents(start) == before and contents(folder / "refined.pt") == refined
 
 
+def test_the_set_given_up_is_kept_from_where_it_was_written(start, tmp_path):
+    folder, out, before = tmp_path / "run", tmp_path / "elsewhere" / "colours.pt", contents(start)
+    run(start, folder, 2, out=out)
+    refined = contents(out)
+    run(start, folder, 0, out=out, fresh=True)
+    assert contents(start) == before and contents(folder / "refined.pt") == refined
+    out.write_bytes(b"another's")
+    run(start, folder, 0, out=out, fresh=True)
+    assert contents(folder / "refined.pt") == refined, "what no refinement made is no refined set"
+
+
 def test_nothing_is_given_up_for_a_start_that_fails(start, tmp_path):
     folder = tmp_path / "run"
     run(start, folder, 2)

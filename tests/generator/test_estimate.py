@@ -32,6 +32,8 @@ def test_memory_is_states_and_what_each_image_keeps(config):
     states = 5 * 4 * estimate(config, 16, 3, CPU, seconds=0).stages[1].parameters
     small, large = (estimate(batches_of(config, size), 16, 3, CPU, seconds=0).stages[1].memory for size in (8, 80))
     assert large - states == pytest.approx(10 * (small - states), rel=0.01)
+    one = estimate(batches_of(config, 1), 16, 3, CPU, seconds=0).stages[1].memory
+    assert one - states == pytest.approx((small - states) / 8, rel=0.1)
 
 
 def test_cores_that_share_a_step_have_gradients_of_their_own(config):

@@ -1,6 +1,7 @@
 """Which training is meant by what is said and by what the folder holds."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -15,10 +16,11 @@ from ddkit.generator.run_folder import Begun, claim
 def begin(data, tmp_path):
     """Records a training in a folder, as one that has begun leaves it."""
 
-    def begin(name, config, preset_name="demo"):
+    def begin(name, config, preset_name="demo", *tracked):
         folder = tmp_path / name
         folder.mkdir()
-        claim(folder, Begun(data.name, data.sha256, data.images.class_names, data.image_size, preset_name, config))
+        of = (data.name, data.sha256, data.images.class_names, data.image_size)
+        claim(folder, Begun(*of, preset_name, config, *tracked))
         return folder
 
     return begin
@@ -51,6 +53,20 @@ def test_what_goes_on_keeps_its_settings(plan, begin, config):
     assert plan("run", preset="tiny").config == preset("tiny").config(16), "to be refused where it is claimed"
     assert plan("run", fresh=True).config == preset("tiny").config(16)
     assert plan("run").track_every == preset("demo").track_every
+
+
+def test_what_goes_on_is_scored_as_before_unless_something_else_is_said(plan, begin, config, tmp_path):
+    folder = begin("run", config, "demo", 500, "frechet_inception")
+    assert (plan("run").track_every, plan("run").features) == (500, "inception")
+    said = plan("run", track_every=7, features="convnet")
+    assert (said.track_every, said.features) == (7, "convnet")
+    assert plan("run", track_every=0).track_every == 0
+    assert (plan().track_every, plan().features) == (preset("tiny").track_every, "convnet")
+    with pytest.raises(UsageError, match="nothing is tracked"):
+        plan("run", track_every=0, features="inception")
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("track_every", "score")}))
+    assert plan("run").track_every == preset("demo").track_every, "as earlier versions had it"
 
 
 def test_a_training_begun_without_a_preset_goes_on(plan, begin, config):

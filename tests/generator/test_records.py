@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ddkit.errors import BadFile
-from ddkit.generator.records import read_records
+from ddkit.generator.records import MetricsLog, Score, read_records
 
 
 def test_records_are_read_once_each_and_a_torn_line_is_left_out(tmp_path):
@@ -16,3 +16,11 @@ def test_records_are_read_once_each_and_a_torn_line_is_left_out(tmp_path):
     assert read_records(tmp_path / "none.jsonl") == []
     with pytest.raises(BadFile):
         read_records(tmp_path)
+
+
+def test_a_torn_line_costs_itself_alone_and_scores_of_two_names_are_two(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "den')
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for name, value in (("frechet", 2.0), ("frechet_inception", 9.0), ("frechet", 1.0)):
+        log.write(Score(10, name, value))
+    assert [(record["name"], record["value"]) for record in log.records()] == [("frechet", 1.0), ("frechet_inception", 9.0)]

@@ -48,6 +48,7 @@ def test_a_model_that_was_not_trained_there_is_not_overwritten(data, config, tmp
 def test_starting_over_leaves_what_is_not_ours(data, config, tmp_path):
     train(data, TrainingRequest(config), tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "tensorboard").mkdir()
     start_over(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", ".lock"}
     with pytest.raises(UsageError, match="no training"):

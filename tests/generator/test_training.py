@@ -127,6 +127,23 @@ class TestGoingOn:
         assert (tmp_path / "metrics.jsonl").read_text() == before
         assert reports == []
 
+    def test_a_model_older_than_the_last_checkpoint_is_written_again(self, data, config, tmp_path):
+        """As a kill between the two leaves it."""
+        train(data, TrainingRequest(with_steps(config, 2)), tmp_path / "run")
+        shutil.copytree(tmp_path / "run", tmp_path / "earlier")
+        train(data, TrainingRequest(with_steps(config, 4)), tmp_path / "run")
+        whole = load_model(tmp_path / "run").denoiser.state_dict()
+        for part in ("ddkit.json", "transformer/diffusion_pytorch_model.safetensors"):
+            shutil.copy(tmp_path / "earlier" / part, tmp_path / "run" / part)
+        again = train(data, TrainingRequest(with_steps(config, 4)), tmp_path / "run")
+        assert again.facts.steps == 4
+        assert all(torch.equal(value, whole[name]) for name, value in again.denoiser.state_dict().items())
+
+    def test_half_precision_is_for_gpus(self, data, config, tmp_path):
+        with pytest.raises(UsageError, match="float16 is for GPUs"):
+            train(data, TrainingRequest(dataclasses.replace(config, precision="float16")), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
     def test_a_checkpoint_cut_short_costs_only_what_came_after_the_one_before(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "straight")
         for steps in (2, 4):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 from ddkit.challenge import GLYPHS, DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
-from ddkit.errors import BadData, InvalidSubmission, UsageError
+from ddkit.errors import BadData, Interrupted, InvalidSubmission, UsageError
+from ddkit.progress import ignore
 from ddkit.protocol.evaluate import EvaluationSettings, StateFolder, evaluate, evaluate_generator
 from ddkit.protocol.reference import as_test_set
 from ddkit.results import append, read
@@ -238,8 +240,8 @@ def made_by_round(seed, budget):
 
 def track2(generate=made_by_round, **options):
     settings = EvaluationSettings(track=2, epochs_setting=2, rounds=2, **options)
-    return lambda state=None: evaluate_generator(
-        generate, as_test_set(real_images(), SPEC), settings, name="entry", state=state
+    return lambda state=None, progress=ignore: evaluate_generator(
+        generate, as_test_set(real_images(), SPEC), settings, name="entry", state=state, progress=progress
     )
 
 
@@ -286,11 +288,16 @@ def test_a_continued_round_goes_on_with_the_images_it_began_with(tmp_path):
         calls.append(seed)
         return made_by_round(seed, budget)
 
-    first = track2(generate)(StateFolder(tmp_path))
-    for file in tmp_path.rglob("round-?.pt"):
-        file.unlink()
-    assert same(track2(generate)(StateFolder(tmp_path)), first)
+    def stop_at_once(report):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = track2()()
+    with pytest.raises(Interrupted):
+        track2(generate)(StateFolder(tmp_path), stop_at_once)
+    assert len(list(tmp_path.rglob("*-images.pt"))) == 1
+    assert same(track2(generate)(StateFolder(tmp_path)), whole)
     assert len(calls) == 2
+    assert not list(tmp_path.rglob("*-images.pt")), "a finished round has no use for them"
 
 
 def test_a_generator_needs_a_track_with_a_budget():

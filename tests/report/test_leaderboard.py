@@ -68,7 +68,7 @@ def test_the_difference_to_random_real_images_has_welchs_interval(result):
 
 @pytest.mark.parametrize("other", [
     {"epochs_setting": 60}, {"network": "resnet18"}, {"augment": False}, {"precision": "bfloat16"}, {"ipc": 50},
-    {"track": 2},
+    {"track": 2}, {"test_images": 2000},
 ])  # fmt: skip
 def test_what_was_obtained_otherwise_is_not_compared(result, other):
     fields = {"epochs_setting": 50} | other
@@ -96,6 +96,28 @@ def test_evaluated_again_after_a_change_both_stand_there(result):
     again = dataclasses.replace(old, accuracies=(0.22, 0.23))  # the very same file and seed
     assert [row.value for row in build([old, new])[1].rows] == pytest.approx([0.305, 0.205])
     assert [row.value for row in build([old, again])[1].rows] == pytest.approx([0.225])
+
+
+def test_a_quick_look_takes_no_place_of_more_rounds(result):
+    long = result("mine", "cifar100", 0.20, 0.22, 0.21, epochs_setting=50)
+    real = result("random", "cifar100", 0.13, 0.15, 0.14, epochs_setting=50, kind="random-real")
+    looks = [dataclasses.replace(whole, accuracies=whole.accuracies[:1]) for whole in (long, real)]
+    mine, random = build([long, real, *looks])[1].rows
+    assert (mine.value, random.value) == (pytest.approx(0.21), pytest.approx(0.14))
+    assert mine.to_random.half_width is not None
+    assert [row.value for row in build([*looks, long, real])[1].rows] == pytest.approx([0.21, 0.14])
+
+
+def test_time_budgets_of_track_2_have_tables_of_their_own(result):
+    of = {"track": 2, "official": False}
+    groups = build([
+        result("mine", "cifar100", 0.30, 0.31, epochs_setting=100, time_budget=60.0, **of),
+        result("mine", "cifar100", 0.33, 0.34, epochs_setting=100, time_budget=120.0, **of),
+        result("mine", "cifar100", 0.35, 0.36, epochs_setting=100, time_budget=600.0, **of),
+    ], [2])  # fmt: skip
+    titles = ["Not official: E = 100", *(f"Not official: E = 100, {s} s of generating" for s in (120, 60))]
+    assert [group.title for group in groups[1:]] == titles
+    assert [len(group.rows) for group in groups[1:]] == [1, 1, 1]
 
 
 def test_a_dataset_made_anew_keeps_the_other_one(result):

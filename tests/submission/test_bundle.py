@@ -105,6 +105,9 @@ def test_what_is_no_entry_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.zip").write_text("no zip")
     (tmp_path / "set.pt").write_text("")
-    for name, error in (("empty", BadFile), ("text.zip", BadFile), ("set.pt", UsageError), ("absent", MissingModel)):
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "generate.py").write_text("")  # which is not what was asked for
+    refused = {"empty": BadFile, "text.zip": BadFile, "set.pt": UsageError, "mine.py": UsageError, "absent": MissingModel}
+    for name, error in refused.items():
         with pytest.raises(error), opened(tmp_path / name):
             pass

@@ -81,6 +81,16 @@ def test_practice_beside_the_challenge_is_left_aside_with_a_warning(folder):
     assert left_aside == ["glyphs.pt"]
 
 
+@pytest.mark.parametrize("other", ["glyphs.pt", "secrets.pt", "Glyphs.PT"])
+def test_a_zip_holds_the_challenges_tensors_and_nothing_else(tmp_path, folder, other):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        with archive.open("cifar100.pt", "w") as member:
+            torch.save(torch.zeros(1000, 3, 32, 32), member)
+        archive.write(folder / "glyphs.pt", other)
+    found = [(f.level, f.code) for f in check_path(tmp_path / "s.zip", settings=BARE).findings if f.where == other]
+    assert found == [("error", "F009")]
+
+
 def test_what_a_terminal_would_obey_is_shown_as_written(tmp_path):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.writestr("\x1b[2J\ncifar100.pt", b"")

@@ -24,6 +24,12 @@ def test_it_is_read_from_the_cache_and_fitted_again_where_that_is_damaged(own_ca
     assert len(kept.read_bytes()) == len(whole)
 
 
+def test_a_cache_that_is_not_ours_to_write_costs_the_fitting_alone(own_cache):
+    load_dataset("glyphs", "train")
+    (own_cache / "checks").write_text("")
+    assert class_model("glyphs").weight.isfinite().all()
+
+
 def test_features_of_an_image_do_not_depend_on_the_others():
     images = torch.rand(300, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 0.5
     together = image_features(images)

@@ -164,6 +164,17 @@ def test_a_directory_that_claims_too_much_is_not_read(images):
     assert tensor is None and codes == ["F005"] and "2,000,000,000 bytes" in message
 
 
+def test_a_directory_elsewhere_than_it_is_said_to_be_is_not_read(images):
+    data = bytearray(saved(images))
+    at = data.rfind(b"PK\x06\x06")
+    decoy = bytes(data[at : at + 56])
+    struct.pack_into("<Q", data, at + 40, 2_000_000_000)  # where some programs look
+    struct.pack_into("<Q", data, at + 56 + 8, at)
+    moved = bytes(data[:at]) + decoy + bytes(data[at:])  # and where others do
+    tensor, codes, message = read(moved)
+    assert tensor is None and codes == ["F005"] and "list of members is damaged" in message
+
+
 def test_a_refusal_never_advises_to_load_without_restrictions():
     broken = io.BytesIO()
     with zipfile.ZipFile(broken, "w") as archive:
