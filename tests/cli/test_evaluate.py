@@ -123,7 +123,7 @@ def test_each_result_is_recorded_before_the_next_set_begins(work):
     process = start(first, second, "--epochs-setting", "300", "--rounds", "1")
     for line in process.stderr:
         if "Evaluating" in line and "b/blobs.pt" in line:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             break
     process.stderr.read()
     assert process.wait() == 130
