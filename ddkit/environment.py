@@ -1,7 +1,9 @@
-"""What is installed: recognising pairs of libraries that do not work together, and naming versions in results."""
+"""What is installed: recognising pairs of libraries that do not work together, and naming versions in results, and which
+process of several speaks."""
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -30,6 +32,11 @@ def explain_broken_install(error: Exception) -> BrokenInstall | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ddkit"):
         return BrokenInstall(f"The Python package '{error.name}' is missing.", f"pip install {error.name}")
     return None
+
+
+def leads() -> bool:
+    """Whether this process speaks for those that `accelerate launch` started together; a process alone does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._signal is not None
 
+    def pass_on(self) -> None:
+        """Send the signal again, if one came."""
+        if self._signal is not None:
+            signal.raise_signal(self._signal)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             # Asked twice: the person does not want to wait for the end of the step.
@@ -29,7 +34,8 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Inside, the first SIGINT or SIGTERM only marks the yielded StopRequest; a second one interrupts at once.
 
-    The loop looks at it after each step, saves, and raises `ddkit.errors.Interrupted`.
+    The loop looks at it after each step, saves, and raises `ddkit.errors.Interrupted`. A signal that came too late for
+    it to be looked at is passed on to whoever handles them outside: it is not for the loop's end to swallow.
     Outside the main thread signals cannot be caught and the request stays false.
     """
     request = StopRequest()
@@ -42,3 +48,4 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+    request.pass_on()

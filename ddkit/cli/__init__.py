@@ -22,6 +22,9 @@ from ddkit.files import explain_os_error
 COMMANDS = ("demo", "data", "train", "generate", "refine", "evaluate", "check", "tune", "pack", "report", "completion")
 
 
+_FAULT = 70  # EX_SOFTWARE of sysexits
+
+
 class _Group(click.Group):
     """Loads a command's module when it is asked for, and turns errors into messages and exit statuses."""
 
@@ -68,6 +71,15 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
+        except click.ClickException:
+            raise
+        except Exception as error:
+            # Not Python's status 1, which is that of an unacceptable submission.
+            if wants_traceback(ctx):
+                raise
+            fault = DDKitError(f"This is a fault of ddkit: {type(error).__name__}: {error}", "--debug shows where.")
+            _say(fault)
+            ctx.exit(_FAULT)
 
 
 def wants_traceback(ctx: click.Context) -> bool:

@@ -55,7 +55,7 @@ results_option = click.option(
 def dataset_of(path: Path, wanted: str | None) -> str:
     """The dataset a set is of: as said, else as the JSON beside it says, else as the file is called.
 
-    Raises MissingData where there is no such file, UsageError for a folder.
+    Raises MissingData where there is no such file, UsageError for a folder, a zip or a name that does not tell.
     """
     from ddkit.challenge import DATASETS
     from ddkit.data.store import list_prepared
@@ -66,7 +66,12 @@ def dataset_of(path: Path, wanted: str | None) -> str:
     if not path.is_file():
         name = wanted or (path.stem if path.stem in (*DATASETS, *list_prepared()) else "NAME")
         raise MissingData(f"{path} does not exist.", f"Make it: ddkit generate --dataset {name} --out {path}")
-    return wanted or str(read_facts(path).get("dataset", path.stem))
+    if path.suffix == ".zip" and not wanted:
+        raise UsageError(f"{path} is a zip.", "Name the .pt files; a generator's zip is evaluated with --track 2.")
+    name = wanted or read_facts(path).get("dataset")
+    if name is None and path.stem not in (*DATASETS, *list_prepared()):
+        raise UsageError(f"{path}: which dataset it is for cannot be told from its name.", "Say it: --dataset NAME.")
+    return str(name or path.stem)
 
 
 class FindingCode(click.ParamType):

@@ -58,7 +58,7 @@ def _steps(device: str, seed: int) -> list[list[str]]:
     return [
         ["data", "prepare", "glyphs"],
         ["train", "--dataset", "glyphs", "--preset", "demo", *compute],
-        ["generate", "--dataset", "glyphs", "--ipc", "10", *compute],
+        ["generate", "--dataset", "glyphs", "--ipc", "10", "--replace", *compute],
         ["generate", "--dataset", "glyphs", "--ipc", "10", "--from-real", "random", "--out", "baseline/glyphs.pt",
          "--seed", str(seed)],
         ["evaluate", "submission/glyphs.pt", *quick],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ddkit.cli._options import (
     RUNS_FOLDER,
     SUBMISSION_FOLDER,
     Duration,
+    FindingCode,
     dataset_of,
     device_option,
     example,
@@ -65,6 +67,8 @@ _MOST_ROUNDS_SHOWN = 5
               help="With --ranking: of all real images, which need fewer.  [default: the sets' own, 40 at most]")
 @click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=RUNS_FOLDER / "evaluations",
               show_default=True, help="Where interrupted evaluations are kept.")
+@click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
+              help="Evaluate in spite of findings of this code; repeatable.")
 @click.option("--save-every", type=Duration(), default="30s", show_default=True, help="How much work a kill may cost.")
 @device_option
 @seed_option
@@ -82,6 +86,7 @@ def evaluate(
     track: str,
     ranking: bool,
     full_epochs_setting: int | None,
+    ignored: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train fresh networks on distilled SETS, test them on real images: the challenge's score.
@@ -109,7 +114,7 @@ def evaluate(
     records = Records(results, writes=team.leads)
     for problem in records.problems:
         surface.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
-    job = _Job(surface, settings, reference, StateFolder(state, save_every), records, ranking)
+    job = _Job(surface, settings, reference, StateFolder(state, save_every), records, ranking, ignored)
     evaluate_each = _evaluate_entries if settings.track == 2 else _evaluate_sets
     evaluated = evaluate_each(job, sets, dataset)
     ranked = [result for result in evaluated if ranking and result.kind == "submission"]
@@ -120,9 +125,7 @@ def evaluate(
 
 def _evaluate_sets(job: _Job, sets: Sequence[Path], dataset: str | None) -> list[Result]:
     named = [(path, dataset_of(path, dataset)) for path in sets or _in_submission_folder()]
-    of = sorted({name for _, name in named})
-    if job.reference is not None and len(of) > 1:
-        raise UsageError(f"--reference is of one dataset, and the sets are of {' and '.join(of)}.", "Name sets of one.")
+    job.require_tests({name for _, name in named})
     # All are read and checked before the first is trained on, which can take hours.
     read = [job.read(path, name) for path, name in named]
     if job.ranking and all(one.kind in _REFERENCE_KINDS for one in read):
@@ -134,14 +137,17 @@ def _evaluate_entries(job: _Job, entries: Sequence[Path], dataset: str | None) -
     """Of each track 2 entry, on one dataset or on all that it has models for."""
     from ddkit.submission.bundle import datasets_of, opened
 
-    results = []
-    for path in entries or [ENTRY_FILE]:
-        with opened(path) as folder:
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for path in entries or [ENTRY_FILE]:
+            folder = stack.enter_context(opened(path))
             names = [dataset] if dataset else datasets_of(folder)
             if not names:
                 raise UsageError(f"{path} does not say which datasets it is for.", "Say --dataset.")
-            results += [job.run_entry(path, folder, name) for name in names]
-    return results
+            runs += [(path, folder, name) for name in names]
+        # All is there before the first generator runs, for ten minutes a round.
+        job.require_tests({name for _, _, name in runs})
+        return [job.run_entry(*run) for run in runs]
 
 
 def _in_submission_folder() -> list[Path]:
@@ -182,16 +188,26 @@ class _Job:
     state: StateFolder
     records: Records
     ranking: bool
+    ignored: tuple[str, ...]
+
+    def require_tests(self, names: set[str]) -> None:
+        """Raise where one of these datasets has nothing to be tested on."""
+        from ddkit.data.store import dataset_spec
+
+        if self.reference is not None and len(names) > 1:
+            of = " and ".join(sorted(names))
+            raise UsageError(f"--reference is of one dataset, and there are {of}.", "Evaluate one at a time.")
+        for name in sorted(names):
+            self._test_set(dataset_spec(name))
 
     def read(self, path: Path, name: str) -> _ReadSet:
-        """One set, checked; what it will be tested on is there as well."""
+        """One set, checked."""
         from ddkit.data.store import dataset_spec
         from ddkit.files import sha256_of
         from ddkit.submission.layout import load_tensor, read_facts
 
         spec = dataset_spec(name)
         self._check(path, spec)
-        self._test_set(spec)
         return _ReadSet(path, spec, load_tensor(path, spec), sha256_of(path), read_facts(path))
 
     def run(self, one: _ReadSet) -> Result:
@@ -208,9 +224,7 @@ class _Job:
         )
         # Sets in one folder are one entry: the report joins them by this name.
         name = one.path.resolve().parent.name
-        result = evaluation.result(name, one.sha256, str(one.path), kind=one.kind, made_by=one.facts)
-        self.records.add(result)
-        return result
+        return self._record(evaluation.result(name, one.sha256, str(one.path), kind=one.kind, made_by=one.facts))
 
     def run_entry(self, path: Path, folder: Path, name: str) -> Result:
         """Evaluate one track 2 entry, whose files are in `folder`, on one dataset."""
@@ -234,9 +248,7 @@ class _Job:
             progress=self.surface.listen,
         )
         title = path.resolve().parent.name if path.suffix == ".py" else path.resolve().stem
-        result = evaluation.result(title, sha256, str(path), made_by=entry_facts(folder, name))
-        self.records.add(result)
-        return result
+        return self._record(evaluation.result(title, sha256, str(path), made_by=entry_facts(folder, name)))
 
     def rank(self, result: Result, full_epochs_setting: int | None) -> Ranking:
         """DD-Ranking's scores of an evaluated set, after evaluating what they lack."""
@@ -261,6 +273,12 @@ class _Job:
             progress=self.surface.listen,
         )
 
+    def _record(self, result: Result) -> Result:
+        """Told at once, too: what comes after it may take hours, or fail."""
+        self.records.add(result)
+        self.surface.say(f"{escape(result.source)} on {escape(result.dataset)}: {_percent(result.mean)}, recorded.")
+        return result
+
     def _announce(self, need: Need, settings: EvaluationSettings) -> None:
         self.surface.say(f"For DD-Ranking, evaluating {need}: {_length(settings)}.")
 
@@ -268,7 +286,8 @@ class _Job:
         """Refuse what `ddkit check` refuses; say what it warns of. Any number of images a class can be evaluated."""
         from ddkit.submission.check import require_acceptable
 
-        for finding in require_acceptable(path, spec.name, progress=self.surface.listen).findings:
+        report = require_acceptable(path, spec.name, ignore_codes=self.ignored, progress=self.surface.listen)
+        for finding in report.findings:
             if finding.level == "warning":
                 self.surface.say(f"[yellow]warning[/yellow] {escape(f'{finding.code}: {finding.message}')}")
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="bfloat16 is faster on GPUs.")
 @click.option("--compile/--no-compile", default=None, help="Compile first; pays from some thousands of images on.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The file; submission/<dataset>.pt.")
+@click.option("--replace", is_flag=True, help="Even a set that has been refined.")
 @seed_option
 @device_option
 @surface_options
@@ -47,6 +48,7 @@ def generate(
     select: str | None,
     from_real: str | None,
     out: Path | None,
+    replace: bool,
     seed: int,
     device: str,
     **sampling: Any,
@@ -73,7 +75,7 @@ def generate(
         source = _from_model(model or RUNS_FOLDER / dataset, seed, device, choice, sampling)
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     surface.say(f"Making {ipc} images per class of {escape(dataset)} {escape(_origin(source))}.")
-    saved = generate_set(dataset, ipc, source, out, progress=surface.listen)
+    saved = generate_set(dataset, ipc, source, out, replace=replace, progress=surface.listen)
     surface.done([saved.tensor, saved.facts, saved.sheet], f"ddkit evaluate {saved.tensor}")
     surface.result({"tensor": saved.tensor, "facts": saved.facts, "sheet": saved.sheet})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -16,8 +16,12 @@ from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_
 from ddkit.cli._surface import Surface
 from ddkit.errors import UsageError
 
+if TYPE_CHECKING:
+    from ddkit.submission.findings import Finding, Report
+
 _OF_TRACK_1 = ("folder", "strict", "ignored")
 _OF_BOTH = ("track", "out")
+_ORDER_NOT_COMPARED = "L011"  # a remark that the last look before the upload should not miss
 
 
 @click.command(epilog=example("ddkit pack submission --out my-entry.zip\nddkit pack --track 2 --tuned"))
@@ -73,7 +77,15 @@ def _pack_track_1(surface: Surface, folder: Path, out: Path, strict: bool, ignor
     from ddkit.submission import pack as packing
 
     surface.say(f"Checking {escape(str(folder))} and packing it into {escape(str(out))}.")
-    path = packing.pack(folder, out, strict=strict, ignore_codes=ignored, progress=surface.listen)
+    findings: list[Finding] = []
+
+    def tell(report: Report) -> None:
+        findings.extend(report.findings)
+        for finding in report.findings:
+            if finding.level == "warning" or finding.code == _ORDER_NOT_COMPARED:
+                surface.say(f"[yellow]{finding.level}[/yellow] {escape(f'{finding.code}: {finding.message}')}")
+
+    path = packing.pack(folder, out, strict=strict, ignore_codes=ignored, told=tell, progress=surface.listen)
     files = packing.packed_files(path)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading, justify in (("in the zip", "left"), ("bytes", "right"), ("SHA-256", "left")):
@@ -81,7 +93,9 @@ def _pack_track_1(surface: Surface, folder: Path, out: Path, strict: bool, ignor
     for file in files:
         table.add_row(escape(file.name), f"{file.size:,}", file.sha256)
     table.add_row(f"[bold]{escape(path.name)}[/]", f"{path.stat().st_size:,}", sha256_of(path))
-    surface.result({"path": str(path), "sha256": sha256_of(path), "files": [vars(file) for file in files]}, table)
+    found = [vars(finding) for finding in findings]
+    files_packed = [vars(file) for file in files]
+    surface.result({"path": str(path), "sha256": sha256_of(path), "files": files_packed, "findings": found}, table)
     scored = any(file.name == f"{spec.name}.pt" for file in files for spec in CHALLENGE_DATASETS)
     what = f"Upload {escape(str(path))}" if scored else "For practice: the challenge scores other datasets"
     surface.say(f"{what}: read back and verified.")

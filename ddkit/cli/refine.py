@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
-from ddkit.cli._options import RUNS_FOLDER, Duration, dataset_of, device_option, example, recorded_seed_option, surface_options
+from ddkit.cli._options import (
+    RUNS_FOLDER,
+    Duration,
+    FindingCode,
+    dataset_of,
+    device_option,
+    example,
+    recorded_seed_option,
+    surface_options,
+)
 from ddkit.cli._surface import Surface, span_text
 from ddkit.errors import UsageError
 
@@ -58,7 +67,10 @@ if TYPE_CHECKING:
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path),
               help="Where state and former set are kept.  [default: runs/<dataset>-refine]")
 @click.option("--fresh", is_flag=True, help="Start over, from the set as it was.")
-@click.option("--save-every", type=Duration(), default="2m", show_default=True, help="How much work a kill may cost.")
+@click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
+              help="Refine in spite of findings of this code by ddkit check; repeatable.")
+@click.option("--save-every", type=Duration(), default="2m", show_default=True,
+              help="How much work a kill may cost; of a judgement, all.")
 @device_option
 @recorded_seed_option
 @surface_options
@@ -72,6 +84,7 @@ def refine(
     run: Path | None,
     fresh: bool,
     save_every: float,
+    ignored: tuple[str, ...],
     device: str,
     preset: str | None,
     **options: Any,
@@ -96,7 +109,7 @@ def refine(
     surface.say(f"Refining {escape(str(path))} for {length}; the set as it was is kept in {escape(str(folder))}.")
     refined = refine_set(
         path, dataset, settings, limits, folder,
-        out=out, fresh=fresh, device=device, save_every_seconds=save_every, progress=surface.listen,
+        out=out, fresh=fresh, ignore_codes=ignored, device=device, save_every_seconds=save_every, progress=surface.listen,
     )  # fmt: skip
     surface.say(
         f"By held-out training images {refined.accuracy_before:.2%} before, {refined.accuracy:.2%} at step "

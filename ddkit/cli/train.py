@@ -13,6 +13,7 @@ from rich.table import Table
 from ddkit.cli._minimax import described, minimax_options
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, recorded_seed_option, surface_options
 from ddkit.cli._surface import Surface, span_text
+from ddkit.environment import leads
 from ddkit.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
@@ -67,13 +68,17 @@ def train(
 ) -> None:
     """Train a generator: an autoencoder, then a denoiser of its latents; or fine-tune one that is there.
 
-    Run it again to go on where it stopped, or, with more --steps or --time, to train on.
+    Run it again to go on where it stopped, or, with more --steps or --time, to train on. Several GPUs share the batches:
+    accelerate launch -m ddkit train.
     """
     from ddkit.generator.planning import Wishes, plan_training
     from ddkit.generator.run_folder import has_training
     from ddkit.generator.training import TrainingRequest
 
     wishes = Wishes(**settings)
+    surface.quiet = surface.quiet or not leads()
+    if wishes.steps is not None and seconds is not None:
+        raise UsageError("--steps and --time contradict each other.")
     if resume and fresh:
         raise UsageError("--resume and --fresh contradict each other.")
     if wishes.epochs is not None and (wishes.steps is not None or seconds is not None):
@@ -137,6 +142,8 @@ def _train(
     model = train_generator(
         data, request, folder, start=plan.start, tracking=tracking, fresh=fresh, progress=surface.listen
     )
+    if not leads():
+        return
     next_command = f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name)
     surface.done([folder, folder / CHART_FILE], next_command)
     surface.result(

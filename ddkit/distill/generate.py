@@ -17,6 +17,7 @@ from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, class_names, class_titles, dataset_spec, store_hash
 from ddkit.device import resolve_device
 from ddkit.distill.parts import Parts
+from ddkit.distill.refine import KIND_REFINED
 from ddkit.distill.select import BLIND_CHOICES, View, check_choice, choose, choose_in_class
 from ddkit.environment import versions
 from ddkit.errors import Interrupted, UsageError
@@ -25,7 +26,7 @@ from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sam
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.metrics.features import reference_features
 from ddkit.progress import Listener, Progress, ignore
-from ddkit.submission.layout import SavedSet, require_tensor_name, save_set
+from ddkit.submission.layout import SavedSet, read_facts, require_tensor_name, save_set
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +70,20 @@ class FromReal:
 
 
 def generate(
-    dataset: str, ipc: int, source: FromModel | FromReal, out: Path, *, progress: Listener = ignore
+    dataset: str, ipc: int, source: FromModel | FromReal, out: Path, *, replace: bool = False, progress: Listener = ignore
 ) -> SavedSet:
     """Write a distilled set of `ipc` images per class, its JSON and its contact sheet; earlier ones are replaced.
 
     out: where the tensor goes, a .pt file. Samples of a model are kept beside it as they are made: stopped, even
-    killed, the same call goes on with what is missing.
-    Raises UsageError for an ipc below one, another ending, an unknown dataset or a model of another one, Interrupted
-    once asked to stop, and what `load_model`, `open_dataset` and `save_set` raise.
+    killed, the same call goes on with what is missing. replace: a refined set, too, which has cost hours.
+    Raises UsageError for an ipc below one, another ending, an unknown dataset or a model of another one, or a refined
+    set at `out`, Interrupted once asked to stop, and what `load_model`, `open_dataset` and `save_set` raise.
     """
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, not {ipc}.", "The challenge asks for --ipc 10.")
     require_tensor_name(out)
+    if not replace and read_facts(out).get("kind") == KIND_REFINED:
+        raise UsageError(f"{out} has been refined, which would be lost.", "Name another file with --out, or say --replace.")
     if isinstance(source, FromReal):
         return _save(dataset, out, *_real(dataset, ipc, source, progress))
     return _generate_samples(dataset, ipc, source, out, progress)
@@ -145,13 +148,13 @@ def _complete(rows: _Rows, parts: Parts) -> Tensor:
         for new in rows.after(done, stop):
             made.append(new)
             done += len(new)
-            if done < rows.total:  # the last ones are in the set at once
+            if done < rows.total or stop:  # else the last ones are in the set at once
                 parts.keep(done - len(new), new)
             if stop:
                 break
-    if done < rows.total:
-        kept = f"with {done} of {rows.total} images made; they are kept" if done else "before any image was made"
-        raise Interrupted(f"Stopped {kept}.", "Run the same command again to go on.")
+        if stop:
+            kept = f"with {done} of {rows.total} images made; they are kept" if done else "before any image was made"
+            raise Interrupted(f"Stopped {kept}.", "Run the same command again to go on.")
     return torch.cat(made)
 
 

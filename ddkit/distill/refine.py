@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,6 +162,7 @@ def refine(
     *,
     out: Path | None = None,
     fresh: bool = False,
+    ignore_codes: Collection[str] = (),
     device: str = "cpu",
     save_every_seconds: float = 120.0,
     progress: Listener = ignore,
@@ -170,6 +172,7 @@ def refine(
     folder: keeps the set as it was (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
     fresh: begin from the set as it was; the one that was refined from it, at `out`, is kept in the folder (refined.pt).
         A set that nothing is gained on is left as it is.
+    ignore_codes: of findings of `check` that do not count.
     Raises InvalidSubmission for a set that `check` refuses; UsageError for an `out` that does not end in .pt, for the
     copies that the folder keeps, or where the folder belongs to another set, other settings or other real images, or
     another process refines in it;
@@ -186,7 +189,7 @@ def refine(
     with alone(folder, "refines", elsewhere="--run"):
         if fresh:
             start_over(path, folder, out)
-        state = _begin_or_go_on(path, spec, settings, folder)
+        state = _begin_or_go_on(path, spec, settings, folder, ignore_codes)
         experts = Experts(
             references, state.dataset_sha256, settings.experts, seed=settings.seed, device=chosen, progress=progress
         )
@@ -213,10 +216,12 @@ def recorded_settings(folder: Path) -> RefineSettings | None:
     return RefineSettings(**recorded, **parts)
 
 
-def _begin_or_go_on(path: Path, spec: DatasetSpec, settings: RefineSettings, folder: Path) -> RefinementState:
+def _begin_or_go_on(
+    path: Path, spec: DatasetSpec, settings: RefineSettings, folder: Path, ignore_codes: Collection[str]
+) -> RefinementState:
     images, dataset_sha256 = load_tensor(path, spec), store_hash(spec.name, "train")
     if not (folder / STATE_FILE).exists():
-        require_acceptable(path, spec.name)
+        require_acceptable(path, spec.name, ignore_codes=ignore_codes)
         if settings.displayable:
             images = images.clamp(*_black_and_white(spec))
         return RefinementState.begin(path, images, folder, dataclasses.asdict(settings), dataset_sha256)

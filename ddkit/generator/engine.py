@@ -189,12 +189,12 @@ class Engine:
             if over or stopping or save_due or self.step % self.limits.record_every == 0:
                 yield self._record(losses)
                 losses = []
-            self._visit()
-            if stopping or save_due:
+            if stopping or save_due:  # before visits, which may take minutes
                 self.save()
                 saved = time.monotonic()
             if stopping and not over:
                 raise self._interrupted()
+            self._visit()
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ddkit.errors import MissingModel, UsageError
 from ddkit.generator.pipeline import has_model
-from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, MinimaxConfig, preset
+from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, preset
 from ddkit.generator.pretrained import Start, start_from
 from ddkit.generator.run_folder import Recorded, recorded
 from ddkit.generator.tracking import NAMES
@@ -123,8 +123,15 @@ def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path
         minimax = config.minimax or preset(MINIMAX_PRESET).config(data.image_size).minimax
         if has_model(own):
             minimax = dataclasses.replace(minimax, init=str(own))
+        elif wishes.init is None:
+            raise MissingModel(
+                f"There is no generator of '{data.name}' to start from: {own} holds none.",
+                f"Train one: ddkit train --dataset {data.name}. Or name one: --init FOLDER, or --init {minimax.init} "
+                "for a pretrained one (gigabytes).",
+            )
     config = dataclasses.replace(config, minimax=dataclasses.replace(minimax, **wishes.given(*_OF_MINIMAX)))
-    start = _read_start(data, config.minimax, named=wishes.init is not None)
+    minimax = config.minimax
+    start = start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
     return Plan(name, _completed(config, data, wishes, start, new=begun is None), *tracking, start)
 
 
@@ -147,19 +154,6 @@ def _refuse_alien(wishes: Wishes, tunes: bool) -> None:
         raise UsageError(f"--{_FROM_START[next(iter(alien))]} is decided by what fine-tuning starts from, --init.")
     if not tunes and (alien := wishes.given(*_OF_MINIMAX)):
         raise UsageError(f"--{next(iter(alien)).replace('_', '-')} goes with --method minimax.")
-
-
-def _read_start(data: TrainingData, minimax: MinimaxConfig, *, named: bool) -> Start:
-    """named: by the user, who then knows what is missing."""
-    try:
-        return start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
-    except MissingModel as error:
-        if named:
-            raise
-        raise MissingModel(
-            f"There is no generator of '{data.name}' to start from, and {error.message}",
-            f"Train one: ddkit train --dataset {data.name}. {error.remedy}",
-        ) from error
 
 
 def _completed(

@@ -165,7 +165,8 @@ class _Known:
 
     def full_real(self, subject: Result) -> Result | None:
         """All real images under the same settings, else with the most epochs: they need far fewer to be learnt."""
-        of_dataset = (r for r in self._full_real if (r.dataset, r.network) == (subject.dataset, subject.network))
+        # Of equals the first is taken, which is the latest here.
+        of_dataset = (r for r in reversed(self._full_real) if (r.dataset, r.network) == (subject.dataset, subject.network))
         return max(of_dataset, key=lambda r: (_settings(r) == _settings(subject), r.epochs_setting), default=None)
 
     @staticmethod

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
-from ddkit.errors import UsageError, require_positive
+from ddkit.errors import BadFile, UsageError, require_positive
 from ddkit.files import cache_folder
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.convnet import ConvNet
@@ -125,7 +125,10 @@ def reference_features(
     if not _load(network, path):
         log.info("Training the feature network on %d real images, kept in %s", len(images), path)
         _train(network.to(device), images, labels, spec, settings, progress)
-        _save(network, path)
+        try:
+            _save(network, path)
+        except BadFile as error:  # a cache that is shared and not ours to write costs the training each time, no more
+            log.info("The feature network is not kept: %s", error)
     return ReferenceFeatures(network.to(device), spec)
 
 

@@ -22,7 +22,8 @@ _MOST_NEIGHBOURHOODS = 10_000  # real images whose neighbourhoods make density a
 class Scores:
     """The metrics of one set of images against the same real ones.
 
-    frechet: Frechet distance; smaller is better. density, coverage: Naeem et al. 2020; real images get about 1.
+    frechet: Frechet distance; smaller is better. density, coverage: Naeem et al. 2020; larger is better, and real images
+        get a density of about 1.
     diversity: mean distance within a class; None where no class has two images.
     nearest: median distance to the nearest real image, in units of the same of real images: far below 1 means copies.
     """
@@ -38,7 +39,7 @@ class Scores:
 class Quality:
     """The scores of a set, and those of as many other real images of the same classes: what is to be reached.
 
-    neighbours: (N,) indices into the real training set of each image's nearest real one.
+    neighbours: (N,) indices into the real training set, all of it, of each image's nearest real one.
     distances: (N,) to it, in units of the median distance from a real image to the nearest other one.
     """
 
@@ -73,14 +74,17 @@ def measure(
     real = features(dataset.images[reference], progress)
     ours = features(images, progress)
     other = features(dataset.images[stand_in], progress)
-    indices, distances = nearest(ours, real)
+    # Copies are looked for among all training images: also those that stand in, and those that are one too many above.
+    rest = torch.ones(len(dataset.labels), dtype=torch.bool).index_fill_(0, reference, False).nonzero().flatten()
+    everything = torch.cat([real, features(dataset.images[rest], progress)])
+    indices, distances = nearest(ours, everything)
     # How far a real image lies from the nearest other one is the unit of these distances.
     unit = nearest(other, real)[1].median().clamp_min(1e-6)
     return Quality(
         images=len(images),
         scores=_scores(ours, labels, real, distances / unit),
         real=_scores(other, dataset.labels[stand_in], real, torch.ones(1)),
-        neighbours=reference[indices],
+        neighbours=torch.cat([reference, rest])[indices],
         distances=distances / unit,
     )
 

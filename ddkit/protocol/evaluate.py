@@ -19,7 +19,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.device import describe_device, resolve_device
 from ddkit.environment import versions
-from ddkit.errors import UsageError, nearest_name
+from ddkit.errors import Interrupted, UsageError, nearest_name
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.networks import NETWORKS, OFFICIAL_NETWORK
@@ -252,7 +252,12 @@ class _Runner:
         kept = {index: result for index in group if (result := read_result(self._file(index)))}
         for index, result in kept.items():
             self._report(index, self._epochs, result.losses[-1])
-        jobs = [self._job(index) for index in group if index not in kept]
+        jobs = []
+        for index in group:
+            if index not in kept:
+                if stop:
+                    raise Interrupted(f"Interrupted before round {index + 1}.", "Run the same again to go on from there.")
+                jobs.append(self._job(index))
         ran = run_rounds(jobs, self._test_set, self._settings, stop=stop, listener=self._report)
         kept |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
         for index in group:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +87,14 @@ def check_path(
     return report
 
 
-def require_acceptable(path: str | os.PathLike[str], dataset: str, *, progress: Listener = ignore) -> Report:
-    """Check one `.pt` file of any number of images a class; raises InvalidSubmission with the first error found."""
-    report = check_path(path, dataset=dataset, settings=CheckSettings(ipc=None), progress=progress)
+def require_acceptable(
+    path: str | os.PathLike[str], dataset: str, *, ignore_codes: Collection[str] = (), progress: Listener = ignore
+) -> Report:
+    """Check one `.pt` file of any number of images a class; raises InvalidSubmission with the first error found.
+
+    ignore_codes: findings that do not count.
+    """
+    report = check_path(path, dataset=dataset, settings=CheckSettings(ipc=None), progress=progress).ignoring(ignore_codes)
     if not report.ok:
         raise InvalidSubmission(f"{path}: {report.findings[0].message}", f"See: ddkit check {path}")
     return report

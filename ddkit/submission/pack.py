@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +45,13 @@ def pack(
     strict: bool = False,
     ignore_codes: Collection[str] = (),
     settings: CheckSettings = CheckSettings(),
+    told: Callable[[Report], None] = ignore,
     progress: Listener = ignore,
 ) -> Path:
     """Check `folder`, write its tensors into the zip `out`, read that back, and return its path.
 
     The same tensors always make the same bytes. The zip holds the tensors only, at its root.
-    strict: warnings refuse too. ignore_codes: findings that do not.
+    strict: warnings refuse too. ignore_codes: findings that do not. told: gets what was found, before anything is written.
     Raises MissingData without a folder, Refused (an InvalidSubmission) for what `check` refuses, UsageError where
     `out` is one of the tensors, and BadFile for what the system refuses; an earlier zip stays as it was in each case.
     """
@@ -61,6 +62,7 @@ def pack(
     report = report.strict() if strict else report
     if not report.ok:
         raise Refused(folder, report)
+    told(report)
     files, _ = submission_files(folder)
     if not files:
         raise MissingData(f"There is no tensor in {folder} to pack.", "Make one: ddkit generate")

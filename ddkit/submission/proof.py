@@ -127,7 +127,10 @@ def _environment(folder: Path, bundle: Path, settings: ProofSettings, progress: 
         return python
     site_packages = next(path for path in folder.rglob("site-packages") if path.is_dir())
     (site_packages / f"{_GUARD}.py").write_text(_guard(), encoding="utf-8")
-    ours = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    # Where this interpreter finds packages: its own places, the user's, and those of a system below a virtual environment.
+    own = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    below = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    ours = dict.fromkeys([*own, *below])
     (site_packages / f"{_GUARD}.pth").write_text("\n".join([f"import {_GUARD}", *ours]) + "\n", encoding="utf-8")
     return python
 

@@ -139,7 +139,7 @@ def test_what_could_only_be_a_misunderstanding_is_refused_before_anything_is_tra
     assert "real images themselves" in " ".join(errors.split())
     torch.save(torch.zeros(1000, 3, 32, 32), "cifar100.pt")
     _, errors = run(real, "cifar100.pt", *QUICK, "--reference", "blobs_test.pt", status=2)
-    assert "--reference is of one dataset, and the sets are of blobs and cifar100" in " ".join(errors.split())
+    assert "--reference is of one dataset, and there are blobs and cifar100" in " ".join(errors.split())
     assert not (work / "runs" / "results.jsonl").exists()
 
 
@@ -154,7 +154,9 @@ def test_the_dataset_may_be_said_for_a_file_of_another_name(work):
     save(path)
     path.with_suffix(".json").unlink()
     _, errors = run(str(path), *QUICK, status=2)
-    assert "There is no dataset 'mine'" in errors
+    assert "cannot be told from its name" in errors and "--dataset NAME" in errors
+    (work / "mine.zip").write_bytes(b"")
+    assert "mine.zip is a zip" in run("mine.zip", *QUICK, status=2)[1]
     run(str(path), "--dataset", "blobs", *QUICK)
 
 

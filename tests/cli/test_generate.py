@@ -45,3 +45,17 @@ def test_what_it_refuses_in_one_message(colours, tmp_path, monkeypatch, words, s
     assert done.exit_code == status, done.output
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output
     assert not (tmp_path / "submission").exists()
+
+
+def test_a_refined_set_is_not_replaced_unasked(colours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "--dataset", colours, "--from-real", "first", "--ipc", "2"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    facts = tmp_path / "submission" / "colours.json"
+    facts.write_text(facts.read_text().replace("first-real", "refined"))
+    before = (tmp_path / "submission" / "colours.pt").read_bytes()
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and "has been refined" in done.output and "--out" in done.output
+    assert (tmp_path / "submission" / "colours.pt").read_bytes() == before
+    assert CliRunner().invoke(main, [*words, "--replace"]).exit_code == 0
+    assert "first-real" in facts.read_text()

@@ -4,6 +4,7 @@ import json
 import zipfile
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ddkit.cli import main
@@ -31,8 +32,14 @@ def test_track_2_bundles_proves_and_reports(colours, colours_model, work):
 def test_practice_is_packed_and_not_for_upload(work):
     done = CliRunner().invoke(main, ["generate", "--dataset", "glyphs", "--from-real", "first"])
     assert done.exit_code == 0, done.output
-    _, said = run()
+    output, said = run("--json")
     assert "For practice" in said and "Upload" not in said
+    assert [finding["code"] for finding in json.loads(output)["findings"]] == ["F021"]
+    images = torch.load("submission/glyphs.pt", weights_only=True)
+    images[3] = images[3].mean()
+    torch.save(images, "submission/glyphs.pt")
+    _, said = run()
+    assert "warning C001" in said, "what was found is told, though it is packed"
 
 
 def test_it_takes_the_best_settings_that_were_tuned(colours, colours_model, work):

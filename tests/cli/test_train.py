@@ -116,6 +116,7 @@ def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, c
         (["--dataset", "colours", "--preset", "tinny"], 2, "Did you mean 'tiny'?"),
         (["--dataset", "colours", "--resume"], 3, "no training in runs/colours"),
         (["--dataset", "colours", "--resume", "--fresh"], 2, "contradict"),
+        (["--dataset", "colours", "--steps", "9", "--time", "9s"], 2, "contradict"),
         (["--dataset", "colours", "--time", "soon"], 2, "no length of time"),
         (["--dataset", "colours", "--batch-size", "0"], 2, "0 is not in the range"),
         (["--dataset", "colours", "--device", "cuda:99"], 3, "cuda:99"),

@@ -178,7 +178,7 @@ def test_what_it_refuses_in_one_message(ddkit, save_dit, tmp_path, words, status
 def test_a_hub_id_without_a_network(colours, tmp_path):
     """In a process of its own, whose hub is a port where nobody listens."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    words = [sys.executable, "-m", "ddkit", "train", "--method", "minimax", "--dataset", colours]
+    words = [sys.executable, "-m", "ddkit", "train", "--init", "facebook/DiT-XL-2-256", "--dataset", colours]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
     told = " ".join(done.stderr.split())
     assert done.returncode == 3 and "Traceback" not in told
