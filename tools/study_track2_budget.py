@@ -6,7 +6,8 @@
 
 ENTRY is a bundle's folder, unpacked from what `ddkit pack --track 2` wrote. Each run is timed from before its process
 is started until it has ended. --busy 0 2 makes all runs without company, then all beside two processes that compute
-without pause. Runs are appended to --out; those that are there already are not made again.
+without pause. Runs are appended to --out; those of the same entry, dataset and budget that are there already
+are not made again.
 """
 
 from __future__ import annotations
@@ -25,23 +26,33 @@ from typing import Any
 
 import torch
 
+from ddkit.files import append_line
+from ddkit.protocol.tracks import hash_of_folder
+
 LEAST_SHARE = 0.85  # of the budget that is to be used
 
 
 def main() -> None:
     arguments = parse()
-    runs = []
-    if arguments.out.is_file():
-        runs = [json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
+    what = {"entry": hash_of_folder(arguments.entry), "dataset": arguments.dataset, "budget": arguments.budget}
+    runs = [run for run in read_runs(arguments.out) if what.items() <= run.items()]
     for busy in arguments.busy:
         done = sum(run["busy"] == busy for run in runs)
         for number in range(done, arguments.runs):
             with company(busy):
-                runs.append({"busy": busy, "load": os.getloadavg()[0], **timed_run(arguments, seed=number)})
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
+                runs.append({**what, "busy": busy, "load": os.getloadavg()[0], **timed_run(arguments, seed=number)})
+            append_line(arguments.out, json.dumps(runs[-1]))
             print(runs[-1], flush=True)
     print_table(runs, arguments.budget)
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Of all entries, datasets and budgets; without a line that a kill has torn."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def parse() -> argparse.Namespace:

@@ -214,15 +214,18 @@ def evaluate_source(
     mine = team.share_of(range(settings.number_of_rounds))
     runner = _Runner(source, test_set, settings, device, state or StateFolder(), progress, len(mine))
     with stop_requests() as stop:
-        results = [pair for group in _groups(mine, device) for pair in zip(group, runner.run(group, stop), strict=True)]
+        results = [pair for group in _groups(mine, device, source) for pair in zip(group, runner.run(group, stop), strict=True)]
     # Every process gets all results, and so the same evaluation.
     results = [result for _, result in sorted(team.gather(results), key=lambda pair: pair[0])]
     return _summary(results, test_set, settings, source.budget, device)
 
 
-def _groups(rounds: Sequence[int], device: torch.device) -> list[Sequence[int]]:
-    """What runs side by side: a few rounds on a GPU, which one small network does not fill; on a CPU one."""
-    size = _SIDE_BY_SIDE if device.type == "cuda" else 1
+def _groups(rounds: Sequence[int], device: torch.device, source: Source) -> list[Sequence[int]]:
+    """What runs side by side: a few rounds on a GPU, which one small network does not fill.
+
+    On a CPU one; and one where each round has images of its own, which can be gigabytes.
+    """
+    size = _SIDE_BY_SIDE if device.type == "cuda" and source.budget is None else 1
     return [rounds[start : start + size] for start in range(0, len(rounds), size)]
 
 

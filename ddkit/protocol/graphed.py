@@ -36,11 +36,13 @@ class _Recording(Protocol):
 class _Graph:
     """A step's kernels as a CUDA graph."""
 
-    def __init__(self, step: _Step) -> None:
+    def __init__(self, step: _Step, device: torch.device) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
+        # PyTorch's own stream for captures is on the device that was current at the first of all.
+        stream = torch.cuda.Stream(device)
         # Other rounds work on other streams meanwhile; only this thread's calls are recorded.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.device(device), torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self.outputs = step()
 
     def replay(self) -> None:
@@ -50,7 +52,7 @@ class _Graph:
 class _Again:
     """A step that is computed again, into the tensors it gave first."""
 
-    def __init__(self, step: _Step) -> None:
+    def __init__(self, step: _Step, device: torch.device) -> None:
         self._step = step
         self.outputs = step()
 
@@ -104,7 +106,7 @@ class GraphedEngine:
         for _ in range(_WARM_UPS):
             self._backward(images, labels)
         record = _Graph if images.is_cuda else _Again
-        return _Capture(images, labels, record(lambda: self._backward(images, labels)))
+        return _Capture(images, labels, record(lambda: self._backward(images, labels), images.device))
 
     def _backward(self, images: Tensor, labels: Tensor) -> list[Tensor]:
         """The loss and the parameters' gradients, in tensors of their own."""

@@ -45,6 +45,14 @@ from shards import HASHES_FILE, HERE, Failure, Job, join, open_shards, say, sha2
 FLOAT_BYTES = 4
 SECONDS_BETWEEN_REPORTS = 10.0
 PATIENCE = 0.5  # share of the budget after which the first worker is no longer waited for; others would slow it down
+# A container's limit of memory, what is used of it, and which of that are files: by version 2 of control groups, and by 1.
+CONTAINER_MEMORY = tuple(
+    (Path("/sys/fs/cgroup") / limit, Path("/sys/fs/cgroup") / used, files)
+    for limit, used, files in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    )
+)
 
 stop_requested = False
 
@@ -54,7 +62,8 @@ def main() -> int:
     try:
         options = parse_options()
         job = make_job(options, began)
-        # Asked to stop, it joins what there is: the images so far count, and a second request ends it.
+        # Asked to stop, it joins what there is: the images so far count, where --ipc does not ask for more. A second
+        # request ends it.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop_now)
         if not options.join:
@@ -167,12 +176,21 @@ def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can be had without swapping; more than anybody has where the system does not tell."""
+    """Bytes that can be had without swapping, by the machine and by the container; a lot where neither tells."""
+    found = [sys.maxsize]
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return sys.maxsize
+        found += [1024 * kilobytes for kilobytes in figures(Path("/proc/meminfo"), "MemAvailable:")]
+    for limit, used, files in CONTAINER_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            # Files that were read lately are counted as used, and given up when memory is short.
+            spare = sum(figures(limit.parent / "memory.stat", files))
+            found.append(int(limit.read_text()) - int(used.read_text()) + spare)
+    return max(0, min(found))
+
+
+def figures(path: Path, name: str) -> list[int]:
+    """The first number behind a name, where a file has one on a line of its own."""
+    return [int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name]]
 
 
 def usual_workers(device: str) -> int:

@@ -296,3 +296,20 @@ class TestParts:
         theirs = Sampler(load_model(folder), config)(torch.tensor([0, 1, 1, 0, 1, 0]), torch.arange(6)).images
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("5000000", 5_000_000 - 3_000_000 + 1_000_000), ("max", None)])
+def test_a_containers_limit_of_memory_counts(entry, tmp_path, limit, expected):
+    for name, content in (("limit", limit), ("used", "3000000"), ("memory.stat", "anon 7\ninactive_file 1000000\n")):
+        (tmp_path / name).write_text(content)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "here, entry = Path(sys.argv[1]), sys.argv[2]\n"
+        "sys.path.insert(0, entry)\n"
+        "import generate\n"
+        "generate.CONTAINER_MEMORY = [(here / 'limit', here / 'used', 'inactive_file')]\n"
+        "print(generate.free_memory())\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code, tmp_path, entry], capture_output=True, text=True, check=True)
+    found = int(done.stdout)
+    assert found == expected if expected else found > 50_000_000

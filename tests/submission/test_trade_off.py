@@ -58,6 +58,8 @@ def test_what_was_tried_is_not_tried_again(colours, colours_model, tmp_path):
         _append(one, tmp_path / "trials.jsonl")
     model = EntryModel(colours, colours_model)
     assert explore(model, None, grid, tmp_path / "trials.jsonl") == tuple(done)
+    best = tuned(model, tmp_path / "trials.jsonl").settings.sampling.steps
+    assert best == 8, "what was asked for last counts, though it was known"
 
 
 def test_the_best_of_the_latest_conditions_is_packed(colours, colours_model, tmp_path):
