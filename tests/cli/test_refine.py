@@ -76,7 +76,7 @@ def test_a_set_made_anew_is_refined_in_another_folder(submission):
     for words in ((), ("--run", "runs/colours-refine-2")):
         done = ddkit("submission/colours.pt", "--steps", "1", *QUICK, *words)
         assert done.exit_code == 0, done.output
-        generate("colours", 2, FromReal("random", seed=5), submission)
+        generate("colours", 2, FromReal("random", seed=5), submission, replace=True)
         for options in ((), ("--fresh",)):
             refused = ddkit("submission/colours.pt", "--steps", "1", *options)
             assert refused.exit_code == 2 and "--run runs/colours-refine-2" in " ".join(refused.output.split())

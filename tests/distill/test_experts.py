@@ -11,7 +11,7 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.experts import Experts, ExpertSettings, at_place
 from ddkit.distill.references import References
-from ddkit.errors import UsageError
+from ddkit.errors import Interrupted, UsageError
 from ddkit.interrupt import stop_requests
 from ddkit.protocol.engine import build_engine
 from ddkit.protocol.networks import build_network
@@ -87,14 +87,15 @@ def test_more_of_them_or_longer_spans_find_those_that_there_are(references, own_
 
 
 def test_asked_to_stop_they_keep_what_is_finished(references, own_cache):
-    with stop_requests() as stop:
+    with pytest.raises(Interrupted), stop_requests() as stop:
         def listen(report):
             if report.done == 5 and not stop:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         ours = Experts(references, "of-these", QUICK, seed=0, device=CPU, progress=listen)
         ours.prepare(stop)
-    assert stop
+        assert stop
+        raise Interrupted("as whoever asked for them does")
     assert not ours.ready and len(files(own_cache)) == 1
     ours.prepare()
     assert ours.ready and len(files(own_cache)) == 2

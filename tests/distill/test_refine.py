@@ -259,7 +259,7 @@ class TestWhatIsRefused:
 
     def test_the_refinement_of_another_set(self, start, colours, tmp_path):
         run(start, tmp_path / "run", 1)
-        generate(colours, 2, FromReal("random", seed=5), start)
+        generate(colours, 2, FromReal("random", seed=5), start, replace=True)
         with pytest.raises(UsageError, match="of another set"):
             run(start, tmp_path / "run", 2)
 

@@ -88,7 +88,7 @@ def test_starting_over_leaves_other_files_alone(start, tmp_path):
 def test_the_only_copy_of_a_set_is_never_removed(start, colours, tmp_path):
     folder, before = tmp_path / "run", contents(start)
     run(start, folder, 2)
-    generate(colours, 2, FromReal("random", seed=5), start)
+    generate(colours, 2, FromReal("random", seed=5), start, replace=True)
     other, kept = contents(start), {file: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(UsageError, match="another refinement"):
         run(start, folder, 1, fresh=True)

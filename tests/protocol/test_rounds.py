@@ -67,7 +67,7 @@ def test_interrupted_all_are_saved_and_go_on_from_where_each_was(tmp_path):
     wanted = run([job(0), job(1)])
     # Round 0 is ahead when both go on together.
     for indices, epochs in (([0], 1), ([0, 1], 3)):
-        with stop_requests() as stop, pytest.raises(Interrupted, match="Run the same again"):
+        with pytest.raises(Interrupted, match="Run the same again"), stop_requests() as stop:
             run([job(index, tmp_path) for index in indices], stop, stopping_after(epochs * len(indices)))
     seen = []
     results = run([job(0, tmp_path), job(1, tmp_path)], listener=lambda index, done, loss: seen.append((index, done)))
