@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from ddkit.cli._options import RUNS_FOLDER, SUBMISSION_FOLDER, device_option, example, seed_option, surface_options
 from ddkit.cli._surface import Surface
+from ddkit.environment import leads
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def generate(
 ) -> None:
     """Make a distilled set of --ipc images per class, with its JSON and its contact sheet.
 
-    The same seed gives the same images, whatever the batch size. Choosing looks through the eyes of a network that is
+    The same seed gives the same images, whatever the batch size and the number of processes: several GPUs share the
+    classes with accelerate launch -m ddkit generate. Choosing looks through the eyes of a network that is
     trained on the real images once, in minutes on a CPU.
     """
     from ddkit.distill.generate import FromReal
@@ -74,8 +76,11 @@ def generate(
         choice = {"candidates": candidates} | ({"select": select} if select else {})
         source = _from_model(model or RUNS_FOLDER / dataset, seed, device, choice, sampling)
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
+    surface.quiet = surface.quiet or not leads()
     surface.say(f"Making {ipc} images per class of {escape(dataset)} {escape(_origin(source))}.")
     saved = generate_set(dataset, ipc, source, out, replace=replace, progress=surface.listen)
+    if not leads():
+        return
     surface.done([saved.tensor, saved.facts, saved.sheet], f"ddkit evaluate {saved.tensor}")
     surface.result({"tensor": saved.tensor, "facts": saved.facts, "sheet": saved.sheet})
 

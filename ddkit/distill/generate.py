@@ -26,7 +26,8 @@ from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sam
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.metrics.features import reference_features
 from ddkit.progress import Listener, Progress, ignore
-from ddkit.submission.layout import SavedSet, read_facts, require_tensor_name, save_set
+from ddkit.protocol.sharing import Team
+from ddkit.submission.layout import SavedSet, read_facts, require_tensor_name, save_set, set_files
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def generate(
     """Write a distilled set of `ipc` images per class, its JSON and its contact sheet; earlier ones are replaced.
 
     out: where the tensor goes, a .pt file. Samples of a model are kept beside it as they are made: stopped, even
-    killed, the same call goes on with what is missing. replace: a refined set, too, which has cost hours.
+    killed, the same call goes on with what is missing. Processes that `accelerate launch` started share the classes; the
+    images do not depend on how many there are. replace: a refined set, too, which has cost hours.
     Raises UsageError for an ipc below one, another ending, an unknown dataset or a model of another one, or a refined
     set at `out`, Interrupted once asked to stop, and what `load_model`, `open_dataset` and `save_set` raise.
     """
@@ -97,6 +99,7 @@ def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> S
 def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, progress: Listener) -> SavedSet:
     """A set of a model's images; what an earlier call has made of it is taken up."""
     spec = dataset_spec(dataset)
+    team = Team(resolve_device(source.device))
     model = load_model(source.folder, dataset=dataset)
     _check_model(model, dataset, source.folder)
     if source.candidates is not None and source.candidates < ipc:
@@ -105,15 +108,25 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, prog
         )
     made_by = _made_by(model, source)
     identity = _identity(made_by, ipc, store_hash(dataset, "train") if source.looks else "")
+    classes = team.share_of(range(spec.num_classes))
     parts = Parts(out, identity, spec.image_shape)
-    sampler = Sampler(model, source.sampling, resolve_device(source.device))
+    if team.size > 1:  # each process keeps its own
+        parts = Parts(out.with_stem(f"{out.stem}-{team.rank}-of-{team.size}"), identity, spec.image_shape)
     view = None
     if source.looks:
-        view = _views(open_dataset(dataset, "train", progress=progress), dataset, source.device, progress)
-    images = _complete(_Rows(spec.num_classes, ipc, source, sampler, view, progress), parts)
-    saved = _save(dataset, out, images, made_by)
+        real = open_dataset(dataset, "train", progress=progress)
+        if not team.leads:
+            team.gather([])  # what looks at images is trained once, by the process that leads
+        view = _views(real, dataset, team.device, progress)
+        if team.leads:
+            team.gather([])
+    rows = _Rows(classes, ipc, source, Sampler(model, source.sampling, team.device), view, progress)
+    of_classes = team.gather(list(zip(classes, _complete(rows, parts).unflatten(0, (len(classes), ipc)), strict=True)))
+    if team.leads:
+        _save(dataset, out, torch.cat([images for _, images in sorted(of_classes, key=lambda one: one[0])]), made_by)
+    team.gather([])  # the set is there before anybody drops what it was made of, or goes on
     parts.drop()
-    return saved
+    return set_files(out)
 
 
 def _made_by(model: Model, source: FromModel) -> dict[str, Any]:
@@ -160,9 +173,9 @@ def _complete(rows: _Rows, parts: Parts) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What makes the rows of one set. view: what is seen in images of labels; None where no choice looks."""
+    """What makes the rows of a set's classes. view: what is seen in images of labels; None where no choice looks."""
 
-    num_classes: int
+    classes: list[int]
     ipc: int
     source: FromModel
     sampler: Sampler
@@ -171,7 +184,7 @@ class _Rows:
 
     @property
     def total(self) -> int:
-        return self.num_classes * self.ipc
+        return len(self.classes) * self.ipc
 
     def after(self, done: int, stop: StopRequest) -> Iterator[Tensor]:
         """(n, 3, S, S) uint8, again and again: the rows that follow the first `done`."""
@@ -179,7 +192,8 @@ class _Rows:
 
     def _samples(self, done: int) -> Iterator[Tensor]:
         """All samples, batch by batch."""
-        labels, indices = class_ordered(self.ipc, self.num_classes)
+        places, indices = class_ordered(self.ipc, len(self.classes))
+        labels = torch.tensor(self.classes, dtype=torch.int64)[places]
         for batch in sample(self.sampler, labels[done:], indices[done:]):
             yield batch.images
             done += len(batch.images)
@@ -187,8 +201,9 @@ class _Rows:
 
     def _chosen(self, done: int, stop: StopRequest) -> Iterator[Tensor]:
         """Class by class: its candidates are sampled, looked at, and only the chosen kept. Ends when asked to stop."""
-        for label in range(done // self.ipc, self.num_classes):
-            candidates = self._candidates(label, stop)
+        for place in range(done // self.ipc, len(self.classes)):
+            label = self.classes[place]
+            candidates = self._candidates(place, stop)
             if stop:
                 return
             labels = torch.full((len(candidates),), label)
@@ -199,28 +214,28 @@ class _Rows:
                 )
             ]  # fmt: skip
 
-    def _candidates(self, label: int, stop: StopRequest) -> Tensor:
-        """(candidates, 3, S, S) uint8 of one class; fewer when asked to stop."""
+    def _candidates(self, place: int, stop: StopRequest) -> Tensor:
+        """(candidates, 3, S, S) uint8 of the class at that place; fewer when asked to stop."""
         count, made = self.source.candidates, []
-        for batch in sample(self.sampler, torch.full((count,), label), torch.arange(count)):
+        for batch in sample(self.sampler, torch.full((count,), self.classes[place]), torch.arange(count)):
             made.append(batch.images)
-            done = label * count + sum(map(len, made))
-            self.progress(Progress("Sampling and choosing", done, self.num_classes * count, "images"))
+            done = place * count + sum(map(len, made))
+            self.progress(Progress("Sampling and choosing", done, len(self.classes) * count, "images"))
             if stop:
                 break
         return torch.cat(made)
 
 
-def _views(real: ImageSet, dataset: str, device: str, progress: Listener) -> Callable[[Tensor, Tensor], View]:
+def _views(real: ImageSet, dataset: str, device: torch.device, progress: Listener) -> Callable[[Tensor, Tensor], View]:
     """A function of images and labels to what a network trained on the real images sees in them."""
-    features = reference_features(real, dataset_spec(dataset), device=resolve_device(device), progress=progress)
+    features = reference_features(real, dataset_spec(dataset), device=device, progress=progress)
     return lambda images, labels: View(*features.with_confidence(images, labels))
 
 
 def _real(dataset: str, ipc: int, source: FromReal, progress: Listener) -> tuple[Tensor, dict[str, Any]]:
     """(classes * ipc, 3, S, S) uint8 of the training set, and how they were chosen."""
     real = open_dataset(dataset, "train", progress=progress)
-    view = None if source.choice in BLIND_CHOICES else _views(real, dataset, source.device, progress)
+    view = None if source.choice in BLIND_CHOICES else _views(real, dataset, resolve_device(source.device), progress)
 
     def look(rows: Tensor) -> View:
         return view(real.images[rows], real.labels[rows])

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, that share the rounds of an evaluation (`accelerate launch`)."""
+"""Several processes, on one machine or many, that share what is to be computed (`accelerate launch`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Item = TypeVar("_Item")
 class Team:
     """The processes that were launched together to compute on `wanted`; a team of one where none were.
 
-    Round r belongs to process r modulo the team's size.
+    Of what is numbered, such as rounds or classes, number n belongs to process n modulo the team's size.
     """
 
     def __init__(self, wanted: torch.device) -> None:
@@ -33,9 +33,9 @@ class Team:
         """Whether this is the process that speaks for all."""
         return self.rank == 0
 
-    def share_of(self, rounds: Sequence[int]) -> list[int]:
-        """The rounds that are this process's to run."""
-        return [index for index in rounds if index % self.size == self.rank]
+    def share_of(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the numbers that are this process's to compute."""
+        return [number for number in numbers if number % self.size == self.rank]
 
     @property
     def device(self) -> torch.device:

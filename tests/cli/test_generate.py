@@ -59,3 +59,21 @@ def test_a_refined_set_is_not_replaced_unasked(colours, tmp_path, monkeypatch):
     assert (tmp_path / "submission" / "colours.pt").read_bytes() == before
     assert CliRunner().invoke(main, [*words, "--replace"]).exit_code == 0
     assert "first-real" in facts.read_text()
+
+
+@pytest.mark.parametrize("choice", [(), ("--candidates", "4", "--select", "random")], ids=["as they come", "chosen"])
+def test_processes_share_the_classes_and_make_the_same_set(colours, colours_model, tmp_path, choice):
+    words = ["generate", "--dataset", colours, "--model", str(colours_model), "--ipc", "3", "--sampling-steps", "2", *choice]
+    alone = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "alone" / "set.pt")])
+    assert alone.exit_code == 0, alone.output
+    # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddkit"]
+    shared = subprocess.run(
+        [*launch, *words, "--out", "shared/set.pt", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert shared.returncode == 0, shared.stderr
+    assert json.loads(shared.stdout)["tensor"] == "shared/set.pt", "one of them speaks"
+    sets = [torch.load(tmp_path / name / "set.pt", weights_only=True) for name in ("alone", "shared")]
+    # Each process computes with one thread here, and so rounds differently.
+    assert (sets[0] - sets[1]).abs().max() < 0.05 and sets[0].std() > 0.1
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"set.pt", "set.json", "set.png"}
