@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,16 @@ class TestSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def content_hash(self) -> str:
+        """Hexadecimal SHA-256 of all pixels and labels, whatever their order; "" of a reference file's floats."""
+        if self.images.dtype != torch.uint8:
+            return ""
+        pairs = [
+            hashlib.blake2b(label.to_bytes(2, "big") + image.tobytes(), digest_size=16).digest()
+            for image, label in zip(self.images.numpy(), self.labels.tolist(), strict=True)
+        ]
+        return hashlib.sha256(b"".join(sorted(pairs))).hexdigest()
 
     def batches(self, device: torch.device, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
         """Normalised float32 batches in file order. Pixels stay uint8 until their batch is due."""

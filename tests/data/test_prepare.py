@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddkit.challenge import CIFAR100
+from ddkit.challenge import CIFAR100, TEST_CONTENT
 from ddkit.data import prepare as preparing
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.download import Archive
@@ -23,6 +23,7 @@ from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset, prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_facts
 from ddkit.errors import BadData, BadFile, MissingData, UsageError
+from ddkit.protocol.reference import as_test_set
 
 
 def contents(folder):
@@ -410,6 +411,7 @@ class TestRealArchives:
         train, test = load_dataset("cifar100", "train"), load_dataset("cifar100", "test")
         assert train.labels.bincount().tolist() == [500] * 100 and test.labels.bincount().tolist() == [100] * 100
         assert train.class_names == CLASS_NAMES["cifar100"]
+        assert as_test_set(test, CIFAR100).content_hash() == TEST_CONTENT["cifar100"]
         # The protocol's constants are those of these very pixels.
         mean = train.images.double().mean((0, 2, 3)) / 255
         assert np.allclose(mean, CIFAR100.mean, atol=2e-4)

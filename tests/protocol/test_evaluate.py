@@ -347,3 +347,17 @@ def test_built_in_datasets_are_recognised_by_classes_and_size():
     assert as_test_set(tests).spec == GLYPHS
     with pytest.raises(UsageError, match="spec="):
         as_test_set(real_images())
+
+
+def test_the_content_of_a_test_set_is_known_in_any_order_and_to_the_pixel():
+    real = real_images()
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    shuffled = ImageSet(real.images[order], real.labels[order], real.class_names)
+    assert as_test_set(shuffled, SPEC).content_hash() == as_test_set(real, SPEC).content_hash()
+    changed = real.images.clone()
+    changed[3, 0, 0, 0] ^= 1
+    relabelled = real.labels.roll(1)
+    others = [ImageSet(changed, real.labels, real.class_names), ImageSet(real.images, relabelled, real.class_names)]
+    assert len({as_test_set(one, SPEC).content_hash() for one in (real, *others)}) == 3
+    floats = as_test_set((normalise(real.images, SPEC), real.labels), SPEC)
+    assert floats.content_hash() == "", "of a reference file nothing is known"
