@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="bfloat16 is faster on GPUs.")
 @click.option("--compile/--no-compile", default=None, help="Compile first; pays from some thousands of images on.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The file; submission/<dataset>.pt.")
-@click.option("--replace", is_flag=True, help="Even a set that has been refined.")
+@click.option("--replace", is_flag=True, help="Make it anew, even where the set has been refined or is there already.")
 @seed_option
 @device_option
 @surface_options

@@ -76,8 +76,9 @@ def generate(
     """Write a distilled set of `ipc` images per class, its JSON and its contact sheet; earlier ones are replaced.
 
     out: where the tensor goes, a .pt file. Samples of a model are kept beside it as they are made: stopped, even
-    killed, the same call goes on with what is missing. Processes that `accelerate launch` started share the classes; the
-    images do not depend on how many there are. replace: a refined set, too, which has cost hours.
+    killed, the same call goes on with what is missing, and does nothing where all of it is there. Processes that
+    `accelerate launch` started share the classes; the images do not depend on how many there are. replace: make it anew
+    in any case, also in the place of a refined set, which has cost hours.
     Raises UsageError for an ipc below one, another ending, an unknown dataset or a model of another one, or a refined
     set at `out`, Interrupted once asked to stop, and what `load_model`, `open_dataset` and `save_set` raise.
     """
@@ -88,7 +89,7 @@ def generate(
         raise UsageError(f"{out} has been refined, which would be lost.", "Name another file with --out, or say --replace.")
     if isinstance(source, FromReal):
         return _save(dataset, out, *_real(dataset, ipc, source, progress))
-    return _generate_samples(dataset, ipc, source, out, progress)
+    return _generate_samples(dataset, ipc, source, out, replace, progress)
 
 
 def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> SavedSet:
@@ -96,8 +97,10 @@ def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> S
     return save_set(out, normalise(images, spec), spec, class_titles(dataset), {**made_by, "versions": versions()})
 
 
-def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, progress: Listener) -> SavedSet:
-    """A set of a model's images; what an earlier call has made of it is taken up."""
+def _generate_samples(
+    dataset: str, ipc: int, source: FromModel, out: Path, replace: bool, progress: Listener
+) -> SavedSet:
+    """A set of a model's images; what an earlier call has made of it is taken up, and a whole one is left as it is."""
     spec = dataset_spec(dataset)
     team = Team(resolve_device(source.device))
     model = load_model(source.folder, dataset=dataset)
@@ -110,9 +113,12 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, prog
     identity = _identity(made_by, ipc, store_hash(dataset, "train") if source.looks else "")
     classes = team.share_of(range(spec.num_classes))
     parts = Parts(out, identity, spec.image_shape)
+    if not replace and read_facts(out).get("request") == parts.digest:
+        log.info("%s has just these images already", out)
+        return set_files(out)
     if team.size > 1:  # each process keeps its own
         parts = Parts(out.with_stem(f"{out.stem}-{team.rank}-of-{team.size}"), identity, spec.image_shape)
-    view = None
+    request, view = parts.digest, None
     if source.looks:
         real = open_dataset(dataset, "train", progress=progress)
         if not team.leads:
@@ -123,7 +129,8 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, prog
     rows = _Rows(classes, ipc, source, Sampler(model, source.sampling, team.device), view, progress)
     of_classes = team.gather(list(zip(classes, _complete(rows, parts).unflatten(0, (len(classes), ipc)), strict=True)))
     if team.leads:
-        _save(dataset, out, torch.cat([images for _, images in sorted(of_classes, key=lambda one: one[0])]), made_by)
+        images = torch.cat([of_class for _, of_class in sorted(of_classes, key=lambda one: one[0])])
+        _save(dataset, out, images, made_by | {"request": request})
     team.gather([])  # the set is there before anybody drops what it was made of, or goes on
     parts.drop()
     return set_files(out)

@@ -35,11 +35,12 @@ class Parts:
     """Rows of one set, kept from the first one on without a gap.
 
     path: where the set will be. identity: plain values, all that its images depend on. shape: (3, S, S) of an image.
+    digest: of the identity.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         self._identity, self._shape = json.loads(json.dumps(identity)), shape
-        digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.digest = digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:12]
         self._pattern = f".{glob.escape(path.stem)}.parts-*"
         self._beside = path.parent
         self._folder = path.parent / f".{path.stem}.parts-{digest}"

@@ -77,3 +77,17 @@ def test_processes_share_the_classes_and_make_the_same_set(colours, colours_mode
     # Each process computes with one thread here, and so rounds differently.
     assert (sets[0] - sets[1]).abs().max() < 0.05 and sets[0].std() > 0.1
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"set.pt", "set.json", "set.png"}
+
+
+def test_a_set_that_is_there_is_not_made_again(colours, colours_model, tmp_path):
+    words = ["generate", "--dataset", colours, "--model", str(colours_model), "--ipc", "2", "--sampling-steps", "2"]
+    words += ["--out", str(tmp_path / "set.pt")]
+
+    def told(*more):
+        done = CliRunner().invoke(main, [*words, *more])
+        assert done.exit_code == 0, done.output
+        return done.stderr
+
+    assert "Sampling" in told()
+    assert "Sampling" not in told() and "Sampling" in told("--replace")
+    assert "Sampling" in told("--guidance", "2.5"), "which is another set"
