@@ -120,7 +120,7 @@ def test_all_sets_are_checked_before_the_first_is_trained_on(work):
 
 def test_each_result_is_recorded_before_the_next_set_begins(work):
     first, second = save(work / "a" / "blobs.pt"), save(work / "b" / "blobs.pt", start=2)
-    process = start(first, second, "--epochs-setting", "300", "--rounds", "1")
+    process = start(first, second, "--epochs-setting", "150", "--rounds", "1")
     for line in process.stderr:
         if "Evaluating" in line and "b/blobs.pt" in line:
             process.send_signal(signal.SIGTERM)

@@ -34,7 +34,7 @@ def test_practice_is_packed_and_not_for_upload(work):
     assert done.exit_code == 0, done.output
     output, said = run("--json")
     assert "For practice" in said and "Upload" not in said
-    assert [finding["code"] for finding in json.loads(output)["findings"]] == ["F021"]
+    assert "F021" in [finding["code"] for finding in json.loads(output)["findings"]]
     images = torch.load("submission/glyphs.pt", weights_only=True)
     images[3] = images[3].mean()
     torch.save(images, "submission/glyphs.pt")
