@@ -22,7 +22,7 @@ from ddkit.files import explain_os_error
 COMMANDS = ("demo", "data", "train", "generate", "refine", "evaluate", "check", "tune", "pack", "report", "completion")
 
 
-_FAULT = 70  # EX_SOFTWARE of sysexits
+_FAULT = 70  # EX_SOFTWARE of sysexits; Python's own 1 is that of an unacceptable submission
 
 
 class _Group(click.Group):
@@ -50,36 +50,27 @@ class _Group(click.Group):
         except (click.exceptions.Exit, click.Abort):
             # Click's own ways to end, which are RuntimeErrors too.
             raise
-        except DDKitError as error:
+        except (click.ClickException, BrokenPipeError):
+            # Of the latter, whoever read our output has gone; click ends quietly on it.
+            raise
+        except Exception as error:
             if wants_traceback(ctx):
                 raise
-            _say(error)
-            ctx.exit(error.exit_code)
-        except BrokenPipeError:
-            # Whoever read our output has gone; click ends quietly on it.
-            raise
-        except OSError as error:
-            if wants_traceback(ctx) or error.errno is None:
-                raise
-            _say(explain_os_error(error, error.filename or "writing"))
-            ctx.exit(3)
-        except (RuntimeError, ImportError) as error:
-            if wants_traceback(ctx) or (broken := explain_broken_install(error)) is None:
-                raise
-            _say(broken)
-            ctx.exit(broken.exit_code)
+            explained = _explained(error)
+            _say(explained or DDKitError(f"This is a fault of ddkit: {type(error).__name__}: {error}", "--debug shows where."))
+            ctx.exit(explained.exit_code if explained else _FAULT)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
-        except click.ClickException:
-            raise
-        except Exception as error:
-            # Not Python's status 1, which is that of an unacceptable submission.
-            if wants_traceback(ctx):
-                raise
-            fault = DDKitError(f"This is a fault of ddkit: {type(error).__name__}: {error}", "--debug shows where.")
-            _say(fault)
-            ctx.exit(_FAULT)
+
+
+def _explained(error: Exception) -> DDKitError | None:
+    """What an error means for the user; None of one that is a fault of ours."""
+    if isinstance(error, DDKitError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:
+        return explain_os_error(error, error.filename or "writing")
+    return explain_broken_install(error) if isinstance(error, (RuntimeError, ImportError)) else None
 
 
 def wants_traceback(ctx: click.Context) -> bool:

@@ -50,18 +50,19 @@ def test_a_users_mistake_is_one_message_and_debug_shows_the_traceback(tmp_path):
         assert "Traceback" in run(*arguments, cwd=tmp_path).stderr
 
 
-def test_a_fault_of_ours_has_a_status_of_its_own():
+@pytest.mark.parametrize("fault", ["ValueError", "RuntimeError", "OSError"])
+def test_a_fault_of_ours_has_a_status_of_its_own(fault):
     code = (
         "import ddkit.cli.completion as module\n"
         "from ddkit.cli import main\n"
-        "def broken(*_, **__): raise ValueError('no such thing')\n"
+        "def broken(*_, **__): raise " + fault + "('no such thing')\n"
         "module.completion.callback = broken\n"
         "main()\n"
     )
     for flags, traceback in (([], False), (["--debug"], True)):
         finished = subprocess.run([sys.executable, "-c", code, *flags, "completion", "bash"], capture_output=True, text=True)
         assert (finished.returncode == 70) != traceback
-        assert "ValueError: no such thing" in finished.stderr and ("Traceback" in finished.stderr) == traceback
+        assert f"{fault}: no such thing" in finished.stderr and ("Traceback" in finished.stderr) == traceback
 
 
 def test_computation_does_not_know_the_terminal():
