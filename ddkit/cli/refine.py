@@ -38,18 +38,21 @@ if TYPE_CHECKING:
 @click.option("--objective", type=click.Choice(("means", "regression", "trajectories")),
               help="Match the classes' mean features, let a regression on the set's features tell real images, or let "
               "networks that learn from the set follow ones that learn from real images.  [default: regression]")
-@click.option("--means-first", type=click.IntRange(0), help="Steps by means before another objective.  [default: 400]")
+@click.option("--means-first", type=click.IntRange(0), help="Steps by means before another objective.  [default: 100]")
 @click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
 @click.option("--experts", type=click.IntRange(1),
               help="Networks trained on real images, once for a dataset and a seed, for trajectories and --trained-share.  "
                    "[default: 3]")
 @click.option("--student-steps", type=click.IntRange(1), help="Steps on the set that follow an expert's.  [default: 20]")
 @click.option("--real-per-class", type=click.IntRange(1),
-              help="Real images of each class that a step compares with.  [default: 16]")
-@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.  [default: 3]")
+              help="Real images of each class that a step compares with.  [default: 32]")
+@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.  [default: 6]")
+@click.option("--spectrum", type=click.FloatRange(0, 1),
+              help="Power of the real pictures' spectrum that the pixels' gradients are weighed by; 0 for none."
+                   "  [default: 0.25]")
 @click.option("--average", type=click.FloatRange(0, 1, max_open=True),
               help="Share that a step keeps of the images' moving average, which is what is written; 0 for none."
-                   "  [default: 0.97]")
+                   "  [default: 0.99]")
 @click.option("--trained-share", type=click.FloatRange(0, 1),
               help="Share of steps, but those by trajectories, that look through experts, not fresh networks.  [default: 0]")
 @click.option("--attention", type=click.FloatRange(0),

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ddkit.protocol import augment
 from ddkit.protocol.convnet import ConvNet
-from ddkit.protocol.embedding import build_embedder, in_parts
+from ddkit.protocol.embedding import Embedder, in_parts
 
 # The steps of one learning rate then serve both; measured on CIFAR-100.
 _GRADIENTS_AS_MEANS = 70 / 3
@@ -30,14 +30,13 @@ def same_augmentation(images: Tensor, real: Tensor, generator: torch.Generator) 
     return applied(images), applied(real)
 
 
-def distance_of_means(network: ConvNet, images: Tensor, real: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def distance_of_means(embed: Embedder, images: Tensor, real: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sum over classes of the squared distance between the mean embeddings of its images and its real images.
 
-    images, real: (N, 3, S, S) and (M, 3, S, S) normalised, as many of each class, class by class. Gradients flow to
-    `images` alone. Returns the distance, a scalar, and the embeddings (N, F) of `images`.
+    embed: see `build_embedder`. images, real: (N, 3, S, S) and (M, 3, S, S) normalised, as many of each class, class by
+    class. Gradients flow to `images` alone. Returns the distance, a scalar, and the embeddings (N, F) of `images`.
     Source: distribution matching, Zhao & Bilen 2023, arXiv 2110.04181, equation 6.
     """
-    embed = build_embedder(network, len(images))
     with torch.no_grad():
         target = embed(real).unflatten(0, (num_classes, -1)).mean(1)
     embedding = embed(images)
@@ -80,24 +79,24 @@ def _attention_and_embedding(network: ConvNet, images: Tensor) -> tuple[Tensor, 
 
 
 def regression_error(
-    network: ConvNet, images: Tensor, real: Tensor, num_classes: int, ridge: float
+    embed: Embedder, images: Tensor, real: Tensor, num_classes: int, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """How far ridge regression on the images' embeddings is from the classes of real images.
 
-    images, real: as for `distance_of_means`; gradients likewise. ridge: added to the kernel's diagonal, as a share of
+    embed, images, real: as for `distance_of_means`; gradients likewise. ridge: added to the kernel's diagonal, as a share of
     its mean. Returns the sum over classes of the mean squared error, a scalar, times a constant by which its gradients
     are about as large as those of the distance of means, and the embeddings (N, F) of `images`.
     Source: the meta-loss of neural feature regression with pooling, Zhou, Nezhadarya & Ba 2022, arXiv 2206.00719, with
     fixed labels, as the challenge has no soft ones.
     """
-    embed = build_embedder(network, len(images))
     with torch.no_grad():
         seen = embed(real)
     embedding = embed(images)
     kernel = embedding @ embedding.t()
     regularised = kernel + ridge * kernel.diagonal().mean() * torch.eye(len(kernel), device=kernel.device)
     coefficients = torch.linalg.solve(regularised, _centred_classes(num_classes, embedding))
-    errors = seen @ embedding.t() @ coefficients - _centred_classes(num_classes, seen)
+    # In this order the products with the kernel's other half, of all real images and all of these, are never formed.
+    errors = seen @ (embedding.t() @ coefficients) - _centred_classes(num_classes, seen)
     return _GRADIENTS_AS_MEANS * errors.square().sum(1).unflatten(0, (num_classes, -1)).mean(1).sum(), embedding
 
 

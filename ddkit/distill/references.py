@@ -9,7 +9,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
-from ddkit.generator.seeds import generator_for
+from ddkit.generator.seeds import Shuffling, derived_seed, generator_for
 from ddkit.protocol.reference import TestSet
 
 
@@ -35,18 +35,30 @@ class References:
             count = min(len(rows) - 1, max(1, round(held_out * len(rows))))
             kept_back.append(rows[:count])
             self._rows.append(rows[count:].sort().values)
+        self._orders = [Shuffling(len(rows), derived_seed("real", seed, c)) for c, rows in enumerate(self._rows)]
         self._all = torch.cat(self._rows)
         self._held_out = torch.cat(kept_back)
 
-    def batch(self, per_class: int, generator: torch.Generator) -> Tensor:
-        """(num_classes * per_class, 3, S, S) normalised float32, class by class, drawn with repeats."""
-        drawn = [rows[torch.randint(len(rows), (per_class,), generator=generator)] for rows in self._rows]
+    def batch(self, per_class: int, number: int) -> Tensor:
+        """The batch of that number: (num_classes * per_class, 3, S, S) normalised float32, class by class.
+
+        Consecutive batches take a class's images in random order, each once before any comes again: what single images
+        have of their own then cancels out, as it would not if they were drawn anew each time.
+        """
+        drawn = [
+            rows[order.take(number * per_class, per_class)] for rows, order in zip(self._rows, self._orders, strict=True)
+        ]
         return normalise(self._dataset.images[torch.cat(drawn)], self.spec)
 
     def mixed_batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images of any classes, (count, 3, S, S) normalised float32, and their labels (count,) int64."""
         rows = self._all[torch.randint(len(self._all), (count,), generator=generator)]
         return normalise(self._dataset.images[rows], self.spec), self._dataset.labels[rows]
+
+    def sample(self, count: int) -> Tensor:
+        """At most `count` images, always the same, evenly over the classes: (N, 3, S, S) normalised float32."""
+        rows = self._all[:: max(1, -(-len(self._all) // count))]
+        return normalise(self._dataset.images[rows], self.spec)
 
     def held_out(self) -> TestSet:
         """What a set is judged by while it is refined; never the test split."""

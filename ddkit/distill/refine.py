@@ -22,7 +22,7 @@ from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
 from ddkit.device import resolve_device, shortage_explained
-from ddkit.distill.experts import Experts, ExpertSettings, at_place
+from ddkit.distill.experts import Experts, ExpertSettings, at_place, flat_parameters
 from ddkit.distill.matching import (
     distance_of_attention,
     distance_of_means,
@@ -31,6 +31,7 @@ from ddkit.distill.matching import (
     same_augmentation,
 )
 from ddkit.distill.references import References
+from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
 from ddkit.distill.student import Student, StudentSettings
 from ddkit.environment import versions
@@ -40,6 +41,7 @@ from ddkit.generator.seeds import generator_for, network_seed
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.convnet import ConvNet
+from ddkit.protocol.embedding import build_embedder
 from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
 from ddkit.protocol.rounds import predict
 from ddkit.protocol.training import TrainingRun, TrainingSettings
@@ -52,6 +54,7 @@ METHODS = {
     "regression": "neural feature regression",
     "trajectories": "trajectory matching",
 }  # by objective
+_PICTURES_OF_SPECTRUM = 2000  # which tell variances to 3 %
 _LARGEST_PIXEL = 1000.0  # standard deviations of the dataset's pixels; refined sets that score well stay within ten
 # For each image of a student's step, over which its loss is a mean. The steps of one learning rate then serve all
 # objectives; measured on ten classes of CIFAR-100.
@@ -72,8 +75,9 @@ class RefineSettings:
     experts: of that and of trajectories. student: of trajectories.
     real_per_class: real images of each class that a step goes by.
     learning_rate, momentum: of SGD on the pixels, in normalised space.
+    spectrum: power of the real pictures' spectrum that gradients are weighed by, see `Spectrum`; 0 leaves them.
     average: of the images' exponential moving average, which is what is judged and written, the share that a step
-        keeps; it evens out what each step's random network does. 0: the images themselves.
+        keeps at most; it evens out what each step's random network does. 0: the images themselves.
     attention: weight of the distance of attention maps beside that of means; see `distance_of_attention`.
     recognition: weight of the cross-entropy by the expert that a step looks through, beside the step's loss.
     displayable: keep pixels within [0, 255]; the challenge does not ask for it.
@@ -83,11 +87,12 @@ class RefineSettings:
 
     objective: str = "regression"
     ridge: float = 0.2
-    means_first: int = 400
-    real_per_class: int = 16
-    learning_rate: float = 3.0
+    means_first: int = 100
+    real_per_class: int = 32
+    learning_rate: float = 6.0
     momentum: float = 0.5
-    average: float = 0.97
+    spectrum: float = 0.25
+    average: float = 0.99
     trained_share: float = 0.0
     attention: float = 0.0
     recognition: float = 0.0
@@ -109,6 +114,8 @@ class RefineSettings:
             raise UsageError(f"RefineSettings.held_out is a share between 0 and 1, got {self.held_out}.")
         if self.attention < 0:
             raise UsageError(f"RefineSettings.attention must not be negative, got {self.attention}.")
+        if not 0 <= self.spectrum <= 1:
+            raise UsageError(f"RefineSettings.spectrum is a power from 0 to 1, got {self.spectrum}.")
         if not 0 <= self.trained_share <= 1:
             raise UsageError(f"RefineSettings.trained_share is a share from 0 to 1, got {self.trained_share}.")
         if self.recognition > 0 and self.trained_share == 0:
@@ -258,6 +265,10 @@ class _Refinement:
             self._student = Student(self._spec, images_per_class, settings.student, device)
         self._optimiser = torch.optim.SGD([self._images], settings.learning_rate, momentum=settings.momentum)
         self._optimiser.state[self._images]["momentum_buffer"] = state.velocity.to(device).clone()
+        # One network for all steps, as what computes with it keeps memory that is costly to ask for each time.
+        self._observer = self._network("observer", settings.seed).to(device)
+        self._embed = build_embedder(self._observer, len(state.images))
+        self._spectrum = Spectrum(references.sample(_PICTURES_OF_SPECTRUM), settings.spectrum).to(device)
         self._held_out = references.held_out()
         self._range = _black_and_white(self._spec).to(device)
 
@@ -320,12 +331,12 @@ class _Refinement:
             value, gradient = self._compare(number, generator)
         if not math.isfinite(value):
             raise self._diverged("its loss is no number")
-        self._images.grad = gradient
+        self._images.grad = self._spectrum.weigh(gradient) if settings.spectrum > 0 else gradient
         self._optimiser.step()
         if settings.displayable:
             with torch.no_grad():
                 torch.clamp(self._images, *self._range, out=self._images)
-        # Early averages are shorter: the first images are far from what is to come.
+        # Over a tenth of the steps so far, at most: the first images are far from what is to come.
         self._average.lerp_(self._images.detach(), 1 - min(settings.average, (1 + number) / (10 + number)))
         if not self._images.detach().abs().max() < _LARGEST_PIXEL:
             raise self._diverged(f"its pixels are further than {_LARGEST_PIXEL:,.0f} deviations from their mean")
@@ -334,30 +345,32 @@ class _Refinement:
     def _compare(self, number: int, generator: torch.Generator) -> tuple[float, Tensor]:
         """What the step's network makes of the images and of real ones: the loss, and its gradient."""
         settings = self._settings
-        network, trained = self._observer(number)
-        real = self._references.batch(settings.real_per_class, generator).to(self._device)
+        trained = self._prepare_observer(number)
+        real = self._references.batch(settings.real_per_class, number).to(self._device)
         images, real = same_augmentation(self._images, real, generator)
         if settings.objective_at(number) == "regression":
-            loss, embedding = regression_error(network, images, real, self._spec.num_classes, settings.ridge)
+            loss, embedding = regression_error(self._embed, images, real, self._spec.num_classes, settings.ridge)
         elif settings.attention > 0:
-            loss, embedding = distance_of_attention(network, images, real, self._spec.num_classes, settings.attention)
+            loss, embedding = distance_of_attention(
+                self._observer, images, real, self._spec.num_classes, settings.attention
+            )
         else:
-            loss, embedding = distance_of_means(network, images, real, self._spec.num_classes)
+            loss, embedding = distance_of_means(self._embed, images, real, self._spec.num_classes)
         if trained and settings.recognition > 0:
-            loss = loss + settings.recognition * misclassification(network, embedding, self._labels)
+            loss = loss + settings.recognition * misclassification(self._observer, embedding, self._labels)
         return loss.item(), torch.autograd.grad(loss, self._images)[0]
 
-    def _observer(self, number: int) -> tuple[ConvNet, bool]:
-        """The network that a step looks through, and whether it has been trained; by the seed and the step alone."""
-        spec, seed = self._spec, self._settings.seed
-        network = build_network(
-            OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=network_seed("observer", seed, number)
-        ).to(self._device)
-        generator = generator_for("cpu", "observer", seed, number)
+    def _prepare_observer(self, number: int) -> bool:
+        """Give the observer the parameters that a step looks through, by the seed and the step alone; whether trained."""
+        generator = generator_for("cpu", "observer", self._settings.seed, number)
         trained = torch.rand(1, generator=generator).item() < self._settings.trained_share
-        if trained:
-            at_place(network, self._experts.place(generator))
-        return network, trained
+        fresh = self._network("observer", self._settings.seed, number)
+        at_place(self._observer, self._experts.place(generator) if trained else flat_parameters(fresh))
+        return trained
+
+    def _network(self, *seed: str | int) -> ConvNet:
+        spec = self._spec
+        return build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=network_seed(*seed))
 
     def _prepared(self) -> bool:
         """Whether what the next step needs besides the images is there."""
@@ -386,9 +399,9 @@ class _Refinement:
 
     def _judge(self, stop: StopRequest) -> None:
         """Train one network on the present set and test it on the held-out images; the same network each time."""
-        settings, spec = self._settings, self._spec
+        settings = self._settings
         seed = network_seed("judge", settings.seed)
-        network = build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=seed).to(self._device)
+        network = self._network("judge", settings.seed).to(self._device)
         generator = torch.Generator().manual_seed(seed)
         training = TrainingSettings(settings.check_epochs)
         run = TrainingRun(network, self._average.clone(), self._labels, training, generator)

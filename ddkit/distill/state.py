@@ -22,7 +22,7 @@ from ddkit.tensor_files import Unloadable, load_restricted, save_torch
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
-_VERSION = 7
+_VERSION = 8
 _FRESH = "Start over with --fresh, or refine on in another folder with --run."
 
 

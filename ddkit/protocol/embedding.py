@@ -29,8 +29,7 @@ def build_embedder(network: ConvNet, batch_size: int) -> Embedder:
     on_cpu = next(network.parameters()).device.type == "cpu"
     plan = choose_plan(network, "float32", batch_size) if on_cpu else None
     if plan is not None and plan.kind == "winograd":
-        engine = WinogradEngine(network, plan)
-        return lambda images: _ThroughEngine.apply(images, engine)
+        return _EngineEmbedder(WinogradEngine(network, plan))
     network.requires_grad_(False)
     return lambda images: in_parts(network.embed, images)
 
@@ -49,22 +48,44 @@ def in_parts(look: Callable[[Tensor], _Seen], images: Tensor) -> _Seen:
     return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
 
 
+class _EngineEmbedder:
+    """Embeds by an engine, and keeps one set of feature maps for the next call: to ask for 160 MB anew takes a while."""
+
+    def __init__(self, engine: WinogradEngine) -> None:
+        self.engine = engine
+        self._spare: FeatureMaps | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return _ThroughEngine.apply(images, self)
+
+    def take_maps(self, images: Tensor) -> FeatureMaps:
+        """Of as many images as these, which nobody else uses until they are given back."""
+        maps, self._spare = self._spare, None
+        return maps if maps and maps.fit(images) else FeatureMaps(len(images), images.shape[-1])
+
+    def give_back(self, maps: FeatureMaps) -> None:
+        self._spare = maps
+
+
 class _ThroughEngine(torch.autograd.Function):
     """The engine's way there and back, with what it keeps of the images between the two."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, engine: WinogradEngine) -> Tensor:
-        ctx.engine = engine
+    def forward(ctx: Any, images: Tensor, embedder: _EngineEmbedder) -> Tensor:
+        ctx.embedder = embedder
         ctx.save_for_backward(images)
-        ctx.maps = FeatureMaps(len(images), images.shape[-1]) if images.requires_grad else None
-        return engine.embed(images, ctx.maps)
+        ctx.maps = embedder.take_maps(images) if images.requires_grad else None
+        return embedder.engine.embed(images, ctx.maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, embedding_gradients: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
+        embedder = ctx.embedder
         maps, ctx.maps = ctx.maps, None  # the way back overwrites them
         if maps is None:
-            maps = FeatureMaps(len(images), images.shape[-1])
-            ctx.engine.embed(images, maps)
-        return ctx.engine.image_gradients(images, embedding_gradients, maps), None
+            maps = embedder.take_maps(images)
+            embedder.engine.embed(images, maps)
+        gradients = embedder.engine.image_gradients(images, embedding_gradients, maps)
+        embedder.give_back(maps)
+        return gradients, None

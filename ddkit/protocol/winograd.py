@@ -213,6 +213,10 @@ class FeatureMaps:
         self.values = [torch.empty(n, (side // shrunk) ** 2 * NETWORK_WIDTH) for shrunk in (2, 4)]
         self.statistics = torch.empty(3, n, 2, NETWORK_WIDTH)
 
+    def fit(self, images: Tensor) -> bool:
+        """Whether they are of as many images of that side."""
+        return self.values[0].shape == (len(images), (images.shape[-1] // 2) ** 2 * NETWORK_WIDTH)
+
     def rows(self, start: int, end: int) -> FeatureMaps:
         """Those of some images, in the same memory."""
         part = object.__new__(FeatureMaps)

@@ -17,6 +17,11 @@ def network():
     return build_network("convnet", CLASSES, 16, seed=0)
 
 
+@pytest.fixture
+def embed(network):
+    return embedding.build_embedder(network, 32)
+
+
 def draw(count, seed):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
@@ -31,16 +36,16 @@ def assert_same_gradients(found, expected):
     assert expected.abs().max() > 0 and wrong.float().mean() < 0.01
 
 
-def test_the_distance_of_means_is_that_of_each_class(network):
+def test_the_distance_of_means_is_that_of_each_class(network, embed):
     images, real = draw(6, 1).requires_grad_(), draw(12, 2)
-    found, _ = distance_of_means(network, images, real, CLASSES)
+    found, _ = distance_of_means(embed, images, real, CLASSES)
     ours, theirs = network.embed(images).chunk(CLASSES), network.embed(real).detach().chunk(CLASSES)
     expected = sum(((a.mean(0) - b.mean(0)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     assert_same_gradients(gradient(found, images), gradient(expected, images))
 
 
-def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(network, monkeypatch):
+def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(network, embed, monkeypatch):
     monkeypatch.setattr(embedding, "_LARGEST_MAP", 5 * 128 * 16**2)  # of six and twelve images: parts of unequal size
     images, real, weight = draw(6, 1).requires_grad_(), draw(12, 2), 7.0
 
@@ -54,7 +59,7 @@ def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(net
         return torch.cat(maps, 1)
 
     found, seen = distance_of_attention(network, images, real, CLASSES, weight)
-    of_means, expected_seen = distance_of_means(network, images, real, CLASSES)
+    of_means, expected_seen = distance_of_means(embed, images, real, CLASSES)
     ours, theirs = looked_at(images).chunk(CLASSES), looked_at(real).chunk(CLASSES)
     expected = of_means + weight * sum(((a.mean(0) - b.mean(0)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
@@ -62,9 +67,9 @@ def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(net
     assert_same_gradients(gradient(found, images), gradient(expected, images))
 
 
-def test_the_regression_is_the_ridge_regression_of_weights(network):
+def test_the_regression_is_the_ridge_regression_of_weights(network, embed):
     images, real = draw(6, 1).requires_grad_(), draw(12, 2)
-    found, _ = regression_error(network, images, real, CLASSES, RIDGE)
+    found, _ = regression_error(embed, images, real, CLASSES, RIDGE)
     ours, theirs = network.embed(images).double(), network.embed(real).double().detach()
     strength = RIDGE * ours.square().sum(1).mean()
     classes = torch.eye(CLASSES).double() - 1 / CLASSES
@@ -76,10 +81,10 @@ def test_the_regression_is_the_ridge_regression_of_weights(network):
     assert_same_gradients(gradient(found, images), gradient(expected, images))
 
 
-def test_a_regression_on_the_real_images_themselves_is_almost_right(network):
+def test_a_regression_on_the_real_images_themselves_is_almost_right(embed):
     real = draw(12, 2)
-    assert regression_error(network, real, real, CLASSES, 1e-4)[0] < 0.01
-    assert regression_error(network, real, draw(12, 3), CLASSES, 1e-4)[0] > 1
+    assert regression_error(embed, real, real, CLASSES, 1e-4)[0] < 0.01
+    assert regression_error(embed, real, draw(12, 3), CLASSES, 1e-4)[0] > 1
 
 
 def test_misclassification_is_the_summed_cross_entropy_of_the_networks_own_layer(network):

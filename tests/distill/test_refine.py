@@ -20,6 +20,7 @@ from ddkit.distill.state import RECORDS_FILE
 from ddkit.distill.student import StudentSettings
 from ddkit.errors import BadFile, ComputeError, Interrupted, InvalidSubmission, UsageError
 from ddkit.files import sha256_of
+from ddkit.protocol.embedding import build_embedder
 from ddkit.protocol.networks import build_network
 
 pytestmark = pytest.mark.usefixtures("measured_before")
@@ -74,9 +75,9 @@ def test_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
     after = read(tmp_path / "run" / "state.pt")["images"]
     real, spec = load_dataset("glyphs", "train"), dataset_spec("glyphs")
     some = real.labels.argsort(stable=True).view(10, -1)[:, :20].flatten()
-    network = build_network("convnet", 10, 32, seed=12345)
+    embed = build_embedder(build_network("convnet", 10, 32, seed=12345), len(before))
     distances = [
-        distance_of_means(network, images, normalise(real.images[some], spec), 10)[0].item() for images in (before, after)
+        distance_of_means(embed, images, normalise(real.images[some], spec), 10)[0].item() for images in (before, after)
     ]
     assert distances[1] < 0.9 * distances[0]
 
@@ -235,11 +236,20 @@ def test_held_out_images_are_never_learnt_from(colours):
     references = References(real, dataset_spec(colours), held_out=0.2, seed=0)
     held_out = references.held_out()
     assert held_out.labels.tolist() == [0, 1]
-    generator = torch.Generator().manual_seed(0)
-    seen = torch.cat([references.batch(30, generator), references.mixed_batch(60, generator)[0]])
+    mixed, _ = references.mixed_batch(60, torch.Generator().manual_seed(0))
+    seen = torch.cat([references.batch(30, number=0), references.sample(60), mixed])
     kept_back = torch.cat(list(held_out.batches(torch.device("cpu"))))
     assert not any(torch.equal(one, other) for one in seen for other in kept_back)
-    assert references.batch(2, generator).shape == (4, 3, 16, 16)
+    assert references.batch(2, number=0).shape == (4, 3, 16, 16)
+
+
+def test_every_real_image_comes_once_before_any_comes_again(colours):
+    references = References(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.2, seed=0)
+    batches = [references.batch(2, number).unflatten(0, (2, 2)) for number in range(4)]  # of four images a class
+    for first, second in (batches[:2], batches[2:]):
+        for c in range(2):
+            assert len(torch.cat([first[c], second[c]]).unique(dim=0)) == 4
+    assert not torch.equal(torch.cat(batches[:2], 1), torch.cat(batches[2:], 1))
 
 
 class TestWhatIsRefused:

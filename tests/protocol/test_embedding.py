@@ -8,6 +8,8 @@ from ddkit.protocol.networks import build_network
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
+MANY = 32  # images in a usual call, for which engines are chosen; fewer are embedded by the network itself
+
 
 @pytest.mark.parametrize("size, n", [(16, 5), (32, 7), (48, 3), (24, 2)])
 def test_values_and_gradients_are_autograds(size, n):
@@ -17,7 +19,7 @@ def test_values_and_gradients_are_autograds(size, n):
     towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     (gradient,) = torch.autograd.grad(expected, images, towards)
 
-    embedding = build_embedder(network, n)(images)
+    embedding = build_embedder(network, MANY)(images)
     torch.testing.assert_close(embedding, expected, atol=1e-4, rtol=0)
     embedding.backward(towards)
     # A ReLU whose input rounds to the other side of zero passes another gradient: few values may differ.
@@ -29,7 +31,7 @@ def test_values_and_gradients_are_autograds(size, n):
 def test_a_network_trained_on_is_seen_as_it_now_is():
     network = build_network("convnet", 10, 16, seed=0)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    embed = build_embedder(network, 2)
+    embed = build_embedder(network, MANY)
     before = embed(images)
     with torch.no_grad():
         network.features[9].bias += 1
@@ -40,7 +42,17 @@ def test_a_network_trained_on_is_seen_as_it_now_is():
 def test_the_way_back_can_be_gone_twice():
     network = build_network("convnet", 10, 16, seed=0)
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    embedding = build_embedder(network, 3)(images)
+    embedding = build_embedder(network, MANY)(images)
     first, second = (torch.autograd.grad(embedding.sum(), images, retain_graph=True)[0] for _ in range(2))
     assert first.abs().max() > 0
     assert torch.equal(first, second)
+
+
+def test_calls_whose_ways_back_come_later_do_not_disturb_each_other():
+    embed = build_embedder(build_network("convnet", 10, 16, seed=0), MANY)
+    draws = torch.Generator().manual_seed(1)
+    sets = [torch.randn(n, 3, 16, 16, generator=draws, requires_grad=True) for n in (3, 3, 5)]
+    alone = [torch.autograd.grad(embed(images).sum(), images)[0] for images in sets]
+    embedded = [embed(images) for images in sets]
+    for images, embedding, expected in zip(sets, embedded, alone, strict=True):
+        assert torch.equal(torch.autograd.grad(embedding.sum(), images)[0], expected)
