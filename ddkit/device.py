@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,13 @@ def resolve_device(name: str) -> torch.device:
     }
     if not present.get(device.type, False):
         raise ComputeError(f"This machine has no device '{name}' that PyTorch can use.", "Try --device auto.")
+    return device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Which one "cuda" means to this process, where `accelerate launch` started one for each GPU."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 

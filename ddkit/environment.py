@@ -39,6 +39,11 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def processes() -> int:
+    """How many processes `accelerate launch` started together; 1 for a process alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def versions() -> dict[str, str]:
     """Versions of ddkit, Python and the libraries that decide on results, for records of how they came about."""
     return {

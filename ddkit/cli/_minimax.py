@@ -24,7 +24,7 @@ def _read_class_map(
     if path is None:
         return None
     value = read_json(path)
-    if not isinstance(value, dict) or not all(isinstance(label, (str, int, type(None))) for label in value.values()):
+    if not isinstance(value, dict) or not all(type(label) in (str, int, type(None)) for label in value.values()):
         raise BadFile(f"{path} is no map of classes.", 'Write it as {"bear": "brown bear", "cloud": null, "ox": 345}.')
     return tuple(sorted(value.items(), key=lambda pair: pair[0]))
 
@@ -33,7 +33,7 @@ _OPTIONS = (
     click.option("--method", type=click.Choice(["diffusion", "minimax"]),
                  help="diffusion: train from nothing; minimax: fine-tune a generator by the minimax criteria."),
     click.option("--init", metavar="FOLDER_OR_HUB_ID",
-                 help="minimax: what to start from.  [default: runs/<dataset>, else facebook/DiT-XL-2-256]"),
+                 help="minimax: what to start from.  [default: runs/<dataset>, where that holds a generator]"),
     click.option("--full", is_flag=True, default=None, help="minimax: tune all parameters, not only DiffFit's."),
     click.option("--lambda-r", type=click.FloatRange(0), help="minimax: weight of representativeness."),
     click.option("--lambda-d", type=click.FloatRange(0), help="minimax: weight of diversity."),

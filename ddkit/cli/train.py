@@ -13,7 +13,7 @@ from rich.table import Table
 from ddkit.cli._minimax import described, minimax_options
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, recorded_seed_option, surface_options
 from ddkit.cli._surface import Surface, span_text
-from ddkit.environment import leads
+from ddkit.environment import leads, processes
 from ddkit.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _train(
     from ddkit.generator.training import train as train_generator
 
     classes, device = len(data.images.class_names), resolve_device(request.device)
-    check_memory(plan.config, data.image_size, classes, device, start=plan.start)
+    check_memory(plan.config, data.image_size, classes, device, processes=processes(), start=plan.start)
     verb = "Going on with" if has_training(folder) and not fresh else "Fine-tuning" if plan.start else "Training"
     surface.say(
         f"{verb} a generator on {escape(data.name)}, preset {plan.preset}, {_length(request)}, in {escape(str(folder))}."
@@ -149,7 +149,17 @@ def _train(
     surface.result(
         {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
         | {"metrics": dict(model.facts.metrics)}
+        | _start_facts(plan)
     )
+
+
+def _start_facts(plan: Plan) -> dict[str, Any]:
+    """Of what fine-tuning starts from: how much of it is trained, and which classes it does not know."""
+    if plan.start is None:
+        return {}
+    parameters, classes = plan.start.parameters, plan.start.classes
+    return {"start": {"source": plan.start.source, "trainable_parameters": parameters.trainable,
+                      "parameters": parameters.total, "unmatched_classes": list(classes.unmatched)}}  # fmt: skip
 
 
 def _length(request: TrainingRequest) -> str:
@@ -166,13 +176,16 @@ def _model_option(folder: Path, dataset: str) -> str:
 
 def _show_costs(surface: Surface, plan: Plan, data: TrainingData, device: str) -> None:
     from ddkit.device import resolve_device
-    from ddkit.generator.estimate import estimate
+    from ddkit.generator.estimate import estimate, shortage
     from ddkit.generator.presets import to_json
 
     surface.say("Trying each stage for a few seconds; nothing is kept.")
-    classes = len(data.images.class_names)
-    costs = estimate(plan.config, data.image_size, classes, resolve_device(device), start=plan.start)
-    surface.result(dataclasses.asdict(costs) | {"config": to_json(plan.config)}, _cost_table(costs))
+    of = (plan.config, data.image_size, len(data.images.class_names), resolve_device(device))
+    costs = estimate(*of, processes=processes(), start=plan.start)
+    if not costs.fits:
+        surface.say(f"[yellow]{escape(str(shortage(costs, *of, processes=processes())))}[/]")
+    facts = {"fits": costs.fits, "config": to_json(plan.config)} | _start_facts(plan)
+    surface.result(dataclasses.asdict(costs) | facts, _cost_table(costs))
 
 
 def _cost_table(costs: Estimate) -> Table:
@@ -182,10 +195,10 @@ def _cost_table(costs: Estimate) -> Table:
             stage.stage,
             f"{stage.parameters / 1e6:.2f} M",
             f"{stage.memory / 2**20:,.0f} MiB",
-            f"{stage.images_per_second:,.0f}",
+            "does not fit" if stage.images_per_second is None else f"{stage.images_per_second:,.0f}",
             f"{stage.steps:,}",
             f"{stage.batch_size:,}",
-            span_text(stage.seconds),
+            "–" if stage.seconds is None else span_text(stage.seconds),
         )
     table.caption = f"{costs.free_memory / 2**30:.1f} GiB of memory are free; not compiled, so at worst"
     return table

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddkit.errors import BadFile, MissingModel
+from ddkit.generator.hub import HUB_ERRORS, reason_of
 from ddkit.generator.presets import AutoencoderConfig
 
 _STARTING_LOG_VARIANCE = -5.0
@@ -52,7 +53,8 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) 
 def load_pretrained(source: str) -> AutoencoderKL:
     """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
 
-    Raises MissingModel where there is none or it cannot be had, BadFile where its weights do not fit it.
+    Raises MissingModel where there is none or it cannot be had, BadFile where its weights do not fit it or it is not of
+    colour images.
     """
     remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
     folder = Path(source).expanduser()
@@ -63,9 +65,12 @@ def load_pretrained(source: str) -> AutoencoderKL:
         where["subfolder"] = "vae"
     try:
         autoencoder, found = AutoencoderKL.from_pretrained(**where, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise MissingModel(f"No autoencoder could be loaded from '{source}': {str(error).splitlines()[0]}", remedy) from error
+    except HUB_ERRORS as error:
+        raise MissingModel(f"No autoencoder could be loaded from '{source}': {reason_of(error)}", remedy) from error
     refuse_misfits(found, source)
+    channels = autoencoder.config.in_channels
+    if channels != 3 * pixel_patch(autoencoder) ** 2:
+        raise BadFile(f"The autoencoder in {source} takes {channels} channels, which are no squares of pixels.", remedy)
     return autoencoder
 
 

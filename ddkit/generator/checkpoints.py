@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ddkit.errors import BadFile
-from ddkit.tensor_files import save_torch
+from ddkit.tensor_files import Unloadable, load_restricted, save_torch
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +75,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint; nothing in it is executed. Raises BadFile where it is damaged or of another format."""
     remedy = "Delete it to go on from the one before, or start over with --fresh."
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        value = load_restricted(path)
+    except (OSError, Unloadable) as error:
         raise BadFile(f"{path} is damaged or no checkpoint.", remedy) from error
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT_VERSION:
         raise BadFile(f"{path} is no checkpoint of this version of ddkit.", remedy)
-    return Checkpoint(**value)
+    try:
+        return Checkpoint(**value)
+    except TypeError as error:
+        raise BadFile(f"{path} is not complete: {error}.", remedy) from error

@@ -95,8 +95,16 @@ def merge_difffit(denoiser: nn.Module) -> nn.Module:
 
 
 def plain_copy(denoiser: nn.Module) -> nn.Module:
-    """A copy for keeping, as `merge_difffit` makes it; the denoiser itself can be trained on."""
-    return merge_difffit(copy.deepcopy(denoiser))
+    """A copy on the CPU for keeping, as `merge_difffit` makes it; the denoiser itself can be trained on."""
+    # Copied straight to where it stays, it takes no memory beside what is trained.
+    on_cpu: dict[int, Tensor] = {id(buffer): _copied(buffer) for buffer in denoiser.buffers()}
+    for parameter in denoiser.parameters():
+        on_cpu[id(parameter)] = nn.Parameter(_copied(parameter), requires_grad=parameter.requires_grad)
+    return merge_difffit(copy.deepcopy(denoiser, on_cpu))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def share_conditioning(denoiser: nn.Module) -> bool:

@@ -173,7 +173,7 @@ class Engine:
             self._ema.restore(self._parameters)
 
     def _steps(self, stop: StopRequest) -> Iterator[StepRecord]:
-        """Train, yielding a record every so often and before every save, so that no broken state is saved."""
+        """Train, yielding a record every so often and before every save and visit, so that no broken state is kept."""
         saved = time.monotonic()
         losses: list[Tensor] = []
         # However short the time, a stage that was begun has taken a step, or there would be nothing to go on from.
@@ -186,7 +186,8 @@ class Engine:
                 bool(stop), self._out_of_time(), time.monotonic() - saved > self.limits.save_every_seconds
             )
             over = out_of_time or self.step >= self.limits.steps
-            if over or stopping or save_due or self.step % self.limits.record_every == 0:
+            visited = any(self.step % steps == 0 for steps, _ in self._visits)
+            if over or stopping or save_due or visited or self.step % self.limits.record_every == 0:
                 yield self._record(losses)
                 losses = []
             if stopping or save_due:  # before visits, which may take minutes
@@ -216,17 +217,18 @@ class Engine:
         )
 
     def _train_step(self) -> Tensor:
-        """One optimiser step; returns this process's mean loss and figures, (1 + figures,) float32 on the device."""
+        """One optimiser step; returns this process's mean loss and figures and the gradient's length, (2 + figures,)
+        float32 on the device."""
         rate = self.stage.optimiser.rate(self.step)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         parts = self._own_parts(self.stage.draw(self.step, self.accelerator.device))
         values = self._backward(parts) if self._workers == 1 else self._backward_side_by_side(parts)
-        self.accelerator.clip_grad_norm_(self._parameters, self.stage.optimiser.clip_norm)
+        length = self.accelerator.clip_grad_norm_(self._parameters, self.stage.optimiser.clip_norm)
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._ema.step(self._parameters)
-        return torch.stack(values).mean(dim=0)
+        return torch.cat([torch.stack(values).mean(dim=0), length.detach().float().view(1)])
 
     def _backward(self, parts: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """Leave the gradient of the mean loss in the parameters; returns each part's loss and figures."""
@@ -266,11 +268,20 @@ class Engine:
         return [{name: values[start : start + size] for name, values in batch.items()} for start in starts]
 
     def _record(self, losses: list[Tensor]) -> StepRecord:
-        """The means since the last record over all processes. Raises ComputeError where the loss diverges."""
+        """The means since the last record over all processes. Raises ComputeError where the training diverges."""
         means = torch.stack(losses).mean(dim=0)
-        loss, *figures = self.accelerator.reduce(means, reduction="mean").tolist()
-        if not math.isfinite(loss) or figures[0] > _LARGEST_ERROR:
-            raise self._diverged(loss)
+        loss, *figures, length = self.accelerator.reduce(means, reduction="mean").tolist()
+        if not math.isfinite(loss):
+            raise self._diverged("loss", "no number")
+        if figures[0] > _LARGEST_ERROR:
+            raise self._diverged("loss", "too large")
+        # Clipped, a gradient of infinite length is none at all, and training goes on and learns nothing. float16's scaler
+        # meets such ones by design and leaves the step out.
+        if self.accelerator.scaler is None and not math.isfinite(length):
+            raise self._diverged("gradient", "no number")
+        # The loss is of the weights before the step, and what is kept are those after it.
+        if not torch.stack(torch._foreach_norm(self._parameters)).isfinite().all():
+            raise self._diverged("result", "no number")
         return StepRecord(
             stage=self.stage.name,
             step=self.step,
@@ -329,12 +340,11 @@ class Engine:
         self.finished = checkpoint.finished and (self.step >= self.limits.steps or self._out_of_time())
         log.info("Going on with %s after %d steps", self.stage.name, self.step)
 
-    def _diverged(self, loss: float) -> ComputeError:
+    def _diverged(self, what: str, how: str) -> ComputeError:
         good = list_checkpoints(self.folder, self.stage.name)
         remedy = f"The last good state is {good[-1]}. " if good else "There is no checkpoint yet. "
         return ComputeError(
-            f"The loss of {self.stage.name} training is {'too large' if math.isfinite(loss) else 'no number'} "
-            f"after step {self.step}.",
+            f"The {what} of {self.stage.name} training is {how} after step {self.step}.",
             remedy + self.stage.remedy,
         )
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddkit.data.store import ImageSet
+from ddkit.device import own_device
 from ddkit.errors import ComputeError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.difffit import count_parameters
 from ddkit.generator.engine import Stage, cut, workers_for
 from ddkit.generator.latents import LatentSet
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.presets import GeneratorConfig
+from ddkit.generator.presets import BY_SIZE, PRESETS, GeneratorConfig
 from ddkit.generator.pretrained import Start
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.threads import side_by_side
@@ -28,16 +29,21 @@ _COPIES_OF_PARAMETERS = 5
 _BYTES_PER_VALUE = 4
 _PROBE_BATCH = 4  # images, of which memory is measured
 _RESERVE = 0.9  # of the free memory may be planned for
+_PASSES = 4  # that speed is measured over, at least, where images are slow
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """parameters: of the network, trainable or not. memory: bytes at the peak of a step, fixed_memory: those of them that
-    do not depend on the batch. images_per_second: None where not measured.
+    """What a stage costs.
+
+    parameters: of the network, trainable or not. at_once: images that a process computes with at a time.
+    memory: bytes of a process at the peak of a step; fixed_memory: those of them that do not depend on `at_once`.
+    images_per_second: of all processes; None where it was not measured, or nothing fits that could be.
     """
 
     stage: str
     parameters: int
+    at_once: int
     memory: int
     fixed_memory: int
     images_per_second: float | None
@@ -50,6 +56,11 @@ class StageEstimate:
         if self.images_per_second is None:
             return None
         return self.steps * self.batch_size / self.images_per_second
+
+    def fitting(self, memory: float) -> int:
+        """How many images at a time fit into so many bytes."""
+        per_image = (self.memory - self.fixed_memory) / self.at_once
+        return max(0, int((memory - self.fixed_memory) / per_image))
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,15 @@ class Estimate:
         """Of the hungrier stage; they run one after the other."""
         return max(stage.memory for stage in self.stages)
 
+    @property
+    def limit(self) -> float:
+        """Bytes of memory that may be planned for."""
+        return _RESERVE * self.free_memory
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.limit
+
 
 def estimate(
     config: GeneratorConfig,
@@ -71,43 +91,79 @@ def estimate(
     num_classes: int,
     device: torch.device,
     *,
+    processes: int = 1,
     seconds: float = 3.0,
     start: Start | None = None,
 ) -> Estimate:
     """Find out what training costs on that device.
 
-    start: of fine-tuning, which has one stage alone.
-    seconds: to measure each stage's speed for; 0 to find parameters and memory only.
+    processes: that share each batch, on a device each. start: of fine-tuning, which has one stage alone.
+    seconds: to measure each stage's speed for, or a little longer; 0 to find parameters and memory only. What does not fit
+    into memory is not tried.
     """
     stages = (_fine_tuning(config, start, num_classes),) if start else _stages(config, image_size, num_classes)
-    estimates = tuple(_estimate_stage(stage, device, seconds) for stage in stages)
-    return Estimate(estimates, free_memory(device))
+    device, free = own_device(device), free_memory(device)
+    probes = (_Probe(stage, device, config.precision, processes) for stage in stages)
+    return Estimate(tuple(probe.estimate(seconds, _RESERVE * free) for probe in probes), free)
 
 
 def check_memory(
-    config: GeneratorConfig, image_size: int, num_classes: int, device: torch.device, *, start: Start | None = None
+    config: GeneratorConfig,
+    image_size: int,
+    num_classes: int,
+    device: torch.device,
+    *,
+    processes: int = 1,
+    start: Start | None = None,
 ) -> None:
     """Raise ComputeError, saying what would fit, where a training needs more memory than the device has free."""
-    needed = estimate(config, image_size, num_classes, device, seconds=0, start=start)
-    limit = _RESERVE * needed.free_memory
-    if needed.memory <= limit:
-        return
-    *others, last = needed.stages
-    # The option is of the last stage's batches alone.
-    fitting = int((limit - last.fixed_memory) / ((last.memory - last.fixed_memory) / last.batch_size))
-    would_help = fitting >= 1 and all(stage.memory <= limit for stage in others)
-    remedy = f"--batch-size {fitting} would fit." if would_help else "Choose a smaller --preset."
-    raise ComputeError(
+    needed = estimate(config, image_size, num_classes, device, processes=processes, seconds=0, start=start)
+    if not needed.fits:
+        raise shortage(needed, config, image_size, num_classes, device, processes=processes)
+
+
+def shortage(
+    needed: Estimate,
+    config: GeneratorConfig,
+    image_size: int,
+    num_classes: int,
+    device: torch.device,
+    *,
+    processes: int = 1,
+) -> ComputeError:
+    """What there is to say of a training that does not fit, and what would."""
+    return ComputeError(
         f"This training needs about {needed.memory / 2**30:.1f} GiB of memory; "
         f"{needed.free_memory / 2**30:.1f} GiB are free on {device}.",
-        remedy,
+        _in_parts(needed, config, processes) or _smaller_preset(needed.limit, image_size, num_classes, device, processes),
     )
+
+
+def _in_parts(needed: Estimate, config: GeneratorConfig, processes: int) -> str:
+    """How the last stage's batches would fit, as the options are of those alone; "" where they cannot."""
+    *others, last = needed.stages
+    fitting = last.fitting(needed.limit)
+    if not fitting or any(stage.memory > needed.limit for stage in others):
+        return ""
+    if config.minimax is not None:  # whose criteria are of a part each, so that parts are another training
+        return f"--batch-size {fitting * processes} would fit."
+    share = last.batch_size // processes
+    parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fitting)
+    return f"--accumulation {parts} would fit."
+
+
+def _smaller_preset(limit: float, image_size: int, num_classes: int, device: torch.device, processes: int) -> str:
+    for name in reversed(BY_SIZE):
+        config = PRESETS[name].config(image_size)
+        if estimate(config, image_size, num_classes, device, processes=processes, seconds=0).memory <= limit:
+            return f"--preset {name} would fit."
+    return f"Not even --preset {BY_SIZE[0]} fits: close other programs, or use another --device."
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had there."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(own_device(device))[0]
     return psutil.virtual_memory().available
 
 
@@ -135,64 +191,87 @@ def _fine_tuning(config: GeneratorConfig, start: Start, num_classes: int) -> Sta
     return MinimaxStage(config, network, latents, num_classes)
 
 
-def _estimate_stage(stage: Stage, device: torch.device, seconds: float) -> StageEstimate:
-    stage.loss.to(device)
-    counts = count_parameters(stage.network)
-    batch = stage.draw(0, device)
-    part = stage.optimiser.batch_size // stage.optimiser.accumulation
-    per_image = _bytes_kept(stage.loss, batch) / min(_PROBE_BATCH, len(next(iter(batch.values()))))
-    # Only now, as memories are allocated when a first batch shows how large latents are.
-    workers = workers_for(stage, device)
-    copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0)
-    fixed = _BYTES_PER_VALUE * (counts.total + copies * counts.trainable)
-    fixed += sum(buffer.nbytes for buffer in stage.loss.buffers())
-    return StageEstimate(
-        stage=stage.name,
-        parameters=counts.total,
-        memory=int(fixed + per_image * part),
-        fixed_memory=fixed,
-        images_per_second=_speed(stage.loss, batch, workers, seconds) if seconds > 0 else None,
-        steps=stage.optimiser.steps,
-        batch_size=stage.optimiser.batch_size,
-    )
+class _Probe:
+    """A stage on its device, tried on one batch in the precision it is to be trained in."""
 
+    def __init__(self, stage: Stage, device: torch.device, precision: str, processes: int) -> None:
+        self._stage, self._device, self._precision, self._processes = stage, device, precision, processes
+        stage.loss.to(device)
+        self._batch = stage.draw(0, device)
 
-def _bytes_kept(loss: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """What a forward pass over a few images keeps for the backward pass, each storage counted once."""
-    kept: dict[int, int] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in loss.parameters()}
+    def estimate(self, seconds: float, limit: float) -> StageEstimate:
+        """seconds: to measure speed for; 0 not to. limit: bytes of memory that measuring may take."""
+        stage, optimiser = self._stage, self._stage.optimiser
+        at_once = max(1, optimiser.batch_size // (optimiser.accumulation * self._processes))
+        counts = count_parameters(stage.network)
+        per_image = self._bytes_kept_per_image()
+        # Only now, as memories are allocated when a first batch shows how large latents are.
+        workers = workers_for(stage, self._device, self._processes)
+        copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0)
+        fixed = _BYTES_PER_VALUE * (counts.total + copies * counts.trainable)
+        fixed += sum(buffer.nbytes for buffer in stage.loss.buffers())
+        found = StageEstimate(
+            stage=stage.name,
+            parameters=counts.total,
+            at_once=at_once,
+            memory=int(fixed + per_image * at_once),
+            fixed_memory=fixed,
+            images_per_second=None,
+            steps=optimiser.steps,
+            batch_size=optimiser.batch_size,
+        )
+        most = min(at_once, found.fitting(limit)) // workers * workers
+        if seconds == 0 or most == 0:
+            return found
+        return replace(found, images_per_second=self._processes * self._speed(workers, seconds, most))
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def _bytes_kept_per_image(self) -> float:
+        """What a forward pass over a few images keeps for the backward pass, each storage counted once."""
+        kept: dict[int, int] = {}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self._stage.loss.parameters()}
 
-    few = {name: values[:_PROBE_BATCH] for name, values in batch.items()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(**{name: values.clone() for name, values in few.items()})
-    return sum(kept.values())
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
 
+        few = {name: values[:_PROBE_BATCH].clone() for name, values in self._batch.items()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._loss(few)
+        return sum(kept.values()) / len(next(iter(few.values())))
 
-def _speed(loss: nn.Module, batch: Mapping[str, Tensor], workers: int, seconds: float) -> float:
-    """Images per second of forward and backward passes, not compiled, shared by so many cores as in training."""
-    size = len(next(iter(batch.values())))
-    _pass(loss, batch, workers)
-    began, images = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        _pass(loss, batch, workers)
-        images += size
-    return images / (time.perf_counter() - began)
+    def _speed(self, workers: int, seconds: float, most: int) -> float:
+        """Images per second of forward and backward passes, not compiled, shared by so many cores as in training.
 
+        most: images of a pass, as in training, unless fewer already take a good part of the time.
+        """
+        count = workers
+        while self._seconds(count, workers) <= seconds / _PASSES and count < most:
+            count = min(2 * count, most)
+        began, images = time.perf_counter(), 0
+        while images == 0 or time.perf_counter() - began < seconds:
+            self._seconds(count, workers)
+            images += count
+        return images / (time.perf_counter() - began)
 
-def _pass(loss: nn.Module, batch: Mapping[str, Tensor], workers: int) -> None:
-    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    def _seconds(self, count: int, workers: int) -> float:
+        """That one pass over so many images takes."""
+        trained = [parameter for parameter in self._stage.loss.parameters() if parameter.requires_grad]
 
-    def work(piece: Mapping[str, Tensor]) -> Tensor:
-        value, *_ = loss(**piece)
-        torch.autograd.grad(value, trained, allow_unused=True)
-        return value
+        def work(piece: Mapping[str, Tensor]) -> None:
+            torch.autograd.grad(self._loss(piece), trained, allow_unused=True)
 
-    for value in side_by_side(work, cut(batch, workers), workers):
-        if value.is_cuda:
-            torch.cuda.synchronize(value.device)
+        began = time.perf_counter()
+        some = {name: values[:count] for name, values in self._batch.items()}
+        for _ in side_by_side(work, cut(some, workers), workers):
+            pass
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - began
+
+    def _loss(self, part: Mapping[str, Tensor]) -> Tensor:
+        lower = self._precision != "float32"
+        with torch.autocast(self._device.type, getattr(torch, self._precision), enabled=lower):
+            loss, *_ = self._stage.loss(**part)
+        return loss

@@ -127,7 +127,23 @@ def load_model(folder: Path, *, dataset: str | None = None) -> Model:
     part = "unet" if (folder / "unet").is_dir() else "transformer"
     denoiser = _load_part(folder / part, _DENOISERS)
     autoencoder = load_autoencoder(folder / "vae")
+    _refuse_strangers(folder, part, denoiser, autoencoder, facts)
     return Model(denoiser.eval(), autoencoder.eval(), facts)
+
+
+def _refuse_strangers(
+    folder: Path, part: str, denoiser: ModelMixin, autoencoder: AutoencoderKL, facts: ModelFacts
+) -> None:
+    """Raise BadFile where parts, each whole, are of different models."""
+    remedy = "Put the model's own part back, or train it again."
+    if (classes := null_class(denoiser)) != len(facts.class_names):
+        raise BadFile(f"{folder / part} knows {classes} classes, {FACTS_FILE} beside it {len(facts.class_names)}.", remedy)
+    if (channels := denoiser.config.in_channels) != autoencoder.config.latent_channels:
+        raise BadFile(
+            f"{folder / part} makes latents of {channels} channels; the autoencoder beside it decodes "
+            f"{autoencoder.config.latent_channels}.",
+            remedy,
+        )
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:

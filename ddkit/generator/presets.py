@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,8 +167,8 @@ class MinimaxConfig:
         object.__setattr__(self, "class_map", tuple((name, label) for name, label in self.class_map))
         require_positive(self, "memory_size", "epochs")
         for name in ("lambda_r", "lambda_d"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"MinimaxConfig.{name} must not be negative, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"MinimaxConfig.{name} is a number from 0 on, not {getattr(self, name)}.")
         if not self.init:
             raise UsageError("Minimax diffusion fine-tunes a generator.", "Say which with --init FOLDER or a hub id.")
 
@@ -297,6 +298,7 @@ _KINDS = (AutoencoderConfig, DenoiserConfig, MinimaxConfig, ObjectiveConfig, Opt
 _NESTED = {kind.__name__: kind for kind in _KINDS}
 
 MINIMAX_PRESET = "minimax-paper"
+BY_SIZE = ("tiny", "small", "base")  # those for any pictures, of one kind
 
 
 def _minimax_paper() -> GeneratorConfig:

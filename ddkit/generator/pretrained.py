@@ -17,7 +17,6 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from ddkit.errors import BadFile, MissingModel, UsageError, nearest_name
 from ddkit.files import read_json
 from ddkit.generator.autoencoder import refuse_misfits
 from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
+from ddkit.generator.hub import HUB_ERRORS, reason_of
 from ddkit.generator.networks import keep_labels, null_class
 from ddkit.generator.pipeline import FACTS_FILE, INDEX_FILE, load_model
 
@@ -169,9 +169,9 @@ def _folder_of(source: str) -> Path:
     try:
         wanted = [INDEX_FILE, "transformer/*", "vae/*", "scheduler/*"]
         return Path(snapshot_download(source, allow_patterns=wanted))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except HUB_ERRORS as error:
         raise MissingModel(
-            f"'{source}' is no folder here, and it cannot be downloaded: {str(error).splitlines()[0]}",
+            f"'{source}' is no folder here, and it cannot be downloaded: {reason_of(error)}",
             f"Where there is a network: hf download {source} --local-dir FOLDER. Then give that FOLDER.",
         ) from error
 
@@ -267,6 +267,8 @@ def _chosen(choice: str | int | None, known: Sequence[Sequence[str]]) -> tuple[i
     if choice is None:
         return ()
     if isinstance(choice, int):
+        if isinstance(choice, bool):
+            raise UsageError(f"A class is mapped to a label's name or number, or to null, not to {choice}.")
         if not 0 <= choice < len(known):
             raise UsageError(f"The model has labels 0 to {len(known) - 1}, not {choice}.")
         return (choice,)

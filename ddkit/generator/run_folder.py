@@ -128,11 +128,17 @@ def _comparable(config: GeneratorConfig) -> GeneratorConfig:
     accumulation = 1 if minimax is None else config.denoiser_optimiser.accumulation
     return replace(
         config,
-        minimax=None if minimax is None else replace(minimax, epochs=1, lambda_r=0, lambda_d=0),
+        minimax=None if minimax is None else replace(minimax, init=_place(minimax.init), epochs=1, lambda_r=0, lambda_d=0),
         autoencoder_optimiser=replace(config.autoencoder_optimiser, steps=1, accumulation=1),
         denoiser_optimiser=replace(config.denoiser_optimiser, steps=1, learning_rate=1.0, accumulation=accumulation),
         compile=False,
     )
+
+
+def _place(source: str) -> str:
+    """A folder under one name, however it is written; a hub id as it is."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else source
 
 
 def start_over(folder: Path) -> None:

@@ -177,7 +177,7 @@ class _Run:
             if self.start
             else self.config.autoencoder.latent_shape(data.image_size)[1]
         )
-        self.best = _best_score(folder, tracking)
+        self.best = _best_score(folder, tracking, data.sha256)
         self.log = MetricsLog(folder, tensorboard=request.tensorboard and accelerator.is_main_process)
 
     def autoencoder(self) -> AutoencoderKL:
@@ -326,11 +326,12 @@ class _Run:
         )
 
 
-def _best_score(folder: Path, tracking: Tracking | None) -> float | None:
-    """The score of the model in the folder, where it was tracked by the same name."""
+def _best_score(folder: Path, tracking: Tracking | None, dataset_sha256: str) -> float | None:
+    """The score of the model in the folder, where it was tracked by the same name and against the same images."""
     if tracking is None or not has_model(folder):
         return None
-    return read_facts(folder).metrics.get(tracking.name)
+    facts = read_facts(folder)
+    return facts.metrics.get(tracking.name) if facts.dataset_sha256 == dataset_sha256 else None
 
 
 def _start(config: GeneratorConfig, class_names: Sequence[str]) -> Start:

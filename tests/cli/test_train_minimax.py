@@ -100,7 +100,8 @@ def test_goes_on_without_its_settings_being_said_again(ddkit, tmp_path, dit_fold
     told = tune(ddkit, "--init", dit_folder, "--out", folder, *own)
     assert "the mean of all stands for red" in told
     (tmp_path / "map.json").unlink()
-    for words in (["--method", "minimax", "--steps", "8", "--resume"], ["--steps", "10"]):
+    relative = os.path.relpath(dit_folder, tmp_path)  # the same start by another name
+    for words in (["--method", "minimax", "--steps", "8", "--resume"], ["--steps", "10", "--init", f"{relative}/"]):
         again = ddkit("train", "--dataset", "colours", "--out", folder, "--batch-size", "4", "--no-compile", *words)
         assert again.exit_code == 0 and "Going on with" in again.output, again.output
     assert steps_done(folder) == 10
@@ -129,8 +130,12 @@ def test_epochs_in_place_of_steps(ddkit, tmp_path, dit_folder):
 def test_a_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
     done = ddkit("train", "--dataset", "colours", "--init", dit_folder, *QUICK, "--dry-run", "--json", "--quiet")
     assert done.exit_code == 0, done.output
-    (stage,) = json.loads(done.output)["stages"]
+    told = json.loads(done.output)
+    (stage,) = told["stages"]
     assert stage["stage"] == "minimax" and stage["steps"] == 6
+    start = told["start"]
+    assert start["source"] == str(dit_folder) and start["unmatched_classes"] == ["blue"]
+    assert 0 < start["trainable_parameters"] < start["parameters"] == stage["parameters"]
     assert not (tmp_path / "runs").exists()
 
 
@@ -158,6 +163,9 @@ def test_weights_so_large_that_the_loss_diverges(ddkit, tmp_path, dit_folder):
         (["--init", "strangers", "--epochs", "2", "--steps", "9"], 2, "give one of them"),
         (["--init", "mine", "--out", "mine", "--fresh"], 2, "mine holds what fine-tuning starts from"),
         (["--method", "minimax", "--lambda-d", "-1"], 2, "-1"),
+        (["--init", "strangers", "--class-map", "map.json", "--lambda-d", "nan"], 2, "lambda_d is a number from 0 on, not nan"),
+        (["--init", "strangers", "--class-map", "map.json", "--lambda-r", "inf"], 2, "lambda_r is a number from 0 on, not inf"),
+        (["--init", "strangers", "--class-map", "flag.json"], 3, "flag.json is no map of classes"),
         (["--method", "minimax", "--init", "strangers", "--out", "foreign"], 3, "not of a training of ddkit's"),
     ],
 )
@@ -169,6 +177,8 @@ def test_what_it_refuses_in_one_message(ddkit, save_dit, tmp_path, words, status
         (tmp_path / folder / {"stable": "model_index.json"}.get(folder, "config.json")).write_text(json.dumps(content))
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "wrong.json").write_text('{"bleu": "tench"}')
+    (tmp_path / "map.json").write_text('{"blue": "tench"}')
+    (tmp_path / "flag.json").write_text('{"blue": true}')
     done = ddkit("train", "--dataset", "colours", *words)
     assert done.exit_code == status, done.output
     assert message in said(done) and "Traceback" not in done.output

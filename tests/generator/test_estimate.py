@@ -10,6 +10,7 @@ from ddkit.generator import estimate as module
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.estimate import check_memory, estimate
 from ddkit.generator.networks import build_denoiser
+from ddkit.generator.presets import PRESETS
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,31 @@ def test_an_image_keeps_about_as_much_as_its_activations(config):
     assert 3 * 8 * hidden_state < per_image < 3 * 60 * hidden_state
 
 
+def test_processes_share_a_batch_and_parts_are_computed_one_after_the_other(config):
+    whole = estimate(batches_of(config, 64), 16, 3, CPU, seconds=0).stages[1]
+    shared = estimate(batches_of(config, 64), 16, 3, CPU, processes=4, seconds=0).stages[1]
+    parts = dataclasses.replace(
+        config, denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, batch_size=64, accumulation=4)
+    )
+    assert whole.at_once == 64 and shared.at_once == 16
+    assert estimate(parts, 16, 3, CPU, seconds=0).stages[1].memory == shared.memory < whole.memory
+
+
+def test_half_precision_keeps_less_of_an_image(config):
+    full, half = (
+        estimate(dataclasses.replace(batches_of(config, 64), precision=precision), 16, 3, CPU, seconds=0).stages[1]
+        for precision in ("float32", "bfloat16")
+    )
+    assert half.fixed_memory == full.fixed_memory and half.memory < full.memory
+
+
+def test_what_does_not_fit_is_not_tried(config, monkeypatch):
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    costs = estimate(config, 16, 3, CPU, seconds=0.05)
+    assert not costs.fits
+    assert [(stage.images_per_second, stage.seconds) for stage in costs.stages] == [(None, None)] * 2
+
+
 def test_speed_is_measured_on_demand(config):
     autoencoder, denoiser = estimate(config, 16, 3, CPU, seconds=0.05).stages
     assert autoencoder.images_per_second > 0
@@ -63,13 +89,27 @@ def test_what_does_not_fit_is_refused_with_what_would(config, monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: wanted.memory // 2)
     with pytest.raises(ComputeError, match="GiB") as caught:
         check_memory(batches_of(config, 64), 16, 3, CPU)
-    fitting = int(caught.value.remedy.split()[1])
-    assert caught.value.remedy == f"--batch-size {fitting} would fit." and 1 <= fitting < 64
-    check_memory(batches_of(config, fitting), 16, 3, CPU)
+    parts = int(caught.value.remedy.split()[1])
+    assert caught.value.remedy == f"--accumulation {parts} would fit." and 64 % parts == 0
+    optimiser = dataclasses.replace(config.denoiser_optimiser, batch_size=64, accumulation=parts)
+    check_memory(dataclasses.replace(config, denoiser_optimiser=optimiser), 16, 3, CPU)
+    with pytest.raises(ComputeError):  # with half as many it does not
+        optimiser = dataclasses.replace(optimiser, accumulation=parts // 2)
+        check_memory(dataclasses.replace(config, denoiser_optimiser=optimiser), 16, 3, CPU)
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     with pytest.raises(ComputeError) as caught:
         check_memory(config, 16, 3, CPU)
-    assert "--preset" in caught.value.remedy
+    assert caught.value.remedy == "Not even --preset tiny fits: close other programs, or use another --device."
+
+
+def test_a_preset_that_fits_is_named_where_parts_do_not_help(monkeypatch):
+    needs = {name: estimate(PRESETS[name].config(32), 32, 10, CPU, seconds=0) for name in ("tiny", "small")}
+    fixed = max(stage.fixed_memory for stage in needs["small"].stages)
+    assert needs["tiny"].memory < 0.9 * fixed
+    monkeypatch.setattr(module, "free_memory", lambda device: fixed)
+    with pytest.raises(ComputeError) as caught:
+        check_memory(PRESETS["small"].config(32), 32, 10, CPU)
+    assert caught.value.remedy == "--preset tiny would fit."
 
 
 def test_an_autoencoder_that_is_there_costs_nothing(config):
@@ -84,4 +124,4 @@ def test_smaller_batches_are_no_remedy_for_the_autoencoder(config, monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: (autoencoder.memory + denoiser.memory) // 2)
     with pytest.raises(ComputeError) as caught:
         check_memory(config, 16, 3, CPU)
-    assert caught.value.remedy == "Choose a smaller --preset."
+    assert "preset" in caught.value.remedy and "--accumulation" not in caught.value.remedy

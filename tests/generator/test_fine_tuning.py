@@ -144,6 +144,21 @@ def test_weights_so_large_that_the_loss_diverges_leave_the_last_good_state(data,
     assert torch.equal(sampled(load_model(tmp_path)), model)
 
 
+def test_a_weight_whose_gradients_overflow_is_told_and_not_trained_by(data, tuning, own, tmp_path):
+    """The loss itself stays a number, and clipped to nothing such gradients would train nothing, unnoticed."""
+    with pytest.raises(ComputeError, match="gradient of minimax training is no number") as caught:
+        train(data, TrainingRequest(tuning(own, steps=20, lambda_d=1e25)), tmp_path)
+    assert "--lambda-d" in caught.value.remedy
+    assert not (tmp_path / "ddkit.json").exists()
+
+
+def test_the_parts_of_the_loss_are_shown_live(data, tuning, own, tmp_path):
+    reports = []
+    train(data, TrainingRequest(tuning(own, steps=4)), tmp_path, progress=reports.append)
+    shown = [report.figures for report in reports if "mse" in report.figures]
+    assert shown and all({"loss", "representativeness", "diversity"} <= figures.keys() for figures in shown)
+
+
 def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
     config = tuning(own, steps=4, lambda_r=0.5, lambda_d=0.5)
     train(data, TrainingRequest(config), tmp_path / "one")

@@ -9,8 +9,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.denoiser import UViT
-from ddkit.generator.pipeline import LatentClassPipeline, load_model, model_hash, read_facts, save_model
+from ddkit.generator.pipeline import (
+    LatentClassPipeline,
+    load_model,
+    model_hash,
+    read_facts,
+    save_autoencoder,
+    save_model,
+)
+from ddkit.generator.presets import AutoencoderConfig
 
 
 @pytest.fixture
@@ -125,6 +134,18 @@ class TestWhatIsRefused:
         path = folder / "transformer" / "config.json"
         path.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
         with pytest.raises(BadFile, match="FluxTransformer2DModel"):
+            load_model(folder)
+
+    def test_parts_of_other_models(self, folder, tmp_path):
+        """Each whole in itself, such as a folder copied to the wrong place."""
+        facts = json.loads((folder / "ddkit.json").read_text())
+        (folder / "ddkit.json").write_text(json.dumps({**facts, "class_names": ["red", "green"]}))
+        with pytest.raises(BadFile, match="transformer knows 3 classes, ddkit.json beside it 2"):
+            load_model(folder)
+        (folder / "ddkit.json").write_text(json.dumps(facts))
+        other = build_autoencoder(AutoencoderConfig(pixel_patch=4, channels=(8,), latent_channels=3, norm_groups=4), 16, seed=1)
+        save_autoencoder(other, folder)
+        with pytest.raises(BadFile, match="latents of 2 channels; the autoencoder beside it decodes 3"):
             load_model(folder)
 
     def test_foreign_facts(self, folder):

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import socketserver
 import subprocess
 import sys
+import threading
 import zipfile
 
 import pytest
@@ -128,18 +130,40 @@ class TestRefusing:
         with pytest.raises(BadFile, match="vae cannot be read"):
             load_generator(str(own_dit))
 
-    def test_a_hub_id_without_a_network_says_how_to_point_to_a_folder(self, tmp_path):
-        """In a process of its own, whose hub is a port where nobody listens."""
+    @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>", b""],
+                             ids=["a portal's page", "a connection that ends"])  # fmt: skip
+    def test_a_network_that_is_not_the_hub(self, tmp_path, answer):
+        """Such as a hotel's, or a proxy that lets nothing through."""
+
+        class Impostor(socketserver.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(65536)
+                self.request.sendall(answer)
+
+        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Impostor) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            told = self.told_by_a_hub_at(f"http://127.0.0.1:{server.server_address[1]}", tmp_path)
+            server.shutdown()
+        assert "'facebook/DiT-XL-2-256' is no folder here, and it cannot be downloaded: " in told
+        assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in told
+
+    def told_by_a_hub_at(self, address, tmp_path):
+        """What a process of its own, which looks for its hub there, has to say of a hub's id."""
         code = (
             "from ddkit.errors import MissingModel\nfrom ddkit.generator.pretrained import load_generator\n"
             "try: load_generator('facebook/DiT-XL-2-256')\nexcept MissingModel as error: print(error)\n"
         )
-        environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
         )
-        assert "'facebook/DiT-XL-2-256' is no folder here, and it cannot be downloaded" in done.stdout, done.stderr
-        assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in done.stdout
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_a_hub_id_without_a_network_says_how_to_point_to_a_folder(self, tmp_path):
+        told = self.told_by_a_hub_at("http://127.0.0.1:9", tmp_path)  # a port where nobody listens
+        assert "'facebook/DiT-XL-2-256' is no folder here, and it cannot be downloaded" in told
+        assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in told
 
 
 class TestMapping:

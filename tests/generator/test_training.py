@@ -223,10 +223,12 @@ class TestTheSameBatchHoweverItIsComputed:
 
 
 class TestWhatStopsIt:
-    def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(self, data, config, tmp_path):
+    # After 58 steps the loss is no number; after one it is still that of the good weights, and the new ones are wild.
+    @pytest.mark.parametrize("steps", [60, 3])
+    def test_what_diverges_is_not_kept_and_the_last_good_checkpoint_named(self, data, config, tmp_path, steps):
         train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
         good = list_checkpoints(tmp_path / "checkpoints", "denoiser")
-        wild = with_optimiser(config, steps=60, learning_rate=1e38, warmup_steps=1)
+        wild = with_optimiser(config, steps=steps, learning_rate=1e38, warmup_steps=1)
         begun = json.loads((tmp_path / "config.json").read_text())
         begun["config"] = dataclasses.asdict(wild)
         (tmp_path / "config.json").write_text(json.dumps(begun))
@@ -234,6 +236,13 @@ class TestWhatStopsIt:
             train(data, TrainingRequest(wild), tmp_path)
         assert str(good[-1]) in caught.value.remedy and "--lr" in caught.value.remedy
         assert list_checkpoints(tmp_path / "checkpoints", "denoiser") == good
+
+    def test_a_broken_model_is_not_scored_nor_kept(self, data, config, tmp_path):
+        wild = with_optimiser(config, steps=9, learning_rate=1e38, warmup_steps=1)
+        scored = []
+        with pytest.raises(ComputeError, match="no number"):
+            train(data, TrainingRequest(wild), tmp_path, tracking=Tracking("score", scored.append, every_steps=3))
+        assert scored == [] and not (tmp_path / "ddkit.json").exists()
 
     def test_short_memory_says_what_would_help(self, data, config, tmp_path):
         done = in_a_process(
@@ -259,6 +268,13 @@ class TestWhatStopsIt:
 
 
 class TestTracking:
+    def test_scores_against_other_images_do_not_count(self, data, config, tmp_path):
+        train(data, TrainingRequest(config), tmp_path, tracking=Tracking("frechet", lambda model: 1.0))
+        changed = dataclasses.replace(data, sha256="of-other-pixels")
+        train(changed, TrainingRequest(with_steps(config, 8)), tmp_path, tracking=Tracking("frechet", lambda model: 5.0))
+        facts = read_facts(tmp_path)
+        assert (facts.steps, facts.dataset_sha256, dict(facts.metrics)) == (8, "of-other-pixels", {"frechet": 5.0})
+
     def test_the_best_model_is_kept_and_known_again(self, data, config, tmp_path):
         scores = iter([3.0, 1.0, 2.0, 5.0])
         tracking = Tracking("frechet", lambda model: next(scores), every_steps=2)
