@@ -31,9 +31,16 @@ if TYPE_CHECKING:
 @click.option("--time", "seconds", type=Duration(), help="Of training in all, such as 20m; takes the place of --steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="The denoiser's learning rate.")
-@click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), help="Of the averaged weights, at every step.")
+@click.option("--ema-width", type=click.FloatRange(0, 0.28, min_open=True, max_open=True),
+              help="Of the averaged weights' profile, as a share of the training so far.")
+@click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True),
+              help="Of the averaged weights at every step, in place of that profile.")
 @click.option("--accumulation", type=click.IntRange(1), help="Parts a step is computed in, where memory is short.")
 @click.option("--prediction", type=click.Choice(["flow", "v", "epsilon"]), help="What the denoiser predicts.")
+@click.option("--label-dropout", type=click.FloatRange(0, 1, max_open=True),
+              help="Share of images shown without their class, which guidance needs.")
+@click.option("--min-snr", type=click.FloatRange(0),
+              help="Gamma of the min-SNR weights, which v and epsilon have; 0 for equal weights.")
 @click.option("--architecture", type=click.Choice(["uvit", "unet", "dit"]), help="Of the denoiser.")
 @click.option("--flips/--no-flips", default=None, help="Show images mirrored as well; wrong for letters and digits.")
 @click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the computation.")

@@ -27,7 +27,8 @@ class Wishes:
     """What is said of a training; None leaves a setting to the training that goes on, else to the preset.
 
     method: one of METHODS; fine-tuning by minimax diffusion is also what `init`, its preset and a folder that holds
-    one imply. steps to accumulation: of the denoiser's OptimiserConfig. init to class_map: of MinimaxConfig.
+    one imply. steps to accumulation: of the denoiser's OptimiserConfig. init to class_map: of MinimaxConfig. min_snr:
+    min_snr_gamma of ObjectiveConfig, 0 for None there.
     track_every, features: as in `Plan`. The others: of GeneratorConfig, its objective and its denoiser.
     """
 
@@ -37,7 +38,10 @@ class Wishes:
     batch_size: int | None = None
     learning_rate: float | None = None
     accumulation: int | None = None
+    ema_width: float | None = None
     ema_decay: float | None = None
+    label_dropout: float | None = None
+    min_snr: float | None = None
     prediction: str | None = None
     architecture: str | None = None
     flips: bool | None = None
@@ -75,12 +79,15 @@ class Wishes:
     def applied_to(self, config: GeneratorConfig) -> GeneratorConfig:
         """A configuration with what is said otherwise, but for fine-tuning."""
         optimiser = self.given("steps", "batch_size", "learning_rate", "accumulation")
+        objective = self.given("prediction", "label_dropout")
+        if self.min_snr is not None:
+            objective["min_snr_gamma"] = self.min_snr or None
         return dataclasses.replace(
             config,
             denoiser=dataclasses.replace(config.denoiser, **self.given("architecture")),
-            objective=dataclasses.replace(config.objective, **self.given("prediction")),
+            objective=dataclasses.replace(config.objective, **objective),
             denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, **optimiser),
-            **self.given("precision", "compile", "pretrained_autoencoder", "seed", "ema_decay", "flips"),
+            **self.given("precision", "compile", "pretrained_autoencoder", "seed", "ema_width", "ema_decay", "flips"),
         )
 
 

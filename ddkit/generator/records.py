@@ -45,6 +45,12 @@ class MetricsLog:
                     self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
 
+    def close(self) -> None:
+        """See to it that TensorBoard's file is written to its end."""
+        if self._writer is not None:
+            self._writer.close()
+
+
 def require_tensorboard() -> Any:
     """Its writer's class. Raises UsageError where it is not installed."""
     try:

@@ -116,7 +116,7 @@ def _differences(begun: Begun, record: Mapping[str, Any]) -> list[str]:
         return [f"image_size: {record.get('image_size')}, not {begun.image_size}"]
     found = differences(_comparable(begun.config), _comparable(from_json(record["config"])))
     if found and record.get("preset") != begun.preset:
-        return [f"preset: {record.get('preset')}, not {begun.preset}"]
+        return [f"preset: {record.get('preset')}, not {begun.preset}", *found]
     return found
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,8 +146,9 @@ def train(
             claim(folder, Begun(*of, request.preset, request.config, *tracked))
         listener = progress if accelerator.is_main_process else ignore
         run = _Run(data, request, folder, accelerator, start, pretrained, tracking, listener)
-        autoencoder = run.autoencoder()
-        run.denoiser(autoencoder, run.latents(autoencoder))
+        with contextlib.closing(run.log):
+            autoencoder = run.autoencoder()
+            run.denoiser(autoencoder, run.latents(autoencoder))
         if accelerator.is_main_process:
             draw_chart(run.log.records(), folder / CHART_FILE)
         accelerator.wait_for_everyone()
@@ -345,7 +346,7 @@ def _start(config: GeneratorConfig, class_names: Sequence[str]) -> Start:
     return start
 
 
-@contextmanager
+@contextlib.contextmanager
 def _accelerator(request: TrainingRequest) -> Iterator[Accelerator]:
     """accelerate's view of the processes and devices of this training, forgotten afterwards."""
     device = resolve_device(request.device)

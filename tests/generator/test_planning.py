@@ -44,6 +44,12 @@ def test_a_new_training_is_the_preset_with_what_is_said_otherwise(plan):
     assert config.autoencoder_optimiser == preset("demo").config(16).autoencoder_optimiser
 
 
+def test_what_the_objective_and_the_averages_are_told(plan):
+    config = plan(preset="demo", label_dropout=0.3, min_snr=7.0, ema_width=0.05).config
+    assert (config.objective.label_dropout, config.objective.min_snr_gamma, config.ema_width) == (0.3, 7.0, 0.05)
+    assert plan(preset="demo", min_snr=0.0).config.objective.min_snr_gamma is None
+
+
 def test_what_goes_on_keeps_its_settings(plan, begin, config):
     begin("run", config)
     assert plan("run").config == config and plan("run").preset == "demo"

@@ -6,6 +6,21 @@ import pytest
 
 from ddkit.errors import BadFile
 from ddkit.generator.records import MetricsLog, Score, read_records
+from ddkit.generator.training import Tracking, TrainingRequest, train
+
+
+def test_tensorboard_has_every_figure_at_its_step(data, config, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracking = Tracking("frechet", lambda model: 2.5, every_steps=6)
+    train(data, TrainingRequest(config, tensorboard=True), tmp_path, tracking=tracking)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (loss,) = (record["loss"] for record in read_records(tmp_path / "metrics.jsonl") if record["stage"] == "denoiser")
+    (shown,) = events.Scalars("denoiser/loss")
+    assert (shown.step, shown.value) == (6, pytest.approx(loss))
+    assert [(event.step, event.value) for event in events.Scalars("score/value")] == [(6, 2.5)]
+    assert {"autoencoder/mse", "denoiser/mse", "denoiser/rate"} <= set(events.Tags()["scalars"])
 
 
 def test_records_are_read_once_each_and_a_torn_line_is_left_out(tmp_path):

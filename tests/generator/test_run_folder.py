@@ -18,6 +18,12 @@ def test_other_settings_are_listed_and_refused(data, config, tmp_path):
     assert "--fresh" in caught.value.remedy
 
 
+def test_of_another_preset_what_differs_is_listed_too(data, config, tmp_path):
+    train(data, TrainingRequest(config, preset="demo"), tmp_path)
+    with pytest.raises(UsageError, match="preset: demo, not tiny; seed: 0, not 3"):
+        train(data, TrainingRequest(dataclasses.replace(config, seed=3), preset="tiny"), tmp_path)
+
+
 def test_another_dataset_and_other_classes_are_refused(data, config, tmp_path):
     train(data, TrainingRequest(config), tmp_path)
     with pytest.raises(UsageError, match="dataset: colours, not shapes"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ddkit.errors import UsageError
+from ddkit.generator.compiling import can_compile
 from ddkit.generator.pipeline import LatentClassPipeline
 from ddkit.generator.samplers import SAMPLERS, make_scheduler
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample, sample_all
@@ -37,6 +38,23 @@ def test_images_do_not_depend_on_how_many_cores_share_a_batch(make_model):
     alone = sample_all(Sampler(model, config), *asked)
     torch.set_num_threads(2)  # put back by the fixture that set one
     assert difference(alone, sample_all(Sampler(model, config), *asked)) <= 1
+
+
+def test_compiled_it_makes_the_same_and_a_last_batch_may_be_short(make_model):
+    if not can_compile():
+        pytest.skip("no C++ compiler with Python's headers")
+    model, (labels, indices) = make_model(), class_ordered(2, 3)
+    plain = sample_all(Sampler(model, SamplingConfig(steps=2, batch_size=4)), labels, indices)
+    compiled = Sampler(make_model(), SamplingConfig(steps=2, batch_size=4, compile=True))
+    assert difference(plain, sample_all(compiled, labels, indices)) <= 1
+
+
+def test_half_precision_makes_nearly_the_same(make_model):
+    model, asked = make_model(), class_ordered(2, 3)
+    full = sample_all(Sampler(model, SamplingConfig(steps=3, batch_size=6)), *asked)
+    half = sample_all(Sampler(model, SamplingConfig(steps=3, batch_size=6, precision="bfloat16")), *asked)
+    off = (full.int() - half.int()).abs().float()
+    assert 0 < off.mean() < 4
 
 
 def test_seed_class_and_index_each_make_another_image(make_model):

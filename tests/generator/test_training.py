@@ -84,6 +84,16 @@ class TestGoingOn:
         assert load_model(tmp_path / "resumed").facts.steps == 6
         assert load_model(tmp_path / "resumed").facts.images_seen == 36
 
+    def test_so_it_is_in_half_precision(self, data, config, tmp_path):
+        config = dataclasses.replace(config, precision="bfloat16")
+        train(data, TrainingRequest(with_steps(config, 4)), tmp_path / "straight")
+        train(data, TrainingRequest(with_steps(config, 2)), tmp_path / "resumed")
+        train(data, TrainingRequest(with_steps(config, 4)), tmp_path / "resumed")
+        assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+        train(data, TrainingRequest(with_steps(dataclasses.replace(config, precision="float32"), 4)), tmp_path / "full")
+        ours, theirs = (records(tmp_path / name)[-1]["loss"] for name in ("straight", "full"))
+        assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)
+
     def test_so_it_is_where_two_cores_share_each_step(self, data, config, tmp_path):
         torch.set_num_threads(2)  # put back by the fixture that set one
         train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "straight")
