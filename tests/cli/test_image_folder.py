@@ -1,6 +1,8 @@
 """An image folder of larger pictures, ten classes of them, from preparing to a score by a network made for them."""
 
 import json
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ from PIL import Image
 from ddkit.cli import main
 
 CLASSES = 10
+DOGS_AND_CATS = (
+    "n02085620", "n02094433", "n02099601", "n02099712", "n02106662",
+    "n02113799", "n02123045", "n02123394", "n02124075", "n02125311",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -25,13 +31,33 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_from_a_folder_to_a_score(pictures, tmp_path, monkeypatch):
+@pytest.fixture
+def dogs_and_cats(tmp_path, tinyimagenet_zip):
+    """As many real photographs of ten of TinyImageNet's classes."""
+    inside = "tiny-imagenet-200"
+    with zipfile.ZipFile(tinyimagenet_zip) as archive:
+        annotations = archive.read(f"{inside}/val/val_annotations.txt").decode().splitlines()
+        names = sorted(archive.namelist())
+        for wnid in DOGS_AND_CATS:
+            train = [name for name in names if name.startswith(f"{inside}/train/{wnid}/images/") and name.endswith(".JPEG")]
+            val = [f"{inside}/val/images/{row.split()[0]}" for row in annotations if row.split()[1] == wnid]
+            for split, chosen in (("train", train[:4]), ("val", val[:1])):
+                folder = tmp_path / "photographs" / split / wnid
+                folder.mkdir(parents=True)
+                for name in chosen:
+                    (folder / Path(name).name).write_bytes(archive.read(name))
+    return tmp_path / "photographs"
+
+
+@pytest.mark.parametrize("source, size", [("pictures", 128), ("dogs_and_cats", 256)])
+def test_from_a_folder_to_a_score(request, tmp_path, monkeypatch, source, size):
+    folder = request.getfixturevalue(source)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        prepared = ddkit("data", "prepare", "breeds", "--from", "pictures", "--image-size", "128")
-        assert prepared["image_size"] == 128 and len(prepared["class_names"]) == CLASSES
+        prepared = ddkit("data", "prepare", "breeds", "--from", str(folder), "--image-size", str(size))
+        assert prepared["image_size"] == size and len(prepared["class_names"]) == CLASSES
 
         trained = ddkit("train", "--dataset", "breeds", "--preset", "tiny", "--batch-size", "4", "--time", "2s",
                         "--no-compile", "--track-every", "0")  # fmt: skip
@@ -40,7 +66,7 @@ def test_from_a_folder_to_a_score(pictures, tmp_path, monkeypatch):
         assert tuned["steps"] == 2
 
         made = ddkit("generate", "--dataset", "breeds", "--ipc", "1", "--sampling-steps", "2", "--model", tuned["folder"])
-        assert torch.load(made["tensor"], weights_only=True).shape == (CLASSES, 3, 128, 128)
+        assert torch.load(made["tensor"], weights_only=True).shape == (CLASSES, 3, size, size)
 
         words = ("--network", "resnet_ap10", "--epochs-setting", "0", "--rounds", "1")
         (result,) = ddkit("evaluate", made["tensor"], *words)["results"]
