@@ -61,7 +61,7 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
     assert (optimiser["learning_rate"], optimiser["batch_size"]) == (1e-5, 8)
 
     other = ddkit("train", "--dataset", colours, "--preset", "tiny")
-    assert other.exit_code == 2 and "other settings: preset: demo, not tiny." in " ".join(other.output.split())
+    assert other.exit_code == 2 and "other settings: preset: demo, not tiny; " in " ".join(other.output.split())
 
     fresh = ddkit(*words, "--time", "0.5s", "--seed", "3", "--fresh")
     assert fresh.exit_code == 0, fresh.output

@@ -91,7 +91,8 @@ class TestWhatIsRefused:
     def test_a_model_of_other_classes(self, colours, model_folder, tmp_path):
         model = load_model(model_folder)
         facts = dataclasses.replace(model.facts, class_names=("red", "blue", "green"))
-        save_model(dataclasses.replace(model, facts=facts), model_folder)
+        denoiser = type(model.denoiser).from_config({**model.denoiser.config, "num_classes": 3})
+        save_model(dataclasses.replace(model, denoiser=denoiser, facts=facts), model_folder)
         with pytest.raises(UsageError, match="knows 3 classes, the dataset has 2"):
             generate(colours, 1, FromModel(model_folder), tmp_path / "set.pt")
 
