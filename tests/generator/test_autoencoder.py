@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+import signal
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ddkit.errors import MissingModel, UsageError
+from ddkit.errors import Interrupted, MissingModel, UsageError
+from ddkit.generator import latents
 from ddkit.generator.autoencoder import (
     AutoencoderLoss,
     build_autoencoder,
@@ -111,6 +113,10 @@ class TestPretrained:
             load_pretrained("nowhere")
 
 
+def ask_to_stop(report):
+    signal.raise_signal(signal.SIGTERM)
+
+
 class TestLatents:
     @pytest.fixture
     def autoencoder(self, config):
@@ -121,12 +127,12 @@ class TestLatents:
         return cached_latents(path, autoencoder, images, 4, flips=flips, identity=identity, progress=listen)
 
     def test_mirrored_images_are_encoded_themselves(self, tmp_path, autoencoder, images):
-        latents = self.make(tmp_path / "latents.safetensors", autoencoder, images)
-        assert latents.latents.shape == (12, 2, 2, 4, 4)
+        made = self.make(tmp_path / "latents.safetensors", autoencoder, images)
+        assert made.latents.shape == (12, 2, 2, 4, 4)
         with torch.no_grad():
             mirrored = encode(autoencoder, to_signed(images.images).flip(-1), 4)
-        assert torch.allclose(latents.latents[:, 1].float(), mirrored, atol=1e-2)
-        assert latents.std == pytest.approx(latents.latents.float().std().item(), rel=1e-3)
+        assert torch.allclose(made.latents[:, 1].float(), mirrored, atol=1e-2)
+        assert made.std == pytest.approx(made.latents.float().std().item(), rel=1e-3)
 
     def test_they_are_encoded_once(self, tmp_path, autoencoder, images):
         reports = []
@@ -137,6 +143,31 @@ class TestLatents:
         assert len(reports) == encoded > 0
         assert torch.equal(first.latents, again.latents) and first.std == again.std
         assert first.latents.shape[1] == 1
+
+    def test_stopped_they_go_on_where_they_were(self, tmp_path, autoencoder, images, monkeypatch):
+        monkeypatch.setattr(latents, "images_at_once", lambda autoencoder, side: 5)
+        path = tmp_path / "latents.safetensors"
+        with pytest.raises(Interrupted, match="after encoding 5 of 12 images"):
+            cached_latents(path, autoencoder, images, 4, flips=True, identity="one", progress=ask_to_stop)
+        (partial,) = tmp_path.iterdir()
+        with partial.open("ab") as file:  # as a kill in the middle of writing leaves it
+            file.write(b"torn")
+        reports = []
+        resumed = self.make(path, autoencoder, images, reports=reports)
+        assert [report.done for report in reports] == [10, 12]
+        straight = self.make(tmp_path / "other" / "latents.safetensors", autoencoder, images)
+        assert torch.equal(resumed.latents, straight.latents) and resumed.std == straight.std
+        assert [found.name for found in tmp_path.iterdir() if found.is_file()] == ["latents.safetensors"]
+
+    def test_those_of_other_images_are_not_gone_on_from(self, tmp_path, autoencoder, images, monkeypatch):
+        monkeypatch.setattr(latents, "images_at_once", lambda autoencoder, side: 5)
+        path = tmp_path / "latents.safetensors"
+        with pytest.raises(Interrupted):
+            cached_latents(path, autoencoder, images, 4, flips=True, identity="one", progress=ask_to_stop)
+        reports = []
+        self.make(path, autoencoder, images, identity="two", reports=reports)
+        assert [report.done for report in reports] == [5, 10, 12]
+        assert [found.name for found in tmp_path.iterdir()] == ["latents.safetensors"]
 
     @pytest.mark.parametrize("how", ["changed", "cut short"])
     def test_changed_data_and_damaged_files_are_encoded_again(self, tmp_path, autoencoder, images, caplog, how):
