@@ -37,7 +37,7 @@ def resolve_device(name: str) -> torch.device:
 def own_device(device: torch.device) -> torch.device:
     """Which one "cuda" means to this process, where `accelerate launch` started one for each GPU."""
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return device
 
 

@@ -44,6 +44,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def versions() -> dict[str, str]:
     """Versions of ddkit, Python and the libraries that decide on results, for records of how they came about."""
     return {

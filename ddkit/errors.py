@@ -5,6 +5,8 @@ Library functions raise these; `ddkit.cli` turns them into one message and an ex
 
 from __future__ import annotations
 
+import math
+
 
 class DDKitError(Exception):
     """The root of every error that a user can cause and mend.
@@ -73,7 +75,7 @@ def nearest_name(name: str, known: list[str] | tuple[str, ...]) -> str:
 
 
 def require_positive(settings: object, *names: str) -> None:
-    """Raise UsageError where one of these numbers among the settings is zero or negative."""
+    """Raise UsageError where one of these numbers among the settings is not above zero and finite."""
     for name in names:
-        if getattr(settings, name) <= 0:
+        if not 0 < getattr(settings, name) < math.inf:
             raise UsageError(f"{type(settings).__name__}.{name} must be positive, got {getattr(settings, name)}.")

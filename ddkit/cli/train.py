@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ def train(
     if plan.start is not None:
         surface.say(described(plan.start))
     if dry_run:
-        _show_costs(surface, plan, data, device)
+        _show_costs(surface, plan, data, device, seconds)
         return
     tracking = _tracking(surface, data, device, plan)
     request = TrainingRequest(plan.config, plan.preset, seconds, device, save_every, tensorboard)
@@ -181,7 +182,7 @@ def _model_option(folder: Path, dataset: str) -> str:
     return "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
 
 
-def _show_costs(surface: Surface, plan: Plan, data: TrainingData, device: str) -> None:
+def _show_costs(surface: Surface, plan: Plan, data: TrainingData, device: str, seconds: float | None) -> None:
     from ddkit.device import resolve_device
     from ddkit.generator.estimate import estimate, shortage
     from ddkit.generator.presets import to_json
@@ -191,21 +192,23 @@ def _show_costs(surface: Surface, plan: Plan, data: TrainingData, device: str) -
     costs = estimate(*of, processes=processes(), start=plan.start)
     if not costs.fits:
         surface.say(f"[yellow]{escape(str(shortage(costs, *of, processes=processes())))}[/]")
-    facts = {"fits": costs.fits, "config": to_json(plan.config)} | _start_facts(plan)
-    surface.result(dataclasses.asdict(costs) | facts, _cost_table(costs))
+    steps = [stage.steps for stage in costs.stages] if seconds is None else costs.steps_within(seconds)
+    facts = {"fits": costs.fits, "steps": steps, "config": to_json(plan.config)} | _start_facts(plan)
+    surface.result(dataclasses.asdict(costs) | facts, _cost_table(costs, steps))
 
 
-def _cost_table(costs: Estimate) -> Table:
+def _cost_table(costs: Estimate, steps: Sequence[int | None]) -> Table:
     table = Table("stage", "parameters", "memory", "images/s", "steps", "batch", "in all")
-    for stage in costs.stages:
+    for stage, count in zip(costs.stages, steps, strict=True):
+        unknown = stage.images_per_second is None
         table.add_row(
             stage.stage,
             f"{stage.parameters / 1e6:.2f} M",
             f"{stage.memory / 2**20:,.0f} MiB",
-            "does not fit" if stage.images_per_second is None else f"{stage.images_per_second:,.0f}",
-            f"{stage.steps:,}",
+            "does not fit" if unknown else f"{stage.images_per_second:,.0f}",
+            "–" if count is None else f"{count:,}",
             f"{stage.batch_size:,}",
-            "–" if stage.seconds is None else span_text(stage.seconds),
+            "–" if unknown else span_text(count * stage.seconds_a_step),
         )
     table.caption = f"{costs.free_memory / 2**30:.1f} GiB of memory are free; not compiled, so at worst"
     return table

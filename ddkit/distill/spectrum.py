@@ -28,7 +28,9 @@ class Spectrum:
         self._colours = _principal_axes(pictures)
         self._waves = _cosines(pictures.shape[-1]).to(pictures)
         variance = self._apart(pictures).var(0, correction=0)
-        self._weights = (variance / variance.mean()).clamp(min=_FAINTEST).pow(power)
+        # Pictures that are all the same have no spectrum to go by.
+        shares = variance / variance.mean() if variance.any() else torch.ones_like(variance)
+        self._weights = shares.clamp(min=_FAINTEST).pow(power)
 
     def weigh(self, gradients: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, 3, S, S): each colour and frequency by its weight; one of mean variance keeps its size."""
@@ -50,7 +52,7 @@ class Spectrum:
 
 def _principal_axes(pictures: Tensor) -> Tensor:
     """(3, 3), orthonormal rows."""
-    return torch.linalg.eigh(torch.cov(pictures.transpose(0, 1).flatten(1)))[1].t().contiguous()
+    return torch.linalg.eigh(torch.cov(pictures.transpose(0, 1).flatten(1), correction=0))[1].t().contiguous()
 
 
 def _cosines(side: int) -> Tensor:

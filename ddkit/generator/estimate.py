@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ddkit.data.store import ImageSet
-from ddkit.device import own_device
+from ddkit.device import own_device, shortage_explained
+from ddkit.environment import processes_here
 from ddkit.errors import ComputeError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.difffit import count_parameters
@@ -21,6 +22,7 @@ from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import BY_SIZE, PRESETS, GeneratorConfig
 from ddkit.generator.pretrained import Start
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
+from ddkit.generator.training import AUTOENCODER_SHARE
 from ddkit.threads import side_by_side
 
 # Of what is trained: weights, gradients, two moments of AdamW, averaged weights; all float32. Cores that share a step
@@ -29,6 +31,7 @@ _COPIES_OF_PARAMETERS = 5
 _BYTES_PER_VALUE = 4
 _PROBE_BATCH = 4  # images, of which memory is measured
 _RESERVE = 0.9  # of the free memory may be planned for
+_SMALLER = "Choose a smaller --preset, or another --device."
 _PASSES = 4  # that speed is measured over, at least, where images are slow
 
 
@@ -38,7 +41,7 @@ class StageEstimate:
 
     parameters: of the network, trainable or not. at_once: images that a process computes with at a time.
     memory: bytes of a process at the peak of a step; fixed_memory: those of them that do not depend on `at_once`.
-    images_per_second: of all processes; None where it was not measured, or nothing fits that could be.
+    images_per_second: of all processes; None where it was not measured, or nothing fits that could be. steps: at most.
     """
 
     stage: str
@@ -53,9 +56,12 @@ class StageEstimate:
     @property
     def seconds(self) -> float | None:
         """Of all its steps at that speed."""
-        if self.images_per_second is None:
-            return None
-        return self.steps * self.batch_size / self.images_per_second
+        return None if self.images_per_second is None else self.steps * self.seconds_a_step
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Where the speed is known."""
+        return self.batch_size / self.images_per_second
 
     def fitting(self, memory: float) -> int:
         """How many images at a time fit into so many bytes."""
@@ -84,6 +90,22 @@ class Estimate:
     def fits(self) -> bool:
         return self.memory <= self.limit
 
+    def steps_within(self, seconds: float) -> tuple[int | None, ...]:
+        """How many steps of each stage a training of so many seconds has; None where the speed is not known.
+
+        Of a training from nothing the autoencoder comes first, with its share of the time and no more steps than its own.
+        """
+        found, left = [], seconds
+        for stage in self.stages:
+            first = stage is not self.stages[-1]
+            if stage.images_per_second is None:
+                found.append(None)
+                continue
+            steps = int((AUTOENCODER_SHARE * seconds if first else left) / stage.seconds_a_step)
+            found.append(max(1, min(steps, stage.steps) if first else steps))
+            left -= found[-1] * stage.seconds_a_step
+        return tuple(found)
+
 
 def estimate(
     config: GeneratorConfig,
@@ -103,8 +125,9 @@ def estimate(
     """
     stages = (_fine_tuning(config, start, num_classes),) if start else _stages(config, image_size, num_classes)
     device, free = own_device(device), free_memory(device)
-    probes = (_Probe(stage, device, config.precision, processes) for stage in stages)
-    return Estimate(tuple(probe.estimate(seconds, _RESERVE * free) for probe in probes), free)
+    with shortage_explained(lambda: ComputeError(f"Memory is short on {device}, even for trying what is asked for.", _SMALLER)):
+        probes = (_Probe(stage, device, config.precision, processes) for stage in stages)
+        return Estimate(tuple(probe.estimate(seconds, _RESERVE * free) for probe in probes), free)
 
 
 def check_memory(
@@ -135,7 +158,7 @@ def shortage(
     return ComputeError(
         f"This training needs about {needed.memory / 2**30:.1f} GiB of memory; "
         f"{needed.free_memory / 2**30:.1f} GiB are free on {device}.",
-        _in_parts(needed, config, processes) or _smaller_preset(needed.limit, image_size, num_classes, device, processes),
+        _in_parts(needed, config, processes) or _something_smaller(needed, config, image_size, num_classes, device, processes),
     )
 
 
@@ -146,25 +169,41 @@ def _in_parts(needed: Estimate, config: GeneratorConfig, processes: int) -> str:
     if not fitting or any(stage.memory > needed.limit for stage in others):
         return ""
     if config.minimax is not None:  # whose criteria are of a part each, so that parts are another training
-        return f"--batch-size {fitting * processes} would fit."
+        return f"--batch-size {fitting * processes * config.denoiser_optimiser.accumulation} would fit."
     share = last.batch_size // processes
     parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fitting)
     return f"--accumulation {parts} would fit."
 
 
-def _smaller_preset(limit: float, image_size: int, num_classes: int, device: torch.device, processes: int) -> str:
+def _something_smaller(
+    needed: Estimate,
+    config: GeneratorConfig,
+    image_size: int,
+    num_classes: int,
+    device: torch.device,
+    processes: int,
+) -> str:
+    if config.minimax is not None:
+        return "Leave --full away, start from a smaller generator with --init, or use another --device."
     for name in reversed(BY_SIZE):
-        config = PRESETS[name].config(image_size)
-        if estimate(config, image_size, num_classes, device, processes=processes, seconds=0).memory <= limit:
-            return f"--preset {name} would fit."
-    return f"Not even --preset {BY_SIZE[0]} fits: close other programs, or use another --device."
+        smaller = PRESETS[name].config(image_size)
+        if _size(smaller) < _size(config):
+            found = estimate(smaller, image_size, num_classes, device, processes=processes, seconds=0)
+            if found.memory <= needed.limit:
+                return f"--preset {name} would fit, with its own batches."
+    return "No smaller preset fits: close other programs, or use another --device."
+
+
+def _size(config: GeneratorConfig) -> int:
+    """Grows with the denoiser's parameters."""
+    return config.denoiser.depth * config.denoiser.hidden_size**2
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(own_device(device))[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // processes_here()
 
 
 def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple[Stage, ...]:
@@ -204,12 +243,12 @@ class _Probe:
         stage, optimiser = self._stage, self._stage.optimiser
         at_once = max(1, optimiser.batch_size // (optimiser.accumulation * self._processes))
         counts = count_parameters(stage.network)
-        per_image = self._bytes_kept_per_image()
+        per_image, kept_once = self._bytes_kept()
         # Only now, as memories are allocated when a first batch shows how large latents are.
         workers = workers_for(stage, self._device, self._processes)
         copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0)
         fixed = _BYTES_PER_VALUE * (counts.total + copies * counts.trainable)
-        fixed += sum(buffer.nbytes for buffer in stage.loss.buffers())
+        fixed += kept_once + sum(buffer.nbytes for buffer in stage.loss.buffers())
         found = StageEstimate(
             stage=stage.name,
             parameters=counts.total,
@@ -225,8 +264,18 @@ class _Probe:
             return found
         return replace(found, images_per_second=self._processes * self._speed(workers, seconds, most))
 
-    def _bytes_kept_per_image(self) -> float:
-        """What a forward pass over a few images keeps for the backward pass, each storage counted once."""
+    def _bytes_kept(self) -> tuple[float, int]:
+        """What a forward pass keeps for the backward pass: of each image, and whatever their number, such as weights in
+        half precision."""
+        some = min(_PROBE_BATCH, len(next(iter(self._batch.values()))))
+        of_some = self._bytes_kept_of(some)
+        if some == 1:
+            return of_some, 0
+        per_image = (of_some - self._bytes_kept_of(1)) / (some - 1)
+        return per_image, max(0, round(of_some - some * per_image))
+
+    def _bytes_kept_of(self, count: int) -> int:
+        """What a forward pass over so many images keeps, each storage counted once."""
         kept: dict[int, int] = {}
         weights = {parameter.untyped_storage().data_ptr() for parameter in self._stage.loss.parameters()}
 
@@ -236,10 +285,10 @@ class _Probe:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        few = {name: values[:_PROBE_BATCH].clone() for name, values in self._batch.items()}
+        few = {name: values[:count].clone() for name, values in self._batch.items()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self._loss(few)
-        return sum(kept.values()) / len(next(iter(few.values())))
+        return sum(kept.values())
 
     def _speed(self, workers: int, seconds: float, most: int) -> float:
         """Images per second of forward and backward passes, not compiled, shared by so many cores as in training.
@@ -247,6 +296,7 @@ class _Probe:
         most: images of a pass, as in training, unless fewer already take a good part of the time.
         """
         count = workers
+        self._seconds(count, workers)  # the first is slow for reasons of its own
         while self._seconds(count, workers) <= seconds / _PASSES and count < most:
             count = min(2 * count, most)
         began, images = time.perf_counter(), 0

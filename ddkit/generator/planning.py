@@ -72,6 +72,13 @@ class Wishes:
             )
         return self.method == "minimax" or implied
 
+    def averages(self) -> dict[str, float | None]:
+        """What is said of averaged weights: a width takes the place of a preset's decay. Raises UsageError for both."""
+        said = self.given("ema_width", "ema_decay")
+        if len(said) == 2:
+            raise UsageError("--ema-width and --ema-decay contradict each other.")
+        return {"ema_decay": None, **said} if said else {}
+
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the settings that something is said of."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -87,7 +94,8 @@ class Wishes:
             denoiser=dataclasses.replace(config.denoiser, **self.given("architecture")),
             objective=dataclasses.replace(config.objective, **objective),
             denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, **optimiser),
-            **self.given("precision", "compile", "pretrained_autoencoder", "seed", "ema_width", "ema_decay", "flips"),
+            **self.given("precision", "compile", "pretrained_autoencoder", "seed", "flips"),
+            **self.averages(),
         )
 
 

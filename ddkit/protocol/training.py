@@ -34,6 +34,10 @@ from ddkit.protocol.tuning import choose_plan, smaller
 
 _log = logging.getLogger(__name__)
 
+# Batches of so few images are trained on sooner than plans are compared; and as the plain way computes them whole, it
+# rounds as the official code does, which decides on which side of a ReLU a value near zero falls.
+_FEW = 16
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -102,9 +106,15 @@ class TrainingRun:
     def engine(self) -> Engine:
         """What computes gradients; chosen when it is first needed."""
         if self._engine is None:
-            self._plan = self._plan or choose_plan(self.network, self.settings.precision, self.settings.batch_size)
+            self._plan = self._plan or self._fitting_plan()
             self._engine = build_engine(self.network, self._plan)
         return self._engine
+
+    def _fitting_plan(self) -> EnginePlan:
+        precision, batch_size = self.settings.precision, self.settings.batch_size
+        if batch_size <= _FEW and precision == "float32":
+            return EnginePlan("plain", precision)
+        return choose_plan(self.network, precision, batch_size)
 
     def epoch(self) -> list[float]:
         """Train for one epoch; returns the mean loss of each batch. Raises ComputeError when it is no number."""

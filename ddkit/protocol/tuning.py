@@ -27,24 +27,19 @@ _MEMORY = "engines.json"
 _REPEATS = 2
 # Chunks of so many 32-pixel images are tried, and of as many pixels at other sizes.
 _CHUNKS = (8, 16, 32, 64)
-# Batches of so few images are trained on sooner than plans are compared; and as the plain way computes them whole, it
-# rounds as the official code does, which decides on which side of a ReLU a value near zero falls.
-_FEW = 16
 _BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePlan:
     """The fastest plan for training `network` on its device.
 
-    For the official network and more than a few images it is measured at first use, in seconds, and remembered in the
-    cache for this processor or GPU, PyTorch, number of threads, image size, batch size, precision and type of the weights.
+    For the official network it is measured at first use, in seconds, and remembered in the cache for this processor
+    or GPU, PyTorch, number of threads, image size, batch size, precision and type of the weights.
     """
     if type(network) is not ConvNet:
         return _plan_without_measuring(network, precision)
     weights = next(network.parameters())
     device = weights.device
-    if batch_size <= _FEW:
-        return EnginePlan("plain", precision)
     if device.type == "cpu":
         try:
             winograd.load()

@@ -140,4 +140,7 @@ def test_a_dry_run_tells_the_costs_and_leaves_nothing(ddkit, colours, tmp_path):
     assert [stage["stage"] for stage in costs["stages"]] == ["autoencoder", "denoiser"]
     assert all(stage["images_per_second"] > 0 for stage in costs["stages"])
     assert costs["config"]["denoiser_optimiser"]["batch_size"] == 8
+    assert costs["steps"] == [400, 1500] and costs["fits"]
+    shorter = json.loads(ddkit(*words, "--time", "20s", "--json", "--quiet").output)
+    assert 1 <= shorter["steps"][0] <= 400 and shorter["steps"] != costs["steps"]
     assert not (tmp_path / "runs").exists()

@@ -53,6 +53,12 @@ def test_each_image_is_weighed_by_itself(pictures):
     torch.testing.assert_close(spectrum.weigh(gradients)[2:3], spectrum.weigh(gradients[2:3]))
 
 
+@pytest.mark.parametrize("pictures", [torch.ones(1, 3, SIDE, SIDE), draw(1, 1).expand(4, -1, -1, -1)], ids=["flat", "alike"])
+def test_pictures_that_are_all_the_same_leave_gradients_as_they_are(pictures):
+    gradients = draw(5, 2)
+    torch.testing.assert_close(Spectrum(pictures, 0.25).weigh(gradients), gradients)
+
+
 def test_what_no_picture_has_can_still_be_moved():
     grey = draw(50, 1)[:, :1].expand(-1, 3, -1, -1)
     gradients = torch.zeros(1, 3, SIDE, SIDE)

@@ -8,9 +8,11 @@ import torch
 from ddkit.errors import ComputeError
 from ddkit.generator import estimate as module
 from ddkit.generator.autoencoder import build_autoencoder
-from ddkit.generator.estimate import check_memory, estimate
+from ddkit.generator.estimate import Estimate, StageEstimate, check_memory, estimate
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.presets import PRESETS
+from ddkit.generator.pipeline import save_model
+from ddkit.generator.presets import PRESETS, MinimaxConfig
+from ddkit.generator.pretrained import start_from
 
 CPU = torch.device("cpu")
 
@@ -67,7 +69,34 @@ def test_half_precision_keeps_less_of_an_image(config):
         estimate(dataclasses.replace(batches_of(config, 64), precision=precision), 16, 3, CPU, seconds=0).stages[1]
         for precision in ("float32", "bfloat16")
     )
-    assert half.fixed_memory == full.fixed_memory and half.memory < full.memory
+    assert half.memory - half.fixed_memory < full.memory - full.fixed_memory
+
+
+def test_half_precision_weights_count_once_whatever_the_batch(config, monkeypatch):
+    half = dataclasses.replace(batches_of(config, 64), precision="bfloat16")
+    found = [estimate(half, 16, 3, CPU, seconds=0).stages[1]]
+    monkeypatch.setattr(module, "_PROBE_BATCH", 16)
+    found.append(estimate(half, 16, 3, CPU, seconds=0).stages[1])
+    assert found[0].memory == pytest.approx(found[1].memory, rel=0.02)
+    assert found[0].fixed_memory > estimate(batches_of(config, 64), 16, 3, CPU, seconds=0).stages[1].fixed_memory
+
+
+def test_a_fine_tuning_that_does_not_fit_is_told_what_it_can_do(config, monkeypatch, make_model, tmp_path):
+    save_model(make_model(), tmp_path)
+    tuned = dataclasses.replace(batches_of(config, 64), minimax=MinimaxConfig(init=str(tmp_path)))
+    tuned = dataclasses.replace(
+        tuned, denoiser_optimiser=dataclasses.replace(tuned.denoiser_optimiser, accumulation=4)
+    )
+    start = start_from(str(tmp_path), ["red", "green", "blue"])
+    (stage,) = estimate(tuned, 16, 3, CPU, seconds=0, start=start).stages
+    monkeypatch.setattr(module, "free_memory", lambda device: (stage.memory + stage.fixed_memory) // 2)
+    with pytest.raises(ComputeError) as caught:
+        check_memory(tuned, 16, 3, CPU, start=start)
+    fitting = int(caught.value.remedy.split()[1])
+    assert caught.value.remedy == f"--batch-size {fitting} would fit." and 0 < fitting < 64 and fitting % 4 == 0
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    with pytest.raises(ComputeError, match="Leave --full away"):
+        check_memory(tuned, 16, 3, CPU, start=start)
 
 
 def test_what_does_not_fit_is_not_tried(config, monkeypatch):
@@ -81,6 +110,19 @@ def test_speed_is_measured_on_demand(config):
     autoencoder, denoiser = estimate(config, 16, 3, CPU, seconds=0.05).stages
     assert autoencoder.images_per_second > 0
     assert denoiser.seconds == pytest.approx(6 * 6 / denoiser.images_per_second)
+
+
+def test_a_time_is_shared_as_a_training_shares_it():
+    def stage(name, steps, speed):
+        return StageEstimate(name, 1, 10, 1, 1, speed, steps, batch_size=10)
+
+    ours = Estimate((stage("autoencoder", 20, 10.0), stage("denoiser", 5, 5.0)), free_memory=100)
+    assert ours.steps_within(100) == (15, 42)  # 15 of 100 s at a second a step, and 85 s at two seconds a step
+    assert ours.steps_within(1000) == (20, 490)  # no more of the autoencoder's than its own
+    assert ours.steps_within(0.1) == (1, 1)
+    alone = Estimate((stage("minimax", 5, 5.0),), free_memory=100)
+    assert alone.steps_within(100) == (50,)
+    assert Estimate((stage("minimax", 5, None),), free_memory=100).steps_within(100) == (None,)
 
 
 def test_what_does_not_fit_is_refused_with_what_would(config, monkeypatch):
@@ -99,7 +141,7 @@ def test_what_does_not_fit_is_refused_with_what_would(config, monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     with pytest.raises(ComputeError) as caught:
         check_memory(config, 16, 3, CPU)
-    assert caught.value.remedy == "Not even --preset tiny fits: close other programs, or use another --device."
+    assert caught.value.remedy == "No smaller preset fits: close other programs, or use another --device."
 
 
 def test_a_preset_that_fits_is_named_where_parts_do_not_help(monkeypatch):
@@ -109,7 +151,7 @@ def test_a_preset_that_fits_is_named_where_parts_do_not_help(monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: fixed)
     with pytest.raises(ComputeError) as caught:
         check_memory(PRESETS["small"].config(32), 32, 10, CPU)
-    assert caught.value.remedy == "--preset tiny would fit."
+    assert caught.value.remedy == "--preset tiny would fit, with its own batches."
 
 
 def test_an_autoencoder_that_is_there_costs_nothing(config):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -48,6 +49,11 @@ def test_what_the_objective_and_the_averages_are_told(plan):
     config = plan(preset="demo", label_dropout=0.3, min_snr=7.0, ema_width=0.05).config
     assert (config.objective.label_dropout, config.objective.min_snr_gamma, config.ema_width) == (0.3, 7.0, 0.05)
     assert plan(preset="demo", min_snr=0.0).config.objective.min_snr_gamma is None
+    assert plan(preset="demo", ema_decay=0.9).config.ema_decay == 0.9
+    with pytest.raises(UsageError, match="contradict"):
+        plan(preset="demo", ema_width=0.05, ema_decay=0.9)
+    with pytest.raises(UsageError, match="min_snr_gamma must be positive, got nan"):
+        plan(preset="demo", min_snr=math.nan)
 
 
 def test_what_goes_on_keeps_its_settings(plan, begin, config):

@@ -135,8 +135,11 @@ class TestRefusing:
     def test_a_network_that_is_not_the_hub(self, tmp_path, answer):
         """Such as a hotel's, or a proxy that lets nothing through."""
 
+        asked = []
+
         class Impostor(socketserver.BaseRequestHandler):
             def handle(self):
+                asked.append(self.client_address)
                 self.request.recv(65536)
                 self.request.sendall(answer)
 
@@ -144,6 +147,7 @@ class TestRefusing:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             told = self.told_by_a_hub_at(f"http://127.0.0.1:{server.server_address[1]}", tmp_path)
             server.shutdown()
+        assert asked
         assert "'facebook/DiT-XL-2-256' is no folder here, and it cannot be downloaded: " in told
         assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in told
 
@@ -153,7 +157,8 @@ class TestRefusing:
             "from ddkit.errors import MissingModel\nfrom ddkit.generator.pretrained import load_generator\n"
             "try: load_generator('facebook/DiT-XL-2-256')\nexcept MissingModel as error: print(error)\n"
         )
-        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
+        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith(("_proxy", "_offline"))}
+        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
         )

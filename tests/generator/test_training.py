@@ -233,7 +233,7 @@ class TestTheSameBatchHoweverItIsComputed:
 
 
 class TestWhatStopsIt:
-    # After 58 steps the loss is no number; after one it is still that of the good weights, and the new ones are wild.
+    # With many steps to come the loss is no number soon; of a single one it is that of the good weights before it.
     @pytest.mark.parametrize("steps", [60, 3])
     def test_what_diverges_is_not_kept_and_the_last_good_checkpoint_named(self, data, config, tmp_path, steps):
         train(data, TrainingRequest(with_steps(config, 2)), tmp_path)

@@ -57,6 +57,14 @@ def test_however_it_is_computed_a_short_run_stays_with_the_official_code(convnet
     torch.testing.assert_close(losses, golden["run.losses"].float(), atol=4e-3, rtol=0)
 
 
+def test_batches_of_few_images_are_computed_plainly_and_whole_and_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path))
+    run = TrainingRun(ConvNet(4, 16), *small_set(16), TrainingSettings(0, batch_size=16), seeded())
+    run.epoch()
+    assert EnginePlan(**run.state_dict()["plan"]) == EnginePlan("plain", "float32", 0)
+    assert not (tmp_path / "engines.json").exists()
+
+
 def test_momentum_starts_again_from_zero_after_epoch_e_half_plus_1():
     images, labels = small_set()
     settings = TrainingSettings(4, batch_size=12)
