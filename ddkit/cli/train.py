@@ -117,13 +117,14 @@ def _open(surface: Surface, dataset: str) -> TrainingData:
 
 
 def _tracking(surface: Surface, data: TrainingData, device: str, plan: Plan) -> Tracking | None:
-    from ddkit.device import resolve_device
+    from ddkit.device import own_device, resolve_device
     from ddkit.generator.tracking import track_frechet_in
 
     if not plan.track_every or len(data.images) < 2:
         return None
     return track_frechet_in(
-        plan.features, data, every_steps=plan.track_every, device=resolve_device(device), progress=surface.listen
+        plan.features, data, every_steps=plan.track_every, device=own_device(resolve_device(device)),
+        progress=surface.listen,
     )
 
 
@@ -187,6 +188,8 @@ def _show_costs(surface: Surface, plan: Plan, data: TrainingData, device: str, s
     from ddkit.generator.estimate import estimate, shortage
     from ddkit.generator.presets import to_json
 
+    if not leads():
+        return
     surface.say("Trying each stage for a few seconds; nothing is kept.")
     of = (plan.config, data.image_size, len(data.images.class_names), resolve_device(device))
     costs = estimate(*of, processes=processes(), start=plan.start)

@@ -42,7 +42,7 @@ from ddkit.generator.seeds import generator_for, network_seed
 from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.convnet import ConvNet
-from ddkit.protocol.embedding import build_embedder
+from ddkit.protocol.embedding import Embedder, build_embedder
 from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
 from ddkit.protocol.rounds import predict
 from ddkit.protocol.training import TrainingRun, TrainingSettings
@@ -268,9 +268,12 @@ class _Refinement:
         self._optimiser.state[self._images]["momentum_buffer"] = state.velocity.to(device).clone()
         # One network for all steps, as what computes with it keeps memory that is costly to ask for each time.
         self._observer = self._network("observer", settings.seed).to(device)
-        self._embed = build_embedder(self._observer, len(state.images))
         self._held_out = references.held_out()
         self._range = _black_and_white(self._spec).to(device)
+
+    @functools.cached_property
+    def _embed(self) -> Embedder:
+        return build_embedder(self._observer, len(self._labels))
 
     @functools.cached_property
     def _spectrum(self) -> Spectrum:

@@ -123,9 +123,9 @@ def estimate(
     seconds: to measure each stage's speed for, or a little longer; 0 to find parameters and memory only. What does not fit
     into memory is not tried.
     """
-    stages = (_fine_tuning(config, start, num_classes),) if start else _stages(config, image_size, num_classes)
     device, free = own_device(device), free_memory(device)
     with shortage_explained(lambda: ComputeError(f"Memory is short on {device}, even for trying what is asked for.", _SMALLER)):
+        stages = (_fine_tuning(config, start, num_classes),) if start else _stages(config, image_size, num_classes)
         probes = (_Probe(stage, device, config.precision, processes) for stage in stages)
         return Estimate(tuple(probe.estimate(seconds, _RESERVE * free) for probe in probes), free)
 
@@ -208,12 +208,11 @@ def free_memory(device: torch.device) -> int:
 
 def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple[Stage, ...]:
     """The stages over made-up data of the right shapes; an autoencoder that is there already has none."""
-    count = max(config.autoencoder_optimiser.batch_size, config.denoiser_optimiser.batch_size, num_classes)
-    labels = torch.arange(count) % num_classes
+    labels = torch.arange(num_classes)  # an image of each, drawn as often as batches want
     names = tuple(map(str, range(num_classes)))
-    images = ImageSet(torch.zeros(count, 3, image_size, image_size, dtype=torch.uint8), labels, names)
+    images = ImageSet(torch.zeros(num_classes, 3, image_size, image_size, dtype=torch.uint8), labels, names)
     shape = config.autoencoder.latent_shape(image_size)
-    latents = LatentSet(torch.zeros(count, 1, *shape, dtype=torch.float16), labels, std=1.0)
+    latents = LatentSet(torch.zeros(num_classes, 1, *shape, dtype=torch.float16), labels, std=1.0)
     denoiser = DenoiserStage(config, build_denoiser(config.denoiser, shape, num_classes, seed=0), latents)
     if config.pretrained_autoencoder:
         return (denoiser,)
@@ -224,9 +223,9 @@ def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple
 def _fine_tuning(config: GeneratorConfig, start: Start, num_classes: int) -> Stage:
     """The same of fine-tuning. The network is the start's own, which stays as it is."""
     network = start.generator.denoiser
-    count, side = max(config.denoiser_optimiser.batch_size, num_classes), network.config.sample_size
-    made_up = torch.zeros(count, 1, network.config.in_channels, side, side, dtype=torch.float16)
-    latents = LatentSet(made_up, torch.arange(count) % num_classes, std=1.0)
+    side = network.config.sample_size
+    made_up = torch.zeros(num_classes, 1, network.config.in_channels, side, side, dtype=torch.float16)
+    latents = LatentSet(made_up, torch.arange(num_classes), std=1.0)
     return MinimaxStage(config, network, latents, num_classes)
 
 
@@ -246,7 +245,8 @@ class _Probe:
         per_image, kept_once = self._bytes_kept()
         # Only now, as memories are allocated when a first batch shows how large latents are.
         workers = workers_for(stage, self._device, self._processes)
-        copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0)
+        # Processes that share a batch have the gradients once more, in the buckets that are sent around.
+        copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0) + (self._processes > 1)
         fixed = _BYTES_PER_VALUE * (counts.total + copies * counts.trainable)
         fixed += kept_once + sum(buffer.nbytes for buffer in stage.loss.buffers())
         found = StageEstimate(

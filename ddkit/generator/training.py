@@ -6,13 +6,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 
 from ddkit.data.store import ImageSet
@@ -48,6 +49,7 @@ from ddkit.progress import Listener, ignore
 log = logging.getLogger(__name__)
 
 AUTOENCODER_SHARE = 0.15  # of a training time given in seconds
+_LONGEST_WAIT = timedelta(days=2)
 _NO_LIMIT = 10**9  # steps, where time is the limit
 
 
@@ -356,8 +358,9 @@ def _accelerator(request: TrainingRequest) -> Iterator[Accelerator]:
         raise UsageError("float16 is for GPUs.", "On a CPU take --precision bfloat16, or float32.")
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[request.config.precision]
     try:
-        # No buffer here needs to be sent around: what has any computes the same on all processes.
-        settings = DistributedDataParallelKwargs(broadcast_buffers=False)
-        yield Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=[settings])
+        # No buffer here needs to be sent around: what has any computes the same on all processes. They wait for each
+        # other for hours, as the first of them encodes the training set.
+        settings = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_LONGEST_WAIT)]
+        yield Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=settings)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -49,7 +49,8 @@ def in_parts(look: Callable[[Tensor], _Seen], images: Tensor) -> _Seen:
 
 
 class _EngineEmbedder:
-    """Embeds by an engine, and keeps one set of feature maps for the next call: to ask for 160 MB anew takes a while."""
+    """Embeds by an engine, and keeps one set of feature maps for the next call: they are large (of a thousand
+    images of side 32, 160 MB), and to ask for as much anew takes a while."""
 
     def __init__(self, engine: WinogradEngine) -> None:
         self.engine = engine

@@ -8,7 +8,7 @@ from ddkit.protocol.networks import build_network
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
-MANY = 32  # images in a usual call, for which engines are chosen; fewer are embedded by the network itself
+MANY = 32  # images in a usual call, for which an engine is chosen
 
 
 @pytest.mark.parametrize("size, n", [(16, 5), (32, 7), (48, 3), (24, 2)])
