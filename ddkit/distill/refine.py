@@ -55,7 +55,7 @@ METHODS = {
     "regression": "neural feature regression",
     "trajectories": "trajectory matching",
 }  # by objective
-_PIXELS_OF_SPECTRUM = 2**21  # 2,048 pictures of side 32, which tell variances to 3 %; fewer larger ones
+_PIXELS_OF_SPECTRUM = 2000 * 32**2  # so many pictures of side 32 tell variances to 3 %; of larger ones fewer
 _LARGEST_PIXEL = 1000.0  # standard deviations of the dataset's pixels; refined sets that score well stay within ten
 # For each image of a student's step, over which its loss is a mean. The steps of one learning rate then serve all
 # objectives; measured on ten classes of CIFAR-100.
