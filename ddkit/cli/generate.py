@@ -33,7 +33,8 @@ if TYPE_CHECKING:
               help="The times, 0 (clean) to 1 (noise), in which guidance acts.")
 @click.option("--sampler", type=click.Choice(["ddim", "dpm++", "unipc", "euler"]), help="How noise is removed.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images at once.")
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="bfloat16 is faster on GPUs.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]),
+              help="bfloat16 is faster on GPUs and on processors with instructions for it.")
 @click.option("--compile/--no-compile", default=None, help="Compile first; pays from some thousands of images on.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The file; submission/<dataset>.pt.")
 @click.option("--replace", is_flag=True, help="Make it anew, even where the set has been refined or is there already.")

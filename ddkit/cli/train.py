@@ -44,7 +44,8 @@ if TYPE_CHECKING:
               help="Gamma of the min-SNR weights, which v and epsilon have; 0 for equal weights.")
 @click.option("--architecture", type=click.Choice(["uvit", "unet", "dit"]), help="Of the denoiser.")
 @click.option("--flips/--no-flips", default=None, help="Show images mirrored as well; wrong for letters and digits.")
-@click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the computation.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Of the computation; bfloat16 is faster on GPUs and on processors with instructions for it.")
 @click.option("--compile/--no-compile", default=None, help="Compile the networks first.")
 @click.option("--autoencoder", "pretrained_autoencoder", metavar="HUB_ID_OR_FOLDER",
               help="A pretrained one to use, such as stabilityai/sd-vae-ft-mse.")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddkit.generator import denoiser as module
-from ddkit.generator.denoiser import TanhGELU, UViT, timestep_embedding
+from ddkit.generator.denoiser import Block, TanhGELU, UViT, timestep_embedding
 from ddkit.generator.networks import build_denoiser, null_class, predict
 from ddkit.generator.presets import ARCHITECTURES
 
@@ -99,3 +99,24 @@ def test_gelu_is_the_same_compiled_and_not():
     assert torch.equal(TanhGELU()(values), plain)
     assert not torch.equal(traced, plain)  # the other formula it was
     assert torch.allclose(traced, plain, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "kernel"),
+    [(torch.float32, 6, False), (torch.float32, 40, True), (torch.bfloat16, 6, False), (torch.bfloat16, 40, False)],
+)
+def test_attention_is_the_same_compiled_and_not(dtype, tokens, kernel):
+    torch.manual_seed(0)
+    block = Block(hidden_size=32, num_heads=2, mlp_ratio=2.0).to(dtype)
+    with torch.no_grad():
+        block.query_key_value.weight *= 4  # so that attention is not even
+    x = torch.randn(3, tokens, 32).to(dtype).requires_grad_()
+    traced = torch.export.export(block, (x,))
+    assert any("scaled_dot_product" in str(node.target) for node in traced.graph.nodes) == kernel
+    gradients = []
+    for way in (block, traced.module()):
+        answer = way(x)
+        gradients.append((answer, *torch.autograd.grad(answer.float().square().sum(), x)))
+    for plain, other in zip(*gradients, strict=True):
+        error = (plain.float() - other.float()).norm() / plain.float().norm()
+        assert error < {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
