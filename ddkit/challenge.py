@@ -76,6 +76,9 @@ TEST_CONTENT = {
     "tinyimagenet": "b3deb7ea49871cf2a153c974d92fb2ea7f2868b9f86caa5ea5c5d527a839b623",
 }
 
+# JPEG files, of which decoders of different makes make pixels that differ by a step.
+DECODED_WITH_LOSS = ("tinyimagenet",)
+
 TRACKS = {
     1: Track(1, "fixed IPC = 10", epochs_setting=1000, rounds=3, ipc=10, time_budget_seconds=None),
     2: Track(2, "generative, 10 minutes", epochs_setting=100, rounds=3, ipc=None, time_budget_seconds=600.0),

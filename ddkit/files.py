@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
 import zlib
@@ -42,13 +43,24 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("ddkit", appauthor=False))
 
 
+def irregularity(path: str | os.PathLike[str]) -> str:
+    """Why what lies at `path` is not to be opened, as a predicate; empty for a file. Raises OSError.
+
+    Opening a named pipe waits for ever, and a device may have no end.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode):
+        return ""
+    return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
+
+
 def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFile:
     """The BadFile that says what the system refused at `path` and what to do."""
     remedies = {
         errno.ENOSPC: "Free some space there, or choose another place.",
         errno.EDQUOT: "Your quota there is used up: free some space, or choose another place.",
-        errno.EACCES: "Choose a place you may write to, or change its permissions.",
-        errno.EPERM: "Choose a place you may write to, or change its permissions.",
+        errno.EACCES: "Change its permissions, or choose another place.",
+        errno.EPERM: "Change its permissions, or choose another place.",
         errno.EROFS: "That file system is read-only: choose another place.",
         errno.ENOENT: "Check the path.",
         errno.EEXIST: "A file is in the way of that folder: choose another place.",
@@ -93,11 +105,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed onto `path`.
 
     On any error the temporary file is removed and `path` stays as it was.
-    The parent folder is made when missing. Raises BadFile for what the system refuses.
+    The parent folder is made when missing. A link to a file stays one; the file that it leads to is replaced.
+    Raises BadFile for what the system refuses, and for a pipe or a device, which cannot be replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary: Path | None = None
     try:
+        if path.exists() and not path.is_dir() and (problem := irregularity(path)):
+            raise BadFile(f"{path} {problem}.", "Name a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
@@ -160,13 +175,27 @@ def _meant(error: OSError, path: Path) -> str | os.PathLike[str]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8, atomically. What cannot be, as in names that the system has in other letters, becomes "?"."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+
+
+def require_appendable(path: str | os.PathLike[str]) -> None:
+    """Raise BadFile where `append_line` would, as far as that can be known without writing."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with path.open("ab"):
+                return
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    if not os.access(path.parent, os.W_OK):
+        raise explain_os_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), path)
 
 
 def append_line(path: str | os.PathLike[str], line: str, *, sync: bool = True) -> None:
-    """Append a line of UTF-8; after a last line that a kill has torn, on a new one. Raises BadFile.
+    """Append a line of UTF-8, as `write_text` has it; after a last line that a kill has torn, on a new one. Raises BadFile.
 
     sync: wait until it is on the disk.
     """
@@ -179,7 +208,7 @@ def append_line(path: str | os.PathLike[str], line: str, *, sync: bool = True) -
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
-            file.write(line.encode() + b"\n")
+            file.write(line.encode("utf-8", "replace") + b"\n")
             file.flush()
             if sync:
                 os.fsync(file.fileno())
@@ -200,6 +229,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise explain_os_error(error, path) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise BadFile(f"{path} is nested too deeply.") from error
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.errors import BadFile
-from ddkit.files import append_line, explain_os_error
+from ddkit.files import append_line, explain_os_error, require_appendable
 
 FORMAT_VERSION = 1
+_LARGEST = 2**63
 RESULTS_FILE = Path("runs/results.jsonl")
 
 
@@ -143,6 +144,8 @@ def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
             results.append(_from_json(json.loads(line)))
         except (ValueError, BadFile) as error:
             problems.append(f"{path}, line {number}: {error}")
+        except RecursionError:
+            problems.append(f"{path}, line {number}: nested too deeply")
     return Reading(tuple(results), tuple(problems))
 
 
@@ -151,11 +154,13 @@ class Records:
 
     problems: a line on each of the file's that cannot be used; they stay as they are.
     writes: False in the processes of a team that do not speak for it; they remember without writing.
-    Raises BadFile when the file is there and cannot be read.
+    Raises BadFile when the file is there and cannot be read, or cannot be written to: before anything is computed.
     """
 
     def __init__(self, path: str | os.PathLike[str] = RESULTS_FILE, *, writes: bool = True) -> None:
         reading = read(path)
+        if writes:
+            require_appendable(path)
         self.problems = reading.problems
         self._path, self._writes = path, writes
         self._results = {_identity(result): result for result in reading.results}
@@ -208,15 +213,17 @@ def _tuples(value: Any) -> Any:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """JSON can hold halves of characters, which cannot be written."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < _LARGEST
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)  # what JSON has; a bool is none
+    """What JSON has, where a bool is none; its integers know no end, ours do."""
+    return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
 
 
 def _is_fraction(value: Any) -> bool:
@@ -256,5 +263,5 @@ _FORMS: Mapping[str, Callable[[Any], bool]] = {
     "generated": _each(_is_count),
     "loss_curves": _each(_each(_is_number)),
     "per_class": _each(_is_number),
-    "confusions": _each(_each(_is_number, least=3, most=3)),
+    "confusions": _each(lambda value: _each(_is_number, least=3, most=3)(value) and all(map(_is_count, value[:2]))),
 }

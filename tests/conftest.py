@@ -34,7 +34,7 @@ def measured_before(own_cache, tmp_path_factory):
     shared.mkdir(exist_ok=True)
     shutil.copytree(shared, own_cache, dirs_exist_ok=True)
     yield
-    for found in (own_cache / "engines.json", *own_cache.glob("kernels/*.so")):
+    for found in (own_cache / "_engines.json", *own_cache.glob("_kernels/*.so")):
         if found.exists():
             (shared / found.relative_to(own_cache)).parent.mkdir(exist_ok=True)
             shutil.copy(found, shared / found.relative_to(own_cache))

@@ -152,3 +152,40 @@ def test_a_file_system_without_locks_is_worked_on_and_other_refusals_are_told(tm
             with files.alone(tmp_path, "works", elsewhere="--out"):
                 begun.append(number)
     assert begun == [errno.ENOLCK]
+
+
+def test_a_file_behind_a_link_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "there" / "real.txt")
+    files.write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "there" / "real.txt").read_text() == "new"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadFile, match="is a pipe or a device"):
+        files.write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    files.write_text(tmp_path / "text", name)
+    files.append_line(tmp_path / "lines", name)
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "caf?"
+    assert (tmp_path / "lines").read_text(encoding="utf-8") == "caf?\n"
+
+
+def test_json_that_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(BadFile, match="deep.json is nested too deeply"):
+        files.read_json(tmp_path / "deep.json")
+
+
+def test_whether_lines_can_be_appended_is_known_before(tmp_path):
+    files.require_appendable(tmp_path / "deep" / "lines.txt")
+    assert not (tmp_path / "deep" / "lines.txt").exists()
+    with pytest.raises(BadFile, match="deep"):
+        files.require_appendable(tmp_path / "deep")

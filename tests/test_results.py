@@ -56,6 +56,10 @@ def test_a_torn_last_line_is_kept_and_reported_and_appended_after(file):
     ({"loss_curves": [1.0, 2.0]}, "loss_curves cannot be"),
     ({"confusions": [[1, 2]]}, "confusions cannot be"),
     ({"made_by": "me"}, "made_by cannot be"),
+    ({"confusions": [[0.5, 1, 2]]}, "confusions cannot be"),
+    ({"seconds": 10**400}, "seconds cannot be"),
+    ({"loss_curves": [[10**400, 1]]}, "loss_curves cannot be"),
+    ({"name": "a\ud800b"}, "name cannot be"),
 ])  # fmt: skip
 def test_records_that_cannot_be_used_are_reported_and_skipped(file, change, said):
     record = {**dataclasses.asdict(RESULT), **change}
@@ -98,3 +102,16 @@ def test_records_that_are_not_to_be_written_are_remembered(file):
     records = Records(file, writes=False)
     records.add(RESULT)
     assert records.results == (RESULT,) and not file.exists()
+
+
+def test_a_line_that_is_nested_too_deeply_is_reported(file):
+    append(RESULT, file)
+    file.write_text("[" * 100_000 + "\n" + file.read_text())
+    reading = read(file)
+    assert reading.results == (RESULT,) and "line 1: nested too deeply" in reading.problems[0]
+
+
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_computed(tmp_path):
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(BadFile, match="in the way"):
+        Records(tmp_path / "results.jsonl" / "results.jsonl")

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.store import load_dataset
+from ddkit.data.store import load_dataset, store_hash
 from ddkit.errors import DDKitError, UsageError
-from ddkit.files import read_json, write_json
+from ddkit.files import read_json, sha256_of, write_json
 from ddkit.generator.latents import LATENTS_FILE
+from ddkit.generator.pipeline import model_hash
 from ddkit.generator.run_folder import CHECKPOINTS
 from ddkit.protocol.evaluate import StateFolder, evaluate
 from ddkit.submission.layout import row_labels
@@ -41,9 +42,10 @@ class Findings:
         rows: the options that say which rows there are, and may differ from call to call.
         """
         free = {"out", "table", *rows}
-        # Through JSON, as those on disk went.
         deciding = {name: value for name, value in vars(options).items() if name not in free}
-        asked = json.loads(json.dumps(deciding, default=str))
+        deciding["training images"] = store_hash(options.dataset, "train")[:12]
+        # Through JSON, as those on disk went.
+        asked = json.loads(json.dumps(deciding, default=_with_hash))
         path = self.out / "options.json"
         begun = read_json(path) if path.is_file() else asked
         changed = [f"{name} {begun.get(name)} (now {value})" for name, value in asked.items() if begun.get(name) != value]
@@ -81,6 +83,12 @@ class Findings:
             rounds=rounds, epochs_setting=epochs_setting, spec=spec, state=StateFolder(self.out / "evaluations"),
         )  # fmt: skip
         return list(done.accuracies)
+
+
+def _with_hash(path: Path) -> str:
+    """The path of a file or a model's folder, and what lies there, which may be another one the next time."""
+    digest = sha256_of(path) if path.is_file() else model_hash(path)
+    return f"{path} ({digest[:12]})"
 
 
 def share_latents(models: Iterable[Path], folder: Path) -> None:

@@ -61,6 +61,8 @@ def report(surface: Surface, results: Path, track: str | None, html: Path | None
 
     if as_csv + as_markdown + surface.as_json > 1:
         raise UsageError("--json, --csv and --markdown exclude each other.")
+    if html is not None and html.exists() and results.exists() and html.samefile(results):
+        raise UsageError(f"The page would replace {results}, the record of all evaluations.", "Name another file with --html.")
     reading = records.read(results)
     if not results.is_file() and results != RESULTS_FILE:
         raise MissingData(f"There is no file of results {results}.", "Make one: ddkit evaluate --results PATH")

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from ddkit.errors import BadData, MissingData
-from ddkit.files import ZIP_ERRORS, explain_os_error
+from ddkit.files import ZIP_ERRORS, explain_os_error, irregularity
 
 MAX_MEMBER_BYTES = 256 << 20  # of one file; the largest photographs are far below
 MAX_MEMBERS = 5_000_000
@@ -55,6 +55,8 @@ class FolderTree:
         """The bytes of one file. Raises DamagedMember when it cannot be read or is beyond the size limit."""
         path = self.path / name
         try:
+            if problem := irregularity(path):
+                raise DamagedMember(problem)
             if (size := path.stat().st_size) > MAX_MEMBER_BYTES:
                 raise DamagedMember(f"{size:,} bytes, more than any image has")
             return path.read_bytes()

@@ -10,7 +10,9 @@ from ddkit.challenge import DatasetSpec
 
 def normalise(images: Tensor, spec: DatasetSpec) -> Tensor:
     """(N, 3, S, S) uint8 in [0, 255] or float in [0, 1] -> float32, (x - mean) / std per channel."""
-    unit = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    if images.dtype == torch.uint8:
+        return normalise_(images.float(), spec)  # one copy of what may be gigabytes
+    unit = images.float()
     return (unit - _column(spec.mean, unit)) / _column(spec.std, unit)
 
 

@@ -147,6 +147,7 @@ def _obtain(request: _Request, cache: Path | None, progress: Listener) -> Source
     if path is None:
         path = download(OFFICIAL[request.name], _downloads(cache), progress=progress)
     source = open_source(path)
+    _refuse_unwritable(source)
     _refuse_other_classes(request.name, source)
     return source
 
@@ -319,6 +320,13 @@ def _size_of_first(source: Source, names: Sequence[str]) -> int:
                 )
             return width
     raise BadData(f"{source.path}: none of its {len(names)} training files is an image.")
+
+
+def _refuse_unwritable(source: Source) -> None:
+    """Raise BadData for a class whose name is no text, before anything is decoded."""
+    for name in source.class_names:
+        if _readable(name) != name:
+            raise BadData(f"{source.path}: the name of the class '{_readable(name)}' is not UTF-8.", "Rename its folder.")
 
 
 def _readable(name: str) -> str:

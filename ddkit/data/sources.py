@@ -20,7 +20,7 @@ from ddkit.data.archives import DamagedMember, FolderTree, Tree, ZipTree
 from ddkit.data.cifar_archive import CifarArchive, CifarSplit, cifar_folder, read_folder, read_tar
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadData, MissingData
-from ddkit.files import explain_os_error
+from ddkit.files import explain_os_error, irregularity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +83,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         return _tree_source(FolderTree(path))
     if not path.exists():
         raise MissingData(f"There is no {path}.", "Check the path given to --from.")
+    if problem := irregularity(path):
+        raise BadData(f"{path} {problem}.", _LAYOUTS)
     beginning = _first_bytes(path)
     if beginning.startswith(_GZIP) or _is_tar(beginning):
         return _cifar_source(path, read_tar(path))

@@ -218,7 +218,7 @@ def store_facts(name: str, *, cache: Path | None = None) -> StoreFacts:
         )
     try:
         return _facts_from_json(value)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise _damaged(name, f"meta.json does not hold what it should ({error})") from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, class_names, class_titles, dataset_spec, store_hash
@@ -27,7 +28,15 @@ from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.metrics.features import reference_features
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.protocol.sharing import Team
-from ddkit.submission.layout import SavedSet, read_facts, require_tensor_name, save_set, set_files
+from ddkit.submission.layout import (
+    SavedSet,
+    draw_sheet,
+    load_tensor,
+    read_facts,
+    require_tensor_name,
+    save_set,
+    set_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +119,12 @@ def _generate_samples(
             f"{ipc} images of each class cannot be chosen from {source.candidates}.", f"Ask for --candidates {ipc} or more."
         )
     made_by = _made_by(model, source)
-    identity = _identity(made_by, ipc, store_hash(dataset, "train") if source.looks else "")
+    identity = _identity(made_by, ipc, spec, store_hash(dataset, "train") if source.looks else "")
     classes = team.share_of(range(spec.num_classes))
     parts = Parts(out, identity, spec.image_shape)
     if not replace and read_facts(out).get("request") == parts.digest:
         log.info("%s has just these images already", out)
-        return set_files(out)
+        return _with_sheet(out, spec)
     if team.size > 1:  # each process keeps its own
         parts = Parts(out.with_stem(f"{out.stem}-{team.rank}-of-{team.size}"), identity, spec.image_shape)
     request, view = parts.digest, None
@@ -136,6 +145,14 @@ def _generate_samples(
     return set_files(out)
 
 
+def _with_sheet(out: Path, spec: DatasetSpec) -> SavedSet:
+    """The files of the set that is there, the contact sheet drawn again where it is missing."""
+    files = set_files(out)
+    if not files.sheet.exists():
+        draw_sheet(load_tensor(out, spec), spec, class_titles(spec.name), files.sheet)
+    return files
+
+
 def _made_by(model: Model, source: FromModel) -> dict[str, Any]:
     """How a model's images are made, for the JSON beside them."""
     return {
@@ -149,10 +166,11 @@ def _made_by(model: Model, source: FromModel) -> dict[str, Any]:
     }
 
 
-def _identity(made_by: dict[str, Any], ipc: int, dataset_sha256: str) -> dict[str, Any]:
-    """What decides on the images: not the folder's name, nor how many are made at once."""
+def _identity(made_by: dict[str, Any], ipc: int, spec: DatasetSpec, dataset_sha256: str) -> dict[str, Any]:
+    """What decides on the images and on how they are written: not the folder's name, nor how many are made at once."""
     own = {name: value for name, value in made_by.items() if name not in ("model", "batch_size")}
-    return {**own, "ipc": ipc, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
+    normalisation = [spec.mean, spec.std]
+    return {**own, "ipc": ipc, "normalisation": normalisation, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
 
 
 def _complete(rows: _Rows, parts: Parts) -> Tensor:

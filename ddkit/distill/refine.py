@@ -181,9 +181,9 @@ def refine(
     fresh: begin from the set as it was; the one that was refined from it, at `out`, is kept in the folder (refined.pt).
         A set that nothing is gained on is left as it is.
     ignore_codes: of findings of `check` that do not count.
-    Raises InvalidSubmission for a set that `check` refuses; UsageError for an `out` that does not end in .pt, for the
-    copies that the folder keeps, or where the folder belongs to another set, other settings or other real images, or
-    another process refines in it;
+    Raises InvalidSubmission for a set that `check` refuses; UsageError for an `out` that does not end in .pt or holds
+    another refinement's result, for the copies that the folder keeps, or where the folder belongs to another set, other
+    settings or other real images, or another process refines in it;
     ComputeError where it diverges or memory is short, Interrupted once asked to stop and BadFile for what the system
     refuses, what was reached written in these cases; and what `open_dataset` and `save_set` raise.
     """
@@ -198,6 +198,7 @@ def refine(
         if fresh:
             start_over(path, folder, out)
         state = _begin_or_go_on(path, spec, settings, folder, ignore_codes)
+        _refuse_another_result(state, path, out or path)
         experts = Experts(
             references, state.dataset_sha256, settings.experts, seed=settings.seed, device=chosen, progress=progress
         )
@@ -210,6 +211,14 @@ def refine(
         files = _write(state, settings, spec, out or path)
     best, first = state.best, state.first
     return Refined(files, state.before, state.step, best.step, best.accuracy, first.accuracy, state.seconds)
+
+
+def _refuse_another_result(state: RefinementState, path: Path, out: Path) -> None:
+    """Raise UsageError where the result would take the place of another refinement's, which has cost hours."""
+    if out.resolve() != path.resolve() and read_facts(out).get("kind") == KIND_REFINED and not state.made(out):
+        raise UsageError(
+            f"{out} holds what another refinement has made, which would be lost.", "Name another file with --out, or delete it."
+        )
 
 
 def recorded_settings(folder: Path) -> RefineSettings | None:

@@ -41,7 +41,9 @@ class Objective:
         even = (torch.arange(count, device=device) / count + shift) % 1
         if self.config.prediction != "flow":
             return (even * TIME_SCALE).floor().clamp(max=TIME_SCALE - 1)
-        normal = torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))
+        even = even.clamp(1e-4, 1 - 1e-4)
+        # Apple's GPUs do not know this function.
+        normal = torch.special.ndtri(even.cpu()).to(device) if device.type == "mps" else torch.special.ndtri(even)
         return torch.sigmoid(self.config.time_mean + self.config.time_std * normal) * TIME_SCALE
 
     def mix(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:

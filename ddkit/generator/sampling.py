@@ -148,9 +148,16 @@ class Sampler:
         known[0] = noise
         inputs, final = self._plan.inputs.to(noise), self._plan.final.to(noise)
         for i, time in enumerate(self._plan.times.tolist()):
-            current = torch.tensordot(inputs[i, : i + 1], known[: i + 1], dims=1)
-            known[i + 1] = self._output(current, time, labels)
-        return torch.tensordot(final, known, dims=1)
+            known[i + 1] = self._output(self._sum(inputs[i, : i + 1], known[: i + 1]), time, labels)
+        return self._sum(final, known)
+
+    def _sum(self, coefficients: Tensor, known: Tensor) -> Tensor:
+        """The combination of (k, n, C, s, s) by (k,) coefficients, in float32 whatever the networks compute in.
+
+        Coefficients can be a hundred times as large as what comes out.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.tensordot(coefficients, known, dims=1)
 
     def _output(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
         low, high = self.config.guidance_interval

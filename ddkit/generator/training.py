@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,11 @@ from ddkit.generator.run_folder import CHART_FILE, CHECKPOINTS, Begun, claim, st
 from ddkit.generator.seeds import derived_seed
 from ddkit.generator.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.progress import Listener, ignore
+from ddkit.protocol.sharing import LONGEST_WAIT
 
 log = logging.getLogger(__name__)
 
 AUTOENCODER_SHARE = 0.15  # of a training time given in seconds
-_LONGEST_WAIT = timedelta(days=2)
 _NO_LIMIT = 10**9  # steps, where time is the limit
 
 
@@ -360,7 +359,7 @@ def _accelerator(request: TrainingRequest) -> Iterator[Accelerator]:
     try:
         # No buffer here needs to be sent around: what has any computes the same on all processes. They wait for each
         # other for hours, as the first of them encodes the training set.
-        settings = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_LONGEST_WAIT)]
+        settings = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
         yield Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=settings)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -61,7 +61,7 @@ class EvaluationSettings:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
         if self.network not in NETWORKS:
             raise UsageError(f"There is no network '{self.network}'.", nearest_name(self.network, tuple(NETWORKS)))
-        _ = self.training  # refuses a track, a number of epochs or a precision that there is not
+        _ = challenge.track(self.track), self.training  # refuse a track, epochs or a precision that there are not
 
     @property
     def number_of_rounds(self) -> int:
@@ -209,6 +209,8 @@ def evaluate_source(
     progress: Listener = ignore,
 ) -> Evaluation:
     """What `evaluate` and `evaluate_generator` do, for any source of training images."""
+    if isinstance(source, FixedSet):
+        check_training_set(source.images, source.labels, test_set.spec)
     team = Team(resolve_device(settings.device))
     device = team.device
     mine = team.share_of(range(settings.number_of_rounds))
@@ -290,7 +292,8 @@ def _key(source: Source, test_set: TestSet, rounds: RoundSettings) -> str:
         "training set": source.identity,
         "test set": hash_of(test_set.images, test_set.labels),
         "normalisation": [spec.num_classes, spec.mean, spec.std],
-        "settings": dataclasses.asdict(rounds),
+        # Which of a machine's GPUs it is does not matter, and differs with the number of processes.
+        "settings": dataclasses.asdict(rounds) | {"device": torch.device(rounds.device).type},
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"{spec.name}-{digest[:16]}"

@@ -19,6 +19,7 @@ from ddkit.files import cache_folder, replacing
 # -O3 unrolls the loops over taps and vectors; no flag relaxes the arithmetic but fused multiply-add, which is GCC's
 # and Clang's habit and rounds once instead of twice.
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
+_CACHE_FOLDER = "_kernels"  # no dataset can have this name
 # What "for this very processor" is called; the first that the compiler knows is taken.
 _TARGETS = (("-march=native",), ("-mcpu=native",), ())
 
@@ -27,14 +28,29 @@ class CannotCompile(DDKitError):
     """There is no C++ compiler, or it does not take our source."""
 
 
-@functools.cache
 def load_library(source: Path) -> ctypes.CDLL:
-    """The shared library made from `source`; compiled when this machine has not done so before.
+    """The shared library made from `source`; compiled when this machine has not done so before, and tried once.
 
     Raises CannotCompile, and BadFile when the cache cannot be written.
     """
+    loaded = _tried(source)
+    if isinstance(loaded, DDKitError):
+        raise loaded
+    return loaded
+
+
+@functools.cache
+def _tried(source: Path) -> ctypes.CDLL | DDKitError:
+    """The library, or why there is none."""
+    try:
+        return _load(source)
+    except DDKitError as error:
+        return error
+
+
+def _load(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
-    path = cache_folder() / "kernels" / f"{source.stem}-{_fingerprint(source, compiler)}.so"
+    path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{_fingerprint(source, compiler)}.so"
     if not path.exists():
         with replacing(path) as temporary:
             _compile(compiler, source, temporary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from ddkit.protocol.networks import build_network
 from ddkit.protocol.reference import TestSet
 from ddkit.protocol.tracks import Generated, images_per_class
 from ddkit.protocol.training import TrainingRun, TrainingSettings, epoch_side_by_side
-from ddkit.tensor_files import save_torch
+from ddkit.tensor_files import Unloadable, load_restricted, save_torch
 
 _log = logging.getLogger(__name__)
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 EpochListener = Callable[[int, int, float], None]  # round, its epochs done, mean loss of the last
 
@@ -96,8 +95,8 @@ class StateFile:
         if self.path is None or not self.path.exists():
             return {}
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            state = load_restricted(self.path)
+        except (OSError, Unloadable) as error:
             _log.warning("%s cannot be read (%s); the round starts afresh.", self.path, error)
             return {}
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
@@ -132,32 +131,63 @@ def run_rounds(
 
     Raises Interrupted, the states saved, once `stop` is set.
     """
-    rounds = [_Round(job, test_set, settings) for job in jobs]
+    data = _on_device(jobs, settings.device)
+    rounds = [_Round(job, *own, test_set.spec, settings) for job, own in zip(jobs, data, strict=True)]
     while unfinished := [one for one in rounds if not one.training.finished]:
-        began = time.monotonic()
-        of_epoch = epoch_side_by_side([one.training for one in unfinished])
-        share = (time.monotonic() - began) / len(unfinished)
-        for one, losses in zip(unfinished, of_epoch, strict=True):
-            one.seconds += share
-            one.losses.append(sum(losses) / len(losses))
-            listener(one.index, one.training.epochs_done, one.losses[-1])
-        for one in unfinished:
-            one.save_if_due(stop)
-        if stop:
-            kept = "Run the same again to go on from there." if jobs[0].file.path else "Nothing was kept."
-            first = unfinished[0]
-            raise Interrupted(f"Interrupted after epoch {first.training.epochs_done} of round {first.index + 1}.", kept)
+        _SideBySide(unfinished, stop, listener).epoch()
     return [one.finish(test_set) for one in rounds]
+
+
+class _SideBySide:
+    """Rounds that train together, and share the time that it takes."""
+
+    def __init__(self, rounds: Sequence[_Round], stop: StopRequest, listener: EpochListener) -> None:
+        self._rounds, self._stop, self._listener = rounds, stop, listener
+        self._settled = time.monotonic()
+
+    def epoch(self) -> None:
+        """Train all for one epoch. Raises Interrupted, the states saved, once asked to stop."""
+        of_epoch = epoch_side_by_side([one.training for one in self._rounds], self._pause)
+        for one, losses in zip(self._rounds, of_epoch, strict=True):
+            one.losses.append(sum(losses) / len(losses))
+            self._listener(one.index, one.training.epochs_done, one.losses[-1])
+        self._settle()
+        self._pause()
+
+    def _pause(self) -> None:
+        """Save what is due, between two batches: an epoch of a whole training set takes minutes."""
+        if not (self._stop or any(one.save_is_due for one in self._rounds)):
+            return
+        self._settle()
+        for one in self._rounds:
+            one.save()
+        if self._stop:
+            first = self._rounds[0]
+            raise Interrupted(
+                f"Interrupted after {first.training.epochs_done} epochs of round {first.index + 1}.",
+                "Run the same again to go on from there." if first.is_kept else "Nothing was kept.",
+            )
+
+    def _settle(self) -> None:
+        now = time.monotonic()
+        for one in self._rounds:
+            one.seconds += (now - self._settled) / len(self._rounds)
+        self._settled = now
 
 
 class _Round:
     """A round that runs."""
 
-    def __init__(self, job: RoundJob, test_set: TestSet, settings: RoundSettings) -> None:
+    def __init__(
+        self, job: RoundJob, images: Tensor, labels: Tensor, spec: DatasetSpec, settings: RoundSettings
+    ) -> None:
         self.index = job.index
         self._made, self._file = job.made, job.file
         self._device = torch.device(settings.device)
-        self.training = _training_run(job, test_set.spec, settings)
+        initial = settings.seed_for("network", job.index)
+        network = build_network(settings.network, spec.num_classes, spec.image_size, seed=initial).to(settings.device)
+        generator = torch.Generator().manual_seed(settings.seed_for("training", job.index))
+        self.training = TrainingRun(network, images, labels, settings.training, generator)
         self.losses: list[float] = []
         self.seconds = 0.0  # of this round's own work, over all its sittings
         self._saved = time.monotonic()
@@ -165,11 +195,18 @@ class _Round:
             self.training.load_state_dict(saved["training"])
             self.losses, self.seconds = saved["losses"], saved["seconds"]
 
-    def save_if_due(self, stop: StopRequest) -> None:
-        if stop or time.monotonic() - self._saved >= self._file.seconds_between_saves:
-            state = {"training": self.training.state_dict(), "losses": self.losses, "seconds": self.seconds}
-            self._file.write(state)
-            self._saved = time.monotonic()
+    @property
+    def is_kept(self) -> bool:
+        return self._file.path is not None
+
+    @property
+    def save_is_due(self) -> bool:
+        return self.is_kept and time.monotonic() - self._saved >= self._file.seconds_between_saves
+
+    def save(self) -> None:
+        state = {"training": self.training.state_dict(), "losses": self.losses, "seconds": self.seconds}
+        self._file.write(state)
+        self._saved = time.monotonic()
 
     def finish(self, test_set: TestSet) -> RoundResult:
         began = time.monotonic()
@@ -203,13 +240,14 @@ def predict(engine: Engine, test_set: TestSet, device: torch.device) -> Tensor:
     return classes.to("cpu", torch.int16)
 
 
-def _training_run(job: RoundJob, spec: DatasetSpec, settings: RoundSettings) -> TrainingRun:
-    initial = settings.seed_for("network", job.index)
-    network = build_network(settings.network, spec.num_classes, spec.image_size, seed=initial).to(settings.device)
-    count = len(job.made.images)
-    with shortage_explained(
-        lambda: ComputeError(f"Memory is short for {count:,} training images.", "Use another --device.")
-    ):
-        images, labels = job.made.images.float().to(settings.device), job.made.labels.to(settings.device)
-    generator = torch.Generator().manual_seed(settings.seed_for("training", job.index))
-    return TrainingRun(network, images, labels, settings.training, generator)
+def _on_device(jobs: Sequence[RoundJob], device: str) -> list[tuple[Tensor, Tensor]]:
+    """Each job's images, (N, 3, S, S) float32, and labels there; what several of them train on, once."""
+    moved: dict[int, tuple[Tensor, Tensor]] = {}
+    for made in (job.made for job in jobs):
+        count = len(made.images)
+        with shortage_explained(
+            lambda count=count: ComputeError(f"Memory is short for {count:,} training images.", "Use another --device.")
+        ):
+            if id(made.images) not in moved:
+                moved[id(made.images)] = made.images.float().to(device), made.labels.to(device)
+    return [moved[id(job.made.images)] for job in jobs]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
+
+# For each other: while one process trains, the rest have nothing to say for hours.
+LONGEST_WAIT = timedelta(days=2)
 
 _Item = TypeVar("_Item")
 
@@ -25,7 +29,7 @@ class Team:
             from accelerate import PartialState
 
             # Without being told so, accelerate takes processes without a GPU for strangers to each other.
-            self._state = PartialState(cpu=wanted.type == "cpu")
+            self._state = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
             self.rank, self.size = self._state.process_index, self._state.num_processes
 
     @property

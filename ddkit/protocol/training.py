@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class TrainingSettings:
 
 
 class TrainingRun:
-    """The training of one network, an epoch at a time, so that it can be saved and continued between two.
+    """The training of one network, which can be saved and continued between any two batches.
 
     network: trained in place; on the device where it is to be trained.
     images: (N, 3, S, S) float, normalised. labels: (N,) int64. Both on the network's device.
@@ -90,6 +90,8 @@ class TrainingRun:
         self.network = network
         self.settings = settings
         self.epochs_done = 0
+        self._order: Tensor | None = None  # of the images in the epoch that was begun, (N,) int64 on the CPU
+        self._losses: list[Tensor] = []  # of its batches so far
         self._images, self._labels = images, labels
         self._generator = generator
         self._plan = plan
@@ -122,15 +124,16 @@ class TrainingRun:
         return losses
 
     def steps(self) -> Iterator[None]:
-        """Begin an epoch and train on one batch at each turn; `end_epoch` is to follow the last.
+        """Begin an epoch, or go on with one, and train on one batch at each turn; `end_epoch` is to follow the last.
 
         On a GPU a turn only queues work, on this run's own stream, and waits for nothing.
         """
         self.network.train()
-        self._losses: list[Tensor] = []
+        if self._order is None:
+            self._order = self._draw_order()
         with self._on_own_stream():
-            batches = self._batches()
-        for indices in batches:
+            batches = self._order.to(self._images.device).split(self.settings.batch_size)
+        for indices in batches[len(self._losses) :]:
             with self._on_own_stream():
                 self._losses.append(self._step(indices))
             yield
@@ -144,6 +147,7 @@ class TrainingRun:
         # One transfer an epoch: a GPU is waited for here only.
         with self._on_own_stream():
             values = torch.stack(self._losses).tolist()
+        self._order, self._losses = None, []
         if not all(map(math.isfinite, values)):
             raise ComputeError(
                 f"The training loss is no number in epoch {self.epochs_done}.",
@@ -152,9 +156,13 @@ class TrainingRun:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the remaining epochs depend on, as tensors and plain numbers."""
+        """Everything that the rest depends on, as tensors and plain numbers."""
+        if self._stream:
+            self._stream.synchronize()
         return {
             "epochs_done": self.epochs_done,
+            "order": self._order,
+            "losses": [loss.item() for loss in self._losses],
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
@@ -163,7 +171,8 @@ class TrainingRun:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` gave."""
-        self.epochs_done = state["epochs_done"]
+        self.epochs_done, self._order = state["epochs_done"], state["order"]
+        self._losses = [torch.tensor(loss, device=self._images.device) for loss in state["losses"]]
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"].cpu())
@@ -179,10 +188,9 @@ class TrainingRun:
     def _on_own_stream(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
-    def _batches(self) -> tuple[Tensor, ...]:
+    def _draw_order(self) -> Tensor:
         n = len(self._images)
-        order = torch.randperm(n, generator=self._generator) if self.settings.shuffle else torch.arange(n)
-        return order.to(self._images.device).split(self.settings.batch_size)
+        return torch.randperm(n, generator=self._generator) if self.settings.shuffle else torch.arange(n)
 
     def _step(self, indices: Tensor) -> Tensor:
         images, labels = self._images[indices], self._labels[indices]
@@ -213,14 +221,18 @@ class TrainingRun:
         self._plan, self._engine = plan, None
 
 
-def epoch_side_by_side(runs: Sequence[TrainingRun]) -> list[list[float]]:
+def epoch_side_by_side(
+    runs: Sequence[TrainingRun], between: Callable[[], None] = lambda: None
+) -> list[list[float]]:
     """One epoch of several runs, a batch of each in turn; returns each one's losses, as its own `epoch` would.
+
+    between: called after each turn, when all of them can be saved.
 
     Nothing passes between the runs, so each computes what it computes alone. On a GPU their work overlaps, which
     fills the gaps that one small network leaves.
     """
     for _ in itertools.zip_longest(*(run.steps() for run in runs)):
-        pass
+        between()
     return [run.end_epoch() for run in runs]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from ddkit.protocol.plan import EnginePlan
 
 _log = logging.getLogger(__name__)
 
-_MEMORY = "engines.json"
+_MEMORY = "_engines.json"  # no dataset can have this name
 _REPEATS = 2
 # Chunks of so many 32-pixel images are tried, and of as many pixels at other sizes.
 _CHUNKS = (8, 16, 32, 64)
@@ -44,7 +45,7 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePl
         try:
             winograd.load()
         except (CannotCompile, BadFile) as error:
-            _log.warning("Evaluating the plain way, several times slower: %s", error)
+            _warn_once(f"Evaluating the plain way, several times slower: {error}")
             return _plan_without_measuring(network, precision)
     key = (
         f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, batches of {batch_size}, "
@@ -117,6 +118,12 @@ def smaller(plan: EnginePlan, batch_size: int) -> EnginePlan | None:
 def has_bfloat16() -> bool:
     """Whether this processor has instructions for bfloat16."""
     return bool(_BFLOAT16_INSTRUCTIONS & cpu_flags())
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Not again for every network of an evaluation."""
+    _log.warning("%s", text)
 
 
 def _plan_without_measuring(network: nn.Module, precision: str) -> EnginePlan:

@@ -159,13 +159,13 @@ def _facts(result: Result) -> tuple[tuple[str, str], ...]:
     """How the set was made: what the result remembers, else the JSON beside the file while that is the same."""
     made_by: Any = result.made_by
     source = Path(result.source)
-    if not made_by and source.is_file():
+    if not made_by:
         beside = source.with_suffix(".json")
         try:
-            if beside.is_file() and sha256_of(source) == result.sha256:
+            if source.is_file() and beside.is_file() and sha256_of(source) == result.sha256:
                 made_by = read_json(beside)
-        except DDKitError as error:
-            log.warning("%s", error.message)
+        except (DDKitError, OSError) as error:
+            log.warning("%s", error)
     known = list(_flat(made_by)) if isinstance(made_by, Mapping) else []
     return (*known, *_evaluation_facts(result))
 

@@ -167,8 +167,8 @@ def _half_width(results: Sequence[Result], weight: float) -> float | None:
         return None
     variances = [(weight * s) ** 2 / r.rounds for s, r in zip(deviations, results, strict=True)]
     total = sum(variances)
-    if total == 0:
-        return 0.0
+    if total == 0:  # rounds that agree to the last image say as little of their spread as a single one
+        return None
     freedom = total**2 / sum(v**2 / (r.rounds - 1) for v, r in zip(variances, results, strict=True))
     return float(_t_quantile()(freedom, (1 + _CONFIDENCE) / 2)) * math.sqrt(total)
 

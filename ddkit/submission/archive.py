@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ddkit.files import ZIP_ERRORS
+from ddkit.files import ZIP_ERRORS, irregularity
 from ddkit.submission.findings import Finding
-from ddkit.submission.reading import directory_problem, irregularity
+from ddkit.submission.reading import directory_problem
 
 _LEFTOVERS = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 _MOST_MEMBERS = 1000

@@ -17,6 +17,7 @@ from ddkit.errors import DDKitError, InvalidSubmission, MissingData, UsageError
 from ddkit.progress import Listener, Progress, ignore
 from ddkit.submission.archive import Member, read_members
 from ddkit.submission.findings import Finding, Report, report_of
+from ddkit.submission.layout import check_command
 from ddkit.submission.reading import describe_tensor, read_tensor, read_tensor_bytes
 
 __all__ = ["Finding", "Report", "check_path", "check_tensor", "require_acceptable", "submission_files"]
@@ -96,7 +97,7 @@ def require_acceptable(
     """
     report = check_path(path, dataset=dataset, settings=CheckSettings(ipc=None), progress=progress).ignoring(ignore_codes)
     if not report.ok:
-        raise InvalidSubmission(f"{path}: {report.findings[0].message}", f"See: ddkit check {path}")
+        raise InvalidSubmission(f"{path}: {report.findings[0].message}", f"See: {check_command(path, dataset)}")
     return report
 
 

@@ -23,6 +23,7 @@ from ddkit.tensor_files import save_safetensors
 
 log = logging.getLogger(__name__)
 
+_CACHE_FOLDER = "_checks"  # no dataset can have this name
 _VERSION = 1  # of features and fit; a classifier of another version is not read
 _SIDE = 32  # pixels that features are computed at
 _CELL = 4  # pixels of a gradient histogram's cell
@@ -67,7 +68,7 @@ def class_model(name: str) -> ClassModel:
 
     Raises MissingData or UsageError where the dataset is not prepared, BadData where a class has too few images.
     """
-    path = cache_folder() / "checks" / f"{name}-{store_hash(name, 'train')[:16]}-v{_VERSION}.safetensors"
+    path = cache_folder() / _CACHE_FOLDER / f"{name}-{store_hash(name, 'train')[:16]}-v{_VERSION}.safetensors"
     if (model := _read(path)) is None:
         spec = dataset_spec(name)
         model = fit_class_model(load_dataset(name, "train"), spec.num_classes)

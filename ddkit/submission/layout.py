@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,14 @@ def save_set(
         "sha256": sha256_of(files.tensor),
     }
     write_json(files.facts, facts)
-    labels = row_labels(spec.num_classes, ipc)
-    save_png(contact_sheet(to_uint8(denormalise(own, spec)), labels, titles or class_names), files.sheet)
+    draw_sheet(own, spec, titles or class_names, files.sheet)
     return files
+
+
+def draw_sheet(images: Tensor, spec: DatasetSpec, titles: Sequence[str], path: Path) -> None:
+    """Write the contact sheet of a set: images as `save_set` takes them. Raises BadFile for what the system refuses."""
+    labels = row_labels(spec.num_classes, len(images) // spec.num_classes)
+    save_png(contact_sheet(to_uint8(denormalise(images, spec)), labels, titles), path)
 
 
 def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -108,6 +114,12 @@ def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     return facts
 
 
+def check_command(path: str | os.PathLike[str], dataset: str) -> str:
+    """What to type to see all that is wrong with a set."""
+    named = "" if Path(path).stem == dataset else f" --dataset {dataset}"
+    return f"ddkit check {shlex.quote(str(path))}{named}"
+
+
 def load_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | None = None) -> Tensor:
     """Read a distilled set without executing anything in it.
 
@@ -117,5 +129,5 @@ def load_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | N
     tensor, findings = read_tensor(path, spec, ipc=ipc)
     if tensor is None:
         first = next(finding for finding in findings if finding.level == "error")
-        raise InvalidSubmission(f"{path}: {first.message}", f"See: ddkit check {path}")
+        raise InvalidSubmission(f"{path}: {first.message}", f"See: {check_command(path, spec.name)}")
     return tensor.detach().contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection
@@ -14,7 +15,7 @@ from ddkit.errors import BadFile, InvalidSubmission, MissingData, UsageError
 from ddkit.files import explain_os_error, replacing, sha256_of, sha256_of_stream
 from ddkit.progress import Listener, ignore
 from ddkit.submission.check import CheckSettings, Report, check_path, submission_files
-from ddkit.submission.layout import load_tensor
+from ddkit.submission.layout import check_command, load_tensor
 from ddkit.submission.zipping import write_zip
 
 
@@ -25,7 +26,7 @@ class Refused(InvalidSubmission):
         errors = [finding for finding in report.findings if finding.level == "error"]
         named = "; ".join(f"{finding.where}: {finding.message}" for finding in errors[:3])
         more = f" And {len(errors) - 3} more." if len(errors) > 3 else ""
-        super().__init__(f"{folder} was not packed: {named}{more}", f"See all: ddkit check {folder}")
+        super().__init__(f"{folder} was not packed: {named}{more}", f"See all: ddkit check {shlex.quote(str(folder))}")
         self.report = report
 
 
@@ -58,6 +59,7 @@ def pack(
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise MissingData(f"There is no submission folder {folder}.", "Make a set first: ddkit generate")
+    before = {file.name: sha256_of(file) for file in submission_files(folder)[0]}
     report = check_path(folder, settings=settings, progress=progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     if not report.ok:
@@ -70,6 +72,8 @@ def pack(
         raise UsageError(f"The zip would replace {out}, which is to go into it.", "Name another file: --out NAME.zip.")
     with replacing(out) as temporary:
         written = write_zip({file.name: file for file in files}, temporary)
+        if changed := [name for name, sha256 in written.items() if before.get(name) != sha256]:
+            raise BadFile(f"{folder / changed[0]} changed while it was being packed.", "Run it again.")
         _verify(temporary, written, folder, settings)
     return out
 
@@ -102,7 +106,8 @@ def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSe
                     load_tensor(unpacked, dataset_spec(unpacked.stem), ipc=settings.ipc)
                 except InvalidSubmission as error:
                     raise InvalidSubmission(
-                        f"{origin / name} is not packed: the scorer could not use it.", f"See: ddkit check {origin / name}"
+                        f"{origin / name} is not packed: the scorer could not use it.",
+                        f"See: {check_command(origin / name, unpacked.stem)}",
                     ) from error
                 unpacked.unlink()
     except OSError as error:

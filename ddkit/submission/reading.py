@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import struct
 import zipfile
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.files import ZIP_ERRORS
+from ddkit.files import ZIP_ERRORS, irregularity
 from ddkit.submission.findings import Finding
 from ddkit.submission.pickles import PickleFacts, scan_pickle
 from ddkit.tensor_files import Unloadable, load_restricted
@@ -54,17 +53,6 @@ def read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | N
 def read_tensor_bytes(data: bytes, where: str, spec: DatasetSpec, *, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
     """Like `read_tensor`, of a file's bytes in memory."""
     return _read_open(io.BytesIO(data), where, spec, ipc)
-
-
-def irregularity(path: str | os.PathLike[str]) -> str:
-    """Why what lies at `path` is not to be opened, as a predicate; empty for a file. Raises OSError.
-
-    Opening a named pipe waits for ever, and a device may have no end.
-    """
-    mode = os.stat(path).st_mode
-    if stat.S_ISREG(mode):
-        return ""
-    return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
 
 
 def directory_problem(file: BinaryIO) -> str:
@@ -182,6 +170,9 @@ def _pickle_and_stored_bytes(file: BinaryIO) -> tuple[bytes, int]:
     """The bytes of data.pkl, and how many bytes all storages hold. Raises ValueError for what torch.save never writes."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        if len({member.filename.lower() for member in members}) != len(members):
+            # PyTorch finds members whatever their case, and so might load another pickle than the one that is scanned.
+            raise ValueError("it holds two members of the same name, which torch.save never writes")
         if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
             raise ValueError("its members are compressed or encrypted, which torch.save never does")
         pickles = [member for member in members if member.filename.count("/") == 1 and member.filename.endswith("/data.pkl")]
@@ -250,8 +241,13 @@ def _shape_problem(shape: tuple[int, ...], spec: DatasetSpec, ipc: int | None) -
 
 def _described(value: Any) -> str:
     if isinstance(value, dict):
-        keys = ", ".join(repr(key) for key in list(value)[:5])
+        keys = ", ".join(map(_shown_key, list(value)[:5]))
         return f"a dict with {'the keys ' + keys if keys else 'no keys'}"
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def _shown_key(key: Any) -> str:
+    """A stranger's key, which may be of any size and depth, in a few letters."""
+    return f"{key[:40]!r}" if isinstance(key, str) else f"one of type {type(key).__name__}"

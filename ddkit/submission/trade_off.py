@@ -135,7 +135,7 @@ def tuned(model: EntryModel, records: Path) -> EntryModel:
 def read_trials(records: Path) -> list[Trial]:
     """The trials in a file, oldest first; empty where there is none. A line cut short by a kill is left out."""
     try:
-        lines = records.read_text(encoding="utf-8").splitlines()
+        lines = records.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -144,12 +144,22 @@ def read_trials(records: Path) -> list[Trial]:
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            trials.append(Trial(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}))
-        except json.JSONDecodeError:
+        except ValueError:  # a line that is cut short, within a letter or between two
             continue
-        except (TypeError, AttributeError) as error:
+        try:
+            trials.append(_trial_from_json(values))
+        except (TypeError, AttributeError, ValueError) as error:
             raise BadFile(f"{records}, line {number}, is no trial of ddkit tune.", "Give another file.") from error
     return trials
+
+
+def _trial_from_json(values: Any) -> Trial:
+    """Raises TypeError, AttributeError or ValueError for what is no trial."""
+    trial = Trial(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    numbers = (trial.steps, trial.guidance, trial.budget, trial.epochs_setting, *trial.accuracies, *trial.images)
+    if not trial.accuracies or not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("no numbers where there should be some")
+    return trial
 
 
 def draw_chart(trials: Sequence[Trial], path: Path) -> None:

@@ -26,6 +26,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -111,6 +112,8 @@ def parse_options() -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             raise Failure(f"--{name.replace('_', '-')} cannot be {value:g}.", 2)
+    if options.device and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
+        raise Failure(f"--device cannot be '{options.device}'.", 2)
     if options.ipc and options.most:
         raise Failure("--ipc says how many images there are to be, and --most another number.", 2)
     return options
@@ -145,7 +148,10 @@ def check_hashes(model: Path) -> None:
         lines = (HERE / HASHES_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise Failure(f"{HASHES_FILE} is missing beside generate.py; unpack the bundle again.") from None
-    packed = {HERE / name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    pairs = [line.split("  ", 1) for line in lines if line]
+    if any(len(pair) < 2 for pair in pairs):
+        raise Failure(f"{HASHES_FILE} is damaged; unpack the bundle again.")
+    packed = {HERE / name: digest for digest, name in pairs}
     packed = {path: digest for path, digest in packed.items() if model in path.parents}
     for path in sorted(packed.keys() | {path for path in model.rglob("*") if path.is_file()}):
         if not path.is_file() or packed.get(path) != sha256_of(path):

@@ -62,9 +62,13 @@ class Sampler:
         known[0] = noise
         inputs, final = self._inputs.to(noise), self._final.to(noise)
         for step, time in enumerate(self._times.tolist()):
-            noisy = torch.tensordot(inputs[step, : step + 1], known[: step + 1], dims=1)
-            known[step + 1] = self._guided(noisy, time, labels)
-        return torch.tensordot(final, known, dims=1)
+            known[step + 1] = self._guided(self._sum(inputs[step, : step + 1], known[: step + 1]), time, labels)
+        return self._sum(final, known)
+
+    def _sum(self, coefficients: Tensor, known: Tensor) -> Tensor:
+        """In float32 whatever the precision: coefficients can be a hundred times as large as what comes out."""
+        with torch.autocast(self._device.type, enabled=False):
+            return torch.tensordot(coefficients, known, dims=1)
 
     def _guided(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
         """The denoiser's output with classifier-free guidance, where the time is one for it."""

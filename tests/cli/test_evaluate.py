@@ -82,6 +82,14 @@ def test_without_arguments_it_evaluates_what_is_in_submission(work):
     assert list(kept.accuracies) == result["accuracies"]
 
 
+def test_a_file_that_is_of_no_dataset_is_left_aside(work):
+    save(work / "submission" / "blobs.pt")
+    save(work / "submission" / "notes.pt")
+    output, errors = run("--json", *QUICK)
+    assert [result["dataset"] for result in json.loads(output)["results"]] == ["blobs"]
+    assert "submission/notes.pt is left aside" in errors
+
+
 def test_run_again_it_repeats_nothing_and_records_nothing_twice(work):
     path = save(work / "blobs.pt")
     first, _ = run(path, *QUICK, "--json")

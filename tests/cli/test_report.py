@@ -160,6 +160,13 @@ def test_the_page_is_written_with_what_is_left(results):
     assert "wrote out/report.html" in errors and "is no longer there" in html and "32.00" in html
 
 
+def test_the_page_does_not_replace_the_record(results):
+    record = Path("runs/results.jsonl")
+    before = record.read_bytes()
+    _, errors = run("--html", str(record), status=2)
+    assert "would replace" in errors and record.read_bytes() == before
+
+
 def test_a_page_that_cannot_be_written_says_why(results):
     Path("file").touch()
     _, errors = run("--html", "file/report.html", status=3)

@@ -92,6 +92,28 @@ class TestImageFolders:
         prepare("pets", path, skip_bad=True)
         assert store_facts("pets").splits["train"].skipped == ("train/cat/caf?.txt",)
 
+    def test_a_class_whose_name_is_no_text_is_refused_before_anything_is_decoded(self, write_tree, photos):
+        path = write_tree(photos)
+        try:
+            for split in ("train", "test"):
+                os.rename(os.fsencode(path / split / "cat"), os.fsencode(path / split) + b"/caf\xe9")
+        except OSError:
+            pytest.skip("this file system takes only names that are text")
+        reports = []
+        with pytest.raises(BadData, match=r"the class 'caf\?' is not UTF-8"):
+            prepare("pets", path, progress=reports.append)
+        assert not reports
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+    def test_a_pipe_is_not_waited_for(self, write_tree, photos, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(BadData, match="is a pipe or a device"):
+            prepare("pets", tmp_path / "pipe")
+        path = write_tree(photos)
+        os.mkfifo(path / "train" / "cat" / "pipe.png")
+        with pytest.raises(BadData, match="pipe.png .is a pipe or a device"):
+            prepare("pets", path)
+
     def test_a_long_list_of_bad_files_is_cut(self, write_tree, photos):
         photos |= {f"train/cat/x{k:02}.txt": b"" for k in range(30)}
         with pytest.raises(BadData, match=r"30 files cannot be used: .*; and 20 more\."):

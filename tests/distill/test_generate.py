@@ -5,14 +5,17 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from ddkit.data.images import denormalise, to_uint8
+from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.errors import BadFile, MissingModel, UsageError
 from ddkit.generator.pipeline import load_model, model_hash, save_model
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
 from ddkit.metrics.features import reference_features
+from ddkit.submission.layout import load_tensor
 
 
 def pixels(path, name):
@@ -51,6 +54,26 @@ def test_samples_of_a_model_and_how_they_were_made(colours, model_folder, tmp_pa
         "sampler": "ddim", "steps": 2, "guidance": 1.5, "seed": 4, "selection": "none", "model_steps": 3,
     }  # fmt: skip
     assert {"ddkit", "torch", "diffusers"} <= set(facts["versions"])
+
+
+def test_a_sheet_that_is_gone_is_drawn_again_and_nothing_sampled(colours, model_folder, tmp_path):
+    source = FromModel(model_folder, SamplingConfig(steps=2))
+    saved = generate(colours, 2, source, tmp_path / "set.pt")
+    drawn = saved.sheet.read_bytes()
+    saved.sheet.unlink()
+    sampled = []
+    assert generate(colours, 2, source, tmp_path / "set.pt", progress=sampled.append).sheet.read_bytes() == drawn
+    assert not sampled
+
+
+def test_a_set_of_a_dataset_that_was_prepared_anew_is_normalised_anew(colours, model_folder, tmp_path):
+    source = FromModel(model_folder, SamplingConfig(steps=2))
+    before = load_tensor(generate(colours, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colours))
+    for picture in (tmp_path / "pictures" / "train" / "red").iterdir():
+        Image.open(picture).point(lambda value: value // 2).save(picture)
+    prepare(colours, tmp_path / "pictures", force=True)
+    after = load_tensor(generate(colours, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colours))
+    assert not torch.equal(before, after)
 
 
 class TestWhatIsRefused:

@@ -17,8 +17,11 @@ from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadData, Interrupted, InvalidSubmission, UsageError
 from ddkit.progress import ignore
-from ddkit.protocol.evaluate import EvaluationSettings, StateFolder, evaluate, evaluate_generator
+from ddkit.protocol.evaluate import EvaluationSettings, StateFolder, _key, evaluate, evaluate_generator
 from ddkit.protocol.reference import as_test_set
+from ddkit.protocol.rounds import RoundSettings
+from ddkit.protocol.sources import FixedSet
+from ddkit.protocol.training import TrainingSettings
 from ddkit.results import append, read
 
 pytestmark = pytest.mark.usefixtures("measured_before")
@@ -359,5 +362,37 @@ def test_the_content_of_a_test_set_is_known_in_any_order_and_to_the_pixel():
     relabelled = real.labels.roll(1)
     others = [ImageSet(changed, real.labels, real.class_names), ImageSet(real.images, relabelled, real.class_names)]
     assert len({as_test_set(one, SPEC).content_hash() for one in (real, *others)}) == 3
-    floats = as_test_set((normalise(real.images, SPEC), real.labels), SPEC)
-    assert floats.content_hash() == "", "of a reference file nothing is known"
+    floats = normalise(real.images, SPEC)
+    assert as_test_set((floats, real.labels), SPEC).content_hash() == as_test_set(real, SPEC).content_hash()
+    otherwise = dataclasses.replace(SPEC, mean=(0.49, 0.48, 0.45))
+    by_other_constants = as_test_set((normalise(real.images, otherwise), real.labels), SPEC).content_hash()
+    assert by_other_constants not in ("", as_test_set(real, SPEC).content_hash())
+
+
+def test_floats_that_another_decoder_may_have_made_are_not_held_against_anybody():
+    spec = dataclasses.replace(SPEC, name="tinyimagenet")
+    real = real_images()
+    assert as_test_set((normalise(real.images, spec), real.labels), spec).content_hash() == ""
+    moved = normalise(real.images, dataclasses.replace(spec, std=(0.2, 0.2, 0.2)))
+    assert as_test_set((moved, real.labels), spec).content_hash() != ""
+
+
+def test_a_checked_test_set_is_taken_as_it_is():
+    assert same(evaluate(*training_set(), as_test_set(real_images(), SPEC), epochs_setting=3, rounds=2), evaluated())
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_what_cannot_be_trained_on_is_refused_alike_with_a_state_and_without(tmp_path, state):
+    images, labels = training_set()
+    kept = StateFolder(tmp_path) if state else None
+    with pytest.raises(InvalidSubmission, match="0 images"):
+        evaluate(images[:0], labels[:0], real_images(), spec=SPEC, epochs_setting=0, state=kept)
+    rounded = evaluate(images.bfloat16(), labels, real_images(), spec=SPEC, epochs_setting=1, rounds=1, state=kept)
+    assert rounded.rounds == 1
+
+
+def test_which_of_several_gpus_it_is_does_not_matter_to_what_is_kept():
+    source, tests = FixedSet(*training_set()), as_test_set(real_images(), SPEC)
+    keys = {_key(source, tests, RoundSettings("convnet", TrainingSettings(3), 0, device))
+            for device in ("cuda", "cuda:0", "cuda:1")}  # fmt: skip
+    assert len(keys) == 1 and _key(source, tests, RoundSettings("convnet", TrainingSettings(3), 0, "cpu")) not in keys

@@ -1,7 +1,10 @@
 """Rounds that run side by side, as a GPU's do: each computes what it computes alone."""
 
 import itertools
+import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -61,6 +64,25 @@ def test_rounds_of_different_lengths_of_data_run_side_by_side():
     together = run([job(0, images=4), job(1, images=20)])
     assert all(map(same, together, [run([job(0, images=4)])[0], run([job(1, images=20)])[0]]))
     assert [result.images for result in together] == [4, 20]
+
+
+def test_a_signal_does_not_wait_for_the_end_of_an_epoch(tmp_path):
+    """The state is kept between batches, here after each of fifty."""
+    wanted = run([job(0, images=400)])
+
+    def ask_when_there_is_a_state():
+        while not job(0, tmp_path).file.path.exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask_when_there_is_a_state)
+    seen = []
+    with pytest.raises(Interrupted), stop_requests() as stop:
+        asking.start()
+        run([job(0, tmp_path, images=400)], stop, lambda *report: seen.append(report))
+    asking.join()
+    assert not seen, "no epoch was finished"
+    assert all(map(same, run([job(0, tmp_path, images=400)]), wanted))
 
 
 def test_interrupted_all_are_saved_and_go_on_from_where_each_was(tmp_path):

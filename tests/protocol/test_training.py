@@ -1,5 +1,6 @@
 """Training against the losses recorded from the official code."""
 
+import io
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from ddkit.protocol.convnet import ConvNet
 from ddkit.protocol.networks import NETWORKS, build_network
 from ddkit.protocol.plan import EnginePlan
 from ddkit.protocol.training import TrainingRun, TrainingSettings, train_network
+from ddkit.tensor_files import load_restricted
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
@@ -62,7 +64,7 @@ def test_batches_of_few_images_are_computed_plainly_and_whole_and_nothing_is_mea
     run = TrainingRun(ConvNet(4, 16), *small_set(16), TrainingSettings(0, batch_size=16), seeded())
     run.epoch()
     assert EnginePlan(**run.state_dict()["plan"]) == EnginePlan("plain", "float32", 0)
-    assert not (tmp_path / "engines.json").exists()
+    assert not (tmp_path / "_engines.json").exists()
 
 
 def test_momentum_starts_again_from_zero_after_epoch_e_half_plus_1():
@@ -98,6 +100,29 @@ def test_a_run_continued_from_its_state_is_bit_identical():
         assert continued.finished
         for ours, theirs in zip(continued.network.parameters(), whole.network.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_run_continued_within_an_epoch_is_bit_identical():
+    images, labels = small_set(23)
+    settings = TrainingSettings(2, batch_size=5)
+
+    def start():
+        return TrainingRun(build_network("convnet", 4, 16, seed=1), images, labels, settings, seeded(2))
+
+    whole = start()
+    losses = [whole.epoch() for _ in range(3)]
+    begun = start()
+    begun.epoch()
+    batches = begun.steps()
+    for _ in range(3):
+        next(batches)
+    saved = io.BytesIO()
+    torch.save(begun.state_dict(), saved)
+    continued = start()
+    continued.load_state_dict(load_restricted(saved))
+    assert [continued.epoch(), continued.epoch()] == losses[1:]
+    for ours, theirs in zip(continued.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_training_repeats_with_its_generator_and_differs_with_another():

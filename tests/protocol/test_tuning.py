@@ -46,7 +46,7 @@ def test_the_choice_is_remembered(own_cache):
     winograd.load.cache_clear()
     plan = choose_plan(network, "float32", 8)
     assert plan in candidates(network, "float32", 8)
-    memory = own_cache / "engines.json"
+    memory = own_cache / "_engines.json"
     (key,) = json.loads(memory.read_text())
     assert "16 pixels" in key and "float32" in key and torch.__version__ in key
     other = EnginePlan("plain", "float32", 5)

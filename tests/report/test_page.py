@@ -76,6 +76,11 @@ def test_a_deleted_folder_and_a_dataset_that_is_not_prepared_leave_the_numbers(r
     assert "class 0" in render(page)
 
 
+def test_a_place_that_cannot_be_looked_at_leaves_the_numbers(result):
+    page = gather([result("mine", "cifar100", 0.5, source="x" * 5000 + "/cifar100.pt", epochs_setting=3)])
+    assert page.entries[0].sets[0].gone and page.entries[0].sets[0].classes
+
+
 def test_a_generator_has_no_pictures_of_its_own(evaluated):
     (view,) = gather([evaluated("mine", 0.5, track=2)]).entries[0].sets
     assert "anew for each round" in view.gone and view.sheet == view.findings == ()

@@ -15,7 +15,7 @@ def test_the_classifier_knows_images_that_it_was_not_fitted_on(glyph_images):
 def test_it_is_read_from_the_cache_and_fitted_again_where_that_is_damaged(own_cache):
     load_dataset("glyphs", "train")
     first = class_model("glyphs")
-    (kept,) = (own_cache / "checks").glob("glyphs-*.safetensors")
+    (kept,) = (own_cache / "_checks").glob("glyphs-*.safetensors")
     written = kept.stat().st_mtime_ns
     assert torch.equal(class_model("glyphs").weight, first.weight) and kept.stat().st_mtime_ns == written
     whole = kept.read_bytes()
@@ -26,7 +26,7 @@ def test_it_is_read_from_the_cache_and_fitted_again_where_that_is_damaged(own_ca
 
 def test_a_cache_that_is_not_ours_to_write_costs_the_fitting_alone(own_cache):
     load_dataset("glyphs", "train")
-    (own_cache / "checks").write_text("")
+    (own_cache / "_checks").write_text("")
     assert class_model("glyphs").weight.isfinite().all()
 
 

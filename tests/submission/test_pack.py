@@ -139,3 +139,12 @@ def test_a_kill_at_any_moment_keeps_a_whole_zip(tmp_path, folder):
         packer.kill()
         packer.wait()
         assert out.read_bytes() == before
+
+
+def test_a_set_that_changes_while_it_is_packed_is_not_packed(tmp_path, folder):
+    def change(report):
+        torch.save(torch.full_like(torch.load(folder / "glyphs.pt"), float("nan")), folder / "glyphs.pt")
+
+    with pytest.raises(BadFile, match="changed while it was being packed"):
+        pack(folder, tmp_path / "submission.zip", told=change)
+    assert not (tmp_path / "submission.zip").exists()

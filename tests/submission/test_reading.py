@@ -215,3 +215,22 @@ def test_any_whole_number_of_images_per_class_where_none_is_asked_for(images):
     assert findings == [] and len(tensor) == len(images)
     tensor, findings = read_tensor_bytes(saved(images[:13].clone()), "glyphs.pt", GLYPHS, ipc=None)
     assert tensor is None and "no multiple of the 10 classes" in findings[0].message
+
+
+def test_two_members_of_one_name_are_refused_as_pytorch_may_load_the_other(tmp_path, images):
+    """PyTorch finds members whatever their case."""
+    buffer = io.BytesIO(saved(images))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        archive.writestr(name.upper(), pickle.dumps(Hostile(tmp_path / "canary")))
+    tensor, codes, said = read(buffer.getvalue())
+    assert tensor is None and codes == ["F005"] and "two members of the same name" in said
+    assert not (tmp_path / "canary").exists()
+
+
+def test_keys_of_a_strangers_dict_are_shown_in_a_few_letters():
+    deep = ()
+    for _ in range(100):
+        deep = (deep,)
+    tensor, codes, said = read(saved({deep: 1, "k" * 50_000: 2}))
+    assert tensor is None and codes == ["T001"] and "one of type tuple" in said and len(said) < 300

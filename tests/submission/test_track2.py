@@ -136,6 +136,7 @@ def test_no_gpu_where_one_is_asked_for(entry, tmp_path):
     (["--time-budget", "60", "--out", "."], 3, "is a folder"),
     (["--time-budget", "60", "--out", "file/images.pt"], 3, "cannot be written"),
     (["--join"], 3, "nothing to join"),
+    (["--time-budget", "60", "--device", "bogus"], 2, "--device cannot be 'bogus'"),
 ])  # fmt: skip
 def test_what_it_refuses_at_once_in_one_line(entry, tmp_path, words, status, said):
     (tmp_path / "file").write_text("")
@@ -153,6 +154,12 @@ def test_a_model_that_was_altered_is_not_used(entry, tmp_path, alter):
     alter(entry / "models" / "colours")
     said = run(entry, tmp_path / "images.pt", "--time-budget", 60, status=3)
     assert "is not the file that was packed" in said
+
+
+def test_a_list_of_hashes_that_is_cut_short_is_said(entry, tmp_path):
+    hashes = entry / "SHA256SUMS"
+    hashes.write_bytes(hashes.read_bytes()[:100])
+    assert "SHA256SUMS is damaged" in run(entry, tmp_path / "images.pt", "--time-budget", 60, status=3)
 
 
 def test_a_disk_without_room_is_known_before_the_budget_is_spent(entry, tmp_path):
@@ -282,14 +289,17 @@ class TestParts:
     def test_the_process_began_before_it_looked_at_the_clock(self, load):
         assert 0 <= load("generate").process_age() < 10
 
-    @pytest.mark.parametrize("architecture, prediction, sampler", [
-        ("unet", "epsilon", "ddim"), ("dit", "v", "unipc"), ("uvit", "flow", "euler"),
+    @pytest.mark.parametrize("architecture, prediction, sampler, precision", [
+        ("unet", "epsilon", "ddim", "float32"), ("dit", "v", "unipc", "float32"), ("uvit", "flow", "euler", "float32"),
+        ("uvit", "epsilon", "dpm++", "bfloat16"),
     ])  # fmt: skip
     def test_every_kind_of_model_samples_as_in_ddkit(
-        self, load, colours, save_colours_model, tmp_path, architecture, prediction, sampler
+        self, load, colours, save_colours_model, tmp_path, architecture, prediction, sampler, precision
     ):
         folder = save_colours_model(tmp_path / "model", architecture, prediction)
-        config = SamplingConfig(sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), batch_size=6, seed=3)
+        config = SamplingConfig(
+            sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), batch_size=6, seed=3, precision=precision
+        )
         built = build_folder([EntryModel(colours, folder, EntrySettings(config))], tmp_path / "other")
         facts = json.loads((built / "models" / colours / "entry.json").read_text())
         ours = load("sampling").Sampler(built / "models" / colours, facts, "cpu", 3)([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5])

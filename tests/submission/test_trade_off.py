@@ -1,5 +1,7 @@
 """Trials of steps and guidance: kept, compared, drawn and used."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -79,3 +81,21 @@ def test_the_chart_is_a_picture(tmp_path):
     draw_chart([trial(4, 0.2, 0.3), trial(8, 0.4, 0.5), trial(4, 0.1, 0.1, guidance=2.0)], tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         assert picture.format == "PNG" and picture.width > 400 and len(picture.convert("L").getcolors()) > 10
+
+
+@pytest.mark.parametrize("line", [b'{"accuracies": []}', b'{"steps": "two"}', b"[1]"])
+def test_lines_that_are_no_trials_are_named(tmp_path, line):
+    path = tmp_path / "trials.jsonl"
+    _append(trial(4, 0.2, 0.3), path)
+    whole = json.loads(path.read_text())
+    change = json.loads(line)
+    path.write_text(json.dumps(whole | change if isinstance(change, dict) else change) + "\n")
+    with pytest.raises(BadFile, match="line 1"):
+        read_trials(path)
+
+
+def test_a_line_torn_within_a_letter_is_left_out(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    _append(trial(4, 0.2, 0.3), path)
+    path.write_bytes(path.read_bytes() + b"\xff\xfe")
+    assert read_trials(path) == [trial(4, 0.2, 0.3)]
