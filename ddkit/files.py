@@ -184,14 +184,16 @@ def require_appendable(path: str | os.PathLike[str]) -> None:
     """Raise BadFile where `append_line` would, as far as that can be known without writing."""
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             with path.open("ab"):
                 return
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+        if not os.access(above, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
     except OSError as error:
-        raise explain_os_error(error, path) from error
-    if not os.access(path.parent, os.W_OK):
-        raise explain_os_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), path)
+        raise explain_os_error(error, error.filename or path) from error
 
 
 def append_line(path: str | os.PathLike[str], line: str, *, sync: bool = True) -> None:

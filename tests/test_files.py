@@ -186,6 +186,9 @@ def test_json_that_is_nested_too_deeply_is_named(tmp_path):
 
 def test_whether_lines_can_be_appended_is_known_before(tmp_path):
     files.require_appendable(tmp_path / "deep" / "lines.txt")
-    assert not (tmp_path / "deep" / "lines.txt").exists()
-    with pytest.raises(BadFile, match="deep"):
-        files.require_appendable(tmp_path / "deep")
+    assert not (tmp_path / "deep").exists()
+    with pytest.raises(BadFile, match=str(tmp_path)):
+        files.require_appendable(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadFile, match="file"):
+        files.require_appendable(tmp_path / "file" / "deep" / "lines.txt")

@@ -84,7 +84,7 @@ def test_without_arguments_it_evaluates_what_is_in_submission(work):
 
 def test_a_file_that_is_of_no_dataset_is_left_aside(work):
     save(work / "submission" / "blobs.pt")
-    save(work / "submission" / "notes.pt")
+    torch.save(torch.zeros(3), work / "submission" / "notes.pt")
     output, errors = run("--json", *QUICK)
     assert [result["dataset"] for result in json.loads(output)["results"]] == ["blobs"]
     assert "submission/notes.pt is left aside" in errors

@@ -267,14 +267,16 @@ class TestWhatIsRefused:
                 run(kept, tmp_path / "run", 2, fresh=fresh)
         assert kept.read_bytes() == before
 
-    def test_the_place_of_what_another_refinement_has_made(self, start, tmp_path):
-        other = tmp_path / "other.pt"
-        run(start, tmp_path / "run", 3, out=other)
+    def test_the_place_of_what_another_refinement_has_made(self, start, colours, tmp_path):
+        torch.save(3 * read(start), start)
+        changing, other = dataclasses.replace(BLIND, displayable=True), tmp_path / "other.pt"
+        run(start, tmp_path / "run", 0, changing, out=other)
         made = read(other)
+        second = generate(colours, 2, FromReal("random", seed=5), tmp_path / "second.pt").tensor
         with pytest.raises(UsageError, match="another refinement has made"):
-            run(start, tmp_path / "elsewhere", 3, dataclasses.replace(QUICK, seed=1), out=other)
+            run(second, tmp_path / "elsewhere", 0, changing, out=other)
         assert torch.equal(read(other), made)
-        run(start, tmp_path / "run", 6, out=other)
+        run(start, tmp_path / "run", 0, changing, out=other)
 
     def test_the_refinement_of_another_set(self, start, colours, tmp_path):
         run(start, tmp_path / "run", 1)
