@@ -224,15 +224,22 @@ class _Run:
         engine.on_save = lambda: self._save_model(engine, autoencoder)
         if self.tracking is not None:
             engine.every(self.tracking.every_steps, lambda: self._track(engine, autoencoder))
+            if engine.step and engine.step % self.tracking.every_steps == 0:  # it was stopped before it was scored
+                self._score_unless_scored(engine, autoencoder)
         engine.run()
-        if self.tracking is not None and not self._scored(engine.step):
-            if self.accelerator.is_main_process:
-                self._track(engine, autoencoder)
-            self.accelerator.wait_for_everyone()
+        if self.tracking is not None:
+            self._score_unless_scored(engine, autoencoder)
         behind = not has_model(self.folder) or (self.best is None and read_facts(self.folder).steps != engine.step)
         self.accelerator.wait_for_everyone()  # all processes have looked before one writes
         if behind:  # a kill between the last checkpoint and the model it belongs to
             engine.save()
+
+    def _score_unless_scored(self, engine: Engine, autoencoder: AutoencoderKL) -> None:
+        scored = self._scored(engine.step)
+        self.accelerator.wait_for_everyone()  # all processes have looked before one writes
+        if not scored and self.accelerator.is_main_process:
+            self._track(engine, autoencoder)
+        self.accelerator.wait_for_everyone()
 
     def _may_improve_autoencoder(self) -> bool:
         """Whether one of our own can train on: not once a denoiser has begun to learn from its latents."""

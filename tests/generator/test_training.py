@@ -300,6 +300,17 @@ class TestTracking:
             (8, 5.0),
         ]
 
+    def test_stopped_when_a_score_is_due_it_is_scored_when_it_goes_on(self, data, config, tmp_path):
+        def stop(report):
+            if report.task == "Training the denoiser" and report.done == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+        tracking = Tracking("frechet", lambda model: 1.0, every_steps=4)
+        with pytest.raises(Interrupted):
+            train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking, progress=stop)
+        train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking)
+        assert [record["step"] for record in records(tmp_path, "score")] == [4, 6]
+
     def test_the_last_step_is_scored_too_once(self, data, config, tmp_path):
         tracking = Tracking("frechet", lambda model: 1.0, every_steps=4)
         for _ in range(2):
