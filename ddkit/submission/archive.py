@@ -15,6 +15,7 @@ from ddkit.submission.findings import Finding
 from ddkit.submission.reading import directory_problem
 
 _LEFTOVERS = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
+_OF_AN_ENTRY = {"generate.py", "SHA256SUMS"}  # what ddkit pack --track 2 puts at the root
 _MOST_MEMBERS = 1000
 
 
@@ -58,6 +59,10 @@ def _members(
         yield Finding("error", "F009", f"The zip has {len(infos):,} members; it should have two.", zip_name)
         return
     counts = Counter(info.filename for info in infos)
+    if _OF_AN_ENTRY <= counts.keys():
+        message = "The zip is an entry of track 2, not two tensors. It is tried out by ddkit evaluate --track 2."
+        yield Finding("error", "F009", message, zip_name)
+        return
     for name in sorted(name for name, count in counts.items() if count > 1):
         message = f"'{name}' is in the zip {counts[name]} times; which one is scored depends on the program."
         yield Finding("error", "F014", message, zip_name)

@@ -122,3 +122,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_too_many_members_are_not_listed(tmp_path):
     path = write(tmp_path / "s.zip", *((f"{k}.pt", b"") for k in range(1500)))
     assert read(path) == ({}, ["F009"])
+
+
+def test_an_entry_of_track_2_is_told_in_one_line(tmp_path):
+    path = write(tmp_path / "s.zip", *((name, b"") for name in ("generate.py", "SHA256SUMS", "models/cifar100/vae/x", "y.py")))
+    (finding,) = read_members(path, lambda name: name.endswith(".pt"), largest_bytes=LARGEST)
+    assert finding.code == "F009" and "ddkit evaluate --track 2" in finding.message
