@@ -108,7 +108,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     The parent folder is made when missing. A link to a file stays one; the file that it leads to is replaced.
     Raises BadFile for what the system refuses, and for a pipe or a device, which cannot be replaced.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     temporary: Path | None = None
     try:
         if path.exists() and not path.is_dir() and (problem := irregularity(path)):

@@ -39,7 +39,7 @@ class Scores:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for a single round."""
+        """95 % confidence interval of the mean by Student's t; None for a single round, or where all came to the same."""
         return interval_of(self.accuracies)
 
 
@@ -95,14 +95,16 @@ def std_of(accuracies: Sequence[float]) -> float | None:
     n = len(accuracies)
     if n < 2:
         return None
-    mean = sum(accuracies) / n
-    return (sum((accuracy - mean) ** 2 for accuracy in accuracies) / (n - 1)) ** 0.5
+    # Around the first one: equal values then have no spread at all, which a rounded mean would give them.
+    offsets = [accuracy - accuracies[0] for accuracy in accuracies]
+    mean = sum(offsets) / n
+    return (sum((offset - mean) ** 2 for offset in offsets) / (n - 1)) ** 0.5
 
 
 def interval_of(accuracies: Sequence[float]) -> tuple[float, float] | None:
-    """95 % confidence interval of the mean by Student's t; None for fewer than two."""
+    """95 % confidence interval of the mean by Student's t; None for fewer than two, or where all are the same."""
     std = std_of(accuracies)
-    if std is None:
+    if not std:
         return None
     from scipy.special import stdtrit  # imports in a third of the time that scipy.stats takes
 

@@ -124,7 +124,7 @@ def evaluate(
 
 
 def _evaluate_sets(job: _Job, sets: Sequence[Path], dataset: str | None) -> list[Result]:
-    named = [(path, dataset_of(path, dataset)) for path in sets or _in_submission_folder(job.surface, dataset)]
+    named = [(path, dataset_of(path, dataset)) for path in sets] or _in_submission_folder(job.surface, dataset)
     job.require_tests({name for _, name in named})
     # All are read and checked before the first is trained on, which can take hours.
     read = [job.read(path, name) for path, name in named]
@@ -150,26 +150,24 @@ def _evaluate_entries(job: _Job, entries: Sequence[Path], dataset: str | None) -
         return [job.run_entry(*run) for run in runs]
 
 
-def _in_submission_folder(surface: Surface, dataset: str | None) -> list[Path]:
-    """Its tensors, but for those that nobody can tell the dataset of, if there are others."""
-    found = sorted(SUBMISSION_FOLDER.glob("*.pt"))
-    known = [path for path in found if _is_of_a_dataset(path, dataset)]
-    if known:
-        for path in (path for path in found if path not in known):
-            surface.say(f"{escape(str(path))} is left aside: which dataset it is for cannot be told from its name.")
-        return known
+def _in_submission_folder(surface: Surface, wanted: str | None) -> list[tuple[Path, str]]:
+    """Its tensors, each with its dataset, but for those that nobody can tell the dataset of, if there are others."""
+    found = sorted(path for path in SUBMISSION_FOLDER.glob("*.pt") if path.is_file())
     if not found:
         raise MissingData(
             f"There is no .pt file in {SUBMISSION_FOLDER}/.", "Make one: ddkit generate --ipc 10 --dataset cifar100"
         )
-    return found
-
-
-def _is_of_a_dataset(path: Path, wanted: str | None) -> bool:
-    try:
-        return bool(dataset_of(path, wanted))
-    except UsageError:
-        return False
+    named, left_aside = [], []
+    for path in found:
+        try:
+            named.append((path, dataset_of(path, wanted)))
+        except UsageError as error:
+            left_aside.append(error)
+    if not named:
+        raise left_aside[0]
+    for error in left_aside:
+        surface.say(f"Left aside: {escape(error.message)}")
+    return named
 
 
 @dataclass(frozen=True)
@@ -368,7 +366,7 @@ def _table(evaluated: Sequence[Result]) -> Table:
         table.add_column(heading, overflow="fold")
     for result in evaluated:
         accuracy = _percent(result.mean) + (f" ± {100 * result.std:.2f}" if result.std is not None else "")
-        interval = " to ".join(map(_percent, result.interval)) if result.interval else "one round says none"
+        interval = " to ".join(map(_percent, result.interval)) if result.interval else "the rounds say none"
         official = "yes" if result.official else f"no: {'; '.join(result.deviations)}"
         rounds = " ".join(map(_percent, result.accuracies[:_MOST_ROUNDS_SHOWN]))
         rounds += " ..." * (result.rounds > _MOST_ROUNDS_SHOWN)

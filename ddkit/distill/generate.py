@@ -124,7 +124,7 @@ def _generate_samples(
     parts = Parts(out, identity, spec.image_shape)
     if not replace and read_facts(out).get("request") == parts.digest:
         log.info("%s has just these images already", out)
-        return _with_sheet(out, spec)
+        return _with_sheet(out, spec) if team.leads else set_files(out)
     if team.size > 1:  # each process keeps its own
         parts = Parts(out.with_stem(f"{out.stem}-{team.rank}-of-{team.size}"), identity, spec.image_shape)
     request, view = parts.digest, None

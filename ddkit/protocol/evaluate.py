@@ -165,7 +165,8 @@ def evaluate(
     """Train fresh networks on a distilled set as the challenge does and test them on real images.
 
     images: (N, 3, S, S) float, normalised. labels: (N,) int64.
-    test_set: an ImageSet of uint8 pixels, or the challenge's reference as dict or as (images, labels), normalised.
+    test_set: an ImageSet of uint8 pixels, the challenge's reference as dict or as (images, labels), normalised, or a
+        TestSet, which has a spec of its own.
     track, rounds, epochs_setting and what follows: see EvaluationSettings; None keeps the track's own.
     spec: of the dataset; found among the built-in ones by number of classes and image size when None.
     state: where to keep what is done, so that an interrupted evaluation goes on and a finished one is not repeated;

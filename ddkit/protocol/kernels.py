@@ -35,7 +35,7 @@ def load_library(source: Path) -> ctypes.CDLL:
     """
     loaded = _tried(source)
     if isinstance(loaded, DDKitError):
-        raise loaded
+        raise loaded.with_traceback(None)  # else it would hold on to the networks of all who asked
     return loaded
 
 

@@ -48,7 +48,7 @@ class TestSet:
         none, of the floats themselves. "" of floats whose pixels may differ from ours by the decoder alone.
         """
         pixels = self.images if self.images.dtype == torch.uint8 else self._pixels()
-        images = self.images if pixels is None else pixels
+        images = (self.images if pixels is None else pixels).detach().cpu().contiguous().flatten(1).view(torch.uint8)
         pairs = [
             hashlib.blake2b(label.to_bytes(2, "big") + image.tobytes(), digest_size=16).digest()
             for image, label in zip(images.numpy(), self.labels.tolist(), strict=True)

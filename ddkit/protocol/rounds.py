@@ -27,6 +27,7 @@ from ddkit.tensor_files import Unloadable, load_restricted, save_torch
 _log = logging.getLogger(__name__)
 
 _STATE_VERSION = 2
+_BETWEEN_EPOCHS = 1  # the version whose states were all saved between two epochs
 
 EpochListener = Callable[[int, int, float], None]  # round, its epochs done, mean loss of the last
 
@@ -99,6 +100,10 @@ class StateFile:
         except (OSError, Unloadable) as error:
             _log.warning("%s cannot be read (%s); the round starts afresh.", self.path, error)
             return {}
+        if isinstance(state, dict) and state.get("version") == _BETWEEN_EPOCHS:
+            state |= {"version": _STATE_VERSION}
+            if "training" in state:
+                state["training"] |= {"order": None, "losses": []}
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
             _log.warning("%s is of another version; the round starts afresh.", self.path)
             return {}
@@ -147,20 +152,21 @@ class _SideBySide:
 
     def epoch(self) -> None:
         """Train all for one epoch. Raises Interrupted, the states saved, once asked to stop."""
-        of_epoch = epoch_side_by_side([one.training for one in self._rounds], self._pause)
+        of_epoch = epoch_side_by_side([one.training for one in self._rounds], self._save_or_stop)
         for one, losses in zip(self._rounds, of_epoch, strict=True):
             one.losses.append(sum(losses) / len(losses))
             self._listener(one.index, one.training.epochs_done, one.losses[-1])
         self._settle()
-        self._pause()
+        self._save_or_stop()
 
-    def _pause(self) -> None:
-        """Save what is due, between two batches: an epoch of a whole training set takes minutes."""
+    def _save_or_stop(self) -> None:
+        """Do what is due between two batches: an epoch of a whole training set takes minutes."""
         if not (self._stop or any(one.save_is_due for one in self._rounds)):
             return
         self._settle()
         for one in self._rounds:
             one.save()
+        self._settled = time.monotonic()  # saving is not training
         if self._stop:
             first = self._rounds[0]
             raise Interrupted(

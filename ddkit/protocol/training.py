@@ -144,7 +144,7 @@ class TrainingRun:
             # A new optimiser, not only a new rate: momentum starts again from zero.
             self._optimizer = _optimizer(self.network, LEARNING_RATE_AFTER_DROP)
         self.epochs_done += 1
-        # One transfer an epoch: a GPU is waited for here only.
+        # One transfer an epoch: a GPU is waited for here, and where a state is saved.
         with self._on_own_stream():
             values = torch.stack(self._losses).tolist()
         self._order, self._losses = None, []

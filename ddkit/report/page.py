@@ -144,7 +144,7 @@ def _cards_of_best(group: Group, row: Row) -> list[Card]:
 def _difference_card(title: str, estimate: Estimate) -> Card:
     tone = ("good" if estimate.value > 0 else "bad") if estimate.is_clear else ""
     if estimate.half_width is None:
-        return Card(title, f"{100 * estimate.value:+.2f}", "points; a single round leaves no interval")
+        return Card(title, f"{100 * estimate.value:+.2f}", "points; the rounds leave no interval")
     clear = "clear of zero" if estimate.is_clear else "within the noise"
     return Card(title, f"{100 * estimate.value:+.2f}", f"points, ± {100 * estimate.half_width:.2f}: {clear}", tone)
 

@@ -15,7 +15,7 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A fraction, and half the width of its 95 % interval; None where a single round leaves no spread."""
+    """A fraction, and half the width of its 95 % interval; None where a single round, or equal ones, leave no spread."""
 
     value: float
     half_width: float | None

@@ -16,7 +16,7 @@ def percent(value: float | None) -> str:
 
 
 def points(estimate: Estimate | None) -> str:
-    """A difference in points with its interval, `+1.23 ± 0.40`; without one after a single round; a dash for None."""
+    """A difference in points with its interval, `+1.23 ± 0.40`; without one where the rounds leave none; a dash for None."""
     if estimate is None:
         return "–"
     interval = "" if estimate.half_width is None else f" ± {100 * estimate.half_width:.2f}"

@@ -39,8 +39,8 @@ def tensor_path(folder: str | os.PathLike[str], dataset_name: str) -> Path:
 
 
 def set_files(path: str | os.PathLike[str]) -> SavedSet:
-    """The three files of the set whose tensor is, or will be, at `path`."""
-    path = Path(path)
+    """The three files of the set whose tensor is, or will be, at `path`; of a link, those of the set that it leads to."""
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     return SavedSet(path, path.with_suffix(".json"), path.with_suffix(".png"))
 
 

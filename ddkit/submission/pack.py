@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFile, InvalidSubmission, MissingData, UsageError
-from ddkit.files import explain_os_error, replacing, sha256_of, sha256_of_stream
+from ddkit.files import explain_os_error, irregularity, replacing, sha256_of, sha256_of_stream
 from ddkit.progress import Listener, ignore
 from ddkit.submission.check import CheckSettings, Report, check_path, submission_files
 from ddkit.submission.layout import check_command, load_tensor
@@ -59,7 +59,7 @@ def pack(
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise MissingData(f"There is no submission folder {folder}.", "Make a set first: ddkit generate")
-    before = {file.name: sha256_of(file) for file in submission_files(folder)[0]}
+    before = {file.name: _hash_of(file) for file in submission_files(folder)[0]}
     report = check_path(folder, settings=settings, progress=progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     if not report.ok:
@@ -72,8 +72,8 @@ def pack(
         raise UsageError(f"The zip would replace {out}, which is to go into it.", "Name another file: --out NAME.zip.")
     with replacing(out) as temporary:
         written = write_zip({file.name: file for file in files}, temporary)
-        if changed := [name for name, sha256 in written.items() if before.get(name) != sha256]:
-            raise BadFile(f"{folder / changed[0]} changed while it was being packed.", "Run it again.")
+        if written != before:
+            raise BadFile(f"{folder} changed while it was being packed.", "Run it again.")
         _verify(temporary, written, folder, settings)
     return out
 
@@ -86,6 +86,14 @@ def packed_files(path: str | os.PathLike[str]) -> tuple[PackedFile, ...]:
             with archive.open(info) as member:
                 files.append(PackedFile(info.filename, info.file_size, sha256_of_stream(member)))
     return tuple(files)
+
+
+def _hash_of(path: Path) -> str:
+    """SHA-256 of a file; "" of what is none or cannot be read, which the check then tells of."""
+    try:
+        return "" if irregularity(path) else sha256_of(path)
+    except (OSError, BadFile):
+        return ""
 
 
 def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSettings) -> None:

@@ -144,7 +144,7 @@ def read_trials(records: Path) -> list[Trial]:
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-        except ValueError:  # a line that is cut short, within a letter or between two
+        except (ValueError, RecursionError):  # a line that is cut short, within a letter or between two
             continue
         try:
             trials.append(_trial_from_json(values))

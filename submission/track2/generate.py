@@ -103,7 +103,7 @@ def parse_options() -> argparse.Namespace:
     amount.add_argument("--join", action="store_true", help="only join what a killed run left in OUT.shards/")
     parser.add_argument("--most", type=int, metavar="N", help="no more images than that, even if there is time left")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; auto takes all GPUs  [default: as packed]")
+    parser.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N; auto takes all GPUs  [default: as packed]")
     parser.add_argument("--processes", type=int, metavar="N", help="workers  [default: one for each GPU or core]")
     parser.add_argument("--steps", type=int, help="of the sampler  [default: as packed]")
     parser.add_argument("--guidance", type=float, help="1 is none  [default: as packed]")
@@ -148,6 +148,8 @@ def check_hashes(model: Path) -> None:
         lines = (HERE / HASHES_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise Failure(f"{HASHES_FILE} is missing beside generate.py; unpack the bundle again.") from None
+    except UnicodeDecodeError:
+        raise Failure(f"{HASHES_FILE} is damaged; unpack the bundle again.") from None
     pairs = [line.split("  ", 1) for line in lines if line]
     if any(len(pair) < 2 for pair in pairs):
         raise Failure(f"{HASHES_FILE} is damaged; unpack the bundle again.")

@@ -87,7 +87,7 @@ def test_a_file_that_is_of_no_dataset_is_left_aside(work):
     torch.save(torch.zeros(3), work / "submission" / "notes.pt")
     output, errors = run("--json", *QUICK)
     assert [result["dataset"] for result in json.loads(output)["results"]] == ["blobs"]
-    assert "submission/notes.pt is left aside" in errors
+    assert "Left aside: submission/notes.pt" in errors
 
 
 def test_run_again_it_repeats_nothing_and_records_nothing_twice(work):

@@ -76,6 +76,15 @@ def test_a_set_of_a_dataset_that_was_prepared_anew_is_normalised_anew(colours, m
     assert not torch.equal(before, after)
 
 
+def test_a_set_behind_a_link_is_known_for_what_it_is(colours, tmp_path):
+    (tmp_path / "best").mkdir()
+    saved = generate(colours, 2, FromReal("first"), tmp_path / "best" / "set.pt")
+    saved.facts.write_text(saved.facts.read_text().replace('"first-real"', '"refined"'))
+    (tmp_path / "set.pt").symlink_to(saved.tensor)
+    with pytest.raises(UsageError, match="has been refined"):
+        generate(colours, 2, FromReal("random"), tmp_path / "set.pt")
+
+
 class TestWhatIsRefused:
     @pytest.fixture
     def earlier(self, colours, tmp_path):

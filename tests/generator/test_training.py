@@ -302,14 +302,15 @@ class TestTracking:
 
     def test_stopped_when_a_score_is_due_it_is_scored_when_it_goes_on(self, data, config, tmp_path):
         def stop(report):
-            if report.task == "Training the denoiser" and report.done == 4:
-                signal.raise_signal(signal.SIGTERM)
+            if report.task == "Training the denoiser" and report.done == 3:
+                signal.raise_signal(signal.SIGTERM)  # looked at after the next step
 
-        tracking = Tracking("frechet", lambda model: 1.0, every_steps=4)
-        with pytest.raises(Interrupted):
+        tracking = Tracking("frechet", lambda model: 1.0, every_steps=1)
+        with pytest.raises(Interrupted, match="after 4 steps"):
             train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking, progress=stop)
+        assert [record["step"] for record in records(tmp_path, "score")] == [1, 2, 3]
         train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking)
-        assert [record["step"] for record in records(tmp_path, "score")] == [4, 6]
+        assert [record["step"] for record in records(tmp_path, "score")] == [1, 2, 3, 4, 5, 6]
 
     def test_the_last_step_is_scored_too_once(self, data, config, tmp_path):
         tracking = Tracking("frechet", lambda model: 1.0, every_steps=4)

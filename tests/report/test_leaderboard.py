@@ -160,3 +160,11 @@ def test_only_the_wanted_tracks(result):
     results = [result("generator", "cifar100", 0.3, track=2, epochs_setting=50)]
     assert {group.track for group in build(results)} == {1, 2}
     assert {group.track for group in build(results, [1])} == {1}
+
+
+def test_equal_rounds_leave_no_interval_as_a_single_one_does(result):
+    mine = result("mine", "cifar100", 0.5, 0.5, 0.5, epochs_setting=3)
+    random = result("random", "cifar100", 0.4, 0.4, 0.4, epochs_setting=3, kind="random-real")
+    (group,) = [group for group in build([mine, random], [1]) if any(row.results for row in group.rows)]
+    row = next(row for row in group.rows if row.name == "mine")
+    assert row.spread.half_width is row.to_random.half_width is row.to_random.is_clear is mine.interval is None

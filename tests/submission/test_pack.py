@@ -148,3 +148,15 @@ def test_a_set_that_changes_while_it_is_packed_is_not_packed(tmp_path, folder):
     with pytest.raises(BadFile, match="changed while it was being packed"):
         pack(folder, tmp_path / "submission.zip", told=change)
     assert not (tmp_path / "submission.zip").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_links_to_nothing_are_refused_by_the_check(tmp_path, folder):
+    (folder / "glyphs.pt").unlink()
+    os.mkfifo(folder / "glyphs.pt")
+    with pytest.raises(Refused, match="is a pipe or a device"):
+        pack(folder, tmp_path / "submission.zip")
+    (folder / "glyphs.pt").unlink()
+    (folder / "glyphs.pt").symlink_to(folder / "nothing.pt")
+    with pytest.raises(Refused):
+        pack(folder, tmp_path / "submission.zip")
