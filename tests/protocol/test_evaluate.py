@@ -66,6 +66,10 @@ def test_it_trains_fresh_networks_and_tests_them():
     assert len(outcome.accuracies) == 3 and len(set(outcome.loss_curves)) == 3
     assert outcome.mean > 0.9  # colours are easy
     assert outcome.mean == pytest.approx(sum(outcome.accuracies) / 3)
+    # Rounds that all came to the same leave no interval.
+    assert (outcome.interval is None) == (len(set(outcome.accuracies)) == 1)
+    low, high = outcome.interval or (outcome.mean, outcome.mean)
+    assert low <= outcome.mean <= high
     assert outcome.per_class == pytest.approx(
         [1 - sum(n for true, _, n in outcome.confusions if true == c) / 10 for c in range(4)]
     )
