@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.errors import BadFile
-from ddkit.files import append_line, explain_os_error, require_appendable
+from ddkit.runtime.files import append_line, explain_os_error, require_appendable
 
 FORMAT_VERSION = 1
 _LARGEST = 2**63

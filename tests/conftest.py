@@ -89,8 +89,8 @@ def save_colours_model(colours) -> Callable[..., Path]:
 
     from ddkit.data.store import load_dataset, store_hash
     from ddkit.generator.autoencoder import build_autoencoder
+    from ddkit.generator.model_folder import Model, ModelFacts, save_model
     from ddkit.generator.networks import build_denoiser
-    from ddkit.generator.pipeline import Model, ModelFacts, save_model
     from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig
 
     def save(folder: Path, architecture: str = "uvit", prediction: str = "flow") -> Path:
@@ -142,3 +142,36 @@ def save_dit() -> Callable[[Path, Sequence[str]], Path]:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def glyph_store(tmp_path_factory):
+    """A cache folder in which the letters are prepared."""
+    from ddkit.data.store import load_dataset
+
+    folder = tmp_path_factory.mktemp("glyph-cache")
+    load_dataset("glyphs", "train", cache=folder)
+    return folder
+
+
+@pytest.fixture
+def glyph_images(glyph_store, monkeypatch):
+    """(100, 3, 32, 32) float32, normalised, the first ten training images of each class; the letters are prepared."""
+    from ddkit.challenge import GLYPHS
+    from ddkit.data.images import normalise
+    from ddkit.data.store import load_dataset
+
+    monkeypatch.setenv("DDKIT_CACHE", str(glyph_store))
+    real = load_dataset("glyphs", "train")
+    return normalise(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)
+
+
+@pytest.fixture
+def folder(tmp_path, glyph_images):
+    """A submission folder with glyphs.pt, its JSON and its contact sheet."""
+    from ddkit.challenge import GLYPHS
+    from ddkit.sets.distilled import save_set, tensor_path
+
+    folder = tmp_path / "submission"
+    save_set(tensor_path(folder, "glyphs"), glyph_images, GLYPHS, tuple("AEHKLOSTXZ"), {"method": "first images"})
+    return folder

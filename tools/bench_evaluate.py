@@ -171,8 +171,8 @@ def _official_epoch(arguments: argparse.Namespace, dataset: str, images, labels)
 def _ddkit_epoch(arguments: argparse.Namespace, dataset: str, images, labels) -> Callable[[], object]:
     import torch
 
-    from ddkit.protocol.networks import build_network
-    from ddkit.protocol.training import TrainingRun, TrainingSettings
+    from ddkit.network.networks import build_network
+    from ddkit.network.training import TrainingRun, TrainingSettings
 
     size, classes = _facts(dataset)
     network = build_network("convnet", classes, size, seed=0).to(arguments.device)
@@ -218,7 +218,7 @@ def _ddkit_evaluation(arguments: argparse.Namespace, submission: Path, dataset: 
     from safetensors.torch import safe_open
 
     from ddkit.data.store import ImageSet
-    from ddkit.protocol.evaluate import evaluate
+    from ddkit.evaluation.evaluate import evaluate
 
     with safe_open(arguments.reference.with_suffix(".safetensors"), "pt") as file:
         tests = ImageSet(file.get_tensor("images"), file.get_tensor("labels"), tuple(map(str, range(200))))
@@ -265,8 +265,8 @@ def _print_table(rows: list[dict[str, object]]) -> None:
 
 
 def _print_machine(load: float) -> None:
-    from ddkit.device import cpu_model
-    from ddkit.environment import versions
+    from ddkit.runtime.device import cpu_model
+    from ddkit.runtime.environment import versions
 
     print(f"{cpu_model()}, {os.cpu_count()} cores, torch {versions()['torch']}; load average before: {load:.1f}")
 

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from ddkit.data.images import to_uint8
-from ddkit.device import describe_device, resolve_device
 from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.model_folder import LatentClassPipeline, Model, ModelFacts, load_model
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.pipeline import LatentClassPipeline, Model, ModelFacts, load_model
 from ddkit.generator.presets import preset
 from ddkit.generator.samplers import SAMPLERS, make_scheduler
 from ddkit.generator.sampling import Sampler, SamplingConfig
-from ddkit.generator.seeds import generator_for
+from ddkit.runtime.device import describe_device, resolve_device
+from ddkit.runtime.seeds import generator_for
 
 
 def random_model(name: str, image_size: int, classes: int) -> Model:

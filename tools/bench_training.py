@@ -31,14 +31,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ddkit.data.store import ImageSet
-from ddkit.device import describe_device, resolve_device
 from ddkit.generator.autoencoder import build_autoencoder, encode, to_signed
-from ddkit.generator.engine import Engine, Limits
-from ddkit.generator.latents import cached_latents
 from ddkit.generator.networks import build_denoiser, null_class, predict
 from ddkit.generator.objective import BETA_SCHEDULES
 from ddkit.generator.presets import PRECISIONS, GeneratorConfig, ObjectiveConfig, preset
-from ddkit.generator.stages import DenoiserStage
+from ddkit.generator.training.latents import cached_latents
+from ddkit.generator.training.stages import DenoiserStage
+from ddkit.generator.training.trainer import Engine, Limits
+from ddkit.runtime.device import describe_device, resolve_device
 
 _IMAGES = 2000  # that both train on; random pixels, as speed does not depend on them
 _ACCELERATE = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}

@@ -20,12 +20,12 @@ from torch import Tensor
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import load_dataset, store_hash
 from ddkit.errors import DDKitError, UsageError
-from ddkit.files import read_json, sha256_of, write_json
-from ddkit.generator.latents import LATENTS_FILE
-from ddkit.generator.pipeline import model_hash
-from ddkit.generator.run_folder import CHECKPOINTS
-from ddkit.protocol.evaluate import StateFolder, evaluate
-from ddkit.submission.layout import row_labels
+from ddkit.evaluation.evaluate import StateFolder, evaluate
+from ddkit.generator.model_folder import model_hash
+from ddkit.generator.training.latents import LATENTS_FILE
+from ddkit.generator.training.run_folder import CHECKPOINTS
+from ddkit.runtime.files import read_json, sha256_of, write_json
+from ddkit.sets.distilled import row_labels
 
 Record = dict[str, Any]
 

@@ -26,14 +26,14 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from ddkit.files import write_text
-from ddkit.report.console import LeaderboardView
-from ddkit.report.figures import save_png
-from ddkit.report.html import write_html
-from ddkit.report.leaderboard import build
-from ddkit.report.page import gather
-from ddkit.report.quality import dataset_at, quality_of
+from ddkit.reporting.console import LeaderboardView
+from ddkit.reporting.html import write_html
+from ddkit.reporting.leaderboard import build
+from ddkit.reporting.page import gather
+from ddkit.reporting.quality import dataset_at, quality_of
 from ddkit.results import RESULTS_FILE, read
+from ddkit.runtime.files import write_text
+from ddkit.sets.contact_sheet import save_png
 
 _COLUMNS = 150  # of the terminal: all that the leaderboard has to tell
 _DESKTOP = (1120, 1000)  # pixels

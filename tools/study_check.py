@@ -23,12 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from ddkit.challenge import CIFAR100, TINYIMAGENET, DatasetSpec
+from ddkit.checks.check import meaning_findings
+from ddkit.checks.classifier import class_model
+from ddkit.checks.order import judge_order, known_orders
 from ddkit.data.images import denormalise, normalise
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.submission.check import meaning_findings
-from ddkit.submission.features import class_model
-from ddkit.submission.layout import load_tensor
-from ddkit.submission.order import judge_order, known_orders
+from ddkit.sets.distilled import load_tensor
 
 Degradation = Callable[[Tensor, torch.Generator], Tensor]
 Mistake = Callable[[Tensor, torch.Generator], Tensor]

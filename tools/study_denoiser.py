@@ -32,17 +32,17 @@ from torch import Tensor
 
 from ddkit.data.images import normalise
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
-from ddkit.distill.select import choose
-from ddkit.generator.engine import Engine, Limits
-from ddkit.generator.latents import LatentSet
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import DenoiserConfig, GeneratorConfig, ObjectiveConfig, preset
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
-from ddkit.generator.stages import DenoiserStage
-from ddkit.generator.training import TrainingData, TrainingRequest, train
+from ddkit.generator.training.latents import LatentSet
+from ddkit.generator.training.stages import DenoiserStage
+from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+from ddkit.generator.training.trainer import Engine, Limits
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
+from ddkit.sets.select import choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 
 # Of about the U-ViT's size in the preset `tiny`; a step takes about twice its time.

@@ -23,16 +23,16 @@ from torch import Tensor
 from ddkit.data.images import denormalise, normalise, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, generate
-from ddkit.distill.select import choose
-from ddkit.generator.pipeline import Model, ModelFacts, has_model, save_model
+from ddkit.generator.model_folder import Model, ModelFacts, has_model, save_model
 from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, MinimaxConfig, preset
 from ddkit.generator.pretrained import start_from
 from ddkit.generator.sampling import SamplingConfig
-from ddkit.generator.training import TrainingData, TrainingRequest, train
+from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 from ddkit.metrics.coverage import density_and_coverage, nearest
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
-from ddkit.submission.layout import load_tensor
+from ddkit.sets.distilled import load_tensor
+from ddkit.sets.select import choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 
 

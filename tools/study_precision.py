@@ -16,15 +16,15 @@ from pathlib import Path
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.device import describe_device, resolve_device
 from ddkit.errors import DDKitError
-from ddkit.protocol.comparison import Comparison, compare
-from ddkit.protocol.evaluate import EvaluationSettings, StateFolder, evaluate_source
-from ddkit.protocol.plan import PRECISIONS
-from ddkit.protocol.reference import TestSet, as_test_set
-from ddkit.protocol.sources import FixedSet
+from ddkit.evaluation.comparison import Comparison, compare
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
+from ddkit.evaluation.reference import TestSet, as_test_set
+from ddkit.evaluation.sources import FixedSet
+from ddkit.network.plan import PRECISIONS
 from ddkit.results import std_of
-from ddkit.submission.layout import load_tensor, read_facts, row_labels
+from ddkit.runtime.device import describe_device, resolve_device
+from ddkit.sets.distilled import load_tensor, read_facts, row_labels
 
 Accuracies = dict[str, tuple[float, ...]]  # of each precision, round by round
 

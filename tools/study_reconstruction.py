@@ -22,17 +22,17 @@ from torch.nn import functional as F
 
 from ddkit.data.images import normalise, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.device import describe_device, resolve_device
-from ddkit.distill.select import choose
 from ddkit.errors import DDKitError
+from ddkit.evaluation.comparison import compare
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
+from ddkit.evaluation.reference import TestSet, as_test_set
+from ddkit.evaluation.sources import FixedSet
 from ddkit.generator.autoencoder import decode, encode, images_at_once, pixels_per_latent, psnr, to_signed
-from ddkit.generator.pipeline import load_autoencoder
-from ddkit.protocol.comparison import compare
-from ddkit.protocol.evaluate import EvaluationSettings, StateFolder, evaluate_source
-from ddkit.protocol.reference import TestSet, as_test_set
-from ddkit.protocol.sources import FixedSet
+from ddkit.generator.model_folder import load_autoencoder
 from ddkit.results import std_of
-from ddkit.submission.layout import row_labels
+from ddkit.runtime.device import describe_device, resolve_device
+from ddkit.sets.distilled import row_labels
+from ddkit.sets.select import choose
 
 Accuracies = tuple[float, ...]
 

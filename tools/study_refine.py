@@ -27,8 +27,8 @@ from ddkit.distill.refine import PRESETS, Limits, RefineSettings, refine
 from ddkit.distill.state import RefinementState
 from ddkit.distill.student import StudentSettings
 from ddkit.errors import UsageError
-from ddkit.submission.layout import load_tensor
-from ddkit.tensor_files import save_torch
+from ddkit.runtime.tensor_files import save_torch
+from ddkit.sets.distilled import load_tensor
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 START = "start"

@@ -22,12 +22,12 @@ from torch import Tensor
 from ddkit.data.images import denormalise, normalise, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.generate import FromModel, generate
-from ddkit.distill.select import BLIND_CHOICES, SEEING_CHOICES, View, choose
 from ddkit.generator.sampling import SamplingConfig
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
-from ddkit.submission.layout import load_tensor, row_labels
+from ddkit.sets.distilled import load_tensor, row_labels
+from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, View, choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 REAL = "real"

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from ddkit.files import append_line
-from ddkit.protocol.tracks import hash_of_folder
+from ddkit.evaluation.tracks import hash_of_folder
+from ddkit.runtime.files import append_line
 
 LEAST_SHARE = 0.85  # of the budget that is to be used
 

@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from ddkit import __version__
-from ddkit.environment import explain_broken_install
 from ddkit.errors import DDKitError, nearest_name
-from ddkit.files import explain_os_error
+from ddkit.runtime.environment import explain_broken_install
+from ddkit.runtime.files import explain_os_error
 
 # In the order of the user's way through them. Each is `ddkit.cli.<module>` holding a click command of that name.
 COMMANDS = ("demo", "data", "train", "generate", "refine", "evaluate", "check", "tune", "pack", "report", "completion")

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._options import ENTRY_FILE, RUNS_FOLDER, Duration
-from ddkit.cli._surface import Surface
+from ddkit.cli._output import Surface
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddkit.submission.bundle import EntryModel
-    from ddkit.submission.entry import PackedEntry
+    from ddkit.packing.bundle import EntryModel
+    from ddkit.packing.track2 import PackedEntry
 
 TRIALS_FOLDER = RUNS_FOLDER / "tune"
 _SAMPLING = ("sampler", "steps", "guidance", "precision")
@@ -84,9 +84,9 @@ def models_by_dataset(values: Sequence[str]) -> dict[str, Path]:
 
 def pack_track_2(surface: Surface, out: Path | None, options: dict[str, Any]) -> None:
     """Bundle, zip, prove, and report."""
-    from ddkit.submission.bundle import lacking
-    from ddkit.submission.entry import pack_entry
-    from ddkit.submission.proof import ProofSettings
+    from ddkit.packing.bundle import lacking
+    from ddkit.packing.proof import ProofSettings
+    from ddkit.packing.track2 import pack_entry
 
     out = out or ENTRY_FILE
     models = _models(options)
@@ -102,8 +102,8 @@ def pack_track_2(surface: Surface, out: Path | None, options: dict[str, Any]) ->
 
 
 def _models(options: dict[str, Any]) -> list[EntryModel]:
-    from ddkit.submission.bundle import EntryModel, EntrySettings
-    from ddkit.submission.trade_off import tuned
+    from ddkit.packing.bundle import EntryModel, EntrySettings
+    from ddkit.packing.tune import tuned
 
     chosen = {name: options[name] for name in _SAMPLING if options[name] is not None}
     sampling = dataclasses.replace(EntrySettings().sampling, **chosen)
@@ -117,7 +117,7 @@ def _models(options: dict[str, Any]) -> list[EntryModel]:
 
 
 def _say_rounding(surface: Surface, models: Sequence[EntryModel]) -> None:
-    from ddkit.submission.entry import rounding_cost
+    from ddkit.packing.track2 import rounding_cost
 
     for model in models:
         cost = rounding_cost(model)

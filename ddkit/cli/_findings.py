@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ddkit.submission.findings import Report
+from ddkit.sets.findings import Report
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 

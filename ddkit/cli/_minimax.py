@@ -10,7 +10,7 @@ import click
 from rich.markup import escape
 
 from ddkit.errors import BadFile
-from ddkit.files import read_json
+from ddkit.runtime.files import read_json
 
 if TYPE_CHECKING:
     from ddkit.generator.pretrained import Start

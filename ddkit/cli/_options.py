@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ddkit.cli import _remember_debug
-from ddkit.cli._surface import Surface
+from ddkit.cli._output import Surface
 from ddkit.errors import MissingData, UsageError
 from ddkit.results import RESULTS_FILE
 
@@ -59,7 +59,7 @@ def dataset_of(path: Path, wanted: str | None) -> str:
     """
     from ddkit.challenge import DATASETS
     from ddkit.data.store import list_prepared
-    from ddkit.submission.layout import read_facts
+    from ddkit.sets.distilled import read_facts
 
     if path.is_dir():
         raise UsageError(f"{path} is a folder.", "Name the .pt files in it.")

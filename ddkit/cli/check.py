@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 
 from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_options
-from ddkit.cli._surface import Surface
+from ddkit.cli._output import Surface
 from ddkit.errors import UsageError
 
 
@@ -36,9 +36,9 @@ def check(
     """
     from dataclasses import replace
 
+    from ddkit.checks.check import CheckSettings, check_path
+    from ddkit.checks.fixing import fix_row_order
     from ddkit.cli._findings import findings_table
-    from ddkit.submission.check import CheckSettings, check_path
-    from ddkit.submission.fixing import fix_row_order
 
     if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
         raise UsageError("--dataset is of a single file; in a folder or a zip the files' names say it.")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ddkit.challenge import DATASETS
 from ddkit.cli._options import example, surface_options
-from ddkit.cli._surface import Surface
+from ddkit.cli._output import Surface
 
 if TYPE_CHECKING:
     from ddkit.data.store import ImageSet, StoreFacts
@@ -40,7 +40,7 @@ def data() -> None:
 def list_datasets(surface: Surface) -> None:
     """The built-in datasets and the prepared ones."""
     from ddkit.data.store import list_prepared
-    from ddkit.files import cache_folder
+    from ddkit.runtime.files import cache_folder
 
     rows = [_row(name) for name in dict.fromkeys((*DATASETS, *list_prepared()))]
     table = Table(box=None, pad_edge=False)
@@ -109,7 +109,7 @@ def show(surface: Surface, name: str, split: str, per_class: int, classes: str |
 
     dataset_spec(name)  # a misspelt name is said at once, before torch is loaded
     from ddkit.data.prepare import open_dataset
-    from ddkit.report.figures import contact_sheet, save_png
+    from ddkit.sets.contact_sheet import contact_sheet, save_png
 
     surface.say(f"Drawing the first {per_class} {split} images of each class of {escape(name)}.")
     images = open_dataset(name, split, progress=surface.listen)

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from ddkit.cli import wants_traceback
 from ddkit.cli._options import device_option, example, seed_option, surface_options
-from ddkit.cli._surface import Surface
+from ddkit.cli._output import Surface
 
 # A quick look: the official E is 1000. 60 keeps the demo within minutes and still separates good sets from bad.
 _EPOCHS_SETTING = "60"

@@ -26,19 +26,19 @@ from ddkit.cli._options import (
     seed_option,
     surface_options,
 )
+from ddkit.cli._output import Surface
 from ddkit.cli._rankings import rankings_table
-from ddkit.cli._surface import Surface
 from ddkit.errors import BadFile, MissingData, UsageError
-from ddkit.protocol.plan import PRECISIONS
+from ddkit.network.plan import PRECISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ddkit.challenge import DatasetSpec
+    from ddkit.evaluation.comparison import Comparison
+    from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
+    from ddkit.evaluation.reference import TestSet
     from ddkit.metrics.ddranking import Need, Ranking
-    from ddkit.protocol.comparison import Comparison
-    from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
-    from ddkit.protocol.reference import TestSet
     from ddkit.results import Records, Result
 
 _REFERENCE_KINDS = ("random-real", "first-real", "full-real")  # what results are held against, as the JSON beside a set says
@@ -95,10 +95,10 @@ def evaluate(
     differ by more than the noise? Interrupted, it goes on where it was when run again. Several GPUs share the rounds of
     track 1: accelerate launch -m ddkit evaluate.
     """
-    from ddkit.device import resolve_device
-    from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
-    from ddkit.protocol.sharing import Team
+    from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.results import Records
+    from ddkit.runtime.device import resolve_device
+    from ddkit.runtime.distributed import Team
 
     settings = EvaluationSettings(track=int(track), augment=not no_augment, **options)
     team = Team(resolve_device(settings.device))
@@ -135,7 +135,7 @@ def _evaluate_sets(job: _Job, sets: Sequence[Path], dataset: str | None) -> list
 
 def _evaluate_entries(job: _Job, entries: Sequence[Path], dataset: str | None) -> list[Result]:
     """Of each track 2 entry, on one dataset or on all that it has models for."""
-    from ddkit.submission.bundle import datasets_of, opened
+    from ddkit.packing.bundle import datasets_of, opened
 
     with contextlib.ExitStack() as stack:
         runs = []
@@ -214,8 +214,8 @@ class _Job:
     def read(self, path: Path, name: str) -> _ReadSet:
         """One set, checked."""
         from ddkit.data.store import dataset_spec
-        from ddkit.files import sha256_of
-        from ddkit.submission.layout import load_tensor, read_facts
+        from ddkit.runtime.files import sha256_of
+        from ddkit.sets.distilled import load_tensor, read_facts
 
         spec = dataset_spec(name)
         self._check(path, spec)
@@ -223,9 +223,9 @@ class _Job:
 
     def run(self, one: _ReadSet) -> Result:
         """Evaluate one set."""
-        from ddkit.protocol.evaluate import evaluate_source
-        from ddkit.protocol.sources import FixedSet
-        from ddkit.submission.layout import row_labels
+        from ddkit.evaluation.evaluate import evaluate_source
+        from ddkit.evaluation.sources import FixedSet
+        from ddkit.sets.distilled import row_labels
 
         spec, images = one.spec, one.images
         self.surface.say(f"Evaluating {escape(str(one.path))} on {escape(spec.name)}: {_length(self.settings)}.")
@@ -240,10 +240,10 @@ class _Job:
     def run_entry(self, path: Path, folder: Path, name: str) -> Result:
         """Evaluate one track 2 entry, whose files are in `folder`, on one dataset."""
         from ddkit.data.store import dataset_spec
-        from ddkit.protocol.entry import ScriptEntry
-        from ddkit.protocol.evaluate import evaluate_generator
-        from ddkit.protocol.tracks import hash_of_folder
-        from ddkit.submission.bundle import SCRIPT, entry_facts
+        from ddkit.evaluation.evaluate import evaluate_generator
+        from ddkit.evaluation.timed_script import ScriptEntry
+        from ddkit.evaluation.tracks import hash_of_folder
+        from ddkit.packing.bundle import SCRIPT, entry_facts
 
         spec, sha256 = dataset_spec(name), hash_of_folder(folder)
         self.surface.say(f"Evaluating {escape(str(path))} on {escape(name)}: {_length(self.settings)}, "
@@ -265,9 +265,9 @@ class _Job:
         """DD-Ranking's scores of an evaluated set, after evaluating what they lack."""
         from ddkit.data.prepare import open_dataset
         from ddkit.data.store import dataset_spec
-        from ddkit.files import sha256_of
-        from ddkit.metrics.ranking_runs import RankingJob, complete
-        from ddkit.submission.layout import load_tensor, row_labels
+        from ddkit.evaluation.ranking_runs import RankingJob, complete
+        from ddkit.runtime.files import sha256_of
+        from ddkit.sets.distilled import load_tensor, row_labels
 
         if sha256_of(result.source) != result.sha256:
             raise BadFile(f"{result.source} has changed while it was evaluated.", "Run the same again.")
@@ -295,7 +295,7 @@ class _Job:
 
     def _check(self, path: Path, spec: DatasetSpec) -> None:
         """Refuse what `ddkit check` refuses; say what it warns of. Any number of images a class can be evaluated."""
-        from ddkit.submission.check import require_acceptable
+        from ddkit.checks.check import require_acceptable
 
         report = require_acceptable(path, spec.name, ignore_codes=self.ignored, progress=self.surface.listen)
         for finding in report.findings:
@@ -304,7 +304,7 @@ class _Job:
 
     def _test_set(self, spec: DatasetSpec) -> TestSet:
         from ddkit.data.prepare import open_dataset
-        from ddkit.protocol.reference import as_test_set, load_reference
+        from ddkit.evaluation.reference import as_test_set, load_reference
 
         if self.reference is not None:
             return load_reference(self.reference, spec)
@@ -331,7 +331,7 @@ def _report(surface: Surface, evaluated: Sequence[Result], rankings: Sequence[Ra
 
 def _comparisons(evaluated: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:
     """Of the first set of each dataset with the others of it; rounds are paired, as the seeds are the same."""
-    from ddkit.protocol.comparison import compare
+    from ddkit.evaluation.comparison import compare
 
     firsts: dict[str, Result] = {}
     pairs = [

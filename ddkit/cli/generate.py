@@ -9,9 +9,9 @@ import click
 from rich.markup import escape
 
 from ddkit.cli._options import RUNS_FOLDER, SUBMISSION_FOLDER, device_option, example, seed_option, surface_options
-from ddkit.cli._surface import Surface
-from ddkit.environment import leads
+from ddkit.cli._output import Surface
 from ddkit.errors import UsageError
+from ddkit.runtime.environment import leads
 
 if TYPE_CHECKING:
     from ddkit.distill.generate import FromModel, FromReal

@@ -13,11 +13,11 @@ from rich.table import Table
 from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._entry import entry_options, pack_track_2
 from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_options
-from ddkit.cli._surface import Surface
+from ddkit.cli._output import Surface
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddkit.submission.findings import Finding, Report
+    from ddkit.sets.findings import Finding, Report
 
 _OF_TRACK_1 = ("folder", "strict", "ignored")
 _OF_BOTH = ("track", "out")
@@ -73,8 +73,8 @@ def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
 
 
 def _pack_track_1(surface: Surface, folder: Path, out: Path, strict: bool, ignored: tuple[str, ...]) -> None:
-    from ddkit.files import sha256_of
-    from ddkit.submission import pack as packing
+    from ddkit.packing import pack as packing
+    from ddkit.runtime.files import sha256_of
 
     surface.say(f"Checking {escape(str(folder))} and packing it into {escape(str(out))}.")
     findings: list[Finding] = []

@@ -19,7 +19,7 @@ from ddkit.cli._options import (
     recorded_seed_option,
     surface_options,
 )
-from ddkit.cli._surface import Surface, span_text
+from ddkit.cli._output import Surface, span_text
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from ddkit.cli._options import (
     seed_option,
     surface_options,
 )
+from ddkit.cli._output import Surface
 from ddkit.cli._rankings import rankings_table
-from ddkit.cli._surface import Surface
 from ddkit.errors import MissingData, UsageError
 from ddkit.results import RESULTS_FILE
 
 if TYPE_CHECKING:
-    from ddkit.report.quality import SetQuality
-    from ddkit.report.rows import Group
+    from ddkit.reporting.quality import SetQuality
+    from ddkit.reporting.rows import Group
 
 _MOST_ROWS = 12  # of our own entries in a table, unless --all
 _MOST_GROUPS = 6
@@ -56,8 +56,8 @@ def report(surface: Surface, results: Path, track: str | None, html: Path | None
     """
     from ddkit import results as records
     from ddkit.metrics import ddranking
-    from ddkit.report.export import as_data
-    from ddkit.report.leaderboard import build
+    from ddkit.reporting.export import as_data
+    from ddkit.reporting.leaderboard import build
 
     if as_csv + as_markdown + surface.as_json > 1:
         raise UsageError("--json, --csv and --markdown exclude each other.")
@@ -91,8 +91,8 @@ def report(surface: Surface, results: Path, track: str | None, html: Path | None
 
 def _show(surface: Surface, groups: Sequence[Group], data: Any, *, as_csv: bool, as_markdown: bool,
           show_all: bool) -> None:  # fmt: skip
-    from ddkit.report import export
-    from ddkit.report.console import LeaderboardView
+    from ddkit.reporting import export
+    from ddkit.reporting.console import LeaderboardView
 
     if as_csv:
         click.echo(export.as_csv(groups), nl=False)
@@ -113,8 +113,8 @@ def _tell_problems(surface: Surface, problems: Sequence[str]) -> None:
 
 def _write_page(surface: Surface, reading: Any, tracks: list[int] | None, runs: Path,
                 measured: Sequence[SetQuality], html: Path) -> None:  # fmt: skip
-    from ddkit.report.html import write_html
-    from ddkit.report.page import gather
+    from ddkit.reporting.html import write_html
+    from ddkit.reporting.page import gather
 
     surface.say(f"Gathering what {escape(str(html))} shows; the sets that are still there are checked, seconds each.")
     page = gather(
@@ -129,9 +129,9 @@ def _write_page(surface: Surface, reading: Any, tracks: list[int] | None, runs: 
 
 
 def _measure(surface: Surface, path: Path, device: str, seed: int, folder: Path) -> list[SetQuality]:
-    from ddkit.device import resolve_device
-    from ddkit.report.figures import save_png
-    from ddkit.report.quality import dataset_at, is_prepared, quality_of, sets_at
+    from ddkit.reporting.quality import dataset_at, is_prepared, quality_of, sets_at
+    from ddkit.runtime.device import resolve_device
+    from ddkit.sets.contact_sheet import save_png
 
     measured = []
     for file in sets_at(path):

@@ -13,14 +13,14 @@ from rich.table import Table
 
 from ddkit.cli._minimax import described, minimax_options
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, recorded_seed_option, surface_options
-from ddkit.cli._surface import Surface, span_text
-from ddkit.environment import leads, processes
+from ddkit.cli._output import Surface, span_text
 from ddkit.errors import MissingModel, UsageError
+from ddkit.runtime.environment import leads, processes
 
 if TYPE_CHECKING:
-    from ddkit.generator.estimate import Estimate
-    from ddkit.generator.planning import Plan
-    from ddkit.generator.training import Tracking, TrainingData, TrainingRequest
+    from ddkit.generator.training.estimate import Estimate
+    from ddkit.generator.training.options import Plan
+    from ddkit.generator.training.train import Tracking, TrainingData, TrainingRequest
 
 
 @click.command(epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
@@ -80,9 +80,9 @@ def train(
     Run it again to go on where it stopped, or, with more --steps or --time, to train on. Several GPUs share the batches:
     accelerate launch -m ddkit train.
     """
-    from ddkit.generator.planning import Wishes, plan_training
-    from ddkit.generator.run_folder import has_training
-    from ddkit.generator.training import TrainingRequest
+    from ddkit.generator.training.options import Wishes, plan_training
+    from ddkit.generator.training.run_folder import has_training
+    from ddkit.generator.training.train import TrainingRequest
 
     wishes = Wishes(**settings)
     surface.quiet = surface.quiet or not leads()
@@ -111,15 +111,15 @@ def train(
 def _open(surface: Surface, dataset: str) -> TrainingData:
     from ddkit.data.prepare import open_dataset
     from ddkit.data.store import store_hash
-    from ddkit.generator.training import TrainingData
+    from ddkit.generator.training.train import TrainingData
 
     images = open_dataset(dataset, "train", progress=surface.listen)
     return TrainingData(dataset, images, store_hash(dataset, "train"))
 
 
 def _tracking(surface: Surface, data: TrainingData, device: str, plan: Plan) -> Tracking | None:
-    from ddkit.device import own_device, resolve_device
-    from ddkit.generator.tracking import track_frechet_in
+    from ddkit.generator.training.tracking import track_frechet_in
+    from ddkit.runtime.device import own_device, resolve_device
 
     if not plan.track_every or len(data.images) < 2:
         return None
@@ -138,10 +138,10 @@ def _train(
     tracking: Tracking | None,
     plan: Plan,
 ) -> None:
-    from ddkit.device import resolve_device
-    from ddkit.generator.estimate import check_memory
-    from ddkit.generator.run_folder import CHART_FILE, has_training
-    from ddkit.generator.training import train as train_generator
+    from ddkit.generator.training.estimate import check_memory
+    from ddkit.generator.training.run_folder import CHART_FILE, has_training
+    from ddkit.generator.training.train import train as train_generator
+    from ddkit.runtime.device import resolve_device
 
     classes, device = len(data.images.class_names), resolve_device(request.device)
     check_memory(plan.config, data.image_size, classes, device, processes=processes(), start=plan.start)
@@ -185,9 +185,9 @@ def _model_option(folder: Path, dataset: str) -> str:
 
 
 def _show_costs(surface: Surface, plan: Plan, data: TrainingData, device: str, seconds: float | None) -> None:
-    from ddkit.device import resolve_device
-    from ddkit.generator.estimate import estimate, shortage
     from ddkit.generator.presets import to_json
+    from ddkit.generator.training.estimate import estimate, shortage
+    from ddkit.runtime.device import resolve_device
 
     if not leads():
         return

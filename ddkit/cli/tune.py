@@ -14,10 +14,10 @@ from rich.table import Table
 from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
 from ddkit.cli._entry import TRIALS_FOLDER
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, seed_option, surface_options
-from ddkit.cli._surface import Surface, span_text
+from ddkit.cli._output import Surface, span_text
 
 if TYPE_CHECKING:
-    from ddkit.submission.trade_off import Trial
+    from ddkit.packing.tune import Trial
 
 
 @click.command(epilog=example("ddkit tune tinyimagenet --steps 4 --steps 8 --guidance 1.5 --time-budget 5m"))
@@ -56,12 +56,12 @@ def tune(
     """
     from ddkit.data.prepare import open_dataset
     from ddkit.data.store import dataset_spec
-    from ddkit.generator.pipeline import read_facts
+    from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
+    from ddkit.evaluation.reference import as_test_set
+    from ddkit.generator.model_folder import read_facts
     from ddkit.generator.sampling import SamplingConfig
-    from ddkit.protocol.evaluate import EvaluationSettings, StateFolder
-    from ddkit.protocol.reference import as_test_set
-    from ddkit.submission.bundle import EntryModel, EntrySettings
-    from ddkit.submission.trade_off import Grid, draw_chart, explore
+    from ddkit.packing.bundle import EntryModel, EntrySettings
+    from ddkit.packing.tune import Grid, draw_chart, explore
 
     settings = EvaluationSettings(track=int(track), **evaluation)
     grid = Grid(steps or Grid.steps, guidance or Grid.guidance, settings)
@@ -92,7 +92,7 @@ def _next_command(dataset: str, model: Path | None, out: Path) -> str:
 
 
 def _report(surface: Surface, trials: Sequence[Trial]) -> None:
-    from ddkit.submission.trade_off import best_of
+    from ddkit.packing.tune import best_of
 
     best = best_of(trials)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -114,7 +114,7 @@ def _as_data(trial: Trial) -> dict[str, Any]:
 
 def _evidence(trials: Sequence[Trial]) -> str:
     """How sure that is, in a sentence."""
-    from ddkit.submission.trade_off import lead
+    from ddkit.packing.tune import lead
 
     comparison = lead(trials)
     if comparison is None:

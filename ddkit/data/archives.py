@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from ddkit.errors import BadData, MissingData
-from ddkit.files import ZIP_ERRORS, explain_os_error, irregularity
+from ddkit.runtime.files import ZIP_ERRORS, explain_os_error, irregularity
 
 MAX_MEMBER_BYTES = 256 << 20  # of one file; the largest photographs are far below
 MAX_MEMBERS = 5_000_000

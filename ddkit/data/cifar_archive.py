@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddkit.errors import BadData
-from ddkit.files import explain_os_error
+from ddkit.runtime.files import explain_os_error
 
 FILES = ("train", "test", "meta")
 # As torchvision.datasets.CIFAR100 states them; importing it for three numbers would take seconds.

@@ -34,7 +34,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ddkit.data.archives import DamagedMember, Tree, open_tree
 from ddkit.data.split_file import SplitFile
 from ddkit.errors import BadFile, ComputeError
-from ddkit.files import explain_os_error
+from ddkit.runtime.files import explain_os_error
 
 _BLOCK = 256  # most images a worker decodes and writes at once; few enough that all workers end together
 _FEW = 2000  # images below which starting processes costs more than it saves

@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 from ddkit import __version__
 from ddkit.errors import BadData, BadFile, DDKitError, MissingData
-from ddkit.files import explain_os_error
-from ddkit.progress import Listener, Progress, ignore
+from ddkit.runtime.files import explain_os_error
+from ddkit.runtime.progress import Listener, Progress, ignore
 
 _log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from ddkit.data.sources import PixelSplit, Source, open_source, some
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
 from ddkit.errors import BadData, MissingData, UsageError, nearest_name
-from ddkit.files import NO_LOCKS, cache_folder, explain_os_error, replacing_folder, sha256_of
-from ddkit.progress import Listener, Progress, ignore
+from ddkit.runtime.files import NO_LOCKS, cache_folder, explain_os_error, replacing_folder, sha256_of
+from ddkit.runtime.progress import Listener, Progress, ignore
 
 try:
     import fcntl

@@ -20,7 +20,7 @@ from ddkit.data.archives import DamagedMember, FolderTree, Tree, ZipTree
 from ddkit.data.cifar_archive import CifarArchive, CifarSplit, cifar_folder, read_folder, read_tar
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadData, MissingData
-from ddkit.files import explain_os_error, irregularity
+from ddkit.runtime.files import explain_os_error, irregularity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,7 +272,7 @@ def _reference_tensors(path: Path) -> tuple[Tensor, Tensor]:
     """images_val and labels_val, memory-mapped. Raises BadData for files of anything else, or of code."""
     import torch
 
-    from ddkit.tensor_files import Unloadable, load_restricted
+    from ddkit.runtime.tensor_files import Unloadable, load_restricted
 
     try:
         value = load_restricted(path, mmap=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ddkit.challenge import DATASETS, DatasetSpec
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadData, BadFile, MissingData, UsageError, nearest_name
-from ddkit.files import cache_folder, read_json, write_json
+from ddkit.runtime.files import cache_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddkit.distill.references import References
+from ddkit.distill.holdout import References
 from ddkit.errors import UsageError, require_positive
-from ddkit.files import cache_folder
-from ddkit.generator.seeds import generator_for, network_seed
-from ddkit.interrupt import StopRequest
-from ddkit.progress import Listener, Progress, ignore
-from ddkit.protocol.augment import random_augment
-from ddkit.protocol.engine import build_engine
-from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
-from ddkit.protocol.tuning import choose_plan
-from ddkit.tensor_files import save_safetensors
+from ddkit.network.augment import random_augment
+from ddkit.network.autotune import choose_plan
+from ddkit.network.engine import build_engine
+from ddkit.network.networks import OFFICIAL_NETWORK, build_network
+from ddkit.runtime.files import cache_folder
+from ddkit.runtime.interrupt import StopRequest
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.seeds import generator_for, network_seed
+from ddkit.runtime.tensor_files import save_safetensors
 
 log = logging.getLogger(__name__)
 

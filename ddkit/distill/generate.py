@@ -16,19 +16,18 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, class_names, class_titles, dataset_spec, store_hash
-from ddkit.device import resolve_device
-from ddkit.distill.parts import Parts
+from ddkit.distill.partial_set import Parts
 from ddkit.distill.refine import KIND_REFINED
-from ddkit.distill.select import BLIND_CHOICES, View, check_choice, choose, choose_in_class
-from ddkit.environment import versions
 from ddkit.errors import Interrupted, UsageError
-from ddkit.generator.pipeline import Model, load_model, model_hash
+from ddkit.generator.model_folder import Model, load_model, model_hash
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample
-from ddkit.interrupt import StopRequest, stop_requests
 from ddkit.metrics.features import reference_features
-from ddkit.progress import Listener, Progress, ignore
-from ddkit.protocol.sharing import Team
-from ddkit.submission.layout import (
+from ddkit.runtime.device import resolve_device
+from ddkit.runtime.distributed import Team
+from ddkit.runtime.environment import versions
+from ddkit.runtime.interrupt import StopRequest, stop_requests
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.sets.distilled import (
     SavedSet,
     draw_sheet,
     load_tensor,
@@ -37,6 +36,7 @@ from ddkit.submission.layout import (
     save_set,
     set_files,
 )
+from ddkit.sets.select import BLIND_CHOICES, View, check_choice, choose, choose_in_class
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class FromModel:
     """Images of a trained generator.
 
     folder: of the model. device: as `resolve_device` names it. candidates: images of each class to choose from, None
-    for as many as the set takes. select: how to choose, as `ddkit.distill.select.choose` has it.
+    for as many as the set takes. select: how to choose, as `ddkit.sets.select.choose` has it.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class FromModel:
 
 @dataclass(frozen=True)
 class FromReal:
-    """Real training images. choice: as `ddkit.distill.select.choose` has it. device: to look at them on."""
+    """Real training images. choice: as `ddkit.sets.select.choose` has it. device: to look at them on."""
 
     choice: str = "random"
     seed: int = 0

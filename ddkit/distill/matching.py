@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddkit.protocol import augment
-from ddkit.protocol.convnet import ConvNet
-from ddkit.protocol.embedding import Embedder, in_parts
+from ddkit.network import augment
+from ddkit.network.convnet import ConvNet
+from ddkit.network.embedding import Embedder, in_parts
 
 # The steps of one learning rate then serve both; measured on CIFAR-100.
 _GRADIENTS_AS_MEANS = 70 / 3

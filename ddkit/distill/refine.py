@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
+from ddkit.checks.check import require_acceptable
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
-from ddkit.device import resolve_device, shortage_explained
 from ddkit.distill.experts import Experts, ExpertSettings, at_place, flat_parameters
+from ddkit.distill.holdout import References
 from ddkit.distill.matching import (
     distance_of_attention,
     distance_of_means,
@@ -31,23 +32,22 @@ from ddkit.distill.matching import (
     regression_error,
     same_augmentation,
 )
-from ddkit.distill.references import References
 from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
 from ddkit.distill.student import Student, StudentSettings
-from ddkit.environment import versions
 from ddkit.errors import BadFile, ComputeError, Interrupted, UsageError, nearest_name, require_positive
-from ddkit.files import alone
-from ddkit.generator.seeds import generator_for, network_seed
-from ddkit.interrupt import StopRequest, stop_requests
-from ddkit.progress import Listener, Progress, ignore
-from ddkit.protocol.convnet import ConvNet
-from ddkit.protocol.embedding import Embedder, build_embedder
-from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
-from ddkit.protocol.rounds import predict
-from ddkit.protocol.training import TrainingRun, TrainingSettings
-from ddkit.submission.check import require_acceptable
-from ddkit.submission.layout import SavedSet, load_tensor, read_facts, require_tensor_name, row_labels, save_set
+from ddkit.evaluation.rounds import predict
+from ddkit.network.convnet import ConvNet
+from ddkit.network.embedding import Embedder, build_embedder
+from ddkit.network.networks import OFFICIAL_NETWORK, build_network
+from ddkit.network.training import TrainingRun, TrainingSettings
+from ddkit.runtime.device import resolve_device, shortage_explained
+from ddkit.runtime.environment import versions
+from ddkit.runtime.files import alone
+from ddkit.runtime.interrupt import StopRequest, stop_requests
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.seeds import generator_for, network_seed
+from ddkit.sets.distilled import SavedSet, load_tensor, read_facts, require_tensor_name, row_labels, save_set
 
 KIND_REFINED = "refined"
 METHODS = {

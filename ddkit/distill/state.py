@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ddkit.errors import BadFile, UsageError
-from ddkit.files import replacing, sha256_of, write_text
-from ddkit.submission.layout import SavedSet, read_facts, set_files
-from ddkit.tensor_files import Unloadable, load_restricted, save_torch
+from ddkit.runtime.files import replacing, sha256_of, write_text
+from ddkit.runtime.tensor_files import Unloadable, load_restricted, save_torch
+from ddkit.sets.distilled import SavedSet, read_facts, set_files
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"

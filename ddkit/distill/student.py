@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from ddkit.challenge import DatasetSpec
 from ddkit.distill.experts import Experts, at_place
 from ddkit.errors import UsageError, require_positive
-from ddkit.interrupt import StopRequest
-from ddkit.progress import Listener, Progress, ignore
-from ddkit.protocol.augment import random_augment
-from ddkit.protocol.embedding import build_embedder
-from ddkit.protocol.engine import build_engine
-from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
-from ddkit.protocol.tuning import choose_plan
-from ddkit.submission.layout import row_labels
+from ddkit.network.augment import random_augment
+from ddkit.network.autotune import choose_plan
+from ddkit.network.embedding import build_embedder
+from ddkit.network.engine import build_engine
+from ddkit.network.networks import OFFICIAL_NETWORK, build_network
+from ddkit.runtime.interrupt import StopRequest
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.sets.distilled import row_labels
 
 _SEEDS = 2**62  # of an augmentation
 _NUDGE = 0.01  # of the parameters' norm, by which they are moved to and fro

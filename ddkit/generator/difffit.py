@@ -15,7 +15,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from ddkit.errors import UsageError
-from ddkit.generator.denoiser import UViT
+from ddkit.generator.uvit import UViT
 
 _FACTOR_LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0"),  # attention of diffusers

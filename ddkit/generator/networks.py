@@ -7,8 +7,8 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ddkit.generator.denoiser import UViT
 from ddkit.generator.presets import DenoiserConfig
+from ddkit.generator.uvit import UViT
 
 _LEAST_UNET_SIDE = 4  # of the latents at the U-Net's lowest level
 

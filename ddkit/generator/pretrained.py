@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ddkit.errors import BadFile, MissingModel, UsageError, nearest_name
-from ddkit.files import read_json
 from ddkit.generator.autoencoder import refuse_misfits
 from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
 from ddkit.generator.hub import HUB_ERRORS, reason_of
+from ddkit.generator.model_folder import FACTS_FILE, INDEX_FILE, load_model
 from ddkit.generator.networks import keep_labels, null_class
-from ddkit.generator.pipeline import FACTS_FILE, INDEX_FILE, load_model
+from ddkit.runtime.files import read_json
 
 _WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.json")
 _IMAGENET_CLASSES = 1000

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.data.images import to_uint8
-from ddkit.device import shortage_explained
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled_for_inference
+from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import TIME_SCALE
-from ddkit.generator.pipeline import Model
 from ddkit.generator.samplers import linear_plan, make_scheduler
-from ddkit.generator.seeds import generator_for
-from ddkit.progress import Listener, Progress, ignore
-from ddkit.threads import cores_for, side_by_side
+from ddkit.runtime.device import shortage_explained
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.seeds import generator_for
+from ddkit.runtime.threads import cores_for, side_by_side
 
 _PART = 32  # images that a core computes together; more are no faster
 

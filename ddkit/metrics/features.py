@@ -20,13 +20,13 @@ from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadFile, UsageError, require_positive
-from ddkit.files import cache_folder
-from ddkit.progress import Listener, Progress, ignore
-from ddkit.protocol.convnet import ConvNet
-from ddkit.protocol.embedding import build_embedder
-from ddkit.protocol.networks import OFFICIAL_NETWORK, build_network
-from ddkit.protocol.training import TrainingRun, TrainingSettings
-from ddkit.tensor_files import save_safetensors
+from ddkit.network.convnet import ConvNet
+from ddkit.network.embedding import build_embedder
+from ddkit.network.networks import OFFICIAL_NETWORK, build_network
+from ddkit.network.training import TrainingRun, TrainingSettings
+from ddkit.runtime.files import cache_folder
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.tensor_files import save_safetensors
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddkit.errors import MissingData, UsageError
-from ddkit.progress import Listener, Progress, ignore
+from ddkit.runtime.progress import Listener, Progress, ignore
 
 _IMAGES_AT_ONCE = 50  # which grow to 299 px
 

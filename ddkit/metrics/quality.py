@@ -12,7 +12,7 @@ from ddkit.errors import UsageError
 from ddkit.metrics.coverage import density_and_coverage, nearest, within_class_diversity
 from ddkit.metrics.features import ReferenceFeatures
 from ddkit.metrics.frechet import frechet_distance
-from ddkit.progress import Listener, ignore
+from ddkit.runtime.progress import Listener, ignore
 
 _MOST_REAL = 50_000  # images that the set is held against
 _MOST_NEIGHBOURHOODS = 10_000  # real images whose neighbourhoods make density and coverage; their number counts twice

@@ -1,0 +1,1 @@
+"""Import paths that notebooks use; the code is in `ddkit.network` and `ddkit.evaluation`."""

@@ -16,7 +16,7 @@ from ddkit.data.images import normalise
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.results import read
-from ddkit.submission.layout import save_set
+from ddkit.sets.distilled import save_set
 
 COLOURS = {"blue": (40, 60, 210), "green": (40, 200, 60), "red": (210, 50, 40), "yellow": (200, 190, 40)}
 QUICK = ("--epochs-setting", "4", "--rounds", "2")

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from ddkit.cli import main
-from ddkit.submission.trade_off import Trial
+from ddkit.packing.tune import Trial
 
 
 def run(*words, status=0):
@@ -43,8 +43,8 @@ def test_practice_is_packed_and_not_for_upload(work):
 
 
 def test_it_takes_the_best_settings_that_were_tuned(colours, colours_model, work):
-    from ddkit.generator.pipeline import model_hash
-    from ddkit.submission.trade_off import _append
+    from ddkit.generator.model_folder import model_hash
+    from ddkit.packing.tune import _append
 
     words = ("--track", 2, "--model", f"{colours}={colours_model}", "--no-proof", "--tuned")
     _, said = run(*words, status=3)

@@ -127,7 +127,7 @@ def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, c
     ],
 )
 def test_what_it_refuses_in_one_message(ddkit, colours, monkeypatch, words, status, said):
-    monkeypatch.setattr("ddkit.generator.estimate.free_memory", lambda device: 2**30)
+    monkeypatch.setattr("ddkit.generator.training.estimate.free_memory", lambda device: 2**30)
     done = ddkit("train", *words)
     assert done.exit_code == status, done.output
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output

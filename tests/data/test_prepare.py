@@ -23,7 +23,7 @@ from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset, prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_facts
 from ddkit.errors import BadData, BadFile, MissingData, UsageError
-from ddkit.protocol.reference import as_test_set
+from ddkit.evaluation.reference import as_test_set
 
 
 def contents(folder):

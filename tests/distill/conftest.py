@@ -5,8 +5,8 @@ import torch
 
 from ddkit.data.store import load_dataset, store_hash
 from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.model_folder import Model, ModelFacts, save_model
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.pipeline import Model, ModelFacts, save_model
 from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig
 
 

@@ -10,13 +10,13 @@ import torch
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.experts import Experts, ExpertSettings, at_place
-from ddkit.distill.references import References
+from ddkit.distill.holdout import References
 from ddkit.errors import Interrupted, UsageError
-from ddkit.interrupt import stop_requests
-from ddkit.protocol.engine import build_engine
-from ddkit.protocol.networks import build_network
-from ddkit.protocol.rounds import predict
-from ddkit.protocol.tuning import choose_plan
+from ddkit.evaluation.rounds import predict
+from ddkit.network.autotune import choose_plan
+from ddkit.network.engine import build_engine
+from ddkit.network.networks import build_network
+from ddkit.runtime.interrupt import stop_requests
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 

@@ -12,10 +12,10 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.errors import BadFile, MissingModel, UsageError
-from ddkit.generator.pipeline import load_model, model_hash, save_model
+from ddkit.generator.model_folder import load_model, model_hash, save_model
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
 from ddkit.metrics.features import reference_features
-from ddkit.submission.layout import load_tensor
+from ddkit.sets.distilled import load_tensor
 
 
 def pixels(path, name):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddkit.distill.matching import distance_of_attention, distance_of_means, misclassification, regression_error
-from ddkit.protocol import embedding
-from ddkit.protocol.networks import build_network
+from ddkit.network import embedding
+from ddkit.network.networks import build_network
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 

@@ -13,15 +13,15 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
+from ddkit.distill.holdout import References
 from ddkit.distill.matching import distance_of_means
-from ddkit.distill.references import References
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RECORDS_FILE
 from ddkit.distill.student import StudentSettings
 from ddkit.errors import BadFile, ComputeError, Interrupted, InvalidSubmission, UsageError
-from ddkit.files import sha256_of
-from ddkit.protocol.embedding import build_embedder
-from ddkit.protocol.networks import build_network
+from ddkit.network.embedding import build_embedder
+from ddkit.network.networks import build_network
+from ddkit.runtime.files import sha256_of
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 

@@ -10,8 +10,8 @@ from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RefinementState, start_over
 from ddkit.errors import DDKitError, InvalidSubmission, UsageError
-from ddkit.files import sha256_of
-from ddkit.submission.layout import set_files
+from ddkit.runtime.files import sha256_of
+from ddkit.sets.distilled import set_files
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 

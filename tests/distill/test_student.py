@@ -11,8 +11,8 @@ from ddkit.data.store import dataset_spec
 from ddkit.distill.experts import at_place, flat_parameters
 from ddkit.distill.student import Student, StudentSettings
 from ddkit.errors import UsageError
-from ddkit.protocol.augment import random_augment
-from ddkit.protocol.networks import build_network
+from ddkit.network.augment import random_augment
+from ddkit.network.networks import build_network
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 

@@ -7,10 +7,10 @@ import torch
 
 from ddkit.data.store import ImageSet
 from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.model_folder import Model, ModelFacts
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.pipeline import Model, ModelFacts
 from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig, GeneratorConfig, OptimiserConfig
-from ddkit.generator.training import TrainingData
+from ddkit.generator.training.train import TrainingData
 
 CLASSES = ("red", "green", "blue")
 

@@ -9,7 +9,6 @@ import torch
 from diffusers import AutoencoderKL
 
 from ddkit.errors import Interrupted, MissingModel, UsageError
-from ddkit.generator import latents
 from ddkit.generator.autoencoder import (
     AutoencoderLoss,
     build_autoencoder,
@@ -21,8 +20,9 @@ from ddkit.generator.autoencoder import (
     psnr,
     to_signed,
 )
-from ddkit.generator.latents import cached_latents
 from ddkit.generator.presets import AutoencoderConfig
+from ddkit.generator.training.latents import cached_latents
+from ddkit.generator.training.train import latents
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from diffusers import DiTPipeline
 
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.generator.model_folder import save_model
 from ddkit.generator.networks import null_class, predict
-from ddkit.generator.pipeline import save_model
 from ddkit.generator.pretrained import ClassMap, imagenet_wnids, load_generator, map_classes, with_classes
 
 TITLES = (

@@ -9,8 +9,8 @@ from torch import nn
 
 from ddkit.errors import UsageError
 from ddkit.generator.compiling import can_compile
+from ddkit.generator.model_folder import LatentClassPipeline
 from ddkit.generator.objective import BETA_SCHEDULES
-from ddkit.generator.pipeline import LatentClassPipeline
 from ddkit.generator.samplers import SAMPLERS, make_scheduler
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample, sample_all
 

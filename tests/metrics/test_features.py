@@ -8,9 +8,9 @@ import torch
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
-from ddkit.files import cache_folder
 from ddkit.metrics.features import FeatureSettings, ReferenceFeatures, is_cached, reference_features
 from ddkit.metrics.frechet import frechet_distance
+from ddkit.runtime.files import cache_folder
 
 SPEC = DatasetSpec("stripes", 2, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 QUICK = FeatureSettings(images=120, epochs=3)

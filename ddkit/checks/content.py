@@ -1,0 +1,183 @@
+"""What a set holds, class order and normalisation aside: blanks, copies of one another and of the test set, range."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddkit.challenge import DatasetSpec
+from ddkit.data.images import denormalise, to_uint8
+from ddkit.sets.findings import Finding
+
+_BLANK = 0.01  # standard deviation in units of [0, 1]; two and a half 8-bit steps
+_THUMB = 8  # pixels of the thumbnails that candidates are found by
+_THUMB_ALIKE = 0.97  # correlation of thumbnails
+_ALIKE = 0.95  # correlation of the images themselves, channels together
+_CLOSE = 0.08  # root mean square difference in units of [0, 1]: two plain skies correlate, but differ in colour
+_BATCH = 1000
+_REMARKED = 0.01  # share of the rows up to which near copies are only remarked on
+_NAMED = 5
+
+
+def content_findings(
+    images: Tensor, spec: DatasetSpec, where: str, *, test_images: Tensor | None = None
+) -> list[Finding]:
+    """What the set holds (codes C001-C008; a table is in submission/README.md).
+
+    images: (C * ipc, 3, S, S) float32, normalised. test_images: (M, 3, S, S) uint8, the real test set; without it
+    copies of test images are not looked for.
+    """
+    pixels = denormalise(images, spec)
+    blank = pixels.flatten(2).std(dim=2).amax(dim=1) < _BLANK
+    findings = _blank_findings(blank, where)
+    prints = _fingerprints(to_uint8(pixels))
+    unlike = (~blank).nonzero().flatten()
+    findings += _copy_findings(pixels, prints, unlike, len(images) // spec.num_classes, where)
+    if test_images is not None:
+        findings += _test_findings(pixels, prints, unlike, test_images, where)
+    return [*findings, _summary(pixels, spec, where)]
+
+
+def _blank_findings(blank: Tensor, where: str) -> list[Finding]:
+    rows = blank.nonzero().flatten().tolist()
+    if not rows:
+        return []
+    message = f"{len(rows)} images are blank, of one colour: {_row_words(rows)}."
+    return [Finding("warning", "C001", message, where)]
+
+
+def _copy_findings(
+    pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, ipc: int, where: str
+) -> list[Finding]:
+    """C002-C005: equal and nearly equal images, within a class and across classes."""
+    same: dict[bytes, list[int]] = defaultdict(list)
+    for row in unlike.tolist():
+        same[prints[row]].append(row)
+    exact = [(rows[0], row) for rows in same.values() for row in rows[1:]]
+    near = [pair for pair in near_pairs(pixels[unlike]) if prints[unlike[pair[0]]] != prints[unlike[pair[1]]]]
+    near = [(int(unlike[a]), int(unlike[b])) for a, b in near]
+    return [
+        *_pair_findings(exact, ("C002", "C003"), "the same at 8 bits", 0, ipc, where),
+        # Real sets hold a few pairs that look alike; many are an accident.
+        *_pair_findings(near, ("C004", "C005"), "nearly the same", int(_REMARKED * len(pixels)), ipc, where),
+    ]
+
+
+def _pair_findings(
+    pairs: Sequence[tuple[int, int]], codes: tuple[str, str], words: str, remarked: int, ipc: int, where: str
+) -> list[Finding]:
+    """One finding on pairs within a class and one on pairs across; up to `remarked` pairs are no more than a remark."""
+    findings = []
+    for code, kind, inside in ((codes[0], "one class", True), (codes[1], "different classes", False)):
+        chosen = [(a, b) for a, b in pairs if (a // ipc == b // ipc) == inside]
+        if chosen:
+            message = f"{len(chosen)} pairs of images of {kind} are {words}: rows {_pair_words(chosen)}."
+            findings.append(Finding("warning" if len(chosen) > remarked else "info", code, message, where))
+    return findings
+
+
+def _test_findings(
+    pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, test_images: Tensor, where: str
+) -> list[Finding]:
+    """C006, C007: images that are in the real test set, pixel by pixel or nearly."""
+    test_rows = {fingerprint: row for row, fingerprint in enumerate(_fingerprints(test_images))}
+    exact = [(row, test_rows[prints[row]]) for row in unlike.tolist() if prints[row] in test_rows]
+    copied = {row for row, _ in exact}
+    near = [(int(unlike[row]), other) for row, other in _near_matches(pixels[unlike], test_images)]
+    near = [pair for pair in near if pair[0] not in copied]
+    findings = []
+    if exact:
+        message = f"{len(exact)} images are test images, pixel by pixel: {_pair_words(exact, ' is test image ')}."
+        findings.append(Finding("warning", "C006", message, where))
+    if near:
+        message = f"{len(near)} images are nearly test images: {_pair_words(near, ' is like test image ')}."
+        level = "warning" if len(near) > _REMARKED * len(pixels) else "info"
+        findings.append(Finding(level, "C007", message, where))
+    return findings
+
+
+def near_pairs(pixels: Tensor) -> list[tuple[int, int]]:
+    """Pairs (a, b), a < b, of images that are nearly the same, or the same mirrored.
+
+    pixels: (N, 3, S, S) float in units of [0, 1]. Each image is named with its likest one only.
+    """
+    thumbs, mirrored = _unit_thumbs(pixels), _unit_thumbs(pixels.flip(-1))
+    pairs = set()
+    for start in range(0, len(pixels), _BATCH):
+        for others, mirror in ((thumbs, False), (mirrored, True)):
+            alike = thumbs[start : start + _BATCH] @ others.mT
+            # Its own mirror image says that an image is symmetric, not that there are two.
+            alike[torch.arange(len(alike)), torch.arange(start, start + len(alike))] = -1
+            for row, other in _above(alike, start):
+                if _really_alike(pixels[row], pixels[other].flip(-1) if mirror else pixels[other]):
+                    pairs.add((min(row, other), max(row, other)))
+    return sorted(pairs)
+
+
+def _near_matches(pixels: Tensor, test_images: Tensor) -> list[tuple[int, int]]:
+    """(row, test row) of images that are nearly a test image, or a mirrored one."""
+    thumbs = torch.cat([_unit_thumbs(batch.float() / 255) for batch in test_images.split(_BATCH)])
+    matches = {}
+    for mirror in (False, True):
+        ours = _unit_thumbs(pixels.flip(-1) if mirror else pixels)
+        for start in range(0, len(pixels), _BATCH):
+            for row, other in _above(ours[start : start + _BATCH] @ thumbs.mT, start):
+                image = pixels[row].flip(-1) if mirror else pixels[row]
+                if _really_alike(image, test_images[other].float() / 255):
+                    matches.setdefault(row, other)
+    return sorted(matches.items())
+
+
+def _above(alike: Tensor, start: int) -> Iterable[tuple[int, int]]:
+    """(row, column of its largest value), of rows in which that is above the threshold."""
+    if not alike.numel():
+        return []
+    values, columns = alike.max(dim=1)
+    rows = (values > _THUMB_ALIKE).nonzero().flatten()
+    return zip((rows + start).tolist(), columns[rows].tolist(), strict=True)
+
+
+def _unit_thumbs(pixels: Tensor) -> Tensor:
+    """(N, 3 * 8 * 8) thumbnails without their mean, of length one."""
+    thumbs = F.adaptive_avg_pool2d(pixels, _THUMB).flatten(1)
+    return F.normalize(thumbs - thumbs.mean(dim=1, keepdim=True), dim=1)
+
+
+def _really_alike(first: Tensor, second: Tensor) -> bool:
+    if float((first - second).square().mean().sqrt()) > _CLOSE:
+        return False
+    centred = [(image - image.mean()).flatten() for image in (first, second)]
+    return float(F.cosine_similarity(*centred, dim=0)) > _ALIKE
+
+
+def _fingerprints(images: Tensor) -> list[bytes]:
+    """A hash of each (3, S, S) uint8 image."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.contiguous().numpy()]
+
+
+def _summary(pixels: Tensor, spec: DatasetSpec, where: str) -> Finding:
+    outside = float(((pixels < -0.002) | (pixels > 1.002)).float().mean())
+    black, white = float((pixels <= 0.002).float().mean()), float((pixels >= 0.998).float().mean())
+    mean, std = pixels.mean(dim=(0, 2, 3)).tolist(), pixels.std(dim=(0, 2, 3)).tolist()
+    message = (
+        f"{len(pixels)} images, {len(pixels) // spec.num_classes} of each of {spec.num_classes} classes. In units of "
+        f"[0, 1]: from {float(pixels.min()):.2f} to {float(pixels.max()):.2f}, {outside:.1%} of the values outside, "
+        f"{black:.1%} at or below black, {white:.1%} at or above white; channels' means "
+        f"{', '.join(f'{value:.2f}' for value in mean)}, deviations {', '.join(f'{value:.2f}' for value in std)}."
+    )
+    return Finding("info", "C008", message, where)
+
+
+def _row_words(rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"rows {', '.join(map(str, rows[:_NAMED]))}{more}"
+
+
+def _pair_words(pairs: Sequence[tuple[int, int]], joint: str = " and ") -> str:
+    more = f"; and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else ""
+    return "; ".join(f"{a}{joint}{b}" for a, b in pairs[:_NAMED]) + more

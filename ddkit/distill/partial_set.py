@@ -1,0 +1,106 @@
+"""Finished parts of a set in the making, kept on disk beside it until the set itself is written.
+
+They lie in a hidden folder that is named after the set and after what makes its images, so that a run with other
+settings or another model never takes them for its own and does not destroy them either.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddkit.errors import BadFile
+from ddkit.runtime.files import read_json, write_json
+from ddkit.runtime.tensor_files import save_safetensors
+
+log = logging.getLogger(__name__)
+
+_IDENTITY_FILE = "identity.json"
+_PART = re.compile(r"rows-(\d+)\.safetensors")
+
+
+class Parts:
+    """Rows of one set, kept from the first one on without a gap.
+
+    path: where the set will be. identity: plain values, all that its images depend on. shape: (3, S, S) of an image.
+    digest: of the identity.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+        self._identity, self._shape = json.loads(json.dumps(identity)), shape
+        self.digest = digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:12]
+        self._pattern = f".{glob.escape(path.stem)}.parts-*"
+        self._beside = path.parent
+        self._folder = path.parent / f".{path.stem}.parts-{digest}"
+        self._warn_of_others()
+
+    def kept(self) -> Tensor:
+        """(n, 3, S, S) uint8: the rows that earlier runs have made, up to the first that is missing or damaged."""
+        parts, count = [torch.empty(0, *self._shape, dtype=torch.uint8)], 0
+        for start, path in self._files():
+            if start < count:
+                continue  # made by an earlier run that was cut otherwise, and covered since
+            part = self._read(path) if start == count else None
+            if part is None:
+                break
+            parts.append(part)
+            count += len(part)
+        return torch.cat(parts)
+
+    def keep(self, start: int, rows: Tensor) -> None:
+        """Write rows start, start + 1, ...; raises BadFile for what the system refuses."""
+        if not (self._folder / _IDENTITY_FILE).is_file():
+            write_json(self._folder / _IDENTITY_FILE, self._identity)
+        save_safetensors({"images": rows.contiguous()}, self._folder / f"rows-{start:09d}.safetensors")
+
+    def drop(self) -> None:
+        """Remove the parts of this set, which is written now; those of other settings stay."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _files(self) -> list[tuple[int, Path]]:
+        found = ((_PART.fullmatch(path.name), path) for path in self._folder.glob("*"))
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def _read(self, path: Path) -> Tensor | None:
+        try:
+            rows = load_file(path).get("images")
+        except (OSError, SafetensorError) as error:
+            log.warning("%s is damaged and will be made again: %s", path, error)
+            return None
+        fits = rows is not None and rows.dtype == torch.uint8 and rows.shape[1:] == self._shape
+        return rows if fits else None
+
+    def _warn_of_others(self) -> None:
+        for folder in self._beside.glob(self._pattern):
+            if folder != self._folder and (changes := self._differences(folder / _IDENTITY_FILE)):
+                log.warning(
+                    "%s was left by an interrupted run with other settings and is not used (%s). "
+                    "Remove it where that run is not to go on.", folder, "; ".join(changes),
+                )  # fmt: skip
+
+    def _differences(self, path: Path) -> list[str]:
+        """Lines such as "guidance: 1.5, not 2.0"; none where nothing can be told."""
+        try:
+            other = read_json(path)
+        except BadFile:
+            return []
+        if not isinstance(other, dict):
+            return []
+        names = sorted(self._identity.keys() | other.keys())
+        return [
+            f"{name}: {other.get(name)}, not {self._identity.get(name)}"
+            for name in names
+            if other.get(name) != self._identity.get(name)
+        ]

@@ -1,0 +1,365 @@
+"""The challenge's evaluation: several fresh networks trained on a set and tested on the real test images."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit import challenge
+from ddkit.challenge import DatasetSpec
+from ddkit.data.store import ImageSet
+from ddkit.errors import Interrupted, UsageError, nearest_name
+from ddkit.evaluation.reference import TestSet, as_test_set
+from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, StateFile, read_result, run_rounds
+from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
+from ddkit.evaluation.tracks import Conditions, Generate, deviations
+from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
+from ddkit.network.training import TrainingSettings
+from ddkit.results import Result, Scores
+from ddkit.runtime.device import describe_device, resolve_device
+from ddkit.runtime.distributed import Team
+from ddkit.runtime.environment import versions
+from ddkit.runtime.interrupt import StopRequest, stop_requests
+from ddkit.runtime.progress import Listener, Progress, ignore
+
+_MOST_CONFUSIONS = 30
+_POINTS_OF_CURVE = 101
+_SIDE_BY_SIDE = 4  # rounds at a time on a GPU
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate; None keeps what the track prescribes.
+
+    epochs_setting: E; E + 1 epochs run. precision: "float32" or "bfloat16". network: a name in
+    `ddkit.network.networks.NETWORKS`. time_budget: seconds a track 2 generator may take for each round.
+    """
+
+    track: int = 1
+    rounds: int | None = None
+    epochs_setting: int | None = None
+    seed: int = 0
+    network: str = "convnet"
+    augment: bool = True
+    precision: str = "float32"
+    device: str = "auto"
+    time_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None and self.rounds < 1:
+            raise UsageError(f"The number of rounds must be positive, got {self.rounds}.")
+        if self.time_budget is not None and self.time_budget <= 0:
+            raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
+        if self.network not in NETWORKS:
+            raise UsageError(f"There is no network '{self.network}'.", nearest_name(self.network, tuple(NETWORKS)))
+        _ = challenge.track(self.track), self.training  # refuse a track, epochs or a precision that there are not
+
+    @property
+    def number_of_rounds(self) -> int:
+        return self.rounds or challenge.track(self.track).rounds
+
+    @property
+    def budget(self) -> float | None:
+        """Seconds that a track 2 generator may take for each round; None on track 1."""
+        return self.time_budget or challenge.track(self.track).time_budget_seconds
+
+    @property
+    def training(self) -> TrainingSettings:
+        epochs = self.epochs_setting
+        if epochs is None:
+            epochs = challenge.track(self.track).epochs_setting
+        return TrainingSettings(epochs, augment=self.augment, precision=self.precision)
+
+
+@dataclass(frozen=True)
+class Evaluation(Scores):
+    """The outcome of an evaluation. Accuracies are fractions of the test set, 0 to 1; fields as in `Result`."""
+
+    dataset: str
+    settings: EvaluationSettings
+    accuracies: tuple[float, ...]
+    official: bool
+    deviations: tuple[str, ...]
+    images: int
+    images_per_class: tuple[int, int]
+    seconds: float
+    generation_seconds: tuple[float, ...]
+    generated: tuple[int, ...]
+    time_budget: float | None
+    test_images: int
+    device: str
+    loss_curves: tuple[tuple[float, ...], ...]
+    per_class: tuple[float, ...]
+    confusions: tuple[tuple[int, int, float], ...]
+
+    def result(
+        self, name: str, sha256: str, source: str, *, kind: str = "submission", made_by: Mapping[str, Any] | None = None
+    ) -> Result:
+        """The record for the results file: what was evaluated (its name, hash and where it lay) and what came out."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "settings"}
+        settings = self.settings
+        return Result(
+            name=name,
+            sha256=sha256,
+            source=source,
+            kind=kind,
+            made_by=dict(made_by or {}),
+            track=settings.track,
+            epochs_setting=settings.training.epochs_setting,
+            network=settings.network,
+            augment=settings.augment,
+            precision=settings.precision,
+            seed=settings.seed,
+            versions=versions(),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **own,
+        )
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """Where evaluations keep what they have done; each in a folder of its own, named by a hash of all that decides.
+
+    path: None keeps nothing. seconds_between_saves: how much work a kill may cost.
+    """
+
+    path: Path | None = None
+    seconds_between_saves: float = 30.0
+
+    def folder(self, key: str) -> Path | None:
+        """The folder of the evaluation with that key."""
+        return None if self.path is None else Path(self.path) / key
+
+    def file(self, key: str, index: int) -> StateFile:
+        """The state of one round of it."""
+        folder = self.folder(key)
+        return StateFile(folder and folder / f"round-{index}.pt", self.seconds_between_saves)
+
+
+def evaluate(
+    images: Tensor,
+    labels: Tensor,
+    test_set: ImageSet | Mapping[str, Tensor] | tuple[Tensor, Tensor] | TestSet,
+    *,
+    track: int = 1,
+    rounds: int | None = None,
+    epochs_setting: int | None = None,
+    seed: int = 0,
+    network: str = OFFICIAL_NETWORK,
+    augment: bool = True,
+    precision: str = "float32",
+    device: str = "auto",
+    spec: DatasetSpec | None = None,
+    state: StateFolder | None = None,
+    progress: Listener = ignore,
+) -> Evaluation:
+    """Train fresh networks on a distilled set as the challenge does and test them on real images.
+
+    images: (N, 3, S, S) float, normalised. labels: (N,) int64.
+    test_set: an ImageSet of uint8 pixels, the challenge's reference as dict or as (images, labels), normalised, or a
+        TestSet, which has a spec of its own.
+    track, rounds, epochs_setting and what follows: see EvaluationSettings; None keeps the track's own.
+    spec: of the dataset; found among the built-in ones by number of classes and image size when None.
+    state: where to keep what is done, so that an interrupted evaluation goes on and a finished one is not repeated;
+        on a CPU its accuracies are bit-identical to those of an uninterrupted one.
+
+    Raises InvalidSubmission for images that cannot be trained on, BadData for a test set that does not fit,
+    UsageError for settings that cannot be meant, Interrupted once asked to stop, the state saved.
+    Source: PROTOCOL.md.
+    """
+    settings = EvaluationSettings(track, rounds, epochs_setting, seed, network, augment, precision, device)
+    test_set = as_test_set(test_set, spec)
+    return evaluate_source(FixedSet(images, labels), test_set, settings, state=state, progress=progress)
+
+
+def evaluate_generator(
+    generate: Generate,
+    test_set: TestSet,
+    settings: EvaluationSettings,
+    *,
+    name: str,
+    state: StateFolder | None = None,
+    progress: Listener = ignore,
+) -> Evaluation:
+    """Track 2: like `evaluate`, on images that `generate` makes anew for each round within the time budget.
+
+    generate: (seed, seconds) -> (images, labels) as `evaluate` takes them. name: a hash or name that identifies the
+    entry, under which interrupted evaluations are continued. Raises InvalidSubmission when the budget is overrun.
+    """
+    if settings.budget is None:
+        raise UsageError("Generators are evaluated on track 2.", "Say --track 2, or give a time budget.")
+    source = TimedGenerator(generate, name, settings.budget)
+    return evaluate_source(source, test_set, settings, state=state, progress=progress)
+
+
+def evaluate_source(
+    source: Source,
+    test_set: TestSet,
+    settings: EvaluationSettings,
+    *,
+    state: StateFolder | None = None,
+    progress: Listener = ignore,
+) -> Evaluation:
+    """What `evaluate` and `evaluate_generator` do, for any source of training images."""
+    if isinstance(source, FixedSet):
+        check_training_set(source.images, source.labels, test_set.spec)
+    team = Team(resolve_device(settings.device))
+    device = team.device
+    mine = team.share_of(range(settings.number_of_rounds))
+    runner = _Runner(source, test_set, settings, device, state or StateFolder(), progress, len(mine))
+    with stop_requests() as stop:
+        results = [pair for group in _groups(mine, device, source) for pair in zip(group, runner.run(group, stop), strict=True)]
+    # Every process gets all results, and so the same evaluation.
+    results = [result for _, result in sorted(team.gather(results), key=lambda pair: pair[0])]
+    return _summary(results, test_set, settings, source.budget, device)
+
+
+def _groups(rounds: Sequence[int], device: torch.device, source: Source) -> list[Sequence[int]]:
+    """What runs side by side: a few rounds on a GPU, which one small network does not fill.
+
+    On a CPU one; and one where each round has images of its own, which can be gigabytes.
+    """
+    size = _SIDE_BY_SIDE if device.type == "cuda" and source.budget is None else 1
+    return [rounds[start : start + size] for start in range(0, len(rounds), size)]
+
+
+class _Runner:
+    """Runs this process's rounds and reports how far they are together."""
+
+    def __init__(
+        self,
+        source: Source,
+        test_set: TestSet,
+        settings: EvaluationSettings,
+        device: torch.device,
+        state: StateFolder,
+        progress: Listener,
+        rounds: int,
+    ) -> None:
+        self._source, self._test_set, self._state = source, test_set, state
+        self._settings = RoundSettings(settings.network, settings.training, settings.seed, str(device))
+        self._key = _key(source, test_set, self._settings) if state.path else ""
+        self._progress = progress
+        self._epochs = settings.training.epochs
+        self._rounds = rounds
+        self._epochs_done: dict[int, int] = {}
+
+    def run(self, group: Sequence[int], stop: StopRequest) -> list[RoundResult]:
+        """The results of these rounds; of those that are finished already, the kept ones."""
+        kept = {index: result for index in group if (result := read_result(self._file(index)))}
+        for index, result in kept.items():
+            self._report(index, self._epochs, result.losses[-1])
+        jobs = []
+        for index in group:
+            if index not in kept:
+                if stop:
+                    raise Interrupted(f"Interrupted before round {index + 1}.", "Run the same again to go on from there.")
+                jobs.append(self._job(index))
+        ran = run_rounds(jobs, self._test_set, self._settings, stop=stop, listener=self._report)
+        kept |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
+        for index in group:
+            self._source.forget(index, self._state.folder(self._key))
+        return [kept[index] for index in group]
+
+    def _job(self, index: int) -> RoundJob:
+        folder = self._state.folder(self._key)
+        made = self._source.for_round(index, self._settings.seed_for("generation", index), folder)
+        check_training_set(made.images, made.labels, self._test_set.spec)
+        return RoundJob(index, made, self._file(index))
+
+    def _file(self, index: int) -> StateFile:
+        return self._state.file(self._key, index)
+
+    def _report(self, index: int, epochs_done: int, loss: float) -> None:
+        self._epochs_done[index] = epochs_done
+        done, total = sum(self._epochs_done.values()), self._rounds * self._epochs
+        figures = {"round": index + 1, "loss": loss}
+        self._progress(Progress(f"training on {self._test_set.spec.name}", done, total, "epochs", figures))
+
+
+def _key(source: Source, test_set: TestSet, rounds: RoundSettings) -> str:
+    """A name for everything that decides on the outcome of a round but its number."""
+    spec = test_set.spec
+    decides = {
+        "training set": source.identity,
+        "test set": hash_of(test_set.images, test_set.labels),
+        "normalisation": [spec.num_classes, spec.mean, spec.std],
+        # Which of a machine's GPUs it is does not matter, and differs with the number of processes.
+        "settings": dataclasses.asdict(rounds) | {"device": torch.device(rounds.device).type},
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return f"{spec.name}-{digest[:16]}"
+
+
+def _summary(
+    results: Sequence[RoundResult],
+    test_set: TestSet,
+    settings: EvaluationSettings,
+    budget: float | None,
+    device: torch.device,
+) -> Evaluation:
+    spec = test_set.spec
+    fewest = min(result.images_per_class[0] for result in results)
+    most = max(result.images_per_class[1] for result in results)
+    conditions = Conditions(
+        rounds=len(results),
+        epochs_setting=settings.training.epochs_setting,
+        images_per_class=(fewest, most),
+        test_images=len(test_set),
+        network=settings.network,
+        augment=settings.augment,
+        precision=settings.precision,
+        time_budget=budget,
+        test_content=test_set.content_hash() if spec.in_challenge else "",
+    )
+    differences = deviations(challenge.track(settings.track), spec, conditions)
+    counts = torch.stack([result.confusion(test_set.labels, spec.num_classes) for result in results])
+    return Evaluation(
+        dataset=spec.name,
+        settings=settings,
+        accuracies=tuple(result.accuracy(test_set.labels) for result in results),
+        official=not differences,
+        deviations=differences,
+        images=results[0].images,
+        images_per_class=(fewest, most),
+        seconds=sum(result.seconds for result in results),
+        generation_seconds=tuple(result.generation_seconds for result in results) if budget else (),
+        generated=tuple(result.images for result in results) if budget else (),
+        time_budget=budget,
+        test_images=len(test_set),
+        device=describe_device(device),
+        loss_curves=tuple(_thinned(result.losses) for result in results),
+        per_class=_per_class(counts),
+        confusions=_confusions(counts),
+    )
+
+
+def _thinned(losses: Sequence[float]) -> tuple[float, ...]:
+    """Evenly spaced epochs, first and last included, few enough for a picture."""
+    points = min(len(losses), _POINTS_OF_CURVE)
+    places = torch.linspace(0, len(losses) - 1, points).round().long().tolist()
+    return tuple(round(losses[place], 5) for place in places)
+
+
+def _per_class(counts: Tensor) -> tuple[float, ...]:
+    """Mean accuracy of each class over (rounds, true class, predicted class) counts; 0 for a class without images."""
+    right = counts.diagonal(dim1=1, dim2=2).sum(0).double()
+    return tuple((right / counts.sum((0, 2)).clamp(min=1)).tolist())
+
+
+def _confusions(counts: Tensor) -> tuple[tuple[int, int, float], ...]:
+    """The most frequent mistakes, as (true class, predicted class, mean count a round)."""
+    mistakes = counts.double().mean(0).fill_diagonal_(0)
+    top = mistakes.flatten().topk(min(_MOST_CONFUSIONS, mistakes.numel()))
+    classes = len(mistakes)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return tuple((place // classes, place % classes, count) for place, count in pairs if count > 0)

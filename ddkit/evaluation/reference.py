@@ -1,0 +1,162 @@
+"""What networks are tested on: raw pixels normalised a batch at a time, or a reference file's ready floats."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import BATCH_SIZE, DATASETS, DECODED_WITH_LOSS, TEST_CONTENT, DatasetSpec
+from ddkit.data.images import denormalise, normalise_
+from ddkit.data.store import ImageSet
+from ddkit.errors import BadData, UsageError
+from ddkit.runtime.files import explain_os_error, irregularity
+from ddkit.runtime.tensor_files import Unloadable, load_restricted
+
+_IMAGES_KEY, _LABELS_KEY = "images_val", "labels_val"
+# Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalised ones have no negative values.
+_LARGEST_NORMALISED = 10.0
+_FURTHEST_FROM_WHOLE = 0.05  # pixels of [0, 255], normalised and back
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A test set of one dataset.
+
+    images: (N, 3, S, S), uint8 pixels or float32 already normalised with the spec's constants.
+    labels: (N,) int64 in [0, spec.num_classes).
+    """
+
+    __test__ = False  # no test of pytest's, whatever its name
+
+    images: Tensor
+    labels: Tensor
+    spec: DatasetSpec
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def content_hash(self) -> str:
+        """Hexadecimal SHA-256 of all pixels and labels, whatever their order.
+
+        Of a reference file's floats it is that of the pixels they were made from; where the spec's constants lead back to
+        none, of the floats themselves. "" of floats whose pixels may differ from ours by the decoder alone.
+        """
+        pixels = self.images if self.images.dtype == torch.uint8 else self._pixels()
+        images = (self.images if pixels is None else pixels).detach().cpu().contiguous().flatten(1).view(torch.uint8)
+        pairs = [
+            hashlib.blake2b(label.to_bytes(2, "big") + image.tobytes(), digest_size=16).digest()
+            for image, label in zip(images.numpy(), self.labels.tolist(), strict=True)
+        ]
+        found = hashlib.sha256(b"".join(sorted(pairs))).hexdigest()
+        decoded_elsewhere = pixels is not self.images and pixels is not None and self.spec.name in DECODED_WITH_LOSS
+        return "" if decoded_elsewhere and found != TEST_CONTENT[self.spec.name] else found
+
+    def _pixels(self) -> Tensor | None:
+        """(N, 3, S, S) uint8 of normalised floats; None where they are further from whole numbers than rounding takes them."""
+        pixels = torch.empty(self.images.shape, dtype=torch.uint8)
+        for part, into in zip(self.images.split(BATCH_SIZE), pixels.split(BATCH_SIZE), strict=True):
+            raw = denormalise(part, self.spec) * 255
+            whole = raw.round().clamp_(0, 255)
+            if (raw - whole).abs().max() > _FURTHEST_FROM_WHOLE:
+                return None
+            into.copy_(whole)
+        return pixels
+
+    def batches(self, device: torch.device, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
+        """Normalised float32 batches in file order. Pixels stay uint8 until their batch is due."""
+        for pixels in self.images.split(batch_size):
+            images = pixels.to(device, non_blocking=True).float()
+            # In place, as copies of this size leave the allocator with holes that the next one does not fit in:
+            # half a gigabyte of them over 10,000 images.
+            yield normalise_(images, self.spec) if pixels.dtype == torch.uint8 else images
+
+
+def as_test_set(
+    data: ImageSet | Mapping[str, Tensor] | tuple[Tensor, Tensor] | TestSet, spec: DatasetSpec | None = None
+) -> TestSet:
+    """A checked TestSet from an ImageSet, a reference dict as in `*_test.pt`, or normalised (images, labels).
+
+    One that is a TestSet already keeps its own spec.
+
+    spec: of the dataset; found among the built-in ones by number of classes and image size when None.
+    Raises BadData for other sizes, values that are not normalised, labels out of range.
+    """
+    if isinstance(data, TestSet):
+        return _checked(data, "the test set")
+    if isinstance(data, ImageSet):
+        spec = spec or _spec_like(len(data.class_names), data.images.shape[-1])
+        return _checked(TestSet(data.images, data.labels, spec), "the test set")
+    images, labels = _pair(data)
+    if spec is None:
+        # A reference file names no classes; the challenge's test sets hold images of every one.
+        spec = _spec_like(int(labels.max()) + 1 if labels.numel() else 0, images.shape[-1])
+    return _checked(TestSet(images, labels.long(), spec), "the reference")
+
+
+def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:
+    """Read the challenge's `{dataset}_test.pt`. Raises BadData naming the file when it is not one."""
+    try:
+        if problem := irregularity(path):
+            raise BadData(f"{path} {problem}.")
+        data = load_restricted(path, mmap=True)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    except (Unloadable, MemoryError) as error:
+        raise BadData(f"{path} cannot be read as a reference file: {error}.") from error
+    images, labels = _pair(data, str(path))
+    return _checked(TestSet(images, labels.long(), spec), str(path))
+
+
+def _pair(data: Any, name: str = "the reference") -> tuple[Tensor, Tensor]:
+    if isinstance(data, Mapping):
+        data = (data.get(_IMAGES_KEY), data.get(_LABELS_KEY))
+    if not isinstance(data, tuple) or len(data) != 2 or not all(isinstance(item, Tensor) for item in data):
+        raise BadData(
+            f"{name} holds no tensors '{_IMAGES_KEY}' and '{_LABELS_KEY}'.",
+            "The challenge's reference files are dicts of those two.",
+        )
+    return data
+
+
+def _checked(test_set: TestSet, name: str) -> TestSet:
+    images, labels, spec = test_set.images, test_set.labels, test_set.spec
+    if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape:
+        raise BadData(f"{name} holds images of shape {tuple(images.shape[1:])}, {spec.name} has {spec.image_shape}.")
+    if labels.shape != (len(images),) or len(images) == 0:
+        raise BadData(f"{name} holds {len(images)} images and labels of shape {tuple(labels.shape)}.")
+    if int(labels.min()) < 0 or int(labels.max()) >= spec.num_classes:
+        raise BadData(
+            f"{name} has labels from {int(labels.min())} to {int(labels.max())}, "
+            f"{spec.name} has classes 0 to {spec.num_classes - 1}."
+        )
+    if images.dtype != torch.uint8:
+        _check_normalised(images, name, spec)
+    return test_set
+
+
+def _check_normalised(images: Tensor, name: str, spec: DatasetSpec) -> None:
+    if not images.is_floating_point():
+        raise BadData(f"{name} holds {images.dtype} images, expected uint8 pixels or normalised float32.")
+    low, high = (float(bound) for bound in images.aminmax())
+    # A comparison with nan is false, so this refuses nan too.
+    if not (-_LARGEST_NORMALISED < low < 0.0 < high < _LARGEST_NORMALISED):
+        raise BadData(
+            f"{name} has values from {low:.4g} to {high:.4g}, which are not normalised images.",
+            f"Normalise pixels in [0, 1] with mean {spec.mean} and std {spec.std}.",
+        )
+
+
+def _spec_like(num_classes: int, image_size: int) -> DatasetSpec:
+    for spec in DATASETS.values():
+        if (spec.num_classes, spec.image_size) == (num_classes, image_size):
+            return spec
+    raise UsageError(
+        f"No built-in dataset has {num_classes} classes of {image_size}-pixel images.",
+        "Say which dataset it is: evaluate(..., spec=ddkit.data.store.dataset_spec(name)).",
+    )

@@ -1,0 +1,107 @@
+"""Track 2's entries as scripts: run on the clock, in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ddkit.errors import ComputeError, Interrupted, InvalidSubmission
+from ddkit.evaluation.tracks import Generated, overrun
+from ddkit.runtime.interrupt import StopRequest, stop_requests
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.tensor_files import Unloadable, load_restricted
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+_LINES_OF_OUTPUT = 3  # quoted of a script that failed
+
+
+@dataclass(frozen=True)
+class ScriptEntry:
+    """The entry that `python script --dataset NAME --out FILE --time-budget SECONDS --seed N` is.
+
+    The script writes {"images": (N, 3, S, S) float32 normalised, "labels": (N,) int64} with torch.save.
+    arguments: more of them. python: the interpreter and its own options.
+    environment, folder: its variables and its working folder; ours where None.
+    progress: hears of the seconds as they are spent.
+    """
+
+    script: Path
+    dataset: str
+    arguments: tuple[str, ...] = ()
+    python: tuple[str, ...] = (sys.executable,)
+    environment: Mapping[str, str] | None = None
+    folder: Path | None = None
+    progress: Listener = ignore
+
+    def __call__(self, seed: int, budget: float) -> Generated:
+        """Run it once. The seconds are those from before its start to its end, without reading what it made.
+
+        Raises InvalidSubmission where it overruns its budget or leaves nothing readable, ComputeError with its last
+        words where it fails, Interrupted once asked to stop.
+        """
+        with tempfile.TemporaryDirectory(prefix="ddkit-entry-") as temporary:
+            out = Path(temporary) / "images.pt"
+            command = [*self.python, str(self.script.resolve()), "--dataset", self.dataset, "--out", str(out)]
+            command += ["--time-budget", f"{budget:g}", "--seed", str(seed), *self.arguments]
+            seconds = self._run(command, budget, Path(temporary) / "output.txt")
+            return Generated(*_read(out), seconds)
+
+    def _run(self, command: list[str], budget: float, said: Path) -> float:
+        """Run it to its end, its output going to `said`. Returns the seconds that it took."""
+        began = time.monotonic()
+        # A session of its own, so that the processes it starts can be ended with it.
+        with said.open("wb") as output, stop_requests() as stop, subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True
+        ) as process:  # fmt: skip
+            try:
+                self._wait(process, began, budget, stop)
+            finally:
+                _end(process)
+        seconds = time.monotonic() - began
+        if process.returncode != 0:
+            words = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LINES_OF_OUTPUT:]
+            raise ComputeError(
+                f"{self.script} ended with status {process.returncode} after {seconds:.0f} s of a budget of {budget:g} s.",
+                "It said: " + " | ".join(words) if words else "",
+            )
+        return seconds
+
+    def _wait(self, process: subprocess.Popen[bytes], began: float, budget: float, stop: StopRequest) -> None:
+        while process.poll() is None:
+            spent = time.monotonic() - began
+            if spent > budget:
+                raise overrun(str(self.script), "was still running", budget)
+            if stop:
+                raise Interrupted("Interrupted while images were generated.", "Run the same again: they are made anew.")
+            self.progress(Progress(f"generating {self.dataset}", spent, budget, "s"))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_BETWEEN_LOOKS)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End it and what it started; nothing, where all have ended."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    try:
+        made = load_restricted(path)
+    except (OSError, Unloadable, MemoryError) as error:
+        raise InvalidSubmission(f"The generator left no readable file of images: {error}.") from error
+    if not isinstance(made, dict) or not {"images", "labels"} <= made.keys():
+        raise InvalidSubmission("The generator's file is no dict of 'images' and 'labels'.")
+    return made["images"], made["labels"]

@@ -1,0 +1,113 @@
+"""What makes an evaluation official, and what a track 2 entry is: images made within a time budget."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import CHALLENGE_DATASETS, TEST_CONTENT, TEST_IMAGES, DatasetSpec, Track
+from ddkit.errors import InvalidSubmission
+from ddkit.network.networks import OFFICIAL_NETWORK
+from ddkit.runtime.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under which an evaluation ran, as far as the protocol prescribes them."""
+
+    rounds: int
+    epochs_setting: int
+    images_per_class: tuple[int, int]
+    test_images: int
+    network: str
+    augment: bool
+    precision: str
+    time_budget: float | None = None  # seconds; track 2 only
+    test_content: str = ""  # `TestSet.content_hash`; "" where nobody has looked
+
+
+def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple[str, ...]:
+    """What differs from PROTOCOL.md, a phrase each; empty for an official evaluation."""
+    found = []
+    if not spec.in_challenge:
+        names = " and ".join(known.name for known in CHALLENGE_DATASETS)
+        found.append(f"dataset {spec.name}, the challenge has {names}")
+    elif conditions.test_images != TEST_IMAGES:
+        found.append(f"{conditions.test_images:,} test images instead of {TEST_IMAGES:,}")
+    elif conditions.test_content not in ("", TEST_CONTENT[spec.name]):
+        found.append("other test images than the challenge's, or changed ones")
+    if track.ipc is not None and conditions.images_per_class != (track.ipc, track.ipc):
+        fewest, most = conditions.images_per_class
+        found.append(f"{fewest if fewest == most else f'{fewest} to {most}'} images a class instead of {track.ipc}")
+    if conditions.time_budget != track.time_budget_seconds:
+        found.append(_budget_deviation(conditions.time_budget, track.time_budget_seconds))
+    if conditions.rounds != track.rounds:
+        found.append(f"{conditions.rounds} round{'s'[: conditions.rounds != 1]} instead of {track.rounds}")
+    if conditions.epochs_setting != track.epochs_setting:
+        found.append(f"E = {conditions.epochs_setting} instead of {track.epochs_setting}")
+    if conditions.network != OFFICIAL_NETWORK:
+        found.append(f"network {conditions.network} instead of {OFFICIAL_NETWORK}")
+    if not conditions.augment:
+        found.append("no augmentation")
+    if conditions.precision != "float32":
+        found.append(f"{conditions.precision} instead of float32")
+    return tuple(found)
+
+
+def _budget_deviation(budget: float | None, official: float | None) -> str:
+    if budget is None:
+        return f"images not generated within {official:g} s for each round"
+    return f"a time budget of {budget:g} s" + (f" instead of {official:g} s" if official else "")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a track 2 entry made for one round, and how long it took, loading and saving included."""
+
+    images: Tensor  # (N, 3, S, S) float32, normalised
+    labels: Tensor  # (N,) int64
+    seconds: float
+
+
+Generate = Callable[[int, float], "tuple[Tensor, Tensor] | Generated"]
+"""A track 2 entry: (seed, seconds it may take) -> normalised (N, 3, S, S) images and (N,) int64 labels; or the same as
+Generated, where it knows better than its caller how long it took."""
+
+
+def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
+    """Run a track 2 entry on the clock. Raises InvalidSubmission when it takes longer than `budget` seconds."""
+    began = time.monotonic()
+    made = generate(seed, budget)
+    if not isinstance(made, Generated):
+        made = Generated(*made, time.monotonic() - began)
+    if made.seconds > budget:
+        raise overrun("The generator", f"ended after {made.seconds:.1f} s,", budget)
+    return made
+
+
+def hash_of_folder(folder: Path) -> str:
+    """Hexadecimal SHA-256 of all files below `folder`, names included: identifies an entry with its models."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(f"{path.relative_to(folder)}\0{sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def overrun(name: str, what: str, budget: float) -> InvalidSubmission:
+    """The error that says that an entry took too long."""
+    return InvalidSubmission(
+        f"{name} {what} after its budget of {budget:g} s.",
+        "In the challenge an entry that overruns its time scores nothing.",
+    )
+
+
+def images_per_class(labels: Tensor, num_classes: int) -> tuple[int, int]:
+    """Smallest and largest number of images of any class."""
+    counts = torch.bincount(labels.cpu(), minlength=num_classes)
+    return int(counts.min()), int(counts.max())

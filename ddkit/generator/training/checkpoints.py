@@ -1,0 +1,86 @@
+"""Training state on disk: one file a checkpoint, written atomically, the oldest removed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddkit.errors import BadFile
+from ddkit.runtime.tensor_files import Unloadable, load_restricted, save_torch
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+KEPT = 2  # checkpoints of a stage
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a stage after `step` steps.
+
+    seconds: spent on them, over all the times the stage ran. finished: nothing more is to be done.
+    network, ema, optimiser: state dictionaries of tensors and plain values.
+    memory: state dictionary of what the stage's loss keeps beside the network.
+    scaler: the same of the loss's scale, which float16 has.
+    """
+
+    step: int
+    seconds: float
+    finished: bool
+    network: dict[str, Any]
+    ema: dict[str, Any]
+    optimiser: dict[str, Any]
+    memory: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(folder: Path, stage: str, checkpoint: Checkpoint, *, kept: int = KEPT) -> Path:
+    """Write `<folder>/<stage>-<step>.pt` and remove all but the newest `kept` of that stage."""
+    path = folder / f"{stage}-{checkpoint.step:08d}.pt"
+    save_torch({"format": FORMAT_VERSION, **vars(checkpoint)}, path)
+    for old in list_checkpoints(folder, stage)[:-kept]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def list_checkpoints(folder: Path, stage: str) -> list[Path]:
+    """The checkpoints of a stage, oldest first."""
+    found = folder.glob(f"{stage}-*.pt")
+    return sorted(path for path in found if re.fullmatch(rf"{re.escape(stage)}-\d{{8,}}\.pt", path.name))
+
+
+def load_latest(folder: Path, stage: str) -> Checkpoint | None:
+    """The newest checkpoint of a stage that can be read, or None where there is none at all.
+
+    A newest file that is cut short is passed over, with a warning, for the one before it.
+    Raises BadFile when there are some and none can be read.
+    """
+    paths = list_checkpoints(folder, stage)
+    problem: BadFile | None = None
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except BadFile as error:
+            log.warning("%s Going on from the checkpoint before it.", error.message)
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint; nothing in it is executed. Raises BadFile where it is damaged or of another format."""
+    remedy = "Delete it to go on from the one before, or start over with --fresh."
+    try:
+        value = load_restricted(path)
+    except (OSError, Unloadable) as error:
+        raise BadFile(f"{path} is damaged or no checkpoint.", remedy) from error
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT_VERSION:
+        raise BadFile(f"{path} is no checkpoint of this version of ddkit.", remedy)
+    try:
+        return Checkpoint(**value)
+    except TypeError as error:
+        raise BadFile(f"{path} is not complete: {error}.", remedy) from error

@@ -1,0 +1,130 @@
+"""The training set as latents, encoded once and kept on disk, memory-mapped on reading."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ddkit.data.store import ImageSet
+from ddkit.errors import Interrupted
+from ddkit.generator.autoencoder import encode, images_at_once, to_signed
+from ddkit.runtime.files import explain_os_error
+from ddkit.runtime.interrupt import stop_requests
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.tensor_files import save_safetensors
+
+log = logging.getLogger(__name__)
+
+LATENTS_FILE = "latents.safetensors"
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Encoded training images.
+
+    latents: (N, V, C, s, s) float16, not scaled; V = 2 where the mirrored image is there too, encoded itself:
+    mirroring a latent is not the same. labels: (N,) int64. std: of all latents, one over the latent scale.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    std: float
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def cached_latents(
+    path: Path,
+    autoencoder: AutoencoderKL,
+    images: ImageSet,
+    latent_side: int,
+    *,
+    flips: bool,
+    identity: str,
+    progress: Listener = ignore,
+) -> LatentSet:
+    """The latents of `images`, read from `path` if they were made of the same things, else encoded and written there.
+
+    identity: names the pixels and the autoencoder; latents of another identity are replaced. Raises Interrupted once asked to
+    stop, what was encoded kept, and BadFile for what the system refuses.
+    """
+    if (found := _read(path, images, identity)) is not None:
+        return found
+    if path.exists():
+        log.warning("The data or the autoencoder changed since the latents were made: encoding them again.")
+    latents = _encode_all(path, autoencoder, images, latent_side, flips, identity, progress)
+    std = float(latents.float().std())
+    save_safetensors({"latents": latents}, path, {"identity": identity, "std": repr(std)})
+    for partial in path.parent.glob(f"{path.stem}-*{_PARTIAL}"):
+        partial.unlink(missing_ok=True)
+    return _read(path, images, identity) or LatentSet(latents, images.labels, std)
+
+
+def _read(path: Path, images: ImageSet, identity: str) -> LatentSet | None:
+    """None where there are none, they are of another identity, or the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != identity:
+                return None
+            latents = file.get_tensor("latents")
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return LatentSet(latents, images.labels, float(metadata["std"]))
+
+
+def _encode_all(
+    path: Path,
+    autoencoder: AutoencoderKL,
+    images: ImageSet,
+    latent_side: int,
+    flips: bool,
+    identity: str,
+    progress: Listener,
+) -> Tensor:
+    """(N, V, C, s, s) float16 on the CPU. What is encoded is written to a file beside `path` as it comes, and gone on from."""
+    shape = (1 + flips, autoencoder.config.latent_channels, latent_side, latent_side)
+    bytes_per_image = torch.float16.itemsize * math.prod(shape)
+    name = hashlib.sha256(f"{identity} {shape}".encode()).hexdigest()[:16]
+    partial = path.with_name(f"{path.stem}-{name}{_PARTIAL}")
+    count = images_at_once(autoencoder, latent_side)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("ab") as file, stop_requests() as stop:
+            # A kill may have cut the last image short. The file only ever grows by what is whole on the disk.
+            done = min(file.tell() // bytes_per_image, len(images))
+            file.truncate(done * bytes_per_image)
+            for start in range(done, len(images), count):
+                some = images.images[start : start + count]
+                file.write(_encoded(autoencoder, some, latent_side, flips).numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                progress(Progress("Encoding the training set", start + len(some), len(images), "images"))
+                if stop:
+                    raise Interrupted(
+                        f"Stopped after encoding {start + len(some):,} of {len(images):,} images; they are kept.",
+                        "Run the same command again, without --fresh, to go on.",
+                    )
+        values = torch.frombuffer(bytearray(partial.read_bytes()), dtype=torch.float16)
+    except OSError as error:
+        raise explain_os_error(error, partial) from error
+    return values.view(len(images), *shape)
+
+
+@torch.inference_mode()
+def _encoded(autoencoder: AutoencoderKL, images: Tensor, latent_side: int, flips: bool) -> Tensor:
+    """(n, 3, S, S) uint8 -> (n, V, C, s, s) float16 on the CPU."""
+    pixels = to_signed(images.to(autoencoder.device))
+    views = [pixels, pixels.flip(-1)] if flips else [pixels]
+    return torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1).half().cpu()

@@ -1,0 +1,92 @@
+"""What the challenge's network makes of images, in a form that the images can be optimised through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from ddkit.challenge import NETWORK_WIDTH
+from ddkit.network.autotune import choose_plan
+from ddkit.network.convnet import ConvNet
+from ddkit.network.winograd import FeatureMaps, WinogradEngine
+
+Embedder = Callable[[Tensor], Tensor]
+_Seen = TypeVar("_Seen", Tensor, tuple[Tensor, ...])
+_LARGEST_MAP = 2**27  # floats of the first block's output, of which half a dozen as large are kept: 512 MiB each
+
+
+def build_embedder(network: ConvNet, batch_size: int) -> Embedder:
+    """A function (N, 3, S, S) -> (N, F) that computes what `network.embed` does.
+
+    Gradients flow to the images and never to the network's parameters, whose present values count in each call.
+    batch_size: images in a usual call. On a CPU the evaluation's fast engine computes it, where that one works.
+    """
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    plan = choose_plan(network, "float32", batch_size) if on_cpu else None
+    if plan is not None and plan.kind == "winograd":
+        return _EngineEmbedder(WinogradEngine(network, plan))
+    network.requires_grad_(False)
+    return lambda images: in_parts(network.embed, images)
+
+
+def in_parts(look: Callable[[Tensor], _Seen], images: Tensor) -> _Seen:
+    """What `look` makes of images (N, 3, S, S), row by row, a part of them at a time where all would fill the memory.
+
+    Of parts, the way back computes everything again instead of keeping it.
+    """
+    at_once = max(1, _LARGEST_MAP // (NETWORK_WIDTH * images.shape[-1] ** 2))
+    if len(images) <= at_once:
+        return look(images)
+    seen = [checkpoint(look, part, use_reentrant=False) for part in images.split(at_once)]
+    if isinstance(seen[0], Tensor):
+        return torch.cat(seen)
+    return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
+
+
+class _EngineEmbedder:
+    """Embeds by an engine, and keeps one set of feature maps for the next call: they are large (of a thousand
+    images of side 32, 160 MB), and to ask for as much anew takes a while."""
+
+    def __init__(self, engine: WinogradEngine) -> None:
+        self.engine = engine
+        self._spare: FeatureMaps | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return _ThroughEngine.apply(images, self)
+
+    def take_maps(self, images: Tensor) -> FeatureMaps:
+        """Of as many images as these, which nobody else uses until they are given back."""
+        maps, self._spare = self._spare, None
+        return maps if maps and maps.fit(images) else FeatureMaps(len(images), images.shape[-1])
+
+    def give_back(self, maps: FeatureMaps) -> None:
+        self._spare = maps
+
+
+class _ThroughEngine(torch.autograd.Function):
+    """The engine's way there and back, with what it keeps of the images between the two."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, embedder: _EngineEmbedder) -> Tensor:
+        ctx.embedder = embedder
+        ctx.save_for_backward(images)
+        ctx.maps = embedder.take_maps(images) if images.requires_grad else None
+        return embedder.engine.embed(images, ctx.maps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, embedding_gradients: Tensor) -> tuple[Tensor, None]:
+        (images,) = ctx.saved_tensors
+        embedder = ctx.embedder
+        maps, ctx.maps = ctx.maps, None  # the way back overwrites them
+        if maps is None:
+            maps = embedder.take_maps(images)
+            embedder.engine.embed(images, maps)
+        gradients = embedder.engine.image_gradients(images, embedding_gradients, maps)
+        embedder.give_back(maps)
+        return gradients, None

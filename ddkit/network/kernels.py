@@ -1,0 +1,98 @@
+"""Compiling this package's C++ once for the processor at hand, and keeping the result in the cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from ddkit.errors import DDKitError
+from ddkit.runtime.device import cpu_flags, cpu_model
+from ddkit.runtime.files import cache_folder, replacing
+
+# -O3 unrolls the loops over taps and vectors; no flag relaxes the arithmetic but fused multiply-add, which is GCC's
+# and Clang's habit and rounds once instead of twice.
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
+_CACHE_FOLDER = "_kernels"  # no dataset can have this name
+# What "for this very processor" is called; the first that the compiler knows is taken.
+_TARGETS = (("-march=native",), ("-mcpu=native",), ())
+
+
+class CannotCompile(DDKitError):
+    """There is no C++ compiler, or it does not take our source."""
+
+
+def load_library(source: Path) -> ctypes.CDLL:
+    """The shared library made from `source`; compiled when this machine has not done so before, and tried once.
+
+    Raises CannotCompile, and BadFile when the cache cannot be written.
+    """
+    loaded = _tried(source)
+    if isinstance(loaded, DDKitError):
+        raise loaded.with_traceback(None)  # else it would hold on to the networks of all who asked
+    return loaded
+
+
+@functools.cache
+def _tried(source: Path) -> ctypes.CDLL | DDKitError:
+    """The library, or why there is none."""
+    try:
+        return _load(source)
+    except DDKitError as error:
+        return error
+
+
+def _load(source: Path) -> ctypes.CDLL:
+    compiler = _compiler()
+    path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{_fingerprint(source, compiler)}.so"
+    if not path.exists():
+        with replacing(path) as temporary:
+            _compile(compiler, source, temporary)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CannotCompile(f"{path} cannot be loaded: {error}.", "Delete it, and it is made anew.") from error
+
+
+def _compiler() -> list[str]:
+    """$CXX, else the first compiler there is."""
+    wanted = os.environ.get("CXX")
+    for command in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    raise CannotCompile(
+        f"The C++ compiler '{wanted}' is not there." if wanted else "There is no C++ compiler.",
+        "Install g++ or clang++, or set CXX to one.",
+    )
+
+
+def _fingerprint(source: Path, compiler: list[str]) -> str:
+    """Changes with the source, the compiler and the processor that "native" means."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    # The flags too: a virtual machine may hide instructions while it shows the same model name.
+    processor = (platform.machine(), cpu_model(), *sorted(cpu_flags()))
+    parts = (source.read_text(encoding="utf-8"), version, *_FLAGS, *processor)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: list[str], source: Path, out: Path) -> None:
+    complaint = ""
+    # GCC for Windows does not align the stack for the longer vectors that "native" may mean.
+    for target in _TARGETS if os.name != "nt" else _TARGETS[-1:]:
+        try:
+            made = subprocess.run(
+                [*compiler, *_FLAGS, *target, str(source), "-o", str(out)], capture_output=True, text=True, check=False
+            )
+        except OSError as error:
+            raise CannotCompile(f"{compiler[0]} cannot be run: {error.strerror}.") from error
+        if made.returncode == 0:
+            return
+        complaint = complaint or made.stderr.strip().split("\n")[0]
+    raise CannotCompile(f"{' '.join(compiler)} does not compile {source.name}: {complaint}")

@@ -1,0 +1,111 @@
+"""Networks by name: the challenge's own, and others for cross-architecture numbers, which are not official."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ddkit.errors import UsageError, nearest_name
+from ddkit.network.convnet import ConvNet
+
+OFFICIAL_NETWORK = "convnet"
+
+
+def build_network(name: str, num_classes: int, image_size: int, *, seed: int) -> nn.Module:
+    """The network `name` (one of NETWORKS) with PyTorch's default initialisation drawn from `seed`.
+
+    Raises UsageError, offering the nearest name, when there is none of that name.
+    """
+    if name not in NETWORKS:
+        raise UsageError(f"There is no network '{name}'.", nearest_name(name, tuple(NETWORKS)))
+    # Modules initialise themselves from the global generator; it is left as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return NETWORKS[name](num_classes, image_size)
+
+
+def _instance_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(channels, channels)
+
+
+def _resnet(blocks: list[int], pooling: bool = False) -> Callable[[int, int], nn.Module]:
+    """A torchvision residual network with instance norm.
+
+    pooling: "AP", average pooling in place of strided convolution.
+    Up to 64 pixels the stem is a 3x3 convolution of stride 1 without pooling, as in the cross-architecture tables of
+    arXiv 2006.05929, arXiv 2102.08259 and later work; those differ among themselves in the last pooling, here it is
+    global. Larger images have torchvision's own stem, or with pooling that of arXiv 2205.14959 and arXiv 2311.15529: a
+    3x3 convolution and 2x2 pooling up to 128 pixels, a 7x7 convolution and 4x4 pooling above.
+    """
+
+    def build(num_classes: int, image_size: int) -> nn.Module:
+        from torchvision.models.resnet import BasicBlock, ResNet
+
+        network = ResNet(BasicBlock, blocks, num_classes=num_classes, norm_layer=_instance_norm)
+        if image_size <= 64:
+            _replace_stem(network, kernel=3, pool=1)
+        elif pooling:
+            _replace_stem(network, *((3, 2) if image_size <= 128 else (7, 4)))
+        if pooling:
+            _pool_instead_of_striding(network)
+        return network
+
+    return build
+
+
+def _replace_stem(network: nn.Module, kernel: int, pool: int) -> None:
+    """A first convolution of stride 1, and average pooling after its norm and ReLU."""
+    network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel, padding=kernel // 2, bias=False)
+    network.maxpool = nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
+
+
+def _pool_instead_of_striding(network: nn.Module) -> None:
+    """Give every 3x3 convolution of stride 2 stride 1, with the pooling after its norm and ReLU; the 1x1 likewise."""
+    for block in network.modules():
+        if getattr(block, "downsample", None) is None or block.conv1.stride == (1, 1):
+            continue
+        block.conv1.stride = (1, 1)
+        block.conv2 = nn.Sequential(nn.AvgPool2d(2), block.conv2)
+        block.downsample[0].stride = (1, 1)
+        block.downsample.insert(1, nn.AvgPool2d(2))
+
+
+class _AlexNet(nn.Module):
+    """The small-image AlexNet of arXiv 2006.05929: 5 convolutions with instance norm, three 2x2 max poolings."""
+
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, kernel, pools in ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)):
+            layers += [nn.Conv2d(channels, width, kernel, padding=kernel // 2), _instance_norm(width), nn.ReLU(True)]
+            layers += [nn.MaxPool2d(2)] if pools else []
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels * (image_size // 8) ** 2, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).flatten(1))
+
+
+def _vgg11(num_classes: int, image_size: int) -> nn.Module:
+    """torchvision's VGG-11 convolutions with instance norm, and one linear layer after global average pooling."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    features = make_layers(cfgs["A"], batch_norm=True)
+    for place, layer in enumerate(features):
+        if isinstance(layer, nn.BatchNorm2d):
+            features[place] = _instance_norm(layer.num_features)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    OFFICIAL_NETWORK: ConvNet,
+    "resnet18": _resnet([2, 2, 2, 2]),
+    "resnet_ap10": _resnet([1, 1, 1, 1], pooling=True),
+    "resnet18_ap": _resnet([2, 2, 2, 2], pooling=True),
+    "alexnet": _AlexNet,
+    "vgg11": _vgg11,
+}

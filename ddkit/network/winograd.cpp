@@ -1,0 +1,559 @@
+// The challenge's network on a few images at a time, forward and backward, but for its matrix products.
+//
+// Called from ddkit/network/winograd.py, which does the matrix products with torch.bmm and says why all of this
+// computes the same numbers as the plain network. Plain C interface, no header of PyTorch or Python: compiled in
+// seconds by any GCC or Clang. All tensors are contiguous float32 unless a stride is passed.
+//
+// Every function handles one image and one block of BLOCK channels at a time, so that a block's whole feature map
+// stays in the first or second level cache from the inverse transform through norm, ReLU and pooling to the next
+// transform. Instance norm makes that possible: its statistics are of one image and one channel.
+
+#include <cstring>
+#include <initializer_list>
+
+namespace {
+
+// Vectors as wide as the processor's registers; GCC and Clang turn their arithmetic into its instructions.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int CHANNELS = 128;
+constexpr int BLOCK = 16;  // channels: one cache line of floats
+constexpr int VECS = BLOCK / LANES;
+constexpr int TAPS = 27;  // of the first convolution: 3 channels of 3 x 3
+constexpr int COLUMN = 32;  // floats for TAPS of them, whole vectors
+constexpr float EPSILON = 1e-5f;  // of torch.nn.GroupNorm
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+
+inline Vec load(const float* from) {
+    Vec value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+inline void add(float* to, Vec value) { store(to, load(to) + value); }
+
+inline Vec inverse_root(Vec value) {
+    for (int lane = 0; lane < LANES; lane++) value[lane] = 1.0f / __builtin_sqrtf(value[lane]);
+    return value;
+}
+
+inline long whole_lines(long floats) { return (floats + BLOCK - 1) / BLOCK * BLOCK; }
+
+// ---- Winograd's F(4x4, 3x3) in one dimension (arXiv 1509.09308); two dimensions are rows, then columns. ----
+// Interpolated at 0, +-P, +-Q and infinity, with P Q = 1: half the rounding error of the usual 0, +-1, +-2.
+
+constexpr float P = 0.70710678118654752f;  // 1 / sqrt(2)
+constexpr float Q = 1.41421356237309505f;  // sqrt(2)
+
+// B^T d: 6 inputs of a tile -> 6 transformed.
+inline void transform_input(const Vec* d, int step, Vec* v, int v_step) {
+    const Vec d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
+    const Vec even_p = d4 - 2.0f * d2, odd_p = P * (d3 - 2.0f * d1);
+    const Vec even_q = d4 - 0.5f * d2, odd_q = Q * (d3 - 0.5f * d1);
+    v[0] = d0 - 2.5f * d2 + d4;
+    v[v_step] = even_p + odd_p;
+    v[2 * v_step] = even_p - odd_p;
+    v[3 * v_step] = even_q + odd_q;
+    v[4 * v_step] = even_q - odd_q;
+    v[5 * v_step] = d1 - 2.5f * d3 + d5;
+}
+
+// B v: the transpose of transform_input, for gradients.
+inline void transform_input_back(const Vec* v, int step, Vec* d, int d_step) {
+    const Vec v0 = v[0], v5 = v[5 * step];
+    const Vec even_p = v[step] + v[2 * step], odd_p = P * (v[step] - v[2 * step]);
+    const Vec even_q = v[3 * step] + v[4 * step], odd_q = Q * (v[3 * step] - v[4 * step]);
+    d[0] = v0;
+    d[d_step] = v5 - 2.0f * odd_p - 0.5f * odd_q;
+    d[2 * d_step] = -2.5f * v0 - 2.0f * even_p - 0.5f * even_q;
+    d[3 * d_step] = odd_p + odd_q - 2.5f * v5;
+    d[4 * d_step] = v0 + even_p + even_q;
+    d[5 * d_step] = v5;
+}
+
+// A^T m: 6 products -> 4 outputs of a tile.
+inline void transform_output(const Vec* m, int step, Vec* y, int y_step) {
+    const Vec even_p = m[step] + m[2 * step], odd_p = P * (m[step] - m[2 * step]);
+    const Vec even_q = m[3 * step] + m[4 * step], odd_q = Q * (m[3 * step] - m[4 * step]);
+    y[0] = m[0] + even_p + even_q;
+    y[y_step] = odd_p + odd_q;
+    y[2 * y_step] = 0.5f * even_p + 2.0f * even_q;
+    y[3 * y_step] = 0.5f * odd_p + 2.0f * odd_q + m[5 * step];
+}
+
+// A y: the transpose of transform_output, for gradients.
+inline void transform_output_back(const Vec* y, int step, Vec* m, int m_step) {
+    const Vec y0 = y[0], y1 = y[step], y2 = y[2 * step], y3 = y[3 * step];
+    const Vec even_p = y0 + 0.5f * y2, odd_p = P * (y1 + 0.5f * y3);
+    const Vec even_q = y0 + 2.0f * y2, odd_q = Q * (y1 + 2.0f * y3);
+    m[0] = y0;
+    m[m_step] = even_p + odd_p;
+    m[2 * m_step] = even_p - odd_p;
+    m[3 * m_step] = even_q + odd_q;
+    m[4 * m_step] = even_q - odd_q;
+    m[5 * m_step] = y3;
+}
+
+// The 36 planes of transformed tiles: plane (i, j) of tile t, channel c lies at [(6 i + j) plane + 128 t + c].
+struct Planes {
+    float* data;
+    long plane;  // floats from one plane to the next; not a power of two, which would crowd few cache sets
+    bool rounds = false;  // to bfloat16 whatever is stored
+    float* at(int index, long tile, int channel) const { return data + index * plane + tile * CHANNELS + channel; }
+};
+
+// To the nearest bfloat16, ties to even: the upper half of a float's bits. What is no number stays none, as arithmetic
+// makes only such of them whose lower half is zero.
+inline Vec to_bfloat16(Vec value) {
+    typedef unsigned Bits __attribute__((vector_size(4 * LANES)));
+    Bits bits = reinterpret_cast<Bits&>(value);
+    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    return reinterpret_cast<Vec&>(bits);
+}
+
+inline void store_tile(const Vec* tile, Planes to, long index, int channel) {
+    for (int k = 0; k < 36; k++) store(to.at(k, index, channel), to.rounds ? to_bfloat16(tile[k]) : tile[k]);
+}
+
+// map: (side + 2)^2 pixels of BLOCK channels with a border of zeros -> the tiles of one image.
+void map_to_tiles(const float* map, int side, Planes to, long first_tile, int channel) {
+    const int tiles = side / 4, row = (side + 2) * BLOCK;
+    for (int ty = 0; ty < tiles; ty++)
+        for (int tx = 0; tx < tiles; tx++)
+            for (int vec = 0; vec < VECS; vec++) {
+                const float* corner = map + 4 * ty * row + 4 * tx * BLOCK + vec * LANES;
+                Vec input[36], half[36], tile[36];
+                for (int i = 0; i < 6; i++)
+                    for (int j = 0; j < 6; j++) input[6 * i + j] = load(corner + i * row + j * BLOCK);
+                for (int j = 0; j < 6; j++) transform_input(input + j, 6, half + j, 6);
+                for (int i = 0; i < 6; i++) transform_input(half + 6 * i, 1, tile + 6 * i, 1);
+                store_tile(tile, to, first_tile + ty * tiles + tx, channel + vec * LANES);
+            }
+}
+
+// The transpose of map_to_tiles: gradients of an image's tiles -> gradient of its map; tiles overlap, so it adds.
+void map_to_tiles_back(Planes from, long first_tile, int channel, int side, float* map) {
+    const int tiles = side / 4, row = (side + 2) * BLOCK;
+    std::memset(map, 0, sizeof(float) * row * (side + 2));
+    for (int ty = 0; ty < tiles; ty++)
+        for (int tx = 0; tx < tiles; tx++)
+            for (int vec = 0; vec < VECS; vec++) {
+                float* corner = map + 4 * ty * row + 4 * tx * BLOCK + vec * LANES;
+                Vec tile[36], half[36], input[36];
+                for (int k = 0; k < 36; k++)
+                    tile[k] = load(from.at(k, first_tile + ty * tiles + tx, channel + vec * LANES));
+                for (int j = 0; j < 6; j++) transform_input_back(tile + j, 6, half + j, 6);
+                for (int i = 0; i < 6; i++) transform_input_back(half + 6 * i, 1, input + 6 * i, 1);
+                for (int i = 0; i < 6; i++)
+                    for (int j = 0; j < 6; j++) add(corner + i * row + j * BLOCK, input[6 * i + j]);
+            }
+}
+
+// The products of one image's tiles -> the convolution's side^2 outputs of BLOCK channels.
+void tiles_to_outputs(Planes from, long first_tile, int channel, int side, float* outputs) {
+    const int tiles = side / 4, row = side * BLOCK;
+    for (int ty = 0; ty < tiles; ty++)
+        for (int tx = 0; tx < tiles; tx++)
+            for (int vec = 0; vec < VECS; vec++) {
+                float* corner = outputs + 4 * ty * row + 4 * tx * BLOCK + vec * LANES;
+                Vec tile[36], half[24], output[16];
+                for (int k = 0; k < 36; k++)
+                    tile[k] = load(from.at(k, first_tile + ty * tiles + tx, channel + vec * LANES));
+                for (int j = 0; j < 6; j++) transform_output(tile + j, 6, half + j, 6);
+                for (int i = 0; i < 4; i++) transform_output(half + 6 * i, 1, output + 4 * i, 1);
+                for (int i = 0; i < 4; i++)
+                    for (int j = 0; j < 4; j++) store(corner + i * row + j * BLOCK, output[4 * i + j]);
+            }
+}
+
+// The transpose of tiles_to_outputs.
+void tiles_to_outputs_back(const float* outputs, int side, Planes to, long first_tile, int channel) {
+    const int tiles = side / 4, row = side * BLOCK;
+    for (int ty = 0; ty < tiles; ty++)
+        for (int tx = 0; tx < tiles; tx++)
+            for (int vec = 0; vec < VECS; vec++) {
+                const float* corner = outputs + 4 * ty * row + 4 * tx * BLOCK + vec * LANES;
+                Vec output[16], half[24], tile[36];
+                for (int i = 0; i < 4; i++)
+                    for (int j = 0; j < 4; j++) output[4 * i + j] = load(corner + i * row + j * BLOCK);
+                for (int j = 0; j < 4; j++) transform_output_back(output + j, 4, half + j, 4);
+                for (int i = 0; i < 6; i++) transform_output_back(half + 4 * i, 1, tile + 6 * i, 1);
+                store_tile(tile, to, first_tile + ty * tiles + tx, channel + vec * LANES);
+            }
+}
+
+// ---- Instance norm, ReLU and 2x2 average pooling of one block of channels of one image. ----
+
+struct Norm {
+    Vec mean[VECS], inverse_std[VECS], scale[VECS], shift[VECS];
+
+    Norm(const float* mean_from, const float* inverse_std_from, const float* weight, const float* bias) {
+        for (int vec = 0; vec < VECS; vec++) {
+            mean[vec] = load(mean_from + vec * LANES);
+            inverse_std[vec] = load(inverse_std_from + vec * LANES);
+            scale[vec] = inverse_std[vec] * load(weight + vec * LANES);
+            shift[vec] = load(bias + vec * LANES) - mean[vec] * scale[vec];
+        }
+    }
+
+    // The value before the ReLU. Forward and backward must agree on its sign to the last bit.
+    Vec operator()(const float* value, int vec) const { return load(value + vec * LANES) * scale[vec] + shift[vec]; }
+};
+
+// Adds up f(pixel, vec) over side^2 pixels: row by row, for precision, and even and odd pixels apart, for speed.
+template <int COUNT, class F>
+inline void sum_over_pixels(int side, Vec (&total)[COUNT], F f) {
+    for (int y = 0; y < side; y++) {
+        Vec sums[2][COUNT] = {};
+        for (int x = 0; x < side; x += 2)
+            for (int p = 0; p < 2; p++) f(y, x + p, sums[p]);
+        for (int k = 0; k < COUNT; k++) total[k] += sums[0][k] + sums[1][k];
+    }
+}
+
+// Mean and 1 / sqrt(variance + eps) of side^2 values a channel, in two passes as that is precise.
+void statistics(const float* values, int side, float* mean, float* inverse_std) {
+    const float pixels = float(side) * float(side);
+    Vec sum[VECS] = {}, squares[VECS] = {}, centre[VECS];
+    sum_over_pixels(side, sum, [&](int y, int x, Vec* sums) {
+        for (int vec = 0; vec < VECS; vec++) sums[vec] += load(values + (y * side + x) * BLOCK + vec * LANES);
+    });
+    for (int vec = 0; vec < VECS; vec++) centre[vec] = sum[vec] / pixels;
+    sum_over_pixels(side, squares, [&](int y, int x, Vec* sums) {
+        for (int vec = 0; vec < VECS; vec++) {
+            const Vec difference = load(values + (y * side + x) * BLOCK + vec * LANES) - centre[vec];
+            sums[vec] += difference * difference;
+        }
+    });
+    for (int vec = 0; vec < VECS; vec++) {
+        store(mean + vec * LANES, centre[vec]);
+        store(inverse_std + vec * LANES, inverse_root(squares[vec] / pixels + EPSILON));
+    }
+}
+
+// values: side^2 x BLOCK -> pooled: (side / 2 + 2)^2 x BLOCK, inside a border of zeros that the caller has set.
+void normalise_and_pool(const float* values, int side, const Norm& norm, float* pooled) {
+    const int half = side / 2, row = side * BLOCK, pooled_row = (half + 2) * BLOCK;
+    for (int y = 0; y < half; y++)
+        for (int x = 0; x < half; x++)
+            for (int vec = 0; vec < VECS; vec++) {
+                const float* corner = values + 2 * y * row + 2 * x * BLOCK;
+                Vec sum = {};
+                for (const float* value : {corner, corner + BLOCK, corner + row, corner + row + BLOCK}) {
+                    const Vec before = norm(value, vec);
+                    sum += before < 0 ? Vec{} : before;  // this way round, what is no number stays none
+                }
+                store(pooled + (y + 1) * pooled_row + (x + 1) * BLOCK + vec * LANES, sum * 0.25f);
+            }
+}
+
+// pooled_gradient: (side / 2 + 2)^2 x BLOCK, its border ignored. Replaces `values` by their own gradients and adds
+// the gradients of the norm's weight and bias to theirs.
+void normalise_and_pool_back(
+    float* values, int side, const Norm& norm, const float* pooled_gradient, float* weight_gradient,
+    float* bias_gradient
+) {
+    const int pooled_row = (side / 2 + 2) * BLOCK;
+    const float pixels = float(side) * float(side);
+    // Of the value before the ReLU.
+    const auto gradient_at = [&](int y, int x, int vec) {
+        const Vec pooled = load(pooled_gradient + (y / 2 + 1) * pooled_row + (x / 2 + 1) * BLOCK + vec * LANES);
+        return norm(values + (y * side + x) * BLOCK, vec) > 0 ? pooled * 0.25f : Vec{};
+    };
+    const auto centred_at = [&](int y, int x, int vec) {
+        return load(values + (y * side + x) * BLOCK + vec * LANES) - norm.mean[vec];
+    };
+    Vec sums[2 * VECS] = {};  // of the gradients, and of their products with the centred values
+    sum_over_pixels(side, sums, [&](int y, int x, Vec* into) {
+        for (int vec = 0; vec < VECS; vec++) {
+            const Vec gradient = gradient_at(y, x, vec);
+            into[vec] += gradient;
+            into[VECS + vec] += gradient * centred_at(y, x, vec);
+        }
+    });
+    Vec mean_gradient[VECS], slope[VECS];
+    for (int vec = 0; vec < VECS; vec++) {
+        const Vec of_weight = sums[VECS + vec] * norm.inverse_std[vec];
+        add(weight_gradient + vec * LANES, of_weight);
+        add(bias_gradient + vec * LANES, sums[vec]);
+        mean_gradient[vec] = sums[vec] / pixels;
+        slope[vec] = of_weight * norm.inverse_std[vec] / pixels;
+    }
+    for (int y = 0; y < side; y++)
+        for (int x = 0; x < side; x++)
+            for (int vec = 0; vec < VECS; vec++) {
+                const Vec change = gradient_at(y, x, vec) - mean_gradient[vec] - centred_at(y, x, vec) * slope[vec];
+                store(values + (y * side + x) * BLOCK + vec * LANES, norm.scale[vec] * change);
+            }
+}
+
+// ---- The first convolution, from 3 channels: direct. ----
+
+// image: (3, side, side) -> padded: (3, side + 2, side + 2) inside a border of zeros.
+void pad_image(const float* image, int side, float* padded) {
+    const int row = side + 2;
+    std::memset(padded, 0, sizeof(float) * 3 * row * row);
+    for (int channel = 0; channel < 3; channel++)
+        for (int y = 0; y < side; y++)
+            std::memcpy(
+                padded + (channel * row + y + 1) * row + 1, image + (channel * side + y) * side, sizeof(float) * side
+            );
+}
+
+// weight: (27, 128), from the block's first channel on -> outputs: side^2 x BLOCK.
+void convolve_image(const float* padded, int side, const float* weight, float* outputs) {
+    // Pixels at a time: enough sums to keep the multipliers busy, few enough to stay in registers.
+    constexpr int PIXELS = 8 / VECS;
+    const int row = side + 2;
+    for (int y = 0; y < side; y++)
+        for (int x = 0; x < side; x += PIXELS) {
+            Vec sums[PIXELS][VECS] = {};
+            for (int line = 0; line < 9; line++) {  // of three taps side by side
+                const float* pixel = padded + (line / 3 * row + y + line % 3) * row + x;
+                const float* taps = weight + 3 * line * CHANNELS;
+                for (int k = 0; k < 3; k++)
+                    for (int vec = 0; vec < VECS; vec++) {
+                        const Vec w = load(taps + k * CHANNELS + vec * LANES);
+                        for (int p = 0; p < PIXELS; p++) sums[p][vec] += w * pixel[p + k];
+                    }
+            }
+            for (int p = 0; p < PIXELS; p++)
+                for (int vec = 0; vec < VECS; vec++)
+                    store(outputs + (y * side + x + p) * BLOCK + vec * LANES, sums[p][vec]);
+        }
+}
+
+// gradients: side^2 x BLOCK, of the outputs; adds to weight_gradient: (27, 128), from the block's first channel on.
+void convolve_image_back(const float* padded, int side, const float* gradients, float* weight_gradient) {
+    const int row = side + 2;
+    for (int y = 0; y < side; y++)
+        for (int line = 0; line < 9; line++) {
+            const float* pixel = padded + (line / 3 * row + y + line % 3) * row;
+            const float* from = gradients + y * side * BLOCK;
+            // Even and odd pixels apart: twice as many sums, to keep the multipliers busy.
+            Vec sums[2][3][VECS] = {};
+            for (int x = 0; x < side; x += 2)
+                for (int p = 0; p < 2; p++)
+                    for (int vec = 0; vec < VECS; vec++) {
+                        const Vec gradient = load(from + (x + p) * BLOCK + vec * LANES);
+                        for (int k = 0; k < 3; k++) sums[p][k][vec] += gradient * pixel[x + p + k];
+                    }
+            for (int k = 0; k < 3; k++)
+                for (int vec = 0; vec < VECS; vec++)
+                    add(weight_gradient + (3 * line + k) * CHANNELS + vec * LANES, sums[0][k][vec] + sums[1][k][vec]);
+        }
+}
+
+// gradients: side^2 x BLOCK, of the outputs; adds to columns: (side^2, COLUMN), what each output's taps pass back.
+// weight_rows: (128, COLUMN), the taps of each channel side by side and zeros after them, from the block's first on.
+void convolve_image_to_columns(const float* gradients, int side, const float* weight_rows, float* columns) {
+    constexpr int VECS_OF_COLUMN = COLUMN / LANES;
+    for (int pixel = 0; pixel < side * side; pixel++, gradients += BLOCK, columns += COLUMN) {
+        Vec sums[VECS_OF_COLUMN];
+        for (int vec = 0; vec < VECS_OF_COLUMN; vec++) sums[vec] = load(columns + vec * LANES);
+        for (int channel = 0; channel < BLOCK; channel++)
+            for (int vec = 0; vec < VECS_OF_COLUMN; vec++)
+                sums[vec] += gradients[channel] * load(weight_rows + channel * COLUMN + vec * LANES);
+        for (int vec = 0; vec < VECS_OF_COLUMN; vec++) store(columns + vec * LANES, sums[vec]);
+    }
+}
+
+// columns: (side^2, COLUMN) -> the gradient of the image (3, side, side), by way of one with a border in `padded`.
+void columns_to_image(const float* columns, int side, float* padded, float* image) {
+    const int row = side + 2;
+    std::memset(padded, 0, sizeof(float) * 3 * row * row);
+    for (int y = 0; y < side; y++)
+        for (int x = 0; x < side; x++, columns += COLUMN)
+            for (int line = 0; line < 9; line++)
+                for (int k = 0; k < 3; k++)
+                    padded[(line / 3 * row + y + line % 3) * row + x + k] += columns[3 * line + k];
+    for (int channel = 0; channel < 3; channel++)
+        for (int y = 0; y < side; y++)
+            std::memcpy(
+                image + (channel * side + y) * side, padded + (channel * row + y + 1) * row + 1, sizeof(float) * side
+            );
+}
+
+}  // namespace
+
+extern "C" {
+
+// A norm's parameters (128 each), its statistics (n, 2, 128: mean and inverse standard deviation), its gradients.
+struct NormData {
+    const float *weight, *bias;
+    float *statistics, *weight_gradient, *bias_gradient;
+};
+
+// Floats of scratch memory that each function below needs for images of `side` pixels; to be aligned as a cache line.
+long scratch_floats(int side) {
+    const long half = side / 2 + 2;
+    return whole_lines(3L * (side + 2) * (side + 2)) + long(side) * side * BLOCK + half * half * BLOCK;
+}
+
+// Block 1, and the input transform of block 2. images: (n, 3, side, side), weight: (27, 128).
+void first_forward(
+    const float* images, int n, int side, const float* weight, NormData norm, float* planes, long plane, bool rounds,
+    float* scratch
+) {
+    const int half = side / 2;
+    const long tiles = long(half / 4) * (half / 4);
+    float* padded = scratch;
+    float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
+    float* pooled = values + side * side * BLOCK;
+    std::memset(pooled, 0, sizeof(float) * (half + 2) * (half + 2) * BLOCK);
+    for (int image = 0; image < n; image++) {
+        pad_image(images + long(image) * 3 * side * side, side, padded);
+        for (int c = 0; c < CHANNELS; c += BLOCK) {
+            float* mean = norm.statistics + image * 2 * CHANNELS + c;
+            convolve_image(padded, side, weight + c, values);
+            statistics(values, side, mean, mean + CHANNELS);
+            normalise_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled);
+            map_to_tiles(pooled, half, {planes, plane, rounds}, image * tiles, c);
+        }
+    }
+}
+
+// The output transform of block 2, the rest of it, and the input transform of block 3; side: of block 2's maps.
+// values: (n, 8, side^2, 16), kept for the way back.
+void middle_forward(
+    float* products, long products_plane, int n, int side, NormData norm, float* values, float* planes, long plane,
+    bool rounds, float* scratch
+) {
+    const int half = side / 2;
+    const long tiles = long(side / 4) * (side / 4), next_tiles = long(half / 4) * (half / 4);
+    std::memset(scratch, 0, sizeof(float) * (half + 2) * (half + 2) * BLOCK);
+    for (int image = 0; image < n; image++)
+        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
+            float* mean = norm.statistics + image * 2 * CHANNELS + c;
+            tiles_to_outputs({products, products_plane}, image * tiles, c, side, values);
+            statistics(values, side, mean, mean + CHANNELS);
+            normalise_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
+            map_to_tiles(scratch, half, {planes, plane, rounds}, image * next_tiles, c);
+        }
+}
+
+// The output transform of block 3 and the rest of it. embedding: (n, 128 (side / 2)^2), ordered channel by channel.
+void last_forward(
+    float* products, long products_plane, int n, int side, NormData norm, float* values, float* embedding,
+    float* scratch
+) {
+    const int half = side / 2;
+    const long tiles = long(side / 4) * (side / 4);
+    for (int image = 0; image < n; image++)
+        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
+            float* mean = norm.statistics + image * 2 * CHANNELS + c;
+            tiles_to_outputs({products, products_plane}, image * tiles, c, side, values);
+            statistics(values, side, mean, mean + CHANNELS);
+            normalise_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
+            for (int channel = 0; channel < BLOCK; channel++)
+                for (int y = 0; y < half; y++)
+                    for (int x = 0; x < half; x++)
+                        *embedding++ = scratch[((y + 1) * (half + 2) + x + 1) * BLOCK + channel];
+        }
+}
+
+// The way back of last_forward: values become their gradients, and the transformed tiles of those go to `planes`.
+void last_backward(
+    const float* embedding_gradient, int n, int side, NormData norm, float* values, float* planes, long plane,
+    bool rounds, float* scratch
+) {
+    const int half = side / 2;
+    const long tiles = long(side / 4) * (side / 4);
+    for (int image = 0; image < n; image++)
+        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
+            const float* mean = norm.statistics + image * 2 * CHANNELS + c;
+            for (int channel = 0; channel < BLOCK; channel++)
+                for (int y = 0; y < half; y++)
+                    for (int x = 0; x < half; x++)
+                        scratch[((y + 1) * (half + 2) + x + 1) * BLOCK + channel] = *embedding_gradient++;
+            normalise_and_pool_back(
+                values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch,
+                norm.weight_gradient + c, norm.bias_gradient + c
+            );
+            tiles_to_outputs_back(values, side, {planes, plane, rounds}, image * tiles, c);
+        }
+}
+
+// The way back of middle_forward, from the gradients of block 3's transformed tiles.
+void middle_backward(
+    float* tile_gradients, long tile_plane, int n, int side, NormData norm, float* values, float* planes, long plane,
+    bool rounds, float* scratch
+) {
+    const int half = side / 2;
+    const long tiles = long(side / 4) * (side / 4), next_tiles = long(half / 4) * (half / 4);
+    for (int image = 0; image < n; image++)
+        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
+            const float* mean = norm.statistics + image * 2 * CHANNELS + c;
+            map_to_tiles_back({tile_gradients, tile_plane}, image * next_tiles, c, half, scratch);
+            normalise_and_pool_back(
+                values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch,
+                norm.weight_gradient + c, norm.bias_gradient + c
+            );
+            tiles_to_outputs_back(values, side, {planes, plane, rounds}, image * tiles, c);
+        }
+}
+
+// Gradients of block 1's convolution in one image and 16 channels, into `values`. The convolution is computed again: that
+// costs less than keeping its outputs, which are four times as large as all else, in memory.
+static void convolution_gradients(
+    Planes tile_gradients, long image, int c, const float* padded, int side, const float* weight, NormData norm,
+    float* values, float* pooled
+) {
+    const int half = side / 2;
+    const float* mean = norm.statistics + image * 2 * CHANNELS + c;
+    map_to_tiles_back(tile_gradients, image * (half / 4) * (half / 4), c, half, pooled);
+    convolve_image(padded, side, weight + c, values);
+    normalise_and_pool_back(
+        values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled, norm.weight_gradient + c,
+        norm.bias_gradient + c
+    );
+}
+
+// The way back of first_forward to the images, for whoever optimises those; the network's weights stay.
+// weight_rows: (128, 32), see convolve_image_to_columns; columns: (side^2, 32) of scratch memory.
+// image_gradients: (n, 3, side, side).
+void first_backward_to_images(
+    float* tile_gradients, long tile_plane, const float* images, int n, int side, const float* weight,
+    const float* weight_rows, NormData norm, float* image_gradients, float* columns, float* scratch
+) {
+    const long pixels = long(side) * side;
+    float* padded = scratch;
+    float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
+    float* pooled = values + pixels * BLOCK;
+    for (int image = 0; image < n; image++) {
+        pad_image(images + image * 3 * pixels, side, padded);
+        std::memset(columns, 0, sizeof(float) * pixels * COLUMN);
+        for (int c = 0; c < CHANNELS; c += BLOCK) {
+            convolution_gradients({tile_gradients, tile_plane}, image, c, padded, side, weight, norm, values, pooled);
+            convolve_image_to_columns(values, side, weight_rows + c * COLUMN, columns);
+        }
+        columns_to_image(columns, side, padded, image_gradients + image * 3 * pixels);
+    }
+}
+
+// The way back of first_forward to the weights.
+void first_backward(
+    float* tile_gradients, long tile_plane, const float* images, int n, int side, const float* weight, NormData norm,
+    float* weight_gradient, float* scratch
+) {
+    float* padded = scratch;
+    float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
+    float* pooled = values + side * side * BLOCK;
+    for (int image = 0; image < n; image++) {
+        pad_image(images + long(image) * 3 * side * side, side, padded);
+        for (int c = 0; c < CHANNELS; c += BLOCK) {
+            convolution_gradients({tile_gradients, tile_plane}, image, c, padded, side, weight, norm, values, pooled);
+            convolve_image_back(padded, side, values, weight_gradient + c);
+        }
+    }
+}
+
+}  // extern "C"

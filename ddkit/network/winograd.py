@@ -1,0 +1,447 @@
+"""The challenge's network on a CPU with a quarter of the multiplications, in chunks that fit the cache.
+
+Its results are those of `ConvNet` with autograd but for rounding, although it computes differently in these places:
+
+1. A batch is processed in chunks, by several threads, whose gradients are summed. Instance norm takes its statistics
+   from one image and one channel, so no image's result depends on the others; the batch's loss is a mean over images,
+   so its gradient is the sum of theirs. Who sums what is fixed by the plan: the same plan gives the same bits.
+2. The two 128 -> 128 convolutions, 95 % of the work, use Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray,
+   arXiv 1509.09308): with Y = A^T [(G g G^T) * (B^T d B)] A, each 4x4 tile of outputs takes 36 products instead of
+   144. That is an identity of polynomials, not an approximation. It is linear in g and in d, so gradients are the
+   transposed maps: dU = sum over tiles of V^T dM, dV = dM U^T with dM = A dY A^T, then dg = G^T dU G, dd = B dV B^T.
+   Sides that are a multiple of 16 divide into whole tiles. Rounding errors are a few 1e-6 of a tensor's norm.
+3. The convolutions' biases are left out: the instance norm that follows subtracts each channel's mean and with it
+   any constant. Their gradients are exactly zero (autograd's are rounding errors around zero); weight decay still
+   shrinks them, as in the plain way.
+4. The backward pass computes the first convolution again instead of keeping its outputs, by the same code and so to
+   the same bits.
+5. bfloat16, not official: both factors of the 128 -> 128 convolutions' matrix products are rounded to bfloat16, and
+   summed in float32, as processors with bfloat16 instructions do; all else stays float32.
+
+Everything but matrix products is in winograd.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddkit.challenge import NETWORK_WIDTH
+from ddkit.network.convnet import ConvNet
+from ddkit.network.kernels import load_library
+from ddkit.network.plan import EnginePlan
+from ddkit.runtime.threads import threads
+
+_SOURCE = Path(__file__).with_name("winograd.cpp")
+_TILE = 4  # outputs a side
+_PLANES = 36  # transformed values of a tile, 6 x 6
+_TAPS = 27  # of the first convolution
+_COLUMN = 32  # floats for that many, as in winograd.cpp
+# Planes lie this many floats further apart than their size, or they would share few sets of the cache.
+_BETWEEN_PLANES = 16
+
+_P, _Q = 0.5**0.5, 2**0.5  # of the points of interpolation: 0, +-P, +-Q and infinity, as in winograd.cpp
+_G = torch.tensor(
+    [
+        [1, 0, 0],
+        [-2 / 3, -2 / 3 * _P, -1 / 3],
+        [-2 / 3, 2 / 3 * _P, -1 / 3],
+        [1 / 6, _Q / 6, 1 / 3],
+        [1 / 6, -_Q / 6, 1 / 3],
+        [0, 0, 1],
+    ],
+    dtype=torch.float64,
+)
+_G_BOTH_WAYS = torch.kron(_G, _G).float()  # (36, 9): G g G^T of a flattened g
+
+
+def fits(network: nn.Module) -> bool:
+    """Whether this engine can compute with `network`: the official one in float32, on a CPU, of whole tiles."""
+    return (
+        type(network) is ConvNet
+        and network.image_size % (4 * _TILE) == 0
+        and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in network.parameters())
+    )
+
+
+class WinogradEngine:
+    """Computes with one ConvNet on the CPU; see the module's text.
+
+    plan.chunk: images that a thread handles at a time. plan.workers: threads.
+    Raises CannotCompile without a C++ compiler.
+    """
+
+    def __init__(self, network: ConvNet, plan: EnginePlan) -> None:
+        self._network = network
+        self._plan = plan
+        self._workers = [_Worker(network, plan) for _ in range(plan.workers)]
+
+    def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""
+        images = images.float().contiguous()
+        weights = _Weights(self._network, self._plan.precision)
+        batch = _Batch(images, labels, self._network)
+        active = self._share_out(len(images), lambda worker, ranges: worker.train(batch, ranges, weights))
+        self._collect(batch, active)
+        return batch.losses.mean()
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, num_classes) float32, without gradients."""
+        images = images.float().contiguous()
+        weights = _Weights(self._network, self._plan.precision)
+        batch = _Batch(images, None, self._network)
+        self._share_out(len(images), lambda worker, ranges: worker.test(batch, ranges, weights))
+        return batch.logits
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, keep: FeatureMaps | None = None) -> Tensor:
+        """(N, 3, S, S) -> (N, F) float32: the network's `embed`, without gradients.
+
+        keep: of N images, filled with what `image_gradients` needs.
+        """
+        images = images.float().contiguous()
+        weights = _Weights(self._network, self._plan.precision)
+        embedding = torch.empty(len(images), self._network.classifier.in_features)
+        self._share_out(len(images), lambda worker, ranges: worker.embed(images, embedding, ranges, weights, keep))
+        return embedding
+
+    @torch.no_grad()
+    def image_gradients(self, images: Tensor, embedding_gradients: Tensor, kept: FeatureMaps) -> Tensor:
+        """The way back of `embed` to the images: (N, F) gradients of embeddings -> (N, 3, S, S) of images.
+
+        kept: by `embed` of the same images and weights; overwritten. Computes no gradient of the weights.
+        """
+        images, embedding_gradients = images.float().contiguous(), embedding_gradients.float().contiguous()
+        weights = _Weights(self._network, self._plan.precision)
+        gradients = torch.empty_like(images)
+
+        def work(worker: _Worker, ranges: list[tuple[int, int]]) -> None:
+            worker.differentiate(images, embedding_gradients, gradients, ranges, weights, kept)
+
+        self._share_out(len(images), work)
+        return gradients
+
+    def _share_out(self, n: int, work: Callable[[_Worker, list[tuple[int, int]]], None]) -> list[_Worker]:
+        """Have each worker do its part of `n` images, which depends on nothing but the plan; returns who had one."""
+        parts = list(_even_parts(0, n, len(self._workers)))
+        jobs = [
+            (worker, list(_even_parts(start, end, -(-(end - start) // self._plan.chunk))))
+            for worker, (start, end) in zip(self._workers, parts, strict=False)
+        ]
+        for future in [threads(self._plan.workers).submit(work, *job) for job in jobs]:
+            future.result()
+        return [worker for worker, _ in jobs]
+
+    @torch.no_grad()
+    def _collect(self, batch: _Batch, workers: list[_Worker]) -> None:
+        """Sum the workers' gradients, in their order, into the parameters' `.grad`."""
+        features, classifier = self._network.features, self._network.classifier
+        total = functools.reduce(_Gradients.add_, [worker.gradients for worker in workers])
+        _set_gradient(features[0].weight, total.first.t().reshape(features[0].weight.shape))
+        for place, tiles in zip((4, 8), total.tiles, strict=True):
+            _set_gradient(features[place].weight, _from_tiles(tiles))
+        for place, (weight, bias) in zip((1, 5, 9), total.norms, strict=True):
+            _set_gradient(features[place].weight, weight)
+            _set_gradient(features[place].bias, bias)
+            _set_gradient(features[place - 1].bias, torch.zeros_like(bias))
+        _set_gradient(classifier.weight, batch.logit_gradients.t() @ batch.embedding)
+        _set_gradient(classifier.bias, batch.logit_gradients.sum(0))
+
+
+class _Weights:
+    """One step's weights, in the forms that all workers read."""
+
+    @torch.no_grad()
+    def __init__(self, network: ConvNet, precision: str) -> None:
+        features = network.features
+        self.rounded = precision == "bfloat16"
+        self.first_rows = F.pad(features[0].weight.reshape(NETWORK_WIDTH, _TAPS), (0, _COLUMN - _TAPS))
+        self.first = self.first_rows[:, :_TAPS].t().contiguous()
+        self.tiles = [_rounded(_to_tiles(features[place].weight), self.rounded) for place in (4, 8)]
+        self.classifier = network.classifier.weight.detach()
+        self.classifier_bias = network.classifier.bias.detach()
+
+
+class _Batch:
+    """What belongs to a whole batch; each worker reads and writes its own rows."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None, network: ConvNet) -> None:
+        n = len(images)
+        self.images = images
+        self.labels = labels
+        self.logits = torch.empty(n, network.num_classes)
+        if labels is not None:
+            self.losses = torch.empty(n)
+            self.embedding = torch.empty(n, network.classifier.in_features)
+            self.logit_gradients = torch.empty(n, network.num_classes)
+
+
+class _Gradients:
+    """One worker's sums over its images of a batch; `tiles` in Winograd's domain."""
+
+    def __init__(self) -> None:
+        self.first = torch.zeros(_TAPS, NETWORK_WIDTH)
+        self.tiles = [torch.zeros(_PLANES, NETWORK_WIDTH, NETWORK_WIDTH) for _ in range(2)]
+        self.norms = torch.zeros(3, 2, NETWORK_WIDTH)  # of weight and bias
+
+    def zero_(self) -> None:
+        for tensor in (self.first, *self.tiles, self.norms):
+            tensor.zero_()
+
+    def add_(self, other: _Gradients) -> _Gradients:
+        self.first += other.first
+        for own, theirs in zip(self.tiles, other.tiles, strict=True):
+            own += theirs
+        self.norms += other.norms
+        return self
+
+
+class FeatureMaps:
+    """What the way back needs of `n` images: outputs of the convolutions of blocks 2 and 3, and the norms' statistics.
+
+    160 KiB an image of side 32; that of block 1, four times as much, is computed again.
+    """
+
+    def __init__(self, n: int, side: int) -> None:
+        self.values = [torch.empty(n, (side // shrunk) ** 2 * NETWORK_WIDTH) for shrunk in (2, 4)]
+        self.statistics = torch.empty(3, n, 2, NETWORK_WIDTH)
+
+    def fit(self, images: Tensor) -> bool:
+        """Whether they are of as many images of that side."""
+        return self.values[0].shape == (len(images), (images.shape[-1] // 2) ** 2 * NETWORK_WIDTH)
+
+    def rows(self, start: int, end: int) -> FeatureMaps:
+        """Those of some images, in the same memory."""
+        part = object.__new__(FeatureMaps)
+        part.values = [values[start:end] for values in self.values]
+        part.statistics = self.statistics[:, start:end]
+        return part
+
+
+class _NormData(ctypes.Structure):
+    """`NormData` of winograd.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("weight", "bias", "statistics", "weight_gradient", "bias_gradient")
+    ]
+
+
+class _Worker:
+    """One thread's memory for a chunk, and the passes over it."""
+
+    def __init__(self, network: ConvNet, plan: EnginePlan) -> None:
+        self._library = load()
+        self._side = network.image_size
+        self._features = network.features
+        n = plan.chunk
+        # Of blocks 2 and 3, each: the inputs' tiles and the products' tiles.
+        self._tiles_per_image = [(self._side // shrunk // _TILE) ** 2 for shrunk in (2, 4)]
+        self._tiles = [torch.zeros(2, _plane_floats(n * tiles) * _PLANES) for tiles in self._tiles_per_image]
+        self._maps = FeatureMaps(n, self._side)
+        self._embedding = torch.zeros(n, network.classifier.in_features)
+        self._scratch = torch.zeros(self._library.scratch_floats(self._side))
+        self.gradients = _Gradients()
+
+    @torch.no_grad()
+    def test(self, batch: _Batch, ranges: list[tuple[int, int]], weights: _Weights) -> None:
+        """Fill these rows of the batch's logits."""
+        for start, end in ranges:
+            embedding = self._embedding[: end - start]
+            self._forward(batch.images[start:end], embedding, weights, self._maps)
+            torch.addmm(weights.classifier_bias, embedding, weights.classifier.t(), out=batch.logits[start:end])
+
+    @torch.no_grad()
+    def train(self, batch: _Batch, ranges: list[tuple[int, int]], weights: _Weights) -> None:
+        """Fill these rows of the batch's losses, embeddings and gradients of logits, and set `self.gradients`."""
+        self.gradients.zero_()
+        for start, end in ranges:
+            images, embedding = batch.images[start:end], batch.embedding[start:end]
+            self._forward(images, embedding, weights, self._maps)
+            logits = torch.addmm(weights.classifier_bias, embedding, weights.classifier.t())
+            self._cross_entropy(batch, start, end, logits)
+            self._backward(images, batch.logit_gradients[start:end] @ weights.classifier, weights)
+
+    @torch.no_grad()
+    def embed(
+        self,
+        images: Tensor,
+        embedding: Tensor,
+        ranges: list[tuple[int, int]],
+        weights: _Weights,
+        keep: FeatureMaps | None,
+    ) -> None:
+        """Fill these rows of `embedding` and, where given, of `keep`."""
+        for start, end in ranges:
+            maps = keep.rows(start, end) if keep else self._maps
+            self._forward(images[start:end], embedding[start:end], weights, maps)
+
+    @torch.no_grad()
+    def differentiate(
+        self,
+        images: Tensor,
+        embedding_gradients: Tensor,
+        image_gradients: Tensor,
+        ranges: list[tuple[int, int]],
+        weights: _Weights,
+        kept: FeatureMaps,
+    ) -> None:
+        """Fill these rows of `image_gradients`."""
+        for start, end in ranges:
+            rows, maps = slice(start, end), kept.rows(start, end)
+            self._backward_to_images(images[rows], embedding_gradients[rows], image_gradients[rows], weights, maps)
+
+    def _cross_entropy(self, batch: _Batch, start: int, end: int, logits: Tensor) -> None:
+        labels = batch.labels[start:end, None]
+        log_probabilities = logits.log_softmax(1)
+        batch.losses[start:end] = -log_probabilities.gather(1, labels)[:, 0]
+        gradients = log_probabilities.exp_()
+        gradients.scatter_add_(1, labels, gradients.new_full(labels.shape, -1.0))
+        # Of the mean over the whole batch.
+        torch.div(gradients, len(batch.images), out=batch.logit_gradients[start:end])
+
+    def _forward(self, images: Tensor, embedding: Tensor, weights: _Weights, maps: FeatureMaps) -> None:
+        """Fill `embedding` and `maps`."""
+        n, side, run = len(images), self._side, self._run
+        inputs, products = self._planes(0, n)
+        last_inputs, last_products = self._planes(1, n)
+        run("first_forward", images, n, side, weights.first, self._norm(0, maps), *inputs, weights.rounded,
+            self._scratch)  # fmt: skip
+        torch.bmm(inputs[0], weights.tiles[0], out=products[0])
+        run("middle_forward", *products, n, side // 2, self._norm(1, maps), maps.values[0], *last_inputs,
+            weights.rounded, self._scratch)  # fmt: skip
+        torch.bmm(last_inputs[0], weights.tiles[1], out=last_products[0])
+        run("last_forward", *last_products, n, side // 4, self._norm(2, maps), maps.values[1], embedding, self._scratch)
+
+    def _backward(self, images: Tensor, embedding_gradients: Tensor, weights: _Weights) -> None:
+        """Add to `self.gradients` what these images contribute."""
+        tiles = self.gradients.tiles
+        self._backward_to_first_block(len(images), embedding_gradients, weights, self._maps, add_to=tiles)
+        inputs, _ = self._planes(0, len(images))
+        self._run("first_backward", *inputs, images, len(images), self._side, weights.first,
+                  self._norm(0, self._maps), self.gradients.first, self._scratch)  # fmt: skip
+
+    def _backward_to_images(
+        self,
+        images: Tensor,
+        embedding_gradients: Tensor,
+        image_gradients: Tensor,
+        weights: _Weights,
+        maps: FeatureMaps,
+    ) -> None:
+        self._backward_to_first_block(len(images), embedding_gradients, weights, maps, add_to=(None, None))
+        inputs, _ = self._planes(0, len(images))
+        columns = torch.empty(self._side**2, _COLUMN)
+        self._run("first_backward_to_images", *inputs, images, len(images), self._side, weights.first,
+                  weights.first_rows, self._norm(0, maps), image_gradients, columns, self._scratch)  # fmt: skip
+
+    def _backward_to_first_block(
+        self,
+        n: int,
+        embedding_gradients: Tensor,
+        weights: _Weights,
+        maps: FeatureMaps,
+        add_to: Sequence[Tensor | None],
+    ) -> None:
+        """Replace the tiles that block 2 read by their gradients, and `maps` by others.
+
+        add_to: of blocks 2 and 3, the sums of the weights' gradients, None where those are not wanted.
+        """
+        side, run = self._side, self._run
+        inputs, products = self._planes(0, n)
+        last_inputs, last_products = self._planes(1, n)
+        run("last_backward", embedding_gradients, n, side // 4, self._norm(2, maps), maps.values[1], *last_products,
+            weights.rounded, self._scratch)  # fmt: skip
+        _multiply_back(last_inputs[0], last_products[0], weights.tiles[1], add_to[1])
+        run("middle_backward", *last_inputs, n, side // 2, self._norm(1, maps), maps.values[0], *products, weights.rounded,
+            self._scratch)  # fmt: skip
+        _multiply_back(inputs[0], products[0], weights.tiles[0], add_to[0])
+
+    def _planes(self, place: int, n: int) -> list[tuple[Tensor, int]]:
+        """For n images: the inputs' and the products' tiles, (36, tiles, 128) each, and the distance of planes."""
+        tiles = n * self._tiles_per_image[place]
+        plane = _plane_floats(tiles)
+        return [
+            (memory.as_strided((_PLANES, tiles, NETWORK_WIDTH), (plane, NETWORK_WIDTH, 1)), plane)
+            for memory in self._tiles[place]
+        ]
+
+    def _norm(self, place: int, maps: FeatureMaps) -> _NormData:
+        norm = self._features[4 * place + 1]
+        weight_gradient, bias_gradient = self.gradients.norms[place]
+        tensors = (norm.weight, norm.bias, maps.statistics[place], weight_gradient, bias_gradient)
+        return _NormData(*(tensor.data_ptr() for tensor in tensors))
+
+    def _run(self, function: str, *arguments: Tensor | int | bool | _NormData) -> None:
+        """Call into winograd.cpp; the interpreter is free for other threads meanwhile."""
+        getattr(self._library, function)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def _multiply_back(inputs: Tensor, product_gradients: Tensor, tiles: Tensor, add_to: Tensor | None) -> None:
+    """Add to the gradient of the weights' tiles, if wanted; replace the inputs' tiles by their gradients."""
+    if add_to is not None:
+        torch.baddbmm(add_to, inputs.transpose(1, 2), product_gradients, out=add_to)
+    torch.bmm(product_gradients, tiles.transpose(1, 2), out=inputs)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """winograd.cpp, compiled, its functions told their arguments' types. Raises CannotCompile, or BadFile."""
+    library = load_library(_SOURCE)
+    pointer, floats, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_bool
+    planes = (pointer, floats)
+    signatures = {
+        "first_forward": (pointer, number, number, pointer, _NormData, *planes, flag, pointer),
+        "middle_forward": (*planes, number, number, _NormData, pointer, *planes, flag, pointer),
+        "last_forward": (*planes, number, number, _NormData, pointer, pointer, pointer),
+        "last_backward": (pointer, number, number, _NormData, pointer, *planes, flag, pointer),
+        "middle_backward": (*planes, number, number, _NormData, pointer, *planes, flag, pointer),
+        "first_backward": (*planes, pointer, number, number, pointer, _NormData, pointer, pointer),
+        "first_backward_to_images": (
+            *planes, pointer, number, number, pointer, pointer, _NormData, pointer, pointer, pointer,
+        ),
+    }
+    for name, types in signatures.items():
+        getattr(library, name).argtypes = types
+        getattr(library, name).restype = None
+    library.scratch_floats.argtypes = (number,)
+    library.scratch_floats.restype = floats
+    return library
+
+
+def _even_parts(start: int, end: int, parts: int) -> Iterator[tuple[int, int]]:
+    """At most `parts` ranges that cover start ... end, none empty, whose sizes differ by one at most."""
+    parts = min(parts, end - start)
+    for part in range(parts):
+        yield start + (end - start) * part // parts, start + (end - start) * (part + 1) // parts
+
+
+def _plane_floats(tiles: int) -> int:
+    return tiles * NETWORK_WIDTH + _BETWEEN_PLANES
+
+
+def _to_tiles(weight: Tensor) -> Tensor:
+    """(128 out, 128 in, 3, 3) -> U = G g G^T as (36, in, out)."""
+    return (_G_BOTH_WAYS @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(_PLANES, NETWORK_WIDTH, NETWORK_WIDTH)
+
+
+def _from_tiles(tiles: Tensor) -> Tensor:
+    """The transpose of _to_tiles, for gradients: (36, in, out) -> (128 out, 128 in, 3, 3)."""
+    return (_G_BOTH_WAYS.t() @ tiles.view(_PLANES, -1)).view(3, 3, NETWORK_WIDTH, NETWORK_WIDTH).permute(3, 2, 0, 1)
+
+
+def _rounded(tensor: Tensor, rounds: bool) -> Tensor:
+    return tensor.bfloat16().float() if rounds else tensor
+
+
+def _set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+    else:
+        parameter.grad.copy_(gradient)

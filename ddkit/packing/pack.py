@@ -1,0 +1,122 @@
+"""Packing a submission: checked before, reproducible, read back after, and never half written."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddkit.checks.check import CheckSettings, Report, check_path, submission_files
+from ddkit.data.store import dataset_spec
+from ddkit.errors import BadFile, InvalidSubmission, MissingData, UsageError
+from ddkit.packing.zipping import write_zip
+from ddkit.runtime.files import explain_os_error, irregularity, replacing, sha256_of, sha256_of_stream
+from ddkit.runtime.progress import Listener, ignore
+from ddkit.sets.distilled import check_command, load_tensor
+
+
+class Refused(InvalidSubmission):
+    """`check` found errors, so nothing was packed. report: what it found."""
+
+    def __init__(self, folder: Path, report: Report) -> None:
+        errors = [finding for finding in report.findings if finding.level == "error"]
+        named = "; ".join(f"{finding.where}: {finding.message}" for finding in errors[:3])
+        more = f" And {len(errors) - 3} more." if len(errors) > 3 else ""
+        super().__init__(f"{folder} was not packed: {named}{more}", f"See all: ddkit check {shlex.quote(str(folder))}")
+        self.report = report
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """A member of a packed zip."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
+def pack(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    ignore_codes: Collection[str] = (),
+    settings: CheckSettings = CheckSettings(),
+    told: Callable[[Report], None] = ignore,
+    progress: Listener = ignore,
+) -> Path:
+    """Check `folder`, write its tensors into the zip `out`, read that back, and return its path.
+
+    The same tensors always make the same bytes. The zip holds the tensors only, at its root.
+    strict: warnings refuse too. ignore_codes: findings that do not. told: gets what was found, before anything is written.
+    Raises MissingData without a folder, Refused (an InvalidSubmission) for what `check` refuses, UsageError where
+    `out` is one of the tensors, and BadFile for what the system refuses; an earlier zip stays as it was in each case.
+    """
+    folder, out = Path(folder), Path(out)
+    if not folder.is_dir():
+        raise MissingData(f"There is no submission folder {folder}.", "Make a set first: ddkit generate")
+    before = {file.name: _hash_of(file) for file in submission_files(folder)[0]}
+    report = check_path(folder, settings=settings, progress=progress).ignoring(ignore_codes)
+    report = report.strict() if strict else report
+    if not report.ok:
+        raise Refused(folder, report)
+    told(report)
+    files, _ = submission_files(folder)
+    if not files:
+        raise MissingData(f"There is no tensor in {folder} to pack.", "Make one: ddkit generate")
+    if any(out.exists() and out.samefile(file) for file in files):
+        raise UsageError(f"The zip would replace {out}, which is to go into it.", "Name another file: --out NAME.zip.")
+    with replacing(out) as temporary:
+        written = write_zip({file.name: file for file in files}, temporary)
+        if written != before:
+            raise BadFile(f"{folder} changed while it was being packed.", "Run it again.")
+        _verify(temporary, written, folder, settings)
+    return out
+
+
+def packed_files(path: str | os.PathLike[str]) -> tuple[PackedFile, ...]:
+    """The members of a zip that `pack` wrote, with sizes and hashes of their bytes."""
+    files = []
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as member:
+                files.append(PackedFile(info.filename, info.file_size, sha256_of_stream(member)))
+    return tuple(files)
+
+
+def _hash_of(path: Path) -> str:
+    """SHA-256 of a file; "" of what is none or cannot be read, which the check then tells of."""
+    try:
+        return "" if irregularity(path) else sha256_of(path)
+    except (OSError, BadFile):
+        return ""
+
+
+def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSettings) -> None:
+    """Unpack the zip as the scorer does and load each tensor.
+
+    origin: the folder the tensors come from. Raises BadFile where anything differs from what was written,
+    InvalidSubmission where a tensor cannot be loaded, whatever findings were to be ignored.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
+            if archive.namelist() != list(written):
+                raise BadFile(f"{path}: the zip that was read back has other members than were written.")
+            for name, sha256 in written.items():
+                unpacked = Path(archive.extract(name, folder))
+                if sha256_of(unpacked) != sha256:
+                    raise BadFile(f"{path}: '{name}' read back differs from what was written.", "Is the disk sound?")
+                try:
+                    load_tensor(unpacked, dataset_spec(unpacked.stem), ipc=settings.ipc)
+                except InvalidSubmission as error:
+                    raise InvalidSubmission(
+                        f"{origin / name} is not packed: the scorer could not use it.",
+                        f"See: {check_command(origin / name, unpacked.stem)}",
+                    ) from error
+                unpacked.unlink()
+    except OSError as error:
+        raise explain_os_error(error, error.filename or path) from error

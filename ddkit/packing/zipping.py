@@ -1,0 +1,70 @@
+"""Zips that are the same, byte for byte, whenever they are made of the same files; and unpacking those of others."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import stat
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from ddkit.errors import BadFile
+from ddkit.runtime.files import ZIP_ERRORS, explain_os_error
+
+_BLOCK = 1 << 20  # bytes
+# The zip format begins in 1980. One date for all, so that the same files make the same zip.
+_DATE = (1980, 1, 1, 0, 0, 0)
+_ORDINARY_FILE = 0o100644
+
+
+def write_zip(members: Mapping[str, Path], path: Path) -> dict[str, str]:
+    """Write a zip of files under the given names, in the order given, not compressed.
+
+    Returns the SHA-256 of what was read of each, by name.
+    """
+    hashes = {}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, file in members.items():
+            info = zipfile.ZipInfo(name, date_time=_DATE)
+            info.external_attr = _ORDINARY_FILE << 16
+            info.create_system = 3  # Unix, whatever system packs
+            info.file_size = file.stat().st_size
+            digest = hashlib.sha256()
+            with file.open("rb") as source, archive.open(info, "w") as member:
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    member.write(block)
+            hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def unpack(path: Path, folder: Path) -> Path:
+    """Unpack a zip into a folder, member by member; returns the folder.
+
+    Raises BadFile for what is no zip or damaged, for members whose names lead out of the folder, for links, and where
+    the disk has no room for what the members claim.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            if sum(info.file_size for info in members) > shutil.disk_usage(folder).free:
+                raise BadFile(f"{path} claims more bytes than there is room for in {folder}.")
+            for info in members:
+                _unpack_member(archive, info, folder, path)
+    except ZIP_ERRORS as error:
+        raise BadFile(f"{path} cannot be unpacked: {error}.", "Pack it again.") from error
+    except OSError as error:
+        raise explain_os_error(error, error.filename or path) from error
+    return folder
+
+
+def _unpack_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, folder: Path, path: Path) -> None:
+    name = PurePosixPath(info.filename)
+    leads_out = name.is_absolute() or ".." in name.parts or "\\" in info.filename or ":" in info.filename
+    if leads_out or stat.S_ISLNK(info.external_attr >> 16):
+        raise BadFile(f"{path}: the member '{info.filename}' leads out of the folder that it is unpacked into.")
+    target = folder.joinpath(*name.parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(info) as source, target.open("xb") as file:
+        shutil.copyfileobj(source, file)

@@ -1,0 +1,169 @@
+"""Where the marks of a chart go, in percent of the plot: templates draw them at any size, text stays text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ddkit.reporting.rows import Group, Row
+
+_POINTS_OF_LINE = 200
+_MOST_TICKS = 6  # intervals between them
+_MOST_WIDE_TICKS = 4  # along the bottom, where labels stand side by side, on a phone too
+
+
+@dataclass(frozen=True)
+class Tick:
+    """position: percent of the axis, 0 at its beginning."""
+
+    position: float
+    label: str
+
+
+@dataclass(frozen=True)
+class IntervalMark:
+    """One entry's accuracy and interval; low and high are None without an interval. All but `value` in percent of
+    the plot's width.
+    """
+
+    row: Row
+    value: float  # fraction
+    position: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class IntervalChart:
+    """Accuracies of one dataset (or the mean, dataset None) with their 95 % intervals, on a common axis."""
+
+    dataset: str | None
+    marks: tuple[IntervalMark, ...]
+    ticks: tuple[Tick, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """points: "x,y x,y ..." in a plot of 100 x 100, y downwards, as SVG's polyline takes it."""
+
+    name: str
+    points: str
+    first: float
+    last: float
+    best: float  # the lowest value
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over a common horizontal axis; every value is finite."""
+
+    title: str
+    x_title: str
+    lines: tuple[Line, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]  # position 0 at the bottom
+
+
+def interval_charts(group: Group) -> tuple[IntervalChart, ...]:
+    """A chart for each dataset of the group that anyone has an accuracy on, and one of the mean over several."""
+    subjects: list[str | None] = [*([None] if len(group.datasets) > 1 else []), *group.datasets]
+    charts = (_interval_chart(group.rows, subject) for subject in subjects)
+    return tuple(chart for chart in charts if chart.marks)
+
+
+def line_chart(
+    title: str, x_title: str, series: Mapping[str, Sequence[tuple[float, float]]], *, from_zero: bool = False
+) -> LineChart | None:
+    """A chart of the series that have points, (x, y) each in the order of x; None when none has.
+
+    Points that are not finite are left out. from_zero: the vertical axis begins at zero.
+    """
+    finite = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
+    finite = {name: points for name, points in finite.items() if points}
+    if not finite:
+        return None
+    xs = [x for points in finite.values() for x, _ in points]
+    ys = [y for points in finite.values() for _, y in points]
+    x_ticks, x_low, x_high = _axis(min(xs), max(xs), most=_MOST_WIDE_TICKS, tight=True)
+    y_ticks, y_low, y_high = _axis(0.0 if from_zero else min(ys), max(ys))
+
+    def place(x: float, y: float) -> str:
+        return f"{_percent(x, x_low, x_high):.2f},{100 - _percent(y, y_low, y_high):.2f}"
+
+    lines = []
+    for name, points in finite.items():
+        kept = sampled_points(points)
+        values = [y for _, y in points]
+        drawn = " ".join(place(x, y) for x, y in kept)
+        lines.append(Line(name, drawn, values[0], values[-1], min(values)))
+    return LineChart(title, x_title, tuple(lines), x_ticks, y_ticks)
+
+
+def sampled_curve(values: Sequence[float], points: int) -> tuple[float, ...]:
+    """At most `points` values, evenly spaced, first and last included; values that are no numbers are left out."""
+    finite = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+    if len(finite) <= points:
+        return tuple(finite)
+    return tuple(finite[round(i * (len(finite) - 1) / (points - 1))] for i in range(points))
+
+
+def sampled_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most as many points as can be told apart on a screen, first and last included."""
+    return [points[int(i)] for i in sampled_curve(range(len(points)), _POINTS_OF_LINE)]
+
+
+def _interval_chart(rows: Sequence[Row], dataset: str | None) -> IntervalChart:
+    found = [(row, *known) for row in rows if (known := _value_and_interval(row, dataset)) is not None]
+    if not found:
+        return IntervalChart(dataset, (), ())
+    ends = [end for _, value, half in found for end in (value - (half or 0), value + (half or 0))]
+    ticks, low, high = _axis(
+        max(0.0, min(ends)), min(1.0, max(ends)), most=_MOST_WIDE_TICKS, scale=100, unit=" %"
+    )
+    marks = tuple(
+        IntervalMark(
+            row,
+            value,
+            _percent(value, low, high),
+            None if half is None else _percent(max(value - half, low), low, high),
+            None if half is None else _percent(min(value + half, high), low, high),
+        )
+        for row, value, half in found
+    )
+    return IntervalChart(dataset, marks, ticks)
+
+
+def _value_and_interval(row: Row, dataset: str | None) -> tuple[float, float | None] | None:
+    if dataset is None:
+        return None if row.score is None else (row.score, row.spread.half_width if row.spread else None)
+    if dataset not in row.accuracy:
+        return None
+    interval = row.results[dataset].interval if dataset in row.results else None
+    return row.accuracy[dataset], None if interval is None else (interval[1] - interval[0]) / 2
+
+
+def _axis(
+    low: float, high: float, *, most: int = _MOST_TICKS, tight: bool = False, scale: float = 1, unit: str = ""
+) -> tuple[tuple[Tick, ...], float, float]:
+    """Ticks at round numbers, and the ends of the axis: the outer ticks, or the data's own ends when `tight`."""
+    if high <= low:
+        low, high = low - abs(low) * 0.05 - 1e-3, high + abs(high) * 0.05 + 1e-3
+    step = _round_step((high - low) * scale, most) / scale
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    start, end = (low, high) if tight else (first * step, last * step)
+    decimals = max(0, -math.floor(math.log10(step * scale) + 1e-9))
+    ticks = [
+        Tick(_percent(i * step, start, end), f"{i * step * scale:,.{decimals}f}{unit}") for i in range(first, last + 1)
+    ]
+    return tuple(tick for tick in ticks if -0.01 <= tick.position <= 100.01), start, end
+
+
+def _round_step(extent: float, most: int) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is passed no more than so many times."""
+    power = 10 ** math.floor(math.log10(extent / most))
+    return next(m * power for m in (1, 2, 5, 10, 20) if extent / (m * power) <= most)
+
+
+def _percent(value: float, low: float, high: float) -> float:
+    return 100 * (value - low) / (high - low)

@@ -1,0 +1,224 @@
+"""One evaluated set in detail: its pictures, how it was made, what `check` finds, where it goes wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddkit.errors import DDKitError
+from ddkit.metrics import ddranking
+from ddkit.reporting.charts import LineChart, line_chart
+from ddkit.reporting.rows import dataset_title
+from ddkit.results import Result
+from ddkit.runtime.files import read_json, sha256_of
+from ddkit.sets.findings import Finding
+
+if TYPE_CHECKING:
+    from ddkit.reporting.sets import ClassPictures
+
+log = logging.getLogger(__name__)
+
+_MOST_SHEETS = 3  # sets of a dataset whose pictures are shown: one file has to be sent around
+_MOST_CONFUSIONS = 15
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """Mean accuracy of one class over the rounds."""
+
+    name: str
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A frequent mistake. count: per round."""
+
+    truth: str
+    predicted: str
+    count: float
+
+
+@dataclass(frozen=True)
+class SetView:
+    """One evaluated set of an entry.
+
+    gone: why the pictures are not shown, empty where they are. facts: how it was made, (name, value) pairs.
+    checked: whether `findings` are of this very file.
+    """
+
+    result: Result
+    title: str
+    sheet: tuple[ClassPictures, ...] = ()
+    gone: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
+    checked: bool = False
+    findings: tuple[Finding, ...] = ()
+    loss: LineChart | None = None
+    classes: tuple[ClassAccuracy, ...] = ()  # best first
+    confusions: tuple[Confusion, ...] = ()
+    ranking: ddranking.Ranking | None = None
+
+
+class SetDetails:
+    """Tells of one set after the other; the pictures of so many of each dataset, and each file but once."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self._results = results
+        self._shown: dict[str, set[str]] = {}
+        self._findings: dict[str, tuple[Finding, ...]] = {}
+
+    def of(self, result: Result) -> SetView:
+        """All there is to tell of an evaluated set."""
+        titles = class_titles(result)
+        path = Path(result.source)
+        gone = changed = _why_gone(path, result)
+        sheet: tuple[ClassPictures, ...] = ()
+        if not changed and not (gone := self._why_not_shown(result)):
+            sheet, gone = _sheet(path, result, titles)
+        return SetView(
+            result=result,
+            title=dataset_title(result.dataset),
+            sheet=sheet,
+            gone=gone,
+            facts=_facts(result),
+            checked=not changed,
+            findings=() if changed else self._found(path, result),
+            loss=_loss_chart(result),
+            classes=_classes(result, titles),
+            confusions=_confusions(result, titles),
+            ranking=ddranking.of_result(result, self._results) if result.augment else None,
+        )
+
+    def _why_not_shown(self, result: Result) -> str:
+        """An empty text when the pictures may be shown, else why not."""
+        shown = self._shown.setdefault(result.dataset, set())
+        if result.sha256 in shown:
+            return "The pictures are shown with an entry above."
+        if len(shown) >= _MOST_SHEETS:
+            return f"Pictures are shown of {_MOST_SHEETS} sets of a dataset at most."
+        shown.add(result.sha256)
+        return ""
+
+    def _found(self, path: Path, result: Result) -> tuple[Finding, ...]:
+        """What `check` finds. It takes seconds: once for a file, under however many settings it was evaluated."""
+        if result.sha256 not in self._findings:
+            self._findings[result.sha256] = _findings(path, result)
+        return self._findings[result.sha256]
+
+
+def _why_gone(path: Path, result: Result) -> str:
+    if result.track == 2:
+        return "A generator makes its pictures anew for each round."
+    try:
+        if not path.is_file():
+            return f"The evaluated file, {path}, is no longer there."
+        if sha256_of(path) != result.sha256:
+            return f"{path} has changed since this evaluation."
+    except (DDKitError, OSError) as error:
+        return f"The evaluated file cannot be read: {error}"
+    return ""
+
+
+def _sheet(path: Path, result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictures, ...], str]:
+    """The pictures of a set class by class; without any, why."""
+    from ddkit.reporting.sets import pictures_by_class, read_set
+
+    try:
+        images, labels = read_set(path, result.dataset)
+    except DDKitError as error:
+        return (), f"The pictures cannot be shown: {error.message}"
+    return pictures_by_class(images, labels, lambda label: _name(titles, label)), ""
+
+
+def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
+    from ddkit.checks.check import CheckSettings, check_path
+
+    try:
+        report = check_path(path, dataset=result.dataset, settings=CheckSettings(ipc=None))
+    except DDKitError as error:
+        return (Finding("error", "–", error.message),)
+    return tuple(report.findings)
+
+
+def class_titles(result: Result) -> tuple[str, ...]:
+    """Names of a result's classes for people: of the prepared store, else of its JSON; empty where unknown."""
+    from ddkit.data import store
+
+    try:
+        names: Any = store.class_titles(result.dataset)
+    except DDKitError:
+        names = result.made_by.get("class_names", ())
+    return tuple(str(name).replace("_", " ") for name in names) if isinstance(names, (list, tuple)) else ()
+
+
+def _facts(result: Result) -> tuple[tuple[str, str], ...]:
+    """How the set was made: what the result remembers, else the JSON beside the file while that is the same."""
+    made_by: Any = result.made_by
+    source = Path(result.source)
+    if not made_by:
+        beside = source.with_suffix(".json")
+        try:
+            if source.is_file() and beside.is_file() and sha256_of(source) == result.sha256:
+                made_by = read_json(beside)
+        except (DDKitError, OSError) as error:
+            log.warning("%s", error)
+    known = list(_flat(made_by)) if isinstance(made_by, Mapping) else []
+    return (*known, *_evaluation_facts(result))
+
+
+def _evaluation_facts(result: Result) -> list[tuple[str, str]]:
+    low, high = result.images_per_class
+    settings = [f"E = {result.epochs_setting}", result.network, result.precision, f"seed {result.seed}"]
+    facts = [
+        ("file", result.source),
+        ("SHA-256", result.sha256),
+        ("images", f"{result.images:,}, {low if low == high else f'{low} to {high}'} a class"),
+        ("accuracies", ", ".join(f"{100 * a:.2f} %" for a in result.accuracies)),
+        ("evaluated", ", ".join(settings + ([] if result.augment else ["no augmentation"]))),
+        ("took", f"{result.seconds:,.0f} s on {result.device or 'an unnamed device'}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested settings as (name, text); long lists by their length."""
+    for key, item in value.items():
+        name = f"{prefix}{str(key).replace('_', ' ')}"
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{name}: ")
+        elif isinstance(item, (list, tuple)) and len(item) > 12:
+            yield name, f"{len(item):,} values"
+        elif item not in (None, "", [], ()):
+            yield name, ", ".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item)
+
+
+def _loss_chart(result: Result) -> LineChart | None:
+    rounds = {f"round {i}": list(_over_epochs(curve, result)) for i, curve in enumerate(result.loss_curves, start=1)}
+    return line_chart("Training loss", "epoch", rounds, from_zero=True)
+
+
+def _over_epochs(curve: Sequence[float], result: Result) -> Iterable[tuple[float, float]]:
+    """Evenly spaced epochs, first and last included: 0 ... E."""
+    for i, loss in enumerate(curve):
+        yield result.epochs_setting * i / max(1, len(curve) - 1), loss
+
+
+def _classes(result: Result, titles: Sequence[str]) -> tuple[ClassAccuracy, ...]:
+    known = [ClassAccuracy(_name(titles, label), value) for label, value in enumerate(result.per_class)]
+    return tuple(sorted(known, key=lambda c: -c.accuracy))
+
+
+def _confusions(result: Result, titles: Sequence[str]) -> tuple[Confusion, ...]:
+    return tuple(
+        Confusion(_name(titles, truth), _name(titles, predicted), count)
+        for truth, predicted, count in result.confusions[:_MOST_CONFUSIONS]
+    )
+
+
+def _name(titles: Sequence[str], label: int) -> str:
+    return titles[label] if 0 <= label < len(titles) else f"class {label}"

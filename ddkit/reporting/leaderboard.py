@@ -1,0 +1,278 @@
+"""Who stands where: results beside the published entries, in groups within which numbers can be compared.
+
+Nothing here imports torch, so that a leaderboard of thousands of results is there at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ddkit.challenge import CHALLENGE_DATASETS, PUBLISHED, TEST_IMAGES, TRACKS, Entry
+from ddkit.reporting.rows import Group, Row, dataset_title, mean
+from ddkit.results import Result
+
+_CHALLENGE_NAMES = tuple(spec.name for spec in CHALLENGE_DATASETS)
+_REFERENCE_NAMES = {
+    "random-real": "random real images",
+    "first-real": "first real images",
+    "full-real": "all real images",
+}
+
+
+def build(results: Sequence[Result], tracks: Iterable[int] | None = None) -> tuple[Group, ...]:
+    """All groups: for each track the official one with the published entries, then the others, newest first.
+
+    tracks: None for those with results, and track 1 in any case.
+    """
+    wanted = sorted({1, *(r.track for r in results)} & TRACKS.keys()) if tracks is None else list(tracks)
+    groups: list[Group] = []
+    for track in wanted:
+        groups += _build_track(track, [r for r in results if r.track == track])
+    return tuple(groups)
+
+
+def _build_track(track: int, results: Sequence[Result]) -> list[Group]:
+    baselines = _latest_of_most_rounds((_conditions(r), r) for r in results if r.kind == "random-real")
+    drafts = _drafts(results)
+    official = [d for d in drafts if d.key.official and d.key.dataset is None]
+    groups = [_official_group(track, official, baselines)]
+    others: dict[_GroupKey, list[_Draft]] = {}
+    for draft in reversed(drafts):  # newest first
+        if not (draft.key.official and draft.key.dataset is None):
+            others.setdefault(draft.key, []).append(draft)
+    # Datasets of the challenge first; sorting keeps the newest first within both.
+    ordered = sorted(others.items(), key=lambda item: item[0].dataset is not None)
+    return groups + [_other_group(key, members, baselines) for key, members in ordered]
+
+
+def _official_group(track: int, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]) -> Group:
+    published = [entry for entry in PUBLISHED if entry.track == track]
+    rows = [_published_row(entry) for entry in published] + [_local_row(d, baselines, published) for d in drafts]
+    rows = _ranked(_best_first(rows))
+    facts = TRACKS[track]
+    remarks = []
+    if any(not entry.accuracy for entry in published):
+        remarks.append("Published entries of this track have ranks but no public numbers: nothing to rank against.")
+    elif any(row.is_local for row in rows):
+        remarks.append("Ranks count the published entries whose numbers are public.")
+    return Group(
+        track, True, f"Official: E = {facts.epochs_setting}, {facts.rounds} rounds", _CHALLENGE_NAMES,
+        tuple(rows), tuple(remarks),
+    )  # fmt: skip
+
+
+def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]) -> Group:
+    rows = _best_first(_local_row(d, baselines, ()) for d in drafts)
+    present = {name for row in rows for name in row.accuracy}
+    datasets = tuple(sorted(present, key=_dataset_order))
+    shared = _shared_deviations(rows)
+    remarks = [f"Not comparable with the published entries: {'; '.join(shared)}."] if shared else []
+    if any(row.is_local for row in rows) and not any(row.kind == "random-real" for row in rows):
+        remarks.append("No random real images were evaluated under these settings.")
+    return Group(key.track, False, key.title(), datasets, tuple(rows), tuple(remarks), shared)
+
+
+def _shared_deviations(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(d for d in rows[0].deviations if all(d in row.deviations for row in rows))
+
+
+@dataclass(frozen=True)
+class _GroupKey:
+    """What has to be equal for numbers to be comparable.
+
+    dataset: None for the challenge's datasets, which make one score together.
+    ipc: of track 1; track 2 leaves the number of images to the entry.
+    time_budget, test_images: where they are not the protocol's; the latter of the challenge's datasets.
+    """
+
+    track: int
+    official: bool
+    dataset: str | None
+    epochs_setting: int
+    network: str
+    augment: bool
+    precision: str
+    ipc: tuple[int, int] | None
+    time_budget: float | None
+    test_images: int | None
+
+    @classmethod
+    def of(cls, result: Result) -> _GroupKey:
+        in_challenge = result.dataset in _CHALLENGE_NAMES
+        usual_budget = result.time_budget == TRACKS[result.track].time_budget_seconds
+        return cls(
+            result.track,
+            result.official,
+            None if in_challenge else result.dataset,
+            result.epochs_setting,
+            result.network,
+            result.augment,
+            result.precision,
+            result.images_per_class if result.track == 1 else None,
+            None if usual_budget else result.time_budget,
+            result.test_images if in_challenge and result.test_images != TEST_IMAGES else None,
+        )
+
+    def title(self) -> str:
+        name = dataset_title(self.dataset) if self.dataset else "Not official"
+        return ", ".join([f"{name}: E = {self.epochs_setting}", *self._unusual()])
+
+    def _unusual(self) -> list[str]:
+        parts = []
+        if self.ipc is not None and self.ipc != (TRACKS[1].ipc,) * 2:
+            low, high = self.ipc
+            parts.append("1 image a class" if self.ipc == (1, 1) else f"{_span(low, high)} images a class")
+        if self.time_budget is not None:
+            parts.append(f"{self.time_budget:g} s of generating")
+        if self.test_images is not None:
+            parts.append(f"{self.test_images:,} test images")
+        if self.network != "convnet":
+            parts.append(self.network)
+        if not self.augment:
+            parts.append("no augmentation")
+        if self.precision != "float32":
+            parts.append(self.precision)
+        return parts
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
+
+
+@dataclass
+class _Draft:
+    """A row in the making: what was evaluated under one name, a result for each dataset.
+
+    earlier: the latest results of the rows of that name that came before.
+    """
+
+    key: _GroupKey
+    name: str
+    kind: str
+    earlier: dict[str, Result]
+    results: dict[str, Result] = field(default_factory=dict)
+
+    @property
+    def all_results(self) -> dict[str, Result]:
+        """A dataset that is lacking is taken from the rows before: re-making one of two files leaves the other."""
+        known = {**self.earlier, **self.results}
+        return {name: known[name] for name in sorted(known, key=_dataset_order)}
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        taken = [r for name, r in self.all_results.items() if name not in self.results]
+        return tuple(f"{dataset_title(r.dataset)} as evaluated on {r.date[:10] or 'an earlier day'}" for r in taken)
+
+
+def _dataset_order(name: str) -> tuple[int, str]:
+    return (_CHALLENGE_NAMES.index(name) if name in _CHALLENGE_NAMES else len(_CHALLENGE_NAMES)), name
+
+
+_Conditions = tuple[Any, ...]
+
+
+def _conditions(result: Result) -> _Conditions:
+    """What random real images must share with a set to be its baseline."""
+    return (
+        result.dataset, result.track, result.epochs_setting, result.network, result.augment, result.precision,
+        result.images_per_class, result.time_budget, result.test_images or TEST_IMAGES,
+    )  # fmt: skip
+
+
+def _latest_of_most_rounds(results: Iterable[tuple[_Conditions, Result]]) -> dict[_Conditions, Result]:
+    """One result of each key, in the order of their places: a later one takes an earlier one's place, but not a quick
+    look that of more rounds."""
+    kept: dict[_Conditions, Result] = {}
+    for key, result in results:
+        if key not in kept or result.rounds >= kept[key].rounds:
+            kept.pop(key, None)  # so that it takes its place at the end
+            kept[key] = result
+    return kept
+
+
+def _drafts(results: Sequence[Result]) -> list[_Draft]:
+    """Results of one name and the same settings side by side, a new row each time a dataset is met again.
+
+    An earlier evaluation of the very same set under the same seed is replaced by a later one of as many rounds or more.
+    """
+    newest = _latest_of_most_rounds(
+        ((_GroupKey.of(r), r.kind, r.name, r.dataset, r.sha256, r.seed), r) for r in results
+    )
+    drafts: list[_Draft] = []
+    latest: dict[tuple[Any, ...], _Draft] = {}
+    for (*row, dataset, _, _), result in newest.items():
+        before = latest.get(tuple(row))
+        if before is None or dataset in before.results:
+            key, kind, name = row
+            latest[tuple(row)] = _Draft(key, name, kind, earlier=before.all_results if before else {})
+            drafts.append(latest[tuple(row)])
+        latest[tuple(row)].results[dataset] = result
+    return drafts
+
+
+def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published: Sequence[Entry]) -> Row:
+    results = draft.all_results
+    evaluated = tuple(results.values())
+    expected = (draft.key.dataset,) if draft.key.dataset else _CHALLENGE_NAMES
+    accuracy = {name: r.mean for name, r in results.items()}
+    baseline = [baselines.get(_conditions(r)) for r in evaluated] if draft.kind != "random-real" else []
+    return Row(
+        name=_REFERENCE_NAMES.get(draft.kind, draft.name),
+        kind=draft.kind,
+        accuracy=accuracy,
+        score=mean(accuracy.values()) if all(name in results for name in expected) else None,
+        results=results,
+        best_published=_best_published(results, published) if draft.kind == "submission" else None,
+        baseline=tuple(baseline) if all(baseline) else (),
+        remarks=draft.remarks + _generated(results) + _lacking(results, expected if draft.key.official else ()),
+    )
+
+
+def _generated(results: Mapping[str, Result]) -> tuple[str, ...]:
+    """Of track 2: what the generator made of its time."""
+    made = {name: r for name, r in results.items() if r.generated and sum(r.generation_seconds) > 0}
+    return tuple(
+        f"{dataset_title(name)}: {sum(r.generated) / len(r.generated):,.0f} images a round, "
+        f"{sum(r.generated) / sum(r.generation_seconds):,.1f} a second"
+        for name, r in made.items()
+    )
+
+
+def _lacking(results: Mapping[str, Result], expected: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"no rank without {dataset_title(name)}" for name in expected if name not in results)
+
+
+def _published_row(entry: Entry) -> Row:
+    return Row(entry.name, "published", dict(entry.accuracy), entry.score, rank=entry.rank, source=entry.source)
+
+
+def _best_published(datasets: Iterable[str], published: Iterable[Entry]) -> float | None:
+    """The best published mean over these datasets, of the entries whose numbers are public; None without any."""
+    names = list(datasets)
+    known = (entry.accuracy for entry in published if all(name in entry.accuracy for name in names))
+    return max((mean(accuracy[name] for name in names) for accuracy in known), default=None)
+
+
+def _ranked(rows: Sequence[Row]) -> list[Row]:
+    """Ranks by score, but for references; published ranks stay where their numbers are not public."""
+    if any(row.kind == "published" and row.score is None for row in rows):
+        return list(rows)
+    ranked, place = [], 0
+    for row in rows:
+        counts = row.score is not None and row.kind in ("published", "submission")
+        place += counts
+        ranked.append(replace(row, rank=place if counts else None))
+    return ranked
+
+
+def _best_first(rows: Iterable[Row]) -> list[Row]:
+    """Published ranks without numbers, then scores, then entries that lack a dataset."""
+
+    def order(row: Row) -> tuple[int, float]:
+        if row.value is None:
+            return 0, float(row.rank or 0)
+        return (1 if row.score is not None else 2), -row.value
+
+    return sorted(rows, key=order)

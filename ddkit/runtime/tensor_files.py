@@ -1,0 +1,62 @@
+"""Tensors on disk, written atomically.
+
+The bytes are made in memory first: written straight to a file, PyTorch and safetensors tell of a full disk by errors of
+their own, which nobody could tell from a mistake in the program.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ddkit.runtime.files import replacing
+
+
+def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
+    """torch.save, with the same bytes whatever the file is called. Raises BadFile for what the system refuses."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+class Unloadable(Exception):
+    """The restricted loader refused a file; the text says why, in words that are safe to show."""
+
+
+def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, device: str = "cpu", mmap: bool = False) -> Any:
+    """torch.load that executes nothing. Raises Unloadable for whatever hostile or damaged bytes lead to, OSError."""
+    if not isinstance(source, (str, os.PathLike)):
+        source.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(source, map_location=device, weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        # The loader interprets the bytes and raises whatever they lead to; each of them means the same here.
+        # Not in its own words for a pickle: they advise to load without restrictions.
+        own_words = not isinstance(error, pickle.UnpicklingError)
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise Unloadable(reason if own_words else "its pickle does not describe tensors") from error
+
+
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Contiguous tensors on the CPU, by name, as a safetensors file. Raises BadFile for what the system refuses."""
+    from safetensors.torch import save
+
+    data = save(dict(tensors), dict(metadata) if metadata else None)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

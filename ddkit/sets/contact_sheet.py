@@ -1,0 +1,114 @@
+"""Pictures: contact sheets, real beside generated images, and what generated images were perhaps copied from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ddkit.runtime.files import replacing
+
+_PAPER = (250, 250, 248)
+_INK = (40, 40, 40)
+_GAP = 2  # pixels between pictures
+_NAME_HEIGHT = 15  # pixels of the largest class name
+_MAX_ROWS_PER_COLUMN = 50
+
+
+def contact_sheet(images: Tensor, labels: Tensor, class_names: Sequence[str], *, per_class: int = 10) -> Image.Image:
+    """One row a class, its name before it; at most `per_class` pictures a row, in the order given.
+
+    images: (N, 3, S, S) uint8. labels: (N,) int64. More than 50 classes stand in several columns.
+    Pictures are enlarged by a whole factor to at least 48 pixels.
+    """
+    factor = max(1, -(-48 // images.shape[-1]))
+    side = images.shape[-1] * factor
+    font = ImageFont.load_default(size=_NAME_HEIGHT - 3)
+    present = sorted(set(labels.tolist()))
+    names = {c: _shorten(class_names[c] if c < len(class_names) else str(c)) for c in present}
+    name_width = int(max((font.getlength(name) for name in names.values()), default=0)) + 10
+    longest_row = min(per_class, max((int((labels == c).sum()) for c in present), default=1))
+    column_width = name_width + longest_row * (side + _GAP) + 12
+    columns = max(1, -(-len(present) // _MAX_ROWS_PER_COLUMN))
+    rows = max(1, -(-len(present) // columns))
+
+    sheet = Image.new("RGB", (columns * column_width, rows * (side + _GAP) + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for place, c in enumerate(present):
+        left, top = (place // rows) * column_width, (place % rows) * (side + _GAP) + _GAP
+        draw.text((left + 6, top + (side - _NAME_HEIGHT) // 2), names[c], fill=_INK, font=font)
+        for k, index in enumerate((labels == c).nonzero().flatten()[:per_class].tolist()):
+            sheet.paste(_picture(images[index], side), (left + name_width + k * (side + _GAP), top))
+    return sheet
+
+
+def side_by_side(
+    generated: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor], class_names: Sequence[str], *, per_class: int = 6
+) -> Image.Image:
+    """Two contact sheets next to each other, generated left and real right, the same classes on the same rows.
+
+    generated, real: (N, 3, S, S) uint8 images and (N,) int64 labels; real images of classes that are not
+    generated are left out.
+    """
+    first = [(real[1] == c).nonzero().flatten()[:per_class] for c in generated[1].unique()]
+    chosen = torch.cat(first)
+    sheets = [
+        _titled(contact_sheet(*generated, class_names, per_class=per_class), "generated"),
+        _titled(contact_sheet(real[0][chosen], real[1][chosen], class_names, per_class=per_class), "real"),
+    ]
+    paper = Image.new("RGB", (sum(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets)), _PAPER)
+    paper.paste(sheets[0], (0, 0))
+    paper.paste(sheets[1], (sheets[0].width, 0))
+    return paper
+
+
+def neighbour_sheet(
+    generated: Tensor, neighbours: Tensor, distances: Tensor, names: Sequence[str], *, most: int = 60
+) -> Image.Image:
+    """Pairs of a generated image (left) and its nearest real one (right), the closest pairs first.
+
+    generated, neighbours: (N, 3, S, S) uint8. distances: (N,) float, in units in which real images lie about 1
+    from one another. names: of the N generated images. At most `most` pairs are shown.
+    """
+    side = generated.shape[-1] * max(1, -(-48 // generated.shape[-1]))
+    cell_width, cell_height = 2 * side + _GAP + 14, side + _NAME_HEIGHT + 6
+    order = distances.argsort()[:most].tolist()
+    columns = min(6, len(order)) or 1
+    sheet = Image.new("RGB", (columns * cell_width, -(-len(order) // columns) * cell_height + _GAP), _PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_NAME_HEIGHT - 4)
+    for place, index in enumerate(order):
+        left, top = place % columns * cell_width + 7, place // columns * cell_height + _GAP
+        sheet.paste(_picture(generated[index], side), (left, top))
+        sheet.paste(_picture(neighbours[index], side), (left + side + _GAP, top))
+        caption = f"{float(distances[index]):.2f}  {_shorten(names[index], limit=12)}"
+        draw.text((left, top + side + 1), caption, fill=_INK, font=font)
+    return sheet
+
+
+def save_png(picture: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a PNG, atomically."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+
+
+def _picture(image: Tensor, side: int) -> Image.Image:
+    """(3, S, S) uint8 -> a picture of that side, pixels kept square."""
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+
+
+def _titled(sheet: Image.Image, title: str) -> Image.Image:
+    """The sheet with a line of text above it."""
+    height = _NAME_HEIGHT + 8
+    titled = Image.new("RGB", (sheet.width, sheet.height + height), _PAPER)
+    titled.paste(sheet, (0, height))
+    ImageDraw.Draw(titled).text((6, 4), title, fill=_INK, font=ImageFont.load_default(size=_NAME_HEIGHT))
+    return titled
+
+
+def _shorten(name: str, limit: int = 18) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"

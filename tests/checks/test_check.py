@@ -1,0 +1,128 @@
+import zipfile
+
+import pytest
+import torch
+
+from ddkit.checks.check import CheckSettings, check_path, check_tensor
+from ddkit.errors import UsageError
+from ddkit.sets.findings import Finding, report_of
+
+BARE = CheckSettings(meaning=False)
+
+
+def codes(report, level=None):
+    return [finding.code for finding in report.findings if level in (None, finding.level)]
+
+
+def test_a_practice_folder_with_nothing_wrong_is_acceptable(folder):
+    report = check_path(folder)
+    assert report.ok, report
+    assert codes(report, "warning") == []
+    assert "F021" in codes(report, "info")
+
+
+def test_a_file_alone_and_a_zip_are_judged_alike(tmp_path, folder):
+    assert check_path(folder / "glyphs.pt").ok
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.write(folder / "glyphs.pt", "glyphs.pt")
+    assert check_path(tmp_path / "s.zip").ok
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.write(folder / "glyphs.pt", "submission/glyphs.pt")
+    assert codes(check_path(tmp_path / "s.zip"), "error") == ["F010", "F002"]
+
+
+def test_the_challenge_needs_both_files(tmp_path):
+    torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "cifar100.pt")
+    assert codes(check_path(tmp_path, settings=BARE), "error") == ["F003"]
+    torch.save(torch.randn(2000, 3, 64, 64), tmp_path / "tinyimagenet.pt")
+    assert codes(check_path(tmp_path, settings=BARE)) == []
+
+
+def test_names_must_be_in_the_right_case(tmp_path):
+    torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "CIFAR100.pt")
+    torch.save(torch.randn(2000, 3, 64, 64), tmp_path / "tinyimagenet.pt")
+    assert codes(check_path(tmp_path, settings=BARE), "error") == ["F011"]
+
+
+def test_an_empty_or_missing_place_says_what_to_do(tmp_path):
+    assert codes(check_path(tmp_path)) == ["F002"]
+    assert codes(check_path(tmp_path / "absent")) == ["F001"]
+
+
+def test_a_file_of_an_unknown_dataset_is_wrong_usage(tmp_path):
+    torch.save(torch.zeros(1), tmp_path / "mine.pt")
+    with pytest.raises(UsageError, match="cannot be told from its name"):
+        check_path(tmp_path / "mine.pt")
+    with pytest.raises(UsageError, match="Did you mean 'cifar100'"):
+        check_path(tmp_path / "mine.pt", dataset="cifar10")
+
+
+def test_links_in_a_circle_and_to_nowhere_are_findings(tmp_path):
+    (tmp_path / "cifar100.pt").symlink_to("tinyimagenet.pt")
+    (tmp_path / "tinyimagenet.pt").symlink_to("cifar100.pt")
+    assert codes(check_path(tmp_path, settings=BARE)) == ["F004", "F004"]
+    (tmp_path / "tinyimagenet.pt").unlink()
+    (tmp_path / "tinyimagenet.pt").symlink_to(tmp_path / "absent")
+    assert codes(check_path(tmp_path, settings=BARE)) == ["F001", "F001"]
+
+
+def test_a_damaged_store_of_something_else_is_no_fault_of_a_zip(tmp_path, own_cache):
+    for name in ("birds", "Not A Name"):
+        (own_cache / name).mkdir()
+        (own_cache / name / "meta.json").write_text("{}")
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.writestr("notes.txt", b"")
+    assert "F002" in codes(check_path(tmp_path / "s.zip", settings=BARE))
+
+
+def test_practice_beside_the_challenge_is_left_aside_with_a_warning(folder):
+    torch.save(torch.zeros(1000, 3, 32, 32), folder / "cifar100.pt")
+    left_aside = [f.where for f in check_path(folder, settings=BARE).findings if f.code == "F020"]
+    assert left_aside == ["glyphs.pt"]
+
+
+@pytest.mark.parametrize("other", ["glyphs.pt", "secrets.pt", "Glyphs.PT"])
+def test_a_zip_holds_the_challenges_tensors_and_nothing_else(tmp_path, folder, other):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        with archive.open("cifar100.pt", "w") as member:
+            torch.save(torch.zeros(1000, 3, 32, 32), member)
+        archive.write(folder / "glyphs.pt", other)
+    found = [(f.level, f.code) for f in check_path(tmp_path / "s.zip", settings=BARE).findings if f.where == other]
+    assert found == [("error", "F009")]
+
+
+def test_what_a_terminal_would_obey_is_shown_as_written(tmp_path):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.writestr("\x1b[2J\ncifar100.pt", b"")
+    for path in (tmp_path / "s.zip", tmp_path / "folder"):
+        path.suffix or (path.mkdir(), (path / "\x1b[2J\ncifar100.pt").write_bytes(b""))
+        (finding,) = (f for f in check_path(path, settings=BARE).findings if f.code == "F020")
+        assert "\\x1b[2J\\ncifar100.pt" in finding.message and (finding.message + finding.where).isprintable()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_an_error_with_their_rows(glyph_images, value):
+    glyph_images[[3, 42], 0, 0, 0] = value
+    (finding,) = check_tensor(glyph_images, "glyphs").findings
+    assert (finding.level, finding.code) == ("error", "T009")
+    assert "rows 3, 42" in finding.where
+
+
+def test_another_number_of_images_per_class_is_refused_unless_asked_for(glyph_images):
+    five = glyph_images.unflatten(0, (10, 10))[:, :5].flatten(0, 1)
+    assert codes(check_tensor(five, "glyphs", settings=BARE), "error") == ["T003"]
+    assert check_tensor(five, "glyphs", settings=CheckSettings(ipc=None)).ok
+
+
+def test_tensors_in_memory_are_judged_like_saved_ones(glyph_images):
+    assert codes(check_tensor(glyph_images.double(), "glyphs"), "error") == ["T002"]
+    assert codes(check_tensor(glyph_images.to_sparse(), "glyphs"), "error") == ["T008"]
+    assert codes(check_tensor(glyph_images.to("meta"), "glyphs"), "error") == ["T004"]
+
+
+def test_findings_stand_worst_first_and_can_be_ignored_or_hardened():
+    report = report_of([Finding("info", "C009", "c"), Finding("warning", "T007", "b"), Finding("error", "F003", "a")])
+    assert codes(report) == ["F003", "T007", "C009"] and not report.ok
+    assert report.ignoring(["F003"]).ok
+    assert not report.ignoring(["F003"]).strict().ok
+    assert report.to_json()["findings"][0] == {"level": "error", "code": "F003", "message": "a", "where": ""}

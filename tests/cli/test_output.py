@@ -1,0 +1,148 @@
+"""The one look of progress and endings, as a person sees it on a terminal and as a log gets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ddkit.cli import _output as _surface
+from ddkit.cli._output import Surface, span_text
+from ddkit.runtime.progress import Progress
+
+SCRIPT = """
+import time
+from ddkit.cli._output import Surface
+from ddkit.runtime.progress import Progress
+
+with Surface({options}) as surface:
+    surface.say("About to train.")
+    for step in range(40, 101, 20):
+        surface.listen(Progress("Training [b]", step, 100, "images", {{"loss": 2.5 - step / 100}}))
+        time.sleep(0.02)
+    surface.listen(Progress("Looking", 7, None, "files"))
+    surface.done(["out/[x].pt", "out/" + "long" * 50], "ddkit check")
+    surface.result({{"accuracy": 0.25}}, "[bold]0.25[/bold]")
+"""
+
+
+def run(options: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """The script with pipes for output and errors."""
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(options=options)],
+        capture_output=True, text=True, check=True, env={**os.environ, **env},
+    )  # fmt: skip
+
+
+def run_on_terminal(columns: int, **env: str) -> str:
+    """All that the script writes to a terminal of that width."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update({"COLUMNS": str(columns), "TERM": "xterm-256color", **env})
+        os.execv(sys.executable, [sys.executable, "-c", SCRIPT.format(options="")])
+    with open(terminal, "rb", buffering=0) as screen:
+        written = b""
+        try:
+            while block := screen.read(4096):
+                written += block
+        except OSError:
+            pass  # how Linux says that the other side has closed
+    os.waitpid(child, 0)
+    return written.decode()
+
+
+def visible(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
+
+
+def test_results_and_progress_never_mix():
+    ran = run()
+    assert ran.stdout == "0.25\n"
+    assert "About to train." in ran.stderr and "Training [b]" in ran.stderr
+
+
+def test_a_log_has_whole_lines_without_colour():
+    lines = run().stderr.splitlines()
+    assert lines[0] == "About to train."
+    assert lines[1] == "Training [b]: 40/100 images  loss 2.1"
+    assert re.fullmatch(r"Training \[b\]: 100/100 images, in [\d.]+ m?s  loss 1.5", lines[2])
+    assert lines[3:] == ["Looking: 7 files", "wrote out/[x].pt", "wrote out/" + "long" * 50, "next: ddkit check"]
+
+
+def test_json_is_all_of_the_output():
+    assert json.loads(run("as_json=True").stdout) == {"accuracy": 0.25}
+
+
+def test_quiet_says_nothing():
+    ran = run("quiet=True")
+    assert ran.stderr == ""
+    assert ran.stdout == "0.25\n"
+
+
+def test_a_terminal_shows_what_how_far_how_fast_and_the_summary():
+    shown = visible(run_on_terminal(110))
+    assert re.search(r"Training \[b\] +━+ +100/100 images +in [\d.]+ s +loss 1.5", shown)
+    assert "7 files" in shown
+    assert re.search(r"─ done in [\d.]+ s ─", shown)
+    assert re.search(r"wrote +out/\[x\]\.pt", shown) and re.search(r"next +ddkit check", shown)
+
+
+def test_a_narrow_terminal_keeps_each_bar_on_one_line():
+    shown = visible(run_on_terminal(60))
+    assert max(map(len, shown.splitlines())) <= 60
+    assert re.search(r"Training \[b\] +100/100 images +in [\d.]+ s", shown)
+
+
+def test_no_color_is_respected():
+    assert "\x1b[3" in run_on_terminal(100)
+    assert "\x1b[3" not in run_on_terminal(100, NO_COLOR="1")
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """A clock that stands still until the test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(_surface.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_of_a_log_are_far_apart_and_count_only_this_run(clock, capsys):
+    surface = Surface()
+    for done in (500, 510, 520, 560):
+        surface.listen(Progress("Training", done, 1000, "steps"))
+        clock[0] += 10
+    assert capsys.readouterr().err.splitlines() == [
+        "Training: 500/1,000 steps",
+        # 20 steps in 20 s, not 520; the report 10 s after the first is left out.
+        "Training: 520/1,000 steps, 1.0/s, 8 min left",
+    ]
+
+
+def test_seconds_have_no_speed(clock, capsys):
+    surface = Surface()
+    for done in (0, 20):
+        surface.listen(Progress("Refining", done, 60, "s"))
+        clock[0] += 20
+    assert capsys.readouterr().err.splitlines()[1] == "Refining: 20/60 s, 40 s left"
+
+
+def test_work_that_begins_anew_is_measured_anew(clock, capsys):
+    surface = Surface()
+    for done in (1, 3, 1, 3):
+        surface.listen(Progress("Round", done, 3))
+        clock[0] += 4
+    assert capsys.readouterr().err.splitlines() == [
+        "Round: 1/3", "Round: 3/3, in 4 s", "Round: 1/3", "Round: 3/3, in 4 s",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.42, "0.4 s"), (3.2, "3 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")]
+)
+def test_spans_read_well(seconds, text):
+    assert span_text(seconds) == text

@@ -1,0 +1,117 @@
+"""Parts of a set that is not finished: what is taken up again, what is not, and that nothing stays behind."""
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddkit.distill.generate import FromModel, generate
+from ddkit.distill.partial_set import Parts
+from ddkit.generator.sampling import SamplingConfig
+
+SHAPE = (3, 4, 4)
+
+
+def rows(start, count):
+    """Images each of which shows its own number."""
+    return torch.arange(start, start + count, dtype=torch.uint8)[:, None, None, None].expand(-1, *SHAPE)
+
+
+def part_files(folder):
+    return sorted(folder.glob(".*.parts-*/*.safetensors"))
+
+
+class TestParts:
+    def parts(self, folder, **identity):
+        return Parts(folder / "set.pt", {"guidance": 2.0, **identity}, SHAPE)
+
+    def test_what_was_kept_comes_back_in_order(self, tmp_path):
+        assert self.parts(tmp_path).kept().shape == (0, *SHAPE)
+        for start in (4, 0, 2):
+            self.parts(tmp_path).keep(start, rows(start, 2))
+        assert torch.equal(self.parts(tmp_path).kept(), rows(0, 6))
+
+    def test_rows_after_a_gap_or_a_damaged_part_are_made_again(self, tmp_path, caplog):
+        parts = self.parts(tmp_path)
+        for start in (0, 2, 4, 8):
+            parts.keep(start, rows(start, 2))
+        assert torch.equal(parts.kept(), rows(0, 6))
+        damaged = part_files(tmp_path)[1]
+        damaged.write_bytes(damaged.read_bytes()[:50])
+        with caplog.at_level(logging.WARNING):
+            assert torch.equal(parts.kept(), rows(0, 2))
+        assert str(damaged) in caplog.text
+
+    def test_parts_made_again_and_cut_otherwise_hide_nothing(self, tmp_path):
+        parts = self.parts(tmp_path)
+        for start in (0, 4, 8):
+            parts.keep(start, rows(start, 4))
+        part_files(tmp_path)[1].write_bytes(b"torn")
+        for start in (4, 10):
+            parts.keep(start, rows(start, 6))
+        assert torch.equal(parts.kept(), rows(0, 16))
+
+    def test_those_of_other_settings_are_named_and_left_aside(self, tmp_path, caplog):
+        self.parts(tmp_path, steps=4).keep(0, rows(0, 2))
+        with caplog.at_level(logging.WARNING):
+            ours = self.parts(tmp_path, steps=8)
+        assert "steps: 4, not 8" in caplog.text and "guidance" not in caplog.text
+        assert len(ours.kept()) == 0
+        assert len(self.parts(tmp_path, steps=4).kept()) == 2
+        ours.keep(0, rows(0, 2))
+        ours.drop()
+        assert len(self.parts(tmp_path, steps=4).kept()) == 2
+        assert len(self.parts(tmp_path, steps=8).kept()) == 0
+
+    def test_names_of_sets_are_no_patterns(self, tmp_path):
+        one, other = (Parts(tmp_path / name, {}, SHAPE) for name in ("set[1].pt", "set1.pt"))
+        for parts in (one, other):
+            parts.keep(0, rows(0, 2))
+        one.drop()
+        assert (len(one.kept()), len(other.kept())) == (0, 2)
+
+
+# Plainly, every batch is a part; chosen from candidates, every class.
+@pytest.mark.parametrize(
+    ("ipc", "choice", "how"),
+    [(100, {}, signal.SIGTERM), (20, {"candidates": 100, "select": "random"}, signal.SIGKILL)],
+    ids=["plainly", "from candidates"],
+)
+def test_stopped_or_killed_it_goes_on(colours, colours_model, tmp_path, ipc, choice, how):
+    out = tmp_path / "sets" / "set.pt"
+    command = [
+        sys.executable, "-m", "ddkit", "generate", "-v", "--dataset", colours, "--model", str(colours_model), "--out",
+        str(out), "--ipc", str(ipc), "--sampling-steps", "60", "--batch-size", "10",
+        *(word for name, value in choice.items() for word in (f"--{name}", str(value))),
+    ]  # fmt: skip
+    said = _stopped(command, out.parent, how)
+    assert how is signal.SIGKILL or "Run the same command again" in said
+    assert not out.exists()
+    rows_kept = sum(len(load_file(path)["images"]) for path in part_files(out.parent))
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"Going on after {rows_kept} of {2 * ipc} images" in " ".join(done.stderr.split())
+    assert {path.name for path in out.parent.iterdir()} == {"set.pt", "set.json", "set.png"}
+
+    source = FromModel(colours_model, SamplingConfig(steps=60, batch_size=10), **choice)
+    at_once = generate(colours, ipc, source, tmp_path / "at-once.pt")
+    assert torch.equal(*(torch.load(path, weights_only=True) for path in (out, at_once.tensor)))
+
+
+def _stopped(command, folder, how):
+    """Start it and send a signal once it has kept something; returns what it said."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while not part_files(folder) and process.poll() is None:
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(how)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == (-how if how is signal.SIGKILL else 130), said
+    return " ".join(said.split())

@@ -1,0 +1,37 @@
+import pytest
+from scipy import stats
+
+from ddkit.errors import UsageError
+from ddkit.evaluation.comparison import compare
+
+FIRST, SECOND = (0.30, 0.34, 0.31, 0.36), (0.29, 0.33, 0.295, 0.352)
+
+
+def test_paired_rounds_show_a_difference_that_unpaired_ones_hide():
+    paired, unpaired = (compare(FIRST, SECOND, paired=paired) for paired in (True, False))
+    assert paired.difference == unpaired.difference == pytest.approx(0.01075)
+    assert paired.exceeds_noise and not unpaired.exceeds_noise
+    assert paired.differences == pytest.approx((0.01, 0.01, 0.015, 0.008))
+    assert unpaired.differences == ()
+
+
+def test_intervals_are_those_of_student_and_of_welch():
+    paired = compare(FIRST, SECOND, paired=True)
+    half = stats.t.ppf(0.975, 3) * stats.tstd(paired.differences) / 2
+    assert paired.interval == pytest.approx((paired.difference - half, paired.difference + half))
+    unpaired = compare(FIRST, SECOND[:3], paired=False)
+    assert unpaired.p_value == pytest.approx(stats.ttest_ind(FIRST, SECOND[:3], equal_var=False).pvalue)
+
+
+def test_equal_accuracies_are_no_difference_and_constant_ones_prove_nothing():
+    assert not compare((0.1, 0.2), (0.1, 0.2), paired=True).exceeds_noise
+    for accuracies in (((0.25, 0.5), (0.125, 0.375)), ((0.25, 0.25), (0.125, 0.125))):
+        constant = compare(*accuracies, paired=True)
+        assert not constant.exceeds_noise and constant.interval == (-1, 1) and constant.difference == 0.125
+    assert not compare((0.25, 0.25), (0.125, 0.125), paired=False).exceeds_noise
+
+
+@pytest.mark.parametrize("first, second, paired", [((0.1,), (0.2,), True), ((0.1, 0.2), (0.1, 0.2, 0.3), True)])
+def test_what_cannot_be_compared_is_refused(first, second, paired):
+    with pytest.raises(UsageError):
+        compare(first, second, paired=paired)

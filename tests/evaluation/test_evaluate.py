@@ -1,0 +1,401 @@
+"""Whole evaluations: what they return, how they are continued after a kill, who shares their rounds."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddkit.challenge import GLYPHS, DatasetSpec
+from ddkit.data.images import normalise
+from ddkit.data.store import ImageSet
+from ddkit.errors import BadData, Interrupted, InvalidSubmission, UsageError
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, _key, evaluate, evaluate_generator
+from ddkit.evaluation.reference import as_test_set
+from ddkit.evaluation.rounds import RoundSettings
+from ddkit.evaluation.sources import FixedSet
+from ddkit.network.training import TrainingSettings
+from ddkit.results import append, read
+from ddkit.runtime.progress import ignore
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+# Small images of few classes: an epoch takes milliseconds.
+SPEC = DatasetSpec("blobs", 4, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def blobs(n, seed):
+    """Pixels in which each class has a colour of its own, under noise."""
+    random = torch.Generator().manual_seed(seed)
+    colours = torch.tensor([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40]])
+    labels = torch.arange(n) % 4
+    noise = torch.randint(-40, 40, (n, 3, 16, 16), generator=random)
+    return (colours[labels][:, :, None, None] + noise).clamp(0, 255).to(torch.uint8), labels
+
+
+def training_set():
+    pixels, labels = blobs(16, seed=1)
+    order = labels.argsort(stable=True)
+    return normalise(pixels[order], SPEC), labels[order]
+
+
+def real_images():
+    pixels, labels = blobs(40, seed=2)
+    return ImageSet(pixels, labels, ("a", "b", "c", "d"))
+
+
+def evaluated(**options):
+    return evaluate(*training_set(), real_images(), **{"spec": SPEC, "epochs_setting": 3, "rounds": 2, **options})
+
+
+def same(first, second):
+    """Equal in all but the time they took."""
+    without_time = [dataclasses.replace(e, seconds=0.0, generation_seconds=()) for e in (first, second)]
+    return without_time[0] == without_time[1]
+
+
+def test_it_trains_fresh_networks_and_tests_them():
+    reports = []
+    outcome = evaluated(epochs_setting=12, rounds=3, progress=reports.append)
+    assert len(outcome.accuracies) == 3 and len(set(outcome.loss_curves)) == 3
+    assert outcome.mean > 0.9  # colours are easy
+    assert outcome.mean == pytest.approx(sum(outcome.accuracies) / 3)
+    # Rounds that all came to the same leave no interval.
+    assert (outcome.interval is None) == (len(set(outcome.accuracies)) == 1)
+    low, high = outcome.interval or (outcome.mean, outcome.mean)
+    assert low <= outcome.mean <= high
+    assert outcome.per_class == pytest.approx(
+        [1 - sum(n for true, _, n in outcome.confusions if true == c) / 10 for c in range(4)]
+    )
+    assert all(len(curve) == 13 and curve[-1] < curve[0] for curve in outcome.loss_curves)
+    assert (reports[-1].done, reports[-1].total) == (39, 39)
+    assert {"round", "loss"} <= set(reports[-1].figures)
+
+
+def test_the_track_decides_on_rounds_and_epochs():
+    for track, epochs in ((1, 1001), (2, 101)):
+        settings = EvaluationSettings(track)
+        assert (settings.number_of_rounds, settings.training.epochs) == (3, epochs)
+
+
+def test_a_seed_repeats_an_evaluation_and_another_does_not():
+    first = evaluated(seed=5)
+    assert same(first, evaluated(seed=5))
+    assert first.loss_curves != evaluated(seed=6).loss_curves
+
+
+def test_more_rounds_begin_with_the_same_ones(tmp_path):
+    three = evaluated(rounds=3)
+    assert evaluated(rounds=2).loss_curves == three.loss_curves[:2]
+
+
+def test_pixels_and_a_reference_file_of_the_same_images_score_the_same():
+    pixels = real_images()
+    normalised = normalise(pixels.images, SPEC)
+    outcomes = [
+        evaluate(*training_set(), tests, spec=SPEC, epochs_setting=2, rounds=1)
+        for tests in (pixels, {"images_val": normalised, "labels_val": pixels.labels}, (normalised, pixels.labels))
+    ]
+    assert same(outcomes[0], outcomes[1]) and same(outcomes[0], outcomes[2])
+
+
+def test_the_order_of_the_test_images_does_not_matter():
+    tests = real_images()
+    backwards = ImageSet(tests.images.flip(0), tests.labels.flip(0), tests.class_names)
+    first, second = (evaluate(*training_set(), t, spec=SPEC, epochs_setting=2, rounds=1) for t in (tests, backwards))
+    assert first.accuracies == second.accuracies
+
+
+def test_it_is_not_official_and_says_why():
+    outcome = evaluated(augment=False, network="alexnet")
+    assert not outcome.official
+    reasons = "; ".join(outcome.deviations)
+    for reason in ("dataset blobs", "4 images a class instead of 10", "2 rounds instead of 3", "E = 3 instead of 1000",
+                   "network alexnet", "no augmentation"):  # fmt: skip
+        assert reason in reasons
+
+
+def test_its_record_can_be_kept_and_read_back(tmp_path):
+    outcome = evaluated()
+    result = outcome.result("blobs", "0" * 64, "blobs.pt", kind="random-real", made_by={"seed": 1})
+    append(result, tmp_path / "results.jsonl")
+    (again,) = read(tmp_path / "results.jsonl").results
+    assert again == result
+    assert again.accuracies == outcome.accuracies and again.kind == "random-real" and again.track == 1
+
+
+def test_a_finished_evaluation_is_not_repeated_and_more_rounds_only_add(tmp_path):
+    state = StateFolder(tmp_path)
+    first = evaluated(state=state)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    assert len(times) == 2
+    # Even the seconds are those of the first time.
+    assert evaluated(state=state) == first
+    three = evaluated(state=state, rounds=3)
+    assert three.loss_curves[:2] == first.loss_curves
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_other_images_settings_or_tests_are_another_evaluation(tmp_path):
+    state = StateFolder(tmp_path)
+    evaluated(state=state)
+    evaluated(state=state, seed=1)
+    evaluated(state=state, augment=False)
+    evaluated(state=state, epochs_setting=2)
+    images, labels = training_set()
+    evaluate(images + 0.01, labels, real_images(), spec=SPEC, epochs_setting=3, rounds=2, state=state)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_damaged_state_is_left_aside(tmp_path, caplog):
+    first = evaluated(state=StateFolder(tmp_path), rounds=1)
+    (file,) = tmp_path.rglob("*.pt")
+    file.write_bytes(file.read_bytes()[:100])
+    assert same(evaluated(state=StateFolder(tmp_path), rounds=1), first)
+    assert "starts afresh" in caplog.text
+
+
+PROGRAM = """
+import json, os, sys
+sys.path.insert(0, {folder!r})
+from {module} import SPEC, real_images, training_set
+from ddkit.errors import Interrupted
+from ddkit.evaluation.evaluate import StateFolder, evaluate
+def progress(report):
+    # In one write: print may end a line in a second one, between which another process's report can come.
+    os.write(sys.stdout.fileno(), f"{{report.done}}\\n".encode())
+try:
+    outcome = evaluate(*training_set(), real_images(), spec=SPEC, epochs_setting={epochs}, rounds=2,
+                       state=StateFolder({state!r}, 0.0), progress=progress)
+except Interrupted as error:
+    sys.exit(error.exit_code)
+with open({state!r} + os.environ.get("RANK", "0") + ".json", "w") as file:
+    json.dump([outcome.accuracies, outcome.loss_curves], file)
+"""
+
+
+def start(state, epochs_setting, prefix=(sys.executable,)):
+    """A process that evaluates, keeping its state after every epoch, and leaves its outcome beside the state."""
+    program = PROGRAM.format(
+        folder=str(Path(__file__).parent), module=Path(__file__).stem, epochs=epochs_setting, state=str(state)
+    )
+    script = state.with_suffix(".py")
+    script.write_text(program)
+    return subprocess.Popen(
+        [*prefix, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=state.parent
+    )
+
+
+def read_until(process, done):
+    """Read its reports until so many epochs are done."""
+    for line in process.stdout:
+        if float(line) >= done:
+            return
+    pytest.fail(process.stderr.read())
+
+
+def outcome_of(process, state):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return json.loads(state.with_name(f"{state.name}0.json").read_text())
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path):
+    undisturbed = evaluated(epochs_setting=9)
+    state = tmp_path / "state"
+    for number, status, done in ((signal.SIGKILL, -signal.SIGKILL, 4), (signal.SIGTERM, 130, 14)):
+        process = start(state, 9)
+        read_until(process, done)  # in the first round, in the second
+        process.send_signal(number)
+        process.communicate()
+        assert process.returncode == status
+    process = start(state, 9)
+    assert float(process.stdout.readline()) >= 10  # the first round is not repeated
+    accuracies, curves = outcome_of(process, state)
+    assert tuple(accuracies) == undisturbed.accuracies
+    assert tuple(map(tuple, curves)) == undisturbed.loss_curves
+
+
+def test_processes_share_the_rounds(tmp_path):
+    alone = evaluated()
+    # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start(tmp_path / "state", 3, prefix=launch)
+    reported, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert sorted(map(float, reported.split())) == [1, 1, 2, 2, 3, 3, 4, 4]  # epochs: each did a round of its own
+    first, second = (json.loads((tmp_path / f"state{rank}.json").read_text()) for rank in range(2))
+    assert first == second  # both know all
+    assert len(first[0]) == 2
+    for shared, own in zip(first[1], alone.loss_curves, strict=True):
+        # Each process computes with one thread here, and so rounds differently.
+        assert shared == pytest.approx(own, abs=1e-2)
+
+
+def made_by_round(seed, budget):
+    images, labels = training_set()
+    keep = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:10]
+    return images[keep], labels[keep]
+
+
+def track2(generate=made_by_round, **options):
+    settings = EvaluationSettings(track=2, epochs_setting=2, rounds=2, **options)
+    return lambda state=None, progress=ignore: evaluate_generator(
+        generate, as_test_set(real_images(), SPEC), settings, name="entry", state=state, progress=progress
+    )
+
+
+def test_track_2_generates_anew_for_each_round():
+    seeds = []
+
+    def generate(seed, budget):
+        seeds.append(seed)
+        assert budget == 600
+        return made_by_round(seed, budget)
+
+    outcome = track2(generate)()
+    assert len(set(seeds)) == 2 and outcome.images == 10
+    assert len(outcome.generation_seconds) == 2 and all(seconds >= 0 for seconds in outcome.generation_seconds)
+    reasons = "; ".join(outcome.deviations)
+    assert "images a class" not in reasons and "budget" not in reasons and "E = 2 instead of 100" in reasons
+
+
+def test_another_budget_is_passed_on_and_not_official():
+    budgets = []
+
+    def generate(seed, budget):
+        budgets.append(budget)
+        return made_by_round(seed, budget)
+
+    outcome = track2(generate, time_budget=30.0)()
+    assert budgets == [30.0, 30.0]
+    assert "a time budget of 30 s instead of 600 s" in outcome.deviations
+
+
+def test_a_generator_that_overruns_scores_nothing():
+    def generate(seed, budget):
+        time.sleep(0.05)
+        return made_by_round(seed, budget)
+
+    with pytest.raises(InvalidSubmission, match="scores nothing"):
+        track2(generate, time_budget=0.01)()
+
+
+def test_a_continued_round_goes_on_with_the_images_it_began_with(tmp_path):
+    calls = []
+
+    def generate(seed, budget):
+        calls.append(seed)
+        return made_by_round(seed, budget)
+
+    def stop_at_once(report):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = track2()()
+    with pytest.raises(Interrupted):
+        track2(generate)(StateFolder(tmp_path), stop_at_once)
+    assert len(list(tmp_path.rglob("*-images.pt"))) == 1
+    assert same(track2(generate)(StateFolder(tmp_path)), whole)
+    assert len(calls) == 2
+    assert not list(tmp_path.rglob("*-images.pt")), "a finished round has no use for them"
+
+
+def test_a_generator_needs_a_track_with_a_budget():
+    with pytest.raises(UsageError, match="track 2"):
+        evaluate_generator(made_by_round, as_test_set(real_images(), SPEC), EvaluationSettings(), name="entry")
+
+
+@pytest.mark.parametrize(
+    "options", [{"rounds": 0}, {"epochs_setting": -1}, {"network": "convent"}, {"precision": "float16"}, {"track": 3}]
+)
+def test_settings_that_cannot_be_meant_are_refused(options):
+    with pytest.raises(UsageError):
+        evaluated(**options)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda images, labels: (images[:, :, :8], labels), "shape"),
+    (lambda images, labels: ((images * 50 + 128).to(torch.uint8), labels), "torch.uint8"),
+    (lambda images, labels: (images, labels.float()), "labels"),
+    (lambda images, labels: (images, labels[:-1]), "labels"),
+    (lambda images, labels: (images, labels + 1), "0 ... 3"),
+    (lambda images, labels: (images.index_fill(0, torch.tensor([2]), torch.inf), labels), "no numbers"),
+    (lambda images, labels: (images[:0], labels[:0]), "labels"),
+])  # fmt: skip
+def test_a_set_that_cannot_be_trained_on_is_refused(change, said):
+    with pytest.raises(InvalidSubmission, match=said):
+        evaluate(*change(*training_set()), real_images(), spec=SPEC, epochs_setting=0)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda images, labels: (images[:, :, :8], labels), "shape"),
+    (lambda images, labels: (images * 0.25 + 0.5, labels), "not normalised"),
+    (lambda images, labels: (images, labels + 1), "labels from 1 to 4"),
+    (lambda images, labels: (images, labels[1:]), "labels of shape"),
+    (lambda images, labels: {"images": images, "labels": labels}, "images_val"),
+])  # fmt: skip
+def test_a_reference_that_does_not_fit_is_refused(change, said):
+    pixels = real_images()
+    reference = change(normalise(pixels.images, SPEC), pixels.labels)
+    with pytest.raises(BadData, match=said):
+        evaluate(*training_set(), reference, spec=SPEC, epochs_setting=0)
+
+
+def test_built_in_datasets_are_recognised_by_classes_and_size():
+    images = torch.zeros(10, 3, 32, 32, dtype=torch.uint8)
+    tests = ImageSet(images, torch.arange(10), tuple("abcdefghij"))
+    assert as_test_set(tests).spec == GLYPHS
+    with pytest.raises(UsageError, match="spec="):
+        as_test_set(real_images())
+
+
+def test_the_content_of_a_test_set_is_known_in_any_order_and_to_the_pixel():
+    real = real_images()
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    shuffled = ImageSet(real.images[order], real.labels[order], real.class_names)
+    assert as_test_set(shuffled, SPEC).content_hash() == as_test_set(real, SPEC).content_hash()
+    changed = real.images.clone()
+    changed[3, 0, 0, 0] ^= 1
+    relabelled = real.labels.roll(1)
+    others = [ImageSet(changed, real.labels, real.class_names), ImageSet(real.images, relabelled, real.class_names)]
+    assert len({as_test_set(one, SPEC).content_hash() for one in (real, *others)}) == 3
+    floats = normalise(real.images, SPEC)
+    assert as_test_set((floats, real.labels), SPEC).content_hash() == as_test_set(real, SPEC).content_hash()
+    otherwise = dataclasses.replace(SPEC, mean=(0.49, 0.48, 0.45))
+    by_other_constants = as_test_set((normalise(real.images, otherwise), real.labels), SPEC).content_hash()
+    assert by_other_constants not in ("", as_test_set(real, SPEC).content_hash())
+
+
+def test_floats_that_another_decoder_may_have_made_are_not_held_against_anybody():
+    spec = dataclasses.replace(SPEC, name="tinyimagenet")
+    real = real_images()
+    assert as_test_set((normalise(real.images, spec), real.labels), spec).content_hash() == ""
+    moved = normalise(real.images, dataclasses.replace(spec, std=(0.2, 0.2, 0.2)))
+    assert as_test_set((moved, real.labels), spec).content_hash() != ""
+
+
+def test_a_checked_test_set_is_taken_as_it_is():
+    assert same(evaluate(*training_set(), as_test_set(real_images(), SPEC), epochs_setting=3, rounds=2), evaluated())
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_what_cannot_be_trained_on_is_refused_alike_with_a_state_and_without(tmp_path, state):
+    images, labels = training_set()
+    kept = StateFolder(tmp_path) if state else None
+    with pytest.raises(InvalidSubmission, match="0 images"):
+        evaluate(images[:0], labels[:0], real_images(), spec=SPEC, epochs_setting=0, state=kept)
+    rounded = evaluate(images.bfloat16(), labels, real_images(), spec=SPEC, epochs_setting=1, rounds=1, state=kept)
+    assert rounded.rounds == 1
+
+
+def test_which_of_several_gpus_it_is_does_not_matter_to_what_is_kept():
+    source, tests = FixedSet(*training_set()), as_test_set(real_images(), SPEC)
+    keys = {_key(source, tests, RoundSettings("convnet", TrainingSettings(3), 0, device))
+            for device in ("cuda", "cuda:0", "cuda:1")}  # fmt: skip
+    assert len(keys) == 1 and _key(source, tests, RoundSettings("convnet", TrainingSettings(3), 0, "cpu")) not in keys

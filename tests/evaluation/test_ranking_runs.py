@@ -1,0 +1,77 @@
+"""What DD-Ranking's scores lack is evaluated: on a dataset of two colours, in a few epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ddkit.data.images import normalise
+from ddkit.data.store import dataset_spec, load_dataset
+from ddkit.errors import UsageError
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
+from ddkit.evaluation.ranking_runs import RankingJob, complete
+from ddkit.evaluation.reference import as_test_set
+from ddkit.metrics.ddranking import Need
+from ddkit.results import Result
+
+SETTINGS = EvaluationSettings(rounds=2, epochs_setting=3, device="cpu")
+
+
+@pytest.fixture
+def job(colours) -> RankingJob:
+    """The first two pictures of each colour, as if they had been evaluated."""
+    spec, real = dataset_spec(colours), load_dataset(colours, "train")
+    rows = [0, 1, 5, 6]
+    images, labels = normalise(real.images[rows], spec), real.labels[rows]
+    subject = Result(
+        name="mine", dataset=colours, track=1, sha256="ab" * 32, source="mine/colours.pt", images=4,
+        images_per_class=(2, 2), epochs_setting=3, accuracies=(0.75, 1.0), made_by={"kind": "generated"},
+    )  # fmt: skip
+    test_set = as_test_set(load_dataset(colours, "test"), spec)
+    return RankingJob(subject, images, labels, real, test_set, SETTINGS)
+
+
+def test_what_is_missing_is_run_recorded_and_counted_once(job, tmp_path):
+    recorded, announced = [], []
+    state = StateFolder(tmp_path / "state")
+    ranking = complete(
+        job, [job.subject], record=recorded.append, state=state,
+        announce=lambda need, settings: announced.append(need),
+    )  # fmt: skip
+    assert ranking.missing == ()
+    assert all(score is not None and abs(score) <= 1 for score in ranking.scores.values())
+    assert {(r.kind, r.augment) for r in recorded} == {
+        ("full-real", True), ("random-real", True), ("submission", False), ("random-real", False),
+    }  # fmt: skip
+    assert announced == [Need(r.kind, r.augment) for r in recorded]
+    images = {r.kind: (r.images, r.images_per_class) for r in recorded}
+    assert images == {"full-real": (10, (5, 5)), "random-real": (4, (2, 2)), "submission": (4, (2, 2))}
+    (plain,) = (r for r in recorded if r.kind == "submission")
+    assert (plain.sha256, plain.name, plain.made_by) == (job.subject.sha256, "mine", {"kind": "generated"})
+    # The random real images are the same with and without augmentation.
+    assert len({r.sha256 for r in recorded if r.kind == "random-real"}) == 1
+
+    again = []
+    assert complete(job, [job.subject, *recorded], record=again.append).scores == ranking.scores and again == []
+    # Without the records, the finished evaluations are read back from their state.
+    complete(job, [job.subject], record=again.append, state=state)
+    assert [r.seconds for r in again] == [r.seconds for r in recorded]
+
+
+def test_all_real_images_get_their_own_epochs_and_one_round(job):
+    need = Need("full-real", True)
+    assert job.settings_for(need).training.epochs_setting == 3
+    long = dataclasses.replace(job, settings=EvaluationSettings())
+    assert (long.settings_for(need).training.epochs_setting, long.settings_for(need).rounds) == (40, 1)
+    asked = dataclasses.replace(job, full_epochs_setting=7)
+    assert asked.settings_for(need).training.epochs_setting == 7
+    assert job.settings_for(Need("random-real", False)) == dataclasses.replace(SETTINGS, augment=False)
+
+
+def test_what_cannot_be_ranked_is_refused(job):
+    with pytest.raises(UsageError, match="augmentation"):
+        dataclasses.replace(job, settings=dataclasses.replace(SETTINGS, augment=False))
+    unequal = dataclasses.replace(job, subject=dataclasses.replace(job.subject, images_per_class=(1, 3)))
+    with pytest.raises(UsageError, match="1 to 3 a class"):
+        complete(unequal, [], record=lambda result: None)

@@ -1,0 +1,126 @@
+"""Track 2 entries as scripts, in processes of their own and on the clock."""
+
+import os
+import signal
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ddkit.errors import ComputeError, Interrupted, InvalidSubmission
+from ddkit.evaluation.timed_script import ScriptEntry
+from ddkit.evaluation.tracks import generate_within
+
+
+def script(folder, body):
+    """A stand-alone generator; `arguments` holds what it was called with."""
+    path = folder / "generate.py"
+    path.write_text(
+        "import argparse, os, sys, time\nparser = argparse.ArgumentParser()\n"
+        "for name, kind in (('dataset', str), ('out', str), ('time-budget', float), ('seed', int), ('device', str)):\n"
+        "    parser.add_argument(f'--{name}', type=kind)\n"
+        "arguments = parser.parse_args()\n" + textwrap.dedent(body)
+    )
+    return path
+
+
+SAVES = """
+import torch
+print("chatter")
+images = torch.full((3, 3, 32, 32), float(arguments.seed))
+torch.save({"images": images, "labels": torch.tensor([0, 1, 1])}, arguments.out)
+"""
+
+
+def test_a_script_is_run_with_dataset_budget_and_seed(tmp_path, capfd):
+    heard = []
+    entry = ScriptEntry(script(tmp_path, SAVES), "cifar100", progress=heard.append)
+    made = generate_within(entry, 7, 60.0)
+    assert made.images.unique().tolist() == [7.0] and made.labels.tolist() == [0, 1, 1]
+    assert 0 < made.seconds < 60
+    assert all(report.total == 60.0 and report.unit == "s" for report in heard)
+    assert capfd.readouterr() == ("", "")  # standard output is for our own result, the other for progress
+
+
+def test_a_script_that_overruns_is_stopped(tmp_path):
+    entry = ScriptEntry(script(tmp_path, "time.sleep(60)"), "cifar100")
+    with pytest.raises(InvalidSubmission, match="still running"):
+        generate_within(entry, 0, 0.5)
+
+
+@pytest.mark.parametrize("body, error, said", [
+    ("sys.exit(4)", ComputeError, "status 4"),
+    ("sys.exit('no GPU here')", ComputeError, "no GPU here"),
+    ("pass", InvalidSubmission, "no readable file"),
+    ("open(arguments.out, 'wb').write(b'x' * 100)", InvalidSubmission, "no readable file"),
+    ("import torch; torch.save(torch.zeros(3), arguments.out)", InvalidSubmission, "'images' and 'labels'"),
+])  # fmt: skip
+def test_a_script_that_fails_is_named_with_the_reason(tmp_path, body, error, said):
+    with pytest.raises(error, match=said):
+        generate_within(ScriptEntry(script(tmp_path, body), "cifar100"), 0, 60.0)
+
+
+def test_a_script_cannot_smuggle_in_code(tmp_path):
+    body = """
+    import torch
+    class Smuggled:
+        def __reduce__(self):
+            return (open, (arguments.out + ".executed", "w"))
+    torch.save({"images": Smuggled(), "labels": 0}, arguments.out)
+    """
+    with pytest.raises(InvalidSubmission):
+        generate_within(ScriptEntry(script(tmp_path, body), "cifar100"), 0, 60.0)
+
+
+def test_arguments_folder_and_environment_are_passed_on(tmp_path):
+    body = """
+    import torch
+    count = len(os.environ["WORDS"]) + len(os.getcwd())
+    torch.save({"images": torch.zeros(1, 3, 32, 32), "labels": torch.tensor([count + len(arguments.device)])}, arguments.out)
+    """
+    entry = ScriptEntry(
+        script(tmp_path, body), "cifar100", ("--device", "cpu"), environment={**os.environ, "WORDS": "four"},
+        folder=tmp_path,
+    )  # fmt: skip
+    assert entry(0, 60.0).labels.tolist() == [4 + len(str(tmp_path)) + 3]
+
+
+def test_asked_to_stop_it_ends_the_script_and_what_that_started(tmp_path):
+    body = """
+    import subprocess
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    open("child.new", "w").write(str(child.pid))
+    os.rename("child.new", "child")
+    time.sleep(600)
+    """
+    child = tmp_path / "child"
+
+    def interrupt():
+        wait_for(child.exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    entry = ScriptEntry(script(tmp_path, body), "cifar100", folder=tmp_path)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted):
+        entry(0, 600.0)
+    thread.join()
+    wait_for(lambda: not is_running(int(child.read_text())))
+
+
+def is_running(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def wait_for(condition):
+    """Until the condition holds; fails when that takes very long."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came about")

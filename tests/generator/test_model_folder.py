@@ -1,0 +1,157 @@
+"""The model folder: what diffusers and ddkit read back, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.model_folder import (
+    LatentClassPipeline,
+    load_model,
+    model_hash,
+    read_facts,
+    save_autoencoder,
+    save_model,
+)
+from ddkit.generator.presets import AutoencoderConfig
+from ddkit.generator.uvit import UViT
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    save_model(make_model(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("architecture", ["uvit", "unet", "dit"])
+def test_it_survives_saving(make_model, tmp_path, architecture):
+    model = make_model(architecture)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, dataset="colours")
+    assert type(loaded.denoiser) is type(model.denoiser)
+    assert loaded.facts == model.facts
+    assert loaded.autoencoder.config.scaling_factor == 0.7
+    for ours, theirs in ((model.denoiser, loaded.denoiser), (model.autoencoder, loaded.autoencoder)):
+        theirs = theirs.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("uvit", UViT), ("unet", UNet2DModel)])
+def test_diffusers_loads_the_folder(make_model, tmp_path, architecture, kind):
+    save_model(make_model(architecture), tmp_path)
+    pipeline = LatentClassPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.denoiser) is kind
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    pictures = pipeline([0, 2], num_inference_steps=2).images
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+
+
+def test_what_diffusers_saves_again_diffusers_loads_again(folder, tmp_path):
+    pipeline = LatentClassPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "again")
+    again = LatentClassPipeline.from_pretrained(tmp_path / "again")
+    assert again.config.image_size == 16
+    assert torch.equal(again.transformer.class_in.weight, pipeline.transformer.class_in.weight)
+
+
+def test_all_weights_are_safetensors(folder):
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+
+
+def test_the_hash_names_the_weights(folder, make_model, tmp_path):
+    before = model_hash(folder)
+    save_model(make_model(), tmp_path / "same")
+    save_model(make_model(prediction="v"), tmp_path / "other facts")
+    assert before == model_hash(tmp_path / "same") == model_hash(tmp_path / "other facts")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["smooth.bias"] += 1
+    save_file(tensors, weights)
+    assert model_hash(folder) != before
+
+
+def test_an_interrupted_save_keeps_the_earlier_part(folder, make_model, monkeypatch):
+    def fail(self, path, **options):
+        (path / "half").write_text("half")
+        raise OSError(28, "No space left on device", str(path))
+
+    before = model_hash(folder)
+    monkeypatch.setattr(UViT, "save_pretrained", fail)
+    with pytest.raises(BadFile, match="No space left"):
+        save_model(make_model(), folder)
+    assert model_hash(folder) == before
+    assert load_model(folder).facts.dataset == "colours"
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+class TestWhatIsRefused:
+    def test_a_model_of_another_dataset(self, folder):
+        with pytest.raises(UsageError, match="is of 'colours', not of 'cifar100'"):
+            load_model(folder, dataset="cifar100")
+
+    def test_no_model_at_all(self, tmp_path):
+        with pytest.raises(MissingModel, match="no whole model") as caught:
+            load_model(tmp_path)
+        assert "ddkit train" in caught.value.remedy
+
+    @pytest.mark.parametrize(
+        "missing",
+        ["transformer", "vae", "vae/config.json", "transformer/diffusion_pytorch_model.safetensors"],
+    )
+    def test_a_missing_part_is_named(self, folder, missing):
+        path = folder / missing
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with pytest.raises(MissingModel, match=missing.split("/")[0]):
+            load_model(folder)
+
+    def test_weights_cut_short(self, folder):
+        path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(BadFile, match="vae"):
+            load_model(folder)
+
+    @pytest.mark.parametrize("change", ["a tensor more", "a tensor less", "another shape"])
+    def test_weights_that_do_not_fit_in_every_key(self, folder, change):
+        path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        if change == "a tensor more":
+            tensors["stranger"] = torch.zeros(1)
+        elif change == "a tensor less":
+            del tensors["smooth.bias"]
+        else:
+            tensors["smooth.bias"] = torch.zeros(5)
+        save_file(tensors, path)
+        with pytest.raises(BadFile, match="does not fit"):
+            load_model(folder)
+
+    def test_a_foreign_network(self, folder):
+        path = folder / "transformer" / "config.json"
+        path.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+        with pytest.raises(BadFile, match="FluxTransformer2DModel"):
+            load_model(folder)
+
+    def test_parts_of_other_models(self, folder, tmp_path):
+        """Each whole in itself, such as a folder copied to the wrong place."""
+        facts = json.loads((folder / "ddkit.json").read_text())
+        (folder / "ddkit.json").write_text(json.dumps({**facts, "class_names": ["red", "green"]}))
+        with pytest.raises(BadFile, match="transformer knows 3 classes, ddkit.json beside it 2"):
+            load_model(folder)
+        (folder / "ddkit.json").write_text(json.dumps(facts))
+        other = build_autoencoder(AutoencoderConfig(pixel_patch=4, channels=(8,), latent_channels=3, norm_groups=4), 16, seed=1)
+        save_autoencoder(other, folder)
+        with pytest.raises(BadFile, match="latents of 2 channels; the autoencoder beside it decodes 3"):
+            load_model(folder)
+
+    def test_foreign_facts(self, folder):
+        (folder / "ddkit.json").write_text('{"format": 99}')
+        with pytest.raises(BadFile, match="version"):
+            read_facts(folder)
+        (folder / "ddkit.json").write_text('{"format": 1, "dataset": "colours"}')
+        with pytest.raises(BadFile, match="not complete"):
+            read_facts(folder)

@@ -1,0 +1,72 @@
+"""Checkpoints: rotation, damage, and that nothing in them is executed."""
+
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+
+from ddkit.errors import BadFile
+from ddkit.generator.training.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, load_latest, save_checkpoint
+
+
+def checkpoint(step):
+    return Checkpoint(step, 1.5, False, {"weight": torch.full((3,), float(step))}, {"decay": 1.0}, {"state": {}}, {})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in (5, 10, 15):
+        save_checkpoint(tmp_path, "denoiser", checkpoint(step))
+    save_checkpoint(tmp_path, "autoencoder", checkpoint(99))
+    return tmp_path
+
+
+def test_the_newest_two_of_each_stage_are_kept(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["autoencoder-00000099.pt", "denoiser-00000010.pt", "denoiser-00000015.pt"]
+
+
+def test_what_was_saved_is_loaded(folder):
+    latest = load_latest(folder, "denoiser")
+    assert (latest.step, latest.seconds, latest.finished) == (15, 1.5, False)
+    assert torch.equal(latest.network["weight"], torch.full((3,), 15.0))
+    assert load_latest(folder, "tuning") is None
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_newest_file_cut_short_is_passed_over(folder, kept, caplog):
+    newest = list_checkpoints(folder, "denoiser")[-1]
+    newest.write_bytes(newest.read_bytes()[:kept])
+    with caplog.at_level(logging.WARNING):
+        assert load_latest(folder, "denoiser").step == 10
+    assert newest.name in caplog.text
+
+
+def test_if_none_can_be_read_the_newest_is_named(folder):
+    for path in list_checkpoints(folder, "denoiser"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(BadFile, match="denoiser-00000015.pt is damaged") as caught:
+        load_latest(folder, "denoiser")
+    assert "--fresh" in caught.value.remedy
+
+
+def test_code_in_a_checkpoint_is_not_run(folder, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    path = folder / "denoiser-00000020.pt"
+    path.write_bytes(pickle.dumps({"format": 1, "network": Trap()}))
+    torch.save({"format": 1, "network": Trap()}, folder / "denoiser-00000030.pt")
+    for trap in (path, folder / "denoiser-00000030.pt"):
+        with pytest.raises(BadFile):
+            load_checkpoint(trap)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_tensor_file_of_something_else_is_no_checkpoint(folder):
+    torch.save({"images": torch.zeros(2)}, folder / "denoiser-00000040.pt")
+    with pytest.raises(BadFile, match="no checkpoint of this version"):
+        load_checkpoint(folder / "denoiser-00000040.pt")

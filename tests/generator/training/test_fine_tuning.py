@@ -1,0 +1,218 @@
+"""Fine-tuning by the minimax criteria: from any generator, resumable, the same in several processes, to a plain model."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ddkit.errors import ComputeError, UsageError
+from ddkit.generator.model_folder import load_model, save_model
+from ddkit.generator.presets import MinimaxConfig, from_json, preset, to_json
+from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered
+from ddkit.generator.training.checkpoints import list_checkpoints, load_latest
+from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+
+
+@pytest.fixture
+def tuning(config):
+    """Settings for a few steps from `init`."""
+
+    def make(init, *, steps=6, prediction="flow", learning_rate=1e-3, **minimax):
+        optimiser = dataclasses.replace(
+            config.denoiser_optimiser, steps=steps, learning_rate=learning_rate, batch_size=6
+        )
+        return dataclasses.replace(
+            config,
+            denoiser_optimiser=optimiser,
+            objective=dataclasses.replace(config.objective, prediction=prediction),
+            minimax=MinimaxConfig(str(init), memory_size=3, **minimax),
+        )
+
+    return make
+
+
+@pytest.fixture
+def own(make_model, tmp_path):
+    """A generator of ddkit's."""
+    save_model(make_model("uvit", "flow"), tmp_path / "own")
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def pretrained(save_dit, tmp_path):
+    """A DiTPipeline that knows red and green by name, not blue."""
+    return save_dit(tmp_path / "pretrained", ["tench", "green", "red, crimson"])
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder):
+    """Everything of the newest checkpoint that steps decide."""
+    checkpoint = load_latest(folder / "checkpoints", "minimax")
+    averaged = {f"ema.{i}": value for i, value in enumerate(checkpoint.ema["shadow_params"])}
+    return {**checkpoint.network, **averaged, **checkpoint.memory, "step": torch.tensor(checkpoint.step)}
+
+
+def same(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, msg=name, **(tolerance or {"atol": 0, "rtol": 0}))
+
+
+def sampled(model):
+    return Sampler(model, SamplingConfig(steps=2, batch_size=4))(*class_ordered(2, 3)).images
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_from_a_pretrained_transformer_to_a_plain_model_of_ours(data, tuning, pretrained, tmp_path, full):
+    config = tuning(pretrained, prediction="epsilon", full=full)
+    model = train(data, TrainingRequest(config, "minimax-paper"), tmp_path / "run")
+    assert model.facts.class_names == ("red", "green", "blue") and model.facts.steps == 6
+    assert model.denoiser.config.num_embeds_ada_norm == 3 and model.denoiser.config.out_channels == 4
+    assert model.autoencoder.config.scaling_factor == pytest.approx(0.18215)
+    before = load_file(pretrained / "transformer" / "diffusion_pytorch_model.safetensors")
+    after = load_file(tmp_path / "run" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert after.keys() == before.keys()
+    kept = "transformer_blocks.1.attn1.to_q.weight"  # of the second half, so without factors
+    assert torch.equal(before[kept], after[kept]) is not full
+    assert not torch.equal(
+        before["transformer_blocks.0.attn1.to_q.bias"], after["transformer_blocks.0.attn1.to_q.bias"]
+    )
+    assert sampled(model).shape == (6, 3, 16, 16)
+
+
+def test_images_take_the_models_size_for_training_and_their_own_again(images, tuning, pretrained, tmp_path):
+    """Images of 40 px, latents of 8 x 8 as the model's own 16 px have them, pictures of 40 px."""
+    pixels = images.images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)[..., :40, :40]
+    large = TrainingData("colours", dataclasses.replace(images, images=pixels), "of-larger-pixels")
+    model = train(large, TrainingRequest(tuning(pretrained, prediction="epsilon", steps=1)), tmp_path / "run")
+    with safe_open(tmp_path / "run" / "checkpoints" / "latents.safetensors", "pt") as file:
+        assert file.get_slice("latents").get_shape() == [12, 2, 4, 8, 8]
+    assert sampled(model).shape == (6, 3, 40, 40)
+
+
+def test_from_a_generator_of_ours_and_on_again_bit_for_bit(data, tuning, own, tmp_path):
+    train(data, TrainingRequest(tuning(own, steps=6)), tmp_path / "straight")
+    train(data, TrainingRequest(tuning(own, steps=2)), tmp_path / "resumed")
+    train(data, TrainingRequest(tuning(own, steps=6)), tmp_path / "resumed")
+    same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+    straight, resumed = (load_model(tmp_path / name) for name in ("straight", "resumed"))
+    assert torch.equal(sampled(straight), sampled(resumed))
+    assert straight.autoencoder.config.scaling_factor == pytest.approx(0.7), "the scale it has learned with"
+    assert state(tmp_path / "straight")["seen"].sum() == 36
+
+
+def test_records_hold_the_parts_of_the_loss(data, tuning, own, tmp_path):
+    train(data, TrainingRequest(tuning(own, steps=20, lambda_r=0.5, lambda_d=0.25)), tmp_path)
+    for record in records(tmp_path):
+        expected = record["mse"] + 0.5 * record["representativeness"] + 0.25 * record["diversity"]
+        assert record["stage"] == "minimax" and record["loss"] == pytest.approx(expected, rel=1e-5)
+        assert record["representativeness"] > 0
+
+
+def test_large_weights_do_what_they_are_for(data, tuning, own, tmp_path):
+    """Predictions come to lie nearer to all real latents, or further from each other, than without the criteria."""
+    last = {}
+    for name, weights in {"none": (0, 0), "real": (3, 0), "varied": (0, 3)}.items():
+        config = tuning(own, steps=60, learning_rate=3e-3, full=True, lambda_r=weights[0], lambda_d=weights[1])
+        train(data, TrainingRequest(config), tmp_path / name)
+        last[name] = records(tmp_path / name)[-1]
+    assert last["real"]["representativeness"] < last["none"]["representativeness"]
+    assert last["varied"]["diversity"] < last["none"]["diversity"]
+
+
+def test_weights_so_large_that_the_loss_diverges_leave_the_last_good_state(data, tuning, own, tmp_path):
+    train(data, TrainingRequest(tuning(own, steps=2, full=True)), tmp_path)
+    good, model = list_checkpoints(tmp_path / "checkpoints", "minimax"), sampled(load_model(tmp_path))
+    wild = tuning(own, steps=400, learning_rate=1.0, lambda_d=1e9, full=True)
+    begun = json.loads((tmp_path / "config.json").read_text())
+    begun["config"] = to_json(wild)
+    (tmp_path / "config.json").write_text(json.dumps(begun))
+    with pytest.raises(ComputeError, match="loss of minimax training is (too large|no number)") as caught:
+        train(data, TrainingRequest(wild), tmp_path)
+    assert "--lambda-d" in caught.value.remedy and str(good[-1]) in caught.value.remedy
+    assert list_checkpoints(tmp_path / "checkpoints", "minimax") == good
+    assert torch.equal(sampled(load_model(tmp_path)), model)
+
+
+def test_a_weight_whose_gradients_overflow_is_told_and_not_trained_by(data, tuning, own, tmp_path):
+    """The loss itself stays a number, and clipped to nothing such gradients would train nothing, unnoticed."""
+    with pytest.raises(ComputeError, match="gradient of minimax training is no number") as caught:
+        train(data, TrainingRequest(tuning(own, steps=20, lambda_d=1e25)), tmp_path)
+    assert "--lambda-d" in caught.value.remedy
+    assert not (tmp_path / "ddkit.json").exists()
+
+
+def test_the_parts_of_the_loss_are_shown_live(data, tuning, own, tmp_path):
+    reports = []
+    train(data, TrainingRequest(tuning(own, steps=4)), tmp_path, progress=reports.append)
+    shown = [report.figures for report in reports if "mse" in report.figures]
+    assert shown and all({"loss", "representativeness", "diversity"} <= figures.keys() for figures in shown)
+
+
+def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
+    config = tuning(own, steps=4, lambda_r=0.5, lambda_d=0.5)
+    train(data, TrainingRequest(config), tmp_path / "one")
+    torch.save(dict(vars(data.images)), tmp_path / "images.pt")
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import json, torch
+            from pathlib import Path
+            from ddkit.data.store import ImageSet
+            from ddkit.generator.presets import from_json
+            from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+            torch.set_num_threads(1)
+            here = Path({str(tmp_path)!r})
+            images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
+            config = from_json(json.loads((here / "config.json").read_text()))
+            train(TrainingData("colours", images, "of-these-pixels"), TrainingRequest(config), here / "two")
+        """)
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4, rtol=1e-4)
+
+
+class TestRefusing:
+    def test_going_on_from_another_start(self, data, tuning, own, tmp_path):
+        train(data, TrainingRequest(tuning(own, steps=1)), tmp_path / "run")
+        shutil.copytree(own, tmp_path / "other")
+        with pytest.raises(UsageError, match=r"minimax.init: .*own, not .*other"):
+            train(data, TrainingRequest(tuning(tmp_path / "other", steps=2)), tmp_path / "run")
+
+    def test_training_in_the_folder_to_start_from(self, data, tuning, own, tmp_path):
+        with pytest.raises(UsageError, match="holds what fine-tuning starts from"):
+            train(data, TrainingRequest(tuning(own)), own, fresh=True)
+
+    def test_another_prediction_than_was_learned(self, data, tuning, own, tmp_path):
+        with pytest.raises(UsageError, match="predicts 'flow', not 'v'"):
+            train(data, TrainingRequest(tuning(own, prediction="v")), tmp_path / "run")
+
+    @pytest.mark.parametrize(
+        "wrong", [{"init": ""}, {"lambda_r": -1}, {"lambda_d": -1}, {"memory_size": 0}, {"epochs": 0}]
+    )
+    def test_settings_that_cannot_be_meant(self, wrong):
+        with pytest.raises(UsageError):
+            MinimaxConfig(**{"init": "somewhere", **wrong})
+
+
+def test_the_published_settings():
+    config = preset("minimax-paper").config(64)
+    minimax, optimiser = config.minimax, config.denoiser_optimiser
+    assert (minimax.lambda_r, minimax.lambda_d, minimax.memory_size, minimax.epochs) == (0.002, 0.008, 64, 8)
+    assert (optimiser.batch_size, optimiser.learning_rate, optimiser.weight_decay) == (8, 1e-3, 0)
+    assert optimiser.rate(0) == optimiser.rate(100_000) == 1e-3
+    assert config.ema_decay == 0.9999 and not minimax.full and minimax.init == "facebook/DiT-XL-2-256"
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config

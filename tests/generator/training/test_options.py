@@ -1,0 +1,142 @@
+"""Which training is meant by what is said and by what the folder holds."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from ddkit.errors import MissingModel, UsageError
+from ddkit.generator.model_folder import save_model
+from ddkit.generator.presets import preset, to_json
+from ddkit.generator.training.options import Wishes, plan_training
+from ddkit.generator.training.run_folder import Begun, claim
+
+
+@pytest.fixture
+def begin(data, tmp_path):
+    """Records a training in a folder, as one that has begun leaves it."""
+
+    def begin(name, config, preset_name="demo", *tracked):
+        folder = tmp_path / name
+        folder.mkdir()
+        of = (data.name, data.sha256, data.images.class_names, data.image_size)
+        claim(folder, Begun(*of, preset_name, config, *tracked))
+        return folder
+
+    return begin
+
+
+@pytest.fixture
+def plan(data, tmp_path):
+    def plan(folder="new", *, own="nothing", fresh=False, **wishes):
+        return plan_training(data, tmp_path / folder, Wishes(**wishes), own=tmp_path / own, fresh=fresh)
+
+    return plan
+
+
+def test_a_new_training_is_the_preset_with_what_is_said_otherwise(plan):
+    assert plan().preset == "tiny" and plan().config == preset("tiny").config(16)
+    said = plan(preset="demo", batch_size=7, learning_rate=0.5, prediction="v", architecture="unet", flips=False, seed=9)
+    config = said.config
+    assert said.preset == "demo" and said.start is None
+    assert (config.denoiser_optimiser.batch_size, config.denoiser_optimiser.learning_rate) == (7, 0.5)
+    assert (config.objective.prediction, config.denoiser.architecture, config.flips, config.seed) == ("v", "unet", False, 9)
+    assert config.autoencoder_optimiser == preset("demo").config(16).autoencoder_optimiser
+
+
+def test_what_the_objective_and_the_averages_are_told(plan):
+    config = plan(preset="demo", label_dropout=0.3, min_snr=7.0, ema_width=0.05).config
+    assert (config.objective.label_dropout, config.objective.min_snr_gamma, config.ema_width) == (0.3, 7.0, 0.05)
+    assert plan(preset="demo", min_snr=0.0).config.objective.min_snr_gamma is None
+    assert plan(preset="demo", ema_decay=0.9).config.ema_decay == 0.9
+    with pytest.raises(UsageError, match="contradict"):
+        plan(preset="demo", ema_width=0.05, ema_decay=0.9)
+    with pytest.raises(UsageError, match="min_snr_gamma must be positive, got nan"):
+        plan(preset="demo", min_snr=math.nan)
+
+
+def test_what_goes_on_keeps_its_settings(plan, begin, config):
+    begin("run", config)
+    assert plan("run").config == config and plan("run").preset == "demo"
+    assert plan("run", preset="demo", steps=50).config.denoiser_optimiser == dataclasses.replace(
+        config.denoiser_optimiser, steps=50
+    )
+    assert plan("run", preset="tiny").config == preset("tiny").config(16), "to be refused where it is claimed"
+    assert plan("run", fresh=True).config == preset("tiny").config(16)
+    assert plan("run").track_every == preset("demo").track_every
+
+
+def test_what_goes_on_is_scored_as_before_unless_something_else_is_said(plan, begin, config, tmp_path):
+    folder = begin("run", config, "demo", 500, "frechet_inception")
+    assert (plan("run").track_every, plan("run").features) == (500, "inception")
+    said = plan("run", track_every=7, features="convnet")
+    assert (said.track_every, said.features) == (7, "convnet")
+    assert plan("run", track_every=0).track_every == 0
+    assert (plan().track_every, plan().features) == (preset("tiny").track_every, "convnet")
+    with pytest.raises(UsageError, match="nothing is tracked"):
+        plan("run", track_every=0, features="inception")
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("track_every", "score")}))
+    assert plan("run").track_every == preset("demo").track_every, "as earlier versions had it"
+
+
+def test_a_training_begun_without_a_preset_goes_on(plan, begin, config):
+    begin("run", config, preset_name="")
+    assert plan("run").config == config and plan("run").track_every == 0
+
+
+def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config, make_model, data, tmp_path):
+    letters = dataclasses.replace(config, flips=False)
+    own = begin("own", letters)
+    save_model(make_model(prediction="v"), own)
+    tuned = plan(own="own", method="minimax", batch_size=5, epochs=3, lambda_d=0.5)
+    assert tuned.preset == "minimax-paper"
+    assert tuned.start.generator.prediction == tuned.config.objective.prediction == "v"
+    assert tuned.config.denoiser_optimiser.steps == 3 * len(data.images) // 5
+    assert not tuned.config.flips, "as its start was trained"
+    minimax = tuned.config.minimax
+    assert (minimax.init, minimax.lambda_r, minimax.lambda_d, minimax.epochs) == (str(own), 0.002, 0.5, 3)
+    assert plan(own="own", method="minimax", flips=True, steps=4).config.flips
+
+    begin("tuned", tuned.config, tuned.preset)
+    again = plan("tuned", lambda_r=0.1)
+    assert again.config == dataclasses.replace(tuned.config, minimax=dataclasses.replace(minimax, lambda_r=0.1))
+    assert to_json(again.config)["denoiser_optimiser"]["steps"] == tuned.config.denoiser_optimiser.steps
+
+
+def test_nothing_to_start_from(plan, tmp_path):
+    with pytest.raises(MissingModel, match="no generator of 'colours' to start from") as caught:
+        plan(method="minimax", init=None)
+    assert "ddkit train --dataset colours" in caught.value.remedy
+    assert "--init facebook/DiT-XL-2-256" in caught.value.remedy, "gigabytes are not downloaded unasked"
+    with pytest.raises(MissingModel, match="missing"):
+        plan(init=str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"preset": "tinny"}, "no preset 'tinny'"),
+        ({"lambda_r": 0.1}, "--lambda-r goes with --method minimax"),
+        ({"class_map": (("red", None),)}, "--class-map goes with --method minimax"),
+        ({"method": "diffusion", "init": "somewhere"}, "--method diffusion starts from nothing"),
+        ({"method": "diffusion", "preset": "minimax-paper"}, "--method diffusion starts from nothing"),
+        ({"method": "minimax", "pretrained_autoencoder": "x"}, "--autoencoder is decided by what fine-tuning starts from"),
+        ({"init": "somewhere", "prediction": "v"}, "--prediction is decided by what fine-tuning starts from"),
+    ],
+)
+def test_wishes_that_contradict_each_other(plan, wishes, said):
+    with pytest.raises(UsageError, match=said):
+        plan(**wishes)
+
+
+def test_a_folder_of_a_fine_tuning_is_not_trained_from_nothing(plan, begin, config, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    minimax = preset("minimax-paper").config(16).minimax
+    begin("tuned", dataclasses.replace(config, minimax=minimax))
+    with pytest.raises(UsageError, match="starts from nothing"):
+        plan("tuned", method="diffusion")
+    assert plan("tuned", method="diffusion", fresh=True).start is None
+    with pytest.raises(MissingModel):
+        plan("tuned", lambda_r=0.1, init="nowhere/at-all")

@@ -1,0 +1,66 @@
+"""Following the Frechet distance during training, and the chart of it."""
+
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from ddkit.errors import UsageError
+from ddkit.generator.model_folder import read_facts
+from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.training.chart import draw_chart
+from ddkit.generator.training.records import read_records
+from ddkit.generator.training.tracking import track_frechet
+from ddkit.generator.training.train import TrainingRequest, train
+
+SAMPLING = SamplingConfig(steps=2, batch_size=6)
+
+
+def mean_colours(images):
+    """(N, 3, S, S) uint8 -> (N, 3): features enough for flat colours."""
+    return images.float().mean(dim=(2, 3))
+
+
+def test_the_distance_is_that_of_samples_of_the_same_classes(images, make_model):
+    calls = []
+
+    def make_features():
+        calls.append("made")
+        return mean_colours
+
+    tracking = track_frechet(images, make_features, every_steps=1, sampling=SAMPLING)
+    assert calls == []
+    first, again = tracking.score(make_model()), tracking.score(make_model())
+    assert first == again > 0
+    assert calls == ["made"]
+    assert tracking.score(make_model("unet")) != first
+
+
+def test_fewer_than_two_images_are_refused(images):
+    one = dataclasses.replace(images, images=images.images[:1], labels=images.labels[:1])
+    with pytest.raises(UsageError, match="at least two"):
+        track_frechet(one, lambda: mean_colours, every_steps=1)
+
+
+def test_a_tracked_training_keeps_the_best_and_draws_its_course(data, config, tmp_path):
+    tracking = track_frechet(data.images, lambda: mean_colours, every_steps=2, sampling=SAMPLING)
+    train(data, TrainingRequest(config), tmp_path, tracking=tracking)
+    scores = {record["step"]: record["value"] for record in read_records(tmp_path / "metrics.jsonl")
+              if record["stage"] == "score"}  # fmt: skip
+    assert set(scores) == {2, 4, 6}
+    facts = read_facts(tmp_path)
+    assert facts.metrics == {"frechet": min(scores.values())} and scores[facts.steps] == min(scores.values())
+    with Image.open(tmp_path / "training.png") as chart:
+        assert chart.format == "PNG" and chart.width > 2 * chart.height
+
+
+def test_a_fine_tuning_has_its_curve(tmp_path):
+    draw_chart([], tmp_path / "nothing.png")
+    draw_chart([{"stage": "minimax", "step": step, "loss": 1 / step} for step in (1, 2, 3)], tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes() != (tmp_path / "nothing.png").read_bytes()
+
+
+def test_a_chart_of_nothing_is_a_picture_too(tmp_path):
+    draw_chart([], tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as chart:
+        assert chart.format == "PNG"

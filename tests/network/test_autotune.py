@@ -1,0 +1,126 @@
+"""The choice of engine: measured once, remembered, and the plain way where nothing else is possible."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from ddkit.network import winograd
+from ddkit.network.autotune import candidates, choose_plan, smaller
+from ddkit.network.networks import build_network
+from ddkit.network.plan import EnginePlan
+
+has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+def choose_elsewhere(code="", **environment):
+    """The plan that a fresh process chooses for a small ConvNet; and what it logs."""
+    program = (
+        "import logging, dataclasses, json\n"
+        "logging.basicConfig(level=logging.WARNING, format='%(message)s')\n"
+        "from ddkit.network.networks import build_network\n"
+        "from ddkit.network.autotune import choose_plan\n"
+        f"{code}\n"
+        "plan = choose_plan(build_network('convnet', 10, 16, seed=0), 'float32', 8)\n"
+        "print(json.dumps(dataclasses.asdict(plan)))\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert finished.returncode == 0, finished.stderr
+    return EnginePlan(**json.loads(finished.stdout)), finished.stderr
+
+
+@pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
+def test_the_choice_is_remembered(own_cache):
+    network = build_network("convnet", 10, 16, seed=0)
+    winograd.load.cache_clear()
+    plan = choose_plan(network, "float32", 8)
+    assert plan in candidates(network, "float32", 8)
+    memory = own_cache / "_engines.json"
+    (key,) = json.loads(memory.read_text())
+    assert "16 pixels" in key and "float32" in key and torch.__version__ in key
+    other = EnginePlan("plain", "float32", 5)
+    memory.write_text(json.dumps({key: vars(other)}))
+    assert choose_plan(network, "float32", 8) == other
+    memory.write_text("{torn")
+    assert choose_plan(network, "float32", 8) in candidates(network, "float32", 8)
+    assert json.loads(memory.read_text())
+
+
+def test_without_a_compiler_it_goes_the_plain_way_and_says_so_in_one_line(own_cache):
+    plan, log = choose_elsewhere(CXX="no-such-compiler")
+    assert plan.kind == "plain"
+    assert log.count("\n") == 1
+    assert "no-such-compiler" in log and "plain way" in log and "CXX" in log
+
+
+def test_a_machine_without_compilers_is_no_harm(own_cache, tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    (tmp_path / "bin").mkdir()
+    plan, log = choose_elsewhere(PATH=str(tmp_path / "bin"))
+    assert plan.kind == "plain"
+    assert log.count("\n") == 1 and "There is no C++ compiler" in log and "Install g++" in log
+
+
+def test_a_compiler_that_fails_is_no_harm(own_cache):
+    plan, log = choose_elsewhere(CXX="false")
+    assert plan.kind == "plain" and "does not compile" in log
+    assert not [path for path in own_cache.rglob("*") if path.suffix == ".so"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_cache_that_cannot_be_written_is_no_harm(own_cache):
+    own_cache.chmod(0o500)
+    plan, log = choose_elsewhere()
+    assert plan.kind == "plain" and str(own_cache) in log
+
+
+def test_other_networks_are_computed_plainly_and_in_chunks_only_without_batch_statistics():
+    assert choose_plan(build_network("alexnet", 10, 32, seed=0), "float32", 8) == EnginePlan("plain", "float32", 16)
+    assert choose_plan(nn.Sequential(nn.BatchNorm2d(3)), "bfloat16", 8) == EnginePlan("plain", "bfloat16", 0)
+
+
+def test_smaller_plans_end_at_one_image():
+    plan, chunks = EnginePlan("winograd", "float32", 6, 2), []
+    while plan := smaller(plan, 256):
+        chunks.append(plan.chunk)
+    assert chunks == [3, 1]
+    assert smaller(EnginePlan(), 256).chunk == 128
+    for kind in ("graphed", "compiled"):  # these take whole batches
+        assert smaller(EnginePlan(kind, "float32"), 256) == EnginePlan("plain", "float32", 128)
+
+
+def test_too_little_memory_is_met_with_smaller_chunks():
+    """A process that may not grow by what the whole batch needs trains it in parts."""
+    program = (
+        "import logging, resource, torch\n"
+        "logging.basicConfig(format='%(message)s')\n"
+        "from ddkit.network.networks import build_network\n"
+        "from ddkit.network.plan import EnginePlan\n"
+        "from ddkit.network.training import TrainingRun, TrainingSettings\n"
+        "network = build_network('convnet', 10, 64, seed=0)\n"
+        "images, labels = torch.randn(24, 3, 64, 64), torch.arange(24) % 10\n"
+        "def run():\n"
+        "    return TrainingRun(network, images, labels, TrainingSettings(0, batch_size=24),\n"
+        "                       torch.Generator().manual_seed(0), EnginePlan('plain'))\n"
+        "TrainingRun(network, images[:1], labels[:1], TrainingSettings(0), torch.Generator(), EnginePlan('plain')).epoch()\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (120 << 20), -1))\n"
+        "training = run()\n"
+        "print(len(training.epoch()), training.state_dict()['plan']['chunk'])\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    batches, chunk = map(int, finished.stdout.split())
+    assert batches == 1 and 0 < chunk < 24
+    assert "Not enough memory: computing 12 images at a time" in finished.stderr

@@ -1,0 +1,128 @@
+"""The fast engine against the official code's numbers and against the plain engine."""
+
+import pytest
+import torch
+
+from ddkit.network import winograd
+from ddkit.network.engine import PlainEngine, build_engine
+from ddkit.network.networks import build_network
+from ddkit.network.plan import EnginePlan
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    from ddkit.network.kernels import CannotCompile
+
+    try:
+        winograd.load()
+    except CannotCompile as error:
+        pytest.skip(str(error))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(n, classes=10, size=32):
+    return torch.randn(n, 3, size, size, generator=seeded()), torch.randint(classes, (n,), generator=seeded(1))
+
+
+def computed(network, plan, images, labels):
+    """Loss, logits, gradients."""
+    engine = build_engine(network, plan)
+    loss = engine.gradients(images, labels)
+    return loss, engine.logits(images), {key: p.grad.clone() for key, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["cifar100", "tinyimagenet_20_classes"])
+@pytest.mark.parametrize("chunk, workers", [(8, 1), (2, 2)])
+def test_it_agrees_with_the_official_code(convnet_golden, name, chunk, workers):
+    golden = convnet_golden(name)
+    plan = EnginePlan("winograd", "float32", chunk, workers)
+    loss, logits, gradients = computed(golden.network(), plan, golden["input"], golden["label"])
+    torch.testing.assert_close(logits, golden["logits"], atol=1e-4, rtol=0)
+    assert loss.item() == pytest.approx(golden["loss"].item(), abs=1e-4)
+    for key, gradient in gradients.items():
+        recorded = golden[f"grad.{key}"]
+        torch.testing.assert_close(gradient[: len(recorded)], recorded, atol=1e-4, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("size, n, chunk, workers", [(16, 5, 2, 2), (32, 7, 3, 2), (32, 1, 4, 2), (48, 3, 2, 1)])
+def test_it_agrees_with_the_plain_engine_for_any_division(size, n, chunk, workers):
+    network = build_network("convnet", 10, size, seed=0)
+    with torch.no_grad():  # norms that do something
+        for place in (1, 5, 9):
+            for parameter in network.features[place].parameters():
+                parameter += 0.2 * torch.randn(parameter.shape, generator=seeded(place))
+    images, labels = batch(n, size=size)
+    loss, logits, gradients = computed(network.double(), EnginePlan(), images.double(), labels)
+    fast = computed(network.float(), EnginePlan("winograd", "float32", chunk, workers), images, labels)
+    assert fast[0].item() == pytest.approx(loss.item(), abs=1e-5)
+    torch.testing.assert_close(fast[1], logits.float(), atol=1e-4, rtol=0)
+    for key, gradient in fast[2].items():
+        # Looser than rounding: a value within rounding of zero may fall on the other side of a ReLU.
+        scale = max(gradients[key].norm().item(), 1e-3)
+        assert (gradient - gradients[key]).norm() <= 5e-3 * scale, key
+
+
+def test_gradients_do_not_remember_the_batch_before():
+    network = build_network("convnet", 10, 16, seed=0)
+    engine = build_engine(network, EnginePlan("winograd", "float32", 2, 2))
+    small, large = batch(1, size=16), batch(6, size=16)
+
+    def gradients(data):
+        engine.gradients(*data)
+        return [p.grad.clone() for p in network.parameters()]
+
+    first = gradients(small)
+    gradients(large)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(small), strict=True))
+
+
+def test_the_same_plan_gives_the_same_bits_in_another_engine():
+    images, labels = batch(9)
+    runs = [
+        computed(build_network("convnet", 10, 32, seed=3), EnginePlan("winograd", "float32", 2, 2), images, labels)
+        for _ in range(2)
+    ]
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    assert all(torch.equal(runs[0][2][key], runs[1][2][key]) for key in runs[0][2])
+
+
+def test_bfloat16_is_near_and_not_the_same():
+    images, labels = batch(6)
+    network = build_network("convnet", 10, 32, seed=0)
+    exact, rounded = (
+        computed(network, EnginePlan("winograd", precision, 3, 2), images, labels)
+        for precision in ("float32", "bfloat16")
+    )
+    error = ((rounded[1] - exact[1]).norm() / exact[1].norm()).item()
+    assert 1e-3 < error < 3e-2
+
+
+def test_the_number_of_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    build_engine(build_network("convnet", 10, 16, seed=0), EnginePlan("winograd", "float32", 2, 3)).logits(
+        batch(6, size=16)[0]
+    )
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("make", [lambda: build_network("resnet18", 10, 32, seed=0),
+                                  lambda: build_network("convnet", 10, 40, seed=0),
+                                  lambda: build_network("convnet", 10, 32, seed=0).double()])  # fmt: skip
+def test_it_declines_what_it_was_not_made_for(make):
+    assert not winograd.fits(make())
+
+
+def test_the_plain_engines_chunks_add_up_to_the_batch():
+    images, labels = batch(7, size=16)
+    network = build_network("convnet", 10, 16, seed=0).double()
+    whole, chunked = (computed(network, EnginePlan("plain", chunk=chunk), images.double(), labels) for chunk in (0, 3))
+    torch.testing.assert_close(chunked[0], whole[0])
+    torch.testing.assert_close(chunked[1], whole[1])
+    assert PlainEngine(network, EnginePlan()).logits(images.double()).dtype == torch.float32
+    for key, gradient in chunked[2].items():
+        torch.testing.assert_close(gradient, whole[2][key], msg=key)

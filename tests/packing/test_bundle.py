@@ -1,0 +1,113 @@
+"""Track 2 bundles: the same bytes each time, complete, and opened without trust."""
+
+import json
+import os
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.generator.sampling import SamplingConfig
+from ddkit.packing.bundle import (
+    EntryModel,
+    EntrySettings,
+    build_folder,
+    datasets_of,
+    entry_facts,
+    lacking,
+    opened,
+    requirements,
+    zip_folder,
+)
+from ddkit.packing.track2 import pack_entry, rounding_cost
+from ddkit.runtime.files import sha256_of
+
+WEIGHTS = "models/colours/transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def model(colours, colours_model):
+    return EntryModel(colours, colours_model, EntrySettings(SamplingConfig("unipc", steps=6, guidance=1.25)))
+
+
+def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):
+    folder = build_folder([model], tmp_path / "entry")
+    assert {path.name for path in folder.iterdir()} == {
+        "generate.py", "shards.py", "worker.py", "sampling.py", "denoiser.py", "models", "requirements.txt",
+        "README.md", "SHA256SUMS",
+    }  # fmt: skip
+    assert datasets_of(folder) == ["colours"] and lacking(["cifar100"]) == ["tinyimagenet"]
+    facts = entry_facts(folder, "colours")
+    assert (facts["steps"], facts["guidance"], facts["num_classes"], facts["image_size"]) == (6, 1.25, 2, 16)
+    scheduler = json.loads((folder / "models" / "colours" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "UniPCMultistepScheduler"
+    weights = model.folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert (folder / WEIGHTS).read_bytes() == weights.read_bytes()
+    readme = (folder / "README.md").read_text()
+    assert "unipc, 6 steps, guidance 1.25" in readme and "--dataset colours" in readme and "$" not in readme
+    assert (folder / "requirements.txt").read_text().split() == requirements()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in requirements()
+
+
+def test_its_hashes_are_those_of_sha256sum(model, tmp_path):
+    folder = build_folder([model], tmp_path / "entry")
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0 and checked.stdout.count(": OK") == len((folder / "SHA256SUMS").read_text().splitlines())
+
+
+def test_the_same_models_make_the_same_zip(model, tmp_path):
+    first = pack_entry([model], tmp_path / "first.zip", proof=None)
+    os.utime(model.folder / "ddkit.json", (0, 0))
+    second = pack_entry([model], tmp_path / "second.zip", proof=None)
+    assert first.path.read_bytes() == second.path.read_bytes()
+    assert first.sha256 == sha256_of(second.path) and first.size == first.path.stat().st_size
+    assert "generate.py" in [file.name for file in first.files]
+
+
+def test_half_precision_halves_the_weights_and_changes_little(model, tmp_path):
+    half = EntryModel(model.dataset, model.folder, EntrySettings(model.settings.sampling, half=True))
+    weights = load_file(build_folder([half], tmp_path / "half") / WEIGHTS)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    cost = rounding_cost(model, images=8)
+    assert cost.images == 8 and 0 < cost.mean < 2 and cost.largest < 60
+
+
+def test_what_cannot_be_bundled_is_said(model, colours, tmp_path):
+    with pytest.raises(UsageError, match="one model for each"):
+        build_folder([model, model], tmp_path / "entry")
+    with pytest.raises(MissingModel):
+        build_folder([EntryModel(colours, tmp_path / "nowhere")], tmp_path / "entry")
+    assert not (tmp_path / "entry").exists()
+
+
+def test_a_zip_a_folder_and_a_script_open_alike(model, tmp_path):
+    folder = build_folder([model], tmp_path / "entry")
+    zipped = zip_folder(folder, tmp_path / "entry.zip")
+    for path in (folder, folder / "generate.py", zipped):
+        with opened(path) as found:
+            assert datasets_of(found) == ["colours"]
+            assert (found / "SHA256SUMS").read_bytes() == (folder / "SHA256SUMS").read_bytes()
+    assert not found.exists()
+
+
+@pytest.mark.parametrize("name", ["../generate.py", "/generate.py", "a\\generate.py", "C:generate.py"])
+def test_members_that_lead_out_are_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(name), "")
+    with pytest.raises(BadFile, match="leads out"), opened(tmp_path / "bad.zip"):
+        pass
+
+
+def test_what_is_no_entry_is_said(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.zip").write_text("no zip")
+    (tmp_path / "set.pt").write_text("")
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "generate.py").write_text("")  # which is not what was asked for
+    refused = {"empty": BadFile, "text.zip": BadFile, "set.pt": UsageError, "mine.py": UsageError, "absent": MissingModel}
+    for name, error in refused.items():
+        with pytest.raises(error), opened(tmp_path / name):
+            pass

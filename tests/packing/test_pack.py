@@ -1,0 +1,162 @@
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from ddkit.checks.check import check_path
+from ddkit.errors import BadFile, InvalidSubmission, MissingData, UsageError
+from ddkit.packing.pack import Refused, pack, packed_files
+from ddkit.runtime.files import sha256_of
+
+
+def test_the_zip_holds_the_tensors_at_its_root_and_is_acceptable(tmp_path, folder):
+    out = pack(folder, tmp_path / "submission.zip")
+    with zipfile.ZipFile(out) as archive:
+        assert archive.namelist() == ["glyphs.pt"]
+        assert archive.read("glyphs.pt") == (folder / "glyphs.pt").read_bytes()
+    assert check_path(out).ok
+    (file,) = packed_files(out)
+    assert (file.name, file.sha256) == ("glyphs.pt", sha256_of(folder / "glyphs.pt"))
+
+
+def test_the_same_tensors_make_the_same_zip(tmp_path, folder):
+    first = pack(folder, tmp_path / "first.zip").read_bytes()
+    os.utime(folder / "glyphs.pt", (0, 0))
+    (folder / "glyphs.pt").chmod(0o600)
+    assert pack(folder, tmp_path / "second.zip").read_bytes() == first
+
+
+def test_what_check_refuses_is_not_packed_and_the_old_zip_stays(tmp_path, folder):
+    out = pack(folder, tmp_path / "submission.zip")
+    before = out.read_bytes()
+    torch.save(torch.zeros(5), folder / "glyphs.pt")
+    with pytest.raises(Refused, match="was not packed: glyphs.pt: The shape is") as refused:
+        pack(folder, out)
+    assert isinstance(refused.value, InvalidSubmission) and refused.value.exit_code == 1
+    assert [f.code for f in refused.value.report.findings if f.level == "error"] == ["T003"]
+    assert out.read_bytes() == before
+
+
+def test_warnings_refuse_only_where_strict(tmp_path, folder):
+    images = torch.load(folder / "glyphs.pt", weights_only=True)
+    torch.save(images.requires_grad_(), folder / "glyphs.pt")
+    assert pack(folder, tmp_path / "loose.zip").exists()
+    with pytest.raises(Refused):
+        pack(folder, tmp_path / "strict.zip", strict=True)
+    assert not (tmp_path / "strict.zip").exists()
+
+
+def test_half_of_the_challenge_is_packed_only_when_asked_for(tmp_path):
+    folder = tmp_path / "submission"
+    folder.mkdir()
+    torch.save(torch.randn(1000, 3, 32, 32), folder / "cifar100.pt")
+    with pytest.raises(Refused, match="tinyimagenet.pt is missing"):
+        pack(folder, tmp_path / "s.zip")
+    out = pack(folder, tmp_path / "s.zip", ignore_codes=["F003"])
+    assert [file.name for file in packed_files(out)] == ["cifar100.pt"]
+
+
+def test_nothing_to_pack_and_what_cannot_be_loaded_are_refused_whatever_is_ignored(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingData, match="no tensor"):
+        pack(tmp_path / "empty", tmp_path / "s.zip", ignore_codes={"F002"})
+    torch.save({"images": torch.zeros(1)}, folder / "glyphs.pt")
+    with pytest.raises(InvalidSubmission, match="glyphs.pt is not packed") as caught:
+        pack(folder, tmp_path / "s.zip", ignore_codes={"T001"})
+    assert str(folder / "glyphs.pt") in caught.value.remedy and not (tmp_path / "s.zip").exists()
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path, folder):
+    (folder / "glyphs.pt").rename(tmp_path / "elsewhere.pt")
+    (folder / "glyphs.pt").symlink_to(tmp_path / "elsewhere.pt")
+    with pytest.raises(Refused, match="outside the folder"):
+        pack(folder, tmp_path / "s.zip")
+
+
+def test_links_inside_the_folder_are_packed_as_files(tmp_path, folder):
+    content = (folder / "glyphs.pt").read_bytes()
+    (folder / "glyphs.pt").rename(folder / "version-2")
+    (folder / "glyphs.pt").symlink_to("version-2")
+    with zipfile.ZipFile(pack(folder, tmp_path / "s.zip")) as archive:
+        assert archive.read("glyphs.pt") == content
+
+
+def test_the_zip_never_replaces_a_tensor(tmp_path, folder):
+    before = (folder / "glyphs.pt").read_bytes()
+    with pytest.raises(UsageError, match="would replace"):
+        pack(folder, folder / "glyphs.pt")
+    assert (folder / "glyphs.pt").read_bytes() == before
+
+
+def test_a_missing_folder_says_what_to_do(tmp_path):
+    with pytest.raises(MissingData, match="ddkit generate"):
+        pack(tmp_path / "absent", tmp_path / "s.zip")
+
+
+def test_an_output_that_cannot_be_written_is_one_message(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadFile):
+        pack(folder, tmp_path / "file" / "s.zip")
+
+
+def test_a_full_disk_keeps_the_old_zip(tmp_path, folder):
+    out = pack(folder, tmp_path / "submission.zip")
+    before = out.read_bytes()
+    limit = len(before) // 2
+    finished = subprocess.run(
+        [sys.executable, "-c",
+         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+         "from ddkit.cli import main; main()", "pack", str(folder), "--out", str(out), "--ignore", "C001"],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert finished.returncode == 3, finished.stderr
+    assert "File too large" in finished.stderr and "Traceback" not in finished.stderr
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["submission", "submission.zip"]
+
+
+def test_a_kill_at_any_moment_keeps_a_whole_zip(tmp_path, folder):
+    """Packs over and over in a process that is killed at different moments; the zip is always whole."""
+    out = pack(folder, tmp_path / "submission.zip")
+    before = out.read_bytes()
+    code = (
+        "import sys\n"
+        "from ddkit.checks.check import CheckSettings\n"
+        "from ddkit.packing.pack import pack\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    pack(sys.argv[1], sys.argv[2], settings=CheckSettings(meaning=False))\n"
+    )
+    for milliseconds in (0, 3, 7, 12, 30):
+        packer = subprocess.Popen([sys.executable, "-c", code, str(folder), str(out)], stdout=subprocess.PIPE)
+        assert packer.stdout.readline() == b"ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            packer.wait(milliseconds / 1000)
+        packer.kill()
+        packer.wait()
+        assert out.read_bytes() == before
+
+
+def test_a_set_that_changes_while_it_is_packed_is_not_packed(tmp_path, folder):
+    def change(report):
+        torch.save(torch.full_like(torch.load(folder / "glyphs.pt"), float("nan")), folder / "glyphs.pt")
+
+    with pytest.raises(BadFile, match="changed while it was being packed"):
+        pack(folder, tmp_path / "submission.zip", told=change)
+    assert not (tmp_path / "submission.zip").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_links_to_nothing_are_refused_by_the_check(tmp_path, folder):
+    (folder / "glyphs.pt").unlink()
+    os.mkfifo(folder / "glyphs.pt")
+    with pytest.raises(Refused, match="is a pipe or a device"):
+        pack(folder, tmp_path / "submission.zip")
+    (folder / "glyphs.pt").unlink()
+    (folder / "glyphs.pt").symlink_to(folder / "nothing.pt")
+    with pytest.raises(Refused):
+        pack(folder, tmp_path / "submission.zip")

@@ -1,0 +1,325 @@
+"""The stand-alone track 2 entry, run as organisers run it: real processes, real kills, nothing of ddkit on its path."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddkit.data.images import normalise
+from ddkit.data.store import dataset_spec
+from ddkit.generator.model_folder import load_model
+from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered
+from ddkit.packing.bundle import EntryModel, EntrySettings, build_folder
+
+SAMPLING = SamplingConfig(steps=3, guidance=1.5, batch_size=64)
+
+
+@pytest.fixture
+def entry(colours, colours_model, tmp_path):
+    """A bundle's folder with an untrained model of two classes and 16 px, sampled in three steps."""
+    return build_folder([EntryModel(colours, colours_model, EntrySettings(SAMPLING, "cpu"))], tmp_path / "entry")
+
+
+def command(entry, out, *words):
+    return [sys.executable, "-I", str(entry / "generate.py"), "--dataset", "colours", "--out", str(out), *map(str, words)]
+
+
+def run(entry, out, *words, status=0, **settings):
+    """The entry run to its end: what it said."""
+    done = subprocess.run(command(entry, out, *words), capture_output=True, text=True, check=False, **settings)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def expected(colours_model, rows):
+    """What ddkit's own sampler makes for these rows of a set: images of both classes in turn, by rising index."""
+    return normalise(Sampler(load_model(colours_model), SAMPLING)(rows % 2, rows // 2).images, dataset_spec("colours"))
+
+
+def wait_for(condition):
+    """Until the condition holds; fails when that takes very long."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never came about")
+
+
+def running(words):
+    """Processes that have this among their arguments, or whose parent had it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if words.encode() in path.read_bytes() and "Z" not in (path.parent / "stat").read_text().split(")")[1][:3]:
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colours_model, tmp_path):
+    said = run(entry, tmp_path / "colours.pt", "--ipc", 3, "--seed", 5, "--processes", 2)
+    images = torch.load(tmp_path / "colours.pt", weights_only=True)
+    sampler = Sampler(load_model(colours_model), SamplingConfig(steps=3, guidance=1.5, batch_size=64, seed=5))
+    wanted = normalise(sampler(*class_ordered(3, 2)).images, dataset_spec("colours"))
+    assert images.shape == (6, 3, 16, 16) and images.dtype == torch.float32
+    step = 1 / 255 / min(dataset_spec("colours").std)
+    assert (images - wanted).abs().max() < 1.01 * step and (images - wanted).abs().mean() < 0.05 * step
+    assert "6 images, 3 of each class" in said
+    assert not (tmp_path / "colours.pt.shards").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by Linux's /proc")
+def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, colours_model, tmp_path):
+    out, shards = tmp_path / "out" / "images.pt", tmp_path / "out" / "images.pt.shards"
+    words = command(entry, out, "--time-budget", 200, "--processes", 1)
+    mark = f"DDKIT_TEST_MARK={tmp_path}"
+    environment = dict(os.environ, DDKIT_TEST_MARK=str(tmp_path))
+
+    killed = subprocess.Popen(words, stderr=subprocess.PIPE, env=environment)
+    wait_for(lambda: len(list(shards.glob("0-*.safetensors"))) >= 2)
+    killed.kill()
+    killed.communicate()
+    wait_for(lambda: not running(mark))  # the worker ends by itself
+    assert not out.exists()
+    shutil.copytree(shards, tmp_path / "left")
+
+    run(entry, out, "--join")
+    joined = torch.load(out, weights_only=True)
+    step = 1 / 255 / min(dataset_spec("colours").std)
+    rows = torch.linspace(0, len(joined["labels"]) - 1, 32).long()
+    assert (joined["images"][rows] - expected(colours_model, rows)).abs().max() < 1.01 * step
+    assert joined["labels"].dtype == torch.int64 and torch.equal(joined["labels"], torch.arange(len(joined["labels"])) % 2)
+    assert not shards.exists()
+
+    shutil.copytree(tmp_path / "left", shards)
+    spent = json.loads((shards / "run.json").read_text())["spent"]
+    left = {path.name for path in shards.iterdir()}
+    resumed = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: {path.name for path in shards.glob("0-*.safetensors")} - left)
+    resumed.send_signal(signal.SIGTERM)
+    _, said = resumed.communicate()
+    assert resumed.returncode == 0, said
+    assert f"stopped after {spent:.0f} s" in said
+    more = torch.load(out, weights_only=True)
+    assert len(more["labels"]) > len(joined["labels"])
+    assert torch.equal(more["images"][: len(joined["images"])], joined["images"])
+    assert torch.bincount(more["labels"]).diff().abs() <= 1
+
+
+def test_a_budget_that_is_too_short_is_said_before_it_is_over(entry, tmp_path):
+    said = run(entry, tmp_path / "images.pt", "--time-budget", 0.4, status=3)
+    assert "a budget of 0.4 s, during importing and loading the model" in said
+    assert not (tmp_path / "images.pt.shards").exists()
+
+
+def test_no_gpu_where_one_is_asked_for(entry, tmp_path):
+    said = run(entry, tmp_path / "images.pt", "--time-budget", 600, "--device", "cuda:77", status=3)
+    assert "there is no GPU 'cuda:77'" in said.splitlines()[-1]
+    assert not (tmp_path / "images.pt").exists()
+
+
+@pytest.mark.parametrize("words, status, said", [
+    (["--time-budget", "0"], 2, "--time-budget cannot be 0"),
+    (["--time-budget", "60", "--dataset", "colors"], 2, "Did you mean 'colours'?"),
+    (["--time-budget", "60", "--dataset", "../entry"], 2, "Known: colours"),
+    (["--ipc", "900000000"], 3, "900,000,000 are needed"),
+    (["--time-budget", "60", "--out", "."], 3, "is a folder"),
+    (["--time-budget", "60", "--out", "file/images.pt"], 3, "cannot be written"),
+    (["--join"], 3, "nothing to join"),
+    (["--time-budget", "60", "--device", "bogus"], 2, "--device cannot be 'bogus'"),
+])  # fmt: skip
+def test_what_it_refuses_at_once_in_one_line(entry, tmp_path, words, status, said):
+    (tmp_path / "file").write_text("")
+    message = run(entry, tmp_path / "images.pt", *words, status=status, cwd=tmp_path)
+    assert said.replace("900,000,000", "1,800,000,000") in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("alter", [
+    lambda model: (model / "vae" / "config.json").write_text("{}"),
+    lambda model: (model / "vae" / "config.json").unlink(),
+    lambda model: (model / "entry.json").write_text((model / "entry.json").read_text().replace("1.5", "2.5")),
+    lambda model: (model / "another.json").write_text("{}"),
+])  # fmt: skip
+def test_a_model_that_was_altered_is_not_used(entry, tmp_path, alter):
+    alter(entry / "models" / "colours")
+    said = run(entry, tmp_path / "images.pt", "--time-budget", 60, status=3)
+    assert "is not the file that was packed" in said
+
+
+def test_a_list_of_hashes_that_is_cut_short_is_said(entry, tmp_path):
+    hashes = entry / "SHA256SUMS"
+    hashes.write_bytes(hashes.read_bytes()[:100])
+    assert "SHA256SUMS is damaged" in run(entry, tmp_path / "images.pt", "--time-budget", 60, status=3)
+
+
+def test_a_disk_without_room_is_known_before_the_budget_is_spent(entry, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    inside = f"mount -t tmpfs -o size=4k none {small} && exec " + " ".join(
+        command(entry, small / "images.pt", "--time-budget", 600)
+    )
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no file system of one's own can be mounted here (unshare -Urm)")
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", inside], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "room for" in done.stderr and "2 are needed" in done.stderr
+
+
+def limited(size):
+    """Of a process: files that would become larger are refused, as by a disk without room."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_no_room_for_the_joined_file_costs_no_image(entry, tmp_path):
+    out = tmp_path / "images.pt"
+    # 80 images of 768 bytes in a shard, of 3,072 joined.
+    said = run(entry, out, "--ipc", 40, "--processes", 1, status=3, preexec_fn=limited(150_000))
+    assert "File too large" in said and "--join" in said
+    assert [path.name for path in tmp_path.glob("*images.pt*")] == ["images.pt.shards"]
+    run(entry, out, "--join")
+    assert torch.load(out, weights_only=True).shape == (80, 3, 16, 16)
+
+
+def test_a_worker_that_cannot_write_says_why(entry, tmp_path):
+    said = run(entry, tmp_path / "images.pt", "--ipc", 400, "--processes", 1, status=3, preexec_fn=limited(100_000))
+    assert "File too large" in said
+    assert not (tmp_path / "images.pt").exists()
+
+
+class TestParts:
+    """What the scripts decide, in this process."""
+
+    @pytest.fixture
+    def load(self, entry, monkeypatch):
+        """Imports the entry's modules by name."""
+        import importlib
+
+        monkeypatch.syspath_prepend(entry)
+        names = ("generate", "shards", "worker", "sampling", "denoiser")
+        for name in names:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        yield importlib.import_module
+        for name in names:
+            sys.modules.pop(name, None)
+
+    @pytest.fixture
+    def job(self, load, entry, tmp_path):
+        """Makes jobs."""
+
+        def make(**changes):
+            settings = {
+                "model": entry / "models" / "colours", "entry": {"num_classes": 5}, "out": tmp_path / "images.pt",
+                "seed": 0, "device": "cpu", "workers": 1, "ipc": None, "limit": 1000, "began": 0.0, "budget": 600.0,
+            }  # fmt: skip
+            return load("shards").Job(**(settings | changes))
+
+        return make
+
+    def test_workers_deal_out_the_indices_and_take_all_classes_in_turn(self, job):
+        shared = job(workers=2)
+        first = [shared.image(0, position) for position in range(10)]
+        second = [shared.image(1, position) for position in range(10)]
+        assert first == [(c, 0) for c in range(5)] + [(c, 2) for c in range(5)]
+        assert second[:5] == [(c, 1) for c in (2, 3, 4, 0, 1)]  # another class first
+        assert len(set(first + second)) == 20
+        assert [job(workers=2, ipc=3).share(worker) for worker in (0, 1)] == [10, 5]
+        for workers in (1, 2, 4, 8):
+            few = job(workers=workers, limit=6)
+            assert sum(few.share(worker) for worker in range(workers)) == 6
+
+    def test_no_class_is_more_than_one_image_ahead(self, load):
+        labels = torch.tensor([0, 1, 2, 0, 1, 0, 0])
+        indices = torch.tensor([0, 0, 0, 2, 2, 1, 3])
+        chosen = load("shards").choose(labels, indices, 3, None)
+        assert labels[chosen].tolist() == [0, 1, 2, 0, 1] and indices[chosen].tolist() == [0, 0, 0, 1, 2]
+        by_class = load("shards").choose(labels, indices, 3, 4)
+        assert labels[by_class].tolist() == [0, 0, 0, 0, 1, 1, 2] and indices[by_class].tolist() == [0, 1, 2, 3, 0, 2, 0]
+
+    def test_shards_that_overlap_are_counted_once(self, load, job):
+        folder = job().shards
+        folder.mkdir()
+        for first, end in ((0, 5), (5, 9), (5, 12), (10, 15), (12, 13)):
+            (folder / f"0-{first}-{end}.safetensors").touch()
+        assert load("shards").shards_of(job(), 0) == [(0, 5), (5, 12), (12, 13)]
+
+    def test_what_was_left_counts_on_the_clock_of_whoever_goes_on(self, load, job, capfd):
+        shards = load("shards")
+        opened = shards.open_shards(job(began=100.0))
+        (opened.shards / "0-0-5.safetensors").touch()
+        run = json.loads((opened.shards / "run.json").read_text())
+        (opened.shards / "run.json").write_text(json.dumps(run | {"spent": 30.0}))
+        assert shards.open_shards(job(began=500.0)).began == 470.0
+        assert shards.shards_of(opened, 0) == [(0, 5)]
+        assert shards.open_shards(job(began=500.0, seed=1)).began == 500.0
+        assert shards.shards_of(opened, 0) == []
+        assert "discarding" in capfd.readouterr().err
+
+    def test_workers_stop_early_enough_to_join_what_there_is(self, load, job):
+        clock = load("generate").Clock(job(began=1000.0))
+        assert clock.stop_at == 1600.0 - 20.0 - 1.0
+        for seconds in (0.1, 0.2, 5.0):  # one slow write is no rule
+            clock.heard(100, seconds)
+        assert clock.stop_at == pytest.approx(1579.0 - 2 * 4 * 0.002 * 300)
+        clock.slowness = 1000.0  # others leave nearly nothing of the machine
+        assert clock.stop_at == pytest.approx(1580.0 - 0.06 * 600 - 2 * 4 * 0.002 * 300)
+
+    def test_the_margin_is_there_in_short_budgets_and_not_the_whole_of_them(self, job):
+        assert [job(budget=seconds).margin for seconds in (4.0, 20.0, 120.0, 600.0)] == [1.0, 2.0, 4.8, 20.0]
+
+    def test_batches_grow_while_that_pays(self, load):
+        BatchSize = load("worker").BatchSize
+        batch = BatchSize(longest=3.0)
+        for seconds in (0.5, 0.2, 0.2, 0.3, 0.7):  # 8, 16, 32, 64 images, and 128, which are slower each
+            batch.learn(seconds)
+        assert batch.size == 64
+        short = BatchSize(longest=1.0)
+        short.learn(0.9)
+        assert short.size == 8
+
+    def test_the_process_began_before_it_looked_at_the_clock(self, load):
+        assert 0 <= load("generate").process_age() < 10
+
+    @pytest.mark.parametrize("architecture, prediction, sampler, precision", [
+        ("unet", "epsilon", "ddim", "float32"), ("dit", "v", "unipc", "float32"), ("uvit", "flow", "euler", "float32"),
+        ("uvit", "epsilon", "dpm++", "bfloat16"),
+    ])  # fmt: skip
+    def test_every_kind_of_model_samples_as_in_ddkit(
+        self, load, colours, save_colours_model, tmp_path, architecture, prediction, sampler, precision
+    ):
+        folder = save_colours_model(tmp_path / "model", architecture, prediction)
+        config = SamplingConfig(
+            sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), batch_size=6, seed=3, precision=precision
+        )
+        built = build_folder([EntryModel(colours, folder, EntrySettings(config))], tmp_path / "other")
+        facts = json.loads((built / "models" / colours / "entry.json").read_text())
+        ours = load("sampling").Sampler(built / "models" / colours, facts, "cpu", 3)([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5])
+        theirs = Sampler(load_model(folder), config)(torch.tensor([0, 1, 1, 0, 1, 0]), torch.arange(6)).images
+        assert ours.dtype == torch.uint8 and ours.is_contiguous()
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("5000000", 5_000_000 - 3_000_000 + 1_000_000), ("max", None)])
+def test_a_containers_limit_of_memory_counts(entry, tmp_path, limit, expected):
+    for name, content in (("limit", limit), ("used", "3000000"), ("memory.stat", "anon 7\ninactive_file 1000000\n")):
+        (tmp_path / name).write_text(content)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "here, entry = Path(sys.argv[1]), sys.argv[2]\n"
+        "sys.path.insert(0, entry)\n"
+        "import generate\n"
+        "generate.CONTAINER_MEMORY = [(here / 'limit', here / 'used', 'inactive_file')]\n"
+        "print(generate.free_memory())\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code, tmp_path, entry], capture_output=True, text=True, check=True)
+    found = int(done.stdout)
+    assert found == expected if expected else found > 50_000_000

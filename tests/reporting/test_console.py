@@ -1,0 +1,89 @@
+"""The leaderboard in a terminal: any width, with and without colour, whatever entries are called."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ddkit.reporting.console import LeaderboardView, sparkline
+from ddkit.reporting.leaderboard import build
+from ddkit.reporting.rows import shortened
+
+
+def printed(groups, width, *, encoding="utf-8", **options):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, errors="replace")
+    Console(file=stream, width=width, highlight=False, **options).print(LeaderboardView(groups))
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+@pytest.fixture
+def groups(result):
+    return build([
+        result("mine", "cifar100", 0.31, 0.32, 0.33),
+        result("mine", "tinyimagenet", 0.12, 0.13, 0.14),
+        result("random", "cifar100", 0.17, 0.171, 0.169, kind="random-real"),
+        result("random", "tinyimagenet", 0.07, 0.071, 0.069, kind="random-real"),
+        result("quick [red]look[/red] <b>", "cifar100", 0.15, epochs_setting=50),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160, 250])
+def test_at_any_width_no_line_is_longer_and_no_number_is_lost(groups, width):
+    shown = printed(groups, width)
+    assert max(map(len, shown.splitlines())) <= width
+    # Accuracy, mean, and both differences, whole.
+    for number in ("32.00", "13.00", "22.50", "40.61", "-6.96", "+10.50"):
+        assert number in shown, number
+    assert "arXiv" in shown and "2410.13311" in shown
+
+
+@pytest.mark.parametrize("width", [40, 100, 160])
+def test_markup_in_names_is_text(groups, width):
+    shown = " ".join(printed(groups, width).split())
+    assert "quick [red]look[/red] <b>" in shown
+
+
+def test_our_own_rows_are_highlighted_and_colour_can_be_switched_off(groups, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = printed(groups, 160, force_terminal=True, color_system="standard")
+    (mine,) = (line for line in coloured.splitlines() if "mine" in line)
+    assert "\x1b[1;36m" in mine and "32m +10.50" in mine and "31m-6.96" in mine
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = printed(groups, 160, force_terminal=True, color_system="standard")
+    assert "36m" not in plain and "32m" not in plain and "mine" in plain
+
+
+def test_another_encoding_than_unicode_gets_plain_bars(groups):
+    assert "█" in printed(groups, 160)
+    shown = printed(groups, 160, encoding="latin-1").split("Not official")[0]
+    assert "█" not in shown and "#" in shown
+
+
+def test_long_tables_are_shortened_to_the_best_and_say_so(result):
+    (_, group) = build([result(f"run-{i}", "cifar100", i / 100, epochs_setting=50) for i in range(30)])
+    short, left_out = shortened(group, 5)
+    assert [row.name for row in short.rows] == ["run-29", "run-28", "run-27", "run-26", "run-25"] and left_out == 25
+    raw = io.StringIO()
+    Console(file=raw, width=120).print(LeaderboardView([group], most_rows=5))
+    assert "25 more entries: ddkit report --all" in raw.getvalue() and "run-24" not in raw.getvalue()
+
+
+def test_groups_beyond_the_first_are_counted(result):
+    groups = build([result("mine", f"set-{i}", 0.1, epochs_setting=50) for i in range(9)])
+    raw = io.StringIO()
+    Console(file=raw, width=120).print(LeaderboardView(groups, most_groups=4))
+    assert "6 more groups of other settings" in raw.getvalue()
+
+
+@pytest.mark.parametrize("values, bars", [
+    ([], ""), ([1.0], "▁"), ([2, 2, 2], "▁▁▁"), ([0, 7], "▁█"), ([3, 2, 1, 0], "█▆▃▁"), ([1, float("nan"), 0], "█▁"),
+])  # fmt: skip
+def test_sparklines(values, bars):
+    assert sparkline(values) == bars
+
+
+def test_a_sparkline_samples_long_curves_ends_included():
+    bars = sparkline([0.0, *[1.0] * 500, 2.0], points=10)
+    assert len(bars) == 10 and bars[0] == "▁" and bars[-1] == "█"

@@ -1,0 +1,148 @@
+"""What the page tells: sets as they lie on the disk, and what is gone since."""
+
+import dataclasses
+import re
+
+import pytest
+
+from ddkit.data.images import normalise
+from ddkit.data.store import dataset_spec, load_dataset
+from ddkit.reporting.html import render, write_html
+from ddkit.reporting.page import gather
+from ddkit.runtime.files import sha256_of
+from ddkit.sets.distilled import save_set
+
+
+@pytest.fixture
+def evaluated(colours, result, tmp_path, monkeypatch):
+    """Saves two pictures of each of the colours as NAME/colours.pt and returns the result of evaluating them."""
+    monkeypatch.chdir(tmp_path)
+    real, spec = load_dataset(colours, "train"), dataset_spec(colours)
+
+    def save(name, *accuracies, first=0, **fields):
+        images = normalise(real.images[[first, first + 1, 5 + first, 6 + first]], spec)
+        facts = {"kind": "generated", "seed": 3, "sampler": "dpm++", "versions": {"torch": "2.x"}}
+        save_set(f"{name}/colours.pt", images, spec, real.class_names, facts)
+        known = {"sha256": sha256_of(f"{name}/colours.pt"), "images": 4, "ipc": 2, "epochs_setting": 3,
+                 "per_class": (0.25, 0.75), "confusions": ((0, 1, 1.5),), "made_by": facts}  # fmt: skip
+        return result(name, "colours", *accuracies, **(known | fields))
+
+    return save
+
+
+def test_a_set_is_told_in_full(evaluated):
+    page = gather([evaluated("mine", 0.5, 0.75)])
+    (entry,) = page.entries
+    (view,) = entry.sets
+    assert [row.name for row in view.sheet] == ["blue", "red"]
+    assert all(uri.startswith("data:image/webp;base64,") for row in view.sheet for uri in row.pictures)
+    assert len(view.sheet[0].pictures) == 2
+    assert dict(view.facts)["sampler"] == "dpm++" and dict(view.facts)["accuracies"] == "50.00 %, 75.00 %"
+    assert [(c.name, c.accuracy) for c in view.classes] == [("red", 0.75), ("blue", 0.25)]
+    assert [(c.truth, c.predicted, c.count) for c in view.confusions] == [("blue", "red", 1.5)]
+    assert view.checked and view.loss.lines[0].name == "round 1" and view.loss.x_ticks[-1].label == "3"
+    assert view.ranking.missing
+
+
+def test_the_pictures_are_those_of_the_file(evaluated, colours):
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    (entry,) = gather([evaluated("mine", 0.5)]).entries
+    uri = entry.sets[0].sheet[1].pictures[1]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
+    assert (pixels == load_dataset(colours, "train").images[6].permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda path: path.unlink(), "is no longer there"),
+    (lambda path: path.write_bytes(b"something else"), "has changed since this evaluation"),
+])  # fmt: skip
+def test_a_set_that_is_gone_or_changed_leaves_the_rest(evaluated, tmp_path, spoil, said):
+    known = evaluated("mine", 0.5, 0.75)
+    spoil(tmp_path / "mine" / "colours.pt")
+    (view,) = gather([known]).entries[0].sets
+    assert said in view.gone and view.sheet == () and not view.checked
+    assert view.classes and view.confusions and view.loss and dict(view.facts)["sampler"] == "dpm++"
+
+
+def test_a_deleted_folder_and_a_dataset_that_is_not_prepared_leave_the_numbers(result):
+    page = gather([result("mine", "unheard-of", 0.5, epochs_setting=3)])
+    (view,) = page.entries[0].sets
+    assert "no longer there" in view.gone and view.classes[0].name == "class 3"
+    assert "class 0" in render(page)
+
+
+def test_a_place_that_cannot_be_looked_at_leaves_the_numbers(result):
+    page = gather([result("mine", "cifar100", 0.5, source="x" * 5000 + "/cifar100.pt", epochs_setting=3)])
+    assert page.entries[0].sets[0].gone and page.entries[0].sets[0].classes
+
+
+def test_a_generator_has_no_pictures_of_its_own(evaluated):
+    (view,) = gather([evaluated("mine", 0.5, track=2)]).entries[0].sets
+    assert "anew for each round" in view.gone and view.sheet == view.findings == ()
+
+
+def test_the_same_file_is_shown_and_checked_once(evaluated):
+    first = evaluated("mine", 0.5)
+    later = dataclasses.replace(first, epochs_setting=9, accuracies=(0.6,))
+    views = [entry.sets[0] for entry in gather([first, later]).entries]
+    assert [bool(view.sheet) for view in views] == [True, False]
+    assert views[1].gone == "The pictures are shown with an entry above."
+    assert views[0].findings is views[1].findings
+
+
+def test_of_many_sets_the_pictures_of_the_best_are_shown(evaluated):
+    views = [entry.sets[0] for entry in gather([evaluated(f"run-{i}", i / 10, first=i % 3) for i in range(5)]).entries]
+    assert [view.result.name for view in views] == [f"run-{i}" for i in (4, 3, 2, 1, 0)]
+    assert [bool(view.sheet) for view in views[:3]] == [True] * 3
+
+
+def test_thousands_of_results_make_a_page_that_can_be_sent(result):
+    results = [result(f"run-{i % 500}", "letters", i / 5000, epochs_setting=50) for i in range(3000)]
+    page = gather(results)
+    assert len(page.tables[1].group.rows) == 100 and page.tables[1].left_out == 2900
+    assert len(page.entries) == 8 and page.entries_left_out == 492
+    html = render(page)
+    assert "2,900 more" in html and len(html) < 2_000_000
+
+
+def test_cards_name_the_best_entry_and_what_it_is_held_against(result):
+    page = gather([
+        result("mine", "cifar100", 0.50, 0.52, 0.51),
+        result("mine", "tinyimagenet", 0.25, 0.26, 0.24),
+        result("weak", "cifar100", 0.10, 0.11, 0.12, epochs_setting=50),
+    ])  # fmt: skip
+    titles = {card.title: card for card in page.cards}
+    assert titles["Best entry: mine"].value == "38.00 %" and "rank 1" in titles["Best entry: mine"].note
+    assert titles["To first place (M-DATM)"].tone == "good"
+    assert titles["Your evaluations"].value == "3" and "1 complete and official entry" in titles["Your evaluations"].note
+
+
+def test_no_results_yet_say_what_to_type():
+    html = render(gather([]))
+    assert "ddkit evaluate" in html and "M-DATM" in html
+    assert 'id="accuracy"' not in html and 'id="entries"' not in html
+
+
+HOSTILE = "<img src=x onerror=alert(1)>[red]{{ 7*7 }}&amp;\"'"
+
+
+def test_what_comes_from_files_is_text_whatever_it_holds(evaluated):
+    known = evaluated("mine", 0.5, 0.6)
+    hostile = dataclasses.replace(
+        known, name=HOSTILE, deviations=(HOSTILE,), device=HOSTILE, made_by={HOSTILE: HOSTILE, "class_names": [HOSTILE]}
+    )
+    html = render(gather([hostile], problems=[HOSTILE]))
+    assert "<img src=x" not in html and "49&amp;" not in html and html.count("&lt;img src=x onerror=alert(1)&gt;") > 5
+    assert len(re.findall(r"<script", html)) == 1
+
+
+def test_the_page_is_one_file_without_addresses(evaluated, tmp_path):
+    write_html(gather([evaluated("mine", 0.5, 0.6)]), tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", html)
+    assert "default-src 'none'" in html and "http" not in re.sub(r"http-equiv", "", html)

@@ -1,0 +1,81 @@
+"""Tensors on disk: the same bytes for the same tensors, and a full disk is one message."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ddkit.runtime.tensor_files import Unloadable, load_restricted, save_safetensors, save_torch
+
+
+def test_the_bytes_do_not_depend_on_the_name(tmp_path):
+    for name in ("one.pt", "another.pt"):
+        save_torch({"x": torch.arange(5)}, tmp_path / name)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
+    assert torch.load(tmp_path / "one.pt", weights_only=True)["x"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_safetensors_with_what_they_are(tmp_path):
+    save_safetensors({"x": torch.arange(5)}, tmp_path / "x.safetensors", {"of": "five"})
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert file.metadata() == {"of": "five"} and file.get_tensor("x").tolist() == [0, 1, 2, 3, 4]
+
+
+class Code:
+    """A pickle of it would make a folder wherever it is loaded plainly."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made-by-code",)
+
+
+def test_code_is_not_run_and_no_advice_given_to_run_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": Code()}, tmp_path / "code.pt")
+    with pytest.raises(Unloadable) as caught:
+        load_restricted(tmp_path / "code.pt")
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "made-by-code").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02.", b"\x80\x02K\x01R.", b"text"])
+def test_what_is_no_tensor_file_is_unloadable(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(Unloadable):
+        load_restricted(tmp_path / "x.pt")
+    with pytest.raises(FileNotFoundError):
+        load_restricted(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("modules", "saving"),
+    [
+        ("torch, ddkit.runtime.tensor_files", "ddkit.runtime.tensor_files.save_torch(torch.zeros(5000), path)"),
+        ("torch, ddkit.runtime.tensor_files", "ddkit.runtime.tensor_files.save_safetensors({'x': torch.zeros(5000)}, path)"),
+        ("ddkit.generator.model_folder, ddkit.generator.autoencoder",
+         "ddkit.generator.model_folder._save_part(ddkit.generator.autoencoder.build_autoencoder("
+         "ddkit.generator.presets.AutoencoderConfig(), 16, seed=0), path)"),
+    ],
+    ids=["torch", "safetensors", "part of a model"],
+)  # fmt: skip
+def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path, modules, saving):
+    code = (
+        f"import sys, {modules}\n"
+        "from pathlib import Path\n"
+        "from ddkit.errors import BadFile\n"
+        "path = Path(sys.argv[1])\n"
+        f"try:\n    {saving}\n"
+        "except BadFile as error:\n    sys.exit(error.exit_code)\n"
+    )
+    path = tmp_path / "kept"
+    # A limit on the size of files is what a test can have of a full disk without being root.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # noqa: E731
+    words = [sys.executable, "-B", "-c", code, str(path)]
+    assert subprocess.run(words, check=False).returncode == 0 and path.exists()
+    before = sorted(file.stat().st_mtime_ns for file in tmp_path.rglob("*"))
+    done = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert sorted(file.stat().st_mtime_ns for file in tmp_path.rglob("*")) == before

@@ -1,0 +1,108 @@
+"""Choosing images: class order, reproducible choices, and what each way of choosing is after."""
+
+import pytest
+import torch
+
+from ddkit.errors import UsageError
+from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, View, choose, choose_in_class
+
+LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 2, 2])
+
+
+def clustered(sizes=(40, 20, 10), seed=0, spread=0.05):
+    """A class of well separated clusters: its view, and the cluster of each image."""
+    generator = torch.Generator().manual_seed(seed)
+    clusters = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    clusters = clusters[torch.randperm(len(clusters), generator=generator)]
+    corners = 3 * torch.eye(len(sizes), 8)
+    features = corners[clusters] + spread * torch.randn(len(clusters), 8, generator=generator)
+    return View(features, torch.rand(len(clusters), generator=generator)), clusters
+
+
+def chosen(how, view, ipc, seed=0):
+    return choose_in_class(how, len(view.features), ipc, seed=seed, label=0, view=view)
+
+
+def test_the_first_are_the_first_of_each_class():
+    assert choose("first", LABELS, 2, 3, seed=0).tolist() == [0, 2, 1, 3, 8, 9]
+
+
+def test_a_random_choice_is_of_each_class_without_repeats_and_by_seed():
+    many = torch.arange(5).repeat(40)
+    rows = choose("random", many, 10, 5, seed=1)
+    assert torch.equal(many[rows], torch.arange(5).repeat_interleave(10))
+    assert len(set(rows.tolist())) == 50
+    assert torch.equal(rows, choose("random", many, 10, 5, seed=1))
+    assert not torch.equal(rows, choose("random", many, 10, 5, seed=2))
+    assert torch.equal(rows.view(5, 10)[:, :3].flatten(), choose("random", many, 3, 5, seed=1))
+
+
+@pytest.mark.parametrize("how", [*BLIND_CHOICES, *SEEING_CHOICES])
+@pytest.mark.parametrize("ipc", [1, 7, 70])
+def test_every_way_takes_so_many_different_images_and_the_same_again(how, ipc):
+    view, _ = clustered()
+    rows = chosen(how, view, ipc)
+    assert rows.dtype == torch.int64
+    assert len(set(rows.tolist())) == ipc
+    assert torch.equal(rows, chosen(how, view, ipc))
+
+
+@pytest.mark.parametrize("how", ["k-center", "k-medoids", "minimax", "herding"])
+def test_one_image_for_each_cluster_is_taken_where_there_are_as_many(how):
+    view, clusters = clustered(sizes=(20, 20, 20))
+    assert sorted(clusters[chosen(how, view, 3)].tolist()) == [0, 1, 2]
+
+
+def test_herding_keeps_the_mean():
+    view, _ = clustered(sizes=(40, 20, 10), spread=0.5)
+    error = (view.features[chosen("herding", view, 14)].mean(0) - view.features.mean(0)).norm()
+    for seed in range(20):
+        assert error < (view.features[chosen("random", view, 14, seed)].mean(0) - view.features.mean(0)).norm()
+
+
+def test_k_center_reaches_what_lies_far_away():
+    view, clusters = clustered(sizes=(60, 60, 1))
+    assert 2 in clusters[chosen("k-center", view, 3)]
+
+
+def test_medoids_lie_in_the_middle_of_their_clusters():
+    view, clusters = clustered(sizes=(30, 30))
+    for row in chosen("k-medoids", view, 2).tolist():
+        own = view.features[clusters == clusters[row]]
+        distances = (own - own.mean(0)).norm(dim=1)
+        assert (view.features[row] - own.mean(0)).norm() == distances.min()
+
+
+def test_bands_of_confidence():
+    view, _ = clustered()
+    order = view.confidence.argsort(descending=True)
+    assert torch.equal(chosen("easy", view, 5), order[:5])
+    assert torch.equal(chosen("hard", view, 5), order.flip(0)[:5])
+    assert torch.equal(chosen("middling", view, 10), order[30:40])
+    assert torch.equal(chosen("spread", view, 7), order[5::10])
+
+
+def test_a_view_is_taken_of_one_class_at_a_time():
+    seen = []
+
+    def look(rows):
+        seen.append(rows.tolist())
+        return View(rows[:, None].float(), rows.float())
+
+    assert choose("easy", LABELS, 1, 3, seed=0, look=look).tolist() == [6, 7, 9]
+    assert seen == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("how", "ipc", "said"),
+    [
+        ("first", 3, "Class 2 has 2 images"),
+        ("random", 0, "at least one"),
+        ("rnadom", 1, "Did you mean 'random'"),
+        ("k-centre", 1, "Did you mean 'k-center'"),
+        ("herding", 1, "nothing to look with"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(how, ipc, said):
+    with pytest.raises(UsageError, match=said):
+        choose(how, LABELS, ipc, 3, seed=0)
