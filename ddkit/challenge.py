@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddkit.errors import UsageError, nearest_name
+from ddkit.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -132,5 +132,5 @@ def dataset(name: str) -> DatasetSpec:
     Datasets that a user prepared under a name of their own: `ddkit.data.store.dataset_spec`.
     """
     if name not in DATASETS:
-        raise UsageError(f"There is no dataset '{name}'.", nearest_name(name, tuple(DATASETS)))
+        raise UsageError(f"There is no dataset '{name}'.", did_you_mean(name, tuple(DATASETS)))
     return DATASETS[name]

@@ -34,19 +34,19 @@ class UsageError(DDKitError):
     exit_code = 2
 
 
-class MissingData(DDKitError):
+class MissingDataError(DDKitError):
     """A dataset, reference file or result that is needed is not there."""
 
 
-class MissingModel(DDKitError):
+class MissingModelError(DDKitError):
     """A model folder or checkpoint that is needed is not there, or is not one of ours."""
 
 
-class BadData(DDKitError):
+class BadDataError(DDKitError):
     """Data that is there but cannot be used: truncated, of another format, with a wrong checksum."""
 
 
-class BadFile(DDKitError):
+class BadFileError(DDKitError):
     """A file that cannot be read or written: no permission, no space, not the format it claims."""
 
 
@@ -54,19 +54,19 @@ class ComputeError(DDKitError):
     """The computation itself failed: out of memory, a loss that is no number, no such device."""
 
 
-class InvalidSubmission(DDKitError):
+class InvalidSubmissionError(DDKitError):
     """`check` finds a submission unacceptable."""
 
     exit_code = 1
 
 
-class Interrupted(DDKitError):
+class InterruptedRunError(DDKitError):
     """Stopped by Ctrl-C or SIGTERM after saving what was done."""
 
     exit_code = 130
 
 
-def nearest_name(name: str, known: list[str] | tuple[str, ...]) -> str:
+def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     """A sentence that offers the known name most like `name`, or lists the known ones."""
     import difflib
 

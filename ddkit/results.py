@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.runtime.files import append_line, explain_os_error, require_appendable
 
 FORMAT_VERSION = 1
@@ -130,7 +130,7 @@ def append(result: Result, path: str | os.PathLike[str] = RESULTS_FILE) -> None:
 def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
     """Read all records; unusable lines are reported, never fatal. A missing file reads as empty.
 
-    Raises BadFile when the file is there and cannot be read.
+    Raises BadFileError when the file is there and cannot be read.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -144,7 +144,7 @@ def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
             continue
         try:
             results.append(_from_json(json.loads(line)))
-        except (ValueError, BadFile) as error:
+        except (ValueError, BadFileError) as error:
             problems.append(f"{path}, line {number}: {error}")
         except RecursionError:
             problems.append(f"{path}, line {number}: nested too deeply")
@@ -155,8 +155,8 @@ class Records:
     """A file of results that is added to while it is worked with; what it holds already is not written twice.
 
     problems: a line on each of the file's that cannot be used; they stay as they are.
-    writes: False in the processes of a team that do not speak for it; they remember without writing.
-    Raises BadFile when the file is there and cannot be read, or cannot be written to: before anything is computed.
+    writes: False in the processes of a group that do not speak for it; they remember without writing.
+    Raises BadFileError when the file is there and cannot be read, or cannot be written to: before anything is computed.
     """
 
     def __init__(self, path: str | os.PathLike[str] = RESULTS_FILE, *, writes: bool = True) -> None:
@@ -191,19 +191,19 @@ def _identity(result: Result) -> tuple[Any, ...]:
 
 def _from_json(value: Any) -> Result:
     if not isinstance(value, dict):
-        raise BadFile("not a result record")
+        raise BadFileError("not a result record")
     if value.get("format") != FORMAT_VERSION:
-        raise BadFile(f"format version {value.get('format')!r}, this ddkit reads {FORMAT_VERSION}")
+        raise BadFileError(f"format version {value.get('format')!r}, this ddkit reads {FORMAT_VERSION}")
     known = {f.name for f in dataclasses.fields(Result)}
     if unknown := sorted(set(value) - known):
-        raise BadFile(f"unknown fields {', '.join(unknown)}")
+        raise BadFileError(f"unknown fields {', '.join(unknown)}")
     required = {f.name for f in dataclasses.fields(Result) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(value)):
-        raise BadFile(f"fields missing: {', '.join(missing)}")
+        raise BadFileError(f"fields missing: {', '.join(missing)}")
     values = {name: _tuples(item) for name, item in value.items()}
     for name, item in values.items():
         if not _FORMS[name](item):
-            raise BadFile(f"{name} cannot be {json.dumps(item):.60}")
+            raise BadFileError(f"{name} cannot be {json.dumps(item):.60}")
     return Result(**values)
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 from scipy import stats
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.results import FORMAT_VERSION, Records, Result, append, interval_of, read, std_of
 
 RESULT = Result(
@@ -84,7 +84,7 @@ def test_one_round_has_no_spread():
 
 
 def test_a_folder_in_the_way_is_a_clear_error(tmp_path):
-    with pytest.raises(BadFile, match=str(tmp_path)):
+    with pytest.raises(BadFileError, match=str(tmp_path)):
         append(RESULT, tmp_path)
 
 
@@ -113,5 +113,5 @@ def test_a_line_that_is_nested_too_deeply_is_reported(file):
 
 def test_a_file_that_cannot_be_written_is_known_before_anything_is_computed(tmp_path):
     (tmp_path / "results.jsonl").write_text("")
-    with pytest.raises(BadFile, match="in the way"):
+    with pytest.raises(BadFileError, match="in the way"):
         Records(tmp_path / "results.jsonl" / "results.jsonl")

@@ -37,7 +37,7 @@ from ddkit.generator.objective import BETA_SCHEDULES
 from ddkit.generator.presets import PRECISIONS, GeneratorConfig, ObjectiveConfig, preset
 from ddkit.generator.training.latents import cached_latents
 from ddkit.generator.training.stages import DenoiserStage
-from ddkit.generator.training.trainer import Engine, Limits
+from ddkit.generator.training.trainer import Limits, Trainer
 from ddkit.runtime.device import describe_device, resolve_device
 
 _IMAGES = 2000  # that both train on; random pixels, as speed does not depend on them
@@ -115,7 +115,7 @@ class OurEngine:
             folder / "latents.safetensors", autoencoder, images, side, flips=config.flips, identity="bench"
         )
         accelerator = Accelerator(mixed_precision=_ACCELERATE[config.precision], cpu=device.type == "cpu")
-        self.engine = Engine(
+        self.engine = Trainer(
             DenoiserStage(config, build(config, images), latents), accelerator, folder, Limits(1, record_every=10**6),
             compile_network=config.compile,
         )  # fmt: skip

@@ -38,7 +38,7 @@ from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sam
 from ddkit.generator.training.latents import LatentSet
 from ddkit.generator.training.stages import DenoiserStage
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
-from ddkit.generator.training.trainer import Engine, Limits
+from ddkit.generator.training.trainer import Limits, Trainer
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
@@ -193,7 +193,7 @@ def seconds_per_step(stage: DenoiserStage, *, compile_network: bool) -> float:
     # The first stretch compiles.
     limits = Limits(_STEPS_BETWEEN_TIMES * (_TIMES + 1), record_every=_STEPS_BETWEEN_TIMES)
     with tempfile.TemporaryDirectory() as folder:
-        Engine(
+        Trainer(
             stage, Accelerator(cpu=True), Path(folder), limits,
             compile_network=compile_network, on_record=lambda record: times.append(time.process_time()),
         ).run()  # fmt: skip

@@ -27,7 +27,7 @@ from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.sets.distilled import load_tensor, row_labels
-from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, View, choose
+from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, ImageFeatures, choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 REAL = "real"
@@ -106,8 +106,8 @@ class Study:
         pool = self.drawn[:, :count] if source == REAL else self._samples(*self.cells[0], count)
         images, labels = pool.flatten(0, 1), row_labels(self.spec.num_classes, count)
 
-        def look(rows: Tensor) -> View:
-            return View(*self.features.with_confidence(images[rows], labels[rows]))
+        def look(rows: Tensor) -> ImageFeatures:
+            return ImageFeatures(*self.features.with_confidence(images[rows], labels[rows]))
 
         rows = choose(how, labels, self.options.ipc, self.spec.num_classes, seed=0, look=look)
         return images[rows].unflatten(0, (self.spec.num_classes, self.options.ipc))

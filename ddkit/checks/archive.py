@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ddkit.runtime.files import ZIP_ERRORS, irregularity
+from ddkit.runtime.files import ZIP_ERRORS, why_not_a_file
 from ddkit.sets.findings import Finding
 from ddkit.sets.reading import directory_problem
 
@@ -36,7 +36,7 @@ def read_members(
     """
     name = os.path.basename(path)
     try:
-        if problem := irregularity(path):
+        if problem := why_not_a_file(path):
             yield Finding("error", "F018", f"{path} {problem}.", name)
             return
         with open(path, "rb") as file:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddkit.challenge import CHALLENGE_DATASETS, DATASETS, TRACKS, DatasetSpec
 from ddkit.checks.archive import Member, read_members
 from ddkit.data.store import ImageSet, dataset_spec, list_prepared, load_dataset
-from ddkit.errors import DDKitError, InvalidSubmission, MissingData, UsageError
+from ddkit.errors import DDKitError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import check_command
 from ddkit.sets.findings import Finding, Report, report_of
@@ -91,13 +91,13 @@ def check_path(
 def require_acceptable(
     path: str | os.PathLike[str], dataset: str, *, ignore_codes: Collection[str] = (), progress: Listener = ignore
 ) -> Report:
-    """Check one `.pt` file of any number of images a class; raises InvalidSubmission with the first error found.
+    """Check one `.pt` file of any number of images a class; raises InvalidSubmissionError with the first error found.
 
     ignore_codes: findings that do not count.
     """
     report = check_path(path, dataset=dataset, settings=CheckSettings(ipc=None), progress=progress).ignoring(ignore_codes)
     if not report.ok:
-        raise InvalidSubmission(f"{path}: {report.findings[0].message}", f"See: {check_command(path, dataset)}")
+        raise InvalidSubmissionError(f"{path}: {report.findings[0].message}", f"See: {check_command(path, dataset)}")
     return report
 
 
@@ -244,7 +244,7 @@ def meaning_findings(tensor: Tensor, spec: DatasetSpec, where: str) -> list[Find
 def _prepared(name: str, split: str) -> ImageSet | None:
     try:
         return load_dataset(name, split)
-    except (MissingData, UsageError):
+    except (MissingDataError, UsageError):
         return None
     except DDKitError:
         # A damaged store is no fault of the submission; `order_findings` says that it was not compared.

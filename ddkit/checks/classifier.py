@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddkit.data.store import ImageSet, dataset_spec, load_dataset, store_hash
-from ddkit.errors import BadData, BadFile
+from ddkit.errors import BadDataError, BadFileError
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.tensor_files import save_safetensors
 
@@ -66,7 +66,7 @@ def image_features(images: Tensor) -> Tensor:
 def class_model(name: str) -> ClassModel:
     """The classifier of a prepared dataset: fitted on first use, then read from the cache.
 
-    Raises MissingData or UsageError where the dataset is not prepared, BadData where a class has too few images.
+    Raises MissingDataError or UsageError where the dataset is not prepared, BadDataError where a class has too few images.
     """
     path = cache_folder() / _CACHE_FOLDER / f"{name}-{store_hash(name, 'train')[:16]}-v{_VERSION}.safetensors"
     if (model := _read(path)) is None:
@@ -74,7 +74,7 @@ def class_model(name: str) -> ClassModel:
         model = fit_class_model(load_dataset(name, "train"), spec.num_classes)
         try:
             _write(model, path)
-        except BadFile as error:  # a cache that is shared and not ours to write costs the fitting each time, no more
+        except BadFileError as error:  # a cache that is shared and not ours to write costs the fitting each time, no more
             log.info("The classifier is not kept: %s", error)
     return model
 
@@ -82,7 +82,7 @@ def class_model(name: str) -> ClassModel:
 def fit_class_model(real: ImageSet, num_classes: int) -> ClassModel:
     """Fit on some images of each class, half of them degraded as weak generators and optimisers degrade theirs.
 
-    Raises BadData where a class has fewer than two images.
+    Raises BadDataError where a class has fewer than two images.
     """
     per_class = max(_IMAGES_PER_CLASS, _IMAGES_AT_LEAST // num_classes)
     fit_rows, held_rows = _choose_rows(real.labels, num_classes, per_class)
@@ -156,7 +156,7 @@ def _choose_rows(labels: Tensor, num_classes: int, per_class: int) -> tuple[Tens
     for label in range(num_classes):
         rows = (labels == label).nonzero().flatten()[:per_class]
         if len(rows) < 2:
-            raise BadData(f"Class {label} has {len(rows)} training images; comparing needs two or more.")
+            raise BadDataError(f"Class {label} has {len(rows)} training images; comparing needs two or more.")
         count = max(1, int(len(rows) * _HELD_OUT))
         fit.append(rows[:-count])
         held.append(rows[-count:])

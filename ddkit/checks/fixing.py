@@ -10,7 +10,7 @@ import torch
 
 from ddkit.checks.order import detected_rows
 from ddkit.data.store import dataset_spec
-from ddkit.errors import InvalidSubmission, UsageError
+from ddkit.errors import InvalidSubmissionError, UsageError
 from ddkit.runtime.tensor_files import save_torch
 from ddkit.sets.distilled import load_tensor
 
@@ -29,7 +29,7 @@ def fix_row_order(
     """Write the tensor at `path` to `out` with its rows where the real images say they belong.
 
     dataset: None takes it from the file's name. Raises UsageError where `out` is `path` itself or `path` is no tensor,
-    MissingData where the real images are not prepared, InvalidSubmission where the tensor cannot be used or its order
+    MissingDataError where the real images are not prepared, InvalidSubmissionError where the tensor cannot be used or its order
     cannot be told.
     """
     path, out = Path(path), Path(out)
@@ -44,7 +44,7 @@ def fix_row_order(
     images = load_tensor(path, spec)
     rows = detected_rows(images, spec)
     if rows is None:
-        raise InvalidSubmission(
+        raise InvalidSubmissionError(
             f"{path}: the images do not tell which order is right, so nothing was written.",
             "Look at them: the contact sheet beside the tensor shows one row a class.",
         )

@@ -22,7 +22,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.checks.classifier import ClassModel, class_information, class_model
 from ddkit.data.images import denormalise
 from ddkit.data.store import class_titles, store_facts
-from ddkit.errors import BadData, MissingData, UsageError
+from ddkit.errors import BadDataError, MissingDataError, UsageError
 from ddkit.sets.findings import Finding
 
 # Thresholds, set on degraded real images by tools/study_check.py: false alarms at most 1 in 100 correct sets.
@@ -74,7 +74,7 @@ def order_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Findin
     """
     try:
         logp, verdict = _judge(images, spec)
-    except (MissingData, UsageError, BadData) as error:
+    except (MissingDataError, UsageError, BadDataError) as error:
         return [Finding("info", "L011", f"The order of the rows was not compared with real images: {error}", where)]
     return [_finding(logp, verdict, spec, where)]
 
@@ -83,7 +83,7 @@ def detected_rows(images: Tensor, spec: DatasetSpec) -> Tensor | None:
     """The rows' indices in the order that puts each image at its class: `images[detected_rows(...)]`.
 
     images: as in `order_findings`. Returns (N,) int64, 0 ... N-1 where nothing needs moving, None where the images
-    do not tell. Raises MissingData or UsageError where the real images are not prepared.
+    do not tell. Raises MissingDataError or UsageError where the real images are not prepared.
     """
     _, verdict = _judge(images, spec)
     return None if verdict.labels is None else verdict.labels.argsort(stable=True)
@@ -109,7 +109,7 @@ def judge_order(logp: Tensor, orders: Mapping[str, Tensor], model: ClassModel) -
 def known_orders(spec: DatasetSpec) -> dict[str, Tensor]:
     """Orders that entrants took for the right one: by code, (C,) the label of the class at each place.
 
-    Raises MissingData or UsageError where the dataset is not prepared.
+    Raises MissingDataError or UsageError where the dataset is not prepared.
     """
     facts = store_facts(spec.name)
     names = facts.class_names
@@ -141,7 +141,7 @@ _WORDS = {
 
 def _judge(images: Tensor, spec: DatasetSpec) -> tuple[Tensor, OrderVerdict]:
     if spec.num_classes < _FEWEST_CLASSES:
-        raise BadData(f"{spec.num_classes} classes are too few for it.", "Look at the contact sheet beside the tensor.")
+        raise BadDataError(f"{spec.num_classes} classes are too few for it.", "Look at the contact sheet beside the tensor.")
     model = class_model(spec.name)
     logp = model.log_probabilities(denormalise(images, spec))
     return logp, judge_order(logp, known_orders(spec), model)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddkit.challenge import DatasetSpec
 from ddkit.checks.classifier import ClassModel, class_model
 from ddkit.data.images import denormalise
-from ddkit.errors import BadData, MissingData, UsageError
+from ddkit.errors import BadDataError, MissingDataError, UsageError
 from ddkit.sets.findings import Finding
 
 _ROWS_COMPARED = 1000
@@ -37,7 +37,7 @@ def turned_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Findi
     """
     try:
         model = class_model(spec.name)
-    except (MissingData, UsageError, BadData):
+    except (MissingDataError, UsageError, BadDataError):
         return []
     labels = torch.arange(spec.num_classes).repeat_interleave(len(images) // spec.num_classes)
     rows = torch.arange(0, len(images), max(1, len(images) // _ROWS_COMPARED))

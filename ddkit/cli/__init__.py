@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ddkit import __version__
-from ddkit.errors import DDKitError, nearest_name
+from ddkit.errors import DDKitError, did_you_mean
 from ddkit.runtime.environment import explain_broken_install
 from ddkit.runtime.files import explain_os_error
 
@@ -40,7 +40,7 @@ class _Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            ctx.fail(f"There is no command '{args[0]}'. {nearest_name(args[0], COMMANDS)}")
+            ctx.fail(f"There is no command '{args[0]}'. {did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

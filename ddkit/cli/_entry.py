@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._options import ENTRY_FILE, RUNS_FOLDER, Duration
-from ddkit.cli._output import Surface
+from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def models_by_dataset(values: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def pack_track_2(surface: Surface, out: Path | None, options: dict[str, Any]) -> None:
+def pack_track_2(output: Output, out: Path | None, options: dict[str, Any]) -> None:
     """Bundle, zip, prove, and report."""
     from ddkit.packing.bundle import lacking
     from ddkit.packing.proof import ProofSettings
@@ -91,14 +91,14 @@ def pack_track_2(surface: Surface, out: Path | None, options: dict[str, Any]) ->
     out = out or ENTRY_FILE
     models = _models(options)
     names = ", ".join(f"{model.dataset} ({model.folder})" for model in models)
-    surface.say(f"Bundling {escape(names)} into {escape(str(out))}.")
+    output.say(f"Bundling {escape(names)} into {escape(str(out))}.")
     for name in lacking([model.dataset for model in models]):
-        surface.say(f"[yellow]warning[/yellow] There is no model for {name}: the score is the mean of both datasets.")
+        output.say(f"[yellow]warning[/yellow] There is no model for {name}: the score is the mean of both datasets.")
     if options["half"]:
-        _say_rounding(surface, models)
+        _say_rounding(output, models)
     proof = ProofSettings(options["proof_budget"], options["fresh_venv"], most=options["proof_images"])
-    packed = pack_entry(models, out, proof=None if options["no_proof"] else proof, progress=surface.listen)
-    _report(surface, packed, options["size_limit"])
+    packed = pack_entry(models, out, proof=None if options["no_proof"] else proof, progress=output.listen)
+    _report(output, packed, options["size_limit"])
 
 
 def _models(options: dict[str, Any]) -> list[EntryModel]:
@@ -116,18 +116,18 @@ def _models(options: dict[str, Any]) -> list[EntryModel]:
     return [tuned(model, TRIALS_FOLDER / f"{model.dataset}.jsonl") for model in models]
 
 
-def _say_rounding(surface: Surface, models: Sequence[EntryModel]) -> None:
+def _say_rounding(output: Output, models: Sequence[EntryModel]) -> None:
     from ddkit.packing.track2 import rounding_cost
 
     for model in models:
         cost = rounding_cost(model)
-        surface.say(
+        output.say(
             f"{escape(model.dataset)}: weights as float16 change {cost.images} images by {cost.mean:.4f} steps of 1/255 "
             f"in the mean, {cost.largest} at most."
         )
 
 
-def _report(surface: Surface, packed: PackedEntry, limit: int | None) -> None:
+def _report(output: Output, packed: PackedEntry, limit: int | None) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading, justify in (("in the zip", "left"), ("bytes", "right"), ("SHA-256", "left")):
         table.add_column(heading, justify=justify)
@@ -136,17 +136,17 @@ def _report(surface: Surface, packed: PackedEntry, limit: int | None) -> None:
     table.add_row(f"[bold]{escape(packed.path.name)}[/]", f"{packed.size:,}", packed.sha256)
     data = {"path": str(packed.path), "sha256": packed.sha256, "bytes": packed.size,
             "files": [vars(file) for file in packed.files], "proofs": [asdict(proof) for proof in packed.proofs]}  # fmt: skip
-    surface.result(data, table)
+    output.result(data, table)
     for proof in packed.proofs:
         least, most = proof.images_per_class
-        surface.say(
+        output.say(
             f"proved: {escape(proof.dataset)}, {proof.images:,} images, {least} to {most} of each class, in "
             f"{proof.seconds:.1f} of {proof.budget:g} s, without ddkit."
         )
         if least == 0:
-            surface.say("[yellow]warning[/yellow] Some classes have no image: here the budget is too short for the model.")
+            output.say("[yellow]warning[/yellow] Some classes have no image: here the budget is too short for the model.")
     if not packed.proofs:
-        surface.say("[yellow]warning[/yellow] The bundle was not run.")
+        output.say("[yellow]warning[/yellow] The bundle was not run.")
     if limit is not None and packed.size > limit:
-        surface.say(f"[yellow]warning[/yellow] {packed.size:,} bytes are more than the limit of {limit:,}; see --half.")
-    surface.done([packed.path], f"ddkit evaluate --track 2 {packed.path}")
+        output.say(f"[yellow]warning[/yellow] {packed.size:,} bytes are more than the limit of {limit:,}; see --half.")
+    output.done([packed.path], f"ddkit evaluate --track 2 {packed.path}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.runtime.files import read_json
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def _read_class_map(
         return None
     value = read_json(path)
     if not isinstance(value, dict) or not all(type(label) in (str, int, type(None)) for label in value.values()):
-        raise BadFile(f"{path} is no map of classes.", 'Write it as {"bear": "brown bear", "cloud": null, "ox": 345}.')
+        raise BadFileError(f"{path} is no map of classes.", 'Write it as {"bear": "brown bear", "cloud": null, "ox": 345}.')
     return tuple(sorted(value.items(), key=lambda pair: pair[0]))
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from ddkit.cli import _remember_debug
-from ddkit.cli._output import Surface
-from ddkit.errors import MissingData, UsageError
+from ddkit.cli._output import Output
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.results import RESULTS_FILE
 
 SUBMISSION_FOLDER = Path("submission")
@@ -20,8 +20,8 @@ ENTRY_FILE = Path("track2.zip")
 RUNS_FOLDER = Path("runs")
 
 
-def surface_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--json, --quiet, --verbose, --debug; the command gets a `surface` to speak through."""
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--json, --quiet, --verbose, --debug; the command gets a `output` to speak through."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
     @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks.")
@@ -29,11 +29,11 @@ def surface_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
                   help="Show the traceback of an error.")
     @functools.wraps(command)
-    def with_surface(*args: Any, as_json: bool, quiet: bool, verbose: int, **kwargs: Any) -> Any:
-        with Surface(as_json=as_json, quiet=quiet, verbosity=verbose) as surface:
-            return command(*args, surface=surface, **kwargs)
+    def with_output(*args: Any, as_json: bool, quiet: bool, verbose: int, **kwargs: Any) -> Any:
+        with Output(as_json=as_json, quiet=quiet, verbosity=verbose) as output:
+            return command(*args, output=output, **kwargs)
 
-    return with_surface
+    return with_output
 
 
 device_option = click.option(
@@ -55,7 +55,7 @@ results_option = click.option(
 def dataset_of(path: Path, wanted: str | None) -> str:
     """The dataset a set is of: as said, else as the JSON beside it says, else as the file is called.
 
-    Raises MissingData where there is no such file, UsageError for a folder, a zip or a name that does not tell.
+    Raises MissingDataError where there is no such file, UsageError for a folder, a zip or a name that does not tell.
     """
     from ddkit.challenge import DATASETS
     from ddkit.data.store import list_prepared
@@ -65,7 +65,7 @@ def dataset_of(path: Path, wanted: str | None) -> str:
         raise UsageError(f"{path} is a folder.", "Name the .pt files in it.")
     if not path.is_file():
         name = wanted or (path.stem if path.stem in (*DATASETS, *list_prepared()) else "NAME")
-        raise MissingData(f"{path} does not exist.", f"Make it: ddkit generate --dataset {name} --out {path}")
+        raise MissingDataError(f"{path} does not exist.", f"Make it: ddkit generate --dataset {name} --out {path}")
     if path.suffix == ".zip" and not wanted:
         raise UsageError(f"{path} is a zip.", "Name the .pt files; a generator's zip is evaluated with --track 2.")
     name = wanted or read_facts(path).get("dataset")

@@ -34,7 +34,7 @@ _MOST_BARS = 5
 _NARROW = 80  # columns, below which the counts stand without a bar
 
 
-class Surface:
+class Output:
     """The one way from a command to the person or program that called it.
 
     as_json: results go to standard output as JSON and not as pictures for the eye.
@@ -51,7 +51,7 @@ class Surface:
         self._live = _ProgressBars(self.err)
         self._lines = _ProgressLines(self.err)
 
-    def __enter__(self) -> Surface:
+    def __enter__(self) -> Output:
         ours, everyone = logging.getLogger("ddkit"), logging.getLogger()
         self._logger = everyone if self.verbosity >= 2 else ours
         self._levels = {logger: logger.level for logger in (ours, everyone)}

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_options
-from ddkit.cli._output import Surface
+from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, output_options
+from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 
 
@@ -22,10 +22,10 @@ from ddkit.errors import UsageError
               help="Leave out findings of this code; repeatable.")
 @click.option("--fix-order", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT",
               help="Write the tensor with its rows in the right order, as far as the real images tell it.")
-@surface_options
+@output_options
 @click.pass_context
 def check(
-    ctx: click.Context, surface: Surface, path: Path, dataset: str | None, ipc: int | None, strict: bool,
+    ctx: click.Context, output: Output, path: Path, dataset: str | None, ipc: int | None, strict: bool,
     ignored: tuple[str, ...], fix_order: Path | None,
 ) -> None:  # fmt: skip
     """Check a submission folder, a zip or one tensor; nothing in it is executed.
@@ -46,14 +46,14 @@ def check(
         raise UsageError("--fix-order writes a tensor and judges nothing: --ipc, --strict and --ignore do not go with it.")
     if fix_order is not None:
         fixed = fix_row_order(path, fix_order, dataset=dataset)
-        surface.result({"wrote": str(fixed.path), "moved_rows": fixed.moved_rows}, f"{fixed.moved_rows} rows moved.")
-        surface.done([fixed.path], f"ddkit check {fixed.path}" + (f" --dataset {dataset}" if dataset else ""))
+        output.result({"wrote": str(fixed.path), "moved_rows": fixed.moved_rows}, f"{fixed.moved_rows} rows moved.")
+        output.done([fixed.path], f"ddkit check {fixed.path}" + (f" --dataset {dataset}" if dataset else ""))
         return
-    surface.say(f"Checking {escape(str(path))}.")
+    output.say(f"Checking {escape(str(path))}.")
     settings = CheckSettings() if ipc is None else replace(CheckSettings(), ipc=ipc)
-    report = check_path(path, dataset=dataset, settings=settings, progress=surface.listen).ignoring(ignored)
+    report = check_path(path, dataset=dataset, settings=settings, progress=output.listen).ignoring(ignored)
     report = report.strict() if strict else report
-    surface.result({"path": str(path), **report.to_json()}, findings_table(report, path))
+    output.result({"path": str(path), **report.to_json()}, findings_table(report, path))
     if not report.ok:
         ctx.exit(1)
-    surface.done([], f"ddkit pack{'' if path == SUBMISSION_FOLDER else f' {shlex.quote(str(path))}'}" if path.is_dir() else "")
+    output.done([], f"ddkit pack{'' if path == SUBMISSION_FOLDER else f' {shlex.quote(str(path))}'}" if path.is_dir() else "")

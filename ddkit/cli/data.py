@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddkit.challenge import DATASETS
-from ddkit.cli._options import example, surface_options
-from ddkit.cli._output import Surface
+from ddkit.cli._options import example, output_options
+from ddkit.cli._output import Output
 
 if TYPE_CHECKING:
     from ddkit.data.store import ImageSet, StoreFacts
@@ -36,8 +36,8 @@ def data() -> None:
 
 
 @data.command("list", epilog=example("ddkit data list"))
-@surface_options
-def list_datasets(surface: Surface) -> None:
+@output_options
+def list_datasets(output: Output) -> None:
     """The built-in datasets and the prepared ones."""
     from ddkit.data.store import list_prepared
     from ddkit.runtime.files import cache_folder
@@ -49,8 +49,8 @@ def list_datasets(surface: Surface) -> None:
     for row in rows:
         counts = [f"{row[split]:,}" if row[split] else "-" for split in ("train", "test")]
         table.add_row(row["name"], str(row["classes"] or "-"), str(row["image_size"] or "-"), *counts, row["state"])
-    surface.say(f"Prepared datasets lie in {escape(str(cache_folder()))}.")
-    surface.result(rows, table)
+    output.say(f"Prepared datasets lie in {escape(str(cache_folder()))}.")
+    output.result(rows, table)
 
 
 @data.command(epilog=example("ddkit data prepare birds --from photos.zip --image-size 64"))
@@ -61,9 +61,9 @@ def list_datasets(surface: Surface) -> None:
               help="Crop images of other sizes to squares and resize them to this.")
 @click.option("--skip-bad", is_flag=True, help="Leave out files that are no whole images.")
 @click.option("--force", is_flag=True, help="Prepare it anew even if it is there.")
-@surface_options
+@output_options
 def prepare(
-    surface: Surface, name: str, source: Path | None, image_size: int | None, skip_bad: bool, force: bool
+    output: Output, name: str, source: Path | None, image_size: int | None, skip_bad: bool, force: bool
 ) -> None:
     """Prepare a dataset, so that it opens in milliseconds.
 
@@ -81,18 +81,18 @@ def prepare(
     if source is None and not is_prepared(name):
         dataset_spec(name)  # only what is built in can be had without a source
     made_before = _date_of(name) if is_prepared(name) else None
-    surface.say(f"Preparing {escape(name)} {escape(_whence(name, source))} in {escape(str(folder))}.")
+    output.say(f"Preparing {escape(name)} {escape(_whence(name, source))} in {escape(str(folder))}.")
     prepare_dataset(
-        name, source, image_size=image_size, skip_bad=skip_bad, force=force, progress=surface.listen
+        name, source, image_size=image_size, skip_bad=skip_bad, force=force, progress=output.listen
     )
     facts = store_facts(name)
     for split, split_facts in facts.splits.items():
         if split_facts.skipped:
-            surface.say(f"[yellow]left out[/yellow] of {split}: {escape(', '.join(split_facts.skipped))}")
-    surface.result(_as_json(facts, folder), _summary(facts))
+            output.say(f"[yellow]left out[/yellow] of {split}: {escape(', '.join(split_facts.skipped))}")
+    output.result(_as_json(facts, folder), _summary(facts))
     if facts.prepared == made_before:
-        surface.say(f"It was prepared already, in {escape(str(folder))}; --force prepares it anew.")
-    surface.done([folder] if facts.prepared != made_before else [], f"ddkit train --dataset {name}")
+        output.say(f"It was prepared already, in {escape(str(folder))}; --force prepares it anew.")
+    output.done([folder] if facts.prepared != made_before else [], f"ddkit train --dataset {name}")
 
 
 @data.command(epilog=example("ddkit data show cifar100 --classes apple,worm --per-class 20"))
@@ -102,8 +102,8 @@ def prepare(
 @click.option("--classes", metavar="NAME,...", help="Only these: names or numbers, separated by commas.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="PNG",
               help="The picture. Default: NAME-SPLIT.png here.")
-@surface_options
-def show(surface: Surface, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:
+@output_options
+def show(output: Output, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:
     """Draw a contact sheet: one row a class, the first images of each."""
     from ddkit.data.store import class_titles, dataset_spec, find_classes
 
@@ -111,15 +111,15 @@ def show(surface: Surface, name: str, split: str, per_class: int, classes: str |
     from ddkit.data.prepare import open_dataset
     from ddkit.sets.contact_sheet import contact_sheet, save_png
 
-    surface.say(f"Drawing the first {per_class} {split} images of each class of {escape(name)}.")
-    images = open_dataset(name, split, progress=surface.listen)
+    output.say(f"Drawing the first {per_class} {split} images of each class of {escape(name)}.")
+    images = open_dataset(name, split, progress=output.listen)
     titles = class_titles(name)
     chosen = find_classes(name, classes.split(",")) if classes else range(len(titles))
     sheet = contact_sheet(*_first_images(images, chosen, per_class), titles, per_class=per_class)
     out = out or Path(f"{name}-{split}.png")
     save_png(sheet, out)
-    surface.result({"out": str(out), "classes": [images.class_names[label] for label in chosen]})
-    surface.done([out], f"ddkit train --dataset {name}")
+    output.result({"out": str(out), "classes": [images.class_names[label] for label in chosen]})
+    output.done([out], f"ddkit train --dataset {name}")
 
 
 def _first_images(images: ImageSet, labels: Any, per_class: int) -> tuple[Any, Any]:
@@ -131,16 +131,16 @@ def _first_images(images: ImageSet, labels: Any, per_class: int) -> tuple[Any, A
 
 def _row(name: str) -> dict[str, Any]:
     from ddkit.data.store import store_facts
-    from ddkit.errors import BadData, MissingData
+    from ddkit.errors import BadDataError, MissingDataError
 
     row: dict[str, Any] = {"name": name, "classes": None, "image_size": None, "train": 0, "test": 0}
     if spec := DATASETS.get(name):
         row.update(classes=spec.num_classes, image_size=spec.image_size)
     try:
         facts = store_facts(name)
-    except MissingData:
+    except MissingDataError:
         return {**row, "state": f"not prepared: ddkit data prepare {name}"}
-    except BadData as error:
+    except BadDataError as error:
         return {**row, "state": error.message}
     counts = {split: split_facts.images for split, split_facts in facts.splits.items()}
     row.update(classes=len(facts.class_names), image_size=facts.image_size, **counts)
@@ -150,11 +150,11 @@ def _row(name: str) -> dict[str, Any]:
 def _date_of(name: str) -> str | None:
     """When a store was made; None where it is damaged, and so will be made again."""
     from ddkit.data.store import store_facts
-    from ddkit.errors import BadData
+    from ddkit.errors import BadDataError
 
     try:
         return store_facts(name).prepared
-    except BadData:
+    except BadDataError:
         return None
 
 

@@ -14,8 +14,8 @@ import click
 from rich.markup import escape
 
 from ddkit.cli import wants_traceback
-from ddkit.cli._options import device_option, example, seed_option, surface_options
-from ddkit.cli._output import Surface
+from ddkit.cli._options import device_option, example, output_options, seed_option
+from ddkit.cli._output import Output
 
 # A quick look: the official E is 1000. 60 keeps the demo within minutes and still separates good sets from bad.
 _EPOCHS_SETTING = "60"
@@ -26,30 +26,30 @@ _EPOCHS_SETTING = "60"
               show_default=True, help="Where everything is written.")
 @device_option
 @seed_option
-@surface_options
+@output_options
 @click.pass_context
-def demo(ctx: click.Context, surface: Surface, folder: Path, device: str, seed: int) -> None:
+def demo(ctx: click.Context, output: Output, folder: Path, device: str, seed: int) -> None:
     """Go the whole way on built-in images: train, generate, evaluate, refine, check, pack, report.
 
     Takes minutes on a laptop's CPU and downloads nothing. Run it again and it goes on where it was.
     """
-    surface.say(f"The whole way on built-in images of letters, in {escape(str(folder))}: some minutes on 2 CPU cores.")
+    output.say(f"The whole way on built-in images of letters, in {escape(str(folder))}: some minutes on 2 CPU cores.")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    flags = ["--quiet"] * surface.quiet + ["--verbose"] * surface.verbosity + ["--debug"] * wants_traceback(ctx)
+    flags = ["--quiet"] * output.quiet + ["--verbose"] * output.verbosity + ["--debug"] * wants_traceback(ctx)
     # With --json standard output is for one document.
-    shown = contextlib.redirect_stdout(sys.stderr) if surface.as_json else contextlib.nullcontext()
+    shown = contextlib.redirect_stdout(sys.stderr) if output.as_json else contextlib.nullcontext()
     with _inside(folder), shown:
         for words in _steps(device, seed):
-            surface.say(f"\n[bold]$ ddkit {escape(shlex.join(words))}[/bold]")
+            output.say(f"\n[bold]$ ddkit {escape(shlex.join(words))}[/bold]")
             status = ctx.find_root().command.main([*words, *flags], prog_name="ddkit", standalone_mode=False)
             if status:
                 ctx.exit(status)
     seconds = time.monotonic() - began
     written = [folder / name for name in ("submission/glyphs.png", "report.html", "submission.zip")]
-    surface.say(f"\nAll of it took {seconds:.0f} s.")
-    surface.done(written, "ddkit train --dataset cifar100")
-    surface.result({"seconds": seconds, "files": written})
+    output.say(f"\nAll of it took {seconds:.0f} s.")
+    output.done(written, "ddkit train --dataset cifar100")
+    output.result({"seconds": seconds, "files": written})
 
 
 def _steps(device: str, seed: int) -> list[list[str]]:

@@ -22,13 +22,13 @@ from ddkit.cli._options import (
     dataset_of,
     device_option,
     example,
+    output_options,
     results_option,
     seed_option,
-    surface_options,
 )
-from ddkit.cli._output import Surface
+from ddkit.cli._output import Output
 from ddkit.cli._rankings import rankings_table
-from ddkit.errors import BadFile, MissingData, UsageError
+from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.network.plan import PRECISIONS
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ _MOST_ROUNDS_SHOWN = 5
 @device_option
 @seed_option
 @results_option
-@surface_options
+@output_options
 def evaluate(
-    surface: Surface,
+    output: Output,
     sets: tuple[Path, ...],
     dataset: str | None,
     reference: Path | None,
@@ -98,33 +98,33 @@ def evaluate(
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.results import Records
     from ddkit.runtime.device import resolve_device
-    from ddkit.runtime.distributed import Team
+    from ddkit.runtime.distributed import ProcessGroup
 
     settings = EvaluationSettings(track=int(track), augment=not no_augment, **options)
-    team = Team(resolve_device(settings.device))
-    if settings.track == 2 and team.size > 1:
+    group = ProcessGroup(resolve_device(settings.device))
+    if settings.track == 2 and group.size > 1:
         raise UsageError("Track 2's generators want the machine to themselves.", "Leave accelerate launch away.")
-    surface.quiet = surface.quiet or not team.leads
+    output.quiet = output.quiet or not group.is_main
     if ranking and (no_augment or settings.track != 1):
         raise UsageError("--ranking is of sets on track 1, evaluated with augmentation.")
     if settings.time_budget is not None and settings.track == 1:
         raise UsageError("--time-budget is of track 2, where a generator makes the images.")
     if full_epochs_setting is not None and not ranking:
         raise UsageError("--full-epochs-setting goes with --ranking.")
-    records = Records(results, writes=team.leads)
+    records = Records(results, writes=group.is_main)
     for problem in records.problems:
-        surface.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
-    job = _Job(surface, settings, reference, StateFolder(state, save_every), records, ranking, ignored)
+        output.say(f"[yellow]left as it is[/yellow] {escape(problem)}")
+    job = _Job(output, settings, reference, StateFolder(state, save_every), records, ranking, ignored)
     evaluate_each = _evaluate_entries if settings.track == 2 else _evaluate_sets
     evaluated = evaluate_each(job, sets, dataset)
     ranked = [result for result in evaluated if ranking and result.kind == "submission"]
     rankings = [job.rank(result, full_epochs_setting) for result in ranked]
-    if team.leads:
-        _report(surface, evaluated, rankings, results)
+    if group.is_main:
+        _report(output, evaluated, rankings, results)
 
 
 def _evaluate_sets(job: _Job, sets: Sequence[Path], dataset: str | None) -> list[Result]:
-    named = [(path, dataset_of(path, dataset)) for path in sets] or _in_submission_folder(job.surface, dataset)
+    named = [(path, dataset_of(path, dataset)) for path in sets] or _in_submission_folder(job.output, dataset)
     job.require_tests({name for _, name in named})
     # All are read and checked before the first is trained on, which can take hours.
     read = [job.read(path, name) for path, name in named]
@@ -150,11 +150,11 @@ def _evaluate_entries(job: _Job, entries: Sequence[Path], dataset: str | None) -
         return [job.run_entry(*run) for run in runs]
 
 
-def _in_submission_folder(surface: Surface, wanted: str | None) -> list[tuple[Path, str]]:
+def _in_submission_folder(output: Output, wanted: str | None) -> list[tuple[Path, str]]:
     """Its tensors, each with its dataset, but for those that nobody can tell the dataset of, if there are others."""
     found = sorted(path for path in SUBMISSION_FOLDER.glob("*.pt") if path.is_file())
     if not found:
-        raise MissingData(
+        raise MissingDataError(
             f"There is no .pt file in {SUBMISSION_FOLDER}/.", "Make one: ddkit generate --ipc 10 --dataset cifar100"
         )
     named, left_aside = [], []
@@ -166,7 +166,7 @@ def _in_submission_folder(surface: Surface, wanted: str | None) -> list[tuple[Pa
     if not named:
         raise left_aside[0]
     for error in left_aside:
-        surface.say(f"Left aside: {escape(error.message)}")
+        output.say(f"Left aside: {escape(error.message)}")
     return named
 
 
@@ -193,7 +193,7 @@ class _ReadSet:
 class _Job:
     """What the evaluations of one command have in common."""
 
-    surface: Surface
+    output: Output
     settings: EvaluationSettings
     reference: Path | None
     state: StateFolder
@@ -228,10 +228,10 @@ class _Job:
         from ddkit.sets.distilled import row_labels
 
         spec, images = one.spec, one.images
-        self.surface.say(f"Evaluating {escape(str(one.path))} on {escape(spec.name)}: {_length(self.settings)}.")
+        self.output.say(f"Evaluating {escape(str(one.path))} on {escape(spec.name)}: {_length(self.settings)}.")
         source = FixedSet(images, row_labels(spec.num_classes, len(images) // spec.num_classes))
         evaluation = evaluate_source(
-            source, self._test_set(spec), self.settings, state=self.state, progress=self.surface.listen
+            source, self._test_set(spec), self.settings, state=self.state, progress=self.output.listen
         )
         # Sets in one folder are one entry: the report joins them by this name.
         name = one.path.resolve().parent.name
@@ -246,17 +246,17 @@ class _Job:
         from ddkit.packing.bundle import SCRIPT, entry_facts
 
         spec, sha256 = dataset_spec(name), hash_of_folder(folder)
-        self.surface.say(f"Evaluating {escape(str(path))} on {escape(name)}: {_length(self.settings)}, "
+        self.output.say(f"Evaluating {escape(str(path))} on {escape(name)}: {_length(self.settings)}, "
                          f"each on what it makes in {self.settings.budget:g} s.")  # fmt: skip
         device = () if self.settings.device == "auto" else ("--device", self.settings.device)
-        entry = ScriptEntry(folder / SCRIPT, name, device, progress=self.surface.listen)
+        entry = ScriptEntry(folder / SCRIPT, name, device, progress=self.output.listen)
         evaluation = evaluate_generator(
             entry,
             self._test_set(spec),
             self.settings,
             name=f"{name}/{sha256}",
             state=self.state,
-            progress=self.surface.listen,
+            progress=self.output.listen,
         )
         title = path.resolve().parent.name if path.suffix == ".py" else path.resolve().stem
         return self._record(evaluation.result(title, sha256, str(path), made_by=entry_facts(folder, name)))
@@ -270,37 +270,37 @@ class _Job:
         from ddkit.sets.distilled import load_tensor, row_labels
 
         if sha256_of(result.source) != result.sha256:
-            raise BadFile(f"{result.source} has changed while it was evaluated.", "Run the same again.")
+            raise BadFileError(f"{result.source} has changed while it was evaluated.", "Run the same again.")
         spec = dataset_spec(result.dataset)
         images = load_tensor(result.source, spec)
         labels = row_labels(spec.num_classes, len(images) // spec.num_classes)
-        real = open_dataset(spec.name, "train", progress=self.surface.listen)
+        real = open_dataset(spec.name, "train", progress=self.output.listen)
         return complete(
             RankingJob(result, images, labels, real, self._test_set(spec), self.settings, full_epochs_setting),
             self.records.results,
             record=self.records.add,
             announce=self._announce,
             state=self.state,
-            progress=self.surface.listen,
+            progress=self.output.listen,
         )
 
     def _record(self, result: Result) -> Result:
         """Told at once, too: what comes after it may take hours, or fail."""
         self.records.add(result)
-        self.surface.say(f"{escape(result.source)} on {escape(result.dataset)}: {_percent(result.mean)}, recorded.")
+        self.output.say(f"{escape(result.source)} on {escape(result.dataset)}: {_percent(result.mean)}, recorded.")
         return result
 
     def _announce(self, need: Need, settings: EvaluationSettings) -> None:
-        self.surface.say(f"For DD-Ranking, evaluating {need}: {_length(settings)}.")
+        self.output.say(f"For DD-Ranking, evaluating {need}: {_length(settings)}.")
 
     def _check(self, path: Path, spec: DatasetSpec) -> None:
         """Refuse what `ddkit check` refuses; say what it warns of. Any number of images a class can be evaluated."""
         from ddkit.checks.check import require_acceptable
 
-        report = require_acceptable(path, spec.name, ignore_codes=self.ignored, progress=self.surface.listen)
+        report = require_acceptable(path, spec.name, ignore_codes=self.ignored, progress=self.output.listen)
         for finding in report.findings:
             if finding.level == "warning":
-                self.surface.say(f"[yellow]warning[/yellow] {escape(f'{finding.code}: {finding.message}')}")
+                self.output.say(f"[yellow]warning[/yellow] {escape(f'{finding.code}: {finding.message}')}")
 
     def _test_set(self, spec: DatasetSpec) -> TestSet:
         from ddkit.data.prepare import open_dataset
@@ -308,7 +308,7 @@ class _Job:
 
         if self.reference is not None:
             return load_reference(self.reference, spec)
-        return as_test_set(open_dataset(spec.name, "test", progress=self.surface.listen), spec)
+        return as_test_set(open_dataset(spec.name, "test", progress=self.output.listen), spec)
 
 
 def _length(settings: EvaluationSettings) -> str:
@@ -316,7 +316,7 @@ def _length(settings: EvaluationSettings) -> str:
     return f"{rounds} round{'s' * (rounds > 1)} of {epochs:,} epochs in {settings.precision}"
 
 
-def _report(surface: Surface, evaluated: Sequence[Result], rankings: Sequence[Ranking], results: Path) -> None:
+def _report(output: Output, evaluated: Sequence[Result], rankings: Sequence[Ranking], results: Path) -> None:
     """Show everything, and compare what can be compared."""
     comparisons = _comparisons(evaluated)
     data = {
@@ -325,8 +325,8 @@ def _report(surface: Surface, evaluated: Sequence[Result], rankings: Sequence[Ra
         "rankings": [ranking.as_data() for ranking in rankings],
     }
     shown = _shown(evaluated, comparisons)
-    surface.result(data, Group(shown, rankings_table(rankings)) if rankings else shown)
-    surface.done([results], "ddkit report")
+    output.result(data, Group(shown, rankings_table(rankings)) if rankings else shown)
+    output.done([results], "ddkit report")
 
 
 def _comparisons(evaluated: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
-from ddkit.cli._options import RUNS_FOLDER, SUBMISSION_FOLDER, device_option, example, seed_option, surface_options
-from ddkit.cli._output import Surface
+from ddkit.cli._options import RUNS_FOLDER, SUBMISSION_FOLDER, device_option, example, output_options, seed_option
+from ddkit.cli._output import Output
 from ddkit.errors import UsageError
-from ddkit.runtime.environment import leads
+from ddkit.runtime.environment import is_main
 
 if TYPE_CHECKING:
     from ddkit.distill.generate import FromModel, FromReal
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 @click.option("--replace", is_flag=True, help="Make it anew, even where the set has been refined or is there already.")
 @seed_option
 @device_option
-@surface_options
+@output_options
 def generate(
-    surface: Surface,
+    output: Output,
     dataset: str,
     ipc: int,
     model: Path | None,
@@ -77,13 +77,13 @@ def generate(
         choice = {"candidates": candidates} | ({"select": select} if select else {})
         source = _from_model(model or RUNS_FOLDER / dataset, seed, device, choice, sampling)
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
-    surface.quiet = surface.quiet or not leads()
-    surface.say(f"Making {ipc} images per class of {escape(dataset)} {escape(_origin(source))}.")
-    saved = generate_set(dataset, ipc, source, out, replace=replace, progress=surface.listen)
-    if not leads():
+    output.quiet = output.quiet or not is_main()
+    output.say(f"Making {ipc} images per class of {escape(dataset)} {escape(_origin(source))}.")
+    saved = generate_set(dataset, ipc, source, out, replace=replace, progress=output.listen)
+    if not is_main():
         return
-    surface.done([saved.tensor, saved.facts, saved.sheet], f"ddkit evaluate {saved.tensor}")
-    surface.result({"tensor": saved.tensor, "facts": saved.facts, "sheet": saved.sheet})
+    output.done([saved.tensor, saved.facts, saved.sheet], f"ddkit evaluate {saved.tensor}")
+    output.result({"tensor": saved.tensor, "facts": saved.facts, "sheet": saved.sheet})
 
 
 def _from_model(

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._entry import entry_options, pack_track_2
-from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, surface_options
-from ddkit.cli._output import Surface
+from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, output_options
+from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ _ORDER_NOT_COMPARED = "L011"  # a remark that the last look before the upload sh
 @click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
               help="Pack in spite of findings of this code; repeatable.")
 @entry_options
-@surface_options
+@output_options
 @click.pass_context
 def pack(
     ctx: click.Context,
-    surface: Surface,
+    output: Output,
     folder: Path,
     track: str,
     out: Path | None,
@@ -56,9 +56,9 @@ def pack(
     """
     _refuse_options_of_the_other_track(ctx, track)
     if track == "2":
-        pack_track_2(surface, out, options)
+        pack_track_2(output, out, options)
     else:
-        _pack_track_1(surface, folder, out or Path("submission.zip"), strict, ignored)
+        _pack_track_1(output, folder, out or Path("submission.zip"), strict, ignored)
 
 
 def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
@@ -72,20 +72,20 @@ def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
             raise UsageError(f"{parameter.opts[0]} is not of track {track}.", "See: ddkit pack --help")
 
 
-def _pack_track_1(surface: Surface, folder: Path, out: Path, strict: bool, ignored: tuple[str, ...]) -> None:
+def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignored: tuple[str, ...]) -> None:
     from ddkit.packing import pack as packing
     from ddkit.runtime.files import sha256_of
 
-    surface.say(f"Checking {escape(str(folder))} and packing it into {escape(str(out))}.")
+    output.say(f"Checking {escape(str(folder))} and packing it into {escape(str(out))}.")
     findings: list[Finding] = []
 
     def tell(report: Report) -> None:
         findings.extend(report.findings)
         for finding in report.findings:
             if finding.level == "warning" or finding.code == _ORDER_NOT_COMPARED:
-                surface.say(f"[yellow]{finding.level}[/yellow] {escape(f'{finding.code}: {finding.message}')}")
+                output.say(f"[yellow]{finding.level}[/yellow] {escape(f'{finding.code}: {finding.message}')}")
 
-    path = packing.pack(folder, out, strict=strict, ignore_codes=ignored, told=tell, progress=surface.listen)
+    path = packing.pack(folder, out, strict=strict, ignore_codes=ignored, told=tell, progress=output.listen)
     files = packing.packed_files(path)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading, justify in (("in the zip", "left"), ("bytes", "right"), ("SHA-256", "left")):
@@ -95,8 +95,8 @@ def _pack_track_1(surface: Surface, folder: Path, out: Path, strict: bool, ignor
     table.add_row(f"[bold]{escape(path.name)}[/]", f"{path.stat().st_size:,}", sha256_of(path))
     found = [vars(finding) for finding in findings]
     files_packed = [vars(file) for file in files]
-    surface.result({"path": str(path), "sha256": sha256_of(path), "files": files_packed, "findings": found}, table)
+    output.result({"path": str(path), "sha256": sha256_of(path), "files": files_packed, "findings": found}, table)
     scored = any(file.name == f"{spec.name}.pt" for file in files for spec in CHALLENGE_DATASETS)
     what = f"Upload {escape(str(path))}" if scored else "For practice: the challenge scores other datasets"
-    surface.say(f"{what}: read back and verified.")
-    surface.done([path], "ddkit report")
+    output.say(f"{what}: read back and verified.")
+    output.done([path], "ddkit report")

@@ -16,10 +16,10 @@ from ddkit.cli._options import (
     dataset_of,
     device_option,
     example,
+    output_options,
     recorded_seed_option,
-    surface_options,
 )
-from ddkit.cli._output import Surface, span_text
+from ddkit.cli._output import Output, span_text
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ if TYPE_CHECKING:
               help="How much work a kill may cost; of a judgement, all.")
 @device_option
 @recorded_seed_option
-@surface_options
+@output_options
 def refine(
-    surface: Surface,
+    output: Output,
     path: Path,
     dataset: str | None,
     steps: int | None,
@@ -109,19 +109,19 @@ def refine(
     limits = Limits(seconds=seconds) if steps is None else Limits(steps, seconds)
     settings = _settings(preset, options, None if fresh else recorded_settings(folder))
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
-    surface.say(f"Refining {escape(str(path))} for {length}; the set as it was is kept in {escape(str(folder))}.")
+    output.say(f"Refining {escape(str(path))} for {length}; the set as it was is kept in {escape(str(folder))}.")
     refined = refine_set(
         path, dataset, settings, limits, folder,
-        out=out, fresh=fresh, ignore_codes=ignored, device=device, save_every_seconds=save_every, progress=surface.listen,
+        out=out, fresh=fresh, ignore_codes=ignored, device=device, save_every_seconds=save_every, progress=output.listen,
     )  # fmt: skip
-    surface.say(
+    output.say(
         f"By held-out training images {refined.accuracy_before:.2%} before, {refined.accuracy:.2%} at step "
         f"{refined.best_step:,} of {refined.steps:,}."
     )
     files = refined.files
     written = (files.tensor, files.facts, files.sheet, refined.before.tensor, refined.before.sheet)
-    surface.done([file for file in written if file.exists()], f"ddkit evaluate {files.tensor}")
-    surface.result(dataclasses.asdict(refined))
+    output.done([file for file in written if file.exists()], f"ddkit evaluate {files.tensor}")
+    output.result(dataclasses.asdict(refined))
 
 
 # What each of these options is of.

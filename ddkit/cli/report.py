@@ -15,13 +15,13 @@ from ddkit.cli._options import (
     SUBMISSION_FOLDER,
     device_option,
     example,
+    output_options,
     results_option,
     seed_option,
-    surface_options,
 )
-from ddkit.cli._output import Surface
+from ddkit.cli._output import Output
 from ddkit.cli._rankings import rankings_table
-from ddkit.errors import MissingData, UsageError
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.results import RESULTS_FILE
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ _MOST_PROBLEMS = 3
               help="Folder of trained generators, whose training logs the page shows.")
 @device_option
 @seed_option
-@surface_options
-def report(surface: Surface, results: Path, track: str | None, html: Path | None, as_csv: bool, as_markdown: bool,
+@output_options
+def report(output: Output, results: Path, track: str | None, html: Path | None, as_csv: bool, as_markdown: bool,
            show_all: bool, quality: Path | None, runs: Path, device: str, seed: int) -> None:  # fmt: skip
     """Show the leaderboard: your results beside the published entries and random real images.
 
@@ -59,37 +59,37 @@ def report(surface: Surface, results: Path, track: str | None, html: Path | None
     from ddkit.reporting.export import as_data
     from ddkit.reporting.leaderboard import build
 
-    if as_csv + as_markdown + surface.as_json > 1:
+    if as_csv + as_markdown + output.as_json > 1:
         raise UsageError("--json, --csv and --markdown exclude each other.")
     if html is not None and html.exists() and results.exists() and html.samefile(results):
         raise UsageError(f"The page would replace {results}, the record of all evaluations.", "Name another file with --html.")
     reading = records.read(results)
     if not results.is_file() and results != RESULTS_FILE:
-        raise MissingData(f"There is no file of results {results}.", "Make one: ddkit evaluate --results PATH")
+        raise MissingDataError(f"There is no file of results {results}.", "Make one: ddkit evaluate --results PATH")
     if not reading.results:
-        surface.say(f"No results in {escape(str(results))} yet; these are the published entries.")
-    _tell_problems(surface, reading.problems)
+        output.say(f"No results in {escape(str(results))} yet; these are the published entries.")
+    _tell_problems(output, reading.problems)
     tracks = [int(track)] if track else None
     groups = build(reading.results, tracks)
-    measured = _measure(surface, quality, device, seed, runs / "quality") if quality else []
+    measured = _measure(output, quality, device, seed, runs / "quality") if quality else []
     if html is not None:
-        _write_page(surface, reading, tracks, runs, measured, html)
+        _write_page(output, reading, tracks, runs, measured, html)
     rankings = [ranking for ranking in ddranking.from_results(reading.results) if ranking.lrs is not None]
     data = {
         "leaderboard": as_data(groups),
         "rankings": [ranking.as_data() for ranking in rankings],
         "problems": list(reading.problems),
         "quality": [dataclasses.asdict(one.view) for one in measured],
-    } if surface.as_json else None
-    _show(surface, groups, data, as_csv=as_csv, as_markdown=as_markdown, show_all=show_all)
-    if not (as_csv or as_markdown or surface.as_json):
+    } if output.as_json else None
+    _show(output, groups, data, as_csv=as_csv, as_markdown=as_markdown, show_all=show_all)
+    if not (as_csv or as_markdown or output.as_json):
         for table in [*([rankings_table(rankings)] if rankings else []), *map(_quality_table, measured)]:
-            surface.out.print(table)
+            output.out.print(table)
     outputs = [*([html] if html else []), *(path for one in measured for path in _sheets(one, runs / "quality"))]
-    surface.done(outputs, _next(reading.results, html))
+    output.done(outputs, _next(reading.results, html))
 
 
-def _show(surface: Surface, groups: Sequence[Group], data: Any, *, as_csv: bool, as_markdown: bool,
+def _show(output: Output, groups: Sequence[Group], data: Any, *, as_csv: bool, as_markdown: bool,
           show_all: bool) -> None:  # fmt: skip
     from ddkit.reporting import export
     from ddkit.reporting.console import LeaderboardView
@@ -98,37 +98,37 @@ def _show(surface: Surface, groups: Sequence[Group], data: Any, *, as_csv: bool,
         click.echo(export.as_csv(groups), nl=False)
     elif as_markdown:
         click.echo(export.as_markdown(groups), nl=False)
-    elif show_all and not surface.as_json:
-        surface.page(LeaderboardView(groups))
+    elif show_all and not output.as_json:
+        output.page(LeaderboardView(groups))
     else:
-        surface.result(data, LeaderboardView(groups, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS))
+        output.result(data, LeaderboardView(groups, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS))
 
 
-def _tell_problems(surface: Surface, problems: Sequence[str]) -> None:
+def _tell_problems(output: Output, problems: Sequence[str]) -> None:
     for problem in problems[:_MOST_PROBLEMS]:
-        surface.say(f"[yellow]not used:[/yellow] {escape(problem)}")
+        output.say(f"[yellow]not used:[/yellow] {escape(problem)}")
     if len(problems) > _MOST_PROBLEMS:
-        surface.say(f"[yellow]not used:[/yellow] {len(problems) - _MOST_PROBLEMS} more lines; --json lists them all")
+        output.say(f"[yellow]not used:[/yellow] {len(problems) - _MOST_PROBLEMS} more lines; --json lists them all")
 
 
-def _write_page(surface: Surface, reading: Any, tracks: list[int] | None, runs: Path,
+def _write_page(output: Output, reading: Any, tracks: list[int] | None, runs: Path,
                 measured: Sequence[SetQuality], html: Path) -> None:  # fmt: skip
     from ddkit.reporting.html import write_html
     from ddkit.reporting.page import gather
 
-    surface.say(f"Gathering what {escape(str(html))} shows; the sets that are still there are checked, seconds each.")
+    output.say(f"Gathering what {escape(str(html))} shows; the sets that are still there are checked, seconds each.")
     page = gather(
         reading.results,
         problems=reading.problems,
         tracks=tracks,
         runs_folder=runs,
         quality=[one.view for one in measured],
-        progress=surface.listen,
+        progress=output.listen,
     )
     write_html(page, html)
 
 
-def _measure(surface: Surface, path: Path, device: str, seed: int, folder: Path) -> list[SetQuality]:
+def _measure(output: Output, path: Path, device: str, seed: int, folder: Path) -> list[SetQuality]:
     from ddkit.reporting.quality import dataset_at, is_prepared, quality_of, sets_at
     from ddkit.runtime.device import resolve_device
     from ddkit.sets.contact_sheet import save_png
@@ -137,8 +137,8 @@ def _measure(surface: Surface, path: Path, device: str, seed: int, folder: Path)
     for file in sets_at(path):
         dataset = dataset_at(file)
         first = "" if is_prepared(dataset) else " A small network is trained on these first: minutes, once for a dataset."
-        surface.say(f"Measuring the pictures of {escape(str(file))} against the real ones.{first}")
-        one = quality_of(file, dataset, seed=seed, device=resolve_device(device), progress=surface.listen)
+        output.say(f"Measuring the pictures of {escape(str(file))} against the real ones.{first}")
+        one = quality_of(file, dataset, seed=seed, device=resolve_device(device), progress=output.listen)
         for picture, target in zip((one.neighbours, one.beside), _sheets(one, folder), strict=True):
             save_png(picture, target)
         measured.append(one)

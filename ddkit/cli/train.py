@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddkit.cli._minimax import described, minimax_options
-from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, recorded_seed_option, surface_options
-from ddkit.cli._output import Surface, span_text
-from ddkit.errors import MissingModel, UsageError
-from ddkit.runtime.environment import leads, processes
+from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, output_options, recorded_seed_option
+from ddkit.cli._output import Output, span_text
+from ddkit.errors import MissingModelError, UsageError
+from ddkit.runtime.environment import is_main, processes
 
 if TYPE_CHECKING:
     from ddkit.generator.training.estimate import Estimate
@@ -61,9 +61,9 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
 @device_option
 @recorded_seed_option
-@surface_options
+@output_options
 def train(
-    surface: Surface,
+    output: Output,
     dataset: str,
     seconds: float | None,
     resume: bool,
@@ -80,12 +80,12 @@ def train(
     Run it again to go on where it stopped, or, with more --steps or --time, to train on. Several GPUs share the batches:
     accelerate launch -m ddkit train.
     """
-    from ddkit.generator.training.options import Wishes, plan_training
+    from ddkit.generator.training.options import TrainingOptions, plan_training
     from ddkit.generator.training.run_folder import has_training
     from ddkit.generator.training.train import TrainingRequest
 
-    wishes = Wishes(**settings)
-    surface.quiet = surface.quiet or not leads()
+    wishes = TrainingOptions(**settings)
+    output.quiet = output.quiet or not is_main()
     if wishes.steps is not None and seconds is not None:
         raise UsageError("--steps and --time contradict each other.")
     if resume and fresh:
@@ -95,29 +95,29 @@ def train(
     own = RUNS_FOLDER / dataset
     folder = out or (RUNS_FOLDER / f"{dataset}-minimax" if wishes.tunes() else own)
     if resume and not has_training(folder):
-        raise MissingModel(f"There is no training in {folder} to go on from.", "Leave --resume away to begin one.")
-    data = _open(surface, dataset)
+        raise MissingModelError(f"There is no training in {folder} to go on from.", "Leave --resume away to begin one.")
+    data = _open(output, dataset)
     plan = plan_training(data, folder, wishes, own=own, fresh=fresh)
     if plan.start is not None:
-        surface.say(described(plan.start))
+        output.say(described(plan.start))
     if dry_run:
-        _show_costs(surface, plan, data, device, seconds)
+        _show_costs(output, plan, data, device, seconds)
         return
-    tracking = _tracking(surface, data, device, plan)
+    tracking = _tracking(output, data, device, plan)
     request = TrainingRequest(plan.config, plan.preset, seconds, device, save_every, tensorboard)
-    _train(surface, data, request, folder, fresh, tracking, plan)
+    _train(output, data, request, folder, fresh, tracking, plan)
 
 
-def _open(surface: Surface, dataset: str) -> TrainingData:
+def _open(output: Output, dataset: str) -> TrainingData:
     from ddkit.data.prepare import open_dataset
     from ddkit.data.store import store_hash
     from ddkit.generator.training.train import TrainingData
 
-    images = open_dataset(dataset, "train", progress=surface.listen)
+    images = open_dataset(dataset, "train", progress=output.listen)
     return TrainingData(dataset, images, store_hash(dataset, "train"))
 
 
-def _tracking(surface: Surface, data: TrainingData, device: str, plan: Plan) -> Tracking | None:
+def _tracking(output: Output, data: TrainingData, device: str, plan: Plan) -> Tracking | None:
     from ddkit.generator.training.tracking import track_frechet_in
     from ddkit.runtime.device import own_device, resolve_device
 
@@ -125,12 +125,12 @@ def _tracking(surface: Surface, data: TrainingData, device: str, plan: Plan) -> 
         return None
     return track_frechet_in(
         plan.features, data, every_steps=plan.track_every, device=own_device(resolve_device(device)),
-        progress=surface.listen,
+        progress=output.listen,
     )
 
 
 def _train(
-    surface: Surface,
+    output: Output,
     data: TrainingData,
     request: TrainingRequest,
     folder: Path,
@@ -146,17 +146,17 @@ def _train(
     classes, device = len(data.images.class_names), resolve_device(request.device)
     check_memory(plan.config, data.image_size, classes, device, processes=processes(), start=plan.start)
     verb = "Going on with" if has_training(folder) and not fresh else "Fine-tuning" if plan.start else "Training"
-    surface.say(
+    output.say(
         f"{verb} a generator on {escape(data.name)}, preset {plan.preset}, {_length(request)}, in {escape(str(folder))}."
     )
     model = train_generator(
-        data, request, folder, start=plan.start, tracking=tracking, fresh=fresh, progress=surface.listen
+        data, request, folder, start=plan.start, tracking=tracking, fresh=fresh, progress=output.listen
     )
-    if not leads():
+    if not is_main():
         return
     next_command = f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name)
-    surface.done([folder, folder / CHART_FILE], next_command)
-    surface.result(
+    output.done([folder, folder / CHART_FILE], next_command)
+    output.result(
         {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
         | {"metrics": dict(model.facts.metrics)}
         | _start_facts(plan)
@@ -184,21 +184,21 @@ def _model_option(folder: Path, dataset: str) -> str:
     return "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
 
 
-def _show_costs(surface: Surface, plan: Plan, data: TrainingData, device: str, seconds: float | None) -> None:
+def _show_costs(output: Output, plan: Plan, data: TrainingData, device: str, seconds: float | None) -> None:
     from ddkit.generator.presets import to_json
     from ddkit.generator.training.estimate import estimate, shortage
     from ddkit.runtime.device import resolve_device
 
-    if not leads():
+    if not is_main():
         return
-    surface.say("Trying each stage for a few seconds; nothing is kept.")
+    output.say("Trying each stage for a few seconds; nothing is kept.")
     of = (plan.config, data.image_size, len(data.images.class_names), resolve_device(device))
     costs = estimate(*of, processes=processes(), start=plan.start)
     if not costs.fits:
-        surface.say(f"[yellow]{escape(str(shortage(costs, *of, processes=processes())))}[/]")
+        output.say(f"[yellow]{escape(str(shortage(costs, *of, processes=processes())))}[/]")
     steps = [stage.steps for stage in costs.stages] if seconds is None else costs.steps_within(seconds)
     facts = {"fits": costs.fits, "steps": steps, "config": to_json(plan.config)} | _start_facts(plan)
-    surface.result(dataclasses.asdict(costs) | facts, _cost_table(costs, steps))
+    output.result(dataclasses.asdict(costs) | facts, _cost_table(costs, steps))
 
 
 def _cost_table(costs: Estimate, steps: Sequence[int | None]) -> Table:

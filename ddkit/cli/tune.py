@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
 from ddkit.cli._entry import TRIALS_FOLDER
-from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, seed_option, surface_options
-from ddkit.cli._output import Surface, span_text
+from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, output_options, seed_option
+from ddkit.cli._output import Output, span_text
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
               help="The folder of the trials and the chart.")
 @device_option
 @seed_option
-@surface_options
+@output_options
 def tune(
-    surface: Surface,
+    output: Output,
     dataset: str,
     track: str,
     model: Path | None,
@@ -70,14 +70,14 @@ def tune(
     longest = len(grid.points) * settings.number_of_rounds * settings.budget
     spec = dataset_spec(dataset)
     read_facts(entry.folder)  # a model that is missing is said before anything is downloaded
-    surface.say(f"Trying {len(grid.points)} settings of {escape(str(entry.folder))}: generating takes {span_text(longest)} "
+    output.say(f"Trying {len(grid.points)} settings of {escape(str(entry.folder))}: generating takes {span_text(longest)} "
                 f"at most, training of {settings.training.epochs} epochs comes on top.")  # fmt: skip
-    test_set = as_test_set(open_dataset(dataset, "test", progress=surface.listen), spec)
+    test_set = as_test_set(open_dataset(dataset, "test", progress=output.listen), spec)
     state = StateFolder(RUNS_FOLDER / "evaluations")
-    trials = explore(entry, test_set, grid, records, state=state, progress=surface.listen)
+    trials = explore(entry, test_set, grid, records, state=state, progress=output.listen)
     draw_chart(trials, chart)
-    _report(surface, trials)
-    surface.done([records, chart], _next_command(dataset, model, out))
+    _report(output, trials)
+    output.done([records, chart], _next_command(dataset, model, out))
 
 
 def _next_command(dataset: str, model: Path | None, out: Path) -> str:
@@ -91,7 +91,7 @@ def _next_command(dataset: str, model: Path | None, out: Path) -> str:
     return f"ddkit tune {missing[0]}" if missing else "ddkit pack --track 2 --tuned"
 
 
-def _report(surface: Surface, trials: Sequence[Trial]) -> None:
+def _report(output: Output, trials: Sequence[Trial]) -> None:
     from ddkit.packing.tune import best_of
 
     best = best_of(trials)
@@ -104,8 +104,8 @@ def _report(surface: Surface, trials: Sequence[Trial]) -> None:
         row = (trial.steps, f"{trial.guidance:g}", f"{100 * trial.mean:.2f}{spread}", f"{made:,.0f}",
                f"{sum(trial.images) / sum(trial.seconds):,.1f}")  # fmt: skip
         table.add_row(*map(str, row), style="bold" if trial is best else None)
-    surface.result({"best": _as_data(best), "trials": [_as_data(trial) for trial in trials]}, table)
-    surface.say(f"Best: {best.steps} steps, guidance {best.guidance:g}. {_evidence(trials)}")
+    output.result({"best": _as_data(best), "trials": [_as_data(trial) for trial in trials]}, table)
+    output.say(f"Best: {best.steps} steps, guidance {best.guidance:g}. {_evidence(trials)}")
 
 
 def _as_data(trial: Trial) -> dict[str, Any]:

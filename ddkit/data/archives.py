@@ -12,8 +12,8 @@ import stat
 import zipfile
 from pathlib import Path
 
-from ddkit.errors import BadData, MissingData
-from ddkit.runtime.files import ZIP_ERRORS, explain_os_error, irregularity
+from ddkit.errors import BadDataError, MissingDataError
+from ddkit.runtime.files import ZIP_ERRORS, explain_os_error, why_not_a_file
 
 MAX_MEMBER_BYTES = 256 << 20  # of one file; the largest photographs are far below
 MAX_MEMBERS = 5_000_000
@@ -24,7 +24,7 @@ _MAX_DEPTH = 6  # of folders; layouts need four, and a link to a folder above it
 _CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
-class DamagedMember(Exception):
+class DamagedMemberError(Exception):
     """One file of a tree cannot be read; the others may be whole."""
 
 
@@ -52,20 +52,20 @@ class FolderTree:
         return sorted(files), sorted(folders)
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file. Raises DamagedMember when it cannot be read or is beyond the size limit."""
+        """The bytes of one file. Raises DamagedMemberError when it cannot be read or is beyond the size limit."""
         path = self.path / name
         try:
-            if problem := irregularity(path):
-                raise DamagedMember(problem)
+            if problem := why_not_a_file(path):
+                raise DamagedMemberError(problem)
             if (size := path.stat().st_size) > MAX_MEMBER_BYTES:
-                raise DamagedMember(f"{size:,} bytes, more than any image has")
+                raise DamagedMemberError(f"{size:,} bytes, more than any image has")
             return path.read_bytes()
         except OSError as error:
-            raise DamagedMember(error.strerror or str(error)) from error
+            raise DamagedMemberError(error.strerror or str(error)) from error
 
 
 class ZipTree:
-    """The members of a zip. Raises BadData for what is no zip, is cut off, or holds links or paths out of it."""
+    """The members of a zip. Raises BadDataError for what is no zip, is cut off, or holds links or paths out of it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,7 +74,7 @@ class ZipTree:
         except OSError as error:
             raise explain_os_error(error, path) from error
         except ZIP_ERRORS as error:
-            raise BadData(
+            raise BadDataError(
                 f"{path} is not a whole zip file: {error}.", "It may be half downloaded: get it again."
             ) from error
 
@@ -86,7 +86,7 @@ class ZipTree:
         """(files, folders) as POSIX paths, sorted; folders also where only their files are listed."""
         infos = self._zip.infolist()
         if len(infos) > MAX_MEMBERS:
-            raise BadData(f"{self.path} lists {len(infos):,} files, more than {MAX_MEMBERS:,}.")
+            raise BadDataError(f"{self.path} lists {len(infos):,} files, more than {MAX_MEMBERS:,}.")
         for info in infos:
             _refuse_hostile(info, self.path)
         kept = [info for info in infos if not any(map(_is_clutter, info.filename.rstrip("/").split("/")))]
@@ -98,26 +98,26 @@ class ZipTree:
         return sorted(files), sorted(folders)
 
     def read(self, name: str) -> bytes:
-        """The bytes of one member. Raises DamagedMember when it cannot be read or is beyond the size limit."""
+        """The bytes of one member. Raises DamagedMemberError when it cannot be read or is beyond the size limit."""
         try:
             info = self._zip.getinfo(name)
             if info.file_size > MAX_MEMBER_BYTES:
-                raise DamagedMember(f"{info.file_size:,} bytes unpacked, more than any image has")
+                raise DamagedMemberError(f"{info.file_size:,} bytes unpacked, more than any image has")
             return self._zip.read(info)
         except (*ZIP_ERRORS, OSError, KeyError) as error:
-            raise DamagedMember(f"damaged in the zip ({error})") from error
+            raise DamagedMemberError(f"damaged in the zip ({error})") from error
 
 
 Tree = FolderTree | ZipTree
 
 
 def open_tree(path: str | os.PathLike[str]) -> Tree:
-    """The tree of a folder or a zip file. Raises MissingData when nothing is there, BadData for other files."""
+    """The tree of a folder or a zip file. Raises MissingDataError when nothing is there, BadDataError for other files."""
     path = Path(path)
     if path.is_dir():
         return FolderTree(path)
     if not path.exists():
-        raise MissingData(f"There is no {path}.", "Check the path given to --from.")
+        raise MissingDataError(f"There is no {path}.", "Check the path given to --from.")
     return ZipTree(path)
 
 
@@ -129,6 +129,6 @@ def _refuse_hostile(info: zipfile.ZipInfo, path: Path) -> None:
     name = info.filename
     parts = name.replace("\\", "/").split("/")
     if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\\" in name:
-        raise BadData(f"{path} holds a path that leads out of it: {name!r}.", "Do not trust that file.")
+        raise BadDataError(f"{path} holds a path that leads out of it: {name!r}.", "Do not trust that file.")
     if stat.S_ISLNK(info.external_attr >> 16):
-        raise BadData(f"{path} holds a link: {name!r}.", "Pack the files themselves instead of links to them.")
+        raise BadDataError(f"{path} holds a link: {name!r}.", "Pack the files themselves instead of links to them.")

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ddkit.errors import BadData
+from ddkit.errors import BadDataError
 from ddkit.runtime.files import explain_os_error
 
 FILES = ("train", "test", "meta")
@@ -64,7 +64,7 @@ def cifar_folder(path: Path) -> Path | None:
 
 
 def read_folder(folder: Path) -> CifarArchive:
-    """Read an unpacked archive. Raises BadData, or BadFile for what the system refuses."""
+    """Read an unpacked archive. Raises BadDataError, or BadFileError for what the system refuses."""
 
     def files() -> Iterator[tuple[str, BinaryIO]]:
         for name in FILES:
@@ -78,7 +78,7 @@ def read_folder(folder: Path) -> CifarArchive:
 
 
 def read_tar(path: Path) -> CifarArchive:
-    """Read the packed archive from front to back. Raises BadData, or BadFile for what the system refuses."""
+    """Read the packed archive from front to back. Raises BadDataError, or BadFileError for what the system refuses."""
     try:
         with _unpacked(path) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
@@ -88,12 +88,12 @@ def read_tar(path: Path) -> CifarArchive:
                 pass
         return content
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise BadData(f"{path} is not a whole archive: {error}.", "It may be half downloaded: get it again.") from error
+        raise BadDataError(f"{path} is not a whole archive: {error}.", "It may be half downloaded: get it again.") from error
     except OSError as error:
         if error.errno is not None:
             raise explain_os_error(error, path) from error
         # gzip's own complaint about a damaged file is an OSError without a number.
-        raise BadData(f"{path} is damaged: {error}.", "Get it again.") from error
+        raise BadDataError(f"{path} is damaged: {error}.", "Get it again.") from error
 
 
 def _unpacked(path: Path) -> BinaryIO:
@@ -121,12 +121,12 @@ def _read(files: Iterator[tuple[str, BinaryIO]], path: Path) -> CifarArchive:
             else:
                 splits[name] = _split(value)
         except (KeyError, TypeError, ValueError) as error:
-            raise BadData(f"{path}: '{name}' does not hold what cifar-100-python has there ({error!r}).") from error
+            raise BadDataError(f"{path}: '{name}' does not hold what cifar-100-python has there ({error!r}).") from error
     if missing := [name for name in FILES if name not in splits and not (name == "meta" and class_names)]:
-        raise BadData(f"{path} is not a whole cifar-100-python: it lacks {', '.join(missing)}.", "Get all of it again.")
+        raise BadDataError(f"{path} is not a whole cifar-100-python: it lacks {', '.join(missing)}.", "Get all of it again.")
     for split, content in splits.items():
         if not 0 <= content.labels.min(initial=0) <= content.labels.max(initial=0) < len(class_names):
-            raise BadData(f"{path}: '{split}' has labels beyond its {len(class_names)} class names.")
+            raise BadDataError(f"{path}: '{split}' has labels beyond its {len(class_names)} class names.")
     return CifarArchive(class_names, splits)
 
 
@@ -148,11 +148,11 @@ def _load_pickle(name: str, file: BinaryIO, path: Path) -> dict[str, Any]:
         pickle.UnpicklingError, ValueError, LookupError, AttributeError, TypeError, ImportError, EOFError, OverflowError,
         MemoryError,
     ) as error:  # fmt: skip
-        raise BadData(f"{path}: '{name}' is not a data pickle: {error}.", "Get the archive again.") from error
+        raise BadDataError(f"{path}: '{name}' is not a data pickle: {error}.", "Get the archive again.") from error
     if hashed.finish() != OFFICIAL_MD5[name]:
         _log.warning("%s: '%s' is not the official file; its checksum differs.", path, name)
     if not isinstance(value, dict):
-        raise BadData(f"{path}: '{name}' holds a {type(value).__name__}, not the dict of cifar-100-python.")
+        raise BadDataError(f"{path}: '{name}' holds a {type(value).__name__}, not the dict of cifar-100-python.")
     return {_text(key): item for key, item in value.items()}
 
 

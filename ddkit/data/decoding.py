@@ -31,9 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ddkit.data.archives import DamagedMember, Tree, open_tree
+from ddkit.data.archives import DamagedMemberError, Tree, open_tree
 from ddkit.data.split_file import SplitFile
-from ddkit.errors import BadFile, ComputeError
+from ddkit.errors import BadFileError, ComputeError
 from ddkit.runtime.files import explain_os_error
 
 _BLOCK = 256  # most images a worker decodes and writes at once; few enough that all workers end together
@@ -64,11 +64,11 @@ _PILLOW_ERRORS = (
 )
 
 
-class BadImage(Exception):
+class BadImageError(Exception):
     """A file that is no image, or a damaged one."""
 
 
-class OtherSize(Exception):
+class WrongSizeError(Exception):
     """A whole image of another size than the dataset's."""
 
 
@@ -83,15 +83,15 @@ class Problem:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Read the header and decode the first frame, upright. Raises BadImage."""
+    """Read the header and decode the first frame, upright. Raises BadImageError."""
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
         if math.prod(image.size) > _MAX_PIXELS:
-            raise BadImage(f"{image.width} x {image.height} pixels, too many to be an image to train on")
+            raise BadImageError(f"{image.width} x {image.height} pixels, too many to be an image to train on")
         image.load()
         return _upright(image)
     except _PILLOW_ERRORS as error:
-        raise BadImage(_reason(error)) from error
+        raise BadImageError(_reason(error)) from error
 
 
 def read_image(data: bytes, image_size: int, *, resize: bool = False) -> NDArray[np.uint8]:
@@ -99,18 +99,18 @@ def read_image(data: bytes, image_size: int, *, resize: bool = False) -> NDArray
 
     Greyscale and palettes become RGB; transparent pixels are laid on white; CMYK is converted;
     16-bit values are scaled to 8 bits. With `resize`, other sizes are cropped to the central square and resized
-    with antialiasing; without it they raise OtherSize. Raises BadImage for what cannot be decoded.
+    with antialiasing; without it they raise WrongSizeError. Raises BadImageError for what cannot be decoded.
     """
     image = open_image(data)
     if image.size != (image_size, image_size) and not resize:
-        raise OtherSize(f"{image.width} x {image.height}")
+        raise WrongSizeError(f"{image.width} x {image.height}")
     try:
         rgb = to_rgb(image)
         if rgb.size != (image_size, image_size):
             rgb = _resized(rgb, image_size)
         return np.asarray(rgb).transpose(2, 0, 1)
     except _PILLOW_ERRORS as error:
-        raise BadImage(_reason(error)) from error
+        raise BadImageError(_reason(error)) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -144,7 +144,7 @@ def decode_split(
     give_up_after: problems after which the rest is not looked at.
     workers: processes; None for as many as there are cores, and none at all for a small set.
     report: called with the number of files done so far.
-    Returns the rows that could not be filled, in order. Raises BadFile when `target` cannot be written.
+    Returns the rows that could not be filled, in order. Raises BadFileError when `target` cannot be written.
     """
     size = min(_BLOCK, target.rows_at_once)
     blocks = [(start, names[start : start + size]) for start in range(0, len(names), size)]
@@ -226,7 +226,7 @@ class _Worker:
         )
 
     def decode(self, start: int, names: Sequence[str]) -> list[Problem]:
-        """Have one block decoded, and wait. Raises BadFile where the target cannot be written, ComputeError if it dies."""
+        """Have one block decoded, and wait. Raises BadFileError where the target cannot be written, ComputeError if it dies."""
         assert self._process.stdin is not None and self._process.stdout is not None
         answer = b""
         with contextlib.suppress(BrokenPipeError):
@@ -239,7 +239,7 @@ class _Worker:
             raise ComputeError(f"A process that decodes images ended with status {status}.", remedy if status < 0 else "")
         reply = json.loads(answer)
         if reply["refused"]:
-            raise BadFile(*reply["refused"])
+            raise BadFileError(*reply["refused"])
         return [Problem(**problem) for problem in reply["problems"]]
 
     def end(self) -> None:
@@ -258,9 +258,9 @@ def _decode_block(job: _Job, tree: Tree, start: int, names: Sequence[str]) -> li
     for k, name in enumerate(names):
         try:
             rows[k] = read_image(tree.read(name), side, resize=job.resize)
-        except OtherSize as error:
+        except WrongSizeError as error:
             problems.append(Problem(start + k, name, str(error), other_size=True))
-        except (BadImage, DamagedMember) as error:
+        except (BadImageError, DamagedMemberError) as error:
             problems.append(Problem(start + k, name, str(error)))
     try:
         job.target.write(start, rows)
@@ -323,7 +323,7 @@ def _work(job: _Job, requests: BinaryIO, answers: BinaryIO) -> None:
         request, refused, problems = json.loads(line), None, []
         try:
             problems = _decode_block(job, tree, request["start"], request["names"])
-        except BadFile as error:
+        except BadFileError as error:
             refused = (error.message, error.remedy)
         answer = {"refused": refused, "problems": [dataclasses.asdict(problem) for problem in problems]}
         answers.write(json.dumps(answer).encode() + b"\n")

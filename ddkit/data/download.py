@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ddkit import __version__
-from ddkit.errors import BadData, BadFile, DDKitError, MissingData
+from ddkit.errors import BadDataError, BadFileError, DDKitError, MissingDataError
 from ddkit.runtime.files import explain_os_error
 from ddkit.runtime.progress import Listener, Progress, ignore
 
@@ -48,7 +48,7 @@ OFFICIAL = {
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to put up with a bad network.
 
     attempts: failures in a row, each without one new byte, after which to give up.
@@ -62,13 +62,13 @@ class Patience:
 
 
 def download(
-    archive: Archive, folder: Path, *, patience: Patience = Patience(), progress: Listener = ignore
+    archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPolicy(), progress: Listener = ignore
 ) -> Path:
     """Fetch an archive into `folder` and return its path; one that is there and whole is not fetched again.
 
     What has arrived stays in `<name>.part` when the network fails or the program is stopped; the next call goes on
-    from there. Raises MissingData when the network does not give it, BadData when its checksum differs (the file is
-    then removed), BadFile when it cannot be written.
+    from there. Raises MissingDataError when the network does not give it, BadDataError when its checksum differs (the file is
+    then removed), BadFileError when it cannot be written.
     """
     path = folder / archive.file_name
     part = path.with_name(path.name + ".part")
@@ -84,7 +84,7 @@ def download(
             _fetch(archive, part, patience, progress)
         if (found := _md5(part)) != archive.md5:
             part.unlink()
-            raise BadData(
+            raise BadDataError(
                 f"{archive.url} is not the file it should be: its MD5 is {found}, expected {archive.md5}.",
                 f"Try again later, or get {archive.file_name} elsewhere and give it to --from.",
             )
@@ -94,18 +94,18 @@ def download(
     return path
 
 
-class _Broken(Exception):
+class _BrokenTransferError(Exception):
     """The network failed in a way that another attempt may mend."""
 
 
-def _fetch(archive: Archive, part: Path, patience: Patience, progress: Listener) -> None:
+def _fetch(archive: Archive, part: Path, patience: RetryPolicy, progress: Listener) -> None:
     """Bring `part` to the full length, however many connections that takes."""
     failures = 0
     while True:
         before = _size(part)
         try:
             return _fetch_rest(archive, part, patience.timeout, progress)
-        except _Broken as error:
+        except _BrokenTransferError as error:
             failures = 1 if _size(part) > before else failures + 1
             if failures >= patience.attempts:
                 raise _unreachable(archive, error) from error
@@ -114,7 +114,7 @@ def _fetch(archive: Archive, part: Path, patience: Patience, progress: Listener)
 
 
 def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener) -> None:
-    """One connection: append to `part` what it lacks. Raises _Broken, or MissingData for what no retry mends."""
+    """One connection: append to `part` what it lacks. Raises _BrokenTransferError, or MissingDataError for what no retry mends."""
     have = _size(part)
     headers = {"User-Agent": f"ddkit/{__version__}", **({"Range": f"bytes={have}-"} if have else {})}
     request = urllib.request.Request(archive.url, headers=headers)
@@ -133,15 +133,15 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
             return _settle_range(error, part)
         if error.code < 500 and error.code != 429:
             raise _unreachable(archive, error) from error
-        raise _Broken(str(error)) from error
+        raise _BrokenTransferError(str(error)) from error
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(str(getattr(error, "reason", error)) or type(error).__name__) from error
+        raise _BrokenTransferError(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
 
 def _copy(
     response: http.client.HTTPResponse, file: BinaryIO, archive: Archive, total: int | None, progress: Listener
 ) -> None:
-    """Raises BadFile where the disk, and OSError or _Broken where the network fails."""
+    """Raises BadFileError where the disk, and OSError or _BrokenTransferError where the network fails."""
     task = f"downloading {archive.file_name}"
     while block := response.read(_BLOCK):
         try:
@@ -150,16 +150,16 @@ def _copy(
             raise explain_os_error(error, file.name) from error
         progress(Progress(task, file.tell() / _MEGABYTE, total and total / _MEGABYTE, "MB"))
     if total is not None and file.tell() < total:
-        raise _Broken(f"the connection ended after {file.tell():,} of {total:,} bytes")
+        raise _BrokenTransferError(f"the connection ended after {file.tell():,} of {total:,} bytes")
 
 
 def _first_byte(response: http.client.HTTPResponse) -> int:
-    """Where the answer begins in the file. Raises _Broken for a range that nobody asked for."""
+    """Where the answer begins in the file. Raises _BrokenTransferError for a range that nobody asked for."""
     if response.status != 206:
         return 0
     match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if match is None:
-        raise _Broken("the server answered with part of the file and did not say which")
+        raise _BrokenTransferError("the server answered with part of the file and did not say which")
     return int(match[1])
 
 
@@ -168,20 +168,20 @@ def _settle_range(error: urllib.error.HTTPError, part: Path) -> None:
     total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
     if total is None or int(total[1]) != _size(part):
         part.unlink()
-        raise _Broken("what was fetched before is longer than the file") from error
+        raise _BrokenTransferError("what was fetched before is longer than the file") from error
 
 
 def _refuse_full_disk(part: Path, total: int | None, have: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if total is not None and total - have > free:
-        raise BadFile(
+        raise BadFileError(
             f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are to come and {free / _MEGABYTE:,.0f} MB are free.",
             "Free some space there, or set DDKIT_CACHE to another place.",
         )
 
 
 def _unreachable(archive: Archive, error: Exception) -> DDKitError:
-    return MissingData(
+    return MissingDataError(
         f"{archive.url} could not be fetched: {error}.",
         f"Try again (it goes on where it stopped), or get {archive.file_name} elsewhere and give it to --from.",
     )

@@ -21,15 +21,15 @@ import numpy as np
 from ddkit import __version__
 from ddkit.challenge import DATASETS, DatasetSpec
 from ddkit.data import glyphs, store
-from ddkit.data.archives import DamagedMember, open_tree
+from ddkit.data.archives import DamagedMemberError, open_tree
 from ddkit.data.class_names import CLASS_NAMES
-from ddkit.data.decoding import BadImage, Problem, decode_split, open_image
+from ddkit.data.decoding import BadImageError, Problem, decode_split, open_image
 from ddkit.data.download import OFFICIAL, download
 from ddkit.data.sources import PixelSplit, Source, open_source, some
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
-from ddkit.errors import BadData, MissingData, UsageError, nearest_name
-from ddkit.runtime.files import NO_LOCKS, cache_folder, explain_os_error, replacing_folder, sha256_of
+from ddkit.errors import BadDataError, MissingDataError, UsageError, did_you_mean
+from ddkit.runtime.files import NO_LOCKS, atomic_folder, cache_folder, explain_os_error, sha256_of
 from ddkit.runtime.progress import Listener, Progress, ignore
 
 try:
@@ -82,15 +82,15 @@ def prepare(
     skip_bad: leave out files that are no whole images; otherwise they are an error that names them.
     force: make it anew even if it is there, from whatever source. cache: folder of stores; the user's where None.
     An earlier store stays as it is until the new one is complete. Raises UsageError for what cannot be meant,
-    MissingData where the source or the network is not there, BadData for sources that cannot be used (naming
-    the files), BadFile for what the system refuses.
+    MissingDataError where the source or the network is not there, BadDataError for sources that cannot be used (naming
+    the files), BadFileError for what the system refuses.
     """
     folder = store.store_folder(name, cache=cache)
     request = _Request(name, None if source is None else Path(source), image_size, skip_bad)
     if source is None and name not in (*DATASETS, *store.list_prepared(cache=cache)):
         known = tuple(dict.fromkeys((*DATASETS, *store.list_prepared(cache=cache))))
         own = f"For images of your own: ddkit data prepare {name} --from PATH"
-        raise UsageError(f"There is no dataset '{name}'.", f"{nearest_name(name, known)} {own}")
+        raise UsageError(f"There is no dataset '{name}'.", f"{did_you_mean(name, known)} {own}")
     with _alone(folder):
         _tidy(folder)
         if force or not _is_finished(request, cache):
@@ -117,7 +117,7 @@ def _is_finished(request: _Request, cache: Path | None) -> bool:
         facts = store.store_facts(request.name, cache=cache)
         for split in facts.splits:
             store.load_dataset(request.name, split, cache=cache)
-    except BadData as error:
+    except BadDataError as error:
         _log.warning("%s", error.message)
         return False
     if request.source is None:
@@ -138,7 +138,7 @@ def _origin(request: _Request) -> dict[str, Any]:
 
 
 def _obtain(request: _Request, cache: Path | None, progress: Listener) -> Source:
-    """Draw, download or open what was asked for. Raises BadData where a built-in name does not fit it."""
+    """Draw, download or open what was asked for. Raises BadDataError where a built-in name does not fit it."""
     if request.name == "glyphs":
         return glyphs.source()
     path = request.source
@@ -167,13 +167,13 @@ def _remove_download(request: _Request, cache: Path | None) -> None:
 def _refuse_other_classes(name: str, source: Source) -> None:
     """A built-in name promises its classes in their order; one class fewer would shift the labels of all others."""
     if "train" not in source.splits and name not in CLASS_NAMES:
-        raise BadData(f"{source.path} holds only test images.", "Give a source that has training images too.")
+        raise BadDataError(f"{source.path} holds only test images.", "Give a source that has training images too.")
     if name not in CLASS_NAMES or source.class_names == CLASS_NAMES[name]:
         return
     missing = [known for known in CLASS_NAMES[name] if known not in source.class_names]
     extra = [found for found in source.class_names if found not in CLASS_NAMES[name]]
     differences = [f"{word} {some(names)}" for word, names in (("it lacks", missing), ("it has", extra)) if names]
-    raise BadData(
+    raise BadDataError(
         f"{source.path} is not '{name}': it has {len(source.class_names)} classes of {len(CLASS_NAMES[name])}; "
         f"{'; '.join(differences)}.",
         "Prepare it under a name of its own.",
@@ -184,7 +184,7 @@ def _build(request: _Request, source: Source, folder: Path, progress: Listener) 
     """Write the whole store to a temporary folder, then put it in the place of the earlier one."""
     image_size = _image_size(request, source)
     spec = DATASETS.get(request.name)
-    with replacing_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         splits: dict[str, SplitFacts] = {}
         for split in source.splits:
             file, skipped = _fill(request, source, split, temporary / f"{split}.safetensors", image_size, progress)
@@ -202,7 +202,7 @@ def _with_earlier_training_split(facts: StoreFacts, folder: Path, temporary: Pat
     try:
         store.load_dataset(facts.name, "train", cache=folder.parent)
         earlier = store.store_facts(facts.name, cache=folder.parent)
-    except (MissingData, BadData):
+    except (MissingDataError, BadDataError):
         return facts
     shutil.copyfile(folder / "train.safetensors", temporary / "train.safetensors")
     return replace(
@@ -267,23 +267,23 @@ def _fill(
 
 
 def _split_facts(source: Source, split: str, file: SplitFile, skipped: tuple[str, ...]) -> SplitFacts:
-    """Raises BadData where a class has no image: nothing could be learnt or tested of it."""
+    """Raises BadDataError where a class has no image: nothing could be learnt or tested of it."""
     counts = np.bincount(file.labels(), minlength=len(source.class_names))
     if not counts.all():
         name = source.class_names[int(counts.argmin())]
-        raise BadData(f"{source.path}: the {split} split has no usable image of the class '{name}'.")
+        raise BadDataError(f"{source.path}: the {split} split has no usable image of the class '{name}'.")
     return SplitFacts(file.count, (int(counts.min()), int(counts.max())), sha256_of(file.path), skipped)
 
 
 def _refuse_problems(problems: Sequence[Problem], source: Source, image_size: int, skip_bad: bool) -> None:
-    """Raise BadData unless every problem is a file that may be skipped; images of another size never may."""
+    """Raise BadDataError unless every problem is a file that may be skipped; images of another size never may."""
     if sizes := [problem for problem in problems if problem.other_size]:
-        raise BadData(
+        raise BadDataError(
             f"{source.path}: images are not all {image_size} x {image_size} pixels: {_described(sizes)}.",
             f"Add --image-size {image_size} to crop them to squares and resize them.",
         )
     if not skip_bad:
-        raise BadData(
+        raise BadDataError(
             f"{source.path}: {len(problems)} file{'s'[: len(problems) > 1]} cannot be used: {_described(problems)}.",
             "Mend or remove them, or add --skip-bad to leave them out.",
         )
@@ -295,12 +295,12 @@ def _described(problems: Sequence[Problem], limit: int = 10) -> str:
 
 
 def _image_size(request: _Request, source: Source) -> int:
-    """The dataset's own, the one asked for, or that of the first whole image. Raises BadData where none fits."""
+    """The dataset's own, the one asked for, or that of the first whole image. Raises BadDataError where none fits."""
     spec, content = DATASETS.get(request.name), source.splits.get("train") or source.splits["test"]
     wanted = spec.image_size if spec else request.image_size
     if isinstance(content, PixelSplit):
         if wanted not in (None, content.image_size):
-            raise BadData(
+            raise BadDataError(
                 f"The images of {source.path or 'that source'} are {content.image_size} pixels, not {wanted}.",
                 "Only images in files of their own can be resized.",
             )
@@ -311,22 +311,22 @@ def _image_size(request: _Request, source: Source) -> int:
 def _size_of_first(source: Source, names: Sequence[str]) -> int:
     tree = open_tree(source.path)
     for name in names:
-        with contextlib.suppress(BadImage, DamagedMember):
+        with contextlib.suppress(BadImageError, DamagedMemberError):
             width, height = open_image(tree.read(name)).size
             if width != height:
-                raise BadData(
+                raise BadDataError(
                     f"{source.path}: {name} is {width} x {height} pixels; datasets are of squares.",
                     "Add --image-size N to crop the images to squares and resize them.",
                 )
             return width
-    raise BadData(f"{source.path}: none of its {len(names)} training files is an image.")
+    raise BadDataError(f"{source.path}: none of its {len(names)} training files is an image.")
 
 
 def _refuse_unwritable(source: Source) -> None:
-    """Raise BadData for a class whose name is no text, before anything is decoded."""
+    """Raise BadDataError for a class whose name is no text, before anything is decoded."""
     for name in source.class_names:
         if _readable(name) != name:
-            raise BadData(f"{source.path}: the name of the class '{_readable(name)}' is not UTF-8.", "Rename its folder.")
+            raise BadDataError(f"{source.path}: the name of the class '{_readable(name)}' is not UTF-8.", "Rename its folder.")
 
 
 def _readable(name: str) -> str:

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec
-from ddkit.data.archives import DamagedMember, FolderTree, Tree, ZipTree
+from ddkit.data.archives import DamagedMemberError, FolderTree, Tree, ZipTree
 from ddkit.data.cifar_archive import CifarArchive, CifarSplit, cifar_folder, read_folder, read_tar
 from ddkit.data.class_names import CLASS_NAMES
-from ddkit.errors import BadData, MissingData
-from ddkit.runtime.files import explain_os_error, irregularity
+from ddkit.errors import BadDataError, MissingDataError
+from ddkit.runtime.files import explain_os_error, why_not_a_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class Source:
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Find out what lies at `path` and list it.
 
-    Raises MissingData when nothing is there, BadData for what is damaged, hostile or of no known layout, BadFile
+    Raises MissingDataError when nothing is there, BadDataError for what is damaged, hostile or of no known layout, BadFileError
     for what the system refuses.
     """
     path = Path(path)
@@ -82,16 +82,16 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             return _cifar_source(path, read_folder(folder))
         return _tree_source(FolderTree(path))
     if not path.exists():
-        raise MissingData(f"There is no {path}.", "Check the path given to --from.")
-    if problem := irregularity(path):
-        raise BadData(f"{path} {problem}.", _LAYOUTS)
+        raise MissingDataError(f"There is no {path}.", "Check the path given to --from.")
+    if problem := why_not_a_file(path):
+        raise BadDataError(f"{path} {problem}.", _LAYOUTS)
     beginning = _first_bytes(path)
     if beginning.startswith(_GZIP) or _is_tar(beginning):
         return _cifar_source(path, read_tar(path))
     if beginning.startswith(_ZIP):
         tree = ZipTree(path)
         return _reference_source(path) if tree.is_torch_file() else _tree_source(tree)
-    raise BadData(f"{path} is neither a folder nor an archive.", _LAYOUTS)
+    raise BadDataError(f"{path} is neither a folder nor an archive.", _LAYOUTS)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -114,7 +114,7 @@ def _tree_source(tree: Tree) -> Source:
         for read in (_read_tiny_imagenet, _read_image_folder):
             if (source := read(tree.path, listing)) is not None:
                 return source
-    raise BadData(f"{tree.path} has no layout that ddkit knows; it holds {_glimpse(files, folders)}.", _LAYOUTS)
+    raise BadDataError(f"{tree.path} has no layout that ddkit knows; it holds {_glimpse(files, folders)}.", _LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class _Listing:
     folders: list[str]
 
     def text(self, name: str) -> list[str]:
-        """The lines of a text file. Raises BadData naming it."""
+        """The lines of a text file. Raises BadDataError naming it."""
         try:
             return self.tree.read(self.top + name).decode("utf-8").splitlines()
-        except (DamagedMember, UnicodeDecodeError) as error:
-            raise BadData(f"{self.tree.path}: {self.top}{name} cannot be read: {error}.") from error
+        except (DamagedMemberError, UnicodeDecodeError) as error:
+            raise BadDataError(f"{self.tree.path}: {self.top}{name} cannot be read: {error}.") from error
 
 
 def _read_tiny_imagenet(path: Path, listing: _Listing) -> Source | None:
@@ -141,7 +141,7 @@ def _read_tiny_imagenet(path: Path, listing: _Listing) -> Source | None:
     train = [name for name in listing.files if _matches(name, "train", "*", "images", "*")]
     wnids = tuple(sorted(name.split("/")[1] for name in listing.folders if _matches(name, "train", "*")))
     if not wnids:
-        raise BadData(f"{path} looks like tiny-imagenet-200, but has no train/<wnid>/images.", "Get all of it again.")
+        raise BadDataError(f"{path} looks like tiny-imagenet-200, but has no train/<wnid>/images.", "Get all of it again.")
     place = {wnid: k for k, wnid in enumerate(wnids)}
     labels = {name: place[name.split("/")[1]] for name in train}
     splits = {
@@ -162,12 +162,12 @@ def _tiny_imagenet_validation(path: Path, listing: _Listing, place: Mapping[str,
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in place:
-            raise BadData(f"{path}: line {number} of val_annotations.txt names the class {wnid!r}, which train lacks.")
+            raise BadDataError(f"{path}: line {number} of val_annotations.txt names the class {wnid!r}, which train lacks.")
         if f"val/images/{name}" not in present:
-            raise BadData(f"{path}: val_annotations.txt names {name}, which is not there.", "Get all of it again.")
+            raise BadDataError(f"{path}: val_annotations.txt names {name}, which is not there.", "Get all of it again.")
         labels[f"val/images/{name}"] = place[wnid]
     if unlabelled := sorted(present - set(labels)):
-        raise BadData(f"{path}: val_annotations.txt has no class for {unlabelled[0]}.", "Get all of it again.")
+        raise BadDataError(f"{path}: val_annotations.txt has no class for {unlabelled[0]}.", "Get all of it again.")
     return labels
 
 
@@ -191,14 +191,14 @@ def _read_image_folder(path: Path, listing: _Listing) -> Source | None:
     for split in ("train", test):
         if not folders[split]:
             needed = "train" if split == "train" else "test (or val)"
-            raise BadData(f"{path} has no folder '{needed}' with a folder for each class.", _LAYOUTS)
+            raise BadDataError(f"{path} has no folder '{needed}' with a folder for each class.", _LAYOUTS)
     _refuse_class_mismatch(path, folders["train"], folders[test], test)
     place = {name: k for k, name in enumerate(folders["train"])}
     splits = {}
     for split, folder in (("train", "train"), ("test", test)):
         files = [name for name in listing.files if name.startswith(f"{folder}/") and name.count("/") > 1]
         if deeper := [name for name in files if name.count("/") > 2]:
-            raise BadData(f"{path}: {deeper[0]} lies deeper than <split>/<class>/<image>.", _LAYOUTS)
+            raise BadDataError(f"{path}: {deeper[0]} lies deeper than <split>/<class>/<image>.", _LAYOUTS)
         splits[split] = _file_split(listing, {name: place[name.split("/")[1]] for name in files})
         _refuse_empty_classes(path, folder, folders["train"], splits[split])
     return Source("image folder", path, tuple(folders["train"]), splits)
@@ -209,17 +209,17 @@ def _refuse_class_mismatch(path: Path, train: Sequence[str], test: Sequence[str]
     seen: dict[str, str] = {}
     for name in sorted({*train, *test}):
         if (other := seen.setdefault(name.lower(), name)) != name:
-            raise BadData(f"{path}: the classes '{other}' and '{name}' differ only by case.", "Rename or merge them.")
+            raise BadDataError(f"{path}: the classes '{other}' and '{name}' differ only by case.", "Rename or merge them.")
     if extra := sorted(set(test) - set(train)):
-        raise BadData(f"{path}: {test_folder} has classes that train lacks: {some(extra)}.", "Add or remove them.")
+        raise BadDataError(f"{path}: {test_folder} has classes that train lacks: {some(extra)}.", "Add or remove them.")
     if missing := sorted(set(train) - set(test)):
-        raise BadData(f"{path}: {test_folder} lacks classes that train has: {some(missing)}.", "Add or remove them.")
+        raise BadDataError(f"{path}: {test_folder} lacks classes that train has: {some(missing)}.", "Add or remove them.")
 
 
 def _refuse_empty_classes(path: Path, folder: str, class_names: Sequence[str], split: FileSplit) -> None:
     filled = set(split.labels)
     if empty := [name for label, name in enumerate(class_names) if label not in filled]:
-        raise BadData(f"{path}: no images in {some([f'{folder}/{name}' for name in empty])}.", "Add some, or remove it.")
+        raise BadDataError(f"{path}: no images in {some([f'{folder}/{name}' for name in empty])}.", "Add some, or remove it.")
 
 
 def _file_split(listing: _Listing, labels: Mapping[str, int]) -> FileSplit:
@@ -252,12 +252,12 @@ def _reference_source(path: Path) -> Source:
     images, labels = _reference_tensors(path)
     spec = next((spec for spec in CHALLENGE_DATASETS if images.shape[1:] == spec.image_shape), None)
     if spec is None or labels.shape != images.shape[:1] or not images.is_floating_point():
-        raise BadData(
+        raise BadDataError(
             f"{path}: images_val is {images.dtype} {tuple(images.shape)} and labels_val {tuple(labels.shape)}, "
             "which is none of the challenge's datasets."
         )
     if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < spec.num_classes:
-        raise BadData(f"{path}: labels_val is not of classes 0 to {spec.num_classes - 1}.")
+        raise BadDataError(f"{path}: labels_val is not of classes 0 to {spec.num_classes - 1}.")
     order = labels.argsort(stable=True)
 
     def blocks() -> Iterator[NDArray[np.uint8]]:
@@ -269,28 +269,28 @@ def _reference_source(path: Path) -> Source:
 
 
 def _reference_tensors(path: Path) -> tuple[Tensor, Tensor]:
-    """images_val and labels_val, memory-mapped. Raises BadData for files of anything else, or of code."""
+    """images_val and labels_val, memory-mapped. Raises BadDataError for files of anything else, or of code."""
     import torch
 
-    from ddkit.runtime.tensor_files import Unloadable, load_restricted
+    from ddkit.runtime.tensor_files import UnloadableError, load_restricted
 
     try:
         value = load_restricted(path, mmap=True)
-    except (Unloadable, MemoryError) as error:
-        raise BadData(f"{path} is no tensor file that can be loaded safely: {error}") from error
+    except (UnloadableError, MemoryError) as error:
+        raise BadDataError(f"{path} is no tensor file that can be loaded safely: {error}") from error
     tensors = [value.get(key) for key in ("images_val", "labels_val")] if isinstance(value, dict) else []
     if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise BadData(f"{path} is not the challenge's test file: it has no images_val and labels_val.", _LAYOUTS)
+        raise BadDataError(f"{path} is not the challenge's test file: it has no images_val and labels_val.", _LAYOUTS)
     return tensors[0], tensors[1]
 
 
 def _pixels(normalised: Tensor, spec: DatasetSpec, path: Path) -> NDArray[np.uint8]:
-    """Back from normalised values to uint8. Raises BadData where they were normalised with other constants."""
+    """Back from normalised values to uint8. Raises BadDataError where they were normalised with other constants."""
     from ddkit.data.images import denormalise, to_uint8
 
     unit = denormalise(normalised, spec)
     if not bool(((unit > -_TOLERANCE) & (unit < 1 + _TOLERANCE)).all()):
-        raise BadData(f"{path}: images_val was not normalised with the mean and standard deviation of {spec.name}.")
+        raise BadDataError(f"{path}: images_val was not normalised with the mean and standard deviation of {spec.name}.")
     return to_uint8(unit).numpy()
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddkit.challenge import DATASETS, DatasetSpec
 from ddkit.data.class_names import CLASS_NAMES
-from ddkit.errors import BadData, BadFile, MissingData, UsageError, nearest_name
+from ddkit.errors import BadDataError, BadFileError, MissingDataError, UsageError, did_you_mean
 from ddkit.runtime.files import cache_folder, read_json, write_json
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def load_dataset(name: str, split: str, *, cache: Path | None = None) -> ImageSe
 
     name: a built-in dataset or one the user prepared. split: "train" or "test".
     cache: folder of stores; the user's where None.
-    Raises UsageError for an unknown name or split, MissingData with the command that gets it where it is not
-    prepared, BadData where the store is damaged or of another format version.
+    Raises UsageError for an unknown name or split, MissingDataError with the command that gets it where it is not
+    prepared, BadDataError where the store is damaged or of another format version.
     """
     if split not in SPLITS:
         raise UsageError(f"There is no split '{split}'.", "Splits are train and test.")
@@ -98,7 +98,7 @@ def load_dataset(name: str, split: str, *, cache: Path | None = None) -> ImageSe
         prepare(name, cache=cache)
     facts = store_facts(name, cache=cache)
     if split not in facts.splits:
-        raise MissingData(
+        raise MissingDataError(
             f"The prepared '{name}' has no {split} split: it was made from {facts.source.get('path') or 'another one'}.",
             f"Get all of it: {_command(name)}",
         )
@@ -150,7 +150,7 @@ def find_classes(name: str, wanted: Sequence[str], *, cache: Path | None = None)
     labels = []
     for word in (word.strip() for word in wanted):
         if word.lower() not in known:
-            raise UsageError(f"'{name}' has no class '{word}'.", nearest_name(word, facts.class_titles or facts.class_names))
+            raise UsageError(f"'{name}' has no class '{word}'.", did_you_mean(word, facts.class_titles or facts.class_names))
         labels.append(known[word.lower()])
     return labels
 
@@ -158,11 +158,11 @@ def find_classes(name: str, wanted: Sequence[str], *, cache: Path | None = None)
 def store_hash(name: str, split: str, *, cache: Path | None = None) -> str:
     """Hexadecimal SHA-256 of a prepared split's file, as recorded when it was written.
 
-    Raises what `store_facts` raises, and MissingData where that split is not prepared.
+    Raises what `store_facts` raises, and MissingDataError where that split is not prepared.
     """
     facts = store_facts(name, cache=cache)
     if split not in facts.splits:
-        raise MissingData(f"The prepared '{name}' has no {split} split.", f"Get all of it: {_command(name)}")
+        raise MissingDataError(f"The prepared '{name}' has no {split} split.", f"Get all of it: {_command(name)}")
     return facts.splits[split].sha256
 
 
@@ -189,7 +189,7 @@ def store_folder(name: str, *, cache: Path | None = None) -> Path:
         known = (*DATASETS, *list_prepared(cache=cache))
         raise UsageError(
             f"'{name}' cannot be a dataset's name.",
-            f"Names are of lower-case letters, digits, '.', '_' and '-'. {nearest_name(name, known)}",
+            f"Names are of lower-case letters, digits, '.', '_' and '-'. {did_you_mean(name, known)}",
         )
     return (cache or cache_folder()) / name
 
@@ -197,22 +197,22 @@ def store_folder(name: str, *, cache: Path | None = None) -> Path:
 def store_facts(name: str, *, cache: Path | None = None) -> StoreFacts:
     """Read and check the meta.json of a store.
 
-    Raises UsageError for a name that is neither built-in nor prepared, MissingData for a built-in dataset that is
-    not prepared, BadData for a damaged store or one of another format version.
+    Raises UsageError for a name that is neither built-in nor prepared, MissingDataError for a built-in dataset that is
+    not prepared, BadDataError for a damaged store or one of another format version.
     """
     folder = store_folder(name, cache=cache)
     if not is_prepared(name, cache=cache):
         if name in DATASETS:
-            raise MissingData(f"The dataset '{name}' is not prepared.", f"Get it: {_command(name)}")
+            raise MissingDataError(f"The dataset '{name}' is not prepared.", f"Get it: {_command(name)}")
         known = tuple(dict.fromkeys((*DATASETS, *list_prepared(cache=cache))))
-        raise UsageError(f"There is no dataset '{name}'.", nearest_name(name, known))
+        raise UsageError(f"There is no dataset '{name}'.", did_you_mean(name, known))
     try:
         value = read_json(folder / META_FILE)
-    except BadFile as error:
+    except BadFileError as error:
         raise _damaged(name, error.message) from error
     version = value.get("format") if isinstance(value, dict) else None
     if version != FORMAT_VERSION:
-        raise BadData(
+        raise BadDataError(
             f"The prepared '{name}' in {folder} has format version {version}; this ddkit reads {FORMAT_VERSION}.",
             f"Prepare it again: {_command(name, force=True)}",
         )
@@ -223,7 +223,7 @@ def store_facts(name: str, *, cache: Path | None = None) -> StoreFacts:
 
 
 def write_facts(facts: StoreFacts, folder: Path) -> None:
-    """Write meta.json into a store's folder. Raises BadFile for what the system refuses."""
+    """Write meta.json into a store's folder. Raises BadFileError for what the system refuses."""
     write_json(folder / META_FILE, dataclasses.asdict(facts))
 
 
@@ -250,8 +250,8 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _damaged(name: str, what: str) -> BadData:
-    return BadData(f"The prepared '{name}' is damaged: {what}.", f"Prepare it again: {_command(name, force=True)}")
+def _damaged(name: str, what: str) -> BadDataError:
+    return BadDataError(f"The prepared '{name}' is damaged: {what}.", f"Prepare it again: {_command(name, force=True)}")
 
 
 def _command(name: str, *, force: bool = False) -> str:

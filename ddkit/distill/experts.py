@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddkit.distill.holdout import References
+from ddkit.distill.holdout import TrainHoldout
 from ddkit.errors import UsageError, require_positive
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
@@ -64,7 +64,7 @@ class Experts:
 
     def __init__(
         self,
-        references: References,
+        references: TrainHoldout,
         dataset_sha256: str,
         settings: ExpertSettings,
         *,
@@ -121,7 +121,7 @@ class Experts:
         generator = generator_for("cpu", "expert", self._seed, number)
         kept = [flat_parameters(network).cpu()]
         for step in range(1, settings.steps + 1):
-            images, labels = self._references.mixed_batch(settings.batch_size, generator)
+            images, labels = self._references.random_batch(settings.batch_size, generator)
             engine.gradients(random_augment(images.to(self._device), generator), labels.to(self._device))
             optimiser.step()
             if step % settings.keep_every == 0:
@@ -139,7 +139,7 @@ def flat_parameters(network: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def at_place(network: nn.Module, place: Tensor) -> nn.Module:
+def load_flat_parameters(network: nn.Module, place: Tensor) -> nn.Module:
     """A network with its parameters, (P,) as of `flat_parameters`, set where they lie: engines know where that is."""
     begin = 0
     for parameter in network.parameters():

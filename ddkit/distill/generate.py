@@ -16,14 +16,14 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, class_names, class_titles, dataset_spec, store_hash
-from ddkit.distill.partial_set import Parts
+from ddkit.distill.partial_set import PartialSet
 from ddkit.distill.refine import KIND_REFINED
-from ddkit.errors import Interrupted, UsageError
+from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.generator.model_folder import Model, load_model, model_hash
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample
 from ddkit.metrics.features import reference_features
 from ddkit.runtime.device import resolve_device
-from ddkit.runtime.distributed import Team
+from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.environment import versions
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
@@ -36,7 +36,7 @@ from ddkit.sets.distilled import (
     save_set,
     set_files,
 )
-from ddkit.sets.select import BLIND_CHOICES, View, check_choice, choose, choose_in_class
+from ddkit.sets.select import BLIND_CHOICES, ImageFeatures, check_choice, choose, choose_in_class
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def generate(
     `accelerate launch` started share the classes; the images do not depend on how many there are. replace: make it anew
     in any case, also in the place of a refined set, which has cost hours.
     Raises UsageError for an ipc below one, another ending, an unknown dataset or a model of another one, or a refined
-    set at `out`, Interrupted once asked to stop, and what `load_model`, `open_dataset` and `save_set` raise.
+    set at `out`, InterruptedRunError once asked to stop, and what `load_model`, `open_dataset` and `save_set` raise.
     """
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, not {ipc}.", "The challenge asks for --ipc 10.")
@@ -111,7 +111,7 @@ def _generate_samples(
 ) -> SavedSet:
     """A set of a model's images; what an earlier call has made of it is taken up, and a whole one is left as it is."""
     spec = dataset_spec(dataset)
-    team = Team(resolve_device(source.device))
+    group = ProcessGroup(resolve_device(source.device))
     model = load_model(source.folder, dataset=dataset)
     _check_model(model, dataset, source.folder)
     if source.candidates is not None and source.candidates < ipc:
@@ -120,27 +120,27 @@ def _generate_samples(
         )
     made_by = _made_by(model, source)
     identity = _identity(made_by, ipc, spec, store_hash(dataset, "train") if source.looks else "")
-    classes = team.share_of(range(spec.num_classes))
-    parts = Parts(out, identity, spec.image_shape)
+    classes = group.local_items(range(spec.num_classes))
+    parts = PartialSet(out, identity, spec.image_shape)
     if not replace and read_facts(out).get("request") == parts.digest:
         log.info("%s has just these images already", out)
-        return _with_sheet(out, spec) if team.leads else set_files(out)
-    if team.size > 1:  # each process keeps its own
-        parts = Parts(out.with_stem(f"{out.stem}-{team.rank}-of-{team.size}"), identity, spec.image_shape)
+        return _with_sheet(out, spec) if group.is_main else set_files(out)
+    if group.size > 1:  # each process keeps its own
+        parts = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)
     request, view = parts.digest, None
     if source.looks:
         real = open_dataset(dataset, "train", progress=progress)
-        if not team.leads:
-            team.gather([])  # what looks at images is trained once, by the process that leads
-        view = _views(real, dataset, team.device, progress)
-        if team.leads:
-            team.gather([])
-    rows = _Rows(classes, ipc, source, Sampler(model, source.sampling, team.device), view, progress)
-    of_classes = team.gather(list(zip(classes, _complete(rows, parts).unflatten(0, (len(classes), ipc)), strict=True)))
-    if team.leads:
+        if not group.is_main:
+            group.gather([])  # what looks at images is trained once, by the process that leads
+        view = _views(real, dataset, group.device, progress)
+        if group.is_main:
+            group.gather([])
+    rows = _Rows(classes, ipc, source, Sampler(model, source.sampling, group.device), view, progress)
+    of_classes = group.gather(list(zip(classes, _complete(rows, parts).unflatten(0, (len(classes), ipc)), strict=True)))
+    if group.is_main:
         images = torch.cat([of_class for _, of_class in sorted(of_classes, key=lambda one: one[0])])
         _save(dataset, out, images, made_by | {"request": request})
-    team.gather([])  # the set is there before anybody drops what it was made of, or goes on
+    group.gather([])  # the set is there before anybody drops what it was made of, or goes on
     parts.drop()
     return set_files(out)
 
@@ -173,10 +173,10 @@ def _identity(made_by: dict[str, Any], ipc: int, spec: DatasetSpec, dataset_sha2
     return {**own, "ipc": ipc, "normalisation": normalisation, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
 
 
-def _complete(rows: _Rows, parts: Parts) -> Tensor:
+def _complete(rows: _Rows, parts: PartialSet) -> Tensor:
     """All rows of a set, (classes * ipc, 3, S, S) uint8: those kept, and what is missing, kept as it is made.
 
-    Raises Interrupted once asked to stop.
+    Raises InterruptedRunError once asked to stop.
     """
     made = [parts.kept()[: rows.total]]
     done = len(made[0])
@@ -192,7 +192,7 @@ def _complete(rows: _Rows, parts: Parts) -> Tensor:
                 break
         if stop:
             kept = f"with {done} of {rows.total} images made; they are kept" if done else "before any image was made"
-            raise Interrupted(f"Stopped {kept}.", "Run the same command again to go on.")
+            raise InterruptedRunError(f"Stopped {kept}.", "Run the same command again to go on.")
     return torch.cat(made)
 
 
@@ -204,7 +204,7 @@ class _Rows:
     ipc: int
     source: FromModel
     sampler: Sampler
-    view: Callable[[Tensor, Tensor], View] | None
+    view: Callable[[Tensor, Tensor], ImageFeatures] | None
     progress: Listener
 
     @property
@@ -251,10 +251,10 @@ class _Rows:
         return torch.cat(made)
 
 
-def _views(real: ImageSet, dataset: str, device: torch.device, progress: Listener) -> Callable[[Tensor, Tensor], View]:
+def _views(real: ImageSet, dataset: str, device: torch.device, progress: Listener) -> Callable[[Tensor, Tensor], ImageFeatures]:
     """A function of images and labels to what a network trained on the real images sees in them."""
     features = reference_features(real, dataset_spec(dataset), device=device, progress=progress)
-    return lambda images, labels: View(*features.with_confidence(images, labels))
+    return lambda images, labels: ImageFeatures(*features.with_confidence(images, labels))
 
 
 def _real(dataset: str, ipc: int, source: FromReal, progress: Listener) -> tuple[Tensor, dict[str, Any]]:
@@ -262,7 +262,7 @@ def _real(dataset: str, ipc: int, source: FromReal, progress: Listener) -> tuple
     real = open_dataset(dataset, "train", progress=progress)
     view = None if source.choice in BLIND_CHOICES else _views(real, dataset, resolve_device(source.device), progress)
 
-    def look(rows: Tensor) -> View:
+    def look(rows: Tensor) -> ImageFeatures:
         return view(real.images[rows], real.labels[rows])
 
     rows = choose(source.choice, real.labels, ipc, len(real.class_names), seed=source.seed, look=look)

@@ -13,7 +13,7 @@ from ddkit.evaluation.reference import TestSet
 from ddkit.runtime.seeds import Shuffling, derived_seed, generator_for
 
 
-class References:
+class TrainHoldout:
     """The training split in two parts, class by class: images to learn from, and images held out.
 
     held_out: share of each class, at least one image of it and not all. Raises UsageError for a class of fewer than two
@@ -23,7 +23,7 @@ class References:
     def __init__(self, dataset: ImageSet, spec: DatasetSpec, *, held_out: float, seed: int) -> None:
         self.spec, self.held_out_share = spec, held_out
         self._dataset = dataset
-        self._rows, kept_back = [], []
+        self._rows, held_out_rows = [], []
         for c in range(spec.num_classes):
             rows = (dataset.labels == c).nonzero().flatten()
             if len(rows) < 2:
@@ -33,11 +33,11 @@ class References:
                 )
             rows = rows[torch.randperm(len(rows), generator=generator_for("cpu", "held out", seed, c))]
             count = min(len(rows) - 1, max(1, round(held_out * len(rows))))
-            kept_back.append(rows[:count])
+            held_out_rows.append(rows[:count])
             self._rows.append(rows[count:].sort().values)
         self._orders = [Shuffling(len(rows), derived_seed("real", seed, c)) for c, rows in enumerate(self._rows)]
         self._all = torch.cat(self._rows)
-        self._held_out = torch.cat(kept_back)
+        self._held_out = torch.cat(held_out_rows)
 
     def batch(self, per_class: int, number: int) -> Tensor:
         """The batch of that number: (num_classes * per_class, 3, S, S) normalised float32, class by class.
@@ -50,7 +50,7 @@ class References:
         ]
         return normalise(self._dataset.images[torch.cat(drawn)], self.spec)
 
-    def mixed_batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def random_batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images of any classes, (count, 3, S, S) normalised float32, and their labels (count,) int64."""
         rows = self._all[torch.randint(len(self._all), (count,), generator=generator)]
         return normalise(self._dataset.images[rows], self.spec), self._dataset.labels[rows]

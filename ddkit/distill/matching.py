@@ -16,7 +16,7 @@ _GRADIENTS_AS_MEANS = 70 / 3
 _ATTENTION_POWER = 4  # as published
 
 
-def same_augmentation(images: Tensor, real: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def siamese_augment(images: Tensor, real: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One strategy of the protocol with one draw of its parameters, applied to all images of both kinds.
 
     images, real: (N, 3, S, S) and (M, 3, S, S) normalised. Source: Zhao & Bilen 2021, arXiv 2102.08259, section 3.2.
@@ -30,7 +30,7 @@ def same_augmentation(images: Tensor, real: Tensor, generator: torch.Generator) 
     return applied(images), applied(real)
 
 
-def distance_of_means(embed: Embedder, images: Tensor, real: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def mean_embedding_distance(embed: Embedder, images: Tensor, real: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sum over classes of the squared distance between the mean embeddings of its images and its real images.
 
     embed: see `build_embedder`. images, real: (N, 3, S, S) and (M, 3, S, S) normalised, as many of each class, class by
@@ -49,7 +49,7 @@ def distance_of_attention(
 ) -> tuple[Tensor, Tensor]:
     """The distance of means and, times `weight`, that of the class means of where each block but the last attends to.
 
-    images, real: as for `distance_of_means`; gradients likewise, by way of the network's own layers, which is slower.
+    images, real: as for `mean_embedding_distance`; gradients likewise, by way of the network's own layers, which is slower.
     Attention at a place of a block's output is the sum over channels of its fourth power; all of an image have length 1.
     Returns the sum, a scalar, and the embeddings (N, F) of `images`.
     Source: DataDAM, Sajedi et al. 2023, arXiv 2310.00093, equations 2 to 4, where the distance of means has the weight
@@ -78,12 +78,12 @@ def _attention_and_embedding(network: ConvNet, images: Tensor) -> tuple[Tensor, 
     return torch.cat(maps[:-1], dim=1), seen.flatten(1)
 
 
-def regression_error(
+def ridge_regression_loss(
     embed: Embedder, images: Tensor, real: Tensor, num_classes: int, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """How far ridge regression on the images' embeddings is from the classes of real images.
 
-    embed, images, real: as for `distance_of_means`; gradients likewise. ridge: added to the kernel's diagonal, as a share of
+    embed, images, real: as for `mean_embedding_distance`; gradients likewise. ridge: added to the kernel's diagonal, as a share of
     its mean. Returns the sum over classes of the mean squared error, a scalar, times a constant by which its gradients
     are about as large as those of the distance of means, and the embeddings (N, F) of `images`.
     Source: the meta-loss of neural feature regression with pooling, Zhou, Nezhadarya & Ba 2022, arXiv 2206.00719, with

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.runtime.files import read_json, write_json
 from ddkit.runtime.tensor_files import save_safetensors
 
@@ -60,7 +60,7 @@ class Parts:
         return torch.cat(parts)
 
     def keep(self, start: int, rows: Tensor) -> None:
-        """Write rows start, start + 1, ...; raises BadFile for what the system refuses."""
+        """Write rows start, start + 1, ...; raises BadFileError for what the system refuses."""
         if not (self._folder / _IDENTITY_FILE).is_file():
             write_json(self._folder / _IDENTITY_FILE, self._identity)
         save_safetensors({"images": rows.contiguous()}, self._folder / f"rows-{start:09d}.safetensors")
@@ -94,7 +94,7 @@ class Parts:
         """Lines such as "guidance: 1.5, not 2.0"; none where nothing can be told."""
         try:
             other = read_json(path)
-        except BadFile:
+        except BadFileError:
             return []
         if not isinstance(other, dict):
             return []

@@ -23,19 +23,19 @@ from ddkit.checks.check import require_acceptable
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
-from ddkit.distill.experts import Experts, ExpertSettings, at_place, flat_parameters
-from ddkit.distill.holdout import References
+from ddkit.distill.experts import Experts, ExpertSettings, flat_parameters, load_flat_parameters
+from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import (
     distance_of_attention,
-    distance_of_means,
+    mean_embedding_distance,
     misclassification,
-    regression_error,
-    same_augmentation,
+    ridge_regression_loss,
+    siamese_augment,
 )
 from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
 from ddkit.distill.student import Student, StudentSettings
-from ddkit.errors import BadFile, ComputeError, Interrupted, UsageError, nearest_name, require_positive
+from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, UsageError, did_you_mean, require_positive
 from ddkit.evaluation.rounds import predict
 from ddkit.network.convnet import ConvNet
 from ddkit.network.embedding import Embedder, build_embedder
@@ -43,7 +43,7 @@ from ddkit.network.networks import OFFICIAL_NETWORK, build_network
 from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.runtime.device import resolve_device, shortage_explained
 from ddkit.runtime.environment import versions
-from ddkit.runtime.files import alone
+from ddkit.runtime.files import exclusive
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.seeds import generator_for, network_seed
@@ -107,7 +107,7 @@ class RefineSettings:
 
     def __post_init__(self) -> None:
         if self.objective not in METHODS:
-            raise UsageError(f"There is no objective '{self.objective}'.", nearest_name(self.objective, tuple(METHODS)))
+            raise UsageError(f"There is no objective '{self.objective}'.", did_you_mean(self.objective, tuple(METHODS)))
         require_positive(self, "ridge", "real_per_class", "learning_rate", "check_every")
         if self.means_first < 0:
             raise UsageError(f"RefineSettings.means_first must not be negative, got {self.means_first}.")
@@ -181,20 +181,20 @@ def refine(
     fresh: begin from the set as it was; the one that was refined from it, at `out`, is kept in the folder (refined.pt).
         A set that nothing is gained on is left as it is.
     ignore_codes: of findings of `check` that do not count.
-    Raises InvalidSubmission for a set that `check` refuses; UsageError for an `out` that does not end in .pt or holds
+    Raises InvalidSubmissionError for a set that `check` refuses; UsageError for an `out` that does not end in .pt or holds
     another refinement's result, for the copies that the folder keeps, or where the folder belongs to another set, other
     settings or other real images, or another process refines in it;
-    ComputeError where it diverges or memory is short, Interrupted once asked to stop and BadFile for what the system
+    ComputeError where it diverges or memory is short, InterruptedRunError once asked to stop and BadFileError for what the system
     refuses, what was reached written in these cases; and what `open_dataset` and `save_set` raise.
     """
     require_tensor_name(out or path)
     refuse_kept_copy(folder, path, out or path)
     spec = dataset_spec(dataset)
     real = open_dataset(dataset, "train", progress=progress)
-    references = References(real, spec, held_out=settings.held_out, seed=settings.seed)
+    references = TrainHoldout(real, spec, held_out=settings.held_out, seed=settings.seed)
     chosen = resolve_device(device)
     load_tensor(path, spec)  # what is no set is refused before anything is forgotten
-    with alone(folder, "refines", elsewhere="--run"):
+    with exclusive(folder, "refines", elsewhere="--run"):
         if fresh:
             start_over(path, folder, out)
         state = _begin_or_go_on(path, spec, settings, folder, ignore_codes)
@@ -204,7 +204,7 @@ def refine(
         )
         try:
             _Refinement(state, settings, references, experts, chosen, progress).run(limits, save_every_seconds)
-        except (Interrupted, ComputeError, BadFile):
+        except (InterruptedRunError, ComputeError, BadFileError):
             if state.judgements:
                 _write(state, settings, spec, out or path)
             raise
@@ -222,7 +222,7 @@ def _refuse_another_result(state: RefinementState, path: Path, out: Path) -> Non
 
 
 def recorded_settings(folder: Path) -> RefineSettings | None:
-    """Those of the refinement in `folder`; None where there is none. Raises BadFile where it cannot be read."""
+    """Those of the refinement in `folder`; None where there is none. Raises BadFileError where it cannot be read."""
     if not (folder / STATE_FILE).exists():
         return None
     recorded = dict(RefinementState.read(folder).settings)
@@ -259,7 +259,7 @@ class _Refinement:
         self,
         state: RefinementState,
         settings: RefineSettings,
-        references: References,
+        references: TrainHoldout,
         experts: Experts,
         device: torch.device,
         progress: Listener,
@@ -310,7 +310,7 @@ class _Refinement:
                     self._save()
                     saved = time.monotonic()
                 if stopping:
-                    raise Interrupted(
+                    raise InterruptedRunError(
                         f"Interrupted after step {state.step}.", "Run the same again, without --fresh, to go on from there."
                     )
 
@@ -364,15 +364,15 @@ class _Refinement:
         settings = self._settings
         trained = self._prepare_observer(number)
         real = self._references.batch(settings.real_per_class, number).to(self._device)
-        images, real = same_augmentation(self._images, real, generator)
+        images, real = siamese_augment(self._images, real, generator)
         if settings.objective_at(number) == "regression":
-            loss, embedding = regression_error(self._embed, images, real, self._spec.num_classes, settings.ridge)
+            loss, embedding = ridge_regression_loss(self._embed, images, real, self._spec.num_classes, settings.ridge)
         elif settings.attention > 0:
             loss, embedding = distance_of_attention(
                 self._observer, images, real, self._spec.num_classes, settings.attention
             )
         else:
-            loss, embedding = distance_of_means(self._embed, images, real, self._spec.num_classes)
+            loss, embedding = mean_embedding_distance(self._embed, images, real, self._spec.num_classes)
         if trained and settings.recognition > 0:
             loss = loss + settings.recognition * misclassification(self._observer, embedding, self._labels)
         return loss.item(), torch.autograd.grad(loss, self._images)[0]
@@ -382,7 +382,7 @@ class _Refinement:
         generator = generator_for("cpu", "observer", self._settings.seed, number)
         trained = torch.rand(1, generator=generator).item() < self._settings.trained_share
         fresh = self._network("observer", self._settings.seed, number)
-        at_place(self._observer, self._experts.place(generator) if trained else flat_parameters(fresh))
+        load_flat_parameters(self._observer, self._experts.place(generator) if trained else flat_parameters(fresh))
         return trained
 
     def _network(self, *seed: str | int) -> ConvNet:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddkit.errors import BadFile, UsageError
-from ddkit.runtime.files import replacing, sha256_of, write_text
-from ddkit.runtime.tensor_files import Unloadable, load_restricted, save_torch
+from ddkit.errors import BadFileError, UsageError
+from ddkit.runtime.files import atomic_write, sha256_of, write_text
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 from ddkit.sets.distilled import SavedSet, read_facts, set_files
 
 STATE_FILE = "state.pt"
@@ -27,7 +27,7 @@ _FRESH = "Start over with --fresh, or refine on in another folder with --run."
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Validation:
     """What the held-out images said of the set. step: steps before it; seconds: of work; accuracy: a fraction."""
 
     step: int
@@ -56,7 +56,7 @@ class RefinementState:
     step: int = 0
     seconds: float = 0.0
     student_rate: float | None = None
-    judgements: list[Judgement] = field(default_factory=list)
+    judgements: list[Validation] = field(default_factory=list)
 
     @classmethod
     def begin(
@@ -68,10 +68,10 @@ class RefinementState:
 
     @classmethod
     def read(cls, folder: Path) -> RefinementState:
-        """The state in `folder`. Raises BadFile where it cannot be used."""
+        """The state in `folder`. Raises BadFileError where it cannot be used."""
         kept = _load(folder / STATE_FILE)
         settings = json.loads(kept.pop("settings"))
-        judgements = [Judgement(**judgement) for judgement in kept.pop("judgements")]
+        judgements = [Validation(**judgement) for judgement in kept.pop("judgements")]
         return cls(folder, settings, judgements=judgements, **kept)
 
     def require(self, path: Path, settings: Mapping[str, Any], dataset_sha256: str) -> None:
@@ -96,12 +96,12 @@ class RefinementState:
         return set_files(_before(self.folder))
 
     @property
-    def first(self) -> Judgement:
+    def first(self) -> Validation:
         """Of the set as it was."""
         return self.judgements[0]
 
     @property
-    def best(self) -> Judgement:
+    def best(self) -> Validation:
         """Of equals the later one, which is refined further."""
         return max(self.judgements, key=lambda judgement: (judgement.accuracy, judgement.step))
 
@@ -112,7 +112,7 @@ class RefinementState:
 
     def judge(self, accuracy: float) -> None:
         """Take note of what the held-out images say of the present ones."""
-        self.judgements.append(Judgement(self.step, round(self.seconds, 1), accuracy))
+        self.judgements.append(Validation(self.step, round(self.seconds, 1), accuracy))
         if self.best is self.judgements[-1]:
             self.best_images = self.average
 
@@ -193,7 +193,7 @@ def _is_result(path: Path, start_sha256: str, best_images: Tensor | None) -> boo
 def _holds(path: Path, images: Tensor) -> bool:
     try:
         held = load_restricted(path)
-    except Unloadable:
+    except UnloadableError:
         return False
     return isinstance(held, Tensor) and held.shape == images.shape and torch.equal(held, images)
 
@@ -202,7 +202,7 @@ def _best_images(folder: Path) -> Tensor | None:
     """None where the state cannot be read."""
     try:
         return _load(folder / STATE_FILE)["best_images"]
-    except BadFile:
+    except BadFileError:
         return None
 
 
@@ -210,7 +210,7 @@ def _copy_set(path: Path, to: Path) -> None:
     """The three files of a set under another name, in the place of those that were there."""
     for source, target in zip(vars(set_files(path)).values(), vars(set_files(to)).values(), strict=True):
         if source.exists():
-            with replacing(target) as temporary:
+            with atomic_write(target) as temporary:
                 shutil.copyfile(source, temporary)
         else:
             target.unlink(missing_ok=True)
@@ -219,10 +219,10 @@ def _copy_set(path: Path, to: Path) -> None:
 def _load(path: Path) -> dict[str, Any]:
     try:
         kept = load_restricted(path)
-    except (Unloadable, OSError) as error:
-        raise BadFile(f"{path} is damaged or no state of a refinement.", _FRESH) from error
+    except (UnloadableError, OSError) as error:
+        raise BadFileError(f"{path} is damaged or no state of a refinement.", _FRESH) from error
     if not isinstance(kept, dict) or kept.pop("version", None) != _VERSION:
-        raise BadFile(f"{path} is of another version of ddkit.", _FRESH)
+        raise BadFileError(f"{path} is of another version of ddkit.", _FRESH)
     return kept
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddkit.challenge import DatasetSpec
-from ddkit.distill.experts import Experts, at_place
+from ddkit.distill.experts import Experts, load_flat_parameters
 from ddkit.errors import UsageError, require_positive
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
@@ -45,7 +45,7 @@ class StudentSettings:
 
 
 @dataclass(frozen=True)
-class Followed:
+class TrajectoryMatch:
     """How a student came off.
 
     distance: the squared distance from where it arrived to the expert's end, of that from start to end. gradient: of the
@@ -103,7 +103,7 @@ class Student:
 
     def follow(
         self, images: Tensor, start: Tensor, end: Tensor, rate: float, generator: torch.Generator, *, wanted: bool = True
-    ) -> Followed:
+    ) -> TrajectoryMatch:
         """Train from `start` and see how far from `end` that leads.
 
         images: (N, 3, S, S) normalised, class by class, on the student's device. start, end: (P,) parameters of an
@@ -124,7 +124,7 @@ class Student:
         scale = way.square().sum()
         distance, best_rate = left.square().sum() / scale, way @ total / total.square().sum()
         gradient = self._of_images(images, batches, seeds, places, left) * (-2 * rate / scale) if wanted else None
-        return Followed(distance.item(), gradient, max(best_rate.item(), _LEAST_RATE))
+        return TrajectoryMatch(distance.item(), gradient, max(best_rate.item(), _LEAST_RATE))
 
     def _batches(self, generator: torch.Generator) -> list[Tensor]:
         """Rows of each step, as many of each class: those of a class in random order, again and again."""
@@ -136,7 +136,7 @@ class Student:
 
     def _of_parameters(self, place: Tensor, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         """(P,): the gradient of the mean cross-entropy with respect to the parameters."""
-        at_place(self._learner, place)
+        load_flat_parameters(self._learner, place)
         self._engine.gradients(random_augment(images, torch.Generator().manual_seed(seed)), labels)
         return torch.cat([parameter.grad.reshape(-1) for parameter in self._learner.parameters()])
 
@@ -153,7 +153,7 @@ class Student:
 
     def _look(self, place: Tensor, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         """The gradient of the mean cross-entropy with respect to the images."""
-        at_place(self._looker, place)
+        load_flat_parameters(self._looker, place)
         images = images.clone().requires_grad_()
         embedding = self._embed(random_augment(images, torch.Generator().manual_seed(seed)))
         classifier = self._looker.classifier

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddkit import challenge
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
-from ddkit.errors import Interrupted, UsageError, nearest_name
+from ddkit.errors import InterruptedRunError, UsageError, did_you_mean
 from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, StateFile, read_result, run_rounds
 from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
@@ -26,7 +26,7 @@ from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.network.training import TrainingSettings
 from ddkit.results import Result, Scores
 from ddkit.runtime.device import describe_device, resolve_device
-from ddkit.runtime.distributed import Team
+from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.environment import versions
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
@@ -60,7 +60,7 @@ class EvaluationSettings:
         if self.time_budget is not None and self.time_budget <= 0:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
         if self.network not in NETWORKS:
-            raise UsageError(f"There is no network '{self.network}'.", nearest_name(self.network, tuple(NETWORKS)))
+            raise UsageError(f"There is no network '{self.network}'.", did_you_mean(self.network, tuple(NETWORKS)))
         _ = challenge.track(self.track), self.training  # refuse a track, epochs or a precision that there are not
 
     @property
@@ -172,8 +172,8 @@ def evaluate(
     state: where to keep what is done, so that an interrupted evaluation goes on and a finished one is not repeated;
         on a CPU its accuracies are bit-identical to those of an uninterrupted one.
 
-    Raises InvalidSubmission for images that cannot be trained on, BadData for a test set that does not fit,
-    UsageError for settings that cannot be meant, Interrupted once asked to stop, the state saved.
+    Raises InvalidSubmissionError for images that cannot be trained on, BadDataError for a test set that does not fit,
+    UsageError for settings that cannot be meant, InterruptedRunError once asked to stop, the state saved.
     Source: PROTOCOL.md.
     """
     settings = EvaluationSettings(track, rounds, epochs_setting, seed, network, augment, precision, device)
@@ -193,7 +193,7 @@ def evaluate_generator(
     """Track 2: like `evaluate`, on images that `generate` makes anew for each round within the time budget.
 
     generate: (seed, seconds) -> (images, labels) as `evaluate` takes them. name: a hash or name that identifies the
-    entry, under which interrupted evaluations are continued. Raises InvalidSubmission when the budget is overrun.
+    entry, under which interrupted evaluations are continued. Raises InvalidSubmissionError when the budget is overrun.
     """
     if settings.budget is None:
         raise UsageError("Generators are evaluated on track 2.", "Say --track 2, or give a time budget.")
@@ -212,14 +212,14 @@ def evaluate_source(
     """What `evaluate` and `evaluate_generator` do, for any source of training images."""
     if isinstance(source, FixedSet):
         check_training_set(source.images, source.labels, test_set.spec)
-    team = Team(resolve_device(settings.device))
-    device = team.device
-    mine = team.share_of(range(settings.number_of_rounds))
+    group = ProcessGroup(resolve_device(settings.device))
+    device = group.device
+    mine = group.local_items(range(settings.number_of_rounds))
     runner = _Runner(source, test_set, settings, device, state or StateFolder(), progress, len(mine))
     with stop_requests() as stop:
         results = [pair for group in _groups(mine, device, source) for pair in zip(group, runner.run(group, stop), strict=True)]
     # Every process gets all results, and so the same evaluation.
-    results = [result for _, result in sorted(team.gather(results), key=lambda pair: pair[0])]
+    results = [result for _, result in sorted(group.gather(results), key=lambda pair: pair[0])]
     return _summary(results, test_set, settings, source.budget, device)
 
 
@@ -262,7 +262,7 @@ class _Runner:
         for index in group:
             if index not in kept:
                 if stop:
-                    raise Interrupted(f"Interrupted before round {index + 1}.", "Run the same again to go on from there.")
+                    raise InterruptedRunError(f"Interrupted before round {index + 1}.", "Run the same again to go on from there.")
                 jobs.append(self._job(index))
         ran = run_rounds(jobs, self._test_set, self._settings, stop=stop, listener=self._report)
         kept |= {job.index: result for job, result in zip(jobs, ran, strict=True)}

@@ -14,9 +14,9 @@ from torch import Tensor
 from ddkit.challenge import BATCH_SIZE, DATASETS, DECODED_WITH_LOSS, TEST_CONTENT, DatasetSpec
 from ddkit.data.images import denormalise, normalise_
 from ddkit.data.store import ImageSet
-from ddkit.errors import BadData, UsageError
-from ddkit.runtime.files import explain_os_error, irregularity
-from ddkit.runtime.tensor_files import Unloadable, load_restricted
+from ddkit.errors import BadDataError, UsageError
+from ddkit.runtime.files import explain_os_error, why_not_a_file
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted
 
 _IMAGES_KEY, _LABELS_KEY = "images_val", "labels_val"
 # Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalised ones have no negative values.
@@ -85,7 +85,7 @@ def as_test_set(
     One that is a TestSet already keeps its own spec.
 
     spec: of the dataset; found among the built-in ones by number of classes and image size when None.
-    Raises BadData for other sizes, values that are not normalised, labels out of range.
+    Raises BadDataError for other sizes, values that are not normalised, labels out of range.
     """
     if isinstance(data, TestSet):
         return _checked(data, "the test set")
@@ -100,15 +100,15 @@ def as_test_set(
 
 
 def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:
-    """Read the challenge's `{dataset}_test.pt`. Raises BadData naming the file when it is not one."""
+    """Read the challenge's `{dataset}_test.pt`. Raises BadDataError naming the file when it is not one."""
     try:
-        if problem := irregularity(path):
-            raise BadData(f"{path} {problem}.")
+        if problem := why_not_a_file(path):
+            raise BadDataError(f"{path} {problem}.")
         data = load_restricted(path, mmap=True)
     except OSError as error:
         raise explain_os_error(error, path) from error
-    except (Unloadable, MemoryError) as error:
-        raise BadData(f"{path} cannot be read as a reference file: {error}.") from error
+    except (UnloadableError, MemoryError) as error:
+        raise BadDataError(f"{path} cannot be read as a reference file: {error}.") from error
     images, labels = _pair(data, str(path))
     return _checked(TestSet(images, labels.long(), spec), str(path))
 
@@ -117,7 +117,7 @@ def _pair(data: Any, name: str = "the reference") -> tuple[Tensor, Tensor]:
     if isinstance(data, Mapping):
         data = (data.get(_IMAGES_KEY), data.get(_LABELS_KEY))
     if not isinstance(data, tuple) or len(data) != 2 or not all(isinstance(item, Tensor) for item in data):
-        raise BadData(
+        raise BadDataError(
             f"{name} holds no tensors '{_IMAGES_KEY}' and '{_LABELS_KEY}'.",
             "The challenge's reference files are dicts of those two.",
         )
@@ -127,11 +127,11 @@ def _pair(data: Any, name: str = "the reference") -> tuple[Tensor, Tensor]:
 def _checked(test_set: TestSet, name: str) -> TestSet:
     images, labels, spec = test_set.images, test_set.labels, test_set.spec
     if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape:
-        raise BadData(f"{name} holds images of shape {tuple(images.shape[1:])}, {spec.name} has {spec.image_shape}.")
+        raise BadDataError(f"{name} holds images of shape {tuple(images.shape[1:])}, {spec.name} has {spec.image_shape}.")
     if labels.shape != (len(images),) or len(images) == 0:
-        raise BadData(f"{name} holds {len(images)} images and labels of shape {tuple(labels.shape)}.")
+        raise BadDataError(f"{name} holds {len(images)} images and labels of shape {tuple(labels.shape)}.")
     if int(labels.min()) < 0 or int(labels.max()) >= spec.num_classes:
-        raise BadData(
+        raise BadDataError(
             f"{name} has labels from {int(labels.min())} to {int(labels.max())}, "
             f"{spec.name} has classes 0 to {spec.num_classes - 1}."
         )
@@ -142,11 +142,11 @@ def _checked(test_set: TestSet, name: str) -> TestSet:
 
 def _check_normalised(images: Tensor, name: str, spec: DatasetSpec) -> None:
     if not images.is_floating_point():
-        raise BadData(f"{name} holds {images.dtype} images, expected uint8 pixels or normalised float32.")
+        raise BadDataError(f"{name} holds {images.dtype} images, expected uint8 pixels or normalised float32.")
     low, high = (float(bound) for bound in images.aminmax())
     # A comparison with nan is false, so this refuses nan too.
     if not (-_LARGEST_NORMALISED < low < 0.0 < high < _LARGEST_NORMALISED):
-        raise BadData(
+        raise BadDataError(
             f"{name} has values from {low:.4g} to {high:.4g}, which are not normalised images.",
             f"Normalise pixels in [0, 1] with mean {spec.mean} and std {spec.std}.",
         )

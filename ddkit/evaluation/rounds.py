@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.errors import ComputeError, Interrupted
+from ddkit.errors import ComputeError, InterruptedRunError
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.tracks import Generated, images_per_class
 from ddkit.network.engine import Engine
@@ -22,7 +22,7 @@ from ddkit.network.networks import build_network
 from ddkit.network.training import TrainingRun, TrainingSettings, epoch_side_by_side
 from ddkit.runtime.device import shortage_explained
 from ddkit.runtime.interrupt import StopRequest
-from ddkit.runtime.tensor_files import Unloadable, load_restricted, save_torch
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class StateFile:
             return {}
         try:
             state = load_restricted(self.path)
-        except (OSError, Unloadable) as error:
+        except (OSError, UnloadableError) as error:
             _log.warning("%s cannot be read (%s); the round starts afresh.", self.path, error)
             return {}
         if isinstance(state, dict) and state.get("version") == _BETWEEN_EPOCHS:
@@ -134,7 +134,7 @@ def run_rounds(
 ) -> list[RoundResult]:
     """Train and test the jobs' networks side by side, going on from what their files hold.
 
-    Raises Interrupted, the states saved, once `stop` is set.
+    Raises InterruptedRunError, the states saved, once `stop` is set.
     """
     data = _on_device(jobs, settings.device)
     rounds = [_Round(job, *own, test_set.spec, settings) for job, own in zip(jobs, data, strict=True)]
@@ -151,7 +151,7 @@ class _SideBySide:
         self._settled = time.monotonic()
 
     def epoch(self) -> None:
-        """Train all for one epoch. Raises Interrupted, the states saved, once asked to stop."""
+        """Train all for one epoch. Raises InterruptedRunError, the states saved, once asked to stop."""
         of_epoch = epoch_side_by_side([one.training for one in self._rounds], self._save_or_stop)
         for one, losses in zip(self._rounds, of_epoch, strict=True):
             one.losses.append(sum(losses) / len(losses))
@@ -169,7 +169,7 @@ class _SideBySide:
         self._settled = time.monotonic()  # saving is not training
         if self._stop:
             first = self._rounds[0]
-            raise Interrupted(
+            raise InterruptedRunError(
                 f"Interrupted after {first.training.epochs_done} epochs of round {first.index + 1}.",
                 "Run the same again to go on from there." if first.is_kept else "Nothing was kept.",
             )

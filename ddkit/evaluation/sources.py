@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.errors import InvalidSubmission, UsageError
+from ddkit.errors import InvalidSubmissionError, UsageError
 from ddkit.evaluation.tracks import Generate, Generated, generate_within
-from ddkit.runtime.tensor_files import Unloadable, load_restricted, save_torch
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 
 
 class Source(Protocol):
@@ -77,7 +77,7 @@ class TimedGenerator:
             # A continued round must go on with the images that it began with.
             try:
                 return Generated(**load_restricted(kept))
-            except (Unloadable, TypeError):
+            except (UnloadableError, TypeError):
                 kept.unlink()
         made = generate_within(self.generate, seed, self.budget)
         if kept:
@@ -95,22 +95,22 @@ def _images_of(index: int, folder: Path | None) -> Path | None:
 
 
 def check_training_set(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:
-    """Raise InvalidSubmission unless networks for `spec` can be trained on these."""
+    """Raise InvalidSubmissionError unless networks for `spec` can be trained on these."""
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise UsageError("Images and labels must be tensors.")
     if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape or not images.is_floating_point():
-        raise InvalidSubmission(
+        raise InvalidSubmissionError(
             f"The images are {images.dtype} of shape {tuple(images.shape)}; "
             f"{spec.name} needs float32 of shape (N, {', '.join(map(str, spec.image_shape))}), normalised."
         )
     if labels.dtype != torch.int64 or labels.shape != (len(images),) or len(images) == 0:
-        raise InvalidSubmission(
+        raise InvalidSubmissionError(
             f"{len(images)} images have {labels.dtype} labels of shape {tuple(labels.shape)}, expected one int64 each."
         )
     if int(labels.min()) < 0 or int(labels.max()) >= spec.num_classes:
-        raise InvalidSubmission(f"Labels must lie in 0 ... {spec.num_classes - 1}, the classes of {spec.name}.")
+        raise InvalidSubmissionError(f"Labels must lie in 0 ... {spec.num_classes - 1}, the classes of {spec.name}.")
     if not bool(torch.isfinite(images).all()):
-        raise InvalidSubmission("The images hold values that are no numbers.")
+        raise InvalidSubmissionError("The images hold values that are no numbers.")
 
 
 def hash_of(*tensors: Tensor) -> str:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ddkit.errors import ComputeError, Interrupted, InvalidSubmission
+from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionError
 from ddkit.evaluation.tracks import Generated, overrun
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
-from ddkit.runtime.tensor_files import Unloadable, load_restricted
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _LINES_OF_OUTPUT = 3  # quoted of a script that failed
@@ -46,8 +46,8 @@ class ScriptEntry:
     def __call__(self, seed: int, budget: float) -> Generated:
         """Run it once. The seconds are those from before its start to its end, without reading what it made.
 
-        Raises InvalidSubmission where it overruns its budget or leaves nothing readable, ComputeError with its last
-        words where it fails, Interrupted once asked to stop.
+        Raises InvalidSubmissionError where it overruns its budget or leaves nothing readable, ComputeError with its last
+        words where it fails, InterruptedRunError once asked to stop.
         """
         with tempfile.TemporaryDirectory(prefix="ddkit-entry-") as temporary:
             out = Path(temporary) / "images.pt"
@@ -82,7 +82,7 @@ class ScriptEntry:
             if spent > budget:
                 raise overrun(str(self.script), "was still running", budget)
             if stop:
-                raise Interrupted("Interrupted while images were generated.", "Run the same again: they are made anew.")
+                raise InterruptedRunError("Interrupted while images were generated.", "Run the same again: they are made anew.")
             self.progress(Progress(f"generating {self.dataset}", spent, budget, "s"))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_SECONDS_BETWEEN_LOOKS)
@@ -100,8 +100,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     try:
         made = load_restricted(path)
-    except (OSError, Unloadable, MemoryError) as error:
-        raise InvalidSubmission(f"The generator left no readable file of images: {error}.") from error
+    except (OSError, UnloadableError, MemoryError) as error:
+        raise InvalidSubmissionError(f"The generator left no readable file of images: {error}.") from error
     if not isinstance(made, dict) or not {"images", "labels"} <= made.keys():
-        raise InvalidSubmission("The generator's file is no dict of 'images' and 'labels'.")
+        raise InvalidSubmissionError("The generator's file is no dict of 'images' and 'labels'.")
     return made["images"], made["labels"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import CHALLENGE_DATASETS, TEST_CONTENT, TEST_IMAGES, DatasetSpec, Track
-from ddkit.errors import InvalidSubmission
+from ddkit.errors import InvalidSubmissionError
 from ddkit.network.networks import OFFICIAL_NETWORK
 from ddkit.runtime.files import sha256_of
 
@@ -81,7 +81,7 @@ Generated, where it knows better than its caller how long it took."""
 
 
 def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
-    """Run a track 2 entry on the clock. Raises InvalidSubmission when it takes longer than `budget` seconds."""
+    """Run a track 2 entry on the clock. Raises InvalidSubmissionError when it takes longer than `budget` seconds."""
     began = time.monotonic()
     made = generate(seed, budget)
     if not isinstance(made, Generated):
@@ -99,9 +99,9 @@ def hash_of_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def overrun(name: str, what: str, budget: float) -> InvalidSubmission:
+def overrun(name: str, what: str, budget: float) -> InvalidSubmissionError:
     """The error that says that an entry took too long."""
-    return InvalidSubmission(
+    return InvalidSubmissionError(
         f"{name} {what} after its budget of {budget:g} s.",
         "In the challenge an entry that overruns its time scores nothing.",
     )

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddkit.errors import BadFile, MissingModel
+from ddkit.errors import BadFileError, MissingModelError
 from ddkit.generator.hub import HUB_ERRORS, reason_of
 from ddkit.generator.presets import AutoencoderConfig
 
@@ -53,34 +53,34 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) 
 def load_pretrained(source: str) -> AutoencoderKL:
     """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
 
-    Raises MissingModel where there is none or it cannot be had, BadFile where its weights do not fit it or it is not of
+    Raises MissingModelError where there is none or it cannot be had, BadFileError where its weights do not fit it or it is not of
     colour images.
     """
     remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
     folder = Path(source).expanduser()
     if not folder.is_dir() and not _HUB_ID.fullmatch(source):
-        raise MissingModel(f"There is no folder '{source}' to load an autoencoder from.", remedy)
+        raise MissingModelError(f"There is no folder '{source}' to load an autoencoder from.", remedy)
     where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source}
     if (folder / "vae").is_dir():
         where["subfolder"] = "vae"
     try:
         autoencoder, found = AutoencoderKL.from_pretrained(**where, use_safetensors=True, output_loading_info=True)
     except HUB_ERRORS as error:
-        raise MissingModel(f"No autoencoder could be loaded from '{source}': {reason_of(error)}", remedy) from error
+        raise MissingModelError(f"No autoencoder could be loaded from '{source}': {reason_of(error)}", remedy) from error
     refuse_misfits(found, source)
     channels = autoencoder.config.in_channels
     if channels != 3 * pixel_patch(autoencoder) ** 2:
-        raise BadFile(f"The autoencoder in {source} takes {channels} channels, which are no squares of pixels.", remedy)
+        raise BadFileError(f"The autoencoder in {source} takes {channels} channels, which are no squares of pixels.", remedy)
     return autoencoder
 
 
 def refuse_misfits(found: Mapping[str, Sequence[Any]], source: object) -> None:
-    """Raise BadFile where diffusers' loading info tells of weights that are missing, unknown or of another shape.
+    """Raise BadFileError where diffusers' loading info tells of weights that are missing, unknown or of another shape.
 
     diffusers would go on with random ones in their places.
     """
     if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
-        raise BadFile(f"The weights in {source} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete.")
+        raise BadFileError(f"The weights in {source} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete.")
 
 
 def pixel_patch(autoencoder: AutoencoderKL) -> int:

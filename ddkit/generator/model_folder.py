@@ -30,12 +30,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddkit import __version__
-from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import decode, pixels_per_latent
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.samplers import make_scheduler, set_steps
 from ddkit.generator.uvit import UViT
-from ddkit.runtime.files import read_json, replacing_folder, sha256_of, write_json
+from ddkit.runtime.files import atomic_folder, read_json, sha256_of, write_json
 
 FACTS_FILE = "ddkit.json"
 INDEX_FILE = "model_index.json"
@@ -92,7 +92,7 @@ def save_autoencoder(autoencoder: AutoencoderKL, folder: Path) -> None:
 
 
 def save_model(model: Model, folder: Path) -> None:
-    """Write or replace all of a model folder. Nothing else in it is touched. Raises BadFile."""
+    """Write or replace all of a model folder. Nothing else in it is touched. Raises BadFileError."""
     part = denoiser_part(model.denoiser)
     scheduler = make_scheduler("ddim", model.facts.prediction)
     save_autoencoder(model.autoencoder, folder)
@@ -115,7 +115,7 @@ def save_model(model: Model, folder: Path) -> None:
 def load_model(folder: Path, *, dataset: str | None = None) -> Model:
     """Read a model folder onto the CPU.
 
-    dataset: the one it must be of. Raises MissingModel where a file is missing, BadFile where one is damaged or
+    dataset: the one it must be of. Raises MissingModelError where a file is missing, BadFileError where one is damaged or
     does not fit, UsageError where the model is of another dataset.
     """
     facts = read_facts(folder)
@@ -134,12 +134,12 @@ def load_model(folder: Path, *, dataset: str | None = None) -> Model:
 def _refuse_strangers(
     folder: Path, part: str, denoiser: ModelMixin, autoencoder: AutoencoderKL, facts: ModelFacts
 ) -> None:
-    """Raise BadFile where parts, each whole, are of different models."""
+    """Raise BadFileError where parts, each whole, are of different models."""
     remedy = "Put the model's own part back, or train it again."
     if (classes := null_class(denoiser)) != len(facts.class_names):
-        raise BadFile(f"{folder / part} knows {classes} classes, {FACTS_FILE} beside it {len(facts.class_names)}.", remedy)
+        raise BadFileError(f"{folder / part} knows {classes} classes, {FACTS_FILE} beside it {len(facts.class_names)}.", remedy)
     if (channels := denoiser.config.in_channels) != autoencoder.config.latent_channels:
-        raise BadFile(
+        raise BadFileError(
             f"{folder / part} makes latents of {channels} channels; the autoencoder beside it decodes "
             f"{autoencoder.config.latent_channels}.",
             remedy,
@@ -157,20 +157,20 @@ def has_model(folder: Path) -> bool:
 
 
 def read_facts(folder: Path) -> ModelFacts:
-    """What a model folder's ddkit.json says. Raises MissingModel where there is none, BadFile where it is foreign."""
+    """What a model folder's ddkit.json says. Raises MissingModelError where there is none, BadFileError where it is foreign."""
     path = folder / FACTS_FILE
     if not path.is_file():
-        raise MissingModel(
+        raise MissingModelError(
             f"{folder} holds no whole model of ddkit's: it has no {FACTS_FILE}.",
             "Train one, or go on with its training: ddkit train --dataset NAME",
         )
     value = read_json(path)
     if not isinstance(value, dict) or value.get("format") != FORMAT_VERSION:
-        raise BadFile(f"{path} is not of this version of ddkit.", "Train the model again.")
+        raise BadFileError(f"{path} is not of this version of ddkit.", "Train the model again.")
     try:
         return ModelFacts(**{**value, "class_names": tuple(value["class_names"])})
     except (TypeError, KeyError) as error:
-        raise BadFile(f"{path} is not complete: {error}.", "Train the model again.") from error
+        raise BadFileError(f"{path} is not complete: {error}.", "Train the model again.") from error
 
 
 def model_hash(folder: Path) -> str:
@@ -187,11 +187,11 @@ def denoiser_part(denoiser: ModelMixin) -> str:
 
 
 def _save_part(part: Any, folder: Path) -> None:
-    with replacing_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         try:
             part.save_pretrained(temporary)
         except SafetensorError as error:  # of a full disk, for one
-            raise BadFile(f"{folder} cannot be written: {error}.", "Free some space there, or choose another place.") from error
+            raise BadFileError(f"{folder} cannot be written: {error}.", "Free some space there, or choose another place.") from error
 
 
 def _load_part(folder: Path, kinds: Mapping[str, type[ModelMixin]]) -> ModelMixin:
@@ -199,17 +199,17 @@ def _load_part(folder: Path, kinds: Mapping[str, type[ModelMixin]]) -> ModelMixi
     config_path, weights_path = folder / "config.json", folder / WEIGHTS_FILE
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise MissingModel(f"{path} is missing.", "Train the model again, or give another folder.")
+            raise MissingModelError(f"{path} is missing.", "Train the model again, or give another folder.")
     config = read_json(config_path)
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in kinds:
-        raise BadFile(f"{config_path} describes a {name}, not one of {', '.join(kinds)}.", "Give a model of ddkit's.")
+        raise BadFileError(f"{config_path} describes a {name}, not one of {', '.join(kinds)}.", "Give a model of ddkit's.")
     try:
         network = kinds[name].from_config(config)
         network.load_state_dict(load_file(weights_path))
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadFile(f"{weights_path} does not fit its config.json: {reason}", "The folder is damaged.") from error
+        raise BadFileError(f"{weights_path} does not fit its config.json: {reason}", "The folder is damaged.") from error
     return network
 
 

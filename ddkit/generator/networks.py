@@ -38,7 +38,7 @@ def predict(denoiser: nn.Module, noisy: Tensor, times: Tensor, labels: Tensor) -
     return output if isinstance(output, Tensor) else output.sample
 
 
-def keep_labels(denoiser: ModelMixin) -> ModelMixin:
+def disable_label_dropout(denoiser: ModelMixin) -> ModelMixin:
     """The denoiser, in place, without a dropout of labels of its own.
 
     Labels are dropped by our own generator; diffusers' DiT would draw from the global one as well.
@@ -91,4 +91,4 @@ def _build_dit(config: DenoiserConfig, latent_shape: tuple[int, int, int], num_c
         patch_size=config.patch_size(side),
         num_embeds_ada_norm=num_classes,
     )
-    return keep_labels(denoiser)
+    return disable_label_dropout(denoiser)

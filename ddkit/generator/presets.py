@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddkit.errors import BadFile, UsageError, nearest_name, require_positive
+from ddkit.errors import BadFileError, UsageError, did_you_mean, require_positive
 
 ARCHITECTURES = ("uvit", "unet", "dit")
 PREDICTIONS = ("epsilon", "v", "flow")
@@ -243,7 +243,7 @@ class Preset:
 def preset(name: str) -> Preset:
     """The preset of that name. Raises UsageError, offering the nearest."""
     if name not in PRESETS:
-        raise UsageError(f"There is no preset '{name}'.", nearest_name(name, tuple(PRESETS)))
+        raise UsageError(f"There is no preset '{name}'.", did_you_mean(name, tuple(PRESETS)))
     return PRESETS[name]
 
 
@@ -253,15 +253,15 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(value: Mapping[str, Any], kind: type = GeneratorConfig) -> Any:
-    """The inverse of `to_json`. Raises BadFile that names an unknown or missing key."""
+    """The inverse of `to_json`. Raises BadFileError that names an unknown or missing key."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(value) - set(fields)):
-        raise BadFile(f"{kind.__name__} has no {', '.join(unknown)}.", "The file was written by another version of ddkit.")
+        raise BadFileError(f"{kind.__name__} has no {', '.join(unknown)}.", "The file was written by another version of ddkit.")
     known = {name: _from_json_value(fields[name].type, item) for name, item in value.items()}
     try:
         return kind(**known)
     except TypeError as error:
-        raise BadFile(f"{kind.__name__} is not complete: {error}.") from error
+        raise BadFileError(f"{kind.__name__} is not complete: {error}.") from error
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
@@ -291,7 +291,7 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 def _check_choice(config: Any, name: str, known: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in known:
-        raise UsageError(f"{type(config).__name__}.{name} cannot be '{value}'.", nearest_name(str(value), known))
+        raise UsageError(f"{type(config).__name__}.{name} cannot be '{value}'.", did_you_mean(str(value), known))
 
 
 _KINDS = (AutoencoderConfig, DenoiserConfig, MinimaxConfig, ObjectiveConfig, OptimiserConfig)

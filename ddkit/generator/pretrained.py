@@ -20,12 +20,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ddkit.errors import BadFile, MissingModel, UsageError, nearest_name
+from ddkit.errors import BadFileError, MissingModelError, UsageError, did_you_mean
 from ddkit.generator.autoencoder import refuse_misfits
 from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
 from ddkit.generator.hub import HUB_ERRORS, reason_of
 from ddkit.generator.model_folder import FACTS_FILE, INDEX_FILE, load_model
-from ddkit.generator.networks import keep_labels, null_class
+from ddkit.generator.networks import disable_label_dropout, null_class
 from ddkit.runtime.files import read_json
 
 _WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.json")
@@ -105,14 +105,14 @@ def load_generator(source: str) -> Pretrained:
 
     source: the folder of a `ddkit train` or of a DiTPipeline with 256 px or any other size, or such a pipeline's id.
     A variance that the transformer predicts beside the noise is left out: no sampler here reads it.
-    Raises MissingModel where there is none or it cannot be downloaded, BadFile where it is damaged or no diffusion
+    Raises MissingModelError where there is none or it cannot be downloaded, BadFileError where it is damaged or no diffusion
     transformer.
     """
     folder = _folder_of(source)
     if (folder / FACTS_FILE).is_file():
         model = load_model(folder)
         names = tuple((name,) for name in model.facts.class_names)
-        return Pretrained(keep_labels(model.denoiser), model.autoencoder, names, model.facts.prediction)
+        return Pretrained(disable_label_dropout(model.denoiser), model.autoencoder, names, model.facts.prediction)
     return _read_dit_pipeline(folder)
 
 
@@ -144,7 +144,7 @@ def map_classes(names: Sequence[str], known: Sequence[Sequence[str]], chosen: Cl
     labels = {name: _matching(_readable(name), readable) for name in names}
     for name, choice in (chosen or {}).items():
         if name not in labels:
-            raise UsageError(f"The dataset has no class '{name}' to map.", nearest_name(name, list(labels)))
+            raise UsageError(f"The dataset has no class '{name}' to map.", did_you_mean(name, list(labels)))
         labels[name] = _chosen(choice, readable)
     if not any(labels.values()) and not chosen:
         raise UsageError(
@@ -165,12 +165,12 @@ def _folder_of(source: str) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise MissingModel(f"There is no folder {source} to start from.", _KNOWN)
+        raise MissingModelError(f"There is no folder {source} to start from.", _KNOWN)
     try:
         wanted = [INDEX_FILE, "transformer/*", "vae/*", "scheduler/*"]
         return Path(snapshot_download(source, allow_patterns=wanted))
     except HUB_ERRORS as error:
-        raise MissingModel(
+        raise MissingModelError(
             f"'{source}' is no folder here, and it cannot be downloaded: {reason_of(error)}",
             f"Where there is a network: hf download {source} --local-dir FOLDER. Then give that FOLDER.",
         ) from error
@@ -178,18 +178,18 @@ def _folder_of(source: str) -> Path:
 
 def _read_dit_pipeline(folder: Path) -> Pretrained:
     if not (folder / INDEX_FILE).is_file():
-        raise MissingModel(f"{folder} holds no generator: it has neither {FACTS_FILE} nor {INDEX_FILE}.", _KNOWN)
+        raise MissingModelError(f"{folder} holds no generator: it has neither {FACTS_FILE} nor {INDEX_FILE}.", _KNOWN)
     index = read_json(folder / INDEX_FILE)
     if not isinstance(index, dict) or index.get("_class_name") != "DiTPipeline":
         kind = index.get("_class_name") if isinstance(index, dict) else None
-        raise BadFile(f"{folder} holds a {kind or 'thing of no kind'}, which is no diffusion transformer.", _KNOWN)
+        raise BadFileError(f"{folder} holds a {kind or 'thing of no kind'}, which is no diffusion transformer.", _KNOWN)
     _check_schedule(folder / "scheduler" / "scheduler_config.json")
     transformer = _read_part(DiTTransformer2DModel, folder / "transformer", _DIT_CLASSES)
     autoencoder = _read_part(AutoencoderKL, folder / "vae", ("AutoencoderKL",))
     if transformer.config.in_channels != autoencoder.config.latent_channels:
-        raise BadFile(f"The transformer and the autoencoder in {folder} have latents of different channels.")
+        raise BadFileError(f"The transformer and the autoencoder in {folder} have latents of different channels.")
     names = _label_names(index.get("id2label"), null_class(transformer))
-    return Pretrained(keep_labels(_noise_only(transformer)), autoencoder.eval(), names, "epsilon")
+    return Pretrained(disable_label_dropout(_noise_only(transformer)), autoencoder.eval(), names, "epsilon")
 
 
 def _read_part(kind: type[ModelMixin], folder: Path, classes: Sequence[str]) -> ModelMixin:
@@ -197,11 +197,11 @@ def _read_part(kind: type[ModelMixin], folder: Path, classes: Sequence[str]) -> 
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in classes:
-        raise BadFile(f"{folder} holds a {name}, not a {classes[0]}.", _KNOWN)
+        raise BadFileError(f"{folder} holds a {name}, not a {classes[0]}.", _KNOWN)
     try:
         network, found = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise BadFile(f"{folder} cannot be read: {str(error).splitlines()[0]}", "The folder is damaged.") from error
+        raise BadFileError(f"{folder} cannot be read: {str(error).splitlines()[0]}", "The folder is damaged.") from error
     refuse_misfits(found, folder)
     # Where it lay on this machine is nothing to save with what it becomes.
     network.register_to_config(_name_or_path="")
@@ -213,7 +213,7 @@ def _check_schedule(path: Path) -> None:
     for name, ours in _SCHEDULE.items():
         theirs = config.get(name, ours) if isinstance(config, dict) else None
         if theirs != ours:
-            raise BadFile(f"{path} has {name} {theirs}; only {ours} is known here.", _KNOWN)
+            raise BadFileError(f"{path} has {name} {theirs}; only {ours} is known here.", _KNOWN)
 
 
 def _label_names(titles: Any, count: int) -> tuple[tuple[str, ...], ...]:
@@ -243,7 +243,7 @@ def _rebuilt(network: ModelMixin, state: Mapping[str, Tensor], **changes: Any) -
     with torch.random.fork_rng(devices=[]):
         rebuilt = type(network).from_config({**network.config, **changes})
     rebuilt.load_state_dict(state)
-    return keep_labels(rebuilt).eval()
+    return disable_label_dropout(rebuilt).eval()
 
 
 def _class_setting(denoiser: ModelMixin) -> str:
@@ -275,5 +275,5 @@ def _chosen(choice: str | int | None, known: Sequence[Sequence[str]]) -> tuple[i
     if found := _matching(_readable(choice), known):
         return found
     raise UsageError(
-        f"The model knows no class '{choice}'.", nearest_name(choice, [n for names in known for n in names])
+        f"The model knows no class '{choice}'.", did_you_mean(choice, [n for names in known for n in names])
     )

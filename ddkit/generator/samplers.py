@@ -20,7 +20,7 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from ddkit.errors import UsageError, nearest_name
+from ddkit.errors import UsageError, did_you_mean
 from ddkit.generator.objective import BETA_SCHEDULES, TIME_SCALE
 
 SAMPLERS = ("ddim", "dpm++", "unipc", "euler")
@@ -53,7 +53,7 @@ def make_scheduler(sampler: str, prediction: str) -> SchedulerMixin:
     `FlowMatchEulerDiscreteScheduler`, else as `DDIMScheduler`. Raises UsageError, offering the nearest name.
     """
     if sampler not in SAMPLERS:
-        raise UsageError(f"There is no sampler '{sampler}'.", nearest_name(sampler, SAMPLERS))
+        raise UsageError(f"There is no sampler '{sampler}'.", did_you_mean(sampler, SAMPLERS))
     if prediction == "flow" and sampler in ("ddim", "euler"):
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIME_SCALE)
     common = {

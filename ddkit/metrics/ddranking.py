@@ -104,17 +104,17 @@ class Ranking:
 def from_results(results: Iterable[Result]) -> tuple[Ranking, ...]:
     """The scores of every submission evaluated with augmentation, newest last, one for each set and setting."""
     results = tuple(results)
-    known = _Known(results)
+    known = _ResultIndex(results)
     subjects = {(r.dataset, r.sha256, *_settings(r)): r for r in results if r.kind == "submission" and r.augment}
     return tuple(_ranking(subject, known) for subject in subjects.values())
 
 
 def of_result(subject: Result, results: Iterable[Result]) -> Ranking:
     """The scores of one evaluated set, from the evaluations at hand."""
-    return _ranking(subject, _Known(results))
+    return _ranking(subject, _ResultIndex(results))
 
 
-def _ranking(subject: Result, known: _Known) -> Ranking:
+def _ranking(subject: Result, known: _ResultIndex) -> Ranking:
     plain = known.like(subject, "submission", augment=False)
     random_real = known.like(subject, "random-real", augment=True)
     random_plain = known.like(subject, "random-real", augment=False)
@@ -148,7 +148,7 @@ def run_missing(ranking: Ranking, evaluate: Callable[[Need], Result], also: Iter
     return of_result(ranking.subject, results)
 
 
-class _Known:
+class _ResultIndex:
     """The evaluations at hand, found by what they are to be held against; of equal ones the latest."""
 
     def __init__(self, results: Iterable[Result]) -> None:

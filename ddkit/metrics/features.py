@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
-from ddkit.errors import BadFile, UsageError, require_positive
+from ddkit.errors import BadFileError, UsageError, require_positive
 from ddkit.network.convnet import ConvNet
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import OFFICIAL_NETWORK, build_network
@@ -127,7 +127,7 @@ def reference_features(
         _train(network.to(device), images, labels, spec, settings, progress)
         try:
             _save(network, path)
-        except BadFile as error:  # a cache that is shared and not ours to write costs the training each time, no more
+        except BadFileError as error:  # a cache that is shared and not ours to write costs the training each time, no more
             log.info("The feature network is not kept: %s", error)
     return ReferenceFeatures(network.to(device), spec)
 

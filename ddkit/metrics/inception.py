@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddkit.errors import MissingData, UsageError
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.runtime.progress import Listener, Progress, ignore
 
 _IMAGES_AT_ONCE = 50  # which grow to 299 px
@@ -18,7 +18,7 @@ class InceptionFeatures:
     """Turns images into features of the Inception network of Heusel et al. 2017 (arXiv 1706.08500). Call it.
 
     Its weights, 91 MiB, come from PyTorch's cache of downloads, or are downloaded. Raises UsageError where
-    torch-fidelity is not installed, MissingData where the weights are not there and cannot be downloaded.
+    torch-fidelity is not installed, MissingDataError where the weights are not there and cannot be downloaded.
     """
 
     num_features = 2048
@@ -33,7 +33,7 @@ class InceptionFeatures:
             network = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)])
         except urllib.error.URLError as error:
             path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-            raise MissingData(
+            raise MissingDataError(
                 f"The weights of Inception cannot be downloaded: {error.reason}.",
                 f"Get {URL_INCEPTION_V3} by other means, and put it at {path}.",
             ) from error

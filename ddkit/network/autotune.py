@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.network import winograd
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine
-from ddkit.network.kernels import CannotCompile
+from ddkit.network.kernels import CompileError
 from ddkit.network.plan import EnginePlan
 from ddkit.runtime.device import cpu_flags, describe_device
 from ddkit.runtime.files import cache_folder, read_json, write_json
@@ -44,7 +44,7 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePl
     if device.type == "cpu":
         try:
             winograd.load()
-        except (CannotCompile, BadFile) as error:
+        except (CompileError, BadFileError) as error:
             _warn_once(f"Evaluating the plain way, several times slower: {error}")
             return _plan_without_measuring(network, precision)
     key = (
@@ -144,7 +144,7 @@ def _remembered(key: str) -> EnginePlan | None:
 def _remember(key: str, plan: EnginePlan) -> None:
     try:
         write_json(cache_folder() / _MEMORY, {**_memory(), key: asdict(plan)})
-    except BadFile as error:
+    except BadFileError as error:
         _log.info("The choice of engine is not remembered: %s", error)
 
 
@@ -152,6 +152,6 @@ def _memory() -> dict[str, Any]:
     """All choices so far; none where the file is missing or damaged, as they can be made again."""
     try:
         known = read_json(cache_folder() / _MEMORY)
-    except BadFile:
+    except BadFileError:
         return {}
     return known if isinstance(known, dict) else {}

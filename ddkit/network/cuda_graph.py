@@ -70,7 +70,7 @@ class _Capture:
     recording: _Recording
 
 
-class GraphedEngine:
+class CudaGraphEngine:
     """Computes with one network on its GPU. plan.kind: "graphed", or "compiled" to compile before recording."""
 
     def __init__(self, network: nn.Module, plan: EnginePlan) -> None:

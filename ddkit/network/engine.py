@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddkit.network.cuda_graph import GraphedEngine
+from ddkit.network.cuda_graph import CudaGraphEngine
 from ddkit.network.plan import EnginePlan
 from ddkit.network.winograd import WinogradEngine
 
@@ -58,6 +58,6 @@ class PlainEngine:
 
 
 def build_engine(network: nn.Module, plan: EnginePlan) -> Engine:
-    """The engine that `plan` describes, for `network`. Raises CannotCompile where it needs a compiler in vain."""
-    kinds = {"plain": PlainEngine, "winograd": WinogradEngine, "graphed": GraphedEngine, "compiled": GraphedEngine}
+    """The engine that `plan` describes, for `network`. Raises CompileError where it needs a compiler in vain."""
+    kinds = {"plain": PlainEngine, "winograd": WinogradEngine, "graphed": CudaGraphEngine, "compiled": CudaGraphEngine}
     return kinds[plan.kind](network, plan)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ddkit.errors import DDKitError
 from ddkit.runtime.device import cpu_flags, cpu_model
-from ddkit.runtime.files import cache_folder, replacing
+from ddkit.runtime.files import atomic_write, cache_folder
 
 # -O3 unrolls the loops over taps and vectors; no flag relaxes the arithmetic but fused multiply-add, which is GCC's
 # and Clang's habit and rounds once instead of twice.
@@ -24,14 +24,14 @@ _CACHE_FOLDER = "_kernels"  # no dataset can have this name
 _TARGETS = (("-march=native",), ("-mcpu=native",), ())
 
 
-class CannotCompile(DDKitError):
+class CompileError(DDKitError):
     """There is no C++ compiler, or it does not take our source."""
 
 
 def load_library(source: Path) -> ctypes.CDLL:
     """The shared library made from `source`; compiled when this machine has not done so before, and tried once.
 
-    Raises CannotCompile, and BadFile when the cache cannot be written.
+    Raises CompileError, and BadFileError when the cache cannot be written.
     """
     loaded = _tried(source)
     if isinstance(loaded, DDKitError):
@@ -52,12 +52,12 @@ def _load(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
     path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{_fingerprint(source, compiler)}.so"
     if not path.exists():
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             _compile(compiler, source, temporary)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise CannotCompile(f"{path} cannot be loaded: {error}.", "Delete it, and it is made anew.") from error
+        raise CompileError(f"{path} cannot be loaded: {error}.", "Delete it, and it is made anew.") from error
 
 
 def _compiler() -> list[str]:
@@ -67,7 +67,7 @@ def _compiler() -> list[str]:
         words = shlex.split(command)
         if words and shutil.which(words[0]):
             return words
-    raise CannotCompile(
+    raise CompileError(
         f"The C++ compiler '{wanted}' is not there." if wanted else "There is no C++ compiler.",
         "Install g++ or clang++, or set CXX to one.",
     )
@@ -91,8 +91,8 @@ def _compile(compiler: list[str], source: Path, out: Path) -> None:
                 [*compiler, *_FLAGS, *target, str(source), "-o", str(out)], capture_output=True, text=True, check=False
             )
         except OSError as error:
-            raise CannotCompile(f"{compiler[0]} cannot be run: {error.strerror}.") from error
+            raise CompileError(f"{compiler[0]} cannot be run: {error.strerror}.") from error
         if made.returncode == 0:
             return
         complaint = complaint or made.stderr.strip().split("\n")[0]
-    raise CannotCompile(f"{' '.join(compiler)} does not compile {source.name}: {complaint}")
+    raise CompileError(f"{' '.join(compiler)} does not compile {source.name}: {complaint}")

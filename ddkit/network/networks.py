@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ddkit.errors import UsageError, nearest_name
+from ddkit.errors import UsageError, did_you_mean
 from ddkit.network.convnet import ConvNet
 
 OFFICIAL_NETWORK = "convnet"
@@ -19,7 +19,7 @@ def build_network(name: str, num_classes: int, image_size: int, *, seed: int) ->
     Raises UsageError, offering the nearest name, when there is none of that name.
     """
     if name not in NETWORKS:
-        raise UsageError(f"There is no network '{name}'.", nearest_name(name, tuple(NETWORKS)))
+        raise UsageError(f"There is no network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
     # Modules initialise themselves from the global generator; it is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

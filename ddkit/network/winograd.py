@@ -74,7 +74,7 @@ class WinogradEngine:
     """Computes with one ConvNet on the CPU; see the module's text.
 
     plan.chunk: images that a thread handles at a time. plan.workers: threads.
-    Raises CannotCompile without a C++ compiler.
+    Raises CompileError without a C++ compiler.
     """
 
     def __init__(self, network: ConvNet, plan: EnginePlan) -> None:
@@ -392,7 +392,7 @@ def _multiply_back(inputs: Tensor, product_gradients: Tensor, tiles: Tensor, add
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """winograd.cpp, compiled, its functions told their arguments' types. Raises CannotCompile, or BadFile."""
+    """winograd.cpp, compiled, its functions told their arguments' types. Raises CompileError, or BadFileError."""
     library = load_library(_SOURCE)
     pointer, floats, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_bool
     planes = (pointer, floats)

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec
 from ddkit.data.store import dataset_spec
-from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator import uvit as denoiser
 from ddkit.generator.model_folder import WEIGHTS_FILE, ModelFacts, load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import SamplingConfig
 from ddkit.packing.zipping import unpack, write_zip
-from ddkit.runtime.files import read_json, replacing, replacing_folder, sha256_of, write_json, write_text
+from ddkit.runtime.files import atomic_folder, atomic_write, read_json, sha256_of, write_json, write_text
 from ddkit.runtime.tensor_files import save_safetensors
 
 SCRIPT = "generate.py"
@@ -61,12 +61,12 @@ def build_folder(models: Sequence[EntryModel], out: Path) -> Path:
     """Write the bundle as a folder, which can be run as it is; an earlier one is replaced.
 
     The same models and settings make the same files. Raises UsageError without models or with two of one dataset,
-    MissingModel where a model or the scripts are missing, and what `load_model` raises.
+    MissingModelError where a model or the scripts are missing, and what `load_model` raises.
     """
     datasets = [model.dataset for model in models]
     if not datasets or len(set(datasets)) < len(datasets):
         raise UsageError(f"A bundle takes one model for each dataset, not {', '.join(datasets) or 'none'}.")
-    with replacing_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for name, source in scripts().items():
             (folder / name).write_bytes(source.read_bytes())
         (folder / SCRIPT).chmod(0o755)
@@ -80,7 +80,7 @@ def build_folder(models: Sequence[EntryModel], out: Path) -> Path:
 def zip_folder(folder: Path, out: Path) -> Path:
     """The bundle as a zip, its files at the root; the same files make the same bytes."""
     members = {name: folder / name for name in sorted(_names(folder))}
-    with replacing(out) as temporary:
+    with atomic_write(out) as temporary:
         write_zip(members, temporary)
     return out
 
@@ -89,10 +89,10 @@ def zip_folder(folder: Path, out: Path) -> Path:
 def opened(path: Path) -> Iterator[Path]:
     """The folder of a bundle, with generate.py in it: of a zip, unpacked while it is used; of a folder; of the script.
 
-    Raises MissingModel where there is nothing, UsageError for a file of another kind, BadFile for a zip that is none.
+    Raises MissingModelError where there is nothing, UsageError for a file of another kind, BadFileError for a zip that is none.
     """
     if not path.exists():
-        raise MissingModel(f"There is no track 2 entry {path}.", "Make one: ddkit pack --track 2")
+        raise MissingModelError(f"There is no track 2 entry {path}.", "Make one: ddkit pack --track 2")
     if path.is_dir() or path.name == SCRIPT:
         yield _with_script(path if path.is_dir() else path.parent, path)
         return
@@ -122,7 +122,7 @@ def scripts() -> dict[str, Path]:
         found = {name: place / name for name in _SCRIPTS}
         if all(path.is_file() for path in found.values()):
             return {**found, "denoiser.py": Path(denoiser.__file__)}
-    raise MissingModel(
+    raise MissingModelError(
         f"The scripts of the track 2 entry are in none of {', '.join(map(str, places))}.",
         "Run ddkit from a checkout: pip install -e .",
     )
@@ -141,7 +141,7 @@ def lacking(datasets: Sequence[str]) -> list[str]:
 
 def _with_script(folder: Path, path: Path) -> Path:
     if not (folder / SCRIPT).is_file():
-        raise BadFile(f"{path} holds no {SCRIPT}.", "Give a bundle that ddkit pack --track 2 made, or one like it.")
+        raise BadFileError(f"{path} holds no {SCRIPT}.", "Give a bundle that ddkit pack --track 2 made, or one like it.")
     return folder
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from ddkit.checks.check import CheckSettings, Report, check_path, submission_files
 from ddkit.data.store import dataset_spec
-from ddkit.errors import BadFile, InvalidSubmission, MissingData, UsageError
+from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.packing.zipping import write_zip
-from ddkit.runtime.files import explain_os_error, irregularity, replacing, sha256_of, sha256_of_stream
+from ddkit.runtime.files import atomic_write, explain_os_error, sha256_of, sha256_of_stream, why_not_a_file
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import check_command, load_tensor
 
 
-class Refused(InvalidSubmission):
+class RefusedSubmissionError(InvalidSubmissionError):
     """`check` found errors, so nothing was packed. report: what it found."""
 
     def __init__(self, folder: Path, report: Report) -> None:
@@ -53,27 +53,27 @@ def pack(
 
     The same tensors always make the same bytes. The zip holds the tensors only, at its root.
     strict: warnings refuse too. ignore_codes: findings that do not. told: gets what was found, before anything is written.
-    Raises MissingData without a folder, Refused (an InvalidSubmission) for what `check` refuses, UsageError where
-    `out` is one of the tensors, and BadFile for what the system refuses; an earlier zip stays as it was in each case.
+    Raises MissingDataError without a folder, RefusedSubmissionError (an InvalidSubmissionError) for what `check` refuses, UsageError where
+    `out` is one of the tensors, and BadFileError for what the system refuses; an earlier zip stays as it was in each case.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
-        raise MissingData(f"There is no submission folder {folder}.", "Make a set first: ddkit generate")
+        raise MissingDataError(f"There is no submission folder {folder}.", "Make a set first: ddkit generate")
     before = {file.name: _hash_of(file) for file in submission_files(folder)[0]}
     report = check_path(folder, settings=settings, progress=progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     if not report.ok:
-        raise Refused(folder, report)
+        raise RefusedSubmissionError(folder, report)
     told(report)
     files, _ = submission_files(folder)
     if not files:
-        raise MissingData(f"There is no tensor in {folder} to pack.", "Make one: ddkit generate")
+        raise MissingDataError(f"There is no tensor in {folder} to pack.", "Make one: ddkit generate")
     if any(out.exists() and out.samefile(file) for file in files):
         raise UsageError(f"The zip would replace {out}, which is to go into it.", "Name another file: --out NAME.zip.")
-    with replacing(out) as temporary:
+    with atomic_write(out) as temporary:
         written = write_zip({file.name: file for file in files}, temporary)
         if written != before:
-            raise BadFile(f"{folder} changed while it was being packed.", "Run it again.")
+            raise BadFileError(f"{folder} changed while it was being packed.", "Run it again.")
         _verify(temporary, written, folder, settings)
     return out
 
@@ -91,29 +91,29 @@ def packed_files(path: str | os.PathLike[str]) -> tuple[PackedFile, ...]:
 def _hash_of(path: Path) -> str:
     """SHA-256 of a file; "" of what is none or cannot be read, which the check then tells of."""
     try:
-        return "" if irregularity(path) else sha256_of(path)
-    except (OSError, BadFile):
+        return "" if why_not_a_file(path) else sha256_of(path)
+    except (OSError, BadFileError):
         return ""
 
 
 def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSettings) -> None:
     """Unpack the zip as the scorer does and load each tensor.
 
-    origin: the folder the tensors come from. Raises BadFile where anything differs from what was written,
-    InvalidSubmission where a tensor cannot be loaded, whatever findings were to be ignored.
+    origin: the folder the tensors come from. Raises BadFileError where anything differs from what was written,
+    InvalidSubmissionError where a tensor cannot be loaded, whatever findings were to be ignored.
     """
     try:
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
             if archive.namelist() != list(written):
-                raise BadFile(f"{path}: the zip that was read back has other members than were written.")
+                raise BadFileError(f"{path}: the zip that was read back has other members than were written.")
             for name, sha256 in written.items():
                 unpacked = Path(archive.extract(name, folder))
                 if sha256_of(unpacked) != sha256:
-                    raise BadFile(f"{path}: '{name}' read back differs from what was written.", "Is the disk sound?")
+                    raise BadFileError(f"{path}: '{name}' read back differs from what was written.", "Is the disk sound?")
                 try:
                     load_tensor(unpacked, dataset_spec(unpacked.stem), ipc=settings.ipc)
-                except InvalidSubmission as error:
-                    raise InvalidSubmission(
+                except InvalidSubmissionError as error:
+                    raise InvalidSubmissionError(
                         f"{origin / name} is not packed: the scorer could not use it.",
                         f"See: {check_command(origin / name, unpacked.stem)}",
                     ) from error

@@ -20,7 +20,7 @@ from torch import Tensor
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalise
 from ddkit.data.store import dataset_spec
-from ddkit.errors import ComputeError, InvalidSubmission
+from ddkit.errors import ComputeError, InvalidSubmissionError
 from ddkit.evaluation.sources import check_training_set
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.evaluation.tracks import generate_within, images_per_class
@@ -70,7 +70,7 @@ def prove(bundle: Path, settings: ProofSettings | None = None, *, progress: List
 
     The interpreter is isolated (`python -I`), in an environment in which of all packages here only those can be
     imported that the bundle requires, and what these require; without network for model hubs, in another folder.
-    Raises InvalidSubmission, saying what is wrong about the bundle, and ComputeError with the entry's last words.
+    Raises InvalidSubmissionError, saying what is wrong about the bundle, and ComputeError with the entry's last words.
     """
     settings = settings or ProofSettings()
     with tempfile.TemporaryDirectory(prefix="ddkit-proof-") as temporary:
@@ -99,23 +99,23 @@ def _prove(
     spec = dataset_spec(name)
     check_made(made.images, made.labels, spec)
     if left := sorted(path.name for path in elsewhere.iterdir()):
-        raise InvalidSubmission(f"The entry left {', '.join(left)} in the folder that it was run in.")
+        raise InvalidSubmissionError(f"The entry left {', '.join(left)} in the folder that it was run in.")
     return Proof(name, len(made.images), images_per_class(made.labels, spec.num_classes), made.seconds, settings.budget)
 
 
 def check_made(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:
-    """Raise InvalidSubmission unless these are normalised bytes, in balance, and not all the same."""
+    """Raise InvalidSubmissionError unless these are normalised bytes, in balance, and not all the same."""
     check_training_set(images, labels, spec)
     if images.dtype != torch.float32:
-        raise InvalidSubmission(f"The images are {images.dtype}, not float32.")
+        raise InvalidSubmissionError(f"The images are {images.dtype}, not float32.")
     bytes_ = denormalise(images, spec) * 255
     if float((bytes_ - bytes_.round().clamp(0, 255)).abs().max()) > _ROUNDING:
-        raise InvalidSubmission(f"The images are not bytes normalised with the constants of {spec.name}.")
+        raise InvalidSubmissionError(f"The images are not bytes normalised with the constants of {spec.name}.")
     least, most = images_per_class(labels, spec.num_classes)
     if most - least > 1:
-        raise InvalidSubmission(f"The classes have {least} to {most} images.")
+        raise InvalidSubmissionError(f"The classes have {least} to {most} images.")
     if len(images) > 1 and bool((images == images[0]).all()):
-        raise InvalidSubmission("All images are the same.")
+        raise InvalidSubmissionError("All images are the same.")
 
 
 def _environment(folder: Path, bundle: Path, settings: ProofSettings, progress: Listener) -> Path:

@@ -14,7 +14,7 @@ from ddkit.generator.sampling import Sampler
 from ddkit.packing.bundle import EntryModel, build_folder, zip_folder
 from ddkit.packing.pack import PackedFile, packed_files
 from ddkit.packing.proof import Proof, ProofSettings, prove
-from ddkit.runtime.files import replacing, sha256_of
+from ddkit.runtime.files import atomic_write, sha256_of
 from ddkit.runtime.progress import Listener, ignore
 
 
@@ -41,7 +41,7 @@ def pack_entry(
     The same models and settings always make the same bytes. proof: None packs without. An earlier zip stays as it was
     when anything fails. Raises what `build_folder` and `prove` raise.
     """
-    with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, replacing(out) as zipped:
+    with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
         zip_folder(build_folder(models, Path(temporary) / "bundle"), zipped)
         proofs = prove(zipped, proof, progress=progress) if proof else ()
     return PackedEntry(out, sha256_of(out), packed_files(out), proofs)

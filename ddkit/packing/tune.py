@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ddkit.errors import BadFile, MissingData, UsageError
+from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.comparison import Comparison, compare
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.evaluation.reference import TestSet
@@ -23,7 +23,7 @@ from ddkit.generator.model_folder import model_hash
 from ddkit.packing.bundle import SCRIPT, EntryModel, build_folder
 from ddkit.results import Scores
 from ddkit.runtime.device import describe_device, resolve_device
-from ddkit.runtime.files import append_line, explain_os_error, replacing
+from ddkit.runtime.files import append_line, atomic_write, explain_os_error
 from ddkit.runtime.progress import Listener, ignore
 
 
@@ -119,11 +119,11 @@ def lead(trials: Sequence[Trial]) -> Comparison | None:
 
 
 def tuned(model: EntryModel, records: Path) -> EntryModel:
-    """The model with the best settings of the trials that were made last with it. Raises MissingData without any."""
+    """The model with the best settings of the trials that were made last with it. Raises MissingDataError without any."""
     sha256 = model_hash(model.folder)
     ours = [trial for trial in read_trials(records) if trial.model_sha256 == sha256]
     if not ours:
-        raise MissingData(
+        raise MissingDataError(
             f"{records} holds no trials with the model in {model.folder}.", f"Make them: ddkit tune {model.dataset}"
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
@@ -149,7 +149,7 @@ def read_trials(records: Path) -> list[Trial]:
         try:
             trials.append(_trial_from_json(values))
         except (TypeError, AttributeError, ValueError) as error:
-            raise BadFile(f"{records}, line {number}, is no trial of ddkit tune.", "Give another file.") from error
+            raise BadFileError(f"{records}, line {number}, is no trial of ddkit tune.", "Give another file.") from error
     return trials
 
 
@@ -163,7 +163,7 @@ def _trial_from_json(values: Any) -> Trial:
 
 
 def draw_chart(trials: Sequence[Trial], path: Path) -> None:
-    """Write a PNG: accuracy and images made over the steps, a line for each guidance. Raises BadFile."""
+    """Write a PNG: accuracy and images made over the steps, a line for each guidance. Raises BadFileError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -186,7 +186,7 @@ def draw_chart(trials: Sequence[Trial], path: Path) -> None:
         axes.set_xticks(sorted({trial.steps for trial in trials}), sorted({trial.steps for trial in trials}))
     images.set_ylim(bottom=0)
     accuracy.legend(fontsize=8)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 
 

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.runtime.files import ZIP_ERRORS, explain_os_error
 
 _BLOCK = 1 << 20  # bytes
@@ -42,18 +42,18 @@ def write_zip(members: Mapping[str, Path], path: Path) -> dict[str, str]:
 def unpack(path: Path, folder: Path) -> Path:
     """Unpack a zip into a folder, member by member; returns the folder.
 
-    Raises BadFile for what is no zip or damaged, for members whose names lead out of the folder, for links, and where
+    Raises BadFileError for what is no zip or damaged, for members whose names lead out of the folder, for links, and where
     the disk has no room for what the members claim.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
             if sum(info.file_size for info in members) > shutil.disk_usage(folder).free:
-                raise BadFile(f"{path} claims more bytes than there is room for in {folder}.")
+                raise BadFileError(f"{path} claims more bytes than there is room for in {folder}.")
             for info in members:
                 _unpack_member(archive, info, folder, path)
     except ZIP_ERRORS as error:
-        raise BadFile(f"{path} cannot be unpacked: {error}.", "Pack it again.") from error
+        raise BadFileError(f"{path} cannot be unpacked: {error}.", "Pack it again.") from error
     except OSError as error:
         raise explain_os_error(error, error.filename or path) from error
     return folder
@@ -63,7 +63,7 @@ def _unpack_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, folder: Path
     name = PurePosixPath(info.filename)
     leads_out = name.is_absolute() or ".." in name.parts or "\\" in info.filename or ":" in info.filename
     if leads_out or stat.S_ISLNK(info.external_attr >> 16):
-        raise BadFile(f"{path}: the member '{info.filename}' leads out of the folder that it is unpacked into.")
+        raise BadFileError(f"{path}: the member '{info.filename}' leads out of the folder that it is unpacked into.")
     target = folder.joinpath(*name.parts)
     target.parent.mkdir(parents=True, exist_ok=True)
     with archive.open(info) as source, target.open("xb") as file:

@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 
 from ddkit.data.store import class_titles, dataset_spec, load_dataset
-from ddkit.errors import MissingData
+from ddkit.errors import MissingDataError
 from ddkit.metrics.features import FeatureSettings, is_cached, reference_features
 from ddkit.metrics.quality import Quality, measure
 from ddkit.reporting.rows import dataset_title
@@ -67,10 +67,10 @@ class SetQuality:
 
 
 def sets_at(path: Path) -> list[Path]:
-    """The files of sets at `path`: itself, or the .pt files of a folder. Raises MissingData when there are none."""
+    """The files of sets at `path`: itself, or the .pt files of a folder. Raises MissingDataError when there are none."""
     found = sorted(path.glob("*.pt")) if path.is_dir() else [path] if path.is_file() else []
     if not found:
-        raise MissingData(f"There is no set at {path}.", "Make one: ddkit generate")
+        raise MissingDataError(f"There is no set at {path}.", "Make one: ddkit generate")
     return found
 
 

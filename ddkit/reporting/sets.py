@@ -22,7 +22,7 @@ _LARGEST_LOSSLESS = 48  # pixels; of larger pictures the page would be too heavy
 def read_set(path: str | os.PathLike[str], dataset: str) -> tuple[Tensor, Tensor]:
     """The images (N, 3, S, S) uint8 and labels (N,) int64 of a submission's file for `dataset`.
 
-    Values outside the range of pixels are clamped. Raises InvalidSubmission for what is no such file, with the first
+    Values outside the range of pixels are clamped. Raises InvalidSubmissionError for what is no such file, with the first
     thing that `check` would find wrong; nothing in it is executed.
     """
     spec = dataset_spec(dataset)

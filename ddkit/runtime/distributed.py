@@ -15,10 +15,10 @@ LONGEST_WAIT = timedelta(days=2)
 _Item = TypeVar("_Item")
 
 
-class Team:
-    """The processes that were launched together to compute on `wanted`; a team of one where none were.
+class ProcessGroup:
+    """The processes that were launched together to compute on `wanted`; a group of one where none were.
 
-    Of what is numbered, such as rounds or classes, number n belongs to process n modulo the team's size.
+    Of what is numbered, such as rounds or classes, number n belongs to process n modulo the group's size.
     """
 
     def __init__(self, wanted: torch.device) -> None:
@@ -33,17 +33,17 @@ class Team:
             self.rank, self.size = self._state.process_index, self._state.num_processes
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that speaks for all."""
         return self.rank == 0
 
-    def share_of(self, numbers: Sequence[int]) -> list[int]:
+    def local_items(self, numbers: Sequence[int]) -> list[int]:
         """Those of the numbers that are this process's to compute."""
         return [number for number in numbers if number % self.size == self.rank]
 
     @property
     def device(self) -> torch.device:
-        """What was wanted; this process's own GPU, where the team computes on GPUs and wanted no particular one."""
+        """What was wanted; this process's own GPU, where the group computes on GPUs and wanted no particular one."""
         if self._state is not None and self._wanted.type == "cuda" and self._wanted.index is None:
             return torch.device("cuda", self._state.local_process_index % torch.cuda.device_count())
         return self._wanted

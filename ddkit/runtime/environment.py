@@ -13,11 +13,11 @@ from ddkit.errors import DDKitError
 _NAMED_IN_RESULTS = ("torch", "torchvision", "diffusers")
 
 
-class BrokenInstall(DDKitError):
+class BrokenInstallError(DDKitError):
     """Libraries that are installed and cannot be used together, or one that is missing."""
 
 
-def explain_broken_install(error: Exception) -> BrokenInstall | None:
+def explain_broken_install(error: Exception) -> BrokenInstallError | None:
     """What `error`, raised by importing a library, means for the user; None when it is another matter.
 
     torchvision's compiled operators are missing when it was built for another torch than the one
@@ -25,16 +25,16 @@ def explain_broken_install(error: Exception) -> BrokenInstall | None:
     """
     text = str(error)
     if "torchvision::" in text or "torchvision" in text and "undefined symbol" in text:
-        return BrokenInstall(
+        return BrokenInstallError(
             f"torch {_installed('torch')} and torchvision {_installed('torchvision')} were not built for each other.",
             "Install a pair that was: pip install --force-reinstall torch torchvision",
         )
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ddkit"):
-        return BrokenInstall(f"The Python package '{error.name}' is missing.", f"pip install {error.name}")
+        return BrokenInstallError(f"The Python package '{error.name}' is missing.", f"pip install {error.name}")
     return None
 
 
-def leads() -> bool:
+def is_main() -> bool:
     """Whether this process speaks for those that `accelerate launch` started together; a process alone does."""
     return os.environ.get("RANK", "0") == "0"
 

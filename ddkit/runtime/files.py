@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ddkit.errors import BadFile, UsageError
+from ddkit.errors import BadFileError, UsageError
 
 try:
     import fcntl
@@ -43,7 +43,7 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("ddkit", appauthor=False))
 
 
-def irregularity(path: str | os.PathLike[str]) -> str:
+def why_not_a_file(path: str | os.PathLike[str]) -> str:
     """Why what lies at `path` is not to be opened, as a predicate; empty for a file. Raises OSError.
 
     Opening a named pipe waits for ever, and a device may have no end.
@@ -54,8 +54,8 @@ def irregularity(path: str | os.PathLike[str]) -> str:
     return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
 
 
-def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFile:
-    """The BadFile that says what the system refused at `path` and what to do."""
+def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFileError:
+    """The BadFileError that says what the system refused at `path` and what to do."""
     remedies = {
         errno.ENOSPC: "Free some space there, or choose another place.",
         errno.EDQUOT: "Your quota there is used up: free some space, or choose another place.",
@@ -67,18 +67,18 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFile:
         errno.ENOTDIR: "A file is in the way of a folder: choose another place.",
     }
     reason = error.strerror or str(error)
-    return BadFile(f"{path}: {reason}.", remedies.get(error.errno or 0, ""))
+    return BadFileError(f"{path}: {reason}.", remedies.get(error.errno or 0, ""))
 
 
 @contextlib.contextmanager
-def alone(folder: Path, what: str, *, elsewhere: str, leads: bool = True) -> Iterator[None]:
+def exclusive(folder: Path, what: str, *, elsewhere: str, is_main: bool = True) -> Iterator[None]:
     """One process at a time at work in a folder, which is made when missing.
 
     what: it does there ("trains"). elsewhere: the option that names another folder. leads: of processes that work
     together, whether this is the one that watches over the folder.
-    Raises UsageError where another is at work there, and BadFile for what the system refuses.
+    Raises UsageError where another is at work there, and BadFileError for what the system refuses.
     """
-    if fcntl is None or not leads:
+    if fcntl is None or not is_main:
         yield
         return
     try:
@@ -101,18 +101,18 @@ def alone(folder: Path, what: str, *, elsewhere: str, leads: bool = True) -> Ite
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed onto `path`.
 
     On any error the temporary file is removed and `path` stays as it was.
     The parent folder is made when missing. A link to a file stays one; the file that it leads to is replaced.
-    Raises BadFile for what the system refuses, and for a pipe or a device, which cannot be replaced.
+    Raises BadFileError for what the system refuses, and for a pipe or a device, which cannot be replaced.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     temporary: Path | None = None
     try:
-        if path.exists() and not path.is_dir() and (problem := irregularity(path)):
-            raise BadFile(f"{path} {problem}.", "Name a file.")
+        if path.exists() and not path.is_dir() and (problem := why_not_a_file(path)):
+            raise BadFileError(f"{path} {problem}.", "Name a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
@@ -125,14 +125,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise explain_os_error(error, _meant(error, path)) from error
+        raise explain_os_error(error, _reported_path(error, path)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Like `replacing`, for a whole folder: yields an empty temporary folder that takes `path`'s place.
 
     The old folder is set aside just before the rename and removed after it, so that a kill
@@ -162,13 +162,13 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         _sync_folder(path.parent)
     except OSError as error:
-        raise explain_os_error(error, _meant(error, path)) from error
+        raise explain_os_error(error, _reported_path(error, path)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _meant(error: OSError, path: Path) -> str | os.PathLike[str]:
+def _reported_path(error: OSError, path: Path) -> str | os.PathLike[str]:
     """What the system refused, by the name that was asked for: temporary ones say nothing to anybody."""
     named = error.filename or path
     return path if Path(os.fsdecode(named)).name.startswith(f".{path.name}.") else named
@@ -176,12 +176,12 @@ def _meant(error: OSError, path: Path) -> str | os.PathLike[str]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, atomically. What cannot be, as in names that the system has in other letters, becomes "?"."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def require_appendable(path: str | os.PathLike[str]) -> None:
-    """Raise BadFile where `append_line` would, as far as that can be known without writing."""
+    """Raise BadFileError where `append_line` would, as far as that can be known without writing."""
     path = Path(path)
     try:
         if path.exists():
@@ -197,7 +197,7 @@ def require_appendable(path: str | os.PathLike[str]) -> None:
 
 
 def append_line(path: str | os.PathLike[str], line: str, *, sync: bool = True) -> None:
-    """Append a line of UTF-8, as `write_text` has it; after a last line that a kill has torn, on a new one. Raises BadFile.
+    """Append a line of UTF-8, as `write_text` has it; after a last line that a kill has torn, on a new one. Raises BadFileError.
 
     sync: wait until it is on the disk.
     """
@@ -224,19 +224,19 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises BadFile that names the file when it is missing or not JSON."""
+    """Read a JSON file. Raises BadFileError that names the file when it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise explain_os_error(error, path) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadFile(f"{path} is not JSON: {error}.") from error
+        raise BadFileError(f"{path} is not JSON: {error}.") from error
     except RecursionError as error:
-        raise BadFile(f"{path} is nested too deeply.") from error
+        raise BadFileError(f"{path} is nested too deeply.") from error
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file's bytes. Raises BadFile where it cannot be read."""
+    """Hexadecimal SHA-256 of a file's bytes. Raises BadFileError where it cannot be read."""
     try:
         with open(path, "rb") as file:
             return sha256_of_stream(file)

@@ -34,7 +34,7 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Inside, the first SIGINT or SIGTERM only marks the yielded StopRequest; a second one interrupts at once.
 
-    The loop looks at it after each step, saves, and raises `ddkit.errors.Interrupted`. A signal that came too late for
+    The loop looks at it after each step, saves, and raises `ddkit.errors.InterruptedRunError`. A signal that came too late for
     it to be looked at is passed on to whoever handles them outside: it is not for the loop's end to swallow.
     Outside the main thread signals cannot be caught and the request stays false.
     """

@@ -16,23 +16,23 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ddkit.runtime.files import replacing
+from ddkit.runtime.files import atomic_write
 
 
 def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save, with the same bytes whatever the file is called. Raises BadFile for what the system refuses."""
+    """torch.save, with the same bytes whatever the file is called. Raises BadFileError for what the system refuses."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
-class Unloadable(Exception):
+class UnloadableError(Exception):
     """The restricted loader refused a file; the text says why, in words that are safe to show."""
 
 
 def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, device: str = "cpu", mmap: bool = False) -> Any:
-    """torch.load that executes nothing. Raises Unloadable for whatever hostile or damaged bytes lead to, OSError."""
+    """torch.load that executes nothing. Raises UnloadableError for whatever hostile or damaged bytes lead to, OSError."""
     if not isinstance(source, (str, os.PathLike)):
         source.seek(0)
     try:
@@ -48,15 +48,15 @@ def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, device: str = 
         # Not in its own words for a pickle: they advise to load without restrictions.
         own_words = not isinstance(error, pickle.UnpicklingError)
         reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise Unloadable(reason if own_words else "its pickle does not describe tensors") from error
+        raise UnloadableError(reason if own_words else "its pickle does not describe tensors") from error
 
 
 def save_safetensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Contiguous tensors on the CPU, by name, as a safetensors file. Raises BadFile for what the system refuses."""
+    """Contiguous tensors on the CPU, by name, as a safetensors file. Raises BadFileError for what the system refuses."""
     from safetensors.torch import save
 
     data = save(dict(tensors), dict(metadata) if metadata else None)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddkit.runtime.files import replacing
+from ddkit.runtime.files import atomic_write
 
 _PAPER = (250, 250, 248)
 _INK = (40, 40, 40)
@@ -91,7 +91,7 @@ def neighbour_sheet(
 
 def save_png(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG, atomically."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG", optimize=True)
 
 

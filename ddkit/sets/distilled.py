@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalise, to_uint8
-from ddkit.errors import BadFile, InvalidSubmission, UsageError
+from ddkit.errors import BadFileError, InvalidSubmissionError, UsageError
 from ddkit.runtime.files import read_json, sha256_of, write_json
 from ddkit.runtime.tensor_files import save_torch
 from ddkit.sets.contact_sheet import contact_sheet, save_png
@@ -69,10 +69,10 @@ def save_set(
     images: (num_classes * ipc, 3, S, S) float, normalised, rows in the order of `row_labels`.
     made_by: how the set was made; the JSON holds it with the tensor's SHA-256, so that an old JSON beside a
     new tensor, after a kill between the two, is recognised. titles: class names for people, on the sheet.
-    Raises InvalidSubmission for another shape, BadFile for what the system refuses.
+    Raises InvalidSubmissionError for another shape, BadFileError for what the system refuses.
     """
     if images.ndim != 4 or images.shape[1:] != spec.image_shape or len(images) % spec.num_classes or not len(images):
-        raise InvalidSubmission(
+        raise InvalidSubmissionError(
             f"{tuple(images.shape)} is no set for {spec.name}: "
             f"it takes (rows, 3, {spec.image_size}, {spec.image_size}), the same number of rows for each class."
         )
@@ -93,7 +93,7 @@ def save_set(
 
 
 def draw_sheet(images: Tensor, spec: DatasetSpec, titles: Sequence[str], path: Path) -> None:
-    """Write the contact sheet of a set: images as `save_set` takes them. Raises BadFile for what the system refuses."""
+    """Write the contact sheet of a set: images as `save_set` takes them. Raises BadFileError for what the system refuses."""
     labels = row_labels(spec.num_classes, len(images) // spec.num_classes)
     save_png(contact_sheet(to_uint8(denormalise(images, spec)), labels, titles), path)
 
@@ -105,7 +105,7 @@ def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     try:
         facts = read_json(files.facts)
-    except BadFile as error:
+    except BadFileError as error:
         _log.warning("%s", error)
         return {}
     if not isinstance(facts, dict) or facts.get("sha256") != sha256_of(files.tensor):
@@ -124,10 +124,10 @@ def load_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | N
     """Read a distilled set without executing anything in it.
 
     Returns (N, 3, S, S) float32, contiguous. ipc: images per class there must be; None for any whole number.
-    Raises InvalidSubmission with the first thing that `check` would find wrong.
+    Raises InvalidSubmissionError with the first thing that `check` would find wrong.
     """
     tensor, findings = read_tensor(path, spec, ipc=ipc)
     if tensor is None:
         first = next(finding for finding in findings if finding.level == "error")
-        raise InvalidSubmission(f"{path}: {first.message}", f"See: {check_command(path, spec.name)}")
+        raise InvalidSubmissionError(f"{path}: {first.message}", f"See: {check_command(path, spec.name)}")
     return tensor.detach().contiguous()

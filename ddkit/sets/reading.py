@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.runtime.files import ZIP_ERRORS, irregularity
-from ddkit.runtime.tensor_files import Unloadable, load_restricted
+from ddkit.runtime.files import ZIP_ERRORS, why_not_a_file
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted
 from ddkit.sets.findings import Finding
 from ddkit.sets.pickles import PickleFacts, scan_pickle
 
@@ -40,7 +40,7 @@ def read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | N
     """
     where = Path(path).name
     try:
-        if problem := irregularity(path):
+        if problem := why_not_a_file(path):
             return None, [Finding("error", "F004", f"{path} {problem}.", where)]
         with open(path, "rb") as file:
             return _read_open(file, where, spec, ipc)
@@ -97,7 +97,7 @@ def _read_open(
         return None, findings
     try:
         tensor = load_restricted(file)
-    except Unloadable as error:
+    except UnloadableError as error:
         return None, [Finding("error", "F005", f"The file is damaged: {error}. Save or copy it again.", where)]
     return tensor, findings
 
@@ -141,7 +141,7 @@ def _look_inside(file: BinaryIO, where: str) -> tuple[list[Finding], Tensor | No
         return findings, None, 0
     try:
         loaded = load_restricted(file, device="meta")
-    except Unloadable as error:
+    except UnloadableError as error:
         return [Finding("error", "F005", f"The file is damaged: {error}. Save or copy it again.", where)], None, 0
     if not isinstance(loaded, Tensor):
         return [Finding("error", "T001", f"The file holds {_described(loaded)}. {_BARE}", where)], None, 0

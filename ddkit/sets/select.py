@@ -1,6 +1,6 @@
 """Choosing the few images of each class that a distilled set is made of.
 
-Choices that look at the images see them as a network trained on the real ones does: a `View` of each class.
+Choices that look at the images see them as a network trained on the real ones does: a `ImageFeatures` of each class.
 All are deterministic: the same images and ipc, and for a random choice the same seed, give the same.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddkit.errors import UsageError, nearest_name
+from ddkit.errors import UsageError, did_you_mean
 from ddkit.runtime.seeds import generator_for
 
 BLIND_CHOICES = ("random", "first")
@@ -23,7 +23,7 @@ _KMEANS_ROUNDS = 50
 
 
 @dataclass(frozen=True)
-class View:
+class ImageFeatures:
     """What there is to choose from in one class. features: (n, F) float32. confidence: (n,) float32 in [0, 1], the
     probability that the network gives to the class that each image is meant to show."""
 
@@ -31,7 +31,7 @@ class View:
     confidence: Tensor
 
 
-Look = Callable[[Tensor], View]  # rows (n,) int64 of one class -> what they look like
+Look = Callable[[Tensor], ImageFeatures]  # rows (n,) int64 of one class -> what they look like
 
 
 def choose(how: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int, look: Look | None = None) -> Tensor:
@@ -57,7 +57,7 @@ def choose(how: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int, l
     return torch.cat(rows)
 
 
-def choose_in_class(how: str, count: int, ipc: int, *, seed: int, label: int, view: View | None = None) -> Tensor:
+def choose_in_class(how: str, count: int, ipc: int, *, seed: int, label: int, view: ImageFeatures | None = None) -> Tensor:
     """(ipc,) int64: which of the `count` images of class `label` are taken, the first taken first.
 
     Raises UsageError for a way that there is not, or one that needs a view and has none.
@@ -76,10 +76,10 @@ def check_choice(how: str) -> None:
     """Raises UsageError for a way to choose that there is not."""
     known = (*BLIND_CHOICES, *SEEING_CHOICES)
     if how not in known:
-        raise UsageError(f"Images cannot be chosen '{how}'.", nearest_name(how, known))
+        raise UsageError(f"Images cannot be chosen '{how}'.", did_you_mean(how, known))
 
 
-def herding(view: View, ipc: int) -> Tensor:
+def herding(view: ImageFeatures, ipc: int) -> Tensor:
     """Greedily those whose mean stays closest to the mean of all (Welling 2009; Rebuffi et al. 2017, arXiv 1611.07725)."""
     features = view.features
     target, total = features.mean(0), torch.zeros(features.shape[1])
@@ -91,7 +91,7 @@ def herding(view: View, ipc: int) -> Tensor:
     return torch.tensor(taken)
 
 
-def k_center(view: View, ipc: int) -> Tensor:
+def k_center(view: ImageFeatures, ipc: int) -> Tensor:
     """Greedily the one farthest from those taken, from the most central on (Sener & Savarese 2018, arXiv 1708.00489)."""
     features = view.features
     taken = [int((features - features.mean(0)).square().sum(1).argmin())]
@@ -102,7 +102,7 @@ def k_center(view: View, ipc: int) -> Tensor:
     return torch.tensor(taken)
 
 
-def k_medoids(view: View, ipc: int) -> Tensor:
+def k_medoids(view: ImageFeatures, ipc: int) -> Tensor:
     """The images nearest to the centres of k-means, begun from those of k_center; each centre has one of its own."""
     from scipy.cluster.vq import kmeans2
     from scipy.optimize import linear_sum_assignment
@@ -120,7 +120,7 @@ def k_medoids(view: View, ipc: int) -> Tensor:
     return torch.from_numpy(nearest[order])
 
 
-def minimax(view: View, ipc: int) -> Tensor:
+def minimax(view: ImageFeatures, ipc: int) -> Tensor:
     """Greedily what is like the class and unlike those taken: the largest cosine to the class's mean less the largest
     cosine to any taken. It turns the two criteria of minimax diffusion (arXiv 2311.15529) into a choice."""
     # Less their level, one number for all: averages of rectified values would all point nearly the same way.
@@ -135,29 +135,29 @@ def minimax(view: View, ipc: int) -> Tensor:
     return torch.tensor(taken)
 
 
-def easy(view: View, ipc: int) -> Tensor:
+def easy(view: ImageFeatures, ipc: int) -> Tensor:
     """Those recognised most surely."""
     return _by_confidence(view)[:ipc]
 
 
-def middling(view: View, ipc: int) -> Tensor:
+def middling(view: ImageFeatures, ipc: int) -> Tensor:
     """Those in the middle between the surest and the least sure."""
     start = (len(view.confidence) - ipc) // 2
     return _by_confidence(view)[start : start + ipc]
 
 
-def hard(view: View, ipc: int) -> Tensor:
+def hard(view: ImageFeatures, ipc: int) -> Tensor:
     """Those recognised least."""
     return _by_confidence(view).flip(0)[:ipc]
 
 
-def spread(view: View, ipc: int) -> Tensor:
+def spread(view: ImageFeatures, ipc: int) -> Tensor:
     """One of each of ipc equal bands of confidence, the middle of the band, from easy to hard."""
     places = ((torch.arange(ipc) + 0.5) * len(view.confidence) / ipc).long()
     return _by_confidence(view)[places]
 
 
-SEEING_CHOICES: dict[str, Callable[[View, int], Tensor]] = {
+SEEING_CHOICES: dict[str, Callable[[ImageFeatures, int], Tensor]] = {
     "herding": herding,
     "k-center": k_center,
     "k-medoids": k_medoids,
@@ -169,7 +169,7 @@ SEEING_CHOICES: dict[str, Callable[[View, int], Tensor]] = {
 }
 
 
-def _by_confidence(view: View) -> Tensor:
+def _by_confidence(view: ImageFeatures) -> Tensor:
     """Indices from the surest on; the earlier image first where two are equally sure."""
     return view.confidence.argsort(descending=True, stable=True)
 

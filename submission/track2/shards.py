@@ -118,7 +118,7 @@ def write_spent(job: Job) -> None:
 
 
 def write_run(job: Job, run: Mapping[str, Any]) -> None:
-    with replacing(job.shards / "run.json") as file:
+    with atomic_write(job.shards / "run.json") as file:
         file.write(json.dumps(run).encode())
 
 
@@ -150,7 +150,7 @@ class Shard:
 
             began = time.monotonic()
             labels, indices = torch.tensor(self.classes), torch.tensor(self.indices)
-            with replacing(self.job.shards / f"{self.worker}-{self.first}-{self.end}.safetensors") as file:
+            with atomic_write(self.job.shards / f"{self.worker}-{self.first}-{self.end}.safetensors") as file:
                 file.write(save({"images": torch.cat(self.images), "labels": labels, "indices": indices}))
             master.send(("written", (self.end - self.first, time.monotonic() - began)))
         return Shard(self.job, self.worker, self.end)
@@ -205,7 +205,7 @@ def write_set(job: Job, content: Any) -> None:
     import torch
 
     try:
-        with replacing(job.out) as file:
+        with atomic_write(job.out) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # the latter is what torch makes of the former
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -249,7 +249,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its place, synced, when all went well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

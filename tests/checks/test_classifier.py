@@ -3,7 +3,7 @@ import torch
 
 from ddkit.checks.classifier import class_information, class_model, fit_class_model, image_features
 from ddkit.data.store import ImageSet, load_dataset
-from ddkit.errors import BadData
+from ddkit.errors import BadDataError
 
 
 def test_the_classifier_knows_images_that_it_was_not_fitted_on(glyph_images):
@@ -51,5 +51,5 @@ def test_information_is_that_of_certain_and_of_idle_guesses():
 
 def test_a_class_without_images_cannot_be_compared():
     real = ImageSet(torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 0, 0, 1, 1, 1]), ("a", "b", "c"))
-    with pytest.raises(BadData, match="Class 2 has 0 training images"):
+    with pytest.raises(BadDataError, match="Class 2 has 0 training images"):
         fit_class_model(real, 3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ddkit.checks.fixing import fix_row_order
-from ddkit.errors import InvalidSubmission, UsageError
+from ddkit.errors import InvalidSubmissionError, UsageError
 
 
 def test_a_swapped_pair_is_put_back_into_a_file_of_its_own(tmp_path, folder, glyph_images):
@@ -37,7 +37,7 @@ def test_the_original_is_never_written_over(tmp_path, folder):
 def test_what_cannot_be_told_is_not_written(tmp_path, folder):
     noise = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.save(noise, tmp_path / "glyphs.pt")
-    with pytest.raises(InvalidSubmission, match="do not tell which order"):
+    with pytest.raises(InvalidSubmissionError, match="do not tell which order"):
         fix_row_order(tmp_path / "glyphs.pt", tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 

@@ -12,7 +12,7 @@ from ddkit.data.class_names import CIFAR100_FINE_LABELS, TINYIMAGENET_WNIDS
 from ddkit.data.images import normalise
 from ddkit.data.prepare import prepare
 from ddkit.data.store import load_dataset
-from ddkit.errors import MissingData
+from ddkit.errors import MissingDataError
 
 CLASSES = 40
 # As informative as the drawn log-probabilities of `scores` are.
@@ -105,7 +105,7 @@ def test_without_real_images_it_says_how_to_get_them():
     [finding] = order_findings(images, CIFAR100, "cifar100.pt")
     assert (finding.level, finding.code) == ("info", "L011")
     assert "ddkit data prepare cifar100" in finding.message
-    with pytest.raises(MissingData):
+    with pytest.raises(MissingDataError):
         detected_rows(images, CIFAR100)
 
 

@@ -10,23 +10,23 @@ import sys
 
 import pytest
 
-from ddkit.cli import _output as _surface
-from ddkit.cli._output import Surface, span_text
+from ddkit.cli import _output as _output
+from ddkit.cli._output import Output, span_text
 from ddkit.runtime.progress import Progress
 
 SCRIPT = """
 import time
-from ddkit.cli._output import Surface
+from ddkit.cli._output import Output
 from ddkit.runtime.progress import Progress
 
-with Surface({options}) as surface:
-    surface.say("About to train.")
+with Output({options}) as output:
+    output.say("About to train.")
     for step in range(40, 101, 20):
-        surface.listen(Progress("Training [b]", step, 100, "images", {{"loss": 2.5 - step / 100}}))
+        output.listen(Progress("Training [b]", step, 100, "images", {{"loss": 2.5 - step / 100}}))
         time.sleep(0.02)
-    surface.listen(Progress("Looking", 7, None, "files"))
-    surface.done(["out/[x].pt", "out/" + "long" * 50], "ddkit check")
-    surface.result({{"accuracy": 0.25}}, "[bold]0.25[/bold]")
+    output.listen(Progress("Looking", 7, None, "files"))
+    output.done(["out/[x].pt", "out/" + "long" * 50], "ddkit check")
+    output.result({{"accuracy": 0.25}}, "[bold]0.25[/bold]")
 """
 
 
@@ -107,14 +107,14 @@ def test_no_color_is_respected():
 def clock(monkeypatch) -> list[float]:
     """A clock that stands still until the test moves it."""
     now = [1000.0]
-    monkeypatch.setattr(_surface.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_output.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_lines_of_a_log_are_far_apart_and_count_only_this_run(clock, capsys):
-    surface = Surface()
+    output = Output()
     for done in (500, 510, 520, 560):
-        surface.listen(Progress("Training", done, 1000, "steps"))
+        output.listen(Progress("Training", done, 1000, "steps"))
         clock[0] += 10
     assert capsys.readouterr().err.splitlines() == [
         "Training: 500/1,000 steps",
@@ -124,17 +124,17 @@ def test_lines_of_a_log_are_far_apart_and_count_only_this_run(clock, capsys):
 
 
 def test_seconds_have_no_speed(clock, capsys):
-    surface = Surface()
+    output = Output()
     for done in (0, 20):
-        surface.listen(Progress("Refining", done, 60, "s"))
+        output.listen(Progress("Refining", done, 60, "s"))
         clock[0] += 20
     assert capsys.readouterr().err.splitlines()[1] == "Refining: 20/60 s, 40 s left"
 
 
 def test_work_that_begins_anew_is_measured_anew(clock, capsys):
-    surface = Surface()
+    output = Output()
     for done in (1, 3, 1, 3):
-        surface.listen(Progress("Round", done, 3))
+        output.listen(Progress("Round", done, 3))
         clock[0] += 4
     assert capsys.readouterr().err.splitlines() == [
         "Round: 1/3", "Round: 3/3, in 4 s", "Round: 1/3", "Round: 3/3, in 4 s",

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddkit.data.decoding import BadImage, OtherSize, decode_split, read_image
+from ddkit.data.decoding import BadImageError, WrongSizeError, decode_split, read_image
 from ddkit.data.split_file import SplitFile
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 
 
 def as_file(image, kind="PNG", **options):
@@ -91,7 +91,7 @@ def test_a_photograph_taken_sideways_is_turned_upright():
 
 def test_other_sizes_are_refused_unless_they_may_be_resized():
     data = as_file(Image.new("RGB", (6, 4), (9, 8, 7)))
-    with pytest.raises(OtherSize, match="6 x 4"):
+    with pytest.raises(WrongSizeError, match="6 x 4"):
         read_image(data, 4)
     assert (read_image(data, 2, resize=True) == np.array([9, 8, 7])[:, None, None]).all()
 
@@ -108,27 +108,27 @@ def test_resizing_crops_to_the_centre_and_antialiases():
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
 def test_a_truncated_file_is_bad(kind):
     data = as_file(Image.effect_noise((32, 32), 60).convert("RGB"), kind)
-    with pytest.raises(BadImage):
+    with pytest.raises(BadImageError):
         read_image(data[: len(data) // 2], 32)
 
 
 def test_texts_nothing_and_floating_point_are_bad():
     for data in (b"this is no image", b""):
-        with pytest.raises(BadImage, match="not an image"):
+        with pytest.raises(BadImageError, match="not an image"):
             read_image(data, 4)
-    with pytest.raises(BadImage, match="floating-point"):
+    with pytest.raises(BadImageError, match="floating-point"):
         read_image(as_file(Image.new("F", (4, 4), 0.5), "TIFF"), 4)
 
 
 def test_no_program_of_others_is_run():
     """EPS is a program; Pillow would hand it to Ghostscript."""
-    with pytest.raises(BadImage, match="not an image"):
+    with pytest.raises(BadImageError, match="not an image"):
         read_image(as_file(Image.new("RGB", (4, 4)), "EPS"), 4)
 
 
 def test_an_image_of_absurd_size_is_not_decoded():
     header = b"P6\n100000 100000\n255\n"
-    with pytest.raises(BadImage, match="too many|exceeds limit"):
+    with pytest.raises(BadImageError, match="too many|exceeds limit"):
         read_image(header, 4)
 
 
@@ -145,7 +145,7 @@ def test_whatever_is_wrong_with_a_file_it_is_a_bad_image_or_pixels(sample, data)
     cut = data.draw(st.integers(0, len(sample)))
     try:
         pixels = read_image(bytes(damaged[:cut]), 8, resize=True)
-    except BadImage as error:
+    except BadImageError as error:
         assert str(error)
     else:
         assert pixels.shape == (3, 8, 8)
@@ -185,7 +185,7 @@ def test_a_target_that_cannot_be_written_is_the_systems_refusal(many, write_tree
     path = write_tree(many)
     target = SplitFile.create(tmp_path / "out", [0] * 600, 4)
     target.path.unlink()
-    with pytest.raises(BadFile, match="out: No such file"):
+    with pytest.raises(BadFileError, match="out: No such file"):
         decode_split(path, sorted(many), target, workers=workers)
 
 

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from ddkit.data.download import OFFICIAL, Archive, Patience, download
-from ddkit.errors import BadData, BadFile, MissingData
+from ddkit.data.download import OFFICIAL, Archive, RetryPolicy, download
+from ddkit.errors import BadDataError, BadFileError, MissingDataError
 
 DATA = np.random.default_rng(0).bytes(1_000_000)
-QUICK = Patience(attempts=3, pause=0.01, timeout=5)
+QUICK = RetryPolicy(attempts=3, pause=0.01, timeout=5)
 
 
 def archive_at(url, data=DATA):
@@ -45,7 +45,7 @@ def test_a_broken_connection_goes_on_where_it_broke(serve, tmp_path):
 
 def test_it_goes_on_in_a_later_run(serve, tmp_path):
     server = serve(DATA, break_after=[300_000, 0, 0, 0])
-    with pytest.raises(MissingData, match="could not be fetched: the connection ended after 300,000 of 1,000,000") as caught:
+    with pytest.raises(MissingDataError, match="could not be fetched: the connection ended after 300,000 of 1,000,000") as caught:
         download(archive_at(server.url), tmp_path, patience=QUICK)
     assert "--from" in caught.value.remedy and "goes on where it stopped" in caught.value.remedy
     assert [item.name for item in tmp_path.iterdir()] == ["archive.bin.part"]
@@ -90,7 +90,7 @@ def test_a_damaged_archive_is_fetched_again(serve, tmp_path):
 
 
 def test_a_differing_checksum_is_refused_and_leaves_nothing(serve, tmp_path):
-    with pytest.raises(BadData, match="MD5 is [0-9a-f]{32}, expected") as caught:
+    with pytest.raises(BadDataError, match="MD5 is [0-9a-f]{32}, expected") as caught:
         download(archive_at(serve(b"not the archive").url), tmp_path, patience=QUICK)
     assert caught.value.exit_code == 3 and "--from" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +100,7 @@ def test_busy_servers_are_asked_again_and_missing_files_are_not(serve, tmp_path)
     busy = serve(DATA, statuses=[503, 429])
     assert download(archive_at(busy.url), tmp_path / "a", patience=QUICK).read_bytes() == DATA
     gone = serve(DATA, statuses=[404])
-    with pytest.raises(MissingData, match="404"):
+    with pytest.raises(MissingDataError, match="404"):
         download(archive_at(gone.url), tmp_path / "b", patience=QUICK)
     assert len(gone.requests) == 1
 
@@ -109,7 +109,7 @@ def test_no_network_says_how_to_do_without(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/archive.bin"
-        with pytest.raises(MissingData, match="could not be fetched: .*refused") as caught:
+        with pytest.raises(MissingDataError, match="could not be fetched: .*refused") as caught:
             download(archive_at(url), tmp_path, patience=QUICK)
     assert "get archive.bin elsewhere and give it to --from" in caught.value.remedy
 
@@ -119,8 +119,8 @@ def test_a_silent_server_is_given_up(tmp_path):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/archive.bin"
-        with pytest.raises(MissingData, match="timed out"):
-            download(archive_at(url), tmp_path, patience=Patience(attempts=2, pause=0.01, timeout=0.1))
+        with pytest.raises(MissingDataError, match="timed out"):
+            download(archive_at(url), tmp_path, patience=RetryPolicy(attempts=2, pause=0.01, timeout=0.1))
 
 
 def test_a_full_disk_keeps_what_arrived(serve, tmp_path):
@@ -130,10 +130,10 @@ def test_a_full_disk_keeps_what_arrived(serve, tmp_path):
         "import sys\n"
         "from pathlib import Path\n"
         "from ddkit.data.download import Archive, download\n"
-        "from ddkit.errors import BadFile\n"
+        "from ddkit.errors import BadFileError\n"
         "try:\n"
         "    download(Archive(sys.argv[1], '0' * 32), Path(sys.argv[2]))\n"
-        "except BadFile as error:\n"
+        "except BadFileError as error:\n"
         "    print(error)\n"
     )
     finished = subprocess.run(
@@ -148,7 +148,7 @@ def test_a_full_disk_keeps_what_arrived(serve, tmp_path):
 
 def test_a_folder_that_cannot_be_made(serve, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadFile, match="Not a directory|File exists"):
+    with pytest.raises(BadFileError, match="Not a directory|File exists"):
         download(archive_at(serve(DATA).url), tmp_path / "file" / "below")
 
 

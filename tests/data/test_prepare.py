@@ -22,7 +22,7 @@ from ddkit.data.glyphs import draw
 from ddkit.data.images import normalise
 from ddkit.data.prepare import open_dataset, prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_facts
-from ddkit.errors import BadData, BadFile, MissingData, UsageError
+from ddkit.errors import BadDataError, BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.reference import as_test_set
 
 
@@ -63,7 +63,7 @@ class TestImageFolders:
         photos["train/cat/1.png"] = photos["train/cat/1.png"][:30]
         photos["train/dog/notes.txt"] = b"notes"
         path = write_tree(photos)
-        with pytest.raises(BadData, match="2 files cannot be used") as caught:
+        with pytest.raises(BadDataError, match="2 files cannot be used") as caught:
             prepare("pets", path)
         assert "train/cat/1.png (" in caught.value.message
         assert "train/dog/notes.txt (not an image that Pillow can read)" in caught.value.message
@@ -87,7 +87,7 @@ class TestImageFolders:
                 file.write(b"notes")
         except OSError:
             pytest.skip("this file system takes only names that are text")
-        with pytest.raises(BadData, match="1 file cannot be used: train/cat/caf"):
+        with pytest.raises(BadDataError, match="1 file cannot be used: train/cat/caf"):
             prepare("pets", path)
         prepare("pets", path, skip_bad=True)
         assert store_facts("pets").splits["train"].skipped == ("train/cat/caf?.txt",)
@@ -100,40 +100,40 @@ class TestImageFolders:
         except OSError:
             pytest.skip("this file system takes only names that are text")
         reports = []
-        with pytest.raises(BadData, match=r"the class 'caf\?' is not UTF-8"):
+        with pytest.raises(BadDataError, match=r"the class 'caf\?' is not UTF-8"):
             prepare("pets", path, progress=reports.append)
         assert not reports
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
     def test_a_pipe_is_not_waited_for(self, write_tree, photos, tmp_path):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(BadData, match="is a pipe or a device"):
+        with pytest.raises(BadDataError, match="is a pipe or a device"):
             prepare("pets", tmp_path / "pipe")
         path = write_tree(photos)
         os.mkfifo(path / "train" / "cat" / "pipe.png")
-        with pytest.raises(BadData, match="pipe.png .is a pipe or a device"):
+        with pytest.raises(BadDataError, match="pipe.png .is a pipe or a device"):
             prepare("pets", path)
 
     def test_a_long_list_of_bad_files_is_cut(self, write_tree, photos):
         photos |= {f"train/cat/x{k:02}.txt": b"" for k in range(30)}
-        with pytest.raises(BadData, match=r"30 files cannot be used: .*; and 20 more\."):
+        with pytest.raises(BadDataError, match=r"30 files cannot be used: .*; and 20 more\."):
             prepare("pets", write_tree(photos))
 
     def test_skipping_never_empties_a_class(self, write_tree, photos):
         for k in range(2):
             photos[f"test/dog/{k}.png"] = b"broken"
-        with pytest.raises(BadData, match="test split has no usable image of the class 'dog'"):
+        with pytest.raises(BadDataError, match="test split has no usable image of the class 'dog'"):
             prepare("pets", write_tree(photos), skip_bad=True)
 
     def test_no_image_at_all(self, write_tree, photos):
-        with pytest.raises(BadData, match="none of its 6 training files is an image"):
+        with pytest.raises(BadDataError, match="none of its 6 training files is an image"):
             prepare("pets", write_tree(dict.fromkeys(photos, b"text")), skip_bad=True)
 
     def test_other_sizes_are_named_and_only_resized_on_demand(self, write_tree, photos, picture):
         photos["test/cat/1.png"] = picture((1, 2, 3), side=20)
         path = write_tree(photos)
         for skip_bad in (False, True):
-            with pytest.raises(BadData, match=r"not all 8 x 8 pixels: test/cat/1.png \(20 x 20\)") as caught:
+            with pytest.raises(BadDataError, match=r"not all 8 x 8 pixels: test/cat/1.png \(20 x 20\)") as caught:
                 prepare("pets", path, skip_bad=skip_bad)
             assert "--image-size 8" in caught.value.remedy
         prepare("pets", path, image_size=16)
@@ -153,14 +153,14 @@ class TestImageFolders:
 
         path = write_tree(photos)
         Image.new("RGB", (9, 7)).save(path / "train/cat/0.png")
-        with pytest.raises(BadData, match="train/cat/0.png is 9 x 7 pixels"):
+        with pytest.raises(BadDataError, match="train/cat/0.png is 9 x 7 pixels"):
             prepare("pets", path)
 
     def test_a_broken_source_is_one_error_and_leaves_nothing(self, tmp_path, own_cache):
         (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 and no more")
-        with pytest.raises(BadData, match="not a whole zip"):
+        with pytest.raises(BadDataError, match="not a whole zip"):
             prepare("pets", tmp_path / "x.zip")
-        with pytest.raises(MissingData, match="There is no"):
+        with pytest.raises(MissingDataError, match="There is no"):
             prepare("pets", tmp_path / "nowhere")
         assert in_cache(own_cache) == []
 
@@ -197,7 +197,7 @@ class TestFinishedWork:
 class TestNothingLost:
     def test_a_failure_keeps_the_earlier_store(self, pets, write_tree, photos, own_cache):
         photos["test/dog/1.png"] = b"broken"
-        with pytest.raises(BadData):
+        with pytest.raises(BadDataError):
             prepare("pets", write_tree(photos), force=True)
         assert contents(pets[0]) == pets[1] and in_cache(own_cache) == ["pets"]
 
@@ -226,7 +226,7 @@ class TestNothingLost:
         try:
             photos |= {f"train/cat/more{k}.png": picture(side=16) for k in range(300)}
             photos = {name: picture(side=16) for name in photos}
-            with pytest.raises(BadFile, match="No space left on device") as caught:
+            with pytest.raises(BadFileError, match="No space left on device") as caught:
                 prepare("pets", write_tree(photos), cache=small)
             assert "Free some space" in caught.value.remedy
             assert in_cache(small) == []
@@ -241,7 +241,7 @@ class TestNothingLost:
             # Root may write anywhere; a file where the folder should be is refused to everybody.
             locked.rmdir()
             locked.write_text("")
-        with pytest.raises(BadFile, match="Permission denied|Not a directory|File exists"):
+        with pytest.raises(BadFileError, match="Permission denied|Not a directory|File exists"):
             prepare("pets", write_tree(photos), cache=locked / "cache")
 
     def test_a_stopped_preparation_leaves_the_earlier_store(self, pets, write_tree, photos, own_cache, picture):
@@ -308,7 +308,7 @@ class TestBuiltInNames:
     def test_a_source_with_other_classes_is_refused_under_a_built_in_name(self, write_tree, picture):
         names = [name for name in CLASS_NAMES["cifar100"] if name != "beaver"]
         files = {f"{split}/{name}/1.png": picture(side=32) for split in ("train", "test") for name in names}
-        with pytest.raises(BadData, match="is not 'cifar100': it has 99 classes of 100; it lacks beaver") as caught:
+        with pytest.raises(BadDataError, match="is not 'cifar100': it has 99 classes of 100; it lacks beaver") as caught:
             prepare("cifar100", write_tree(files))
         assert "name of its own" in caught.value.remedy
 
@@ -345,10 +345,10 @@ class TestBuiltInNames:
         torch.save({"images_val": images, "labels_val": torch.arange(100)}, reference)
         prepare("cifar100", reference)
         assert len(load_dataset("cifar100", "test")) == 100
-        with pytest.raises(MissingData, match="has no train split") as caught:
+        with pytest.raises(MissingDataError, match="has no train split") as caught:
             load_dataset("cifar100", "train")
         assert "ddkit data prepare cifar100" in caught.value.remedy
-        with pytest.raises(BadData, match="only test images"):
+        with pytest.raises(BadDataError, match="only test images"):
             prepare("mine", reference)
 
     def test_opening_downloads_what_is_missing(self, hundred, write_tree, own_cache, serve, monkeypatch):

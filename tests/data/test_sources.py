@@ -15,7 +15,7 @@ from ddkit.data.cifar_archive import OFFICIAL_MD5
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.images import normalise
 from ddkit.data.sources import FileSplit, open_source
-from ddkit.errors import BadData, MissingData
+from ddkit.errors import BadDataError, MissingDataError
 
 
 def pixels_of(split):
@@ -60,14 +60,14 @@ class TestImageFolders:
     def test_what_would_shift_or_lose_labels_is_refused(self, write_tree, photos, change, message, name):
         if "Cat" in message and name == "photos" and _case_insensitive(write_tree({}, "probe.zip").parent):
             pytest.skip("this file system does not tell cases apart")
-        with pytest.raises(BadData, match=message):
+        with pytest.raises(BadDataError, match=message):
             open_source(write_tree(change(photos), name))
 
     def test_a_class_folder_without_images_is_named(self, write_tree, photos):
         path = write_tree(photos)
         for split in ("train", "test"):
             (path / split / "owl").mkdir()
-        with pytest.raises(BadData, match="no images in train/owl"):
+        with pytest.raises(BadDataError, match="no images in train/owl"):
             open_source(path)
 
 
@@ -112,7 +112,7 @@ class TestTinyImageNet:
         ],
     )
     def test_annotations_that_do_not_fit_are_refused(self, write_tree, path, data, message):
-        with pytest.raises(BadData, match=message):
+        with pytest.raises(BadDataError, match=message):
             open_source(write_tree({**TINY_IMAGENET, path: data}))
 
     def test_the_real_archive(self, tinyimagenet_zip):
@@ -211,7 +211,7 @@ class TestCifarArchive:
 
         train = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": Labels()})
         files = {**self.pickles(splits), "train": train}
-        with pytest.raises(BadData, match="'train'"):
+        with pytest.raises(BadDataError, match="'train'"):
             open_source(self.packed(files, tmp_path))
 
     def test_a_pickle_of_code_is_not_run(self, splits, tmp_path):
@@ -220,7 +220,7 @@ class TestCifarArchive:
                 return (print, ("code ran",))
 
         files = {**self.pickles(splits), "meta": pickle.dumps(Code())}
-        with pytest.raises(BadData, match="asks to run builtins.print"):
+        with pytest.raises(BadDataError, match="asks to run builtins.print"):
             open_source(self.packed(files, tmp_path))
 
     @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ class TestCifarArchive:
         ],
     )  # fmt: skip
     def test_pickles_of_something_else_are_refused(self, splits, tmp_path, change, message):
-        with pytest.raises(BadData, match=message):
+        with pytest.raises(BadDataError, match=message):
             open_source(self.packed({**self.pickles(splits), **change}, tmp_path))
 
     def test_a_half_downloaded_archive(self, splits, tmp_path):
@@ -242,7 +242,7 @@ class TestCifarArchive:
         whole = path.read_bytes()
         for size in (len(whole) // 2, len(whole) - 20, len(whole) - 1):
             path.write_bytes(whole[:size])
-            with pytest.raises(BadData, match="not a whole archive|is damaged"):
+            with pytest.raises(BadDataError, match="not a whole archive|is damaged"):
                 open_source(path)
 
     def test_checksums_are_those_of_torchvision(self, splits, tmp_path, caplog):
@@ -253,7 +253,7 @@ class TestCifarArchive:
         assert "'train' is not the official file; its checksum differs" in caplog.text
 
     def test_another_tar_is_refused(self, tmp_path):
-        with pytest.raises(BadData, match="lacks train, test, meta"):
+        with pytest.raises(BadDataError, match="lacks train, test, meta"):
             open_source(self.packed({"readme": b"hello"}, tmp_path))
 
 
@@ -311,14 +311,14 @@ class TestReferenceFiles:
     )
     def test_other_tensor_files_are_refused(self, tmp_path, value, message):
         torch.save(value, tmp_path / "x.pt")
-        with pytest.raises(BadData, match=message):
+        with pytest.raises(BadDataError, match=message):
             open_source(tmp_path / "x.pt")
 
     def test_values_normalised_with_other_constants_are_refused(self, tmp_path):
         images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
         wrong = normalise(images, TINYIMAGENET)
         torch.save({"images_val": wrong, "labels_val": torch.tensor([0, 1])}, tmp_path / "x.pt")
-        with pytest.raises(BadData, match="not normalised with the mean and standard deviation of cifar100"):
+        with pytest.raises(BadDataError, match="not normalised with the mean and standard deviation of cifar100"):
             pixels_of(open_source(tmp_path / "x.pt").splits["test"])
 
     def test_a_pickle_of_code_is_not_run(self, tmp_path):
@@ -327,19 +327,19 @@ class TestReferenceFiles:
                 return (print, ("code ran",))
 
         torch.save({"images_val": Code(), "labels_val": 1}, tmp_path / "x.pt")
-        with pytest.raises(BadData, match="cannot|safely"):
+        with pytest.raises(BadDataError, match="cannot|safely"):
             open_source(tmp_path / "x.pt")
 
 
 def test_anything_else_says_what_is_known(tmp_path):
     (tmp_path / "notes.pdf").write_bytes(b"%PDF-1.4")
-    with pytest.raises(BadData, match="neither a folder nor an archive") as caught:
+    with pytest.raises(BadDataError, match="neither a folder nor an archive") as caught:
         open_source(tmp_path / "notes.pdf")
     assert "cifar-100-python" in caught.value.remedy
     (tmp_path / "text.gz").write_bytes(gzip.compress(b"hello"))
-    with pytest.raises(BadData, match="not a whole archive"):
+    with pytest.raises(BadDataError, match="not a whole archive"):
         open_source(tmp_path / "text.gz")
-    with pytest.raises(MissingData, match="There is no"):
+    with pytest.raises(MissingDataError, match="There is no"):
         open_source(tmp_path / "nowhere")
 
 

@@ -21,7 +21,7 @@ from ddkit.data.store import (
     store_folder,
     store_hash,
 )
-from ddkit.errors import BadData, MissingData, UsageError
+from ddkit.errors import BadDataError, MissingDataError, UsageError
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_what_is_prepared_is_listed(pets):
 
 
 def test_a_missing_dataset_says_how_to_get_it():
-    with pytest.raises(MissingData, match="'cifar100' is not prepared") as caught:
+    with pytest.raises(MissingDataError, match="'cifar100' is not prepared") as caught:
         load_dataset("cifar100", "train")
     assert "ddkit data prepare cifar100" in caught.value.remedy
 
@@ -148,7 +148,7 @@ def exchange_splits(folder):
 )
 def test_a_damaged_store_says_how_to_mend_it(pets, damage, message):
     damage(pets)
-    with pytest.raises(BadData, match=message) as caught:
+    with pytest.raises(BadDataError, match=message) as caught:
         load_dataset("pets", "train")
     assert "ddkit data prepare pets --from PATH --force" in caught.value.remedy
 
@@ -156,7 +156,7 @@ def test_a_damaged_store_says_how_to_mend_it(pets, damage, message):
 def test_a_truncated_split_is_damaged(pets):
     path = pets / "train.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(BadData, match="damaged"):
+    with pytest.raises(BadDataError, match="damaged"):
         load_dataset("pets", "train")
 
 

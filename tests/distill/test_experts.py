@@ -9,9 +9,9 @@ import torch
 
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.distill.experts import Experts, ExpertSettings, at_place
-from ddkit.distill.holdout import References
-from ddkit.errors import Interrupted, UsageError
+from ddkit.distill.experts import Experts, ExpertSettings, load_flat_parameters
+from ddkit.distill.holdout import TrainHoldout
+from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.evaluation.rounds import predict
 from ddkit.network.autotune import choose_plan
 from ddkit.network.engine import build_engine
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def references(colours):
-    return References(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.2, seed=0)
+    return TrainHoldout(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.2, seed=0)
 
 
 def experts(references, settings=QUICK, *, sha256="of-these", seed=0, told=None):
@@ -74,7 +74,7 @@ def test_of_other_images_settings_or_seeds_they_are_others(references, own_cache
 
 def test_those_that_see_other_images_are_others(references, colours, own_cache):
     experts(references)
-    experts(References(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.4, seed=0))
+    experts(TrainHoldout(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.4, seed=0))
     assert len(files(own_cache)) == 4
 
 
@@ -87,7 +87,7 @@ def test_more_of_them_or_longer_spans_find_those_that_there_are(references, own_
 
 
 def test_asked_to_stop_they_keep_what_is_finished(references, own_cache):
-    with pytest.raises(Interrupted), stop_requests() as stop:
+    with pytest.raises(InterruptedRunError), stop_requests() as stop:
         def listen(report):
             if report.done == 5 and not stop:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -95,7 +95,7 @@ def test_asked_to_stop_they_keep_what_is_finished(references, own_cache):
         ours = Experts(references, "of-these", QUICK, seed=0, device=CPU, progress=listen)
         ours.prepare(stop)
         assert stop
-        raise Interrupted("as whoever asked for them does")
+        raise InterruptedRunError("as whoever asked for them does")
     assert not ours.ready and len(files(own_cache)) == 1
     ours.prepare()
     assert ours.ready and len(files(own_cache)) == 2
@@ -130,12 +130,12 @@ def test_stretches_are_of_one_way_and_as_long_as_said(references, own_cache):
 def test_they_learn_what_the_images_show():
     prepare("glyphs")
     spec = dataset_spec("glyphs")
-    letters = References(load_dataset("glyphs", "train"), spec, held_out=0.1, seed=0)
+    letters = TrainHoldout(load_dataset("glyphs", "train"), spec, held_out=0.1, seed=0)
     settings = ExpertSettings(count=1, steps=40, batch_size=64, keep_every=40, span=40)
     start, end = experts(letters, settings).stretch(torch.Generator().manual_seed(0))
     accuracies = []
     for place in (start, end):
-        network = at_place(build_network("convnet", 10, 32, seed=5), place).eval()
+        network = load_flat_parameters(build_network("convnet", 10, 32, seed=5), place).eval()
         held_out = letters.held_out()
         told = predict(build_engine(network, choose_plan(network, "float32", 64)), held_out, CPU)
         accuracies.append((told == held_out.labels).float().mean().item())

@@ -11,7 +11,7 @@ from ddkit.data.images import denormalise, to_uint8
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, FromReal, generate
-from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.model_folder import load_model, model_hash, save_model
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
 from ddkit.metrics.features import reference_features
@@ -111,7 +111,7 @@ class TestWhatIsRefused:
             generate(colours, 1, FromReal(), tmp_path / "set.png")
 
     def test_no_model(self, colours, tmp_path):
-        with pytest.raises(MissingModel):
+        with pytest.raises(MissingModelError):
             generate(colours, 1, FromModel(tmp_path / "nowhere"), tmp_path / "set.pt")
 
     def test_a_model_of_another_dataset(self, colours, model_folder, tmp_path):
@@ -140,7 +140,7 @@ class TestWhatIsRefused:
 
     def test_a_folder_that_cannot_be_written(self, colours, tmp_path):
         (tmp_path / "file").write_text("in the way")
-        with pytest.raises(BadFile):
+        with pytest.raises(BadFileError):
             generate(colours, 1, FromReal(), tmp_path / "file" / "set.pt")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddkit.distill.matching import distance_of_attention, distance_of_means, misclassification, regression_error
+from ddkit.distill.matching import distance_of_attention, mean_embedding_distance, misclassification, ridge_regression_loss
 from ddkit.network import embedding
 from ddkit.network.networks import build_network
 
@@ -38,7 +38,7 @@ def assert_same_gradients(found, expected):
 
 def test_the_distance_of_means_is_that_of_each_class(network, embed):
     images, real = draw(6, 1).requires_grad_(), draw(12, 2)
-    found, _ = distance_of_means(embed, images, real, CLASSES)
+    found, _ = mean_embedding_distance(embed, images, real, CLASSES)
     ours, theirs = network.embed(images).chunk(CLASSES), network.embed(real).detach().chunk(CLASSES)
     expected = sum(((a.mean(0) - b.mean(0)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
@@ -59,7 +59,7 @@ def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(net
         return torch.cat(maps, 1)
 
     found, seen = distance_of_attention(network, images, real, CLASSES, weight)
-    of_means, expected_seen = distance_of_means(embed, images, real, CLASSES)
+    of_means, expected_seen = mean_embedding_distance(embed, images, real, CLASSES)
     ours, theirs = looked_at(images).chunk(CLASSES), looked_at(real).chunk(CLASSES)
     expected = of_means + weight * sum(((a.mean(0) - b.mean(0)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
@@ -69,7 +69,7 @@ def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(net
 
 def test_the_regression_is_the_ridge_regression_of_weights(network, embed):
     images, real = draw(6, 1).requires_grad_(), draw(12, 2)
-    found, _ = regression_error(embed, images, real, CLASSES, RIDGE)
+    found, _ = ridge_regression_loss(embed, images, real, CLASSES, RIDGE)
     ours, theirs = network.embed(images).double(), network.embed(real).double().detach()
     strength = RIDGE * ours.square().sum(1).mean()
     classes = torch.eye(CLASSES).double() - 1 / CLASSES
@@ -83,8 +83,8 @@ def test_the_regression_is_the_ridge_regression_of_weights(network, embed):
 
 def test_a_regression_on_the_real_images_themselves_is_almost_right(embed):
     real = draw(12, 2)
-    assert regression_error(embed, real, real, CLASSES, 1e-4)[0] < 0.01
-    assert regression_error(embed, real, draw(12, 3), CLASSES, 1e-4)[0] > 1
+    assert ridge_regression_loss(embed, real, real, CLASSES, 1e-4)[0] < 0.01
+    assert ridge_regression_loss(embed, real, draw(12, 3), CLASSES, 1e-4)[0] > 1
 
 
 def test_misclassification_is_the_summed_cross_entropy_of_the_networks_own_layer(network):

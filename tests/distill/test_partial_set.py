@@ -1,4 +1,4 @@
-"""Parts of a set that is not finished: what is taken up again, what is not, and that nothing stays behind."""
+"""PartialSet of a set that is not finished: what is taken up again, what is not, and that nothing stays behind."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.distill.generate import FromModel, generate
-from ddkit.distill.partial_set import Parts
+from ddkit.distill.partial_set import PartialSet
 from ddkit.generator.sampling import SamplingConfig
 
 SHAPE = (3, 4, 4)
@@ -28,7 +28,7 @@ def part_files(folder):
 
 class TestParts:
     def parts(self, folder, **identity):
-        return Parts(folder / "set.pt", {"guidance": 2.0, **identity}, SHAPE)
+        return PartialSet(folder / "set.pt", {"guidance": 2.0, **identity}, SHAPE)
 
     def test_what_was_kept_comes_back_in_order(self, tmp_path):
         assert self.parts(tmp_path).kept().shape == (0, *SHAPE)
@@ -69,7 +69,7 @@ class TestParts:
         assert len(self.parts(tmp_path, steps=8).kept()) == 0
 
     def test_names_of_sets_are_no_patterns(self, tmp_path):
-        one, other = (Parts(tmp_path / name, {}, SHAPE) for name in ("set[1].pt", "set1.pt"))
+        one, other = (PartialSet(tmp_path / name, {}, SHAPE) for name in ("set[1].pt", "set1.pt"))
         for parts in (one, other):
             parts.keep(0, rows(0, 2))
         one.drop()

@@ -13,12 +13,12 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.holdout import References
-from ddkit.distill.matching import distance_of_means
+from ddkit.distill.holdout import TrainHoldout
+from ddkit.distill.matching import mean_embedding_distance
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RECORDS_FILE
 from ddkit.distill.student import StudentSettings
-from ddkit.errors import BadFile, ComputeError, Interrupted, InvalidSubmission, UsageError
+from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, InvalidSubmissionError, UsageError
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import build_network
 from ddkit.runtime.files import sha256_of
@@ -77,7 +77,7 @@ def test_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
     some = real.labels.argsort(stable=True).view(10, -1)[:, :20].flatten()
     embed = build_embedder(build_network("convnet", 10, 32, seed=12345), len(before))
     distances = [
-        distance_of_means(embed, images, normalise(real.images[some], spec), 10)[0].item() for images in (before, after)
+        mean_embedding_distance(embed, images, normalise(real.images[some], spec), 10)[0].item() for images in (before, after)
     ]
     assert distances[1] < 0.9 * distances[0]
 
@@ -135,7 +135,7 @@ def test_interrupted_while_it_prepares_it_loses_no_step(start, tmp_path, task, s
         if report.task == task and told.count(task) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match=f"after step {after}"):
+    with pytest.raises(InterruptedRunError, match=f"after step {after}"):
         run(copy, tmp_path / "parts", 2, settings, progress=listen)
     assert told.count(task) == 1, "it stopped at once"
     run(copy, tmp_path / "parts", 2, settings)
@@ -233,18 +233,18 @@ def test_a_set_that_only_became_displayable_was_not_refined_by_anything(start, t
 
 def test_held_out_images_are_never_learnt_from(colours):
     real = load_dataset(colours, "train")
-    references = References(real, dataset_spec(colours), held_out=0.2, seed=0)
+    references = TrainHoldout(real, dataset_spec(colours), held_out=0.2, seed=0)
     held_out = references.held_out()
     assert held_out.labels.tolist() == [0, 1]
-    mixed, _ = references.mixed_batch(60, torch.Generator().manual_seed(0))
+    mixed, _ = references.random_batch(60, torch.Generator().manual_seed(0))
     seen = torch.cat([references.batch(30, number=0), references.sample(60), mixed])
-    kept_back = torch.cat(list(held_out.batches(torch.device("cpu"))))
-    assert not any(torch.equal(one, other) for one in seen for other in kept_back)
+    held_out_rows = torch.cat(list(held_out.batches(torch.device("cpu"))))
+    assert not any(torch.equal(one, other) for one in seen for other in held_out_rows)
     assert references.batch(2, number=0).shape == (4, 3, 16, 16)
 
 
 def test_every_real_image_comes_once_before_any_comes_again(colours):
-    references = References(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.2, seed=0)
+    references = TrainHoldout(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.2, seed=0)
     batches = [references.batch(2, number).unflatten(0, (2, 2)) for number in range(4)]  # of four images a class
     for first, second in (batches[:2], batches[2:]):
         for c in range(2):
@@ -295,13 +295,13 @@ class TestWhatIsRefused:
         run(start, tmp_path / "run", 1)
         state = tmp_path / "run" / "state.pt"
         state.write_bytes(state.read_bytes()[:1000])
-        with pytest.raises(BadFile, match="--fresh"):
+        with pytest.raises(BadFileError, match="--fresh"):
             run(start, tmp_path / "run", 2)
 
     @pytest.mark.parametrize("wrong", [torch.zeros(4, 3, 8, 8), torch.full((4, 3, 16, 16), torch.nan)])
     def test_a_set_that_check_refuses(self, start, tmp_path, wrong):
         torch.save(wrong, start)
-        with pytest.raises(InvalidSubmission):
+        with pytest.raises(InvalidSubmissionError):
             run(start, tmp_path / "run", 1)
         assert [file.name for file in (tmp_path / "run").glob("[!.]*")] == []
 

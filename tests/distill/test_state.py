@@ -9,7 +9,7 @@ import torch
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import Limits, RefineSettings, refine
 from ddkit.distill.state import RefinementState, start_over
-from ddkit.errors import DDKitError, InvalidSubmission, UsageError
+from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError
 from ddkit.runtime.files import sha256_of
 from ddkit.sets.distilled import set_files
 
@@ -92,11 +92,11 @@ def test_the_only_copy_of_a_set_is_never_removed(start, colours, tmp_path):
     other, kept = contents(start), {file: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(UsageError, match="another refinement"):
         run(start, folder, 1, fresh=True)
-    with pytest.raises(InvalidSubmission, match="does not exist"):
+    with pytest.raises(InvalidSubmissionError, match="does not exist"):
         run(tmp_path / "nowhere.pt", folder, 1, fresh=True)
     assert contents(start) == other
     start.write_bytes(b"no tensor")
-    with pytest.raises(InvalidSubmission):
+    with pytest.raises(InvalidSubmissionError):
         run(start, folder, 1, fresh=True)
     assert {file: file.read_bytes() for file in folder.iterdir()} == kept
     assert contents(folder / "before.pt") == before

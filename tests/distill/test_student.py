@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ddkit.data.store import dataset_spec
-from ddkit.distill.experts import at_place, flat_parameters
+from ddkit.distill.experts import flat_parameters, load_flat_parameters
 from ddkit.distill.student import Student, StudentSettings
 from ddkit.errors import UsageError
 from ddkit.network.augment import random_augment
@@ -141,5 +141,5 @@ def test_the_best_rate_stays_positive_where_the_images_lead_astray(spec, images,
 def test_a_network_is_moved_where_it_lies(way):
     network = build_network("convnet", 3, 16, seed=7)
     where = [parameter.data_ptr() for parameter in network.parameters()]
-    assert torch.equal(flat_parameters(at_place(network, way[1])), way[1])
+    assert torch.equal(flat_parameters(load_flat_parameters(network, way[1])), way[1])
     assert [parameter.data_ptr() for parameter in network.parameters()] == where

@@ -15,7 +15,7 @@ import torch
 from ddkit.challenge import GLYPHS, DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
-from ddkit.errors import BadData, Interrupted, InvalidSubmission, UsageError
+from ddkit.errors import BadDataError, InterruptedRunError, InvalidSubmissionError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, _key, evaluate, evaluate_generator
 from ddkit.evaluation.reference import as_test_set
 from ddkit.evaluation.rounds import RoundSettings
@@ -165,7 +165,7 @@ PROGRAM = """
 import json, os, sys
 sys.path.insert(0, {folder!r})
 from {module} import SPEC, real_images, training_set
-from ddkit.errors import Interrupted
+from ddkit.errors import InterruptedRunError
 from ddkit.evaluation.evaluate import StateFolder, evaluate
 def progress(report):
     # In one write: print may end a line in a second one, between which another process's report can come.
@@ -173,7 +173,7 @@ def progress(report):
 try:
     outcome = evaluate(*training_set(), real_images(), spec=SPEC, epochs_setting={epochs}, rounds=2,
                        state=StateFolder({state!r}, 0.0), progress=progress)
-except Interrupted as error:
+except InterruptedRunError as error:
     sys.exit(error.exit_code)
 with open({state!r} + os.environ.get("RANK", "0") + ".json", "w") as file:
     json.dump([outcome.accuracies, outcome.loss_curves], file)
@@ -283,7 +283,7 @@ def test_a_generator_that_overruns_scores_nothing():
         time.sleep(0.05)
         return made_by_round(seed, budget)
 
-    with pytest.raises(InvalidSubmission, match="scores nothing"):
+    with pytest.raises(InvalidSubmissionError, match="scores nothing"):
         track2(generate, time_budget=0.01)()
 
 
@@ -298,7 +298,7 @@ def test_a_continued_round_goes_on_with_the_images_it_began_with(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     whole = track2()()
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         track2(generate)(StateFolder(tmp_path), stop_at_once)
     assert len(list(tmp_path.rglob("*-images.pt"))) == 1
     assert same(track2(generate)(StateFolder(tmp_path)), whole)
@@ -329,7 +329,7 @@ def test_settings_that_cannot_be_meant_are_refused(options):
     (lambda images, labels: (images[:0], labels[:0]), "labels"),
 ])  # fmt: skip
 def test_a_set_that_cannot_be_trained_on_is_refused(change, said):
-    with pytest.raises(InvalidSubmission, match=said):
+    with pytest.raises(InvalidSubmissionError, match=said):
         evaluate(*change(*training_set()), real_images(), spec=SPEC, epochs_setting=0)
 
 
@@ -343,7 +343,7 @@ def test_a_set_that_cannot_be_trained_on_is_refused(change, said):
 def test_a_reference_that_does_not_fit_is_refused(change, said):
     pixels = real_images()
     reference = change(normalise(pixels.images, SPEC), pixels.labels)
-    with pytest.raises(BadData, match=said):
+    with pytest.raises(BadDataError, match=said):
         evaluate(*training_set(), reference, spec=SPEC, epochs_setting=0)
 
 
@@ -388,7 +388,7 @@ def test_a_checked_test_set_is_taken_as_it_is():
 def test_what_cannot_be_trained_on_is_refused_alike_with_a_state_and_without(tmp_path, state):
     images, labels = training_set()
     kept = StateFolder(tmp_path) if state else None
-    with pytest.raises(InvalidSubmission, match="0 images"):
+    with pytest.raises(InvalidSubmissionError, match="0 images"):
         evaluate(images[:0], labels[:0], real_images(), spec=SPEC, epochs_setting=0, state=kept)
     rounded = evaluate(images.bfloat16(), labels, real_images(), spec=SPEC, epochs_setting=1, rounds=1, state=kept)
     assert rounded.rounds == 1

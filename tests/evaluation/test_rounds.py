@@ -12,7 +12,7 @@ import torch
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalise
 from ddkit.data.store import ImageSet
-from ddkit.errors import Interrupted
+from ddkit.errors import InterruptedRunError
 from ddkit.evaluation.reference import as_test_set
 from ddkit.evaluation.rounds import RoundJob, RoundSettings, StateFile, read_result, run_rounds
 from ddkit.evaluation.tracks import Generated
@@ -82,7 +82,7 @@ def test_a_signal_does_not_wait_for_the_end_of_an_epoch(tmp_path):
 
     earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # come too late, it would end the tests
     try:
-        with pytest.raises(Interrupted, match="after 0 epochs"), stop_requests() as stop:
+        with pytest.raises(InterruptedRunError, match="after 0 epochs"), stop_requests() as stop:
             threading.Thread(target=ask_when_there_is_a_state, daemon=True).start()
             run_one(stop, tmp_path)
     finally:
@@ -92,7 +92,7 @@ def test_a_signal_does_not_wait_for_the_end_of_an_epoch(tmp_path):
 
 def test_states_from_before_they_were_kept_within_epochs_are_gone_on_with(tmp_path):
     (wanted,) = run([job(0)])
-    with pytest.raises(Interrupted), stop_requests() as stop:
+    with pytest.raises(InterruptedRunError), stop_requests() as stop:
         run([job(0, tmp_path)], stop, stopping_after(2))
     file = job(0, tmp_path).file
     for _ in range(2):  # a state, then a result
@@ -108,7 +108,7 @@ def test_interrupted_all_are_saved_and_go_on_from_where_each_was(tmp_path):
     wanted = run([job(0), job(1)])
     # Round 0 is ahead when both go on together.
     for indices, epochs in (([0], 1), ([0, 1], 3)):
-        with pytest.raises(Interrupted, match="Run the same again"), stop_requests() as stop:
+        with pytest.raises(InterruptedRunError, match="Run the same again"), stop_requests() as stop:
             run([job(index, tmp_path) for index in indices], stop, stopping_after(epochs * len(indices)))
     seen = []
     results = run([job(0, tmp_path), job(1, tmp_path)], listener=lambda index, done, loss: seen.append((index, done)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ddkit.errors import ComputeError, Interrupted, InvalidSubmission
+from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionError
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.evaluation.tracks import generate_within
 
@@ -46,16 +46,16 @@ def test_a_script_is_run_with_dataset_budget_and_seed(tmp_path, capfd):
 
 def test_a_script_that_overruns_is_stopped(tmp_path):
     entry = ScriptEntry(script(tmp_path, "time.sleep(60)"), "cifar100")
-    with pytest.raises(InvalidSubmission, match="still running"):
+    with pytest.raises(InvalidSubmissionError, match="still running"):
         generate_within(entry, 0, 0.5)
 
 
 @pytest.mark.parametrize("body, error, said", [
     ("sys.exit(4)", ComputeError, "status 4"),
     ("sys.exit('no GPU here')", ComputeError, "no GPU here"),
-    ("pass", InvalidSubmission, "no readable file"),
-    ("open(arguments.out, 'wb').write(b'x' * 100)", InvalidSubmission, "no readable file"),
-    ("import torch; torch.save(torch.zeros(3), arguments.out)", InvalidSubmission, "'images' and 'labels'"),
+    ("pass", InvalidSubmissionError, "no readable file"),
+    ("open(arguments.out, 'wb').write(b'x' * 100)", InvalidSubmissionError, "no readable file"),
+    ("import torch; torch.save(torch.zeros(3), arguments.out)", InvalidSubmissionError, "'images' and 'labels'"),
 ])  # fmt: skip
 def test_a_script_that_fails_is_named_with_the_reason(tmp_path, body, error, said):
     with pytest.raises(error, match=said):
@@ -70,7 +70,7 @@ def test_a_script_cannot_smuggle_in_code(tmp_path):
             return (open, (arguments.out + ".executed", "w"))
     torch.save({"images": Smuggled(), "labels": 0}, arguments.out)
     """
-    with pytest.raises(InvalidSubmission):
+    with pytest.raises(InvalidSubmissionError):
         generate_within(ScriptEntry(script(tmp_path, body), "cifar100"), 0, 60.0)
 
 
@@ -104,7 +104,7 @@ def test_asked_to_stop_it_ends_the_script_and_what_that_started(tmp_path):
     entry = ScriptEntry(script(tmp_path, body), "cifar100", folder=tmp_path)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         entry(0, 600.0)
     thread.join()
     wait_for(lambda: not is_running(int(child.read_text())))

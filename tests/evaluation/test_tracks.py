@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddkit.challenge import CIFAR100, GLYPHS, TINYIMAGENET, TRACKS
-from ddkit.errors import InvalidSubmission
+from ddkit.errors import InvalidSubmissionError
 from ddkit.evaluation.tracks import (
     Conditions,
     Generated,
@@ -59,7 +59,7 @@ def test_images_are_counted_for_every_class():
 def test_an_entry_that_took_too_long_scores_nothing():
     late = Generated(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64), 9.5)
     assert generate_within(lambda seed, budget: late, 0, 10.0) is late
-    with pytest.raises(InvalidSubmission, match="9.5 s"):
+    with pytest.raises(InvalidSubmissionError, match="9.5 s"):
         generate_within(lambda seed, budget: late, 0, 9.0)
 
 

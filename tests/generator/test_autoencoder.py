@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ddkit.errors import Interrupted, MissingModel, UsageError
+from ddkit.errors import InterruptedRunError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import (
     AutoencoderLoss,
     build_autoencoder,
@@ -107,9 +107,9 @@ class TestPretrained:
         assert decode(autoencoder, latents, 16).shape == (1, 3, 16, 16)
 
     def test_nothing_there_is_one_message(self, tmp_path):
-        with pytest.raises(MissingModel, match="No autoencoder could be loaded"):
+        with pytest.raises(MissingModelError, match="No autoencoder could be loaded"):
             load_pretrained(str(tmp_path))
-        with pytest.raises(MissingModel, match="no folder 'nowhere'"):
+        with pytest.raises(MissingModelError, match="no folder 'nowhere'"):
             load_pretrained("nowhere")
 
 
@@ -147,7 +147,7 @@ class TestLatents:
     def test_stopped_they_go_on_where_they_were(self, tmp_path, autoencoder, images, monkeypatch):
         monkeypatch.setattr(latents, "images_at_once", lambda autoencoder, side: 5)
         path = tmp_path / "latents.safetensors"
-        with pytest.raises(Interrupted, match="after encoding 5 of 12 images"):
+        with pytest.raises(InterruptedRunError, match="after encoding 5 of 12 images"):
             cached_latents(path, autoencoder, images, 4, flips=True, identity="one", progress=ask_to_stop)
         (partial,) = tmp_path.iterdir()
         with partial.open("ab") as file:  # as a kill in the middle of writing leaves it
@@ -162,7 +162,7 @@ class TestLatents:
     def test_those_of_other_images_are_not_gone_on_from(self, tmp_path, autoencoder, images, monkeypatch):
         monkeypatch.setattr(latents, "images_at_once", lambda autoencoder, side: 5)
         path = tmp_path / "latents.safetensors"
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             cached_latents(path, autoencoder, images, 4, flips=True, identity="one", progress=ask_to_stop)
         reports = []
         self.make(path, autoencoder, images, identity="two", reports=reports)

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.model_folder import (
     LatentClassPipeline,
@@ -83,7 +83,7 @@ def test_an_interrupted_save_keeps_the_earlier_part(folder, make_model, monkeypa
 
     before = model_hash(folder)
     monkeypatch.setattr(UViT, "save_pretrained", fail)
-    with pytest.raises(BadFile, match="No space left"):
+    with pytest.raises(BadFileError, match="No space left"):
         save_model(make_model(), folder)
     assert model_hash(folder) == before
     assert load_model(folder).facts.dataset == "colours"
@@ -96,7 +96,7 @@ class TestWhatIsRefused:
             load_model(folder, dataset="cifar100")
 
     def test_no_model_at_all(self, tmp_path):
-        with pytest.raises(MissingModel, match="no whole model") as caught:
+        with pytest.raises(MissingModelError, match="no whole model") as caught:
             load_model(tmp_path)
         assert "ddkit train" in caught.value.remedy
 
@@ -107,13 +107,13 @@ class TestWhatIsRefused:
     def test_a_missing_part_is_named(self, folder, missing):
         path = folder / missing
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with pytest.raises(MissingModel, match=missing.split("/")[0]):
+        with pytest.raises(MissingModelError, match=missing.split("/")[0]):
             load_model(folder)
 
     def test_weights_cut_short(self, folder):
         path = folder / "vae" / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(BadFile, match="vae"):
+        with pytest.raises(BadFileError, match="vae"):
             load_model(folder)
 
     @pytest.mark.parametrize("change", ["a tensor more", "a tensor less", "another shape"])
@@ -127,31 +127,31 @@ class TestWhatIsRefused:
         else:
             tensors["smooth.bias"] = torch.zeros(5)
         save_file(tensors, path)
-        with pytest.raises(BadFile, match="does not fit"):
+        with pytest.raises(BadFileError, match="does not fit"):
             load_model(folder)
 
     def test_a_foreign_network(self, folder):
         path = folder / "transformer" / "config.json"
         path.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
-        with pytest.raises(BadFile, match="FluxTransformer2DModel"):
+        with pytest.raises(BadFileError, match="FluxTransformer2DModel"):
             load_model(folder)
 
     def test_parts_of_other_models(self, folder, tmp_path):
         """Each whole in itself, such as a folder copied to the wrong place."""
         facts = json.loads((folder / "ddkit.json").read_text())
         (folder / "ddkit.json").write_text(json.dumps({**facts, "class_names": ["red", "green"]}))
-        with pytest.raises(BadFile, match="transformer knows 3 classes, ddkit.json beside it 2"):
+        with pytest.raises(BadFileError, match="transformer knows 3 classes, ddkit.json beside it 2"):
             load_model(folder)
         (folder / "ddkit.json").write_text(json.dumps(facts))
         other = build_autoencoder(AutoencoderConfig(pixel_patch=4, channels=(8,), latent_channels=3, norm_groups=4), 16, seed=1)
         save_autoencoder(other, folder)
-        with pytest.raises(BadFile, match="latents of 2 channels; the autoencoder beside it decodes 3"):
+        with pytest.raises(BadFileError, match="latents of 2 channels; the autoencoder beside it decodes 3"):
             load_model(folder)
 
     def test_foreign_facts(self, folder):
         (folder / "ddkit.json").write_text('{"format": 99}')
-        with pytest.raises(BadFile, match="version"):
+        with pytest.raises(BadFileError, match="version"):
             read_facts(folder)
         (folder / "ddkit.json").write_text('{"format": 1, "dataset": "colours"}')
-        with pytest.raises(BadFile, match="not complete"):
+        with pytest.raises(BadFileError, match="not complete"):
             read_facts(folder)

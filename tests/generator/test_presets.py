@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ddkit.errors import BadFile, UsageError
+from ddkit.errors import BadFileError, UsageError
 from ddkit.generator.presets import (
     PRESETS,
     AutoencoderConfig,
@@ -92,10 +92,10 @@ def test_configurations_survive_json(name):
 def test_unknown_and_missing_keys_in_a_file_are_named():
     value = to_json(preset("demo").config(32))
     value["objective"]["wieght"] = 1
-    with pytest.raises(BadFile, match="ObjectiveConfig has no wieght"):
+    with pytest.raises(BadFileError, match="ObjectiveConfig has no wieght"):
         from_json(value)
     del value["objective"]["wieght"], value["denoiser"]
-    with pytest.raises(BadFile, match="denoiser"):
+    with pytest.raises(BadFileError, match="denoiser"):
         from_json(value)
 
 

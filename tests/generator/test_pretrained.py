@@ -14,7 +14,7 @@ import torch
 from diffusers import DiTPipeline
 
 from ddkit.data.class_names import CLASS_NAMES
-from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.pretrained import ClassMap, imagenet_wnids, load_generator, map_classes, with_classes
@@ -96,38 +96,38 @@ class TestReading:
 
 class TestRefusing:
     def test_no_folder_and_no_hub_id(self):
-        with pytest.raises(MissingModel, match="no folder not/a/place"):
+        with pytest.raises(MissingModelError, match="no folder not/a/place"):
             load_generator("not/a/place")
 
     def test_a_folder_without_a_generator(self, tmp_path):
-        with pytest.raises(MissingModel, match="neither ddkit.json nor model_index.json"):
+        with pytest.raises(MissingModelError, match="neither ddkit.json nor model_index.json"):
             load_generator(str(tmp_path))
 
     def test_another_pipeline(self, own_dit):
         change(own_dit / "model_index.json", _class_name="StableDiffusionPipeline")
-        with pytest.raises(BadFile, match="StableDiffusionPipeline, which is no diffusion transformer.*DiTPipeline"):
+        with pytest.raises(BadFileError, match="StableDiffusionPipeline, which is no diffusion transformer.*DiTPipeline"):
             load_generator(str(own_dit))
 
     def test_another_network_in_its_place(self, own_dit):
         change(own_dit / "transformer" / "config.json", _class_name="UNet2DConditionModel")
-        with pytest.raises(BadFile, match="transformer holds a UNet2DConditionModel, not a DiTTransformer2DModel"):
+        with pytest.raises(BadFileError, match="transformer holds a UNet2DConditionModel, not a DiTTransformer2DModel"):
             load_generator(str(own_dit))
 
     def test_another_noise_schedule(self, own_dit):
         change(own_dit / "scheduler" / "scheduler_config.json", beta_schedule="squaredcos_cap_v2")
-        with pytest.raises(BadFile, match="beta_schedule squaredcos_cap_v2; only linear"):
+        with pytest.raises(BadFileError, match="beta_schedule squaredcos_cap_v2; only linear"):
             load_generator(str(own_dit))
 
     @pytest.mark.parametrize("setting", [{"num_layers": 3}, {"num_layers": 1}, {"attention_head_dim": 16}])
     def test_weights_that_do_not_fit(self, own_dit, setting):
         change(own_dit / "transformer" / "config.json", **setting)
-        with pytest.raises(BadFile, match="transformer.*damaged"):
+        with pytest.raises(BadFileError, match="transformer.*damaged"):
             load_generator(str(own_dit))
 
     def test_cut_short_weights(self, own_dit):
         path = own_dit / "vae" / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(BadFile, match="vae cannot be read"):
+        with pytest.raises(BadFileError, match="vae cannot be read"):
             load_generator(str(own_dit))
 
     @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>", b""],
@@ -154,8 +154,8 @@ class TestRefusing:
     def told_by_a_hub_at(self, address, tmp_path):
         """What a process of its own, which looks for its hub there, has to say of a hub's id."""
         code = (
-            "from ddkit.errors import MissingModel\nfrom ddkit.generator.pretrained import load_generator\n"
-            "try: load_generator('facebook/DiT-XL-2-256')\nexcept MissingModel as error: print(error)\n"
+            "from ddkit.errors import MissingModelError\nfrom ddkit.generator.pretrained import load_generator\n"
+            "try: load_generator('facebook/DiT-XL-2-256')\nexcept MissingModelError as error: print(error)\n"
         )
         environment = {name: value for name, value in os.environ.items() if not name.lower().endswith(("_proxy", "_offline"))}
         environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}

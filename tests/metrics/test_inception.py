@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddkit.errors import MissingData
+from ddkit.errors import MissingDataError
 from ddkit.metrics.inception import InceptionFeatures
 
 extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is not installed")
@@ -47,5 +47,5 @@ def test_features_of_each_image_whatever_its_company():
 def test_without_weights_it_says_where_to_put_them(monkeypatch):
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
-    with pytest.raises(MissingData, match="weights-inception.*put it at .*checkpoints"):
+    with pytest.raises(MissingDataError, match="weights-inception.*put it at .*checkpoints"):
         InceptionFeatures()

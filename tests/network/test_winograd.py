@@ -13,11 +13,11 @@ pytestmark = pytest.mark.usefixtures("measured_before")
 
 @pytest.fixture(autouse=True)
 def compiler():
-    from ddkit.network.kernels import CannotCompile
+    from ddkit.network.kernels import CompileError
 
     try:
         winograd.load()
-    except CannotCompile as error:
+    except CompileError as error:
         pytest.skip(str(error))
 
 

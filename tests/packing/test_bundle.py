@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddkit.errors import BadFile, MissingModel, UsageError
+from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.sampling import SamplingConfig
 from ddkit.packing.bundle import (
     EntryModel,
@@ -78,7 +78,7 @@ def test_half_precision_halves_the_weights_and_changes_little(model, tmp_path):
 def test_what_cannot_be_bundled_is_said(model, colours, tmp_path):
     with pytest.raises(UsageError, match="one model for each"):
         build_folder([model, model], tmp_path / "entry")
-    with pytest.raises(MissingModel):
+    with pytest.raises(MissingModelError):
         build_folder([EntryModel(colours, tmp_path / "nowhere")], tmp_path / "entry")
     assert not (tmp_path / "entry").exists()
 
@@ -97,7 +97,7 @@ def test_a_zip_a_folder_and_a_script_open_alike(model, tmp_path):
 def test_members_that_lead_out_are_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr(zipfile.ZipInfo(name), "")
-    with pytest.raises(BadFile, match="leads out"), opened(tmp_path / "bad.zip"):
+    with pytest.raises(BadFileError, match="leads out"), opened(tmp_path / "bad.zip"):
         pass
 
 
@@ -107,7 +107,7 @@ def test_what_is_no_entry_is_said(tmp_path):
     (tmp_path / "set.pt").write_text("")
     (tmp_path / "mine.py").write_text("")
     (tmp_path / "generate.py").write_text("")  # which is not what was asked for
-    refused = {"empty": BadFile, "text.zip": BadFile, "set.pt": UsageError, "mine.py": UsageError, "absent": MissingModel}
+    refused = {"empty": BadFileError, "text.zip": BadFileError, "set.pt": UsageError, "mine.py": UsageError, "absent": MissingModelError}
     for name, error in refused.items():
         with pytest.raises(error), opened(tmp_path / name):
             pass

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ddkit.checks.check import check_path
-from ddkit.errors import BadFile, InvalidSubmission, MissingData, UsageError
-from ddkit.packing.pack import Refused, pack, packed_files
+from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.packing.pack import RefusedSubmissionError, pack, packed_files
 from ddkit.runtime.files import sha256_of
 
 
@@ -34,9 +34,9 @@ def test_what_check_refuses_is_not_packed_and_the_old_zip_stays(tmp_path, folder
     out = pack(folder, tmp_path / "submission.zip")
     before = out.read_bytes()
     torch.save(torch.zeros(5), folder / "glyphs.pt")
-    with pytest.raises(Refused, match="was not packed: glyphs.pt: The shape is") as refused:
+    with pytest.raises(RefusedSubmissionError, match="was not packed: glyphs.pt: The shape is") as refused:
         pack(folder, out)
-    assert isinstance(refused.value, InvalidSubmission) and refused.value.exit_code == 1
+    assert isinstance(refused.value, InvalidSubmissionError) and refused.value.exit_code == 1
     assert [f.code for f in refused.value.report.findings if f.level == "error"] == ["T003"]
     assert out.read_bytes() == before
 
@@ -45,7 +45,7 @@ def test_warnings_refuse_only_where_strict(tmp_path, folder):
     images = torch.load(folder / "glyphs.pt", weights_only=True)
     torch.save(images.requires_grad_(), folder / "glyphs.pt")
     assert pack(folder, tmp_path / "loose.zip").exists()
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedSubmissionError):
         pack(folder, tmp_path / "strict.zip", strict=True)
     assert not (tmp_path / "strict.zip").exists()
 
@@ -54,7 +54,7 @@ def test_half_of_the_challenge_is_packed_only_when_asked_for(tmp_path):
     folder = tmp_path / "submission"
     folder.mkdir()
     torch.save(torch.randn(1000, 3, 32, 32), folder / "cifar100.pt")
-    with pytest.raises(Refused, match="tinyimagenet.pt is missing"):
+    with pytest.raises(RefusedSubmissionError, match="tinyimagenet.pt is missing"):
         pack(folder, tmp_path / "s.zip")
     out = pack(folder, tmp_path / "s.zip", ignore_codes=["F003"])
     assert [file.name for file in packed_files(out)] == ["cifar100.pt"]
@@ -62,10 +62,10 @@ def test_half_of_the_challenge_is_packed_only_when_asked_for(tmp_path):
 
 def test_nothing_to_pack_and_what_cannot_be_loaded_are_refused_whatever_is_ignored(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MissingData, match="no tensor"):
+    with pytest.raises(MissingDataError, match="no tensor"):
         pack(tmp_path / "empty", tmp_path / "s.zip", ignore_codes={"F002"})
     torch.save({"images": torch.zeros(1)}, folder / "glyphs.pt")
-    with pytest.raises(InvalidSubmission, match="glyphs.pt is not packed") as caught:
+    with pytest.raises(InvalidSubmissionError, match="glyphs.pt is not packed") as caught:
         pack(folder, tmp_path / "s.zip", ignore_codes={"T001"})
     assert str(folder / "glyphs.pt") in caught.value.remedy and not (tmp_path / "s.zip").exists()
 
@@ -73,7 +73,7 @@ def test_nothing_to_pack_and_what_cannot_be_loaded_are_refused_whatever_is_ignor
 def test_links_out_of_the_folder_are_refused(tmp_path, folder):
     (folder / "glyphs.pt").rename(tmp_path / "elsewhere.pt")
     (folder / "glyphs.pt").symlink_to(tmp_path / "elsewhere.pt")
-    with pytest.raises(Refused, match="outside the folder"):
+    with pytest.raises(RefusedSubmissionError, match="outside the folder"):
         pack(folder, tmp_path / "s.zip")
 
 
@@ -93,13 +93,13 @@ def test_the_zip_never_replaces_a_tensor(tmp_path, folder):
 
 
 def test_a_missing_folder_says_what_to_do(tmp_path):
-    with pytest.raises(MissingData, match="ddkit generate"):
+    with pytest.raises(MissingDataError, match="ddkit generate"):
         pack(tmp_path / "absent", tmp_path / "s.zip")
 
 
 def test_an_output_that_cannot_be_written_is_one_message(tmp_path, folder):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadFile):
+    with pytest.raises(BadFileError):
         pack(folder, tmp_path / "file" / "s.zip")
 
 
@@ -145,7 +145,7 @@ def test_a_set_that_changes_while_it_is_packed_is_not_packed(tmp_path, folder):
     def change(report):
         torch.save(torch.full_like(torch.load(folder / "glyphs.pt"), float("nan")), folder / "glyphs.pt")
 
-    with pytest.raises(BadFile, match="changed while it was being packed"):
+    with pytest.raises(BadFileError, match="changed while it was being packed"):
         pack(folder, tmp_path / "submission.zip", told=change)
     assert not (tmp_path / "submission.zip").exists()
 
@@ -154,9 +154,9 @@ def test_a_set_that_changes_while_it_is_packed_is_not_packed(tmp_path, folder):
 def test_pipes_and_links_to_nothing_are_refused_by_the_check(tmp_path, folder):
     (folder / "glyphs.pt").unlink()
     os.mkfifo(folder / "glyphs.pt")
-    with pytest.raises(Refused, match="is a pipe or a device"):
+    with pytest.raises(RefusedSubmissionError, match="is a pipe or a device"):
         pack(folder, tmp_path / "submission.zip")
     (folder / "glyphs.pt").unlink()
     (folder / "glyphs.pt").symlink_to(folder / "nothing.pt")
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedSubmissionError):
         pack(folder, tmp_path / "submission.zip")

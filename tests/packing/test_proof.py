@@ -9,7 +9,7 @@ import torch
 
 from ddkit.challenge import GLYPHS
 from ddkit.data.images import normalise
-from ddkit.errors import ComputeError, InvalidSubmission
+from ddkit.errors import ComputeError, InvalidSubmissionError
 from ddkit.generator.sampling import SamplingConfig
 from ddkit.packing.bundle import EntryModel, EntrySettings, build_folder, zip_folder
 from ddkit.packing.proof import ProofSettings, _environment, check_made, prove
@@ -92,5 +92,5 @@ class TestWhatWasMade:
         (lambda i, n: (i, n.int()), "int32"),
     ])  # fmt: skip
     def test_everything_else_is_named(self, alter, said):
-        with pytest.raises(InvalidSubmission, match=said):
+        with pytest.raises(InvalidSubmissionError, match=said):
             check_made(*alter(*self.images()), GLYPHS)

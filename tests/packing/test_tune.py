@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from ddkit.errors import BadFile, MissingData, UsageError
+from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.generator.model_folder import model_hash
 from ddkit.packing.bundle import EntryModel
@@ -36,7 +36,7 @@ def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
     assert read_trials(path) == [trial(4, 0.2, 0.3), trial(8, 0.4, 0.3, guidance=2.0)]
     assert trial(4, 0.2).conditions != trial(4, 0.2, device="another").conditions
     path.write_text('{"dataset": "colours"}\n')
-    with pytest.raises(BadFile, match="line 1"):
+    with pytest.raises(BadFileError, match="line 1"):
         read_trials(path)
 
 
@@ -67,7 +67,7 @@ def test_what_was_tried_is_not_tried_again(colours, colours_model, tmp_path):
 def test_the_best_of_the_latest_conditions_is_packed(colours, colours_model, tmp_path):
     path, model = tmp_path / "trials.jsonl", EntryModel(colours, colours_model)
     _append(trial(2, 0.99), path)  # of another model
-    with pytest.raises(MissingData, match="ddkit tune colours"):
+    with pytest.raises(MissingDataError, match="ddkit tune colours"):
         tuned(model, path)
     sha256 = model_hash(colours_model)
     for one in (trial(32, 0.9, model_sha256=sha256, budget=600.0), trial(4, 0.3, model_sha256=sha256),
@@ -90,7 +90,7 @@ def test_lines_that_are_no_trials_are_named(tmp_path, line):
     whole = json.loads(path.read_text())
     change = json.loads(line)
     path.write_text(json.dumps(whole | change if isinstance(change, dict) else change) + "\n")
-    with pytest.raises(BadFile, match="line 1"):
+    with pytest.raises(BadFileError, match="line 1"):
         read_trials(path)
 
 

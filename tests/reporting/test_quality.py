@@ -7,7 +7,7 @@ from PIL import Image
 from ddkit.data.images import normalise
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.errors import MissingData
+from ddkit.errors import MissingDataError
 from ddkit.metrics.features import FeatureSettings
 from ddkit.reporting.quality import dataset_at, quality_of, sets_at
 from ddkit.sets.contact_sheet import contact_sheet, neighbour_sheet, side_by_side
@@ -63,7 +63,7 @@ def test_sets_of_a_folder(tmp_path):
     for name in ("b.pt", "a.pt", "c.png"):
         (tmp_path / name).touch()
     assert [path.name for path in sets_at(tmp_path)] == ["a.pt", "b.pt"]
-    with pytest.raises(MissingData, match="no set at"):
+    with pytest.raises(MissingDataError, match="no set at"):
         sets_at(tmp_path / "missing")
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.runtime import files
 
 
 def test_replacing_keeps_the_old_file_when_the_writer_fails(tmp_path):
     path = tmp_path / "kept.txt"
     path.write_text("old")
-    with pytest.raises(ValueError), files.replacing(path) as temporary:
+    with pytest.raises(ValueError), files.atomic_write(path) as temporary:
         temporary.write_text("half")
         raise ValueError
     assert path.read_text() == "old"
@@ -32,10 +32,10 @@ def test_replacing_makes_ordinary_files(tmp_path):
 def test_replacing_folder_replaces_as_a_whole(tmp_path):
     folder = tmp_path / "model"
     for content in ("first", "second"):
-        with files.replacing_folder(folder) as temporary:
+        with files.atomic_folder(folder) as temporary:
             (temporary / f"{content}.txt").write_text(content)
     assert [path.name for path in folder.iterdir()] == ["second.txt"]
-    with pytest.raises(ValueError), files.replacing_folder(folder) as temporary:
+    with pytest.raises(ValueError), files.atomic_folder(folder) as temporary:
         (temporary / "third.txt").write_text("half")
         raise ValueError
     assert [path.name for path in folder.iterdir()] == ["second.txt"]
@@ -48,8 +48,8 @@ def test_a_writer_killed_midway_leaves_the_old_file(tmp_path):
     writer = subprocess.Popen(
         [sys.executable, "-c",
          "import sys, time\n"
-         "from ddkit.runtime.files import replacing\n"
-         "with replacing(sys.argv[1]) as temporary:\n"
+         "from ddkit.runtime.files import atomic_write\n"
+         "with atomic_write(sys.argv[1]) as temporary:\n"
          "    temporary.write_bytes(b'half')\n"
          "    print('writing', flush=True)\n"
          "    time.sleep(60)\n", str(path)],
@@ -63,10 +63,10 @@ def test_a_writer_killed_midway_leaves_the_old_file(tmp_path):
 
 def test_what_is_refused_is_named_as_it_was_asked_for(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(BadFileError) as caught:
         files.write_text(tmp_path / "file" / "here.txt", "text")
     assert str(tmp_path / "file") in caught.value.message and "A file is in the way" in caught.value.remedy
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(BadFileError) as caught:
         files.write_text("/proc/here.txt", "text")
     assert caught.value.message.startswith("/proc/here.txt:")
 
@@ -82,7 +82,7 @@ def test_a_line_is_appended_after_a_torn_one(tmp_path):
 def test_a_folder_behind_a_link_is_replaced_where_it_lies(tmp_path):
     (tmp_path / "disk" / "data").mkdir(parents=True)
     (tmp_path / "data").symlink_to(tmp_path / "disk" / "data")
-    with files.replacing_folder(tmp_path / "data") as folder:
+    with files.atomic_folder(tmp_path / "data") as folder:
         (folder / "new").write_text("new")
     assert (tmp_path / "data").is_symlink() and (tmp_path / "disk" / "data" / "new").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "disk"]
@@ -99,12 +99,12 @@ def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path):
     code = (
         "import signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from ddkit.errors import BadFile\n"
-        "from ddkit.runtime.files import replacing\n"
+        "from ddkit.errors import BadFileError\n"
+        "from ddkit.runtime.files import atomic_write\n"
         "try:\n"
-        "    with replacing(sys.argv[1]) as temporary:\n"
+        "    with atomic_write(sys.argv[1]) as temporary:\n"
         "        temporary.write_bytes(b'x' * 5000)\n"
-        "except BadFile as error:\n"
+        "except BadFileError as error:\n"
         "    sys.exit(error.exit_code)\n"
     )
     finished = subprocess.run([sys.executable, "-c", code, str(path)], preexec_fn=limit)
@@ -116,15 +116,15 @@ def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
 def test_a_read_only_folder_is_one_message(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(BadFile, match="Permission denied"):
+    with pytest.raises(BadFileError, match="Permission denied"):
         files.write_text(tmp_path / "new.txt", "text")
 
 
 def test_read_json_names_the_file(tmp_path):
     (tmp_path / "torn.json").write_text('{"a": ')
-    with pytest.raises(BadFile, match="torn.json is not JSON"):
+    with pytest.raises(BadFileError, match="torn.json is not JSON"):
         files.read_json(tmp_path / "torn.json")
-    with pytest.raises(BadFile, match="absent.json"):
+    with pytest.raises(BadFileError, match="absent.json"):
         files.read_json(tmp_path / "absent.json")
 
 
@@ -148,8 +148,8 @@ def test_a_file_system_without_locks_is_worked_on_and_other_refusals_are_told(tm
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(fcntl, "lockf", lockf)
-        with pytest.raises(BadFile) if refused else contextlib.nullcontext():
-            with files.alone(tmp_path, "works", elsewhere="--out"):
+        with pytest.raises(BadFileError) if refused else contextlib.nullcontext():
+            with files.exclusive(tmp_path, "works", elsewhere="--out"):
                 begun.append(number)
     assert begun == [errno.ENOLCK]
 
@@ -165,7 +165,7 @@ def test_a_file_behind_a_link_is_replaced_where_it_lies(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(BadFile, match="is a pipe or a device"):
+    with pytest.raises(BadFileError, match="is a pipe or a device"):
         files.write_text(tmp_path / "pipe", "text")
     assert (tmp_path / "pipe").is_fifo()
 
@@ -180,15 +180,15 @@ def test_names_that_are_no_text_can_be_written(tmp_path):
 
 def test_json_that_is_nested_too_deeply_is_named(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(BadFile, match="deep.json is nested too deeply"):
+    with pytest.raises(BadFileError, match="deep.json is nested too deeply"):
         files.read_json(tmp_path / "deep.json")
 
 
 def test_whether_lines_can_be_appended_is_known_before(tmp_path):
     files.require_appendable(tmp_path / "deep" / "lines.txt")
     assert not (tmp_path / "deep").exists()
-    with pytest.raises(BadFile, match=str(tmp_path)):
+    with pytest.raises(BadFileError, match=str(tmp_path)):
         files.require_appendable(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadFile, match="file"):
+    with pytest.raises(BadFileError, match="file"):
         files.require_appendable(tmp_path / "file" / "deep" / "lines.txt")

@@ -4,28 +4,28 @@ import threading
 
 import pytest
 
-from ddkit.errors import Interrupted
+from ddkit.errors import InterruptedRunError
 from ddkit.runtime.interrupt import stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_only_marks_the_request(number):
-    with pytest.raises(Interrupted), stop_requests() as stop:
+    with pytest.raises(InterruptedRunError), stop_requests() as stop:
         assert not stop
         os.kill(os.getpid(), number)
         assert stop
-        raise Interrupted("as the loop does")
+        raise InterruptedRunError("as the loop does")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_nobody_heeded_is_passed_on(number):
     reached = []
-    with pytest.raises(Interrupted), stop_requests() as outer:
+    with pytest.raises(InterruptedRunError), stop_requests() as outer:
         with stop_requests() as inner:
             os.kill(os.getpid(), number)
             assert inner and not outer
         reached.append(bool(outer))
-        raise Interrupted("as the loop does")
+        raise InterruptedRunError("as the loop does")
     assert reached == [True]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ddkit.runtime.tensor_files import Unloadable, load_restricted, save_safetensors, save_torch
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_safetensors, save_torch
 
 
 def test_the_bytes_do_not_depend_on_the_name(tmp_path):
@@ -35,7 +35,7 @@ class Code:
 def test_code_is_not_run_and_no_advice_given_to_run_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"x": Code()}, tmp_path / "code.pt")
-    with pytest.raises(Unloadable) as caught:
+    with pytest.raises(UnloadableError) as caught:
         load_restricted(tmp_path / "code.pt")
     assert "weights_only" not in str(caught.value) and not (tmp_path / "made-by-code").exists()
 
@@ -43,7 +43,7 @@ def test_code_is_not_run_and_no_advice_given_to_run_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02.", b"\x80\x02K\x01R.", b"text"])
 def test_what_is_no_tensor_file_is_unloadable(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(Unloadable):
+    with pytest.raises(UnloadableError):
         load_restricted(tmp_path / "x.pt")
     with pytest.raises(FileNotFoundError):
         load_restricted(tmp_path / "none.pt")
@@ -64,10 +64,10 @@ def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path, modules, sa
     code = (
         f"import sys, {modules}\n"
         "from pathlib import Path\n"
-        "from ddkit.errors import BadFile\n"
+        "from ddkit.errors import BadFileError\n"
         "path = Path(sys.argv[1])\n"
         f"try:\n    {saving}\n"
-        "except BadFile as error:\n    sys.exit(error.exit_code)\n"
+        "except BadFileError as error:\n    sys.exit(error.exit_code)\n"
     )
     path = tmp_path / "kept"
     # A limit on the size of files is what a test can have of a full disk without being root.

@@ -6,7 +6,7 @@ from PIL import Image
 
 from ddkit.challenge import GLYPHS
 from ddkit.data.images import normalise
-from ddkit.errors import InvalidSubmission
+from ddkit.errors import InvalidSubmissionError
 from ddkit.sets.distilled import load_tensor, read_facts, row_labels, save_set, tensor_path
 
 NAMES = tuple("AEHKLOSTXZ")
@@ -58,12 +58,12 @@ def test_facts_of_another_tensor_are_left_aside(tmp_path, images, caplog):
 
 @pytest.mark.parametrize("shape", [(15, 3, 32, 32), (0, 3, 32, 32), (20, 3, 16, 16), (20, 32, 32)])
 def test_what_is_no_set_is_not_written(tmp_path, shape):
-    with pytest.raises(InvalidSubmission, match="no set for glyphs"):
+    with pytest.raises(InvalidSubmissionError, match="no set for glyphs"):
         save_set(tmp_path / "glyphs.pt", torch.zeros(shape), GLYPHS, NAMES, {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_loading_what_check_refuses_says_the_same(tmp_path, images):
     torch.save({"images": images}, tmp_path / "glyphs.pt")
-    with pytest.raises(InvalidSubmission, match="a dict with the keys 'images'"):
+    with pytest.raises(InvalidSubmissionError, match="a dict with the keys 'images'"):
         load_tensor(tmp_path / "glyphs.pt", GLYPHS)

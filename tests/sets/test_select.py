@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddkit.errors import UsageError
-from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, View, choose, choose_in_class
+from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, ImageFeatures, choose, choose_in_class
 
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 2, 2])
 
@@ -16,7 +16,7 @@ def clustered(sizes=(40, 20, 10), seed=0, spread=0.05):
     clusters = clusters[torch.randperm(len(clusters), generator=generator)]
     corners = 3 * torch.eye(len(sizes), 8)
     features = corners[clusters] + spread * torch.randn(len(clusters), 8, generator=generator)
-    return View(features, torch.rand(len(clusters), generator=generator)), clusters
+    return ImageFeatures(features, torch.rand(len(clusters), generator=generator)), clusters
 
 
 def chosen(how, view, ipc, seed=0):
@@ -87,7 +87,7 @@ def test_a_view_is_taken_of_one_class_at_a_time():
 
     def look(rows):
         seen.append(rows.tolist())
-        return View(rows[:, None].float(), rows.float())
+        return ImageFeatures(rows[:, None].float(), rows.float())
 
     assert choose("easy", LABELS, 1, 3, seed=0, look=look).tolist() == [6, 7, 9]
     assert seen == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 9]]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddkit.runtime.files import replacing
+from ddkit.runtime.files import atomic_write
 
 _POINTS = 400  # of a curve; more cannot be seen
 
 
 def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a PNG with the loss of each stage, and the scores where there are any. Raises BadFile."""
+    """Write a PNG with the loss of each stage, and the scores where there are any. Raises BadFileError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -24,7 +24,7 @@ def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4 * panels, 3), layout="constrained")
     for axes, ((stage, _), shown) in zip(figure.subplots(1, panels, squeeze=False)[0], by_panel.items(), strict=False):
         _draw(axes, stage, shown)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 
 

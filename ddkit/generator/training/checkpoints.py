@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddkit.errors import BadFile
-from ddkit.runtime.tensor_files import Unloadable, load_restricted, save_torch
+from ddkit.errors import BadFileError
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,14 @@ def load_latest(folder: Path, stage: str) -> Checkpoint | None:
     """The newest checkpoint of a stage that can be read, or None where there is none at all.
 
     A newest file that is cut short is passed over, with a warning, for the one before it.
-    Raises BadFile when there are some and none can be read.
+    Raises BadFileError when there are some and none can be read.
     """
     paths = list_checkpoints(folder, stage)
-    problem: BadFile | None = None
+    problem: BadFileError | None = None
     for path in reversed(paths):
         try:
             return load_checkpoint(path)
-        except BadFile as error:
+        except BadFileError as error:
             log.warning("%s Going on from the checkpoint before it.", error.message)
             problem = problem or error
     if problem is not None:
@@ -72,15 +72,15 @@ def load_latest(folder: Path, stage: str) -> Checkpoint | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint; nothing in it is executed. Raises BadFile where it is damaged or of another format."""
+    """Read one checkpoint; nothing in it is executed. Raises BadFileError where it is damaged or of another format."""
     remedy = "Delete it to go on from the one before, or start over with --fresh."
     try:
         value = load_restricted(path)
-    except (OSError, Unloadable) as error:
-        raise BadFile(f"{path} is damaged or no checkpoint.", remedy) from error
+    except (OSError, UnloadableError) as error:
+        raise BadFileError(f"{path} is damaged or no checkpoint.", remedy) from error
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT_VERSION:
-        raise BadFile(f"{path} is no checkpoint of this version of ddkit.", remedy)
+        raise BadFileError(f"{path} is no checkpoint of this version of ddkit.", remedy)
     try:
         return Checkpoint(**value)
     except TypeError as error:
-        raise BadFile(f"{path} is not complete: {error}.", remedy) from error
+        raise BadFileError(f"{path} is not complete: {error}.", remedy) from error

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddkit.data.store import ImageSet
-from ddkit.errors import Interrupted
+from ddkit.errors import InterruptedRunError
 from ddkit.generator.autoencoder import encode, images_at_once, to_signed
 from ddkit.runtime.files import explain_os_error
 from ddkit.runtime.interrupt import stop_requests
@@ -56,8 +56,8 @@ def cached_latents(
 ) -> LatentSet:
     """The latents of `images`, read from `path` if they were made of the same things, else encoded and written there.
 
-    identity: names the pixels and the autoencoder; latents of another identity are replaced. Raises Interrupted once asked to
-    stop, what was encoded kept, and BadFile for what the system refuses.
+    identity: names the pixels and the autoencoder; latents of another identity are replaced. Raises InterruptedRunError once asked to
+    stop, what was encoded kept, and BadFileError for what the system refuses.
     """
     if (found := _read(path, images, identity)) is not None:
         return found
@@ -112,7 +112,7 @@ def _encode_all(
                 os.fsync(file.fileno())
                 progress(Progress("Encoding the training set", start + len(some), len(images), "images"))
                 if stop:
-                    raise Interrupted(
+                    raise InterruptedRunError(
                         f"Stopped after encoding {start + len(some):,} of {len(images):,} images; they are kept.",
                         "Run the same command again, without --fresh, to go on.",
                     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddkit.errors import MissingModel, UsageError
+from ddkit.errors import MissingModelError, UsageError
 from ddkit.generator.model_folder import has_model
 from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, preset
 from ddkit.generator.pretrained import Start, start_from
@@ -23,7 +23,7 @@ _FROM_START = {"prediction": "prediction", "architecture": "architecture", "pret
 
 
 @dataclass(frozen=True)
-class Wishes:
+class TrainingOptions:
     """What is said of a training; None leaves a setting to the training that goes on, else to the preset.
 
     method: one of METHODS; fine-tuning by minimax diffusion is also what `init`, its preset and a folder that holds
@@ -114,12 +114,12 @@ class Plan:
     start: Start | None = None
 
 
-def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path, fresh: bool = False) -> Plan:
+def plan_training(data: TrainingData, folder: Path, wishes: TrainingOptions, *, own: Path, fresh: bool = False) -> Plan:
     """The training that is meant: what goes on in `folder` keeps its settings where nothing else is said.
 
     own: the folder of the dataset's own generator; fine-tuning starts from it where it is there and nothing else is
     named. fresh: whatever is in `folder` is to be forgotten.
-    Raises UsageError for what contradicts itself or no preset knows; MissingModel where there is nothing to start
+    Raises UsageError for what contradicts itself or no preset knows; MissingModelError where there is nothing to start
     fine-tuning from, and what `start_from` raises.
     """
     begun = None if fresh else recorded(folder)
@@ -139,7 +139,7 @@ def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path
         if has_model(own):
             minimax = dataclasses.replace(minimax, init=str(own))
         elif wishes.init is None:
-            raise MissingModel(
+            raise MissingModelError(
                 f"There is no generator of '{data.name}' to start from: {own} holds none.",
                 f"Train one: ddkit train --dataset {data.name}. Or name one: --init FOLDER, or --init {minimax.init} "
                 "for a pretrained one (gigabytes).",
@@ -150,7 +150,7 @@ def plan_training(data: TrainingData, folder: Path, wishes: Wishes, *, own: Path
     return Plan(name, _completed(config, data, wishes, start, new=begun is None), *tracking, start)
 
 
-def _tracking(wishes: Wishes, begun: Recorded | None, preset_name: str) -> tuple[int, str]:
+def _tracking(wishes: TrainingOptions, begun: Recorded | None, preset_name: str) -> tuple[int, str]:
     """`track_every` and `features` of a Plan: what is said, else what was said before, else the preset's."""
     every, score = (begun.track_every, begun.score) if begun else (None, "")
     if wishes.track_every is not None:
@@ -163,7 +163,7 @@ def _tracking(wishes: Wishes, begun: Recorded | None, preset_name: str) -> tuple
     return every, wishes.features or before
 
 
-def _refuse_alien(wishes: Wishes, tunes: bool) -> None:
+def _refuse_alien(wishes: TrainingOptions, tunes: bool) -> None:
     """Raise UsageError where settings of one method are given with the other."""
     if tunes and (alien := wishes.given(*_FROM_START)):
         raise UsageError(f"--{_FROM_START[next(iter(alien))]} is decided by what fine-tuning starts from, --init.")
@@ -172,7 +172,7 @@ def _refuse_alien(wishes: Wishes, tunes: bool) -> None:
 
 
 def _completed(
-    config: GeneratorConfig, data: TrainingData, wishes: Wishes, start: Start, *, new: bool
+    config: GeneratorConfig, data: TrainingData, wishes: TrainingOptions, start: Start, *, new: bool
 ) -> GeneratorConfig:
     """The configuration with what its start decides. new: no training goes on, whose length and flips are known."""
     changes: dict[str, Any] = {"objective": dataclasses.replace(config.objective, prediction=start.generator.prediction)}

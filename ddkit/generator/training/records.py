@@ -35,7 +35,7 @@ class MetricsLog:
         return read_records(self._path)
 
     def write(self, record: Any) -> None:
-        """Append one dataclass; raises BadFile for what the system refuses."""
+        """Append one dataclass; raises BadFileError for what the system refuses."""
         values = dataclasses.asdict(record)
         values |= values.pop("figures", {})
         append_line(self._path, json.dumps(values), sync=False)  # a record is not worth waiting for the disk
@@ -63,7 +63,7 @@ def require_tensorboard() -> Any:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics log, the last one of each stage, step and score's name; none where there is no log yet.
 
-    A torn line is left out. Raises BadFile.
+    A torn line is left out. Raises BadFileError.
     """
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddkit import __version__
-from ddkit.errors import BadFile, UsageError
+from ddkit.errors import BadFileError, UsageError
 from ddkit.generator.model_folder import FACTS_FILE, INDEX_FILE
 from ddkit.generator.presets import GeneratorConfig, differences, from_json, to_json
 from ddkit.runtime.files import LOCK_FILE, explain_os_error, read_json, write_json
@@ -65,7 +65,7 @@ def has_training(folder: Path) -> bool:
 
 
 def recorded(folder: Path) -> Recorded | None:
-    """What the training in that folder goes by; None where there is none. Raises BadFile where it cannot be read."""
+    """What the training in that folder goes by; None where there is none. Raises BadFileError where it cannot be read."""
     if not has_training(folder):
         return None
     record = _record_of(folder)
@@ -75,10 +75,10 @@ def recorded(folder: Path) -> Recorded | None:
 
 
 def _record_of(folder: Path) -> Mapping[str, Any]:
-    """What a training has written of itself. Raises BadFile where it is something else."""
+    """What a training has written of itself. Raises BadFileError where it is something else."""
     value = read_json(folder / CONFIG_FILE)
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
-        raise BadFile(f"{folder / CONFIG_FILE} is not of a training of ddkit's.", "Choose another folder with --out.")
+        raise BadFileError(f"{folder / CONFIG_FILE} is not of a training of ddkit's.", "Choose another folder with --out.")
     return value
 
 

@@ -39,10 +39,10 @@ from ddkit.generator.training.latents import LATENTS_FILE, LatentSet, cached_lat
 from ddkit.generator.training.records import MetricsLog, Score, require_tensorboard
 from ddkit.generator.training.run_folder import CHART_FILE, CHECKPOINTS, Begun, claim, start_over
 from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage
-from ddkit.generator.training.trainer import Engine, Limits, Stage, require_even_parts
+from ddkit.generator.training.trainer import Limits, Stage, Trainer, require_even_parts
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import LONGEST_WAIT
-from ddkit.runtime.files import alone, sha256_of
+from ddkit.runtime.files import exclusive, sha256_of
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.seeds import derived_seed
 
@@ -119,7 +119,7 @@ def train(
     fresh: remove the training that is there first, as `start_over` does.
     Raises UsageError where the folder holds a training with other settings (each is listed), a model that is not of a
     training here, or the very generator to start from, and where another process trains in it; Interrupted and
-    ComputeError as `Engine.run` does, BadFile for what the system refuses.
+    ComputeError as `Trainer.run` does, BadFileError for what the system refuses.
     """
     minimax = request.config.minimax
     if minimax is not None:
@@ -130,7 +130,7 @@ def train(
         require_tensorboard()
     with (
         _accelerator(request) as accelerator,
-        alone(folder, "trains", elsewhere="--out", leads=accelerator.is_main_process),
+        exclusive(folder, "trains", elsewhere="--out", is_main=accelerator.is_main_process),
     ):
         # What may fail does so before anything is removed.
         require_even_parts(request.config.denoiser_optimiser, accelerator.num_processes)
@@ -234,7 +234,7 @@ class _Run:
         if behind:  # a kill between the last checkpoint and the model it belongs to
             engine.save()
 
-    def _score_unless_scored(self, engine: Engine, autoencoder: AutoencoderKL) -> None:
+    def _score_unless_scored(self, engine: Trainer, autoencoder: AutoencoderKL) -> None:
         scored = self._scored(engine.step)
         self.accelerator.wait_for_everyone()  # all processes have looked before one writes
         if not scored and self.accelerator.is_main_process:
@@ -289,8 +289,8 @@ class _Run:
             if self.accelerator.is_main_process:
                 save_autoencoder(averaged, self.folder)
 
-    def _engine(self, stage: Stage, limits: Limits) -> Engine:
-        return Engine(
+    def _engine(self, stage: Stage, limits: Limits) -> Trainer:
+        return Trainer(
             stage,
             self.accelerator,
             self.folder / CHECKPOINTS,
@@ -300,12 +300,12 @@ class _Run:
             on_record=self.log.write,
         )
 
-    def _save_model(self, engine: Engine, autoencoder: AutoencoderKL) -> None:
+    def _save_model(self, engine: Trainer, autoencoder: AutoencoderKL) -> None:
         """Keep the folder's model at the newest state, or, where scores are tracked, leave it at the best one."""
         if self.best is None:
             self._write_model(engine, autoencoder, {})
 
-    def _track(self, engine: Engine, autoencoder: AutoencoderKL) -> None:
+    def _track(self, engine: Trainer, autoencoder: AutoencoderKL) -> None:
         """Score the averaged weights; the best so far become the folder's model."""
         with engine.ema_weights() as averaged:
             model = Model(averaged.eval(), autoencoder, self._facts(engine, {}))
@@ -316,12 +316,12 @@ class _Run:
             self._write_model(engine, autoencoder, {self.tracking.name: score})
         self.log.write(Score(engine.step, self.tracking.name, score))  # last, as it says that all of this was done
 
-    def _write_model(self, engine: Engine, autoencoder: AutoencoderKL, metrics: Mapping[str, float]) -> None:
+    def _write_model(self, engine: Trainer, autoencoder: AutoencoderKL, metrics: Mapping[str, float]) -> None:
         with engine.ema_weights() as averaged:
             denoiser = plain_copy(averaged) if self.start else averaged
             save_model(Model(denoiser, autoencoder, self._facts(engine, metrics)), self.folder)
 
-    def _facts(self, engine: Engine, metrics: Mapping[str, float]) -> ModelFacts:
+    def _facts(self, engine: Trainer, metrics: Mapping[str, float]) -> ModelFacts:
         return ModelFacts(
             dataset=self.data.name,
             class_names=self.data.images.class_names,

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ddkit.errors import ComputeError, Interrupted, UsageError
+from ddkit.errors import ComputeError, InterruptedRunError, UsageError
 from ddkit.generator.compiling import compiled
 from ddkit.generator.presets import OptimiserConfig
 from ddkit.generator.training.checkpoints import Checkpoint, list_checkpoints, load_latest, save_checkpoint
@@ -88,7 +88,7 @@ class StepRecord:
     seconds: float
 
 
-class Engine:
+class Trainer:
     """Trains one stage. Make it, then `run()`; `ema_weights()` is the result.
 
     folder: of checkpoints. on_record: called with every StepRecord, on the main process only.
@@ -131,7 +131,7 @@ class Engine:
         self._resume()
 
     def run(self) -> None:
-        """Train until a limit is reached. Raises Interrupted or ComputeError, the state saved as far as it is good."""
+        """Train until a limit is reached. Raises InterruptedRunError or ComputeError, the state saved as far as it is good."""
         self._began = time.monotonic()
         with stop_requests() as stop:
             for record in self._steps(stop):
@@ -197,8 +197,8 @@ class Engine:
                 raise self._interrupted()
             self._visit()
 
-    def _interrupted(self) -> Interrupted:
-        return Interrupted(
+    def _interrupted(self) -> InterruptedRunError:
+        return InterruptedRunError(
             f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
             "Run the same command again, without --fresh, to go on.",
         )

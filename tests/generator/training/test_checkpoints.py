@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.generator.training.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, load_latest, save_checkpoint
 
 
@@ -47,7 +47,7 @@ def test_a_newest_file_cut_short_is_passed_over(folder, kept, caplog):
 def test_if_none_can_be_read_the_newest_is_named(folder):
     for path in list_checkpoints(folder, "denoiser"):
         path.write_bytes(b"nothing")
-    with pytest.raises(BadFile, match="denoiser-00000015.pt is damaged") as caught:
+    with pytest.raises(BadFileError, match="denoiser-00000015.pt is damaged") as caught:
         load_latest(folder, "denoiser")
     assert "--fresh" in caught.value.remedy
 
@@ -61,12 +61,12 @@ def test_code_in_a_checkpoint_is_not_run(folder, tmp_path):
     path.write_bytes(pickle.dumps({"format": 1, "network": Trap()}))
     torch.save({"format": 1, "network": Trap()}, folder / "denoiser-00000030.pt")
     for trap in (path, folder / "denoiser-00000030.pt"):
-        with pytest.raises(BadFile):
+        with pytest.raises(BadFileError):
             load_checkpoint(trap)
     assert not (tmp_path / "sprung").exists()
 
 
 def test_a_tensor_file_of_something_else_is_no_checkpoint(folder):
     torch.save({"images": torch.zeros(2)}, folder / "denoiser-00000040.pt")
-    with pytest.raises(BadFile, match="no checkpoint of this version"):
+    with pytest.raises(BadFileError, match="no checkpoint of this version"):
         load_checkpoint(folder / "denoiser-00000040.pt")

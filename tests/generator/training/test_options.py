@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from ddkit.errors import MissingModel, UsageError
+from ddkit.errors import MissingModelError, UsageError
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.presets import preset, to_json
-from ddkit.generator.training.options import Wishes, plan_training
+from ddkit.generator.training.options import TrainingOptions, plan_training
 from ddkit.generator.training.run_folder import Begun, claim
 
 
@@ -30,7 +30,7 @@ def begin(data, tmp_path):
 @pytest.fixture
 def plan(data, tmp_path):
     def plan(folder="new", *, own="nothing", fresh=False, **wishes):
-        return plan_training(data, tmp_path / folder, Wishes(**wishes), own=tmp_path / own, fresh=fresh)
+        return plan_training(data, tmp_path / folder, TrainingOptions(**wishes), own=tmp_path / own, fresh=fresh)
 
     return plan
 
@@ -106,11 +106,11 @@ def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config,
 
 
 def test_nothing_to_start_from(plan, tmp_path):
-    with pytest.raises(MissingModel, match="no generator of 'colours' to start from") as caught:
+    with pytest.raises(MissingModelError, match="no generator of 'colours' to start from") as caught:
         plan(method="minimax", init=None)
     assert "ddkit train --dataset colours" in caught.value.remedy
     assert "--init facebook/DiT-XL-2-256" in caught.value.remedy, "gigabytes are not downloaded unasked"
-    with pytest.raises(MissingModel, match="missing"):
+    with pytest.raises(MissingModelError, match="missing"):
         plan(init=str(tmp_path / "missing"))
 
 
@@ -138,5 +138,5 @@ def test_a_folder_of_a_fine_tuning_is_not_trained_from_nothing(plan, begin, conf
     with pytest.raises(UsageError, match="starts from nothing"):
         plan("tuned", method="diffusion")
     assert plan("tuned", method="diffusion", fresh=True).start is None
-    with pytest.raises(MissingModel):
+    with pytest.raises(MissingModelError):
         plan("tuned", lambda_r=0.1, init="nowhere/at-all")

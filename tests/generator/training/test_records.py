@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ddkit.errors import BadFile
+from ddkit.errors import BadFileError
 from ddkit.generator.training.records import MetricsLog, Score, read_records
 from ddkit.generator.training.train import Tracking, TrainingRequest, train
 
@@ -29,7 +29,7 @@ def test_records_are_read_once_each_and_a_torn_line_is_left_out(tmp_path):
     log.write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "den')
     assert [(record["step"], record["loss"]) for record in read_records(log)] == [(10, 0.8), (20, 0.9)]
     assert read_records(tmp_path / "none.jsonl") == []
-    with pytest.raises(BadFile):
+    with pytest.raises(BadFileError):
         read_records(tmp_path)
 
 

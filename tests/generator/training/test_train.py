@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddkit.data.store import ImageSet
-from ddkit.errors import BadFile, ComputeError, Interrupted, MissingModel, UsageError
+from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.model_folder import load_model, read_facts, save_autoencoder
 from ddkit.generator.training.checkpoints import list_checkpoints, load_latest
@@ -122,7 +122,7 @@ class TestGoingOn:
             if report.done == report.total:
                 signal.raise_signal(signal.SIGTERM)
 
-        with pytest.raises(Interrupted, match="autoencoder"):
+        with pytest.raises(InterruptedRunError, match="autoencoder"):
             train(data, TrainingRequest(config), tmp_path / "stopped", progress=stop)
         assert not list_checkpoints(tmp_path / "stopped" / "checkpoints", "denoiser")
         train(data, TrainingRequest(config), tmp_path / "stopped")
@@ -306,7 +306,7 @@ class TestTracking:
                 signal.raise_signal(signal.SIGTERM)  # looked at after the next step
 
         tracking = Tracking("frechet", lambda model: 1.0, every_steps=1)
-        with pytest.raises(Interrupted, match="after 4 steps"):
+        with pytest.raises(InterruptedRunError, match="after 4 steps"):
             train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking, progress=stop)
         assert [record["step"] for record in records(tmp_path, "score")] == [1, 2, 3]
         train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking)
@@ -353,7 +353,7 @@ def test_nothing_is_removed_for_a_start_that_fails(data, config, tmp_path):
     train(data, TrainingRequest(config), tmp_path / "run")
     kept = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     other = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
-    with pytest.raises(MissingModel):
+    with pytest.raises(MissingModelError):
         train(data, TrainingRequest(other), tmp_path / "run", fresh=True)
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == kept
 
@@ -388,12 +388,12 @@ class TestPretrainedAutoencoder:
         (weights,) = (tmp_path / "vae").glob("*.safetensors")
         save_file({name: value for name, value in load_file(weights).items() if "decoder" not in name}, weights)
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path))
-        with pytest.raises(BadFile, match="do not fit its config.json: decoder"):
+        with pytest.raises(BadFileError, match="do not fit its config.json: decoder"):
             train(data, TrainingRequest(config), tmp_path / "run")
 
     def test_none_to_be_had_is_one_message(self, data, config, tmp_path):
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
-        with pytest.raises(MissingModel, match="nowhere"):
+        with pytest.raises(MissingModelError, match="nowhere"):
             train(data, TrainingRequest(config), tmp_path / "run")
 
 
