@@ -16,7 +16,7 @@ from ddkit.errors import UsageError, did_you_mean
 class DatasetSpec:
     """What the protocol needs to know of a dataset.
 
-    mean, std: per channel (red, green, blue), of pixels in [0, 1]; x_normalised = (x - mean) / std.
+    mean, std: per channel (red, green, blue), of pixels in [0, 1]; x_normalized = (x - mean) / std.
     """
 
     name: str
@@ -95,7 +95,7 @@ WEIGHT_DECAY = 0.0005
 NETWORK_WIDTH = 128
 NETWORK_DEPTH = 3
 
-# The augmentation, in normalised-space values; one strategy is drawn for the whole batch.
+# The augmentation, in normalized-space values; one strategy is drawn for the whole batch.
 AUGMENT_STRATEGIES = ("color", "crop", "cutout", "flip", "scale", "rotate")
 AUGMENT_BRIGHTNESS = 1.0
 AUGMENT_SATURATION = 2.0
@@ -115,7 +115,7 @@ PUBLISHED = (
 
 
 def epoch_of_drop(epochs_setting: int) -> int:
-    """Index of the epoch after which the learning rate drops and a new optimiser starts: E // 2 + 1."""
+    """Index of the epoch after which the learning rate drops and a new optimizer starts: E // 2 + 1."""
     return epochs_setting // 2 + 1
 
 

@@ -65,26 +65,26 @@ def tinyimagenet_zip() -> Path:
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> str:
+def colors(tmp_path: Path) -> str:
     """The name of a prepared dataset of 16 px: "blue" and "red", five training and two test images each."""
     from PIL import Image
 
     from ddkit.data.prepare import prepare
 
     for split, count in (("train", 5), ("test", 2)):
-        for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
+        for name, color in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
             folder = tmp_path / "pictures" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                shade = tuple(min(255, value + 10 * i) for value in colour)
+                shade = tuple(min(255, value + 10 * i) for value in color)
                 Image.new("RGB", (16, 16), shade).save(folder / f"{i}.png")
-    prepare("colours", tmp_path / "pictures")
-    return "colours"
+    prepare("colors", tmp_path / "pictures")
+    return "colors"
 
 
 @pytest.fixture
-def save_colours_model(colours) -> Callable[..., Path]:
-    """Writes models of the dataset `colours` with random weights, none of them nought, for any architecture and prediction."""
+def save_colors_model(colors) -> Callable[..., Path]:
+    """Writes models of the dataset `colors` with random weights, none of them nought, for any architecture and prediction."""
     import torch
 
     from ddkit.data.store import load_dataset, store_hash
@@ -94,7 +94,7 @@ def save_colours_model(colours) -> Callable[..., Path]:
     from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig
 
     def save(folder: Path, architecture: str = "uvit", prediction: str = "flow") -> Path:
-        names = load_dataset(colours, "train").class_names
+        names = load_dataset(colors, "train").class_names
         autoencoder = build_autoencoder(AutoencoderConfig(channels=(8,), latent_channels=2, norm_groups=4), 16, seed=1)
         config = DenoiserConfig(architecture, hidden_size=16, depth=3, num_heads=2, tokens_per_side=2)
         denoiser = build_denoiser(config, (2, 4, 4), len(names), seed=2)
@@ -102,7 +102,7 @@ def save_colours_model(colours) -> Callable[..., Path]:
         with torch.no_grad():
             for parameter in (*denoiser.parameters(), *autoencoder.parameters()):
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        facts = ModelFacts(colours, names, 16, prediction, "none", 0, 0, store_hash(colours, "train"))
+        facts = ModelFacts(colors, names, 16, prediction, "none", 0, 0, store_hash(colors, "train"))
         save_model(Model(denoiser.eval(), autoencoder.eval(), facts), folder)
         return folder
 
@@ -110,9 +110,9 @@ def save_colours_model(colours) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def colours_model(save_colours_model, tmp_path: Path) -> Path:
-    """A model folder of the dataset `colours`."""
-    return save_colours_model(tmp_path / "colours-model")
+def colors_model(save_colors_model, tmp_path: Path) -> Path:
+    """A model folder of the dataset `colors`."""
+    return save_colors_model(tmp_path / "colors-model")
 
 
 @pytest.fixture(scope="session")
@@ -156,14 +156,14 @@ def glyph_store(tmp_path_factory):
 
 @pytest.fixture
 def glyph_images(glyph_store, monkeypatch):
-    """(100, 3, 32, 32) float32, normalised, the first ten training images of each class; the letters are prepared."""
+    """(100, 3, 32, 32) float32, normalized, the first ten training images of each class; the letters are prepared."""
     from ddkit.challenge import GLYPHS
-    from ddkit.data.images import normalise
+    from ddkit.data.images import normalize
     from ddkit.data.store import load_dataset
 
     monkeypatch.setenv("DDKIT_CACHE", str(glyph_store))
     real = load_dataset("glyphs", "train")
-    return normalise(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)
+    return normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)
 
 
 @pytest.fixture

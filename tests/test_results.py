@@ -44,7 +44,7 @@ def test_a_torn_last_line_is_kept_and_reported_and_appended_after(file):
 
 @pytest.mark.parametrize("change, said", [
     ({"format": FORMAT_VERSION + 1}, "format version 2"),
-    ({"colour": "red"}, "unknown fields colour"),
+    ({"color": "red"}, "unknown fields color"),
     ({"accuracies": None}, "fields missing: accuracies"),
     ({"accuracies": []}, "accuracies cannot be []"),
     ({"accuracies": [0.25, "a"]}, 'accuracies cannot be [0.25, "a"]'),

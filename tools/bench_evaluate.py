@@ -233,11 +233,11 @@ def _write_reference(path: Path) -> None:
     from safetensors.torch import save_file
 
     from ddkit.challenge import TINYIMAGENET
-    from ddkit.data.images import normalise
+    from ddkit.data.images import normalize
 
     pixels = torch.randint(0, 256, (10_000, 3, 64, 64), dtype=torch.uint8)
     labels = torch.arange(10_000) % 200
-    torch.save({"images_val": normalise(pixels, TINYIMAGENET), "labels_val": labels}, path)
+    torch.save({"images_val": normalize(pixels, TINYIMAGENET), "labels_val": labels}, path)
     save_file({"images": pixels, "labels": labels}, path.with_suffix(".safetensors"))
 
 

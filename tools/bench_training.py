@@ -4,7 +4,7 @@
         [--turns N] [--workers N] [--precision NAME] [--no-compile] [--cpu-time] [--device NAME]
 
 The plain loop is that of diffusers' own examples: images from a DataLoader with worker processes that flip, crop
-nothing and normalise them one by one, the autoencoder encodes every batch, diffusers' scheduler adds the noise, mean
+nothing and normalize them one by one, the autoencoder encodes every batch, diffusers' scheduler adds the noise, mean
 squared error, accelerate, clipped gradients, AdamW and diffusers' EMAModel. Both train the same denoiser of the same
 latents, in turn, after a stretch each to warm up and to compile; the median turn of each counts. With --cpu-time
 the seconds are those that the processes computed, not those that passed, which other work on the machine stretches.
@@ -68,17 +68,17 @@ class PlainLoop:
     """Training as diffusers' examples write it. Call it with a number of steps."""
 
     def __init__(self, config: GeneratorConfig, images: ImageSet, device: torch.device, workers: int) -> None:
-        self.optimiser_config = config.denoiser_optimiser
+        self.optimizer_config = config.denoiser_optimizer
         self.accelerator = Accelerator(mixed_precision=_ACCELERATE[config.precision], cpu=device.type == "cpu")
         self.autoencoder = build_autoencoder(config.autoencoder, images.images.shape[-1], seed=0).to(device).eval()
         self.dropout = config.objective.label_dropout
         network = build(config, images)
-        optimiser = torch.optim.AdamW(network.parameters(), lr=self.optimiser_config.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.optimizer_config.learning_rate, weight_decay=0.0)
         loader = DataLoader(
-            FlippedImages(images), self.optimiser_config.batch_size, shuffle=True, drop_last=True,
+            FlippedImages(images), self.optimizer_config.batch_size, shuffle=True, drop_last=True,
             num_workers=workers, persistent_workers=workers > 0,
         )  # fmt: skip
-        self.network, self.optimiser, loader = self.accelerator.prepare(network, optimiser, loader)
+        self.network, self.optimizer, loader = self.accelerator.prepare(network, optimizer, loader)
         self.null_class = null_class(network)
         self.side = config.autoencoder.latent_shape(images.images.shape[-1])[1]
         self.scheduler = DDPMScheduler(beta_schedule=BETA_SCHEDULES["epsilon"])
@@ -99,9 +99,9 @@ class PlainLoop:
         with self.accelerator.autocast():
             output = predict(self.network, noisy, times, torch.where(dropped, self.null_class, labels))
         self.accelerator.backward(F.mse_loss(output.float(), noise))
-        self.accelerator.clip_grad_norm_(self.network.parameters(), self.optimiser_config.clip_norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.accelerator.clip_grad_norm_(self.network.parameters(), self.optimizer_config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.average.step(self.network.parameters())
 
 
@@ -178,10 +178,10 @@ def parse() -> argparse.Namespace:
 def configure(options: argparse.Namespace) -> GeneratorConfig:
     """The preset with the options' batch, predicting noise as diffusers' examples do, every noise level alike."""
     config = preset(options.preset).config(options.image_size)
-    size = options.batch_size or config.denoiser_optimiser.batch_size
+    size = options.batch_size or config.denoiser_optimizer.batch_size
     return dataclasses.replace(
         config,
-        denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, batch_size=size),
+        denoiser_optimizer=dataclasses.replace(config.denoiser_optimizer, batch_size=size),
         objective=ObjectiveConfig("epsilon", min_snr_gamma=None),
         precision=options.precision,
         compile=not options.no_compile,
@@ -204,7 +204,7 @@ def main() -> None:
                 taken = measure(train, options.steps, clock, device)
                 if turn > 0:
                     seconds[name].append(taken)
-    batch = config.denoiser_optimiser.batch_size
+    batch = config.denoiser_optimizer.batch_size
     speeds = {name: options.steps * batch / statistics.median(taken) for name, taken in seconds.items()}
     unit = ", per second of a core" if options.cpu_time else ""
     print(f"{describe_device(device)}; preset {options.preset}, {options.image_size} px, batches of {batch}, "

@@ -74,7 +74,7 @@ class Findings:
             print(f"{name}: {what}", file=sys.stderr, flush=True)
 
     def score(self, images: Tensor, spec: DatasetSpec, *, rounds: int, epochs_setting: int) -> list[float]:
-        """The protocol's accuracy in each round of (N, 3, S, S) normalised images, class by class; fractions.
+        """The protocol's accuracy in each round of (N, 3, S, S) normalized images, class by class; fractions.
 
         Round r starts from the same weights for all sets. Stopped within a round, it goes on there.
         """

@@ -2,9 +2,9 @@
 
     python tools/study_check.py cifar100 [--ipc 1 10 50] [--trials N] [--mistakes N] [--values N] [--set FILE]
 
-Sets are drawn from real test images, degraded as weak generators and optimisers degrade them; --set studies a set of
+Sets are drawn from real test images, degraded as weak generators and optimizers degrade them; --set studies a set of
 one's own instead, whose order and values must be right. For orders the classifier sees each image once, and every
-set after that is a choice of rows. Two tables are printed: orders, then values (normalisation, channels, sides).
+set after that is a choice of rows. Two tables are printed: orders, then values (normalization, channels, sides).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ddkit.challenge import CIFAR100, TINYIMAGENET, DatasetSpec
 from ddkit.checks.check import meaning_findings
 from ddkit.checks.classifier import class_model
 from ddkit.checks.order import judge_order, known_orders
-from ddkit.data.images import denormalise, normalise
+from ddkit.data.images import denormalize, normalize
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.sets.distilled import load_tensor
 
@@ -51,7 +51,7 @@ def pale(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images - 0.5) * 0.3 + 0.5
 
 
-def optimised(images: Tensor, generator: torch.Generator) -> Tensor:
+def optimized(images: Tensor, generator: torch.Generator) -> Tensor:
     """High contrast, fine and coarse noise, far out of range: as matching gradients leaves images."""
     coarse = torch.randn(len(images), 3, images.shape[-1] // 2, images.shape[-1] // 2, generator=generator)
     fine = torch.randn(images.shape, generator=generator)
@@ -74,7 +74,7 @@ DEGRADATIONS: dict[str, Degradation] = {
     "blurred": blurred,
     "noisy": noisy,
     "low contrast": pale,
-    "optimised": optimised,
+    "optimized": optimized,
     "JPEG 15": recompressed,
 }
 
@@ -89,7 +89,7 @@ def real_pool(name: str) -> Tensor:
 
 def own_pool(path: Path, spec: DatasetSpec) -> Tensor:
     """(C, ipc, 3, S, S) in units of [0, 1]: the images of a set."""
-    return denormalise(load_tensor(path, spec), spec).unflatten(0, (spec.num_classes, -1))
+    return denormalize(load_tensor(path, spec), spec).unflatten(0, (spec.num_classes, -1))
 
 
 def degraded(pool: Tensor, degrade: Degradation) -> Tensor:
@@ -147,11 +147,11 @@ def wrong_values(spec: DatasetSpec) -> dict[str, tuple[str, Callable[[Tensor], T
         "[-1, 1]": ("N002", lambda images: 2 * images - 1),
         "[0, 255]": ("N003", lambda images: 255 * images),
         "CIFAR-10's constants": ("N004", lambda images: _with_constants(images, *CIFAR10)),
-        f"{other.name}'s constants": ("N004", lambda images: normalise(images, other)),
-        "BGR": ("N006", lambda images: normalise(images.flip(1), spec)),
-        "channels last": ("N007", lambda images: normalise(images, spec).permute(0, 2, 3, 1).reshape(images.shape)),
-        "upside down": ("N008", lambda images: normalise(images.flip(2), spec)),
-        "transposed": ("N008", lambda images: normalise(images.transpose(2, 3).contiguous(), spec)),
+        f"{other.name}'s constants": ("N004", lambda images: normalize(images, other)),
+        "BGR": ("N006", lambda images: normalize(images.flip(1), spec)),
+        "channels last": ("N007", lambda images: normalize(images, spec).permute(0, 2, 3, 1).reshape(images.shape)),
+        "upside down": ("N008", lambda images: normalize(images.flip(2), spec)),
+        "transposed": ("N008", lambda images: normalize(images.transpose(2, 3).contiguous(), spec)),
     }
 
 
@@ -188,7 +188,7 @@ def study_values(name: str, kind: str, pool: Tensor, ipc: int, trials: int, trie
         tensor = make(draw(pool, ipc, generator).flatten(0, 1))
         return {finding.code for finding in meaning_findings(tensor, spec, name) if finding.level != "info"}
 
-    alarms = Counter(code for _ in range(trials) for code in codes(lambda images: normalise(images, spec)))
+    alarms = Counter(code for _ in range(trials) for code in codes(lambda images: normalize(images, spec)))
     row = {"images": kind, "ipc": str(ipc), "right sets": str(trials)}
     row["alarms"] = ", ".join(f"{code} {n}" for code, n in sorted(alarms.items())) or "0"
     for title, (code, make) in wrong_values(spec).items():

@@ -30,7 +30,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import DenoiserConfig, GeneratorConfig, ObjectiveConfig, preset
@@ -167,9 +167,9 @@ class Study:
         """(classes * images, 3, S, S) uint8 of the arm's model, which is trained where it is not yet."""
         folder, config = self.findings.folder(arm.name) / "model", self._config(arm)
         steps = self.findings.of(arm.name)["cost"]["steps"]
-        optimiser = dataclasses.replace(config.denoiser_optimiser, steps=steps)
+        optimizer = dataclasses.replace(config.denoiser_optimizer, steps=steps)
         share_latents([self.options.start], folder)
-        request = TrainingRequest(dataclasses.replace(config, denoiser_optimiser=optimiser), self.options.preset)
+        request = TrainingRequest(dataclasses.replace(config, denoiser_optimizer=optimizer), self.options.preset)
         sampler = Sampler(train(self.data, request, folder), self.options.sampling)
         return sample_all(sampler, *class_ordered(self.options.images, self.spec.num_classes))
 
@@ -183,7 +183,7 @@ class Study:
         ipc = min(self.options.ipc, self.options.images)
         chosen = images.unflatten(0, (self.spec.num_classes, -1))[:, :ipc].flatten(0, 1)
         return self.findings.score(
-            normalise(chosen, self.spec), self.spec, rounds=self.options.rounds, epochs_setting=self.options.epochs_setting
+            normalize(chosen, self.spec), self.spec, rounds=self.options.rounds, epochs_setting=self.options.epochs_setting
         )
 
 

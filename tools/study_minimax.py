@@ -20,7 +20,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from ddkit.data.images import denormalise, normalise, to_uint8
+from ddkit.data.images import denormalize, normalize, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, generate
 from ddkit.generator.model_folder import Model, ModelFacts, has_model, save_model
@@ -114,7 +114,7 @@ class Study:
         path = self.findings.folder(arm.name) / f"{self.options.dataset}-{count}.pt"
         if not path.is_file():
             generate(self.options.dataset, count, FromModel(self._model(arm), self.options.sampling), path)
-        pixels = to_uint8(denormalise(load_tensor(path, self.spec), self.spec))
+        pixels = to_uint8(denormalize(load_tensor(path, self.spec), self.spec))
         return pixels.unflatten(0, (self.spec.num_classes, count))
 
     def _look(self, images: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ class Study:
         return dataclasses.replace(
             config,
             objective=dataclasses.replace(config.objective, prediction=start.generator.prediction),
-            denoiser_optimiser=dataclasses.replace(
-                config.denoiser_optimiser, steps=options.steps, batch_size=options.batch_size, learning_rate=options.lr
+            denoiser_optimizer=dataclasses.replace(
+                config.denoiser_optimizer, steps=options.steps, batch_size=options.batch_size, learning_rate=options.lr
             ),
             ema_decay=options.ema_decay,
             minimax=MinimaxConfig(str(options.start), full=options.full, lambda_r=lambda_r, lambda_d=lambda_d),
@@ -157,7 +157,7 @@ class Study:
 
     def _evaluate(self, arm: Arm, ipc: int, epochs: int) -> list[float]:
         count = max(ipc, self.options.measured)
-        images = normalise(self._images(arm, count)[:, :ipc].flatten(0, 1), self.spec)
+        images = normalize(self._images(arm, count)[:, :ipc].flatten(0, 1), self.spec)
         return self.findings.score(images, self.spec, rounds=self.options.rounds, epochs_setting=epochs)
 
 

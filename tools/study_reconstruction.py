@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddkit.data.images import normalise, to_uint8
+from ddkit.data.images import normalize, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import DDKitError
 from ddkit.evaluation.comparison import compare
@@ -52,7 +52,7 @@ def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 def evaluate(images: Tensor, test_set: TestSet, options: argparse.Namespace) -> Accuracies:
     """(N, 3, S, S) uint8, class by class -> a fraction for each round; rounds that are done are read back."""
     spec = test_set.spec
-    source = FixedSet(normalise(images, spec), row_labels(spec.num_classes, options.per_class))
+    source = FixedSet(normalize(images, spec), row_labels(spec.num_classes, options.per_class))
     settings = EvaluationSettings(
         rounds=options.rounds, epochs_setting=options.epochs_setting, seed=options.seed, device=options.device
     )

@@ -46,7 +46,7 @@ _FROM_PLAIN: dict[str, dict[str, Any]] = {
     "attention": {"attention": 100.0},
     "more attention": {"attention": 1000.0},
     "half trained": {"trained_share": 0.5},
-    "half trained, recognised": {"trained_share": 0.5, "recognition": 0.1},
+    "half trained, recognized": {"trained_share": 0.5, "recognition": 0.1},
     "regression": {"objective": "regression", "means_first": 0},
     "means, then regression": {"objective": "regression", "means_first": 100},
     "means, then half trained regression": {"objective": "regression", "means_first": 100, "trained_share": 0.5},

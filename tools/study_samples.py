@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ddkit.data.images import denormalise, normalise, to_uint8
+from ddkit.data.images import denormalize, normalize, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.generate import FromModel, generate
 from ddkit.generator.sampling import SamplingConfig
@@ -97,7 +97,7 @@ class Study:
         if not path.is_file():
             sampling = SamplingConfig(steps=steps, guidance=guidance, batch_size=100)
             generate(self.options.dataset, count, FromModel(self.options.model, sampling), path)
-        pixels = to_uint8(denormalise(load_tensor(path, self.spec), self.spec))
+        pixels = to_uint8(denormalize(load_tensor(path, self.spec), self.spec))
         return pixels.unflatten(0, (self.spec.num_classes, count))
 
     def _chosen(self, source: str, how: str) -> Tensor:
@@ -122,7 +122,7 @@ class Study:
         """Of (classes, ipc, 3, S, S) uint8."""
         options = self.options
         return self.findings.score(
-            normalise(images.flatten(0, 1), self.spec), self.spec,
+            normalize(images.flatten(0, 1), self.spec), self.spec,
             rounds=options.rounds, epochs_setting=options.epochs_setting,
         )  # fmt: skip
 

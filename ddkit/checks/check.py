@@ -31,7 +31,7 @@ class CheckSettings:
     """What to check for.
 
     ipc: images per class there must be; None for any whole number.
-    meaning: also compare the images with the real ones: their order, their normalisation, copies of test images.
+    meaning: also compare the images with the real ones: their order, their normalization, copies of test images.
     """
 
     ipc: int | None = TRACKS[1].ipc
@@ -43,7 +43,7 @@ def check_tensor(
 ) -> Report:
     """Check a tensor in memory.
 
-    tensor: should be (num_classes * 10, 3, S, S) float32, normalised, rows class by class.
+    tensor: should be (num_classes * 10, 3, S, S) float32, normalized, rows class by class.
     dataset: a built-in or prepared dataset's name; UsageError for any other.
     """
     spec = dataset_spec(dataset)
@@ -51,7 +51,7 @@ def check_tensor(
         message = f"The tensor is on {tensor.device}: submit tensor.cpu()."
         return report_of([Finding("error", "T004", message, where)])
     if tensor.layout != torch.strided or tensor.is_quantized:
-        message = "The tensor is sparse or quantised; the scorer takes a plain one."
+        message = "The tensor is sparse or quantized; the scorer takes a plain one."
         return report_of([Finding("error", "T008", message, where)])
     findings = describe_tensor(tensor, spec, where, ipc=settings.ipc)
     if any(finding.level == "error" for finding in findings):
@@ -222,17 +222,17 @@ def _value_findings(tensor: Tensor, spec: DatasetSpec, settings: CheckSettings, 
 
 
 def meaning_findings(tensor: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
-    """What the values are normalised with, which order the rows are in, whether the images are upright (codes N, L).
+    """What the values are normalized with, which order the rows are in, whether the images are upright (codes N, L).
 
     tensor: (C * ipc, 3, S, S) float32, finite.
     """
-    from ddkit.checks.normalization import normalisation_findings
+    from ddkit.checks.normalization import normalization_findings
     from ddkit.checks.order import NAMED_ORDERS, order_findings
     from ddkit.checks.orientation import turned_findings
 
-    values = normalisation_findings(tensor, spec, where)
+    values = normalization_findings(tensor, spec, where)
     if any(finding.level == "error" for finding in values):
-        # Values that are not normalised look like no class at all: their order would be judged wrongly.
+        # Values that are not normalized look like no class at all: their order would be judged wrongly.
         return values
     order = order_findings(tensor, spec, where)
     if any(finding.code in NAMED_ORDERS for finding in order):

@@ -1,6 +1,6 @@
-"""Which class an image looks like, by cheap means: colours, edges and a linear classifier fitted on real images.
+"""Which class an image looks like, by cheap means: colors, edges and a linear classifier fitted on real images.
 
-Histograms of oriented gradients (Dalal and Triggs 2005) and of colours, at 32 pixels whatever the image size, and
+Histograms of oriented gradients (Dalal and Triggs 2005) and of colors, at 32 pixels whatever the image size, and
 linear discriminant analysis with a shrunk covariance. Far from the best classifier there is, but it is fitted in
 seconds, and the average over ten images tells most classes of CIFAR-100 apart.
 """
@@ -28,8 +28,8 @@ _VERSION = 1  # of features and fit; a classifier of another version is not read
 _SIDE = 32  # pixels that features are computed at
 _CELL = 4  # pixels of a gradient histogram's cell
 _ORIENTATIONS = 8
-_COLOUR_LEVELS = 4  # per channel
-_VALUE_RANGE = (-0.25, 1.25)  # optimised images leave [0, 1]; beyond this a value says no more
+_COLOR_LEVELS = 4  # per channel
+_VALUE_RANGE = (-0.25, 1.25)  # optimized images leave [0, 1]; beyond this a value says no more
 _BATCH = 64  # whose intermediate values stay in the cache
 _IMAGES_PER_CLASS = 100
 _IMAGES_AT_LEAST = 2000
@@ -59,7 +59,7 @@ class ClassModel:
 
 
 def image_features(images: Tensor) -> Tensor:
-    """Colours and edges of (N, 3, S, S) float images in units of [0, 1], as (N, 1024) float32."""
+    """Colors and edges of (N, 3, S, S) float images in units of [0, 1], as (N, 1024) float32."""
     return torch.cat([_batch_features(batch) for batch in images.split(_BATCH)])
 
 
@@ -80,7 +80,7 @@ def class_model(name: str) -> ClassModel:
 
 
 def fit_class_model(real: ImageSet, num_classes: int) -> ClassModel:
-    """Fit on some images of each class, half of them degraded as weak generators and optimisers degrade theirs.
+    """Fit on some images of each class, half of them degraded as weak generators and optimizers degrade theirs.
 
     Raises BadDataError where a class has fewer than two images.
     """
@@ -108,7 +108,7 @@ def _batch_features(images: Tensor) -> Tensor:
     if images.shape[-1] != _SIDE:
         images = F.interpolate(images, size=_SIDE, mode="area")
     layout = F.avg_pool2d(images, _CELL).flatten(1)
-    return torch.cat([layout, _edge_features(images), _colour_features(images)], dim=1)
+    return torch.cat([layout, _edge_features(images), _color_features(images)], dim=1)
 
 
 def _edge_features(images: Tensor) -> Tensor:
@@ -133,14 +133,14 @@ def _edge_features(images: Tensor) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def _colour_features(images: Tensor) -> Tensor:
-    """Square roots of joint colour histograms, of the whole image and of its centre."""
+def _color_features(images: Tensor) -> Tensor:
+    """Square roots of joint color histograms, of the whole image and of its center."""
     small = F.avg_pool2d(images, 2).clamp(0, 1)
-    levels = torch.linspace(0, 1, _COLOUR_LEVELS).view(1, 1, -1, 1, 1)
-    shares = (1 - (small[:, :, None] - levels).abs() * (_COLOUR_LEVELS - 1)).clamp_min(0)
+    levels = torch.linspace(0, 1, _COLOR_LEVELS).view(1, 1, -1, 1, 1)
+    shares = (1 - (small[:, :, None] - levels).abs() * (_COLOR_LEVELS - 1)).clamp_min(0)
     edge = small.shape[-1] // 4
-    centre = shares[..., edge:-edge, edge:-edge]
-    return torch.cat([_joint_histogram(shares), _joint_histogram(centre)], dim=1).sqrt()
+    center = shares[..., edge:-edge, edge:-edge]
+    return torch.cat([_joint_histogram(shares), _joint_histogram(center)], dim=1).sqrt()
 
 
 def _joint_histogram(shares: Tensor) -> Tensor:
@@ -179,17 +179,17 @@ def _half_degraded(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _discriminant(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Linear discriminant analysis with equal priors: weight (D, C) and bias (C,) on unstandardised features."""
+    """Linear discriminant analysis with equal priors: weight (D, C) and bias (C,) on unstandardized features."""
     mean, scale = features.mean(dim=0), features.std(dim=0) + 1e-3
     features = (features - mean) / scale
     counts = torch.bincount(labels, minlength=num_classes)[:, None]
-    centres = torch.zeros(num_classes, features.shape[1]).index_add_(0, labels, features) / counts
-    residual = features - centres[labels]
+    centers = torch.zeros(num_classes, features.shape[1]).index_add_(0, labels, features) / counts
+    residual = features - centers[labels]
     covariance = residual.mT @ residual / len(residual)
     ridge = _SHRINKAGE * covariance.diagonal().mean()
     covariance = (1 - _SHRINKAGE) * covariance + ridge * torch.eye(len(covariance))
-    weight = torch.linalg.solve(covariance, centres.mT)
-    bias = -0.5 * (centres * weight.mT).sum(dim=1)
+    weight = torch.linalg.solve(covariance, centers.mT)
+    bias = -0.5 * (centers * weight.mT).sum(dim=1)
     weight = weight / scale[:, None]
     return weight, bias - mean @ weight
 

@@ -1,4 +1,4 @@
-"""What a set holds, class order and normalisation aside: blanks, copies of one another and of the test set, range."""
+"""What a set holds, class order and normalization aside: blanks, copies of one another and of the test set, range."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.images import denormalise, to_uint8
+from ddkit.data.images import denormalize, to_uint8
 from ddkit.sets.findings import Finding
 
 _BLANK = 0.01  # standard deviation in units of [0, 1]; two and a half 8-bit steps
 _THUMB = 8  # pixels of the thumbnails that candidates are found by
 _THUMB_ALIKE = 0.97  # correlation of thumbnails
 _ALIKE = 0.95  # correlation of the images themselves, channels together
-_CLOSE = 0.08  # root mean square difference in units of [0, 1]: two plain skies correlate, but differ in colour
+_CLOSE = 0.08  # root mean square difference in units of [0, 1]: two plain skies correlate, but differ in color
 _BATCH = 1000
 _REMARKED = 0.01  # share of the rows up to which near copies are only remarked on
 _NAMED = 5
@@ -29,10 +29,10 @@ def content_findings(
 ) -> list[Finding]:
     """What the set holds (codes C001-C008; a table is in submission/README.md).
 
-    images: (C * ipc, 3, S, S) float32, normalised. test_images: (M, 3, S, S) uint8, the real test set; without it
+    images: (C * ipc, 3, S, S) float32, normalized. test_images: (M, 3, S, S) uint8, the real test set; without it
     copies of test images are not looked for.
     """
-    pixels = denormalise(images, spec)
+    pixels = denormalize(images, spec)
     blank = pixels.flatten(2).std(dim=2).amax(dim=1) < _BLANK
     findings = _blank_findings(blank, where)
     prints = _fingerprints(to_uint8(pixels))
@@ -47,7 +47,7 @@ def _blank_findings(blank: Tensor, where: str) -> list[Finding]:
     rows = blank.nonzero().flatten().tolist()
     if not rows:
         return []
-    message = f"{len(rows)} images are blank, of one colour: {_row_words(rows)}."
+    message = f"{len(rows)} images are blank, of one color: {_row_words(rows)}."
     return [Finding("warning", "C001", message, where)]
 
 
@@ -151,8 +151,8 @@ def _unit_thumbs(pixels: Tensor) -> Tensor:
 def _really_alike(first: Tensor, second: Tensor) -> bool:
     if float((first - second).square().mean().sqrt()) > _CLOSE:
         return False
-    centred = [(image - image.mean()).flatten() for image in (first, second)]
-    return float(F.cosine_similarity(*centred, dim=0)) > _ALIKE
+    centered = [(image - image.mean()).flatten() for image in (first, second)]
+    return float(F.cosine_similarity(*centered, dim=0)) > _ALIKE
 
 
 def _fingerprints(images: Tensor) -> list[bytes]:

@@ -1,6 +1,6 @@
-"""Whether the numbers are normalised as the scorer takes them, and stored channels first.
+"""Whether the numbers are normalized as the scorer takes them, and stored channels first.
 
-Images of 8-bit pixels lie exactly on the lattice (k / 255 - mean) / std of the constants they were normalised with,
+Images of 8-bit pixels lie exactly on the lattice (k / 255 - mean) / std of the constants they were normalized with,
 which names those constants beyond doubt. Images that were only clipped to [0, 1] begin and end at its corners. For
 others the moments say something.
 """
@@ -23,16 +23,16 @@ _SCREENED_SHARE = 0.9  # of them, on the lattice, to look at all
 _FEWEST_LEVELS = 12  # different 8-bit values; fewer lie on many lattices
 _CORNER = 0.01  # of the range: how near the extremes of clipped images come to its ends
 _FITS = 0.125  # times as far from the real moments as under the right constants
-_FITS_UNIT = 0.35  # the same of values that were not normalised at all, which noise spreads
+_FITS_UNIT = 0.35  # the same of values that were not normalized at all, which noise spreads
 _MISFITS = 0.15  # distance of moments
 _FAR_OFF = 1.0  # distance of moments that no set of images should have
-_SMOOTHER = 0.9  # differences between neighbours, channels last against as it stands; noise alone makes it 1
+_SMOOTHER = 0.9  # differences between neighbors, channels last against as it stands; noise alone makes it 1
 _ROWS_COMPARED = 500
 
 
 @dataclass(frozen=True)
 class _Constants:
-    """What images may have been normalised with. code: of the finding; empty for the right ones."""
+    """What images may have been normalized with. code: of the finding; empty for the right ones."""
 
     title: str
     mean: tuple[float, float, float]
@@ -40,7 +40,7 @@ class _Constants:
     code: str = "N004"
 
 
-_UNIT = _Constants("values in [0, 1], not normalised", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "N001")
+_UNIT = _Constants("values in [0, 1], not normalized", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "N001")
 _SIGNED = _Constants("values in [-1, 1]", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "N002")
 _BYTES = _Constants("values in [0, 255]", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "N003")
 _OTHERS = (
@@ -57,8 +57,8 @@ _ROUNDINGS = (
 )
 
 
-def normalisation_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
-    """What the values say about how they were normalised (codes N001-N010; a table is in submission/README.md).
+def normalization_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """What the values say about how they were normalized (codes N001-N010; a table is in submission/README.md).
 
     images: (N, 3, S, S) float32, finite. The real images are not needed.
     """
@@ -68,7 +68,7 @@ def normalisation_findings(images: Tensor, spec: DatasetSpec, where: str) -> lis
 
 
 def _candidates(spec: DatasetSpec) -> list[_Constants]:
-    """All that images may have been normalised with, the right constants first, each once."""
+    """All that images may have been normalized with, the right constants first, each once."""
     right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
     exchanged = "the dataset's constants with red and blue exchanged (BGR for RGB)"
     named = [right, _UNIT, _SIGNED, _BYTES, *_OTHERS, _Constants(exchanged, spec.mean[::-1], spec.std[::-1], "N006")]
@@ -90,7 +90,7 @@ def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     share, found = max(fitting, key=lambda pair: pair[0])
     evidence = f"{share:.1%} of the values are exact 8-bit pixels under {_numbers(found)}"
     if found.code == "" or any(each.code == "" for _, each in fitting):
-        return [Finding("info", "N010", f"Normalised with {spec.name}'s constants: {share:.1%} are exact 8-bit pixels.", where)]
+        return [Finding("info", "N010", f"Normalized with {spec.name}'s constants: {share:.1%} are exact 8-bit pixels.", where)]
     return [_wrong_constants(found, spec, evidence, where)]
 
 
@@ -129,7 +129,7 @@ def _by_corners(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
         return []
     found = min(fitting, key=lambda pair: pair[0])[1]
     if found.code == "" or any(constants.code == "" for _, constants in fitting):
-        message = f"Normalised with {spec.name}'s constants: every channel runs from black to white exactly."
+        message = f"Normalized with {spec.name}'s constants: every channel runs from black to white exactly."
         return [Finding("info", "N010", message, where)]
     ranges = ", ".join(f"{low:.2f} to {high:.2f}" for low, high in zip(lowest.tolist(), highest.tolist(), strict=True))
     return [_wrong_constants(found, spec, f"the channels run from {ranges}, which is [0, 1] under {_numbers(found)}", where)]
@@ -148,13 +148,13 @@ def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
         wrong = _wrong_constants(found, spec, evidence, where)
         return [Finding("warning", wrong.code, wrong.message, where)]
     if ours >= _FAR_OFF:
-        message = f"The values are far from normalised images': {moments}; they should be near 0 and 1."
+        message = f"The values are far from normalized images': {moments}; they should be near 0 and 1."
         return [Finding("warning", "N009", message, where)]
     return []
 
 
 def _moment_distance(mean: Tensor, std: Tensor, constants: _Constants, spec: DatasetSpec) -> float:
-    """How far moments are from those of the real images, had they been normalised with `constants`.
+    """How far moments are from those of the real images, had they been normalized with `constants`.
 
     Root mean square over channels of the differences in mean, in standard deviations, and in log deviation. The
     dataset's own constants stand for the moments of its images.
@@ -176,7 +176,7 @@ def _is_channels_last(images: Tensor) -> bool:
 
 
 def _roughness(images: Tensor) -> float:
-    """Mean absolute difference between vertical and horizontal neighbours."""
+    """Mean absolute difference between vertical and horizontal neighbors."""
     return float(images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean())
 
 
@@ -192,9 +192,9 @@ def _channels_last(where: str) -> Finding:
 def _wrong_constants(found: _Constants, spec: DatasetSpec, evidence: str, where: str) -> Finding:
     right = f"{_triple(spec.mean)} and {_triple(spec.std)}"
     if found.code == "N005":
-        message = f"Normalised with {found.title}: {evidence}. Harmless; the scorer's are {right}."
+        message = f"Normalized with {found.title}: {evidence}. Harmless; the scorer's are {right}."
         return Finding("info", "N005", message, where)
-    message = f"Wrong normalisation: {found.title}: {evidence}. The scorer takes (x - mean) / std with {right}."
+    message = f"Wrong normalization: {found.title}: {evidence}. The scorer takes (x - mean) / std with {right}."
     return Finding("error", found.code, message, where)
 
 

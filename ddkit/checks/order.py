@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.checks.classifier import ClassModel, class_information, class_model
-from ddkit.data.images import denormalise
+from ddkit.data.images import denormalize
 from ddkit.data.store import class_titles, store_facts
 from ddkit.errors import BadDataError, MissingDataError, UsageError
 from ddkit.sets.findings import Finding
@@ -69,7 +69,7 @@ class _Candidate:
 def order_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     """What the rows' order says (codes L001-L012; a table is in submission/README.md).
 
-    images: (C * ipc, 3, S, S) float32, normalised with `spec`. Without prepared real images, or with classes too
+    images: (C * ipc, 3, S, S) float32, normalized with `spec`. Without prepared real images, or with classes too
     few to judge, one remark (L011) that the order was not compared.
     """
     try:
@@ -95,7 +95,7 @@ def judge_order(logp: Tensor, orders: Mapping[str, Tensor], model: ClassModel) -
     logp: (C * ipc, C) of each row. orders: known wrong orders by code, (C,) class of each block each.
     """
     candidates = _candidates(logp.shape[1], orders)
-    matrices = {interleaved: _standardised(_group_means(logp, interleaved)) for interleaved in (False, True)}
+    matrices = {interleaved: _standardized(_group_means(logp, interleaved)) for interleaved in (False, True)}
     scores = [_agreement(matrices[candidate.interleaved], candidate.classes) for candidate in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     if scores[0] >= _TELLING and scores[best] - scores[0] < _BETTER:
@@ -143,7 +143,7 @@ def _judge(images: Tensor, spec: DatasetSpec) -> tuple[Tensor, OrderVerdict]:
     if spec.num_classes < _FEWEST_CLASSES:
         raise BadDataError(f"{spec.num_classes} classes are too few for it.", "Look at the contact sheet beside the tensor.")
     model = class_model(spec.name)
-    logp = model.log_probabilities(denormalise(images, spec))
+    logp = model.log_probabilities(denormalize(images, spec))
     return logp, judge_order(logp, known_orders(spec), model)
 
 
@@ -185,22 +185,22 @@ def _row_labels(candidate: _Candidate, rows: int) -> Tensor:
     return candidate.classes.repeat(ipc) if candidate.interleaved else candidate.classes.repeat_interleave(ipc)
 
 
-def _centred(matrix: Tensor) -> Tensor:
+def _centered(matrix: Tensor) -> Tensor:
     """Without row and column means: what neither a block nor a class as a whole accounts for."""
     return matrix - matrix.mean(dim=0) - matrix.mean(dim=1, keepdim=True) + matrix.mean()
 
 
-def _standardised(matrix: Tensor) -> Tensor:
-    """Centred, in units of the deviation that the sum over a random permutation has (Hoeffding 1951)."""
-    centred = _centred(matrix.double())
-    deviation = (centred.square().sum() / (len(centred) - 1)).sqrt()
+def _standardized(matrix: Tensor) -> Tensor:
+    """Centered, in units of the deviation that the sum over a random permutation has (Hoeffding 1951)."""
+    centered = _centered(matrix.double())
+    deviation = (centered.square().sum() / (len(centered) - 1)).sqrt()
     # Images that all look alike leave nothing but rounding to compare.
-    return torch.zeros_like(centred) if deviation < 1e-6 else centred / deviation
+    return torch.zeros_like(centered) if deviation < 1e-6 else centered / deviation
 
 
-def _agreement(standardised: Tensor, classes: Tensor) -> float:
+def _agreement(standardized: Tensor, classes: Tensor) -> float:
     """How far the order `classes` stands above random ones, in standard deviations."""
-    return float(standardised.gather(1, classes[:, None]).sum())
+    return float(standardized.gather(1, classes[:, None]).sum())
 
 
 def _assign(gain: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _judge_blocks(logp: Tensor, agreement: float) -> OrderVerdict:
     ipc = len(logp) // classes
     # One image that looks like anything but its class must not decide over its block.
     robust = torch.log((1 - _UNLIKE) * logp.exp() + _UNLIKE / classes)
-    shown = _moved_blocks(_centred(_group_means(robust, False)) * ipc, ipc)
+    shown = _moved_blocks(_centered(_group_means(robust, False)) * ipc, ipc)
     moved = int((shown != torch.arange(classes)).sum())
     if not moved:
         return OrderVerdict("L001", _WORDS["L001"], torch.arange(classes).repeat_interleave(ipc), agreement)
@@ -275,8 +275,8 @@ def _cross_checked(logp: Tensor, interleaved: bool) -> tuple[float, float] | Non
     agreements, gains = [], []
     for ours, theirs in (halves, halves[::-1]):
         shown = _assign(ours)
-        agreements.append(_agreement(_standardised(theirs), shown))
-        gains.append(float(_centred(theirs)[torch.arange(classes), shown].mean()))
+        agreements.append(_agreement(_standardized(theirs), shown))
+        gains.append(float(_centered(theirs)[torch.arange(classes), shown].mean()))
     return sum(agreements) / math.sqrt(2), sum(gains) / 2
 
 
@@ -311,7 +311,7 @@ def _strength(verdict: OrderVerdict) -> str:
 
 
 def _right_message(logp: Tensor, verdict: OrderVerdict, titles: Sequence[str]) -> str:
-    means = _centred(_group_means(logp, False))
+    means = _centered(_group_means(logp, False))
     classes = len(means)
     own = means.diagonal()
     first = int((means.argmax(dim=1) == torch.arange(classes)).sum())
@@ -335,7 +335,7 @@ def _moved_words(logp: Tensor, verdict: OrderVerdict, titles: Sequence[str]) -> 
         return f"the blocks from {moved[0]} ({titles[moved[0]]}) to {moved[-1]} ({titles[moved[-1]]}) show the class " + (
             "after theirs" if step == 1 else "before theirs"
         )
-    own = _centred(_group_means(logp, False)).diagonal()
+    own = _centered(_group_means(logp, False)).diagonal()
     moved.sort(key=lambda block: float(own[block]))
     named = [f"{_block_words(b, ipc, titles)} show {int(shown[b])} ({titles[shown[b]]})" for b in moved[:_NAMED]]
     more = f"; and {len(moved) - _NAMED} more blocks" if len(moved) > _NAMED else ""

@@ -1,4 +1,4 @@
-"""Whether the images are upright and in their own colours, told by a classifier of the real images."""
+"""Whether the images are upright and in their own colors, told by a classifier of the real images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.checks.classifier import ClassModel, class_model
-from ddkit.data.images import denormalise
+from ddkit.data.images import denormalize
 from ddkit.errors import BadDataError, MissingDataError, UsageError
 from ddkit.sets.findings import Finding
 
@@ -31,7 +31,7 @@ _TURNS: tuple[_Turn, ...] = (
 def turned_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     """Whether the images show the classes of their rows clearly better once turned, or with red and blue exchanged.
 
-    images: (C * ipc, 3, S, S) float32, normalised with `spec`. Codes N006 and N008; none where the real images are
+    images: (C * ipc, 3, S, S) float32, normalized with `spec`. Codes N006 and N008; none where the real images are
     not prepared. The rows are taken to be in the right order: in another, a turn that makes some classes look like
     others would be believed.
     """
@@ -41,8 +41,8 @@ def turned_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Findi
         return []
     labels = torch.arange(spec.num_classes).repeat_interleave(len(images) // spec.num_classes)
     rows = torch.arange(0, len(images), max(1, len(images) // _ROWS_COMPARED))
-    # Units in which exchanging channels is exchanging colours.
-    sample, labels = denormalise(images[rows], spec), labels[rows]
+    # Units in which exchanging channels is exchanging colors.
+    sample, labels = denormalize(images[rows], spec), labels[rows]
     few, few_labels = sample[::_ROWS_SCREENED], labels[::_ROWS_SCREENED]
     promising = [
         turn for turn, better in zip(_TURNS, _gains(model, few, few_labels, _TURNS), strict=True) if better > _PROMISING

@@ -9,15 +9,15 @@ from rich.text import Text
 
 from ddkit.sets.findings import Report
 
-_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+_COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
 
 def findings_table(report: Report, path: object) -> RenderableType:
     """The verdict in one line, and under it a table of the findings."""
-    counts = {level: sum(f.level == level for f in report.findings) for level in _COLOURS}
-    colour = "green" if report.ok else "red"
+    counts = {level: sum(f.level == level for f in report.findings) for level in _COLORS}
+    color = "green" if report.ok else "red"
     verdict = Text.from_markup(
-        f"[bold {colour}]{'acceptable' if report.ok else 'unacceptable'}[/]  {escape(str(path))}"
+        f"[bold {color}]{'acceptable' if report.ok else 'unacceptable'}[/]  {escape(str(path))}"
         f"  [dim]{counts['error']} errors, {counts['warning']} warnings[/]"
     )
     if not report.findings:
@@ -25,6 +25,6 @@ def findings_table(report: Report, path: object) -> RenderableType:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     for finding in report.findings:
         table.add_row(
-            Text(finding.level, style=_COLOURS[finding.level]), finding.code, Text(finding.where), Text(finding.message)
+            Text(finding.level, style=_COLORS[finding.level]), finding.code, Text(finding.where), Text(finding.message)
         )
     return Group(verdict, table)

@@ -1,4 +1,4 @@
-"""`ddkit refine`: optimise a distilled set's pixels for the challenge's network."""
+"""`ddkit refine`: optimize a distilled set's pixels for the challenge's network."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
               help="Weight of matching attention maps beside means, 100 as published; several times slower on a CPU."
                    "  [default: 0]")
 @click.option("--recognition", type=click.FloatRange(0),
-              help="Weight of being recognised by the experts of --trained-share.  [default: 0]")
+              help="Weight of being recognized by the experts of --trained-share.  [default: 0]")
 @click.option("--displayable", is_flag=True, default=None,
               help="Keep pixels within [0, 255]; the challenge does not ask for it.")
 @click.option("--check-every", type=click.IntRange(1),
@@ -92,7 +92,7 @@ def refine(
     preset: str | None,
     **options: Any,
 ) -> None:
-    """Optimise the pixels of the set PATH so that the challenge's network learns more from it.
+    """Optimize the pixels of the set PATH so that the challenge's network learns more from it.
 
     Its images are moved until networks see in them, on average, what they see in the real images of their class, and
     then until a regression on what they see in the set tells real images best.

@@ -139,14 +139,14 @@ def _measure(output: Output, path: Path, device: str, seed: int, folder: Path) -
         first = "" if is_prepared(dataset) else " A small network is trained on these first: minutes, once for a dataset."
         output.say(f"Measuring the pictures of {escape(str(file))} against the real ones.{first}")
         one = quality_of(file, dataset, seed=seed, device=resolve_device(device), progress=output.listen)
-        for picture, target in zip((one.neighbours, one.beside), _sheets(one, folder), strict=True):
+        for picture, target in zip((one.neighbors, one.beside), _sheets(one, folder), strict=True):
             save_png(picture, target)
         measured.append(one)
     return measured
 
 
 def _sheets(one: SetQuality, folder: Path) -> tuple[Path, Path]:
-    return folder / f"{one.name}-neighbours.png", folder / f"{one.name}-real.png"
+    return folder / f"{one.name}-neighbors.png", folder / f"{one.name}-real.png"
 
 
 def _quality_table(one: SetQuality) -> Any:

@@ -176,8 +176,8 @@ def _length(request: TrainingRequest) -> str:
     if request.seconds is not None:
         return span_text(request.seconds)
     config = request.config
-    before = "" if config.minimax or config.pretrained_autoencoder else f"{config.autoencoder_optimiser.steps:,} + "
-    return f"{before}{config.denoiser_optimiser.steps:,} steps"
+    before = "" if config.minimax or config.pretrained_autoencoder else f"{config.autoencoder_optimizer.steps:,} + "
+    return f"{before}{config.denoiser_optimizer.steps:,} steps"
 
 
 def _model_option(folder: Path, dataset: str) -> str:

@@ -97,7 +97,7 @@ def open_image(data: bytes) -> Image.Image:
 def read_image(data: bytes, image_size: int, *, resize: bool = False) -> NDArray[np.uint8]:
     """An image file's bytes -> (3, S, S) uint8 RGB, S = image_size.
 
-    Greyscale and palettes become RGB; transparent pixels are laid on white; CMYK is converted;
+    Grayscale and palettes become RGB; transparent pixels are laid on white; CMYK is converted;
     16-bit values are scaled to 8 bits. With `resize`, other sizes are cropped to the central square and resized
     with antialiasing; without it they raise WrongSizeError. Raises BadImageError for what cannot be decoded.
     """
@@ -297,7 +297,7 @@ def _resized(image: Image.Image, side: int) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """16-bit greyscale, which Pillow holds as "I;16" or, from some formats, as 32-bit "I": 65535 becomes 255."""
+    """16-bit grayscale, which Pillow holds as "I;16" or, from some formats, as 32-bit "I": 65535 becomes 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError("whole-number pixels beyond 16 bits, whose range is not known")

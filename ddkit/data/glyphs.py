@@ -1,4 +1,4 @@
-"""The built-in practice images: letters of random place, size, angle and colours on a noisy ground.
+"""The built-in practice images: letters of random place, size, angle and colors on a noisy ground.
 
 They need no download, are drawn with Pillow's own font, and are the same wherever that font draws the same.
 """
@@ -47,7 +47,7 @@ def draw(split: str, label: int, index: int) -> NDArray[np.uint8]:
     """Image `index` of a class, (3, 32, 32) uint8; the same whenever it is drawn."""
     random = np.random.default_rng([_SEED, list(PER_CLASS).index(split), label, index])
     shape = _letter(LETTERS[label], random)
-    ground, ink = _colours(random)
+    ground, ink = _colors(random)
     picture = ground[:, None, None] + _slope(random) + random.normal(0, 0.04, (3, _SIDE, _SIDE))
     picture += shape * (ink[:, None, None] - picture) * random.uniform(0.9, 1.0)
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
@@ -66,7 +66,7 @@ def _letter(name: str, random: np.random.Generator) -> NDArray[np.float32]:
     return np.asarray(turned.reduce(_SCALE), np.float32) / 255
 
 
-def _colours(random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _colors(random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ground and ink, (3,) each in [0, 1]; ink is always the lighter, so that every letter can be read."""
     return random.uniform(0.25, 0.55, 3), random.uniform(0.75, 1.0, 3)
 

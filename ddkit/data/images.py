@@ -1,4 +1,4 @@
-"""Between the ways to hold pixels: uint8 [0, 255], float [0, 1], and normalised as the protocol wants them."""
+"""Between the ways to hold pixels: uint8 [0, 255], float [0, 1], and normalized as the protocol wants them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from ddkit.challenge import DatasetSpec
 
 
-def normalise(images: Tensor, spec: DatasetSpec) -> Tensor:
+def normalize(images: Tensor, spec: DatasetSpec) -> Tensor:
     """(N, 3, S, S) uint8 in [0, 255] or float in [0, 1] -> float32, (x - mean) / std per channel."""
     if images.dtype == torch.uint8:
-        return normalise_(images.float(), spec)  # one copy of what may be gigabytes
+        return normalize_(images.float(), spec)  # one copy of what may be gigabytes
     unit = images.float()
     return (unit - _column(spec.mean, unit)) / _column(spec.std, unit)
 
 
-def normalise_(pixels: Tensor, spec: DatasetSpec) -> Tensor:
-    """`normalise` in place, to the same bits: (N, 3, S, S) float32 pixels in [0, 255]."""
+def normalize_(pixels: Tensor, spec: DatasetSpec) -> Tensor:
+    """`normalize` in place, to the same bits: (N, 3, S, S) float32 pixels in [0, 255]."""
     return pixels.div_(255).sub_(_column(spec.mean, pixels)).div_(_column(spec.std, pixels))
 
 
-def denormalise(images: Tensor, spec: DatasetSpec) -> Tensor:
-    """(N, 3, S, S) normalised float -> float32 in the units of [0, 1]; values outside stay outside."""
+def denormalize(images: Tensor, spec: DatasetSpec) -> Tensor:
+    """(N, 3, S, S) normalized float -> float32 in the units of [0, 1]; values outside stay outside."""
     unit = images.float()
     return unit * _column(spec.std, unit) + _column(spec.mean, unit)
 

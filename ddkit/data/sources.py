@@ -1,4 +1,4 @@
-"""Where images come from: one reader per layout, recognised by content and not by name.
+"""Where images come from: one reader per layout, recognized by content and not by name.
 
 A reader lists what there is and its labels; `ddkit.data.prepare` turns that into a store. Image files are decoded
 only then; layouts that hold pixels already give them in blocks.
@@ -135,7 +135,7 @@ class _Listing:
 
 
 def _read_tiny_imagenet(path: Path, listing: _Listing) -> Source | None:
-    """train/<wnid>/images/*, val/images/* labelled by val/val_annotations.txt; words.txt has the words of each wnid."""
+    """train/<wnid>/images/*, val/images/* labeled by val/val_annotations.txt; words.txt has the words of each wnid."""
     if "val/val_annotations.txt" not in listing.files:
         return None
     train = [name for name in listing.files if _matches(name, "train", "*", "images", "*")]
@@ -166,8 +166,8 @@ def _tiny_imagenet_validation(path: Path, listing: _Listing, place: Mapping[str,
         if f"val/images/{name}" not in present:
             raise BadDataError(f"{path}: val_annotations.txt names {name}, which is not there.", "Get all of it again.")
         labels[f"val/images/{name}"] = place[wnid]
-    if unlabelled := sorted(present - set(labels)):
-        raise BadDataError(f"{path}: val_annotations.txt has no class for {unlabelled[0]}.", "Get all of it again.")
+    if unlabeled := sorted(present - set(labels)):
+        raise BadDataError(f"{path}: val_annotations.txt has no class for {unlabeled[0]}.", "Get all of it again.")
     return labels
 
 
@@ -248,7 +248,7 @@ def _ordered(content: CifarSplit, labels: NDArray[np.int64]) -> PixelSplit:
 
 
 def _reference_source(path: Path) -> Source:
-    """The challenge's own test file: `images_val` (N, 3, S, S) float32, normalised, and `labels_val` (N,) int64."""
+    """The challenge's own test file: `images_val` (N, 3, S, S) float32, normalized, and `labels_val` (N,) int64."""
     images, labels = _reference_tensors(path)
     spec = next((spec for spec in CHALLENGE_DATASETS if images.shape[1:] == spec.image_shape), None)
     if spec is None or labels.shape != images.shape[:1] or not images.is_floating_point():
@@ -284,13 +284,13 @@ def _reference_tensors(path: Path) -> tuple[Tensor, Tensor]:
     return tensors[0], tensors[1]
 
 
-def _pixels(normalised: Tensor, spec: DatasetSpec, path: Path) -> NDArray[np.uint8]:
-    """Back from normalised values to uint8. Raises BadDataError where they were normalised with other constants."""
-    from ddkit.data.images import denormalise, to_uint8
+def _pixels(normalized: Tensor, spec: DatasetSpec, path: Path) -> NDArray[np.uint8]:
+    """Back from normalized values to uint8. Raises BadDataError where they were normalized with other constants."""
+    from ddkit.data.images import denormalize, to_uint8
 
-    unit = denormalise(normalised, spec)
+    unit = denormalize(normalized, spec)
     if not bool(((unit > -_TOLERANCE) & (unit < 1 + _TOLERANCE)).all()):
-        raise BadDataError(f"{path}: images_val was not normalised with the mean and standard deviation of {spec.name}.")
+        raise BadDataError(f"{path}: images_val was not normalized with the mean and standard deviation of {spec.name}.")
     return to_uint8(unit).numpy()
 
 

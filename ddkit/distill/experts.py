@@ -117,13 +117,13 @@ class Experts:
         start = network_seed("expert", self._seed, number)
         network = build_network(OFFICIAL_NETWORK, spec.num_classes, spec.image_size, seed=start).to(self._device)
         engine = build_engine(network, choose_plan(network, "float32", settings.batch_size))
-        optimiser = torch.optim.SGD(network.parameters(), settings.learning_rate)
+        optimizer = torch.optim.SGD(network.parameters(), settings.learning_rate)
         generator = generator_for("cpu", "expert", self._seed, number)
         kept = [flat_parameters(network).cpu()]
         for step in range(1, settings.steps + 1):
             images, labels = self._references.random_batch(settings.batch_size, generator)
             engine.gradients(random_augment(images.to(self._device), generator), labels.to(self._device))
-            optimiser.step()
+            optimizer.step()
             if step % settings.keep_every == 0:
                 kept.append(flat_parameters(network).cpu())
             done, total = number * settings.steps + step, settings.count * settings.steps

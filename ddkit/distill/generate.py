@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, class_names, class_titles, dataset_spec, store_hash
 from ddkit.distill.partial_set import PartialSet
@@ -103,7 +103,7 @@ def generate(
 
 def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> SavedSet:
     spec = dataset_spec(dataset)
-    return save_set(out, normalise(images, spec), spec, class_titles(dataset), {**made_by, "versions": versions()})
+    return save_set(out, normalize(images, spec), spec, class_titles(dataset), {**made_by, "versions": versions()})
 
 
 def _generate_samples(
@@ -169,8 +169,8 @@ def _made_by(model: Model, source: FromModel) -> dict[str, Any]:
 def _identity(made_by: dict[str, Any], ipc: int, spec: DatasetSpec, dataset_sha256: str) -> dict[str, Any]:
     """What decides on the images and on how they are written: not the folder's name, nor how many are made at once."""
     own = {name: value for name, value in made_by.items() if name not in ("model", "batch_size")}
-    normalisation = [spec.mean, spec.std]
-    return {**own, "ipc": ipc, "normalisation": normalisation, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
+    normalization = [spec.mean, spec.std]
+    return {**own, "ipc": ipc, "normalisation": normalization, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
 
 
 def _complete(rows: _Rows, parts: PartialSet) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.evaluation.reference import TestSet
@@ -40,7 +40,7 @@ class TrainHoldout:
         self._held_out = torch.cat(held_out_rows)
 
     def batch(self, per_class: int, number: int) -> Tensor:
-        """The batch of that number: (num_classes * per_class, 3, S, S) normalised float32, class by class.
+        """The batch of that number: (num_classes * per_class, 3, S, S) normalized float32, class by class.
 
         Consecutive batches take a class's images in random order, each once before any comes again: what single images
         have of their own then cancels out, as it would not if they were drawn anew each time.
@@ -48,17 +48,17 @@ class TrainHoldout:
         drawn = [
             rows[order.take(number * per_class, per_class)] for rows, order in zip(self._rows, self._orders, strict=True)
         ]
-        return normalise(self._dataset.images[torch.cat(drawn)], self.spec)
+        return normalize(self._dataset.images[torch.cat(drawn)], self.spec)
 
     def random_batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images of any classes, (count, 3, S, S) normalised float32, and their labels (count,) int64."""
+        """Images of any classes, (count, 3, S, S) normalized float32, and their labels (count,) int64."""
         rows = self._all[torch.randint(len(self._all), (count,), generator=generator)]
-        return normalise(self._dataset.images[rows], self.spec), self._dataset.labels[rows]
+        return normalize(self._dataset.images[rows], self.spec), self._dataset.labels[rows]
 
     def sample(self, count: int) -> Tensor:
-        """At most `count` images, always the same, evenly over the classes: (N, 3, S, S) normalised float32."""
+        """At most `count` images, always the same, evenly over the classes: (N, 3, S, S) normalized float32."""
         rows = self._all[:: max(1, -(-len(self._all) // count))]
-        return normalise(self._dataset.images[rows], self.spec)
+        return normalize(self._dataset.images[rows], self.spec)
 
     def held_out(self) -> TestSet:
         """What a set is judged by while it is refined; never the test split."""

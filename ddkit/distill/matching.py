@@ -19,7 +19,7 @@ _ATTENTION_POWER = 4  # as published
 def siamese_augment(images: Tensor, real: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One strategy of the protocol with one draw of its parameters, applied to all images of both kinds.
 
-    images, real: (N, 3, S, S) and (M, 3, S, S) normalised. Source: Zhao & Bilen 2021, arXiv 2102.08259, section 3.2.
+    images, real: (N, 3, S, S) and (M, 3, S, S) normalized. Source: Zhao & Bilen 2021, arXiv 2102.08259, section 3.2.
     """
     strategy = augment.draw_strategy(generator)
     drawn = augment.draw(strategy, 1, images.shape[-1], generator)
@@ -33,7 +33,7 @@ def siamese_augment(images: Tensor, real: Tensor, generator: torch.Generator) ->
 def mean_embedding_distance(embed: Embedder, images: Tensor, real: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sum over classes of the squared distance between the mean embeddings of its images and its real images.
 
-    embed: see `build_embedder`. images, real: (N, 3, S, S) and (M, 3, S, S) normalised, as many of each class, class by
+    embed: see `build_embedder`. images, real: (N, 3, S, S) and (M, 3, S, S) normalized, as many of each class, class by
     class. Gradients flow to `images` alone. Returns the distance, a scalar, and the embeddings (N, F) of `images`.
     Source: distribution matching, Zhao & Bilen 2023, arXiv 2110.04181, equation 6.
     """
@@ -93,14 +93,14 @@ def ridge_regression_loss(
         seen = embed(real)
     embedding = embed(images)
     kernel = embedding @ embedding.t()
-    regularised = kernel + ridge * kernel.diagonal().mean() * torch.eye(len(kernel), device=kernel.device)
-    coefficients = torch.linalg.solve(regularised, _centred_classes(num_classes, embedding))
+    regularized = kernel + ridge * kernel.diagonal().mean() * torch.eye(len(kernel), device=kernel.device)
+    coefficients = torch.linalg.solve(regularized, _centered_classes(num_classes, embedding))
     # In this order the products with the kernel's other half, of all real images and all of these, are never formed.
-    errors = seen @ (embedding.t() @ coefficients) - _centred_classes(num_classes, seen)
+    errors = seen @ (embedding.t() @ coefficients) - _centered_classes(num_classes, seen)
     return _GRADIENTS_AS_MEANS * errors.square().sum(1).unflatten(0, (num_classes, -1)).mean(1).sum(), embedding
 
 
-def _centred_classes(num_classes: int, embedding: Tensor) -> Tensor:
+def _centered_classes(num_classes: int, embedding: Tensor) -> Tensor:
     """(N, classes): 1 for the class of a row, 0 for others, less their mean; rows class by class."""
     classes = torch.eye(num_classes, device=embedding.device).repeat_interleave(len(embedding) // num_classes, dim=0)
     return classes - 1 / num_classes
@@ -109,7 +109,7 @@ def _centred_classes(num_classes: int, embedding: Tensor) -> Tensor:
 def misclassification(network: ConvNet, embedding: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of a trained network's linear layer on embeddings (N, F); labels: (N,) int64.
 
-    Keeps images recognisable as their class while their means are matched (Zhao et al. 2023, arXiv 2307.09742).
+    Keeps images recognizable as their class while their means are matched (Zhao et al. 2023, arXiv 2307.09742).
     """
     logits = F.linear(embedding, network.classifier.weight.detach(), network.classifier.bias.detach())
     return F.cross_entropy(logits, labels, reduction="sum")

@@ -1,4 +1,4 @@
-"""Refining a distilled set: its pixels optimised so that the challenge's network learns from them what it would from
+"""Refining a distilled set: its pixels optimized so that the challenge's network learns from them what it would from
 the real training set.
 
 Everything that a step draws depends on the seed and the step's number alone, so an interrupted refinement goes on as
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.checks.check import require_acceptable
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import class_titles, dataset_spec, store_hash
 from ddkit.distill.experts import Experts, ExpertSettings, flat_parameters, load_flat_parameters
@@ -75,7 +75,7 @@ class RefineSettings:
         instead of through fresh random networks.
     experts: of that and of trajectories. student: of trajectories.
     real_per_class: real images of each class that a step goes by.
-    learning_rate, momentum: of SGD on the pixels, in normalised space.
+    learning_rate, momentum: of SGD on the pixels, in normalized space.
     spectrum: power of the real pictures' spectrum that gradients are weighed by, see `Spectrum`; 0 leaves them.
     average: of the images' exponential moving average, which is what is judged and written, the share that a step
         keeps at most; it evens out what each step's random network does. 0: the images themselves.
@@ -248,8 +248,8 @@ def _begin_or_go_on(
 
 
 def _black_and_white(spec: DatasetSpec) -> Tensor:
-    """(2, 3, 1, 1): the least and the largest values that a picture can have, normalised."""
-    return normalise(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1), spec)
+    """(2, 3, 1, 1): the least and the largest values that a picture can have, normalized."""
+    return normalize(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1), spec)
 
 
 class _Refinement:
@@ -273,8 +273,8 @@ class _Refinement:
         self._labels = row_labels(self._spec.num_classes, images_per_class).to(device)
         if settings.objective == "trajectories":
             self._student = Student(self._spec, images_per_class, settings.student, device)
-        self._optimiser = torch.optim.SGD([self._images], settings.learning_rate, momentum=settings.momentum)
-        self._optimiser.state[self._images]["momentum_buffer"] = state.velocity.to(device).clone()
+        self._optimizer = torch.optim.SGD([self._images], settings.learning_rate, momentum=settings.momentum)
+        self._optimizer.state[self._images]["momentum_buffer"] = state.velocity.to(device).clone()
         # One network for all steps, as what computes with it keeps memory that is costly to ask for each time.
         self._observer = self._network("observer", settings.seed).to(device)
         self._held_out = references.held_out()
@@ -349,7 +349,7 @@ class _Refinement:
         if not math.isfinite(value):
             raise self._diverged("its loss is no number")
         self._images.grad = self._spectrum.weigh(gradient) if settings.spectrum > 0 else gradient
-        self._optimiser.step()
+        self._optimizer.step()
         if settings.displayable:
             with torch.no_grad():
                 torch.clamp(self._images, *self._range, out=self._images)
@@ -456,7 +456,7 @@ class _Refinement:
         """Bring the state up to what is on the device."""
         self._state.images = self._images.detach().cpu().clone()
         self._state.average = self._average.cpu().clone()
-        self._state.velocity = self._optimiser.state[self._images]["momentum_buffer"].cpu().clone()
+        self._state.velocity = self._optimizer.state[self._images]["momentum_buffer"].cpu().clone()
 
 
 def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, out: Path) -> SavedSet:

@@ -11,21 +11,21 @@ _FAINTEST = 1e-4  # of the mean variance: what no picture has can still be moved
 
 
 class Spectrum:
-    """Weighs gradients of pixels by how much pictures vary in each colour and frequency, to some power.
+    """Weighs gradients of pixels by how much pictures vary in each color and frequency, to some power.
 
     Pictures vary most in brightness and in what changes slowly over them, and networks are sensitive to much else, each
-    to its own. Steps along what pictures have in common therefore carry over from one network to the next. Optimising
+    to its own. Steps along what pictures have in common therefore carry over from one network to the next. Optimizing
     pixels whitened by ZCA, as trajectory matching (arXiv 2203.11932) and neural feature regression (arXiv 2206.00719)
     do, is a descent by gradients times the pixels' covariance, the power 1; here the pixels stay as the protocol has
     them, and the power is chosen.
 
-    The variances are those of the principal axes of colour and of the two-dimensional cosine transform (DCT-II), which
+    The variances are those of the principal axes of color and of the two-dimensional cosine transform (DCT-II), which
     is nearly what decorrelates pictures (Ahmed, Natarajan & Rao 1974).
     """
 
     def __init__(self, pictures: Tensor, power: float) -> None:
-        """pictures: (N, 3, S, S) float, normalised. power: from 0, which leaves gradients as they are, to 1."""
-        self._colours = _principal_axes(pictures)
+        """pictures: (N, 3, S, S) float, normalized. power: from 0, which leaves gradients as they are, to 1."""
+        self._colors = _principal_axes(pictures)
         self._waves = _cosines(pictures.shape[-1]).to(pictures)
         variance = self._apart(pictures).var(0, correction=0)
         # Pictures that are all the same have no spectrum to go by.
@@ -33,21 +33,21 @@ class Spectrum:
         self._weights = shares.clamp(min=_FAINTEST).pow(power)
 
     def weigh(self, gradients: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, 3, S, S): each colour and frequency by its weight; one of mean variance keeps its size."""
+        """(N, 3, S, S) -> (N, 3, S, S): each color and frequency by its weight; one of mean variance keeps its size."""
         return self._together(self._apart(gradients) * self._weights)
 
     def to(self, device: torch.device) -> Spectrum:
-        self._colours, self._waves, self._weights = (
-            tensor.to(device) for tensor in (self._colours, self._waves, self._weights)
+        self._colors, self._waves, self._weights = (
+            tensor.to(device) for tensor in (self._colors, self._waves, self._weights)
         )
         return self
 
     def _apart(self, images: Tensor) -> Tensor:
-        """Images as amplitudes (N, axis of colour, vertical frequency, horizontal frequency)."""
-        return self._waves @ torch.einsum("ac,nchw->nahw", self._colours, images) @ self._waves.t()
+        """Images as amplitudes (N, axis of color, vertical frequency, horizontal frequency)."""
+        return self._waves @ torch.einsum("ac,nchw->nahw", self._colors, images) @ self._waves.t()
 
     def _together(self, amplitudes: Tensor) -> Tensor:
-        return torch.einsum("ac,nahw->nchw", self._colours, self._waves.t() @ amplitudes @ self._waves)
+        return torch.einsum("ac,nahw->nchw", self._colors, self._waves.t() @ amplitudes @ self._waves)
 
 
 def _principal_axes(pictures: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Student:
     ) -> TrajectoryMatch:
         """Train from `start` and see how far from `end` that leads.
 
-        images: (N, 3, S, S) normalised, class by class, on the student's device. start, end: (P,) parameters of an
+        images: (N, 3, S, S) normalized, class by class, on the student's device. start, end: (P,) parameters of an
         expert. rate: of the student's steps. wanted: whether the gradient is.
         Source: Cazenavette et al. 2022, arXiv 2203.11932, equation 2.
         """

@@ -164,8 +164,8 @@ def evaluate(
 ) -> Evaluation:
     """Train fresh networks on a distilled set as the challenge does and test them on real images.
 
-    images: (N, 3, S, S) float, normalised. labels: (N,) int64.
-    test_set: an ImageSet of uint8 pixels, the challenge's reference as dict or as (images, labels), normalised, or a
+    images: (N, 3, S, S) float, normalized. labels: (N,) int64.
+    test_set: an ImageSet of uint8 pixels, the challenge's reference as dict or as (images, labels), normalized, or a
         TestSet, which has a spec of its own.
     track, rounds, epochs_setting and what follows: see EvaluationSettings; None keeps the track's own.
     spec: of the dataset; found among the built-in ones by number of classes and image size when None.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import Evaluation, EvaluationSettings, StateFolder, evaluate_source
@@ -28,7 +28,7 @@ FULL_ROUNDS = 1
 class RankingJob:
     """A set to be ranked, and what it is ranked by.
 
-    subject: its evaluation with augmentation. images: the set, (N, 3, S, S) float, normalised; labels: (N,) int64.
+    subject: its evaluation with augmentation. images: the set, (N, 3, S, S) float, normalized; labels: (N,) int64.
     real: the dataset's training images. settings: what `subject` was evaluated with.
     full_epochs_setting: E of all real images; None for the set's own, FULL_EPOCHS_SETTING at most.
     """
@@ -55,14 +55,14 @@ class RankingJob:
         return dataclasses.replace(settings, rounds=FULL_ROUNDS, epochs_setting=epochs)
 
     def images_for(self, need: Need) -> tuple[Tensor, Tensor]:
-        """What `need` wants evaluated: images (N, 3, S, S) float, normalised, and labels (N,) int64."""
+        """What `need` wants evaluated: images (N, 3, S, S) float, normalized, and labels (N,) int64."""
         if need.kind == "submission":
             return self.images, self.labels
         spec = self.test_set.spec
         if need.kind == "full-real":
-            return normalise(self.real.images, spec), self.real.labels
+            return normalize(self.real.images, spec), self.real.labels
         rows = choose("random", self.real.labels, self._per_class, spec.num_classes, seed=self.settings.seed)
-        return normalise(self.real.images[rows], spec), self.real.labels[rows]
+        return normalize(self.real.images[rows], spec), self.real.labels[rows]
 
     @property
     def _per_class(self) -> int:

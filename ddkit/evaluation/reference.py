@@ -1,4 +1,4 @@
-"""What networks are tested on: raw pixels normalised a batch at a time, or a reference file's ready floats."""
+"""What networks are tested on: raw pixels normalized a batch at a time, or a reference file's ready floats."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import BATCH_SIZE, DATASETS, DECODED_WITH_LOSS, TEST_CONTENT, DatasetSpec
-from ddkit.data.images import denormalise, normalise_
+from ddkit.data.images import denormalize, normalize_
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadDataError, UsageError
 from ddkit.runtime.files import explain_os_error, why_not_a_file
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted
 
 _IMAGES_KEY, _LABELS_KEY = "images_val", "labels_val"
-# Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalised ones have no negative values.
-_LARGEST_NORMALISED = 10.0
-_FURTHEST_FROM_WHOLE = 0.05  # pixels of [0, 255], normalised and back
+# Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalized ones have no negative values.
+_LARGEST_NORMALizED = 10.0
+_FURTHEST_FROM_WHOLE = 0.05  # pixels of [0, 255], normalized and back
 
 
 @dataclass(frozen=True)
 class TestSet:
     """A test set of one dataset.
 
-    images: (N, 3, S, S), uint8 pixels or float32 already normalised with the spec's constants.
+    images: (N, 3, S, S), uint8 pixels or float32 already normalized with the spec's constants.
     labels: (N,) int64 in [0, spec.num_classes).
     """
 
@@ -58,10 +58,10 @@ class TestSet:
         return "" if decoded_elsewhere and found != TEST_CONTENT[self.spec.name] else found
 
     def _pixels(self) -> Tensor | None:
-        """(N, 3, S, S) uint8 of normalised floats; None where they are further from whole numbers than rounding takes them."""
+        """(N, 3, S, S) uint8 of normalized floats; None where they are further from whole numbers than rounding takes them."""
         pixels = torch.empty(self.images.shape, dtype=torch.uint8)
         for part, into in zip(self.images.split(BATCH_SIZE), pixels.split(BATCH_SIZE), strict=True):
-            raw = denormalise(part, self.spec) * 255
+            raw = denormalize(part, self.spec) * 255
             whole = raw.round().clamp_(0, 255)
             if (raw - whole).abs().max() > _FURTHEST_FROM_WHOLE:
                 return None
@@ -69,23 +69,23 @@ class TestSet:
         return pixels
 
     def batches(self, device: torch.device, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
-        """Normalised float32 batches in file order. Pixels stay uint8 until their batch is due."""
+        """Normalized float32 batches in file order. Pixels stay uint8 until their batch is due."""
         for pixels in self.images.split(batch_size):
             images = pixels.to(device, non_blocking=True).float()
             # In place, as copies of this size leave the allocator with holes that the next one does not fit in:
             # half a gigabyte of them over 10,000 images.
-            yield normalise_(images, self.spec) if pixels.dtype == torch.uint8 else images
+            yield normalize_(images, self.spec) if pixels.dtype == torch.uint8 else images
 
 
 def as_test_set(
     data: ImageSet | Mapping[str, Tensor] | tuple[Tensor, Tensor] | TestSet, spec: DatasetSpec | None = None
 ) -> TestSet:
-    """A checked TestSet from an ImageSet, a reference dict as in `*_test.pt`, or normalised (images, labels).
+    """A checked TestSet from an ImageSet, a reference dict as in `*_test.pt`, or normalized (images, labels).
 
     One that is a TestSet already keeps its own spec.
 
     spec: of the dataset; found among the built-in ones by number of classes and image size when None.
-    Raises BadDataError for other sizes, values that are not normalised, labels out of range.
+    Raises BadDataError for other sizes, values that are not normalized, labels out of range.
     """
     if isinstance(data, TestSet):
         return _checked(data, "the test set")
@@ -136,19 +136,19 @@ def _checked(test_set: TestSet, name: str) -> TestSet:
             f"{spec.name} has classes 0 to {spec.num_classes - 1}."
         )
     if images.dtype != torch.uint8:
-        _check_normalised(images, name, spec)
+        _check_normalized(images, name, spec)
     return test_set
 
 
-def _check_normalised(images: Tensor, name: str, spec: DatasetSpec) -> None:
+def _check_normalized(images: Tensor, name: str, spec: DatasetSpec) -> None:
     if not images.is_floating_point():
-        raise BadDataError(f"{name} holds {images.dtype} images, expected uint8 pixels or normalised float32.")
+        raise BadDataError(f"{name} holds {images.dtype} images, expected uint8 pixels or normalized float32.")
     low, high = (float(bound) for bound in images.aminmax())
     # A comparison with nan is false, so this refuses nan too.
-    if not (-_LARGEST_NORMALISED < low < 0.0 < high < _LARGEST_NORMALISED):
+    if not (-_LARGEST_NORMALizED < low < 0.0 < high < _LARGEST_NORMALizED):
         raise BadDataError(
-            f"{name} has values from {low:.4g} to {high:.4g}, which are not normalised images.",
-            f"Normalise pixels in [0, 1] with mean {spec.mean} and std {spec.std}.",
+            f"{name} has values from {low:.4g} to {high:.4g}, which are not normalized images.",
+            f"Normalize pixels in [0, 1] with mean {spec.mean} and std {spec.std}.",
         )
 
 

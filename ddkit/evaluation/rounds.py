@@ -48,7 +48,7 @@ class RoundSettings:
     def seed_for(self, purpose: str, index: int) -> int:
         """A 32-bit seed for one purpose in round `index`.
 
-        Hashed, because PyTorch's CPU generator looks at the lower 32 bits of a seed only and neighbouring
+        Hashed, because PyTorch's CPU generator looks at the lower 32 bits of a seed only and neighboring
         sums of seed and round would coincide.
         """
         text = f"ddkit/{purpose}/{self.seed}/{index}".encode()

@@ -38,7 +38,7 @@ class Source(Protocol):
 class FixedSet:
     """The same images for every round.
 
-    images: (N, 3, S, S) float, normalised. labels: (N,) int64.
+    images: (N, 3, S, S) float, normalized. labels: (N,) int64.
     """
 
     images: Tensor
@@ -101,7 +101,7 @@ def check_training_set(images: Tensor, labels: Tensor, spec: DatasetSpec) -> Non
     if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape or not images.is_floating_point():
         raise InvalidSubmissionError(
             f"The images are {images.dtype} of shape {tuple(images.shape)}; "
-            f"{spec.name} needs float32 of shape (N, {', '.join(map(str, spec.image_shape))}), normalised."
+            f"{spec.name} needs float32 of shape (N, {', '.join(map(str, spec.image_shape))}), normalized."
         )
     if labels.dtype != torch.int64 or labels.shape != (len(images),) or len(images) == 0:
         raise InvalidSubmissionError(

@@ -29,7 +29,7 @@ _LINES_OF_OUTPUT = 3  # quoted of a script that failed
 class ScriptEntry:
     """The entry that `python script --dataset NAME --out FILE --time-budget SECONDS --seed N` is.
 
-    The script writes {"images": (N, 3, S, S) float32 normalised, "labels": (N,) int64} with torch.save.
+    The script writes {"images": (N, 3, S, S) float32 normalized, "labels": (N,) int64} with torch.save.
     arguments: more of them. python: the interpreter and its own options.
     environment, folder: its variables and its working folder; ours where None.
     progress: hears of the seconds as they are spent.

@@ -70,13 +70,13 @@ def _budget_deviation(budget: float | None, official: float | None) -> str:
 class Generated:
     """What a track 2 entry made for one round, and how long it took, loading and saving included."""
 
-    images: Tensor  # (N, 3, S, S) float32, normalised
+    images: Tensor  # (N, 3, S, S) float32, normalized
     labels: Tensor  # (N,) int64
     seconds: float
 
 
 Generate = Callable[[int, float], "tuple[Tensor, Tensor] | Generated"]
-"""A track 2 entry: (seed, seconds it may take) -> normalised (N, 3, S, S) images and (N,) int64 labels; or the same as
+"""A track 2 entry: (seed, seconds it may take) -> normalized (N, 3, S, S) images and (N,) int64 labels; or the same as
 Generated, where it knows better than its caller how long it took."""
 
 

@@ -54,7 +54,7 @@ def load_pretrained(source: str) -> AutoencoderKL:
     """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
 
     Raises MissingModelError where there is none or it cannot be had, BadFileError where its weights do not fit it or it is not of
-    colour images.
+    color images.
     """
     remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
     folder = Path(source).expanduser()
@@ -115,7 +115,7 @@ def decode(autoencoder: AutoencoderKL, latents: Tensor, image_size: int) -> Tens
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1], the autoencoder's range (not the protocol's normalisation)."""
+    """uint8 [0, 255] -> float32 [-1, 1], the autoencoder's range (not the protocol's normalization)."""
     return images.float() / 127.5 - 1
 
 

@@ -189,8 +189,8 @@ class GeneratorConfig:
 
     autoencoder: AutoencoderConfig
     denoiser: DenoiserConfig
-    autoencoder_optimiser: OptimiserConfig
-    denoiser_optimiser: OptimiserConfig
+    autoencoder_optimizer: OptimiserConfig
+    denoiser_optimizer: OptimiserConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     kl_weight: float = 1e-4
     ema_width: float = 0.1
@@ -255,6 +255,7 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(value: Mapping[str, Any], kind: type = GeneratorConfig) -> Any:
     """The inverse of `to_json`. Raises BadFileError that names an unknown or missing key."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
+    value = {name.replace("optimiser", "optimizer"): item for name, item in value.items()}  # the spelling of version 0.1.0
     if unknown := sorted(set(value) - set(fields)):
         raise BadFileError(f"{kind.__name__} has no {', '.join(unknown)}.", "The file was written by another version of ddkit.")
     known = {name: _from_json_value(fields[name].type, item) for name, item in value.items()}

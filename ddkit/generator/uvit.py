@@ -58,7 +58,7 @@ class UViT(ModelMixin, ConfigMixin):
         self.norm_out = nn.LayerNorm(hidden_size)
         self.patch_out = nn.Linear(hidden_size, patch_values)
         self.smooth = nn.Conv2d(in_channels, in_channels, 3, padding=1)
-        self._initialise()
+        self._initialize()
 
     @property
     def null_class(self) -> int:
@@ -100,7 +100,7 @@ class UViT(ModelMixin, ConfigMixin):
         side = self.patches_per_side
         return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Truncated normal weights as in the paper's code; the output begins at zero, so that training begins calm."""
         for module in self.modules():
             if isinstance(module, nn.Linear):

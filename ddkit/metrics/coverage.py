@@ -9,24 +9,24 @@ from torch import Tensor
 
 from ddkit.errors import UsageError
 
-NEIGHBOURS = 5  # k of Naeem et al. 2020
+NEIGHBORS = 5  # k of Naeem et al. 2020
 _ROWS_AT_ONCE = 256  # of a distance matrix: bounded memory whatever the number of images
 
 
 @dataclass(frozen=True)
 class DensityCoverage:
-    """density: mean number of real neighbourhoods that hold a generated image, over k; can exceed 1.
-    coverage: fraction of real images whose neighbourhood holds a generated image, 0 to 1.
+    """density: mean number of real neighborhoods that hold a generated image, over k; can exceed 1.
+    coverage: fraction of real images whose neighborhood holds a generated image, 0 to 1.
     """
 
     density: float
     coverage: float
 
 
-def density_and_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> DensityCoverage:
+def density_and_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBORS) -> DensityCoverage:
     """Density and coverage (Naeem et al. 2020, equations 5 and 6).
 
-    real: (N, D) features with N > k. generated: (M, D) features. A real image's neighbourhood is the ball
+    real: (N, D) features with N > k. generated: (M, D) features. A real image's neighborhood is the ball
     that reaches its k-th nearest other real image. Raises UsageError for sets too small or of other D.
     """
     if len(real) <= k or len(generated) == 0 or real.shape[1] != generated.shape[1]:

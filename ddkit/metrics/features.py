@@ -1,6 +1,6 @@
 """Features that need no download: what an official ConvNet, trained on the real images, sees in a picture.
 
-The network's normalisation takes each channel's mean out of every map, so that averages over a whole map say
+The network's normalization takes each channel's mean out of every map, so that averages over a whole map say
 almost nothing; averages over its four quarters do, and are the features here.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadFileError, UsageError, require_positive
 from ddkit.network.convnet import ConvNet
@@ -97,7 +97,7 @@ class ReferenceFeatures:
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features and logits of one batch, on the CPU."""
-        batch = _resized(normalise(images.to(self._device), self._spec), self._network.image_size)
+        batch = _resized(normalize(images.to(self._device), self._spec), self._network.image_size)
         embedding = self._embed(batch)
         logits = self._network.classifier(embedding)
         maps = embedding.view(len(batch), NETWORK_WIDTH, *[self._network.image_size // _SIDE_MULTIPLE] * 2)
@@ -149,7 +149,7 @@ def _train(
     device = next(network.parameters()).device
     run = TrainingRun(
         network,
-        _resized(normalise(images.to(device), spec), network.image_size),
+        _resized(normalize(images.to(device), spec), network.image_size),
         labels.to(device),
         # No augmentation: over so few epochs nothing is learnt by heart, and it would slow learning down.
         TrainingSettings(settings.epochs - 1, settings.batch_size, augment=False),

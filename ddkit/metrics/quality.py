@@ -15,7 +15,7 @@ from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.progress import Listener, ignore
 
 _MOST_REAL = 50_000  # images that the set is held against
-_MOST_NEIGHBOURHOODS = 10_000  # real images whose neighbourhoods make density and coverage; their number counts twice
+_MOST_NEIGHBORHOODS = 10_000  # real images whose neighborhoods make density and coverage; their number counts twice
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Scores:
 class Quality:
     """The scores of a set, and those of as many other real images of the same classes: what is to be reached.
 
-    neighbours: (N,) indices into the real training set, all of it, of each image's nearest real one.
+    neighbors: (N,) indices into the real training set, all of it, of each image's nearest real one.
     distances: (N,) to it, in units of the median distance from a real image to the nearest other one.
     """
 
     images: int
     scores: Scores
     real: Scores
-    neighbours: Tensor
+    neighbors: Tensor
     distances: Tensor
 
 
@@ -84,13 +84,13 @@ def measure(
         images=len(images),
         scores=_scores(ours, labels, real, distances / unit),
         real=_scores(other, dataset.labels[stand_in], real, torch.ones(1)),
-        neighbours=torch.cat([reference, rest])[indices],
+        neighbors=torch.cat([reference, rest])[indices],
         distances=distances / unit,
     )
 
 
 def _scores(features: Tensor, labels: Tensor, real: Tensor, distances: Tensor) -> Scores:
-    found = density_and_coverage(real[:: -(-len(real) // _MOST_NEIGHBOURHOODS)], features)
+    found = density_and_coverage(real[:: -(-len(real) // _MOST_NEIGHBORHOODS)], features)
     several = bool((labels.bincount() > 1).any())
     return Scores(
         frechet=frechet_distance(real, features),

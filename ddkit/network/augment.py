@@ -1,7 +1,7 @@
 """The challenge's augmentation: one of six strategies for a whole batch, its parameters drawn per image.
 
 Every operation takes its parameters as tensors, one number an image, and works on the batch at once;
-`random_augment` draws them. All values are in normalised space, so zero is the dataset's mean colour.
+`random_augment` draws them. All values are in normalized space, so zero is the dataset's mean color.
 Source: PROTOCOL.md, "Augmentation, once per training batch".
 """
 
@@ -85,8 +85,8 @@ def cutout(images: Tensor, offset_x: Tensor, offset_y: Tensor) -> Tensor:
 def random_augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Apply one strategy, drawn uniformly for the batch, with parameters drawn for each image.
 
-    images: (N, 3, S, S) normalised float, left as it is. generator: on the CPU, whatever the images' device,
-    so that the draws do not depend on where the images are and cost no synchronisation. Returns a new tensor.
+    images: (N, 3, S, S) normalized float, left as it is. generator: on the CPU, whatever the images' device,
+    so that the draws do not depend on where the images are and cost no synchronization. Returns a new tensor.
     """
     strategy = draw_strategy(generator)
     parameters = draw(strategy, len(images), images.shape[-1], generator)

@@ -14,7 +14,7 @@ class ConvNet(nn.Module):
     """Three blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then one linear layer.
 
     state_dict keys are those of the official network (PROTOCOL.md): `features.{0,1,4,5,8,9}.{weight,bias}` and
-    `classifier.{weight,bias}`; PyTorch's default initialisation. Depth and width are the same for every image size.
+    `classifier.{weight,bias}`; PyTorch's default initialization. Depth and width are the same for every image size.
     Raises UsageError unless `image_size` is a positive multiple of 8.
     """
 
@@ -42,9 +42,9 @@ class ConvNet(nn.Module):
         self.classifier = nn.Linear(NETWORK_WIDTH * (image_size // _SHRINK) ** 2, num_classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) normalised float -> (N, 128 * (S / 8)^2), the flattened map before the linear layer."""
+        """(N, 3, S, S) normalized float -> (N, 128 * (S / 8)^2), the flattened map before the linear layer."""
         return self.features(images).flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) normalised float -> (N, num_classes) logits."""
+        """(N, 3, S, S) normalized float -> (N, num_classes) logits."""
         return self.classifier(self.embed(images))

@@ -1,4 +1,4 @@
-"""What the challenge's network makes of images, in a form that the images can be optimised through."""
+"""What the challenge's network makes of images, in a form that the images can be optimized through."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ OFFICIAL_NETWORK = "convnet"
 
 
 def build_network(name: str, num_classes: int, image_size: int, *, seed: int) -> nn.Module:
-    """The network `name` (one of NETWORKS) with PyTorch's default initialisation drawn from `seed`.
+    """The network `name` (one of NETWORKS) with PyTorch's default initialization drawn from `seed`.
 
     Raises UsageError, offering the nearest name, when there is none of that name.
     """
     if name not in NETWORKS:
         raise UsageError(f"There is no network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
-    # Modules initialise themselves from the global generator; it is left as it was.
+    # Modules initialize themselves from the global generator; it is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[name](num_classes, image_size)

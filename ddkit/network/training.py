@@ -1,4 +1,4 @@
-"""Training one network on a labelled set as the challenge trains it.
+"""Training one network on a labeled set as the challenge trains it.
 
 Source: PROTOCOL.md, "Training one network on a submission".
 """
@@ -70,7 +70,7 @@ class TrainingRun:
     """The training of one network, which can be saved and continued between any two batches.
 
     network: trained in place; on the device where it is to be trained.
-    images: (N, 3, S, S) float, normalised. labels: (N,) int64. Both on the network's device.
+    images: (N, 3, S, S) float, normalized. labels: (N,) int64. Both on the network's device.
     generator: on the CPU; draws the order of the images and the augmentation.
     plan: of the engine that computes gradients; when None, the one measured to be fastest on this machine, or,
         once a state is loaded, the one that the state was trained with.
@@ -141,7 +141,7 @@ class TrainingRun:
     def end_epoch(self) -> list[float]:
         """The mean loss of each of the epoch's batches. Raises ComputeError when it is no number."""
         if self.epochs_done == epoch_of_drop(self.settings.epochs_setting):
-            # A new optimiser, not only a new rate: momentum starts again from zero.
+            # A new optimizer, not only a new rate: momentum starts again from zero.
             self._optimizer = _optimizer(self.network, LEARNING_RATE_AFTER_DROP)
         self.epochs_done += 1
         # One transfer an epoch: a GPU is waited for here, and where a state is saved.
@@ -151,7 +151,7 @@ class TrainingRun:
         if not all(map(math.isfinite, values)):
             raise ComputeError(
                 f"The training loss is no number in epoch {self.epochs_done}.",
-                "Check the set's values: they must be normalised with the dataset's constants.",
+                "Check the set's values: they must be normalized with the dataset's constants.",
             )
         return values
 
@@ -250,7 +250,7 @@ def train_network(
 ) -> list[float]:
     """Train `network` in place as the protocol does, for E + 1 epochs; returns every batch's mean loss in order.
 
-    images: (N, 3, S, S) float, normalised. labels: (N,) int64, below the network's number of classes.
+    images: (N, 3, S, S) float, normalized. labels: (N,) int64, below the network's number of classes.
     epochs_setting: E of PROTOCOL.md. generator: on the CPU; one seeded with 0 when None.
     Raises UsageError for settings that cannot be meant, ComputeError when the loss is no number.
     """

@@ -222,25 +222,25 @@ inline void sum_over_pixels(int side, Vec (&total)[COUNT], F f) {
 // Mean and 1 / sqrt(variance + eps) of side^2 values a channel, in two passes as that is precise.
 void statistics(const float* values, int side, float* mean, float* inverse_std) {
     const float pixels = float(side) * float(side);
-    Vec sum[VECS] = {}, squares[VECS] = {}, centre[VECS];
+    Vec sum[VECS] = {}, squares[VECS] = {}, center[VECS];
     sum_over_pixels(side, sum, [&](int y, int x, Vec* sums) {
         for (int vec = 0; vec < VECS; vec++) sums[vec] += load(values + (y * side + x) * BLOCK + vec * LANES);
     });
-    for (int vec = 0; vec < VECS; vec++) centre[vec] = sum[vec] / pixels;
+    for (int vec = 0; vec < VECS; vec++) center[vec] = sum[vec] / pixels;
     sum_over_pixels(side, squares, [&](int y, int x, Vec* sums) {
         for (int vec = 0; vec < VECS; vec++) {
-            const Vec difference = load(values + (y * side + x) * BLOCK + vec * LANES) - centre[vec];
+            const Vec difference = load(values + (y * side + x) * BLOCK + vec * LANES) - center[vec];
             sums[vec] += difference * difference;
         }
     });
     for (int vec = 0; vec < VECS; vec++) {
-        store(mean + vec * LANES, centre[vec]);
+        store(mean + vec * LANES, center[vec]);
         store(inverse_std + vec * LANES, inverse_root(squares[vec] / pixels + EPSILON));
     }
 }
 
 // values: side^2 x BLOCK -> pooled: (side / 2 + 2)^2 x BLOCK, inside a border of zeros that the caller has set.
-void normalise_and_pool(const float* values, int side, const Norm& norm, float* pooled) {
+void normalize_and_pool(const float* values, int side, const Norm& norm, float* pooled) {
     const int half = side / 2, row = side * BLOCK, pooled_row = (half + 2) * BLOCK;
     for (int y = 0; y < half; y++)
         for (int x = 0; x < half; x++)
@@ -257,7 +257,7 @@ void normalise_and_pool(const float* values, int side, const Norm& norm, float* 
 
 // pooled_gradient: (side / 2 + 2)^2 x BLOCK, its border ignored. Replaces `values` by their own gradients and adds
 // the gradients of the norm's weight and bias to theirs.
-void normalise_and_pool_back(
+void normalize_and_pool_back(
     float* values, int side, const Norm& norm, const float* pooled_gradient, float* weight_gradient,
     float* bias_gradient
 ) {
@@ -268,15 +268,15 @@ void normalise_and_pool_back(
         const Vec pooled = load(pooled_gradient + (y / 2 + 1) * pooled_row + (x / 2 + 1) * BLOCK + vec * LANES);
         return norm(values + (y * side + x) * BLOCK, vec) > 0 ? pooled * 0.25f : Vec{};
     };
-    const auto centred_at = [&](int y, int x, int vec) {
+    const auto centered_at = [&](int y, int x, int vec) {
         return load(values + (y * side + x) * BLOCK + vec * LANES) - norm.mean[vec];
     };
-    Vec sums[2 * VECS] = {};  // of the gradients, and of their products with the centred values
+    Vec sums[2 * VECS] = {};  // of the gradients, and of their products with the centered values
     sum_over_pixels(side, sums, [&](int y, int x, Vec* into) {
         for (int vec = 0; vec < VECS; vec++) {
             const Vec gradient = gradient_at(y, x, vec);
             into[vec] += gradient;
-            into[VECS + vec] += gradient * centred_at(y, x, vec);
+            into[VECS + vec] += gradient * centered_at(y, x, vec);
         }
     });
     Vec mean_gradient[VECS], slope[VECS];
@@ -290,7 +290,7 @@ void normalise_and_pool_back(
     for (int y = 0; y < side; y++)
         for (int x = 0; x < side; x++)
             for (int vec = 0; vec < VECS; vec++) {
-                const Vec change = gradient_at(y, x, vec) - mean_gradient[vec] - centred_at(y, x, vec) * slope[vec];
+                const Vec change = gradient_at(y, x, vec) - mean_gradient[vec] - centered_at(y, x, vec) * slope[vec];
                 store(values + (y * side + x) * BLOCK + vec * LANES, norm.scale[vec] * change);
             }
 }
@@ -415,7 +415,7 @@ void first_forward(
             float* mean = norm.statistics + image * 2 * CHANNELS + c;
             convolve_image(padded, side, weight + c, values);
             statistics(values, side, mean, mean + CHANNELS);
-            normalise_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled);
+            normalize_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled);
             map_to_tiles(pooled, half, {planes, plane, rounds}, image * tiles, c);
         }
     }
@@ -435,7 +435,7 @@ void middle_forward(
             float* mean = norm.statistics + image * 2 * CHANNELS + c;
             tiles_to_outputs({products, products_plane}, image * tiles, c, side, values);
             statistics(values, side, mean, mean + CHANNELS);
-            normalise_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
+            normalize_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
             map_to_tiles(scratch, half, {planes, plane, rounds}, image * next_tiles, c);
         }
 }
@@ -452,7 +452,7 @@ void last_forward(
             float* mean = norm.statistics + image * 2 * CHANNELS + c;
             tiles_to_outputs({products, products_plane}, image * tiles, c, side, values);
             statistics(values, side, mean, mean + CHANNELS);
-            normalise_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
+            normalize_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
             for (int channel = 0; channel < BLOCK; channel++)
                 for (int y = 0; y < half; y++)
                     for (int x = 0; x < half; x++)
@@ -474,7 +474,7 @@ void last_backward(
                 for (int y = 0; y < half; y++)
                     for (int x = 0; x < half; x++)
                         scratch[((y + 1) * (half + 2) + x + 1) * BLOCK + channel] = *embedding_gradient++;
-            normalise_and_pool_back(
+            normalize_and_pool_back(
                 values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch,
                 norm.weight_gradient + c, norm.bias_gradient + c
             );
@@ -493,7 +493,7 @@ void middle_backward(
         for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
             const float* mean = norm.statistics + image * 2 * CHANNELS + c;
             map_to_tiles_back({tile_gradients, tile_plane}, image * next_tiles, c, half, scratch);
-            normalise_and_pool_back(
+            normalize_and_pool_back(
                 values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch,
                 norm.weight_gradient + c, norm.bias_gradient + c
             );
@@ -511,13 +511,13 @@ static void convolution_gradients(
     const float* mean = norm.statistics + image * 2 * CHANNELS + c;
     map_to_tiles_back(tile_gradients, image * (half / 4) * (half / 4), c, half, pooled);
     convolve_image(padded, side, weight + c, values);
-    normalise_and_pool_back(
+    normalize_and_pool_back(
         values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled, norm.weight_gradient + c,
         norm.bias_gradient + c
     );
 }
 
-// The way back of first_forward to the images, for whoever optimises those; the network's weights stay.
+// The way back of first_forward to the images, for whoever optimizes those; the network's weights stay.
 // weight_rows: (128, 32), see convolve_image_to_columns; columns: (side^2, 32) of scratch memory.
 // image_gradients: (n, 3, side, side).
 void first_backward_to_images(

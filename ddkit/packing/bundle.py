@@ -1,4 +1,4 @@
-"""The track 2 entry as a folder and as a zip: the stand-alone scripts, the models, and what organisers need to know."""
+"""The track 2 entry as a folder and as a zip: the stand-alone scripts, the models, and what organizers need to know."""
 
 from __future__ import annotations
 

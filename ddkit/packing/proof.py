@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.images import denormalise
+from ddkit.data.images import denormalize
 from ddkit.data.store import dataset_spec
 from ddkit.errors import ComputeError, InvalidSubmissionError
 from ddkit.evaluation.sources import check_training_set
@@ -28,7 +28,7 @@ from ddkit.packing.bundle import REQUIREMENTS, SCRIPT, datasets_of
 from ddkit.packing.zipping import unpack
 from ddkit.runtime.progress import Listener, Progress, ignore
 
-_ROUNDING = 0.01  # of a step of 1/255, that normalising in float32 may cost
+_ROUNDING = 0.01  # of a step of 1/255, that normalizing in float32 may cost
 # Where the guard below lies in the environment's site-packages, beside the .pth file that imports it.
 _GUARD = "ddkit_proof_guard"
 
@@ -104,13 +104,13 @@ def _prove(
 
 
 def check_made(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:
-    """Raise InvalidSubmissionError unless these are normalised bytes, in balance, and not all the same."""
+    """Raise InvalidSubmissionError unless these are normalized bytes, in balance, and not all the same."""
     check_training_set(images, labels, spec)
     if images.dtype != torch.float32:
         raise InvalidSubmissionError(f"The images are {images.dtype}, not float32.")
-    bytes_ = denormalise(images, spec) * 255
+    bytes_ = denormalize(images, spec) * 255
     if float((bytes_ - bytes_.round().clamp(0, 255)).abs().max()) > _ROUNDING:
-        raise InvalidSubmissionError(f"The images are not bytes normalised with the constants of {spec.name}.")
+        raise InvalidSubmissionError(f"The images are not bytes normalized with the constants of {spec.name}.")
     least, most = images_per_class(labels, spec.num_classes)
     if most - least > 1:
         raise InvalidSubmissionError(f"The classes have {least} to {most} images.")
@@ -177,7 +177,7 @@ sys.meta_path[:] = [Guard if finder is PathFinder else finder for finder in sys.
 
 
 def _with_requirements(names: Iterable[str]) -> set[str]:
-    """Normalised names of these packages and of all that are installed because of them; extras are left out."""
+    """Normalized names of these packages and of all that are installed because of them; extras are left out."""
     found: set[str] = set()
     pending = [_normal(name) for name in names]
     while pending:

@@ -168,7 +168,7 @@ def _accuracy(row: Row, name: str) -> Text:
 
 
 def _difference(estimate: Estimate | None) -> Text:
-    """Green or red where the interval leaves no doubt; the sign says the same without colour."""
+    """Green or red where the interval leaves no doubt; the sign says the same without color."""
     style = ""
     if estimate is not None and estimate.is_clear:
         style = "green" if estimate.value > 0 else "red"

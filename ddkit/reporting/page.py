@@ -31,7 +31,7 @@ _MOST_MARKS = 12  # of our own in a chart
 
 @dataclass(frozen=True)
 class Card:
-    """A number worth seeing first. tone: "good", "bad" or "" for the colour."""
+    """A number worth seeing first. tone: "good", "bad" or "" for the color."""
 
     title: str
     value: str

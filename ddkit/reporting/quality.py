@@ -17,7 +17,7 @@ from ddkit.metrics.quality import Quality, measure
 from ddkit.reporting.rows import dataset_title
 from ddkit.reporting.sets import read_set
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.contact_sheet import neighbour_sheet, side_by_side
+from ddkit.sets.contact_sheet import neighbor_sheet, side_by_side
 from ddkit.sets.distilled import read_facts
 
 _COPY = 0.2  # of the distance between real images: nearer than this, an image is as good as copied
@@ -56,13 +56,13 @@ class QualityView:
 class SetQuality:
     """A set's quality and its two sheets.
 
-    name: its folder and dataset, for the names of files. neighbours: each image with its nearest real one; beside:
+    name: its folder and dataset, for the names of files. neighbors: each image with its nearest real one; beside:
     with real ones of its class.
     """
 
     name: str
     view: QualityView
-    neighbours: Image
+    neighbors: Image
     beside: Image
 
 
@@ -103,16 +103,16 @@ def quality_of(
     features = reference_features(real, spec, settings or FeatureSettings(), device=device, progress=progress)
     quality = measure(images, labels, real, features, seed=seed, progress=progress)
     titles = [title.replace("_", " ") for title in class_titles(dataset)]
-    neighbours = neighbour_sheet(
-        images, real.images[quality.neighbours], quality.distances, [titles[label] for label in labels.tolist()]
+    neighbors = neighbor_sheet(
+        images, real.images[quality.neighbors], quality.distances, [titles[label] for label in labels.tolist()]
     )
     beside = side_by_side((images, labels), (real.images, real.labels), titles)
     called = "" if path.stem == dataset else f"-{path.stem}"
     name = f"{path.resolve().parent.name}-{dataset}{called}"
-    return SetQuality(name, _view(path, dataset, quality, neighbours, beside), neighbours, beside)
+    return SetQuality(name, _view(path, dataset, quality, neighbors, beside), neighbors, beside)
 
 
-def _view(path: Path, dataset: str, quality: Quality, neighbours: Image, beside: Image) -> QualityView:
+def _view(path: Path, dataset: str, quality: Quality, neighbors: Image, beside: Image) -> QualityView:
     copies = int((quality.distances < _COPY).sum())
     return QualityView(
         name=f"{dataset_title(dataset)}: {path}",
@@ -124,7 +124,7 @@ def _view(path: Path, dataset: str, quality: Quality, neighbours: Image, beside:
                 "Nearest real image of each",
                 "Pairs of a picture (left) and the real training image nearest to it (right), the nearest pairs first; "
                 "below, the distance in units of that between real images. Near 0 a picture is a copy.",
-                _uri(neighbours),
+                _uri(neighbors),
             ),
         ),
     )

@@ -1,4 +1,4 @@
-"""A distilled set as pictures: from the bare, normalised tensor of a submission back to bytes, labels, data URIs."""
+"""A distilled set as pictures: from the bare, normalized tensor of a submission back to bytes, labels, data URIs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from ddkit.data.images import denormalise, to_uint8
+from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.store import dataset_spec
 from ddkit.sets.distilled import load_tensor, row_labels
 
@@ -27,7 +27,7 @@ def read_set(path: str | os.PathLike[str], dataset: str) -> tuple[Tensor, Tensor
     """
     spec = dataset_spec(dataset)
     images = load_tensor(path, spec)
-    return to_uint8(denormalise(images, spec)), row_labels(spec.num_classes, len(images) // spec.num_classes)
+    return to_uint8(denormalize(images, spec)), row_labels(spec.num_classes, len(images) // spec.num_classes)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is installed: recognising pairs of libraries that do not work together, and naming versions in results, and which
+"""What is installed: recognizing pairs of libraries that do not work together, and naming versions in results, and which
 process of several speaks."""
 
 from __future__ import annotations

@@ -66,12 +66,12 @@ def side_by_side(
     return paper
 
 
-def neighbour_sheet(
-    generated: Tensor, neighbours: Tensor, distances: Tensor, names: Sequence[str], *, most: int = 60
+def neighbor_sheet(
+    generated: Tensor, neighbors: Tensor, distances: Tensor, names: Sequence[str], *, most: int = 60
 ) -> Image.Image:
     """Pairs of a generated image (left) and its nearest real one (right), the closest pairs first.
 
-    generated, neighbours: (N, 3, S, S) uint8. distances: (N,) float, in units in which real images lie about 1
+    generated, neighbors: (N, 3, S, S) uint8. distances: (N,) float, in units in which real images lie about 1
     from one another. names: of the N generated images. At most `most` pairs are shown.
     """
     side = generated.shape[-1] * max(1, -(-48 // generated.shape[-1]))
@@ -83,7 +83,7 @@ def neighbour_sheet(
     for place, index in enumerate(order):
         left, top = place % columns * cell_width + 7, place // columns * cell_height + _GAP
         sheet.paste(_picture(generated[index], side), (left, top))
-        sheet.paste(_picture(neighbours[index], side), (left + side + _GAP, top))
+        sheet.paste(_picture(neighbors[index], side), (left + side + _GAP, top))
         caption = f"{float(distances[index]):.2f}  {_shorten(names[index], limit=12)}"
         draw.text((left, top + side + 1), caption, fill=_INK, font=font)
     return sheet

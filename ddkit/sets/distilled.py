@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.images import denormalise, to_uint8
+from ddkit.data.images import denormalize, to_uint8
 from ddkit.errors import BadFileError, InvalidSubmissionError, UsageError
 from ddkit.runtime.files import read_json, sha256_of, write_json
 from ddkit.runtime.tensor_files import save_torch
@@ -66,9 +66,9 @@ def save_set(
 ) -> SavedSet:
     """Write a distilled set: the bare tensor, its JSON and its contact sheet.
 
-    images: (num_classes * ipc, 3, S, S) float, normalised, rows in the order of `row_labels`.
+    images: (num_classes * ipc, 3, S, S) float, normalized, rows in the order of `row_labels`.
     made_by: how the set was made; the JSON holds it with the tensor's SHA-256, so that an old JSON beside a
-    new tensor, after a kill between the two, is recognised. titles: class names for people, on the sheet.
+    new tensor, after a kill between the two, is recognized. titles: class names for people, on the sheet.
     Raises InvalidSubmissionError for another shape, BadFileError for what the system refuses.
     """
     if images.ndim != 4 or images.shape[1:] != spec.image_shape or len(images) % spec.num_classes or not len(images):
@@ -95,7 +95,7 @@ def save_set(
 def draw_sheet(images: Tensor, spec: DatasetSpec, titles: Sequence[str], path: Path) -> None:
     """Write the contact sheet of a set: images as `save_set` takes them. Raises BadFileError for what the system refuses."""
     labels = row_labels(spec.num_classes, len(images) // spec.num_classes)
-    save_png(contact_sheet(to_uint8(denormalise(images, spec)), labels, titles), path)
+    save_png(contact_sheet(to_uint8(denormalize(images, spec)), labels, titles), path)
 
 
 def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:

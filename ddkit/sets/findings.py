@@ -15,7 +15,7 @@ class Finding:
 
     level: "error" (the challenge would refuse it or score something else than meant), "warning" (it would be
         scored, but probably not as meant) or "info".
-    code: stable, a letter for the kind and three digits: F files, T tensors, N normalisation, L label layout,
+    code: stable, a letter for the kind and three digits: F files, T tensors, N normalization, L label layout,
         C content.
     message: what is so, the evidence, and what to do. where: file and, where there are such, rows.
     """

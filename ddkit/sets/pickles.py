@@ -14,7 +14,7 @@ _TENSOR_GLOBALS = {
     "collections OrderedDict",
 }
 _SPARSE_GLOBALS = {"torch._utils _rebuild_sparse_tensor", "torch.serialization _get_layout", "torch Size"}
-_QUANTISED_GLOBALS = {"torch._utils _rebuild_qtensor", "torch per_tensor_affine", "torch per_channel_affine"}
+_QUANTizED_GLOBALS = {"torch._utils _rebuild_qtensor", "torch per_tensor_affine", "torch per_channel_affine"}
 _MOST_UNFOLDED = 100_000  # parts of one object; a bare tensor has about 20, a checkpoint some thousands
 
 
@@ -36,7 +36,7 @@ class PickleFacts:
     @property
     def foreign(self) -> frozenset[str]:
         """Names that no tensor needs: code that somebody would have executed."""
-        return self.names - self.storages - _TENSOR_GLOBALS - _SPARSE_GLOBALS - _QUANTISED_GLOBALS
+        return self.names - self.storages - _TENSOR_GLOBALS - _SPARSE_GLOBALS - _QUANTizED_GLOBALS
 
     @property
     def sparse(self) -> bool:
@@ -44,9 +44,9 @@ class PickleFacts:
         return bool(self.names & _SPARSE_GLOBALS)
 
     @property
-    def quantised(self) -> bool:
-        """Whether it builds a quantised tensor."""
-        return bool(self.names & _QUANTISED_GLOBALS)
+    def quantized(self) -> bool:
+        """Whether it builds a quantized tensor."""
+        return bool(self.names & _QUANTizED_GLOBALS)
 
 
 def scan_pickle(data: bytes) -> PickleFacts:

@@ -155,8 +155,8 @@ def _look_at_pickle(facts: PickleFacts, where: str) -> list[Finding]:
     findings = []
     if facts.sparse:
         findings.append(Finding("error", "T008", f"The tensor is sparse. {_BARE} Save tensor.to_dense().", where))
-    if facts.quantised:
-        findings.append(Finding("error", "T008", f"The tensor is quantised. Save tensor.dequantize(). {_BARE}", where))
+    if facts.quantized:
+        findings.append(Finding("error", "T008", f"The tensor is quantized. Save tensor.dequantize(). {_BARE}", where))
     if devices := sorted(facts.locations - {"cpu"}):
         message = (
             f"The tensor was saved on {', '.join(devices)}: loading it fails on a machine without such a device. "

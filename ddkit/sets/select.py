@@ -103,7 +103,7 @@ def k_center(view: ImageFeatures, ipc: int) -> Tensor:
 
 
 def k_medoids(view: ImageFeatures, ipc: int) -> Tensor:
-    """The images nearest to the centres of k-means, begun from those of k_center; each centre has one of its own."""
+    """The images nearest to the centers of k-means, begun from those of k_center; each center has one of its own."""
     from scipy.cluster.vq import kmeans2
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
@@ -111,10 +111,10 @@ def k_medoids(view: ImageFeatures, ipc: int) -> Tensor:
     features = view.features.double().numpy()
     start = features[k_center(view, ipc).numpy()]
     with warnings.catch_warnings():
-        # A cluster may lose all its images; its centre then stays where it was.
+        # A cluster may lose all its images; its center then stays where it was.
         warnings.filterwarnings("ignore", "One of the clusters is empty")
-        centres, clusters = kmeans2(features, start, iter=_KMEANS_ROUNDS, minit="matrix")
-    _, nearest = linear_sum_assignment(cdist(centres, features))
+        centers, clusters = kmeans2(features, start, iter=_KMEANS_ROUNDS, minit="matrix")
+    _, nearest = linear_sum_assignment(cdist(centers, features))
     # The largest cluster first.
     order = np.argsort(-np.bincount(clusters, minlength=ipc), kind="stable")
     return torch.from_numpy(nearest[order])
@@ -136,7 +136,7 @@ def minimax(view: ImageFeatures, ipc: int) -> Tensor:
 
 
 def easy(view: ImageFeatures, ipc: int) -> Tensor:
-    """Those recognised most surely."""
+    """Those recognized most surely."""
     return _by_confidence(view)[:ipc]
 
 
@@ -147,7 +147,7 @@ def middling(view: ImageFeatures, ipc: int) -> Tensor:
 
 
 def hard(view: ImageFeatures, ipc: int) -> Tensor:
-    """Those recognised least."""
+    """Those recognized least."""
     return _by_confidence(view).flip(0)[:ipc]
 
 

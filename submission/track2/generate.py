@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""As many labelled images as a time budget allows, of the diffusion models that lie beside this file.
+"""As many labeled images as a time budget allows, of the diffusion models that lie beside this file.
 
     python generate.py --dataset cifar100 --out images.pt --time-budget 600
 
-writes {"images": (N, 3, S, S) float32, normalised, "labels": (N,) int64} and ends within 600 seconds, counted from the
+writes {"images": (N, 3, S, S) float32, normalized, "labels": (N,) int64} and ends within 600 seconds, counted from the
 start of the process: importing, loading and saving included. With --ipc 10 instead of a budget it writes the fixed set
 of track 1: one bare tensor, ten images of class 0, then of class 1, and so on.
 

@@ -169,7 +169,7 @@ def join(job: Job) -> tuple[int, str]:
     chosen = choose(labels, indices, entry["num_classes"], ipc)
     if ipc and len(chosen) < ipc * entry["num_classes"]:
         raise Failure(f"{len(chosen):,} of {ipc * entry['num_classes']:,} images were made; run it again to go on.")
-    images = normalised(shards, chosen, len(labels), entry)
+    images = normalized(shards, chosen, len(labels), entry)
     write_set(job, images if ipc else {"images": images, "labels": labels[chosen]})
     shutil.rmtree(job.shards, ignore_errors=True)
     per_class = torch.bincount(labels[chosen], minlength=entry["num_classes"])
@@ -187,7 +187,7 @@ def opened_shards(job: Job, workers: int) -> list[Any]:
     return [safe_open(job.shards / f"{worker}-{first}-{end}.safetensors", framework="pt") for worker, first, end in places]
 
 
-def normalised(shards: Sequence[Any], chosen: Any, rows: int, entry: Mapping[str, Any]) -> Any:
+def normalized(shards: Sequence[Any], chosen: Any, rows: int, entry: Mapping[str, Any]) -> Any:
     """The `chosen` of the shards' rows, in that order, (n, 3, S, S) float32; one shard at a time is in memory."""
     import torch
 

@@ -2,7 +2,7 @@ import torch
 
 from ddkit.challenge import GLYPHS
 from ddkit.checks.content import content_findings
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import load_dataset
 
 
@@ -51,10 +51,10 @@ def test_many_near_copies_are_a_warning(glyph_images):
     assert found(glyph_images)["C004"].level == "warning"
 
 
-def test_test_images_are_recognised_whole_and_disguised(glyph_images):
+def test_test_images_are_recognized_whole_and_disguised(glyph_images):
     test = load_dataset("glyphs", "test").images
-    glyph_images[20] = normalise(test[205:206], GLYPHS)[0]
-    glyph_images[30] = normalise(test[301:302], GLYPHS)[0].flip(-1) * 1.03
+    glyph_images[20] = normalize(test[205:206], GLYPHS)[0]
+    glyph_images[30] = normalize(test[301:302], GLYPHS)[0].flip(-1) * 1.03
     findings = found(glyph_images, test_images=test)
     assert findings["C006"].level == "warning"
     assert "20 is test image 205" in findings["C006"].message

@@ -9,7 +9,7 @@ from ddkit.challenge import CIFAR100, GLYPHS
 from ddkit.checks.classifier import ClassModel
 from ddkit.checks.order import detected_rows, judge_order, order_findings
 from ddkit.data.class_names import CIFAR100_FINE_LABELS, TINYIMAGENET_WNIDS
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import load_dataset
 from ddkit.errors import MissingDataError
@@ -21,7 +21,7 @@ TEXT_ORDER = torch.tensor(sorted(range(CLASSES), key=str))
 
 
 def scores(ipc=10, evidence=1.5, seed=0):
-    """(CLASSES, ipc, CLASSES): log-probabilities of rows that each favour their class a little."""
+    """(CLASSES, ipc, CLASSES): log-probabilities of rows that each favor their class a little."""
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(CLASSES, ipc, CLASSES, generator=random)
     logits[torch.arange(CLASSES), :, torch.arange(CLASSES)] += evidence
@@ -135,7 +135,7 @@ def test_noise_is_not_called_wrong(glyph_store, monkeypatch):
 def test_real_images_in_superclass_order(cifar100_zip):
     prepare("cifar100", cifar100_zip)
     test = load_dataset("cifar100", "test")
-    blocks = normalise(test.images.unflatten(0, (100, 100))[:, :10].flatten(0, 1), CIFAR100).unflatten(0, (100, 10))
+    blocks = normalize(test.images.unflatten(0, (100, 100))[:, :10].flatten(0, 1), CIFAR100).unflatten(0, (100, 10))
     recorded = json.loads(resources.files("ddkit.checks").joinpath("orders.json").read_text())["cifar100"]
     order = [test.class_names.index(name) for name in recorded["superclass"]]
     [right] = order_findings(blocks.flatten(0, 1), CIFAR100, "cifar100.pt")

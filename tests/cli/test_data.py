@@ -59,7 +59,7 @@ def test_prepare_list_and_show(photos, work, own_cache):
     shown = run("show", "pets", "--split", "test", "--per-class", "1", "--out", "sheet.png")
     assert shown.exit_code == 0, shown.stderr
     assert "wrote sheet.png" in shown.stderr
-    pixels = {colour for _, colour in Image.open(work / "sheet.png").convert("RGB").getcolors(1 << 16)}
+    pixels = {color for _, color in Image.open(work / "sheet.png").convert("RGB").getcolors(1 << 16)}
     assert {(0, 0, 7), (100, 0, 7)} <= pixels and (0, 1, 7) not in pixels
 
 
@@ -67,7 +67,7 @@ def test_show_draws_only_the_classes_asked_for(photos, work):
     run("prepare", "pets", "--from", str(photos))
     shown = run("show", "pets", "--classes", "dog", "--json")
     assert json.loads(shown.stdout) == {"out": "pets-train.png", "classes": ["dog"]}
-    pixels = {colour for _, colour in Image.open(work / "pets-train.png").convert("RGB").getcolors(1 << 16)}
+    pixels = {color for _, color in Image.open(work / "pets-train.png").convert("RGB").getcolors(1 << 16)}
     assert {(100, 0, 7), (100, 1, 7), (100, 2, 7)} <= pixels and (0, 0, 7) not in pixels
     wrong = run("show", "pets", "--classes", "dgo")
     assert wrong.exit_code == 2 and "Did you mean 'dog'?" in wrong.stderr

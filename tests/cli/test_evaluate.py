@@ -12,28 +12,28 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ddkit.cli import main
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.results import read
 from ddkit.sets.distilled import save_set
 
-COLOURS = {"blue": (40, 60, 210), "green": (40, 200, 60), "red": (210, 50, 40), "yellow": (200, 190, 40)}
+COLORS = {"blue": (40, 60, 210), "green": (40, 200, 60), "red": (210, 50, 40), "yellow": (200, 190, 40)}
 QUICK = ("--epochs-setting", "4", "--rounds", "2")
 
 
 @pytest.fixture(scope="session")
 def blobs_cache(tmp_path_factory):
-    """A cache in which a dataset `blobs` of four colours, 16 pixels, is prepared."""
+    """A cache in which a dataset `blobs` of four colors, 16 pixels, is prepared."""
     folder, cache = tmp_path_factory.mktemp("blobs"), tmp_path_factory.mktemp("blobs-cache")
     random = torch.Generator().manual_seed(0)
     for split, count in (("train", 12), ("test", 10)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             place = folder / split / name
             place.mkdir(parents=True)
             for index in range(count):
                 noise = torch.randint(-40, 40, (16, 16, 3), generator=random)
-                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
+                pixels = (torch.tensor(color) + noise).clamp(0, 255).to(torch.uint8)
                 Image.fromarray(pixels.numpy()).save(place / f"{index:02}.png")
     prepare("blobs", folder, cache=cache)
     return cache
@@ -50,7 +50,7 @@ def work(tmp_path, blobs_cache, monkeypatch):
 def save(path, start=0, **facts):
     """A set of two real images a class from `start` on."""
     real, spec = load_dataset("blobs", "train"), dataset_spec("blobs")
-    images = normalise(real.images.unflatten(0, (4, -1))[:, start : start + 2].flatten(0, 1), spec)
+    images = normalize(real.images.unflatten(0, (4, -1))[:, start : start + 2].flatten(0, 1), spec)
     save_set(path, images, spec, real.class_names, facts)
     return str(path)
 
@@ -170,7 +170,7 @@ def test_the_dataset_may_be_said_for_a_file_of_another_name(work):
 
 def test_a_reference_file_can_take_the_test_sets_place(work):
     tests, spec = load_dataset("blobs", "test"), dataset_spec("blobs")
-    reference = {"images_val": normalise(tests.images, spec), "labels_val": tests.labels}
+    reference = {"images_val": normalize(tests.images, spec), "labels_val": tests.labels}
     torch.save(reference, "blobs_test.pt")
     path = save(work / "blobs.pt")
     outputs = [run(path, *QUICK, "--json", *more)[0] for more in ((), ("--reference", "blobs_test.pt"))]
@@ -181,7 +181,7 @@ def test_a_reference_file_can_take_the_test_sets_place(work):
 @pytest.mark.parametrize("content, said", [
     (b"no such thing", "cannot be read as a reference file"),
     ({"images": torch.zeros(4, 3, 16, 16)}, "images_val"),
-    ({"images_val": torch.rand(4, 3, 16, 16), "labels_val": torch.arange(4)}, "not normalised"),
+    ({"images_val": torch.rand(4, 3, 16, 16), "labels_val": torch.arange(4)}, "not normalized"),
     ({"images_val": torch.randn(4, 3, 32, 32), "labels_val": torch.arange(4)}, "shape"),
     ({"images_val": torch.randn(4, 3, 16, 16), "labels_val": torch.arange(4) + 1}, "labels from 1 to 4"),
 ])  # fmt: skip
@@ -273,7 +273,7 @@ def test_track_2_runs_the_entry_for_each_round_on_the_clock(work):
     assert result["track"] == 2 and result["images"] == 12 and len(result["generation_seconds"]) == 2
     assert "a time budget of 120 s instead of 600 s" in result["deviations"]
     assert "generating" in errors
-    assert result["mean"] > 0.5  # its colours are those of the classes
+    assert result["mean"] > 0.5  # its colors are those of the classes
 
 
 def test_track_2_needs_a_script(work):

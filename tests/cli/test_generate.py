@@ -11,35 +11,35 @@ from click.testing import CliRunner
 from ddkit.cli import main
 
 
-def test_real_images_by_default_names(colours, tmp_path):
-    command = [sys.executable, "-m", "ddkit", "generate", "--dataset", colours, "--from-real", "random", "--ipc", "2"]
+def test_real_images_by_default_names(colors, tmp_path):
+    command = [sys.executable, "-m", "ddkit", "generate", "--dataset", colors, "--from-real", "random", "--ipc", "2"]
     done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tensor"] == "submission/colours.pt"
-    assert torch.load(tmp_path / "submission" / "colours.pt", weights_only=True).shape == (4, 3, 16, 16)
-    assert {path.name for path in (tmp_path / "submission").iterdir()} == {"colours.pt", "colours.json", "colours.png"}
-    assert "next: ddkit evaluate submission/colours.pt" in done.stderr
+    assert json.loads(done.stdout)["tensor"] == "submission/colors.pt"
+    assert torch.load(tmp_path / "submission" / "colors.pt", weights_only=True).shape == (4, 3, 16, 16)
+    assert {path.name for path in (tmp_path / "submission").iterdir()} == {"colors.pt", "colors.json", "colors.png"}
+    assert "next: ddkit evaluate submission/colors.pt" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--dataset", "colours", "--ipc", "0"], 2, "at least one image per class"),
-        (["--dataset", "colors"], 2, "Did you mean 'colours'?"),
-        (["--dataset", "colours"], 3, "ddkit train"),
-        (["--dataset", "colours", "--out", "set.zip", "--from-real", "first"], 2, ".pt"),
-        (["--dataset", "colours", "--from-real", "first", "--ipc", "6"], 2, "--ipc 5"),
-        (["--dataset", "colours", "--sampler", "heun"], 2, "heun"),
-        (["--dataset", "colours", "--select", "herding"], 2, "--candidates"),
-        (["--dataset", "colours", "--from-real", "random", "--guidance", "3"], 2, "--guidance: nothing is sampled"),
-        (["--dataset", "colours", "--from-real", "first", "--candidates", "5"], 2, "chooses from all real ones"),
-        (["--dataset", "colours", "--from-real", "first", "--select", "herding"], 2, "chooses from all real ones"),
-        (["--dataset", "colours", "--from-real", "k-centre"], 2, "Did you mean 'k-center'?"),
-        (["--dataset", "colours", "--candidates", "20", "--select", "hering"], 2, "Did you mean 'herding'?"),
-        (["--dataset", "colours", "--guidance-interval", "0.9", "0.1"], 2, "0.9 to 0.1"),
+        (["--dataset", "colors", "--ipc", "0"], 2, "at least one image per class"),
+        (["--dataset", "colors"], 2, "Did you mean 'colors'?"),
+        (["--dataset", "colors"], 3, "ddkit train"),
+        (["--dataset", "colors", "--out", "set.zip", "--from-real", "first"], 2, ".pt"),
+        (["--dataset", "colors", "--from-real", "first", "--ipc", "6"], 2, "--ipc 5"),
+        (["--dataset", "colors", "--sampler", "heun"], 2, "heun"),
+        (["--dataset", "colors", "--select", "herding"], 2, "--candidates"),
+        (["--dataset", "colors", "--from-real", "random", "--guidance", "3"], 2, "--guidance: nothing is sampled"),
+        (["--dataset", "colors", "--from-real", "first", "--candidates", "5"], 2, "chooses from all real ones"),
+        (["--dataset", "colors", "--from-real", "first", "--select", "herding"], 2, "chooses from all real ones"),
+        (["--dataset", "colors", "--from-real", "k-center"], 2, "Did you mean 'k-center'?"),
+        (["--dataset", "colors", "--candidates", "20", "--select", "hering"], 2, "Did you mean 'herding'?"),
+        (["--dataset", "colors", "--guidance-interval", "0.9", "0.1"], 2, "0.9 to 0.1"),
     ],
 )
-def test_what_it_refuses_in_one_message(colours, tmp_path, monkeypatch, words, status, said):
+def test_what_it_refuses_in_one_message(colors, tmp_path, monkeypatch, words, status, said):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["generate", *words])
     assert done.exit_code == status, done.output
@@ -47,23 +47,23 @@ def test_what_it_refuses_in_one_message(colours, tmp_path, monkeypatch, words, s
     assert not (tmp_path / "submission").exists()
 
 
-def test_a_refined_set_is_not_replaced_unasked(colours, tmp_path, monkeypatch):
+def test_a_refined_set_is_not_replaced_unasked(colors, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["generate", "--dataset", colours, "--from-real", "first", "--ipc", "2"]
+    words = ["generate", "--dataset", colors, "--from-real", "first", "--ipc", "2"]
     assert CliRunner().invoke(main, words).exit_code == 0
-    facts = tmp_path / "submission" / "colours.json"
+    facts = tmp_path / "submission" / "colors.json"
     facts.write_text(facts.read_text().replace("first-real", "refined"))
-    before = (tmp_path / "submission" / "colours.pt").read_bytes()
+    before = (tmp_path / "submission" / "colors.pt").read_bytes()
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2 and "has been refined" in done.output and "--out" in done.output
-    assert (tmp_path / "submission" / "colours.pt").read_bytes() == before
+    assert (tmp_path / "submission" / "colors.pt").read_bytes() == before
     assert CliRunner().invoke(main, [*words, "--replace"]).exit_code == 0
     assert "first-real" in facts.read_text()
 
 
 @pytest.mark.parametrize("choice", [(), ("--candidates", "4", "--select", "random")], ids=["as they come", "chosen"])
-def test_processes_share_the_classes_and_make_the_same_set(colours, colours_model, tmp_path, choice):
-    words = ["generate", "--dataset", colours, "--model", str(colours_model), "--ipc", "3", "--sampling-steps", "2", *choice]
+def test_processes_share_the_classes_and_make_the_same_set(colors, colors_model, tmp_path, choice):
+    words = ["generate", "--dataset", colors, "--model", str(colors_model), "--ipc", "3", "--sampling-steps", "2", *choice]
     alone = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "alone" / "set.pt")])
     assert alone.exit_code == 0, alone.output
     # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
@@ -79,8 +79,8 @@ def test_processes_share_the_classes_and_make_the_same_set(colours, colours_mode
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"set.pt", "set.json", "set.png"}
 
 
-def test_a_set_that_is_there_is_not_made_again(colours, colours_model, tmp_path):
-    words = ["generate", "--dataset", colours, "--model", str(colours_model), "--ipc", "2", "--sampling-steps", "2"]
+def test_a_set_that_is_there_is_not_made_again(colors, colors_model, tmp_path):
+    words = ["generate", "--dataset", colors, "--model", str(colors_model), "--ipc", "2", "--sampling-steps", "2"]
     words += ["--out", str(tmp_path / "set.pt")]
 
     def told(*more):

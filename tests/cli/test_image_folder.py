@@ -20,7 +20,7 @@ DOGS_AND_CATS = (
 
 @pytest.fixture
 def pictures(tmp_path):
-    """<split>/<class>/<image>: each class a colour of its own, four to train on and one to test on, none of them square."""
+    """<split>/<class>/<image>: each class a color of its own, four to train on and one to test on, none of them square."""
     for split, count in (("train", 4), ("val", 1)):
         for label in range(CLASSES):
             folder = tmp_path / "pictures" / split / f"breed-{label}"

@@ -66,7 +66,7 @@ def test_results_and_progress_never_mix():
     assert "About to train." in ran.stderr and "Training [b]" in ran.stderr
 
 
-def test_a_log_has_whole_lines_without_colour():
+def test_a_log_has_whole_lines_without_color():
     lines = run().stderr.splitlines()
     assert lines[0] == "About to train."
     assert lines[1] == "Training [b]: 40/100 images  loss 2.1"

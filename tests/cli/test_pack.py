@@ -18,13 +18,13 @@ def run(*words, status=0):
     return done.stdout, " ".join(done.stderr.split())
 
 
-def test_track_2_bundles_proves_and_reports(colours, colours_model, work):
-    output, said = run("--track", 2, "--model", f"{colours}={colours_model}", "--sampling-steps", 2, "--half", "--json",
+def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
+    output, said = run("--track", 2, "--model", f"{colors}={colors_model}", "--sampling-steps", 2, "--half", "--json",
                        "--proof-budget", "10m", "--proof-images", 6, "--size-limit", "1kB")  # fmt: skip
     data = json.loads(output)
     assert data["path"] == "track2.zip" and data["bytes"] == (work / "track2.zip").stat().st_size
     (proof,) = data["proofs"]
-    assert (proof["dataset"], proof["images"]) == (colours, 6)
+    assert (proof["dataset"], proof["images"]) == (colors, 6)
     assert "There is no model for cifar100" in said and "weights as float16 change 32 images by" in said
     assert "more than the limit of 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
 
@@ -42,26 +42,26 @@ def test_practice_is_packed_and_not_for_upload(work):
     assert "warning C001" in said, "what was found is told, though it is packed"
 
 
-def test_it_takes_the_best_settings_that_were_tuned(colours, colours_model, work):
+def test_it_takes_the_best_settings_that_were_tuned(colors, colors_model, work):
     from ddkit.generator.model_folder import model_hash
     from ddkit.packing.tune import _append
 
-    words = ("--track", 2, "--model", f"{colours}={colours_model}", "--no-proof", "--tuned")
+    words = ("--track", 2, "--model", f"{colors}={colors_model}", "--no-proof", "--tuned")
     _, said = run(*words, status=3)
-    assert "ddkit tune colours" in said
+    assert "ddkit tune colors" in said
     for steps, accuracy in ((4, 0.5), (8, 0.75), (16, 0.25)):
-        trial = Trial(colours, model_hash(colours_model), "euler", steps, 1.5, 60.0, 20, 0, "", (9,), (59.0,), (accuracy,))
-        _append(trial, work / "runs" / "tune" / "colours.jsonl")
+        trial = Trial(colors, model_hash(colors_model), "euler", steps, 1.5, 60.0, 20, 0, "", (9,), (59.0,), (accuracy,))
+        _append(trial, work / "runs" / "tune" / "colors.jsonl")
     _, said = run(*words)
     assert "The bundle was not run" in said
     with zipfile.ZipFile("track2.zip") as archive:
-        entry = json.loads(archive.read("models/colours/entry.json"))
+        entry = json.loads(archive.read("models/colors/entry.json"))
     assert (entry["sampler"], entry["steps"], entry["guidance"]) == ("euler", 8, 1.5)
 
 
 @pytest.mark.parametrize("words, status, said", [
     (["--track", "2"], 3, "ddkit train"),
-    (["--track", "2", "--model", "runs/colours"], 2, "DATASET=FOLDER"),
+    (["--track", "2", "--model", "runs/colors"], 2, "DATASET=FOLDER"),
     (["--track", "2", "--strict"], 2, "--strict is not of track 2"),
     (["--half"], 2, "--half is not of track 1"),
     (["--track", "2", "--size-limit", "much"], 2, "no size"),

@@ -19,13 +19,13 @@ def run(*arguments, status=0):
 
 
 @pytest.fixture
-def mine(colours, tmp_path, monkeypatch):
-    """A set of two pictures a colour, in a working folder of its own."""
+def mine(colors, tmp_path, monkeypatch):
+    """A set of two pictures a color, in a working folder of its own."""
     monkeypatch.chdir(tmp_path)
-    run("generate", "--dataset", colours, "--from-real", "first", "--ipc", "2", "--out", "mine/colours.pt")
-    facts = tmp_path / "mine" / "colours.json"
+    run("generate", "--dataset", colors, "--from-real", "first", "--ipc", "2", "--out", "mine/colors.pt")
+    facts = tmp_path / "mine" / "colors.json"
     facts.write_text(facts.read_text().replace("first-real", "generated"))
-    return "mine/colours.pt"
+    return "mine/colors.pt"
 
 
 def test_it_runs_what_is_missing_once_and_the_report_shows_the_scores(mine):
@@ -60,9 +60,9 @@ def test_it_is_of_sets_with_augmentation_on_track_1(mine, more):
     assert "--ranking is of sets on track 1" in errors
 
 
-def test_random_real_images_are_not_ranked(mine, colours):
-    run("generate", "--dataset", colours, "--from-real", "random", "--ipc", "2", "--out", "random/colours.pt")
-    _, errors = run("evaluate", "random/colours.pt", *QUICK, "--ranking", status=2)
+def test_random_real_images_are_not_ranked(mine, colors):
+    run("generate", "--dataset", colors, "--from-real", "random", "--ipc", "2", "--out", "random/colors.pt")
+    _, errors = run("evaluate", "random/colors.pt", *QUICK, "--ranking", status=2)
     assert "real images themselves" in " ".join(errors.split())
-    output, _ = run("evaluate", mine, "random/colours.pt", *QUICK, "--ranking", "--json")
+    output, _ = run("evaluate", mine, "random/colors.pt", *QUICK, "--ranking", "--json")
     assert [ranking["name"] for ranking in json.loads(output)["rankings"]] == ["mine"]

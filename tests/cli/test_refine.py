@@ -24,9 +24,9 @@ QUICK = ["--real-per-class", "2", "--check-epochs", "0", "--trained-share", "0",
 
 
 @pytest.fixture
-def submission(colours, tmp_path, monkeypatch):
+def submission(colors, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return generate(colours, 2, FromReal("first"), tmp_path / "submission" / "colours.pt").tensor
+    return generate(colors, 2, FromReal("first"), tmp_path / "submission" / "colors.pt").tensor
 
 
 def ddkit(*words):
@@ -35,51 +35,51 @@ def ddkit(*words):
 
 def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
     before = submission.read_bytes()
-    done = ddkit("submission/colours.pt", "--steps", "3", *QUICK, "--quiet", "--json")
+    done = ddkit("submission/colors.pt", "--steps", "3", *QUICK, "--quiet", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.output)
-    assert (result["steps"], result["files"]["tensor"]) == (3, "submission/colours.pt")
-    assert (tmp_path / "runs" / "colours-refine" / "before.pt").read_bytes() == before != submission.read_bytes()
+    assert (result["steps"], result["files"]["tensor"]) == (3, "submission/colors.pt")
+    assert (tmp_path / "runs" / "colors-refine" / "before.pt").read_bytes() == before != submission.read_bytes()
 
-    again = ddkit("submission/colours.pt", "--steps", "4", *QUICK)
+    again = ddkit("submission/colors.pt", "--steps", "4", *QUICK)
     assert again.exit_code == 0, again.output
-    assert "next: ddkit evaluate submission/colours.pt" in again.output
-    fresh = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--seed", "3", "--fresh", "--quiet", "--json")
+    assert "next: ddkit evaluate submission/colors.pt" in again.output
+    fresh = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--seed", "3", "--fresh", "--quiet", "--json")
     assert json.loads(fresh.output)["steps"] == 1
-    assert (tmp_path / "runs" / "colours-refine" / "before.pt").read_bytes() == before
+    assert (tmp_path / "runs" / "colors-refine" / "before.pt").read_bytes() == before
 
 
 def test_what_goes_on_has_the_settings_it_had(submission):
-    first = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--preset", "means", "--displayable")
-    again = ddkit("submission/colours.pt", "--steps", "2", "--quiet", "--json")
+    first = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--preset", "means", "--displayable")
+    again = ddkit("submission/colors.pt", "--steps", "2", "--quiet", "--json")
     assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
     assert json.loads(again.stdout)["steps"] == 2
-    other = ddkit("submission/colours.pt", "--steps", "3", "--real-per-class", "3")
+    other = ddkit("submission/colors.pt", "--steps", "3", "--real-per-class", "3")
     assert other.exit_code == 2 and "real_per_class 2, not 3." in " ".join(other.output.split())
 
 
 def test_trajectories_go_on_with_their_experts(submission, monkeypatch, tmp_path):
-    words = ("submission/colours.pt", "--objective", "trajectories", "--means-first", "1", "--student-steps", "2", *QUICK)
+    words = ("submission/colors.pt", "--objective", "trajectories", "--means-first", "1", "--student-steps", "2", *QUICK)
     small = dataclasses.replace(RefineSettings(), experts=ExpertSettings(steps=4, batch_size=4, keep_every=1, span=2))
     monkeypatch.setitem(PRESETS, "track1", small)
     first = ddkit(*words, "--experts", "1", "--steps", "2")
-    again = ddkit("submission/colours.pt", "--steps", "3", "--quiet", "--json")
+    again = ddkit("submission/colors.pt", "--steps", "3", "--quiet", "--json")
     assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
     assert json.loads(again.stdout)["steps"] == 3
-    recorded = recorded_settings(tmp_path / "runs" / "colours-refine")
+    recorded = recorded_settings(tmp_path / "runs" / "colors-refine")
     assert (recorded.experts, recorded.student.steps) == (dataclasses.replace(small.experts, count=1), 2)
-    other = ddkit("submission/colours.pt", "--steps", "4", "--experts", "2")
+    other = ddkit("submission/colors.pt", "--steps", "4", "--experts", "2")
     assert other.exit_code == 2 and "with other settings: experts" in " ".join(other.output.split())
 
 
 def test_a_set_made_anew_is_refined_in_another_folder(submission):
-    for words in ((), ("--run", "runs/colours-refine-2")):
-        done = ddkit("submission/colours.pt", "--steps", "1", *QUICK, *words)
+    for words in ((), ("--run", "runs/colors-refine-2")):
+        done = ddkit("submission/colors.pt", "--steps", "1", *QUICK, *words)
         assert done.exit_code == 0, done.output
-        generate("colours", 2, FromReal("random", seed=5), submission, replace=True)
+        generate("colors", 2, FromReal("random", seed=5), submission, replace=True)
         for options in ((), ("--fresh",)):
-            refused = ddkit("submission/colours.pt", "--steps", "1", *options)
-            assert refused.exit_code == 2 and "--run runs/colours-refine-2" in " ".join(refused.output.split())
+            refused = ddkit("submission/colors.pt", "--steps", "1", *options)
+            assert refused.exit_code == 2 and "--run runs/colors-refine-2" in " ".join(refused.output.split())
 
 
 def test_the_dataset_is_what_the_json_beside_the_set_says(submission):
@@ -92,7 +92,7 @@ def test_the_dataset_is_what_the_json_beside_the_set_says(submission):
 def test_presets_are_those_of_the_library_and_options_change_single_settings(submission):
     (option,) = [option for option in refine.params if option.name == "preset"]
     assert set(option.type.choices) == set(PRESETS)
-    done = ddkit("submission/colours.pt", "--steps", "1", *QUICK, "--preset", "means", "--lr", "0.001", "--quiet")
+    done = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--preset", "means", "--lr", "0.001", "--quiet")
     assert done.exit_code == 0, done.output
     facts = json.loads(submission.with_suffix(".json").read_text())
     assert (facts["objective"], facts["learning_rate"], facts["real_per_class"]) == ("means", 0.001, 2)
@@ -106,11 +106,11 @@ def test_stopped_while_it_judges_it_stops_at_once(submission, tmp_path):
         if "Judging" in line:
             break
     second = ddkit(str(submission), "--steps", "5", *settings)  # which would forget how the first one's set was
-    assert second.exit_code == 2 and "Another process refines in runs/colours-refine" in " ".join(second.output.split())
+    assert second.exit_code == 2 and "Another process refines in runs/colors-refine" in " ".join(second.output.split())
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=300)
     assert process.returncode == 130
-    state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
+    state = torch.load(tmp_path / "runs" / "colors-refine" / "state.pt", weights_only=True)
     assert (state["step"], state["judgements"]) == (0, [])
 
 
@@ -127,7 +127,7 @@ def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
     assert process.returncode == 130
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
+    state = torch.load(tmp_path / "runs" / "colors-refine" / "state.pt", weights_only=True)
     assert [judgement["step"] for judgement in state["judgements"]] == [0, 2]
 
 
@@ -135,14 +135,14 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
     command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "100000", *QUICK]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
-    records = tmp_path / "runs" / "colours-refine" / "records.jsonl"
+    records = tmp_path / "runs" / "colors-refine" / "records.jsonl"
     while not records.exists() and process.poll() is None:
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
-    state = torch.load(tmp_path / "runs" / "colours-refine" / "state.pt", weights_only=True)
+    state = torch.load(tmp_path / "runs" / "colors-refine" / "state.pt", weights_only=True)
     assert state["step"] > 0
     assert f"Interrupted after step {state['step']}." in said
     done = ddkit(str(submission), "--steps", str(state["step"] + 1), *QUICK, "--quiet", "--json")
@@ -152,20 +152,20 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["nowhere.pt", "--dataset", "colours"], 3, "nowhere.pt does not exist"),
+        (["nowhere.pt", "--dataset", "colors"], 3, "nowhere.pt does not exist"),
         (["submission"], 2, "submission is a folder"),
-        (["submission/colours.pt", "--steps", "2", "--time", "1m"], 2, "contradict"),
-        (["submission/colours.pt", "--dataset", "colors"], 2, "Did you mean 'colours'?"),
-        (["submission/colours.pt", "--lr", "0"], 2, "--lr"),
-        (["submission/colours.pt", "--preset", "means", "--ridge", "1"], 2, "--ridge is of the objective regression"),
-        (["submission/colours.pt", "--student-steps", "3"], 2, "--student-steps is of the objective trajectories"),
-        (["submission/colours.pt", "--experts", "2"], 2, "--experts are of trajectories and of --trained-share"),
-        (["submission/colours.pt", "--preset", "means", "--means-first", "1"], 2, "nothing after the means"),
-        (["submission/colours.pt", "--objective", "trajectories", "--means-first", "0", "--real-per-class", "3"], 2,
+        (["submission/colors.pt", "--steps", "2", "--time", "1m"], 2, "contradict"),
+        (["submission/colors.pt", "--dataset", "colors"], 2, "Did you mean 'colors'?"),
+        (["submission/colors.pt", "--lr", "0"], 2, "--lr"),
+        (["submission/colors.pt", "--preset", "means", "--ridge", "1"], 2, "--ridge is of the objective regression"),
+        (["submission/colors.pt", "--student-steps", "3"], 2, "--student-steps is of the objective trajectories"),
+        (["submission/colors.pt", "--experts", "2"], 2, "--experts are of trajectories and of --trained-share"),
+        (["submission/colors.pt", "--preset", "means", "--means-first", "1"], 2, "nothing after the means"),
+        (["submission/colors.pt", "--objective", "trajectories", "--means-first", "0", "--real-per-class", "3"], 2,
          "--real-per-class is of the means"),
-        (["submission/colours.pt", "--means-first", "0", "--attention", "100"], 2, "none come before the regression"),
-        (["submission/colours.pt", "--recognition", "1"], 2, "recognition is by experts"),
-        (["submission/colours.pt", "--out", "refined.json"], 2, "does not end in .pt"),
+        (["submission/colors.pt", "--means-first", "0", "--attention", "100"], 2, "none come before the regression"),
+        (["submission/colors.pt", "--recognition", "1"], 2, "recognition is by experts"),
+        (["submission/colors.pt", "--out", "refined.json"], 2, "does not end in .pt"),
     ],
 )
 def test_what_it_refuses_in_one_message(submission, words, status, said):

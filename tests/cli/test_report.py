@@ -96,11 +96,11 @@ def in_terminal(*arguments, **environment):
     return written.decode()
 
 
-def test_colours_in_a_terminal_unless_no_color_is_set(results, monkeypatch):
+def test_colors_in_a_terminal_unless_no_color_is_set(results, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[1;36m" in in_terminal()
     plain = in_terminal(NO_COLOR="1")
-    assert "mine" in plain and not any(f"3{colour}m" in plain for colour in range(1, 7))
+    assert "mine" in plain and not any(f"3{color}m" in plain for color in range(1, 7))
 
 
 def test_json_is_the_same_leaderboard(results):
@@ -179,8 +179,8 @@ def test_only_the_wanted_track(results):
     assert "Track 1" not in run("--track", "2")[0]
 
 
-def test_the_quality_of_a_set_is_measured_and_its_sheets_written(colours):
-    CliRunner().invoke(main, ["generate", "--dataset", colours, "--from-real", "first", "--ipc", "2", "--out", "m/colours.pt"])
+def test_the_quality_of_a_set_is_measured_and_its_sheets_written(colors):
+    CliRunner().invoke(main, ["generate", "--dataset", colors, "--from-real", "first", "--ipc", "2", "--out", "m/colors.pt"])
     _, errors = run("--quality", "m", "--device", "cpu", status=2)
     assert "too few real images" in errors  # five a class
     _, errors = run("--quality", "nowhere", status=3)

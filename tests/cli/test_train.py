@@ -28,13 +28,13 @@ def steps_done(folder):
     return json.loads((folder / "ddkit.json").read_text())["steps"]
 
 
-def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
-    words = ["train", "--dataset", colours, "--preset", "demo", "--batch-size", "8", "--quiet"]
+def test_train_go_on_and_refuse_other_settings(ddkit, colors, tmp_path):
+    words = ["train", "--dataset", colors, "--preset", "demo", "--batch-size", "8", "--quiet"]
     first = ddkit(*words, "--time", "1s", "--json")
     assert first.exit_code == 0, first.output
-    folder = tmp_path / "runs" / "colours"
+    folder = tmp_path / "runs" / "colors"
     assert json.loads(first.output) == {
-        "folder": "runs/colours",
+        "folder": "runs/colors",
         "steps": steps_done(folder),
         "images_seen": 8 * steps_done(folder),
         "metrics": {},
@@ -45,9 +45,9 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
     }  # fmt: skip
 
     before = steps_done(folder)
-    longer = ddkit("train", "--dataset", colours, "--batch-size", "8", "--time", "2s", "--resume")
+    longer = ddkit("train", "--dataset", colors, "--batch-size", "8", "--time", "2s", "--resume")
     assert longer.exit_code == 0 and "Going on with" in longer.output, longer.output
-    assert "ddkit generate --ipc 10 --dataset colours" in longer.output
+    assert "ddkit generate --ipc 10 --dataset colors" in longer.output
     assert steps_done(folder) > before
 
     other = ddkit(*words, "--time", "2s", "--ema-decay", "0.5", "--seed", "3")
@@ -55,12 +55,12 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
     assert "ema_decay: None, not 0.5" in other.output and "seed: 0, not 3" in other.output
 
     slower = ddkit(*words, "--time", "2.2s", "--lr", "1e-5")
-    again = ddkit("train", "--dataset", colours, "--time", "2.3s")  # batch size and rate need not be said again
+    again = ddkit("train", "--dataset", colors, "--time", "2.3s")  # batch size and rate need not be said again
     assert (slower.exit_code, again.exit_code) == (0, 0), slower.output + again.output
-    optimiser = json.loads((folder / "config.json").read_text())["config"]["denoiser_optimiser"]
-    assert (optimiser["learning_rate"], optimiser["batch_size"]) == (1e-5, 8)
+    optimizer = json.loads((folder / "config.json").read_text())["config"]["denoiser_optimizer"]
+    assert (optimizer["learning_rate"], optimizer["batch_size"]) == (1e-5, 8)
 
-    other = ddkit("train", "--dataset", colours, "--preset", "tiny")
+    other = ddkit("train", "--dataset", colors, "--preset", "tiny")
     assert other.exit_code == 2 and "other settings: preset: demo, not tiny; " in " ".join(other.output.split())
 
     fresh = ddkit(*words, "--time", "0.5s", "--seed", "3", "--fresh")
@@ -69,9 +69,9 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colours, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_stopped_it_has_saved_and_goes_on(ddkit, colours, tmp_path, number):
-    words = ["train", "--dataset", colours, "--preset", "demo", "--save-every", "0.5s"]
-    folder = tmp_path / "runs" / "colours"
+def test_stopped_it_has_saved_and_goes_on(ddkit, colors, tmp_path, number):
+    words = ["train", "--dataset", colors, "--preset", "demo", "--save-every", "0.5s"]
+    folder = tmp_path / "runs" / "colors"
     process = subprocess.Popen(
         [sys.executable, "-m", "ddkit", *words, "--time", "10h"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         # Small tensors: threads would only wait for each other.
@@ -81,7 +81,7 @@ def test_stopped_it_has_saved_and_goes_on(ddkit, colours, tmp_path, number):
     while not list(folder.glob("checkpoints/denoiser-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     second = ddkit(*words, "--time", "1s")
-    assert second.exit_code == 2 and "Another process trains in runs/colours" in " ".join(second.output.split())
+    assert second.exit_code == 2 and "Another process trains in runs/colors" in " ".join(second.output.split())
     process.send_signal(number)
     _, errors = process.communicate(timeout=300)
     if number == signal.SIGKILL:
@@ -99,12 +99,12 @@ def test_stopped_it_has_saved_and_goes_on(ddkit, colours, tmp_path, number):
     assert steps_done(folder) > saved
 
 
-def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, colours, tmp_path, monkeypatch):
+def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, colors, tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
     (tmp_path / "runs").mkdir()
-    done = ddkit("train", "--dataset", colours, "--preset", "demo", "--track-every", "5", "--features", "inception")
+    done = ddkit("train", "--dataset", colors, "--preset", "demo", "--track-every", "5", "--features", "inception")
     assert done.exit_code == 3, done.output
     assert "weights of Inception" in " ".join(done.output.split())
     assert list((tmp_path / "runs").iterdir()) == []
@@ -113,34 +113,34 @@ def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, c
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--dataset", "colors"], 2, "Did you mean 'colours'?"),
-        (["--dataset", "colours", "--preset", "tinny"], 2, "Did you mean 'tiny'?"),
-        (["--dataset", "colours", "--resume"], 3, "no training in runs/colours"),
-        (["--dataset", "colours", "--resume", "--fresh"], 2, "contradict"),
-        (["--dataset", "colours", "--steps", "9", "--time", "9s"], 2, "contradict"),
-        (["--dataset", "colours", "--time", "soon"], 2, "no length of time"),
-        (["--dataset", "colours", "--batch-size", "0"], 2, "0 is not in the range"),
-        (["--dataset", "colours", "--device", "cuda:99"], 3, "cuda:99"),
-        (["--dataset", "colours", "--batch-size", "100000"], 3, "would fit"),
-        (["--dataset", "colours", "--autoencoder", "nowhere", "--preset", "demo"], 3, "nowhere"),
-        (["--dataset", "colours", "--preset", "demo", "--features", "inception"], 2, "nothing is tracked"),
+        (["--dataset", "colors"], 2, "Did you mean 'colors'?"),
+        (["--dataset", "colors", "--preset", "tinny"], 2, "Did you mean 'tiny'?"),
+        (["--dataset", "colors", "--resume"], 3, "no training in runs/colors"),
+        (["--dataset", "colors", "--resume", "--fresh"], 2, "contradict"),
+        (["--dataset", "colors", "--steps", "9", "--time", "9s"], 2, "contradict"),
+        (["--dataset", "colors", "--time", "soon"], 2, "no length of time"),
+        (["--dataset", "colors", "--batch-size", "0"], 2, "0 is not in the range"),
+        (["--dataset", "colors", "--device", "cuda:99"], 3, "cuda:99"),
+        (["--dataset", "colors", "--batch-size", "100000"], 3, "would fit"),
+        (["--dataset", "colors", "--autoencoder", "nowhere", "--preset", "demo"], 3, "nowhere"),
+        (["--dataset", "colors", "--preset", "demo", "--features", "inception"], 2, "nothing is tracked"),
     ],
 )
-def test_what_it_refuses_in_one_message(ddkit, colours, monkeypatch, words, status, said):
+def test_what_it_refuses_in_one_message(ddkit, colors, monkeypatch, words, status, said):
     monkeypatch.setattr("ddkit.generator.training.estimate.free_memory", lambda device: 2**30)
     done = ddkit("train", *words)
     assert done.exit_code == status, done.output
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output
 
 
-def test_a_dry_run_tells_the_costs_and_leaves_nothing(ddkit, colours, tmp_path):
-    words = ["train", "--dataset", colours, "--preset", "demo", "--batch-size", "8", "--dry-run"]
+def test_a_dry_run_tells_the_costs_and_leaves_nothing(ddkit, colors, tmp_path):
+    words = ["train", "--dataset", colors, "--preset", "demo", "--batch-size", "8", "--dry-run"]
     done = ddkit(*words, "--json", "--quiet")
     assert done.exit_code == 0, done.output
     costs = json.loads(done.output)
     assert [stage["stage"] for stage in costs["stages"]] == ["autoencoder", "denoiser"]
     assert all(stage["images_per_second"] > 0 for stage in costs["stages"])
-    assert costs["config"]["denoiser_optimiser"]["batch_size"] == 8
+    assert costs["config"]["denoiser_optimizer"]["batch_size"] == 8
     assert costs["steps"] == [400, 1500] and costs["fits"]
     shorter = json.loads(ddkit(*words, "--time", "20s", "--json", "--quiet").output)
     assert 1 <= shorter["steps"][0] <= 400 and shorter["steps"] != costs["steps"]

@@ -15,7 +15,7 @@ QUICK = ("--batch-size", "4", "--steps", "6", "--no-compile")
 
 
 @pytest.fixture
-def ddkit(tmp_path, monkeypatch, colours):
+def ddkit(tmp_path, monkeypatch, colors):
     """Runs ddkit in this process, in a folder of the test's own; `.output` is what it printed, on one line."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -36,7 +36,7 @@ def said(done):
 
 def tune(ddkit, *words):
     """A fine-tuning that is to succeed; what it said."""
-    done = ddkit("train", "--method", "minimax", "--dataset", "colours", *QUICK, *words)
+    done = ddkit("train", "--method", "minimax", "--dataset", "colors", *QUICK, *words)
     assert done.exit_code == 0, done.output
     return said(done)
 
@@ -56,20 +56,20 @@ def steps_done(folder):
 @pytest.mark.parametrize("architecture", ["uvit", "unet", "dit"])
 def test_from_ones_own_generator_to_pictures(ddkit, tmp_path, architecture):
     scratch = ("--preset", "demo", "--architecture", architecture, "--time", "1s", "--batch-size", "4")
-    assert ddkit("train", "--dataset", "colours", *scratch).exit_code == 0
+    assert ddkit("train", "--dataset", "colors", *scratch).exit_code == 0
     told = tune(ddkit)
-    assert "Starting from runs/colours" in told and "2 of 2 classes known by name" in told
-    assert "next: ddkit generate --ipc 10 --dataset colours --model runs/colours-minimax" in told
-    folder = tmp_path / "runs" / "colours-minimax"
+    assert "Starting from runs/colors" in told and "2 of 2 classes known by name" in told
+    assert "next: ddkit generate --ipc 10 --dataset colors --model runs/colors-minimax" in told
+    folder = tmp_path / "runs" / "colors-minimax"
     assert settings(folder)["flips"] is False  # as the generator was trained
     last = records(folder)[-1]
     assert last["stage"] == "minimax" and last["step"] == steps_done(folder) == 6
     assert last["loss"] == pytest.approx(
         last["mse"] + 0.002 * last["representativeness"] + 0.008 * last["diversity"], rel=1e-5
     )
-    made = ddkit("generate", "--ipc", "2", "--dataset", "colours", "--model", folder, "--sampling-steps", "2")
+    made = ddkit("generate", "--ipc", "2", "--dataset", "colors", "--model", folder, "--sampling-steps", "2")
     assert made.exit_code == 0, made.output
-    assert torch.load(tmp_path / "submission" / "colours.pt", weights_only=True).shape == (4, 3, 16, 16)
+    assert torch.load(tmp_path / "submission" / "colors.pt", weights_only=True).shape == (4, 3, 16, 16)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -77,12 +77,12 @@ def test_from_a_pretrained_diffusion_transformer(ddkit, tmp_path, dit_folder, fu
     told = tune(ddkit, "--init", dit_folder, *(["--full"] if full else []))
     assert ("(100 %)" in told) is full
     assert "1 of 2 classes known by name; the mean of all stands for blue." in told
-    folder = tmp_path / "runs" / "colours-minimax"
+    folder = tmp_path / "runs" / "colors-minimax"
     parts = {path.name for path in folder.iterdir()}
     assert parts >= {"model_index.json", "ddkit.json", "vae", "transformer", "scheduler"}
     weights = set(torch_keys(folder))
     assert weights == set(torch_keys(dit_folder))
-    made = ddkit("generate", "--ipc", "1", "--dataset", "colours", "--model", folder, "--sampling-steps", "2")
+    made = ddkit("generate", "--ipc", "1", "--dataset", "colors", "--model", folder, "--sampling-steps", "2")
     assert made.exit_code == 0, made.output
 
 
@@ -102,7 +102,7 @@ def test_goes_on_without_its_settings_being_said_again(ddkit, tmp_path, dit_fold
     (tmp_path / "map.json").unlink()
     relative = os.path.relpath(dit_folder, tmp_path)  # the same start by another name
     for words in (["--method", "minimax", "--steps", "8", "--resume"], ["--steps", "10", "--init", f"{relative}/"]):
-        again = ddkit("train", "--dataset", "colours", "--out", folder, "--batch-size", "4", "--no-compile", *words)
+        again = ddkit("train", "--dataset", "colors", "--out", folder, "--batch-size", "4", "--no-compile", *words)
         assert again.exit_code == 0 and "Going on with" in again.output, again.output
     assert steps_done(folder) == 10
     minimax = settings(folder)["minimax"]
@@ -111,24 +111,24 @@ def test_goes_on_without_its_settings_being_said_again(ddkit, tmp_path, dit_fold
     assert all(record["loss"] == pytest.approx(record["mse"] + 0.5 * record["representativeness"], rel=1e-5)
                for record in records(folder))  # fmt: skip
 
-    other = ddkit("train", "--dataset", "colours", "--out", folder, *QUICK, "--memory-size", "5")
+    other = ddkit("train", "--dataset", "colors", "--out", folder, *QUICK, "--memory-size", "5")
     assert other.exit_code == 2 and "minimax.memory_size: 3, not 5" in said(other)
-    tamer = ddkit("train", "--dataset", "colours", "--out", folder, "--lambda-r", "0.1", "--lr", "1e-4")
+    tamer = ddkit("train", "--dataset", "colors", "--out", folder, "--lambda-r", "0.1", "--lr", "1e-4")
     assert tamer.exit_code == 0 and settings(folder)["minimax"]["lambda_r"] == 0.1
-    assert settings(folder)["denoiser_optimiser"]["learning_rate"] == 1e-4 and steps_done(folder) == 10
-    scratch = ddkit("train", "--dataset", "colours", "--out", folder, "--method", "diffusion")
+    assert settings(folder)["denoiser_optimizer"]["learning_rate"] == 1e-4 and steps_done(folder) == 10
+    scratch = ddkit("train", "--dataset", "colors", "--out", folder, "--method", "diffusion")
     assert scratch.exit_code == 2 and "folder that holds a fine-tuning" in said(scratch)
 
 
 def test_epochs_in_place_of_steps(ddkit, tmp_path, dit_folder):
     words = ("--init", dit_folder, "--batch-size", "5", "--epochs", "3")
-    done = ddkit("train", "--dataset", "colours", *words)
+    done = ddkit("train", "--dataset", "colors", *words)
     assert done.exit_code == 0, done.output
-    assert steps_done(tmp_path / "runs" / "colours-minimax") == 6, "10 images, 3 times, 5 a step"
+    assert steps_done(tmp_path / "runs" / "colors-minimax") == 6, "10 images, 3 times, 5 a step"
 
 
 def test_a_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
-    done = ddkit("train", "--dataset", "colours", "--init", dit_folder, *QUICK, "--dry-run", "--json", "--quiet")
+    done = ddkit("train", "--dataset", "colors", "--init", dit_folder, *QUICK, "--dry-run", "--json", "--quiet")
     assert done.exit_code == 0, done.output
     told = json.loads(done.output)
     (stage,) = told["stages"]
@@ -140,9 +140,9 @@ def test_a_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
 
 
 def test_weights_so_large_that_the_loss_diverges(ddkit, tmp_path, dit_folder):
-    folder = tmp_path / "runs" / "colours-minimax"
+    folder = tmp_path / "runs" / "colors-minimax"
     wild = ("--init", dit_folder, "--full", "--lambda-d", "1e20", "--lr", "1")
-    done = ddkit("train", "--dataset", "colours", "--batch-size", "4", "--steps", "2000", "--no-compile", *wild)
+    done = ddkit("train", "--dataset", "colors", "--batch-size", "4", "--steps", "2000", "--no-compile", *wild)
     assert done.exit_code == 3, done.output
     assert "loss of minimax training is" in said(done) and "--lambda-d" in said(done)
     assert not (folder / "ddkit.json").exists(), "a broken model is not kept"
@@ -179,16 +179,16 @@ def test_what_it_refuses_in_one_message(ddkit, save_dit, tmp_path, words, status
     (tmp_path / "wrong.json").write_text('{"bleu": "tench"}')
     (tmp_path / "map.json").write_text('{"blue": "tench"}')
     (tmp_path / "flag.json").write_text('{"blue": true}')
-    done = ddkit("train", "--dataset", "colours", *words)
+    done = ddkit("train", "--dataset", "colors", *words)
     assert done.exit_code == status, done.output
     assert message in said(done) and "Traceback" not in done.output
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_hub_id_without_a_network(colours, tmp_path):
+def test_a_hub_id_without_a_network(colors, tmp_path):
     """In a process of its own, whose hub is a port where nobody listens."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    words = [sys.executable, "-m", "ddkit", "train", "--init", "facebook/DiT-XL-2-256", "--dataset", colours]
+    words = [sys.executable, "-m", "ddkit", "train", "--init", "facebook/DiT-XL-2-256", "--dataset", colors]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
     told = " ".join(done.stderr.split())
     assert done.returncode == 3 and "Traceback" not in told

@@ -14,9 +14,9 @@ def run(*words, status=0):
     return done.stdout, " ".join(done.stderr.split())
 
 
-def test_a_trial_is_run_kept_and_drawn(colours, colours_model, work):
+def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work):
     # So many steps that the round does not end with learning from tens of thousands of images.
-    words = (colours, "--model", colours_model, "--steps", 200, "--guidance", 1, "--time-budget", "60s",
+    words = (colors, "--model", colors_model, "--steps", 200, "--guidance", 1, "--time-budget", "60s",
              "--epochs-setting", 0, "--rounds", 1, "--device", "cpu", "--json")  # fmt: skip
     output, said = run(*words)
     data = json.loads(output)
@@ -24,20 +24,20 @@ def test_a_trial_is_run_kept_and_drawn(colours, colours_model, work):
     assert data["best"] == trial and (trial["steps"], trial["guidance"], trial["budget"]) == (200, 1.0, 60.0)
     assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 60 and 0 <= trial["mean"] <= 1
     assert "Trying 1 settings" in said and "Best: 200 steps, guidance 1" in said
-    assert f"next: ddkit pack --track 2 --tuned --model colours={colours_model}" in said
-    assert (work / "runs" / "tune" / "colours.png").stat().st_size > 0
-    kept = (work / "runs" / "tune" / "colours.jsonl").read_text()
+    assert f"next: ddkit pack --track 2 --tuned --model colors={colors_model}" in said
+    assert (work / "runs" / "tune" / "colors.png").stat().st_size > 0
+    kept = (work / "runs" / "tune" / "colors.jsonl").read_text()
 
     again, _ = run(*words)  # at once, from what was kept
-    assert json.loads(again) == data and (work / "runs" / "tune" / "colours.jsonl").read_text() == kept
+    assert json.loads(again) == data and (work / "runs" / "tune" / "colors.jsonl").read_text() == kept
 
 
 @pytest.mark.parametrize("words, status, said", [
-    (["colours", "--steps", "0"], 2, "--steps"),
-    (["colours", "--track", "1"], 2, "--track"),
-    (["colors"], 2, "Did you mean 'colours'?"),
-    (["colours"], 3, "ddkit train"),
+    (["colors", "--steps", "0"], 2, "--steps"),
+    (["colors", "--track", "1"], 2, "--track"),
+    (["colors"], 2, "Did you mean 'colors'?"),
+    (["colors"], 3, "ddkit train"),
 ])  # fmt: skip
-def test_what_it_refuses(colours, work, words, status, said):
+def test_what_it_refuses(colors, work, words, status, said):
     _, errors = run(*words, status=status)
     assert said in errors

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 
-def encoded(colour=(200, 100, 50), side=8, kind="PNG") -> bytes:
-    """A plain picture of that colour, as the bytes of a file."""
+def encoded(color=(200, 100, 50), side=8, kind="PNG") -> bytes:
+    """A plain picture of that color, as the bytes of a file."""
     buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, kind)
+    Image.new("RGB", (side, side), color).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -46,7 +46,7 @@ def write_tree(tmp_path):
 
 @pytest.fixture
 def photos():
-    """Two classes, three training and two test images each; image k of class c has the colour (c * 100, k, 7)."""
+    """Two classes, three training and two test images each; image k of class c has the color (c * 100, k, 7)."""
     return {
         f"{split}/{name}/{k}.png": encoded((c * 100, k, 7))
         for split, count in (("train", 3), ("test", 2))
@@ -56,8 +56,8 @@ def photos():
 
 
 @pytest.fixture
-def colours():
-    """(N, 3) of images that are one colour each."""
+def colors():
+    """(N, 3) of images that are one color each."""
 
     def of(images) -> list[tuple[int, ...]]:
         pixels = np.asarray(images)

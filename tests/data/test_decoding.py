@@ -22,7 +22,7 @@ def as_file(image, kind="PNG", **options):
     return buffer.getvalue()
 
 
-def one_colour(data, side=4):
+def one_color(data, side=4):
     pixels = read_image(data, side)
     assert pixels.shape == (3, side, side) and pixels.dtype == np.uint8
     assert (pixels == pixels[:, :1, :1]).all()
@@ -67,12 +67,12 @@ def sixteen_bits(value):
     ],
 )
 def test_every_mode_becomes_rgb(data, expected):
-    assert one_colour(data) == expected
+    assert one_color(data) == expected
 
 
-def test_a_jpeg_of_four_inks_is_close_to_its_colour():
+def test_a_jpeg_of_four_inks_is_close_to_its_color():
     data = as_file(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG")
-    assert np.abs(np.subtract(one_colour(data), (255, 0, 0))).max() <= 3
+    assert np.abs(np.subtract(one_color(data), (255, 0, 0))).max() <= 3
 
 
 def test_pixels_keep_their_places():
@@ -96,7 +96,7 @@ def test_other_sizes_are_refused_unless_they_may_be_resized():
     assert (read_image(data, 2, resize=True) == np.array([9, 8, 7])[:, None, None]).all()
 
 
-def test_resizing_crops_to_the_centre_and_antialiases():
+def test_resizing_crops_to_the_center_and_antialiases():
     fine = np.indices((64, 64)).sum(0) % 2 * 255  # a checkerboard of single pixels
     wide = np.zeros((64, 128), np.uint8)
     wide[:, 32:96] = fine
@@ -177,7 +177,7 @@ def test_rows_are_filled_in_order_and_problems_named(many, write_tree, tmp_path,
     assert sorted(reports) == reports and reports[-1] == 600
     rows = np.concatenate(list(target.blocks()))
     expected = [(0, 0, 0) if k in (5, 300, 599) else (k % 256, k // 256, 3) for k in range(600)]
-    assert rows[:, :, 1, 2].tolist() == [list(colour) for colour in expected]
+    assert rows[:, :, 1, 2].tolist() == [list(color) for color in expected]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -2,16 +2,16 @@ import pytest
 import torch
 
 from ddkit.challenge import CIFAR100, TINYIMAGENET
-from ddkit.data.images import denormalise, normalise, normalise_, to_uint8
+from ddkit.data.images import denormalize, normalize, normalize_, to_uint8
 
 
 @pytest.mark.parametrize("spec", [CIFAR100, TINYIMAGENET])
-def test_pixels_normalised_in_place_are_the_same_to_the_bit_and_come_back(spec):
+def test_pixels_normalized_in_place_are_the_same_to_the_bit_and_come_back(spec):
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     values = pixels.float()
-    assert normalise_(values, spec) is values
-    assert torch.equal(values, normalise(pixels, spec))
-    assert torch.equal(to_uint8(denormalise(values, spec)), pixels)
+    assert normalize_(values, spec) is values
+    assert torch.equal(values, normalize(pixels, spec))
+    assert torch.equal(to_uint8(denormalize(values, spec)), pixels)
     expected = (200 / 255 - spec.mean[1]) / spec.std[1]
     assert values[0, 1].flatten()[200].item() == pytest.approx(expected, abs=1e-5)
 

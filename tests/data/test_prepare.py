@@ -19,7 +19,7 @@ from ddkit.data import prepare as preparing
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.download import Archive
 from ddkit.data.glyphs import draw
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset, prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_facts
 from ddkit.errors import BadDataError, BadFileError, MissingDataError, UsageError
@@ -44,10 +44,10 @@ def pets(write_tree, photos, own_cache):
 
 class TestImageFolders:
     @pytest.mark.parametrize("name", ["photos", "photos.zip"])
-    def test_a_folder_and_a_zip_give_the_same_store(self, write_tree, photos, colours, name):
+    def test_a_folder_and_a_zip_give_the_same_store(self, write_tree, photos, colors, name):
         folder = prepare("pets", write_tree(photos, name))
         test = load_dataset("pets", "test")
-        assert colours(test.images) == [(0, 0, 7), (0, 1, 7), (100, 0, 7), (100, 1, 7)]
+        assert colors(test.images) == [(0, 0, 7), (0, 1, 7), (100, 0, 7), (100, 1, 7)]
         assert test.labels.tolist() == [0, 0, 1, 1]
         assert set(contents(folder)) == {"train.safetensors", "test.safetensors", "meta.json"}
 
@@ -59,7 +59,7 @@ class TestImageFolders:
             ("pets, test", 4, 4, "images"),
         ]
 
-    def test_bad_files_are_named_and_only_left_out_on_demand(self, write_tree, photos, colours, own_cache):
+    def test_bad_files_are_named_and_only_left_out_on_demand(self, write_tree, photos, colors, own_cache):
         photos["train/cat/1.png"] = photos["train/cat/1.png"][:30]
         photos["train/dog/notes.txt"] = b"notes"
         path = write_tree(photos)
@@ -73,7 +73,7 @@ class TestImageFolders:
         prepare("pets", path, skip_bad=True)
         train = load_dataset("pets", "train")
         assert train.labels.tolist() == [0, 0, 1, 1, 1]
-        assert colours(train.images) == [(0, 0, 7), (0, 2, 7), (100, 0, 7), (100, 1, 7), (100, 2, 7)]
+        assert colors(train.images) == [(0, 0, 7), (0, 2, 7), (100, 0, 7), (100, 1, 7), (100, 2, 7)]
         facts = store_facts("pets").splits["train"]
         assert facts.skipped == ("train/cat/1.png", "train/dog/notes.txt") and facts.per_class == (2, 3)
         split_file = own_cache / "pets" / "train.safetensors"
@@ -142,10 +142,10 @@ class TestImageFolders:
         with pytest.raises(UsageError, match="size of 4"):
             prepare("pets", path, image_size=4)
 
-    def test_large_images_are_read_a_few_at_a_time(self, write_tree, picture, colours):
+    def test_large_images_are_read_a_few_at_a_time(self, write_tree, picture, colors):
         files = {f"{s}/{c}/{k}.png": picture((k, 2, 3), side=1024) for s in ("train", "test") for c in "ab" for k in range(3)}
         prepare("large", write_tree(files))
-        assert colours(load_dataset("large", "train").images)[3:] == [(0, 2, 3), (1, 2, 3), (2, 2, 3)]
+        assert colors(load_dataset("large", "train").images)[3:] == [(0, 2, 3), (1, 2, 3), (2, 2, 3)]
         assert dataset_spec("large").mean == (round(1 / 255, 4), round(2 / 255, 4), round(3 / 255, 4))
 
     def test_oblong_images_need_a_size(self, write_tree, photos, tmp_path):
@@ -188,10 +188,10 @@ class TestFinishedWork:
         prepare("pets", tmp_path / "earlier")
         assert contents(folder)["train.safetensors"] == before["train.safetensors"]
 
-    def test_an_open_store_outlives_its_replacement(self, pets, tmp_path, colours):
+    def test_an_open_store_outlives_its_replacement(self, pets, tmp_path, colors):
         train = load_dataset("pets", "train")
         prepare("pets", tmp_path / "earlier", force=True)
-        assert colours(train.images)[5] == (100, 2, 7)
+        assert colors(train.images)[5] == (100, 2, 7)
 
 
 class TestNothingLost:
@@ -333,7 +333,7 @@ class TestBuiltInNames:
         images = torch.full((200, 3, 32, 32), 9, dtype=torch.uint8)
         labels = torch.arange(200) % 100
         reference = tmp_path / "cifar100_test.pt"
-        torch.save({"images_val": normalise(images, CIFAR100), "labels_val": labels}, reference)
+        torch.save({"images_val": normalize(images, CIFAR100), "labels_val": labels}, reference)
         prepare("cifar100", reference, force=True)
         assert torch.equal(load_dataset("cifar100", "train").images, train)
         test = load_dataset("cifar100", "test")
@@ -341,7 +341,7 @@ class TestBuiltInNames:
 
     def test_a_reference_file_alone_has_no_training_split(self, tmp_path):
         reference = tmp_path / "cifar100_test.pt"
-        images = normalise(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), CIFAR100)
+        images = normalize(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), CIFAR100)
         torch.save({"images_val": images, "labels_val": torch.arange(100)}, reference)
         prepare("cifar100", reference)
         assert len(load_dataset("cifar100", "test")) == 100
@@ -389,13 +389,13 @@ class TestGlyphs:
         assert (draw("test", 9, 99) == test.images[-1].numpy()).all()
 
     def test_letters_can_be_read(self, drawn):
-        """The nearest training picture shows the same letter, although place, size, angle and colours differ."""
+        """The nearest training picture shows the same letter, although place, size, angle and colors differ."""
         train, test = drawn
 
         def features(images):
-            # Grey, coarse, and without the picture's own brightness and contrast.
-            grey = torch.nn.functional.avg_pool2d(images.float().mean(1), 2).flatten(1)
-            return torch.nn.functional.normalize(grey - grey.mean(1, keepdim=True))
+            # Gray, coarse, and without the picture's own brightness and contrast.
+            gray = torch.nn.functional.avg_pool2d(images.float().mean(1), 2).flatten(1)
+            return torch.nn.functional.normalize(gray - gray.mean(1, keepdim=True))
 
         nearest = (features(test.images) @ features(train.images).T).argmax(1)
         assert (train.labels[nearest] == test.labels).float().mean() > 0.8
@@ -438,8 +438,8 @@ class TestRealArchives:
         mean = train.images.double().mean((0, 2, 3)) / 255
         assert np.allclose(mean, CIFAR100.mean, atol=2e-4)
 
-    def test_greyscale_images_of_tinyimagenet(self, tinyimagenet_zip, write_tree):
-        """Some of every class, in the archive's own layout; greyscale ones come out with three equal channels."""
+    def test_grayscale_images_of_tinyimagenet(self, tinyimagenet_zip, write_tree):
+        """Some of every class, in the archive's own layout; grayscale ones come out with three equal channels."""
         import io
         import zipfile
 
@@ -457,8 +457,8 @@ class TestRealArchives:
 
         train = load_dataset("tinyimagenet", "train")
         assert train.images.shape == (400, 3, 64, 64)
-        grey = [Image.open(io.BytesIO(files[name])).mode == "L" for name in sorted(n for n in names if "/train/" in n)]
-        assert 0 < sum(grey) < 40
-        for index in np.flatnonzero(grey):
+        gray = [Image.open(io.BytesIO(files[name])).mode == "L" for name in sorted(n for n in names if "/train/" in n)]
+        assert 0 < sum(gray) < 40
+        for index in np.flatnonzero(gray):
             red, green, blue = train.images[index]
             assert torch.equal(red, green) and torch.equal(green, blue)

@@ -1,4 +1,4 @@
-"""Layouts, recognised by content: what is listed, in which order, and what is refused."""
+"""Layouts, recognized by content: what is listed, in which order, and what is refused."""
 
 import gzip
 import io
@@ -13,7 +13,7 @@ import torch
 from ddkit.challenge import CIFAR100, TINYIMAGENET
 from ddkit.data.cifar_archive import OFFICIAL_MD5
 from ddkit.data.class_names import CLASS_NAMES
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.sources import FileSplit, open_source
 from ddkit.errors import BadDataError, MissingDataError
 
@@ -292,7 +292,7 @@ class TestReferenceFiles:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (5, *spec.image_shape), generator=generator, dtype=torch.uint8)
         labels = torch.tensor([3, 1, 3, 0, 1])
-        torch.save({"images_val": normalise(images, spec), "labels_val": labels}, tmp_path / "some_test.pt")
+        torch.save({"images_val": normalize(images, spec), "labels_val": labels}, tmp_path / "some_test.pt")
         source = open_source(tmp_path / "some_test.pt")
         assert (source.class_names, set(source.splits)) == (CLASS_NAMES[spec.name], {"test"})
         assert source.splits["test"].labels == (0, 1, 1, 3, 3)
@@ -314,11 +314,11 @@ class TestReferenceFiles:
         with pytest.raises(BadDataError, match=message):
             open_source(tmp_path / "x.pt")
 
-    def test_values_normalised_with_other_constants_are_refused(self, tmp_path):
+    def test_values_normalized_with_other_constants_are_refused(self, tmp_path):
         images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-        wrong = normalise(images, TINYIMAGENET)
+        wrong = normalize(images, TINYIMAGENET)
         torch.save({"images_val": wrong, "labels_val": torch.tensor([0, 1])}, tmp_path / "x.pt")
-        with pytest.raises(BadDataError, match="not normalised with the mean and standard deviation of cifar100"):
+        with pytest.raises(BadDataError, match="not normalized with the mean and standard deviation of cifar100"):
             pixels_of(open_source(tmp_path / "x.pt").splits["test"])
 
     def test_a_pickle_of_code_is_not_run(self, tmp_path):

@@ -31,12 +31,12 @@ def pets(write_tree, photos):
     return store_folder("pets")
 
 
-def test_images_labels_and_names(pets, colours):
+def test_images_labels_and_names(pets, colors):
     train, test = load_dataset("pets", "train"), load_dataset("pets", "test")
     assert (len(train), len(test), train.class_names) == (6, 4, ("cat", "dog"))
     assert (train.images.dtype, train.labels.dtype) == (torch.uint8, torch.int64)
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert colours(train.images) == [(0, 0, 7), (0, 1, 7), (0, 2, 7), (100, 0, 7), (100, 1, 7), (100, 2, 7)]
+    assert colors(train.images) == [(0, 0, 7), (0, 1, 7), (0, 2, 7), (100, 0, 7), (100, 1, 7), (100, 2, 7)]
 
 
 def test_the_files_are_plain_safetensors_and_their_hash_is_kept(pets):

@@ -1,4 +1,4 @@
-"""A generator of the flat colours, with random weights."""
+"""A generator of the flat colors, with random weights."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig
 
 
 @pytest.fixture
-def model_folder(colours, tmp_path):
-    images = load_dataset(colours, "train")
+def model_folder(colors, tmp_path):
+    images = load_dataset(colors, "train")
     autoencoder = build_autoencoder(AutoencoderConfig(channels=(8,), latent_channels=2, norm_groups=4), 16, seed=0)
     config = DenoiserConfig(hidden_size=16, depth=1, num_heads=2, tokens_per_side=2)
     denoiser = build_denoiser(config, (2, 4, 4), 2, seed=0)
-    facts = ModelFacts(colours, images.class_names, 16, "flow", "none", 3, 30, store_hash(colours, "train"))
+    facts = ModelFacts(colors, images.class_names, 16, "flow", "none", 3, 30, store_hash(colors, "train"))
     torch.manual_seed(0)
     save_model(Model(denoiser, autoencoder, facts), tmp_path / "model")
     return tmp_path / "model"

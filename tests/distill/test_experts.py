@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def references(colours):
-    return TrainHoldout(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.2, seed=0)
+def references(colors):
+    return TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.2, seed=0)
 
 
 def experts(references, settings=QUICK, *, sha256="of-these", seed=0, told=None):
@@ -72,9 +72,9 @@ def test_of_other_images_settings_or_seeds_they_are_others(references, own_cache
     assert len(files(own_cache)) == 4
 
 
-def test_those_that_see_other_images_are_others(references, colours, own_cache):
+def test_those_that_see_other_images_are_others(references, colors, own_cache):
     experts(references)
-    experts(TrainHoldout(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.4, seed=0))
+    experts(TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.4, seed=0))
     assert len(files(own_cache)) == 4
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddkit.data.images import denormalise, to_uint8
+from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, FromReal, generate
@@ -20,32 +20,32 @@ from ddkit.sets.distilled import load_tensor
 
 def pixels(path, name):
     """A set's tensor as uint8."""
-    return to_uint8(denormalise(torch.load(path, weights_only=True), dataset_spec(name)))
+    return to_uint8(denormalize(torch.load(path, weights_only=True), dataset_spec(name)))
 
 
-def test_real_images_come_back_exactly_in_class_order(colours, tmp_path):
-    saved = generate(colours, 2, FromReal("first"), tmp_path / "set.pt")
-    train = load_dataset(colours, "train")
-    assert torch.equal(pixels(saved.tensor, colours), train.images[[0, 1, 5, 6]])
+def test_real_images_come_back_exactly_in_class_order(colors, tmp_path):
+    saved = generate(colors, 2, FromReal("first"), tmp_path / "set.pt")
+    train = load_dataset(colors, "train")
+    assert torch.equal(pixels(saved.tensor, colors), train.images[[0, 1, 5, 6]])
     facts = json.loads(saved.facts.read_text())
     assert facts["kind"] == "first-real"
-    assert facts["dataset_sha256"] == store_hash(colours, "train")
+    assert facts["dataset_sha256"] == store_hash(colors, "train")
 
 
-def test_the_random_choice_is_called_so_and_follows_the_seed(colours, tmp_path):
+def test_the_random_choice_is_called_so_and_follows_the_seed(colors, tmp_path):
     first, again, other = (
-        generate(colours, 3, FromReal("random", seed), tmp_path / f"{name}.pt")
+        generate(colors, 3, FromReal("random", seed), tmp_path / f"{name}.pt")
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     )
     assert json.loads(first.facts.read_text())["kind"] == "random-real"
     assert first.tensor.read_bytes() == again.tensor.read_bytes() != other.tensor.read_bytes()
 
 
-def test_samples_of_a_model_and_how_they_were_made(colours, model_folder, tmp_path):
+def test_samples_of_a_model_and_how_they_were_made(colors, model_folder, tmp_path):
     sampling = SamplingConfig("ddim", steps=2, guidance=1.5, seed=4, batch_size=3)
-    saved = generate(colours, 2, FromModel(model_folder, sampling), tmp_path / "set.pt")
+    saved = generate(colors, 2, FromModel(model_folder, sampling), tmp_path / "set.pt")
     expected = sample_all(Sampler(load_model(model_folder), sampling), *class_ordered(2, 2))
-    assert torch.equal(pixels(saved.tensor, colours), expected)
+    assert torch.equal(pixels(saved.tensor, colors), expected)
     facts = json.loads(saved.facts.read_text())
     assert facts["kind"] == "generated"
     assert facts["model_sha256"] == model_hash(model_folder)
@@ -56,39 +56,39 @@ def test_samples_of_a_model_and_how_they_were_made(colours, model_folder, tmp_pa
     assert {"ddkit", "torch", "diffusers"} <= set(facts["versions"])
 
 
-def test_a_sheet_that_is_gone_is_drawn_again_and_nothing_sampled(colours, model_folder, tmp_path):
+def test_a_sheet_that_is_gone_is_drawn_again_and_nothing_sampled(colors, model_folder, tmp_path):
     source = FromModel(model_folder, SamplingConfig(steps=2))
-    saved = generate(colours, 2, source, tmp_path / "set.pt")
+    saved = generate(colors, 2, source, tmp_path / "set.pt")
     drawn = saved.sheet.read_bytes()
     saved.sheet.unlink()
     sampled = []
-    assert generate(colours, 2, source, tmp_path / "set.pt", progress=sampled.append).sheet.read_bytes() == drawn
+    assert generate(colors, 2, source, tmp_path / "set.pt", progress=sampled.append).sheet.read_bytes() == drawn
     assert not sampled
 
 
-def test_a_set_of_a_dataset_that_was_prepared_anew_is_normalised_anew(colours, model_folder, tmp_path):
+def test_a_set_of_a_dataset_that_was_prepared_anew_is_normalized_anew(colors, model_folder, tmp_path):
     source = FromModel(model_folder, SamplingConfig(steps=2))
-    before = load_tensor(generate(colours, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colours))
+    before = load_tensor(generate(colors, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colors))
     for picture in (tmp_path / "pictures" / "train" / "red").iterdir():
         Image.open(picture).point(lambda value: value // 2).save(picture)
-    prepare(colours, tmp_path / "pictures", force=True)
-    after = load_tensor(generate(colours, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colours))
+    prepare(colors, tmp_path / "pictures", force=True)
+    after = load_tensor(generate(colors, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colors))
     assert not torch.equal(before, after)
 
 
-def test_a_set_behind_a_link_is_known_for_what_it_is(colours, tmp_path):
+def test_a_set_behind_a_link_is_known_for_what_it_is(colors, tmp_path):
     (tmp_path / "best").mkdir()
-    saved = generate(colours, 2, FromReal("first"), tmp_path / "best" / "set.pt")
+    saved = generate(colors, 2, FromReal("first"), tmp_path / "best" / "set.pt")
     saved.facts.write_text(saved.facts.read_text().replace('"first-real"', '"refined"'))
     (tmp_path / "set.pt").symlink_to(saved.tensor)
     with pytest.raises(UsageError, match="has been refined"):
-        generate(colours, 2, FromReal("random"), tmp_path / "set.pt")
+        generate(colors, 2, FromReal("random"), tmp_path / "set.pt")
 
 
 class TestWhatIsRefused:
     @pytest.fixture
-    def earlier(self, colours, tmp_path):
-        saved = generate(colours, 1, FromReal("first"), tmp_path / "set.pt")
+    def earlier(self, colors, tmp_path):
+        saved = generate(colors, 1, FromReal("first"), tmp_path / "set.pt")
         return saved.tensor, saved.tensor.read_bytes()
 
     @pytest.mark.parametrize(
@@ -96,85 +96,85 @@ class TestWhatIsRefused:
         [
             ({"ipc": 0}, UsageError, "at least one"),
             ({"ipc": 6}, UsageError, "has 5 images"),
-            ({"dataset": "colors"}, UsageError, "Did you mean 'colours'"),
+            ({"dataset": "colors"}, UsageError, "Did you mean 'colors'"),
         ],
     )
-    def test_the_earlier_set_stays(self, colours, earlier, changes, error, said):
+    def test_the_earlier_set_stays(self, colors, earlier, changes, error, said):
         path, before = earlier
-        wanted = {"dataset": colours, "ipc": 2} | changes
+        wanted = {"dataset": colors, "ipc": 2} | changes
         with pytest.raises(error, match=said):
             generate(**wanted, source=FromReal(), out=path)
         assert path.read_bytes() == before
 
-    def test_another_ending(self, colours, tmp_path):
+    def test_another_ending(self, colors, tmp_path):
         with pytest.raises(UsageError, match=".pt"):
-            generate(colours, 1, FromReal(), tmp_path / "set.png")
+            generate(colors, 1, FromReal(), tmp_path / "set.png")
 
-    def test_no_model(self, colours, tmp_path):
+    def test_no_model(self, colors, tmp_path):
         with pytest.raises(MissingModelError):
-            generate(colours, 1, FromModel(tmp_path / "nowhere"), tmp_path / "set.pt")
+            generate(colors, 1, FromModel(tmp_path / "nowhere"), tmp_path / "set.pt")
 
-    def test_a_model_of_another_dataset(self, colours, model_folder, tmp_path):
+    def test_a_model_of_another_dataset(self, colors, model_folder, tmp_path):
         model = load_model(model_folder)
         save_model(dataclasses.replace(model, facts=dataclasses.replace(model.facts, dataset="glyphs")), model_folder)
-        with pytest.raises(UsageError, match="is of 'glyphs', not of 'colours'"):
-            generate(colours, 1, FromModel(model_folder), tmp_path / "set.pt")
+        with pytest.raises(UsageError, match="is of 'glyphs', not of 'colors'"):
+            generate(colors, 1, FromModel(model_folder), tmp_path / "set.pt")
 
-    def test_a_model_of_other_classes(self, colours, model_folder, tmp_path):
+    def test_a_model_of_other_classes(self, colors, model_folder, tmp_path):
         model = load_model(model_folder)
         facts = dataclasses.replace(model.facts, class_names=("red", "blue", "green"))
         denoiser = type(model.denoiser).from_config({**model.denoiser.config, "num_classes": 3})
         save_model(dataclasses.replace(model, denoiser=denoiser, facts=facts), model_folder)
         with pytest.raises(UsageError, match="knows 3 classes, the dataset has 2"):
-            generate(colours, 1, FromModel(model_folder), tmp_path / "set.pt")
+            generate(colors, 1, FromModel(model_folder), tmp_path / "set.pt")
 
     @pytest.mark.parametrize(("changes", "said"), [
         ({"class_names": ("blue", "green")}, "class 1 is green there, and red in the dataset"),
-        ({"image_size": 8}, "images of 8 pixels, 'colours' has 16"),
+        ({"image_size": 8}, "images of 8 pixels, 'colors' has 16"),
     ])  # fmt: skip
-    def test_a_model_of_the_dataset_as_it_was(self, colours, model_folder, tmp_path, changes, said):
+    def test_a_model_of_the_dataset_as_it_was(self, colors, model_folder, tmp_path, changes, said):
         model = load_model(model_folder)
         save_model(dataclasses.replace(model, facts=dataclasses.replace(model.facts, **changes)), model_folder)
         with pytest.raises(UsageError, match=said):
-            generate(colours, 1, FromModel(model_folder), tmp_path / "set.pt")
+            generate(colors, 1, FromModel(model_folder), tmp_path / "set.pt")
 
-    def test_a_folder_that_cannot_be_written(self, colours, tmp_path):
+    def test_a_folder_that_cannot_be_written(self, colors, tmp_path):
         (tmp_path / "file").write_text("in the way")
         with pytest.raises(BadFileError):
-            generate(colours, 1, FromReal(), tmp_path / "file" / "set.pt")
+            generate(colors, 1, FromReal(), tmp_path / "file" / "set.pt")
 
 
 class TestChoosing:
     """Candidates of a model, and all real images, seen by a network trained on the real ones."""
 
-    def test_of_a_models_candidates_those_that_a_choice_takes(self, colours, model_folder, tmp_path):
+    def test_of_a_models_candidates_those_that_a_choice_takes(self, colors, model_folder, tmp_path):
         sampling = SamplingConfig("ddim", steps=2, seed=4, batch_size=3)
-        saved = generate(colours, 2, FromModel(model_folder, sampling, candidates=5, select="hard"), tmp_path / "set.pt")
-        train = load_dataset(colours, "train")
-        features = reference_features(train, dataset_spec(colours))
+        saved = generate(colors, 2, FromModel(model_folder, sampling, candidates=5, select="hard"), tmp_path / "set.pt")
+        train = load_dataset(colors, "train")
+        features = reference_features(train, dataset_spec(colors))
         expected = []
         for c in range(2):
             labels = torch.full((5,), c)
             images = Sampler(load_model(model_folder), sampling)(labels, torch.arange(5)).images
             expected.append(images[features.with_confidence(images, labels)[1].argsort(stable=True)[:2]])
-        assert torch.equal(pixels(saved.tensor, colours), torch.cat(expected))
+        assert torch.equal(pixels(saved.tensor, colors), torch.cat(expected))
         facts = json.loads(saved.facts.read_text())
         assert (facts["selection"], facts["candidates"]) == ("hard", 5)
 
-    def test_of_all_real_images(self, colours, tmp_path):
-        saved = generate(colours, 2, FromReal("easy"), tmp_path / "set.pt")
-        train = load_dataset(colours, "train")
-        confidence = reference_features(train, dataset_spec(colours)).with_confidence(train.images, train.labels)[1]
+    def test_of_all_real_images(self, colors, tmp_path):
+        saved = generate(colors, 2, FromReal("easy"), tmp_path / "set.pt")
+        train = load_dataset(colors, "train")
+        confidence = reference_features(train, dataset_spec(colors)).with_confidence(train.images, train.labels)[1]
         rows = [i for c in (0, 1) for i in confidence[5 * c : 5 * c + 5].argsort(descending=True)[:2].add(5 * c).tolist()]
-        assert torch.equal(pixels(saved.tensor, colours), train.images[rows])
+        assert torch.equal(pixels(saved.tensor, colors), train.images[rows])
         assert json.loads(saved.facts.read_text())["kind"] == "easy-real"
 
-    def test_fewer_candidates_than_images(self, colours, model_folder, tmp_path):
+    def test_fewer_candidates_than_images(self, colors, model_folder, tmp_path):
         with pytest.raises(UsageError, match="2 images of each class cannot be chosen from 1"):
-            generate(colours, 2, FromModel(model_folder, candidates=1), tmp_path / "set.pt")
+            generate(colors, 2, FromModel(model_folder, candidates=1), tmp_path / "set.pt")
 
     def test_another_way_to_choose(self, model_folder):
         with pytest.raises(UsageError, match="Did you mean 'herding'"):
             FromModel(model_folder, candidates=5, select="hering")
         with pytest.raises(UsageError, match="Did you mean 'k-center'"):
-            FromReal("k-centre")
+            FromReal("k-center")

@@ -82,10 +82,10 @@ class TestParts:
     [(100, {}, signal.SIGTERM), (20, {"candidates": 100, "select": "random"}, signal.SIGKILL)],
     ids=["plainly", "from candidates"],
 )
-def test_stopped_or_killed_it_goes_on(colours, colours_model, tmp_path, ipc, choice, how):
+def test_stopped_or_killed_it_goes_on(colors, colors_model, tmp_path, ipc, choice, how):
     out = tmp_path / "sets" / "set.pt"
     command = [
-        sys.executable, "-m", "ddkit", "generate", "-v", "--dataset", colours, "--model", str(colours_model), "--out",
+        sys.executable, "-m", "ddkit", "generate", "-v", "--dataset", colors, "--model", str(colors_model), "--out",
         str(out), "--ipc", str(ipc), "--sampling-steps", "60", "--batch-size", "10",
         *(word for name, value in choice.items() for word in (f"--{name}", str(value))),
     ]  # fmt: skip
@@ -99,8 +99,8 @@ def test_stopped_or_killed_it_goes_on(colours, colours_model, tmp_path, ipc, cho
     assert f"Going on after {rows_kept} of {2 * ipc} images" in " ".join(done.stderr.split())
     assert {path.name for path in out.parent.iterdir()} == {"set.pt", "set.json", "set.png"}
 
-    source = FromModel(colours_model, SamplingConfig(steps=60, batch_size=10), **choice)
-    at_once = generate(colours, ipc, source, tmp_path / "at-once.pt")
+    source = FromModel(colors_model, SamplingConfig(steps=60, batch_size=10), **choice)
+    at_once = generate(colors, ipc, source, tmp_path / "at-once.pt")
     assert torch.equal(*(torch.load(path, weights_only=True) for path in (out, at_once.tensor)))
 
 

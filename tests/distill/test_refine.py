@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from ddkit.data.images import denormalise, normalise
+from ddkit.data.images import denormalize, normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.experts import ExpertSettings
@@ -37,8 +37,8 @@ FOLLOWING = dataclasses.replace(BLIND, objective="trajectories", means_first=1, 
 
 
 @pytest.fixture
-def start(colours, tmp_path):
-    return generate(colours, 2, FromReal("first"), tmp_path / "submission" / "colours.pt").tensor
+def start(colors, tmp_path):
+    return generate(colors, 2, FromReal("first"), tmp_path / "submission" / "colors.pt").tensor
 
 
 def read(path):
@@ -46,7 +46,7 @@ def read(path):
 
 
 def run(path, folder, steps, settings=QUICK, **options):
-    return refine(path, "colours", settings, Limits(steps), folder, **options)
+    return refine(path, "colors", settings, Limits(steps), folder, **options)
 
 
 def test_what_it_leaves(start, tmp_path):
@@ -57,7 +57,7 @@ def test_what_it_leaves(start, tmp_path):
     facts = json.loads(refined.files.facts.read_text())
     assert (facts["kind"], facts["real_per_class"], facts["sha256"]) == ("refined", 4, sha256_of(start))
     assert facts["before"] == facts_before
-    assert facts["dataset_sha256"] == store_hash("colours", "train")
+    assert facts["dataset_sha256"] == store_hash("colors", "train")
     assert refined.files.sheet.exists() and refined.before.sheet.exists()
     records = [json.loads(line) for line in (tmp_path / "run" / RECORDS_FILE).read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 3, 4]
@@ -77,7 +77,7 @@ def test_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
     some = real.labels.argsort(stable=True).view(10, -1)[:, :20].flatten()
     embed = build_embedder(build_network("convnet", 10, 32, seed=12345), len(before))
     distances = [
-        mean_embedding_distance(embed, images, normalise(real.images[some], spec), 10)[0].item() for images in (before, after)
+        mean_embedding_distance(embed, images, normalize(real.images[some], spec), 10)[0].item() for images in (before, after)
     ]
     assert distances[1] < 0.9 * distances[0]
 
@@ -90,19 +90,19 @@ def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
     assert json.loads(start.with_suffix(".json").read_text())["kind"] == "first-real"
 
 
-def test_a_step_may_look_through_experts_and_ask_to_be_recognised_by_them(start, tmp_path):
+def test_a_step_may_look_through_experts_and_ask_to_be_recognized_by_them(start, tmp_path):
     refined = []
     for share, recognition in ((0.0, 0.0), (1.0, 0.0), (1.0, 5.0)):
         settings = dataclasses.replace(QUICK, trained_share=share, recognition=recognition)
         run(start, tmp_path / f"{share} {recognition}", 1, settings, out=tmp_path / "out.pt")
         refined.append(torch.load(tmp_path / f"{share} {recognition}" / "state.pt", weights_only=True)["images"])
-    fresh, looked, recognised = refined
-    assert not torch.equal(fresh, looked) and not torch.equal(looked, recognised)
+    fresh, looked, recognized = refined
+    assert not torch.equal(fresh, looked) and not torch.equal(looked, recognized)
 
 
 @pytest.mark.parametrize("settings", [EXPERTLY, REGRESSING, ATTENDING, FOLLOWING])
 def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
-    copy = tmp_path / "other" / "colours.pt"
+    copy = tmp_path / "other" / "colors.pt"
     copy.parent.mkdir()
     copy.write_bytes(start.read_bytes())
     run(start, tmp_path / "whole", 5, settings)
@@ -125,7 +125,7 @@ def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
     ],
 )
 def test_interrupted_while_it_prepares_it_loses_no_step(start, tmp_path, task, settings, after):
-    copy = tmp_path / "other" / "colours.pt"
+    copy = tmp_path / "other" / "colors.pt"
     copy.parent.mkdir()
     copy.write_bytes(start.read_bytes())
     told = []
@@ -208,7 +208,7 @@ def test_displayable_pixels_stay_within_what_a_picture_holds(start, tmp_path):
         folder = tmp_path / str(displayable)
         run(start, folder, 3, settings, out=tmp_path / f"{displayable}.pt")
         for name in ("images", "average", "best_images"):
-            pixels = denormalise(read(folder / "state.pt")[name], dataset_spec("colours"))
+            pixels = denormalize(read(folder / "state.pt")[name], dataset_spec("colors"))
             inside = -1e-5 <= pixels.min() and pixels.max() <= 1 + 1e-5
             assert inside == displayable, name
 
@@ -231,9 +231,9 @@ def test_a_set_that_only_became_displayable_was_not_refined_by_anything(start, t
     assert (facts["method"], facts["refined_steps"]) == ("kept within what a picture holds", 0)
 
 
-def test_held_out_images_are_never_learnt_from(colours):
-    real = load_dataset(colours, "train")
-    references = TrainHoldout(real, dataset_spec(colours), held_out=0.2, seed=0)
+def test_held_out_images_are_never_learnt_from(colors):
+    real = load_dataset(colors, "train")
+    references = TrainHoldout(real, dataset_spec(colors), held_out=0.2, seed=0)
     held_out = references.held_out()
     assert held_out.labels.tolist() == [0, 1]
     mixed, _ = references.random_batch(60, torch.Generator().manual_seed(0))
@@ -243,8 +243,8 @@ def test_held_out_images_are_never_learnt_from(colours):
     assert references.batch(2, number=0).shape == (4, 3, 16, 16)
 
 
-def test_every_real_image_comes_once_before_any_comes_again(colours):
-    references = TrainHoldout(load_dataset(colours, "train"), dataset_spec(colours), held_out=0.2, seed=0)
+def test_every_real_image_comes_once_before_any_comes_again(colors):
+    references = TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.2, seed=0)
     batches = [references.batch(2, number).unflatten(0, (2, 2)) for number in range(4)]  # of four images a class
     for first, second in (batches[:2], batches[2:]):
         for c in range(2):
@@ -267,27 +267,27 @@ class TestWhatIsRefused:
                 run(kept, tmp_path / "run", 2, fresh=fresh)
         assert kept.read_bytes() == before
 
-    def test_the_place_of_what_another_refinement_has_made(self, start, colours, tmp_path):
+    def test_the_place_of_what_another_refinement_has_made(self, start, colors, tmp_path):
         torch.save(3 * read(start), start)
         changing, other = dataclasses.replace(BLIND, displayable=True), tmp_path / "other.pt"
         run(start, tmp_path / "run", 0, changing, out=other)
         made = read(other)
-        second = generate(colours, 2, FromReal("random", seed=5), tmp_path / "second.pt").tensor
+        second = generate(colors, 2, FromReal("random", seed=5), tmp_path / "second.pt").tensor
         with pytest.raises(UsageError, match="another refinement has made"):
             run(second, tmp_path / "elsewhere", 0, changing, out=other)
         assert torch.equal(read(other), made)
         run(start, tmp_path / "run", 0, changing, out=other)
 
-    def test_the_refinement_of_another_set(self, start, colours, tmp_path):
+    def test_the_refinement_of_another_set(self, start, colors, tmp_path):
         run(start, tmp_path / "run", 1)
-        generate(colours, 2, FromReal("random", seed=5), start, replace=True)
+        generate(colors, 2, FromReal("random", seed=5), start, replace=True)
         with pytest.raises(UsageError, match="of another set"):
             run(start, tmp_path / "run", 2)
 
-    def test_real_images_that_changed_since(self, start, colours, tmp_path):
+    def test_real_images_that_changed_since(self, start, colors, tmp_path):
         run(start, tmp_path / "run", 1)
         (tmp_path / "pictures" / "train" / "red" / "0.png").unlink()
-        prepare(colours, tmp_path / "pictures", force=True)
+        prepare(colors, tmp_path / "pictures", force=True)
         with pytest.raises(UsageError, match="real images have changed"):
             run(start, tmp_path / "run", 2)
 

@@ -21,12 +21,12 @@ def waves():
 
 @pytest.fixture
 def pictures():
-    """Uncorrelated waves: slow ones vary more than fast ones, and light and dark more than colours."""
+    """Uncorrelated waves: slow ones vary more than fast ones, and light and dark more than colors."""
     rows, across = waves(), torch.arange(1.0, SIDE + 1)
     amplitudes = draw(4000, 1) / (across[:, None] * across)
-    colours = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]])
-    colours = colours / colours.norm(dim=1, keepdim=True) * torch.tensor([[3.0], [1], [0.5]])
-    return torch.einsum("nahw,ac,hi,wj->ncij", amplitudes, colours, rows, rows)
+    colors = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]])
+    colors = colors / colors.norm(dim=1, keepdim=True) * torch.tensor([[3.0], [1], [0.5]])
+    return torch.einsum("nahw,ac,hi,wj->ncij", amplitudes, colors, rows, rows)
 
 
 def test_the_power_1_is_multiplying_by_the_covariance(pictures):
@@ -60,9 +60,9 @@ def test_pictures_that_are_all_the_same_leave_gradients_as_they_are(pictures):
 
 
 def test_what_no_picture_has_can_still_be_moved():
-    grey = draw(50, 1)[:, :1].expand(-1, 3, -1, -1)
+    gray = draw(50, 1)[:, :1].expand(-1, 3, -1, -1)
     gradients = torch.zeros(1, 3, SIDE, SIDE)
     gradients[0, 0], gradients[0, 1] = 1.0, -1.0
-    weighed = Spectrum(grey, 0.25).weigh(gradients)
+    weighed = Spectrum(gray, 0.25).weigh(gradients)
     assert 0 < weighed.norm() < 0.2 * gradients.norm()
     torch.testing.assert_close(weighed / weighed.norm(), gradients / gradients.norm(), atol=1e-3, rtol=0)

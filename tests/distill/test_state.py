@@ -20,12 +20,12 @@ SETTINGS = RefineSettings(real_per_class=2, check_every=2, check_epochs=0, held_
 
 
 @pytest.fixture
-def start(colours, tmp_path):
-    return generate(colours, 2, FromReal("first"), tmp_path / "submission" / "colours.pt").tensor
+def start(colors, tmp_path):
+    return generate(colors, 2, FromReal("first"), tmp_path / "submission" / "colors.pt").tensor
 
 
 def run(path, folder, steps, **options):
-    return refine(path, "colours", SETTINGS, Limits(steps), folder, **options)
+    return refine(path, "colors", SETTINGS, Limits(steps), folder, **options)
 
 
 def contents(path):
@@ -58,7 +58,7 @@ def test_a_kill_while_starting_over_loses_neither_set(start, tmp_path):
 
 
 def test_the_set_given_up_is_kept_from_where_it_was_written(start, tmp_path):
-    folder, out, before = tmp_path / "run", tmp_path / "elsewhere" / "colours.pt", contents(start)
+    folder, out, before = tmp_path / "run", tmp_path / "elsewhere" / "colors.pt", contents(start)
     run(start, folder, 2, out=out)
     refined = contents(out)
     run(start, folder, 0, out=out, fresh=True)
@@ -85,10 +85,10 @@ def test_starting_over_leaves_other_files_alone(start, tmp_path):
     assert {"notes.txt"} == {file.name for file in folder.iterdir()} - {".lock", "refined.pt", "refined.json", "refined.png"}
 
 
-def test_the_only_copy_of_a_set_is_never_removed(start, colours, tmp_path):
+def test_the_only_copy_of_a_set_is_never_removed(start, colors, tmp_path):
     folder, before = tmp_path / "run", contents(start)
     run(start, folder, 2)
-    generate(colours, 2, FromReal("random", seed=5), start, replace=True)
+    generate(colors, 2, FromReal("random", seed=5), start, replace=True)
     other, kept = contents(start), {file: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(UsageError, match="another refinement"):
         run(start, folder, 1, fresh=True)
@@ -125,7 +125,7 @@ def test_its_own_result_is_known_without_the_facts_beside_it(start, tmp_path):
 
 def test_an_earlier_result_is_known(start, tmp_path):
     run(start, tmp_path / "run", 2)
-    earlier = tmp_path / "earlier" / "colours.pt"
+    earlier = tmp_path / "earlier" / "colors.pt"
     shutil.copytree(start.parent, earlier.parent)
     run(start, tmp_path / "run", 4)
     assert run(earlier, tmp_path / "run", 5).steps == 5

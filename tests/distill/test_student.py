@@ -20,8 +20,8 @@ CPU, RATE = torch.device("cpu"), 0.02
 
 
 @pytest.fixture
-def spec(colours):
-    return dataclasses.replace(dataset_spec(colours), num_classes=3)
+def spec(colors):
+    return dataclasses.replace(dataset_spec(colors), num_classes=3)
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def way(spec, real):
     """Two places of a network in training on the real images, half a dozen steps apart."""
     network, labels = build_network("convnet", 3, 16, seed=3), torch.arange(3).repeat_interleave(10)
     start = flat_parameters(network)
-    optimiser = torch.optim.SGD(network.parameters(), 0.05)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05)
     for _ in range(6):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(network(real), labels).backward()
-        optimiser.step()
+        optimizer.step()
     return start, flat_parameters(network)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ddkit.challenge import GLYPHS, DatasetSpec
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadDataError, InterruptedRunError, InvalidSubmissionError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, _key, evaluate, evaluate_generator
@@ -31,18 +31,18 @@ SPEC = DatasetSpec("blobs", 4, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def blobs(n, seed):
-    """Pixels in which each class has a colour of its own, under noise."""
+    """Pixels in which each class has a color of its own, under noise."""
     random = torch.Generator().manual_seed(seed)
-    colours = torch.tensor([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40]])
+    colors = torch.tensor([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40]])
     labels = torch.arange(n) % 4
     noise = torch.randint(-40, 40, (n, 3, 16, 16), generator=random)
-    return (colours[labels][:, :, None, None] + noise).clamp(0, 255).to(torch.uint8), labels
+    return (colors[labels][:, :, None, None] + noise).clamp(0, 255).to(torch.uint8), labels
 
 
 def training_set():
     pixels, labels = blobs(16, seed=1)
     order = labels.argsort(stable=True)
-    return normalise(pixels[order], SPEC), labels[order]
+    return normalize(pixels[order], SPEC), labels[order]
 
 
 def real_images():
@@ -64,7 +64,7 @@ def test_it_trains_fresh_networks_and_tests_them():
     reports = []
     outcome = evaluated(epochs_setting=12, rounds=3, progress=reports.append)
     assert len(outcome.accuracies) == 3 and len(set(outcome.loss_curves)) == 3
-    assert outcome.mean > 0.9  # colours are easy
+    assert outcome.mean > 0.9  # colors are easy
     assert outcome.mean == pytest.approx(sum(outcome.accuracies) / 3)
     # Rounds that all came to the same leave no interval.
     assert (outcome.interval is None) == (len(set(outcome.accuracies)) == 1)
@@ -97,10 +97,10 @@ def test_more_rounds_begin_with_the_same_ones(tmp_path):
 
 def test_pixels_and_a_reference_file_of_the_same_images_score_the_same():
     pixels = real_images()
-    normalised = normalise(pixels.images, SPEC)
+    normalized = normalize(pixels.images, SPEC)
     outcomes = [
         evaluate(*training_set(), tests, spec=SPEC, epochs_setting=2, rounds=1)
-        for tests in (pixels, {"images_val": normalised, "labels_val": pixels.labels}, (normalised, pixels.labels))
+        for tests in (pixels, {"images_val": normalized, "labels_val": pixels.labels}, (normalized, pixels.labels))
     ]
     assert same(outcomes[0], outcomes[1]) and same(outcomes[0], outcomes[2])
 
@@ -335,19 +335,19 @@ def test_a_set_that_cannot_be_trained_on_is_refused(change, said):
 
 @pytest.mark.parametrize("change, said", [
     (lambda images, labels: (images[:, :, :8], labels), "shape"),
-    (lambda images, labels: (images * 0.25 + 0.5, labels), "not normalised"),
+    (lambda images, labels: (images * 0.25 + 0.5, labels), "not normalized"),
     (lambda images, labels: (images, labels + 1), "labels from 1 to 4"),
     (lambda images, labels: (images, labels[1:]), "labels of shape"),
     (lambda images, labels: {"images": images, "labels": labels}, "images_val"),
 ])  # fmt: skip
 def test_a_reference_that_does_not_fit_is_refused(change, said):
     pixels = real_images()
-    reference = change(normalise(pixels.images, SPEC), pixels.labels)
+    reference = change(normalize(pixels.images, SPEC), pixels.labels)
     with pytest.raises(BadDataError, match=said):
         evaluate(*training_set(), reference, spec=SPEC, epochs_setting=0)
 
 
-def test_built_in_datasets_are_recognised_by_classes_and_size():
+def test_built_in_datasets_are_recognized_by_classes_and_size():
     images = torch.zeros(10, 3, 32, 32, dtype=torch.uint8)
     tests = ImageSet(images, torch.arange(10), tuple("abcdefghij"))
     assert as_test_set(tests).spec == GLYPHS
@@ -362,21 +362,21 @@ def test_the_content_of_a_test_set_is_known_in_any_order_and_to_the_pixel():
     assert as_test_set(shuffled, SPEC).content_hash() == as_test_set(real, SPEC).content_hash()
     changed = real.images.clone()
     changed[3, 0, 0, 0] ^= 1
-    relabelled = real.labels.roll(1)
-    others = [ImageSet(changed, real.labels, real.class_names), ImageSet(real.images, relabelled, real.class_names)]
+    relabeled = real.labels.roll(1)
+    others = [ImageSet(changed, real.labels, real.class_names), ImageSet(real.images, relabeled, real.class_names)]
     assert len({as_test_set(one, SPEC).content_hash() for one in (real, *others)}) == 3
-    floats = normalise(real.images, SPEC)
+    floats = normalize(real.images, SPEC)
     assert as_test_set((floats, real.labels), SPEC).content_hash() == as_test_set(real, SPEC).content_hash()
     otherwise = dataclasses.replace(SPEC, mean=(0.49, 0.48, 0.45))
-    by_other_constants = as_test_set((normalise(real.images, otherwise), real.labels), SPEC).content_hash()
+    by_other_constants = as_test_set((normalize(real.images, otherwise), real.labels), SPEC).content_hash()
     assert by_other_constants not in ("", as_test_set(real, SPEC).content_hash())
 
 
 def test_floats_that_another_decoder_may_have_made_are_not_held_against_anybody():
     spec = dataclasses.replace(SPEC, name="tinyimagenet")
     real = real_images()
-    assert as_test_set((normalise(real.images, spec), real.labels), spec).content_hash() == ""
-    moved = normalise(real.images, dataclasses.replace(spec, std=(0.2, 0.2, 0.2)))
+    assert as_test_set((normalize(real.images, spec), real.labels), spec).content_hash() == ""
+    moved = normalize(real.images, dataclasses.replace(spec, std=(0.2, 0.2, 0.2)))
     assert as_test_set((moved, real.labels), spec).content_hash() != ""
 
 

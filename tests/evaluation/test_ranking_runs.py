@@ -1,4 +1,4 @@
-"""What DD-Ranking's scores lack is evaluated: on a dataset of two colours, in a few epochs."""
+"""What DD-Ranking's scores lack is evaluated: on a dataset of two colors, in a few epochs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
@@ -19,16 +19,16 @@ SETTINGS = EvaluationSettings(rounds=2, epochs_setting=3, device="cpu")
 
 
 @pytest.fixture
-def job(colours) -> RankingJob:
-    """The first two pictures of each colour, as if they had been evaluated."""
-    spec, real = dataset_spec(colours), load_dataset(colours, "train")
+def job(colors) -> RankingJob:
+    """The first two pictures of each color, as if they had been evaluated."""
+    spec, real = dataset_spec(colors), load_dataset(colors, "train")
     rows = [0, 1, 5, 6]
-    images, labels = normalise(real.images[rows], spec), real.labels[rows]
+    images, labels = normalize(real.images[rows], spec), real.labels[rows]
     subject = Result(
-        name="mine", dataset=colours, track=1, sha256="ab" * 32, source="mine/colours.pt", images=4,
+        name="mine", dataset=colors, track=1, sha256="ab" * 32, source="mine/colors.pt", images=4,
         images_per_class=(2, 2), epochs_setting=3, accuracies=(0.75, 1.0), made_by={"kind": "generated"},
     )  # fmt: skip
-    test_set = as_test_set(load_dataset(colours, "test"), spec)
+    test_set = as_test_set(load_dataset(colors, "test"), spec)
     return RankingJob(subject, images, labels, real, test_set, SETTINGS)
 
 

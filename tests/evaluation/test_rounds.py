@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import InterruptedRunError
 from ddkit.evaluation.reference import as_test_set
@@ -34,7 +34,7 @@ def real_images():
 
 
 def job(index, folder=None, images=12):
-    made = Generated(normalise(pixels(images, 2), SPEC), torch.arange(images) % 4, 0.0)
+    made = Generated(normalize(pixels(images, 2), SPEC), torch.arange(images) % 4, 0.0)
     return RoundJob(index, made, StateFile(folder and folder / f"round-{index}.pt", seconds_between_saves=0))
 
 

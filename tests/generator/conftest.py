@@ -1,4 +1,4 @@
-"""The smallest generator there can be: 16 px images of three flat colours, latents of 4 x 4, two tokens a side."""
+"""The smallest generator there can be: 16 px images of three flat colors, latents of 4 x 4, two tokens a side."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def config():
 
 @pytest.fixture
 def images():
-    """12 images, 4 a class: a colour each, with a little noise."""
+    """12 images, 4 a class: a color each, with a little noise."""
     labels = torch.arange(3).repeat_interleave(4)
     pixels = torch.randint(0, 40, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for row, label in enumerate(labels.tolist()):
@@ -47,7 +47,7 @@ def images():
 
 @pytest.fixture
 def data(images):
-    return TrainingData("colours", images, sha256="of-these-pixels")
+    return TrainingData("colors", images, sha256="of-these-pixels")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def make_model(config):
         for parameter in denoiser.parameters():
             # What begins at zero would hide mistakes: untrained outputs would all be nought.
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        facts = ModelFacts("colours", CLASSES, 16, prediction, "none", 0, 0, "of-these-pixels")
+        facts = ModelFacts("colors", CLASSES, 16, prediction, "none", 0, 0, "of-these-pixels")
         return Model(denoiser.eval(), autoencoder.eval(), facts)
 
     return make

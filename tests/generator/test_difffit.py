@@ -74,10 +74,10 @@ class TestEveryArchitecture:
         network = build(architecture)
         counts = apply_difffit(network)
         before = copy.deepcopy(network.state_dict())
-        optimiser = torch.optim.SGD(network.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
         noisy, labels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
         predict(network, noisy, torch.full((6,), 500.0), labels).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
         changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
         weights = {
             name

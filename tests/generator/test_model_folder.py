@@ -32,7 +32,7 @@ def folder(make_model, tmp_path):
 def test_it_survives_saving(make_model, tmp_path, architecture):
     model = make_model(architecture)
     save_model(model, tmp_path)
-    loaded = load_model(tmp_path, dataset="colours")
+    loaded = load_model(tmp_path, dataset="colors")
     assert type(loaded.denoiser) is type(model.denoiser)
     assert loaded.facts == model.facts
     assert loaded.autoencoder.config.scaling_factor == 0.7
@@ -86,13 +86,13 @@ def test_an_interrupted_save_keeps_the_earlier_part(folder, make_model, monkeypa
     with pytest.raises(BadFileError, match="No space left"):
         save_model(make_model(), folder)
     assert model_hash(folder) == before
-    assert load_model(folder).facts.dataset == "colours"
+    assert load_model(folder).facts.dataset == "colors"
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
 class TestWhatIsRefused:
     def test_a_model_of_another_dataset(self, folder):
-        with pytest.raises(UsageError, match="is of 'colours', not of 'cifar100'"):
+        with pytest.raises(UsageError, match="is of 'colors', not of 'cifar100'"):
             load_model(folder, dataset="cifar100")
 
     def test_no_model_at_all(self, tmp_path):
@@ -152,6 +152,6 @@ class TestWhatIsRefused:
         (folder / "ddkit.json").write_text('{"format": 99}')
         with pytest.raises(BadFileError, match="version"):
             read_facts(folder)
-        (folder / "ddkit.json").write_text('{"format": 1, "dataset": "colours"}')
+        (folder / "ddkit.json").write_text('{"format": 1, "dataset": "colors"}')
         with pytest.raises(BadFileError, match="not complete"):
             read_facts(folder)

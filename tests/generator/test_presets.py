@@ -42,10 +42,10 @@ def test_a_batch_must_split_evenly():
 
 
 def test_the_rate_rises_then_holds_then_falls_as_one_over_the_root():
-    optimiser = OptimiserConfig(steps=1, batch_size=1, learning_rate=0.1, warmup_steps=10, decay_after_steps=100)
-    assert optimiser.rate(0) == pytest.approx(0.01)
-    assert optimiser.rate(9) == optimiser.rate(99) == pytest.approx(0.1)
-    assert optimiser.rate(399) == pytest.approx(0.05)
+    optimizer = OptimiserConfig(steps=1, batch_size=1, learning_rate=0.1, warmup_steps=10, decay_after_steps=100)
+    assert optimizer.rate(0) == pytest.approx(0.01)
+    assert optimizer.rate(9) == optimizer.rate(99) == pytest.approx(0.1)
+    assert optimizer.rate(399) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -39,7 +39,7 @@ def test_copies_are_found_with_what_they_copy():
     dataset = real_set(600)
     quality = measure(dataset.images[:300], dataset.labels[:300], dataset, Pixels())
     assert (quality.distances < 1e-3).all(), "also those of images that stand in"
-    assert quality.neighbours.tolist() == list(range(300))
+    assert quality.neighbors.tolist() == list(range(300))
 
 
 def test_one_picture_for_each_class_has_no_diversity_and_covers_little():

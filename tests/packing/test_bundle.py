@@ -25,12 +25,12 @@ from ddkit.packing.bundle import (
 from ddkit.packing.track2 import pack_entry, rounding_cost
 from ddkit.runtime.files import sha256_of
 
-WEIGHTS = "models/colours/transformer/diffusion_pytorch_model.safetensors"
+WEIGHTS = "models/colors/transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def model(colours, colours_model):
-    return EntryModel(colours, colours_model, EntrySettings(SamplingConfig("unipc", steps=6, guidance=1.25)))
+def model(colors, colors_model):
+    return EntryModel(colors, colors_model, EntrySettings(SamplingConfig("unipc", steps=6, guidance=1.25)))
 
 
 def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):
@@ -39,15 +39,15 @@ def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):
         "generate.py", "shards.py", "worker.py", "sampling.py", "denoiser.py", "models", "requirements.txt",
         "README.md", "SHA256SUMS",
     }  # fmt: skip
-    assert datasets_of(folder) == ["colours"] and lacking(["cifar100"]) == ["tinyimagenet"]
-    facts = entry_facts(folder, "colours")
+    assert datasets_of(folder) == ["colors"] and lacking(["cifar100"]) == ["tinyimagenet"]
+    facts = entry_facts(folder, "colors")
     assert (facts["steps"], facts["guidance"], facts["num_classes"], facts["image_size"]) == (6, 1.25, 2, 16)
-    scheduler = json.loads((folder / "models" / "colours" / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = json.loads((folder / "models" / "colors" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] == "UniPCMultistepScheduler"
     weights = model.folder / "transformer" / "diffusion_pytorch_model.safetensors"
     assert (folder / WEIGHTS).read_bytes() == weights.read_bytes()
     readme = (folder / "README.md").read_text()
-    assert "unipc, 6 steps, guidance 1.25" in readme and "--dataset colours" in readme and "$" not in readme
+    assert "unipc, 6 steps, guidance 1.25" in readme and "--dataset colors" in readme and "$" not in readme
     assert (folder / "requirements.txt").read_text().split() == requirements()
     assert f"torch=={torch.__version__.partition('+')[0]}" in requirements()
 
@@ -75,11 +75,11 @@ def test_half_precision_halves_the_weights_and_changes_little(model, tmp_path):
     assert cost.images == 8 and 0 < cost.mean < 2 and cost.largest < 60
 
 
-def test_what_cannot_be_bundled_is_said(model, colours, tmp_path):
+def test_what_cannot_be_bundled_is_said(model, colors, tmp_path):
     with pytest.raises(UsageError, match="one model for each"):
         build_folder([model, model], tmp_path / "entry")
     with pytest.raises(MissingModelError):
-        build_folder([EntryModel(colours, tmp_path / "nowhere")], tmp_path / "entry")
+        build_folder([EntryModel(colors, tmp_path / "nowhere")], tmp_path / "entry")
     assert not (tmp_path / "entry").exists()
 
 
@@ -88,7 +88,7 @@ def test_a_zip_a_folder_and_a_script_open_alike(model, tmp_path):
     zipped = zip_folder(folder, tmp_path / "entry.zip")
     for path in (folder, folder / "generate.py", zipped):
         with opened(path) as found:
-            assert datasets_of(found) == ["colours"]
+            assert datasets_of(found) == ["colors"]
             assert (found / "SHA256SUMS").read_bytes() == (folder / "SHA256SUMS").read_bytes()
     assert not found.exists()
 

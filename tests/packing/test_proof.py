@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddkit.challenge import GLYPHS
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.errors import ComputeError, InvalidSubmissionError
 from ddkit.generator.sampling import SamplingConfig
 from ddkit.packing.bundle import EntryModel, EntrySettings, build_folder, zip_folder
@@ -19,14 +19,14 @@ ENOUGH = ProofSettings(budget=600.0, most=20)
 
 
 @pytest.fixture
-def model(colours, colours_model):
-    return EntryModel(colours, colours_model, EntrySettings(SamplingConfig(steps=2), "cpu"))
+def model(colors, colors_model):
+    return EntryModel(colors, colors_model, EntrySettings(SamplingConfig(steps=2), "cpu"))
 
 
-def test_a_bundle_is_run_as_organisers_would(model, tmp_path):
+def test_a_bundle_is_run_as_organizers_would(model, tmp_path):
     packed = pack_entry([model], tmp_path / "entry.zip", proof=ENOUGH)
     (proof,) = packed.proofs
-    assert (proof.dataset, proof.images, proof.images_per_class) == ("colours", 20, (10, 10))
+    assert (proof.dataset, proof.images, proof.images_per_class) == ("colors", 20, (10, 10))
     assert 0 < proof.seconds < proof.budget
 
 
@@ -44,7 +44,7 @@ def test_a_bundle_that_needs_ddkit_or_more_than_it_says_fails(model, tmp_path):
     for line, said in (("import ddkit", "ddkit"), ("import torchvision", "torchvision"), ("import matplotlib", "matplotlib")):
         script = (folder / "generate.py").read_text().replace("import argparse\n", f"{line}\nimport argparse\n", 1)
         with zipfile.ZipFile(tmp_path / "altered.zip", "w") as archive:
-            archive.write(folder / "models" / "colours" / "entry.json", "models/colours/entry.json")
+            archive.write(folder / "models" / "colors" / "entry.json", "models/colors/entry.json")
             archive.writestr("generate.py", script)
         with pytest.raises(ComputeError, match=f"No module named '{said}'"):
             prove(tmp_path / "altered.zip", ENOUGH)
@@ -67,7 +67,7 @@ def test_the_environment_has_the_requirements_and_what_they_require(model, tmp_p
 
 def test_an_altered_model_is_found(model, tmp_path):
     folder = build_folder([model], tmp_path / "entry")
-    weights = folder / "models" / "colours" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = folder / "models" / "colors" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(ComputeError, match="is not the file that was packed"):
         prove(zip_folder(folder, tmp_path / "entry.zip"), ENOUGH)
@@ -76,9 +76,9 @@ def test_an_altered_model_is_found(model, tmp_path):
 class TestWhatWasMade:
     def images(self, per_class=2):
         pixels = torch.randint(0, 256, (10 * per_class, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-        return normalise(pixels.to(torch.uint8), GLYPHS), torch.arange(10 * per_class) % 10
+        return normalize(pixels.to(torch.uint8), GLYPHS), torch.arange(10 * per_class) % 10
 
-    def test_normalised_bytes_in_balance_are_right(self):
+    def test_normalized_bytes_in_balance_are_right(self):
         images, labels = self.images()
         check_made(images, labels, GLYPHS)
         check_made(images[:13], labels[:13], GLYPHS)

@@ -1,4 +1,4 @@
-"""The stand-alone track 2 entry, run as organisers run it: real processes, real kills, nothing of ddkit on its path."""
+"""The stand-alone track 2 entry, run as organizers run it: real processes, real kills, nothing of ddkit on its path."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered
@@ -23,13 +23,13 @@ SAMPLING = SamplingConfig(steps=3, guidance=1.5, batch_size=64)
 
 
 @pytest.fixture
-def entry(colours, colours_model, tmp_path):
+def entry(colors, colors_model, tmp_path):
     """A bundle's folder with an untrained model of two classes and 16 px, sampled in three steps."""
-    return build_folder([EntryModel(colours, colours_model, EntrySettings(SAMPLING, "cpu"))], tmp_path / "entry")
+    return build_folder([EntryModel(colors, colors_model, EntrySettings(SAMPLING, "cpu"))], tmp_path / "entry")
 
 
 def command(entry, out, *words):
-    return [sys.executable, "-I", str(entry / "generate.py"), "--dataset", "colours", "--out", str(out), *map(str, words)]
+    return [sys.executable, "-I", str(entry / "generate.py"), "--dataset", "colors", "--out", str(out), *map(str, words)]
 
 
 def run(entry, out, *words, status=0, **settings):
@@ -40,9 +40,9 @@ def run(entry, out, *words, status=0, **settings):
     return done.stderr
 
 
-def expected(colours_model, rows):
+def expected(colors_model, rows):
     """What ddkit's own sampler makes for these rows of a set: images of both classes in turn, by rising index."""
-    return normalise(Sampler(load_model(colours_model), SAMPLING)(rows % 2, rows // 2).images, dataset_spec("colours"))
+    return normalize(Sampler(load_model(colors_model), SAMPLING)(rows % 2, rows // 2).images, dataset_spec("colors"))
 
 
 def wait_for(condition):
@@ -66,20 +66,20 @@ def running(words):
     return found
 
 
-def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colours_model, tmp_path):
-    said = run(entry, tmp_path / "colours.pt", "--ipc", 3, "--seed", 5, "--processes", 2)
-    images = torch.load(tmp_path / "colours.pt", weights_only=True)
-    sampler = Sampler(load_model(colours_model), SamplingConfig(steps=3, guidance=1.5, batch_size=64, seed=5))
-    wanted = normalise(sampler(*class_ordered(3, 2)).images, dataset_spec("colours"))
+def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colors_model, tmp_path):
+    said = run(entry, tmp_path / "colors.pt", "--ipc", 3, "--seed", 5, "--processes", 2)
+    images = torch.load(tmp_path / "colors.pt", weights_only=True)
+    sampler = Sampler(load_model(colors_model), SamplingConfig(steps=3, guidance=1.5, batch_size=64, seed=5))
+    wanted = normalize(sampler(*class_ordered(3, 2)).images, dataset_spec("colors"))
     assert images.shape == (6, 3, 16, 16) and images.dtype == torch.float32
-    step = 1 / 255 / min(dataset_spec("colours").std)
+    step = 1 / 255 / min(dataset_spec("colors").std)
     assert (images - wanted).abs().max() < 1.01 * step and (images - wanted).abs().mean() < 0.05 * step
     assert "6 images, 3 of each class" in said
-    assert not (tmp_path / "colours.pt.shards").exists()
+    assert not (tmp_path / "colors.pt.shards").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by Linux's /proc")
-def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, colours_model, tmp_path):
+def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, colors_model, tmp_path):
     out, shards = tmp_path / "out" / "images.pt", tmp_path / "out" / "images.pt.shards"
     words = command(entry, out, "--time-budget", 200, "--processes", 1)
     mark = f"DDKIT_TEST_MARK={tmp_path}"
@@ -95,9 +95,9 @@ def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, colou
 
     run(entry, out, "--join")
     joined = torch.load(out, weights_only=True)
-    step = 1 / 255 / min(dataset_spec("colours").std)
+    step = 1 / 255 / min(dataset_spec("colors").std)
     rows = torch.linspace(0, len(joined["labels"]) - 1, 32).long()
-    assert (joined["images"][rows] - expected(colours_model, rows)).abs().max() < 1.01 * step
+    assert (joined["images"][rows] - expected(colors_model, rows)).abs().max() < 1.01 * step
     assert joined["labels"].dtype == torch.int64 and torch.equal(joined["labels"], torch.arange(len(joined["labels"])) % 2)
     assert not shards.exists()
 
@@ -130,8 +130,8 @@ def test_no_gpu_where_one_is_asked_for(entry, tmp_path):
 
 @pytest.mark.parametrize("words, status, said", [
     (["--time-budget", "0"], 2, "--time-budget cannot be 0"),
-    (["--time-budget", "60", "--dataset", "colors"], 2, "Did you mean 'colours'?"),
-    (["--time-budget", "60", "--dataset", "../entry"], 2, "Known: colours"),
+    (["--time-budget", "60", "--dataset", "colors"], 2, "Did you mean 'colors'?"),
+    (["--time-budget", "60", "--dataset", "../entry"], 2, "Known: colors"),
     (["--ipc", "900000000"], 3, "900,000,000 are needed"),
     (["--time-budget", "60", "--out", "."], 3, "is a folder"),
     (["--time-budget", "60", "--out", "file/images.pt"], 3, "cannot be written"),
@@ -151,7 +151,7 @@ def test_what_it_refuses_at_once_in_one_line(entry, tmp_path, words, status, sai
     lambda model: (model / "another.json").write_text("{}"),
 ])  # fmt: skip
 def test_a_model_that_was_altered_is_not_used(entry, tmp_path, alter):
-    alter(entry / "models" / "colours")
+    alter(entry / "models" / "colors")
     said = run(entry, tmp_path / "images.pt", "--time-budget", 60, status=3)
     assert "is not the file that was packed" in said
 
@@ -218,7 +218,7 @@ class TestParts:
 
         def make(**changes):
             settings = {
-                "model": entry / "models" / "colours", "entry": {"num_classes": 5}, "out": tmp_path / "images.pt",
+                "model": entry / "models" / "colors", "entry": {"num_classes": 5}, "out": tmp_path / "images.pt",
                 "seed": 0, "device": "cpu", "workers": 1, "ipc": None, "limit": 1000, "began": 0.0, "budget": 600.0,
             }  # fmt: skip
             return load("shards").Job(**(settings | changes))
@@ -294,15 +294,15 @@ class TestParts:
         ("uvit", "epsilon", "dpm++", "bfloat16"),
     ])  # fmt: skip
     def test_every_kind_of_model_samples_as_in_ddkit(
-        self, load, colours, save_colours_model, tmp_path, architecture, prediction, sampler, precision
+        self, load, colors, save_colors_model, tmp_path, architecture, prediction, sampler, precision
     ):
-        folder = save_colours_model(tmp_path / "model", architecture, prediction)
+        folder = save_colors_model(tmp_path / "model", architecture, prediction)
         config = SamplingConfig(
             sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), batch_size=6, seed=3, precision=precision
         )
-        built = build_folder([EntryModel(colours, folder, EntrySettings(config))], tmp_path / "other")
-        facts = json.loads((built / "models" / colours / "entry.json").read_text())
-        ours = load("sampling").Sampler(built / "models" / colours, facts, "cpu", 3)([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5])
+        built = build_folder([EntryModel(colors, folder, EntrySettings(config))], tmp_path / "other")
+        facts = json.loads((built / "models" / colors / "entry.json").read_text())
+        ours = load("sampling").Sampler(built / "models" / colors, facts, "cpu", 3)([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5])
         theirs = Sampler(load_model(folder), config)(torch.tensor([0, 1, 1, 0, 1, 0]), torch.arange(6)).images
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
         assert torch.equal(ours, theirs)

@@ -14,7 +14,7 @@ from ddkit.runtime.device import describe_device, resolve_device
 
 
 def trial(steps, *accuracies, guidance=1.0, **changes):
-    settings = {"dataset": "colours", "model_sha256": "of-it", "sampler": "dpm++", "budget": 60.0, "epochs_setting": 20,
+    settings = {"dataset": "colors", "model_sha256": "of-it", "sampler": "dpm++", "budget": 60.0, "epochs_setting": 20,
                 "seed": 0, "device": "cpu", "images": (800 // steps,) * len(accuracies),
                 "seconds": (57.0,) * len(accuracies)}  # fmt: skip
     return Trial(steps=steps, guidance=guidance, accuracies=accuracies, **(settings | changes))
@@ -35,7 +35,7 @@ def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
     path.write_text(path.read_text() + '{"dataset": "colo')
     assert read_trials(path) == [trial(4, 0.2, 0.3), trial(8, 0.4, 0.3, guidance=2.0)]
     assert trial(4, 0.2).conditions != trial(4, 0.2, device="another").conditions
-    path.write_text('{"dataset": "colours"}\n')
+    path.write_text('{"dataset": "colors"}\n')
     with pytest.raises(BadFileError, match="line 1"):
         read_trials(path)
 
@@ -49,27 +49,27 @@ def test_the_best_is_named_with_how_sure_that_is():
     assert lead([trial(4, 0.3), trial(8, 0.2)]) is None and lead(trials[:1]) is None
 
 
-def test_what_was_tried_is_not_tried_again(colours, colours_model, tmp_path):
+def test_what_was_tried_is_not_tried_again(colors, colors_model, tmp_path):
     """Nothing is run: the test set, which every trial needs, is none."""
     settings = EvaluationSettings(track=2, rounds=2, epochs_setting=3, time_budget=30.0)
     grid = Grid((2, 4), (1.0,), settings)
     here = describe_device(resolve_device("auto"))
-    kept = {"model_sha256": model_hash(colours_model), "budget": 30.0, "epochs_setting": 3, "device": here}
+    kept = {"model_sha256": model_hash(colors_model), "budget": 30.0, "epochs_setting": 3, "device": here}
     done = [trial(2, 0.5, 0.6, **kept), trial(4, 0.7, 0.8, **kept)]
     for one in (*done, trial(8, 0.9, 0.9, **kept), trial(4, 0.1, 0.1, **(kept | {"budget": 31.0}))):
         _append(one, tmp_path / "trials.jsonl")
-    model = EntryModel(colours, colours_model)
+    model = EntryModel(colors, colors_model)
     assert explore(model, None, grid, tmp_path / "trials.jsonl") == tuple(done)
     best = tuned(model, tmp_path / "trials.jsonl").settings.sampling.steps
     assert best == 8, "what was asked for last counts, though it was known"
 
 
-def test_the_best_of_the_latest_conditions_is_packed(colours, colours_model, tmp_path):
-    path, model = tmp_path / "trials.jsonl", EntryModel(colours, colours_model)
+def test_the_best_of_the_latest_conditions_is_packed(colors, colors_model, tmp_path):
+    path, model = tmp_path / "trials.jsonl", EntryModel(colors, colors_model)
     _append(trial(2, 0.99), path)  # of another model
-    with pytest.raises(MissingDataError, match="ddkit tune colours"):
+    with pytest.raises(MissingDataError, match="ddkit tune colors"):
         tuned(model, path)
-    sha256 = model_hash(colours_model)
+    sha256 = model_hash(colors_model)
     for one in (trial(32, 0.9, model_sha256=sha256, budget=600.0), trial(4, 0.3, model_sha256=sha256),
                 trial(8, 0.5, guidance=1.5, sampler="dpm++", model_sha256=sha256)):  # fmt: skip
         _append(one, path)

@@ -1,4 +1,4 @@
-"""The leaderboard in a terminal: any width, with and without colour, whatever entries are called."""
+"""The leaderboard in a terminal: any width, with and without color, whatever entries are called."""
 
 import io
 
@@ -45,10 +45,10 @@ def test_markup_in_names_is_text(groups, width):
     assert "quick [red]look[/red] <b>" in shown
 
 
-def test_our_own_rows_are_highlighted_and_colour_can_be_switched_off(groups, monkeypatch):
+def test_our_own_rows_are_highlighted_and_color_can_be_switched_off(groups, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    coloured = printed(groups, 160, force_terminal=True, color_system="standard")
-    (mine,) = (line for line in coloured.splitlines() if "mine" in line)
+    colored = printed(groups, 160, force_terminal=True, color_system="standard")
+    (mine,) = (line for line in colored.splitlines() if "mine" in line)
     assert "\x1b[1;36m" in mine and "32m +10.50" in mine and "31m-6.96" in mine
     monkeypatch.setenv("NO_COLOR", "1")
     plain = printed(groups, 160, force_terminal=True, color_system="standard")

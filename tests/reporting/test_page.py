@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.reporting.html import render, write_html
 from ddkit.reporting.page import gather
@@ -14,18 +14,18 @@ from ddkit.sets.distilled import save_set
 
 
 @pytest.fixture
-def evaluated(colours, result, tmp_path, monkeypatch):
-    """Saves two pictures of each of the colours as NAME/colours.pt and returns the result of evaluating them."""
+def evaluated(colors, result, tmp_path, monkeypatch):
+    """Saves two pictures of each of the colors as NAME/colors.pt and returns the result of evaluating them."""
     monkeypatch.chdir(tmp_path)
-    real, spec = load_dataset(colours, "train"), dataset_spec(colours)
+    real, spec = load_dataset(colors, "train"), dataset_spec(colors)
 
     def save(name, *accuracies, first=0, **fields):
-        images = normalise(real.images[[first, first + 1, 5 + first, 6 + first]], spec)
+        images = normalize(real.images[[first, first + 1, 5 + first, 6 + first]], spec)
         facts = {"kind": "generated", "seed": 3, "sampler": "dpm++", "versions": {"torch": "2.x"}}
-        save_set(f"{name}/colours.pt", images, spec, real.class_names, facts)
-        known = {"sha256": sha256_of(f"{name}/colours.pt"), "images": 4, "ipc": 2, "epochs_setting": 3,
+        save_set(f"{name}/colors.pt", images, spec, real.class_names, facts)
+        known = {"sha256": sha256_of(f"{name}/colors.pt"), "images": 4, "ipc": 2, "epochs_setting": 3,
                  "per_class": (0.25, 0.75), "confusions": ((0, 1, 1.5),), "made_by": facts}  # fmt: skip
-        return result(name, "colours", *accuracies, **(known | fields))
+        return result(name, "colors", *accuracies, **(known | fields))
 
     return save
 
@@ -44,7 +44,7 @@ def test_a_set_is_told_in_full(evaluated):
     assert view.ranking.missing
 
 
-def test_the_pictures_are_those_of_the_file(evaluated, colours):
+def test_the_pictures_are_those_of_the_file(evaluated, colors):
     import base64
     import io
 
@@ -54,7 +54,7 @@ def test_the_pictures_are_those_of_the_file(evaluated, colours):
     (entry,) = gather([evaluated("mine", 0.5)]).entries
     uri = entry.sets[0].sheet[1].pictures[1]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
-    assert (pixels == load_dataset(colours, "train").images[6].permute(1, 2, 0).numpy()).all()
+    assert (pixels == load_dataset(colors, "train").images[6].permute(1, 2, 0).numpy()).all()
 
 
 @pytest.mark.parametrize("spoil, said", [
@@ -63,7 +63,7 @@ def test_the_pictures_are_those_of_the_file(evaluated, colours):
 ])  # fmt: skip
 def test_a_set_that_is_gone_or_changed_leaves_the_rest(evaluated, tmp_path, spoil, said):
     known = evaluated("mine", 0.5, 0.75)
-    spoil(tmp_path / "mine" / "colours.pt")
+    spoil(tmp_path / "mine" / "colors.pt")
     (view,) = gather([known]).entries[0].sets
     assert said in view.gone and view.sheet == () and not view.checked
     assert view.classes and view.confusions and view.loss and dict(view.facts)["sampler"] == "dpm++"

@@ -52,7 +52,7 @@ def _quality() -> object:
 
 
 def _results(folder: Path) -> list:
-    from ddkit.data.images import normalise
+    from ddkit.data.images import normalize
     from ddkit.data.prepare import prepare
     from ddkit.data.store import dataset_spec, load_dataset
     from ddkit.results import Result
@@ -67,7 +67,7 @@ def _results(folder: Path) -> list:
     real, spec = load_dataset("marked", "train"), dataset_spec("marked")
     noise = torch.randint(-20, 20, real.images.shape, generator=torch.Generator().manual_seed(0))
     images = (real.images + noise).clamp(0, 255).to(torch.uint8)
-    save_set("mine <i>/marked.pt", normalise(images, spec), spec, real.class_names, {"sampler": "dpm++"})
+    save_set("mine <i>/marked.pt", normalize(images, spec), spec, real.class_names, {"sampler": "dpm++"})
 
     def result(name: str, dataset: str, *accuracies: float, **fields: object) -> Result:
         known = {"sha256": name, "source": f"{name}/{dataset}.pt", "images": 30, "images_per_class": (1, 1),
@@ -117,7 +117,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrom
 
 @pytest.fixture
 def look(chrome, page_file):
-    """Opens the page at a size, in a colour scheme, with or without JavaScript; returns the browser."""
+    """Opens the page at a size, in a color scheme, with or without JavaScript; returns the browser."""
 
     def opened(size=DESKTOP, scheme="light", script=True):
         chrome.get("about:blank")
@@ -313,16 +313,16 @@ def test_text_stands_out_from_its_background(look, scheme, size):
 
 
 FAINT_TEXT = """
-const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const light = (colour) => {
+const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+const light = (color) => {
   const linear = (v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-  const [r, g, b] = parts(colour).slice(0, 3).map((v) => linear(v / 255));
+  const [r, g, b] = parts(color).slice(0, 3).map((v) => linear(v / 255));
   return .2126 * r + .7152 * g + .0722 * b;
 };
 const behind = (element) => {
   for (let e = element; e; e = e.parentElement) {
-    const colour = getComputedStyle(e).backgroundColor;
-    if ((parts(colour)[3] ?? 1) === 1) return colour;
+    const color = getComputedStyle(e).backgroundColor;
+    if ((parts(color)[3] ?? 1) === 1) return color;
   }
   return getComputedStyle(document.documentElement).colorScheme.includes("dark") ? "rgb(0, 0, 0)" : "rgb(255, 255, 255)";
 };

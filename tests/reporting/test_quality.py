@@ -4,13 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import MissingDataError
 from ddkit.metrics.features import FeatureSettings
 from ddkit.reporting.quality import dataset_at, quality_of, sets_at
-from ddkit.sets.contact_sheet import contact_sheet, neighbour_sheet, side_by_side
+from ddkit.sets.contact_sheet import contact_sheet, neighbor_sheet, side_by_side
 from ddkit.sets.distilled import save_set
 
 QUICK = FeatureSettings(images=80, epochs=2)
@@ -18,15 +18,15 @@ QUICK = FeatureSettings(images=80, epochs=2)
 
 @pytest.fixture
 def spots(tmp_path):
-    """A prepared dataset of noise in two colours: 40 training images of each."""
+    """A prepared dataset of noise in two colors: 40 training images of each."""
     random = torch.Generator().manual_seed(0)
     for split, count in (("train", 40), ("test", 1)):
-        for name, colour in (("blue", (30, 60, 200)), ("red", (200, 60, 30))):
+        for name, color in (("blue", (30, 60, 200)), ("red", (200, 60, 30))):
             folder = tmp_path / "pictures" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 noise = torch.randint(-50, 50, (16, 16, 3), generator=random)
-                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
+                pixels = (torch.tensor(color) + noise).clamp(0, 255).to(torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
     prepare("spots", tmp_path / "pictures")
     return "spots"
@@ -34,7 +34,7 @@ def spots(tmp_path):
 
 def save(path, dataset, images, **facts):
     spec = dataset_spec(dataset)
-    save_set(path, normalise(images, spec), spec, ("blue", "red"), facts)
+    save_set(path, normalize(images, spec), spec, ("blue", "red"), facts)
     return path
 
 
@@ -68,34 +68,34 @@ def test_sets_of_a_folder(tmp_path):
 
 
 def plain(*levels: int, side: int = 8) -> torch.Tensor:
-    """One plain picture for each grey level."""
+    """One plain picture for each gray level."""
     return torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, side, side).contiguous()
 
 
-def colours_of(sheet: Image.Image) -> set:
-    return {colour for _, colour in sheet.getcolors(maxcolors=100_000)}
+def colors_of(sheet: Image.Image) -> set:
+    return {color for _, color in sheet.getcolors(maxcolors=100_000)}
 
 
 def test_a_contact_sheet_has_a_row_a_class_with_its_name():
     one = contact_sheet(plain(10, 20), torch.tensor([0, 1]), ["a", "b"])
     two = contact_sheet(plain(10, 20), torch.tensor([0, 1]), ["a name that is longer", "b"])
     assert two.width > one.width and two.height == one.height
-    assert {(10, 10, 10), (20, 20, 20)} <= colours_of(one)
+    assert {(10, 10, 10), (20, 20, 20)} <= colors_of(one)
 
 
 def test_generated_stand_beside_real_ones_of_the_same_classes_only():
     sheet = side_by_side(
         (plain(10), torch.tensor([1])), (plain(100, 110, 120), torch.tensor([0, 1, 2])), ["a", "b", "c"]
     )  # fmt: skip
-    assert {(10, 10, 10), (110, 110, 110)} <= colours_of(sheet)
-    assert not {(100, 100, 100), (120, 120, 120)} & colours_of(sheet)
+    assert {(10, 10, 10), (110, 110, 110)} <= colors_of(sheet)
+    assert not {(100, 100, 100), (120, 120, 120)} & colors_of(sheet)
 
 
-def test_neighbours_stand_in_the_order_of_their_distance():
-    sheet = neighbour_sheet(
+def test_neighbors_stand_in_the_order_of_their_distance():
+    sheet = neighbor_sheet(
         plain(10, 20, 30), plain(110, 120, 130), torch.tensor([0.9, 0.1, 0.5]), ["a", "b", "c"], most=2
     )
-    seen = colours_of(sheet)
+    seen = colors_of(sheet)
     assert {(20, 20, 20), (120, 120, 120), (30, 30, 30), (130, 130, 130)} <= seen and (10, 10, 10) not in seen
     first = sheet.crop((0, 0, sheet.width // 2, sheet.height))
-    assert (20, 20, 20) in colours_of(first) and (30, 30, 30) not in colours_of(first)
+    assert (20, 20, 20) in colors_of(first) and (30, 30, 30) not in colors_of(first)

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from ddkit.challenge import GLYPHS
-from ddkit.data.images import normalise
+from ddkit.data.images import normalize
 from ddkit.errors import InvalidSubmissionError
 from ddkit.sets.distilled import load_tensor, read_facts, row_labels, save_set, tensor_path
 
@@ -15,7 +15,7 @@ NAMES = tuple("AEHKLOSTXZ")
 @pytest.fixture
 def images():
     pixels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return normalise(pixels, GLYPHS)
+    return normalize(pixels, GLYPHS)
 
 
 def test_rows_stand_class_by_class():

@@ -1,4 +1,4 @@
-"""Hostile and unfortunate files: recognised, named, never executed, never larger in memory than they are on disk."""
+"""Hostile and unfortunate files: recognized, named, never executed, never larger in memory than they are on disk."""
 
 import io
 import os
@@ -64,7 +64,7 @@ def test_a_bare_tensor_is_read_as_it_was_saved(images):
         (lambda t: torch.cat([t, t])[: len(t)], "T006", "a view"),
         (lambda t: t[:1].clone().expand(SHAPE), "T006", "expanded from fewer numbers"),
         (lambda t: t.to_sparse(), "T008", "sparse"),
-        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "T008", "quantised"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "T008", "quantized"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -99,7 +99,7 @@ def test_a_view_is_taken_of_one_class_at_a_time():
         ("first", 3, "Class 2 has 2 images"),
         ("random", 0, "at least one"),
         ("rnadom", 1, "Did you mean 'random'"),
-        ("k-centre", 1, "Did you mean 'k-center'"),
+        ("k-center", 1, "Did you mean 'k-center'"),
         ("herding", 1, "nothing to look with"),
     ],
 )

@@ -22,7 +22,7 @@ class Checkpoint:
     """The state of a stage after `step` steps.
 
     seconds: spent on them, over all the times the stage ran. finished: nothing more is to be done.
-    network, ema, optimiser: state dictionaries of tensors and plain values.
+    network, ema, optimizer: state dictionaries of tensors and plain values.
     memory: state dictionary of what the stage's loss keeps beside the network.
     scaler: the same of the loss's scale, which float16 has.
     """
@@ -32,7 +32,7 @@ class Checkpoint:
     finished: bool
     network: dict[str, Any]
     ema: dict[str, Any]
-    optimiser: dict[str, Any]
+    optimizer: dict[str, Any]
     memory: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 

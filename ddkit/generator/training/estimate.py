@@ -169,7 +169,7 @@ def _in_parts(needed: Estimate, config: GeneratorConfig, processes: int) -> str:
     if not fitting or any(stage.memory > needed.limit for stage in others):
         return ""
     if config.minimax is not None:  # whose criteria are of a part each, so that parts are another training
-        return f"--batch-size {fitting * processes * config.denoiser_optimiser.accumulation} would fit."
+        return f"--batch-size {fitting * processes * config.denoiser_optimizer.accumulation} would fit."
     share = last.batch_size // processes
     parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fitting)
     return f"--accumulation {parts} would fit."
@@ -239,8 +239,8 @@ class _Probe:
 
     def estimate(self, seconds: float, limit: float) -> StageEstimate:
         """seconds: to measure speed for; 0 not to. limit: bytes of memory that measuring may take."""
-        stage, optimiser = self._stage, self._stage.optimiser
-        at_once = max(1, optimiser.batch_size // (optimiser.accumulation * self._processes))
+        stage, optimizer = self._stage, self._stage.optimizer
+        at_once = max(1, optimizer.batch_size // (optimizer.accumulation * self._processes))
         counts = count_parameters(stage.network)
         per_image, kept_once = self._bytes_kept()
         # Only now, as memories are allocated when a first batch shows how large latents are.
@@ -256,8 +256,8 @@ class _Probe:
             memory=int(fixed + per_image * at_once),
             fixed_memory=fixed,
             images_per_second=None,
-            steps=optimiser.steps,
-            batch_size=optimiser.batch_size,
+            steps=optimizer.steps,
+            batch_size=optimizer.batch_size,
         )
         most = min(at_once, found.fitting(limit)) // workers * workers
         if seconds == 0 or most == 0:

@@ -85,7 +85,7 @@ class TrainingOptions:
 
     def applied_to(self, config: GeneratorConfig) -> GeneratorConfig:
         """A configuration with what is said otherwise, but for fine-tuning."""
-        optimiser = self.given("steps", "batch_size", "learning_rate", "accumulation")
+        optimizer = self.given("steps", "batch_size", "learning_rate", "accumulation")
         objective = self.given("prediction", "label_dropout")
         if self.min_snr is not None:
             objective["min_snr_gamma"] = self.min_snr or None
@@ -93,7 +93,7 @@ class TrainingOptions:
             config,
             denoiser=dataclasses.replace(config.denoiser, **self.given("architecture")),
             objective=dataclasses.replace(config.objective, **objective),
-            denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, **optimiser),
+            denoiser_optimizer=dataclasses.replace(config.denoiser_optimizer, **optimizer),
             **self.given("precision", "compile", "pretrained_autoencoder", "seed", "flips"),
             **self.averages(),
         )
@@ -177,9 +177,9 @@ def _completed(
     """The configuration with what its start decides. new: no training goes on, whose length and flips are known."""
     changes: dict[str, Any] = {"objective": dataclasses.replace(config.objective, prediction=start.generator.prediction)}
     if wishes.steps is None and (new or wishes.epochs is not None):
-        optimiser = config.denoiser_optimiser
-        steps = max(1, config.minimax.epochs * len(data.images) // optimiser.batch_size)
-        changes["denoiser_optimiser"] = dataclasses.replace(optimiser, steps=steps)
+        optimizer = config.denoiser_optimizer
+        steps = max(1, config.minimax.epochs * len(data.images) // optimizer.batch_size)
+        changes["denoiser_optimizer"] = dataclasses.replace(optimizer, steps=steps)
     init = Path(config.minimax.init).expanduser()
     if new and wishes.flips is None and has_model(init) and (before := recorded(init)):
         changes["flips"] = before.config.flips

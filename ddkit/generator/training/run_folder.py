@@ -125,12 +125,12 @@ def _comparable(config: GeneratorConfig) -> GeneratorConfig:
     against a loss that diverges, and what helps where memory is short."""
     minimax = config.minimax
     # The criteria of minimax diffusion are of a part of the batch each, so there accumulation is another training.
-    accumulation = 1 if minimax is None else config.denoiser_optimiser.accumulation
+    accumulation = 1 if minimax is None else config.denoiser_optimizer.accumulation
     return replace(
         config,
         minimax=None if minimax is None else replace(minimax, init=_place(minimax.init), epochs=1, lambda_r=0, lambda_d=0),
-        autoencoder_optimiser=replace(config.autoencoder_optimiser, steps=1, accumulation=1),
-        denoiser_optimiser=replace(config.denoiser_optimiser, steps=1, learning_rate=1.0, accumulation=accumulation),
+        autoencoder_optimizer=replace(config.autoencoder_optimizer, steps=1, accumulation=1),
+        denoiser_optimizer=replace(config.denoiser_optimizer, steps=1, learning_rate=1.0, accumulation=accumulation),
         compile=False,
     )
 

@@ -28,7 +28,7 @@ class AutoencoderStage:
     def __init__(self, config: GeneratorConfig, network: AutoencoderKL, images: ImageSet) -> None:
         self.network = network.to(memory_format=torch.channels_last)
         self.loss = AutoencoderLoss(self.network, config.kl_weight)
-        self.optimiser = config.autoencoder_optimiser
+        self.optimizer = config.autoencoder_optimizer
         self.ema_width, self.ema_decay = config.ema_width, None
         self._images = images
         self._flips = config.flips
@@ -38,7 +38,7 @@ class AutoencoderStage:
 
     def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
         """pixels (B, 3, S, S) float32 in [-1, 1]; noise (B, C, s, s) float32."""
-        count = self.optimiser.batch_size
+        count = self.optimizer.batch_size
         chosen = self._order.take(step * count, count)
         generator = generator_for(device, self.name, self._seed, step)
         pixels = to_signed(self._images.images[chosen].to(device))
@@ -62,7 +62,7 @@ class DenoiserStage:
         self.network = network
         self.objective = Objective(config.objective)
         self.loss: nn.Module = DenoiserLoss(network, self.objective)
-        self.optimiser = config.denoiser_optimiser
+        self.optimizer = config.denoiser_optimizer
         self.ema_width, self.ema_decay = config.ema_width, config.ema_decay
         self._latents = latents
         self._seed = config.seed
@@ -72,7 +72,7 @@ class DenoiserStage:
 
     def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
         """clean, noise (B, C, s, s) float32, scaled; times (B,) float32 in [0, 1000]; labels (B,) int64."""
-        count = self.optimiser.batch_size
+        count = self.optimizer.batch_size
         chosen = self._order.take(step * count, count)
         generator = generator_for(device, self.name, self._seed, step)
         views = self._latents.latents.shape[1]
@@ -107,7 +107,7 @@ class MinimaxStage(DenoiserStage):
 
     def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
         """As `DenoiserStage.draw`, and classes: (B,) int64, the labels none of which is replaced by the null class."""
-        count = self.optimiser.batch_size
+        count = self.optimizer.batch_size
         classes = self._latents.labels[self._order.take(step * count, count)]
         return super().draw(step, device) | {"classes": classes.to(device)}
 

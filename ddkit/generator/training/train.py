@@ -133,12 +133,12 @@ def train(
         exclusive(folder, "trains", elsewhere="--out", is_main=accelerator.is_main_process),
     ):
         # What may fail does so before anything is removed.
-        require_even_parts(request.config.denoiser_optimiser, accelerator.num_processes)
+        require_even_parts(request.config.denoiser_optimizer, accelerator.num_processes)
         pretrained, source = None, request.config.pretrained_autoencoder
         if source and (fresh or not (folder / "vae" / WEIGHTS_FILE).is_file()):
             pretrained = load_pretrained(source)
         elif not source and minimax is None:
-            require_even_parts(request.config.autoencoder_optimiser, accelerator.num_processes)
+            require_even_parts(request.config.autoencoder_optimizer, accelerator.num_processes)
         with accelerator.main_process_first():
             if fresh and accelerator.is_main_process:
                 start_over(folder)
@@ -216,7 +216,7 @@ class _Run:
     def denoiser(self, autoencoder: AutoencoderKL, latents: LatentSet) -> None:
         """Train the denoiser; the model folder is written whenever a checkpoint is."""
         stage = self._denoiser_stage(latents)
-        steps, seconds = stage.optimiser.steps, None
+        steps, seconds = stage.optimizer.steps, None
         if self.request.seconds is not None:
             share = AUTOENCODER_SHARE * self.request.seconds
             steps, seconds = _NO_LIMIT, self.request.seconds - min(share, self._autoencoder_seconds())
@@ -249,7 +249,7 @@ class _Run:
     def _autoencoder_was_hurried(self) -> bool:
         """Whether it ended when its time was up, and would have more than twice as much now."""
         records = self._autoencoder_records()
-        if self.request.seconds is None or not records or records[-1]["step"] >= self.config.autoencoder_optimiser.steps:
+        if self.request.seconds is None or not records or records[-1]["step"] >= self.config.autoencoder_optimizer.steps:
             return False
         return AUTOENCODER_SHARE * self.request.seconds > 2 * self._autoencoder_seconds()
 
@@ -283,7 +283,7 @@ class _Run:
         network = build_autoencoder(self.config.autoencoder, self.data.image_size, seed=seed)
         stage = AutoencoderStage(self.config, network, self.data.images)
         share = None if self.request.seconds is None else AUTOENCODER_SHARE * self.request.seconds
-        engine = self._engine(stage, Limits(stage.optimiser.steps, share, self.request.save_every_seconds))
+        engine = self._engine(stage, Limits(stage.optimizer.steps, share, self.request.save_every_seconds))
         engine.run()
         with engine.ema_weights() as averaged:
             if self.accelerator.is_main_process:
@@ -329,7 +329,7 @@ class _Run:
             prediction=self.config.objective.prediction,
             preset=self.request.preset,
             steps=engine.step,
-            images_seen=engine.step * self.config.denoiser_optimiser.batch_size,
+            images_seen=engine.step * self.config.denoiser_optimizer.batch_size,
             dataset_sha256=self.data.sha256,
             metrics=metrics,
         )

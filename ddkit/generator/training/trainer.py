@@ -50,7 +50,7 @@ class Stage(Protocol):
     network: nn.Module
     loss: nn.Module
     memory: nn.Module | None
-    optimiser: OptimiserConfig
+    optimizer: OptimiserConfig
     ema_width: float
     ema_decay: float | None
 
@@ -112,17 +112,17 @@ class Trainer:
         self._visits: list[tuple[int, Callable[[], None]]] = []
         self.step, self.finished = 0, False
         self._seconds_before, self._began = 0.0, time.monotonic()
-        require_even_parts(stage.optimiser, accelerator.num_processes)
+        require_even_parts(stage.optimizer, accelerator.num_processes)
         stage.network.to(accelerator.device)
         self._parameters = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self._parameters,
-            lr=stage.optimiser.learning_rate,
-            betas=(0.9, stage.optimiser.beta2),
-            weight_decay=stage.optimiser.weight_decay,
+            lr=stage.optimizer.learning_rate,
+            betas=(0.9, stage.optimizer.beta2),
+            weight_decay=stage.optimizer.weight_decay,
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
-        self._loss, self._optimiser = accelerator.prepare(stage.loss, optimiser)
+        self._loss, self._optimizer = accelerator.prepare(stage.loss, optimizer)
         if compile_network:
             self._loss = compiled(self._loss)
         self._compiling = compile_network  # until the first step
@@ -212,21 +212,21 @@ class Trainer:
 
     def _shortage(self) -> ComputeError:
         return ComputeError(
-            f"Memory is short for {self.stage.name} training with batches of {self.stage.optimiser.batch_size} images.",
+            f"Memory is short for {self.stage.name} training with batches of {self.stage.optimizer.batch_size} images.",
             "Try --accumulation 2 or more, a smaller --batch-size, or a smaller --preset.",
         )
 
     def _train_step(self) -> Tensor:
-        """One optimiser step; returns this process's mean loss and figures and the gradient's length, (2 + figures,)
+        """One optimizer step; returns this process's mean loss and figures and the gradient's length, (2 + figures,)
         float32 on the device."""
-        rate = self.stage.optimiser.rate(self.step)
-        for group in self._optimiser.param_groups:
+        rate = self.stage.optimizer.rate(self.step)
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
         parts = self._own_parts(self.stage.draw(self.step, self.accelerator.device))
         values = self._backward(parts) if self._workers == 1 else self._backward_side_by_side(parts)
-        length = self.accelerator.clip_grad_norm_(self._parameters, self.stage.optimiser.clip_norm)
-        self._optimiser.step()
-        self._optimiser.zero_grad()
+        length = self.accelerator.clip_grad_norm_(self._parameters, self.stage.optimizer.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         self._ema.step(self._parameters)
         return torch.cat([torch.stack(values).mean(dim=0), length.detach().float().view(1)])
 
@@ -263,8 +263,8 @@ class Trainer:
     def _own_parts(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """This process's share of the global batch, in as many parts as the step is computed in."""
         processes, own = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.stage.optimiser.batch_size // (processes * self.stage.optimiser.accumulation)
-        starts = [(own * self.stage.optimiser.accumulation + k) * size for k in range(self.stage.optimiser.accumulation)]
+        size = self.stage.optimizer.batch_size // (processes * self.stage.optimizer.accumulation)
+        starts = [(own * self.stage.optimizer.accumulation + k) * size for k in range(self.stage.optimizer.accumulation)]
         return [{name: values[start : start + size] for name, values in batch.items()} for start in starts]
 
     def _record(self, losses: list[Tensor]) -> StepRecord:
@@ -287,8 +287,8 @@ class Trainer:
             step=self.step,
             loss=loss,
             figures=dict(zip(self.stage.figures, figures, strict=True)),
-            rate=self.stage.optimiser.rate(self.step - 1),
-            images=self.step * self.stage.optimiser.batch_size,
+            rate=self.stage.optimizer.rate(self.step - 1),
+            images=self.step * self.stage.optimizer.batch_size,
             seconds=self.seconds,
         )
 
@@ -318,7 +318,7 @@ class Trainer:
             finished=self.finished,
             network=self.stage.network.state_dict(),
             ema=self._ema.state_dict(),
-            optimiser=self._optimiser.state_dict(),
+            optimizer=self._optimizer.state_dict(),
             memory={} if self.stage.memory is None else self.stage.memory.state_dict(),
             scaler={} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         )
@@ -330,7 +330,7 @@ class Trainer:
         self.stage.network.load_state_dict(checkpoint.network)
         self._ema.load_state_dict(checkpoint.ema)
         self._ema.to(self.accelerator.device)
-        self._optimiser.load_state_dict(checkpoint.optimiser)
+        self._optimizer.load_state_dict(checkpoint.optimizer)
         if self.stage.memory is not None:
             self.stage.memory.load_state_dict(checkpoint.memory)
         if self.accelerator.scaler is not None and checkpoint.scaler:
@@ -349,13 +349,13 @@ class Trainer:
         )
 
 
-def require_even_parts(optimiser: OptimiserConfig, processes: int) -> None:
+def require_even_parts(optimizer: OptimiserConfig, processes: int) -> None:
     """Raise UsageError where a batch cannot be split evenly among processes and accumulated parts."""
-    parts = processes * optimiser.accumulation
-    if optimiser.batch_size % parts:
+    parts = processes * optimizer.accumulation
+    if optimizer.batch_size % parts:
         raise UsageError(
-            f"A batch of {optimiser.batch_size} cannot be split evenly into {parts} parts "
-            f"({processes} processes, {optimiser.accumulation} accumulated).",
+            f"A batch of {optimizer.batch_size} cannot be split evenly into {parts} parts "
+            f"({processes} processes, {optimizer.accumulation} accumulated).",
             "Launch a number of processes that divides it, or choose another --batch-size or --accumulation.",
         )
 
@@ -367,7 +367,7 @@ def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
     """
     if processes > 1 or stage.memory is not None:
         return 1
-    part = stage.optimiser.batch_size // stage.optimiser.accumulation
+    part = stage.optimizer.batch_size // stage.optimizer.accumulation
     return max(workers for workers in range(1, cores_for(device) + 1) if part % workers == 0)
 
 

@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 
 
 def batches_of(config, size):
-    optimiser = dataclasses.replace(config.denoiser_optimiser, batch_size=size)
-    return dataclasses.replace(config, denoiser_optimiser=optimiser)
+    optimizer = dataclasses.replace(config.denoiser_optimizer, batch_size=size)
+    return dataclasses.replace(config, denoiser_optimizer=optimizer)
 
 
 def test_parameters_are_those_of_the_networks(config):
@@ -58,7 +58,7 @@ def test_processes_share_a_batch_and_parts_are_computed_one_after_the_other(conf
     whole = estimate(batches_of(config, 64), 16, 3, CPU, seconds=0).stages[1]
     shared = estimate(batches_of(config, 64), 16, 3, CPU, processes=4, seconds=0).stages[1]
     parts = dataclasses.replace(
-        config, denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, batch_size=64, accumulation=4)
+        config, denoiser_optimizer=dataclasses.replace(config.denoiser_optimizer, batch_size=64, accumulation=4)
     )
     alone = estimate(parts, 16, 3, CPU, seconds=0).stages[1]
     assert whole.at_once == 64 and shared.at_once == alone.at_once == 16
@@ -87,7 +87,7 @@ def test_a_fine_tuning_that_does_not_fit_is_told_what_it_can_do(config, monkeypa
     save_model(make_model(), tmp_path)
     tuned = dataclasses.replace(batches_of(config, 64), minimax=MinimaxConfig(init=str(tmp_path)))
     tuned = dataclasses.replace(
-        tuned, denoiser_optimiser=dataclasses.replace(tuned.denoiser_optimiser, accumulation=4)
+        tuned, denoiser_optimizer=dataclasses.replace(tuned.denoiser_optimizer, accumulation=4)
     )
     start = start_from(str(tmp_path), ["red", "green", "blue"])
     (stage,) = estimate(tuned, 16, 3, CPU, seconds=0, start=start).stages
@@ -135,11 +135,11 @@ def test_what_does_not_fit_is_refused_with_what_would(config, monkeypatch):
         check_memory(batches_of(config, 64), 16, 3, CPU)
     parts = int(caught.value.remedy.split()[1])
     assert caught.value.remedy == f"--accumulation {parts} would fit." and 64 % parts == 0
-    optimiser = dataclasses.replace(config.denoiser_optimiser, batch_size=64, accumulation=parts)
-    check_memory(dataclasses.replace(config, denoiser_optimiser=optimiser), 16, 3, CPU)
+    optimizer = dataclasses.replace(config.denoiser_optimizer, batch_size=64, accumulation=parts)
+    check_memory(dataclasses.replace(config, denoiser_optimizer=optimizer), 16, 3, CPU)
     with pytest.raises(ComputeError):  # with half as many it does not
-        optimiser = dataclasses.replace(optimiser, accumulation=parts // 2)
-        check_memory(dataclasses.replace(config, denoiser_optimiser=optimiser), 16, 3, CPU)
+        optimizer = dataclasses.replace(optimizer, accumulation=parts // 2)
+        check_memory(dataclasses.replace(config, denoiser_optimizer=optimizer), 16, 3, CPU)
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     with pytest.raises(ComputeError) as caught:
         check_memory(config, 16, 3, CPU)
@@ -162,8 +162,8 @@ def test_an_autoencoder_that_is_there_costs_nothing(config):
 
 
 def test_smaller_batches_are_no_remedy_for_the_autoencoder(config, monkeypatch):
-    large = dataclasses.replace(config.autoencoder_optimiser, batch_size=6000)
-    config = dataclasses.replace(config, autoencoder_optimiser=large)
+    large = dataclasses.replace(config.autoencoder_optimizer, batch_size=6000)
+    config = dataclasses.replace(config, autoencoder_optimizer=large)
     autoencoder, denoiser = estimate(config, 16, 3, CPU, seconds=0).stages
     monkeypatch.setattr(module, "free_memory", lambda device: (autoencoder.memory + denoiser.memory) // 2)
     with pytest.raises(ComputeError) as caught:

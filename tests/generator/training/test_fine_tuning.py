@@ -25,12 +25,12 @@ def tuning(config):
     """Settings for a few steps from `init`."""
 
     def make(init, *, steps=6, prediction="flow", learning_rate=1e-3, **minimax):
-        optimiser = dataclasses.replace(
-            config.denoiser_optimiser, steps=steps, learning_rate=learning_rate, batch_size=6
+        optimizer = dataclasses.replace(
+            config.denoiser_optimizer, steps=steps, learning_rate=learning_rate, batch_size=6
         )
         return dataclasses.replace(
             config,
-            denoiser_optimiser=optimiser,
+            denoiser_optimizer=optimizer,
             objective=dataclasses.replace(config.objective, prediction=prediction),
             minimax=MinimaxConfig(str(init), memory_size=3, **minimax),
         )
@@ -93,7 +93,7 @@ def test_from_a_pretrained_transformer_to_a_plain_model_of_ours(data, tuning, pr
 def test_images_take_the_models_size_for_training_and_their_own_again(images, tuning, pretrained, tmp_path):
     """Images of 40 px, latents of 8 x 8 as the model's own 16 px have them, pictures of 40 px."""
     pixels = images.images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)[..., :40, :40]
-    large = TrainingData("colours", dataclasses.replace(images, images=pixels), "of-larger-pixels")
+    large = TrainingData("colors", dataclasses.replace(images, images=pixels), "of-larger-pixels")
     model = train(large, TrainingRequest(tuning(pretrained, prediction="epsilon", steps=1)), tmp_path / "run")
     with safe_open(tmp_path / "run" / "checkpoints" / "latents.safetensors", "pt") as file:
         assert file.get_slice("latents").get_shape() == [12, 2, 4, 8, 8]
@@ -176,7 +176,7 @@ def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
             here = Path({str(tmp_path)!r})
             images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
             config = from_json(json.loads((here / "config.json").read_text()))
-            train(TrainingData("colours", images, "of-these-pixels"), TrainingRequest(config), here / "two")
+            train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config), here / "two")
         """)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -210,9 +210,9 @@ class TestRefusing:
 
 def test_the_published_settings():
     config = preset("minimax-paper").config(64)
-    minimax, optimiser = config.minimax, config.denoiser_optimiser
+    minimax, optimizer = config.minimax, config.denoiser_optimizer
     assert (minimax.lambda_r, minimax.lambda_d, minimax.memory_size, minimax.epochs) == (0.002, 0.008, 64, 8)
-    assert (optimiser.batch_size, optimiser.learning_rate, optimiser.weight_decay) == (8, 1e-3, 0)
-    assert optimiser.rate(0) == optimiser.rate(100_000) == 1e-3
+    assert (optimizer.batch_size, optimizer.learning_rate, optimizer.weight_decay) == (8, 1e-3, 0)
+    assert optimizer.rate(0) == optimizer.rate(100_000) == 1e-3
     assert config.ema_decay == 0.9999 and not minimax.full and minimax.init == "facebook/DiT-XL-2-256"
     assert from_json(json.loads(json.dumps(to_json(config)))) == config

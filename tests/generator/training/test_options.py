@@ -40,9 +40,9 @@ def test_a_new_training_is_the_preset_with_what_is_said_otherwise(plan):
     said = plan(preset="demo", batch_size=7, learning_rate=0.5, prediction="v", architecture="unet", flips=False, seed=9)
     config = said.config
     assert said.preset == "demo" and said.start is None
-    assert (config.denoiser_optimiser.batch_size, config.denoiser_optimiser.learning_rate) == (7, 0.5)
+    assert (config.denoiser_optimizer.batch_size, config.denoiser_optimizer.learning_rate) == (7, 0.5)
     assert (config.objective.prediction, config.denoiser.architecture, config.flips, config.seed) == ("v", "unet", False, 9)
-    assert config.autoencoder_optimiser == preset("demo").config(16).autoencoder_optimiser
+    assert config.autoencoder_optimizer == preset("demo").config(16).autoencoder_optimizer
 
 
 def test_what_the_objective_and_the_averages_are_told(plan):
@@ -59,8 +59,8 @@ def test_what_the_objective_and_the_averages_are_told(plan):
 def test_what_goes_on_keeps_its_settings(plan, begin, config):
     begin("run", config)
     assert plan("run").config == config and plan("run").preset == "demo"
-    assert plan("run", preset="demo", steps=50).config.denoiser_optimiser == dataclasses.replace(
-        config.denoiser_optimiser, steps=50
+    assert plan("run", preset="demo", steps=50).config.denoiser_optimizer == dataclasses.replace(
+        config.denoiser_optimizer, steps=50
     )
     assert plan("run", preset="tiny").config == preset("tiny").config(16), "to be refused where it is claimed"
     assert plan("run", fresh=True).config == preset("tiny").config(16)
@@ -93,7 +93,7 @@ def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config,
     tuned = plan(own="own", method="minimax", batch_size=5, epochs=3, lambda_d=0.5)
     assert tuned.preset == "minimax-paper"
     assert tuned.start.generator.prediction == tuned.config.objective.prediction == "v"
-    assert tuned.config.denoiser_optimiser.steps == 3 * len(data.images) // 5
+    assert tuned.config.denoiser_optimizer.steps == 3 * len(data.images) // 5
     assert not tuned.config.flips, "as its start was trained"
     minimax = tuned.config.minimax
     assert (minimax.init, minimax.lambda_r, minimax.lambda_d, minimax.epochs) == (str(own), 0.002, 0.5, 3)
@@ -102,13 +102,13 @@ def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config,
     begin("tuned", tuned.config, tuned.preset)
     again = plan("tuned", lambda_r=0.1)
     assert again.config == dataclasses.replace(tuned.config, minimax=dataclasses.replace(minimax, lambda_r=0.1))
-    assert to_json(again.config)["denoiser_optimiser"]["steps"] == tuned.config.denoiser_optimiser.steps
+    assert to_json(again.config)["denoiser_optimizer"]["steps"] == tuned.config.denoiser_optimizer.steps
 
 
 def test_nothing_to_start_from(plan, tmp_path):
-    with pytest.raises(MissingModelError, match="no generator of 'colours' to start from") as caught:
+    with pytest.raises(MissingModelError, match="no generator of 'colors' to start from") as caught:
         plan(method="minimax", init=None)
-    assert "ddkit train --dataset colours" in caught.value.remedy
+    assert "ddkit train --dataset colors" in caught.value.remedy
     assert "--init facebook/DiT-XL-2-256" in caught.value.remedy, "gigabytes are not downloaded unasked"
     with pytest.raises(MissingModelError, match="missing"):
         plan(init=str(tmp_path / "missing"))

@@ -26,7 +26,7 @@ def test_of_another_preset_what_differs_is_listed_too(data, config, tmp_path):
 
 def test_another_dataset_and_other_classes_are_refused(data, config, tmp_path):
     train(data, TrainingRequest(config), tmp_path)
-    with pytest.raises(UsageError, match="dataset: colours, not shapes"):
+    with pytest.raises(UsageError, match="dataset: colors, not shapes"):
         train(dataclasses.replace(data, name="shapes"), TrainingRequest(config), tmp_path)
     renamed = dataclasses.replace(data.images, class_names=("red", "green", "violet"))
     with pytest.raises(UsageError, match="other classes"):

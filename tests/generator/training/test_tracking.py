@@ -16,8 +16,8 @@ from ddkit.generator.training.train import TrainingRequest, train
 SAMPLING = SamplingConfig(steps=2, batch_size=6)
 
 
-def mean_colours(images):
-    """(N, 3, S, S) uint8 -> (N, 3): features enough for flat colours."""
+def mean_colors(images):
+    """(N, 3, S, S) uint8 -> (N, 3): features enough for flat colors."""
     return images.float().mean(dim=(2, 3))
 
 
@@ -26,7 +26,7 @@ def test_the_distance_is_that_of_samples_of_the_same_classes(images, make_model)
 
     def make_features():
         calls.append("made")
-        return mean_colours
+        return mean_colors
 
     tracking = track_frechet(images, make_features, every_steps=1, sampling=SAMPLING)
     assert calls == []
@@ -39,11 +39,11 @@ def test_the_distance_is_that_of_samples_of_the_same_classes(images, make_model)
 def test_fewer_than_two_images_are_refused(images):
     one = dataclasses.replace(images, images=images.images[:1], labels=images.labels[:1])
     with pytest.raises(UsageError, match="at least two"):
-        track_frechet(one, lambda: mean_colours, every_steps=1)
+        track_frechet(one, lambda: mean_colors, every_steps=1)
 
 
 def test_a_tracked_training_keeps_the_best_and_draws_its_course(data, config, tmp_path):
-    tracking = track_frechet(data.images, lambda: mean_colours, every_steps=2, sampling=SAMPLING)
+    tracking = track_frechet(data.images, lambda: mean_colors, every_steps=2, sampling=SAMPLING)
     train(data, TrainingRequest(config), tmp_path, tracking=tracking)
     scores = {record["step"]: record["value"] for record in read_records(tmp_path / "metrics.jsonl")
               if record["stage"] == "score"}  # fmt: skip

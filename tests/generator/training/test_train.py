@@ -23,11 +23,11 @@ from ddkit.generator.training.train import train as training
 
 
 def with_steps(config, steps):
-    return dataclasses.replace(config, denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, steps=steps))
+    return dataclasses.replace(config, denoiser_optimizer=dataclasses.replace(config.denoiser_optimizer, steps=steps))
 
 
-def with_optimiser(config, **changes):
-    return dataclasses.replace(config, denoiser_optimiser=dataclasses.replace(config.denoiser_optimiser, **changes))
+def with_optimizer(config, **changes):
+    return dataclasses.replace(config, denoiser_optimizer=dataclasses.replace(config.denoiser_optimizer, **changes))
 
 
 def records(folder, stage="denoiser"):
@@ -40,8 +40,8 @@ def state(folder, stage="denoiser"):
     checkpoint = load_latest(folder / "checkpoints", stage)
     flat = {f"network.{name}": value for name, value in checkpoint.network.items()}
     flat |= {f"ema.{i}": value for i, value in enumerate(checkpoint.ema["shadow_params"])}
-    for i, moments in checkpoint.optimiser["state"].items():
-        flat |= {f"optimiser.{i}.{name}": value for name, value in moments.items()}
+    for i, moments in checkpoint.optimizer["state"].items():
+        flat |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
     return checkpoint.step, flat
 
 
@@ -68,7 +68,7 @@ def in_a_process(here, data, config, folder, before="", *, launcher=()):
         images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
         config = from_json(json.loads((here / "config.json").read_text()))
         exec({textwrap.dedent(before)!r})
-        train(TrainingData("colours", images, "of-these-pixels"), TrainingRequest(config), here / {folder!r})
+        train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config), here / {folder!r})
     """)
     (here / "script.py").write_text(script)
     command = [sys.executable, *launcher, str(here / "script.py")]
@@ -104,7 +104,7 @@ class TestGoingOn:
     def test_an_autoencoder_stopped_midway_goes_on_the_same(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path / "straight")
         short = dataclasses.replace(
-            config, autoencoder_optimiser=dataclasses.replace(config.autoencoder_optimiser, steps=2)
+            config, autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=2)
         )
         train(data, TrainingRequest(short), tmp_path / "stopped")
         # As if the process had ended right after the checkpoint of step 2.
@@ -165,15 +165,15 @@ class TestGoingOn:
 
     def test_with_a_lower_rate_it_goes_on(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
-        train(data, TrainingRequest(with_optimiser(config, learning_rate=1e-4)), tmp_path)
+        train(data, TrainingRequest(with_optimizer(config, learning_rate=1e-4)), tmp_path)
         assert [(record["step"], record["rate"]) for record in records(tmp_path)] == [(2, 1e-3), (6, 1e-4)]
-        assert recorded(tmp_path).config.denoiser_optimiser.learning_rate == 1e-4
+        assert recorded(tmp_path).config.denoiser_optimizer.learning_rate == 1e-4
 
     def test_an_autoencoder_may_train_on_until_a_denoiser_has_learned_from_it(
         self, data, config, tmp_path, caplog, monkeypatch
     ):
         monkeypatch.setattr(training, "AUTOENCODER_SHARE", 0.9)  # so that its steps fit, however busy the machine is
-        longer = with_optimiser(config, steps=10**9)
+        longer = with_optimizer(config, steps=10**9)
         train(data, TrainingRequest(config, seconds=0.001), tmp_path)
         for path in list_checkpoints(tmp_path / "checkpoints", "denoiser"):
             path.unlink()
@@ -196,7 +196,7 @@ class TestGoingOn:
 class TestTheSameBatchHoweverItIsComputed:
     def test_accumulated_parts_amount_to_the_whole(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path / "whole")
-        train(data, TrainingRequest(with_optimiser(config, accumulation=3)), tmp_path / "parts")
+        train(data, TrainingRequest(with_optimizer(config, accumulation=3)), tmp_path / "parts")
         assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
 
     def test_two_cores_amount_to_one(self, data, config, tmp_path):
@@ -229,7 +229,7 @@ class TestTheSameBatchHoweverItIsComputed:
 
     def test_a_batch_that_does_not_split_is_refused(self, data, config, tmp_path):
         with pytest.raises(UsageError, match="4 equal parts"):
-            train(data, TrainingRequest(with_optimiser(config, accumulation=4)), tmp_path)
+            train(data, TrainingRequest(with_optimizer(config, accumulation=4)), tmp_path)
 
 
 class TestWhatStopsIt:
@@ -238,7 +238,7 @@ class TestWhatStopsIt:
     def test_what_diverges_is_not_kept_and_the_last_good_checkpoint_named(self, data, config, tmp_path, steps):
         train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
         good = list_checkpoints(tmp_path / "checkpoints", "denoiser")
-        wild = with_optimiser(config, steps=steps, learning_rate=1e38, warmup_steps=1)
+        wild = with_optimizer(config, steps=steps, learning_rate=1e38, warmup_steps=1)
         begun = json.loads((tmp_path / "config.json").read_text())
         begun["config"] = dataclasses.asdict(wild)
         (tmp_path / "config.json").write_text(json.dumps(begun))
@@ -248,7 +248,7 @@ class TestWhatStopsIt:
         assert list_checkpoints(tmp_path / "checkpoints", "denoiser") == good
 
     def test_a_broken_model_is_not_scored_nor_kept(self, data, config, tmp_path):
-        wild = with_optimiser(config, steps=9, learning_rate=1e38, warmup_steps=1)
+        wild = with_optimizer(config, steps=9, learning_rate=1e38, warmup_steps=1)
         scored = []
         with pytest.raises(ComputeError, match="no number"):
             train(data, TrainingRequest(wild), tmp_path, tracking=Tracking("score", scored.append, every_steps=3))
@@ -256,7 +256,7 @@ class TestWhatStopsIt:
 
     def test_short_memory_says_what_would_help(self, data, config, tmp_path):
         done = in_a_process(
-            tmp_path, data, with_optimiser(config, batch_size=60_000), "run",
+            tmp_path, data, with_optimizer(config, batch_size=60_000), "run",
             """
             import resource, psutil
             limit = psutil.Process().memory_info().vms + 2**29
@@ -360,7 +360,7 @@ def test_nothing_is_removed_for_a_start_that_fails(data, config, tmp_path):
 
 def test_where_memory_is_short_it_goes_on_in_smaller_parts(data, config, tmp_path):
     train(data, TrainingRequest(with_steps(config, 3)), tmp_path / "parts")
-    train(data, TrainingRequest(with_optimiser(config, accumulation=3)), tmp_path / "parts")
+    train(data, TrainingRequest(with_optimizer(config, accumulation=3)), tmp_path / "parts")
     train(data, TrainingRequest(config), tmp_path / "whole")
     assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
 
@@ -398,12 +398,12 @@ class TestPretrainedAutoencoder:
 
 
 def test_training_learns(data, config, tmp_path):
-    """Some steps on three flat colours: samples of each class have its colour on the whole."""
+    """Some steps on three flat colors: samples of each class have its color on the whole."""
     from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
 
     config = dataclasses.replace(
-        with_optimiser(config, steps=300, learning_rate=1e-2, batch_size=24),
-        autoencoder_optimiser=dataclasses.replace(config.autoencoder_optimiser, steps=150, learning_rate=1e-2),
+        with_optimizer(config, steps=300, learning_rate=1e-2, batch_size=24),
+        autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=150, learning_rate=1e-2),
     )
     model = train(data, TrainingRequest(config), tmp_path)
     labels, indices = class_ordered(8, 3)
