@@ -47,9 +47,7 @@ def random_model(name: str, image_size: int, classes: int) -> Model:
     return Model(denoiser.eval(), autoencoder.eval(), facts)
 
 
-def plain(
-    model: Model, config: SamplingConfig, device: torch.device, precision: str
-) -> Callable[[Tensor, Tensor], Tensor]:
+def plain(model: Model, config: SamplingConfig, device: torch.device, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
     """diffusers' loop, as its own pipelines write it."""
     scheduler = make_scheduler(config.sampler, model.facts.prediction)
     part = {"unet" if type(model.denoiser).__name__ == "UNet2DModel" else "transformer": model.denoiser}

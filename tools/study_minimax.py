@@ -213,8 +213,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measured", type=int, default=20, help="pictures of a class that are looked at")
     parser.add_argument("--reference", type=int, default=100, help="real images of a class that they are held against")
-    parser.add_argument("--features-of", metavar="DATASET",
-                        help="whose real images the network of the features learns from; such as that of a part of it")
+    parser.add_argument(
+        "--features-of",
+        metavar="DATASET",
+        help="whose real images the network of the features learns from; such as that of a part of it",
+    )
     parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--compile", action="store_true", help="compile before sampling; pays for thousands of pictures")
     parser.add_argument("--guidance", type=float, default=2.0)

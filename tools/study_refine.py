@@ -130,9 +130,7 @@ class Study:
         return dataclasses.replace(PRESETS["means"], **common, **METHODS[method])
 
     def _score(self, images: Tensor) -> list[float]:
-        return self.findings.score(
-            images, self.spec, rounds=self.options.rounds, epochs_setting=self.options.epochs_setting
-        )
+        return self.findings.score(images, self.spec, rounds=self.options.rounds, epochs_setting=self.options.epochs_setting)
 
     def _what(self, limits: Limits) -> str:
         return f"{_budget(limits)} / {self.options.epochs_setting} / {self.options.rounds}"
@@ -156,8 +154,9 @@ def _budgets(options: argparse.Namespace) -> Iterator[Limits]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments_of(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
-                        help=f"of: {'; '.join(METHODS)}")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=f"of: {'; '.join(METHODS)}"
+    )
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 180.0], help="budgets of wall time")
     parser.add_argument("--steps", type=int, nargs="+", help="budgets of steps, in the place of --seconds")
     parser.add_argument("--start", type=Path, metavar="FILE", help="the set to start from, such as one refined before")

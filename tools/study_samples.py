@@ -138,8 +138,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--images", type=int, default=20, help="samples of a class that quality is measured on")
     parser.add_argument("--candidates", type=int, default=100, help="images of a class to choose from")
-    parser.add_argument("--select", nargs="+", choices=(*BLIND_CHOICES, *SEEING_CHOICES), metavar="HOW",
-                        default=["random", *SEEING_CHOICES])
+    parser.add_argument(
+        "--select", nargs="+", choices=(*BLIND_CHOICES, *SEEING_CHOICES), metavar="HOW", default=["random", *SEEING_CHOICES]
+    )
     parser.add_argument("--reference", type=int, default=100, help="real images of a class that samples are held against")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)

@@ -38,9 +38,7 @@ class CheckSettings:
     meaning: bool = True
 
 
-def check_tensor(
-    tensor: Tensor, dataset: str, *, settings: CheckSettings = CheckSettings(), where: str = "tensor"
-) -> Report:
+def check_tensor(tensor: Tensor, dataset: str, *, settings: CheckSettings = CheckSettings(), where: str = "tensor") -> Report:
     """Check a tensor in memory.
 
     tensor: should be (num_classes * 10, 3, S, S) float32, normalized, rows class by class.

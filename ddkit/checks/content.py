@@ -24,9 +24,7 @@ _REMARKED = 0.01  # share of the rows up to which near copies are only remarked 
 _NAMED = 5
 
 
-def content_findings(
-    images: Tensor, spec: DatasetSpec, where: str, *, test_images: Tensor | None = None
-) -> list[Finding]:
+def content_findings(images: Tensor, spec: DatasetSpec, where: str, *, test_images: Tensor | None = None) -> list[Finding]:
     """What the set holds (codes C001-C008; a table is in submission/README.md).
 
     images: (C * ipc, 3, S, S) float32, normalized. test_images: (M, 3, S, S) uint8, the real test set; without it
@@ -51,9 +49,7 @@ def _blank_findings(blank: Tensor, where: str) -> list[Finding]:
     return [Finding("warning", "C001", message, where)]
 
 
-def _copy_findings(
-    pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, ipc: int, where: str
-) -> list[Finding]:
+def _copy_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, ipc: int, where: str) -> list[Finding]:
     """C002-C005: equal and nearly equal images, within a class and across classes."""
     same: dict[bytes, list[int]] = defaultdict(list)
     for row in unlike.tolist():
@@ -81,9 +77,7 @@ def _pair_findings(
     return findings
 
 
-def _test_findings(
-    pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, test_images: Tensor, where: str
-) -> list[Finding]:
+def _test_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, test_images: Tensor, where: str) -> list[Finding]:
     """C006, C007: images that are in the real test set, pixel by pixel or nearly."""
     test_rows = {fingerprint: row for row, fingerprint in enumerate(_fingerprints(test_images))}
     exact = [(row, test_rows[prints[row]]) for row in unlike.tolist() if prints[row] in test_rows]

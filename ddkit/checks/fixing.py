@@ -23,9 +23,7 @@ class FixedOrder:
     moved_rows: int
 
 
-def fix_row_order(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, dataset: str | None = None
-) -> FixedOrder:
+def fix_row_order(path: str | os.PathLike[str], out: str | os.PathLike[str], *, dataset: str | None = None) -> FixedOrder:
     """Write the tensor at `path` to `out` with its rows where the real images say they belong.
 
     dataset: None takes it from the file's name. Raises UsageError where `out` is `path` itself or `path` is no tensor,

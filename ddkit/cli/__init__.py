@@ -36,9 +36,7 @@ class _Group(click.Group):
             return None
         return getattr(importlib.import_module(f"ddkit.cli.{name}"), name)
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             ctx.fail(f"There is no command '{args[0]}'. {did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
@@ -95,8 +93,9 @@ def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool)
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="ddkit")
-@click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
-              help="Show the traceback of an error.")
+@click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug, help="Show the traceback of an error."
+)
 def main() -> None:
     """Enter a dataset-distillation challenge, and know beforehand what you will score.
 

@@ -26,8 +26,14 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
     @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks.")
     @click.option("-v", "--verbose", count=True, help="Say more; twice for the libraries' own logs.")
-    @click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
-                  help="Show the traceback of an error.")
+    @click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_remember_debug,
+        help="Show the traceback of an error.",
+    )
     @functools.wraps(command)
     def with_output(*args: Any, as_json: bool, quiet: bool, verbose: int, **kwargs: Any) -> Any:
         with Output(as_json=as_json, quiet=quiet, verbosity=verbose) as output:
@@ -47,7 +53,10 @@ recorded_seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**31 - 1), help="Of all random numbers.  [default: 0, or what it was begun with]"
 )
 results_option = click.option(
-    "--results", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS_FILE, show_default=True,
+    "--results",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=RESULTS_FILE,
+    show_default=True,
     help="The file of results.",
 )
 

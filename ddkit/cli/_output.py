@@ -67,9 +67,7 @@ class Output:
         everyone.setLevel(logging.INFO if self.verbosity >= 2 else logging.WARNING)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._live.stop()
         # Commands follow one another in one process in the demo, in notebooks and in tests.
         self._logger.removeHandler(self._handler)

@@ -18,10 +18,20 @@ from ddkit.errors import UsageError
 @click.option("--dataset", metavar="NAME", help="Of a single file whose name does not say it.")
 @click.option("--ipc", type=click.IntRange(min=1), help="Images per class there must be.  [default: the challenge's 10]")
 @click.option("--strict", is_flag=True, help="Warnings make it unacceptable too.")
-@click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
-              help="Leave out findings of this code; repeatable.")
-@click.option("--fix-order", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT",
-              help="Write the tensor with its rows in the right order, as far as the real images tell it.")
+@click.option(
+    "--ignore",
+    "ignored",
+    multiple=True,
+    type=FindingCode(),
+    metavar="CODE",
+    help="Leave out findings of this code; repeatable.",
+)
+@click.option(
+    "--fix-order",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="OUT",
+    help="Write the tensor with its rows in the right order, as far as the real images tell it.",
+)
 @output_options
 @click.pass_context
 def check(

@@ -55,16 +55,23 @@ def list_datasets(output: Output) -> None:
 
 @data.command(epilog=example("ddkit data prepare birds --from photos.zip --image-size 64"))
 @_name_argument
-@click.option("--from", "source", type=click.Path(path_type=Path), metavar="PATH",
-              help="A folder or archive; what it holds is found out. Without it: download, or draw.")
-@click.option("--image-size", type=click.IntRange(8, 1024), metavar="PIXELS",
-              help="Crop images of other sizes to squares and resize them to this.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder or archive; what it holds is found out. Without it: download, or draw.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(8, 1024),
+    metavar="PIXELS",
+    help="Crop images of other sizes to squares and resize them to this.",
+)
 @click.option("--skip-bad", is_flag=True, help="Leave out files that are no whole images.")
 @click.option("--force", is_flag=True, help="Prepare it anew even if it is there.")
 @output_options
-def prepare(
-    output: Output, name: str, source: Path | None, image_size: int | None, skip_bad: bool, force: bool
-) -> None:
+def prepare(output: Output, name: str, source: Path | None, image_size: int | None, skip_bad: bool, force: bool) -> None:
     """Prepare a dataset, so that it opens in milliseconds.
 
     \b
@@ -82,9 +89,7 @@ def prepare(
         dataset_spec(name)  # only what is built in can be had without a source
     made_before = _date_of(name) if is_prepared(name) else None
     output.say(f"Preparing {escape(name)} {escape(_whence(name, source))} in {escape(str(folder))}.")
-    prepare_dataset(
-        name, source, image_size=image_size, skip_bad=skip_bad, force=force, progress=output.listen
-    )
+    prepare_dataset(name, source, image_size=image_size, skip_bad=skip_bad, force=force, progress=output.listen)
     facts = store_facts(name)
     for split, split_facts in facts.splits.items():
         if split_facts.skipped:
@@ -100,8 +105,9 @@ def prepare(
 @click.option("--split", type=click.Choice(("train", "test")), default="train", show_default=True)
 @click.option("--per-class", type=click.IntRange(min=1), default=10, show_default=True, help="Pictures a row.")
 @click.option("--classes", metavar="NAME,...", help="Only these: names or numbers, separated by commas.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="PNG",
-              help="The picture. Default: NAME-SPLIT.png here.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="PNG", help="The picture. Default: NAME-SPLIT.png here."
+)
 @output_options
 def show(output: Output, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:
     """Draw a contact sheet: one row a class, the first images of each."""

@@ -22,8 +22,13 @@ _EPOCHS_SETTING = "60"
 
 
 @click.command(epilog=example("ddkit demo --folder /tmp/ddkit-demo"))
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("ddkit-demo"),
-              show_default=True, help="Where everything is written.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("ddkit-demo"),
+    show_default=True,
+    help="Where everything is written.",
+)
 @device_option
 @seed_option
 @output_options

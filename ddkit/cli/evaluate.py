@@ -48,27 +48,63 @@ _MOST_ROUNDS_SHOWN = 5
 @click.command(epilog=example("ddkit evaluate submission/cifar100.pt --rounds 5 --epochs-setting 50"))
 @click.argument("sets", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--dataset", help="Of the sets; else found from the file's name or the JSON beside it.")
-@click.option("--track", type=click.Choice(["1", "2"]), default="1", show_default=True,
-              help="Track 2 evaluates a generator instead of a .pt file: a bundle's zip or folder.")
+@click.option(
+    "--track",
+    type=click.Choice(["1", "2"]),
+    default="1",
+    show_default=True,
+    help="Track 2 evaluates a generator instead of a .pt file: a bundle's zip or folder.",
+)
 @click.option("--rounds", type=click.IntRange(1), help="Fresh networks to train; the protocol says 3.")
-@click.option("--epochs-setting", type=click.IntRange(0), metavar="E",
-              help="E + 1 epochs run; the protocol says 1000 on track 1, 100 on track 2.")
-@click.option("--network", default="convnet", show_default=True,
-              help="The protocol's convnet, or another: resnet18, resnet_ap10, resnet18_ap, alexnet, vgg11.")
+@click.option(
+    "--epochs-setting",
+    type=click.IntRange(0),
+    metavar="E",
+    help="E + 1 epochs run; the protocol says 1000 on track 1, 100 on track 2.",
+)
+@click.option(
+    "--network",
+    default="convnet",
+    show_default=True,
+    help="The protocol's convnet, or another: resnet18, resnet_ap10, resnet18_ap, alexnet, vgg11.",
+)
 @click.option("--no-augment", is_flag=True, help="Train without augmentation.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True,
-              help="bfloat16 rounds more, and is not official.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="float32",
+    show_default=True,
+    help="bfloat16 rounds more, and is not official.",
+)
 @click.option("--reference", type=click.Path(path_type=Path), help="The challenge's <dataset>_test.pt to test on.")
 @click.option("--time-budget", type=Duration(), help="Track 2: what the generator may take each round; 600s.")
-@click.option("--ranking", is_flag=True,
-              help="DD-Ranking's scores as well; evaluates what they want besides: without augmentation, random real "
-              "images, and all real images.")
-@click.option("--full-epochs-setting", type=click.IntRange(0), metavar="E",
-              help="With --ranking: of all real images, which need fewer.  [default: the sets' own, 40 at most]")
-@click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=RUNS_FOLDER / "evaluations",
-              show_default=True, help="Where interrupted evaluations are kept.")
-@click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
-              help="Evaluate in spite of findings of this code; repeatable.")
+@click.option(
+    "--ranking",
+    is_flag=True,
+    help="DD-Ranking's scores as well; evaluates what they want besides: without augmentation, random real "
+    "images, and all real images.",
+)
+@click.option(
+    "--full-epochs-setting",
+    type=click.IntRange(0),
+    metavar="E",
+    help="With --ranking: of all real images, which need fewer.  [default: the sets' own, 40 at most]",
+)
+@click.option(
+    "--state",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=RUNS_FOLDER / "evaluations",
+    show_default=True,
+    help="Where interrupted evaluations are kept.",
+)
+@click.option(
+    "--ignore",
+    "ignored",
+    multiple=True,
+    type=FindingCode(),
+    metavar="CODE",
+    help="Evaluate in spite of findings of this code; repeatable.",
+)
 @click.option("--save-every", type=Duration(), default="30s", show_default=True, help="How much work a kill may cost.")
 @device_option
 @seed_option
@@ -230,9 +266,7 @@ class _Job:
         spec, images = one.spec, one.images
         self.output.say(f"Evaluating {escape(str(one.path))} on {escape(spec.name)}: {_length(self.settings)}.")
         source = FixedSet(images, row_labels(spec.num_classes, len(images) // spec.num_classes))
-        evaluation = evaluate_source(
-            source, self._test_set(spec), self.settings, state=self.state, progress=self.output.listen
-        )
+        evaluation = evaluate_source(source, self._test_set(spec), self.settings, state=self.state, progress=self.output.listen)
         # Sets in one folder are one entry: the report joins them by this name.
         name = one.path.resolve().parent.name
         return self._record(evaluation.result(name, one.sha256, str(one.path), kind=one.kind, made_by=one.facts))

@@ -22,19 +22,35 @@ if TYPE_CHECKING:
 @click.option("--ipc", type=int, default=10, show_default=True, help="Images per class; the challenge asks for 10.")
 @click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="A model folder; runs/<dataset>.")
 @click.option("--candidates", type=click.IntRange(1), help="Images of each class to choose from; see --select.")
-@click.option("--select", metavar="METHOD", help="How to choose from the candidates: easy (the default), herding, k-center, "
-              "k-medoids, minimax, middling, hard, spread, random or first.")
-@click.option("--from-real", metavar="METHOD", help="Real training images instead of a model's: random and first are the "
-              "baselines, the other methods of --select choose from all.")
+@click.option(
+    "--select",
+    metavar="METHOD",
+    help="How to choose from the candidates: easy (the default), herding, k-center, "
+    "k-medoids, minimax, middling, hard, spread, random or first.",
+)
+@click.option(
+    "--from-real",
+    metavar="METHOD",
+    help="Real training images instead of a model's: random and first are the "
+    "baselines, the other methods of --select choose from all.",
+)
 @click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Of the sampler.")
-@click.option("--guidance", type=click.FloatRange(0),
-              help="How strongly the class is insisted on; 1 is not at all.  [default: 3]")
-@click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH",
-              help="The times, 0 (clean) to 1 (noise), in which guidance acts.")
+@click.option(
+    "--guidance", type=click.FloatRange(0), help="How strongly the class is insisted on; 1 is not at all.  [default: 3]"
+)
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="LOW HIGH",
+    help="The times, 0 (clean) to 1 (noise), in which guidance acts.",
+)
 @click.option("--sampler", type=click.Choice(["ddim", "dpm++", "unipc", "euler"]), help="How noise is removed.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images at once.")
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]),
-              help="bfloat16 is faster on GPUs and on processors with instructions for it.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="bfloat16 is faster on GPUs and on processors with instructions for it.",
+)
 @click.option("--compile/--no-compile", default=None, help="Compile first; pays from some thousands of images on.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The file; submission/<dataset>.pt.")
 @click.option("--replace", is_flag=True, help="Make it anew, even where the set has been refined or is there already.")
@@ -86,9 +102,7 @@ def generate(
     output.result({"tensor": saved.tensor, "facts": saved.facts, "sheet": saved.sheet})
 
 
-def _from_model(
-    folder: Path, seed: int, device: str, choice: dict[str, Any], sampling: dict[str, Any]
-) -> FromModel:
+def _from_model(folder: Path, seed: int, device: str, choice: dict[str, Any], sampling: dict[str, Any]) -> FromModel:
     from ddkit.distill.generate import FromModel
     from ddkit.generator.sampling import SamplingConfig
 

@@ -26,13 +26,27 @@ _ORDER_NOT_COMPARED = "L011"  # a remark that the last look before the upload sh
 
 @click.command(epilog=example("ddkit pack submission --out my-entry.zip\nddkit pack --track 2 --tuned"))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=SUBMISSION_FOLDER)
-@click.option("--track", type=click.Choice(["1", "2"]), default="1", show_default=True,
-              help="Track 2 bundles the trained models with a script that samples them.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
-              help="The zip to write.  [default: submission.zip; track2.zip on track 2]")
+@click.option(
+    "--track",
+    type=click.Choice(["1", "2"]),
+    default="1",
+    show_default=True,
+    help="Track 2 bundles the trained models with a script that samples them.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The zip to write.  [default: submission.zip; track2.zip on track 2]",
+)
 @click.option("--strict", is_flag=True, help="Refuse to pack what has warnings.")
-@click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
-              help="Pack in spite of findings of this code; repeatable.")
+@click.option(
+    "--ignore",
+    "ignored",
+    multiple=True,
+    type=FindingCode(),
+    metavar="CODE",
+    help="Pack in spite of findings of this code; repeatable.",
+)
 @entry_options
 @output_options
 @click.pass_context

@@ -30,50 +30,90 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--dataset", help="Of the set; as the JSON beside it says otherwise, or the file's name.")
 @click.option("--steps", type=click.IntRange(1), help="In all.  [default: 1000]")
-@click.option("--time", "seconds", type=Duration(),
-              help="In all, such as 30m; takes the place of --steps. Judging and training other networks come on top.")
-@click.option("--preset", type=click.Choice(("track1", "means")),
-              help="Settings that measured best for track 1; or distribution matching alone. Options change single ones. "
-                   "[default: those of the refinement that goes on, else track1]")
-@click.option("--objective", type=click.Choice(("means", "regression", "trajectories")),
-              help="Match the classes' mean features, let a regression on the set's features tell real images, or let "
-              "networks that learn from the set follow ones that learn from real images.  [default: regression]")
+@click.option(
+    "--time",
+    "seconds",
+    type=Duration(),
+    help="In all, such as 30m; takes the place of --steps. Judging and training other networks come on top.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(("track1", "means")),
+    help="Settings that measured best for track 1; or distribution matching alone. Options change single ones. "
+    "[default: those of the refinement that goes on, else track1]",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(("means", "regression", "trajectories")),
+    help="Match the classes' mean features, let a regression on the set's features tell real images, or let "
+    "networks that learn from the set follow ones that learn from real images.  [default: regression]",
+)
 @click.option("--means-first", type=click.IntRange(0), help="Steps by means before another objective.  [default: 100]")
 @click.option("--ridge", type=click.FloatRange(0, min_open=True), help="Strength of that regression.  [default: 0.2]")
-@click.option("--experts", type=click.IntRange(1),
-              help="Networks trained on real images, once for a dataset and a seed, for trajectories and --trained-share.  "
-                   "[default: 3]")
+@click.option(
+    "--experts",
+    type=click.IntRange(1),
+    help="Networks trained on real images, once for a dataset and a seed, for trajectories and --trained-share.  [default: 3]",
+)
 @click.option("--student-steps", type=click.IntRange(1), help="Steps on the set that follow an expert's.  [default: 20]")
-@click.option("--real-per-class", type=click.IntRange(1),
-              help="Real images of each class that a step compares with.  [default: 32]")
+@click.option(
+    "--real-per-class", type=click.IntRange(1), help="Real images of each class that a step compares with.  [default: 32]"
+)
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Of the pixels.  [default: 6]")
-@click.option("--spectrum", type=click.FloatRange(0, 1),
-              help="Power of the real pictures' spectrum that the pixels' gradients are weighed by; 0 for none."
-                   "  [default: 0.25]")
-@click.option("--average", type=click.FloatRange(0, 1, max_open=True),
-              help="Share that a step keeps of the images' moving average, which is what is written; 0 for none."
-                   "  [default: 0.99]")
-@click.option("--trained-share", type=click.FloatRange(0, 1),
-              help="Share of steps, but those by trajectories, that look through experts, not fresh networks.  [default: 0]")
-@click.option("--attention", type=click.FloatRange(0),
-              help="Weight of matching attention maps beside means, 100 as published; several times slower on a CPU."
-                   "  [default: 0]")
-@click.option("--recognition", type=click.FloatRange(0),
-              help="Weight of being recognized by the experts of --trained-share.  [default: 0]")
-@click.option("--displayable", is_flag=True, default=None,
-              help="Keep pixels within [0, 255]; the challenge does not ask for it.")
-@click.option("--check-every", type=click.IntRange(1),
-              help="Steps between judgements by held-out training images.  [default: 250]")
+@click.option(
+    "--spectrum",
+    type=click.FloatRange(0, 1),
+    help="Power of the real pictures' spectrum that the pixels' gradients are weighed by; 0 for none.  [default: 0.25]",
+)
+@click.option(
+    "--average",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share that a step keeps of the images' moving average, which is what is written; 0 for none.  [default: 0.99]",
+)
+@click.option(
+    "--trained-share",
+    type=click.FloatRange(0, 1),
+    help="Share of steps, but those by trajectories, that look through experts, not fresh networks.  [default: 0]",
+)
+@click.option(
+    "--attention",
+    type=click.FloatRange(0),
+    help="Weight of matching attention maps beside means, 100 as published; several times slower on a CPU.  [default: 0]",
+)
+@click.option(
+    "--recognition",
+    type=click.FloatRange(0),
+    help="Weight of being recognized by the experts of --trained-share.  [default: 0]",
+)
+@click.option(
+    "--displayable", is_flag=True, default=None, help="Keep pixels within [0, 255]; the challenge does not ask for it."
+)
+@click.option(
+    "--check-every", type=click.IntRange(1), help="Steps between judgements by held-out training images.  [default: 250]"
+)
 @click.option("--check-epochs", type=click.IntRange(0), help="Epochs setting of a judgement's training.  [default: 100]")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
-              help="The refined set's file; PATH itself, whose former set is kept in --run.")
-@click.option("--run", type=click.Path(file_okay=False, path_type=Path),
-              help="Where state and former set are kept.  [default: runs/<dataset>-refine]")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The refined set's file; PATH itself, whose former set is kept in --run.",
+)
+@click.option(
+    "--run",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where state and former set are kept.  [default: runs/<dataset>-refine]",
+)
 @click.option("--fresh", is_flag=True, help="Start over, from the set as it was.")
-@click.option("--ignore", "ignored", multiple=True, type=FindingCode(), metavar="CODE",
-              help="Refine in spite of findings of this code by ddkit check; repeatable.")
-@click.option("--save-every", type=Duration(), default="2m", show_default=True,
-              help="How much work a kill may cost; of a judgement, all.")
+@click.option(
+    "--ignore",
+    "ignored",
+    multiple=True,
+    type=FindingCode(),
+    metavar="CODE",
+    help="Refine in spite of findings of this code by ddkit check; repeatable.",
+)
+@click.option(
+    "--save-every", type=Duration(), default="2m", show_default=True, help="How much work a kill may cost; of a judgement, all."
+)
 @device_option
 @recorded_seed_option
 @output_options

@@ -40,11 +40,22 @@ _MOST_PROBLEMS = 3
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values; fractions, not percent.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown tables.")
 @click.option("--all", "show_all", is_flag=True, help="All entries, a page at a time on a terminal.")
-@click.option("--quality", is_flag=False, flag_value=str(SUBMISSION_FOLDER), metavar="[PATH]",
-              type=click.Path(path_type=Path), help="Measure the pictures of the sets at PATH as well: Frechet "
-              f"distance, density, coverage, diversity, copies.  [PATH: {SUBMISSION_FOLDER}]")
-@click.option("--runs", type=click.Path(file_okay=False, path_type=Path), default=RUNS_FOLDER, show_default=True,
-              help="Folder of trained generators, whose training logs the page shows.")
+@click.option(
+    "--quality",
+    is_flag=False,
+    flag_value=str(SUBMISSION_FOLDER),
+    metavar="[PATH]",
+    type=click.Path(path_type=Path),
+    help="Measure the pictures of the sets at PATH as well: Frechet "
+    f"distance, density, coverage, diversity, copies.  [PATH: {SUBMISSION_FOLDER}]",
+)
+@click.option(
+    "--runs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=RUNS_FOLDER,
+    show_default=True,
+    help="Folder of trained generators, whose training logs the page shows.",
+)
 @device_option
 @seed_option
 @output_options
@@ -75,12 +86,16 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
     if html is not None:
         _write_page(output, reading, tracks, runs, measured, html)
     rankings = [ranking for ranking in ddranking.from_results(reading.results) if ranking.lrs is not None]
-    data = {
-        "leaderboard": as_data(groups),
-        "rankings": [ranking.as_data() for ranking in rankings],
-        "problems": list(reading.problems),
-        "quality": [dataclasses.asdict(one.view) for one in measured],
-    } if output.as_json else None
+    data = (
+        {
+            "leaderboard": as_data(groups),
+            "rankings": [ranking.as_data() for ranking in rankings],
+            "problems": list(reading.problems),
+            "quality": [dataclasses.asdict(one.view) for one in measured],
+        }
+        if output.as_json
+        else None
+    )
     _show(output, groups, data, as_csv=as_csv, as_markdown=as_markdown, show_all=show_all)
     if not (as_csv or as_markdown or output.as_json):
         for table in [*([rankings_table(rankings)] if rankings else []), *map(_quality_table, measured)]:

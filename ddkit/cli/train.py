@@ -25,37 +25,60 @@ if TYPE_CHECKING:
 
 @click.command(epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
 @click.option("--dataset", required=True, help="A dataset of `ddkit data list`.")
-@click.option("--preset",
-              help="Sizes and settings: demo, tiny, small, base, dit or minimax-paper.  [default: tiny]")
+@click.option("--preset", help="Sizes and settings: demo, tiny, small, base, dit or minimax-paper.  [default: tiny]")
 @minimax_options
 @click.option("--steps", type=click.IntRange(1), help="Of denoiser training, in all; the autoencoder's come first.")
 @click.option("--time", "seconds", type=Duration(), help="Of training in all, such as 20m; takes the place of --steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="The denoiser's learning rate.")
-@click.option("--ema-width", type=click.FloatRange(0, 0.28, min_open=True, max_open=True),
-              help="Of the averaged weights' profile, as a share of the training so far.")
-@click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True),
-              help="Of the averaged weights at every step, in place of that profile.")
+@click.option(
+    "--ema-width",
+    type=click.FloatRange(0, 0.28, min_open=True, max_open=True),
+    help="Of the averaged weights' profile, as a share of the training so far.",
+)
+@click.option(
+    "--ema-decay",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Of the averaged weights at every step, in place of that profile.",
+)
 @click.option("--accumulation", type=click.IntRange(1), help="Parts a step is computed in, where memory is short.")
 @click.option("--prediction", type=click.Choice(["flow", "v", "epsilon"]), help="What the denoiser predicts.")
-@click.option("--label-dropout", type=click.FloatRange(0, 1, max_open=True),
-              help="Share of images shown without their class, which guidance needs.")
-@click.option("--min-snr", type=click.FloatRange(0),
-              help="Gamma of the min-SNR weights, which v and epsilon have; 0 for equal weights.")
+@click.option(
+    "--label-dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of images shown without their class, which guidance needs.",
+)
+@click.option(
+    "--min-snr", type=click.FloatRange(0), help="Gamma of the min-SNR weights, which v and epsilon have; 0 for equal weights."
+)
 @click.option("--architecture", type=click.Choice(["uvit", "unet", "dit"]), help="Of the denoiser.")
 @click.option("--flips/--no-flips", default=None, help="Show images mirrored as well; wrong for letters and digits.")
-@click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="Of the computation; bfloat16 is faster on GPUs and on processors with instructions for it.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the computation; bfloat16 is faster on GPUs and on processors with instructions for it.",
+)
 @click.option("--compile/--no-compile", default=None, help="Compile the networks first.")
-@click.option("--autoencoder", "pretrained_autoencoder", metavar="HUB_ID_OR_FOLDER",
-              help="A pretrained one to use, such as stabilityai/sd-vae-ft-mse.")
+@click.option(
+    "--autoencoder",
+    "pretrained_autoencoder",
+    metavar="HUB_ID_OR_FOLDER",
+    help="A pretrained one to use, such as stabilityai/sd-vae-ft-mse.",
+)
 @click.option("--resume", is_flag=True, help="Insist on going on: an error where there is nothing to go on from.")
 @click.option("--fresh", is_flag=True, help="Start over: removes the training that is in the folder.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder.  [default: runs/<dataset>]")
-@click.option("--track-every", type=click.IntRange(0), metavar="STEPS",
-              help="Score the model so often by its Frechet distance, and keep the best; 0 for never.")
-@click.option("--features", type=click.Choice(["convnet", "inception"]),
-              help="Of the Frechet distance: of a ConvNet trained on the real images, or of Inception.  [default: convnet]")
+@click.option(
+    "--track-every",
+    type=click.IntRange(0),
+    metavar="STEPS",
+    help="Score the model so often by its Frechet distance, and keep the best; 0 for never.",
+)
+@click.option(
+    "--features",
+    type=click.Choice(["convnet", "inception"]),
+    help="Of the Frechet distance: of a ConvNet trained on the real images, or of Inception.  [default: convnet]",
+)
 @click.option("--save-every", type=Duration(), default="5m", show_default=True, help="How much work a kill may cost.")
 @click.option("--tensorboard", is_flag=True, help="Write records for TensorBoard too.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
@@ -124,7 +147,10 @@ def _tracking(output: Output, data: TrainingData, device: str, plan: Plan) -> Tr
     if not plan.track_every or len(data.images) < 2:
         return None
     return track_frechet_in(
-        plan.features, data, every_steps=plan.track_every, device=own_device(resolve_device(device)),
+        plan.features,
+        data,
+        every_steps=plan.track_every,
+        device=own_device(resolve_device(device)),
         progress=output.listen,
     )
 
@@ -149,9 +175,7 @@ def _train(
     output.say(
         f"{verb} a generator on {escape(data.name)}, preset {plan.preset}, {_length(request)}, in {escape(str(folder))}."
     )
-    model = train_generator(
-        data, request, folder, start=plan.start, tracking=tracking, fresh=fresh, progress=output.listen
-    )
+    model = train_generator(data, request, folder, start=plan.start, tracking=tracking, fresh=fresh, progress=output.listen)
     if not is_main():
         return
     next_command = f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name)

@@ -26,15 +26,32 @@ if TYPE_CHECKING:
 @click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="A model folder; runs/<dataset>.")
 @click.option("--steps", type=click.IntRange(1), multiple=True, help="Sampling steps to try; repeatable.  [default: 4, 8, 16]")
 @click.option("--guidance", type=click.FloatRange(0), multiple=True, help="Guidance to try; repeatable.  [default: 1, 2]")
-@click.option("--sampler", type=click.Choice(["ddim", "dpm++", "unipc", "euler"]), default="dpm++", show_default=True,
-              help="How noise is removed.")
-@click.option("--time-budget", type=Duration(), default="60s", show_default=True,
-              help="Of each run of the generator, the same for all.")
-@click.option("--epochs-setting", type=click.IntRange(0), default=20, show_default=True, metavar="E",
-              help="E + 1 epochs of training on what was made; the protocol says 100.")
+@click.option(
+    "--sampler",
+    type=click.Choice(["ddim", "dpm++", "unipc", "euler"]),
+    default="dpm++",
+    show_default=True,
+    help="How noise is removed.",
+)
+@click.option(
+    "--time-budget", type=Duration(), default="60s", show_default=True, help="Of each run of the generator, the same for all."
+)
+@click.option(
+    "--epochs-setting",
+    type=click.IntRange(0),
+    default=20,
+    show_default=True,
+    metavar="E",
+    help="E + 1 epochs of training on what was made; the protocol says 100.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True, help="Of each trial.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=TRIALS_FOLDER, show_default=True,
-              help="The folder of the trials and the chart.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=TRIALS_FOLDER,
+    show_default=True,
+    help="The folder of the trials and the chart.",
+)
 @device_option
 @seed_option
 @output_options

@@ -40,9 +40,7 @@ class Archive:
 
 
 OFFICIAL = {
-    "cifar100": Archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"
-    ),
+    "cifar100": Archive("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
     "tinyimagenet": Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
 }
 
@@ -61,9 +59,7 @@ class RetryPolicy:
     timeout: float = 30.0
 
 
-def download(
-    archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPolicy(), progress: Listener = ignore
-) -> Path:
+def download(archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPolicy(), progress: Listener = ignore) -> Path:
     """Fetch an archive into `folder` and return its path; one that is there and whole is not fetched again.
 
     What has arrived stays in `<name>.part` when the network fails or the program is stopped; the next call goes on
@@ -114,7 +110,8 @@ def _fetch(archive: Archive, part: Path, patience: RetryPolicy, progress: Listen
 
 
 def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener) -> None:
-    """One connection: append to `part` what it lacks. Raises _BrokenTransferError, or MissingDataError for what no retry mends."""
+    """One connection: append to `part` what it lacks. Raises _BrokenTransferError, or MissingDataError for what no
+    retry mends."""
     have = _size(part)
     headers = {"User-Agent": f"ddkit/{__version__}", **({"Range": f"bytes={have}-"} if have else {})}
     request = urllib.request.Request(archive.url, headers=headers)
@@ -138,9 +135,7 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
         raise _BrokenTransferError(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
 
-def _copy(
-    response: http.client.HTTPResponse, file: BinaryIO, archive: Archive, total: int | None, progress: Listener
-) -> None:
+def _copy(response: http.client.HTTPResponse, file: BinaryIO, archive: Archive, total: int | None, progress: Listener) -> None:
     """Raises BadFileError where the disk, and OSError or _BrokenTransferError where the network fails."""
     task = f"downloading {archive.file_name}"
     while block := response.read(_BLOCK):

@@ -214,9 +214,7 @@ def _with_earlier_training_split(facts: StoreFacts, folder: Path, temporary: Pat
     )
 
 
-def _facts(
-    spec: DatasetSpec, source: Source, splits: Mapping[str, SplitFacts], origin: Mapping[str, Any]
-) -> StoreFacts:
+def _facts(spec: DatasetSpec, source: Source, splits: Mapping[str, SplitFacts], origin: Mapping[str, Any]) -> StoreFacts:
     return StoreFacts(
         name=spec.name,
         image_size=spec.image_size,
@@ -353,9 +351,7 @@ def _measure(file: SplitFile) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _tidy(folder: Path) -> None:
     """Mend what a preparation left that was killed on the spot. Only for who is `_alone`."""
     left = [
-        path
-        for path in folder.parent.iterdir()
-        if re.fullmatch(re.escape(f".{folder.name}.") + r"\w{8}\.(tmp|old)", path.name)
+        path for path in folder.parent.iterdir() if re.fullmatch(re.escape(f".{folder.name}.") + r"\w{8}\.(tmp|old)", path.name)
     ]
     for path in left:
         if path.suffix == ".old" and not folder.exists():

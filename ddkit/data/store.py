@@ -239,8 +239,7 @@ def _open_tensors(path: Path, name: str) -> tuple[Tensor, Tensor]:
 
 def _facts_from_json(value: dict[str, Any]) -> StoreFacts:
     splits = {
-        split: SplitFacts(**{key: _tuples(item) for key, item in facts.items()})
-        for split, facts in value.pop("splits").items()
+        split: SplitFacts(**{key: _tuples(item) for key, item in facts.items()}) for split, facts in value.pop("splits").items()
     }
     source = value.pop("source")
     return StoreFacts(**{key: _tuples(item) for key, item in value.items()}, splits=splits, source=source)

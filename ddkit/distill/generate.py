@@ -106,9 +106,7 @@ def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> S
     return save_set(out, normalize(images, spec), spec, class_titles(dataset), {**made_by, "versions": versions()})
 
 
-def _generate_samples(
-    dataset: str, ipc: int, source: FromModel, out: Path, replace: bool, progress: Listener
-) -> SavedSet:
+def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, replace: bool, progress: Listener) -> SavedSet:
     """A set of a model's images; what an earlier call has made of it is taken up, and a whole one is left as it is."""
     spec = dataset_spec(dataset)
     group = ProcessGroup(resolve_device(source.device))

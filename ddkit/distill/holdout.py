@@ -45,9 +45,7 @@ class TrainHoldout:
         Consecutive batches take a class's images in random order, each once before any comes again: what single images
         have of their own then cancels out, as it would not if they were drawn anew each time.
         """
-        drawn = [
-            rows[order.take(number * per_class, per_class)] for rows, order in zip(self._rows, self._orders, strict=True)
-        ]
+        drawn = [rows[order.take(number * per_class, per_class)] for rows, order in zip(self._rows, self._orders, strict=True)]
         return normalize(self._dataset.images[torch.cat(drawn)], self.spec)
 
     def random_batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,8 @@ def ridge_regression_loss(
 ) -> tuple[Tensor, Tensor]:
     """How far ridge regression on the images' embeddings is from the classes of real images.
 
-    embed, images, real: as for `mean_embedding_distance`; gradients likewise. ridge: added to the kernel's diagonal, as a share of
+    embed, images, real: as for `mean_embedding_distance`; gradients likewise. ridge: added to the kernel's diagonal,
+    as a share of
     its mean. Returns the sum over classes of the mean squared error, a scalar, times a constant by which its gradients
     are about as large as those of the distance of means, and the embeddings (N, F) of `images`.
     Source: the meta-loss of neural feature regression with pooling, Zhou, Nezhadarya & Ba 2022, arXiv 2206.00719, with

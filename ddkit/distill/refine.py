@@ -184,7 +184,8 @@ def refine(
     Raises InvalidSubmissionError for a set that `check` refuses; UsageError for an `out` that does not end in .pt or holds
     another refinement's result, for the copies that the folder keeps, or where the folder belongs to another set, other
     settings or other real images, or another process refines in it;
-    ComputeError where it diverges or memory is short, InterruptedRunError once asked to stop and BadFileError for what the system
+    ComputeError where it diverges or memory is short, InterruptedRunError once asked to stop and BadFileError for
+    what the system
     refuses, what was reached written in these cases; and what `open_dataset` and `save_set` raise.
     """
     require_tensor_name(out or path)
@@ -368,9 +369,7 @@ class _Refinement:
         if settings.objective_at(number) == "regression":
             loss, embedding = ridge_regression_loss(self._embed, images, real, self._spec.num_classes, settings.ridge)
         elif settings.attention > 0:
-            loss, embedding = distance_of_attention(
-                self._observer, images, real, self._spec.num_classes, settings.attention
-            )
+            loss, embedding = distance_of_attention(self._observer, images, real, self._spec.num_classes, settings.attention)
         else:
             loss, embedding = mean_embedding_distance(self._embed, images, real, self._spec.num_classes)
         if trained and settings.recognition > 0:

@@ -37,9 +37,7 @@ class Spectrum:
         return self._together(self._apart(gradients) * self._weights)
 
     def to(self, device: torch.device) -> Spectrum:
-        self._colors, self._waves, self._weights = (
-            tensor.to(device) for tensor in (self._colors, self._waves, self._weights)
-        )
+        self._colors, self._waves, self._weights = (tensor.to(device) for tensor in (self._colors, self._waves, self._weights))
         return self
 
     def _apart(self, images: Tensor) -> Tensor:

@@ -262,7 +262,9 @@ class _Runner:
         for index in group:
             if index not in kept:
                 if stop:
-                    raise InterruptedRunError(f"Interrupted before round {index + 1}.", "Run the same again to go on from there.")
+                    raise InterruptedRunError(
+                        f"Interrupted before round {index + 1}.", "Run the same again to go on from there."
+                    )
                 jobs.append(self._job(index))
         ran = run_rounds(jobs, self._test_set, self._settings, stop=stop, listener=self._report)
         kept |= {job.index: result for job, result in zip(jobs, ran, strict=True)}

@@ -20,7 +20,7 @@ from ddkit.runtime.tensor_files import UnloadableError, load_restricted
 
 _IMAGES_KEY, _LABELS_KEY = "images_val", "labels_val"
 # Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalized ones have no negative values.
-_LARGEST_NORMALizED = 10.0
+_LARGEST_NORMALIZED = 10.0
 _FURTHEST_FROM_WHOLE = 0.05  # pixels of [0, 255], normalized and back
 
 
@@ -145,7 +145,7 @@ def _check_normalized(images: Tensor, name: str, spec: DatasetSpec) -> None:
         raise BadDataError(f"{name} holds {images.dtype} images, expected uint8 pixels or normalized float32.")
     low, high = (float(bound) for bound in images.aminmax())
     # A comparison with nan is false, so this refuses nan too.
-    if not (-_LARGEST_NORMALizED < low < 0.0 < high < _LARGEST_NORMALizED):
+    if not (-_LARGEST_NORMALIZED < low < 0.0 < high < _LARGEST_NORMALIZED):
         raise BadDataError(
             f"{name} has values from {low:.4g} to {high:.4g}, which are not normalized images.",
             f"Normalize pixels in [0, 1] with mean {spec.mean} and std {spec.std}.",

@@ -184,9 +184,7 @@ class _SideBySide:
 class _Round:
     """A round that runs."""
 
-    def __init__(
-        self, job: RoundJob, images: Tensor, labels: Tensor, spec: DatasetSpec, settings: RoundSettings
-    ) -> None:
+    def __init__(self, job: RoundJob, images: Tensor, labels: Tensor, spec: DatasetSpec, settings: RoundSettings) -> None:
         self.index = job.index
         self._made, self._file = job.made, job.file
         self._device = torch.device(settings.device)

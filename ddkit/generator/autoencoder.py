@@ -53,7 +53,8 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) 
 def load_pretrained(source: str) -> AutoencoderKL:
     """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
 
-    Raises MissingModelError where there is none or it cannot be had, BadFileError where its weights do not fit it or it is not of
+    Raises MissingModelError where there is none or it cannot be had, BadFileError where its weights do not fit it or
+    it is not of
     color images.
     """
     remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
@@ -80,7 +81,9 @@ def refuse_misfits(found: Mapping[str, Sequence[Any]], source: object) -> None:
     diffusers would go on with random ones in their places.
     """
     if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
-        raise BadFileError(f"The weights in {source} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete.")
+        raise BadFileError(
+            f"The weights in {source} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete."
+        )
 
 
 def pixel_patch(autoencoder: AutoencoderKL) -> int:

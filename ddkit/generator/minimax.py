@@ -106,9 +106,7 @@ class MinimaxCriteria(nn.Module):
         classes = groups.present.sum()
         return _averageable((1 - least).sum() / classes), _averageable(most.sum() / classes)
 
-    def _cosines_of(
-        self, pairs: _Pairs, predicted: Tensor, memory: Tensor, groups: _Groups, counting: Tensor
-    ) -> Tensor:
+    def _cosines_of(self, pairs: _Pairs, predicted: Tensor, memory: Tensor, groups: _Groups, counting: Tensor) -> Tensor:
         """The cosines of chosen pairs, with gradients. counting: (k,) which of the groups. Returns (k,)."""
         places = groups.classes[counting] * self.memory_size + pairs.place[counting]
         images = predicted.index_select(0, pairs.image[counting])

@@ -42,9 +42,7 @@ INDEX_FILE = "model_index.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 FORMAT_VERSION = 1
 
-_DENOISERS: Mapping[str, type[ModelMixin]] = {
-    kind.__name__: kind for kind in (UViT, UNet2DModel, DiTTransformer2DModel)
-}
+_DENOISERS: Mapping[str, type[ModelMixin]] = {kind.__name__: kind for kind in (UViT, UNet2DModel, DiTTransformer2DModel)}
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,7 @@ def load_model(folder: Path, *, dataset: str | None = None) -> Model:
     return Model(denoiser.eval(), autoencoder.eval(), facts)
 
 
-def _refuse_strangers(
-    folder: Path, part: str, denoiser: ModelMixin, autoencoder: AutoencoderKL, facts: ModelFacts
-) -> None:
+def _refuse_strangers(folder: Path, part: str, denoiser: ModelMixin, autoencoder: AutoencoderKL, facts: ModelFacts) -> None:
     """Raise BadFileError where parts, each whole, are of different models."""
     remedy = "Put the model's own part back, or train it again."
     if (classes := null_class(denoiser)) != len(facts.class_names):
@@ -191,7 +187,9 @@ def _save_part(part: Any, folder: Path) -> None:
         try:
             part.save_pretrained(temporary)
         except SafetensorError as error:  # of a full disk, for one
-            raise BadFileError(f"{folder} cannot be written: {error}.", "Free some space there, or choose another place.") from error
+            raise BadFileError(
+                f"{folder} cannot be written: {error}.", "Free some space there, or choose another place."
+            ) from error
 
 
 def _load_part(folder: Path, kinds: Mapping[str, type[ModelMixin]]) -> ModelMixin:

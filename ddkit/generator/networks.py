@@ -13,9 +13,7 @@ from ddkit.generator.uvit import UViT
 _LEAST_UNET_SIDE = 4  # of the latents at the U-Net's lowest level
 
 
-def build_denoiser(
-    config: DenoiserConfig, latent_shape: tuple[int, int, int], num_classes: int, *, seed: int
-) -> ModelMixin:
+def build_denoiser(config: DenoiserConfig, latent_shape: tuple[int, int, int], num_classes: int, *, seed: int) -> ModelMixin:
     """An untrained denoiser for latents (C, s, s) with one class more than `num_classes`; weights depend on `seed` alone."""
     builders = {"uvit": _build_uvit, "unet": _build_unet, "dit": _build_dit}
     with torch.random.fork_rng(devices=[]):

@@ -368,22 +368,25 @@ PRESETS = {
                     AutoencoderConfig(pixel_patch=1, channels=(64, 128), layers_per_level=2, latent_channels=4),
                     DenoiserConfig(hidden_size=384, depth=9, num_heads=6, tokens_per_side=8),
                     OptimiserConfig(steps=10_000, batch_size=128, learning_rate=1e-3, decay_after_steps=5000),
-                    OptimiserConfig(steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000,
-                                    decay_after_steps=20_000),
+                    OptimiserConfig(
+                        steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000, decay_after_steps=20_000
+                    ),
                 ),
                 64: GeneratorConfig(
                     AutoencoderConfig(pixel_patch=2, channels=(64, 128), layers_per_level=2, latent_channels=4),
                     DenoiserConfig(hidden_size=384, depth=9, num_heads=6, tokens_per_side=8),
                     OptimiserConfig(steps=15_000, batch_size=64, learning_rate=1e-3, decay_after_steps=5000),
-                    OptimiserConfig(steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000,
-                                    decay_after_steps=20_000),
+                    OptimiserConfig(
+                        steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000, decay_after_steps=20_000
+                    ),
                 ),
                 128: GeneratorConfig(
                     AutoencoderConfig(pixel_patch=2, channels=(64, 128, 256), layers_per_level=2, latent_channels=4),
                     DenoiserConfig(hidden_size=384, depth=9, num_heads=6, tokens_per_side=16),
                     OptimiserConfig(steps=15_000, batch_size=32, learning_rate=5e-4, decay_after_steps=5000),
-                    OptimiserConfig(steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000,
-                                    decay_after_steps=20_000),
+                    OptimiserConfig(
+                        steps=50_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000, decay_after_steps=20_000
+                    ),
                 ),
             },
             track_every=5000,
@@ -396,16 +399,18 @@ PRESETS = {
                     AutoencoderConfig(pixel_patch=1, channels=(128, 256), layers_per_level=2, latent_channels=4),
                     DenoiserConfig(hidden_size=512, depth=13, num_heads=8, tokens_per_side=8),
                     OptimiserConfig(steps=20_000, batch_size=256, learning_rate=5e-4, decay_after_steps=10_000),
-                    OptimiserConfig(steps=200_000, batch_size=1024, learning_rate=3e-4, warmup_steps=2000,
-                                    decay_after_steps=50_000),
+                    OptimiserConfig(
+                        steps=200_000, batch_size=1024, learning_rate=3e-4, warmup_steps=2000, decay_after_steps=50_000
+                    ),
                     precision="bfloat16",
                 ),
                 64: GeneratorConfig(
                     AutoencoderConfig(pixel_patch=1, channels=(64, 128, 256), layers_per_level=2, latent_channels=4),
                     DenoiserConfig(hidden_size=512, depth=13, num_heads=8, tokens_per_side=8),
                     OptimiserConfig(steps=30_000, batch_size=128, learning_rate=5e-4, decay_after_steps=10_000),
-                    OptimiserConfig(steps=200_000, batch_size=1024, learning_rate=3e-4, warmup_steps=2000,
-                                    decay_after_steps=50_000),
+                    OptimiserConfig(
+                        steps=200_000, batch_size=1024, learning_rate=3e-4, warmup_steps=2000, decay_after_steps=50_000
+                    ),
                     precision="bfloat16",
                 ),
             },

@@ -84,9 +84,7 @@ class Start:
     parameters: ParameterCounts
 
 
-def start_from(
-    source: str, class_names: Sequence[str], *, full: bool = False, chosen: ClassChoices | None = None
-) -> Start:
+def start_from(source: str, class_names: Sequence[str], *, full: bool = False, chosen: ClassChoices | None = None) -> Start:
     """Read a generator and make it ready for a dataset.
 
     full: train all its parameters, not only DiffFit's. chosen: as `map_classes` has it. Raises what `load_generator`
@@ -274,6 +272,4 @@ def _chosen(choice: str | int | None, known: Sequence[Sequence[str]]) -> tuple[i
         return (choice,)
     if found := _matching(_readable(choice), known):
         return found
-    raise UsageError(
-        f"The model knows no class '{choice}'.", did_you_mean(choice, [n for names in known for n in names])
-    )
+    raise UsageError(f"The model knows no class '{choice}'.", did_you_mean(choice, [n for names in known for n in names]))

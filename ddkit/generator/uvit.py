@@ -46,9 +46,7 @@ class UViT(ModelMixin, ConfigMixin):
         self.patches_per_side = sample_size // patch_size
         patch_values = in_channels * patch_size**2
         self.patch_in = nn.Linear(patch_values, hidden_size)
-        self.time_in = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.time_in = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.class_in = nn.Embedding(num_classes + 1, hidden_size)
         self.positions = nn.Parameter(torch.zeros(1, 2 + self.patches_per_side**2, hidden_size))
         shape = (hidden_size, num_heads, mlp_ratio)
@@ -130,9 +128,7 @@ class Block(nn.Module):
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.attention_out = nn.Linear(hidden_size, hidden_size)
         self.norm_mlp = nn.LayerNorm(hidden_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, inner), TanhGELU(), nn.Linear(inner, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, inner), TanhGELU(), nn.Linear(inner, hidden_size))
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """x, kept: (N, tokens, hidden) -> the same shape."""

@@ -30,9 +30,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 def _check(features_a: Tensor, features_b: Tensor) -> None:
     for features in (features_a, features_b):
         if features.ndim != 2 or len(features) < 2:
-            raise UsageError(
-                f"The Frechet distance needs (N, D) features of at least two images, not {tuple(features.shape)}."
-            )
+            raise UsageError(f"The Frechet distance needs (N, D) features of at least two images, not {tuple(features.shape)}.")
         if not torch.isfinite(features).all():
             raise ComputeError("The features hold values that are not finite.", "Look at the images they come from.")
     if features_a.shape[1] != features_b.shape[1]:

@@ -221,9 +221,7 @@ class TrainingRun:
         self._plan, self._engine = plan, None
 
 
-def epoch_side_by_side(
-    runs: Sequence[TrainingRun], between: Callable[[], None] = lambda: None
-) -> list[list[float]]:
+def epoch_side_by_side(runs: Sequence[TrainingRun], between: Callable[[], None] = lambda: None) -> list[list[float]]:
     """One epoch of several runs, a batch of each in turn; returns each one's losses, as its own `epoch` would.
 
     between: called after each turn, when all of them can be saved.

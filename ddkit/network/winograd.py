@@ -228,9 +228,7 @@ class FeatureMaps:
 class _NormData(ctypes.Structure):
     """`NormData` of winograd.cpp."""
 
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("weight", "bias", "statistics", "weight_gradient", "bias_gradient")
-    ]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias", "statistics", "weight_gradient", "bias_gradient")]
 
 
 class _Worker:
@@ -404,7 +402,16 @@ def load() -> ctypes.CDLL:
         "middle_backward": (*planes, number, number, _NormData, pointer, *planes, flag, pointer),
         "first_backward": (*planes, pointer, number, number, pointer, _NormData, pointer, pointer),
         "first_backward_to_images": (
-            *planes, pointer, number, number, pointer, pointer, _NormData, pointer, pointer, pointer,
+            *planes,
+            pointer,
+            number,
+            number,
+            pointer,
+            pointer,
+            _NormData,
+            pointer,
+            pointer,
+            pointer,
         ),
     }
     for name, types in signatures.items():

@@ -53,7 +53,8 @@ def pack(
 
     The same tensors always make the same bytes. The zip holds the tensors only, at its root.
     strict: warnings refuse too. ignore_codes: findings that do not. told: gets what was found, before anything is written.
-    Raises MissingDataError without a folder, RefusedSubmissionError (an InvalidSubmissionError) for what `check` refuses, UsageError where
+    Raises MissingDataError without a folder, RefusedSubmissionError (an InvalidSubmissionError) for what `check`
+    refuses, UsageError where
     `out` is one of the tensors, and BadFileError for what the system refuses; an earlier zip stays as it was in each case.
     """
     folder, out = Path(folder), Path(out)

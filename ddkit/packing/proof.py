@@ -83,9 +83,7 @@ def prove(bundle: Path, settings: ProofSettings | None = None, *, progress: List
         return tuple(_prove(folder, name, python, elsewhere, settings, progress) for name in datasets_of(folder))
 
 
-def _prove(
-    folder: Path, name: str, python: Path, elsewhere: Path, settings: ProofSettings, progress: Listener
-) -> Proof:
+def _prove(folder: Path, name: str, python: Path, elsewhere: Path, settings: ProofSettings, progress: Listener) -> Proof:
     entry = ScriptEntry(
         folder / SCRIPT,
         name,
@@ -153,7 +151,7 @@ def _guard() -> str:
     return _GUARD_SOURCE.format(modules=sorted(hidden_modules | {"ddkit"}), packages=sorted(hidden_packages))
 
 
-_GUARD_SOURCE = '''\
+_GUARD_SOURCE = """\
 import sys
 from importlib.machinery import PathFinder
 
@@ -173,7 +171,7 @@ class Guard(PathFinder):
 
 
 sys.meta_path[:] = [Guard if finder is PathFinder else finder for finder in sys.meta_path]
-'''
+"""
 
 
 def _with_requirements(names: Iterable[str]) -> set[str]:

@@ -118,9 +118,7 @@ def _interval_chart(rows: Sequence[Row], dataset: str | None) -> IntervalChart:
     if not found:
         return IntervalChart(dataset, (), ())
     ends = [end for _, value, half in found for end in (value - (half or 0), value + (half or 0))]
-    ticks, low, high = _axis(
-        max(0.0, min(ends)), min(1.0, max(ends)), most=_MOST_WIDE_TICKS, scale=100, unit=" %"
-    )
+    ticks, low, high = _axis(max(0.0, min(ends)), min(1.0, max(ends)), most=_MOST_WIDE_TICKS, scale=100, unit=" %")
     marks = tuple(
         IntervalMark(
             row,
@@ -153,9 +151,7 @@ def _axis(
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     start, end = (low, high) if tight else (first * step, last * step)
     decimals = max(0, -math.floor(math.log10(step * scale) + 1e-9))
-    ticks = [
-        Tick(_percent(i * step, start, end), f"{i * step * scale:,.{decimals}f}{unit}") for i in range(first, last + 1)
-    ]
+    ticks = [Tick(_percent(i * step, start, end), f"{i * step * scale:,.{decimals}f}{unit}") for i in range(first, last + 1)]
     return tuple(tick for tick in ticks if -0.01 <= tick.position <= 100.01), start, end
 
 

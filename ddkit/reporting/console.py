@@ -31,9 +31,7 @@ class LeaderboardView:
     most_rows, most_groups: how much is shown; None for all of it.
     """
 
-    def __init__(
-        self, groups: Sequence[Group], *, most_rows: int | None = None, most_groups: int | None = None
-    ) -> None:
+    def __init__(self, groups: Sequence[Group], *, most_rows: int | None = None, most_groups: int | None = None) -> None:
         self._groups = groups
         self._most_rows = most_rows
         self._most_groups = most_groups

@@ -197,9 +197,7 @@ def _drafts(results: Sequence[Result]) -> list[_Draft]:
 
     An earlier evaluation of the very same set under the same seed is replaced by a later one of as many rounds or more.
     """
-    newest = _latest_of_most_rounds(
-        ((_GroupKey.of(r), r.kind, r.name, r.dataset, r.sha256, r.seed), r) for r in results
-    )
+    newest = _latest_of_most_rounds(((_GroupKey.of(r), r.kind, r.name, r.dataset, r.sha256, r.seed), r) for r in results)
     drafts: list[_Draft] = []
     latest: dict[tuple[Any, ...], _Draft] = {}
     for (*row, dataset, _, _), result in newest.items():

@@ -156,9 +156,7 @@ def _table(group: Group) -> GroupView:
     return GroupView(short, left_out, interval_charts(shortened(group, _MOST_MARKS)[0]) if ours else ())
 
 
-def _entry_views(
-    chosen: Sequence[tuple[Group, Row]], details: SetDetails, progress: Listener
-) -> tuple[EntryView, ...]:
+def _entry_views(chosen: Sequence[tuple[Group, Row]], details: SetDetails, progress: Listener) -> tuple[EntryView, ...]:
     total = sum(len(row.results) for _, row in chosen)
     views: list[EntryView] = []
     done = 0

@@ -197,7 +197,8 @@ def require_appendable(path: str | os.PathLike[str]) -> None:
 
 
 def append_line(path: str | os.PathLike[str], line: str, *, sync: bool = True) -> None:
-    """Append a line of UTF-8, as `write_text` has it; after a last line that a kill has torn, on a new one. Raises BadFileError.
+    """Append a line of UTF-8, as `write_text` has it; after a last line that a kill has torn, on a new one. Raises
+    BadFileError.
 
     sync: wait until it is on the disk.
     """

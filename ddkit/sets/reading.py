@@ -85,9 +85,7 @@ def directory_problem(file: BinaryIO) -> str:
     return ""
 
 
-def _read_open(
-    file: BinaryIO, where: str, spec: DatasetSpec, ipc: int | None
-) -> tuple[Tensor | None, list[Finding]]:
+def _read_open(file: BinaryIO, where: str, spec: DatasetSpec, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
     findings = _look_outside(file, where)
     if not findings:
         findings, meta, stored = _look_inside(file, where)

@@ -20,9 +20,7 @@ def test_a_swapped_pair_is_put_back_into_a_file_of_its_own(tmp_path, folder, gly
 def test_a_right_order_is_copied_as_it_is(tmp_path, folder):
     fixed = fix_row_order(folder / "glyphs.pt", tmp_path / "fixed.pt", dataset="glyphs")
     assert fixed.moved_rows == 0
-    assert torch.equal(
-        torch.load(fixed.path, weights_only=True), torch.load(folder / "glyphs.pt", weights_only=True)
-    )
+    assert torch.equal(torch.load(fixed.path, weights_only=True), torch.load(folder / "glyphs.pt", weights_only=True))
 
 
 def test_the_original_is_never_written_over(tmp_path, folder):

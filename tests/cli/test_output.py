@@ -141,8 +141,6 @@ def test_work_that_begins_anew_is_measured_anew(clock, capsys):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.42, "0.4 s"), (3.2, "3 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (3.2, "3 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_spans_read_well(seconds, text):
     assert span_text(seconds) == text

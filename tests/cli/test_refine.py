@@ -161,8 +161,11 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
         (["submission/colors.pt", "--student-steps", "3"], 2, "--student-steps is of the objective trajectories"),
         (["submission/colors.pt", "--experts", "2"], 2, "--experts are of trajectories and of --trained-share"),
         (["submission/colors.pt", "--preset", "means", "--means-first", "1"], 2, "nothing after the means"),
-        (["submission/colors.pt", "--objective", "trajectories", "--means-first", "0", "--real-per-class", "3"], 2,
-         "--real-per-class is of the means"),
+        (
+            ["submission/colors.pt", "--objective", "trajectories", "--means-first", "0", "--real-per-class", "3"],
+            2,
+            "--real-per-class is of the means",
+        ),
         (["submission/colors.pt", "--means-first", "0", "--attention", "100"], 2, "none come before the regression"),
         (["submission/colors.pt", "--recognition", "1"], 2, "recognition is by experts"),
         (["submission/colors.pt", "--out", "refined.json"], 2, "does not end in .pt"),

@@ -64,9 +64,7 @@ def test_from_ones_own_generator_to_pictures(ddkit, tmp_path, architecture):
     assert settings(folder)["flips"] is False  # as the generator was trained
     last = records(folder)[-1]
     assert last["stage"] == "minimax" and last["step"] == steps_done(folder) == 6
-    assert last["loss"] == pytest.approx(
-        last["mse"] + 0.002 * last["representativeness"] + 0.008 * last["diversity"], rel=1e-5
-    )
+    assert last["loss"] == pytest.approx(last["mse"] + 0.002 * last["representativeness"] + 0.008 * last["diversity"], rel=1e-5)
     made = ddkit("generate", "--ipc", "2", "--dataset", "colors", "--model", folder, "--sampling-steps", "2")
     assert made.exit_code == 0, made.output
     assert torch.load(tmp_path / "submission" / "colors.pt", weights_only=True).shape == (4, 3, 16, 16)

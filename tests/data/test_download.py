@@ -45,7 +45,9 @@ def test_a_broken_connection_goes_on_where_it_broke(serve, tmp_path):
 
 def test_it_goes_on_in_a_later_run(serve, tmp_path):
     server = serve(DATA, break_after=[300_000, 0, 0, 0])
-    with pytest.raises(MissingDataError, match="could not be fetched: the connection ended after 300,000 of 1,000,000") as caught:
+    with pytest.raises(
+        MissingDataError, match="could not be fetched: the connection ended after 300,000 of 1,000,000"
+    ) as caught:
         download(archive_at(server.url), tmp_path, patience=QUICK)
     assert "--from" in caught.value.remedy and "goes on where it stopped" in caught.value.remedy
     assert [item.name for item in tmp_path.iterdir()] == ["archive.bin.part"]

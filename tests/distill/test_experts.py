@@ -55,9 +55,13 @@ def test_they_are_trained_once_and_found_again(references, own_cache):
 def test_a_place_is_any_but_a_start(references):
     ours = experts(references)
     stretches = [ours.stretch(torch.Generator().manual_seed(seed)) for seed in range(60)]
-    ends, places = ({tuple(place[:4].tolist()) for place in found} for found in (
-        [end for _, end in stretches], [ours.place(torch.Generator().manual_seed(seed)) for seed in range(60)],
-    ))
+    ends, places = (
+        {tuple(place[:4].tolist()) for place in found}
+        for found in (
+            [end for _, end in stretches],
+            [ours.place(torch.Generator().manual_seed(seed)) for seed in range(60)],
+        )
+    )
     starts = {tuple(start[:4].tolist()) for start, _ in stretches}
     assert len(places) == QUICK.count * QUICK.steps
     assert ends <= places and len(starts & places) == len(starts) - QUICK.count
@@ -88,6 +92,7 @@ def test_more_of_them_or_longer_spans_find_those_that_there_are(references, own_
 
 def test_asked_to_stop_they_keep_what_is_finished(references, own_cache):
     with pytest.raises(InterruptedRunError), stop_requests() as stop:
+
         def listen(report):
             if report.done == 5 and not stop:
                 os.kill(os.getpid(), signal.SIGTERM)

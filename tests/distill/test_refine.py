@@ -307,9 +307,18 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"objective": "mean"}, {"ridge": 0.0}, {"means_first": -1}, {"attention": -1.0}, {"held_out": 0.0}, {"average": 1.0},
-         {"learning_rate": 0.0}, {"check_every": 0}, {"recognition": 0.1, "trained_share": 0.0},
-         {"trained_share": 1.5}],
+        [
+            {"objective": "mean"},
+            {"ridge": 0.0},
+            {"means_first": -1},
+            {"attention": -1.0},
+            {"held_out": 0.0},
+            {"average": 1.0},
+            {"learning_rate": 0.0},
+            {"check_every": 0},
+            {"recognition": 0.1, "trained_share": 0.0},
+            {"trained_share": 1.5},
+        ],
     )
     def test_settings_that_cannot_be_meant(self, wrong):
         with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -187,9 +187,7 @@ def start(state, epochs_setting, prefix=(sys.executable,)):
     )
     script = state.with_suffix(".py")
     script.write_text(program)
-    return subprocess.Popen(
-        [*prefix, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=state.parent
-    )
+    return subprocess.Popen([*prefix, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=state.parent)
 
 
 def read_until(process, done):

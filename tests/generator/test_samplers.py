@@ -56,12 +56,8 @@ def test_a_straight_flow_is_followed_exactly_in_any_number_of_steps(sampler):
 def test_euler_on_a_variance_preserving_model_is_ddim(steps):
     """So diffusers' Euler, whose numbers begin at 20,000, is not needed."""
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    euler = EulerDiscreteScheduler(
-        beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing"
-    )
-    ddim = DDIMScheduler(
-        beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
-    )
+    euler = EulerDiscreteScheduler(beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing")
+    ddim = DDIMScheduler(beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
     euler.set_timesteps(steps)
     point = noise * euler.init_noise_sigma
     for time in euler.timesteps:

@@ -134,8 +134,13 @@ def test_batches_come_one_by_one_and_are_counted(make_model):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"steps": 0}, {"steps": 1001}, {"batch_size": 0}, {"guidance": -1.0}, {"guidance": float("nan")},
-        {"guidance_interval": (0.5, 0.2)}, {"precision": "int8"},
+        {"steps": 0},
+        {"steps": 1001},
+        {"batch_size": 0},
+        {"guidance": -1.0},
+        {"guidance": float("nan")},
+        {"guidance_interval": (0.5, 0.2)},
+        {"precision": "int8"},
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(wrong):

@@ -95,8 +95,7 @@ def test_bfloat16_is_near_and_not_the_same():
     images, labels = batch(6)
     network = build_network("convnet", 10, 32, seed=0)
     exact, rounded = (
-        computed(network, EnginePlan("winograd", precision, 3, 2), images, labels)
-        for precision in ("float32", "bfloat16")
+        computed(network, EnginePlan("winograd", precision, 3, 2), images, labels) for precision in ("float32", "bfloat16")
     )
     error = ((rounded[1] - exact[1]).norm() / exact[1].norm()).item()
     assert 1e-3 < error < 3e-2
@@ -104,9 +103,7 @@ def test_bfloat16_is_near_and_not_the_same():
 
 def test_the_number_of_threads_is_left_as_it_was():
     before = torch.get_num_threads()
-    build_engine(build_network("convnet", 10, 16, seed=0), EnginePlan("winograd", "float32", 2, 3)).logits(
-        batch(6, size=16)[0]
-    )
+    build_engine(build_network("convnet", 10, 16, seed=0), EnginePlan("winograd", "float32", 2, 3)).logits(batch(6, size=16)[0])
     assert torch.get_num_threads() == before
 
 

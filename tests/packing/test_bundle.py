@@ -107,7 +107,13 @@ def test_what_is_no_entry_is_said(tmp_path):
     (tmp_path / "set.pt").write_text("")
     (tmp_path / "mine.py").write_text("")
     (tmp_path / "generate.py").write_text("")  # which is not what was asked for
-    refused = {"empty": BadFileError, "text.zip": BadFileError, "set.pt": UsageError, "mine.py": UsageError, "absent": MissingModelError}
+    refused = {
+        "empty": BadFileError,
+        "text.zip": BadFileError,
+        "set.pt": UsageError,
+        "mine.py": UsageError,
+        "absent": MissingModelError,
+    }
     for name, error in refused.items():
         with pytest.raises(error), opened(tmp_path / name):
             pass

@@ -272,9 +272,7 @@ def test_a_link_to_an_entry_opens_it(look):
     browser = look()
     assert not browser.find_element(By.ID, "entry-2").get_attribute("open")
     browser.execute_script("location.hash = '#entry-2'")
-    assert browser.execute_async_script(
-        "setTimeout(() => arguments[0](document.getElementById('entry-2').open), 100)"
-    )
+    assert browser.execute_async_script("setTimeout(() => arguments[0](document.getElementById('entry-2').open), 100)")
 
 
 def test_without_javascript_all_is_there_but_sorting(look):

@@ -92,9 +92,7 @@ def test_generated_stand_beside_real_ones_of_the_same_classes_only():
 
 
 def test_neighbors_stand_in_the_order_of_their_distance():
-    sheet = neighbor_sheet(
-        plain(10, 20, 30), plain(110, 120, 130), torch.tensor([0.9, 0.1, 0.5]), ["a", "b", "c"], most=2
-    )
+    sheet = neighbor_sheet(plain(10, 20, 30), plain(110, 120, 130), torch.tensor([0.9, 0.1, 0.5]), ["a", "b", "c"], most=2)
     seen = colors_of(sheet)
     assert {(20, 20, 20), (120, 120, 120), (30, 30, 30), (130, 130, 130)} <= seen and (10, 10, 10) not in seen
     first = sheet.crop((0, 0, sheet.width // 2, sheet.height))

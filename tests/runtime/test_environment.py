@@ -8,9 +8,7 @@ from ddkit.runtime.environment import explain_broken_install, versions
 def test_a_torch_and_torchvision_that_do_not_fit_are_one_message(tmp_path):
     """A stand-in torchvision that fails on import with the words of the real mismatch."""
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')\n"
-    )
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     (tmp_path / "sitecustomize.py").write_text(
         "import ddkit.cli.completion, click\n"
         "def body():\n"

@@ -144,6 +144,7 @@ def test_a_file_system_without_locks_is_worked_on_and_other_refusals_are_told(tm
     fcntl = pytest.importorskip("fcntl", reason="no such locks on this system")
     begun = []
     for number, refused in ((errno.ENOLCK, False), (errno.EIO, True)):
+
         def lockf(*_, number=number):
             raise OSError(number, os.strerror(number))
 

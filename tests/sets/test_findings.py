@@ -7,7 +7,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_code_is_explained_in_the_readme_and_none_beside():
-    sources = "".join(path.read_text(encoding="utf-8") for room in ("checks", "sets") for path in (ROOT / "ddkit" / room).glob("*.py"))
+    sources = "".join(
+        path.read_text(encoding="utf-8") for room in ("checks", "sets") for path in (ROOT / "ddkit" / room).glob("*.py")
+    )
     used = set(re.findall(r'"([FTLNC]\d{3})"', sources))
     readme = (ROOT / "submission" / "README.md").read_text(encoding="utf-8")
     explained = {code for row in re.findall(r"^\| ([FTLNC]\d{3}.*?) \|", readme, re.M) for code in row.split(", ")}

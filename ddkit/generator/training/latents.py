@@ -56,7 +56,8 @@ def cached_latents(
 ) -> LatentSet:
     """The latents of `images`, read from `path` if they were made of the same things, else encoded and written there.
 
-    identity: names the pixels and the autoencoder; latents of another identity are replaced. Raises InterruptedRunError once asked to
+    identity: names the pixels and the autoencoder; latents of another identity are replaced. Raises
+    InterruptedRunError once asked to
     stop, what was encoded kept, and BadFileError for what the system refuses.
     """
     if (found := _read(path, images, identity)) is not None:

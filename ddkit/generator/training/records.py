@@ -44,7 +44,6 @@ class MetricsLog:
                 if isinstance(value, float):
                     self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
-
     def close(self) -> None:
         """See to it that TensorBoard's file is written to its end."""
         if self._writer is not None:

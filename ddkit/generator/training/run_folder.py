@@ -69,9 +69,7 @@ def recorded(folder: Path) -> Recorded | None:
     if not has_training(folder):
         return None
     record = _record_of(folder)
-    return Recorded(
-        record.get("preset", ""), from_json(record["config"]), record.get("track_every"), record.get("score", "")
-    )
+    return Recorded(record.get("preset", ""), from_json(record["config"]), record.get("track_every"), record.get("score", ""))
 
 
 def _record_of(folder: Path) -> Mapping[str, Any]:

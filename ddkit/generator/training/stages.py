@@ -133,9 +133,7 @@ class DenoiserLoss(nn.Module):
 class MinimaxLoss(DenoiserLoss):
     """The same, with the minimax criteria of the clean latents that the network predicts (arXiv 2311.15529, section 3)."""
 
-    def __init__(
-        self, network: nn.Module, objective: Objective, criteria: MinimaxCriteria, config: MinimaxConfig
-    ) -> None:
+    def __init__(self, network: nn.Module, objective: Objective, criteria: MinimaxCriteria, config: MinimaxConfig) -> None:
         super().__init__(network, objective)
         self.criteria = criteria
         self.config = config

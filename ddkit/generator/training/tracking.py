@@ -78,9 +78,7 @@ def track_frechet_in(
     """
     if features == "inception":
         inception = InceptionFeatures(device)  # before hours of work, not when the first score is due
-        return track_frechet(
-            data.images, lambda: inception, every_steps=every_steps, name=NAMES[features], device=device
-        )
+        return track_frechet(data.images, lambda: inception, every_steps=every_steps, name=NAMES[features], device=device)
     return track_frechet(
         data.images,
         lambda: reference_features(data.images, dataset_spec(data.name), device=device, progress=progress),

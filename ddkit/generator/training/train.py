@@ -175,9 +175,7 @@ class _Run:
         self.folder, self.accelerator, self.tracking, self.progress = folder, accelerator, tracking, progress
         self.start = start.generator if start else None
         self.latent_side = (
-            self.start.denoiser.config.sample_size
-            if self.start
-            else self.config.autoencoder.latent_shape(data.image_size)[1]
+            self.start.denoiser.config.sample_size if self.start else self.config.autoencoder.latent_shape(data.image_size)[1]
         )
         self.best = _best_score(folder, tracking, data.sha256)
         self.log = MetricsLog(folder, tensorboard=request.tensorboard and accelerator.is_main_process)

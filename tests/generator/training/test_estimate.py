@@ -86,9 +86,7 @@ def test_half_precision_weights_count_once_whatever_the_batch(config, monkeypatc
 def test_a_fine_tuning_that_does_not_fit_is_told_what_it_can_do(config, monkeypatch, make_model, tmp_path):
     save_model(make_model(), tmp_path)
     tuned = dataclasses.replace(batches_of(config, 64), minimax=MinimaxConfig(init=str(tmp_path)))
-    tuned = dataclasses.replace(
-        tuned, denoiser_optimizer=dataclasses.replace(tuned.denoiser_optimizer, accumulation=4)
-    )
+    tuned = dataclasses.replace(tuned, denoiser_optimizer=dataclasses.replace(tuned.denoiser_optimizer, accumulation=4))
     start = start_from(str(tmp_path), ["red", "green", "blue"])
     (stage,) = estimate(tuned, 16, 3, CPU, seconds=0, start=start).stages
     monkeypatch.setattr(module, "free_memory", lambda device: (stage.memory + stage.fixed_memory) // 2)

@@ -25,9 +25,7 @@ def tuning(config):
     """Settings for a few steps from `init`."""
 
     def make(init, *, steps=6, prediction="flow", learning_rate=1e-3, **minimax):
-        optimizer = dataclasses.replace(
-            config.denoiser_optimizer, steps=steps, learning_rate=learning_rate, batch_size=6
-        )
+        optimizer = dataclasses.replace(config.denoiser_optimizer, steps=steps, learning_rate=learning_rate, batch_size=6)
         return dataclasses.replace(
             config,
             denoiser_optimizer=optimizer,
@@ -84,9 +82,7 @@ def test_from_a_pretrained_transformer_to_a_plain_model_of_ours(data, tuning, pr
     assert after.keys() == before.keys()
     kept = "transformer_blocks.1.attn1.to_q.weight"  # of the second half, so without factors
     assert torch.equal(before[kept], after[kept]) is not full
-    assert not torch.equal(
-        before["transformer_blocks.0.attn1.to_q.bias"], after["transformer_blocks.0.attn1.to_q.bias"]
-    )
+    assert not torch.equal(before["transformer_blocks.0.attn1.to_q.bias"], after["transformer_blocks.0.attn1.to_q.bias"])
     assert sampled(model).shape == (6, 3, 16, 16)
 
 
@@ -200,9 +196,7 @@ class TestRefusing:
         with pytest.raises(UsageError, match="predicts 'flow', not 'v'"):
             train(data, TrainingRequest(tuning(own, prediction="v")), tmp_path / "run")
 
-    @pytest.mark.parametrize(
-        "wrong", [{"init": ""}, {"lambda_r": -1}, {"lambda_d": -1}, {"memory_size": 0}, {"epochs": 0}]
-    )
+    @pytest.mark.parametrize("wrong", [{"init": ""}, {"lambda_r": -1}, {"lambda_d": -1}, {"memory_size": 0}, {"epochs": 0}])
     def test_settings_that_cannot_be_meant(self, wrong):
         with pytest.raises(UsageError):
             MinimaxConfig(**{"init": "somewhere", **wrong})

@@ -103,9 +103,7 @@ class TestGoingOn:
 
     def test_an_autoencoder_stopped_midway_goes_on_the_same(self, data, config, tmp_path):
         train(data, TrainingRequest(config), tmp_path / "straight")
-        short = dataclasses.replace(
-            config, autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=2)
-        )
+        short = dataclasses.replace(config, autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=2))
         train(data, TrainingRequest(short), tmp_path / "stopped")
         # As if the process had ended right after the checkpoint of step 2.
         for name in ("vae", "transformer"):
@@ -332,9 +330,7 @@ class TestTracking:
         assert any(not torch.equal(value, seen[0][name]) for name, value in network.items())
 
 
-@pytest.mark.parametrize(
-    "labels", [[0], [0, 0, 0], [0, 1, 2]], ids=["one image", "one class", "one image of each class"]
-)
+@pytest.mark.parametrize("labels", [[0], [0, 0, 0], [0, 1, 2]], ids=["one image", "one class", "one image of each class"])
 def test_the_smallest_datasets_train(config, tmp_path, labels):
     pixels = torch.randint(0, 256, (len(labels), 3, 16, 16), generator=torch.Generator().manual_seed(0))
     names = tuple("abc"[: max(labels) + 1])
