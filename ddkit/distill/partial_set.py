@@ -31,7 +31,7 @@ _IDENTITY_FILE = "identity.json"
 _PART = re.compile(r"rows-(\d+)\.safetensors")
 
 
-class Parts:
+class PartialSet:
     """Rows of one set, kept from the first one on without a gap.
 
     path: where the set will be. identity: plain values, all that its images depend on. shape: (3, S, S) of an image.
