@@ -3,12 +3,17 @@
 import pytest
 import torch
 
+from ddkit.network import autotune
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import build_network
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
 MANY = 32  # images in a usual call, for which an engine is chosen
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("size, n", [(16, 5), (32, 7), (48, 3), (24, 2)])
@@ -32,6 +37,39 @@ def test_values_and_gradients_are_autograds(size, n):
         shares.append((difference.abs() > 1e-3 * gradient.abs().max()).float().mean().item())
     assert sorted(shares)[1] < 0.01
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "auto"])
+@pytest.mark.parametrize("size, n", [(16, 5), (24, 2), (32, 7), (64, 3)])
+def test_in_bfloat16_values_and_gradients_stay_within_its_bounds(size, n, precision):
+    network = build_network("convnet", 10, size, seed=0)
+    images = torch.randn(n, 3, size, size, generator=seeded(1), requires_grad=True)
+    expected = network.embed(images)
+    towards = torch.randn(expected.shape, generator=seeded(2))
+    (gradient,) = torch.autograd.grad(expected, images, towards)
+    embedding = build_embedder(network, MANY, precision)(images)
+    assert embedding.dtype == torch.float32
+    embedding.backward(towards)
+    assert (embedding - expected).norm() < 0.03 * expected.norm()
+    # Much more than rounding, by autograd under autocast a tenth already, as ReLUs whose inputs round to the other side of
+    # zero pass another gradient.
+    assert (images.grad - gradient).norm() < 0.25 * gradient.norm()
+
+
+def test_bfloat16_is_not_float32():
+    network = build_network("convnet", 10, 16, seed=0)
+    images = torch.randn(4, 3, 16, 16, generator=seeded(1))
+    exact, rounded = (build_embedder(network, MANY, precision)(images) for precision in ("float32", "bfloat16"))
+    assert (rounded - exact).norm() > 1e-3 * exact.norm()
+
+
+def test_auto_takes_float32_on_a_processor_without_bfloat16_instructions(monkeypatch):
+    monkeypatch.setattr(autotune, "has_bfloat16", lambda: False)
+    network = build_network("convnet", 10, 16, seed=0)
+    images = torch.randn(4, 3, 16, 16, generator=seeded(1))
+    assert autotune.choose_plan(network, "auto", MANY).precision == "float32"
+    automatic = build_embedder(network, MANY, "auto")(images)
+    torch.testing.assert_close(automatic, network.embed(images), atol=1e-4, rtol=0)
 
 
 def test_a_network_trained_on_is_seen_as_it_now_is():
