@@ -40,6 +40,15 @@ def measured_before(own_cache, tmp_path_factory):
             shutil.copy(found, shared / found.relative_to(own_cache))
 
 
+@pytest.fixture
+def gpu():
+    """A pretended GPU, which fails as a real one would, and counts what the host waits for."""
+    from pretended_gpu import pretend_gpu
+
+    with pretend_gpu() as pretended:
+        yield pretended
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     return FIXTURES

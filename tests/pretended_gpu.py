@@ -1,0 +1,493 @@
+"""A pretended GPU: tensors that say they are on cuda:0 and compute on the CPU, with the checks that a GPU would make.
+
+Inside `pretend_gpu()`, PyTorch reports one GPU, and code runs as it would there, control flow included. It raises, as a GPU
+does, where an operation mixes devices, where a draw gets a generator of the other device, where a fused optimizer meets
+tensors of different memory layouts, and where a capture waits for the host. It counts waits of the host and kernels.
+
+CUDA graphs record the operations below autograd and repeat them in the same memory, without the Python code between them.
+Streams run nothing at the same time; only which one is current is kept. `torch.compile` compiles nothing.
+What a real GPU's kernels, allocator and streams do is not tested by this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+CUDA = torch.device("cuda:0")
+
+# Operations that copy or index may take tensors of both devices.
+_MAY_MIX = {
+    "aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default", "aten._index_put_impl_.default",
+    "aten._unsafe_index.Tensor", "aten.copy_.default", "aten._to_copy.default", "aten._foreach_copy_.default",
+}  # fmt: skip
+_INDEXING = ("aten.index", "aten._index", "aten._unsafe_index")
+# Operations whose result or error is only known on the host.
+_WAITS = ("aten._local_scalar_dense", "aten.nonzero.default", "aten.masked_select", "aten._unique2", "aten.unique_dim",
+          "aten.bincount", "aten.equal.default", "aten.repeat_interleave.Tensor", "aten.linalg_solve", "aten.linalg_inv",
+          "aten.linalg_cholesky", "aten.linalg_eigh", "aten._linalg")  # fmt: skip
+# Operations that only look at memory in another way, and launch no kernel.
+_VIEWS = ("aten.detach", "aten.view", "aten._unsafe_view", "aten.t.", "aten.transpose", "aten.expand", "aten.permute",
+          "aten.select.", "aten.slice.", "aten.unsqueeze", "aten.squeeze", "aten.split", "aten.alias", "aten.empty",
+          "aten.new_empty", "aten.unbind", "aten.as_strided", "aten.chunk", "aten._reshape_alias", "aten.unfold",
+          "aten.diagonal.", "aten.lift", "prim", "aten._local_scalar")  # fmt: skip
+_FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "eye", "linspace",
+              "empty_strided", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+              "new_zeros", "new_ones", "new_full", "new_empty"}  # fmt: skip
+
+
+class PretendedGPU:
+    """What happened on the pretended GPU since the start or the last `reset`.
+
+    waits: how often the host waited for the GPU, by kind and by the lines of ddkit that asked for it.
+    kernels: operations by name. released: calls of torch.cuda.empty_cache.
+    largest_tensor: bytes; an operation that would make a larger one raises torch.OutOfMemoryError. None for no limit.
+    """
+
+    def __init__(self) -> None:
+        self.largest_tensor: int | None = None
+        self.stream = PretendedStream()
+        self.graph: PretendedGraph | None = None  # the one that is recorded at present
+        self.reset()
+
+    def reset(self) -> None:
+        self.waits: Counter[tuple[str, str]] = Counter()
+        self.kernels: Counter[str] = Counter()
+        self.released = 0
+
+    @property
+    def waits_in_all(self) -> int:
+        return sum(self.waits.values())
+
+    def wait(self, kind: str) -> None:
+        if self.graph is not None:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind})")
+        self.waits[kind, _place()] += 1
+
+    def _release(self) -> None:
+        self.released += 1
+
+
+_gpu: PretendedGPU  # the present one
+
+
+def _place() -> str:
+    """The two innermost lines of ddkit or of the track 2 scripts."""
+    lines = [
+        f"{frame.filename.rpartition('/ddkit/')[2] or frame.filename}:{frame.lineno}"
+        for frame in reversed(traceback.extract_stack())
+        if "/ddkit/" in frame.filename or "/track2/" in frame.filename
+    ]
+    return " < ".join(lines[:2]) or "the test"
+
+
+def _is_gpu(device: Any) -> bool:
+    return device is not None and (isinstance(device, int) or torch.device(device).type == "cuda")
+
+
+class PretendedTensor(torch.Tensor):
+    """A tensor that says it is on cuda:0. on_cpu: its numbers, on the CPU, in the same memory layout."""
+
+    on_cpu: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, real: torch.Tensor) -> PretendedTensor:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype,
+            layout=real.layout, device=torch.device("cpu"),
+        )  # fmt: skip
+        made.on_cpu = real
+        return made
+
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+    def __repr__(self, **options: Any) -> str:
+        return f"PretendedTensor({self.on_cpu!r})"
+
+    def get_device(self) -> int:
+        return 0
+
+    def numpy(self, **options: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            copied = PretendedTensor(self.on_cpu.detach().clone())
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            made = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied.requires_grad_(self.requires_grad)
+            memo[id(self)] = made
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return self.on_cpu.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """One operation below autograd with at least one tensor on the pretended GPU."""
+    name = str(func)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    ours = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
+    # A tensor of one number on the CPU may be in any operation: it is passed as a number.
+    others = [tensor for tensor in tensors if not isinstance(tensor, PretendedTensor) and tensor.dim() > 0]
+    if others and name not in _MAY_MIX:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
+        )
+    if others and name.startswith(_INDEXING):
+        _gpu.wait("indices from the CPU")
+    if others and name.startswith("aten.copy_"):
+        _gpu.wait("copy to the GPU" if isinstance(args[0], PretendedTensor) else "copy to the CPU")
+    if name.startswith(_WAITS):
+        _gpu.wait(name)
+    if name == "aten.index.Tensor" and any(index is not None and index.dtype == torch.bool for index in args[1]):
+        _gpu.wait("indices of a mask")
+    if name.startswith("aten._fused_"):
+        _check_layouts(name, args)
+    if not name.startswith(_VIEWS):
+        _gpu.kernels[name] += 1
+    to_real = {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
+    plain_args, plain_kwargs = pytree.tree_map_only(PretendedTensor, lambda tensor: tensor.on_cpu, (args, kwargs | to_real))
+    result = func(*plain_args, **plain_kwargs)
+    if _gpu.graph is not None:
+        _gpu.graph.record(lambda: func(*plain_args, **plain_kwargs), result)
+    if name == "aten.copy_.default":
+        return args[0]
+    known = {id(tensor.on_cpu): tensor for tensor in ours}  # an operation in place returns what it was given
+    return pytree.tree_map_only(torch.Tensor, lambda real: known[id(real)] if id(real) in known else _made(real), result)
+
+
+def _made(real: torch.Tensor) -> PretendedTensor:
+    size = real.numel() * real.element_size()
+    if _gpu.largest_tensor is not None and size > _gpu.largest_tensor:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes on a pretended GPU.")
+    return PretendedTensor(real)
+
+
+def _check_layouts(name: str, lists: Any) -> None:
+    """The rule of CUDA's fused optimizers (ATen/native/ForeachUtils.h, check_fast_path_restrictions)."""
+
+    def strides(tensor: PretendedTensor) -> list[int]:
+        sizes = zip(tensor.on_cpu.shape, tensor.on_cpu.stride(), strict=True)
+        return [stride for size, stride in sizes if size != 1]
+
+    parameters, *rest = [each for each in lists if isinstance(each, (list, tuple)) and each]
+    for others in rest:
+        for parameter, other in zip(parameters, others, strict=False):
+            if parameter.shape == other.shape and strides(parameter) != strides(other):
+                raise RuntimeError(
+                    f"{name}: params, grads and the optimizer's state must have the same strides, "
+                    f"got {strides(parameter)} and {strides(other)}"
+                )
+
+
+class PretendedGenerator(torch.Generator):
+    """A generator on the pretended GPU."""
+
+    def __new__(cls) -> PretendedGenerator:
+        return super().__new__(cls, "cpu")
+
+    device = property(lambda self: CUDA)
+
+
+_CPUGenerator = torch.Generator
+
+
+class _GeneratorType(type):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _CPUGenerator)
+
+
+class _Generator(metaclass=_GeneratorType):
+    """Stands for torch.Generator."""
+
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:
+        return PretendedGenerator() if _is_gpu(device) else _CPUGenerator(device)
+
+
+class _ToGPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return _made(tensor.detach().clone(memory_format=torch.preserve_format))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.on_cpu if isinstance(gradient, PretendedTensor) else gradient
+
+
+class _ToCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: PretendedTensor) -> torch.Tensor:
+        return tensor.on_cpu.detach().clone(memory_format=torch.preserve_format)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return PretendedTensor(gradient)
+
+
+class _Mode(TorchFunctionMode):
+    """Sees what names a device or a generator, above autograd."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", str(func))
+        first = args[0] if args else None
+        if isinstance(first, PretendedTensor):
+            if func in (torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor.data_ptr):
+                return func(first.on_cpu)
+            if func is torch.Tensor.tolist:
+                _gpu.wait("tolist")
+                return first.on_cpu.tolist()
+            if func is torch.Tensor.cpu:
+                return _to_cpu(first)
+            if func is torch.Tensor.pin_memory:
+                raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+        if func is torch.Tensor.pin_memory:
+            return first
+        if func is torch.Tensor.cuda:
+            return _to_gpu(first, "copy to the GPU")
+        if func is torch.Tensor.to:
+            return _moved(first, args[1:], kwargs)
+        generator, device = kwargs.get("generator"), kwargs.get("device")
+        like_ours = any(isinstance(leaf, PretendedTensor) for leaf in pytree.tree_leaves(args))
+        on_gpu = _is_gpu(device) or (device is None and like_ours)
+        if generator is not None and isinstance(generator, PretendedGenerator) != on_gpu:
+            places = ("cuda", "cpu") if on_gpu else ("cpu", "cuda")
+            raise RuntimeError("Expected a '{}' device type for generator but found '{}'".format(*places))
+        if not _is_gpu(device):
+            return func(*args, **kwargs)
+        return self._factory(func, name, args, kwargs | {"device": torch.device("cpu")})
+
+    def _factory(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func in (torch.tensor, torch.as_tensor):
+            if isinstance(args[0], PretendedTensor):
+                return args[0]
+            _gpu.wait("copy of numbers to the GPU")
+        elif name not in _FACTORIES:
+            raise NotImplementedError(f"the pretended GPU does not know {name}(device=...)")
+        else:
+            _gpu.kernels[name] += 1
+        requires_grad = kwargs.pop("requires_grad", False)
+        plain = pytree.tree_map_only(PretendedTensor, lambda tensor: tensor.on_cpu, args)
+        made = func(*plain, **kwargs)
+        if _gpu.graph is not None:
+            _gpu.graph.record(lambda: func(*plain, **kwargs), made)
+        return _made(made).requires_grad_(requires_grad)
+
+
+def _to_gpu(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    if isinstance(tensor, PretendedTensor):
+        return tensor
+    if "without waiting" not in kind:
+        _gpu.wait(kind)
+    if tensor.requires_grad:
+        return _ToGPU.apply(tensor)
+    return _made(tensor.detach().clone(memory_format=torch.preserve_format))
+
+
+def _to_cpu(tensor: PretendedTensor) -> torch.Tensor:
+    _gpu.wait("copy to the CPU")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return _ToCPU.apply(tensor)
+    return tensor.on_cpu.detach().clone(memory_format=torch.preserve_format)
+
+
+def _moved(tensor: torch.Tensor, rest: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Tensor.to with all that it may be given."""
+    device, options = kwargs.pop("device", None), kwargs
+    flags = [value for value in rest if isinstance(value, bool)]
+    for value in rest:
+        if isinstance(value, torch.dtype):
+            options["dtype"] = value
+        elif isinstance(value, torch.Tensor):
+            device, options["dtype"] = value.device, value.dtype
+        elif value is not None and not isinstance(value, bool):
+            device = value
+    without_waiting = options.pop("non_blocking", flags[0] if flags else False)
+    copy = options.pop("copy", flags[1] if len(flags) > 1 else False)
+    options = {name: value for name, value in options.items() if value is not None}
+    ours = isinstance(tensor, PretendedTensor)
+    if device is None or _is_gpu(device) == ours:
+        options |= {"copy": True} if copy else {}
+        return tensor.to(**options) if options else tensor
+    if ours:
+        tensor = _to_cpu(tensor)
+        return tensor.to(**options) if options else tensor
+    tensor = tensor.to(**options) if options else tensor
+    return _to_gpu(tensor, "copy to the GPU without waiting" if without_waiting else "copy to the GPU")
+
+
+def _apply(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
+    """torch.nn.Module._apply for parameters that change their class on the way."""
+    for child in module.children() if recurse else ():
+        _apply(child, fn)
+    for key, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            moved = fn(parameter)
+        if moved is parameter:
+            continue
+        if isinstance(moved, PretendedTensor) or isinstance(parameter, PretendedTensor):
+            made = torch.nn.Parameter(moved.detach(), parameter.requires_grad)
+            gradient, parameter.grad = parameter.grad, None
+            try:
+                torch.utils.swap_tensors(parameter, made)
+            except RuntimeError:  # something else refers to it weakly
+                module._parameters[key] = made
+            if gradient is not None:
+                module._parameters[key].grad = fn(gradient)
+            continue
+        parameter.data = moved
+        if parameter.grad is not None:
+            parameter.grad = fn(parameter.grad)
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[key] = fn(buffer)
+    return module
+
+
+class PretendedStream:
+    """A stream: work on it is done at once."""
+
+    device = CUDA
+
+    def __init__(self, device: Any = None, **options: Any) -> None:
+        """Nothing to begin."""
+
+    def wait_stream(self, stream: PretendedStream) -> None:
+        """All is done already."""
+
+    def synchronize(self) -> None:
+        _gpu.wait("Stream.synchronize")
+
+    def is_capturing(self) -> bool:
+        return _gpu.graph is not None
+
+
+@contextlib.contextmanager
+def _on_stream(stream: PretendedStream | None) -> Iterator[None]:
+    before = _gpu.stream
+    _gpu.stream = stream or before
+    try:
+        yield
+    finally:
+        _gpu.stream = before
+
+
+class PretendedGraph:
+    """torch.cuda.CUDAGraph: operations with the memory that they read and write."""
+
+    def __init__(self) -> None:
+        self._operations: list[tuple[Callable[[], Any], Any]] = []
+
+    def record(self, operation: Callable[[], Any], result: Any) -> None:
+        self._operations.append((operation, result))
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for operation, recorded in self._operations:
+                again = operation()
+                for kept, value in zip(pytree.tree_leaves(recorded), pytree.tree_leaves(again), strict=True):
+                    if isinstance(kept, torch.Tensor) and kept.data_ptr() != value.data_ptr():
+                        kept.copy_(value)
+
+    def reset(self) -> None:
+        self._operations.clear()
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 0)
+
+
+class _Capture:
+    """torch.cuda.graph, which does not leave its stream where the capture fails."""
+
+    def __init__(self, graph: PretendedGraph, pool: Any = None, stream: Any = None, **options: Any) -> None:
+        self._graph, self._stream = graph, stream or PretendedStream()
+
+    def __enter__(self) -> None:
+        torch.cuda.empty_cache()
+        self._before = _gpu.stream
+        _gpu.stream = self._stream
+        _gpu.graph = self._graph
+
+    def __exit__(self, kind: Any, error: Any, where: Any) -> None:
+        _gpu.graph = None
+        if error is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        _gpu.stream = self._before
+
+
+@contextlib.contextmanager
+def pretend_gpu() -> Iterator[PretendedGPU]:
+    """Inside, PyTorch has one GPU; yields what happens on it."""
+    global _gpu
+    _gpu = PretendedGPU()
+    group = torch._C._group_tensors_by_device_and_dtype
+
+    def grouped(lists: Any, with_indices: bool = False) -> Any:
+        found = group(lists, with_indices)
+        on_gpu = {key: any(isinstance(tensor, PretendedTensor) for tensor in value[0][0]) for key, value in found.items()}
+        return {(CUDA if on_gpu[key] else key[0], key[1]): value for key, value in found.items()}
+
+    class Autocast(torch.autocast):
+        def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
+            super().__init__("cpu", *args, **options)
+
+    cuda = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "get_device_name": lambda device=None: "NVIDIA Pretended",
+        "get_device_capability": lambda device=None: (9, 0),
+        "is_bf16_supported": lambda *args, **options: True,
+        "mem_get_info": lambda device=None: (70 * 2**30, 80 * 2**30),
+        "synchronize": lambda device=None: _gpu.wait("synchronize"),
+        "empty_cache": lambda: _gpu._release(),
+        "Stream": PretendedStream,
+        "current_stream": lambda device=None: _gpu.stream,
+        "stream": _on_stream,
+        "device": lambda device: contextlib.nullcontext(),
+        "graph": _Capture,
+        "CUDAGraph": PretendedGraph,
+        "graph_pool_handle": lambda: (0, 0),
+        "is_current_stream_capturing": lambda: _gpu.graph is not None,
+        "manual_seed_all": lambda seed: None,
+        "_lazy_init": lambda: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device=None: None,
+        "get_rng_state_all": lambda: [],
+        "set_rng_state_all": lambda states: None,
+    }
+    patches = [
+        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped),
+        mock.patch.object(torch, "Generator", _Generator),
+        mock.patch.object(torch.nn.Module, "_apply", _apply),
+        mock.patch.object(torch, "autocast", Autocast),
+        mock.patch.object(torch.amp, "autocast", Autocast),
+        mock.patch.object(torch.amp.autocast_mode, "autocast", Autocast),
+        mock.patch.object(torch.accelerator, "current_stream", lambda device=None: _gpu.stream),
+        mock.patch.object(torch.accelerator, "current_device_index", lambda: 0),
+        torch.compiler.set_stance("force_eager"),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.enter_context(_Mode())
+        yield _gpu
