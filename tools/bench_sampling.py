@@ -29,7 +29,7 @@ from ddkit.generator.model_folder import LatentClassPipeline, Model, ModelFacts,
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import preset
 from ddkit.generator.samplers import SAMPLERS, make_scheduler
-from ddkit.generator.sampling import Sampler, SamplingConfig
+from ddkit.generator.sampling import Sampler, SamplingSettings
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.seeds import generator_for
 
@@ -47,7 +47,7 @@ def random_model(name: str, image_size: int, classes: int) -> Model:
     return Model(denoiser.eval(), autoencoder.eval(), facts)
 
 
-def plain(model: Model, config: SamplingConfig, device: torch.device, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
+def plain(model: Model, config: SamplingSettings, device: torch.device, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
     """diffusers' loop, as its own pipelines write it."""
     scheduler = make_scheduler(config.sampler, model.facts.prediction)
     part = {"unet" if type(model.denoiser).__name__ == "UNet2DModel" else "transformer": model.denoiser}
@@ -62,7 +62,7 @@ def plain(model: Model, config: SamplingConfig, device: torch.device, precision:
     return make
 
 
-def fast(model: Model, config: SamplingConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def fast(model: Model, config: SamplingSettings, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """ddkit's way."""
     sampler = Sampler(model, config, device)
     return lambda labels, noise: sampler.from_noise(noise, labels)
@@ -101,7 +101,7 @@ def main() -> None:
     model = load_model(options.model) if options.model else random_model(
         options.preset, options.image_size, options.classes
     )  # fmt: skip
-    config = SamplingConfig(
+    config = SamplingSettings(
         options.sampler,
         options.steps,
         options.guidance,

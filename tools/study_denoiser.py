@@ -34,7 +34,7 @@ from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import DenoiserConfig, GeneratorConfig, ObjectiveConfig, preset
-from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample_all
 from ddkit.generator.training.latents import LatentSet
 from ddkit.generator.training.stages import DenoiserStage
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
@@ -227,7 +227,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs-setting", type=int, default=30, help="E of the protocol")
     parser.add_argument("--compile", action="store_true", help="compile before training; pays from some minutes on")
     options = parser.parse_args(arguments)
-    options.sampling = SamplingConfig(steps=options.sampling_steps, guidance=options.guidance, batch_size=64)
+    options.sampling = SamplingSettings(steps=options.sampling_steps, guidance=options.guidance, batch_size=64)
     return options
 
 

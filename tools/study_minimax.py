@@ -26,7 +26,7 @@ from ddkit.distill.generate import FromModel, generate
 from ddkit.generator.model_folder import Model, ModelFacts, has_model, save_model
 from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, MinimaxConfig, preset
 from ddkit.generator.pretrained import start_from
-from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.sampling import SamplingSettings
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 from ddkit.metrics.coverage import density_and_coverage, nearest
 from ddkit.metrics.features import ReferenceFeatures, reference_features
@@ -224,7 +224,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if len(options.ipc) != len(options.epochs_setting):
         parser.error(f"--epochs-setting: {len(options.ipc)} are wanted, one for each --ipc, not {len(options.epochs_setting)}")
-    options.sampling = SamplingConfig(
+    options.sampling = SamplingSettings(
         steps=options.sampling_steps, guidance=options.guidance, batch_size=100, compile=options.compile
     )
     return options

@@ -22,7 +22,7 @@ from torch import Tensor
 from ddkit.data.images import denormalize, normalize, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.generate import FromModel, generate
-from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.sampling import SamplingSettings
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
@@ -95,7 +95,7 @@ class Study:
         """(classes, count, 3, S, S) uint8: the first ones are the same whatever the count."""
         path = self.findings.out / f"{_cell(guidance, steps).replace(', ', '-')}-{count}.pt"
         if not path.is_file():
-            sampling = SamplingConfig(steps=steps, guidance=guidance, batch_size=100)
+            sampling = SamplingSettings(steps=steps, guidance=guidance, batch_size=100)
             generate(self.options.dataset, count, FromModel(self.options.model, sampling), path)
         pixels = to_uint8(denormalize(load_tensor(path, self.spec), self.spec))
         return pixels.unflatten(0, (self.spec.num_classes, count))

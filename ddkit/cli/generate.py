@@ -104,10 +104,10 @@ def generate(
 
 def _from_model(folder: Path, seed: int, device: str, choice: dict[str, Any], sampling: dict[str, Any]) -> FromModel:
     from ddkit.distill.generate import FromModel
-    from ddkit.generator.sampling import SamplingConfig
+    from ddkit.generator.sampling import SamplingSettings
 
     given = {name: value for name, value in sampling.items() if value is not None}
-    return FromModel(folder, SamplingConfig(seed=seed, **given), device, **choice)
+    return FromModel(folder, SamplingSettings(seed=seed, **given), device, **choice)
 
 
 def _origin(source: FromModel | FromReal) -> str:

@@ -76,13 +76,13 @@ def tune(
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.evaluation.reference import as_test_set
     from ddkit.generator.model_folder import read_facts
-    from ddkit.generator.sampling import SamplingConfig
+    from ddkit.generator.sampling import SamplingSettings
     from ddkit.packing.bundle import EntryModel, EntrySettings
     from ddkit.packing.tune import Grid, draw_chart, explore
 
     settings = EvaluationSettings(track=int(track), **evaluation)
     grid = Grid(steps or Grid.steps, guidance or Grid.guidance, settings)
-    entry = EntryModel(dataset, model or RUNS_FOLDER / dataset, EntrySettings(SamplingConfig(sampler)))
+    entry = EntryModel(dataset, model or RUNS_FOLDER / dataset, EntrySettings(SamplingSettings(sampler)))
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
     longest = len(grid.points) * settings.number_of_rounds * settings.budget
     spec = dataset_spec(dataset)

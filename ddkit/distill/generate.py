@@ -20,7 +20,7 @@ from ddkit.distill.partial_set import PartialSet
 from ddkit.distill.refine import KIND_REFINED
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.generator.model_folder import Model, load_model, model_hash
-from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample
 from ddkit.metrics.features import reference_features
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
@@ -53,7 +53,7 @@ class FromModel:
     """
 
     folder: Path
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     device: str = "cpu"
     candidates: int | None = None
     select: str = "easy"

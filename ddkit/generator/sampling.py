@@ -32,7 +32,7 @@ _PART = 32  # images that a core computes together; more are no faster
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingSettings:
     """How images are sampled.
 
     guidance: w of classifier-free guidance, null + w * (class - null); 1 is none (Ho & Salimans 2022, arXiv 2207.12598).
@@ -76,7 +76,7 @@ class Samples:
 class Sampler:
     """A model made ready to sample on one device. Call it with labels and indices."""
 
-    def __init__(self, model: Model, config: SamplingConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: Model, config: SamplingSettings, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
         self.facts = model.facts

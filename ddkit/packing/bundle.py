@@ -22,7 +22,7 @@ from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator import uvit as denoiser
 from ddkit.generator.model_folder import WEIGHTS_FILE, ModelFacts, load_model
 from ddkit.generator.samplers import make_scheduler
-from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.sampling import SamplingSettings
 from ddkit.packing.zipping import unpack, write_zip
 from ddkit.runtime.files import atomic_folder, atomic_write, read_json, sha256_of, write_json, write_text
 from ddkit.runtime.tensor_files import save_safetensors
@@ -43,7 +43,7 @@ class EntrySettings:
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     """
 
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(guidance=2.0))
+    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(guidance=2.0))
     device: str = "auto"
     half: bool = False
 

@@ -13,7 +13,7 @@ from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.model_folder import load_model, model_hash, save_model
-from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample_all
 from ddkit.metrics.features import reference_features
 from ddkit.sets.distilled import load_tensor
 
@@ -42,7 +42,7 @@ def test_the_random_choice_is_called_so_and_follows_the_seed(colors, tmp_path):
 
 
 def test_samples_of_a_model_and_how_they_were_made(colors, model_folder, tmp_path):
-    sampling = SamplingConfig("ddim", steps=2, guidance=1.5, seed=4, batch_size=3)
+    sampling = SamplingSettings("ddim", steps=2, guidance=1.5, seed=4, batch_size=3)
     saved = generate(colors, 2, FromModel(model_folder, sampling), tmp_path / "set.pt")
     expected = sample_all(Sampler(load_model(model_folder), sampling), *class_ordered(2, 2))
     assert torch.equal(pixels(saved.tensor, colors), expected)
@@ -57,7 +57,7 @@ def test_samples_of_a_model_and_how_they_were_made(colors, model_folder, tmp_pat
 
 
 def test_a_sheet_that_is_gone_is_drawn_again_and_nothing_sampled(colors, model_folder, tmp_path):
-    source = FromModel(model_folder, SamplingConfig(steps=2))
+    source = FromModel(model_folder, SamplingSettings(steps=2))
     saved = generate(colors, 2, source, tmp_path / "set.pt")
     drawn = saved.sheet.read_bytes()
     saved.sheet.unlink()
@@ -67,7 +67,7 @@ def test_a_sheet_that_is_gone_is_drawn_again_and_nothing_sampled(colors, model_f
 
 
 def test_a_set_of_a_dataset_that_was_prepared_anew_is_normalized_anew(colors, model_folder, tmp_path):
-    source = FromModel(model_folder, SamplingConfig(steps=2))
+    source = FromModel(model_folder, SamplingSettings(steps=2))
     before = load_tensor(generate(colors, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colors))
     for picture in (tmp_path / "pictures" / "train" / "red").iterdir():
         Image.open(picture).point(lambda value: value // 2).save(picture)
@@ -148,7 +148,7 @@ class TestChoosing:
     """Candidates of a model, and all real images, seen by a network trained on the real ones."""
 
     def test_of_a_models_candidates_those_that_a_choice_takes(self, colors, model_folder, tmp_path):
-        sampling = SamplingConfig("ddim", steps=2, seed=4, batch_size=3)
+        sampling = SamplingSettings("ddim", steps=2, seed=4, batch_size=3)
         saved = generate(colors, 2, FromModel(model_folder, sampling, candidates=5, select="hard"), tmp_path / "set.pt")
         train = load_dataset(colors, "train")
         features = reference_features(train, dataset_spec(colors))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ddkit.distill.generate import FromModel, generate
 from ddkit.distill.partial_set import PartialSet
-from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.sampling import SamplingSettings
 
 SHAPE = (3, 4, 4)
 
@@ -99,7 +99,7 @@ def test_stopped_or_killed_it_goes_on(colors, colors_model, tmp_path, ipc, choic
     assert f"Going on after {rows_kept} of {2 * ipc} images" in " ".join(done.stderr.split())
     assert {path.name for path in out.parent.iterdir()} == {"set.pt", "set.json", "set.png"}
 
-    source = FromModel(colors_model, SamplingConfig(steps=60, batch_size=10), **choice)
+    source = FromModel(colors_model, SamplingSettings(steps=60, batch_size=10), **choice)
     at_once = generate(colors, ipc, source, tmp_path / "at-once.pt")
     assert torch.equal(*(torch.load(path, weights_only=True) for path in (out, at_once.tensor)))
 

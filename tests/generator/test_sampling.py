@@ -12,7 +12,7 @@ from ddkit.generator.compiling import can_compile
 from ddkit.generator.model_folder import LatentClassPipeline
 from ddkit.generator.objective import BETA_SCHEDULES
 from ddkit.generator.samplers import SAMPLERS, make_scheduler
-from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample, sample_all
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample, sample_all
 
 
 def difference(first, second):
@@ -29,16 +29,16 @@ def test_class_order():
 def test_images_do_not_depend_on_batch_size_order_or_company(make_model, architecture):
     model = make_model(architecture)
     labels, indices = class_ordered(3, 3)
-    whole = sample_all(Sampler(model, SamplingConfig(steps=3, batch_size=9)), labels, indices)
-    small = sample_all(Sampler(model, SamplingConfig(steps=3, batch_size=4)), labels, indices)
+    whole = sample_all(Sampler(model, SamplingSettings(steps=3, batch_size=9)), labels, indices)
+    small = sample_all(Sampler(model, SamplingSettings(steps=3, batch_size=4)), labels, indices)
     assert difference(whole, small) <= 1
-    backwards = Sampler(model, SamplingConfig(steps=3, batch_size=2))(labels.flip(0), indices.flip(0))
+    backwards = Sampler(model, SamplingSettings(steps=3, batch_size=2))(labels.flip(0), indices.flip(0))
     assert difference(whole.flip(0), backwards.images) <= 1
     assert torch.equal(backwards.labels, labels.flip(0))
 
 
 def test_images_do_not_depend_on_how_many_cores_share_a_batch(make_model):
-    model, config = make_model(), SamplingConfig(steps=3, batch_size=9)
+    model, config = make_model(), SamplingSettings(steps=3, batch_size=9)
     asked = class_ordered(3, 3)
     alone = sample_all(Sampler(model, config), *asked)
     torch.set_num_threads(2)  # put back by the fixture that set one
@@ -49,8 +49,8 @@ def test_compiled_it_makes_the_same_and_a_last_batch_may_be_short(make_model):
     if not can_compile():
         pytest.skip("no C++ compiler with Python's headers")
     model, (labels, indices) = make_model(), class_ordered(2, 3)
-    plain = sample_all(Sampler(model, SamplingConfig(steps=2, batch_size=4)), labels, indices)
-    compiled = Sampler(make_model(), SamplingConfig(steps=2, batch_size=4, compile=True))
+    plain = sample_all(Sampler(model, SamplingSettings(steps=2, batch_size=4)), labels, indices)
+    compiled = Sampler(make_model(), SamplingSettings(steps=2, batch_size=4, compile=True))
     assert difference(plain, sample_all(compiled, labels, indices)) <= 1
 
 
@@ -72,18 +72,18 @@ def test_half_precision_makes_nearly_the_same(make_model, ideal):
     model, asked = make_model(prediction="epsilon" if ideal else "flow"), class_ordered(2, 3)
     if ideal:  # whose large sums cancel, as a trained network's do
         model = dataclasses.replace(model, denoiser=IdealDenoiser(model.denoiser))
-    full = sample_all(Sampler(model, SamplingConfig(steps=20, batch_size=6)), *asked)
-    half = sample_all(Sampler(model, SamplingConfig(steps=20, batch_size=6, precision="bfloat16")), *asked)
+    full = sample_all(Sampler(model, SamplingSettings(steps=20, batch_size=6)), *asked)
+    half = sample_all(Sampler(model, SamplingSettings(steps=20, batch_size=6, precision="bfloat16")), *asked)
     off = (full.int() - half.int()).abs().float()
     assert 0 < off.mean() < 1
 
 
 def test_seed_class_and_index_each_make_another_image(make_model):
     model = make_model()
-    sampler = Sampler(model, SamplingConfig(steps=2, batch_size=4))
+    sampler = Sampler(model, SamplingSettings(steps=2, batch_size=4))
     images = sampler(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])).images
     assert images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
-    other = Sampler(model, SamplingConfig(steps=2, batch_size=4, seed=1))(torch.tensor([0]), torch.tensor([0])).images
+    other = Sampler(model, SamplingSettings(steps=2, batch_size=4, seed=1))(torch.tensor([0]), torch.tensor([0])).images
     distinct = torch.cat([images, other]).flatten(1).unique(dim=0)
     assert len(distinct) == 4
 
@@ -99,21 +99,21 @@ def test_it_agrees_with_diffusers_own_loop(make_model, sampler, prediction):
         labels, guidance_scale=3.0, num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(7)
     ).images
 
-    ours = Sampler(model, SamplingConfig(sampler, steps=4, guidance=3.0, batch_size=4))
+    ours = Sampler(model, SamplingSettings(sampler, steps=4, guidance=3.0, batch_size=4))
     noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(7))
     assert difference(ours.from_noise(noise, labels), (plain * 255).round().to(torch.uint8)) <= 1
 
 
 class TestGuidance:
     def images(self, model, **config):
-        return Sampler(model, SamplingConfig(steps=3, batch_size=3, **config))(torch.arange(3), torch.zeros(3, dtype=int))
+        return Sampler(model, SamplingSettings(steps=3, batch_size=3, **config))(torch.arange(3), torch.zeros(3, dtype=int))
 
     def test_nought_ignores_the_class_and_one_is_the_class_alone(self, make_model):
         model = make_model()
         null = torch.full((3,), 3)
-        sampler = Sampler(model, SamplingConfig(steps=3, batch_size=3, guidance=0.0))
+        sampler = Sampler(model, SamplingSettings(steps=3, batch_size=3, guidance=0.0))
         noise = sampler._noise(torch.arange(3), torch.zeros(3, dtype=int))
-        free = Sampler(model, SamplingConfig(steps=3, batch_size=3, guidance=1.0))
+        free = Sampler(model, SamplingSettings(steps=3, batch_size=3, guidance=1.0))
         assert difference(sampler.from_noise(noise, torch.arange(3)), free.from_noise(noise, null)) <= 1
 
     def test_an_empty_interval_is_no_guidance(self, make_model):
@@ -125,7 +125,7 @@ class TestGuidance:
 
 def test_batches_come_one_by_one_and_are_counted(make_model):
     reports = []
-    batches = sample(Sampler(make_model(), SamplingConfig(steps=1, batch_size=4)), *class_ordered(3, 3),
+    batches = sample(Sampler(make_model(), SamplingSettings(steps=1, batch_size=4)), *class_ordered(3, 3),
                      progress=reports.append)  # fmt: skip
     assert [len(batch.labels) for batch in batches] == [4, 4, 1]
     assert [report.done for report in reports] == [4, 8, 9]
@@ -145,14 +145,14 @@ def test_batches_come_one_by_one_and_are_counted(make_model):
 )
 def test_settings_that_cannot_be_meant_are_refused(wrong):
     with pytest.raises(UsageError):
-        SamplingConfig(**wrong)
+        SamplingSettings(**wrong)
 
 
 def test_classes_the_model_lacks_are_refused(make_model):
     with pytest.raises(UsageError, match="classes 0 to 2"):
-        Sampler(make_model(), SamplingConfig(steps=1))(torch.tensor([3]), torch.tensor([0]))
+        Sampler(make_model(), SamplingSettings(steps=1))(torch.tensor([3]), torch.tensor([0]))
 
 
 def test_no_images_are_no_error(make_model):
     nothing = torch.empty(0, dtype=torch.int64)
-    assert Sampler(make_model(), SamplingConfig(steps=1))(nothing, nothing).images.shape == (0, 3, 16, 16)
+    assert Sampler(make_model(), SamplingSettings(steps=1))(nothing, nothing).images.shape == (0, 3, 16, 16)

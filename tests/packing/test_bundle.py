@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.errors import BadFileError, MissingModelError, UsageError
-from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.sampling import SamplingSettings
 from ddkit.packing.bundle import (
     EntryModel,
     EntrySettings,
@@ -30,7 +30,7 @@ WEIGHTS = "models/colors/transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def model(colors, colors_model):
-    return EntryModel(colors, colors_model, EntrySettings(SamplingConfig("unipc", steps=6, guidance=1.25)))
+    return EntryModel(colors, colors_model, EntrySettings(SamplingSettings("unipc", steps=6, guidance=1.25)))
 
 
 def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from ddkit.challenge import GLYPHS
 from ddkit.data.images import normalize
 from ddkit.errors import ComputeError, InvalidSubmissionError
-from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.sampling import SamplingSettings
 from ddkit.packing.bundle import EntryModel, EntrySettings, build_folder, zip_folder
 from ddkit.packing.proof import ProofSettings, _environment, check_made, prove
 from ddkit.packing.track2 import pack_entry
@@ -20,7 +20,7 @@ ENOUGH = ProofSettings(budget=600.0, most=20)
 
 @pytest.fixture
 def model(colors, colors_model):
-    return EntryModel(colors, colors_model, EntrySettings(SamplingConfig(steps=2), "cpu"))
+    return EntryModel(colors, colors_model, EntrySettings(SamplingSettings(steps=2), "cpu"))
 
 
 def test_a_bundle_is_run_as_organizers_would(model, tmp_path):

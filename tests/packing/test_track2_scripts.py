@@ -16,10 +16,10 @@ import torch
 from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec
 from ddkit.generator.model_folder import load_model
-from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.packing.bundle import EntryModel, EntrySettings, build_folder
 
-SAMPLING = SamplingConfig(steps=3, guidance=1.5, batch_size=64)
+SAMPLING = SamplingSettings(steps=3, guidance=1.5, batch_size=64)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def running(words):
 def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colors_model, tmp_path):
     said = run(entry, tmp_path / "colors.pt", "--ipc", 3, "--seed", 5, "--processes", 2)
     images = torch.load(tmp_path / "colors.pt", weights_only=True)
-    sampler = Sampler(load_model(colors_model), SamplingConfig(steps=3, guidance=1.5, batch_size=64, seed=5))
+    sampler = Sampler(load_model(colors_model), SamplingSettings(steps=3, guidance=1.5, batch_size=64, seed=5))
     wanted = normalize(sampler(*class_ordered(3, 2)).images, dataset_spec("colors"))
     assert images.shape == (6, 3, 16, 16) and images.dtype == torch.float32
     step = 1 / 255 / min(dataset_spec("colors").std)
@@ -297,7 +297,7 @@ class TestParts:
         self, load, colors, save_colors_model, tmp_path, architecture, prediction, sampler, precision
     ):
         folder = save_colors_model(tmp_path / "model", architecture, prediction)
-        config = SamplingConfig(
+        config = SamplingSettings(
             sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), batch_size=6, seed=3, precision=precision
         )
         built = build_folder([EntryModel(colors, folder, EntrySettings(config))], tmp_path / "other")

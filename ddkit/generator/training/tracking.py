@@ -11,7 +11,7 @@ from torch import Tensor
 from ddkit.data.store import ImageSet, dataset_spec
 from ddkit.errors import UsageError
 from ddkit.generator.model_folder import Model
-from ddkit.generator.sampling import Sampler, SamplingConfig, sample_all
+from ddkit.generator.sampling import Sampler, SamplingSettings, sample_all
 from ddkit.generator.training.train import Tracking, TrainingData
 from ddkit.metrics.features import reference_features
 from ddkit.metrics.frechet import frechet_distance
@@ -22,7 +22,7 @@ from ddkit.runtime.seeds import generator_for
 Features = Callable[[Tensor], Tensor]  # (N, 3, S, S) uint8 -> (N, D)
 
 # Few steps and little guidance: the course of the distance is wanted, not the best picture.
-SAMPLING = SamplingConfig(steps=10, guidance=1.5, batch_size=250)
+SAMPLING = SamplingSettings(steps=10, guidance=1.5, batch_size=250)
 NAME = "frechet"
 # Of the distance in the records, by what looks at the images.
 NAMES = {"convnet": NAME, "inception": "frechet_inception"}
@@ -35,7 +35,7 @@ def track_frechet(
     every_steps: int,
     name: str = NAME,
     images: int = 1000,
-    sampling: SamplingConfig = SAMPLING,
+    sampling: SamplingSettings = SAMPLING,
     device: torch.device | str = "cpu",
 ) -> Tracking:
     """A Tracking by the Frechet distance of `images` samples to as many real images, classes alike in both.

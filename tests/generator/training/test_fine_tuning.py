@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.model_folder import load_model, save_model
 from ddkit.generator.presets import MinimaxConfig, from_json, preset, to_json
-from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.generator.training.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 
@@ -67,7 +67,7 @@ def same(first, second, **tolerance):
 
 
 def sampled(model):
-    return Sampler(model, SamplingConfig(steps=2, batch_size=4))(*class_ordered(2, 3)).images
+    return Sampler(model, SamplingSettings(steps=2, batch_size=4))(*class_ordered(2, 3)).images
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -7,13 +7,13 @@ from PIL import Image
 
 from ddkit.errors import UsageError
 from ddkit.generator.model_folder import read_facts
-from ddkit.generator.sampling import SamplingConfig
+from ddkit.generator.sampling import SamplingSettings
 from ddkit.generator.training.chart import draw_chart
 from ddkit.generator.training.records import read_records
 from ddkit.generator.training.tracking import track_frechet
 from ddkit.generator.training.train import TrainingRequest, train
 
-SAMPLING = SamplingConfig(steps=2, batch_size=6)
+SAMPLING = SamplingSettings(steps=2, batch_size=6)
 
 
 def mean_colors(images):

@@ -395,7 +395,7 @@ class TestPretrainedAutoencoder:
 
 def test_training_learns(data, config, tmp_path):
     """Some steps on three flat colors: samples of each class have its color on the whole."""
-    from ddkit.generator.sampling import Sampler, SamplingConfig, class_ordered, sample_all
+    from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample_all
 
     config = dataclasses.replace(
         with_optimizer(config, steps=300, learning_rate=1e-2, batch_size=24),
@@ -403,6 +403,6 @@ def test_training_learns(data, config, tmp_path):
     )
     model = train(data, TrainingRequest(config), tmp_path)
     labels, indices = class_ordered(8, 3)
-    images = sample_all(Sampler(model, SamplingConfig(steps=8, guidance=1.0, batch_size=24)), labels, indices)
+    images = sample_all(Sampler(model, SamplingSettings(steps=8, guidance=1.0, batch_size=24)), labels, indices)
     brightest = images.float().mean(dim=(2, 3)).argmax(dim=1)
     assert (brightest == labels).float().mean() > 0.8
