@@ -156,10 +156,12 @@ def save_dit() -> Callable[[Path, Sequence[str]], Path]:
 @pytest.fixture(scope="session")
 def glyph_store(tmp_path_factory):
     """A cache folder in which the letters are prepared."""
-    from ddkit.data.store import load_dataset
+    from ddkit.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("glyph-cache")
-    load_dataset("glyphs", "train", cache=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDKIT_CACHE", str(folder))
+        prepare("glyphs")
     return folder
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddkit.challenge import CHALLENGE_DATASETS, DATASETS, TRACKS, DatasetSpec
+from ddkit.challenge import CHALLENGE_DATASETS, TRACKS, DatasetSpec
 from ddkit.checks.archive import Member, read_members
-from ddkit.data.store import ImageSet, dataset_spec, list_prepared, load_dataset
+from ddkit.data.store import ImageSet, dataset_spec, known_names, load_dataset
 from ddkit.errors import DDKitError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import check_command
@@ -77,7 +77,7 @@ def check_path(
     if path.suffix.lower() == ".zip":
         return _check_zip(path, settings, progress)
     name = dataset or path.stem
-    if dataset is None and name not in _known_names():
+    if dataset is None and name not in known_names():
         raise UsageError(f"{path}: which dataset it is for cannot be told from its name.", "Say it: --dataset NAME.")
     spec = dataset_spec(name)
     progress(Progress(f"checking {path.name}", 0, 1))
@@ -107,7 +107,7 @@ def submission_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[F
     folder = Path(folder)
     tensors = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".pt")
     findings = name_findings([path.name for path in tensors], folder.name or str(folder))
-    usable = [path for path in tensors if path.suffix == ".pt" and path.stem in _known_names()]
+    usable = [path for path in tensors if path.suffix == ".pt" and path.stem in known_names()]
     if any(path.stem in _CHALLENGE_NAMES for path in usable):
         for path in usable:
             if path.stem not in _CHALLENGE_NAMES:
@@ -126,7 +126,7 @@ def submission_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[F
 def name_findings(names: Sequence[str], where: str) -> list[Finding]:
     """F002, F003, F011 and F020 on the names of the tensors in a folder or at a zip's root."""
     findings = []
-    known = _known_names()
+    known = known_names()
     stems = [name[: -len(".pt")] for name in names]
     for name, stem in zip(names, stems, strict=True):
         right = f"{stem.lower()}.pt"
@@ -163,7 +163,7 @@ def _check_folder(folder: Path, settings: CheckSettings, progress: Listener) -> 
 
 
 def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Report:
-    known = _known_names()
+    known = known_names()
     largest = max(_expected_bytes(spec, settings.ipc or TRACKS[1].ipc) for spec in _known_specs())
 
     def wanted(member_name: str) -> bool:
@@ -249,13 +249,9 @@ def _prepared(name: str, split: str) -> ImageSet | None:
         return None
 
 
-def _known_names() -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*DATASETS, *list_prepared())))
-
-
 def _known_specs() -> Iterator[DatasetSpec]:
     """Of all known datasets but those whose store is damaged, which is no fault of the submission."""
-    for name in _known_names():
+    for name in known_names():
         with contextlib.suppress(DDKitError):
             yield dataset_spec(name)
 

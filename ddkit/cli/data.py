@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def _complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from ddkit.data.store import list_prepared
+    from ddkit.data.store import known_names
 
-    return [name for name in dict.fromkeys((*DATASETS, *list_prepared())) if name.startswith(incomplete)]
+    return [name for name in known_names() if name.startswith(incomplete)]
 
 
 _name_argument = click.argument("name", shell_complete=_complete_name)
@@ -39,10 +39,10 @@ def data() -> None:
 @output_options
 def list_datasets(output: Output) -> None:
     """The built-in datasets and the prepared ones."""
-    from ddkit.data.store import list_prepared
+    from ddkit.data.store import known_names
     from ddkit.runtime.files import cache_folder
 
-    rows = [_row(name) for name in dict.fromkeys((*DATASETS, *list_prepared()))]
+    rows = [_row(name) for name in known_names()]
     table = Table(box=None, pad_edge=False)
     for heading in ("dataset", "classes", "pixels", "train", "test", "from"):
         table.add_column(heading, justify="right" if heading in ("classes", "pixels", "train", "test") else "left")
@@ -85,8 +85,8 @@ def prepare(output: Output, name: str, source: Path | None, image_size: int | No
     from ddkit.data.store import dataset_spec, is_prepared, store_facts, store_folder
 
     folder = store_folder(name)
-    if source is None and not is_prepared(name):
-        dataset_spec(name)  # only what is built in can be had without a source
+    if source is None:
+        dataset_spec(name)
     made_before = _date_of(name) if is_prepared(name) else None
     output.say(f"Preparing {escape(name)} {escape(_whence(name, source))} in {escape(str(folder))}.")
     prepare_dataset(name, source, image_size=image_size, skip_bad=skip_bad, force=force, progress=output.listen)

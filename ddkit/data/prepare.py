@@ -28,7 +28,7 @@ from ddkit.data.download import OFFICIAL, download
 from ddkit.data.sources import PixelSplit, Source, open_source, some
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
-from ddkit.errors import BadDataError, MissingDataError, UsageError, did_you_mean
+from ddkit.errors import BadDataError, MissingDataError, UsageError
 from ddkit.runtime.files import NO_LOCKS, atomic_folder, cache_folder, explain_os_error, sha256_of
 from ddkit.runtime.progress import Listener, Progress, ignore
 
@@ -72,7 +72,6 @@ def prepare(
     skip_bad: bool = False,
     force: bool = False,
     progress: Listener = ignore,
-    cache: Path | None = None,
 ) -> Path:
     """Make the store of a dataset and return its folder; one that is there already is not made again.
 
@@ -80,43 +79,41 @@ def prepare(
     source: folder or archive in any layout of `ddkit.data.sources`; None to draw or download a built-in dataset.
     image_size: crop images of other sizes to squares and resize them to this; None to refuse them.
     skip_bad: leave out files that are no whole images; otherwise they are an error that names them.
-    force: make it anew even if it is there, from whatever source. cache: folder of stores; the user's where None.
+    force: make it anew even if it is there, from whatever source.
     An earlier store stays as it is until the new one is complete. Raises UsageError for what cannot be meant,
     MissingDataError where the source or the network is not there, BadDataError for sources that cannot be used (naming
     the files), BadFileError for what the system refuses.
     """
-    folder = store.store_folder(name, cache=cache)
+    folder = store.store_folder(name)
     request = _Request(name, None if source is None else Path(source), image_size, skip_bad)
-    if source is None and name not in (*DATASETS, *store.list_prepared(cache=cache)):
-        known = tuple(dict.fromkeys((*DATASETS, *store.list_prepared(cache=cache))))
-        own = f"For images of your own: ddkit data prepare {name} --from PATH"
-        raise UsageError(f"There is no dataset '{name}'.", f"{did_you_mean(name, known)} {own}")
+    if source is None:
+        store.dataset_spec(name)  # raises UsageError for a name that is neither built in nor prepared
     with _alone(folder):
         _tidy(folder)
-        if force or not _is_finished(request, cache):
-            _build(request, _obtain(request, cache, progress), folder, progress)
-            _remove_download(request, cache)
+        if force or not _is_finished(request):
+            _build(request, _obtain(request, progress), folder, progress)
+            _remove_download(request)
     return folder
 
 
-def open_dataset(name: str, split: str, *, progress: Listener = ignore, cache: Path | None = None) -> ImageSet:
+def open_dataset(name: str, split: str, *, progress: Listener = ignore) -> ImageSet:
     """Open a split, preparing a built-in dataset first where it is not: drawn or downloaded.
 
     Raises what `prepare` and `ddkit.data.store.load_dataset` raise.
     """
-    if name in DATASETS and not store.is_prepared(name, cache=cache):
-        prepare(name, progress=progress, cache=cache)
-    return store.load_dataset(name, split, cache=cache)
+    if name in DATASETS and not store.is_prepared(name):
+        prepare(name, progress=progress)
+    return store.load_dataset(name, split)
 
 
-def _is_finished(request: _Request, cache: Path | None) -> bool:
+def _is_finished(request: _Request) -> bool:
     """Whether the store is there, whole, and from that source. Raises UsageError if from another one."""
-    if not store.is_prepared(request.name, cache=cache):
+    if not store.is_prepared(request.name):
         return False
     try:
-        facts = store.store_facts(request.name, cache=cache)
+        facts = store.store_facts(request.name)
         for split in facts.splits:
-            store.load_dataset(request.name, split, cache=cache)
+            store.load_dataset(request.name, split)
     except BadDataError as error:
         _log.warning("%s", error.message)
         return False
@@ -137,7 +134,7 @@ def _origin(request: _Request) -> dict[str, Any]:
     return {"path": path, "image_size": request.image_size, "skip_bad": request.skip_bad}
 
 
-def _obtain(request: _Request, cache: Path | None, progress: Listener) -> Source:
+def _obtain(request: _Request, progress: Listener) -> Source:
     """Draw, download or open what was asked for. Raises BadDataError where a built-in name does not fit it."""
     if request.name == "glyphs":
         return glyphs.source()
@@ -145,23 +142,23 @@ def _obtain(request: _Request, cache: Path | None, progress: Listener) -> Source
     if path is None and request.name not in OFFICIAL:
         raise UsageError(f"'{request.name}' can be prepared anew only from its pictures.", "Say where they are: --from PATH.")
     if path is None:
-        path = download(OFFICIAL[request.name], _downloads(cache), progress=progress)
+        path = download(OFFICIAL[request.name], _downloads(), progress=progress)
     source = open_source(path)
     _refuse_unwritable(source)
     _refuse_other_classes(request.name, source)
     return source
 
 
-def _downloads(cache: Path | None) -> Path:
-    return (cache or cache_folder()) / ".downloads"
+def _downloads() -> Path:
+    return cache_folder() / ".downloads"
 
 
-def _remove_download(request: _Request, cache: Path | None) -> None:
+def _remove_download(request: _Request) -> None:
     """The store has all that the archive had."""
     if request.source is None and request.name in OFFICIAL:
-        (_downloads(cache) / OFFICIAL[request.name].file_name).unlink(missing_ok=True)
+        (_downloads() / OFFICIAL[request.name].file_name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # what another download has begun stays
-            _downloads(cache).rmdir()
+            _downloads().rmdir()
 
 
 def _refuse_other_classes(name: str, source: Source) -> None:
@@ -200,8 +197,8 @@ def _build(request: _Request, source: Source, folder: Path, progress: Listener) 
 def _with_earlier_training_split(facts: StoreFacts, folder: Path, temporary: Path) -> StoreFacts:
     """A reference file has the test split only: what is prepared of the training split already, if whole, stays."""
     try:
-        store.load_dataset(facts.name, "train", cache=folder.parent)
-        earlier = store.store_facts(facts.name, cache=folder.parent)
+        store.load_dataset(facts.name, "train")
+        earlier = store.store_facts(facts.name)
     except (MissingDataError, BadDataError):
         return facts
     shutil.copyfile(folder / "train.safetensors", temporary / "train.safetensors")

@@ -81,68 +81,62 @@ class StoreFacts:
         return known or DatasetSpec(self.name, len(self.class_names), self.image_size, self.mean, self.std)
 
 
-def load_dataset(name: str, split: str, *, cache: Path | None = None) -> ImageSet:
-    """Open a prepared split, memory-mapped. The built-in `glyphs` is drawn on first use.
+def load_dataset(name: str, split: str) -> ImageSet:
+    """Open a prepared split, memory-mapped. `ddkit.data.prepare.open_dataset` prepares a built-in dataset first.
 
     name: a built-in dataset or one the user prepared. split: "train" or "test".
-    cache: folder of stores; the user's where None.
     Raises UsageError for an unknown name or split, MissingDataError with the command that gets it where it is not
     prepared, BadDataError where the store is damaged or of another format version.
     """
     if split not in SPLITS:
         raise UsageError(f"There is no split '{split}'.", "Splits are train and test.")
-    if name == "glyphs" and not is_prepared(name, cache=cache):
-        # Imported here, as preparing builds on this module.
-        from ddkit.data.prepare import prepare
-
-        prepare(name, cache=cache)
-    facts = store_facts(name, cache=cache)
+    facts = store_facts(name)
     if split not in facts.splits:
         raise MissingDataError(
             f"The prepared '{name}' has no {split} split: it was made from {facts.source.get('path') or 'another one'}.",
             f"Get all of it: {_command(name)}",
         )
-    images, labels = _open_tensors(store_folder(name, cache=cache) / f"{split}.safetensors", name)
+    images, labels = _open_tensors(store_folder(name) / f"{split}.safetensors", name)
     expected = (facts.splits[split].images, 3, facts.image_size, facts.image_size)
     if tuple(images.shape) != expected or tuple(labels.shape) != expected[:1]:
         raise _damaged(name, f"{split}.safetensors holds {tuple(images.shape)}, meta.json says {expected}")
     return ImageSet(images, labels, facts.class_names)
 
 
-def dataset_spec(name: str, *, cache: Path | None = None) -> DatasetSpec:
+def dataset_spec(name: str) -> DatasetSpec:
     """The facts of a built-in dataset, or those measured when the user prepared one.
 
     Raises UsageError, offering the nearest of all these names.
     """
-    return DATASETS.get(name) or store_facts(name, cache=cache).spec
+    return DATASETS.get(name) or store_facts(name).spec
 
 
-def class_names(name: str, *, cache: Path | None = None) -> tuple[str, ...]:
+def class_names(name: str) -> tuple[str, ...]:
     """The classes' own names, in class order; those of a built-in dataset are known before it is prepared.
 
     Raises what `store_facts` raises.
     """
-    if name in CLASS_NAMES and not is_prepared(name, cache=cache):
+    if name in CLASS_NAMES and not is_prepared(name):
         return CLASS_NAMES[name]
-    return store_facts(name, cache=cache).class_names
+    return store_facts(name).class_names
 
 
-def class_titles(name: str, *, cache: Path | None = None) -> tuple[str, ...]:
+def class_titles(name: str) -> tuple[str, ...]:
     """Class names for people, in class order: "goldfish" where the class's own name is n01443537.
 
     A built-in dataset that is not prepared has its classes' own names. Raises what `store_facts` raises.
     """
-    if name in CLASS_NAMES and not is_prepared(name, cache=cache):
+    if name in CLASS_NAMES and not is_prepared(name):
         return CLASS_NAMES[name]
-    return store_facts(name, cache=cache).class_titles or class_names(name, cache=cache)
+    return store_facts(name).class_titles or class_names(name)
 
 
-def find_classes(name: str, wanted: Sequence[str], *, cache: Path | None = None) -> list[int]:
+def find_classes(name: str, wanted: Sequence[str]) -> list[int]:
     """Labels of the classes meant by names, titles or numbers, in the order given.
 
     Raises UsageError offering the nearest name, and what `store_facts` raises.
     """
-    facts = store_facts(name, cache=cache)
+    facts = store_facts(name)
     known = {str(label): label for label in range(len(facts.class_names))}
     # Names come last, as a class may be called by a number.
     known.update({title.lower(): label for label, title in reversed(list(enumerate(facts.class_titles)))})
@@ -155,57 +149,61 @@ def find_classes(name: str, wanted: Sequence[str], *, cache: Path | None = None)
     return labels
 
 
-def store_hash(name: str, split: str, *, cache: Path | None = None) -> str:
+def store_hash(name: str, split: str) -> str:
     """Hexadecimal SHA-256 of a prepared split's file, as recorded when it was written.
 
     Raises what `store_facts` raises, and MissingDataError where that split is not prepared.
     """
-    facts = store_facts(name, cache=cache)
+    facts = store_facts(name)
     if split not in facts.splits:
         raise MissingDataError(f"The prepared '{name}' has no {split} split.", f"Get all of it: {_command(name)}")
     return facts.splits[split].sha256
 
 
-def list_prepared(*, cache: Path | None = None) -> tuple[str, ...]:
+def list_prepared() -> tuple[str, ...]:
     """Names of the prepared datasets, sorted; whole or damaged."""
-    folder = cache or cache_folder()
+    folder = cache_folder()
     if not folder.is_dir():
         return ()
     return tuple(sorted(name for path in folder.glob(f"*/{META_FILE}") if _can_be_name(name := path.parent.name)))
 
 
-def is_prepared(name: str, *, cache: Path | None = None) -> bool:
+def known_names() -> tuple[str, ...]:
+    """Names of the built-in datasets, then of the other prepared ones."""
+    return tuple(dict.fromkeys((*DATASETS, *list_prepared())))
+
+
+def is_prepared(name: str) -> bool:
     """Whether a store of that name is there, whole or damaged."""
-    return (store_folder(name, cache=cache) / META_FILE).is_file()
+    return (store_folder(name) / META_FILE).is_file()
 
 
 def _can_be_name(name: str) -> bool:
     return re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) is not None and len(name) <= 64
 
 
-def store_folder(name: str, *, cache: Path | None = None) -> Path:
+def store_folder(name: str) -> Path:
     """Where the store of that name lies or would lie. Raises UsageError for what cannot be a name."""
     if not _can_be_name(name):
-        known = (*DATASETS, *list_prepared(cache=cache))
         raise UsageError(
             f"'{name}' cannot be a dataset's name.",
-            f"Names are of lower-case letters, digits, '.', '_' and '-'. {did_you_mean(name, known)}",
+            f"Names are of lower-case letters, digits, '.', '_' and '-'. {did_you_mean(name, known_names())}",
         )
-    return (cache or cache_folder()) / name
+    return cache_folder() / name
 
 
-def store_facts(name: str, *, cache: Path | None = None) -> StoreFacts:
+def store_facts(name: str) -> StoreFacts:
     """Read and check the meta.json of a store.
 
     Raises UsageError for a name that is neither built-in nor prepared, MissingDataError for a built-in dataset that is
     not prepared, BadDataError for a damaged store or one of another format version.
     """
-    folder = store_folder(name, cache=cache)
-    if not is_prepared(name, cache=cache):
+    folder = store_folder(name)
+    if not is_prepared(name):
         if name in DATASETS:
             raise MissingDataError(f"The dataset '{name}' is not prepared.", f"Get it: {_command(name)}")
-        known = tuple(dict.fromkeys((*DATASETS, *list_prepared(cache=cache))))
-        raise UsageError(f"There is no dataset '{name}'.", did_you_mean(name, known))
+        own = f"To prepare your own images: ddkit data prepare {name} --from PATH"
+        raise UsageError(f"Unknown dataset '{name}'.", f"{did_you_mean(name, known_names())} {own}")
     try:
         value = read_json(folder / META_FILE)
     except BadFileError as error:

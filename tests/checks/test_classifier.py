@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ddkit.checks.classifier import class_information, class_model, fit_class_model, image_features
+from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, load_dataset
 from ddkit.errors import BadDataError
 
@@ -13,7 +14,7 @@ def test_the_classifier_knows_images_that_it_was_not_fitted_on(glyph_images):
 
 
 def test_it_is_read_from_the_cache_and_fitted_again_where_that_is_damaged(own_cache):
-    load_dataset("glyphs", "train")
+    open_dataset("glyphs", "train")
     first = class_model("glyphs")
     (kept,) = (own_cache / "_checks").glob("glyphs-*.safetensors")
     written = kept.stat().st_mtime_ns
@@ -25,7 +26,7 @@ def test_it_is_read_from_the_cache_and_fitted_again_where_that_is_damaged(own_ca
 
 
 def test_a_cache_that_is_not_ours_to_write_costs_the_fitting_alone(own_cache):
-    load_dataset("glyphs", "train")
+    open_dataset("glyphs", "train")
     (own_cache / "_checks").write_text("")
     assert class_model("glyphs").weight.isfinite().all()
 

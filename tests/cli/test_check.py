@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from ddkit.challenge import GLYPHS
 from ddkit.cli import main
 from ddkit.data.images import normalize
-from ddkit.data.store import load_dataset
+from ddkit.data.prepare import open_dataset
 
 
 def run(*arguments):
@@ -61,7 +61,7 @@ def test_strict_makes_warnings_fail(half_submission):
 
 
 def test_the_order_of_one_tensor_is_put_right_in_another_file(work):
-    real = load_dataset("glyphs", "train")
+    real = open_dataset("glyphs", "train")
     right = normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)
     torch.save(right.flip(0), work / "glyphs.pt")
     finished = run("check", "glyphs.pt")

@@ -35,7 +35,9 @@ def blobs_cache(tmp_path_factory):
                 noise = torch.randint(-40, 40, (16, 16, 3), generator=random)
                 pixels = (torch.tensor(color) + noise).clamp(0, 255).to(torch.uint8)
                 Image.fromarray(pixels.numpy()).save(place / f"{index:02}.png")
-    prepare("blobs", folder, cache=cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDKIT_CACHE", str(cache))
+        prepare("blobs", folder)
     return cache
 
 

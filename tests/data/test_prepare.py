@@ -216,7 +216,7 @@ class TestNothingLost:
         assert "File too large" in finished.stderr and "Traceback" not in finished.stderr
         assert contents(pets[0]) == pets[1] and in_cache(own_cache) == ["pets"]
 
-    def test_a_really_full_disk(self, write_tree, photos, tmp_path, picture):
+    def test_a_really_full_disk(self, write_tree, photos, tmp_path, picture, monkeypatch):
         """On a tmpfs of 64 KiB, where the user may mount one."""
         small = tmp_path / "small"
         small.mkdir()
@@ -226,14 +226,15 @@ class TestNothingLost:
         try:
             photos |= {f"train/cat/more{k}.png": picture(side=16) for k in range(300)}
             photos = {name: picture(side=16) for name in photos}
+            monkeypatch.setenv("DDKIT_CACHE", str(small))
             with pytest.raises(BadFileError, match="No space left on device") as caught:
-                prepare("pets", write_tree(photos), cache=small)
+                prepare("pets", write_tree(photos))
             assert "Free some space" in caught.value.remedy
             assert in_cache(small) == []
         finally:
             subprocess.run(["umount", str(small)], check=True)
 
-    def test_a_folder_that_may_not_be_written(self, write_tree, photos, tmp_path):
+    def test_a_folder_that_may_not_be_written(self, write_tree, photos, tmp_path, monkeypatch):
         locked = tmp_path / "locked"
         locked.mkdir()
         locked.chmod(0o555)
@@ -241,8 +242,9 @@ class TestNothingLost:
             # Root may write anywhere; a file where the folder should be is refused to everybody.
             locked.rmdir()
             locked.write_text("")
+        monkeypatch.setenv("DDKIT_CACHE", str(locked / "cache"))
         with pytest.raises(BadFileError, match="Permission denied|Not a directory|File exists"):
-            prepare("pets", write_tree(photos), cache=locked / "cache")
+            prepare("pets", write_tree(photos))
 
     def test_a_stopped_preparation_leaves_the_earlier_store(self, pets, write_tree, photos, own_cache, picture):
         big = picture((1, 2, 3), side=256)
@@ -290,7 +292,7 @@ class TestNothingLost:
 
 class TestBuiltInNames:
     def test_a_misspelt_name_without_a_source(self, pets):
-        with pytest.raises(UsageError, match="no dataset 'tinyimagnet'") as caught:
+        with pytest.raises(UsageError, match="Unknown dataset 'tinyimagnet'") as caught:
             prepare("tinyimagnet")
         assert "Did you mean 'tinyimagenet'?" in caught.value.remedy
         with pytest.raises(UsageError) as caught:
@@ -371,9 +373,9 @@ class TestBuiltInNames:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Both splits of glyphs."""
-    cache = tmp_path_factory.mktemp("drawn")
-    prepare("glyphs", cache=cache)
-    return [load_dataset("glyphs", split, cache=cache) for split in ("train", "test")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDKIT_CACHE", str(tmp_path_factory.mktemp("drawn")))
+        return [open_dataset("glyphs", split) for split in ("train", "test")]
 
 
 class TestGlyphs:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from ddkit.challenge import CIFAR100
-from ddkit.data.prepare import prepare
+from ddkit.data.prepare import open_dataset, prepare
 from ddkit.data.store import (
     class_titles,
     dataset_spec,
@@ -162,7 +162,7 @@ def test_a_truncated_split_is_damaged(pets):
 
 def test_glyphs_are_drawn_on_first_use():
     assert list_prepared() == ()
-    test = load_dataset("glyphs", "test")
+    test = open_dataset("glyphs", "test")
     assert tuple(test.images.shape) == (1000, 3, 32, 32) and test.labels.bincount().tolist() == [100] * 10
     assert list_prepared() == ("glyphs",)
 
