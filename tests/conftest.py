@@ -181,8 +181,8 @@ def glyph_images(glyph_store, monkeypatch):
 def folder(tmp_path, glyph_images):
     """A submission folder with glyphs.pt, its JSON and its contact sheet."""
     from ddkit.challenge import GLYPHS
-    from ddkit.sets.distilled import save_set, tensor_path
+    from ddkit.sets.distilled import save_set
 
     folder = tmp_path / "submission"
-    save_set(tensor_path(folder, "glyphs"), glyph_images, GLYPHS, tuple("AEHKLOSTXZ"), {"method": "first images"})
+    save_set(folder / "glyphs.pt", glyph_images, GLYPHS, tuple("AEHKLOSTXZ"), {"method": "first images"})
     return folder

@@ -25,7 +25,7 @@ from ddkit.generator.model_folder import model_hash
 from ddkit.generator.training.latents import LATENTS_FILE
 from ddkit.generator.training.run_folder import CHECKPOINTS
 from ddkit.runtime.files import read_json, sha256_of, write_json
-from ddkit.sets.distilled import row_labels
+from ddkit.sets.distilled import class_labels
 
 Record = dict[str, Any]
 
@@ -79,7 +79,7 @@ class Findings:
         Round r starts from the same weights for all sets. Stopped within a round, it goes on there.
         """
         done = evaluate(
-            images, row_labels(spec.num_classes, len(images) // spec.num_classes), load_dataset(spec.name, "test"),
+            images, class_labels(spec.num_classes, len(images) // spec.num_classes), load_dataset(spec.name, "test"),
             rounds=rounds, epochs_setting=epochs_setting, spec=spec, state=StateFolder(self.out / "evaluations"),
         )  # fmt: skip
         return list(done.accuracies)

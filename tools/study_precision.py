@@ -24,7 +24,7 @@ from ddkit.evaluation.sources import FixedSet
 from ddkit.network.plan import PRECISIONS
 from ddkit.results import std_of
 from ddkit.runtime.device import describe_device, resolve_device
-from ddkit.sets.distilled import load_tensor, read_facts, row_labels
+from ddkit.sets.distilled import class_labels, load_tensor, read_provenance
 
 Accuracies = dict[str, tuple[float, ...]]  # of each precision, round by round
 
@@ -32,7 +32,7 @@ Accuracies = dict[str, tuple[float, ...]]  # of each precision, round by round
 def main() -> None:
     arguments = _arguments()
     try:
-        spec = dataset_spec(arguments.dataset or str(read_facts(arguments.set).get("dataset", arguments.set.stem)))
+        spec = dataset_spec(arguments.dataset or str(read_provenance(arguments.set).get("dataset", arguments.set.stem)))
         source, test_set = _source(arguments.set, spec), as_test_set(load_dataset(spec.name, "test"), spec)
         # One more round at a time, which costs only that round: those before it are kept.
         for rounds in range(1, arguments.rounds + 1):
@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
 
 def _source(path: Path, spec: DatasetSpec) -> FixedSet:
     images = load_tensor(path, spec)
-    return FixedSet(images, row_labels(spec.num_classes, len(images) // spec.num_classes))
+    return FixedSet(images, class_labels(spec.num_classes, len(images) // spec.num_classes))
 
 
 def _accuracies(source: FixedSet, test_set: TestSet, rounds: int, arguments: argparse.Namespace) -> Accuracies:

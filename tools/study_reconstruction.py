@@ -31,7 +31,7 @@ from ddkit.generator.autoencoder import decode, encode, images_at_once, pixels_p
 from ddkit.generator.model_folder import load_autoencoder
 from ddkit.results import std_of
 from ddkit.runtime.device import describe_device, resolve_device
-from ddkit.sets.distilled import row_labels
+from ddkit.sets.distilled import class_labels
 from ddkit.sets.select import choose
 
 Accuracies = tuple[float, ...]
@@ -52,7 +52,7 @@ def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 def evaluate(images: Tensor, test_set: TestSet, options: argparse.Namespace) -> Accuracies:
     """(N, 3, S, S) uint8, class by class -> a fraction for each round; rounds that are done are read back."""
     spec = test_set.spec
-    source = FixedSet(normalize(images, spec), row_labels(spec.num_classes, options.per_class))
+    source = FixedSet(normalize(images, spec), class_labels(spec.num_classes, options.per_class))
     settings = EvaluationSettings(
         rounds=options.rounds, epochs_setting=options.epochs_setting, seed=options.seed, device=options.device
     )

@@ -26,7 +26,7 @@ from ddkit.generator.sampling import SamplingSettings
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
-from ddkit.sets.distilled import load_tensor, row_labels
+from ddkit.sets.distilled import class_labels, load_tensor
 from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, ImageFeatures, choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
@@ -104,7 +104,7 @@ class Study:
         """(classes, ipc, 3, S, S) uint8."""
         count = self.options.candidates
         pool = self.drawn[:, :count] if source == REAL else self._samples(*self.cells[0], count)
-        images, labels = pool.flatten(0, 1), row_labels(self.spec.num_classes, count)
+        images, labels = pool.flatten(0, 1), class_labels(self.spec.num_classes, count)
 
         def look(rows: Tensor) -> ImageFeatures:
             return ImageFeatures(*self.features.with_confidence(images[rows], labels[rows]))

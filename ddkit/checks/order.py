@@ -23,6 +23,7 @@ from ddkit.checks.classifier import ClassModel, class_information, class_model
 from ddkit.data.images import denormalize
 from ddkit.data.store import class_titles, store_facts
 from ddkit.errors import BadDataError, MissingDataError, UsageError
+from ddkit.sets.distilled import class_labels
 from ddkit.sets.findings import Finding
 
 # Thresholds, set on degraded real images by tools/study_check.py: false alarms at most 1 in 100 correct sets.
@@ -217,7 +218,7 @@ def _judge_blocks(logp: Tensor, agreement: float) -> OrderVerdict:
     shown = _moved_blocks(_centered(_group_means(robust, False)) * ipc, ipc)
     moved = int((shown != torch.arange(classes)).sum())
     if not moved:
-        return OrderVerdict("L001", _WORDS["L001"], torch.arange(classes).repeat_interleave(ipc), agreement)
+        return OrderVerdict("L001", _WORDS["L001"], class_labels(classes, ipc), agreement)
     few = moved <= max(2, _FEW_MOVED * classes)
     code, words = ("L007", "right but for a few classes") if few else ("L008", "right in part only")
     return OrderVerdict(code, words, shown.repeat_interleave(ipc), agreement)

@@ -11,6 +11,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.checks.classifier import ClassModel, class_model
 from ddkit.data.images import denormalize
 from ddkit.errors import BadDataError, MissingDataError, UsageError
+from ddkit.sets.distilled import class_labels
 from ddkit.sets.findings import Finding
 
 _ROWS_COMPARED = 1000
@@ -39,7 +40,7 @@ def turned_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Findi
         model = class_model(spec.name)
     except (MissingDataError, UsageError, BadDataError):
         return []
-    labels = torch.arange(spec.num_classes).repeat_interleave(len(images) // spec.num_classes)
+    labels = class_labels(spec.num_classes, len(images) // spec.num_classes)
     rows = torch.arange(0, len(images), max(1, len(images) // _ROWS_COMPARED))
     # Units in which exchanging channels is exchanging colors.
     sample, labels = denormalize(images[rows], spec), labels[rows]

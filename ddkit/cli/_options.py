@@ -12,7 +12,6 @@ import click
 
 from ddkit.cli import _remember_debug
 from ddkit.cli._output import Output
-from ddkit.errors import MissingDataError, UsageError
 from ddkit.results import RESULTS_FILE
 
 SUBMISSION_FOLDER = Path("submission")
@@ -59,27 +58,6 @@ results_option = click.option(
     show_default=True,
     help="The file of results.",
 )
-
-
-def dataset_of(path: Path, wanted: str | None) -> str:
-    """The dataset a set is of: as said, else as the JSON beside it says, else as the file is called.
-
-    Raises MissingDataError where there is no such file, UsageError for a folder, a zip or a name that does not tell.
-    """
-    from ddkit.data.store import known_names
-    from ddkit.sets.distilled import read_facts
-
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder.", "Name the .pt files in it.")
-    if not path.is_file():
-        name = wanted or (path.stem if path.stem in known_names() else "NAME")
-        raise MissingDataError(f"{path} does not exist.", f"Make it: ddkit generate --dataset {name} --out {path}")
-    if path.suffix == ".zip" and not wanted:
-        raise UsageError(f"{path} is a zip.", "Name the .pt files; a generator's zip is evaluated with --track 2.")
-    name = wanted or read_facts(path).get("dataset")
-    if name is None and path.stem not in known_names():
-        raise UsageError(f"{path}: which dataset it is for cannot be told from its name.", "Say it: --dataset NAME.")
-    return str(name or path.stem)
 
 
 class FindingCode(click.ParamType):

@@ -19,7 +19,6 @@ from ddkit.cli._options import (
     SUBMISSION_FOLDER,
     Duration,
     FindingCode,
-    dataset_of,
     device_option,
     example,
     output_options,
@@ -160,6 +159,8 @@ def evaluate(
 
 
 def _evaluate_sets(job: _Job, sets: Sequence[Path], dataset: str | None) -> list[Result]:
+    from ddkit.sets.distilled import dataset_of
+
     named = [(path, dataset_of(path, dataset)) for path in sets] or _in_submission_folder(job.output, dataset)
     job.require_tests({name for _, name in named})
     # All are read and checked before the first is trained on, which can take hours.
@@ -188,6 +189,8 @@ def _evaluate_entries(job: _Job, entries: Sequence[Path], dataset: str | None) -
 
 def _in_submission_folder(output: Output, wanted: str | None) -> list[tuple[Path, str]]:
     """Its tensors, each with its dataset, but for those that nobody can tell the dataset of, if there are others."""
+    from ddkit.sets.distilled import dataset_of
+
     found = sorted(path for path in SUBMISSION_FOLDER.glob("*.pt") if path.is_file())
     if not found:
         raise MissingDataError(
@@ -251,21 +254,21 @@ class _Job:
         """One set, checked."""
         from ddkit.data.store import dataset_spec
         from ddkit.runtime.files import sha256_of
-        from ddkit.sets.distilled import load_tensor, read_facts
+        from ddkit.sets.distilled import load_tensor, read_provenance
 
         spec = dataset_spec(name)
         self._check(path, spec)
-        return _ReadSet(path, spec, load_tensor(path, spec), sha256_of(path), read_facts(path))
+        return _ReadSet(path, spec, load_tensor(path, spec), sha256_of(path), read_provenance(path))
 
     def run(self, one: _ReadSet) -> Result:
         """Evaluate one set."""
         from ddkit.evaluation.evaluate import evaluate_source
         from ddkit.evaluation.sources import FixedSet
-        from ddkit.sets.distilled import row_labels
+        from ddkit.sets.distilled import class_labels
 
         spec, images = one.spec, one.images
         self.output.say(f"Evaluating {escape(str(one.path))} on {escape(spec.name)}: {_length(self.settings)}.")
-        source = FixedSet(images, row_labels(spec.num_classes, len(images) // spec.num_classes))
+        source = FixedSet(images, class_labels(spec.num_classes, len(images) // spec.num_classes))
         evaluation = evaluate_source(source, self._test_set(spec), self.settings, state=self.state, progress=self.output.listen)
         # Sets in one folder are one entry: the report joins them by this name.
         name = one.path.resolve().parent.name
@@ -301,13 +304,13 @@ class _Job:
         from ddkit.data.store import dataset_spec
         from ddkit.evaluation.ranking_runs import RankingJob, complete
         from ddkit.runtime.files import sha256_of
-        from ddkit.sets.distilled import load_tensor, row_labels
+        from ddkit.sets.distilled import class_labels, load_tensor
 
         if sha256_of(result.source) != result.sha256:
             raise BadFileError(f"{result.source} has changed while it was evaluated.", "Run the same again.")
         spec = dataset_spec(result.dataset)
         images = load_tensor(result.source, spec)
-        labels = row_labels(spec.num_classes, len(images) // spec.num_classes)
+        labels = class_labels(spec.num_classes, len(images) // spec.num_classes)
         real = open_dataset(spec.name, "train", progress=self.output.listen)
         return complete(
             RankingJob(result, images, labels, real, self._test_set(spec), self.settings, full_epochs_setting),

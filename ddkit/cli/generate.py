@@ -98,8 +98,8 @@ def generate(
     saved = generate_set(dataset, ipc, source, out, replace=replace, progress=output.listen)
     if not is_main():
         return
-    output.done([saved.tensor, saved.facts, saved.sheet], f"ddkit evaluate {saved.tensor}")
-    output.result({"tensor": saved.tensor, "facts": saved.facts, "sheet": saved.sheet})
+    output.done([saved.tensor, saved.provenance, saved.sheet], f"ddkit evaluate {saved.tensor}")
+    output.result({"tensor": saved.tensor, "facts": saved.provenance, "sheet": saved.sheet})
 
 
 def _from_model(folder: Path, seed: int, device: str, choice: dict[str, Any], sampling: dict[str, Any]) -> FromModel:

@@ -13,7 +13,6 @@ from ddkit.cli._options import (
     RUNS_FOLDER,
     Duration,
     FindingCode,
-    dataset_of,
     device_option,
     example,
     output_options,
@@ -141,6 +140,7 @@ def refine(
     """
     from ddkit.distill.refine import Limits, recorded_settings
     from ddkit.distill.refine import refine as refine_set
+    from ddkit.sets.distilled import dataset_of
 
     if steps is not None and seconds is not None:
         raise UsageError("--steps and --time contradict each other.")
@@ -159,7 +159,7 @@ def refine(
         f"{refined.best_step:,} of {refined.steps:,}."
     )
     files = refined.files
-    written = (files.tensor, files.facts, files.sheet, refined.before.tensor, refined.before.sheet)
+    written = (files.tensor, files.provenance, files.sheet, refined.before.tensor, refined.before.sheet)
     output.done([file for file in written if file.exists()], f"ddkit evaluate {files.tensor}")
     output.result(dataclasses.asdict(refined))
 

@@ -17,7 +17,6 @@ from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, class_names, class_titles, dataset_spec, store_hash
 from ddkit.distill.partial_set import PartialSet
-from ddkit.distill.refine import KIND_REFINED
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.generator.model_folder import Model, load_model, model_hash
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample
@@ -28,10 +27,12 @@ from ddkit.runtime.environment import versions
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import (
-    SavedSet,
+    KIND_GENERATED,
+    KIND_REFINED,
+    SetFiles,
     draw_sheet,
     load_tensor,
-    read_facts,
+    read_provenance,
     require_tensor_name,
     save_set,
     set_files,
@@ -39,9 +40,6 @@ from ddkit.sets.distilled import (
 from ddkit.sets.select import BLIND_CHOICES, ImageFeatures, check_choice, choose, choose_in_class
 
 log = logging.getLogger(__name__)
-
-# How the JSON beside a set calls what it is; `ddkit report` holds others against "random-real".
-KIND_GENERATED = "generated"
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class FromReal:
 
 def generate(
     dataset: str, ipc: int, source: FromModel | FromReal, out: Path, *, replace: bool = False, progress: Listener = ignore
-) -> SavedSet:
+) -> SetFiles:
     """Write a distilled set of `ipc` images per class, its JSON and its contact sheet; earlier ones are replaced.
 
     out: where the tensor goes, a .pt file. Samples of a model are kept beside it as they are made: stopped, even
@@ -94,19 +92,19 @@ def generate(
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, not {ipc}.", "The challenge asks for --ipc 10.")
     require_tensor_name(out)
-    if not replace and read_facts(out).get("kind") == KIND_REFINED:
+    if not replace and read_provenance(out).get("kind") == KIND_REFINED:
         raise UsageError(f"{out} has been refined, which would be lost.", "Name another file with --out, or say --replace.")
     if isinstance(source, FromReal):
         return _save(dataset, out, *_real(dataset, ipc, source, progress))
     return _generate_samples(dataset, ipc, source, out, replace, progress)
 
 
-def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> SavedSet:
+def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> SetFiles:
     spec = dataset_spec(dataset)
     return save_set(out, normalize(images, spec), spec, class_titles(dataset), {**made_by, "versions": versions()})
 
 
-def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, replace: bool, progress: Listener) -> SavedSet:
+def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, replace: bool, progress: Listener) -> SetFiles:
     """A set of a model's images; what an earlier call has made of it is taken up, and a whole one is left as it is."""
     spec = dataset_spec(dataset)
     group = ProcessGroup(resolve_device(source.device))
@@ -120,7 +118,7 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repl
     identity = _identity(made_by, ipc, spec, store_hash(dataset, "train") if source.looks else "")
     classes = group.local_items(range(spec.num_classes))
     parts = PartialSet(out, identity, spec.image_shape)
-    if not replace and read_facts(out).get("request") == parts.digest:
+    if not replace and read_provenance(out).get("request") == parts.digest:
         log.info("%s has just these images already", out)
         return _with_sheet(out, spec) if group.is_main else set_files(out)
     if group.size > 1:  # each process keeps its own
@@ -143,7 +141,7 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repl
     return set_files(out)
 
 
-def _with_sheet(out: Path, spec: DatasetSpec) -> SavedSet:
+def _with_sheet(out: Path, spec: DatasetSpec) -> SetFiles:
     """The files of the set that is there, the contact sheet drawn again where it is missing."""
     files = set_files(out)
     if not files.sheet.exists():

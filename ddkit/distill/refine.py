@@ -47,9 +47,16 @@ from ddkit.runtime.files import exclusive
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.seeds import generator_for, network_seed
-from ddkit.sets.distilled import SavedSet, load_tensor, read_facts, require_tensor_name, row_labels, save_set
+from ddkit.sets.distilled import (
+    KIND_REFINED,
+    SetFiles,
+    class_labels,
+    load_tensor,
+    read_provenance,
+    require_tensor_name,
+    save_set,
+)
 
-KIND_REFINED = "refined"
 METHODS = {
     "means": "distribution matching",
     "regression": "neural feature regression",
@@ -152,8 +159,8 @@ class Limits:
 class Refined:
     """What a refinement left. accuracy: of the best set on the held-out images, a fraction; accuracy_before: of the first."""
 
-    files: SavedSet
-    before: SavedSet
+    files: SetFiles
+    before: SetFiles
     steps: int
     best_step: int
     accuracy: float
@@ -216,7 +223,7 @@ def refine(
 
 def _refuse_another_result(state: RefinementState, path: Path, out: Path) -> None:
     """Raise UsageError where the result would take the place of another refinement's, which has cost hours."""
-    if out.resolve() != path.resolve() and read_facts(out).get("kind") == KIND_REFINED and not state.made(out):
+    if out.resolve() != path.resolve() and read_provenance(out).get("kind") == KIND_REFINED and not state.made(out):
         raise UsageError(
             f"{out} holds what another refinement has made, which would be lost.", "Name another file with --out, or delete it."
         )
@@ -271,7 +278,7 @@ class _Refinement:
         self._images = state.images.to(device).clone().requires_grad_()
         self._average = state.average.to(device).clone()
         images_per_class = len(state.images) // self._spec.num_classes
-        self._labels = row_labels(self._spec.num_classes, images_per_class).to(device)
+        self._labels = class_labels(self._spec.num_classes, images_per_class).to(device)
         if settings.objective == "trajectories":
             self._student = Student(self._spec, images_per_class, settings.student, device)
         self._optimizer = torch.optim.SGD([self._images], settings.learning_rate, momentum=settings.momentum)
@@ -458,7 +465,7 @@ class _Refinement:
         self._state.velocity = self._optimizer.state[self._images]["momentum_buffer"].cpu().clone()
 
 
-def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, out: Path) -> SavedSet:
+def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, out: Path) -> SetFiles:
     """The best set so far, with how it was made; the set as it was where that is the best."""
     if state.gained_nothing():
         return state.give_back(out)
@@ -470,7 +477,7 @@ def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, 
         "refined_steps": state.best.step,
         "held_out_accuracy": state.best.accuracy,
         "refined_from": state.start_sha256,
-        "before": read_facts(state.before.tensor),
+        "before": read_provenance(state.before.tensor),
         "dataset_sha256": state.dataset_sha256,
         **state.settings,
         "versions": versions(),

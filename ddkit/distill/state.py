@@ -18,7 +18,7 @@ from torch import Tensor
 from ddkit.errors import BadFileError, UsageError
 from ddkit.runtime.files import atomic_write, sha256_of, write_text
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
-from ddkit.sets.distilled import SavedSet, read_facts, set_files
+from ddkit.sets.distilled import SetFiles, read_provenance, set_files
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
@@ -91,7 +91,7 @@ class RefinementState:
             raise UsageError(f"The real images have changed since the refinement in {self.folder} was begun.", _FRESH)
 
     @property
-    def before(self) -> SavedSet:
+    def before(self) -> SetFiles:
         """The set as it was."""
         return set_files(_before(self.folder))
 
@@ -125,7 +125,7 @@ class RefinementState:
         before = self.before.tensor
         return self.best.step == 0 and before.is_file() and _holds(before, self.best_images)
 
-    def give_back(self, to: Path) -> SavedSet:
+    def give_back(self, to: Path) -> SetFiles:
         """Write the set as it was."""
         _copy_set(self.before.tensor, to)
         return set_files(to)
@@ -184,7 +184,7 @@ def _given_up(folder: Path) -> Path:
 
 
 def _is_result(path: Path, start_sha256: str, best_images: Tensor | None) -> bool:
-    if read_facts(path).get("refined_from") == start_sha256:
+    if read_provenance(path).get("refined_from") == start_sha256:
         return True
     # Killed between writing the tensor and how it was made, the facts do not tell.
     return best_images is not None and _holds(path, best_images)

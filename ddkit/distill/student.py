@@ -19,7 +19,7 @@ from ddkit.network.engine import build_engine
 from ddkit.network.networks import OFFICIAL_NETWORK, build_network
 from ddkit.runtime.interrupt import StopRequest
 from ddkit.runtime.progress import Listener, Progress, ignore
-from ddkit.sets.distilled import row_labels
+from ddkit.sets.distilled import class_labels
 
 _SEEDS = 2**62  # of an augmentation
 _NUDGE = 0.01  # of the parameters' norm, by which they are moved to and fro
@@ -74,7 +74,7 @@ class Student:
     def __init__(self, spec: DatasetSpec, images_per_class: int, settings: StudentSettings, device: torch.device) -> None:
         self._spec, self._ipc, self._device = spec, images_per_class, device
         self._steps, self._at_once = settings.steps, min(settings.images_per_class, images_per_class)
-        self._labels = row_labels(spec.num_classes, images_per_class).to(device)
+        self._labels = class_labels(spec.num_classes, images_per_class).to(device)
         self.images_at_once = spec.num_classes * self._at_once
         # Two networks, as gradients to images and to parameters are wanted from different engines.
         self._learner, self._looker = (

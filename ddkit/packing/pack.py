@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddkit.checks.check import CheckSettings, Report, check_path, submission_files
-from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.packing.zipping import write_zip
 from ddkit.runtime.files import atomic_write, explain_os_error, sha256_of, sha256_of_stream, why_not_a_file
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import check_command, load_tensor
+from ddkit.sets.distilled import check_command, read_set
 
 
 class RefusedSubmissionError(InvalidSubmissionError):
@@ -112,7 +111,7 @@ def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSe
                 if sha256_of(unpacked) != sha256:
                     raise BadFileError(f"{path}: '{name}' read back differs from what was written.", "Is the disk sound?")
                 try:
-                    load_tensor(unpacked, dataset_spec(unpacked.stem), ipc=settings.ipc)
+                    read_set(unpacked, unpacked.stem, ipc=settings.ipc)
                 except InvalidSubmissionError as error:
                     raise InvalidSubmissionError(
                         f"{origin / name} is not packed: the scorer could not use it.",

@@ -18,7 +18,7 @@ from ddkit.reporting.rows import dataset_title
 from ddkit.reporting.sets import read_set
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.contact_sheet import neighbor_sheet, side_by_side
-from ddkit.sets.distilled import read_facts
+from ddkit.sets.distilled import read_provenance
 
 _COPY = 0.2  # of the distance between real images: nearer than this, an image is as good as copied
 
@@ -76,7 +76,7 @@ def sets_at(path: Path) -> list[Path]:
 
 def dataset_at(path: Path) -> str:
     """The dataset of a set: as the JSON beside it says, else as the file is called."""
-    return str(read_facts(path).get("dataset", path.stem))
+    return str(read_provenance(path).get("dataset", path.stem))
 
 
 def is_prepared(dataset: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.store import dataset_spec
-from ddkit.sets.distilled import load_tensor, row_labels
+from ddkit.sets.distilled import class_labels, load_tensor
 
 _MOST_PER_CLASS = 10  # pictures
 _LARGEST_LOSSLESS = 48  # pixels; of larger pictures the page would be too heavy to send
@@ -27,7 +27,7 @@ def read_set(path: str | os.PathLike[str], dataset: str) -> tuple[Tensor, Tensor
     """
     spec = dataset_spec(dataset)
     images = load_tensor(path, spec)
-    return to_uint8(denormalize(images, spec)), row_labels(spec.num_classes, len(images) // spec.num_classes)
+    return to_uint8(denormalize(images, spec)), class_labels(spec.num_classes, len(images) // spec.num_classes)
 
 
 @dataclass(frozen=True)

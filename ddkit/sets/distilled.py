@@ -1,12 +1,18 @@
-"""The challenge's files: their names, the order of their rows, and how ddkit writes and reads them."""
+"""Distilled sets: one value that holds a set, and the three files in which a set is kept.
+
+The tensor `<dataset>.pt` is the challenge's file. `<dataset>.json` beside it holds the provenance, which is how the set
+was made, and `<dataset>.png` is the contact sheet.
+"""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +21,126 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalize, to_uint8
-from ddkit.errors import BadFileError, InvalidSubmissionError, UsageError
-from ddkit.runtime.files import read_json, sha256_of, write_json
+from ddkit.data.store import dataset_spec, known_names
+from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.runtime.files import read_json, sha256_of, why_not_a_file, write_json
 from ddkit.runtime.tensor_files import save_torch
 from ddkit.sets.contact_sheet import contact_sheet, save_png
+from ddkit.sets.findings import Finding
 from ddkit.sets.reading import read_tensor
 
 _log = logging.getLogger(__name__)
 
+# How the provenance names what made a set: its key "kind".
+KIND_GENERATED = "generated"  # sampled from a generator
+KIND_REFINED = "refined"  # the pixels of another set were optimized
+KIND_RANDOM_REAL = "random-real"  # real training images, drawn at random
+KIND_FIRST_REAL = "first-real"  # the first real training images of each class
+KIND_FULL_REAL = "full-real"  # all real training images
+KIND_SUBMISSION = "submission"  # any other set; its maker is not known
+# Real images, with which the results of other sets are compared.
+REFERENCE_KINDS = (KIND_RANDOM_REAL, KIND_FIRST_REAL, KIND_FULL_REAL)
+
 
 @dataclass(frozen=True)
-class SavedSet:
-    """The three files of a distilled set: the challenge's tensor, how it was made, and how it looks."""
+class DistilledSet:
+    """A distilled set, read and hashed once and handed on whole.
+
+    images: (C * ipc, 3, S, S) float32, normalized, contiguous; the rows are in the order of `class_labels`.
+    sha256: hexadecimal, of the file's bytes; "" for a set that is not on the disk.
+    provenance: the JSON beside the tensor; {} where there is none that belongs to it.
+    warnings: what the check of the file itself warns of, without a look at the numbers.
+    """
+
+    images: Tensor
+    spec: DatasetSpec
+    sha256: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    warnings: tuple[Finding, ...] = ()
+
+    @property
+    def ipc(self) -> int:
+        """Images per class."""
+        return len(self.images) // self.spec.num_classes
+
+    @property
+    def labels(self) -> Tensor:
+        """(C * ipc,) int64, the labels that the scorer implies."""
+        return class_labels(self.spec.num_classes, self.ipc)
+
+    @property
+    def kind(self) -> str:
+        """What made the set, as its provenance says; KIND_SUBMISSION where it does not say."""
+        return str(self.provenance.get("kind", KIND_SUBMISSION))
+
+
+@dataclass(frozen=True)
+class SetFiles:
+    """The three files of a set: the challenge's tensor, the JSON of its provenance, and the contact sheet."""
 
     tensor: Path
-    facts: Path
+    provenance: Path
     sheet: Path
 
 
-def tensor_path(folder: str | os.PathLike[str], dataset_name: str) -> Path:
-    """Where a dataset's tensor lies in a submission folder."""
-    return Path(folder) / f"{dataset_name}.pt"
-
-
-def set_files(path: str | os.PathLike[str]) -> SavedSet:
-    """The three files of the set whose tensor is, or will be, at `path`; of a link, those of the set that it leads to."""
+def set_files(path: str | os.PathLike[str]) -> SetFiles:
+    """The three files of the set whose tensor is, or will be, at `path`. A link is followed to the set's own folder."""
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    return SavedSet(path, path.with_suffix(".json"), path.with_suffix(".png"))
+    return SetFiles(path, path.with_suffix(".json"), path.with_suffix(".png"))
 
 
-def row_labels(num_classes: int, ipc: int) -> Tensor:
+def class_labels(num_classes: int, ipc: int) -> Tensor:
     """The labels that the scorer implies: (num_classes * ipc,) int64, ipc rows of class 0, then of class 1, and so on."""
     return torch.arange(num_classes).repeat_interleave(ipc)
 
 
 def require_tensor_name(path: Path) -> None:
-    """Raises UsageError for a set's file that does not end in .pt: its JSON and sheet lie beside it, by other endings."""
+    """Raise UsageError for a tensor's file that does not end in .pt, since its JSON and its sheet differ in the ending."""
     if path.suffix != ".pt":
         raise UsageError(f"{path} does not end in .pt.", "Name the tensor's file, such as submission/cifar100.pt.")
+
+
+def read_set(path: str | os.PathLike[str], dataset: str | None = None, *, ipc: int | None = None) -> DistilledSet:
+    """Read a distilled set without executing anything in it.
+
+    dataset: None takes it from the provenance, else from the file's name (see `dataset_of`). ipc: the images per class
+    that there must be; None accepts any whole number.
+    Raises what `dataset_of` raises, and InvalidSubmissionError with the first error that `ddkit check` would find.
+    """
+    path = Path(path)
+    _require_tensor_file(path, dataset)
+    sha256 = sha256_of(path)
+    provenance = _provenance_of(path, sha256)
+    spec = dataset_spec(_dataset_name(path, dataset, provenance))
+    images, warnings = _read_tensor(path, spec, ipc)
+    return DistilledSet(images, spec, sha256, provenance, path, warnings)
+
+
+def dataset_of(path: str | os.PathLike[str], dataset: str | None = None) -> str:
+    """The name of the dataset that a set is for: `dataset` where given, else as its provenance or its file's name says.
+
+    Raises MissingDataError for a missing file; UsageError for a folder, a zip, and a name that tells no dataset.
+    """
+    path = Path(path)
+    _require_tensor_file(path, dataset)
+    return _dataset_name(path, dataset, {} if dataset else read_provenance(path))
+
+
+def likely_dataset(file_name: str) -> str:
+    """The known dataset that a tensor's file was probably meant for, such as "cifar100" for `CIFAR-100 (1).pth`; or ""."""
+    known = known_names()
+    stem = re.sub(r"(\.(pt|pth|tar|zip|bin|ckpt|npy))+$", "", file_name.strip().lower())
+    stem = re.sub(r"([ _-]*\(\d+\)|[ _-]+(copy|kopie|final|v?\d{1,2}))+$", "", stem)
+    plain = re.sub(r"[^a-z0-9]", "", stem)
+    by_plain_name = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in known}
+    if plain in by_plain_name:
+        return by_plain_name[plain]
+    within = sorted((name for name in by_plain_name if name in plain), key=len)
+    if within:
+        return by_plain_name[within[-1]]
+    close = difflib.get_close_matches(plain, by_plain_name, n=1, cutoff=0.75)
+    return by_plain_name[close[0]] if close else ""
 
 
 def save_set(
@@ -60,74 +148,101 @@ def save_set(
     images: Tensor,
     spec: DatasetSpec,
     class_names: Sequence[str],
-    made_by: Mapping[str, Any],
-    *,
-    titles: Sequence[str] | None = None,
-) -> SavedSet:
-    """Write a distilled set: the bare tensor, its JSON and its contact sheet.
+    provenance: Mapping[str, Any],
+) -> SetFiles:
+    """Write a distilled set: the bare tensor, its provenance as JSON, and its contact sheet.
 
-    images: (num_classes * ipc, 3, S, S) float, normalized, rows in the order of `row_labels`.
-    made_by: how the set was made; the JSON holds it with the tensor's SHA-256, so that an old JSON beside a
-    new tensor, after a kill between the two, is recognized. titles: class names for people, on the sheet.
-    Raises InvalidSubmissionError for another shape, BadFileError for what the system refuses.
+    images: (num_classes * ipc, 3, S, S) float, normalized, rows in the order of `class_labels`.
+    class_names: for people; the sheet shows them.
+    provenance: how the set was made. The JSON holds it with the tensor's SHA-256, so that an old JSON next to a new
+    tensor, after a kill between the two writes, is recognized.
+    Raises InvalidSubmissionError for another shape, BadFileError where the system refuses to write.
     """
     if images.ndim != 4 or images.shape[1:] != spec.image_shape or len(images) % spec.num_classes or not len(images):
         raise InvalidSubmissionError(
-            f"{tuple(images.shape)} is no set for {spec.name}: "
-            f"it takes (rows, 3, {spec.image_size}, {spec.image_size}), the same number of rows for each class."
+            f"Images of shape {tuple(images.shape)} are not a set for {spec.name}. "
+            f"It takes (rows, 3, {spec.image_size}, {spec.image_size}), with the same number of rows for each class."
         )
     files = set_files(path)
-    ipc = len(images) // spec.num_classes
-    # A tensor saved as a view would drag its whole storage along.
-    own = images.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-    save_torch(own, files.tensor)
-    facts = dict(made_by) | {
+    # A tensor saved as a view would take its whole storage along.
+    whole = images.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+    save_torch(whole, files.tensor)
+    written = dict(provenance) | {
         "dataset": spec.name,
-        "images_per_class": ipc,
-        "class_names": list(titles or class_names),
+        "images_per_class": len(images) // spec.num_classes,
+        "class_names": list(class_names),
         "sha256": sha256_of(files.tensor),
     }
-    write_json(files.facts, facts)
-    draw_sheet(own, spec, titles or class_names, files.sheet)
+    write_json(files.provenance, written)
+    draw_sheet(whole, spec, class_names, files.sheet)
     return files
 
 
-def draw_sheet(images: Tensor, spec: DatasetSpec, titles: Sequence[str], path: Path) -> None:
-    """Write the contact sheet of a set: images as `save_set` takes them. Raises BadFileError for what the system refuses."""
-    labels = row_labels(spec.num_classes, len(images) // spec.num_classes)
-    save_png(contact_sheet(to_uint8(denormalize(images, spec)), labels, titles), path)
+def draw_sheet(images: Tensor, spec: DatasetSpec, class_names: Sequence[str], path: Path) -> None:
+    """Write the contact sheet of a set, whose images are as `save_set` takes them. Raises BadFileError."""
+    labels = class_labels(spec.num_classes, len(images) // spec.num_classes)
+    save_png(contact_sheet(to_uint8(denormalize(images, spec)), labels, class_names), path)
 
 
-def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the set at `path` was made, from the JSON beside its tensor; empty where there is none that belongs to it."""
-    files = set_files(path)
-    if not files.facts.exists():
-        return {}
-    try:
-        facts = read_json(files.facts)
-    except BadFileError as error:
-        _log.warning("%s", error)
-        return {}
-    if not isinstance(facts, dict) or facts.get("sha256") != sha256_of(files.tensor):
-        _log.warning("%s does not belong to the present %s and is left aside.", files.facts, files.tensor.name)
-        return {}
-    return facts
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """How the set at `path` was made, from the JSON beside its tensor; {} where there is none that belongs to it."""
+    return _provenance_of(path, None)
 
 
 def check_command(path: str | os.PathLike[str], dataset: str) -> str:
-    """What to type to see all that is wrong with a set."""
-    named = "" if Path(path).stem == dataset else f" --dataset {dataset}"
-    return f"ddkit check {shlex.quote(str(path))}{named}"
+    """The command that shows everything that is wrong with a set."""
+    option = "" if Path(path).stem == dataset else f" --dataset {dataset}"
+    return f"ddkit check {shlex.quote(str(path))}{option}"
 
 
 def load_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | None = None) -> Tensor:
-    """Read a distilled set without executing anything in it.
+    """The images of the set at `path`: (N, 3, S, S) float32, contiguous. See `read_set`, which tells more of it.
 
-    Returns (N, 3, S, S) float32, contiguous. ipc: images per class there must be; None for any whole number.
-    Raises InvalidSubmissionError with the first thing that `check` would find wrong.
+    Raises InvalidSubmissionError with the first error that `ddkit check` would find.
     """
+    return _read_tensor(path, spec, ipc)[0]
+
+
+def _read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, ipc: int | None) -> tuple[Tensor, tuple[Finding, ...]]:
     tensor, findings = read_tensor(path, spec, ipc=ipc)
     if tensor is None:
         first = next(finding for finding in findings if finding.level == "error")
-        raise InvalidSubmissionError(f"{path}: {first.message}", f"See: {check_command(path, spec.name)}")
-    return tensor.detach().contiguous()
+        raise InvalidSubmissionError(f"{path}: {first.message}", f"To see everything: {check_command(path, spec.name)}")
+    return tensor.detach().contiguous(), tuple(findings)
+
+
+def _provenance_of(path: str | os.PathLike[str], sha256: str | None) -> dict[str, Any]:
+    """The provenance that belongs to the tensor of that hash; the file is hashed where None is given."""
+    files = set_files(path)
+    if not files.provenance.exists():
+        return {}
+    try:
+        provenance = read_json(files.provenance)
+    except BadFileError as error:
+        _log.warning("%s", error)
+        return {}
+    if not isinstance(provenance, dict) or provenance.get("sha256") != (sha256 or sha256_of(files.tensor)):
+        _log.warning("%s does not belong to the present %s and is ignored.", files.provenance, files.tensor.name)
+        return {}
+    return provenance
+
+
+def _require_tensor_file(path: Path, dataset: str | None) -> None:
+    if not path.exists():
+        name = dataset or (path.stem if path.stem in known_names() else "NAME")
+        raise MissingDataError(f"{path} does not exist.", f"Make it: ddkit generate --dataset {name} --out {path}")
+    if problem := why_not_a_file(path):
+        raise UsageError(f"{path} {problem}.", "Name a .pt file." if not path.is_dir() else "Name the .pt files in it.")
+    if path.suffix == ".zip":
+        raise UsageError(
+            f"{path} is a zip, not a tensor.", "Name a .pt file; a track 2 bundle is evaluated with ddkit evaluate --track 2."
+        )
+
+
+def _dataset_name(path: Path, dataset: str | None, provenance: Mapping[str, Any]) -> str:
+    name = dataset or provenance.get("dataset")
+    if name is None and path.stem not in known_names():
+        likely = likely_dataset(path.name)
+        remedy = f"If it is for {likely}, rename it to {likely}.pt or add --dataset {likely}." if likely else ""
+        raise UsageError(f"{path} is not named after a known dataset.", remedy or "Add --dataset NAME.")
+    return str(name or path.stem)

@@ -164,7 +164,7 @@ def test_the_dataset_may_be_said_for_a_file_of_another_name(work):
     save(path)
     path.with_suffix(".json").unlink()
     _, errors = run(str(path), *QUICK, status=2)
-    assert "cannot be told from its name" in errors and "--dataset NAME" in errors
+    assert "not named after a known dataset" in errors and "--dataset NAME" in errors
     (work / "mine.zip").write_bytes(b"")
     assert "mine.zip is a zip" in run("mine.zip", *QUICK, status=2)[1]
     run(str(path), "--dataset", "blobs", *QUICK)

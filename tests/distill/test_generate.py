@@ -27,7 +27,7 @@ def test_real_images_come_back_exactly_in_class_order(colors, tmp_path):
     saved = generate(colors, 2, FromReal("first"), tmp_path / "set.pt")
     train = load_dataset(colors, "train")
     assert torch.equal(pixels(saved.tensor, colors), train.images[[0, 1, 5, 6]])
-    facts = json.loads(saved.facts.read_text())
+    facts = json.loads(saved.provenance.read_text())
     assert facts["kind"] == "first-real"
     assert facts["dataset_sha256"] == store_hash(colors, "train")
 
@@ -37,7 +37,7 @@ def test_the_random_choice_is_called_so_and_follows_the_seed(colors, tmp_path):
         generate(colors, 3, FromReal("random", seed), tmp_path / f"{name}.pt")
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     )
-    assert json.loads(first.facts.read_text())["kind"] == "random-real"
+    assert json.loads(first.provenance.read_text())["kind"] == "random-real"
     assert first.tensor.read_bytes() == again.tensor.read_bytes() != other.tensor.read_bytes()
 
 
@@ -46,7 +46,7 @@ def test_samples_of_a_model_and_how_they_were_made(colors, model_folder, tmp_pat
     saved = generate(colors, 2, FromModel(model_folder, sampling), tmp_path / "set.pt")
     expected = sample_all(Sampler(load_model(model_folder), sampling), *class_ordered(2, 2))
     assert torch.equal(pixels(saved.tensor, colors), expected)
-    facts = json.loads(saved.facts.read_text())
+    facts = json.loads(saved.provenance.read_text())
     assert facts["kind"] == "generated"
     assert facts["model_sha256"] == model_hash(model_folder)
     stated = {name: facts[name] for name in ("sampler", "steps", "guidance", "seed", "selection", "model_steps")}
@@ -79,7 +79,7 @@ def test_a_set_of_a_dataset_that_was_prepared_anew_is_normalized_anew(colors, mo
 def test_a_set_behind_a_link_is_known_for_what_it_is(colors, tmp_path):
     (tmp_path / "best").mkdir()
     saved = generate(colors, 2, FromReal("first"), tmp_path / "best" / "set.pt")
-    saved.facts.write_text(saved.facts.read_text().replace('"first-real"', '"refined"'))
+    saved.provenance.write_text(saved.provenance.read_text().replace('"first-real"', '"refined"'))
     (tmp_path / "set.pt").symlink_to(saved.tensor)
     with pytest.raises(UsageError, match="has been refined"):
         generate(colors, 2, FromReal("random"), tmp_path / "set.pt")
@@ -158,7 +158,7 @@ class TestChoosing:
             images = Sampler(load_model(model_folder), sampling)(labels, torch.arange(5)).images
             expected.append(images[features.with_confidence(images, labels)[1].argsort(stable=True)[:2]])
         assert torch.equal(pixels(saved.tensor, colors), torch.cat(expected))
-        facts = json.loads(saved.facts.read_text())
+        facts = json.loads(saved.provenance.read_text())
         assert (facts["selection"], facts["candidates"]) == ("hard", 5)
 
     def test_of_all_real_images(self, colors, tmp_path):
@@ -167,7 +167,7 @@ class TestChoosing:
         confidence = reference_features(train, dataset_spec(colors)).with_confidence(train.images, train.labels)[1]
         rows = [i for c in (0, 1) for i in confidence[5 * c : 5 * c + 5].argsort(descending=True)[:2].add(5 * c).tolist()]
         assert torch.equal(pixels(saved.tensor, colors), train.images[rows])
-        assert json.loads(saved.facts.read_text())["kind"] == "easy-real"
+        assert json.loads(saved.provenance.read_text())["kind"] == "easy-real"
 
     def test_fewer_candidates_than_images(self, colors, model_folder, tmp_path):
         with pytest.raises(UsageError, match="2 images of each class cannot be chosen from 1"):

@@ -54,7 +54,7 @@ def test_what_it_leaves(start, tmp_path):
     refined = run(start, tmp_path / "run", 4)
     assert read(start).shape == (4, 3, 16, 16)
     assert start.read_bytes() != before == refined.before.tensor.read_bytes()
-    facts = json.loads(refined.files.facts.read_text())
+    facts = json.loads(refined.files.provenance.read_text())
     assert (facts["kind"], facts["real_per_class"], facts["sha256"]) == ("refined", 4, sha256_of(start))
     assert facts["before"] == facts_before
     assert facts["dataset_sha256"] == store_hash("colors", "train")

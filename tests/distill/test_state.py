@@ -105,7 +105,7 @@ def test_the_only_copy_of_a_set_is_never_removed(start, colors, tmp_path):
 def test_starting_over_knows_its_result_without_the_facts_beside_it(start, tmp_path):
     folder, before = tmp_path / "run", contents(start)
     run(start, folder, 2)
-    set_files(start).facts.unlink()
+    set_files(start).provenance.unlink()
     start_over(start, folder)
     assert contents(start) == before
 
@@ -119,7 +119,7 @@ def test_starting_over_where_nothing_was_begun(start, tmp_path):
 def test_its_own_result_is_known_without_the_facts_beside_it(start, tmp_path):
     folder = tmp_path / "run"
     run(start, folder, 2)
-    set_files(start).facts.unlink()
+    set_files(start).provenance.unlink()
     assert run(start, folder, 3).steps == 3
 
 

@@ -1,4 +1,5 @@
 import logging
+import os
 
 import pytest
 import torch
@@ -6,8 +7,19 @@ from PIL import Image
 
 from ddkit.challenge import GLYPHS
 from ddkit.data.images import normalize
-from ddkit.errors import InvalidSubmissionError
-from ddkit.sets.distilled import load_tensor, read_facts, row_labels, save_set, tensor_path
+from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.runtime.files import sha256_of
+from ddkit.runtime.tensor_files import save_torch
+from ddkit.sets.distilled import (
+    KIND_GENERATED,
+    KIND_SUBMISSION,
+    class_labels,
+    likely_dataset,
+    load_tensor,
+    read_provenance,
+    read_set,
+    save_set,
+)
 
 NAMES = tuple("AEHKLOSTXZ")
 
@@ -19,17 +31,17 @@ def images():
 
 
 def test_rows_stand_class_by_class():
-    assert row_labels(3, 2).tolist() == [0, 0, 1, 1, 2, 2]
-    assert row_labels(3, 2).dtype == torch.int64
+    assert class_labels(3, 2).tolist() == [0, 0, 1, 1, 2, 2]
+    assert class_labels(3, 2).dtype == torch.int64
 
 
 def test_a_saved_set_is_what_the_scorer_loads(tmp_path, images):
-    files = save_set(tensor_path(tmp_path, "glyphs"), images, GLYPHS, NAMES, {"seed": 7})
+    files = save_set(tmp_path / "glyphs.pt", images, GLYPHS, NAMES, {"seed": 7})
     loaded = torch.load(files.tensor, weights_only=True)
     assert loaded.dtype == torch.float32 and loaded.is_contiguous()
     assert torch.equal(loaded, images) and torch.equal(load_tensor(files.tensor, GLYPHS), images)
-    assert read_facts(files.tensor)["seed"] == 7
-    assert read_facts(files.tensor)["images_per_class"] == 2
+    assert read_provenance(files.tensor)["seed"] == 7
+    assert read_provenance(files.tensor)["images_per_class"] == 2
     with Image.open(files.sheet) as sheet:
         assert sheet.format == "PNG" and sheet.height > 10 * 48
 
@@ -50,15 +62,15 @@ def test_facts_of_another_tensor_are_left_aside(tmp_path, images, caplog):
     files = save_set(tmp_path / "glyphs.pt", images, GLYPHS, NAMES, {"seed": 7})
     torch.save(images + 1, files.tensor)
     with caplog.at_level(logging.WARNING):
-        assert read_facts(files.tensor) == {}
+        assert read_provenance(files.tensor) == {}
     assert "does not belong" in caplog.text
-    files.facts.unlink()
-    assert read_facts(files.tensor) == {}
+    files.provenance.unlink()
+    assert read_provenance(files.tensor) == {}
 
 
 @pytest.mark.parametrize("shape", [(15, 3, 32, 32), (0, 3, 32, 32), (20, 3, 16, 16), (20, 32, 32)])
 def test_what_is_no_set_is_not_written(tmp_path, shape):
-    with pytest.raises(InvalidSubmissionError, match="no set for glyphs"):
+    with pytest.raises(InvalidSubmissionError, match="not a set for glyphs"):
         save_set(tmp_path / "glyphs.pt", torch.zeros(shape), GLYPHS, NAMES, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -67,3 +79,63 @@ def test_loading_what_check_refuses_says_the_same(tmp_path, images):
     torch.save({"images": images}, tmp_path / "glyphs.pt")
     with pytest.raises(InvalidSubmissionError, match="a dict with the keys 'images'"):
         load_tensor(tmp_path / "glyphs.pt", GLYPHS)
+
+
+class TestReadSet:
+    def test_a_saved_set_is_read_with_its_provenance_and_labels(self, tmp_path, images):
+        files = save_set(tmp_path / "glyphs.pt", images, GLYPHS, NAMES, {"kind": KIND_GENERATED})
+        one = read_set(files.tensor)
+        assert torch.equal(one.images, images) and one.spec is GLYPHS and one.path == files.tensor
+        assert one.sha256 == sha256_of(files.tensor) and one.kind == KIND_GENERATED and one.warnings == ()
+        assert one.ipc == 2 and torch.equal(one.labels, class_labels(10, 2))
+
+    def test_the_dataset_is_taken_from_the_provenance_of_a_file_of_another_name(self, tmp_path, images):
+        files = save_set(tmp_path / "mine.pt", images, GLYPHS, NAMES, {})
+        assert read_set(files.tensor).spec is GLYPHS
+        files.provenance.unlink()
+        with pytest.raises(UsageError, match="not named after a known dataset"):
+            read_set(files.tensor)
+        assert read_set(files.tensor, "glyphs").spec is GLYPHS
+
+    def test_provenance_of_another_tensor_is_ignored(self, tmp_path, images):
+        files = save_set(tmp_path / "glyphs.pt", images, GLYPHS, NAMES, {"kind": KIND_GENERATED})
+        save_torch(images + 1, files.tensor)
+        one = read_set(files.tensor)
+        assert one.provenance == {} and one.kind == KIND_SUBMISSION
+
+    def test_warnings_of_the_file_are_handed_on(self, tmp_path, images):
+        save_torch(images.requires_grad_(), tmp_path / "glyphs.pt")
+        one = read_set(tmp_path / "glyphs.pt")
+        assert [finding.code for finding in one.warnings] == ["T005"] and not one.images.requires_grad
+
+    def test_another_number_of_images_than_asked_for_raises_invalid_submission(self, tmp_path, images):
+        save_torch(images, tmp_path / "glyphs.pt")
+        with pytest.raises(InvalidSubmissionError, match="20 rows"):
+            read_set(tmp_path / "glyphs.pt", ipc=3)
+
+    def test_a_folder_a_zip_and_a_missing_file_raise_usage_and_missing_data_errors(self, tmp_path):
+        (tmp_path / "glyphs.zip").write_bytes(b"PK")
+        for path in (tmp_path, tmp_path / "glyphs.zip"):
+            with pytest.raises(UsageError, match="is a"):
+                read_set(path, "glyphs")
+        with pytest.raises(MissingDataError, match="does not exist"):
+            read_set(tmp_path / "glyphs.pt")
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+    def test_a_pipe_raises_usage_error_and_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "glyphs.pt")
+        with pytest.raises(UsageError, match="pipe"):
+            read_set(tmp_path / "glyphs.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [
+        ("cifar-100.pt", "cifar100"), ("cifar100.pth", "cifar100"), ("cifar100 (1).pt", "cifar100"),
+        ("CIFAR_100.pt", "cifar100"), ("tiny_imagenet.pt", "tinyimagenet"), ("Tiny-ImageNet.pt.pt", "tinyimagenet"),
+        ("cifar100_ipc10.pt", "cifar100"), ("cifar10.pt", "cifar100"), ("cifar100-final.pt", "cifar100"),
+        ("my_tinyimagenet_v2.pt", "tinyimagenet"), ("cifer100.pt", "cifar100"), ("images.pt", ""), ("result.pt", ""),
+    ],
+)  # fmt: skip
+def test_the_nearest_dataset_is_found_for_a_file_of_a_wrong_name(name, dataset):
+    assert likely_dataset(name) == dataset
