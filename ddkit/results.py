@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddkit.errors import BadFileError
-from ddkit.runtime.files import append_line, explain_os_error, require_appendable
+from ddkit.runtime.jsonl import append_line, read_lines, require_appendable
+from ddkit.statistics import mean_interval, sample_std
 
 FORMAT_VERSION = 1
 _LARGEST = 2**63
@@ -35,12 +36,12 @@ class Scores:
     @property
     def std(self) -> float | None:
         """Sample standard deviation over the rounds (n - 1); None for a single round."""
-        return std_of(self.accuracies)
+        return sample_std(self.accuracies)
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % confidence interval of the mean by Student's t; None for a single round, or where all came to the same."""
-        return interval_of(self.accuracies)
+        return mean_interval(self.accuracies)
 
 
 @dataclass(frozen=True)
@@ -90,30 +91,6 @@ class Result(Scores):
     format: int = FORMAT_VERSION
 
 
-def std_of(accuracies: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1); None for fewer than two."""
-    n = len(accuracies)
-    if n < 2:
-        return None
-    # Around the first one: equal values then have no spread at all, which a rounded mean would give them.
-    offsets = [accuracy - accuracies[0] for accuracy in accuracies]
-    mean = sum(offsets) / n
-    return (sum((offset - mean) ** 2 for offset in offsets) / (n - 1)) ** 0.5
-
-
-def interval_of(accuracies: Sequence[float]) -> tuple[float, float] | None:
-    """95 % confidence interval of the mean by Student's t; None for fewer than two, or where all are the same."""
-    std = std_of(accuracies)
-    if not std:
-        return None
-    from scipy.special import stdtrit  # imports in a third of the time that scipy.stats takes
-
-    n = len(accuracies)
-    mean = sum(accuracies) / n
-    half = float(stdtrit(n - 1, 0.975)) * std / n**0.5
-    return mean - half, mean + half
-
-
 @dataclass(frozen=True)
 class Reading:
     """What a results file held: the usable records in file order, and a line on each that was not."""
@@ -124,7 +101,7 @@ class Reading:
 
 def append(result: Result, path: str | os.PathLike[str] = RESULTS_FILE) -> None:
     """Append one record and sync it. A torn last line stays as it is; the record begins on a new line."""
-    append_line(path, json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+    append_line(path, dataclasses.asdict(result))
 
 
 def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
@@ -132,23 +109,14 @@ def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
 
     Raises BadFileError when the file is there and cannot be read.
     """
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return Reading((), ())
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    results, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    results: list[Result] = []
+    problems: dict[int, str] = {}
+    for number, value in read_lines(path, problems.__setitem__):
         try:
-            results.append(_from_json(json.loads(line)))
+            results.append(_from_json(value))
         except (ValueError, BadFileError) as error:
-            problems.append(f"{path}, line {number}: {error}")
-        except RecursionError:
-            problems.append(f"{path}, line {number}: nested too deeply")
-    return Reading(tuple(results), tuple(problems))
+            problems[number] = str(error)
+    return Reading(tuple(results), tuple(f"{path}, line {number}: {problems[number]}" for number in sorted(problems)))
 
 
 class Records:

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from ddkit.errors import BadFileError
-from ddkit.results import FORMAT_VERSION, Records, Result, append, interval_of, read, std_of
+from ddkit.results import FORMAT_VERSION, Records, Result, append, read
 
 RESULT = Result(
     name="mine", dataset="cifar100", track=1, sha256="0" * 64, source="submission/cifar100.pt", images=1000,
@@ -77,10 +77,6 @@ def test_mean_spread_and_interval_are_students():
     assert RESULT.std == pytest.approx(stats.tstd(RESULT.accuracies))
     low, high = stats.t.interval(0.95, 2, RESULT.mean, stats.sem(RESULT.accuracies))
     assert RESULT.interval == pytest.approx((low, high))
-
-
-def test_one_round_has_no_spread():
-    assert std_of((0.3,)) is None and interval_of((0.3,)) is None
 
 
 def test_a_folder_in_the_way_is_a_clear_error(tmp_path):

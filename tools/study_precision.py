@@ -17,14 +17,13 @@ from pathlib import Path
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import DDKitError
-from ddkit.evaluation.comparison import Comparison, compare
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
 from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.sources import FixedSet
 from ddkit.network.plan import PRECISIONS
-from ddkit.results import std_of
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.sets.distilled import class_labels, load_tensor, read_provenance
+from ddkit.statistics import Comparison, compare, sample_std
 
 Accuracies = dict[str, tuple[float, ...]]  # of each precision, round by round
 
@@ -98,7 +97,7 @@ def _print_table(accuracies: Accuracies) -> None:
 
 
 def _figures(values: tuple[float, ...]) -> str:
-    n, std = len(values), 100 * std_of(values)
+    n, std = len(values), 100 * sample_std(values)
     return f"{n} | {100 * sum(values) / n:.2f} | {std:.2f} | {std / n**0.5:.2f}"
 
 
@@ -107,7 +106,7 @@ def _difference_row(comparison: Comparison, rounded: tuple[float, ...], exact: t
     if comparison.paired:
         figures = _figures(comparison.differences)
     else:
-        error = 100 * (sum(std_of(each) ** 2 / len(each) for each in (rounded, exact))) ** 0.5
+        error = 100 * (sum(sample_std(each) ** 2 / len(each) for each in (rounded, exact))) ** 0.5
         figures = f"{len(rounded)} | {100 * comparison.difference:+.2f} | | {error:.2f}"
     low, high = comparison.interval
     return f"| {name} | {figures} | {100 * low:+.2f} to {100 * high:+.2f} | {comparison.p_value:.2f} |"

@@ -23,16 +23,15 @@ from torch.nn import functional as F
 from ddkit.data.images import normalize, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import DDKitError
-from ddkit.evaluation.comparison import compare
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
 from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.sources import FixedSet
 from ddkit.generator.autoencoder import decode, encode, images_at_once, pixels_per_latent, psnr, to_signed
 from ddkit.generator.model_folder import load_autoencoder
-from ddkit.results import std_of
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.sets.distilled import class_labels
 from ddkit.sets.select import choose
+from ddkit.statistics import compare, sample_std
 
 Accuracies = tuple[float, ...]
 
@@ -61,7 +60,7 @@ def evaluate(images: Tensor, test_set: TestSet, options: argparse.Namespace) -> 
 
 def row(name: str, of_pixels: str, accuracies: Accuracies, lost: str) -> str:
     """Of the table."""
-    mean, std = sum(accuracies) / len(accuracies), std_of(accuracies)
+    mean, std = sum(accuracies) / len(accuracies), sample_std(accuracies)
     spread = "" if std is None else f" ± {100 * std:.2f}"
     return f"| {name} | {of_pixels} | {len(accuracies)} | {100 * mean:.2f}{spread} | {lost} |"
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ddkit.evaluation.tracks import hash_of_folder
-from ddkit.runtime.files import append_line
+from ddkit.runtime.jsonl import append_line
 
 LEAST_SHARE = 0.85  # of the budget that is to be used
 
@@ -41,7 +41,7 @@ def main() -> None:
         for number in range(done, arguments.runs):
             with company(busy):
                 runs.append({**what, "busy": busy, "load": os.getloadavg()[0], **timed_run(arguments, seed=number)})
-            append_line(arguments.out, json.dumps(runs[-1]))
+            append_line(arguments.out, runs[-1])
             print(runs[-1], flush=True)
     print_table(runs, arguments.budget)
 

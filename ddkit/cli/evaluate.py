@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddkit.challenge import DatasetSpec
-    from ddkit.evaluation.comparison import Comparison
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.evaluation.reference import TestSet
     from ddkit.metrics.ddranking import Need, Ranking
     from ddkit.results import Records, Result
+    from ddkit.statistics import Comparison
 
 _REFERENCE_KINDS = ("random-real", "first-real", "full-real")  # what results are held against, as the JSON beside a set says
 _MOST_ROUNDS_SHOWN = 5
@@ -368,7 +368,7 @@ def _report(output: Output, evaluated: Sequence[Result], rankings: Sequence[Rank
 
 def _comparisons(evaluated: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:
     """Of the first set of each dataset with the others of it; rounds are paired, as the seeds are the same."""
-    from ddkit.evaluation.comparison import compare
+    from ddkit.statistics import compare
 
     firsts: dict[str, Result] = {}
     pairs = [

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,8 @@ from ddkit.data.sources import PixelSplit, Source, open_source, some
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
 from ddkit.errors import BadDataError, MissingDataError, UsageError
-from ddkit.runtime.files import NO_LOCKS, atomic_folder, cache_folder, explain_os_error, sha256_of
+from ddkit.runtime.files import atomic_folder, cache_folder, one_at_a_time, sha256_of
 from ddkit.runtime.progress import Listener, Progress, ignore
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; there two preparations at once are the user's care.
-    fcntl = None
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +83,7 @@ def prepare(
     request = _Request(name, None if source is None else Path(source), image_size, skip_bad)
     if source is None:
         store.dataset_spec(name)  # raises UsageError for a name that is neither built in nor prepared
-    with _alone(folder):
+    with one_at_a_time(folder.parent / f".{folder.name}.lock", f"prepares {name}"):
         _tidy(folder)
         if force or not _is_finished(request):
             _build(request, _obtain(request, progress), folder, progress)
@@ -346,32 +341,12 @@ def _measure(file: SplitFile) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _tidy(folder: Path) -> None:
-    """Mend what a preparation left that was killed on the spot. Only for who is `_alone`."""
+    """Mend what a preparation left that was killed on the spot. Only one process at a time may do so."""
     left = [
-        path for path in folder.parent.iterdir() if re.fullmatch(re.escape(f".{folder.name}.") + r"\w{8}\.(tmp|old)", path.name)
+        path for path in folder.parent.glob("*") if re.fullmatch(re.escape(f".{folder.name}.") + r"\w{8}\.(tmp|old)", path.name)
     ]
     for path in left:
         if path.suffix == ".old" and not folder.exists():
             # It died between setting the earlier store aside and putting the new one in its place.
             path.replace(folder)
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time prepares a store; the others wait and find it made."""
-    if fcntl is None:
-        yield
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
-    except OSError as error:
-        raise explain_os_error(error, error.filename or folder) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise explain_os_error(error, folder) from error
-        yield

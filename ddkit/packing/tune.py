@@ -7,7 +7,6 @@ networks are trained on what it made, in fewer epochs than the protocol's.
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.errors import BadFileError, MissingDataError, UsageError
-from ddkit.evaluation.comparison import Comparison, compare
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
@@ -23,8 +21,10 @@ from ddkit.generator.model_folder import model_hash
 from ddkit.packing.bundle import SCRIPT, EntryModel, build_folder
 from ddkit.results import Scores
 from ddkit.runtime.device import describe_device, resolve_device
-from ddkit.runtime.files import append_line, atomic_write, explain_os_error
+from ddkit.runtime.files import atomic_write
+from ddkit.runtime.jsonl import append_line, read_lines
 from ddkit.runtime.progress import Listener, ignore
+from ddkit.statistics import Comparison, compare
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,8 @@ def tuned(model: EntryModel, records: Path) -> EntryModel:
 
 def read_trials(records: Path) -> list[Trial]:
     """The trials in a file, oldest first; empty where there is none. A line cut short by a kill is left out."""
-    try:
-        lines = records.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise explain_os_error(error, records) from error
     trials = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):  # a line that is cut short, within a letter or between two
-            continue
+    for number, values in read_lines(records):
         try:
             trials.append(_trial_from_json(values))
         except (TypeError, AttributeError, ValueError) as error:
@@ -232,4 +222,4 @@ def _try(
 
 
 def _append(trial: Trial, records: Path) -> None:
-    append_line(records, json.dumps(dataclasses.asdict(trial)))
+    append_line(records, dataclasses.asdict(trial))

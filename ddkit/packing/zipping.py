@@ -7,9 +7,10 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ddkit.errors import BadFileError
+from ddkit.runtime.archives import member_path
 from ddkit.runtime.files import ZIP_ERRORS, explain_os_error
 
 _BLOCK = 1 << 20  # bytes
@@ -60,11 +61,13 @@ def unpack(path: Path, folder: Path) -> Path:
 
 
 def _unpack_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, folder: Path, path: Path) -> None:
-    name = PurePosixPath(info.filename)
-    leads_out = name.is_absolute() or ".." in name.parts or "\\" in info.filename or ":" in info.filename
-    if leads_out or stat.S_ISLNK(info.external_attr >> 16):
-        raise BadFileError(f"{path}: the member '{info.filename}' leads out of the folder that it is unpacked into.")
-    target = folder.joinpath(*name.parts)
+    try:
+        name = member_path(info.filename)
+    except ValueError as error:
+        raise BadFileError(f"{path}: the member {error}.") from error
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise BadFileError(f"{path}: the member '{info.filename}' is a link, which may lead out of the folder.")
+    target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with archive.open(info) as source, target.open("xb") as file:
         shutil.copyfileobj(source, file)

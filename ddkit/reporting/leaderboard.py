@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ddkit.challenge import CHALLENGE_DATASETS, PUBLISHED, TEST_IMAGES, TRACKS, Entry
-from ddkit.reporting.rows import Group, Row, dataset_title, mean
+from ddkit.reporting.rows import Group, Row, dataset_title
 from ddkit.results import Result
+from ddkit.statistics import mean
 
 _CHALLENGE_NAMES = tuple(spec.name for spec in CHALLENGE_DATASETS)
 _REFERENCE_NAMES = {

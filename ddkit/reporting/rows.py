@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ddkit.results import Result
+from ddkit.statistics import half_width, mean
 
 DATASET_TITLES = {"cifar100": "CIFAR-100", "tinyimagenet": "TinyImageNet"}
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Row:
         if not self.results:
             return None
         evaluated = tuple(self.results.values())
-        return Estimate(mean(self.accuracy.values()), _half_width(evaluated, 1 / len(evaluated)))
+        return Estimate(mean(self.accuracy.values()), half_width([r.accuracies for r in evaluated], 1 / len(evaluated)))
 
     @property
     def to_first(self) -> Estimate | None:
@@ -151,31 +149,4 @@ def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Estimate:
     """
     weight = 1 / len(ours)
     value = weight * (sum(r.mean for r in ours) - sum(r.mean for r in theirs))
-    return Estimate(value, _half_width([*ours, *theirs], weight))
-
-
-def mean(values: Iterable[float]) -> float:
-    """Of one value or more."""
-    known = tuple(values)
-    return sum(known) / len(known)
-
-
-def _half_width(results: Sequence[Result], weight: float) -> float | None:
-    """Half the 95 % interval of a weighted sum of means, degrees of freedom by Welch and Satterthwaite."""
-    deviations = [r.std for r in results]
-    if None in deviations:
-        return None
-    variances = [(weight * s) ** 2 / r.rounds for s, r in zip(deviations, results, strict=True)]
-    total = sum(variances)
-    if total == 0:  # rounds that agree to the last image say as little of their spread as a single one
-        return None
-    freedom = total**2 / sum(v**2 / (r.rounds - 1) for v, r in zip(variances, results, strict=True))
-    return float(_t_quantile()(freedom, (1 + _CONFIDENCE) / 2)) * math.sqrt(total)
-
-
-@functools.lru_cache(maxsize=1)
-def _t_quantile() -> Callable[[float, float], float]:
-    """Quantiles of Student's t; imported late, a leaderboard without spreads does without."""
-    from scipy.special import stdtrit
-
-    return stdtrit
+    return Estimate(value, half_width([r.accuracies for r in (*ours, *theirs)], weight))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddkit.errors import BadFileError
 from ddkit.reporting.charts import LineChart, line_chart
+from ddkit.runtime.jsonl import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -61,19 +62,11 @@ def _by(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mappin
 def _read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a training log that have a step; torn and foreign lines are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        log.warning("%s cannot be read: %s", path, error)
+        lines = read_lines(path)
+    except BadFileError as error:
+        log.warning("The training log cannot be read: %s", error)
         return []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and _is_number(record.get("step")):
-            records.append(record)
-    return records
+    return [record for _, record in lines if isinstance(record, dict) and _is_number(record.get("step"))]
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -6,11 +6,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import lzma
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -19,14 +20,11 @@ from typing import IO, Any
 
 from ddkit.errors import BadFileError, UsageError
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; there two processes in one folder are the user's care.
-    fcntl = None
+log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-# What locking a file raises on a file system that has no locks, where it is the user's care too.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# Errors of file systems on which files cannot be locked. Two processes in one folder are then the user's responsibility.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # What zipfile raises over a damaged or hostile zip. RuntimeError: a password is asked for; NotImplementedError: a
 # compression or a version that this Python lacks; ValueError: a directory that cannot be true.
@@ -72,53 +70,82 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFileErr
 
 @contextlib.contextmanager
 def exclusive(folder: Path, what: str, *, elsewhere: str, is_main: bool = True) -> Iterator[None]:
-    """One process at a time at work in a folder, which is made when missing.
+    """Let only one process at a time work in a folder, which is created if needed.
 
-    what: it does there ("trains"). elsewhere: the option that names another folder. leads: of processes that work
-    together, whether this is the one that watches over the folder.
-    Raises UsageError where another is at work there, and BadFileError for what the system refuses.
+    what: the work as a verb ("trains"), for the message. elsewhere: the option that names another folder.
+    is_main: False in those processes of a group that leave the locking to the main one.
+    Raises UsageError if another process is at work there, and BadFileError if the system refuses the folder.
     """
-    if fcntl is None or not is_main:
+    if not is_main:
         yield
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
+        lock = _acquire(folder / LOCK_FILE, timeout=0)
     except OSError as error:
         raise explain_os_error(error, error.filename or folder) from error
+    if lock is None:
+        raise UsageError(
+            f"Another process {what} in {folder}.", f"Wait for it, stop it, or choose another folder with {elsewhere}."
+        )
     with lock:
-        try:
-            # Unlike flock's, these locks are not inherited by the processes that compile.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UsageError(
-                f"Another process {what} in {folder}.", f"Wait for it, stop it, or choose another folder with {elsewhere}."
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise explain_os_error(error, folder) from error
         yield
 
 
 @contextlib.contextmanager
+def one_at_a_time(lock_file: Path, what: str) -> Iterator[None]:
+    """Wait until no other process holds `lock_file`, and hold it.
+
+    what: the work as a verb and its object ("prepares glyphs"); after a second of waiting it is logged as a warning.
+    Where the system refuses the file, in a read-only cache for example, nothing is locked: whoever then writes there will
+    meet the same refusal.
+    """
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(lock_file, timeout=1)
+        if lock is None:
+            log.warning("Waiting for another process that %s (it holds %s).", what, lock_file)
+            lock = _acquire(lock_file, timeout=-1)
+    except OSError:
+        lock = None
+    with lock or contextlib.nullcontext():
+        yield
+
+
+def _acquire(lock_file: Path, *, timeout: float) -> contextlib.AbstractContextManager[object] | None:
+    """The lock, taken within `timeout` seconds (-1: wait for ever) and released at the context's end; None if it is taken.
+
+    Raises OSError. On a file system without locks nothing is locked.
+    """
+    import filelock  # imported late: it takes as long as everything else here
+
+    try:
+        return filelock.FileLock(lock_file).acquire(timeout=timeout, poll_interval=0.1)
+    except filelock.Timeout:  # an OSError, too
+        return None
+    except NotImplementedError:
+        return contextlib.nullcontext()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed onto `path`.
+    """Yield the path of an empty temporary file next to `path`; on success it is synced and renamed to `path`.
 
     On any error the temporary file is removed and `path` stays as it was.
-    The parent folder is made when missing. A link to a file stays one; the file that it leads to is replaced.
-    Raises BadFileError for what the system refuses, and for a pipe or a device, which cannot be replaced.
+    The parent folder is created if needed. If `path` is a link, the file that it leads to is replaced.
+    Raises BadFileError if the system refuses, or if `path` is a pipe or a device, which cannot be replaced.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    temporary: Path | None = None
+    temporary = _temporary(path)
     try:
         if path.exists() and not path.is_dir() and (problem := why_not_a_file(path)):
             raise BadFileError(f"{path} {problem}.", "Name a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        # mkstemp makes private files; what we write is as shareable as any file the user makes.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -127,24 +154,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise explain_os_error(error, _reported_path(error, path)) from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Like `replacing`, for a whole folder: yields an empty temporary folder that takes `path`'s place.
+    """Like `atomic_write`, for a whole folder: yield an empty temporary folder that takes the place of `path`.
 
     The old folder is set aside just before the rename and removed after it, so that a kill
-    leaves a complete folder at `path` or, in the instant between two renames, beside it.
-    A link to a folder stays one; the folder that it leads to is replaced.
+    leaves a complete folder at `path` or, in the instant between two renames, next to it.
+    If `path` is a link, the folder that it leads to is replaced.
     """
     path = Path(os.path.realpath(path))
-    temporary: Path | None = None
+    temporary = _temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -164,8 +189,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise explain_os_error(error, _reported_path(error, path)) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name next to `path` that nobody else uses; `ddkit.data.prepare` clears away what a kill left under such names."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _reported_path(error: OSError, path: Path) -> str | os.PathLike[str]:
@@ -178,45 +207,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, atomically. What cannot be, as in names that the system has in other letters, becomes "?"."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
-
-
-def require_appendable(path: str | os.PathLike[str]) -> None:
-    """Raise BadFileError where `append_line` would, as far as that can be known without writing."""
-    path = Path(path)
-    try:
-        if path.exists():
-            with path.open("ab"):
-                return
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-        if not above.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
-        if not os.access(above, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
-    except OSError as error:
-        raise explain_os_error(error, error.filename or path) from error
-
-
-def append_line(path: str | os.PathLike[str], line: str, *, sync: bool = True) -> None:
-    """Append a line of UTF-8, as `write_text` has it; after a last line that a kill has torn, on a new one. Raises
-    BadFileError.
-
-    sync: wait until it is on the disk.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            file.seek(0, os.SEEK_END)
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(line.encode("utf-8", "replace") + b"\n")
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise explain_os_error(error, path) from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -251,12 +241,6 @@ def sha256_of_stream(stream: IO[bytes]) -> str:
     while block := stream.read(_BLOCK):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,11 +4,12 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from ddkit.errors import BadFileError
+from ddkit.errors import BadFileError, UsageError
 from ddkit.runtime import files
 
 
@@ -69,14 +70,6 @@ def test_what_is_refused_is_named_as_it_was_asked_for(tmp_path):
     with pytest.raises(BadFileError) as caught:
         files.write_text("/proc/here.txt", "text")
     assert caught.value.message.startswith("/proc/here.txt:")
-
-
-def test_a_line_is_appended_after_a_torn_one(tmp_path):
-    path = tmp_path / "deep" / "lines.txt"
-    files.append_line(path, "one")
-    path.write_text(path.read_text() + "to")
-    files.append_line(path, "two")
-    assert path.read_text() == "one\nto\ntwo\n"
 
 
 def test_a_folder_behind_a_link_is_replaced_where_it_lies(tmp_path):
@@ -140,21 +133,6 @@ def test_the_cache_folder_is_the_users_choice(monkeypatch):
     assert files.cache_folder().name == "ddkit"
 
 
-def test_a_file_system_without_locks_is_worked_on_and_other_refusals_are_told(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl", reason="no such locks on this system")
-    begun = []
-    for number, refused in ((errno.ENOLCK, False), (errno.EIO, True)):
-
-        def lockf(*_, number=number):
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(fcntl, "lockf", lockf)
-        with pytest.raises(BadFileError) if refused else contextlib.nullcontext():
-            with files.exclusive(tmp_path, "works", elsewhere="--out"):
-                begun.append(number)
-    assert begun == [errno.ENOLCK]
-
-
 def test_a_file_behind_a_link_is_replaced_where_it_lies(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "real.txt").write_text("old")
@@ -171,25 +149,89 @@ def test_a_pipe_is_not_replaced(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_names_that_are_no_text_can_be_written(tmp_path):
-    name = os.fsdecode(b"caf\xe9")
-    files.write_text(tmp_path / "text", name)
-    files.append_line(tmp_path / "lines", name)
-    assert (tmp_path / "text").read_text(encoding="utf-8") == "caf?"
-    assert (tmp_path / "lines").read_text(encoding="utf-8") == "caf?\n"
-
-
 def test_json_that_is_nested_too_deeply_is_named(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(BadFileError, match="deep.json is nested too deeply"):
         files.read_json(tmp_path / "deep.json")
 
 
-def test_whether_lines_can_be_appended_is_known_before(tmp_path):
-    files.require_appendable(tmp_path / "deep" / "lines.txt")
-    assert not (tmp_path / "deep").exists()
-    with pytest.raises(BadFileError, match=str(tmp_path)):
-        files.require_appendable(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BadFileError, match="file"):
-        files.require_appendable(tmp_path / "file" / "deep" / "lines.txt")
+def test_write_text_of_a_name_that_is_not_unicode_replaces_the_letter(tmp_path):
+    files.write_text(tmp_path / "text", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "caf?"
+
+
+def test_atomic_write_gives_the_permissions_of_any_new_file(tmp_path):
+    files.write_text(tmp_path / "ours", "text")
+    with files.atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("text")
+    (tmp_path / "theirs").write_text("text")
+    (tmp_path / "their_folder").mkdir()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "their_folder").stat().st_mode
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from ddkit.runtime.files import exclusive, one_at_a_time
+folder = Path(sys.argv[1])
+with exclusive(folder, "works", elsewhere="--out"), one_at_a_time(folder / ".store.lock", "prepares glyphs"):
+    print("held", flush=True)
+    sys.stdin.readline()
+    (folder / "done").touch()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_exclusive_of_a_folder_in_use_raises_usage_error(tmp_path, holder):
+    with pytest.raises(UsageError, match="Another process works in") as caught:
+        with files.exclusive(tmp_path, "works", elsewhere="--out"):
+            pytest.fail("two processes at once")
+    assert "--out" in caught.value.remedy
+    with files.exclusive(tmp_path, "works", elsewhere="--out", is_main=False):
+        pass  # the processes that help do not lock
+
+
+def test_exclusive_after_a_kill_is_free(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with files.exclusive(tmp_path, "works", elsewhere="--out"):
+        assert not (tmp_path / "done").exists()
+
+
+def test_one_at_a_time_waits_for_the_holder_and_says_so(tmp_path, holder, caplog):
+    threading.Timer(1.5, lambda: holder.stdin.close()).start()
+    with files.one_at_a_time(tmp_path / ".store.lock", "prepares glyphs"):
+        assert (tmp_path / "done").exists()
+    assert "Waiting for another process that prepares glyphs" in caplog.text
+
+
+@pytest.mark.parametrize("number, refused", [(errno.ENOLCK, False), (errno.EIO, True)])
+def test_exclusive_on_a_file_system_without_locks_goes_on_and_other_refusals_raise(tmp_path, monkeypatch, number, refused):
+    fcntl = pytest.importorskip("fcntl", reason="no such locks on this system")
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    begun = []
+    with pytest.raises(BadFileError) if refused else contextlib.nullcontext():
+        with files.exclusive(tmp_path, "works", elsewhere="--out"):
+            begun.append(number)
+    assert len(begun) == (not refused)
+
+
+def test_one_at_a_time_where_no_file_can_be_made_does_not_lock(tmp_path):
+    (tmp_path / "file").write_text("in the way of the folder")
+    begun = []
+    with files.one_at_a_time(tmp_path / "file" / "lock", "prepares glyphs"):
+        begun.append(True)
+    assert begun == [True]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddkit.errors import UsageError
 from ddkit.generator.training.run_folder import METRICS_FILE, TENSORBOARD
-from ddkit.runtime.files import append_line, explain_os_error
+from ddkit.runtime.jsonl import append_line, read_lines
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class MetricsLog:
         """Append one dataclass; raises BadFileError for what the system refuses."""
         values = dataclasses.asdict(record)
         values |= values.pop("figures", {})
-        append_line(self._path, json.dumps(values), sync=False)  # a record is not worth waiting for the disk
+        append_line(self._path, values, sync=False)  # a record is not worth waiting for the disk
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, float):
@@ -65,17 +64,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     A torn line is left out. Raises BadFileError.
     """
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            # A kill can cut the last line short.
-            continue
+    for _, record in read_lines(path):
         found[record["stage"], record["step"], record.get("name", "")] = record
     return sorted(found.values(), key=lambda record: record["step"])

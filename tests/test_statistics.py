@@ -2,7 +2,7 @@ import pytest
 from scipy import stats
 
 from ddkit.errors import UsageError
-from ddkit.evaluation.comparison import compare
+from ddkit.statistics import compare, half_width, mean_interval, sample_std
 
 FIRST, SECOND = (0.30, 0.34, 0.31, 0.36), (0.29, 0.33, 0.295, 0.352)
 
@@ -35,3 +35,15 @@ def test_equal_accuracies_are_no_difference_and_constant_ones_prove_nothing():
 def test_what_cannot_be_compared_is_refused(first, second, paired):
     with pytest.raises(UsageError):
         compare(first, second, paired=paired)
+
+
+def test_spread_of_one_round_is_none_and_of_equal_rounds_is_zero():
+    assert sample_std((0.3,)) is None and mean_interval((0.3,)) is None
+    assert sample_std((0.3, 0.3, 0.3)) == 0.0 and mean_interval((0.3, 0.3, 0.3)) is None
+
+
+def test_half_width_of_a_difference_is_that_of_welch():
+    welch = stats.ttest_ind(FIRST, SECOND[:3], equal_var=False).confidence_interval(0.95)
+    assert half_width([FIRST, SECOND[:3]]) == pytest.approx((welch.high - welch.low) / 2)
+    low, high = mean_interval(FIRST)
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 3) * stats.tstd(FIRST) / 2)
