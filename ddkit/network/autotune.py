@@ -26,8 +26,12 @@ _log = logging.getLogger(__name__)
 
 _MEMORY = "_engines.json"  # no dataset can have this name
 _REPEATS = 2
-# Chunks of so many 32-pixel images are tried, and of as many pixels at other sizes.
-_CHUNKS = (8, 16, 32, 64)
+# Chunks of so many 32-pixel images are tried, and of as many pixels at other sizes; at least so many images are measured,
+# as some work is done once for a batch of any size.
+_CHUNKS = (4, 8, 16, 32, 64)
+_LEAST_IMAGES = 32
+_ENGINES = "2026-11-28"  # when they last became other or faster ones; what was remembered before is measured again
+_PLAIN_CHUNK = 16
 _BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -39,10 +43,12 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePl
     precision: "float32", "bfloat16", or "auto", by which a CPU with bfloat16 instructions takes the faster of the two
     and every other device float32.
     """
-    if type(network) is not ConvNet:
-        return _plan_without_measuring(network, precision)
     weights = next(network.parameters())
     device = weights.device
+    if precision == "auto" and not (type(network) is ConvNet and device.type == "cpu" and has_bfloat16()):
+        precision = "float32"
+    if type(network) is not ConvNet:
+        return _plan_without_measuring(network, precision)
     if device.type == "cpu":
         try:
             winograd.load()
@@ -51,7 +57,7 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePl
             return _plan_without_measuring(network, precision)
     key = (
         f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, batches of {batch_size}, "
-        f"{precision}, {str(weights.dtype).removeprefix('torch.')}"
+        f"{precision}, {str(weights.dtype).removeprefix('torch.')}, engines of {_ENGINES}"
     )
     plan = _remembered(key)
     if plan is None:
@@ -64,8 +70,7 @@ def candidates(network: ConvNet, precision: str, batch_size: int) -> list[Engine
     """What is worth trying for the official network on its device; the plain way is among it unless hopeless."""
     device = next(network.parameters()).device.type
     if precision == "auto":
-        choices = PRECISIONS if device == "cpu" and has_bfloat16() else ("float32",)
-        return [plan for choice in choices for plan in candidates(network, choice, batch_size)]
+        return [plan for choice in PRECISIONS for plan in candidates(network, choice, batch_size)]
     if device == "cuda":
         return [EnginePlan(kind, precision) for kind in ("plain", "graphed", "compiled")]
     if device != "cpu":
@@ -76,7 +81,9 @@ def candidates(network: ConvNet, precision: str, batch_size: int) -> list[Engine
     plain = EnginePlan("plain", precision, chunks[-1])
     plans = [plain] if precision == "float32" or has_bfloat16() or not winograd.fits(network) else []
     if winograd.fits(network):
-        plans += [EnginePlan("winograd", precision, chunk, workers) for chunk in chunks]
+        # PyTorch's products of bfloat16 are hopeless, too, without instructions for it.
+        products = ("torch", "own") if precision == "float32" or has_bfloat16() else ("own",)
+        plans += [EnginePlan("winograd", precision, chunk, workers, each) for each in products for chunk in chunks]
     return plans
 
 
@@ -99,7 +106,7 @@ def seconds_per_image(network: ConvNet, plan: EnginePlan, batch_size: int) -> fl
     size, device = network.image_size, next(network.parameters()).device
     n = batch_size
     if device.type == "cpu":
-        n = max(plan.chunk, _CHUNKS[0] * 32**2 // size**2, 1) * plan.workers
+        n = max(plan.chunk, _LEAST_IMAGES * 32**2 // size**2, 1) * plan.workers
     random = torch.Generator().manual_seed(0)
     images = torch.randn(n, 3, size, size, generator=random).to(device)
     labels = torch.randint(network.num_classes, (n,), generator=random).to(device)
@@ -135,7 +142,7 @@ def _plan_without_measuring(network: nn.Module, precision: str) -> EnginePlan:
     device = next(network.parameters()).device
     across_images = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
     # In chunks, a CPU's caches hold more of what is needed next.
-    chunk = _CHUNKS[1] if device.type == "cpu" and not across_images else 0
+    chunk = _PLAIN_CHUNK if device.type == "cpu" and not across_images else 0
     return EnginePlan("plain", "float32" if precision == "auto" else precision, chunk)
 
 

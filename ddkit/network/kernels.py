@@ -28,32 +28,33 @@ class CompileError(DDKitError):
     """There is no C++ compiler, or it does not take our source."""
 
 
-def load_library(source: Path) -> ctypes.CDLL:
+def load_library(source: Path, *flags: str) -> ctypes.CDLL:
     """The shared library made from `source`; compiled when this machine has not done so before, and tried once.
 
+    flags: for the compiler, next to those that all libraries get.
     Raises CompileError, and BadFileError when the cache cannot be written.
     """
-    loaded = _tried(source)
+    loaded = _tried(source, flags)
     if isinstance(loaded, DDKitError):
         raise loaded.with_traceback(None)  # else it would hold on to the networks of all who asked
     return loaded
 
 
 @functools.cache
-def _tried(source: Path) -> ctypes.CDLL | DDKitError:
+def _tried(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | DDKitError:
     """The library, or why there is none."""
     try:
-        return _load(source)
+        return _load(source, flags)
     except DDKitError as error:
         return error
 
 
-def _load(source: Path) -> ctypes.CDLL:
-    compiler = _compiler()
-    path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{_fingerprint(source, compiler)}.so"
+def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    compiler, flags = _compiler(), (*_FLAGS, *flags)
+    path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{_fingerprint(source, compiler, flags)}.so"
     if not path.exists():
         with atomic_write(path) as temporary:
-            _compile(compiler, source, temporary)
+            _compile(compiler, flags, source, temporary)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -73,22 +74,22 @@ def _compiler() -> list[str]:
     )
 
 
-def _fingerprint(source: Path, compiler: list[str]) -> str:
+def _fingerprint(source: Path, compiler: list[str], flags: tuple[str, ...]) -> str:
     """Changes with the source, the compiler and the processor that "native" means."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     # The flags too: a virtual machine may hide instructions while it shows the same model name.
     processor = (platform.machine(), cpu_model(), *sorted(cpu_flags()))
-    parts = (source.read_text(encoding="utf-8"), version, *_FLAGS, *processor)
+    parts = (source.read_text(encoding="utf-8"), version, *flags, *processor)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: list[str], source: Path, out: Path) -> None:
+def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, out: Path) -> None:
     complaint = ""
     # GCC for Windows does not align the stack for the longer vectors that "native" may mean.
     for target in _TARGETS if os.name != "nt" else _TARGETS[-1:]:
         try:
             made = subprocess.run(
-                [*compiler, *_FLAGS, *target, str(source), "-o", str(out)], capture_output=True, text=True, check=False
+                [*compiler, *flags, *target, str(source), "-o", str(out)], capture_output=True, text=True, check=False
             )
         except OSError as error:
             raise CompileError(f"{compiler[0]} cannot be run: {error.strerror}.") from error

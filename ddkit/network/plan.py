@@ -13,9 +13,11 @@ class EnginePlan:
 
     kind: "plain"; on a CPU "winograd"; on a GPU "graphed" or "compiled". precision: "float32" or "bfloat16".
     chunk: images computed at a time; 0 for the whole batch. workers: threads that work on chunks of their own.
+    products: of "winograd": "torch" has PyTorch multiply matrices, "own" winograd.cpp.
     """
 
     kind: str = "plain"
     precision: str = "float32"
     chunk: int = 0
     workers: int = 1
+    products: str = "torch"

@@ -1,8 +1,10 @@
-// The challenge's network on a few images at a time, forward and backward, but for its matrix products.
+// The challenge's network on a few images at a time, forward and backward.
 //
-// Called from ddkit/network/winograd.py, which does the matrix products with torch.bmm and says why all of this
-// computes the same numbers as the plain network. Plain C interface, no header of PyTorch or Python: compiled in
-// seconds by any GCC or Clang. All tensors are contiguous float32 unless a stride is passed.
+// Called from ddkit/network/winograd.py, which says why all of this computes the same numbers as the plain network. Plain
+// C interface, no header of PyTorch or Python: compiled in seconds by any GCC or Clang. Compiled as it stands, all tensors
+// are contiguous float32 unless a stride is passed. With -DBFLOAT16 the planes of transformed tiles, and whatever is a
+// factor of a product, are bfloat16, and products are summed in float32: with the processor's own instructions where it
+// has AVX512-BF16, unless -DPORTABLE forbids them.
 //
 // Every function handles one image and one block of BLOCK channels at a time, so that a block's whole feature map
 // stays in the first or second level cache from the inverse transform through norm, ReLU and pooling to the next
@@ -10,6 +12,10 @@
 
 #include <cstring>
 #include <initializer_list>
+#if defined(BFLOAT16) && defined(__AVX512BF16__) && !defined(PORTABLE)
+#define BFLOAT16_INSTRUCTIONS
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -37,6 +43,65 @@ inline Vec load(const float* from) {
 }
 
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+// What a plane holds, and the words that products are made of: a float, or two bfloat16 whose products are added up.
+#ifdef BFLOAT16
+typedef unsigned short Stored;
+typedef unsigned Word;
+typedef unsigned Bits __attribute__((vector_size(4 * LANES)));
+typedef unsigned short Halves __attribute__((vector_size(2 * LANES)));
+
+inline Vec from_bits(Bits bits) { return (Vec)bits; }  // GCC's and Clang's casts of vectors keep the bits
+
+// To the nearest bfloat16, ties to even: the upper half of a float's bits. What is no number stays none, as arithmetic
+// makes only such of them whose lower half is zero.
+inline Bits round_to_bfloat16(Vec value) {
+    const Bits bits = (Bits)value;
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+}
+
+inline Bits widen(const Stored* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return __builtin_convertvector(halves, Bits);
+}
+
+inline Vec load(const Stored* from) { return from_bits(widen(from) << 16); }
+
+inline void store(Stored* to, Vec value) {
+#ifdef BFLOAT16_INSTRUCTIONS
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+#else
+    const Halves halves = __builtin_convertvector(round_to_bfloat16(value) >> 16, Halves);
+#endif
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// sum + the products of a word with LANES words.
+inline Vec add_products(Vec sum, const void* factor, const Word* factors) {
+    Word word;
+    std::memcpy(&word, factor, sizeof word);
+    Bits words;
+    std::memcpy(&words, factors, sizeof words);
+#ifdef BFLOAT16_INSTRUCTIONS
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(word), (__m512bh)words);
+#else
+    const Bits all = Bits{} + word;
+    return sum + from_bits(all << 16) * from_bits(words << 16) +
+           from_bits(all & 0xffff0000u) * from_bits(words & 0xffff0000u);
+#endif
+}
+#else
+typedef float Stored;
+typedef float Word;
+
+inline Vec add_products(Vec sum, const void* factor, const Word* factors) {
+    Word word;
+    std::memcpy(&word, factor, sizeof word);
+    return sum + word * load(factors);
+}
+#endif
+constexpr int PAIR = sizeof(Word) / sizeof(Stored);
 
 inline void add(float* to, Vec value) { store(to, load(to) + value); }
 
@@ -104,23 +169,13 @@ inline void transform_output_back(const Vec* y, int step, Vec* m, int m_step) {
 
 // The 36 planes of transformed tiles: plane (i, j) of tile t, channel c lies at [(6 i + j) plane + 128 t + c].
 struct Planes {
-    float* data;
-    long plane;  // floats from one plane to the next; not a power of two, which would crowd few cache sets
-    bool rounds = false;  // to bfloat16 whatever is stored
-    float* at(int index, long tile, int channel) const { return data + index * plane + tile * CHANNELS + channel; }
+    Stored* data;
+    long plane;  // values from one plane to the next; not a power of two, which would crowd few cache sets
+    Stored* at(int index, long tile, int channel) const { return data + index * plane + tile * CHANNELS + channel; }
 };
 
-// To the nearest bfloat16, ties to even: the upper half of a float's bits. What is no number stays none, as arithmetic
-// makes only such of them whose lower half is zero.
-inline Vec to_bfloat16(Vec value) {
-    typedef unsigned Bits __attribute__((vector_size(4 * LANES)));
-    Bits bits = reinterpret_cast<Bits&>(value);
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    return reinterpret_cast<Vec&>(bits);
-}
-
 inline void store_tile(const Vec* tile, Planes to, long index, int channel) {
-    for (int k = 0; k < 36; k++) store(to.at(k, index, channel), to.rounds ? to_bfloat16(tile[k]) : tile[k]);
+    for (int k = 0; k < 36; k++) store(to.at(k, index, channel), tile[k]);
 }
 
 // map: (side + 2)^2 pixels of BLOCK channels with a border of zeros -> the tiles of one image.
@@ -187,6 +242,48 @@ void tiles_to_outputs_back(const float* outputs, int side, Planes to, long first
                 for (int j = 0; j < 4; j++) transform_output_back(output + j, 4, half + j, 4);
                 for (int i = 0; i < 6; i++) transform_output_back(half + 4 * i, 1, tile + 6 * i, 1);
                 store_tile(tile, to, first_tile + ty * tiles + tx, channel + vec * LANES);
+            }
+}
+
+// ---- Products of matrices of words. ----
+
+// Rows and vectors of sums at a time: enough to keep the multipliers busy, few enough to stay in registers.
+constexpr int ROWS = LANES == 16 ? 8 : 4;
+constexpr int COLUMNS = 2 * LANES;
+
+// sums[r][v] += over k of a[r row + k next] * b[k b_next + v LANES ...]; in words.
+template <int R, int V>
+inline void add_up(const Word* a, long row, long next, const Word* b, long b_next, int steps, Vec (&sums)[R][V]) {
+    for (int k = 0; k < steps; k++, a += next, b += b_next)
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sums[r][v] = add_products(sums[r][v], a + r * row, b + v * LANES);
+}
+
+// (R, 128) values times (128, 128) in panels of COLUMNS columns, as winograd.py packs them.
+template <int R>
+inline void multiply_rows(const Stored* from, const Word* weights, Stored* to) {
+    constexpr int WORDS = CHANNELS / PAIR;
+    for (int c = 0; c < CHANNELS; c += COLUMNS) {
+        Vec sums[R][2] = {};
+        add_up(reinterpret_cast<const Word*>(from), WORDS, 1, weights + c * WORDS, COLUMNS, WORDS, sums);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < 2; v++) store(to + r * CHANNELS + c + v * LANES, sums[r][v]);
+    }
+}
+
+// `count` rows of 128 values -> panels of words, (128 / columns, ceil(count / PAIR), columns): of bfloat16, each word a
+// value and the one below it.
+void pack_rows(const Stored* from, int count, int columns, Word* to) {
+    for (int c = 0; c < CHANNELS; c += columns)
+        for (int row = 0; row < count; row += PAIR, to += columns)
+            for (int vec = 0; vec < columns; vec += LANES) {
+                const Stored* value = from + row * CHANNELS + c + vec;
+#ifdef BFLOAT16
+                const Bits words = widen(value) | (row + 1 < count ? widen(value + CHANNELS) << 16 : Bits{});
+#else
+                const Vec words = load(value);
+#endif
+                std::memcpy(to + vec, &words, sizeof words);
             }
 }
 
@@ -297,6 +394,108 @@ void normalize_and_pool_back(
 
 // ---- The first convolution, from 3 channels: direct. ----
 
+#ifdef BFLOAT16
+constexpr int STEPS = (TAPS + 1) / 2;
+
+inline Stored nearest(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// Where tap `tap` of the output in the corner lies in a padded image of lines of `row` pixels.
+inline long tap_place(int tap, int row) { return long(tap / 9 * row + tap / 3 % 3) * row + tap % 3; }
+
+inline long padded_floats(int side) { return whole_lines((3L * (side + 2) * (side + 2) + 2) / 2); }
+
+// What an image takes of scratch memory: itself in bfloat16 with a border, and the words of all its pixels' taps.
+inline long image_floats(int side) { return padded_floats(side) + STEPS * long(side) * side; }
+
+inline const Stored* pixels_of(const float* padded) { return reinterpret_cast<const Stored*>(padded); }
+
+inline Word* words_of(float* padded, int side) { return reinterpret_cast<Word*>(padded + padded_floats(side)); }
+
+// image: (3, side, side) -> padded: (3, side + 2, side + 2) bfloat16 inside a border of zeros, and after it
+// (STEPS, side^2) words, each two taps of an output.
+void pad_image(const float* image, int side, float* padded) {
+    const int row = side + 2;
+    Stored* pixels = reinterpret_cast<Stored*>(padded);
+    std::memset(padded, 0, sizeof(float) * padded_floats(side));
+    for (int channel = 0; channel < 3; channel++)
+        for (int y = 0; y < side; y++)
+            for (int x = 0; x < side; x++) pixels[(channel * row + y + 1) * row + x + 1] = nearest(*image++);
+    Word* words = words_of(padded, side);
+    for (int step = 0; step < STEPS; step++)
+        for (int y = 0; y < side; y++) {
+            const Stored* first = pixels + tap_place(2 * step, row) + y * row;
+            // The last word is of one tap: what stands in its other half meets a weight of zero.
+            const Stored* second = 2 * step + 1 < TAPS ? pixels + tap_place(2 * step + 1, row) + y * row : first;
+            for (int x = 0; x < side; x++) *words++ = first[x] | Word(second[x]) << 16;
+        }
+}
+
+// weight: (STEPS, 128) words, from the block's first channel on -> outputs: side^2 x BLOCK.
+void convolve_image(float* padded, int side, const Word* weight, float* outputs) {
+    constexpr int PIXELS = 16 / VECS;
+    const Word* words = words_of(padded, side);
+    for (int pixel = 0; pixel < side * side; pixel += PIXELS) {
+        Vec sums[PIXELS][VECS] = {};
+        add_up(words + pixel, 1, side * side, weight, CHANNELS, STEPS, sums);
+        for (int p = 0; p < PIXELS; p++)
+            for (int vec = 0; vec < VECS; vec++) store(outputs + (pixel + p) * BLOCK + vec * LANES, sums[p][vec]);
+    }
+}
+
+// gradients: side^2 x BLOCK, of the outputs, overwritten; adds to weight_gradient: (27, 128), from the block's first
+// channel on.
+void convolve_image_back(float* padded, int side, float* gradients, float* weight_gradient) {
+    const int row = side + 2;
+    // Words of the gradients of two pixels side by side: they meet words of two pixels of the image.
+    Word* words = reinterpret_cast<Word*>(gradients);
+    for (int pixel = 0; pixel < side * side; pixel += 2)
+        for (int vec = 0; vec < VECS; vec++) {
+            const float* from = gradients + pixel * BLOCK + vec * LANES;
+            const Bits pair = round_to_bfloat16(load(from)) >> 16 | round_to_bfloat16(load(from + BLOCK));
+            std::memcpy(words + pixel / 2 * BLOCK + vec * LANES, &pair, sizeof pair);
+        }
+    for (int line = 0; line < 9; line++) {  // of three taps side by side
+        Vec sums[3][VECS] = {};
+        for (int y = 0; y < side; y++) {
+            const Stored* pixel = pixels_of(padded) + tap_place(3 * line, row) + y * row;
+            for (int x = 0; x < side; x += 2)
+                for (int k = 0; k < 3; k++)
+                    for (int vec = 0; vec < VECS; vec++)
+                        sums[k][vec] = add_products(
+                            sums[k][vec], pixel + x + k, words + (y * side + x) / 2 * BLOCK + vec * LANES
+                        );
+        }
+        for (int k = 0; k < 3; k++)
+            for (int vec = 0; vec < VECS; vec++)
+                add(weight_gradient + (3 * line + k) * CHANNELS + vec * LANES, sums[k][vec]);
+    }
+}
+
+// gradients: side^2 x BLOCK, of the outputs, overwritten; adds to columns: (side^2, COLUMN), what each output's taps pass
+// back. weight_rows: (64, COLUMN) words of two channels' taps each, from the block's first on.
+void convolve_image_to_columns(float* gradients, int side, const Word* weight_rows, float* columns) {
+    constexpr int PIXELS = 4, VECS_OF_COLUMN = COLUMN / LANES, WORDS = BLOCK / 2;
+    Stored* halves = reinterpret_cast<Stored*>(gradients);
+    for (int place = 0; place < side * side * BLOCK; place += LANES) store(halves + place, load(gradients + place));
+    const Word* words = reinterpret_cast<const Word*>(halves);
+    for (int pixel = 0; pixel < side * side; pixel += PIXELS, columns += PIXELS * COLUMN)
+        for (int half = 0; half < VECS_OF_COLUMN; half += 2) {
+            Vec sums[PIXELS][2];
+            float* to = columns + half * LANES;
+            for (int p = 0; p < PIXELS; p++)
+                for (int vec = 0; vec < 2; vec++) sums[p][vec] = load(to + p * COLUMN + vec * LANES);
+            add_up(words + pixel * WORDS, WORDS, 1, weight_rows + half * LANES, COLUMN, WORDS, sums);
+            for (int p = 0; p < PIXELS; p++)
+                for (int vec = 0; vec < 2; vec++) store(to + p * COLUMN + vec * LANES, sums[p][vec]);
+        }
+}
+#else
+inline long image_floats(int side) { return whole_lines(3L * (side + 2) * (side + 2)); }
+
 // image: (3, side, side) -> padded: (3, side + 2, side + 2) inside a border of zeros.
 void pad_image(const float* image, int side, float* padded) {
     const int row = side + 2;
@@ -366,6 +565,8 @@ void convolve_image_to_columns(const float* gradients, int side, const float* we
     }
 }
 
+#endif
+
 // columns: (side^2, COLUMN) -> the gradient of the image (3, side, side), by way of one with a border in `padded`.
 void columns_to_image(const float* columns, int side, float* padded, float* image) {
     const int row = side + 2;
@@ -395,18 +596,50 @@ struct NormData {
 // Floats of scratch memory that each function below needs for images of `side` pixels; to be aligned as a cache line.
 long scratch_floats(int side) {
     const long half = side / 2 + 2;
-    return whole_lines(3L * (side + 2) * (side + 2)) + long(side) * side * BLOCK + half * half * BLOCK;
+    return image_floats(side) + long(side) * side * BLOCK + half * half * BLOCK;
 }
 
-// Block 1, and the input transform of block 2. images: (n, 3, side, side), weight: (27, 128).
+// Columns of a panel of weights.
+int panel_columns() { return COLUMNS; }
+
+// (36, tiles, 128) times (36, 128, 128) in panels; from and to: planes, equally far apart.
+void multiply(const Stored* from, Stored* to, long plane, long tiles, const Word* weights) {
+    for (int k = 0; k < 36; k++, from += plane, to += plane, weights += CHANNELS * CHANNELS / PAIR) {
+        long tile = 0;
+        for (; tile + ROWS <= tiles; tile += ROWS)
+            multiply_rows<ROWS>(from + tile * CHANNELS, weights, to + tile * CHANNELS);
+        for (; tile < tiles; tile++) multiply_rows<1>(from + tile * CHANNELS, weights, to + tile * CHANNELS);
+    }
+}
+
+// Adds the products of (36, 128, tiles) with (36, tiles, 128), both as planes of tiles, to gradient: (36, 128, 128).
+void multiply_to_weights(const Stored* inputs, const Stored* gradients, long plane, long tiles, float* gradient) {
+    constexpr int TILES = 128;  // at a time
+    alignas(64) Word left[TILES / PAIR * CHANNELS], right[TILES / PAIR * CHANNELS];
+    for (int k = 0; k < 36; k++, inputs += plane, gradients += plane, gradient += CHANNELS * CHANNELS)
+        for (long tile = 0; tile < tiles; tile += TILES) {
+            const int count = tiles - tile < TILES ? tiles - tile : TILES, steps = (count + PAIR - 1) / PAIR;
+            pack_rows(inputs + tile * CHANNELS, count, CHANNELS, left);
+            pack_rows(gradients + tile * CHANNELS, count, COLUMNS, right);
+            for (int c = 0; c < CHANNELS; c += COLUMNS)
+                for (int i = 0; i < CHANNELS; i += ROWS) {
+                    Vec sums[ROWS][2] = {};
+                    add_up(left + i, 1, CHANNELS, right + c * steps, COLUMNS, steps, sums);
+                    for (int r = 0; r < ROWS; r++)
+                        for (int v = 0; v < 2; v++) add(gradient + (i + r) * CHANNELS + c + v * LANES, sums[r][v]);
+                }
+        }
+}
+
+// Block 1, and the input transform of block 2. images: (n, 3, side, side), weight: (27, 128), of bfloat16 (14, 128) words.
 void first_forward(
-    const float* images, int n, int side, const float* weight, NormData norm, float* planes, long plane, bool rounds,
+    const float* images, int n, int side, const Word* weight, NormData norm, Stored* planes, long plane,
     float* scratch
 ) {
     const int half = side / 2;
     const long tiles = long(half / 4) * (half / 4);
     float* padded = scratch;
-    float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
+    float* values = padded + image_floats(side);
     float* pooled = values + side * side * BLOCK;
     std::memset(pooled, 0, sizeof(float) * (half + 2) * (half + 2) * BLOCK);
     for (int image = 0; image < n; image++) {
@@ -416,7 +649,7 @@ void first_forward(
             convolve_image(padded, side, weight + c, values);
             statistics(values, side, mean, mean + CHANNELS);
             normalize_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled);
-            map_to_tiles(pooled, half, {planes, plane, rounds}, image * tiles, c);
+            map_to_tiles(pooled, half, {planes, plane}, image * tiles, c);
         }
     }
 }
@@ -424,8 +657,8 @@ void first_forward(
 // The output transform of block 2, the rest of it, and the input transform of block 3; side: of block 2's maps.
 // values: (n, 8, side^2, 16), kept for the way back.
 void middle_forward(
-    float* products, long products_plane, int n, int side, NormData norm, float* values, float* planes, long plane,
-    bool rounds, float* scratch
+    Stored* products, long products_plane, int n, int side, NormData norm, float* values, Stored* planes, long plane,
+    float* scratch
 ) {
     const int half = side / 2;
     const long tiles = long(side / 4) * (side / 4), next_tiles = long(half / 4) * (half / 4);
@@ -436,13 +669,13 @@ void middle_forward(
             tiles_to_outputs({products, products_plane}, image * tiles, c, side, values);
             statistics(values, side, mean, mean + CHANNELS);
             normalize_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
-            map_to_tiles(scratch, half, {planes, plane, rounds}, image * next_tiles, c);
+            map_to_tiles(scratch, half, {planes, plane}, image * next_tiles, c);
         }
 }
 
 // The output transform of block 3 and the rest of it. embedding: (n, 128 (side / 2)^2), ordered channel by channel.
 void last_forward(
-    float* products, long products_plane, int n, int side, NormData norm, float* values, float* embedding,
+    Stored* products, long products_plane, int n, int side, NormData norm, float* values, float* embedding,
     float* scratch
 ) {
     const int half = side / 2;
@@ -462,8 +695,8 @@ void last_forward(
 
 // The way back of last_forward: values become their gradients, and the transformed tiles of those go to `planes`.
 void last_backward(
-    const float* embedding_gradient, int n, int side, NormData norm, float* values, float* planes, long plane,
-    bool rounds, float* scratch
+    const float* embedding_gradient, int n, int side, NormData norm, float* values, Stored* planes, long plane,
+    float* scratch
 ) {
     const int half = side / 2;
     const long tiles = long(side / 4) * (side / 4);
@@ -478,14 +711,14 @@ void last_backward(
                 values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch,
                 norm.weight_gradient + c, norm.bias_gradient + c
             );
-            tiles_to_outputs_back(values, side, {planes, plane, rounds}, image * tiles, c);
+            tiles_to_outputs_back(values, side, {planes, plane}, image * tiles, c);
         }
 }
 
 // The way back of middle_forward, from the gradients of block 3's transformed tiles.
 void middle_backward(
-    float* tile_gradients, long tile_plane, int n, int side, NormData norm, float* values, float* planes, long plane,
-    bool rounds, float* scratch
+    Stored* tile_gradients, long tile_plane, int n, int side, NormData norm, float* values, Stored* planes, long plane,
+    float* scratch
 ) {
     const int half = side / 2;
     const long tiles = long(side / 4) * (side / 4), next_tiles = long(half / 4) * (half / 4);
@@ -497,14 +730,14 @@ void middle_backward(
                 values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch,
                 norm.weight_gradient + c, norm.bias_gradient + c
             );
-            tiles_to_outputs_back(values, side, {planes, plane, rounds}, image * tiles, c);
+            tiles_to_outputs_back(values, side, {planes, plane}, image * tiles, c);
         }
 }
 
 // Gradients of block 1's convolution in one image and 16 channels, into `values`. The convolution is computed again: that
 // costs less than keeping its outputs, which are four times as large as all else, in memory.
 static void convolution_gradients(
-    Planes tile_gradients, long image, int c, const float* padded, int side, const float* weight, NormData norm,
+    Planes tile_gradients, long image, int c, float* padded, int side, const Word* weight, NormData norm,
     float* values, float* pooled
 ) {
     const int half = side / 2;
@@ -518,22 +751,22 @@ static void convolution_gradients(
 }
 
 // The way back of first_forward to the images, for whoever optimizes those; the network's weights stay.
-// weight_rows: (128, 32), see convolve_image_to_columns; columns: (side^2, 32) of scratch memory.
+// weight_rows: (128 / PAIR, 32), see convolve_image_to_columns; columns: (side^2, 32) of scratch memory.
 // image_gradients: (n, 3, side, side).
 void first_backward_to_images(
-    float* tile_gradients, long tile_plane, const float* images, int n, int side, const float* weight,
-    const float* weight_rows, NormData norm, float* image_gradients, float* columns, float* scratch
+    Stored* tile_gradients, long tile_plane, const float* images, int n, int side, const Word* weight,
+    const Word* weight_rows, NormData norm, float* image_gradients, float* columns, float* scratch
 ) {
     const long pixels = long(side) * side;
     float* padded = scratch;
-    float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
+    float* values = padded + image_floats(side);
     float* pooled = values + pixels * BLOCK;
     for (int image = 0; image < n; image++) {
         pad_image(images + image * 3 * pixels, side, padded);
         std::memset(columns, 0, sizeof(float) * pixels * COLUMN);
         for (int c = 0; c < CHANNELS; c += BLOCK) {
             convolution_gradients({tile_gradients, tile_plane}, image, c, padded, side, weight, norm, values, pooled);
-            convolve_image_to_columns(values, side, weight_rows + c * COLUMN, columns);
+            convolve_image_to_columns(values, side, weight_rows + c / PAIR * COLUMN, columns);
         }
         columns_to_image(columns, side, padded, image_gradients + image * 3 * pixels);
     }
@@ -541,11 +774,11 @@ void first_backward_to_images(
 
 // The way back of first_forward to the weights.
 void first_backward(
-    float* tile_gradients, long tile_plane, const float* images, int n, int side, const float* weight, NormData norm,
+    Stored* tile_gradients, long tile_plane, const float* images, int n, int side, const Word* weight, NormData norm,
     float* weight_gradient, float* scratch
 ) {
     float* padded = scratch;
-    float* values = padded + whole_lines(3L * (side + 2) * (side + 2));
+    float* values = padded + image_floats(side);
     float* pooled = values + side * side * BLOCK;
     for (int image = 0; image < n; image++) {
         pad_image(images + long(image) * 3 * side * side, side, padded);

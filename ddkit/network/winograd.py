@@ -15,10 +15,13 @@ Its results are those of `ConvNet` with autograd but for rounding, although it c
    shrinks them, as in the plain way.
 4. The backward pass computes the first convolution again instead of keeping its outputs, by the same code and so to
    the same bits.
-5. bfloat16, not official: both factors of the 128 -> 128 convolutions' matrix products are rounded to bfloat16, and
-   summed in float32, as processors with bfloat16 instructions do; all else stays float32.
-
-Everything but matrix products is in winograd.cpp.
+5. bfloat16, not official: both factors of every convolution's products are rounded to bfloat16, and so are the
+   products of the 128 -> 128 convolutions in Winograd's domain; sums within a product, norms, ReLUs, pooling and the
+   classifier stay float32. The planes of tiles are half as large, and a processor with bfloat16 instructions
+   multiplies twice as many numbers at a time.
+6. The plan says who multiplies the tiles with the weights: torch.bmm (MKL, and oneDNN for bfloat16, which uses matrix
+   units where there are some) or winograd.cpp, which does without their cost of each call and is faster where the tiles
+   fit the cache. In float32 both add up in the same order on most processors, to the same bits.
 """
 
 from __future__ import annotations
@@ -43,8 +46,9 @@ _TILE = 4  # outputs a side
 _PLANES = 36  # transformed values of a tile, 6 x 6
 _TAPS = 27  # of the first convolution
 _COLUMN = 32  # floats for that many, as in winograd.cpp
-# Planes lie this many floats further apart than their size, or they would share few sets of the cache.
-_BETWEEN_PLANES = 16
+# Planes lie this many bytes further apart than their size, or they would share few sets of the cache.
+_BETWEEN_PLANES = 64
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what the planes hold, by precision
 
 _P, _Q = 0.5**0.5, 2**0.5  # of the points of interpolation: 0, +-P, +-Q and infinity, as in winograd.cpp
 _G = torch.tensor(
@@ -85,7 +89,7 @@ class WinogradEngine:
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan.precision)
+        weights = _Weights(self._network, self._plan)
         batch = _Batch(images, labels, self._network)
         active = self._share_out(len(images), lambda worker, ranges: worker.train(batch, ranges, weights))
         self._collect(batch, active)
@@ -95,7 +99,7 @@ class WinogradEngine:
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, num_classes) float32, without gradients."""
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan.precision)
+        weights = _Weights(self._network, self._plan)
         batch = _Batch(images, None, self._network)
         self._share_out(len(images), lambda worker, ranges: worker.test(batch, ranges, weights))
         return batch.logits
@@ -107,7 +111,7 @@ class WinogradEngine:
         keep: of N images, filled with what `image_gradients` needs.
         """
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan.precision)
+        weights = _Weights(self._network, self._plan)
         embedding = torch.empty(len(images), self._network.classifier.in_features)
         self._share_out(len(images), lambda worker, ranges: worker.embed(images, embedding, ranges, weights, keep))
         return embedding
@@ -119,7 +123,7 @@ class WinogradEngine:
         kept: by `embed` of the same images and weights; overwritten. Computes no gradient of the weights.
         """
         images, embedding_gradients = images.float().contiguous(), embedding_gradients.float().contiguous()
-        weights = _Weights(self._network, self._plan.precision)
+        weights = _Weights(self._network, self._plan)
         gradients = torch.empty_like(images)
 
         def work(worker: _Worker, ranges: list[tuple[int, int]]) -> None:
@@ -155,16 +159,21 @@ class WinogradEngine:
         _set_gradient(classifier.bias, batch.logit_gradients.sum(0))
 
 
+_Planes = tuple[Tensor, int]  # of transformed tiles, (36, tiles, 128), and the distance of two planes in values
+
+
 class _Weights:
     """One step's weights, in the forms that all workers read."""
 
     @torch.no_grad()
-    def __init__(self, network: ConvNet, precision: str) -> None:
-        features = network.features
-        self.rounded = precision == "bfloat16"
-        self.first_rows = F.pad(features[0].weight.reshape(NETWORK_WIDTH, _TAPS), (0, _COLUMN - _TAPS))
-        self.first = self.first_rows[:, :_TAPS].t().contiguous()
-        self.tiles = [_rounded(_to_tiles(features[place].weight), self.rounded) for place in (4, 8)]
+    def __init__(self, network: ConvNet, plan: EnginePlan) -> None:
+        features, dtype = network.features, _STORED[plan.precision]
+        first = features[0].weight.reshape(NETWORK_WIDTH, _TAPS)
+        self.first = _in_words(first.t(), dtype)
+        self.first_rows = _in_words(F.pad(first, (0, _COLUMN - _TAPS)), dtype)
+        # Of blocks 2 and 3, each: what the inputs' tiles and what the gradients' tiles are multiplied by.
+        self.tiles = [_factors(features[place].weight, plan) for place in (4, 8)]
+        self.norms = torch.stack([parameter for place in (1, 5, 9) for parameter in features[place].parameters()])
         self.classifier = network.classifier.weight.detach()
         self.classifier_bias = network.classifier.bias.detach()
 
@@ -235,13 +244,17 @@ class _Worker:
     """One thread's memory for a chunk, and the passes over it."""
 
     def __init__(self, network: ConvNet, plan: EnginePlan) -> None:
-        self._library = load()
+        self._library = load(plan.precision)
+        self._own_products = plan.products == "own"
+        self._dtype = _STORED[plan.precision]
         self._side = network.image_size
-        self._features = network.features
         n = plan.chunk
         # Of blocks 2 and 3, each: the inputs' tiles and the products' tiles.
         self._tiles_per_image = [(self._side // shrunk // _TILE) ** 2 for shrunk in (2, 4)]
-        self._tiles = [torch.zeros(2, _plane_floats(n * tiles) * _PLANES) for tiles in self._tiles_per_image]
+        self._tiles = [
+            torch.zeros(2, self._plane_size(n * tiles) * _PLANES, dtype=self._dtype) for tiles in self._tiles_per_image
+        ]
+        self._known_planes: dict[tuple[int, int], list[_Planes]] = {}
         self._maps = FeatureMaps(n, self._side)
         self._embedding = torch.zeros(n, network.classifier.in_features)
         self._scratch = torch.zeros(self._library.scratch_floats(self._side))
@@ -309,13 +322,15 @@ class _Worker:
         n, side, run = len(images), self._side, self._run
         inputs, products = self._planes(0, n)
         last_inputs, last_products = self._planes(1, n)
-        run("first_forward", images, n, side, weights.first, self._norm(0, maps), *inputs, weights.rounded,
-            self._scratch)  # fmt: skip
-        torch.bmm(inputs[0], weights.tiles[0], out=products[0])
-        run("middle_forward", *products, n, side // 2, self._norm(1, maps), maps.values[0], *last_inputs,
-            weights.rounded, self._scratch)  # fmt: skip
-        torch.bmm(last_inputs[0], weights.tiles[1], out=last_products[0])
-        run("last_forward", *last_products, n, side // 4, self._norm(2, maps), maps.values[1], embedding, self._scratch)
+        run("first_forward", images, n, side, weights.first, self._norm(0, weights, maps), *inputs, self._scratch)
+        self._multiply(inputs, weights.tiles[0][0], products)
+        run(
+            "middle_forward", *products, n, side // 2, self._norm(1, weights, maps), maps.values[0], *last_inputs, self._scratch
+        )
+        self._multiply(last_inputs, weights.tiles[1][0], last_products)
+        run(
+            "last_forward", *last_products, n, side // 4, self._norm(2, weights, maps), maps.values[1], embedding, self._scratch
+        )
 
     def _backward(self, images: Tensor, embedding_gradients: Tensor, weights: _Weights) -> None:
         """Add to `self.gradients` what these images contribute."""
@@ -323,7 +338,7 @@ class _Worker:
         self._backward_to_first_block(len(images), embedding_gradients, weights, self._maps, add_to=tiles)
         inputs, _ = self._planes(0, len(images))
         self._run("first_backward", *inputs, images, len(images), self._side, weights.first,
-                  self._norm(0, self._maps), self.gradients.first, self._scratch)  # fmt: skip
+                  self._norm(0, weights, self._maps), self.gradients.first, self._scratch)  # fmt: skip
 
     def _backward_to_images(
         self,
@@ -337,7 +352,7 @@ class _Worker:
         inputs, _ = self._planes(0, len(images))
         columns = torch.empty(self._side**2, _COLUMN)
         self._run("first_backward_to_images", *inputs, images, len(images), self._side, weights.first,
-                  weights.first_rows, self._norm(0, maps), image_gradients, columns, self._scratch)  # fmt: skip
+                  weights.first_rows, self._norm(0, weights, maps), image_gradients, columns, self._scratch)  # fmt: skip
 
     def _backward_to_first_block(
         self,
@@ -354,52 +369,85 @@ class _Worker:
         side, run = self._side, self._run
         inputs, products = self._planes(0, n)
         last_inputs, last_products = self._planes(1, n)
-        run("last_backward", embedding_gradients, n, side // 4, self._norm(2, maps), maps.values[1], *last_products,
-            weights.rounded, self._scratch)  # fmt: skip
-        _multiply_back(last_inputs[0], last_products[0], weights.tiles[1], add_to[1])
-        run("middle_backward", *last_inputs, n, side // 2, self._norm(1, maps), maps.values[0], *products, weights.rounded,
+        run("last_backward", embedding_gradients, n, side // 4, self._norm(2, weights, maps), maps.values[1], *last_products,
             self._scratch)  # fmt: skip
-        _multiply_back(inputs[0], products[0], weights.tiles[0], add_to[0])
+        self._multiply_back(last_inputs, last_products, weights.tiles[1][1], add_to[1])
+        run(
+            "middle_backward",
+            *last_inputs,
+            n,
+            side // 2,
+            self._norm(1, weights, maps),
+            maps.values[0],
+            *products,
+            self._scratch,
+        )
+        self._multiply_back(inputs, products, weights.tiles[0][1], add_to[0])
 
-    def _planes(self, place: int, n: int) -> list[tuple[Tensor, int]]:
+    def _multiply(self, tiles: _Planes, factor: Tensor, products: _Planes) -> None:
+        """The products of tiles with the weights."""
+        if self._own_products:
+            (source, plane), (target, _) = tiles, products
+            self._run("multiply", source, target, plane, source.shape[1], factor)
+        else:
+            torch.bmm(tiles[0], factor, out=products[0])
+
+    def _multiply_back(self, inputs: _Planes, product_gradients: _Planes, factor: Tensor, add_to: Tensor | None) -> None:
+        """Add to the gradient of the weights' tiles, if wanted; replace the inputs' tiles by their gradients."""
+        (tiles, plane), (gradients, _) = inputs, product_gradients
+        if add_to is None:
+            pass
+        elif self._own_products:
+            self._run("multiply_to_weights", tiles, gradients, plane, tiles.shape[1], add_to)
+        elif self._dtype == torch.float32:
+            torch.baddbmm(add_to, tiles.transpose(1, 2), gradients, out=add_to)
+        else:
+            add_to += torch.bmm(tiles.transpose(1, 2), gradients)
+        self._multiply(product_gradients, factor, inputs)
+
+    def _planes(self, place: int, n: int) -> list[_Planes]:
         """For n images: the inputs' and the products' tiles, (36, tiles, 128) each, and the distance of planes."""
-        tiles = n * self._tiles_per_image[place]
-        plane = _plane_floats(tiles)
-        return [
-            (memory.as_strided((_PLANES, tiles, NETWORK_WIDTH), (plane, NETWORK_WIDTH, 1)), plane)
-            for memory in self._tiles[place]
-        ]
+        if (place, n) not in self._known_planes:
+            tiles = n * self._tiles_per_image[place]
+            plane = self._plane_size(tiles)
+            self._known_planes[place, n] = [
+                (memory.as_strided((_PLANES, tiles, NETWORK_WIDTH), (plane, NETWORK_WIDTH, 1)), plane)
+                for memory in self._tiles[place]
+            ]
+        return self._known_planes[place, n]
 
-    def _norm(self, place: int, maps: FeatureMaps) -> _NormData:
-        norm = self._features[4 * place + 1]
-        weight_gradient, bias_gradient = self.gradients.norms[place]
-        tensors = (norm.weight, norm.bias, maps.statistics[place], weight_gradient, bias_gradient)
-        return _NormData(*(tensor.data_ptr() for tensor in tensors))
+    def _plane_size(self, tiles: int) -> int:
+        return tiles * NETWORK_WIDTH + _BETWEEN_PLANES // self._dtype.itemsize
 
-    def _run(self, function: str, *arguments: Tensor | int | bool | _NormData) -> None:
+    def _norm(self, place: int, weights: _Weights, maps: FeatureMaps) -> _NormData:
+        row = 4 * NETWORK_WIDTH  # bytes
+        parameters, gradients = (norms.data_ptr() + 2 * place * row for norms in (weights.norms, self.gradients.norms))
+        statistics = maps.statistics[place].data_ptr()
+        return _NormData(parameters, parameters + row, statistics, gradients, gradients + row)
+
+    def _run(self, function: str, *arguments: Tensor | int | _NormData) -> None:
         """Call into winograd.cpp; the interpreter is free for other threads meanwhile."""
         getattr(self._library, function)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
-def _multiply_back(inputs: Tensor, product_gradients: Tensor, tiles: Tensor, add_to: Tensor | None) -> None:
-    """Add to the gradient of the weights' tiles, if wanted; replace the inputs' tiles by their gradients."""
-    if add_to is not None:
-        torch.baddbmm(add_to, inputs.transpose(1, 2), product_gradients, out=add_to)
-    torch.bmm(product_gradients, tiles.transpose(1, 2), out=inputs)
-
-
 @functools.cache
-def load() -> ctypes.CDLL:
-    """winograd.cpp, compiled, its functions told their arguments' types. Raises CompileError, or BadFileError."""
-    library = load_library(_SOURCE)
-    pointer, floats, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_bool
-    planes = (pointer, floats)
+def load(precision: str = "float32", portable: bool = False) -> ctypes.CDLL:
+    """winograd.cpp, compiled for a precision, its functions told their arguments' types.
+
+    portable: without the processor's instructions for bfloat16. Raises CompileError, or BadFileError.
+    """
+    flags = (["-DBFLOAT16"] if precision == "bfloat16" else []) + (["-DPORTABLE"] if portable else [])
+    library = load_library(_SOURCE, *flags)
+    pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    planes = (pointer, size)
     signatures = {
-        "first_forward": (pointer, number, number, pointer, _NormData, *planes, flag, pointer),
-        "middle_forward": (*planes, number, number, _NormData, pointer, *planes, flag, pointer),
+        "multiply": (pointer, pointer, size, size, pointer),
+        "multiply_to_weights": (pointer, pointer, size, size, pointer),
+        "first_forward": (pointer, number, number, pointer, _NormData, *planes, pointer),
+        "middle_forward": (*planes, number, number, _NormData, pointer, *planes, pointer),
         "last_forward": (*planes, number, number, _NormData, pointer, pointer, pointer),
-        "last_backward": (pointer, number, number, _NormData, pointer, *planes, flag, pointer),
-        "middle_backward": (*planes, number, number, _NormData, pointer, *planes, flag, pointer),
+        "last_backward": (pointer, number, number, _NormData, pointer, *planes, pointer),
+        "middle_backward": (*planes, number, number, _NormData, pointer, *planes, pointer),
         "first_backward": (*planes, pointer, number, number, pointer, _NormData, pointer, pointer),
         "first_backward_to_images": (
             *planes,
@@ -418,7 +466,8 @@ def load() -> ctypes.CDLL:
         getattr(library, name).argtypes = types
         getattr(library, name).restype = None
     library.scratch_floats.argtypes = (number,)
-    library.scratch_floats.restype = floats
+    library.scratch_floats.restype = size
+    library.panel_columns.argtypes = ()
     return library
 
 
@@ -429,22 +478,39 @@ def _even_parts(start: int, end: int, parts: int) -> Iterator[tuple[int, int]]:
         yield start + (end - start) * part // parts, start + (end - start) * (part + 1) // parts
 
 
-def _plane_floats(tiles: int) -> int:
-    return tiles * NETWORK_WIDTH + _BETWEEN_PLANES
+def _factors(weight: Tensor, plan: EnginePlan) -> tuple[Tensor, Tensor]:
+    """(128 out, 128 in, 3, 3) -> what U = G g G^T multiplies the inputs by, (36, in, out), and the gradients, transposed.
+
+    For winograd.cpp in panels of words, (36, panels, 128 / pair, columns, pair).
+    """
+    dtype, taps = _STORED[plan.precision], weight.permute(2, 3, 1, 0).reshape(9, NETWORK_WIDTH, NETWORK_WIDTH)
+    if plan.products == "own":
+        shape = (9, NETWORK_WIDTH // _pair(dtype), _pair(dtype), -1, load(plan.precision).panel_columns())
+        forward, back = (each.reshape(shape).permute(0, 3, 1, 4, 2) for each in (taps, taps.transpose(1, 2)))
+        return _to_tiles(forward, dtype), _to_tiles(back, dtype)
+    tiles = _to_tiles(taps, dtype)
+    return tiles, tiles.transpose(1, 2)
 
 
-def _to_tiles(weight: Tensor) -> Tensor:
-    """(128 out, 128 in, 3, 3) -> U = G g G^T as (36, in, out)."""
-    return (_G_BOTH_WAYS @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(_PLANES, NETWORK_WIDTH, NETWORK_WIDTH)
+def _to_tiles(taps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nine taps g, in any order of channels -> the 36 values of U = G g G^T, in the same."""
+    return (_G_BOTH_WAYS @ taps.reshape(9, -1)).view(_PLANES, *taps.shape[1:]).to(dtype)
 
 
 def _from_tiles(tiles: Tensor) -> Tensor:
-    """The transpose of _to_tiles, for gradients: (36, in, out) -> (128 out, 128 in, 3, 3)."""
+    """The transpose of `_to_tiles`, for gradients: (36, in, out) -> (128 out, 128 in, 3, 3)."""
     return (_G_BOTH_WAYS.t() @ tiles.view(_PLANES, -1)).view(3, 3, NETWORK_WIDTH, NETWORK_WIDTH).permute(3, 2, 0, 1)
 
 
-def _rounded(tensor: Tensor, rounds: bool) -> Tensor:
-    return tensor.bfloat16().float() if rounds else tensor
+def _pair(dtype: torch.dtype) -> int:
+    """Numbers in a word of 32 bits."""
+    return 4 // dtype.itemsize
+
+
+def _in_words(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, columns) -> (ceil(rows / pair), columns, pair): rows side by side whose products are added up."""
+    padded = F.pad(matrix, (0, 0, 0, -len(matrix) % _pair(dtype)))
+    return padded.view(-1, _pair(dtype), matrix.shape[1]).transpose(1, 2).to(dtype).contiguous()
 
 
 def _set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddkit.network import winograd
+from ddkit.network import autotune, winograd
 from ddkit.network.autotune import candidates, choose_plan, smaller
 from ddkit.network.networks import build_network
 from ddkit.network.plan import EnginePlan
@@ -88,6 +88,16 @@ def test_a_cache_that_cannot_be_written_is_no_harm(own_cache):
 def test_other_networks_are_computed_plainly_and_in_chunks_only_without_batch_statistics():
     assert choose_plan(build_network("alexnet", 10, 32, seed=0), "float32", 8) == EnginePlan("plain", "float32", 16)
     assert choose_plan(nn.Sequential(nn.BatchNorm2d(3)), "bfloat16", 8) == EnginePlan("plain", "bfloat16", 0)
+
+
+@pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
+def test_without_bfloat16_instructions_no_engine_needs_them(monkeypatch):
+    network = build_network("convnet", 10, 32, seed=0)
+    monkeypatch.setattr(autotune, "has_bfloat16", lambda: True)
+    assert {plan.precision for plan in candidates(network, "auto", 8)} == {"float32", "bfloat16"}
+    monkeypatch.setattr(autotune, "has_bfloat16", lambda: False)
+    assert choose_plan(network, "auto", 8) in candidates(network, "float32", 8)
+    assert {(plan.kind, plan.products) for plan in candidates(network, "bfloat16", 8)} == {("winograd", "own")}
 
 
 def test_smaller_plans_end_at_one_image():
