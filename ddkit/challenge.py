@@ -70,14 +70,6 @@ GLYPHS = DatasetSpec("glyphs", 10, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 DATASETS = {spec.name: spec for spec in (CIFAR100, TINYIMAGENET, GLYPHS)}
 CHALLENGE_DATASETS = tuple(spec for spec in DATASETS.values() if spec.in_challenge)
 TEST_IMAGES = 10_000  # of each of them
-# Of their test pixels and labels, in any order: ddkit.evaluation.reference.TestSet.content_hash.
-TEST_CONTENT = {
-    "cifar100": "87c1dbb60f4471ed863bbdf0945e1ba29c78ab2b46a6fd7ee11068af6c3b7a19",
-    "tinyimagenet": "b3deb7ea49871cf2a153c974d92fb2ea7f2868b9f86caa5ea5c5d527a839b623",
-}
-
-# JPEG files, of which decoders of different makes make pixels that differ by a step.
-DECODED_WITH_LOSS = ("tinyimagenet",)
 
 TRACKS = {
     1: Track(1, "fixed IPC = 10", epochs_setting=1000, rounds=3, ipc=10, time_budget_seconds=None),

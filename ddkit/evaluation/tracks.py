@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddkit.challenge import CHALLENGE_DATASETS, TEST_CONTENT, TEST_IMAGES, DatasetSpec, Track
+from ddkit.challenge import CHALLENGE_DATASETS, TEST_IMAGES, DatasetSpec, Track
 from ddkit.errors import InvalidSubmissionError
 from ddkit.network.networks import OFFICIAL_NETWORK
 from ddkit.runtime.files import sha256_of
@@ -29,7 +29,7 @@ class Conditions:
     augment: bool
     precision: str
     time_budget: float | None = None  # seconds; track 2 only
-    test_content: str = ""  # `TestSet.content_hash`; "" where nobody has looked
+    official_tests: bool = True  # `TestSet.is_official`
 
 
 def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple[str, ...]:
@@ -40,8 +40,8 @@ def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple
         found.append(f"dataset {spec.name}, the challenge has {names}")
     elif conditions.test_images != TEST_IMAGES:
         found.append(f"{conditions.test_images:,} test images instead of {TEST_IMAGES:,}")
-    elif conditions.test_content not in ("", TEST_CONTENT[spec.name]):
-        found.append("other test images than the challenge's, or changed ones")
+    elif not conditions.official_tests:
+        found.append("test images or labels that are not the challenge's")
     if track.ipc is not None and conditions.images_per_class != (track.ipc, track.ipc):
         fewest, most = conditions.images_per_class
         found.append(f"{fewest if fewest == most else f'{fewest} to {most}'} images a class instead of {track.ipc}")
