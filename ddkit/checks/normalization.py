@@ -1,151 +1,322 @@
-"""Whether the numbers are normalized as the scorer takes them, and stored channels first.
+"""Check that values are normalized as the scorer expects, with the channels first.
 
-Images of 8-bit pixels lie exactly on the lattice (k / 255 - mean) / std of the constants they were normalized with,
-which names those constants beyond doubt. Images that were only clipped to [0, 1] begin and end at its corners. For
-others the moments say something.
+8-bit pixels keep their lattice under every normalization: each channel takes at most 256 values, a constant step apart.
+The step gives the standard deviation that was divided by and the lowest value gives the mean, so that any constants can
+be solved for, known or not. Images that are only clipped to [0, 1] show the same by their darkest and brightest values.
+For all other images the first two moments and the power spectrum are what can be judged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.fft import dctn
 from torch import Tensor
 
 from ddkit.challenge import CIFAR100, TINYIMAGENET, DatasetSpec
 from ddkit.sets.findings import Finding
 
-_VALUES_TESTED = 50_000  # per channel
-_ON_LATTICE = 0.02  # of an 8-bit step, either way; by chance 4 in 100 values are this near
-_SHARE_ON_LATTICE = 0.99  # a few values may have been touched
-_SCREENED_VALUES = 50  # every so many are looked at first
-_SCREENED_SHARE = 0.9  # of them, on the lattice, to look at all
-_FEWEST_LEVELS = 12  # different 8-bit values; fewer lie on many lattices
-_CORNER = 0.01  # of the range: how near the extremes of clipped images come to its ends
+_VALUES_TESTED = 200_000  # per channel
+_VALUES_SCREENED = 20_000  # per channel; a channel that shows more levels than these cannot be 8-bit
+_MOST_LEVELS = 1024  # 8-bit images show 256, or a few more where hardware rounds the same pixel in two ways
+_FEWEST_LEVELS = 12  # fewer fit many lattices
+_ON_LATTICE = 0.1  # of a step; half precision moves values by up to 0.07
+_SHARE_ON_LATTICE = 0.99  # a few values may have been changed afterwards
+_SAME_LATTICE = 0.01  # of a step, between two lattices, besides the measured rounding
+_HARMLESS = 0.01  # largest difference of normalized values that another rounding of the constants makes
+_SAME_CONTRAST = 0.003  # relative difference between channels
+_CONTRASTS = (0.2, 5.0)  # beyond these a change of contrast is a mistake
+_CORNER = 0.01  # of the range: how near clipped images come to black and white
+_CLIPPED_SHARE = 0.001  # of the values exactly at each end
 _FITS = 0.125  # times as far from the real moments as under the right constants
-_FITS_UNIT = 0.35  # the same of values that were not normalized at all, which noise spreads
-_MISFITS = 0.15  # distance of moments
-_FAR_OFF = 1.0  # distance of moments that no set of images should have
-_SMOOTHER = 0.9  # differences between neighbors, channels last against as it stands; noise alone makes it 1
+_FITS_UNIT = 0.35  # the same for values that were not normalized at all, which noise spreads
+_FITS_MEAN_ONLY = 0.05  # the same for a missing division, which low contrast resembles
+_MISFITS = 0.15  # distance between moments
+_FAR_OFF = 1.0  # distance between moments that no set of images should have
+_SMOOTHER = 0.9  # ratio of differences between neighbors, channels last to channels first; noise alone gives 1
 _ROWS_COMPARED = 500
+_FEWEST_ROWS = 20  # for a power spectrum
+_FLAT = 5.0  # power at one cycle over that at four; 7 and more in pictures of any kind, at most 3 after whitening
+_UNCORRELATED = 0.4  # between channels at low frequencies; 0.5 to 0.9 in pictures, at most 0.2 after whitening
+_HEAVY_TAILS = 4.5  # kurtosis of differences between neighbors; 3 for noise, 6 and more for whitened pictures
+_FALLING = 0.8  # power at high frequencies over that at low ones; 1 for noise
+
+_Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class _Constants:
-    """What images may have been normalized with. code: of the finding; empty for the right ones."""
+    """A way to normalize pixels in [0, 1]: (x - mean) / std. code: of the finding; empty for the right one."""
 
     title: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: _Triple
+    std: _Triple
     code: str = "N004"
 
 
 _UNIT = _Constants("values in [0, 1], not normalized", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "N001")
 _SIGNED = _Constants("values in [-1, 1]", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "N002")
 _BYTES = _Constants("values in [0, 255]", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "N003")
-_OTHERS = (
+# Constants in use elsewhere. They only give a name to what is solved for.
+_IN_USE = (
     _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     _Constants("ImageNet's constants", TINYIMAGENET.mean, TINYIMAGENET.std),
     _Constants("CIFAR-100's constants", CIFAR100.mean, CIFAR100.std),
-)
-# Other roundings of CIFAR-100's constants: values differ by a hundredth of a standard deviation at most.
-_ROUNDINGS = (
-    _Constants("another rounding of CIFAR-100's constants", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), "N005"),
-    _Constants("another rounding of CIFAR-100's constants", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "N005"),
-    _Constants("another rounding of CIFAR-100's constants", (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), "N005"),
+    _Constants("constants that are often given for CIFAR-100", (0.5071, 0.4867, 0.4408), (0.2009, 0.1984, 0.2023)),
+    _Constants("constants that are often given for CIFAR-100", (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
+    _Constants("constants that are often given for CIFAR-100", (0.5070, 0.4865, 0.4409), (0.2011, 0.1987, 0.2025)),
+    _Constants("constants that are often given for TinyImageNet", (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    _Constants("constants that are often given for TinyImageNet", (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 )
 
 
 def normalization_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
-    """What the values say about how they were normalized (codes N001-N010; a table is in submission/README.md).
+    """Judge how the values were normalized (codes N001 to N012; a table is in submission/README.md).
 
     images: (N, 3, S, S) float32, finite. The real images are not needed.
     """
     if _is_channels_last(images):
         return [_channels_last(where)]
-    return _by_lattice(images, spec, where) or _by_corners(images, spec, where) or _by_moments(images, spec, where)
+    for judge in (_by_lattice, _by_corners, _by_spectrum, _by_moments):
+        if findings := judge(images, spec, where):
+            return findings
+    return []
 
 
 def _candidates(spec: DatasetSpec) -> list[_Constants]:
-    """All that images may have been normalized with, the right constants first, each once."""
+    """Named ways to normalize, the right one first, each once."""
     right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
-    exchanged = "the dataset's constants with red and blue exchanged (BGR for RGB)"
-    named = [right, _UNIT, _SIGNED, _BYTES, *_OTHERS, _Constants(exchanged, spec.mean[::-1], spec.std[::-1], "N006")]
-    named += _ROUNDINGS if spec.name == CIFAR100.name else ()
-    kept: dict[tuple[float, ...], _Constants] = {}
+    bases = [right, _SIGNED, *_IN_USE]
+    plain = [right, _UNIT, _SIGNED, _BYTES, *_IN_USE]
+    named = [*plain, *(variant for base in bases for variant in _variants(base, exchanged="N006" if base is right else "N004"))]
+    for first in bases:
+        for second in bases:
+            mean = [m1 + s1 * m2 for m1, s1, m2 in zip(first.mean, first.std, second.mean, strict=True)]
+            std = [s1 * s2 for s1, s2 in zip(first.std, second.std, strict=True)]
+            title = f"{first.title}, twice" if first is second else f"first {first.title}, then {second.title}"
+            named.append(_Constants(title, _triple(mean), _triple(std)))
+    once: dict[tuple[_Triple, _Triple], _Constants] = {}
     for constants in named:
-        kept.setdefault((*constants.mean, *constants.std), constants)
-    return list(kept.values())
+        once.setdefault((constants.mean, constants.std), constants)
+    return list(once.values())
+
+
+def _variants(base: _Constants, exchanged: str) -> Iterator[_Constants]:
+    """Slips in the use of known constants. exchanged: code for the wrong order of channels."""
+    mean, std = base.mean, base.std
+    ones, zeros = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+    yield _Constants(f"{base.title} with red and blue exchanged (BGR for RGB)", mean[::-1], std[::-1], exchanged)
+    yield _Constants(f"{base.title}: the mean was subtracted, but not divided by the standard deviation", mean, ones)
+    yield _Constants(f"{base.title}: divided by the standard deviation, but the mean was not subtracted", zeros, std)
+    yield _Constants(f"{base.title}: divided by the variance", mean, _triple([s * s for s in std]))
+    for factor, words in ((1 / 255, "applied to pixels in [0, 255]"), (255, "applied to pixels divided by 255 twice")):
+        yield _Constants(f"{base.title}, {words}", _triple([factor * m for m in mean]), _triple([factor * s for s in std]))
+    for channel, color in enumerate(("red", "green", "blue")):
+        yield _Constants(f"{base.title} of the {color} channel for all channels", (mean[channel],) * 3, (std[channel],) * 3)
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """The 8-bit pixels that were found, per channel: normalized value = lowest + step * (pixel - darkest pixel).
+
+    span: brightest minus darkest pixel. rounding: root mean square distance from the lattice, in steps.
+    share: of the values on the lattice; the smallest of the channels.
+    """
+
+    lowest: np.ndarray
+    step: np.ndarray
+    span: np.ndarray
+    rounding: float
+    share: float
+
+    def fits(self, constants: _Constants) -> bool:
+        """Whether normalizing 8-bit pixels with these constants gives this lattice."""
+        step = 1 / (255 * np.array(constants.std))
+        darkest = (self.lowest - step * 255 * -np.array(constants.mean)) / step
+        off = np.abs(darkest - darkest.round()), np.abs(darkest + self.span * self.step / step - (darkest + self.span).round())
+        tolerance = _SAME_LATTICE + 3 * self.rounding
+        inside = (darkest.round() >= 0) & (darkest.round() + self.span <= 255)
+        return bool((np.stack(off) <= tolerance).all() and inside.all())
+
+    def solved(self, spec: DatasetSpec) -> _Constants:
+        """The constants themselves. Where black or white does not occur, the mean nearest to the right one."""
+        std = 1 / (255 * self.step)
+        darkest = np.clip((np.array(spec.mean) + self.lowest * std) * 255, 0, 255 - self.span).round()
+        return _Constants("constants of no known dataset", _triple(darkest / 255 - self.lowest * std), _triple(std))
 
 
 def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
-    """The one set of constants under which the values are 8-bit pixels; nothing where none or several fit."""
-    values = _sample(images)
-    few = values[:, ::_SCREENED_VALUES]
-    likely = [each for each in _candidates(spec) if _share(_levels(few, each)[1]) >= _SCREENED_SHARE]
-    fitting = [(share, each) for each in likely if (share := _lattice_share(values, each)) >= _SHARE_ON_LATTICE]
-    if not fitting:
+    """The constants of 8-bit pixels, solved exactly; nothing where the values are not such pixels."""
+    lattice = _find_lattice(images)
+    if lattice is None:
         return []
-    share, found = max(fitting, key=lambda pair: pair[0])
-    evidence = f"{share:.1%} of the values are exact 8-bit pixels under {_numbers(found)}"
-    if found.code == "" or any(each.code == "" for _, each in fitting):
-        return [Finding("info", "N010", f"Normalized with {spec.name}'s constants: {share:.1%} are exact 8-bit pixels.", where)]
-    return [_wrong_constants(found, spec, evidence, where)]
+    evidence = f"{lattice.share:.1%} of the values are exact 8-bit pixels"
+    found = next(filter(lattice.fits, _candidates(spec)), None)
+    if found is not None and not found.code:
+        return [Finding("info", "N010", f"Normalized with {spec.name}'s constants: {evidence} under them.", where)]
+    constants = found or lattice.solved(spec)
+    if _largest_difference(constants, spec) <= _HARMLESS:
+        message = (
+            f"Normalized with another rounding of {spec.name}'s constants, {_numbers(constants)}: harmless. "
+            f"The scorer's are {_numbers_of(spec)}."
+        )
+        return [Finding("info", "N005", message, where)]
+    if found is None and (change := _contrast_change(constants, spec)):
+        return [Finding("info", "N011", f"{evidence} after {change}. That is fine if you meant it.", where)]
+    return [_wrong_constants(constants, spec, f"{evidence} under {_numbers(constants)}", images, where)]
 
 
-def _lattice_share(values: Tensor, constants: _Constants) -> float:
-    """Smallest share over channels of values on the lattice; 0 where too few levels occur. values: (3, M) float64."""
-    levels, on = _levels(values, constants)
-    if min(len(channel.unique()) for channel in levels) < _FEWEST_LEVELS:
-        return 0.0
-    return _share(on)
+def _find_lattice(images: Tensor) -> _Lattice | None:
+    channels = images.transpose(0, 1).flatten(1)
+    # An odd step meets all columns.
+    screened = channels[:, :: max(1, channels.shape[1] // _VALUES_SCREENED) | 1]
+    if max(len(channel.unique()) for channel in screened) > min(_MOST_LEVELS, 0.5 * screened.shape[1]):
+        return None
+    sample = channels[:, :: max(1, channels.shape[1] // _VALUES_TESTED) | 1]
+    found = []
+    for whole, values in zip(channels, sample.double().numpy(), strict=True):
+        solved = _solve_channel(values)
+        if solved is None:
+            return None
+        lowest, step, span, rounding, share = solved
+        # The rarest levels may not be in the sample.
+        for end in (float(whole.min()), float(whole.max())):
+            place = (end - lowest) / step
+            if abs(place - round(place)) <= _ON_LATTICE and max(span, place) - min(0, place) <= 255.5:
+                lowest, span = lowest + min(0, round(place)) * step, max(span, round(place)) - min(0, round(place))
+        found.append((lowest, step, span, rounding, share))
+    by_kind = [np.array(numbers) for numbers in zip(*found, strict=True)]
+    return _Lattice(by_kind[0], by_kind[1], by_kind[2], rounding=float(by_kind[3].max()), share=float(by_kind[4].min()))
 
 
-def _levels(values: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
-    """(3, M): the nearest 8-bit value of each, and whether it is one."""
-    mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None] for numbers in (constants.mean, constants.std))
-    pixels = (values * std + mean) * 255
-    levels = pixels.round()
-    return levels, ((pixels - levels).abs() <= _ON_LATTICE) & (levels >= 0) & (levels <= 255)
+def _solve_channel(values: np.ndarray) -> tuple[float, float, int, float, float] | None:
+    """Lowest value, step, span in steps, rounding and share on the lattice of one channel; None without a lattice."""
+    levels, counts = np.unique(values, return_counts=True)
+    levels = levels[counts > 1] if len(levels) > 256 else levels
+    # The same pixel may be rounded in two ways.
+    jitter = 8 * np.finfo(np.float32).eps * np.abs(levels).max(initial=0)
+    levels = levels[np.concatenate([[True], np.diff(levels) > jitter])] if len(levels) else levels
+    if not _FEWEST_LEVELS <= len(levels) <= _MOST_LEVELS:
+        return None
+    gaps = np.diff(levels)
+    for step in (gaps.min(), np.median(gaps)):
+        lowest = levels[0]
+        for _ in range(4):  # each round, the step is known better and counts further
+            places = np.concatenate([[0], np.cumsum(np.round(gaps / step))])
+            if places[-1] < _FEWEST_LEVELS:
+                break
+            step, lowest = np.polyfit(places, levels, 1)
+        place = (values - lowest) / step
+        off = place - place.round()
+        on = (np.abs(off) <= _ON_LATTICE) & (place > -0.5) & (place < places[-1] + 0.5)
+        if places[-1] <= 255 and on.mean() >= _SHARE_ON_LATTICE:
+            return float(lowest), float(step), int(places[-1]), float(np.sqrt((off[on] ** 2).mean())), float(on.mean())
+    return None
 
 
-def _share(on: Tensor) -> float:
-    """Smallest share over channels of values that are 8-bit ones."""
-    return float(on.double().mean(dim=1).min())
+def _contrast_change(constants: _Constants, spec: DatasetSpec) -> str:
+    """How the images differ from rightly normalized 8-bit pixels, if it is the same change for all channels; else empty."""
+    if len({*spec.mean}) == len({*spec.std}) == 1:
+        return ""  # with equal constants for all channels, every wrong mean and deviation looks like a change of contrast
+    mean, std = np.array(spec.mean), np.array(spec.std)
+    factor = std / np.array(constants.std)
+    shift = mean - factor * np.array(constants.mean)
+    if np.ptp(factor) > _SAME_CONTRAST * factor.mean() or not _CONTRASTS[0] <= factor.mean() <= _CONTRASTS[1]:
+        return ""
+    if np.ptp(shift) <= _SAME_CONTRAST:
+        return f"a change of contrast and brightness: pixel * {factor.mean():.3g} {shift.mean():+.3g}"
+    if np.abs(shift - mean * (1 - factor)).max() <= _SAME_CONTRAST:
+        return f"a change of contrast: the normalized values times {factor.mean():.3g}"
+    return ""
 
 
 def _by_corners(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     """Constants under which each channel runs from just 0 to just 1, as in images clipped to [0, 1]."""
-    channels = images.double().transpose(0, 1).flatten(1)
+    channels = images.transpose(0, 1).flatten(1)
     lowest, highest = channels.amin(dim=1), channels.amax(dim=1)
-    fitting = []
-    for constants in _candidates(spec):
-        mean, std = torch.tensor(constants.mean).double(), torch.tensor(constants.std).double()
-        off = torch.stack([lowest * std + mean, highest * std + mean - 1]).abs().max()
-        if off <= _CORNER:
-            fitting.append((float(off), constants))
-    if not fitting:
-        return []
-    found = min(fitting, key=lambda pair: pair[0])[1]
-    if found.code == "" or any(constants.code == "" for _, constants in fitting):
+    low, high = lowest.double().numpy(), highest.double().numpy()
+
+    def off(constants: _Constants) -> float:
+        mean, std = np.array(constants.mean), np.array(constants.std)
+        return float(np.abs([low * std + mean, high * std + mean - 1]).max())
+
+    right, *others = _candidates(spec)
+    if off(right) <= _CORNER:
         message = f"Normalized with {spec.name}'s constants: every channel runs from black to white exactly."
         return [Finding("info", "N010", message, where)]
-    ranges = ", ".join(f"{low:.2f} to {high:.2f}" for low, high in zip(lowest.tolist(), highest.tolist(), strict=True))
-    return [_wrong_constants(found, spec, f"the channels run from {ranges}, which is [0, 1] under {_numbers(found)}", where)]
+    ranges = ", ".join(f"{a:.2f} to {b:.2f}" for a, b in zip(low, high, strict=True))
+    found = min(others, key=off)
+    if off(found) <= _CORNER:
+        if _largest_difference(found, spec) <= 2 * _CORNER / min(spec.std):
+            return []  # too near to the right constants for this rule
+        evidence = f"the channels run from {ranges}, which is [0, 1] under {_numbers(found)}"
+        return [_wrong_constants(found, spec, evidence, images, where)]
+    clipped = min(float((channels == end[:, None]).float().mean(dim=1).min()) for end in (lowest, highest))
+    if clipped < _CLIPPED_SHARE or max(np.ptp(low), np.ptp(high)) <= _CORNER or (high - low).min() <= 0:
+        return []  # nothing was clipped, or all channels to the same normalized values, as optimizers do
+    std = 1 / (high - low)
+    solved = _Constants("constants of no known dataset", _triple(-low * std), _triple(std))
+    if _largest_difference(solved, spec) <= 2 * _CORNER / min(spec.std) or _contrast_change(solved, spec):
+        return []
+    evidence = f"the channels are clipped to {ranges}, which is [0, 1] under {_numbers(solved)}"
+    wrong = _wrong_constants(solved, spec, evidence, images, where)
+    return [Finding("warning", "N009", wrong.message, where)]
+
+
+def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+    """Whether the images were whitened (ZCA), with any strength: low frequencies and channels lost their correlations.
+
+    Pictures have most of their power at the lowest frequencies, where the channels agree. Whitening divides each
+    principal component by the root of its variance plus epsilon, which makes just those components equally strong.
+    """
+    sample = images[:: max(1, len(images) // _ROWS_COMPARED)].double()
+    side = sample.shape[-1]
+    if len(sample) < _FEWEST_ROWS or side < 16:
+        return []
+    sample = sample - sample.mean(dim=0)
+    coefficients = torch.from_numpy(dctn(sample.numpy(), axes=(2, 3), norm="ortho"))
+    frequency = torch.hypot(*torch.meshgrid(torch.arange(side).double(), torch.arange(side).double(), indexing="ij"))
+
+    def power(lowest: float, highest: float) -> float:
+        return float(coefficients[..., (frequency >= lowest) & (frequency < highest)].square().mean().clamp_min(1e-30))
+
+    middle = power(3.5, 5)
+    low = coefficients[..., (frequency > 0) & (frequency < 2.5)].transpose(0, 1).flatten(1)
+    correlation = float((torch.corrcoef(low).sum() - 3) / 6)
+    if not (power(0.5, 1.2) < _FLAT * middle and power(0, 0.5) < 2 * _FLAT * middle and correlation < _UNCORRELATED):
+        return []
+    across = sample.diff(dim=3)
+    tails = float(across.pow(4).mean() / across.square().mean() ** 2)
+    if tails < _HEAVY_TAILS and power(0.25 * side, 0.4 * side) > _FALLING * middle:
+        return []  # noise, which was never a picture
+    message = (
+        f"The images look whitened (ZCA): their power is as good as flat at low frequencies "
+        f"({power(0.5, 1.2) / middle:.1f} times as much at one cycle as at four; pictures have 7 and more) and "
+        f"the channels are hardly correlated ({correlation:.2f}; in pictures 0.5 to 0.9). The scorer tests on images that "
+        f"are only normalized, with {_numbers_of(spec)}. Undo the whitening with the matrix that it was done with "
+        "(kornia: zca.inverse_transform with compute_inv=True), then normalize, or distill again without ZCA."
+    )
+    return [Finding("error", "N012", message, where)]
 
 
 def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     """Constants under which mean and spread are those of the real images, where the right ones are far from it."""
     mean, std = images.double().mean(dim=(0, 2, 3)), images.double().std(dim=(0, 2, 3))
-    distances = [(_moment_distance(mean, std, constants, spec), constants) for constants in _candidates(spec)]
-    ours = distances[0][0]
-    nearest, found = min(distances, key=lambda pair: pair[0])
-    moments = f"means {_triple(mean.tolist())}, standard deviations {_triple(std.tolist())}"
-    fits = _FITS_UNIT if found is _UNIT else _FITS
-    if found.code not in ("", "N005") and nearest <= fits * ours and ours >= _MISFITS:
+    right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
+    slips = list(_variants(right, exchanged="N006"))[:3]
+    candidates = [right, _UNIT, _SIGNED, _BYTES, *_IN_USE, *slips]
+    distances = [_moment_distance(mean, std, constants, spec) for constants in candidates]
+    ours, nearest = distances[0], min(distances)
+    found = candidates[distances.index(nearest)]
+    moments = f"means {_shown(mean.tolist())}, standard deviations {_shown(std.tolist())}"
+    fits = {_UNIT: _FITS_UNIT, slips[1]: _FITS_MEAN_ONLY}.get(found, _FITS)
+    if found.code and _largest_difference(found, spec) > _HARMLESS and nearest <= fits * ours and ours >= _MISFITS:
         evidence = f"{moments}, as the real images have them under {_numbers(found)}"
-        wrong = _wrong_constants(found, spec, evidence, where)
+        wrong = _wrong_constants(found, spec, evidence, images, where)
         return [Finding("warning", wrong.code, wrong.message, where)]
     if ours >= _FAR_OFF:
         message = f"The values are far from normalized images': {moments}; they should be near 0 and 1."
@@ -154,7 +325,7 @@ def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
 
 
 def _moment_distance(mean: Tensor, std: Tensor, constants: _Constants, spec: DatasetSpec) -> float:
-    """How far moments are from those of the real images, had they been normalized with `constants`.
+    """Distance of moments from those of the real images, if the images were normalized with `constants`.
 
     Root mean square over channels of the differences in mean, in standard deviations, and in log deviation. The
     dataset's own constants stand for the moments of its images.
@@ -172,45 +343,59 @@ def _is_channels_last(images: Tensor) -> bool:
     sample = images[:: max(1, len(images) // _ROWS_COMPARED)]
     count, channels, side, _ = sample.shape
     other = sample.reshape(count, side, side, channels).permute(0, 3, 1, 2)
-    return _roughness(other) < _SMOOTHER * _roughness(sample)
 
+    def roughness(x: Tensor) -> float:
+        return float(x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean())
 
-def _roughness(images: Tensor) -> float:
-    """Mean absolute difference between vertical and horizontal neighbors."""
-    return float(images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean())
+    return roughness(other) < _SMOOTHER * roughness(sample)
 
 
 def _channels_last(where: str) -> Finding:
     message = (
-        "The images were stored channels last, (rows, S, S, 3), and only reshaped: read that way they are smooth, as "
-        "they stand they are not. Use tensor.reshape(rows, S, S, 3).permute(0, 3, 1, 2) on this file, "
-        "or permute instead of reshape when making it."
+        "The images were stored channels last, (rows, S, S, 3), and then reshaped: read that way they are smooth, and "
+        "in the present shape they are not. Use tensor.reshape(rows, S, S, 3).permute(0, 3, 1, 2) on this file, "
+        "or permute instead of reshape when you make it."
     )
     return Finding("error", "N007", message, where)
 
 
-def _wrong_constants(found: _Constants, spec: DatasetSpec, evidence: str, where: str) -> Finding:
-    right = f"{_triple(spec.mean)} and {_triple(spec.std)}"
-    if found.code == "N005":
-        message = f"Normalized with {found.title}: {evidence}. Harmless; the scorer's are {right}."
-        return Finding("info", "N005", message, where)
-    message = f"Wrong normalization: {found.title}: {evidence}. The scorer takes (x - mean) / std with {right}."
+def _largest_difference(constants: _Constants, spec: DatasetSpec) -> float:
+    """Between values of one pixel in [0, 1] that was normalized with these constants and with the right ones."""
+    ends = np.array([[0.0], [1.0]])
+    theirs = (ends - np.array(constants.mean)) / np.array(constants.std)
+    return float(np.abs(theirs - (ends - np.array(spec.mean)) / np.array(spec.std)).max())
+
+
+def _wrong_constants(found: _Constants, spec: DatasetSpec, evidence: str, images: Tensor, where: str) -> Finding:
+    scale = np.array(found.std) / np.array(spec.std)
+    shift = (np.array(found.mean) - np.array(spec.mean)) / np.array(spec.std)
+    repair = f"tensor * torch.tensor([{_shown(scale, 7)}]).view(3, 1, 1) + torch.tensor([{_shown(shift, 7)}]).view(3, 1, 1)"
+    if found.code == "N006":
+        mean, std = images.double().mean(dim=(0, 2, 3)), images.double().std(dim=(0, 2, 3))
+        right = _Constants("", spec.mean, spec.std)
+        if _moment_distance(mean.flip(0), std.flip(0), right, spec) < _moment_distance(mean, std, found, spec):
+            repair = "tensor.flip(1)"  # the images themselves are BGR, each channel with its own constants
+    message = (
+        f"Wrong normalization: {found.title}: {evidence}. The scorer expects (x - mean) / std with {_numbers_of(spec)}. "
+        f"Convert the file's tensor: {repair}"
+    )
     return Finding("error", found.code, message, where)
 
 
-def _sample(images: Tensor) -> Tensor:
-    """(3, M) float64: evenly chosen values of each channel."""
-    channels = images.transpose(0, 1).flatten(1)
-    # An odd step meets all columns.
-    step = max(1, channels.shape[1] // _VALUES_TESTED) | 1
-    return channels[:, ::step].double()
+def _numbers_of(spec: DatasetSpec) -> str:
+    return _numbers(_Constants("", spec.mean, spec.std))
 
 
 def _numbers(constants: _Constants) -> str:
     if constants is _BYTES:
         return "mean 0 and std 1/255"
-    return f"mean {_triple(constants.mean)} and std {_triple(constants.std)}"
+    return f"mean {_shown(constants.mean)} and std {_shown(constants.std)}"
 
 
-def _triple(values: tuple[float, ...] | list[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
+def _shown(values: Sequence[float] | np.ndarray, digits: int = 4) -> str:
+    return ", ".join(f"{value:.{digits}g}" for value in values)
+
+
+def _triple(values: Sequence[float] | np.ndarray) -> _Triple:
+    red, green, blue = map(float, values)
+    return red, green, blue
