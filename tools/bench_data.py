@@ -18,9 +18,10 @@ import numpy as np
 from PIL import Image
 
 from ddkit.data.archives import open_tree
-from ddkit.data.decoding import available_cores, decode_split
+from ddkit.data.decoding import decode_split
 from ddkit.data.sources import FileSplit, open_source
 from ddkit.data.split_file import SplitFile
+from ddkit.runtime.openmp import available_cpus
 
 
 def decode_plainly(path: Path, names: Sequence[str]) -> np.ndarray:
@@ -46,7 +47,7 @@ def main() -> None:
         ways: dict[str, Callable[[], object]] = {
             "one after another": lambda: decode_plainly(arguments.path, names),
             "one process": lambda: decode_split(arguments.path, names, target, workers=0),
-            f"{available_cores()} processes": lambda: decode_split(arguments.path, names, target),
+            f"{available_cpus()} processes": lambda: decode_split(arguments.path, names, target),
         }
         seconds: dict[str, float] = dict.fromkeys(ways, float("inf"))
         for _ in range(arguments.repeats):

@@ -35,6 +35,7 @@ from ddkit.data.archives import DamagedMemberError, Tree, open_tree
 from ddkit.data.split_file import SplitFile
 from ddkit.errors import BadFileError, ComputeError
 from ddkit.runtime.files import explain_os_error
+from ddkit.runtime.openmp import available_cpus
 
 _BLOCK = 256  # most images a worker decodes and writes at once; few enough that all workers end together
 _FEW = 2000  # images below which starting processes costs more than it saves
@@ -149,7 +150,7 @@ def decode_split(
     size = min(_BLOCK, target.rows_at_once)
     blocks = [(start, names[start : start + size]) for start in range(0, len(names), size)]
     if workers is None:
-        workers = 0 if len(names) < _FEW or not sys.executable else min(available_cores(), len(blocks))
+        workers = 0 if len(names) < _FEW or not sys.executable else min(available_cpus(), len(blocks))
     problems: list[Problem] = []
     done = 0
     with _decoders(_Job(path, target, resize), workers) as decode:
@@ -302,11 +303,6 @@ def _from_integers(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError("whole-number pixels beyond 16 bits, whose range is not known")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-
-
-def available_cores() -> int:
-    """Cores that this process may use, which a container or a batch system may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

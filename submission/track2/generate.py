@@ -39,6 +39,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# OpenMP's threads that wait sleep, which leaves the core to others, instead of spinning. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves the script's own folder out
 
 from shards import HASHES_FILE, HERE, Failure, Job, join, open_shards, say, sha256_of, shards_of, write_spent
@@ -209,8 +212,19 @@ def usual_workers(device: str) -> int:
     """
     if device in ("auto", "cuda") and (gpus := gpu_count()):
         return gpus
+    return min(usable_cores(), 8) if device in ("auto", "cpu") else 1
+
+
+def usable_cores() -> int:
+    """Those of the affinity mask, and no more than the quota of the container that this may run in."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8) if device in ("auto", "cpu") else 1
+    groups = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # control groups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, " ".join((groups / name).read_text() for name in files).split())
+            if quota > 0:
+                cores = min(cores, -(-quota // period))
+    return max(1, cores)
 
 
 def gpu_count() -> int:
@@ -307,7 +321,6 @@ class Crew:
 
 def run_workers(job: Job) -> None:
     """Start the workers and keep the clock until they ended or their time is up. Raises Failure without images."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core to others
     clock = Clock(job)
     threading.Thread(target=clock.import_torch, daemon=True).start()
     crew = Crew(job, clock.stop_at)
