@@ -20,12 +20,12 @@ from ddkit.cli._output import Output
 from ddkit.runtime.progress import Progress
 
 with Output({options}) as output:
-    output.say("About to train.")
+    output.note("About to train.")
     for step in range(40, 101, 20):
-        output.listen(Progress("Training [b]", step, 100, "images", {{"loss": 2.5 - step / 100}}))
+        output.progress(Progress("Training [b]", step, 100, "images", {{"loss": 2.5 - step / 100}}))
         time.sleep(0.02)
-    output.listen(Progress("Looking", 7, None, "files"))
-    output.done(["out/[x].pt", "out/" + "long" * 50], "ddkit check")
+    output.progress(Progress("Looking", 7, None, "files"))
+    output.finish(["out/[x].pt", "out/" + "long" * 50], "ddkit check")
     output.result({{"accuracy": 0.25}}, "[bold]0.25[/bold]")
 """
 
@@ -114,7 +114,7 @@ def clock(monkeypatch) -> list[float]:
 def test_lines_of_a_log_are_far_apart_and_count_only_this_run(clock, capsys):
     output = Output()
     for done in (500, 510, 520, 560):
-        output.listen(Progress("Training", done, 1000, "steps"))
+        output.progress(Progress("Training", done, 1000, "steps"))
         clock[0] += 10
     assert capsys.readouterr().err.splitlines() == [
         "Training: 500/1,000 steps",
@@ -123,10 +123,33 @@ def test_lines_of_a_log_are_far_apart_and_count_only_this_run(clock, capsys):
     ]
 
 
+def test_rate_and_time_left_are_those_of_the_last_minute(clock, capsys):
+    output = Output()
+    for step in range(31):  # 10 images a second for five minutes, then a tenth of that
+        output.progress(Progress("Training", 100 * step, 10_000, "images"))
+        clock[0] += 10
+    for step in range(1, 13):
+        output.progress(Progress("Training", 3000 + 10 * step, 10_000, "images"))
+        clock[0] += 10
+    lines = capsys.readouterr().err.splitlines()
+    assert "Training: 2,800/10,000 images, 10/s, 12 min left" in lines
+    assert lines[-1] == "Training: 3,120/10,000 images, 1.0/s, 1.9 h left"
+
+
+def test_rate_of_reports_that_are_rare_is_that_since_the_last_one(clock, capsys):
+    output = Output()
+    for done in (0, 1, 3):
+        output.progress(Progress("Epochs", done, 10, "epochs"))
+        clock[0] += 200
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "Epochs: 1/10 epochs, 200.0 s each, 30 min left", "Epochs: 3/10 epochs, 100.0 s each, 12 min left",
+    ]  # fmt: skip
+
+
 def test_seconds_have_no_speed(clock, capsys):
     output = Output()
     for done in (0, 20):
-        output.listen(Progress("Refining", done, 60, "s"))
+        output.progress(Progress("Refining", done, 60, "s"))
         clock[0] += 20
     assert capsys.readouterr().err.splitlines()[1] == "Refining: 20/60 s, 40 s left"
 
@@ -134,7 +157,7 @@ def test_seconds_have_no_speed(clock, capsys):
 def test_work_that_begins_anew_is_measured_anew(clock, capsys):
     output = Output()
     for done in (1, 3, 1, 3):
-        output.listen(Progress("Round", done, 3))
+        output.progress(Progress("Round", done, 3))
         clock[0] += 4
     assert capsys.readouterr().err.splitlines() == [
         "Round: 1/3", "Round: 3/3, in 4 s", "Round: 1/3", "Round: 3/3, in 4 s",
