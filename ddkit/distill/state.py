@@ -1,6 +1,6 @@
-"""What a refinement has reached, on disk: enough to go on as if it had not been interrupted.
+"""The state of a refinement on disk, from which it resumes to the same bits.
 
-A run folder holds state.pt, the judgements as records.jsonl, and the set as it was before (before.pt, .json, .png).
+A run folder holds state.pt, the validations as records.jsonl, and the set as it was before (before.pt, .json, .png).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddkit.distill.pool import PoolSettings
+from ddkit.distill.settings import flatten
 from ddkit.errors import BadFileError, UsageError
 from ddkit.runtime.files import atomic_write, sha256_of, write_text
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
@@ -22,13 +24,25 @@ from ddkit.sets.distilled import SetFiles, read_provenance, set_files
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
-_VERSION = 8
-_FRESH = "Start over with --fresh, or refine on in another folder with --run."
+_VERSION = 9
+_VERSION_0_1_0 = 8
+_FRESH = "Start over with --fresh, or begin another refinement with --run."
+_NAMES_SINCE_0_1_0 = {
+    "means_first": "dm_steps",
+    "ridge": "krr_lambda",
+    "real_per_class": "batch_real",
+    "average": "ema",
+    "check_every": "val_every",
+    "check_epochs": "val_epochs",
+}
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What the held-out images said of the set. step: steps before it; seconds: of work; accuracy: a fraction."""
+    """How a network trained on the set does on the held-out training images.
+
+    step: steps before it. seconds: of work before it. accuracy: fraction of the images.
+    """
 
     step: int
     seconds: float
@@ -39,10 +53,11 @@ class Validation:
 class RefinementState:
     """A refinement between two steps.
 
-    settings: plain values, which have to stay the same. start_sha256: of the set's file as it was;
-    dataset_sha256: of the real training images. images, velocity, average (of the images, moving) and best_images (the
-    average that was judged best): (N, 3, S, S) float32, on the CPU. student_rate: of a student's steps, where one
-    follows experts; None while it is not known.
+    settings: plain values, which have to stay the same. start_sha256: of the file of the set as it was.
+    dataset_sha256: of the real training images. images, velocity (momentum of the pixels), average (moving average of
+    the images) and best_images (the average that validated best): (N, 3, S, S) float32 on the CPU.
+    precision: in which steps compute, "float32" or "bfloat16". pool_start: step from which the pool is used, None before.
+    pool: what `OnlinePool.state` returned, empty before. student_lr: learning rate of the student of "mtt", None before.
     """
 
     folder: Path
@@ -53,10 +68,13 @@ class RefinementState:
     velocity: Tensor
     average: Tensor
     best_images: Tensor
+    precision: str = "float32"
     step: int = 0
     seconds: float = 0.0
-    student_rate: float | None = None
-    judgements: list[Validation] = field(default_factory=list)
+    pool_start: int | None = None
+    pool: Mapping[str, Tensor] = field(default_factory=dict)
+    student_lr: float | None = None
+    validations: list[Validation] = field(default_factory=list)
 
     @classmethod
     def begin(
@@ -71,21 +89,19 @@ class RefinementState:
         """The state in `folder`. Raises BadFileError where it cannot be used."""
         kept = _load(folder / STATE_FILE)
         settings = json.loads(kept.pop("settings"))
-        judgements = [Validation(**judgement) for judgement in kept.pop("judgements")]
-        return cls(folder, settings, judgements=judgements, **kept)
+        validations = [Validation(**validation) for validation in kept.pop("validations")]
+        return cls(folder, settings, validations=validations, **kept)
 
     def require(self, path: Path, settings: Mapping[str, Any], dataset_sha256: str) -> None:
-        """Raise UsageError where this is of another set than the one at `path`, of other settings or real images."""
+        """Raise UsageError where this refines another set than the one at `path`, with other settings or real images."""
         if sha256_of(path) != self.start_sha256 and not self.made(path):
             raise UsageError(f"{self.folder} holds the refinement of another set than {path}.", _another(self.folder))
-        # Through JSON, as those of the state went: tuples are lists there.
-        wanted = json.loads(json.dumps(settings))
-        changed = [f"{name} {self.settings.get(name)}, not {value}" for name, value in wanted.items()
-                   if self.settings.get(name) != value]  # fmt: skip
+        wanted, recorded = flatten(settings), flatten(self.settings)
+        changed = [f"{name} {recorded.get(name)}, not {value}" for name, value in wanted.items() if recorded.get(name) != value]
         if changed:
             raise UsageError(
                 f"The refinement in {self.folder} was begun with other settings: {'; '.join(changed)}.",
-                f"Leave those options away to go on, or start over with --fresh. {_another(self.folder)}",
+                f"Omit those options to resume it, or start over with --fresh. {_another(self.folder)}",
             )
         if self.dataset_sha256 != dataset_sha256:
             raise UsageError(f"The real images have changed since the refinement in {self.folder} was begun.", _FRESH)
@@ -97,27 +113,27 @@ class RefinementState:
 
     @property
     def first(self) -> Validation:
-        """Of the set as it was."""
-        return self.judgements[0]
+        """The validation of the set as it was."""
+        return self.validations[0]
 
     @property
     def best(self) -> Validation:
-        """Of equals the later one, which is refined further."""
-        return max(self.judgements, key=lambda judgement: (judgement.accuracy, judgement.step))
+        """The best validation. Where several are equal it is the latest, whose set is refined further."""
+        return max(self.validations, key=lambda validation: (validation.accuracy, validation.step))
 
     @property
-    def judged(self) -> bool:
-        """Whether the present images have been."""
-        return bool(self.judgements) and self.judgements[-1].step == self.step
+    def validated(self) -> bool:
+        """Whether the present images have been validated."""
+        return bool(self.validations) and self.validations[-1].step == self.step
 
-    def judge(self, accuracy: float) -> None:
-        """Take note of what the held-out images say of the present ones."""
-        self.judgements.append(Validation(self.step, round(self.seconds, 1), accuracy))
-        if self.best is self.judgements[-1]:
+    def record(self, accuracy: float) -> None:
+        """Record the validation of the present images."""
+        self.validations.append(Validation(self.step, round(self.seconds, 1), accuracy))
+        if self.best is self.validations[-1]:
             self.best_images = self.average
 
     def made(self, path: Path) -> bool:
-        """Whether the set at `path` is this refinement's result, the present or an earlier one."""
+        """Whether the set at `path` is a result of this refinement, the present one or an earlier one."""
         return _is_result(path, self.start_sha256, self.best_images)
 
     def gained_nothing(self) -> bool:
@@ -131,21 +147,21 @@ class RefinementState:
         return set_files(to)
 
     def save(self) -> None:
-        """Write it all, atomically."""
+        """Write everything, atomically."""
         kept = {name: value for name, value in vars(self).items() if name != "folder"}
-        judgements = [asdict(judgement) for judgement in self.judgements]
-        kept |= {"version": _VERSION, "settings": json.dumps(self.settings), "judgements": judgements}
+        validations = [asdict(validation) for validation in self.validations]
+        kept |= {"version": _VERSION, "settings": json.dumps(self.settings), "validations": validations}
         save_torch(kept, self.folder / STATE_FILE)
-        write_text(self.folder / RECORDS_FILE, "".join(f"{json.dumps(judgement)}\n" for judgement in judgements))
+        write_text(self.folder / RECORDS_FILE, "".join(f"{json.dumps(validation)}\n" for validation in validations))
 
 
 def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
-    """Forget the refinement in `folder`; a set at `path` that it made gives way to the one it was made from.
+    """Discard the refinement in `folder` and give the set at `path` back as it was before it.
 
-    out: where the refined set was written, and is to be; `path` when None. What the refinement made there is kept in the
-    folder as refined.pt, .json and .png. Only what a refinement wrote is removed from the folder. Raises UsageError where
-    the set at `path` is neither what that refinement began with nor what it made: the only copy of the former would be
-    lost.
+    out: where the refined set was written; `path` when None. The refined set there is kept in the folder as refined.pt,
+    .json and .png. Only files that a refinement wrote are removed from the folder.
+    Raises UsageError where the set at `path` is neither what that refinement began with nor what it made, as the only
+    copy of the former would be lost.
     """
     before = _before(folder)
     if before.exists():
@@ -156,21 +172,21 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
                     _copy_set(file, _given_up(folder))
                 elif file == path:
                     raise UsageError(
-                        f"{folder} keeps the set that another refinement began with, {before.name}, and {path} is not of it.",
+                        f"{folder} holds the refinement of another set than {path}, and its only copy, {before.name}.",
                         _another(folder),
                     )
-        _copy_set(before, path)  # also where a kill halfway left the tensor given back and not yet what is beside it
+        _copy_set(before, path)  # also where a kill halfway has given back the tensor but not its JSON and sheet
     for file in (folder / STATE_FILE, folder / RECORDS_FILE, *vars(set_files(before)).values()):
         file.unlink(missing_ok=True)
 
 
 def refuse_kept_copy(folder: Path, *paths: Path) -> None:
-    """Raise UsageError where a path is a copy that the folder keeps, of the set as it was or of one given up."""
+    """Raise UsageError where a path is one of the copies that the folder keeps."""
     kept = {_before(folder).resolve(): "the set as it was", _given_up(folder).resolve(): "a set that was given up"}
     for path in paths:
         if whose := kept.get(path.resolve()):
             raise UsageError(
-                f"{path} is the copy that {folder} keeps of {whose}.",
+                f"{path} is the copy of {whose} that {folder} keeps.",
                 "Name the set itself, with --fresh to start over from it as it was, or copy that file elsewhere first.",
             )
 
@@ -186,7 +202,7 @@ def _given_up(folder: Path) -> Path:
 def _is_result(path: Path, start_sha256: str, best_images: Tensor | None) -> bool:
     if read_provenance(path).get("refined_from") == start_sha256:
         return True
-    # Killed between writing the tensor and how it was made, the facts do not tell.
+    # After a kill between the tensor and its JSON, the JSON does not belong to the tensor.
     return best_images is not None and _holds(path, best_images)
 
 
@@ -207,7 +223,7 @@ def _best_images(folder: Path) -> Tensor | None:
 
 
 def _copy_set(path: Path, to: Path) -> None:
-    """The three files of a set under another name, in the place of those that were there."""
+    """Copy the three files of a set to another name, replacing those that are there."""
     for source, target in zip(vars(set_files(path)).values(), vars(set_files(to)).values(), strict=True):
         if source.exists():
             with atomic_write(target) as temporary:
@@ -220,12 +236,29 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         kept = load_restricted(path)
     except (UnloadableError, OSError) as error:
-        raise BadFileError(f"{path} is damaged or no state of a refinement.", _FRESH) from error
-    if not isinstance(kept, dict) or kept.pop("version", None) != _VERSION:
-        raise BadFileError(f"{path} is of another version of ddkit.", _FRESH)
+        raise BadFileError(f"{path} is damaged or is not the state of a refinement.", _FRESH) from error
+    version = kept.pop("version", None) if isinstance(kept, dict) else None
+    if version == _VERSION_0_1_0:
+        return _from_0_1_0(kept, path)
+    if version != _VERSION:
+        raise BadFileError(f"{path} was written by another version of ddkit.", _FRESH)
     return kept
 
 
+def _from_0_1_0(kept: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The state of a refinement that ddkit 0.1.0 began, which resumes with what it began with: float32 and no pool."""
+    recorded = json.loads(kept.pop("settings"))
+    if gone := [name for name in ("trained_share", "attention", "recognition") if recorded.pop(name)]:
+        raise BadFileError(f"{path} was begun by ddkit 0.1.0 with {' and '.join(gone)}, which have been removed.", _FRESH)
+    settings = {_NAMES_SINCE_0_1_0.get(name, name): value for name, value in recorded.items()}
+    settings["objective"] = {"means": "dm", "regression": "frepo", "trajectories": "mtt"}[settings["objective"]]
+    settings["student"]["lr_momentum"] = settings["student"].pop("rate_share")
+    settings["pool"] = asdict(PoolSettings(size=0))
+    settings |= {"final_rate": 1.0, "precision": "float32"}
+    kept["student_lr"] = kept.pop("student_rate")
+    kept["validations"] = kept.pop("judgements")
+    return kept | {"settings": json.dumps(settings)}
+
+
 def _another(folder: Path) -> str:
-    """How to refine beside what a folder holds."""
-    return f"Name another folder, such as --run {folder}-2."
+    return f"To keep both, name another folder, such as --run {folder}-2."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from ddkit.errors import UsageError, did_you_mean
 from ddkit.network.convnet import ConvNet
 
 OFFICIAL_NETWORK = "convnet"
+_INITIALIZING = threading.Lock()
 
 
 def build_network(name: str, num_classes: int, image_size: int, *, seed: int) -> nn.Module:
@@ -20,8 +22,8 @@ def build_network(name: str, num_classes: int, image_size: int, *, seed: int) ->
     """
     if name not in NETWORKS:
         raise UsageError(f"There is no network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
-    # Modules initialize themselves from the global generator; it is left as it was.
-    with torch.random.fork_rng(devices=[]):
+    # Modules initialize themselves from the global generator, which is left as it was; one thread at a time.
+    with _INITIALIZING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[name](num_classes, image_size)
 

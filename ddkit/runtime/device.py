@@ -8,9 +8,11 @@ import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from ddkit.errors import ComputeError, UsageError
+from ddkit.runtime.environment import processes_here
 
 
 def resolve_device(name: str) -> torch.device:
@@ -39,6 +41,13 @@ def own_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(own_device(device))[0]
+    return psutil.virtual_memory().available // processes_here()
 
 
 def describe_device(device: torch.device) -> str:

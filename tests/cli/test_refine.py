@@ -16,11 +16,13 @@ from ddkit.cli import main
 from ddkit.cli.refine import refine
 from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.refine import PRESETS, RefineSettings, recorded_settings
+from ddkit.distill.refine import recorded_settings
+from ddkit.distill.settings import PRESETS, RefineSettings
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
-QUICK = ["--real-per-class", "2", "--check-epochs", "0", "--trained-share", "0", "--device", "cpu"]
+VALIDATE = ["--batch-real", "2", "--device", "cpu", "--set"]
+QUICK = [*VALIDATE, "val_epochs=0"]
 
 
 @pytest.fixture
@@ -50,26 +52,26 @@ def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
 
 
 def test_what_goes_on_has_the_settings_it_had(submission):
-    first = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--preset", "means", "--displayable")
+    first = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--preset", "dm", "--set", "displayable=true")
     again = ddkit("submission/colors.pt", "--steps", "2", "--quiet", "--json")
     assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
     assert json.loads(again.stdout)["steps"] == 2
-    other = ddkit("submission/colors.pt", "--steps", "3", "--real-per-class", "3")
-    assert other.exit_code == 2 and "real_per_class 2, not 3." in " ".join(other.output.split())
+    other = ddkit("submission/colors.pt", "--steps", "3", "--batch-real", "3")
+    assert other.exit_code == 2 and "batch_real 2, not 3." in " ".join(other.output.split())
 
 
 def test_trajectories_go_on_with_their_experts(submission, monkeypatch, tmp_path):
-    words = ("submission/colors.pt", "--objective", "trajectories", "--means-first", "1", "--student-steps", "2", *QUICK)
+    words = ("submission/colors.pt", "--objective", "mtt", "--set", "dm_steps=1", "--set", "student.steps=2", *QUICK)
     small = dataclasses.replace(RefineSettings(), experts=ExpertSettings(steps=4, batch_size=4, keep_every=1, span=2))
     monkeypatch.setitem(PRESETS, "track1", small)
-    first = ddkit(*words, "--experts", "1", "--steps", "2")
+    first = ddkit(*words, "--set", "experts.count=1", "--steps", "2")
     again = ddkit("submission/colors.pt", "--steps", "3", "--quiet", "--json")
     assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
     assert json.loads(again.stdout)["steps"] == 3
     recorded = recorded_settings(tmp_path / "runs" / "colors-refine")
     assert (recorded.experts, recorded.student.steps) == (dataclasses.replace(small.experts, count=1), 2)
-    other = ddkit("submission/colors.pt", "--steps", "4", "--experts", "2")
-    assert other.exit_code == 2 and "with other settings: experts" in " ".join(other.output.split())
+    other = ddkit("submission/colors.pt", "--steps", "4", "--set", "experts.count=2")
+    assert other.exit_code == 2 and "with other settings: experts.count 1, not 2" in " ".join(other.output.split())
 
 
 def test_a_set_made_anew_is_refined_in_another_folder(submission):
@@ -92,18 +94,18 @@ def test_the_dataset_is_what_the_json_beside_the_set_says(submission):
 def test_presets_are_those_of_the_library_and_options_change_single_settings(submission):
     (option,) = [option for option in refine.params if option.name == "preset"]
     assert set(option.type.choices) == set(PRESETS)
-    done = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--preset", "means", "--lr", "0.001", "--quiet")
+    done = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--preset", "dm", "--lr", "0.001", "--quiet")
     assert done.exit_code == 0, done.output
     facts = json.loads(submission.with_suffix(".json").read_text())
-    assert (facts["objective"], facts["learning_rate"], facts["real_per_class"]) == ("means", 0.001, 2)
+    assert (facts["objective"], facts["learning_rate"], facts["batch_real"]) == ("dm", 0.001, 2)
 
 
-def test_stopped_while_it_judges_it_stops_at_once(submission, tmp_path):
-    settings = [*QUICK[:2], "--check-epochs", "100000", "--trained-share", "0", "--device", "cpu"]
+def test_stopped_while_it_validates_it_stops_at_once(submission, tmp_path):
+    settings = [*VALIDATE, "val_epochs=100000"]
     command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "5", *settings]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
-        if "Judging" in line:
+        if "Validating" in line:
             break
     second = ddkit(str(submission), "--steps", "5", *settings)  # which would forget how the first one's set was
     assert second.exit_code == 2 and "Another process refines in runs/colors-refine" in " ".join(second.output.split())
@@ -111,16 +113,15 @@ def test_stopped_while_it_judges_it_stops_at_once(submission, tmp_path):
     process.communicate(timeout=300)
     assert process.returncode == 130
     state = torch.load(tmp_path / "runs" / "colors-refine" / "state.pt", weights_only=True)
-    assert (state["step"], state["judgements"]) == (0, [])
+    assert (state["step"], state["validations"]) == (0, [])
 
 
-def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
-    """A judgement's length is a setting of the run, so that this one takes just long enough to be stopped in."""
-    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "2", *QUICK[:2], "--check-epochs", "60",
-               "--device", "cpu"]  # fmt: skip
+def test_stopped_while_it_validates_it_goes_on_with_validating(submission, tmp_path):
+    """The length of a validation is a setting of the run, so that this one takes just long enough to be stopped in."""
+    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "2", *VALIDATE, "val_epochs=60"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
-        if "Judging" in line:
+        if "Validating" in line:
             break
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=300)
@@ -128,7 +129,7 @@ def test_stopped_while_it_judges_it_goes_on_with_judging(submission, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     state = torch.load(tmp_path / "runs" / "colors-refine" / "state.pt", weights_only=True)
-    assert [judgement["step"] for judgement in state["judgements"]] == [0, 2]
+    assert [validation["step"] for validation in state["validations"]] == [0, 2]
 
 
 def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
@@ -154,20 +155,23 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
     [
         (["nowhere.pt", "--dataset", "colors"], 3, "nowhere.pt does not exist"),
         (["submission"], 2, "submission is a folder"),
-        (["submission/colors.pt", "--steps", "2", "--time", "1m"], 2, "contradict"),
-        (["submission/colors.pt", "--dataset", "colors"], 2, "Did you mean 'colors'?"),
+        (["submission/colors.pt", "--steps", "2", "--time", "1m"], 2, "--steps and --time exclude each other"),
+        (["submission/colors.pt", "--dataset", "colos"], 2, "Did you mean 'colors'?"),
         (["submission/colors.pt", "--lr", "0"], 2, "--lr"),
-        (["submission/colors.pt", "--preset", "means", "--ridge", "1"], 2, "--ridge is of the objective regression"),
-        (["submission/colors.pt", "--student-steps", "3"], 2, "--student-steps is of the objective trajectories"),
-        (["submission/colors.pt", "--experts", "2"], 2, "--experts are of trajectories and of --trained-share"),
-        (["submission/colors.pt", "--preset", "means", "--means-first", "1"], 2, "nothing after the means"),
+        (["submission/colors.pt", "--set", "krr_lambda"], 2, "--set krr_lambda assigns no value"),
+        (["submission/colors.pt", "--set", "ridge=1"], 2, "Unknown setting 'ridge'. Known: objective, dm_steps, krr_lambda"),
+        (["submission/colors.pt", "--set", "dm_steps=many"], 2, "dm_steps is of type int, and 'many' is not"),
+        (["submission/colors.pt", "--preset", "dm", "--set", "krr_lambda=1"], 2, "krr_lambda applies to the objective frepo"),
+        (["submission/colors.pt", "--preset", "dm", "--pool", "4"], 2, "pool.size applies to the objective frepo"),
+        (["submission/colors.pt", "--set", "student.steps=3"], 2, "student.steps applies to the objective mtt"),
+        (["submission/colors.pt", "--set", "experts.count=2"], 2, "experts.count applies to the objective mtt"),
+        (["submission/colors.pt", "--preset", "dm", "--set", "dm_steps=1"], 2, "dm_steps has no effect"),
         (
-            ["submission/colors.pt", "--objective", "trajectories", "--means-first", "0", "--real-per-class", "3"],
+            ["submission/colors.pt", "--objective", "mtt", "--set", "dm_steps=0", "--batch-real", "3"],
             2,
-            "--real-per-class is of the means",
+            "batch_real applies to",
         ),
-        (["submission/colors.pt", "--means-first", "0", "--attention", "100"], 2, "none come before the regression"),
-        (["submission/colors.pt", "--recognition", "1"], 2, "recognition is by experts"),
+        (["submission/colors.pt", "--pool", "100000000"], 3, "A pool of 100,000,000 networks for colors needs"),
         (["submission/colors.pt", "--out", "refined.json"], 2, "does not end in .pt"),
     ],
 )

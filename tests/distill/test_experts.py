@@ -9,8 +9,9 @@ import torch
 
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.distill.experts import Experts, ExpertSettings, load_flat_parameters
+from ddkit.distill.experts import Experts, ExpertSettings
 from ddkit.distill.holdout import TrainHoldout
+from ddkit.distill.parameters import load_flat_parameters
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.evaluation.rounds import predict
 from ddkit.network.autotune import choose_plan
@@ -48,23 +49,8 @@ def test_they_are_trained_once_and_found_again(references, own_cache):
     again = experts(references, told=told)
     assert told == [] and {path: path.stat().st_mtime_ns for path in files(own_cache)} == written
     for seed in range(3):
-        ours, theirs = (kept.stretch(torch.Generator().manual_seed(seed)) for kept in (first, again))
+        ours, theirs = (kept.sample_segment(torch.Generator().manual_seed(seed)) for kept in (first, again))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_a_place_is_any_but_a_start(references):
-    ours = experts(references)
-    stretches = [ours.stretch(torch.Generator().manual_seed(seed)) for seed in range(60)]
-    ends, places = (
-        {tuple(place[:4].tolist()) for place in found}
-        for found in (
-            [end for _, end in stretches],
-            [ours.place(torch.Generator().manual_seed(seed)) for seed in range(60)],
-        )
-    )
-    starts = {tuple(start[:4].tolist()) for start, _ in stretches}
-    assert len(places) == QUICK.count * QUICK.steps
-    assert ends <= places and len(starts & places) == len(starts) - QUICK.count
 
 
 @pytest.mark.parametrize(
@@ -123,7 +109,7 @@ def test_stretches_are_of_one_way_and_as_long_as_said(references, own_cache):
     assert all(way.shape == (5, sum(p.numel() for p in build_network("convnet", 2, 16, seed=0).parameters())) for way in ways)
     found = set()
     for seed in range(40):
-        start, end = kept.stretch(torch.Generator().manual_seed(seed))
+        start, end = kept.sample_segment(torch.Generator().manual_seed(seed))
         (place,) = [
             (number, k) for number, way in enumerate(ways) for k in range(3)
             if torch.equal(way[k], start) and torch.equal(way[k + 2], end)
@@ -137,10 +123,11 @@ def test_they_learn_what_the_images_show():
     spec = dataset_spec("glyphs")
     letters = TrainHoldout(load_dataset("glyphs", "train"), spec, held_out=0.1, seed=0)
     settings = ExpertSettings(count=1, steps=40, batch_size=64, keep_every=40, span=40)
-    start, end = experts(letters, settings).stretch(torch.Generator().manual_seed(0))
+    start, end = experts(letters, settings).sample_segment(torch.Generator().manual_seed(0))
     accuracies = []
     for place in (start, end):
-        network = load_flat_parameters(build_network("convnet", 10, 32, seed=5), place).eval()
+        network = build_network("convnet", 10, 32, seed=5).eval()
+        load_flat_parameters(network, place)
         held_out = letters.held_out()
         told = predict(build_engine(network, choose_plan(network, "float32", 64)), held_out, CPU)
         accuracies.append((told == held_out.labels).float().mean().item())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddkit.distill.matching import distance_of_attention, mean_embedding_distance, misclassification, ridge_regression_loss
+from ddkit.distill.matching import dm_loss, frepo_loss
 from ddkit.network import embedding
 from ddkit.network.networks import build_network
 
@@ -38,38 +38,16 @@ def assert_same_gradients(found, expected):
 
 def test_the_distance_of_means_is_that_of_each_class(network, embed):
     images, real = draw(6, 1).requires_grad_(), draw(12, 2)
-    found, _ = mean_embedding_distance(embed, images, real, CLASSES)
+    found = dm_loss(embed, images, real, CLASSES)
     ours, theirs = network.embed(images).chunk(CLASSES), network.embed(real).detach().chunk(CLASSES)
     expected = sum(((a.mean(0) - b.mean(0)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     assert_same_gradients(gradient(found, images), gradient(expected, images))
 
 
-def test_attention_is_where_the_fourth_powers_of_each_block_but_the_last_lie(network, embed, monkeypatch):
-    monkeypatch.setattr(embedding, "_LARGEST_MAP", 5 * 128 * 16**2)  # of six and twelve images: parts of unequal size
-    images, real, weight = draw(6, 1).requires_grad_(), draw(12, 2), 7.0
-
-    def looked_at(seen):
-        maps = []
-        for block in range(2):
-            seen = network.features[4 * block : 4 * block + 3](seen)
-            attention = (seen**4).sum(1).flatten(1)
-            maps.append(attention / attention.square().sum(1, keepdim=True).sqrt())
-            seen = network.features[4 * block + 3](seen)
-        return torch.cat(maps, 1)
-
-    found, seen = distance_of_attention(network, images, real, CLASSES, weight)
-    of_means, expected_seen = mean_embedding_distance(embed, images, real, CLASSES)
-    ours, theirs = looked_at(images).chunk(CLASSES), looked_at(real).chunk(CLASSES)
-    expected = of_means + weight * sum(((a.mean(0) - b.mean(0)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
-    assert torch.allclose(seen, expected_seen, atol=1e-4)
-    assert_same_gradients(gradient(found, images), gradient(expected, images))
-
-
 def test_the_regression_is_the_ridge_regression_of_weights(network, embed):
     images, real = draw(6, 1).requires_grad_(), draw(12, 2)
-    found, _ = ridge_regression_loss(embed, images, real, CLASSES, RIDGE)
+    found = frepo_loss(embed, images, real, CLASSES, RIDGE)
     ours, theirs = network.embed(images).double(), network.embed(real).double().detach()
     strength = RIDGE * ours.square().sum(1).mean()
     classes = torch.eye(CLASSES).double() - 1 / CLASSES
@@ -83,14 +61,5 @@ def test_the_regression_is_the_ridge_regression_of_weights(network, embed):
 
 def test_a_regression_on_the_real_images_themselves_is_almost_right(embed):
     real = draw(12, 2)
-    assert ridge_regression_loss(embed, real, real, CLASSES, 1e-4)[0] < 0.01
-    assert ridge_regression_loss(embed, real, draw(12, 3), CLASSES, 1e-4)[0] > 1
-
-
-def test_misclassification_is_the_summed_cross_entropy_of_the_networks_own_layer(network):
-    images, labels = draw(6, 1), torch.arange(CLASSES).repeat_interleave(2)
-    embedding = network.embed(images).detach().requires_grad_()
-    found = misclassification(network, embedding, labels)
-    told = network(images).softmax(1)[torch.arange(6), labels]
-    assert found.item() == pytest.approx(-told.log().sum().item(), rel=1e-4)
-    assert gradient(found, embedding).abs().max() > 0
+    assert frepo_loss(embed, real, real, CLASSES, 1e-4) < 0.01
+    assert frepo_loss(embed, real, draw(12, 3), CLASSES, 1e-4) > 1

@@ -14,8 +14,10 @@ from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.holdout import TrainHoldout
-from ddkit.distill.matching import mean_embedding_distance
-from ddkit.distill.refine import Limits, RefineSettings, refine
+from ddkit.distill.matching import dm_loss
+from ddkit.distill.pool import PoolSettings
+from ddkit.distill.refine import refine
+from ddkit.distill.settings import RefineLimits, RefineSettings
 from ddkit.distill.state import RECORDS_FILE
 from ddkit.distill.student import StudentSettings
 from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, InvalidSubmissionError, UsageError
@@ -26,14 +28,14 @@ from ddkit.runtime.files import sha256_of
 pytestmark = pytest.mark.usefixtures("measured_before")
 
 QUICK = RefineSettings(
-    real_per_class=4, check_every=3, check_epochs=1, held_out=0.2,
-    experts=ExpertSettings(count=1, steps=4, batch_size=4, keep_every=1, span=2), trained_share=0.5, recognition=0.1,
+    batch_real=4, val_every=3, val_epochs=1, held_out=0.2,
+    pool=PoolSettings(size=2, updates=1, max_age=3, from_step=3),
+    experts=ExpertSettings(count=1, steps=4, batch_size=4, keep_every=1, span=2), student=StudentSettings(2, 1),
 )  # fmt: skip
-EXPERTLY = dataclasses.replace(QUICK, trained_share=1.0)
-BLIND = dataclasses.replace(QUICK, trained_share=0.0, recognition=0.0)
-REGRESSING = dataclasses.replace(QUICK, means_first=1)
-ATTENDING = dataclasses.replace(QUICK, objective="means", attention=100.0)
-FOLLOWING = dataclasses.replace(BLIND, objective="trajectories", means_first=1, student=StudentSettings(steps=2))
+DM = dataclasses.replace(QUICK, objective="dm")
+RANDOM_NETWORKS = dataclasses.replace(QUICK, dm_steps=1, pool=PoolSettings(size=0))
+WITH_POOL = dataclasses.replace(QUICK, dm_steps=1)
+MTT = dataclasses.replace(QUICK, objective="mtt", dm_steps=1)
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def read(path):
 
 
 def run(path, folder, steps, settings=QUICK, **options):
-    return refine(path, "colors", settings, Limits(steps), folder, **options)
+    return refine(path, "colors", settings, RefineLimits(steps), folder, **options)
 
 
 def test_what_it_leaves(start, tmp_path):
@@ -55,7 +57,7 @@ def test_what_it_leaves(start, tmp_path):
     assert read(start).shape == (4, 3, 16, 16)
     assert start.read_bytes() != before == refined.before.tensor.read_bytes()
     facts = json.loads(refined.files.provenance.read_text())
-    assert (facts["kind"], facts["real_per_class"], facts["sha256"]) == ("refined", 4, sha256_of(start))
+    assert (facts["kind"], facts["batch_real"], facts["sha256"]) == ("refined", 4, sha256_of(start))
     assert facts["before"] == facts_before
     assert facts["dataset_sha256"] == store_hash("colors", "train")
     assert refined.files.sheet.exists() and refined.before.sheet.exists()
@@ -69,38 +71,26 @@ def test_what_it_leaves(start, tmp_path):
 def test_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
     prepare("glyphs")
     letters = generate("glyphs", 1, FromReal("random"), tmp_path / "glyphs.pt").tensor
-    settings = dataclasses.replace(BLIND, real_per_class=16, check_every=1000, check_epochs=0)
+    settings = dataclasses.replace(QUICK, batch_real=16, val_every=1000, val_epochs=0)
     before = read(letters)
-    refine(letters, "glyphs", settings, Limits(steps=10), tmp_path / "run")
+    refine(letters, "glyphs", settings, RefineLimits(steps=10), tmp_path / "run")
     after = read(tmp_path / "run" / "state.pt")["images"]
     real, spec = load_dataset("glyphs", "train"), dataset_spec("glyphs")
     some = real.labels.argsort(stable=True).view(10, -1)[:, :20].flatten()
     embed = build_embedder(build_network("convnet", 10, 32, seed=12345), len(before))
-    distances = [
-        mean_embedding_distance(embed, images, normalize(real.images[some], spec), 10)[0].item() for images in (before, after)
-    ]
+    distances = [dm_loss(embed, images, normalize(real.images[some], spec), 10).item() for images in (before, after)]
     assert distances[1] < 0.9 * distances[0]
 
 
 def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
     before = read(start)
     with pytest.raises(ComputeError, match="diverged at step 1: its pixels"):
-        run(start, tmp_path / "run", 9, dataclasses.replace(BLIND, learning_rate=1e6))
+        run(start, tmp_path / "run", 9, dataclasses.replace(QUICK, learning_rate=1e6))
     assert torch.equal(read(start), before)
     assert json.loads(start.with_suffix(".json").read_text())["kind"] == "first-real"
 
 
-def test_a_step_may_look_through_experts_and_ask_to_be_recognized_by_them(start, tmp_path):
-    refined = []
-    for share, recognition in ((0.0, 0.0), (1.0, 0.0), (1.0, 5.0)):
-        settings = dataclasses.replace(QUICK, trained_share=share, recognition=recognition)
-        run(start, tmp_path / f"{share} {recognition}", 1, settings, out=tmp_path / "out.pt")
-        refined.append(torch.load(tmp_path / f"{share} {recognition}" / "state.pt", weights_only=True)["images"])
-    fresh, looked, recognized = refined
-    assert not torch.equal(fresh, looked) and not torch.equal(looked, recognized)
-
-
-@pytest.mark.parametrize("settings", [EXPERTLY, REGRESSING, ATTENDING, FOLLOWING])
+@pytest.mark.parametrize("settings", [DM, RANDOM_NETWORKS, WITH_POOL, MTT])
 def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
     copy = tmp_path / "other" / "colors.pt"
     copy.parent.mkdir()
@@ -112,16 +102,19 @@ def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
     for name in ("images", "velocity", "average"):
         assert torch.equal(states[0][name], states[1][name]), name
-    assert states[0]["student_rate"] == states[1]["student_rate"]
-    assert (states[0]["student_rate"] is None) == (settings.objective != "trajectories")
+    assert states[0]["pool"].keys() == states[1]["pool"].keys()
+    for name, kept in states[0]["pool"].items():
+        assert torch.equal(kept, states[1]["pool"][name]), name
+    assert bool(states[0]["pool"]) == (settings is WITH_POOL)
+    assert states[0]["student_lr"] == states[1]["student_lr"]
+    assert (states[0]["student_lr"] is None) == (settings.objective != "mtt")
 
 
 @pytest.mark.parametrize(
     ("task", "settings", "after"),
     [
-        ("Training experts (once)", QUICK, 0),
-        ("Training experts (once)", FOLLOWING, 1),
-        ("Trying students' rates", FOLLOWING, 1),
+        ("Training experts (once)", MTT, 1),
+        ("Trying students' learning rates", MTT, 1),
     ],
 )
 def test_interrupted_while_it_prepares_it_loses_no_step(start, tmp_path, task, settings, after):
@@ -141,7 +134,7 @@ def test_interrupted_while_it_prepares_it_loses_no_step(start, tmp_path, task, s
     run(copy, tmp_path / "parts", 2, settings)
     run(start, tmp_path / "whole", 2, settings)
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
-    assert states[0]["student_rate"] == states[1]["student_rate"]
+    assert states[0]["student_lr"] == states[1]["student_lr"]
     assert torch.equal(states[0]["images"], states[1]["images"])
 
 
@@ -153,13 +146,11 @@ def test_finished_work_is_not_done_again(start, tmp_path):
     assert (start.read_bytes(), (tmp_path / "run" / RECORDS_FILE).read_text()) == (written, records)
 
 
-@pytest.mark.parametrize(
-    "objective, method", [("means", "distribution"), ("regression", "regression"), ("trajectories", "trajectory")]
-)
+@pytest.mark.parametrize("objective, method", [("dm", "distribution"), ("frepo", "regression"), ("mtt", "trajectory")])
 def test_what_it_goes_by_is_told(start, tmp_path, objective, method):
     before = read(start)
-    # So slowly that the judgements cannot differ, of which the later one then counts.
-    settings = dataclasses.replace(FOLLOWING, objective=objective, means_first=0, average=0.0, learning_rate=1e-3)
+    # So slowly that the validations cannot differ, of which the later one then counts.
+    settings = dataclasses.replace(MTT, objective=objective, dm_steps=0, ema=0.0, learning_rate=1e-3)
     run(start, tmp_path / "run", 1, settings)
     assert not torch.equal(read(tmp_path / "run" / "state.pt")["images"], before)
     facts = json.loads(start.with_suffix(".json").read_text())
@@ -167,24 +158,27 @@ def test_what_it_goes_by_is_told(start, tmp_path, objective, method):
 
 
 def test_means_go_first_and_the_regression_follows(start, tmp_path):
-    both = dataclasses.replace(BLIND, means_first=2)
-    folders = {"both": both, "means": dataclasses.replace(BLIND, objective="means")}
+    both = dataclasses.replace(QUICK, dm_steps=2)
+    folders = {"both": both, "dm": dataclasses.replace(QUICK, objective="dm")}
     images = {}
     for steps in (2, 3):
         for name, settings in folders.items():
             run(start, tmp_path / name, steps, settings, out=tmp_path / f"{name}.pt")
             images[name, steps] = read(tmp_path / name / "state.pt")["images"]
-    assert torch.equal(images["both", 2], images["means", 2])
-    assert not torch.allclose(images["both", 3], images["means", 3])
-    slowly = dataclasses.replace(both, average=0.0, check_every=3, learning_rate=1e-3)
+    assert torch.equal(images["both", 2], images["dm", 2])
+    assert not torch.allclose(images["both", 3], images["dm", 3])
+    slowly = dataclasses.replace(both, ema=0.0, val_every=3, learning_rate=1e-3)
     run(start, tmp_path / "told", 3, slowly, out=tmp_path / "told.pt")
-    assert json.loads((tmp_path / "told.json").read_text())["method"] == "distribution matching, then neural feature regression"
+    assert (
+        json.loads((tmp_path / "told.json").read_text())["method"]
+        == "distribution matching, then neural feature regression with pooling"
+    )
 
 
 def test_what_is_judged_and_written_is_the_moving_average_of_the_images(start, tmp_path):
     x0, states = read(start), []
     for steps in (1, 2):
-        settings = dataclasses.replace(BLIND, average=0.15, check_every=1)
+        settings = dataclasses.replace(QUICK, ema=0.15, val_every=1)
         run(start, tmp_path / "run", steps, settings)
         states.append(read(tmp_path / "run" / "state.pt"))
     x1, x2 = (state["images"] for state in states)
@@ -192,9 +186,9 @@ def test_what_is_judged_and_written_is_the_moving_average_of_the_images(start, t
     assert torch.allclose(states[0]["average"], first, atol=1e-6)
     assert torch.allclose(states[1]["average"], 0.15 * first + 0.85 * x2, atol=1e-6)
     averages = [x0, *(state["average"] for state in states)]
-    best = max(states[1]["judgements"], key=lambda judgement: (judgement["accuracy"], judgement["step"]))
+    best = max(states[1]["validations"], key=lambda validation: (validation["accuracy"], validation["step"]))
     assert torch.equal(read(start), averages[best["step"]])
-    alone = dataclasses.replace(BLIND, average=0.0)
+    alone = dataclasses.replace(QUICK, ema=0.0)
     run(start, tmp_path / "alone", 1, alone, out=tmp_path / "alone.pt")
     state = read(tmp_path / "alone" / "state.pt")
     assert torch.equal(state["average"], state["images"])
@@ -204,7 +198,7 @@ def test_displayable_pixels_stay_within_what_a_picture_holds(start, tmp_path):
     original = read(start)
     for displayable in (False, True):
         torch.save(10 * original, start)
-        settings = dataclasses.replace(BLIND, displayable=displayable, learning_rate=300.0)
+        settings = dataclasses.replace(QUICK, displayable=displayable, learning_rate=300.0)
         folder = tmp_path / str(displayable)
         run(start, folder, 3, settings, out=tmp_path / f"{displayable}.pt")
         for name in ("images", "average", "best_images"):
@@ -216,36 +210,36 @@ def test_displayable_pixels_stay_within_what_a_picture_holds(start, tmp_path):
 def test_a_set_that_nothing_is_gained_on_is_left_as_it_is(start, tmp_path):
     files = [start.with_suffix(suffix) for suffix in (".pt", ".json", ".png")]
     before = [file.read_bytes() for file in files]
-    run(start, tmp_path / "run", 0, BLIND)
+    run(start, tmp_path / "run", 0, QUICK)
     elsewhere = tmp_path / "elsewhere.pt"
-    run(start, tmp_path / "run", 0, BLIND, out=elsewhere)
+    run(start, tmp_path / "run", 0, QUICK, out=elsewhere)
     assert [file.read_bytes() for file in files] == before
     assert [elsewhere.with_suffix(file.suffix).read_bytes() for file in files] == before
 
 
 def test_a_set_that_only_became_displayable_was_not_refined_by_anything(start, tmp_path):
     torch.save(3 * read(start), start)
-    settings = dataclasses.replace(BLIND, displayable=True, objective="regression", means_first=0)
+    settings = dataclasses.replace(QUICK, displayable=True, objective="frepo", dm_steps=0)
     run(start, tmp_path / "run", 0, settings)
     facts = json.loads(start.with_suffix(".json").read_text())
-    assert (facts["method"], facts["refined_steps"]) == ("kept within what a picture holds", 0)
+    assert (facts["method"], facts["refined_steps"]) == ("kept within the range of a picture", 0)
 
 
 def test_held_out_images_are_never_learnt_from(colors):
     real = load_dataset(colors, "train")
-    references = TrainHoldout(real, dataset_spec(colors), held_out=0.2, seed=0)
-    held_out = references.held_out()
+    holdout = TrainHoldout(real, dataset_spec(colors), held_out=0.2, seed=0)
+    held_out = holdout.held_out()
     assert held_out.labels.tolist() == [0, 1]
-    mixed, _ = references.random_batch(60, torch.Generator().manual_seed(0))
-    seen = torch.cat([references.batch(30, number=0), references.sample(60), mixed])
+    mixed, _ = holdout.random_batch(60, torch.Generator().manual_seed(0))
+    seen = torch.cat([holdout.images(holdout.rows(30, number=0)), holdout.sample(60), mixed])
     held_out_rows = torch.cat(list(held_out.batches(torch.device("cpu"))))
     assert not any(torch.equal(one, other) for one in seen for other in held_out_rows)
-    assert references.batch(2, number=0).shape == (4, 3, 16, 16)
+    assert holdout.images(holdout.rows(2, number=0)).shape == (4, 3, 16, 16)
 
 
 def test_every_real_image_comes_once_before_any_comes_again(colors):
-    references = TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.2, seed=0)
-    batches = [references.batch(2, number).unflatten(0, (2, 2)) for number in range(4)]  # of four images a class
+    holdout = TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.2, seed=0)
+    batches = [holdout.images(holdout.rows(2, number)).unflatten(0, (2, 2)) for number in range(4)]  # of four images a class
     for first, second in (batches[:2], batches[2:]):
         for c in range(2):
             assert len(torch.cat([first[c], second[c]]).unique(dim=0)) == 4
@@ -263,17 +257,17 @@ class TestWhatIsRefused:
         kept = tmp_path / "run" / "before.pt"
         before = kept.read_bytes()
         for fresh in (False, True):
-            with pytest.raises(UsageError, match="is the copy that"):
+            with pytest.raises(UsageError, match="is the copy of the set as it was that"):
                 run(kept, tmp_path / "run", 2, fresh=fresh)
         assert kept.read_bytes() == before
 
     def test_the_place_of_what_another_refinement_has_made(self, start, colors, tmp_path):
         torch.save(3 * read(start), start)
-        changing, other = dataclasses.replace(BLIND, displayable=True), tmp_path / "other.pt"
+        changing, other = dataclasses.replace(QUICK, displayable=True), tmp_path / "other.pt"
         run(start, tmp_path / "run", 0, changing, out=other)
         made = read(other)
         second = generate(colors, 2, FromReal("random", seed=5), tmp_path / "second.pt").tensor
-        with pytest.raises(UsageError, match="another refinement has made"):
+        with pytest.raises(UsageError, match="the result of another refinement"):
             run(second, tmp_path / "elsewhere", 0, changing, out=other)
         assert torch.equal(read(other), made)
         run(start, tmp_path / "run", 0, changing, out=other)
@@ -309,15 +303,16 @@ class TestWhatIsRefused:
         "wrong",
         [
             {"objective": "mean"},
-            {"ridge": 0.0},
-            {"means_first": -1},
-            {"attention": -1.0},
+            {"krr_lambda": 0.0},
+            {"dm_steps": -1},
+            {"precision": "float8"},
+            {"final_rate": 0.0},
             {"held_out": 0.0},
-            {"average": 1.0},
+            {"ema": 1.0},
             {"learning_rate": 0.0},
-            {"check_every": 0},
-            {"recognition": 0.1, "trained_share": 0.0},
-            {"trained_share": 1.5},
+            {"val_every": 0},
+            {"momentum": 1.0},
+            {"val_epochs": -1},
         ],
     )
     def test_settings_that_cannot_be_meant(self, wrong):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.refine import Limits, RefineSettings, refine
+from ddkit.distill.refine import refine
+from ddkit.distill.settings import RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState, start_over
 from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError
 from ddkit.runtime.files import sha256_of
@@ -15,8 +16,8 @@ from ddkit.sets.distilled import set_files
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 
-# So slowly that the judgements cannot differ, of which the latest then counts.
-SETTINGS = RefineSettings(real_per_class=2, check_every=2, check_epochs=0, held_out=0.2, learning_rate=1e-3)
+# So slowly that the validations cannot differ, of which the latest then counts.
+SETTINGS = RefineSettings(batch_real=2, val_every=2, val_epochs=0, held_out=0.2, learning_rate=1e-3)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def start(colors, tmp_path):
 
 
 def run(path, folder, steps, **options):
-    return refine(path, "colors", SETTINGS, Limits(steps), folder, **options)
+    return refine(path, "colors", SETTINGS, RefineLimits(steps), folder, **options)
 
 
 def contents(path):
@@ -90,7 +91,7 @@ def test_the_only_copy_of_a_set_is_never_removed(start, colors, tmp_path):
     run(start, folder, 2)
     generate(colors, 2, FromReal("random", seed=5), start, replace=True)
     other, kept = contents(start), {file: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(UsageError, match="another refinement"):
+    with pytest.raises(UsageError, match="the refinement of another set"):
         run(start, folder, 1, fresh=True)
     with pytest.raises(InvalidSubmissionError, match="does not exist"):
         run(tmp_path / "nowhere.pt", folder, 1, fresh=True)
@@ -131,18 +132,18 @@ def test_an_earlier_result_is_known(start, tmp_path):
     assert run(earlier, tmp_path / "run", 5).steps == 5
 
 
-def test_of_equal_judgements_the_later_is_the_best(start, tmp_path):
+def test_of_equal_validations_the_later_is_the_best(start, tmp_path):
     images = torch.load(start, weights_only=True)
     state = RefinementState.begin(start, images, tmp_path / "run", dataclasses.asdict(SETTINGS), "hash")
     for step, accuracy in ((0, 0.1), (2, 0.3), (4, 0.3), (6, 0.2)):
         state.step, state.average = step, images + step
-        assert not state.judged
-        state.judge(accuracy)
-        assert state.judged
+        assert not state.validated
+        state.record(accuracy)
+        assert state.validated
     assert (state.first.step, state.best.step) == (0, 4)
     assert torch.equal(state.best_images, images + 4)
     state.save()
     again = RefinementState.read(tmp_path / "run")
     again.require(start, dataclasses.asdict(SETTINGS), "hash")
-    assert again.judgements == state.judgements and torch.equal(again.best_images, state.best_images)
+    assert again.validations == state.validations and torch.equal(again.best_images, state.best_images)
     assert again.start_sha256 == sha256_of(start) == sha256_of(again.before.tensor)

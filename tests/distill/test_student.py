@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ddkit.data.store import dataset_spec
-from ddkit.distill.experts import flat_parameters, load_flat_parameters
+from ddkit.distill.parameters import flat_parameters, load_flat_parameters
 from ddkit.distill.student import Student, StudentSettings
 from ddkit.errors import UsageError
 from ddkit.network.augment import random_augment
@@ -59,12 +59,12 @@ def draws(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def distance(spec, images, way, *, steps=1, rate=RATE, seed=0):
-    return student(spec, steps).follow(images, *way, rate, draws(seed), wanted=False).distance
+def distance(spec, images, way, *, steps=1, lr=RATE, seed=0):
+    return student(spec, steps).match(images, *way, lr, draws(seed), with_gradient=False).distance
 
 
 def test_of_one_step_the_gradient_says_how_the_distance_changes(spec, images, way):
-    gradient = student(spec).follow(images, *way, RATE, draws()).gradient
+    gradient = student(spec).match(images, *way, RATE, draws()).gradient
     step = 0.1 * gradient / gradient.norm()
     rise = (distance(spec, images + step, way) - distance(spec, images - step, way)) / 2
     assert rise == pytest.approx((gradient * step).sum().item(), rel=0.5)
@@ -74,7 +74,7 @@ def test_of_one_step_the_gradient_says_how_the_distance_changes(spec, images, wa
 def test_it_leads_down_as_automatic_differentiation_of_gradients_does(spec, images, way):
     """The latter step by step, at the places that the student came by; it does not see where a ReLU sets in."""
     steps = 3
-    gradient = student(spec, steps).follow(images, *way, RATE, draws()).gradient
+    gradient = student(spec, steps).match(images, *way, RATE, draws()).gradient
     rows, seeds = _drawn(spec, steps)
     network = build_network("convnet", 3, 16, seed=0)
     names, shapes = zip(*((name, parameter.shape) for name, parameter in network.named_parameters()), strict=True)
@@ -96,7 +96,7 @@ def test_it_leads_down_as_automatic_differentiation_of_gradients_does(spec, imag
 
 
 def _drawn(spec, steps):
-    """What `Student.follow` draws: the rows of each step and the seeds of their augmentation."""
+    """What `Student.match` draws: the rows of each step and the seeds of their augmentation."""
     generator = draws()
     rows = student(spec, steps)._batches(generator)
     return rows, torch.randint(2**62, (steps,), generator=generator).tolist()
@@ -112,7 +112,7 @@ def test_each_step_goes_by_one_image_of_each_class_and_all_have_their_turn(spec)
     assert sorted(whole.tolist()) == sorted(again.tolist()) == list(range(6)), "no more of a class than there are"
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"images_per_class": 0}, {"rate_share": 0.0}, {"rate_share": 1.5}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"images_per_class": 0}, {"lr_momentum": 0.0}, {"lr_momentum": 1.5}])
 def test_settings_that_cannot_be_meant(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         StudentSettings(**wrong)
@@ -120,26 +120,27 @@ def test_settings_that_cannot_be_meant(wrong):
 
 def test_following_the_gradient_brings_the_student_nearer(spec, images, way):
     of_four = student(spec, 4)
-    before = of_four.follow(images, *way, RATE, draws())
+    before = of_four.match(images, *way, RATE, draws())
     nearer = images - 2 * before.gradient / before.gradient.norm()
-    assert of_four.follow(nearer, *way, RATE, draws()).distance < before.distance
-    assert of_four.follow(images, *way, RATE, draws()).distance == before.distance, "of the same draws"
+    assert of_four.match(nearer, *way, RATE, draws()).distance < before.distance
+    assert of_four.match(images, *way, RATE, draws()).distance == before.distance, "of the same draws"
 
 
-def test_the_best_rate_is_the_best_of_one_step(spec, images, way):
-    best = student(spec).follow(images, *way, RATE, draws(), wanted=False).best_rate
-    least = distance(spec, images, way, rate=best)
-    assert all(distance(spec, images, way, rate=factor * best) > least for factor in (0.8, 1.2))
+def test_the_best_lr_is_the_best_of_one_step(spec, images, way):
+    best = student(spec).match(images, *way, RATE, draws(), with_gradient=False).best_lr
+    least = distance(spec, images, way, lr=best)
+    assert all(distance(spec, images, way, lr=factor * best) > least for factor in (0.8, 1.2))
     assert 0 < least < 1
 
 
-def test_the_best_rate_stays_positive_where_the_images_lead_astray(spec, images, way):
+def test_the_best_lr_stays_positive_where_the_images_lead_astray(spec, images, way):
     wrong = images.roll(2, dims=0)  # every class shows another
-    assert 0 < student(spec).follow(wrong, *way, RATE, draws(), wanted=False).best_rate < 1e-3
+    assert 0 < student(spec).match(wrong, *way, RATE, draws(), with_gradient=False).best_lr < 1e-3
 
 
 def test_a_network_is_moved_where_it_lies(way):
     network = build_network("convnet", 3, 16, seed=7)
     where = [parameter.data_ptr() for parameter in network.parameters()]
-    assert torch.equal(flat_parameters(load_flat_parameters(network, way[1])), way[1])
+    load_flat_parameters(network, way[1])
+    assert torch.equal(flat_parameters(network), way[1])
     assert [parameter.data_ptr() for parameter in network.parameters()] == where

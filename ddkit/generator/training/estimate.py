@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -21,8 +20,7 @@ from ddkit.generator.training.latents import LatentSet
 from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage
 from ddkit.generator.training.train import AUTOENCODER_SHARE
 from ddkit.generator.training.trainer import Stage, cut, workers_for
-from ddkit.runtime.device import own_device, shortage_explained
-from ddkit.runtime.environment import processes_here
+from ddkit.runtime.device import free_memory, own_device, shortage_explained
 from ddkit.runtime.threads import side_by_side
 
 # Of what is trained: weights, gradients, two moments of AdamW, averaged weights; all float32. Cores that share a step
@@ -197,13 +195,6 @@ def _something_smaller(
 def _size(config: GeneratorConfig) -> int:
     """Grows with the denoiser's parameters."""
     return config.denoiser.depth * config.denoiser.hidden_size**2
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(own_device(device))[0]
-    return psutil.virtual_memory().available // processes_here()
 
 
 def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple[Stage, ...]:

@@ -1,0 +1,152 @@
+"""The online pool: networks that are trained on the distilled set while it is refined.
+
+Source: neural feature regression with pooling (FRePo), Zhou, Nezhadarya & Ba 2022, arXiv 2206.00719, section 3.3.
+Here the networks are trained as the challenge trains them: SGD with its momentum, weight decay and augmentation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddkit.challenge import BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, DatasetSpec
+from ddkit.distill.parameters import flat_gradients, flat_parameters, load_flat_parameters, random_network
+from ddkit.errors import ComputeError, UsageError, require_positive
+from ddkit.network.augment import random_augment
+from ddkit.network.autotune import choose_plan
+from ddkit.network.convnet import ConvNet
+from ddkit.network.engine import build_engine
+
+_log = logging.getLogger(__name__)
+
+_LARGEST_WEIGHT = 1e3  # networks that train well stay within ten
+_MEMORY_SHARE = 0.5  # of the free memory, which a step needs as well
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """The online pool.
+
+    size: number of networks; 0 for none, so that every step uses a random network.
+    updates: training steps of a network each time it is used.
+    max_age: training steps after which a network is replaced by a random one. The first ages are staggered.
+    from_step: step from which the pool is used; random networks are used before.
+    from_share: where the time is limited, not the steps, share of the time after which the pool is used, if that is
+        before from_step.
+    learning_rate: of the networks; the challenge's.
+    """
+
+    size: int = 10
+    updates: int = 2
+    max_age: int = 200
+    from_step: int = 800
+    from_share: float = 0.4
+    learning_rate: float = LEARNING_RATE
+
+    def __post_init__(self) -> None:
+        require_positive(self, "updates", "max_age", "learning_rate")
+        if self.size < 0 or self.from_step < 0:
+            raise UsageError("PoolSettings.size and from_step must not be negative.")
+        if not 0 <= self.from_share <= 1:
+            raise UsageError(f"PoolSettings.from_share must be from 0 to 1, got {self.from_share}.")
+
+
+class OnlinePool:
+    """Networks in training on the distilled set, kept as flat parameters and momenta; one engine trains them all.
+
+    labels: (N,) int64 of the set's rows, on the device. kept: what `state` returned, to resume from.
+    seed: everything that is drawn depends on it and on the number of a step.
+    """
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        spec: DatasetSpec,
+        labels: Tensor,
+        *,
+        seed: int,
+        precision: str = "float32",
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._settings, self._spec, self._labels, self._seed = settings, spec, labels, seed
+        self._learner = random_network(spec, "pool", seed).to(labels.device)
+        self._engine = build_engine(self._learner, choose_plan(self._learner, precision, min(BATCH_SIZE, len(labels))))
+        if kept is None:
+            parameters = torch.stack([self._fresh(number, 0) for number in range(settings.size)])
+            kept = {
+                "parameters": parameters,
+                "momenta": torch.zeros_like(parameters),
+                "ages": torch.arange(settings.size) * settings.max_age // settings.size,
+                "diverged": torch.tensor(0),
+            }
+        self._parameters, self._momenta = (kept[name].to(labels.device, copy=True) for name in ("parameters", "momenta"))
+        self._ages = kept["ages"].clone()
+        self.diverged = int(kept["diverged"])  # number of networks that diverged and were replaced
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the pool has reached: parameters and momenta (size, P), ages (size,), all on the CPU."""
+        return {
+            "parameters": self._parameters.cpu(),
+            "momenta": self._momenta.cpu(),
+            "ages": self._ages.clone(),
+            "diverged": torch.tensor(self.diverged),
+        }
+
+    def draw(self, generator: torch.Generator) -> int:
+        """The number of a network, uniformly. generator: on the CPU."""
+        return int(torch.randint(self._settings.size, (1,), generator=generator))
+
+    def load_into(self, network: ConvNet, number: int) -> None:
+        """Give `network` the parameters of network `number`."""
+        load_flat_parameters(network, self._parameters[number])
+
+    def update(self, number: int, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Train network `number` on the set for `updates` batches, as the challenge trains.
+
+        images: (N, 3, S, S) the present set, normalized, on the pool's device. generator: on the CPU.
+        Returns the network's largest weight, a scalar on that device: see `retire`.
+        """
+        parameters, momentum = self._parameters[number], self._momenta[number]
+        for _ in range(self._settings.updates):
+            rows = torch.randperm(len(images), generator=generator)[:BATCH_SIZE].to(images.device, non_blocking=True)
+            load_flat_parameters(self._learner, parameters)
+            self._engine.gradients(random_augment(images[rows], generator), self._labels[rows])
+            gradients = flat_gradients(self._learner).add_(parameters, alpha=WEIGHT_DECAY)
+            momentum.mul_(MOMENTUM).add_(gradients)
+            parameters.sub_(momentum, alpha=self._settings.learning_rate)
+        self._ages[number] += self._settings.updates
+        return parameters.abs().max()
+
+    def retire(self, number: int, step: int, largest_weight: float) -> None:
+        """Replace network `number` by a random one where it is as old as it may be, or has diverged.
+
+        step: number of the step, which decides on the random network. largest_weight: from `update`.
+        """
+        diverged = not largest_weight < _LARGEST_WEIGHT
+        if diverged:
+            self.diverged += 1
+            _log.warning("A network of the pool diverged at step %d and is replaced by a random one.", step + 1)
+        if diverged or self._ages[number] >= self._settings.max_age:
+            self._parameters[number] = self._fresh(number, step + 1)
+            self._momenta[number] = 0
+            self._ages[number] = 0
+
+    def _fresh(self, number: int, step: int) -> Tensor:
+        return flat_parameters(random_network(self._spec, "pool", self._seed, number, step))
+
+
+def require_memory(settings: PoolSettings, spec: DatasetSpec, free: int) -> None:
+    """Raise ComputeError where parameters and momenta of the pool need more than half of `free` bytes."""
+    parameters = flat_parameters(random_network(spec, "size"))
+    bytes_each = 2 * parameters.numel() * parameters.element_size()
+    fitting = int(_MEMORY_SHARE * free) // bytes_each
+    if settings.size > fitting:
+        raise ComputeError(
+            f"A pool of {settings.size:,} networks for {spec.name} needs {settings.size * bytes_each / 2**30:,.1f} GiB; "
+            f"half of the {free / 2**30:,.1f} GiB of free memory are available to it.",
+            f"Use --pool {fitting}.",
+        )
