@@ -1,36 +1,35 @@
-"""Which class an image looks like, by cheap means: colors, edges and a linear classifier fitted on real images.
+"""A linear classifier of the real images that is fitted in seconds, to judge which class an image shows.
 
-Histograms of oriented gradients (Dalal and Triggs 2005) and of colors, at 32 pixels whatever the image size, and
-linear discriminant analysis with a shrunk covariance. Far from the best classifier there is, but it is fitted in
-seconds, and the average over ten images tells most classes of CIFAR-100 apart.
+It sees histograms of oriented gradients (Dalal and Triggs 2005) and of colors, at 32 pixels for any image size, and is
+a linear discriminant analysis with a shrunk covariance. It is far from the best classifier, but the average over ten
+images tells most classes of CIFAR-100 apart.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddkit.data.store import ImageSet, dataset_spec, load_dataset, store_hash
-from ddkit.errors import BadDataError, BadFileError
+from ddkit.errors import BadDataError
+from ddkit.runtime.cached import cached_tensors
 from ddkit.runtime.files import cache_folder
-from ddkit.runtime.tensor_files import save_safetensors
-
-log = logging.getLogger(__name__)
+from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.threads import cores_for, side_by_side
 
 _CACHE_FOLDER = "_checks"  # no dataset can have this name
-_VERSION = 1  # of features and fit; a classifier of another version is not read
-_SIDE = 32  # pixels that features are computed at
+_VERSION = 2  # of the features and the fit; a classifier of another version is not read
+_SIDE = 32  # pixels at which features are computed
 _CELL = 4  # pixels of a gradient histogram's cell
 _ORIENTATIONS = 8
 _COLOR_LEVELS = 4  # per channel
 _VALUE_RANGE = (-0.25, 1.25)  # optimized images leave [0, 1]; beyond this a value says no more
-_BATCH = 64  # whose intermediate values stay in the cache
+_BATCH = 64  # small enough for the processor's cache
+_CHUNK = 960  # images that are degraded and described at once; a multiple of the degradations' period
 _IMAGES_PER_CLASS = 100
 _IMAGES_AT_LEAST = 2000
 _HELD_OUT = 0.1
@@ -43,9 +42,10 @@ _TEMPERATURES = torch.logspace(-1, 2, 61)
 class ClassModel:
     """A linear classifier on `image_features`, with calibrated probabilities.
 
-    weight: (D, C), bias: (C,), float32. real_gain: mean log-probability of the right class above that of guessing,
-    real_information: `class_information`; both of held-out real
-    images of which half are degraded, and what a set is measured against.
+    weight: (D, C) float32. bias: (C,) float32.
+    real_gain: mean log-probability of the right class, in nats above guessing.
+    real_information: `class_information` in nats.
+    Both describe held-out real images, half of them degraded; a set is compared with them.
     """
 
     weight: Tensor
@@ -60,37 +60,52 @@ class ClassModel:
 
 def image_features(images: Tensor) -> Tensor:
     """Colors and edges of (N, 3, S, S) float images in units of [0, 1], as (N, 1024) float32."""
-    return torch.cat([_batch_features(batch) for batch in images.split(_BATCH)])
+    return torch.cat(list(side_by_side(_batch_features, images.split(_BATCH), cores_for(images.device))))
 
 
-def class_model(name: str) -> ClassModel:
-    """The classifier of a prepared dataset: fitted on first use, then read from the cache.
+def class_model(name: str, *, progress: Listener = ignore) -> ClassModel:
+    """The classifier of a prepared dataset. It is fitted on first use and kept in the cache.
 
-    Raises MissingDataError or UsageError where the dataset is not prepared, BadDataError where a class has too few images.
+    Raises MissingDataError or UsageError if the dataset is not prepared, BadDataError if a class has too few images.
     """
     path = cache_folder() / _CACHE_FOLDER / f"{name}-{store_hash(name, 'train')[:16]}-v{_VERSION}.safetensors"
-    if (model := _read(path)) is None:
-        spec = dataset_spec(name)
-        model = fit_class_model(load_dataset(name, "train"), spec.num_classes)
-        try:
-            _write(model, path)
-        except BadFileError as error:  # a cache that is shared and not ours to write costs the fitting each time, no more
-            log.info("The classifier is not kept: %s", error)
-    return model
+
+    def fitted() -> dict[str, Tensor]:
+        model = fit_class_model(load_dataset(name, "train"), dataset_spec(name).num_classes, name=name, progress=progress)
+        measures = torch.tensor([model.real_gain, model.real_information])
+        return {"weight": model.weight, "bias": model.bias, "measures": measures}
+
+    kept = cached_tensors(path, ("weight", "bias", "measures"), f"the classifier of {name}", fitted)
+    assert kept is not None  # fitting cannot be stopped
+    gain, information = kept["measures"].tolist()
+    # Copied out of the mapped file, which another process may replace or damage.
+    return ClassModel(kept["weight"].clone(), kept["bias"].clone(), gain, information)
 
 
-def fit_class_model(real: ImageSet, num_classes: int) -> ClassModel:
+def fit_class_model(real: ImageSet, num_classes: int, *, name: str = "", progress: Listener = ignore) -> ClassModel:
     """Fit on some images of each class, half of them degraded as weak generators and optimizers degrade theirs.
 
-    Raises BadDataError where a class has fewer than two images.
+    name: of the dataset, for the progress. Raises BadDataError if a class has fewer than two images.
     """
     per_class = max(_IMAGES_PER_CLASS, _IMAGES_AT_LEAST // num_classes)
     fit_rows, held_rows = _choose_rows(real.labels, num_classes, per_class)
-    generator = torch.Generator().manual_seed(_SEED)
-    features = image_features(_half_degraded(real.images[fit_rows], generator))
+    chunks = [*fit_rows.split(_CHUNK), *held_rows.split(_CHUNK)]
+    total = len(fit_rows) + len(held_rows)
+    described: list[Tensor] = []
+    task = f"fitting a classifier on real images of {name}, once" if name else "fitting a classifier on real images, once"
+    progress(Progress(task, 0, total, "images"))
+
+    def describe(numbered: tuple[int, Tensor]) -> Tensor:
+        number, rows = numbered
+        return _degraded_features(real.images[rows], number)
+
+    for part in side_by_side(describe, enumerate(chunks), cores_for(torch.device("cpu"))):
+        described.append(part)
+        progress(Progress(task, sum(map(len, described)), total, "images"))
+    features, held_features = torch.cat(described).split([len(fit_rows), len(held_rows)])
     weight, bias = _discriminant(features, real.labels[fit_rows], num_classes)
     held_labels = real.labels[held_rows]
-    logits = image_features(_half_degraded(real.images[held_rows], generator)) @ weight + bias
+    logits = held_features @ weight + bias
     temperature = _temperature(logits, held_labels)
     logp = torch.log_softmax(logits / temperature, dim=1)
     gain = logp.gather(1, held_labels[:, None]).mean() + math.log(num_classes)
@@ -98,17 +113,19 @@ def fit_class_model(real: ImageSet, num_classes: int) -> ClassModel:
 
 
 def class_information(logp: Tensor) -> float:
-    """How much the predicted class differs between images: H(mean p) - mean H(p) in nats, of (N, C) log p."""
+    """How much the predicted class differs between the images of (N, C) log p: H(mean p) - mean H(p), in nats."""
     mean = torch.logsumexp(logp, dim=0) - math.log(len(logp))
     return float(-(mean.exp() * mean).sum() + (logp.exp() * logp).sum(dim=1).mean())
 
 
 def _batch_features(images: Tensor) -> Tensor:
-    images = images.clamp(*_VALUE_RANGE)
-    if images.shape[-1] != _SIDE:
-        images = F.interpolate(images, size=_SIDE, mode="area")
+    images = _resized(images.clamp(*_VALUE_RANGE))
     layout = F.avg_pool2d(images, _CELL).flatten(1)
     return torch.cat([layout, _edge_features(images), _color_features(images)], dim=1)
+
+
+def _resized(images: Tensor) -> Tensor:
+    return images if images.shape[-1] == _SIDE else F.interpolate(images, size=_SIDE, mode="area")
 
 
 def _edge_features(images: Tensor) -> Tensor:
@@ -118,13 +135,14 @@ def _edge_features(images: Tensor) -> Tensor:
     across = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
     down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
     squared = across**2 + down**2
-    strongest = squared.argmax(dim=1, keepdim=True)  # the channel with the clearest edge, pixel by pixel
+    strongest = squared.argmax(dim=1, keepdim=True)  # for each pixel the channel with the clearest edge
     across, down = across.gather(1, strongest), down.gather(1, strongest)
     magnitude = squared.gather(1, strongest).sqrt()
     angles = (torch.arange(_ORIENTATIONS) * math.pi / _ORIENTATIONS).view(1, -1, 1, 1)
-    along = (across * angles.cos() + down * angles.sin()).abs()
     # An edge counts for the orientations within half a turn's share of its own: soft bins without an arctangent.
-    fine = F.avg_pool2d((along - math.cos(math.pi / _ORIENTATIONS) * magnitude).clamp_min(0), _CELL)
+    along = (across * angles.cos()).addcmul_(down, angles.sin()).abs_()
+    along.sub_(magnitude, alpha=math.cos(math.pi / _ORIENTATIONS)).clamp_min_(0)
+    fine = F.avg_pool2d(along, _CELL)
     coarse = F.avg_pool2d(fine, 2)
     energy = F.avg_pool2d((fine**2).sum(dim=1, keepdim=True), 3, 1, 1, count_include_pad=False).sqrt()
     coarse_energy = (coarse**2).sum(dim=1, keepdim=True).sqrt()
@@ -134,7 +152,7 @@ def _edge_features(images: Tensor) -> Tensor:
 
 
 def _color_features(images: Tensor) -> Tensor:
-    """Square roots of joint color histograms, of the whole image and of its center."""
+    """Square roots of the joint color histograms of the whole image and of its center."""
     small = F.avg_pool2d(images, 2).clamp(0, 1)
     levels = torch.linspace(0, 1, _COLOR_LEVELS).view(1, 1, -1, 1, 1)
     shares = (1 - (small[:, :, None] - levels).abs() * (_COLOR_LEVELS - 1)).clamp_min(0)
@@ -156,26 +174,31 @@ def _choose_rows(labels: Tensor, num_classes: int, per_class: int) -> tuple[Tens
     for label in range(num_classes):
         rows = (labels == label).nonzero().flatten()[:per_class]
         if len(rows) < 2:
-            raise BadDataError(f"Class {label} has {len(rows)} training images; comparing needs two or more.")
+            raise BadDataError(f"Class {label} has {len(rows)} training images; the comparison needs two or more.")
         count = max(1, int(len(rows) * _HELD_OUT))
         fit.append(rows[:-count])
         held.append(rows[-count:])
     return torch.cat(fit), torch.cat(held)
 
 
-def _half_degraded(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 -> float in units of [0, 1]; every other image blurred, noisy, noisier, or of low contrast, in turn."""
-    images = images.float() / 255
+def _degraded_features(images: Tensor, chunk: int) -> Tensor:
+    """`image_features` of (N, 3, S, S) uint8 images: every other one blurred, noisy, noisier, or of low contrast, in turn.
+
+    chunk: number of the chunk, which seeds the noise.
+    """
+    generator = torch.Generator().manual_seed(_SEED + chunk)
     side = images.shape[-1]
-    small = F.interpolate(images[1::8], size=max(side // 3, 1), mode="area")
-    images[1::8] = F.interpolate(small, size=(side, side), mode="bilinear")
+    pixels = torch.cat([_resized(batch.float() / 255) for batch in images.split(_BATCH)])
+    small = F.interpolate(pixels[1::8], size=max(side // 3, 1), mode="area")
+    pixels[1::8] = F.interpolate(small, size=(_SIDE, _SIDE), mode="bilinear")
     for start, noise in ((3, 0.2), (5, 0.4)):
-        chosen = images[start::8]
-        images[start::8] = chosen + torch.randn(chosen.shape, generator=generator) * noise
-    images[7::8] = (images[7::8] - 0.5) * 0.3 + 0.5
-    # Mirrored in part, as which way an animal looks is no property of its class.
-    images[::3] = images[::3].flip(-1)
-    return images
+        chosen = pixels[start::8]
+        # Resizing averages the noise of (side / 32)^2 pixels.
+        pixels[start::8] = chosen + torch.randn(chosen.shape, generator=generator) * (noise * min(1, _SIDE / side))
+    pixels[7::8] = (pixels[7::8] - 0.5) * 0.3 + 0.5
+    # A third is mirrored, because the direction in which an animal looks is not a property of its class.
+    pixels[::3] = pixels[::3].flip(-1)
+    return torch.cat([_batch_features(batch) for batch in pixels.split(_BATCH)])
 
 
 def _discriminant(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -198,23 +221,3 @@ def _temperature(logits: Tensor, labels: Tensor) -> Tensor:
     """The divisor of logits that makes held-out images most probable (Guo et al. 2017)."""
     losses = torch.stack([F.cross_entropy(logits / temperature, labels) for temperature in _TEMPERATURES])
     return _TEMPERATURES[losses.argmin()]
-
-
-def _read(path: Path) -> ClassModel | None:
-    """The cached classifier, or None where there is none that can be read."""
-    import safetensors.torch
-
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError):
-        return None
-    if set(tensors) != {"weight", "bias", "measures"}:
-        return None
-    gain, information = tensors["measures"].tolist()
-    return ClassModel(tensors["weight"], tensors["bias"], gain, information)
-
-
-def _write(model: ClassModel, path: Path) -> None:
-    measures = torch.tensor([model.real_gain, model.real_information])
-    tensors = {"weight": model.weight.contiguous(), "bias": model.bias.contiguous(), "measures": measures}
-    save_safetensors(tensors, path)
