@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ddkit.runtime.files import ZIP_ERRORS, why_not_a_file
+from ddkit.runtime.torch_file import is_ordinary, zip_problem
 from ddkit.sets.findings import Finding
-from ddkit.sets.reading import directory_problem
 
 _LEFTOVERS = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 _OF_AN_ENTRY = {"generate.py", "SHA256SUMS"}  # what ddkit pack --track 2 puts at the root
@@ -40,7 +40,7 @@ def read_members(
             yield Finding("error", "F018", f"{path} {problem}.", name)
             return
         with open(path, "rb") as file:
-            if problem := directory_problem(file):
+            if problem := zip_problem(file):
                 yield Finding("error", "F018", f"The file cannot be read as a zip: {problem}.", name)
                 return
             with zipfile.ZipFile(file) as archive:
@@ -89,8 +89,9 @@ def _member_finding(info: zipfile.ZipInfo) -> Finding | None:
         return Finding("error", "F017", message, name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or (len(name) > 1 and name[1] == ":"):
         return Finding("error", "F012", "The name leads out of the folder that the zip is unpacked into.", name)
-    if stat.S_ISLNK(info.external_attr >> 16):
-        return Finding("error", "F013", "The member is a link, not a file.", name)
+    if not is_ordinary(info):
+        kind = "a link" if stat.S_ISLNK(info.external_attr >> 16) else "a pipe or a device"
+        return Finding("error", "F013", f"The member is marked as {kind}, not as a file. Pack with ddkit pack.", name)
     if info.flag_bits & 1:
         return Finding("error", "F015", "The member is encrypted; the scorer cannot open it.", name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

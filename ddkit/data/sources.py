@@ -269,19 +269,14 @@ def _reference_source(path: Path) -> Source:
 
 
 def _reference_tensors(path: Path) -> tuple[Tensor, Tensor]:
-    """images_val and labels_val, memory-mapped. Raises BadDataError for files of anything else, or of code."""
-    import torch
-
-    from ddkit.runtime.tensor_files import UnloadableError, load_restricted
+    """images_val and labels_val. Raises BadDataError for files of anything else, or of code, which is not run."""
+    from ddkit.runtime.torch_file import TorchFileError, load_tensors
 
     try:
-        value = load_restricted(path, mmap=True)
-    except (UnloadableError, MemoryError) as error:
-        raise BadDataError(f"{path} is no tensor file that can be loaded safely: {error}") from error
-    tensors = [value.get(key) for key in ("images_val", "labels_val")] if isinstance(value, dict) else []
-    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise BadDataError(f"{path} is not the challenge's test file: it has no images_val and labels_val.", _LAYOUTS)
-    return tensors[0], tensors[1]
+        images, labels = load_tensors(path, "images_val", "labels_val")
+    except (TorchFileError, MemoryError) as error:
+        raise BadDataError(f"{path} is not the challenge's test file: {error}.", _LAYOUTS) from error
+    return images, labels
 
 
 def _pixels(normalized: Tensor, spec: DatasetSpec, path: Path) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from ddkit.data.store import ImageSet
 from ddkit.errors import BadDataError, UsageError
 from ddkit.evaluation.official_tests import is_official
 from ddkit.runtime.files import explain_os_error, why_not_a_file
-from ddkit.runtime.tensor_files import UnloadableError, load_restricted
+from ddkit.runtime.torch_file import TorchFileError, load_tensors
 
 _IMAGES_KEY, _LABELS_KEY = "images_val", "labels_val"
 # Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalized ones have no negative values.
@@ -94,12 +94,11 @@ def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:
     try:
         if problem := why_not_a_file(path):
             raise BadDataError(f"{path} {problem}.")
-        data = load_restricted(path, mmap=True)
+        images, labels = load_tensors(path, _IMAGES_KEY, _LABELS_KEY)
     except OSError as error:
         raise explain_os_error(error, path) from error
-    except (UnloadableError, MemoryError) as error:
+    except (TorchFileError, MemoryError) as error:
         raise BadDataError(f"{path} cannot be read as a reference file: {error}.") from error
-    images, labels = _pair(data, str(path))
     return _checked(TestSet(images, labels.long(), spec), str(path))
 
 

@@ -19,7 +19,7 @@ from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionErr
 from ddkit.evaluation.tracks import Generated, overrun
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
-from ddkit.runtime.tensor_files import UnloadableError, load_restricted
+from ddkit.runtime.torch_file import TorchFileError, load_tensors
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _LINES_OF_OUTPUT = 3  # quoted of a script that failed
@@ -99,9 +99,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     try:
-        made = load_restricted(path)
-    except (OSError, UnloadableError, MemoryError) as error:
-        raise InvalidSubmissionError(f"The generator left no readable file of images: {error}.") from error
-    if not isinstance(made, dict) or not {"images", "labels"} <= made.keys():
-        raise InvalidSubmissionError("The generator's file is no dict of 'images' and 'labels'.")
-    return made["images"], made["labels"]
+        images, labels = load_tensors(path, "images", "labels")
+    except (OSError, TorchFileError, MemoryError) as error:
+        raise InvalidSubmissionError(f"The generator left no readable file of images and labels: {error}.") from error
+    return images, labels

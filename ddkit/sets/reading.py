@@ -1,16 +1,10 @@
-"""Reading files that others made: nothing in them is executed, and memory stays bounded whatever they claim.
-
-A `.pt` file is a zip of a pickle and raw storages. The pickle is first scanned without being run, then
-interpreted by PyTorch's restricted loader onto the "meta" device, which builds shapes and strides but no
-data. Only when all of that is what it should be are the numbers read.
-"""
+"""Reading a submitted tensor, or saying what the file holds instead and how to convert it. Nothing in a file is executed."""
 
 from __future__ import annotations
 
 import io
 import os
-import struct
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,32 +12,51 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.runtime.files import ZIP_ERRORS, why_not_a_file
-from ddkit.runtime.tensor_files import UnloadableError, load_restricted
+from ddkit.runtime.files import why_not_a_file
+from ddkit.runtime.torch_file import (
+    Call,
+    Global,
+    Pairs,
+    StoredTensor,
+    TorchFile,
+    TorchFileError,
+    as_dict,
+    calls,
+    names_in_pickle,
+)
 from ddkit.sets.findings import Finding
-from ddkit.sets.pickles import PickleFacts, scan_pickle
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save before PyTorch 1.6
-_LARGEST_PICKLE = 64 * 1024  # bytes; that of a bare tensor has about 200
-_LARGEST_DIRECTORY = 1 << 20  # bytes of a zip's list of members
-_END_RECORD = struct.Struct("<4s4H2LH")  # APPNOTE.TXT 4.3.16
-_END_RECORD_64 = struct.Struct("<4sQ2H2L4Q")  # APPNOTE.TXT 4.3.14
-_LOCATOR_64 = struct.Struct("<4sLQL")  # APPNOTE.TXT 4.3.15
+_READABLE_PROTOCOLS = (2, 3)  # of pickle, by PyTorch's loader as it is called since version 2.6
+# What plain containers, tensors and arrays need of each module. To name any of it is not to run the author's code.
+_OF_DATA = {
+    **dict.fromkeys(("builtins", "__builtin__"), "set frozenset slice complex range xrange bytearray list dict tuple object"),
+    "collections": "OrderedDict defaultdict deque Counter",
+    "_codecs": "encode",
+    **dict.fromkeys(("copyreg", "copy_reg"), "_reconstructor"),
+    "numpy": "ndarray dtype",
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "_reconstruct scalar"),
+    **dict.fromkeys(("numpy.core.numeric", "numpy._core.numeric"), "_frombuffer"),
+    "torch": "Size device Tensor per_tensor_affine per_channel_affine",
+    "torch.nn.parameter": "Parameter",
+    "torch.serialization": "_get_layout",
+    "torch.storage": "UntypedStorage _load_from_bytes",
+    "torch._tensor": "_rebuild_from_type_v2",
+}
 
 
 def read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
     """Read a submitted tensor, or say why not.
 
-    spec: what the images should be. ipc: images per class there must be; None for any whole number.
-    Returns the contiguous float32 tensor (N, 3, S, S), or None where findings hold an error that forbids
-    reading it, and the findings F004-F009 and T001-T008.
+    spec: the dataset that the images should be of. ipc: images per class that there must be; None for any whole number.
+    Returns the float32 tensor (N, 3, S, S), or None where the findings hold an error that forbids reading it, and the
+    findings F001, F004-F008 and T001-T008, T010.
     """
     where = Path(path).name
     try:
         if problem := why_not_a_file(path):
             return None, [Finding("error", "F004", f"{path} {problem}.", where)]
         with open(path, "rb") as file:
-            return _read_open(file, where, spec, ipc)
+            return _read(file, where, spec, ipc)
     except FileNotFoundError:
         return None, [Finding("error", "F001", f"{path} does not exist.", where)]
     except OSError as error:
@@ -51,162 +64,17 @@ def read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | N
 
 
 def read_tensor_bytes(data: bytes, where: str, spec: DatasetSpec, *, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
-    """Like `read_tensor`, of a file's bytes in memory."""
-    return _read_open(io.BytesIO(data), where, spec, ipc)
+    """Like `read_tensor`, for a file's bytes in memory."""
+    return _read(io.BytesIO(data), where, spec, ipc)
 
 
-def directory_problem(file: BinaryIO) -> str:
-    """Why a zip's list of members must not be read; empty where it may.
-
-    `zipfile` reads the whole list into memory before it looks at it, so its size is looked at here first.
-    """
-    size = file.seek(0, os.SEEK_END)
-    tail_size = min(size, _END_RECORD.size + 0xFFFF)
-    file.seek(size - tail_size)
-    tail = file.read(tail_size)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < _END_RECORD.size:
-        return "it has no list of members, so it is cut short or not a zip"
-    directory_size = _END_RECORD.unpack_from(tail, at)[5]
-    at_locator = at - _LOCATOR_64.size
-    if at_locator >= 0 and tail[at_locator : at_locator + 4] == b"PK\x06\x07":
-        # Some programs look where the locator points, others right before it: in an honest file that is one place.
-        expected = size - tail_size + at_locator - _END_RECORD_64.size
-        if _LOCATOR_64.unpack_from(tail, at_locator)[2] != expected:
-            return "its list of members is damaged"
-        file.seek(expected)
-        record = file.read(_END_RECORD_64.size)
-        if len(record) < _END_RECORD_64.size or record[:4] != b"PK\x06\x06":
-            return "its list of members is damaged"
-        directory_size = _END_RECORD_64.unpack(record)[8]
-    file.seek(0)
-    if directory_size > _LARGEST_DIRECTORY:
-        return f"its list of members claims {directory_size:,} bytes"
-    return ""
-
-
-def _read_open(file: BinaryIO, where: str, spec: DatasetSpec, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
-    findings = _look_outside(file, where)
-    if not findings:
-        findings, meta, stored = _look_inside(file, where)
-        if meta is not None:
-            findings += _look_at_claims(meta, stored, where, spec, ipc)
-    if any(finding.level == "error" for finding in findings):
-        return None, findings
-    try:
-        tensor = load_restricted(file)
-    except UnloadableError as error:
-        return None, [Finding("error", "F005", f"The file is damaged: {error}. Save or copy it again.", where)]
-    return tensor, findings
-
-
-def _look_outside(file: BinaryIO, where: str) -> list[Finding]:
-    """Whether it is the kind of file that torch.save writes."""
-    head = file.read(len(_LEGACY_MAGIC))
-    if not head:
-        return [Finding("error", "F005", "The file is empty. Save or copy it again.", where)]
-    if head == _LEGACY_MAGIC:
-        message = (
-            "The file is in torch.save's legacy format, which cannot be checked without trusting it. "
-            "Save it with a PyTorch of 1.6 or later and default options."
-        )
-        return [Finding("error", "F007", message, where)]
-    if not head.startswith(b"PK"):
-        if head[0] == 0x80:
-            return [Finding("error", "F006", "The file is a bare pickle, which can run code. Use torch.save.", where)]
-        return [Finding("error", "F004", "The file was not written by torch.save.", where)]
-    if problem := directory_problem(file):
-        return [Finding("error", "F005", f"The file is damaged: {problem}. Save or copy it again.", where)]
-    return []
-
-
-def _look_inside(file: BinaryIO, where: str) -> tuple[list[Finding], Tensor | None, int]:
-    """Scan the pickle, then load onto the meta device. Returns findings, the dataless tensor, bytes stored."""
-    try:
-        pickled, stored = _pickle_and_stored_bytes(file)
-        facts = scan_pickle(pickled)
-    except (*ZIP_ERRORS, OSError) as error:
-        return [Finding("error", "F005", f"The file is damaged: {error}. Save or copy it again.", where)], None, 0
-    if facts.foreign:
-        named = ", ".join(sorted(name.replace(" ", ".") for name in facts.foreign)[:5])
-        message = (
-            f"The file is a pickle that refers to {named}: whoever loads it plainly may run code. "
-            "It was not executed. Save nothing but the tensor."
-        )
-        return [Finding("error", "F006", message, where)], None, 0
-    findings = _look_at_pickle(facts, where)
-    if any(finding.level == "error" for finding in findings):
-        return findings, None, 0
-    try:
-        loaded = load_restricted(file, device="meta")
-    except UnloadableError as error:
-        return [Finding("error", "F005", f"The file is damaged: {error}. Save or copy it again.", where)], None, 0
-    if not isinstance(loaded, Tensor):
-        return [Finding("error", "T001", f"The file holds {_described(loaded)}. {_BARE}", where)], None, 0
-    return findings, loaded, stored
-
-
-_BARE = "The scorer takes one bare tensor: torch.save(tensor, path)."
-
-
-def _look_at_pickle(facts: PickleFacts, where: str) -> list[Finding]:
-    findings = []
-    if facts.sparse:
-        findings.append(Finding("error", "T008", f"The tensor is sparse. {_BARE} Save tensor.to_dense().", where))
-    if facts.quantized:
-        findings.append(Finding("error", "T008", f"The tensor is quantized. Save tensor.dequantize(). {_BARE}", where))
-    if devices := sorted(facts.locations - {"cpu"}):
-        message = (
-            f"The tensor was saved on {', '.join(devices)}: loading it fails on a machine without such a device. "
-            "Save tensor.cpu()."
-        )
-        findings.append(Finding("error", "T004", message, where))
-    return findings
-
-
-def _pickle_and_stored_bytes(file: BinaryIO) -> tuple[bytes, int]:
-    """The bytes of data.pkl, and how many bytes all storages hold. Raises ValueError for what torch.save never writes."""
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if len({member.filename.lower() for member in members}) != len(members):
-            # PyTorch finds members whatever their case, and so might load another pickle than the one that is scanned.
-            raise ValueError("it holds two members of the same name, which torch.save never writes")
-        if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
-            raise ValueError("its members are compressed or encrypted, which torch.save never does")
-        pickles = [member for member in members if member.filename.count("/") == 1 and member.filename.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("it holds no data.pkl, so torch.save did not write it")
-        if pickles[0].file_size > _LARGEST_PICKLE:
-            raise ValueError(f"its pickle has {pickles[0].file_size:,} bytes, that of a bare tensor about 200")
-        root = pickles[0].filename.split("/")[0]
-        stored = sum(member.file_size for member in members if member.filename.startswith(f"{root}/data/"))
-        with archive.open(pickles[0]) as member:
-            return member.read(_LARGEST_PICKLE + 1), stored
-
-
-def _look_at_claims(meta: Tensor, stored: int, where: str, spec: DatasetSpec, ipc: int | None) -> list[Finding]:
-    """Whether the tensor that the file describes is the one wanted, before a number of it is read."""
-    findings = describe_tensor(meta, spec, where, ipc=ipc)
-    claimed = meta.untyped_storage().nbytes()
-    if claimed != stored:
-        message = f"The file is damaged: it describes {claimed:,} bytes and holds {stored:,}. Save or copy it again."
-        findings.append(Finding("error", "F005", message, where))
-    elif claimed != (needed := meta.numel() * meta.element_size()):
-        kind = "a view" if claimed > needed else "expanded from fewer numbers"
-        message = (
-            f"The tensor is {kind}: its elements take {needed:,} bytes, and {claimed:,} were saved with it. "
-            "Save tensor.clone(memory_format=torch.contiguous_format)."
-        )
-        findings.append(Finding("error", "T006", message, where))
-    return findings
-
-
-def describe_tensor(tensor: Tensor, spec: DatasetSpec, where: str, *, ipc: int | None) -> list[Finding]:
-    """Findings T002, T003, T005 and T007 on a tensor's type, shape and layout; its values are not looked at."""
+def describe_tensor(tensor: Tensor | StoredTensor, spec: DatasetSpec, where: str, *, ipc: int | None) -> list[Finding]:
+    """Findings T002, T003, T005 and T007 on a tensor's type, shape and layout. The values are not looked at."""
     findings = []
     if tensor.dtype != torch.float32:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        findings.append(Finding("error", "T002", f"The tensor is {dtype}; the challenge's are float32.", where))
+        message = f"The tensor is {dtype}; the scorer takes normalized float32 values."
+        findings.append(Finding("error", "T002", message, where))
     if problem := _shape_problem(tuple(tensor.shape), spec, ipc):
         findings.append(Finding("error", "T003", problem, where))
     if tensor.requires_grad:
@@ -218,6 +86,243 @@ def describe_tensor(tensor: Tensor, spec: DatasetSpec, where: str, *, ipc: int |
     return findings
 
 
+def _read(file: BinaryIO, where: str, spec: DatasetSpec, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
+    try:
+        opened = TorchFile(file)
+        findings, stored = _look_inside(opened, where, spec, ipc)
+        if stored is None or any(finding.level == "error" for finding in findings):
+            return None, findings
+        return opened.load(stored), findings
+    except TorchFileError as error:
+        return None, [_unreadable(error, file, where)]
+
+
+def _look_inside(
+    opened: TorchFile, where: str, spec: DatasetSpec, ipc: int | None
+) -> tuple[list[Finding], StoredTensor | None]:
+    if foreign := _foreign(opened.names):
+        return [_runs_code(foreign, where)], None
+    stored = opened.value
+    if not isinstance(stored, StoredTensor):
+        return [_not_a_tensor(opened, where, spec)], None
+    findings = describe_tensor(stored, spec, where, ipc=ipc)
+    if opened.protocol not in _READABLE_PROTOCOLS:
+        findings.append(_of_other_protocol(str(opened.protocol), where))
+    if stored.location != "cpu":
+        message = (
+            f"The tensor was saved on {stored.location}: loading it fails on a machine without such a device. "
+            f'Save it from the CPU: torch.save(tensor.cpu(), "{where}").'
+        )
+        findings.append(Finding("error", "T004", message, where))
+    needed, held = stored.numel * stored.dtype.itemsize, opened.stored_bytes
+    if stored.overlaps() or held != needed:
+        kind = "a view" if held > needed else "expanded from fewer numbers"
+        message = (
+            f"The tensor is {kind}: its elements take {needed:,} bytes, and {held:,} were saved with it. "
+            f'Save a copy: torch.save(tensor.clone(memory_format=torch.contiguous_format), "{where}").'
+        )
+        findings.append(Finding("error", "T006", message, where))
+    return findings, stored
+
+
+def _unreadable(error: TorchFileError, file: BinaryIO, where: str) -> Finding:
+    """The finding for a file that torch.save did not write as it is."""
+    reason, detail = str(error), error.detail
+    if error.kind == "legacy":
+        message = (
+            "The file is in torch.save's legacy format, from before PyTorch 1.6. "
+            f'If you trust it, save it again: torch.save(torch.load("{where}", weights_only=False), "{where}").'
+        )
+        return Finding("error", "F007", message, where)
+    if error.kind == "byte order":
+        order = detail if detail in ("big", "little") else repr(detail[:20])
+        message = (
+            f"The file says that its numbers are in {order} byte order, which is not this machine's. Load it where it was "
+            f'made, and save it on a machine with an x86 or ARM processor: torch.save(tensor, "{where}").'
+        )
+        return Finding("error", "F008", message, where)
+    if error.kind == "protocol":
+        return _of_other_protocol(detail, where)
+    if error.kind == "damaged":
+        return Finding("error", "F005", f"The file is damaged: {reason}. Save or copy it again.", where)
+    if detail == "a pickle":
+        return _bare_pickle(file, where)
+    converting = {
+        "a NumPy .npy file": f'torch.save(torch.from_numpy(numpy.load("{where}")).float(), "{where}")',
+        "a NumPy .npz file": f'torch.save(torch.from_numpy(numpy.load("{where}")["KEY"]).float(), "{where}")',
+        "a safetensors file": f'torch.save(safetensors.torch.load_file("{where}")["KEY"], "{where}")',
+    }
+    if line := converting.get(detail):
+        return Finding("error", "T001", f"The file is {detail}. Convert it: {line}", where)
+    named = f" It looks like {detail}." if detail else ""
+    return Finding("error", "F004", f"torch.save did not write this file.{named} Save it: torch.save(tensor, PATH).", where)
+
+
+def _of_other_protocol(protocol: str, where: str) -> Finding:
+    line = f'If you trust it: torch.save(torch.load("{where}", weights_only=False).detach().clone(), "{where}").'
+    message = (
+        f"The tensor was saved with pickle_protocol={protocol}, which torch.load does not read as the scorer calls it. "
+        + (line if int(protocol) > 3 else f'Save it without that option: torch.save(tensor, "{where}").')
+    )
+    return Finding("error", "T010", message, where)
+
+
+def _bare_pickle(file: BinaryIO, where: str) -> Finding:
+    try:
+        foreign = _foreign(names_in_pickle(file))
+    except TorchFileError as error:
+        return Finding("error", "F006", f"The file is a bare pickle, and damaged: {error}. Use torch.save.", where)
+    if foreign:
+        return _runs_code(foreign, where)
+    message = (
+        "The file was written by pickle.dump, and torch.load does not read it. If you trust it, convert it: "
+        f'torch.save(torch.as_tensor(pickle.load(open("{where}", "rb"))).float(), "{where}")'
+    )
+    return Finding("error", "T001", message, where)
+
+
+def _runs_code(foreign: Sequence[str], where: str) -> Finding:
+    message = (
+        f"The file is a pickle that refers to {', '.join(foreign[:5])}, so loading it without restrictions may run code. "
+        f'It was not executed. Save only the tensor: torch.save(tensor, "{where}").'
+    )
+    return Finding("error", "F006", message, where)
+
+
+def _foreign(names: Sequence[Global] | frozenset[Global]) -> list[str]:
+    """Those of a pickle's names that neither a tensor nor a plain container of tensors and arrays needs."""
+    return sorted(str(name) for name in names if not _is_of_data(name))
+
+
+def _is_of_data(name: Global) -> bool:
+    module, called = name.module, name.name
+    return (
+        called in _OF_DATA.get(module, "").split()
+        or (module == "torch" and (called.endswith("Storage") or isinstance(getattr(torch, called, None), torch.dtype)))
+        or (module == "torch._utils" and called.startswith("_rebuild_"))
+        or (module.startswith("PIL.") and called.endswith(("Image", "ImageFile")))
+        or (module.startswith(("torch.nn.modules.", "torchvision.tv_tensors.", "numpy.dtypes")) and called.isidentifier())
+    )
+
+
+def _not_a_tensor(opened: TorchFile, where: str, spec: DatasetSpec) -> Finding:
+    """T001 or T008: what the file holds, with the line of Python that converts it."""
+    value = opened.value
+    of_call = value.function if isinstance(value, Call) else value
+    name = of_call.name if isinstance(of_call, Global) else ""
+    if name == "_rebuild_tensor_v3":
+        return Finding("error", "T002", "The tensor is of a type that is not float32. Save tensor.float().", where)
+    for word, kind, plain in (
+        ("_rebuild_sparse_tensor", "sparse", "tensor.to_dense()"),
+        ("_rebuild_qtensor", "quantized", "tensor.dequantize()"),
+        ("_rebuild_nested_tensor", "nested", "tensor.to_padded_tensor(0.0)"),
+        ("_rebuild_meta_tensor_no_storage", "on the device 'meta', without numbers", "the computed tensor"),
+    ):
+        if name == word:
+            message = f'The tensor is {kind}. Save a plain one: torch.save({plain}, "{where}").'
+            return Finding("error", "T008", message, where)
+    described, line = _described(opened, value, spec)
+    advice = f'Convert it: torch.save({line}, "{where}")' if line else f'Save one bare tensor: torch.save(images, "{where}")'
+    loading = f', where value = torch.load("{where}", weights_only=False) if you trust the file' if "value" in line else ""
+    return Finding("error", "T001", f"The file holds {described}; the scorer takes one bare tensor. {advice}{loading}.", where)
+
+
+def _described(opened: TorchFile, value: Any, spec: DatasetSpec) -> tuple[str, str]:
+    """What a value is in words, and the expression that makes the challenge's tensor of it; "" where there is none."""
+    if (shape := _array_shape(value, opened.rest)) is not None:
+        return "a NumPy array" + (f" of shape {shape[:6]}" if shape else ""), "torch.as_tensor(value).float().contiguous()"
+    if calls(value, "torch._tensor", "_rebuild_from_type_v2"):
+        return "a subclass of torch.Tensor, or a tensor with attributes", "value.as_subclass(torch.Tensor).detach().clone()"
+    if (entries := as_dict(value)) is not None:
+        return _described_dict(opened, entries, spec)
+    if isinstance(value, (list, tuple)):
+        return _described_sequence(opened, value, spec)
+    if isinstance(value, Call):
+        if isinstance(value.function, Global) and value.function.module.startswith("torch.nn.modules."):
+            return f"a PyTorch module ({value.function.name}), which is a network and not images", ""
+        if value.function is None:
+            return "a bare storage", "torch.tensor(value).reshape(SHAPE)"
+        return f"an object made by {value.function}"[:100], ""
+    if isinstance(value, Global):
+        return f"the name {value}"[:100], ""
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" if value is not None else "nothing (None)", ""
+
+
+def _described_dict(opened: TorchFile, entries: Pairs, spec: DatasetSpec) -> tuple[str, str]:
+    items = entries.items or list(zip(opened.rest[::2], opened.rest[1::2], strict=False))
+    tensors = {key: t for key, value in items if isinstance(key, (str, int)) and (t := _tensor(opened, value)) is not None}
+    keys = ", ".join(_shown_key(key) for key, _ in items[:5]) + (", ..." if len(items) > 5 else "")
+    described = f"a dict with {'the keys ' + keys if keys else 'no keys'}"
+    weights = [key for key in tensors if isinstance(key, str) and key.rpartition(".")[2] in ("weight", "bias", "running_mean")]
+    if weights:
+        return f"a network's state dict with the keys {keys}, which are weights and not images", ""
+    if len(tensors) >= spec.num_classes and all(isinstance(key, int) for key in tensors):
+        return (
+            f"a dict with a tensor for each of {len(tensors)} classes",
+            "torch.cat([value[label] for label in sorted(value)])",
+        )
+    images = next((key for key, tensor in tensors.items() if tensor.shape[1:] == spec.image_shape), None)
+    if images is None:
+        images = next((key for key, tensor in tensors.items() if len(tensor.shape) == 4), None)
+    if images is None:
+        arrays = (key for key, value in items if isinstance(key, str) and len(_array_shape(value, []) or ()) == 4)
+        return described, next((f"torch.from_numpy(value[{_shown_key(key)}]).float()" for key in arrays), "")
+    rows = f"value[{_shown_key(images)}]"
+    count = tensors[images].shape[:1]
+    labels = next((k for k, t in tensors.items() if k != images and t.shape == count and not t.dtype.is_floating_point), None)
+    return described, rows + (f"[value[{_shown_key(labels)}].argsort(stable=True)]" if labels is not None else "")
+
+
+def _described_sequence(opened: TorchFile, value: Sequence[Any], spec: DatasetSpec) -> tuple[str, str]:
+    kind, whole = type(value).__name__, opened.whole
+    items = list(value) or opened.rest
+    count = f"{len(items):,}" if whole else f"more than {len(items):,}"
+    first = items[0] if items else None
+    tensor = _tensor(opened, first)
+    second = _tensor(opened, items[1]) if len(items) == 2 else None
+    if tensor is not None and second is not None and len(tensor.shape) == 4 and tensor.shape[:1] == second.shape:
+        return f"a {kind} of images and labels", "value[0][value[1].argsort(stable=True)]"
+    if tensor is not None and len(tensor.shape) in (3, 4):
+        return f"a {kind} of {count} tensors", f"torch.{'stack' if len(tensor.shape) == 3 else 'cat'}(value)"
+    if _array_shape(first, []) is not None:
+        return f"a {kind} of {count} NumPy arrays", "torch.stack([torch.from_numpy(image) for image in value]).float()"
+    if isinstance(first, (list, tuple)) and len(first) == 2:
+        array, tensor = _array_shape(first[0], []), _tensor(opened, first[0])
+        image = "torch.as_tensor(image)" if array is not None else "image" if tensor is not None else ""
+        if image:
+            by_class = "sorted(value, key=lambda pair: int(pair[1]))"
+            return f"a {kind} of {count} [image, label] pairs", f"torch.stack([{image} for image, label in {by_class}]).float()"
+    if isinstance(first, (int, float, list)) and not isinstance(first, bool):
+        return f"a {kind} of {count} {'lists' if isinstance(first, list) else 'numbers'}", "torch.tensor(value)"
+    if not isinstance(first, (Call, str)):
+        return f"a {kind} of {count}", ""
+    return f"a {kind} of {count}, first {_described(opened, first, spec)[0]}", ""
+
+
+def _tensor(opened: TorchFile, value: Any) -> StoredTensor | None:
+    """The tensor that a part of a file describes; None for any other part and for a damaged description."""
+    try:
+        return opened.stored_tensor(value)
+    except TorchFileError:
+        return None
+
+
+def _array_shape(value: Any, rest: Sequence[Any]) -> tuple[int, ...] | None:
+    """The shape of a NumPy array or number, () where it is not known; None for anything else.
+
+    rest: of a pickle that was not read to its end, which the bytes of an array of a usual size are not.
+    """
+    function = value.function if isinstance(value, Call) else value
+    if not isinstance(function, Global) or function.name not in ("_reconstruct", "_frombuffer", "ndarray", "scalar"):
+        return None
+    parts = tuple(rest)
+    if isinstance(value, Call):
+        parts = next((p for p in (value.state, value.arguments) if isinstance(p, tuple)), ()) or parts
+    shapes = (part for part in parts if isinstance(part, tuple) and part and all(type(size) is int for size in part))
+    return next(shapes, ())
+
+
 def _shape_problem(shape: tuple[int, ...], spec: DatasetSpec, ipc: int | None) -> str:
     side, classes = spec.image_size, spec.num_classes
     rows = f"{ipc * classes:,}" if ipc else f"a multiple of {classes}"
@@ -227,7 +332,7 @@ def _shape_problem(shape: tuple[int, ...], spec: DatasetSpec, ipc: int | None) -
     if len(shape) != 4 or shape[1:] != spec.image_shape:
         return f"The shape is {shape}; for {spec.name} it must be {wanted}."
     if ipc is None and (shape[0] == 0 or shape[0] % classes):
-        return f"The tensor has {shape[0]:,} rows, no multiple of the {classes} classes of {spec.name}."
+        return f"The tensor has {shape[0]:,} rows, which is not a multiple of the {classes} classes of {spec.name}."
     if ipc is not None and shape[0] != ipc * classes:
         per_class = f" ({shape[0] // classes} a class)" if shape[0] % classes == 0 else ""
         return (
@@ -237,15 +342,8 @@ def _shape_problem(shape: tuple[int, ...], spec: DatasetSpec, ipc: int | None) -
     return ""
 
 
-def _described(value: Any) -> str:
-    if isinstance(value, dict):
-        keys = ", ".join(map(_shown_key, list(value)[:5]))
-        return f"a dict with {'the keys ' + keys if keys else 'no keys'}"
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
-
-
 def _shown_key(key: Any) -> str:
     """A stranger's key, which may be of any size and depth, in a few letters."""
-    return f"{key[:40]!r}" if isinstance(key, str) else f"one of type {type(key).__name__}"
+    if isinstance(key, str):
+        return f"{key[:40]!r}"
+    return str(key)[:20] if type(key) is int and abs(key) < 10**9 else f"one of type {type(key).__name__}"

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddkit.challenge import DatasetSpec
-from ddkit.sets.pickles import scan_pickle
 from ddkit.sets.reading import read_tensor_bytes
 
 WORKER = Path(__file__).with_name("fuzz_worker.py")
 SPEC = DatasetSpec("tiny", 2, 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the worker limits its memory through /proc")
 def test_mutated_files_do_no_harm(tmp_path, pytestconfig):
     count = pytestconfig.getoption("--fuzz-files")
@@ -31,7 +31,7 @@ def test_mutated_files_do_no_harm(tmp_path, pytestconfig):
     ]  # fmt: skip
     for worker in workers:
         output, errors = worker.communicate()
-        assert worker.returncode == 0, errors[-2000:]
+        assert worker.returncode == 0, f"ended with {worker.returncode}: {errors[-2000:]}"
         assert int(output) == count // 2
     assert not canary.exists()
 
@@ -41,15 +41,6 @@ def test_mutated_files_do_no_harm(tmp_path, pytestconfig):
 def test_any_bytes_are_refused_with_a_finding(data):
     tensor, findings = read_tensor_bytes(data, "tiny.pt", SPEC, ipc=10)
     assert tensor is None and findings[0].level == "error"
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=500))
-def test_any_bytes_scan_as_a_pickle_or_are_refused(data):
-    try:
-        scan_pickle(data)
-    except ValueError as error:
-        assert "damaged" in str(error)
 
 
 @settings(max_examples=100, deadline=None)

@@ -55,7 +55,7 @@ def test_a_script_that_overruns_is_stopped(tmp_path):
     ("sys.exit('no GPU here')", ComputeError, "no GPU here"),
     ("pass", InvalidSubmissionError, "no readable file"),
     ("open(arguments.out, 'wb').write(b'x' * 100)", InvalidSubmissionError, "no readable file"),
-    ("import torch; torch.save(torch.zeros(3), arguments.out)", InvalidSubmissionError, "'images' and 'labels'"),
+    ("import torch; torch.save(torch.zeros(3), arguments.out)", InvalidSubmissionError, "has no images and labels"),
 ])  # fmt: skip
 def test_a_script_that_fails_is_named_with_the_reason(tmp_path, body, error, said):
     with pytest.raises(error, match=said):
