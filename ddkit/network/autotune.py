@@ -1,4 +1,4 @@
-"""Choosing the fastest engine by measuring on the machine at hand, once, and remembering what came out."""
+"""Chooses the fastest engine by measuring on the machine at hand, once, and remembers the choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import nn
 from ddkit.errors import BadFileError
 from ddkit.network import winograd
 from ddkit.network.convnet import ConvNet
-from ddkit.network.engine import build_engine
+from ddkit.network.engine import build_engine, close_engine
 from ddkit.network.kernels import CompileError
 from ddkit.network.plan import PRECISIONS, EnginePlan
-from ddkit.runtime.device import cpu_flags, describe_device
+from ddkit.runtime.device import cpu_flags, describe_device, release_memory
 from ddkit.runtime.files import cache_folder, read_json, write_json
 
 _log = logging.getLogger(__name__)
@@ -33,15 +33,31 @@ _LEAST_IMAGES = 32
 _ENGINES = "2026-11-28"  # when they last became other or faster ones; what was remembered before is measured again
 _PLAIN_CHUNK = 16
 _BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
+# Compiling for a GPU saves less than this share of the time, and takes at least so many seconds: where that cannot pay it
+# is not tried. Both are assumptions from public measurements; no GPU was at hand.
+_MOST_SAVED_BY_COMPILING = 0.5
+_SECONDS_OF_COMPILING = 40.0
+_CHUNK_IN_GPU_CACHE = 64  # 32-pixel images whose largest maps stay in the second-level cache
 
 
-def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePlan:
+@dataclass(frozen=True)
+class _Measured:
+    """A plan with its seconds for each image, and the seconds before it begins (compiling)."""
+
+    plan: EnginePlan
+    seconds: float = 0.0
+    start: float = 0.0
+
+
+def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_left: int = 0) -> EnginePlan:
     """The fastest plan for training `network` on its device.
 
     For the official network it is measured at first use, in seconds, and remembered in the cache for this processor
     or GPU, PyTorch, number of threads, image size, batch size, precision and type of the weights.
-    precision: "float32", "bfloat16", or "auto", by which a CPU with bfloat16 instructions takes the faster of the two
-    and every other device float32.
+    precision: "float32", "bfloat16", or "auto", which takes the faster of the two on a CPU with bfloat16 instructions
+        and float32 on every other device.
+    images_left: how many images the training will see. On a GPU the network is compiled only if that saves more time
+        than the compiling takes.
     """
     weights = next(network.parameters())
     device = weights.device
@@ -53,26 +69,30 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int) -> EnginePl
         try:
             winograd.load()
         except (CompileError, BadFileError) as error:
-            _warn_once(f"Evaluating the plain way, several times slower: {error}")
+            _warn_once(f"The network is computed the plain way, which is several times slower: {error}")
             return _plan_without_measuring(network, precision)
     key = (
         f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, batches of {batch_size}, "
         f"{precision}, {str(weights.dtype).removeprefix('torch.')}, engines of {_ENGINES}"
     )
-    plan = _remembered(key)
-    if plan is None:
-        plan = fastest(network, candidates(network, precision, batch_size), batch_size)
-        _remember(key, plan)
-    return plan
+    best = _remembered(key) or _measured(key, network, candidates(network, precision, batch_size), batch_size)
+    if device.type != "cuda" or images_left * best.seconds * _MOST_SAVED_BY_COMPILING < _SECONDS_OF_COMPILING:
+        return best.plan
+    key = f"{key}, compiled"
+    plans = [EnginePlan("compiled", precision, channels_last=channels_last) for channels_last in (False, True)]
+    compiled = _remembered(key) or _measured(key, network, plans, batch_size)
+    return compiled.plan if images_left * (best.seconds - compiled.seconds) > compiled.start else best.plan
 
 
 def candidates(network: ConvNet, precision: str, batch_size: int) -> list[EnginePlan]:
-    """What is worth trying for the official network on its device; the plain way is among it unless hopeless."""
+    """The plans worth trying for the official network on its device; on a GPU, those that compile nothing."""
     device = next(network.parameters()).device.type
     if precision == "auto":
         return [plan for choice in PRECISIONS for plan in candidates(network, choice, batch_size)]
     if device == "cuda":
-        return [EnginePlan(kind, precision) for kind in ("plain", "graphed", "compiled")]
+        chunk = max(1, _CHUNK_IN_GPU_CACHE * 32**2 // network.image_size**2)
+        kinds = [("plain", 0), ("cuda_graph", 0), *([("cuda_graph", chunk)] if chunk < batch_size else [])]
+        return [EnginePlan(kind, precision, of, channels_last=last) for kind, of in kinds for last in (False, True)]
     if device != "cpu":
         return [EnginePlan("plain", precision)]
     workers = torch.get_num_threads()
@@ -87,22 +107,26 @@ def candidates(network: ConvNet, precision: str, batch_size: int) -> list[Engine
     return plans
 
 
-def fastest(network: ConvNet, plans: Sequence[EnginePlan], batch_size: int) -> EnginePlan:
-    """The plan that takes least time an image, measured with copies of `network`."""
-    seconds = {}
+def _measured(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: int) -> _Measured:
+    """The plan that takes the least time, measured with copies of `network`, and remembered."""
+    found = []
     for plan in plans if len(plans) > 1 else ():
         try:
-            seconds[plan] = seconds_per_image(network, plan, batch_size)
-        except RuntimeError as error:
-            # Compilers for GPUs fail in many ways of their own; what works is enough.
+            found.append(_measure(network, plan, batch_size))
+        except Exception as error:
+            # Compilers for GPUs fail in many ways of their own.
+            if not isinstance(error, RuntimeError) and plan.kind != "compiled":
+                raise
             _log.info("%s does not work here: %s", plan, error)
         else:
-            _log.info("%s: %.3f ms an image", plan, 1000 * seconds[plan])
-    return min(seconds, key=seconds.__getitem__, default=plans[0])
+            _log.info("%s: %.3f ms for each image", plan, 1000 * found[-1].seconds)
+    best = min(found, key=lambda each: each.seconds, default=_Measured(plans[0], float("inf")))
+    _remember(key, best)
+    return best
 
 
-def seconds_per_image(network: ConvNet, plan: EnginePlan, batch_size: int) -> float:
-    """Of one forward and backward pass: the least of a few short measurements."""
+def _measure(network: ConvNet, plan: EnginePlan, batch_size: int) -> _Measured:
+    """Time a forward and backward pass: the least of a few short measurements."""
     size, device = network.image_size, next(network.parameters()).device
     n = batch_size
     if device.type == "cpu":
@@ -111,20 +135,24 @@ def seconds_per_image(network: ConvNet, plan: EnginePlan, batch_size: int) -> fl
     images = torch.randn(n, 3, size, size, generator=random).to(device)
     labels = torch.randint(network.num_classes, (n,), generator=random).to(device)
     engine = build_engine(copy.deepcopy(network), plan)
-    least = float("inf")
-    for _ in range(1 + _REPEATS):  # the first also warms up
-        began = time.perf_counter()
-        engine.gradients(images, labels).item()
-        least = min(least, time.perf_counter() - began)
-    return least / n
+    seconds = []
+    try:
+        for _ in range(1 + _REPEATS):  # the first also compiles and warms up
+            began = time.perf_counter()
+            engine.gradients(images, labels).item()
+            seconds.append(time.perf_counter() - began)
+    finally:
+        close_engine(engine)
+        release_memory(device)
+    return _Measured(plan, min(seconds) / n, seconds[0])
 
 
-def smaller(plan: EnginePlan, batch_size: int) -> EnginePlan | None:
-    """A plan that takes less memory, or None."""
+def with_smaller_chunks(plan: EnginePlan, batch_size: int) -> EnginePlan | None:
+    """A plan that takes less memory, or None: first without a graph, whose memory is kept, then in ever smaller chunks."""
+    if plan.needs_gpu:
+        return replace(plan, kind="plain")
     chunk = (plan.chunk or batch_size) // 2
-    # What is recorded or compiled on a GPU takes whole batches.
-    kind = plan.kind if plan.kind == "winograd" else "plain"
-    return replace(plan, kind=kind, chunk=chunk) if chunk >= 1 else None
+    return replace(plan, chunk=chunk) if chunk >= 1 else None
 
 
 def has_bfloat16() -> bool:
@@ -134,7 +162,7 @@ def has_bfloat16() -> bool:
 
 @functools.cache
 def _warn_once(text: str) -> None:
-    """Not again for every network of an evaluation."""
+    """Warn once, not again for every network of an evaluation."""
     _log.warning("%s", text)
 
 
@@ -146,22 +174,25 @@ def _plan_without_measuring(network: nn.Module, precision: str) -> EnginePlan:
     return EnginePlan("plain", "float32" if precision == "auto" else precision, chunk)
 
 
-def _remembered(key: str) -> EnginePlan | None:
+def _remembered(key: str) -> _Measured | None:
     try:
-        return EnginePlan(**_memory()[key])
-    except (KeyError, TypeError):
+        values = dict(_memory()[key])
+        seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
+        return _Measured(EnginePlan.from_dict(values), seconds, start)
+    except (KeyError, TypeError, ValueError):
         return None
 
 
-def _remember(key: str, plan: EnginePlan) -> None:
+def _remember(key: str, measured: _Measured) -> None:
+    values = asdict(measured.plan) | {"seconds": measured.seconds, "start": measured.start}
     try:
-        write_json(cache_folder() / _MEMORY, {**_memory(), key: asdict(plan)})
+        write_json(cache_folder() / _MEMORY, {**_memory(), key: values})
     except BadFileError as error:
         _log.info("The choice of engine is not remembered: %s", error)
 
 
 def _memory() -> dict[str, Any]:
-    """All choices so far; none where the file is missing or damaged, as they can be made again."""
+    """All choices so far; none if the file is missing or damaged, since they can be made again."""
     try:
         known = read_json(cache_folder() / _MEMORY)
     except BadFileError:

@@ -1,18 +1,13 @@
-"""A network on a GPU with a step's hundred kernels launched as one: CUDA graphs, compiled where that is faster.
+"""A network on a GPU whose training step is launched as one CUDA graph, compiled first where that is faster.
 
-The kernels are those that autograd would launch one by one on the whole batch (compiled, their elementwise parts are
-fused), so results differ from the plain way by rounding only. Convolutions use TF32 where PyTorch's default does, as
-in the official code. Channels-last is the layout that tensor cores read without converting.
-
-Where there are no CUDA graphs, the recorded step is computed anew into the same tensors: nothing is gained by it, but
-all the rest of the engine then runs, and is tested, on any machine.
+The graph holds the kernels that autograd would launch one by one; compiling fuses the elementwise ones. Results differ
+from the plain way by rounding only. Convolutions use TF32 where PyTorch's default does, as in the official code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,63 +17,34 @@ from ddkit.network.plan import EnginePlan
 
 _WARM_UPS = 3  # before a capture: libraries allocate and choose algorithms at their first calls
 
-_Step = Callable[[], list[Tensor]]  # from the same inputs' memory to the loss and the gradients
-
-
-class _Recording(Protocol):
-    """A step that can be run again. outputs: its tensors, written anew by each `replay`."""
-
-    outputs: list[Tensor]
-
-    def replay(self) -> None: ...
-
-
-class _Graph:
-    """A step's kernels as a CUDA graph."""
-
-    def __init__(self, step: _Step, device: torch.device) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(device)
-        # PyTorch's own stream for captures is on the device that was current at the first of all.
-        stream = torch.cuda.Stream(device)
-        # Other rounds work on other streams meanwhile; only this thread's calls are recorded.
-        with torch.cuda.device(device), torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self.outputs = step()
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-class _Again:
-    """A step that is computed again, into the tensors it gave first."""
-
-    def __init__(self, step: _Step, device: torch.device) -> None:
-        self._step = step
-        self.outputs = step()
-
-    def replay(self) -> None:
-        for kept, value in zip(self.outputs, self._step(), strict=True):
-            kept.copy_(value)
-
 
 @dataclass(frozen=True)
 class _Capture:
-    """A recorded pass over batches of one size, and the tensors it reads."""
+    """A recorded pass over batches of one size, the tensors that it reads, and those that it writes."""
 
+    graph: torch.cuda.CUDAGraph
     images: Tensor
     labels: Tensor
-    recording: _Recording
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
 
 
 class CudaGraphEngine:
-    """Computes with one network on its GPU. plan.kind: "graphed", or "compiled" to compile before recording."""
+    """Computes with one network on its GPU. plan.kind: "cuda_graph", or "compiled" to compile before recording.
+
+    The graphs hold memory on the GPU until `close`.
+    """
 
     def __init__(self, network: nn.Module, plan: EnginePlan) -> None:
-        self._network = network.to(memory_format=torch.channels_last)
+        self._network = network
         self._plan = plan
         self._parameters = list(network.parameters())
-        self._loss_of = torch.compile(self._plain_loss, dynamic=False) if plan.kind == "compiled" else self._plain_loss
+        # A bound method would make a reference cycle, which keeps the graphs' memory until Python collects garbage.
+        loss = _loss_of(network, plan)
+        self._loss = torch.compile(loss, dynamic=False) if plan.kind == "compiled" else loss
         self._captures: dict[int, _Capture] = {}  # by batch size: the last batch of an epoch is a short one
+        self._pool = torch.cuda.graph_pool_handle()  # one for all sizes, which never run at the same time
+        self._stream = torch.cuda.Stream(self._parameters[0].device)
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""
@@ -87,38 +53,76 @@ class CudaGraphEngine:
             capture = self._captures[len(images)] = self._record(images, labels)
         capture.images.copy_(images)
         capture.labels.copy_(labels)
-        capture.recording.replay()
-        loss, *gradients = capture.recording.outputs
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        capture.graph.replay()
+        for parameter, gradient in zip(self._parameters, capture.gradients, strict=True):
             parameter.grad = gradient
-        # The next replay writes over the recorded one.
-        return loss.clone()
+        # The next replay overwrites the recorded one.
+        return capture.loss.clone()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, num_classes) float32, without gradients; the network in its present mode."""
-        with self._autocast(images):
-            return self._network(images.contiguous(memory_format=torch.channels_last)).float()
+        with autocast(images.device, self._plan):
+            return self._network(images.contiguous(memory_format=memory_format(self._plan))).float()
 
-    def _record(self, images: Tensor, labels: Tensor) -> _Capture:
-        images = images.clone(memory_format=torch.channels_last)
-        labels = labels.clone()
-        for _ in range(_WARM_UPS):
-            self._backward(images, labels)
-        record = _Graph if images.is_cuda else _Again
-        return _Capture(images, labels, record(lambda: self._backward(images, labels), images.device))
-
-    def _backward(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """The loss and the parameters' gradients, in tensors of their own."""
+    def close(self) -> None:
+        """Give the graphs' memory back, and the gradients that lie in it. The engine cannot be used after this."""
         for parameter in self._parameters:
             parameter.grad = None
-        loss = self._loss_of(images, labels)
-        loss.backward()
-        return [loss.detach(), *(parameter.grad for parameter in self._parameters)]
+        for capture in self._captures.values():
+            capture.graph.reset()
+        self._captures.clear()
 
-    def _plain_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with self._autocast(images):
-            return F.cross_entropy(self._network(images), labels)
+    def _record(self, images: Tensor, labels: Tensor) -> _Capture:
+        images = images.clone(memory_format=memory_format(self._plan))
+        labels = labels.clone()
+        device = images.device
+        for _ in range(_WARM_UPS):
+            self._backward(images, labels)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(device)
+        current = torch.cuda.current_stream(device)
+        # torch.cuda.graph does not leave its stream where a capture fails; the context around it does.
+        # Other rounds work on other streams meanwhile, so only this thread's calls are recorded.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            loss = self._backward(images, labels)
+        gradients = []
+        for parameter in self._parameters:
+            assert parameter.grad is not None
+            gradients.append(parameter.grad)
+        return _Capture(graph, images, labels, loss, tuple(gradients))
 
-    def _autocast(self, images: Tensor) -> torch.autocast:
-        return torch.autocast(images.device.type, torch.bfloat16, enabled=self._plan.precision == "bfloat16")
+    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss; leaves new tensors in the parameters' `.grad`."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        losses = []
+        chunk = self._plan.chunk or len(images)
+        for part, of_part in zip(images.split(chunk), labels.split(chunk), strict=True):
+            loss = self._loss(part, of_part, len(images))
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+
+def memory_format(plan: EnginePlan) -> torch.memory_format:
+    """The layout of weights and images with which `plan` computes."""
+    return torch.channels_last if plan.channels_last else torch.contiguous_format
+
+
+def autocast(device: torch.device, plan: EnginePlan) -> torch.autocast:
+    """The context in which `plan` computes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16")
+
+
+def _loss_of(network: nn.Module, plan: EnginePlan) -> Callable[[Tensor, Tensor, int], Tensor]:
+    def loss(images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """A chunk's part of the batch's mean cross-entropy."""
+        with autocast(images.device, plan):
+            return F.cross_entropy(network(images), labels, reduction="sum") / batch_size
+
+    return loss

@@ -1,4 +1,4 @@
-"""How a network's loss and gradients are computed: the plain way and a faster way to the same numbers."""
+"""Engines compute a network's loss and gradients: the plain way, and faster ways to the same numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddkit.network.cuda_graph import CudaGraphEngine
+from ddkit.network.convnet import ConvNet
+from ddkit.network.cuda_graph import CudaGraphEngine, autocast, memory_format
 from ddkit.network.plan import EnginePlan
 from ddkit.network.winograd import WinogradEngine
 
 
 class Engine(Protocol):
-    """A way to compute with one network."""
+    """Computes with one network."""
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""
@@ -24,10 +25,10 @@ class Engine(Protocol):
 
 
 class PlainEngine:
-    """Autograd over the whole batch or over chunks of it: the reference for every other engine, for any network.
+    """Autograd over the whole batch or over chunks of it, for any network: the reference for every other engine.
 
-    Gradients of chunks add up to the batch's, as the loss is a mean over images and no network here has statistics
-    across images; the caller gives no chunk to one that has.
+    Gradients of chunks add up to the batch's gradient, because the loss is a mean over images and no image's result
+    depends on the others. For a network with statistics across images, the plan must have no chunk.
     """
 
     def __init__(self, network: nn.Module, plan: EnginePlan) -> None:
@@ -36,16 +37,19 @@ class PlainEngine:
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         self._network.zero_grad(set_to_none=True)
-        losses = [self._chunk(*chunk, len(images)) for chunk in zip(*map(self._split, (images, labels)), strict=True)]
+        losses = [
+            self._chunk(part, of_part, len(images))
+            for part, of_part in zip(self._split(images), self._split(labels), strict=True)
+        ]
         return torch.stack(losses).sum()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        with self._autocast(images):
+        with autocast(images.device, self._plan):
             return torch.cat([self._network(chunk).float() for chunk in self._split(images)])
 
     def _chunk(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        with self._autocast(images):
+        with autocast(images.device, self._plan):
             loss = F.cross_entropy(self._network(images), labels, reduction="sum") / batch_size
         loss.backward()
         return loss.detach()
@@ -53,11 +57,25 @@ class PlainEngine:
     def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.split(self._plan.chunk or len(tensor))
 
-    def _autocast(self, images: Tensor) -> torch.autocast:
-        return torch.autocast(images.device.type, torch.bfloat16, enabled=self._plan.precision == "bfloat16")
-
 
 def build_engine(network: nn.Module, plan: EnginePlan) -> Engine:
-    """The engine that `plan` describes, for `network`. Raises CompileError where it needs a compiler in vain."""
-    kinds = {"plain": PlainEngine, "winograd": WinogradEngine, "graphed": CudaGraphEngine, "compiled": CudaGraphEngine}
+    """The engine that `plan` describes, for `network`, whose weights get the plan's memory layout.
+
+    Raises CompileError if the plan needs a C++ compiler that does not work.
+    """
+    if plan.kind == "winograd":
+        assert isinstance(network, ConvNet)
+        return WinogradEngine(network, plan)
+    network.to(memory_format=memory_format(plan))
+    kinds: dict[str, type[PlainEngine] | type[CudaGraphEngine]] = {
+        "plain": PlainEngine,
+        "cuda_graph": CudaGraphEngine,
+        "compiled": CudaGraphEngine,
+    }
     return kinds[plan.kind](network, plan)
+
+
+def close_engine(engine: Engine) -> None:
+    """Give back the GPU memory that an engine holds. It cannot be used after this."""
+    if isinstance(engine, CudaGraphEngine):
+        engine.close()

@@ -1,19 +1,23 @@
-"""What describes an engine, so that it can be remembered and built again."""
+"""The description of an engine, by which it can be remembered and built again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Which engine, and how it is set: what has to be the same for the same rounding.
+    """How a network's loss and gradients are computed: everything that must be equal for equal rounding.
 
-    kind: "plain"; on a CPU "winograd"; on a GPU "graphed" or "compiled". precision: "float32" or "bfloat16".
-    chunk: images computed at a time; 0 for the whole batch. workers: threads that work on chunks of their own.
+    kind: "plain"; on a CPU "winograd"; on a GPU "cuda_graph", or "compiled" for a graph of compiled kernels.
+    precision: "float32" or "bfloat16".
+    chunk: images computed at a time; 0 for the whole batch. workers: threads that work on separate chunks.
     products: of "winograd": "torch" has PyTorch multiply matrices, "own" winograd.cpp.
+    channels_last: on a GPU, the memory layout of images and weights.
     """
 
     kind: str = "plain"
@@ -21,3 +25,20 @@ class EnginePlan:
     chunk: int = 0
     workers: int = 1
     products: str = "torch"
+    channels_last: bool = False
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.kind in ("cuda_graph", "compiled")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EnginePlan:
+        """The plan of which `dataclasses.asdict` made `values`, in this version or an earlier one.
+
+        Raises TypeError for unknown keys.
+        """
+        plan = cls(**values)
+        if plan.kind == "graphed":
+            plan = cls(**{**values, "kind": "cuda_graph"})
+        # Earlier versions had only one layout on a GPU, and did not write it.
+        return cls(**{**vars(plan), "channels_last": True}) if plan.needs_gpu and "channels_last" not in values else plan

@@ -23,27 +23,29 @@ from ddkit.challenge import (
     LEARNING_RATE_AFTER_DROP,
     MOMENTUM,
     WEIGHT_DECAY,
+    DatasetSpec,
     epoch_of_drop,
 )
 from ddkit.errors import ComputeError, UsageError
 from ddkit.network.augment import random_augment
-from ddkit.network.autotune import choose_plan, smaller
-from ddkit.network.engine import Engine, build_engine
+from ddkit.network.autotune import choose_plan, with_smaller_chunks
+from ddkit.network.engine import Engine, build_engine, close_engine
 from ddkit.network.plan import PRECISIONS, EnginePlan
-from ddkit.runtime.device import is_out_of_memory
+from ddkit.runtime.device import is_out_of_memory, release_memory
 
 _log = logging.getLogger(__name__)
 
-# Batches of so few images are trained on sooner than plans are compared; and as the plain way computes them whole, it
-# rounds as the official code does, which decides on which side of a ReLU a value near zero falls.
+# Batches of so few images are trained on sooner than plans are compared. The plain way computes them whole, and so rounds as
+# the official code does, which decides on which side of a ReLU a value near zero falls.
 _FEW = 16
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What may differ from the protocol, at its official values where it has them.
+    """Settings of a training; the defaults are the protocol's values.
 
     epochs_setting: E; E + 1 epochs run. precision: "float32" or "bfloat16" (autocast).
+    Raises UsageError for values that make no sense.
     """
 
     epochs_setting: int
@@ -58,7 +60,7 @@ class TrainingSettings:
         if self.batch_size < 1:
             raise UsageError(f"The batch size must be positive, got {self.batch_size}.")
         if self.precision not in PRECISIONS:
-            raise UsageError(f"There is no precision '{self.precision}'.", f"Known: {', '.join(PRECISIONS)}.")
+            raise UsageError(f"Unknown precision '{self.precision}'.", f"Choose one of: {', '.join(PRECISIONS)}.")
 
     @property
     def epochs(self) -> int:
@@ -70,10 +72,13 @@ class TrainingRun:
     """The training of one network, which can be saved and continued between any two batches.
 
     network: trained in place; on the device where it is to be trained.
-    images: (N, 3, S, S) float, normalized. labels: (N,) int64. Both on the network's device.
+    images: (N, 3, S, S) float, normalized; or uint8 pixels, which are normalized a batch at a time.
+    labels: (N,) int64. Both on the network's device.
     generator: on the CPU; draws the order of the images and the augmentation.
-    plan: of the engine that computes gradients; when None, the one measured to be fastest on this machine, or,
-        once a state is loaded, the one that the state was trained with.
+    plan: of the engine that computes gradients. None takes the fastest one on this machine by measurement, or, once a
+        state is loaded, the one that the state was trained with.
+    spec: the dataset, whose constants normalize pixels; needed for uint8 images only.
+    Call `close` after use on a GPU, where the engine may hold memory.
     """
 
     def __init__(
@@ -84,15 +89,19 @@ class TrainingRun:
         settings: TrainingSettings,
         generator: torch.Generator,
         plan: EnginePlan | None = None,
+        spec: DatasetSpec | None = None,
     ) -> None:
         if len(images) != len(labels) or len(images) == 0:
             raise UsageError(f"Cannot train on {len(images)} images with {len(labels)} labels.")
+        if images.dtype == torch.uint8 and spec is None:
+            raise UsageError("Training on uint8 pixels needs the dataset's constants.")
         self.network = network
         self.settings = settings
         self.epochs_done = 0
         self._order: Tensor | None = None  # of the images in the epoch that was begun, (N,) int64 on the CPU
         self._losses: list[Tensor] = []  # of its batches so far
         self._images, self._labels = images, labels
+        self._constants = [_column(values, images.device) for values in (spec.mean, spec.std)] if spec else []
         self._generator = generator
         self._plan = plan
         self._engine: Engine | None = None
@@ -106,27 +115,43 @@ class TrainingRun:
 
     @property
     def engine(self) -> Engine:
-        """What computes gradients; chosen when it is first needed."""
+        """Computes the gradients; chosen when it is first needed."""
         if self._engine is None:
-            self._plan = self._plan or self._fitting_plan()
+            self._plan = self._plan or self._fastest_plan()
             self._engine = build_engine(self.network, self._plan)
+            self._match_layouts()
         return self._engine
 
-    def _fitting_plan(self) -> EnginePlan:
+    def close(self) -> None:
+        """Give back the GPU memory that the engine holds. A run that goes on builds a new engine."""
+        if self._engine is not None:
+            close_engine(self._engine)
+            self._engine = None
+        release_memory(self._images.device)
+
+    def _fastest_plan(self) -> EnginePlan:
         precision, batch_size = self.settings.precision, self.settings.batch_size
         if batch_size <= _FEW and precision == "float32":
             return EnginePlan("plain", precision)
-        return choose_plan(self.network, precision, batch_size)
+        images_left = (self.settings.epochs - self.epochs_done) * len(self._images)
+        return choose_plan(self.network, precision, batch_size, images_left=images_left)
+
+    def _match_layouts(self) -> None:
+        """Give momentum the weights' memory layout, which fused optimizers require; engines and states may change either."""
+        for parameter, state in self._optimizer.state.items():
+            momentum = state.get("momentum_buffer")
+            if momentum is not None and momentum.stride() != parameter.stride():
+                state["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
 
     def epoch(self) -> list[float]:
-        """Train for one epoch; returns the mean loss of each batch. Raises ComputeError when it is no number."""
+        """Train for one epoch; returns the mean loss of each batch. Raises ComputeError if a loss is NaN or infinite."""
         (losses,) = epoch_side_by_side([self])
         return losses
 
     def steps(self) -> Iterator[None]:
-        """Begin an epoch, or go on with one, and train on one batch at each turn; `end_epoch` is to follow the last.
+        """Begin an epoch, or continue one, and train on one batch at each step; call `end_epoch` after the last.
 
-        On a GPU a turn only queues work, on this run's own stream, and waits for nothing.
+        On a GPU a step only queues work, on this run's own stream, and waits for nothing.
         """
         self.network.train()
         if self._order is None:
@@ -139,7 +164,7 @@ class TrainingRun:
             yield
 
     def end_epoch(self) -> list[float]:
-        """The mean loss of each of the epoch's batches. Raises ComputeError when it is no number."""
+        """The mean loss of each of the epoch's batches. Raises ComputeError if a loss is NaN or infinite."""
         if self.epochs_done == epoch_of_drop(self.settings.epochs_setting):
             # A new optimizer, not only a new rate: momentum starts again from zero.
             self._optimizer = _optimizer(self.network, LEARNING_RATE_AFTER_DROP)
@@ -150,13 +175,13 @@ class TrainingRun:
         self._order, self._losses = None, []
         if not all(map(math.isfinite, values)):
             raise ComputeError(
-                f"The training loss is no number in epoch {self.epochs_done}.",
+                f"The training loss is NaN or infinite in epoch {self.epochs_done}.",
                 "Check the set's values: they must be normalized with the dataset's constants.",
             )
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest depends on, as tensors and plain numbers."""
+        """Everything that the rest of the training depends on, as tensors and plain numbers."""
         if self._stream:
             self._stream.synchronize()
         return {
@@ -176,12 +201,15 @@ class TrainingRun:
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"].cpu())
-        # Another engine would round differently: the rest of a run is computed as its beginning was.
-        self._plan, self._engine = EnginePlan(**state["plan"]) if state["plan"] else None, None
+        self.close()
+        # Another engine would round differently: the rest of a run is computed as its beginning was, on the same device.
+        self._plan = EnginePlan.from_dict(state["plan"]) if state["plan"] else None
+        if self._plan and self._plan.needs_gpu and not self._images.is_cuda:
+            self._plan = None
         self._wait_for_others()
 
     def _wait_for_others(self) -> None:
-        """On a GPU: what was queued elsewhere so far, such as copying data, comes before this run's own work."""
+        """On a GPU, queue this run's work after what was queued so far, such as copies of data."""
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
@@ -194,6 +222,9 @@ class TrainingRun:
 
     def _step(self, indices: Tensor) -> Tensor:
         images, labels = self._images[indices], self._labels[indices]
+        if images.dtype == torch.uint8:
+            mean, std = self._constants
+            images = images.float().div_(255).sub_(mean).div_(std)
         if self.settings.augment:
             images = random_augment(images, self._generator)
         loss = self._gradients(images, labels)
@@ -201,33 +232,41 @@ class TrainingRun:
         return loss
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        """As the engine does, with ever smaller chunks while the memory does not suffice."""
+        """Compute gradients; if the engine fails for want of memory, or by a graph or a compiler, with a plan without."""
         while True:
             try:
                 return self.engine.gradients(images, labels)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
+            except Exception as error:
+                plan, failure = self._plan, error
+                if plan is None or not (plan.needs_gpu or is_out_of_memory(error)):
                     raise
-                self._use_smaller_chunks(len(images), error)
+            # Outside the handler, so that the traceback does not hold on to the memory.
+            self._use_less(plan, len(images), failure.with_traceback(None))
 
-    def _use_smaller_chunks(self, batch_size: int, error: RuntimeError) -> None:
-        plan = self._plan and smaller(self._plan, batch_size)
-        if plan is None:
+    def _use_less(self, plan: EnginePlan, batch_size: int, error: Exception) -> None:
+        smaller: EnginePlan | None
+        if not is_out_of_memory(error):
+            smaller = dataclasses.replace(plan, kind="cuda_graph" if plan.kind == "compiled" else "plain")
+            what = "torch.compile" if plan.kind == "compiled" else "A CUDA graph"
+            _log.warning("%s does not work here and is left out: %s", what, str(error).split("\n")[0])
+        elif smaller := with_smaller_chunks(plan, batch_size):
+            instead = f"{smaller.chunk} images at a time" if smaller.chunk != plan.chunk else "without a CUDA graph"
+            _log.warning("Not enough memory: computing %s from now on.", instead)
+        else:
             raise ComputeError(
                 "There is not enough memory to train the network even on one image at a time.",
                 "Close other programs, or use another --device.",
             ) from error
-        _log.warning("Not enough memory: computing %d images at a time from now on.", plan.chunk)
-        self._plan, self._engine = plan, None
+        self.close()
+        self._plan = smaller
 
 
 def epoch_side_by_side(runs: Sequence[TrainingRun], between: Callable[[], None] = lambda: None) -> list[list[float]]:
-    """One epoch of several runs, a batch of each in turn; returns each one's losses, as its own `epoch` would.
+    """Train several runs for one epoch, a batch of each in turn; returns each one's losses, as its own `epoch` would.
 
     between: called after each turn, when all of them can be saved.
-
-    Nothing passes between the runs, so each computes what it computes alone. On a GPU their work overlaps, which
-    fills the gaps that one small network leaves.
+    The runs share nothing, so each computes what it computes alone. On a GPU their work overlaps, which fills the gaps
+    that one small network leaves.
     """
     for _ in itertools.zip_longest(*(run.steps() for run in runs)):
         between()
@@ -250,14 +289,19 @@ def train_network(
 
     images: (N, 3, S, S) float, normalized. labels: (N,) int64, below the network's number of classes.
     epochs_setting: E of PROTOCOL.md. generator: on the CPU; one seeded with 0 when None.
-    Raises UsageError for settings that cannot be meant, ComputeError when the loss is no number.
+    Raises UsageError for settings that make no sense, ComputeError if a loss is NaN or infinite.
     """
     settings = TrainingSettings(epochs_setting, batch_size, augment, shuffle, precision)
     run = TrainingRun(network, images, labels, settings, generator or torch.Generator().manual_seed(0))
     losses: list[float] = []
     while not run.finished:
         losses += run.epoch()
+    run.close()
     return losses
+
+
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def _optimizer(network: nn.Module, learning_rate: float) -> torch.optim.SGD:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,12 +60,27 @@ def describe_device(device: torch.device) -> str:
     return device.type
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch says by this error that an allocation failed, on a GPU or on the CPU."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch reports by this error that an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    # PyTorch has no class of its own for the CPU's.
-    return "DefaultCPUAllocator" in str(error) and "memory" in str(error)
+    if not isinstance(error, RuntimeError):
+        return False
+    # PyTorch has no class for these: the CPU's allocator, contexts, modules and graphs of CUDA, and CUDA's libraries.
+    # A capture that fails for want of memory raises an error that does not name it, while that one is handled.
+    text = str(error)
+    return (
+        (error.__context__ is not None and is_out_of_memory(error.__context__))
+        or ("DefaultCPUAllocator" in text and "memory" in text)
+        or "CUDA error: out of memory" in text
+        or re.search(r"(CUBLAS|CUDNN|CUSOLVER|CUFFT|CUSPARSE)_\w*ALLOC(ATION)?_FAILED", text) is not None
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that PyTorch keeps for later back to the GPU, where other processes may need it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ddkit.network import autotune, winograd
-from ddkit.network.autotune import candidates, choose_plan, smaller
+from ddkit.network.autotune import candidates, choose_plan, with_smaller_chunks
 from ddkit.network.networks import build_network
 from ddkit.network.plan import EnginePlan
 
@@ -41,7 +41,7 @@ def choose_elsewhere(code="", **environment):
 
 
 @pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
-def test_the_choice_is_remembered(own_cache):
+def test_a_measured_choice_is_remembered(own_cache):
     network = build_network("convnet", 10, 16, seed=0)
     winograd.load.cache_clear()
     plan = choose_plan(network, "float32", 8)
@@ -57,14 +57,14 @@ def test_the_choice_is_remembered(own_cache):
     assert json.loads(memory.read_text())
 
 
-def test_without_a_compiler_it_goes_the_plain_way_and_says_so_in_one_line(own_cache):
+def test_without_the_chosen_compiler_the_plain_engine_is_taken_with_one_line_of_warning(own_cache):
     plan, log = choose_elsewhere(CXX="no-such-compiler")
     assert plan.kind == "plain"
     assert log.count("\n") == 1
     assert "no-such-compiler" in log and "plain way" in log and "CXX" in log
 
 
-def test_a_machine_without_compilers_is_no_harm(own_cache, tmp_path, monkeypatch):
+def test_without_any_compiler_the_plain_engine_is_taken(own_cache, tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     (tmp_path / "bin").mkdir()
     plan, log = choose_elsewhere(PATH=str(tmp_path / "bin"))
@@ -72,14 +72,14 @@ def test_a_machine_without_compilers_is_no_harm(own_cache, tmp_path, monkeypatch
     assert log.count("\n") == 1 and "There is no C++ compiler" in log and "Install g++" in log
 
 
-def test_a_compiler_that_fails_is_no_harm(own_cache):
+def test_with_a_failing_compiler_the_plain_engine_is_taken(own_cache):
     plan, log = choose_elsewhere(CXX="false")
     assert plan.kind == "plain" and "does not compile" in log
     assert not [path for path in own_cache.rglob("*") if path.suffix == ".so"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_cache_that_cannot_be_written_is_no_harm(own_cache):
+def test_with_a_read_only_cache_the_plain_engine_is_taken(own_cache):
     own_cache.chmod(0o500)
     plan, log = choose_elsewhere()
     assert plan.kind == "plain" and str(own_cache) in log
@@ -100,17 +100,74 @@ def test_without_bfloat16_instructions_no_engine_needs_them(monkeypatch):
     assert {(plan.kind, plan.products) for plan in candidates(network, "bfloat16", 8)} == {("winograd", "own")}
 
 
-def test_smaller_plans_end_at_one_image():
+def test_smaller_plans_of_a_cpu_halve_their_chunks_down_to_one_image():
     plan, chunks = EnginePlan("winograd", "float32", 6, 2), []
-    while plan := smaller(plan, 256):
+    while plan := with_smaller_chunks(plan, 256):
         chunks.append(plan.chunk)
     assert chunks == [3, 1]
-    assert smaller(EnginePlan(), 256).chunk == 128
-    for kind in ("graphed", "compiled"):  # these take whole batches
-        assert smaller(EnginePlan(kind, "float32"), 256) == EnginePlan("plain", "float32", 128)
+    assert with_smaller_chunks(EnginePlan(), 256).chunk == 128
 
 
-def test_too_little_memory_is_met_with_smaller_chunks():
+@pytest.mark.parametrize("kind", ["cuda_graph", "compiled"])
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_a_smaller_plan_of_a_gpu_first_leaves_the_graph_out(kind, chunk):
+    plan = EnginePlan(kind, "float32", chunk, channels_last=True)
+    assert with_smaller_chunks(plan, 256) == EnginePlan("plain", "float32", chunk, channels_last=True)
+
+
+def on_gpu():
+    return build_network("convnet", 10, 16, seed=0).to("cuda")
+
+
+def test_both_layouts_and_chunks_within_the_graph_are_tried_on_a_gpu(gpu):
+    plans = candidates(build_network("convnet", 10, 64, seed=0).to("cuda"), "float32", 256)
+    assert {(plan.kind, plan.chunk, plan.channels_last) for plan in plans} == {
+        (kind, chunk, layout)
+        for kind, chunk in [("plain", 0), ("cuda_graph", 0), ("cuda_graph", 16)]
+        for layout in (False, True)
+    }
+
+
+def test_a_network_is_not_compiled_for_a_short_training(gpu, own_cache, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: pytest.fail("it was compiled"))
+    for images_left in (0, 1000):
+        assert choose_plan(on_gpu(), "float32", 8, images_left=images_left).kind in ("plain", "cuda_graph")
+
+
+def test_compiling_is_tried_once_for_a_long_training_and_remembered(gpu, own_cache, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(1) or function)
+    plan = choose_plan(on_gpu(), "float32", 8, images_left=10**9)
+    assert len(compiled) == 2  # for each layout
+    assert choose_plan(on_gpu(), "float32", 8, images_left=10**9) == plan and len(compiled) == 2
+    # What compiling takes counts: for a training that is soon over, the same measurements say no.
+    memory = json.loads((own_cache / "_engines.json").read_text())
+    (key,) = (key for key in memory if key.endswith("compiled"))
+    (other,) = memory.keys() - {key}
+    memory[other]["seconds"], memory[key]["seconds"], memory[key]["start"] = 1.0, 0.5, 1000.0
+    (own_cache / "_engines.json").write_text(json.dumps(memory))
+    assert choose_plan(on_gpu(), "float32", 8, images_left=1999).kind != "compiled"
+    assert choose_plan(on_gpu(), "float32", 8, images_left=2001).kind == "compiled"
+
+
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "gcc"), RuntimeError("no backend"), ImportError("triton")])
+def test_where_compiling_fails_the_best_of_the_others_is_chosen(gpu, own_cache, monkeypatch, error):
+    def no_compiler(function, **options):
+        def fail(*args):
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert choose_plan(on_gpu(), "float32", 8, images_left=10**9).kind in ("plain", "cuda_graph")
+
+
+def test_measuring_gives_the_gpus_memory_back(gpu, own_cache):
+    choose_plan(on_gpu(), "float32", 8)
+    assert gpu.released >= len(candidates(on_gpu(), "float32", 8))
+
+
+def test_with_too_little_memory_chunks_become_smaller():
     """A process that may not grow by what the whole batch needs trains it in parts."""
     program = (
         "import logging, resource, torch\n"

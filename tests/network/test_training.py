@@ -48,7 +48,7 @@ def test_a_short_run_agrees_with_the_official_code(convnet_golden, name):
 
 @pytest.mark.parametrize("name", ["cifar100", "tinyimagenet_20_classes"])
 @pytest.mark.parametrize("plan", [EnginePlan("plain", chunk=4), EnginePlan("winograd", chunk=2, workers=2)], ids=str)
-def test_however_it_is_computed_a_short_run_stays_with_the_official_code(convnet_golden, name, plan):
+def test_a_short_run_of_any_engine_stays_with_the_official_code(convnet_golden, name, plan):
     golden = convnet_golden(name)
     settings = TrainingSettings(8, batch_size=16, augment=False, shuffle=False)
     run = TrainingRun(golden.network(), golden["run.images"], golden["run.labels"], settings, seeded(), plan)
@@ -188,7 +188,7 @@ def test_a_network_is_drawn_from_its_seed_alone():
     assert not torch.equal(first.classifier.weight, other.classifier.weight)
 
 
-def test_an_unknown_network_is_refused_with_the_nearest():
+def test_an_unknown_network_raises_with_the_nearest_name():
     with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
         build_network("resnet-18", 10, 32, seed=0)
 
@@ -197,13 +197,13 @@ def test_an_unknown_network_is_refused_with_the_nearest():
     "settings",
     [{"epochs_setting": -1}, {"epochs_setting": 1, "batch_size": 0}, {"epochs_setting": 1, "precision": "x"}],
 )
-def test_settings_that_cannot_be_meant_are_refused(settings):
+def test_settings_out_of_range_raise_usage_error(settings):
     with pytest.raises(UsageError):
         train_network(ConvNet(4, 16), *small_set(), **settings)
 
 
-def test_a_loss_that_is_no_number_is_said_at_once():
+def test_a_loss_that_is_nan_raises_at_once():
     images, labels = small_set()
     images[3] = math.nan
-    with pytest.raises(ComputeError, match="no number in epoch 1"):
+    with pytest.raises(ComputeError, match="NaN or infinite in epoch 1"):
         train_network(ConvNet(4, 16), images, labels, epochs_setting=3)
