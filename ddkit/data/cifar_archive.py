@@ -1,28 +1,25 @@
-"""`cifar-100-python`: the pickles in which CIFAR-100 is distributed, read without unpickling anything but data.
+"""`cifar-100-python`: the pickles in which CIFAR-100 is distributed, read without executing anything.
 
-torchvision reads them too, but only unpacked, under one folder name, and with an unpickler that runs whatever code
-a pickle asks for. Here a pickle may build arrays, numbers, texts, lists and dicts, and is refused for anything else;
-torchvision's checksums tell the official files from others.
+torchvision reads them too, but only unpacked, under one folder name, and with an unpickler that runs whatever code a pickle
+asks for. Here a pickle may build arrays of integers, numbers, texts, lists and dicts, and is refused for anything else;
+torchvision's checksums tell the official files from others, which are read with a warning.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import logging
 import pickle
-import tarfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddkit.data.archives import READ_ERRORS, Tree
+from ddkit.data.listing import Pixels, Source, pixel_source
 from ddkit.errors import BadDataError
-from ddkit.runtime.files import explain_os_error
 
 FILES = ("train", "test", "meta")
 # As torchvision.datasets.CIFAR100 states them; importing it for three numbers would take seconds.
@@ -38,220 +35,109 @@ _BLOCK = 1 << 20
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CifarSplit:
-    """images: (N, 3, 32, 32) uint8. labels: (N,) int64, of the fine classes. names: file names; may be empty."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class CifarArchive:
-    """class_names: of the fine labels, in label order. splits: "train" and "test"."""
-
-    class_names: tuple[str, ...]
-    splits: dict[str, CifarSplit]
-
-
-def cifar_folder(path: Path) -> Path | None:
-    """The folder with the files train, test and meta: `path` itself or the only folder in it; None if neither."""
-    for folder in (path, *([only] if (only := _only_folder(path)) else [])):
-        if all((folder / name).is_file() for name in FILES):
-            return folder
-    return None
+def read_cifar(tree: Tree, folder: str) -> Source | None:
+    """CIFAR-100 where `folder` has the files train, test and meta. Raises BadDataError for what is damaged or hostile."""
+    present = [name for name in FILES if name in tree.folders[folder][1]]
+    if len(present) < 2:
+        return None
+    if missing := [name for name in FILES if name not in present]:
+        raise BadDataError(f"{tree.path} is not a whole cifar-100-python: {missing[0]} is missing.", "Get all of it again.")
+    prefix = f"{folder}/" if folder else ""
+    contents = {name: _load(tree, f"{prefix}{name}", name) for name in FILES}
+    for name, value in contents.items():
+        if not isinstance(value, dict):
+            raise BadDataError(f"{tree.path}: '{name}' holds a {type(value).__name__}, not the dict of cifar-100-python.")
+    class_names = _parsed(tree.path, contents, "meta", lambda value: [_text(name) for name in value["fine_label_names"]])
+    splits = {split: _parsed(tree.path, contents, split, _pixels) for split in ("train", "test")}
+    return pixel_source("cifar-100-python", tree.path, class_names, splits)
 
 
-def read_folder(folder: Path) -> CifarArchive:
-    """Read an unpacked archive. Raises BadDataError, or BadFileError for what the system refuses."""
-
-    def files() -> Iterator[tuple[str, BinaryIO]]:
-        for name in FILES:
-            with (folder / name).open("rb") as file:
-                yield name, file
-
+def _load(tree: Tree, path: str, name: str) -> Any:
+    """What a pickle holds. Raises BadDataError."""
     try:
-        return _read(files(), folder)
-    except OSError as error:
-        raise explain_os_error(error, error.filename or folder) from error
-
-
-def read_tar(path: Path) -> CifarArchive:
-    """Read the packed archive from front to back. Raises BadDataError, or BadFileError for what the system refuses."""
-    try:
-        with _unpacked(path) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
-                content = _read(_members(archive), path)
-            # To the very end, where gzip's own checksum is.
-            while stream.read(_BLOCK):
-                pass
-        return content
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise BadDataError(f"{path} is not a whole archive: {error}.", "It may be half downloaded: get it again.") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise explain_os_error(error, path) from error
-        # gzip's own complaint about a damaged file is an OSError without a number.
-        raise BadDataError(f"{path} is damaged: {error}.", "Get it again.") from error
-
-
-def _unpacked(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if packed else path.open("rb")
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, BinaryIO]]:
-    for member in archive:
-        name = member.name.rpartition("/")[2]
-        # Only plain files are looked at, and only in memory, so links and paths lead nowhere.
-        if name in FILES and member.isfile() and (file := archive.extractfile(member)) is not None:
-            yield name, file
-
-
-def _read(files: Iterator[tuple[str, BinaryIO]], path: Path) -> CifarArchive:
-    splits: dict[str, CifarSplit] = {}
-    class_names: tuple[str, ...] | None = None
-    for name, file in files:
-        value = _load_pickle(name, file, path)
-        try:
-            if name == "meta":
-                class_names = tuple(_text(item) for item in value["fine_label_names"])
-            else:
-                splits[name] = _split(value)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadDataError(f"{path}: '{name}' does not hold what cifar-100-python has there ({error!r}).") from error
-    if missing := [name for name in FILES if name not in splits and not (name == "meta" and class_names)]:
-        raise BadDataError(f"{path} is not a whole cifar-100-python: it lacks {', '.join(missing)}.", "Get all of it again.")
-    for split, content in splits.items():
-        if not 0 <= content.labels.min(initial=0) <= content.labels.max(initial=0) < len(class_names):
-            raise BadDataError(f"{path}: '{split}' has labels beyond its {len(class_names)} class names.")
-    return CifarArchive(class_names, splits)
-
-
-def _split(value: dict[str, Any]) -> CifarSplit:
-    images = np.asarray(value["data"])
-    labels = np.asarray(value["fine_labels"], np.int64)
-    if images.dtype != np.uint8 or images.shape != (len(labels), 3 * _SIDE**2):
-        raise ValueError(f"data of {images.dtype} {images.shape} for {len(labels)} labels")
-    names = tuple(_text(name) for name in value.get("filenames", ()))
-    return CifarSplit(images.reshape(-1, 3, _SIDE, _SIDE), labels, names if len(names) == len(labels) else ())
-
-
-def _load_pickle(name: str, file: BinaryIO, path: Path) -> dict[str, Any]:
-    hashed = _Hashed(file)
-    try:
-        # Written by Python 2, whose texts and pixels are both byte strings to us.
-        value = _DataUnpickler(hashed, encoding="bytes").load()
+        if (size := tree.size(path)) > _MAX_BYTES:
+            raise pickle.UnpicklingError(f"it has {size:,} bytes")
+        if _md5(tree, path) != OFFICIAL_MD5[name]:
+            _log.warning("%s: '%s' is not the official file; its checksum differs.", tree.path, name)
+        with tree.open(path) as file:
+            # Written by Python 2, whose texts and pixels are both byte strings to us.
+            return _DataUnpickler(file, encoding="bytes").load()
     except (
-        pickle.UnpicklingError, ValueError, LookupError, AttributeError, TypeError, ImportError, EOFError, OverflowError,
-        MemoryError,
+        *READ_ERRORS, pickle.UnpicklingError, LookupError, AttributeError, TypeError, ImportError, OverflowError, MemoryError,
     ) as error:  # fmt: skip
-        raise BadDataError(f"{path}: '{name}' is not a data pickle: {error}.", "Get the archive again.") from error
-    if hashed.finish() != OFFICIAL_MD5[name]:
-        _log.warning("%s: '%s' is not the official file; its checksum differs.", path, name)
-    if not isinstance(value, dict):
-        raise BadDataError(f"{path}: '{name}' holds a {type(value).__name__}, not the dict of cifar-100-python.")
-    return {_text(key): item for key, item in value.items()}
+        raise BadDataError(f"{tree.path}: '{name}' is not a data pickle: {error}.", "Get the archive again.") from error
+
+
+def _md5(tree: Tree, path: str) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with tree.open(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _parsed(path: Path, contents: dict[str, Any], name: str, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    try:
+        return parse({_text(key): item for key, item in contents[name].items()})
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadDataError(f"{path}: '{name}' does not hold what cifar-100-python has there ({error!r}).") from error
+
+
+def _pixels(value: dict[str, Any]) -> Pixels:
+    images, labels = _array(value["data"]), _array(value["fine_labels"]).astype(np.int64)
+    if images.dtype != np.uint8 or images.shape != (len(labels), 3 * _SIDE**2) or labels.ndim != 1:
+        raise ValueError(f"data of {images.dtype} {images.shape} for {len(labels)} labels")
+    names = [_text(name) for name in value.get("filenames", ())]
+    images = images.reshape(-1, 3, _SIDE, _SIDE)
+    return Pixels(images.__getitem__, labels, names if len(names) == len(labels) else ())
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Builds Python's plain types and arrays of integers; refuses every other class or function by name.
+    """Builds Python's plain types; of arrays it notes what a pickle says, and refuses every other class or function by name.
 
-    None of numpy's own are handed out: called with what a pickle chooses, they make objects of any address. What stands
-    in for them are methods, which a pickle can call and not change.
+    None of numpy's own functions is handed out: called with what a pickle chooses, they make objects of any address.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = {"_reconstruct": _Array.empty, "_frombuffer": _Array.of, "ndarray": None, "dtype": _IntegerType.of}
-        if module.partition(".")[0] == "numpy" and name in allowed:
-            return allowed[name]
+        if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype"):
+            return type(name, (_Noted,), {})
         if (module, name) == ("_codecs", "encode"):
-            # How Python 3 writes bytes in the older pickle formats.
-            return _encode_latin1
+            return str.encode  # how Python 3 writes bytes in the older pickle formats
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
 
 
-class _IntegerType:
-    """What a pickle says of an array's numbers: the only ones there are, integers."""
+class _Noted:
+    """A call with its arguments, and the state given to what it would have made."""
 
-    def __init__(self, code: str | bytes) -> None:
-        self.numpy = np.dtype(_text(code))
-        if self.numpy.kind not in "ui":
-            raise pickle.UnpicklingError(f"it holds numbers of type {self.numpy}")
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
 
-    @classmethod
-    def of(cls, code: str | bytes, *_: Any) -> _IntegerType:
-        return cls(code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        order = _text(state[1])
-        if order in "<>":
-            self.numpy = self.numpy.newbyteorder(order)
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
-class _Array:
-    """An array in the making, in the ways that numpy's own are pickled; `numpy.asarray` gives what it came to."""
-
-    def __init__(self) -> None:
-        self._values = np.zeros(0, np.uint8)
-
-    @classmethod
-    def empty(cls, *_: Any) -> _Array:
-        return cls()
-
-    @classmethod
-    def of(cls, data: bytes, numbers: _IntegerType, shape: tuple[int, ...], order: str) -> _Array:
-        array = cls()
-        array.__setstate__((1, shape, numbers, order == "F", data))
-        return array
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, numbers, by_columns, data = state
-        self._values = np.frombuffer(data, numbers.numpy).reshape(shape, order="F" if by_columns else "C")
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self._values, dtype)
+def _array(value: Any) -> NDArray[Any]:
+    """The array that was noted, or that a list holds. Raises ValueError or TypeError for anything but integers."""
+    if not isinstance(value, _Noted):
+        array = np.asarray(value)
+    elif type(value).__name__ == "_frombuffer":  # protocol 5
+        data, numbers, shape, order = value.arguments
+        array = np.frombuffer(data, _dtype(numbers)).reshape(shape, order=order)
+    else:
+        _, shape, numbers, by_columns, data = value.state
+        array = np.frombuffer(data, _dtype(numbers)).reshape(shape, order="F" if by_columns else "C")
+    if array.dtype.kind not in "ui":
+        raise ValueError(f"it holds numbers of type {array.dtype}")
+    return array
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the text encoding {encoding}")
-    return text.encode("latin1")
-
-
-class _Hashed:
-    """A file that is read once, from front to back, with the MD5 of what went by."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.md5(usedforsecurity=False)
-        self._bytes = 0
-
-    def read(self, size: int = -1) -> bytes:
-        return self._note(self._file.read(size))
-
-    def readline(self) -> bytes:
-        return self._note(self._file.readline())
-
-    def finish(self) -> str:
-        """Read the rest; the hexadecimal MD5 of everything."""
-        while self.read(_BLOCK):
-            pass
-        return self._digest.hexdigest()
-
-    def _note(self, data: bytes) -> bytes:
-        self._bytes += len(data)
-        if self._bytes > _MAX_BYTES:
-            raise pickle.UnpicklingError(f"it is larger than {_MAX_BYTES:,} bytes")
-        self._digest.update(data)
-        return data
-
-
-def _only_folder(path: Path) -> Path | None:
-    inside = [item for item in path.iterdir() if not item.name.startswith(".")] if path.is_dir() else []
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else None
+def _dtype(noted: _Noted) -> np.dtype[Any]:
+    dtype = np.dtype(_text(noted.arguments[0]))
+    if dtype.kind not in "ui":
+        raise ValueError(f"it holds numbers of type {dtype}")
+    order = _text(noted.state[1]) if noted.state else "="
+    return dtype.newbyteorder(">") if order == ">" else dtype
 
 
 def _text(value: str | bytes) -> str:

@@ -1,4 +1,4 @@
-"""The class names of the built-in datasets, in the order of their labels: sorted as strings.
+"""The class names of the built-in datasets, in the order of their labels: sorted as strings; and the names of splits.
 
 They decide what is accepted under a built-in dataset's name. A source with one class more, less or under another
 name would shift labels silently, which no later check can see. `challenge` holds the numbers; the names are here
@@ -6,6 +6,9 @@ because only what reads data needs them.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 
 # The fine labels. NOT grouped by superclass (beaver, dolphin, otter, ...), which is another order.
 CIFAR100_FINE_LABELS = """
@@ -51,3 +54,27 @@ CLASS_NAMES = {
     "tinyimagenet": tuple(TINYIMAGENET_WNIDS.split()),
     "glyphs": tuple(GLYPHS_LETTERS),
 }
+
+# What people call the folders or files of a split; the first of these that is there is taken.
+SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+
+# A class of CIFAR-100 as Hugging Face has it.
+_MISSPELT = {"cra": "crab"}
+
+
+def official_names(names: Sequence[str]) -> list[str]:
+    """The names as the built-in dataset of these very classes spells them; unchanged if they are of no such dataset.
+
+    Spaces, hyphens, underscores and capital letters make no difference: "Aquarium fish" is aquarium_fish.
+    """
+    plain = [_plain(name) for name in names]
+    for official in CLASS_NAMES.values():
+        spelled = {_plain(name): name for name in official}
+        if len(plain) == len(spelled) and spelled.keys() == set(plain):
+            return [spelled[name] for name in plain]
+    return list(names)
+
+
+def _plain(name: str) -> str:
+    word = re.sub(r"[\W_]+", "_", name.strip().lower())
+    return _MISSPELT.get(word, word)

@@ -1,19 +1,17 @@
 """Image files to (3, S, S) uint8 pixels, on all cores, straight into the file that will hold them.
 
-Decoding small images is mostly Python's own work, so threads do not help; `decode_split` starts processes of
-this very module instead. They import neither torch nor the user's program, and need no `__main__` guard in it.
-A worker reads lines of JSON, {"start": row, "names": [...]}, and answers each with the rows it could not fill.
+Decoding small images is mostly Python's own work, so threads do not help; `decode_split` starts processes instead.
+Those of `concurrent.futures` would either be forked from a process in which torch has threads, or import the user's
+program, which would then need a `__main__` guard. These import this module only, without torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
-import json
 import math
-import os
+import pickle
 import queue
 import signal
 import struct
@@ -24,22 +22,21 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ddkit.data.archives import DamagedMemberError, Tree, open_tree
+from ddkit.data.archives import DamagedFileError, Tree
 from ddkit.data.split_file import SplitFile
 from ddkit.errors import BadFileError, ComputeError
 from ddkit.runtime.files import explain_os_error
 from ddkit.runtime.openmp import available_cpus
 
-_BLOCK = 256  # most images a worker decodes and writes at once; few enough that all workers end together
-_FEW = 2000  # images below which starting processes costs more than it saves
-_MAX_PIXELS = 1 << 27  # of one image file; larger ones are taken for bombs
+_BLOCK = 256  # the most images that a worker decodes and writes at once; few, so that all workers end together
+_FEW = 2000  # images; with fewer, starting processes costs more than it saves
+_MAX_PIXELS = 1 << 27  # of one image file; a larger one is taken for a bomb
 
 # EPS is a program that Pillow hands to an outside interpreter; nothing of others' is executed here.
 _REFUSED_FORMATS = {"EPS"}
@@ -66,7 +63,7 @@ _PILLOW_ERRORS = (
 
 
 class BadImageError(Exception):
-    """A file that is no image, or a damaged one."""
+    """A file that is not an image, or is damaged."""
 
 
 class WrongSizeError(Exception):
@@ -75,7 +72,7 @@ class WrongSizeError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that could not be filled: its file's name and why; other_size when only the size is wrong."""
+    """A row that could not be filled: its file's name and the reason. other_size: only the size is wrong."""
 
     row: int
     name: str
@@ -130,7 +127,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_split(
-    path: Path,
+    tree: Tree,
     names: Sequence[str],
     target: SplitFile,
     *,
@@ -139,13 +136,14 @@ def decode_split(
     workers: int | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[Problem]:
-    """Decode the named files of the folder or zip `path` into rows 0 ... of `target`.
+    """Decode the named files of `tree` into rows 0 ... of `target`.
 
-    resize: bring other sizes to the target's; otherwise they are problems.
-    give_up_after: problems after which the rest is not looked at.
-    workers: processes; None for as many as there are cores, and none at all for a small set.
+    resize: bring images of other sizes to the target's size; otherwise they are problems.
+    give_up_after: the number of problems after which the other files are not decoded.
+    workers: the number of processes; None for as many as there are cores, and for none with a small set.
     report: called with the number of files done so far.
-    Returns the rows that could not be filled, in order. Raises BadFileError when `target` cannot be written.
+    Returns the rows that could not be filled, in order. Raises BadFileError if `target` cannot be written, ComputeError if a
+    process ends before its work is done.
     """
     size = min(_BLOCK, target.rows_at_once)
     blocks = [(start, names[start : start + size]) for start in range(0, len(names), size)]
@@ -153,7 +151,7 @@ def decode_split(
         workers = 0 if len(names) < _FEW or not sys.executable else min(available_cpus(), len(blocks))
     problems: list[Problem] = []
     done = 0
-    with _decoders(_Job(path, target, resize), workers) as decode:
+    with _decoders(_Job(tree, target, resize), workers) as decode:
         for count, found in decode(blocks):
             done += count
             problems += found
@@ -165,20 +163,29 @@ def decode_split(
 
 @dataclass(frozen=True)
 class _Job:
-    """What every block of a split has in common."""
+    """What all blocks of a split have in common."""
 
-    path: Path  # of the source
+    tree: Tree
     target: SplitFile
     resize: bool
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> _Job:
-        value = json.loads(text)
-        target = SplitFile(**{**value["target"], "path": Path(value["target"]["path"])})
-        return cls(Path(value["path"]), target, value["resize"])
+    def decode(self, start: int, names: Sequence[str]) -> list[Problem]:
+        """Fill the rows from `start` on; the problems met. Raises BadFileError."""
+        side = self.target.image_size
+        rows = np.zeros((len(names), 3, side, side), np.uint8)
+        problems = []
+        for k, name in enumerate(names):
+            try:
+                rows[k] = read_image(self.tree.read(name), side, resize=self.resize)
+            except WrongSizeError as error:
+                problems.append(Problem(start + k, name, str(error), other_size=True))
+            except (BadImageError, DamagedFileError) as error:
+                problems.append(Problem(start + k, name, str(error)))
+        try:
+            self.target.write(start, rows)
+        except OSError as error:
+            raise explain_os_error(error, self.target.path) from error
+        return problems
 
 
 _Block = tuple[int, Sequence[str]]
@@ -189,85 +196,78 @@ _Decode = Callable[[list[_Block]], Iterator[tuple[int, list[Problem]]]]
 def _decoders(job: _Job, workers: int) -> Iterator[_Decode]:
     """A function that decodes blocks, in this process or in `workers` others, which end with the context."""
     if workers < 1:
-        tree = open_tree(job.path)
-        with _quiet():
-            yield lambda blocks: ((len(names), _decode_block(job, tree, start, names)) for start, names in blocks)
+        with _no_warnings():
+            yield lambda blocks: ((len(names), job.decode(start, names)) for start, names in blocks)
         return
-    with contextlib.ExitStack() as stack:
-        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    with contextlib.ExitStack() as processes:
+        idle: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
         for _ in range(workers):
-            worker = _Worker(job)
-            stack.callback(worker.end)
-            idle.put(worker)
-        pool = ThreadPoolExecutor(workers)
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            idle.put(None)  # to be started by the thread that takes it, so that all start at once
 
-        def run(start: int, names: Sequence[str]) -> tuple[int, list[Problem]]:
-            worker = idle.get()
+        def decode(start: int, names: Sequence[str]) -> tuple[int, list[Problem]]:
+            process = idle.get() or processes.enter_context(_worker(job))
             try:
-                return len(names), worker.decode(start, names)
+                return len(names), _ask(process, (start, names))
             finally:
-                idle.put(worker)
+                idle.put(process)
 
-        yield lambda blocks: (future.result() for future in as_completed([pool.submit(run, *b) for b in blocks]))
-
-
-class _Worker:
-    """One process of this module."""
-
-    def __init__(self, job: _Job) -> None:
-        # The worker must find the same packages as this process, wherever it found them.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen(
-            # By its path: with -m, whatever lies in the working folder could be imported in the place of what is meant.
-            [sys.executable, __file__, job.to_json()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
-
-    def decode(self, start: int, names: Sequence[str]) -> list[Problem]:
-        """Have one block decoded, and wait. Raises BadFileError where the target cannot be written, ComputeError if it dies."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        answer = b""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"start": start, "names": list(names)}).encode() + b"\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        if not answer:
-            status = self._process.wait()
-            remedy = "It may have been killed for want of memory: close other programs and try again."
-            raise ComputeError(f"A process that decodes images ended with status {status}.", remedy if status < 0 else "")
-        reply = json.loads(answer)
-        if reply["refused"]:
-            raise BadFileError(*reply["refused"])
-        return [Problem(**problem) for problem in reply["problems"]]
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-
-def _decode_block(job: _Job, tree: Tree, start: int, names: Sequence[str]) -> list[Problem]:
-    side = job.target.image_size
-    rows = np.zeros((len(names), 3, side, side), np.uint8)
-    problems = []
-    for k, name in enumerate(names):
+        pool = ThreadPoolExecutor(workers)
         try:
-            rows[k] = read_image(tree.read(name), side, resize=job.resize)
-        except WrongSizeError as error:
-            problems.append(Problem(start + k, name, str(error), other_size=True))
-        except (BadImageError, DamagedMemberError) as error:
-            problems.append(Problem(start + k, name, str(error)))
+            yield lambda blocks: (future.result() for future in as_completed([pool.submit(decode, *b) for b in blocks]))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _worker(job: _Job) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that decodes, killed at the context's end."""
+    # Isolated from the working folder and from variables, and then given the packages of this process.
+    program = f"import sys; sys.path[:] = {[entry for entry in sys.path if entry]!r}; import {__name__} as it; it._work()"
+    process = subprocess.Popen([sys.executable, "-I", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        job.target.write(start, rows)
-    except OSError as error:
-        raise explain_os_error(error, job.target.path) from error
-    return problems
+        with contextlib.suppress(BrokenPipeError):  # whoever asks it something will notice
+            _send(job, process.stdin)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]  # both pipes were asked for
+
+
+def _ask(process: subprocess.Popen[bytes], block: _Block) -> list[Problem]:
+    """Have one block decoded, and wait. Raises what `_Job.decode` raises, and ComputeError if the process dies."""
+    try:
+        _send(block, process.stdin)
+        answer = pickle.load(process.stdout)  # type: ignore[arg-type]
+    except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+        status = process.wait()
+        remedy = "It may have been killed for lack of memory: close other programs and try again." if status < 0 else ""
+        raise ComputeError(f"A process that decodes images ended with status {status}.", remedy) from error
+    if isinstance(answer, BadFileError):
+        raise answer
+    return answer
+
+
+def _work() -> None:
+    """What a worker does: read a job and then blocks from standard input, and answer each block on standard output."""
+    # Ctrl-C reaches every process of a terminal; the one that started this process decides when it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    job: _Job = pickle.load(requests)
+    with _no_warnings(), contextlib.suppress(EOFError):
+        while True:
+            try:
+                _send(job.decode(*pickle.load(requests)), answers)
+            except BadFileError as error:
+                _send(error, answers)
+
+
+def _send(value: object, pipe: IO[bytes] | None) -> None:
+    assert pipe is not None
+    pickle.dump(value, pipe)
+    pipe.flush()
 
 
 @functools.cache
@@ -284,7 +284,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the camera's orientation tag says, where there is one."""
+    """Turned as the camera's orientation tag says, if there is one."""
     if "exif" in image.info and image.getexif().get(_ORIENTATION_TAG, 1) != 1:
         return ImageOps.exif_transpose(image)
     return image
@@ -306,28 +306,8 @@ def _from_integers(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Pillow's remarks on odd files would fall between the lines of the progress."""
+def _no_warnings() -> Iterator[None]:
+    """Pillow's warnings about odd files would fall between the lines of the progress."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _work(job: _Job, requests: BinaryIO, answers: BinaryIO) -> None:
-    tree = open_tree(job.path)
-    for line in requests:
-        request, refused, problems = json.loads(line), None, []
-        try:
-            problems = _decode_block(job, tree, request["start"], request["names"])
-        except BadFileError as error:
-            refused = (error.message, error.remedy)
-        answer = {"refused": refused, "problems": [dataclasses.asdict(problem) for problem in problems]}
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    # Ctrl-C reaches every process of a terminal; the one that started this decides when it ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with _quiet():
-        _work(_Job.from_json(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)

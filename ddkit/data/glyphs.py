@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddkit.challenge import GLYPHS
 from ddkit.data.class_names import CLASS_NAMES
-from ddkit.data.sources import PixelSplit, Source
+from ddkit.data.listing import PixelSplit, Source
 
 LETTERS = CLASS_NAMES["glyphs"]
 PER_CLASS = {"train": 500, "test": 100}
@@ -53,7 +53,7 @@ def draw(split: str, label: int, index: int) -> NDArray[np.uint8]:
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _letter(name: str, random: np.random.Generator) -> NDArray[np.float32]:
+def _letter(name: str, random: np.random.Generator) -> NDArray[np.floating]:
     """How much of each pixel the letter covers, (S, S) in [0, 1]."""
     side = _SIDE * _SCALE
     canvas = Image.new("L", (side, side))
@@ -79,5 +79,5 @@ def _slope(random: np.random.Generator) -> NDArray[np.float64]:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

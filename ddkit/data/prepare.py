@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,36 @@ import numpy as np
 from ddkit import __version__
 from ddkit.challenge import DATASETS, DatasetSpec
 from ddkit.data import glyphs, store
-from ddkit.data.archives import DamagedMemberError, open_tree
+from ddkit.data.archives import DamagedFileError
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.decoding import BadImageError, Problem, decode_split, open_image
 from ddkit.data.download import OFFICIAL, download
-from ddkit.data.sources import PixelSplit, Source, open_source, some
+from ddkit.data.listing import FileSplit, PixelSplit, Source, some
+from ddkit.data.sources import open_source
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
 from ddkit.errors import BadDataError, MissingDataError, UsageError
-from ddkit.runtime.files import atomic_folder, cache_folder, one_at_a_time, sha256_of
+from ddkit.runtime.files import atomic_folder, cache_folder, explain_os_error, one_at_a_time, sha256_of
 from ddkit.runtime.progress import Listener, Progress, ignore
 
 _log = logging.getLogger(__name__)
 
-_MOST_PROBLEMS = 100  # unusable files after which a preparation that must refuse anyway stops looking
+_MOST_PROBLEMS = 100  # unusable files after which a preparation that will fail anyway stops looking
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What is asked of `prepare`, whose docstring explains it."""
+    """What `prepare` is asked for; its docstring explains the fields."""
 
     name: str
     source: Path | None = None
     image_size: int | None = None
+    test_split: str | None = None
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size is not None and not 8 <= self.image_size <= 1024:
-            raise UsageError(f"An image size of {self.image_size} cannot be meant.", "Give 8 to 1024 pixels.")
+            raise UsageError(f"The image size of {self.image_size} pixels is out of range.", "Give 8 to 1024 pixels.")
         spec = DATASETS.get(self.name)
         if spec is not None and self.image_size not in (None, spec.image_size):
             raise UsageError(
@@ -57,6 +60,14 @@ class _Request:
             )
         if self.name == "glyphs" and self.source is not None:
             raise UsageError("The images of 'glyphs' are drawn, not read.", "Leave out --from, or choose another name.")
+        if self.source is None:
+            store.dataset_spec(self.name)  # raises UsageError for a name that is neither built in nor prepared
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where a store comes from, as meta.json keeps it."""
+        path = None if self.source is None else _readable(str(self.source.resolve()))
+        return {"path": path, "image_size": self.image_size, "test_split": self.test_split, "skip_bad": self.skip_bad}
 
 
 def prepare(
@@ -64,35 +75,39 @@ def prepare(
     source: str | os.PathLike[str] | None = None,
     *,
     image_size: int | None = None,
+    test_split: str | None = None,
     skip_bad: bool = False,
     force: bool = False,
     progress: Listener = ignore,
 ) -> Path:
-    """Make the store of a dataset and return its folder; one that is there already is not made again.
+    """Make the store of a dataset and return its folder. Nothing is written if the store is there already.
 
-    name: a built-in dataset, or any name for images of one's own.
+    name: a built-in dataset, or any name for other images.
     source: folder or archive in any layout of `ddkit.data.sources`; None to draw or download a built-in dataset.
-    image_size: crop images of other sizes to squares and resize them to this; None to refuse them.
-    skip_bad: leave out files that are no whole images; otherwise they are an error that names them.
-    force: make it anew even if it is there, from whatever source.
-    An earlier store stays as it is until the new one is complete. Raises UsageError for what cannot be meant,
-    MissingDataError where the source or the network is not there, BadDataError for sources that cannot be used (naming
-    the files), BadFileError for what the system refuses.
+    image_size: pixels; images of other sizes are cropped to squares and resized. None to refuse them.
+    test_split: the folder that becomes the test split ("val"), if several have labels.
+    skip_bad: leave out files that are not whole images; otherwise they are an error that names them.
+    force: make the store again, from whatever source.
+    An earlier store stays as it is until the new one is complete. Raises UsageError for options that do not fit,
+    MissingDataError if the source or the network is not there, BadDataError for sources that cannot be used (naming the
+    files), BadFileError for what the system refuses.
     """
     folder = store.store_folder(name)
-    request = _Request(name, None if source is None else Path(source), image_size, skip_bad)
-    if source is None:
-        store.dataset_spec(name)  # raises UsageError for a name that is neither built in nor prepared
-    with one_at_a_time(folder.parent / f".{folder.name}.lock", f"prepares {name}"):
-        _tidy(folder)
+    request = _Request(name, None if source is None else Path(source), image_size, test_split, skip_bad)
+    if not force and _is_finished(request):
+        return folder
+    with one_at_a_time(folder.parent / f".{name}.lock", f"prepares {name}"):
+        _clean_up(folder)
         if force or not _is_finished(request):
-            _build(request, _obtain(request, progress), folder, progress)
-            _remove_download(request)
+            with _scratch_folder(folder) as scratch:
+                _build(request, _obtain(request, scratch, progress), folder, progress)
+            if source is None and name in OFFICIAL:
+                _remove_download(name)
     return folder
 
 
 def open_dataset(name: str, split: str, *, progress: Listener = ignore) -> ImageSet:
-    """Open a split, preparing a built-in dataset first where it is not: drawn or downloaded.
+    """Open a split. A built-in dataset that is not prepared is drawn or downloaded first.
 
     Raises what `prepare` and `ddkit.data.store.load_dataset` raise.
     """
@@ -102,7 +117,7 @@ def open_dataset(name: str, split: str, *, progress: Listener = ignore) -> Image
 
 
 def _is_finished(request: _Request) -> bool:
-    """Whether the store is there, whole, and from that source. Raises UsageError if from another one."""
+    """Whether the store is there, whole, and from that source. Raises UsageError if it is from another one."""
     if not store.is_prepared(request.name):
         return False
     try:
@@ -114,33 +129,32 @@ def _is_finished(request: _Request) -> bool:
         return False
     if request.source is None:
         return set(facts.splits) == set(store.SPLITS)
-    if _origin(request)["path"] != facts.source.get("path") or request.image_size not in (None, facts.image_size):
+    same_source = request.origin["path"] == facts.source.get("path") and request.image_size in (None, facts.image_size)
+    if not same_source or request.test_split not in (None, facts.source.get("test_split")):
         earlier = facts.source.get("path") or facts.source.get("kind")
         raise UsageError(
             f"'{request.name}' is already prepared from {earlier}, at {facts.image_size} pixels.",
-            "Add --force to prepare it anew, or choose another name.",
+            "Add --force to replace it, or choose another name.",
         )
     return True
 
 
-def _origin(request: _Request) -> dict[str, Any]:
-    """Where a store comes from, as kept in meta.json."""
-    path = None if request.source is None else _readable(str(request.source.resolve()))
-    return {"path": path, "image_size": request.image_size, "skip_bad": request.skip_bad}
-
-
-def _obtain(request: _Request, progress: Listener) -> Source:
-    """Draw, download or open what was asked for. Raises BadDataError where a built-in name does not fit it."""
+def _obtain(request: _Request, scratch: Path, progress: Listener) -> Source:
+    """Draw, download or open what was asked for. Raises BadDataError if a built-in name does not fit it."""
     if request.name == "glyphs":
         return glyphs.source()
     path = request.source
     if path is None and request.name not in OFFICIAL:
-        raise UsageError(f"'{request.name}' can be prepared anew only from its pictures.", "Say where they are: --from PATH.")
+        raise UsageError(f"'{request.name}' can only be prepared again from its images.", "Say where they are: --from PATH.")
     if path is None:
         path = download(OFFICIAL[request.name], _downloads(), progress=progress)
-    source = open_source(path)
-    _refuse_unwritable(source)
-    _refuse_other_classes(request.name, source)
+    source = open_source(path, scratch, classes=CLASS_NAMES.get(request.name, ()), test_split=request.test_split)
+    for class_name in source.class_names:  # before anything is decoded
+        if (shown := _readable(class_name)) != class_name:
+            raise BadDataError(f"{path}: the name of the class '{shown}' is not UTF-8.", "Rename its folder.")
+    source = _with_official_classes(request.name, source)
+    for note in source.notes:
+        _log.warning("%s", note)
     return source
 
 
@@ -148,49 +162,75 @@ def _downloads() -> Path:
     return cache_folder() / ".downloads"
 
 
-def _remove_download(request: _Request) -> None:
+def _remove_download(name: str) -> None:
     """The store has all that the archive had."""
-    if request.source is None and request.name in OFFICIAL:
-        (_downloads() / OFFICIAL[request.name].file_name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what another download has begun stays
-            _downloads().rmdir()
+    (_downloads() / OFFICIAL[name].file_name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # an unfinished download of another archive stays
+        _downloads().rmdir()
 
 
-def _refuse_other_classes(name: str, source: Source) -> None:
-    """A built-in name promises its classes in their order; one class fewer would shift the labels of all others."""
-    if "train" not in source.splits and name not in CLASS_NAMES:
-        raise BadDataError(f"{source.path} holds only test images.", "Give a source that has training images too.")
-    if name not in CLASS_NAMES or source.class_names == CLASS_NAMES[name]:
-        return
-    missing = [known for known in CLASS_NAMES[name] if known not in source.class_names]
-    extra = [found for found in source.class_names if found not in CLASS_NAMES[name]]
-    differences = [f"{word} {some(names)}" for word, names in (("it lacks", missing), ("it has", extra)) if names]
+def _with_official_classes(name: str, source: Source) -> Source:
+    """A built-in name promises its classes in their order; with one class fewer, the labels of all others would shift.
+
+    Raises BadDataError for other classes.
+    """
+    if name not in CLASS_NAMES:
+        if "train" not in source.splits:
+            raise BadDataError(f"{source.path} holds only test images.", "Give a source that has training images too.")
+        return source
+    official = CLASS_NAMES[name]
+    if source.class_names == official:
+        return source
+    if source.numbered and len(source.class_names) == len(official):
+        if name != "cifar100":
+            raise BadDataError(
+                f"{source.path} numbers its classes without naming them, and {name} is numbered in more than one way.",
+                "Add the class names, or prepare it under another name.",
+            )
+        note = f"{source.path} numbers its classes without naming them; the numbers are taken for those of CIFAR-100."
+        return replace(source, class_names=official, notes=(*source.notes, note))
+    missing = [known for known in official if known not in source.class_names]
+    extra = [found for found in source.class_names if found not in official]
+    differences = [f"{word} {some(names)}" for word, names in (("without", missing), ("with", extra)) if names]
     raise BadDataError(
-        f"{source.path} is not '{name}': it has {len(source.class_names)} classes of {len(CLASS_NAMES[name])}; "
-        f"{'; '.join(differences)}.",
-        "Prepare it under a name of its own.",
+        f"{source.path} is not '{name}': it has {len(source.class_names)} classes, where {name} has {len(official)}: "
+        f"{' and '.join(differences)}.",
+        "Prepare it under another name.",
     )
 
 
 def _build(request: _Request, source: Source, folder: Path, progress: Listener) -> None:
     """Write the whole store to a temporary folder, then put it in the place of the earlier one."""
     image_size = _image_size(request, source)
-    spec = DATASETS.get(request.name)
     with atomic_folder(folder) as temporary:
-        splits: dict[str, SplitFacts] = {}
+        files, splits = {}, {}
         for split in source.splits:
-            file, skipped = _fill(request, source, split, temporary / f"{split}.safetensors", image_size, progress)
-            splits[split] = _split_facts(source, split, file, skipped)
-            if spec is None and split == "train":
-                spec = DatasetSpec(request.name, len(source.class_names), image_size, *_measure(file))
-        facts = _facts(spec, source, splits, {"kind": source.kind, **_origin(request)})
+            path = temporary / f"{split}.safetensors"
+            files[split], skipped = _fill(request, source, split, path, image_size, progress)
+            splits[split] = _split_facts(source, split, files[split], skipped)
+        spec = DATASETS.get(request.name)
+        if spec is None:
+            spec = DatasetSpec(request.name, len(source.class_names), image_size, *_measure(files["train"]))
+        facts = StoreFacts(
+            name=spec.name,
+            image_size=spec.image_size,
+            mean=spec.mean,
+            std=spec.std,
+            class_names=source.class_names,
+            class_titles=source.class_titles,
+            listed_order=source.listed_order,
+            splits=splits,
+            source={"kind": source.kind, **request.origin},
+            prepared=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            ddkit_version=__version__,
+        )
         if "train" not in splits:
             facts = _with_earlier_training_split(facts, folder, temporary)
         store.write_facts(facts, temporary)
 
 
 def _with_earlier_training_split(facts: StoreFacts, folder: Path, temporary: Path) -> StoreFacts:
-    """A reference file has the test split only: what is prepared of the training split already, if whole, stays."""
+    """A reference file has the test split only: the training split that is prepared already stays, if it is whole."""
     try:
         store.load_dataset(facts.name, "train")
         earlier = store.store_facts(facts.name)
@@ -203,22 +243,6 @@ def _with_earlier_training_split(facts: StoreFacts, folder: Path, temporary: Pat
         source={**facts.source, "train": dict(earlier.source)},
         class_titles=earlier.class_titles,
         listed_order=earlier.listed_order,
-    )
-
-
-def _facts(spec: DatasetSpec, source: Source, splits: Mapping[str, SplitFacts], origin: Mapping[str, Any]) -> StoreFacts:
-    return StoreFacts(
-        name=spec.name,
-        image_size=spec.image_size,
-        mean=spec.mean,
-        std=spec.std,
-        class_names=source.class_names,
-        class_titles=source.class_titles,
-        listed_order=source.listed_order,
-        splits=splits,
-        source=origin,
-        prepared=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        ddkit_version=__version__,
     )
 
 
@@ -241,7 +265,7 @@ def _fill(
             report(done)
         return file, ()
     problems = decode_split(
-        source.path,
+        content.tree,
         content.names,
         file,
         resize=request.image_size is not None,
@@ -257,7 +281,7 @@ def _fill(
 
 
 def _split_facts(source: Source, split: str, file: SplitFile, skipped: tuple[str, ...]) -> SplitFacts:
-    """Raises BadDataError where a class has no image: nothing could be learnt or tested of it."""
+    """Raises BadDataError if a class has no image: nothing could be learned or tested about it."""
     counts = np.bincount(file.labels(), minlength=len(source.class_names))
     if not counts.all():
         name = source.class_names[int(counts.argmin())]
@@ -275,7 +299,7 @@ def _refuse_problems(problems: Sequence[Problem], source: Source, image_size: in
     if not skip_bad:
         raise BadDataError(
             f"{source.path}: {len(problems)} file{'s'[: len(problems) > 1]} cannot be used: {_described(problems)}.",
-            "Mend or remove them, or add --skip-bad to leave them out.",
+            "Repair or remove them, or add --skip-bad to leave them out.",
         )
 
 
@@ -285,38 +309,31 @@ def _described(problems: Sequence[Problem], limit: int = 10) -> str:
 
 
 def _image_size(request: _Request, source: Source) -> int:
-    """The dataset's own, the one asked for, or that of the first whole image. Raises BadDataError where none fits."""
+    """The dataset's own, the one asked for, or that of the first whole image. Raises BadDataError if none of them fits."""
     spec, content = DATASETS.get(request.name), source.splits.get("train") or source.splits["test"]
     wanted = spec.image_size if spec else request.image_size
-    if isinstance(content, PixelSplit):
-        if wanted not in (None, content.image_size):
-            raise BadDataError(
-                f"The images of {source.path or 'that source'} are {content.image_size} pixels, not {wanted}.",
-                "Only images in files of their own can be resized.",
-            )
-        return content.image_size
-    return wanted or _size_of_first(source, content.names)
+    if isinstance(content, FileSplit):
+        return wanted or _size_of_first(content)
+    if wanted not in (None, content.image_size):
+        raise BadDataError(
+            f"The images of {source.path or 'that source'} are {content.image_size} pixels, not {wanted}.",
+            "Only image files can be resized.",
+        )
+    return content.image_size
 
 
-def _size_of_first(source: Source, names: Sequence[str]) -> int:
-    tree = open_tree(source.path)
-    for name in names:
-        with contextlib.suppress(BadImageError, DamagedMemberError):
-            width, height = open_image(tree.read(name)).size
+def _size_of_first(content: FileSplit) -> int:
+    path = content.tree.path
+    for name in content.names:
+        with contextlib.suppress(BadImageError, DamagedFileError):
+            width, height = open_image(content.tree.read(name)).size
             if width != height:
                 raise BadDataError(
-                    f"{source.path}: {name} is {width} x {height} pixels; datasets are of squares.",
+                    f"{path}: {name} is {width} x {height} pixels; the images of a dataset are squares.",
                     "Add --image-size N to crop the images to squares and resize them.",
                 )
             return width
-    raise BadDataError(f"{source.path}: none of its {len(names)} training files is an image.")
-
-
-def _refuse_unwritable(source: Source) -> None:
-    """Raise BadDataError for a class whose name is no text, before anything is decoded."""
-    for name in source.class_names:
-        if _readable(name) != name:
-            raise BadDataError(f"{source.path}: the name of the class '{_readable(name)}' is not UTF-8.", "Rename its folder.")
+    raise BadDataError(f"{path}: none of its {len(content.names)} training files is an image.")
 
 
 def _readable(name: str) -> str:
@@ -324,8 +341,8 @@ def _readable(name: str) -> str:
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
-def _measure(file: SplitFile) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel over all pixels, in units of [0, 1], rounded to 4 digits.
+def _measure(file: SplitFile) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel over all pixels, in units of [0, 1], rounded to 4 digits.
 
     Exact, from the histogram of the 256 values. A channel that never changes has nothing to scale: its std is 1.
     """
@@ -336,17 +353,29 @@ def _measure(file: SplitFile) -> tuple[tuple[float, ...], tuple[float, ...]]:
     share = counts / counts.sum(axis=1, keepdims=True)
     values = np.arange(256) / 255
     mean = share @ values
-    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
-    return tuple(round(float(m), 4) for m in mean), tuple(round(float(s), 4) or 1.0 for s in std)
+    red, green, blue = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1)).round(4).tolist()
+    return tuple(mean.round(4).tolist()), (red or 1.0, green or 1.0, blue or 1.0)
 
 
-def _tidy(folder: Path) -> None:
-    """Mend what a preparation left that was killed on the spot. Only one process at a time may do so."""
-    left = [
-        path for path in folder.parent.glob("*") if re.fullmatch(re.escape(f".{folder.name}.") + r"\w{8}\.(tmp|old)", path.name)
-    ]
-    for path in left:
+@contextlib.contextmanager
+def _scratch_folder(folder: Path) -> Iterator[Path]:
+    """A folder next to the store, under a name that `_clean_up` knows. Raises BadFileError."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
+    except OSError as error:
+        raise explain_os_error(error, error.filename or folder) from error
+    with scratch as path:
+        yield Path(path)
+
+
+def _clean_up(folder: Path) -> None:
+    """Mend what a preparation left that was killed. Only for the one process that prepares this store."""
+    pattern = re.escape(f".{folder.name}.") + r"\w{8}\.(tmp|old)"
+    for path in list(folder.parent.iterdir()) if folder.parent.is_dir() else []:
+        if not re.fullmatch(pattern, path.name):
+            continue
         if path.suffix == ".old" and not folder.exists():
-            # It died between setting the earlier store aside and putting the new one in its place.
+            # It was killed between setting the earlier store aside and putting the new one in its place.
             path.replace(folder)
         shutil.rmtree(path, ignore_errors=True)

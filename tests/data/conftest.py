@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import tarfile
 import threading
 import zipfile
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from ddkit.data.sources import open_source
+
+KINDS = {"gz": ("gz", "tgz"), "bz2": "bz2", "xz": "xz"}  # endings of tars by how they are compressed
 
 
 def encoded(color=(200, 100, 50), side=8, kind="PNG") -> bytes:
@@ -27,7 +32,7 @@ def picture():
 
 @pytest.fixture
 def write_tree(tmp_path):
-    """write_tree({"train/cat/1.png": bytes, ...}, "name") -> a folder; "name.zip" -> a zip of it."""
+    """write_tree({"train/cat/1.png": bytes, ...}, "name") -> a folder; "name.zip", "name.tar.gz" -> an archive of it."""
 
     def write(files: dict[str, bytes], name: str = "photos") -> Path:
         path = tmp_path / name
@@ -36,12 +41,26 @@ def write_tree(tmp_path):
                 for member, data in files.items():
                     archive.writestr(member, data)
             return path
+        if ".t" in path.name:
+            kind = next((kind for kind, endings in KINDS.items() if path.name.endswith(endings)), "")
+            with tarfile.open(path, f"w:{kind}") as archive:
+                for member, data in files.items():
+                    info = tarfile.TarInfo(member)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+            return path
         for member, data in files.items():
             (path / member).parent.mkdir(parents=True, exist_ok=True)
             (path / member).write_bytes(data)
         return path
 
     return write
+
+
+@pytest.fixture
+def find(tmp_path_factory):
+    """find(path, ...) -> Source"""
+    return lambda path, **options: open_source(path, tmp_path_factory.mktemp("scratch"), **options)
 
 
 @pytest.fixture

@@ -11,9 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ddkit.data.archives import FolderTree, ZipTree
 from ddkit.data.decoding import BadImageError, WrongSizeError, decode_split, read_image
 from ddkit.data.split_file import SplitFile
 from ddkit.errors import BadFileError
+
+
+def tree_of(path):
+    return ZipTree(path) if path.suffix == ".zip" else FolderTree(path)
 
 
 def as_file(image, kind="PNG", **options):
@@ -167,7 +172,7 @@ def test_rows_are_filled_in_order_and_problems_named(many, write_tree, tmp_path,
     path, names = write_tree(many, name), sorted(many)
     target = SplitFile.create(tmp_path / "out", [0] * len(names), 4)
     reports = []
-    problems = decode_split(path, names, target, workers=workers, report=reports.append)
+    problems = decode_split(tree_of(path), names, target, workers=workers, report=reports.append)
     assert [(problem.row, problem.name, problem.other_size) for problem in problems] == [
         (5, "005.png", False),
         (300, "300.png", False),
@@ -186,13 +191,13 @@ def test_a_target_that_cannot_be_written_is_the_systems_refusal(many, write_tree
     target = SplitFile.create(tmp_path / "out", [0] * 600, 4)
     target.path.unlink()
     with pytest.raises(BadFileError, match="out: No such file"):
-        decode_split(path, sorted(many), target, workers=workers)
+        decode_split(tree_of(path), sorted(many), target, workers=workers)
 
 
 def test_it_gives_up_after_as_many_problems_as_told(write_tree, tmp_path):
     files = {f"{k:04}.png": b"a text" for k in range(1500)}
     target = SplitFile.create(tmp_path / "out", [0] * len(files), 4)
-    problems = decode_split(write_tree(files), sorted(files), target, give_up_after=10, workers=0)
+    problems = decode_split(FolderTree(write_tree(files)), sorted(files), target, give_up_after=10, workers=0)
     assert 10 <= len(problems) < 1500
 
 
@@ -202,7 +207,7 @@ def test_python_files_in_the_working_folder_are_not_run(many, write_tree, tmp_pa
     monkeypatch.chdir(path)
     names = sorted(item.name for item in path.glob("*.png"))
     target = SplitFile.create(tmp_path / "out", [0] * len(names), 4)
-    assert decode_split(path, names, target, workers=2) == []
+    assert decode_split(tree_of(path), names, target, workers=2) == []
 
 
 def test_processes_need_no_main_guard_in_the_users_program(many, write_tree, tmp_path):
@@ -210,12 +215,13 @@ def test_processes_need_no_main_guard_in_the_users_program(many, write_tree, tmp
     program = tmp_path / "program.py"
     program.write_text(
         "from pathlib import Path\n"
+        "from ddkit.data.archives import FolderTree\n"
         "from ddkit.data.decoding import decode_split\n"
         "from ddkit.data.split_file import SplitFile\n"
         f"path = Path({str(path)!r})\n"
         "names = sorted(item.name for item in path.iterdir())\n"
         f"target = SplitFile.create(Path({str(tmp_path / 'out')!r}), [0] * len(names), 4)\n"
-        "print(decode_split(path, names, target, workers=2))\n"
+        "print(decode_split(FolderTree(path), names, target, workers=2))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     finished = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)

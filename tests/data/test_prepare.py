@@ -310,9 +310,11 @@ class TestBuiltInNames:
     def test_a_source_with_other_classes_is_refused_under_a_built_in_name(self, write_tree, picture):
         names = [name for name in CLASS_NAMES["cifar100"] if name != "beaver"]
         files = {f"{split}/{name}/1.png": picture(side=32) for split in ("train", "test") for name in names}
-        with pytest.raises(BadDataError, match="is not 'cifar100': it has 99 classes of 100; it lacks beaver") as caught:
+        with pytest.raises(
+            BadDataError, match="is not 'cifar100': it has 99 classes, where cifar100 has 100: without beaver"
+        ) as caught:
             prepare("cifar100", write_tree(files))
-        assert "name of its own" in caught.value.remedy
+        assert "another name" in caught.value.remedy
 
     @pytest.fixture
     def hundred(self, write_tree, picture):

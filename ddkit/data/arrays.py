@@ -1,0 +1,96 @@
+"""Images and labels as numpy arrays: an .npz, or a folder or archive of .npy files.
+
+Names say which split an array is of (x_train, test_labels, ...), and shapes whether it holds images or labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddkit.data.archives import READ_ERRORS, Tree
+from ddkit.data.listing import Pixels, Source, choose_splits, numbered_classes, pixel_source, split_word
+from ddkit.errors import BadDataError
+
+_FEWEST_VALUES = 3 * 8 * 8  # of an image; an array with fewer values a row holds labels
+
+
+def read_arrays(tree: Tree, folder: str, test_split: str | None) -> Source | None:
+    """The splits of the .npy files of a folder. Raises BadDataError for arrays that do not fit together."""
+    prefix = f"{folder}/" if folder else ""
+    names = [name for name in tree.folders[folder][1] if name.endswith(".npy")]
+    if not any(split_word(name) for name in names):
+        return None
+    read = ((PurePosixPath(name).stem, _read(tree, prefix + name)) for name in names)
+    arrays = {name: array for name, array in read if array is not None}
+    splits = {word: _pixels(tree.path, word, arrays) for word in {split_word(name) for name in arrays} - {""}}
+    found = {word: pixels for word, pixels in splits.items() if pixels is not None}
+    train, test, notes = choose_splits(found, test_split, tree.path)
+    count = 1 + max(int(pixels.labels.max(initial=0)) for pixels in found.values())
+    texts = [array for array in arrays.values() if array.dtype.kind in "US" and array.ndim == 1]
+    class_names: list[str] = next((array.astype(str).tolist() for array in texts if len(array) >= count), [])
+    pixels = {"train": found[train], "test": found[test]}
+    return pixel_source(
+        "arrays", tree.path, class_names or numbered_classes(count), pixels, notes=notes, numbered=not class_names
+    )
+
+
+def _read(tree: Tree, path: str) -> NDArray[Any] | None:
+    """An array; None for one of Python objects, which only code could read. Raises BadDataError."""
+    try:
+        with tree.open(path) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            return None
+        raise BadDataError(f"{tree.path}: {path} is damaged: {error}.", "Save or get it again.") from error
+    except (*READ_ERRORS, SyntaxError, MemoryError) as error:
+        raise BadDataError(f"{tree.path}: {path} is damaged: {error}.", "Save or get it again.") from error
+
+
+def _pixels(path: Path, word: str, arrays: Mapping[str, NDArray[Any]]) -> Pixels | None:
+    """The images and labels of one split; None if one of them is missing. Raises BadDataError for what they cannot be."""
+    mine = {name: array for name, array in arrays.items() if split_word(name) == word and array.ndim and len(array)}
+    images = [name for name, array in mine.items() if array[0].size >= _FEWEST_VALUES]
+    labels = [name for name in mine if name not in images and _is_labels(mine[name])]
+    # CIFAR-100 has labels of two kinds; the coarse ones are not the challenge's.
+    labels.sort(key=lambda name: ("fine" not in name.lower(), "coarse" in name.lower()))
+    if not images or not labels:
+        return None
+    pixels = _as_uint8(path, images[0], mine[images[0]])
+    values = mine[labels[0]]
+    if values.ndim == 2:
+        values = values.argmax(axis=1) if values.shape[1] > 1 else values[:, 0]
+    if len(values) != len(pixels):
+        raise BadDataError(f"{path}: {images[0]} has {len(pixels):,} images and {labels[0]} {len(values):,} labels.")
+    return Pixels(pixels.__getitem__, values.astype(np.int64))
+
+
+def _is_labels(array: NDArray[Any]) -> bool:
+    """Whether these are whole numbers of classes, (N,) or (N, 1), or the rows of one-hot labels."""
+    if array.dtype.kind not in "uif" or array.ndim > 2 or not (array == array.round()).all():
+        return False
+    one_hot = array.ndim == 2 and array.shape[1] > 1
+    return bool((array.sum(axis=1) == 1).all()) if one_hot else True
+
+
+def _as_uint8(path: Path, name: str, images: NDArray[Any]) -> NDArray[np.uint8]:
+    """(N, 3, S, S) uint8 from (N, 3, S, S), (N, S, S, 3) or (N, 3 S S), of 8-bit values or of these as [0, 1]."""
+    rounded = images
+    if images.dtype.kind == "f":
+        images = images * 255 if images.max() <= 1 else images
+        rounded = images.round()
+    if images.dtype.kind not in "uif" or images.min() < 0 or images.max() > 255 or not np.allclose(images, rounded, atol=0.01):
+        raise BadDataError(f"{path}: {name} does not hold 8-bit images.", "Save them as uint8, without normalization.")
+    if images.ndim == 2:  # as CIFAR-100 has them: all red values, all green, all blue
+        side = round((images.shape[1] / 3) ** 0.5)
+        rounded = rounded.reshape(len(images), 3, side, side) if 3 * side**2 == images.shape[1] else rounded
+    if rounded.ndim == 4 and rounded.shape[-1] == 3:
+        rounded = rounded.transpose(0, 3, 1, 2)
+    if rounded.ndim != 4 or rounded.shape[1] != 3 or rounded.shape[2] != rounded.shape[3]:
+        raise BadDataError(f"{path}: {name} has the shape {images.shape}, which is not of square RGB images.")
+    return rounded.astype(np.uint8)
