@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import CHALLENGE_DATASETS, TRACKS, DatasetSpec
-from ddkit.checks.archive import Member, read_members
+from ddkit.checks.archive import TENSOR_ENDINGS, Member, read_members
 from ddkit.data.store import ImageSet, dataset_spec, known_names, load_dataset
 from ddkit.errors import DDKitError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.runtime.progress import Listener, Progress, ignore
-from ddkit.sets.distilled import check_command
+from ddkit.sets.distilled import check_command, dataset_of, likely_dataset
 from ddkit.sets.findings import Finding, Report, report_of
 from ddkit.sets.reading import describe_tensor, read_tensor, read_tensor_bytes
 
@@ -76,9 +76,7 @@ def check_path(
         return report_of([Finding("error", "F001", f"{path} does not exist. Make it: ddkit generate.", path.name)])
     if path.suffix.lower() == ".zip":
         return _check_zip(path, settings, progress)
-    name = dataset or path.stem
-    if dataset is None and name not in known_names():
-        raise UsageError(f"{path}: which dataset it is for cannot be told from its name.", "Say it: --dataset NAME.")
+    name = dataset or (path.stem if path.stem in known_names() else dataset_of(path))
     spec = dataset_spec(name)
     progress(Progress(f"checking {path.name}", 0, 1))
     report = report_of(_file_findings(path, spec, settings))
@@ -105,7 +103,7 @@ def submission_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[F
     A folder with a file of the challenge must hold the challenge's two; one without is practice on other datasets.
     """
     folder = Path(folder)
-    tensors = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".pt")
+    tensors = sorted(path for path in folder.iterdir() if path.suffix.lower() in TENSOR_ENDINGS)
     findings = name_findings([path.name for path in tensors], folder.name or str(folder))
     usable = [path for path in tensors if path.suffix == ".pt" and path.stem in known_names()]
     if any(path.stem in _CHALLENGE_NAMES for path in usable):
@@ -127,16 +125,19 @@ def name_findings(names: Sequence[str], where: str) -> list[Finding]:
     """F002, F003, F011 and F020 on the names of the tensors in a folder or at a zip's root."""
     findings = []
     known = known_names()
-    stems = [name[: -len(".pt")] for name in names]
-    for name, stem in zip(names, stems, strict=True):
-        right = f"{stem.lower()}.pt"
-        if stem.lower() in known and name != right:
-            message = f"The name must be '{right}', in lower case: the scorer opens that very name."
-            findings.append(Finding("error", "F011", message, name))
-        elif stem not in known:
-            message = f"'{name}' is named after no dataset and is left aside."
+    present: set[str] = set()
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() == ".pt" and stem.lower() in known:
+            present.add(stem.lower())
+            if name != f"{stem.lower()}.pt":
+                message = f"The name must be '{stem.lower()}.pt', in lower case: the scorer opens that very name."
+                findings.append(Finding("error", "F011", message, name))
+        elif name != f"{stem}.pt" or stem not in known:
+            likely = likely_dataset(name)
+            offer = f" If it is the tensor for {likely}, rename it to {likely}.pt." if likely else ""
+            message = f"'{name}' is not named after a dataset and is left aside.{offer}"
             findings.append(Finding("warning", "F020", message, name))
-    present = {stem.lower() for stem in stems}
     missing = [name for name in _CHALLENGE_NAMES if name not in present]
     if not present & set(known):
         message = "There is no tensor to submit. The challenge takes cifar100.pt and tinyimagenet.pt: ddkit generate."
@@ -180,7 +181,7 @@ def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Repor
             progress(Progress(f"checking {member.name}", len(names), None, "files"))
             findings += _member_findings(member, settings)
     if not any(finding.code in ("F005", "F018") for finding in findings):
-        tensors = [name for name in names if name.lower().endswith(".pt")]
+        tensors = [name for name in names if name.lower().endswith(TENSOR_ENDINGS)]
         of_challenge = [name for name in tensors if name.lower().removesuffix(".pt") in _CHALLENGE_NAMES]
         if of_challenge:  # nothing is left aside then, as whoever opens the zip gets all of it
             message = "The zip is to hold the challenge's two tensors only. Pack with ddkit pack."

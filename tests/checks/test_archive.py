@@ -38,6 +38,10 @@ def test_files_at_the_root_are_read(tmp_path):
         ("/etc/cifar100.pt", "F012"),
         ("C:\\cifar100.pt", "F012"),
         ("..\\cifar100.pt", "F012"),
+        (".\\..\\cifar100.pt", "F012"),
+        ("\\cifar100.pt", "F012"),
+        (".\\cifar100.pt", "F010"),
+        ("submission\\cifar100.pt", "F010"),
         ("__MACOSX/._cifar100.pt", "F017"),
         ("._cifar100.pt", "F017"),
         (".DS_Store", "F017"),
@@ -51,9 +55,10 @@ def test_members_that_do_not_belong_are_named_and_not_read(tmp_path, name, code)
     assert members == {"tinyimagenet.pt": b"two"}
 
 
-def test_links_are_refused(tmp_path):
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK])
+def test_links_pipes_and_devices_are_refused(tmp_path, kind):
     info = zipfile.ZipInfo("cifar100.pt")
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    info.external_attr = (kind | 0o777) << 16
     assert read(write(tmp_path / "s.zip", (info, b"/etc/passwd"))) == ({}, ["F013"])
 
 
@@ -61,6 +66,14 @@ def test_links_are_refused(tmp_path):
 def test_a_name_twice_is_refused_and_neither_is_read(tmp_path):
     members, codes = read(write(tmp_path / "s.zip", ("cifar100.pt", b"one"), ("cifar100.pt", b"two")))
     assert codes == ["F014"] and members == {"cifar100.pt": None}
+
+
+def test_names_that_begin_with_a_dot_are_read_and_counted_as_the_same_name(tmp_path):
+    assert read(write(tmp_path / "s.zip", ("./", b""), ("./cifar100.pt", b"one"))) == ({"cifar100.pt": b"one"}, [])
+    assert read(write(tmp_path / "s.zip", ("./cifar100.pt", b"one"), ("cifar100.pt", b"two"))) == (
+        {"cifar100.pt": None},
+        ["F014"],
+    )
 
 
 def test_encrypted_members_are_refused(tmp_path):

@@ -44,6 +44,44 @@ def test_names_must_be_in_the_right_case(tmp_path):
     assert codes(check_path(tmp_path, settings=BARE), "error") == ["F011"]
 
 
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("cifar-100.pt", "cifar100.pt"), ("cifar100.pth", "cifar100.pt"), ("cifar100 (1).pt", "cifar100.pt"),
+        ("tiny_imagenet.pt", "tinyimagenet.pt"), ("tiny-imagenet-200.pt", "tinyimagenet.pt"), ("CIFAR-100.PTH", "cifar100.pt"),
+    ],
+)  # fmt: skip
+def test_the_right_name_is_offered_for_a_wrong_one(tmp_path, name, right):
+    folder = tmp_path / "submission"
+    folder.mkdir()
+    torch.save(torch.zeros(1), folder / name)
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.write(folder / name, name)
+    for path in (folder, tmp_path / "s.zip"):
+        report = check_path(path, settings=BARE)
+        assert not report.ok and any(f.code == "F020" and f"rename it to {right}" in f.message for f in report.findings)
+    if (folder / name).stem + ".pt" != right:  # of a file alone the stem is enough
+        with pytest.raises(UsageError, match=f"rename it to {right}"):
+            check_path(folder / name)
+
+
+def test_a_zip_with_names_that_begin_with_a_dot_is_judged_like_any_other(tmp_path, folder):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.mkdir("./") if hasattr(archive, "mkdir") else archive.writestr("./", b"")
+        archive.write(folder / "glyphs.pt", "./glyphs.pt")
+    assert check_path(tmp_path / "s.zip", settings=BARE).ok
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"more" * 1000])
+def test_a_zip_with_bytes_after_its_end_is_refused(tmp_path, folder, extra):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.write(folder / "glyphs.pt", "glyphs.pt")
+    with (tmp_path / "s.zip").open("ab") as file:
+        file.write(extra)
+    (first, *_) = check_path(tmp_path / "s.zip", settings=BARE).findings
+    assert first.code == "F018" and "bytes follow its end" in first.message
+
+
 def test_an_empty_or_missing_place_says_what_to_do(tmp_path):
     assert codes(check_path(tmp_path)) == ["F002"]
     assert codes(check_path(tmp_path / "absent")) == ["F001"]
@@ -51,7 +89,7 @@ def test_an_empty_or_missing_place_says_what_to_do(tmp_path):
 
 def test_a_file_of_an_unknown_dataset_is_wrong_usage(tmp_path):
     torch.save(torch.zeros(1), tmp_path / "mine.pt")
-    with pytest.raises(UsageError, match="cannot be told from its name"):
+    with pytest.raises(UsageError, match="not named after a known dataset"):
         check_path(tmp_path / "mine.pt")
     with pytest.raises(UsageError, match="Did you mean 'cifar100'"):
         check_path(tmp_path / "mine.pt", dataset="cifar10")
