@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,18 +15,18 @@ def normalize(images: Tensor, spec: DatasetSpec) -> Tensor:
     if images.dtype == torch.uint8:
         return normalize_(images.float(), spec)  # one copy of what may be gigabytes
     unit = images.float()
-    return (unit - _column(spec.mean, unit)) / _column(spec.std, unit)
+    return (unit - _constants(spec.mean, unit.device)) / _constants(spec.std, unit.device)
 
 
 def normalize_(pixels: Tensor, spec: DatasetSpec) -> Tensor:
     """`normalize` in place, to the same bits: (N, 3, S, S) float32 pixels in [0, 255]."""
-    return pixels.div_(255).sub_(_column(spec.mean, pixels)).div_(_column(spec.std, pixels))
+    return pixels.div_(255).sub_(_constants(spec.mean, pixels.device)).div_(_constants(spec.std, pixels.device))
 
 
 def denormalize(images: Tensor, spec: DatasetSpec) -> Tensor:
     """(N, 3, S, S) normalized float -> float32 in the units of [0, 1]; values outside stay outside."""
     unit = images.float()
-    return unit * _column(spec.std, unit) + _column(spec.mean, unit)
+    return unit * _constants(spec.std, unit.device) + _constants(spec.mean, unit.device)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -32,5 +34,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _column(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, 3, 1, 1)
+@functools.cache
+def _constants(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(1, 3, 1, 1) on the device. Kept there, as a GPU is waited for when numbers are copied to it."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)

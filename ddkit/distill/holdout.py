@@ -10,7 +10,7 @@ from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.evaluation.reference import TestSet
-from ddkit.runtime.device import is_out_of_memory
+from ddkit.runtime.device import is_out_of_memory, upload
 from ddkit.runtime.seeds import Shuffling, derived_seed, generator_for
 
 
@@ -44,6 +44,11 @@ class TrainHoldout:
         self._orders = [Shuffling(len(rows), derived_seed("real", seed, c)) for c, rows in enumerate(class_rows)]
         self._rows, self._held_out_rows = torch.cat(class_rows), torch.cat(held_out_rows)
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether all pixels are where batches are wanted."""
+        return self._pixels.device.type == self._device.type
+
     def rows(self, per_class: int, number: int) -> Tensor:
         """Rows of the batch of that number: (num_classes * per_class,) int64 on the CPU, class by class.
 
@@ -55,13 +60,13 @@ class TrainHoldout:
 
     def images(self, rows: Tensor) -> Tensor:
         """The images of those rows: (N, 3, S, S) normalized float32 on the device."""
-        pixels = self._pixels[rows.to(self._pixels.device, non_blocking=True)]
-        return normalize(pixels.to(self._device, non_blocking=True), self.spec)
+        pixels = self._pixels[upload(rows, self._pixels.device)]
+        return normalize(upload(pixels, self._device), self.spec)
 
     def random_batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images of any classes, (count, 3, S, S) normalized float32, and their labels (count,) int64, on the device."""
         rows = self._rows[torch.randint(len(self._rows), (count,), generator=generator)]
-        return self.images(rows), self._dataset.labels[rows].to(self._device, non_blocking=True)
+        return self.images(rows), upload(self._dataset.labels[rows], self._device)
 
     def sample(self, count: int) -> Tensor:
         """At most `count` images, always the same, evenly over the classes: (N, 3, S, S) normalized float32, on the CPU."""

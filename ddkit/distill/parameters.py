@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddkit.challenge import DatasetSpec
 from ddkit.network.convnet import ConvNet
 from ddkit.network.networks import OFFICIAL_NETWORK, build_network
+from ddkit.runtime.device import upload
 from ddkit.runtime.seeds import network_seed
 
 
@@ -34,9 +35,9 @@ def flat_gradients(network: nn.Module) -> Tensor:
 def load_flat_parameters(network: nn.Module, flat: Tensor) -> None:
     """Copy (P,) parameters into the network's own memory, which its engines have recorded.
 
-    One transfer where `flat` lies on another device; from pinned memory it does not wait.
+    One transfer where `flat` lies on another device.
     """
     parameters: list[Tensor] = list(network.parameters())
-    flat = flat.to(parameters[0].device, non_blocking=True)
+    flat = upload(flat, parameters[0].device)
     parts = flat.split([parameter.numel() for parameter in parameters])
     torch._foreach_copy_(parameters, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)])

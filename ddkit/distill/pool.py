@@ -20,6 +20,7 @@ from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine
+from ddkit.runtime.device import upload
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class OnlinePool:
         """
         parameters, momentum = self._parameters[number], self._momenta[number]
         for _ in range(self._settings.updates):
-            rows = torch.randperm(len(images), generator=generator)[:BATCH_SIZE].to(images.device, non_blocking=True)
+            rows = upload(torch.randperm(len(images), generator=generator)[:BATCH_SIZE], images.device)
             load_flat_parameters(self._learner, parameters)
             self._engine.gradients(random_augment(images[rows], generator), self._labels[rows])
             gradients = flat_gradients(self._learner).add_(parameters, alpha=WEIGHT_DECAY)
@@ -131,7 +132,7 @@ class OnlinePool:
             self.diverged += 1
             _log.warning("A network of the pool diverged at step %d and is replaced by a random one.", step + 1)
         if diverged or self._ages[number] >= self._settings.max_age:
-            self._parameters[number] = self._fresh(number, step + 1)
+            self._parameters[number] = upload(self._fresh(number, step + 1), self._parameters.device)
             self._momenta[number] = 0
             self._ages[number] = 0
 

@@ -315,8 +315,6 @@ class _Refinement:
             parameters = torch.empty(0)  # the pool has its own
         else:
             parameters = flat_parameters(random_network(self._spec, "observer", self._settings.seed, step))
-        if self._device.type == "cuda":
-            rows, parameters = rows.pin_memory(), parameters.pin_memory()
         return rows, parameters
 
     def _pool_is_due(self, objective: str, limits: RefineLimits, used: float) -> bool:

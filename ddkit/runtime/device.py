@@ -51,6 +51,13 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // processes_here()
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device, without waiting for a GPU; the tensor itself where it is there already."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def describe_device(device: torch.device) -> str:
     """The device's model, for records: "AMD EPYC, 2 threads", "NVIDIA H200"."""
     if device.type == "cuda":

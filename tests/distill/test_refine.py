@@ -13,7 +13,6 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import dm_loss
 from ddkit.distill.pool import PoolSettings
 from ddkit.distill.refine import refine
@@ -225,25 +224,25 @@ def test_a_set_that_only_became_displayable_was_not_refined_by_anything(start, t
     assert (facts["method"], facts["refined_steps"]) == ("kept within the range of a picture", 0)
 
 
-def test_held_out_images_are_never_learnt_from(colors):
-    real = load_dataset(colors, "train")
-    holdout = TrainHoldout(real, dataset_spec(colors), held_out=0.2, seed=0)
-    held_out = holdout.held_out()
-    assert held_out.labels.tolist() == [0, 1]
-    mixed, _ = holdout.random_batch(60, torch.Generator().manual_seed(0))
-    seen = torch.cat([holdout.images(holdout.rows(30, number=0)), holdout.sample(60), mixed])
-    held_out_rows = torch.cat(list(held_out.batches(torch.device("cpu"))))
-    assert not any(torch.equal(one, other) for one in seen for other in held_out_rows)
-    assert holdout.images(holdout.rows(2, number=0)).shape == (4, 3, 16, 16)
+@pytest.mark.parametrize("settings", [DM, RANDOM_NETWORKS, WITH_POOL])
+def test_a_step_on_a_gpu_waits_for_it_once(start, tmp_path, gpu, settings):
+    waits = []
+
+    def listen(report):
+        if report.task == "Refining":
+            waits.append(dict(gpu.waits))
+        gpu.reset()
+
+    settings = dataclasses.replace(settings, val_every=1000, val_epochs=0)
+    run(start, tmp_path / "run", 12, settings, device="cuda", progress=listen)
+    # The first steps of each kind measure engines and fill buffers.
+    assert [sum(each.values()) for each in waits[6:]] == [1] * 6, waits[6:]
 
 
-def test_every_real_image_comes_once_before_any_comes_again(colors):
-    holdout = TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.2, seed=0)
-    batches = [holdout.images(holdout.rows(2, number)).unflatten(0, (2, 2)) for number in range(4)]  # of four images a class
-    for first, second in (batches[:2], batches[2:]):
-        for c in range(2):
-            assert len(torch.cat([first[c], second[c]]).unique(dim=0)) == 4
-    assert not torch.equal(torch.cat(batches[:2], 1), torch.cat(batches[2:], 1))
+def test_a_state_from_a_gpu_resumes_on_the_cpu(start, tmp_path, gpu):
+    run(start, tmp_path / "run", 4, WITH_POOL, device="cuda")
+    assert run(start, tmp_path / "run", 6, WITH_POOL, device="cpu").steps == 6
+    assert run(start, tmp_path / "run", 8, WITH_POOL, device="cuda").steps == 8
 
 
 class TestWhatIsRefused:
