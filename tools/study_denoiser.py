@@ -175,9 +175,9 @@ class Study:
 
     def _quality(self, images: Tensor) -> Record:
         features = self.features(images)
-        found = density_and_coverage(self.reference, features)
+        density, coverage = density_and_coverage(self.reference, features)
         distance = frechet_distance(self.reference, features)
-        return {"frechet": distance, "density": found.density, "coverage": found.coverage}
+        return {"frechet": distance, "density": density, "coverage": coverage}
 
     def _accuracies(self, images: Tensor) -> list[float]:
         ipc = min(self.options.ipc, self.options.images)

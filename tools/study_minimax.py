@@ -168,8 +168,8 @@ def measure_by_class(ours: Tensor, real: Tensor) -> Record:
     """
     rows = []
     for pictures, members in zip(ours, real, strict=True):
-        found = density_and_coverage(members, pictures)
-        rows.append((found.coverage, found.density, float(nearest(members, pictures)[1].mean()), _apart(pictures)))
+        density, coverage = density_and_coverage(members, pictures)
+        rows.append((coverage, density, float(nearest(members, pictures)[1].mean()), _apart(pictures)))
     values = dict(zip(_TITLES, (mean(column) for column in zip(*rows, strict=True)), strict=False))
     return values | {"frechet": frechet_distance(real.flatten(0, 1), ours.flatten(0, 1))}
 

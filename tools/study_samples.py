@@ -114,9 +114,9 @@ class Study:
 
     def _quality(self, images: Tensor) -> Record:
         features = self.features(images.flatten(0, 1))
-        found = density_and_coverage(self.reference, features)
+        density, coverage = density_and_coverage(self.reference, features)
         distance = frechet_distance(self.reference, features)
-        return {"frechet": distance, "density": found.density, "coverage": found.coverage}
+        return {"frechet": distance, "density": density, "coverage": coverage}
 
     def _score(self, images: Tensor) -> list[float]:
         """Of (classes, ipc, 3, S, S) uint8."""

@@ -1,6 +1,6 @@
-"""The command `ddkit`: one module a command, options and words only.
+"""The command `ddkit`. Each command's module holds its options and how its result is shown.
 
-Nothing here or in a command's module imports torch until the command runs, so that help is instant.
+No module imports torch before its command runs, so that help is shown at once.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ddkit.errors import DDKitError, did_you_mean
 from ddkit.runtime.environment import explain_broken_install
 from ddkit.runtime.files import explain_os_error
 
-# In the order of the user's way through them. Each is `ddkit.cli.<module>` holding a click command of that name.
+# In the order in which they are used. Each is a click command of that name in the module `ddkit.cli.<name>`.
 COMMANDS = ("demo", "data", "train", "generate", "refine", "evaluate", "check", "tune", "pack", "report", "completion")
 
-
-_FAULT = 70  # EX_SOFTWARE of sysexits; Python's own 1 is that of an unacceptable submission
+_EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h; 1, which Python uses, means an unacceptable submission
+_EXIT_INTERRUPTED = 130
 
 
 class _Group(click.Group):
-    """Loads a command's module when it is asked for, and turns errors into messages and exit statuses."""
+    """Load the modules of commands when they are needed, and turn errors into messages and exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -38,32 +38,29 @@ class _Group(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            ctx.fail(f"There is no command '{args[0]}'. {did_you_mean(args[0], COMMANDS)}")
+            ctx.fail(f"Unknown command '{args[0]}'. {did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort):
-            # Click's own ways to end, which are RuntimeErrors too.
-            raise
-        except (click.ClickException, BrokenPipeError):
-            # Of the latter, whoever read our output has gone; click ends quietly on it.
-            raise
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+            raise  # click handles these; the last one ends quietly, since nobody reads the output any more
         except Exception as error:
             if wants_traceback(ctx):
                 raise
             explained = _explained(error)
-            _say(explained or DDKitError(f"This is a fault of ddkit: {type(error).__name__}: {error}", "--debug shows where."))
-            ctx.exit(explained.exit_code if explained else _FAULT)
+            bug = f"This is a bug in ddkit. {type(error).__name__}: {error}"
+            _print_error(explained or DDKitError(bug, "Run it with --debug for the traceback."))
+            ctx.exit(explained.exit_code if explained else _EXIT_BUG)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
-            ctx.exit(130)
+            ctx.exit(_EXIT_INTERRUPTED)
 
 
 def _explained(error: Exception) -> DDKitError | None:
-    """What an error means for the user; None of one that is a fault of ours."""
+    """The error in words for the user; None for a bug."""
     if isinstance(error, DDKitError):
         return error
     if isinstance(error, OSError) and error.errno is not None:
@@ -72,11 +69,11 @@ def _explained(error: Exception) -> DDKitError | None:
 
 
 def wants_traceback(ctx: click.Context) -> bool:
-    """Whether --debug stood before or after the command's name."""
+    """True if --debug was given, before or after the command's name."""
     return bool(ctx.find_root().meta.get("ddkit.debug"))
 
 
-def _say(error: DDKitError) -> None:
+def _print_error(error: DDKitError) -> None:
     click.echo(click.style("Error: ", fg="red", bold=True) + error.message, err=True)
     if error.remedy:
         click.echo(error.remedy, err=True)
@@ -91,17 +88,20 @@ def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool)
         ctx.find_root().meta["ddkit.debug"] = True
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+)
 @click.version_option(__version__, prog_name="ddkit")
 @click.option(
     "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug, help="Show the traceback of an error."
 )
 def main() -> None:
-    """Enter a dataset-distillation challenge, and know beforehand what you will score.
+    """Enter a dataset distillation challenge, and know beforehand what you will score.
 
     \b
-    Try it:     ddkit demo
-    For real:   ddkit train, generate, evaluate, check, pack, report  (in this order)
+    Try it:    ddkit demo
+    Track 1:   ddkit generate --from-real random, refine, evaluate, check, pack, report
+    Track 2:   ddkit train, tune, evaluate --track 2, pack --track 2
     """
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they are spelt and explained once."""
+"""Options that several commands share, and types of options."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RUNS_FOLDER = Path("runs")
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--json, --quiet, --verbose, --debug; the command gets a `output` to speak through."""
+    """Add --json, --quiet, --verbose and --debug; the command receives an `output` made of them."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks.")
-    @click.option("-v", "--verbose", count=True, help="Say more; twice for the libraries' own logs.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print neither progress nor notes.")
+    @click.option("-v", "--verbose", count=True, help="Print more; twice for the logs of the libraries too.")
     @click.option(
         "--debug",
         is_flag=True,
@@ -42,38 +42,35 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 device_option = click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Where to compute."
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Device to compute on."
 )
-seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of all random numbers."
-)
-# What goes on has the seed it was begun with.
+seed_option = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Random seed.")
 recorded_seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**31 - 1), help="Of all random numbers.  [default: 0, or what it was begun with]"
+    "--seed", type=click.IntRange(0, 2**31 - 1), help="Random seed; 0 if not given. A resumed run keeps the seed it began with."
 )
 results_option = click.option(
     "--results",
     type=click.Path(dir_okay=False, path_type=Path),
     default=RESULTS_FILE,
     show_default=True,
-    help="The file of results.",
+    help="File that results are read from and added to.",
 )
 
 
 class FindingCode(click.ParamType):
-    """The code of a check's finding, such as C006, in either case."""
+    """The code of a finding of `ddkit check`, such as C006, in upper or lower case."""
 
     name = "code"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         code = str(value).strip().upper()
         if not re.fullmatch(r"[FTLNC]\d{3}", code):
-            self.fail(f"'{value}' is no code of a finding; one is a letter and three digits, such as C006.", param, ctx)
+            self.fail(f"'{value}' is not the code of a finding, which is a letter and three digits, such as C006.", param, ctx)
         return code
 
 
 class Duration(click.ParamType):
-    """A length of time such as 90, 90s, 20m, 1.5h; becomes seconds, a float."""
+    """A length of time such as 90, 90s, 20m or 1.5h, converted to seconds as a float."""
 
     name = "duration"
     _seconds_per = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -83,10 +80,10 @@ class Duration(click.ParamType):
             return float(value)
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", value.strip().lower())
         if match is None or float(match[1]) <= 0:
-            self.fail(f"'{value}' is no length of time; write 90s, 20m or 1.5h.", param, ctx)
+            self.fail(f"'{value}' is not a length of time. Write 90s, 20m or 1.5h.", param, ctx)
         return float(match[1]) * self._seconds_per[match[2]]
 
 
 def example(text: str) -> str:
-    """The epilog of a command: its example, kept as written."""
+    """A command's epilog: its example, line by line as written."""
     return "\b\nExample:\n  " + text.replace("\n", "\n  ")

@@ -34,4 +34,4 @@ def _remarks(rankings: Sequence[Ranking]) -> list[str]:
     """Each remark once, however many sets it is on."""
     missing = dict.fromkeys(str(need) for ranking in rankings for need in ranking.missing)
     lines = [f"Missing: {'; '.join(missing)}. ddkit evaluate --ranking runs what is missing."] if missing else []
-    return [*lines, *dict.fromkeys(remark for ranking in rankings for remark in ranking.remarks)]
+    return [*lines, *dict.fromkeys(remark for ranking in rankings for remark in ranking.notes)]

@@ -1,4 +1,4 @@
-"""`ddkit demo`: the whole way on built-in images, as the very commands a person would type."""
+"""`ddkit demo`: every step on built-in images, as the commands that a person would type."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from ddkit.cli import wants_traceback
 from ddkit.cli._options import device_option, example, output_options, seed_option
 from ddkit.cli._output import Output
 
-# A quick look: the official E is 1000. 60 keeps the demo within minutes and still separates good sets from bad.
+# The official setting is 1000. With 60 the demo takes minutes, and good sets still differ from bad ones.
 _EPOCHS_SETTING = "60"
 
 
-@click.command(epilog=example("ddkit demo --folder /tmp/ddkit-demo"))
+@click.command(short_help="Run every step on built-in images.", epilog=example("ddkit demo --folder /tmp/ddkit-demo"))
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("ddkit-demo"),
     show_default=True,
-    help="Where everything is written.",
+    help="Folder for everything that is written.",
 )
 @device_option
 @seed_option
 @output_options
 @click.pass_context
 def demo(ctx: click.Context, output: Output, folder: Path, device: str, seed: int) -> None:
-    """Go the whole way on built-in images: train, generate, evaluate, refine, check, pack, report.
+    """Run every step on built-in images: train, generate, evaluate, refine, check, pack, report.
 
-    Takes minutes on a laptop's CPU and downloads nothing. Run it again and it goes on where it was.
+    It takes minutes on a laptop's CPU and downloads nothing. If it is interrupted, run it again to continue.
     """
-    output.say(f"The whole way on built-in images of letters, in {escape(str(folder))}: some minutes on 2 CPU cores.")
+    output.note(f"Running every step on built-in images of letters, in {escape(str(folder))}. This takes minutes on two cores.")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     flags = ["--quiet"] * output.quiet + ["--verbose"] * output.verbosity + ["--debug"] * wants_traceback(ctx)
-    # With --json standard output is for one document.
+    # With --json there must be only one document on standard output.
     shown = contextlib.redirect_stdout(sys.stderr) if output.as_json else contextlib.nullcontext()
     with _inside(folder), shown:
         for words in _steps(device, seed):
-            output.say(f"\n[bold]$ ddkit {escape(shlex.join(words))}[/bold]")
+            output.note(f"\n[bold]$ ddkit {escape(shlex.join(words))}[/bold]")
             status = ctx.find_root().command.main([*words, *flags], prog_name="ddkit", standalone_mode=False)
             if status:
                 ctx.exit(status)
     seconds = time.monotonic() - began
     written = [folder / name for name in ("submission/glyphs.png", "report.html", "submission.zip")]
-    output.say(f"\nAll of it took {seconds:.0f} s.")
-    output.done(written, "ddkit train --dataset cifar100")
+    output.note(f"\nAll steps together took {seconds:.0f} s.")
+    output.finish(written, "ddkit train --dataset cifar100")
     output.result({"seconds": seconds, "files": written})
 
 
@@ -79,7 +79,7 @@ def _steps(device: str, seed: int) -> list[list[str]]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    """Work inside `folder`, as a person would after `cd`."""
+    """Make `folder` the current folder."""
     before = Path.cwd()
     os.chdir(folder)
     try:

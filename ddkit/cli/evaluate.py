@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ddkit.challenge import DatasetSpec
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.evaluation.reference import TestSet
-    from ddkit.metrics.ddranking import Need, Ranking
+    from ddkit.metrics.ddranking import MissingEvaluation, Ranking
     from ddkit.results import Records, Result
     from ddkit.statistics import Comparison
 
@@ -327,7 +327,7 @@ class _Job:
         self.output.say(f"{escape(result.source)} on {escape(result.dataset)}: {_percent(result.mean)}, recorded.")
         return result
 
-    def _announce(self, need: Need, settings: EvaluationSettings) -> None:
+    def _announce(self, need: MissingEvaluation, settings: EvaluationSettings) -> None:
         self.output.say(f"For DD-Ranking, evaluating {need}: {_length(settings)}.")
 
     def _check(self, path: Path, spec: DatasetSpec) -> None:

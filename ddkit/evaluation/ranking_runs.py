@@ -14,7 +14,7 @@ from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import Evaluation, EvaluationSettings, StateFolder, evaluate_source
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet, hash_of
-from ddkit.metrics.ddranking import Need, Ranking, of_result, run_missing
+from ddkit.metrics.ddranking import MissingEvaluation, Ranking, of_result, run_missing
 from ddkit.results import Result
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.select import choose
@@ -45,7 +45,7 @@ class RankingJob:
         if self.settings.track != 1 or not self.settings.augment:
             raise UsageError("DD-Ranking starts from a set that was evaluated on track 1 with augmentation.")
 
-    def settings_for(self, need: Need) -> EvaluationSettings:
+    def settings_for(self, need: MissingEvaluation) -> EvaluationSettings:
         """The set's own settings, but for augmentation; all real images get fewer epochs and a single round."""
         settings = dataclasses.replace(self.settings, augment=need.augment)
         if need.kind != "full-real":
@@ -54,7 +54,7 @@ class RankingJob:
         epochs = min(own, FULL_EPOCHS_SETTING) if self.full_epochs_setting is None else self.full_epochs_setting
         return dataclasses.replace(settings, rounds=FULL_ROUNDS, epochs_setting=epochs)
 
-    def images_for(self, need: Need) -> tuple[Tensor, Tensor]:
+    def images_for(self, need: MissingEvaluation) -> tuple[Tensor, Tensor]:
         """What `need` wants evaluated: images (N, 3, S, S) float, normalized, and labels (N,) int64."""
         if need.kind == "submission":
             return self.images, self.labels
@@ -77,7 +77,7 @@ def complete(
     known: Sequence[Result],
     *,
     record: Callable[[Result], None],
-    announce: Callable[[Need, EvaluationSettings], None] = lambda need, settings: None,
+    announce: Callable[[MissingEvaluation, EvaluationSettings], None] = lambda need, settings: None,
     state: StateFolder | None = None,
     progress: Listener = ignore,
 ) -> Ranking:
@@ -88,7 +88,7 @@ def complete(
     Raises what `evaluate_source` and `choose` raise.
     """
 
-    def run(need: Need) -> Result:
+    def run(need: MissingEvaluation) -> Result:
         settings = job.settings_for(need)
         announce(need, settings)
         images, labels = job.images_for(need)
@@ -103,11 +103,11 @@ def complete(
 
 def _of_too_few_epochs(result: Result, job: RankingJob) -> bool:
     """Whether it is of all real images, and of fewer epochs than are asked for."""
-    wanted = job.settings_for(Need("full-real", True))
+    wanted = job.settings_for(MissingEvaluation("full-real", True))
     return result.kind == "full-real" and result.epochs_setting < wanted.training.epochs_setting
 
 
-def _result(job: RankingJob, need: Need, evaluation: Evaluation, digest: str) -> Result:
+def _result(job: RankingJob, need: MissingEvaluation, evaluation: Evaluation, digest: str) -> Result:
     if need.kind == "submission":
         subject = job.subject
         return evaluation.result(subject.name, subject.sha256, subject.source, made_by=subject.made_by)

@@ -1,7 +1,7 @@
-"""The scores of DD-Ranking (arXiv 2505.13300): a set against random real images and against all real images.
+"""The scores of DD-Ranking (arXiv 2505.13300): a set compared with random real images and with all real images.
 
-All labels are hard here, as in the challenge, so that "any" and "hard" of the paper are the same accuracy.
-Accuracies are fractions, never percentages: on percentages the scores leave [0, 1] without a word.
+All labels are hard here, as in the challenge, so that "any" and "hard" accuracy of the paper are the same.
+Accuracies are fractions. On percentages the formulas would leave [0, 1] without an error.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import Any
 from ddkit.errors import UsageError
 from ddkit.results import Result
 
-WEIGHT = 0.5  # the leaderboard's w and gamma
+WEIGHT = 0.5  # w and gamma of the paper's leaderboard
 
 
 def hard_label_recovery(full_real: float, synthetic: float) -> float:
-    """HLR: how far the set stays behind all real images; smaller is better."""
-    return _fraction(full_real) - _fraction(synthetic)
+    """HLR: how much lower the set's accuracy is than that of all real images; smaller is better."""
+    return _within(full_real, 0) - _within(synthetic, 0)
 
 
 def improvement_over_random(synthetic: float, random_real: float) -> float:
-    """IOR: how much better the set is than as many random real images; larger is better."""
-    return _fraction(synthetic) - _fraction(random_real)
+    """IOR: how much higher the set's accuracy is than that of as many random real images; larger is better."""
+    return _within(synthetic, 0) - _within(random_real, 0)
 
 
 def label_robust_score(hlr: float, ior: float, weight: float = WEIGHT) -> float:
-    """LRS in [0, 1] from a = w IOR - (1 - w) HLR. HLR 0.20 and IOR 0.25 give 0.280."""
-    return _to_unit(weight * _difference(ior) - (1 - weight) * _difference(hlr))
+    """LRS in [0, 1] from a = w IOR - (1 - w) HLR; HLR 0.20 and IOR 0.25 give 0.280."""
+    return _to_unit(weight * _within(ior, -1) - (1 - weight) * _within(hlr, -1))
 
 
 def augmentation_robust_score(gain_augmented: float, gain_plain: float, weight: float = WEIGHT) -> float:
-    """ARS in [0, 1] from the improvements over random with and without augmentation, weighted."""
-    return _to_unit(weight * _difference(gain_augmented) + (1 - weight) * _difference(gain_plain))
+    """ARS in [0, 1] from the improvements over random images with and without augmentation."""
+    return _to_unit(weight * _within(gain_augmented, -1) + (1 - weight) * _within(gain_plain, -1))
 
 
 def _to_unit(value: float) -> float:
@@ -42,21 +42,15 @@ def _to_unit(value: float) -> float:
     return (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
-def _fraction(accuracy: float) -> float:
-    if not 0 <= accuracy <= 1:
-        raise UsageError(f"An accuracy of {accuracy:g} is no fraction.", "Divide percentages by 100.")
-    return accuracy
-
-
-def _difference(value: float) -> float:
-    if not -1 <= value <= 1:
-        raise UsageError(f"{value:g} is no difference of two fractions.", "Divide percentages by 100.")
+def _within(value: float, low: int) -> float:
+    if not low <= value <= 1:
+        raise UsageError(f"{value:g} does not lie between {low} and 1.", "Give fractions: divide percentages by 100.")
     return value
 
 
 @dataclass(frozen=True)
-class Need:
-    """An evaluation that the scores want and that the results do not hold.
+class MissingEvaluation:
+    """An evaluation that a score needs and that is not among the results.
 
     kind: "submission", "random-real" or "full-real", as in Result.
     """
@@ -67,7 +61,7 @@ class Need:
     def __str__(self) -> str:
         subject = {
             "submission": "the set itself",
-            "random-real": "random real images, as many a class",
+            "random-real": "as many random real images",
             "full-real": "the whole real training set",
         }[self.kind]
         return f"{subject}, {'with' if self.augment else 'without'} augmentation"
@@ -75,9 +69,9 @@ class Need:
 
 @dataclass(frozen=True)
 class Ranking:
-    """DD-Ranking's scores of one set; None where `missing` says what they lack.
+    """DD-Ranking's scores of one set; None if an evaluation in `missing` is needed.
 
-    remarks: where the accuracies behind a score were not obtained under quite the same settings.
+    notes: which accuracies were obtained under other settings than the set's.
     """
 
     subject: Result
@@ -85,106 +79,102 @@ class Ranking:
     ior: float | None
     lrs: float | None
     ars: float | None
-    missing: tuple[Need, ...]
-    remarks: tuple[str, ...] = ()
+    missing: tuple[MissingEvaluation, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def scores(self) -> dict[str, float | None]:
-        """By the paper's names, those that say it all first."""
+        """The scores by the paper's names, the two that combine the others first."""
         return {"LRS": self.lrs, "ARS": self.ars, "HLR": self.hlr, "IOR": self.ior}
 
     def as_data(self) -> dict[str, Any]:
-        """Plain values for JSON, fractions."""
-        subject = self.subject
-        facts = {"name": subject.name, "dataset": subject.dataset, "sha256": subject.sha256, "source": subject.source,
-                 "epochs_setting": subject.epochs_setting}  # fmt: skip
-        return facts | self.scores | {"missing": list(map(str, self.missing)), "remarks": list(self.remarks)}
+        """Plain values for JSON; accuracies are fractions."""
+        names = ("name", "dataset", "sha256", "source", "epochs_setting")
+        subject = {name: getattr(self.subject, name) for name in names}
+        return subject | self.scores | {"missing": list(map(str, self.missing)), "remarks": list(self.notes)}
 
 
 def from_results(results: Iterable[Result]) -> tuple[Ranking, ...]:
     """The scores of every submission evaluated with augmentation, newest last, one for each set and setting."""
     results = tuple(results)
-    known = _ResultIndex(results)
+    index = _index(results)
     subjects = {(r.dataset, r.sha256, *_settings(r)): r for r in results if r.kind == "submission" and r.augment}
-    return tuple(_ranking(subject, known) for subject in subjects.values())
+    return tuple(_ranking(subject, index) for subject in subjects.values())
 
 
 def of_result(subject: Result, results: Iterable[Result]) -> Ranking:
-    """The scores of one evaluated set, from the evaluations at hand."""
-    return _ranking(subject, _ResultIndex(results))
+    """The scores of one evaluated set; `results` holds the evaluations that it is compared with."""
+    return _ranking(subject, _index(results))
 
 
-def _ranking(subject: Result, known: _ResultIndex) -> Ranking:
-    plain = known.like(subject, "submission", augment=False)
-    random_real = known.like(subject, "random-real", augment=True)
-    random_plain = known.like(subject, "random-real", augment=False)
-    full_real = known.full_real(subject)
-    hlr = hard_label_recovery(full_real.mean, subject.mean) if full_real else None
-    ior = improvement_over_random(subject.mean, random_real.mean) if random_real else None
-    lrs = label_robust_score(hlr, ior) if hlr is not None and ior is not None else None
-    ars = None
-    if ior is not None and plain and random_plain:
-        ars = augmentation_robust_score(ior, improvement_over_random(plain.mean, random_plain.mean))
-    found = {
-        Need("full-real", True): full_real,
-        Need("random-real", True): random_real,
-        Need("submission", False): plain,
-        Need("random-real", False): random_plain,
-    }
-    missing = tuple(need for need, result in found.items() if result is None)
-    remarks = tuple(_remark(subject, result) for result in found.values() if result and _unequal(subject, result))
-    return Ranking(subject, hlr, ior, lrs, ars, missing, remarks)
+def run_missing(ranking: Ranking, evaluate: Callable[[MissingEvaluation], Result], also: Iterable[Result] = ()) -> Ranking:
+    """Run the missing evaluations one after another, and return the ranking with them.
 
-
-def run_missing(ranking: Ranking, evaluate: Callable[[Need], Result], also: Iterable[Result] = ()) -> Ranking:
-    """Run what a ranking lacks, one evaluation at a time, and return the ranking that follows.
-
-    evaluate: runs the evaluation that a Need asks for, under the subject's settings; what it returns is
-        already recorded, so that an interruption loses only the evaluation in progress.
-    also: the results at hand, from which the ranking came.
+    evaluate: runs an evaluation under the subject's settings and records it, so that an interruption costs only the
+        evaluation in progress.
+    also: the results from which the ranking was made.
     """
     results = [*also, ranking.subject]
-    results.extend(evaluate(need) for need in ranking.missing)
+    results.extend(evaluate(missing) for missing in ranking.missing)
     return of_result(ranking.subject, results)
 
 
-class _ResultIndex:
-    """The evaluations at hand, found by what they are to be held against; of equal ones the latest."""
+_Index = dict[tuple[object, ...], list[Result]]
 
-    def __init__(self, results: Iterable[Result]) -> None:
-        self._latest: dict[tuple[object, ...], Result] = {}
-        self._full_real: list[Result] = []
-        for result in results:
-            self._latest[self._key(result, result.kind, result.augment)] = result
-            if result.kind == "full-real" and result.augment:
-                self._full_real.append(result)
 
-    def like(self, subject: Result, kind: str, *, augment: bool) -> Result | None:
-        """The set itself, or as many images of another kind, under the subject's settings but for augmentation."""
-        return self._latest.get(self._key(subject, kind, augment))
+def _index(results: Iterable[Result]) -> _Index:
+    """The results by what they may be compared by, oldest first."""
+    index: _Index = {}
+    for result in results:
+        index.setdefault(_key(result, result.kind, result.augment), []).append(result)
+    return index
 
-    def full_real(self, subject: Result) -> Result | None:
-        """All real images under the same settings, else with the most epochs: they need far fewer to be learnt."""
-        # Of equals the first is taken, which is the latest here.
-        of_dataset = (r for r in reversed(self._full_real) if (r.dataset, r.network) == (subject.dataset, subject.network))
-        return max(of_dataset, key=lambda r: (_settings(r) == _settings(subject), r.epochs_setting), default=None)
 
-    @staticmethod
-    def _key(result: Result, kind: str, augment: bool) -> tuple[object, ...]:
-        same_set = result.sha256 if kind == "submission" else ""
-        return (kind, augment, result.dataset, result.images_per_class, same_set, *_settings(result))
+def _key(result: Result, kind: str, augment: bool) -> tuple[object, ...]:
+    """What an evaluation of that kind must share with `result`; all real images only the dataset and the network."""
+    if kind == "full-real":
+        return (kind, augment, result.dataset, result.network)
+    same_set = result.sha256 if kind == "submission" else ""
+    return (kind, augment, result.dataset, result.images_per_class, same_set, *_settings(result))
 
 
 def _settings(result: Result) -> tuple[object, ...]:
     return (result.track, result.epochs_setting, result.network, result.precision)
 
 
-def _unequal(subject: Result, other: Result) -> bool:
-    return _settings(other) != _settings(subject) or other.rounds != subject.rounds
+def _ranking(subject: Result, index: _Index) -> Ranking:
+    def newest(kind: str, *, augment: bool) -> Result | None:
+        return index.get(_key(subject, kind, augment), [None])[-1]
 
-
-def _remark(subject: Result, other: Result) -> str:
-    return f"{Need(other.kind, other.augment)}: {_conditions(other)}; the set itself: {_conditions(subject)}"
+    # All real images are best under the same settings, else with the most epochs: they need far fewer to be learned.
+    all_real = reversed(index.get(_key(subject, "full-real", True), []))
+    full_real = max(all_real, key=lambda r: (_settings(r) == _settings(subject), r.epochs_setting), default=None)
+    random_real = newest("random-real", augment=True)
+    plain, random_plain = newest("submission", augment=False), newest("random-real", augment=False)
+    hlr = hard_label_recovery(full_real.mean, subject.mean) if full_real else None
+    ior = improvement_over_random(subject.mean, random_real.mean) if random_real else None
+    ars = None
+    if ior is not None and plain and random_plain:
+        ars = augmentation_robust_score(ior, improvement_over_random(plain.mean, random_plain.mean))
+    found = {
+        MissingEvaluation("full-real", True): full_real,
+        MissingEvaluation("random-real", True): random_real,
+        MissingEvaluation("submission", False): plain,
+        MissingEvaluation("random-real", False): random_plain,
+    }
+    return Ranking(
+        subject,
+        hlr,
+        ior,
+        label_robust_score(hlr, ior) if hlr is not None and ior is not None else None,
+        ars,
+        tuple(evaluation for evaluation, result in found.items() if result is None),
+        tuple(
+            f"{evaluation}: {_conditions(result)}; the set itself: {_conditions(subject)}"
+            for evaluation, result in found.items()
+            if result and (_settings(result), result.rounds) != (_settings(subject), subject.rounds)
+        ),
+    )
 
 
 def _conditions(result: Result) -> str:

@@ -1,13 +1,11 @@
-"""Features that need no download: what an official ConvNet, trained on the real images, sees in a picture.
+"""Image features that need no download: those of the official ConvNet, trained on the real images.
 
-The network's normalization takes each channel's mean out of every map, so that averages over a whole map say
-almost nothing; averages over its four quarters do, and are the features here.
+The network's normalization removes each channel's mean from every map, so that averages over whole maps hold almost no
+information; the features here are averages over the four quarters of the last maps.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,50 +17,44 @@ from torch.nn import functional as F
 from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
-from ddkit.errors import BadFileError, UsageError, require_positive
+from ddkit.errors import UsageError, require_positive
 from ddkit.network.convnet import ConvNet
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import OFFICIAL_NETWORK, build_network
 from ddkit.network.training import TrainingRun, TrainingSettings
+from ddkit.runtime.cached import cache_key, cached_tensors
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.progress import Listener, Progress, ignore
-from ddkit.runtime.tensor_files import save_safetensors
-
-log = logging.getLogger(__name__)
 
 _QUARTERS = 2  # along each side of the last map
-_SIDE_OF_SETTINGS = 32  # pixels; larger images are fewer, see FeatureSettings
+_SIDE_OF_SETTINGS = 32  # pixels; of larger images fewer are used, see FeatureSettings
 _LARGEST_SIDE = 64  # pixels; larger images are reduced to it
 _SIDE_MULTIPLE = 8  # the network halves the side three times
 _IMAGES_AT_ONCE = 250
-_CACHE_FOLDER = "_features"  # no dataset can have this name
+_CACHE_FOLDER = "_features"  # a dataset cannot have this name
 
 
 @dataclass(frozen=True)
 class FeatureSettings:
     """How the feature network is trained. Features of different settings are not comparable.
 
-    images: drawn at random from the training set, of 32 px; of larger ones fewer, in proportion to the side,
-        so that the cost stays within minutes on a CPU.
+    images: how many are drawn at random from a training set of 32 px; of larger images fewer, in proportion to the side,
+        so that training takes minutes on a CPU.
     """
 
     images: int = 10_000
     epochs: int = 8
-    batch_size: int = 64  # smaller than the protocol's: few epochs need many steps
+    batch_size: int = 64  # smaller than the protocol's, for more steps in few epochs
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_positive(self, "images", "epochs", "batch_size")
 
-    def images_for(self, side: int, available: int) -> int:
-        """How many images of that side are trained on."""
-        return min(available, max(1, self.images * _SIDE_OF_SETTINGS // max(side, _SIDE_OF_SETTINGS)))
-
 
 class ReferenceFeatures:
-    """Turns images into features. Call it; `num_features` is their size.
+    """Features of images; call it with images. `num_features` is the number of features.
 
-    network: trained on real images of `spec`'s dataset, on the device where features are to be computed.
+    network: trained on real images of `spec`'s dataset, on the device on which features are computed.
     """
 
     num_features = NETWORK_WIDTH * _QUARTERS**2
@@ -75,28 +67,25 @@ class ReferenceFeatures:
 
     def __call__(self, images: Tensor, progress: Listener = ignore) -> Tensor:
         """(N, 3, S, S) uint8, or float in [0, 1] -> (N, 512) float32 on the CPU."""
-        features = []
+        features = [torch.empty(0, self.num_features)]
         for start in range(0, len(images), _IMAGES_AT_ONCE):
-            features.append(self._of_batch(images[start : start + _IMAGES_AT_ONCE]))
+            features.append(self._features_and_logits(images[start : start + _IMAGES_AT_ONCE])[0])
             done = min(start + _IMAGES_AT_ONCE, len(images))
             progress(Progress("Computing features", done, len(images), "images"))
-        return torch.cat(features) if features else torch.empty(0, self.num_features)
+        return torch.cat(features)
 
     def with_confidence(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Features as by a call, and (N,) float32 in [0, 1]: the probability that the network gives to each label.
 
         images: (N, 3, S, S) uint8, or float in [0, 1]. labels: (N,) int64.
         """
-        parts = [self._look(images[start : start + _IMAGES_AT_ONCE]) for start in range(0, len(images), _IMAGES_AT_ONCE)]
+        parts = [self._features_and_logits(batch) for batch in images.split(_IMAGES_AT_ONCE)]
         features, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return features, logits.softmax(1).gather(1, labels[:, None])[:, 0]
 
-    def _of_batch(self, images: Tensor) -> Tensor:
-        return self._look(images)[0]
-
     @torch.no_grad()
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits of one batch, on the CPU."""
+    def _features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of one batch, on the CPU."""
         batch = _resized(normalize(images.to(self._device), self._spec), self._network.image_size)
         embedding = self._embed(batch)
         logits = self._network.classifier(embedding)
@@ -112,30 +101,28 @@ def reference_features(
     device: str | torch.device = "cpu",
     progress: Listener = ignore,
 ) -> ReferenceFeatures:
-    """The features of a dataset's real training images; trains their network once and keeps it in the cache.
+    """Features learned from a dataset's real training images; the network is trained once and kept in the cache.
 
-    dataset: the training split. The cached network belongs to the very pixels and labels it was trained on and
-    to the settings: another store under the same name trains another one. Takes minutes on a CPU the first time.
+    dataset: the training split. The cached network belongs to the pixels and labels that it was trained on and to the
+    settings; for other images under the same name another one is trained. That takes minutes on a CPU.
     """
-    side = _side(spec.image_size)
-    chosen = _choose(len(dataset), settings.images_for(side, len(dataset)), settings.seed)
-    images, labels = dataset.images[chosen], dataset.labels[chosen]
-    network = build_network(OFFICIAL_NETWORK, len(dataset.class_names), side, seed=settings.seed)
-    path = _cache_path(images, labels, spec, settings)
-    if not _load(network, path):
-        log.info("Training the feature network on %d real images, kept in %s", len(images), path)
+    images, labels = _training_images(dataset, spec, settings)
+    network = build_network(OFFICIAL_NETWORK, len(dataset.class_names), _side(spec.image_size), seed=settings.seed)
+
+    def train() -> dict[str, Tensor]:
         _train(network.to(device), images, labels, spec, settings, progress)
-        try:
-            _save(network, path)
-        except BadFileError as error:  # a cache that is shared and not ours to write costs the training each time, no more
-            log.info("The feature network is not kept: %s", error)
+        return network.state_dict()
+
+    path, what = _cache_path(images, labels, spec, settings), f"the feature network of {spec.name}"
+    weights = cached_tensors(path, network.state_dict(), what, train)
+    if weights is not None:
+        network.load_state_dict(weights)
     return ReferenceFeatures(network.to(device), spec)
 
 
 def is_cached(dataset: ImageSet, spec: DatasetSpec, settings: FeatureSettings = FeatureSettings()) -> bool:
-    """Whether `reference_features` would find its network trained."""
-    chosen = _choose(len(dataset), settings.images_for(_side(spec.image_size), len(dataset)), settings.seed)
-    return _cache_path(dataset.images[chosen], dataset.labels[chosen], spec, settings).is_file()
+    """True if `reference_features` would find its network trained."""
+    return _cache_path(*_training_images(dataset, spec, settings), spec, settings).is_file()
 
 
 def _train(
@@ -151,7 +138,7 @@ def _train(
         network,
         _resized(normalize(images.to(device), spec), network.image_size),
         labels.to(device),
-        # No augmentation: over so few epochs nothing is learnt by heart, and it would slow learning down.
+        # Without augmentation, which would slow learning down; in so few epochs the images are not memorized.
         TrainingSettings(settings.epochs - 1, settings.batch_size, augment=False),
         torch.Generator().manual_seed(settings.seed),
     )
@@ -163,14 +150,18 @@ def _train(
         progress(Progress(task, run.epochs_done * len(images), settings.epochs * len(images), "images", figures))
 
 
-def _choose(available: int, count: int, seed: int) -> Tensor:
-    """Indices of `count` images, in the store's order so that reading it is sequential."""
-    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+def _training_images(dataset: ImageSet, spec: DatasetSpec, settings: FeatureSettings) -> tuple[Tensor, Tensor]:
+    """The images that the network is trained on, uint8, and their labels, in the store's order."""
+    side, available = _side(spec.image_size), len(dataset)
+    count = min(available, max(1, settings.images * _SIDE_OF_SETTINGS // max(side, _SIDE_OF_SETTINGS)))
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed))
+    chosen = order[:count].sort().values  # so that the store is read sequentially
+    return dataset.images[chosen], dataset.labels[chosen]
 
 
 def _side(image_size: int) -> int:
     if image_size < _SIDE_MULTIPLE:
-        raise UsageError(f"Images of {image_size} pixels are too small for features.")
+        raise UsageError(f"Images of {image_size} pixels are too small for features.", f"{_SIDE_MULTIPLE} are needed.")
     return min(_LARGEST_SIDE, image_size // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
 
 
@@ -181,29 +172,11 @@ def _resized(images: Tensor, side: int) -> Tensor:
 
 
 def _cache_path(images: Tensor, labels: Tensor, spec: DatasetSpec, settings: FeatureSettings) -> Path:
-    digest = hashlib.sha256(repr((spec.mean, spec.std, sorted(asdict(settings).items()))).encode())
-    for part in _blocks(images):
-        digest.update(part)
-    digest.update(labels.contiguous().numpy().tobytes())
-    return cache_folder() / _CACHE_FOLDER / f"{spec.name}-{digest.hexdigest()[:20]}.safetensors"
+    made_of = (spec.mean, spec.std, sorted(asdict(settings).items()))
+    key = cache_key(made_of, _blocks(images, labels))
+    return cache_folder() / _CACHE_FOLDER / f"{spec.name}-{key}.safetensors"
 
 
-def _blocks(images: Tensor) -> Iterator[memoryview]:
-    for block in images.split(_IMAGES_AT_ONCE):
-        yield block.contiguous().numpy().data
-
-
-def _load(network: ConvNet, path: Path) -> bool:
-    """Fill the network from the cache; False where there is nothing usable, which is then made anew."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        network.load_state_dict(load_file(path))
-    except (FileNotFoundError, SafetensorError, RuntimeError):
-        return False
-    return True
-
-
-def _save(network: ConvNet, path: Path) -> None:
-    save_safetensors({key: value.cpu().contiguous() for key, value in network.state_dict().items()}, path)
+def _blocks(images: Tensor, labels: Tensor) -> Iterator[Tensor]:
+    yield from images.split(_IMAGES_AT_ONCE)
+    yield labels

@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, by torchmetrics' own accumulation and formula."""
+"""The Frechet distance between two sets of features, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
     |mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 sqrt(cov_a cov_b)) (Heusel et al. 2017, equation 6).
     features_a: (N, D), features_b: (M, D), any float type; computed in float64. With fewer than D + 1
-    images the covariances are singular and the distance is biased upwards: compare equal N and M only.
-    Raises UsageError for shapes that do not fit or fewer than two images, ComputeError for values that
-    are not finite.
+    images the covariances are singular and the distance is biased upwards, so compare equal N and M only.
+    Raises UsageError for other shapes or fewer than two images, ComputeError for values that are not finite.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -23,7 +22,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     metric = FrechetInceptionDistance(feature=_Unchanged(features_a.shape[1])).set_dtype(torch.float64)
     metric.update(features_a.detach().cpu().double(), real=True)
     metric.update(features_b.detach().cpu().double(), real=False)
-    # The matrix root's rounding can leave a tiny negative value for equal sets.
+    # Rounding of the matrix root can give a tiny negative value for equal sets.
     return max(0.0, float(metric.compute()))
 
 
@@ -32,7 +31,7 @@ def _check(features_a: Tensor, features_b: Tensor) -> None:
         if features.ndim != 2 or len(features) < 2:
             raise UsageError(f"The Frechet distance needs (N, D) features of at least two images, not {tuple(features.shape)}.")
         if not torch.isfinite(features).all():
-            raise ComputeError("The features hold values that are not finite.", "Look at the images they come from.")
+            raise ComputeError("The features hold values that are NaN or infinite.", "Look at the images that they come from.")
     if features_a.shape[1] != features_b.shape[1]:
         raise UsageError(
             f"Features of {features_a.shape[1]} and {features_b.shape[1]} dimensions cannot be compared.",
@@ -41,7 +40,7 @@ def _check(features_a: Tensor, features_b: Tensor) -> None:
 
 
 class _Unchanged(nn.Module):
-    """Stands where torchmetrics expects a network: what comes are features already."""
+    """In place of the network that torchmetrics expects, since its input is features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Inception's features, in which the Frechet distances of papers are measured; by torchmetrics and torch-fidelity."""
+"""Features of Inception, in which papers measure the Frechet distance; by torchmetrics and torch-fidelity."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from ddkit.errors import MissingDataError, UsageError
 from ddkit.runtime.progress import Listener, Progress, ignore
 
-_IMAGES_AT_ONCE = 50  # which grow to 299 px
+_IMAGES_AT_ONCE = 50  # enlarged to 299 px
 
 
 class InceptionFeatures:
-    """Turns images into features of the Inception network of Heusel et al. 2017 (arXiv 1706.08500). Call it.
+    """Features of the Inception network of Heusel et al. 2017 (arXiv 1706.08500): call it with images.
 
-    Its weights, 91 MiB, come from PyTorch's cache of downloads, or are downloaded. Raises UsageError where
-    torch-fidelity is not installed, MissingDataError where the weights are not there and cannot be downloaded.
+    Its weights, 91 MiB, come from PyTorch's cache of downloads, or are downloaded. Raises UsageError if torch-fidelity
+    is not installed, and MissingDataError if the weights are not in the cache and cannot be downloaded.
     """
 
     num_features = 2048
@@ -34,8 +34,8 @@ class InceptionFeatures:
         except urllib.error.URLError as error:
             path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
             raise MissingDataError(
-                f"The weights of Inception cannot be downloaded: {error.reason}.",
-                f"Get {URL_INCEPTION_V3} by other means, and put it at {path}.",
+                f"The weights of Inception could not be downloaded: {error.reason}.",
+                f"Download {URL_INCEPTION_V3} in another way, and save it as {path}.",
             ) from error
         self._device = torch.device(device)
         self._network = network.to(self._device)

@@ -1,4 +1,4 @@
-"""How good a set's pictures are, beside real ones: one table of the metrics, each with what real images get."""
+"""The quality of a set's images: metrics of the set, and the same metrics of other real images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from ddkit.metrics.features import ReferenceFeatures
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.progress import Listener, ignore
 
-_MOST_REAL = 50_000  # images that the set is held against
-_MOST_NEIGHBORHOODS = 10_000  # real images whose neighborhoods make density and coverage; their number counts twice
+_MOST_REAL = 50_000  # images that the set is compared with
+_MOST_NEIGHBORHOODS = 10_000  # of real images, for density and coverage, whose cost grows with the square
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The metrics of one set of images against the same real ones.
+class ImageMetrics:
+    """Metrics of a set of images, compared with real ones.
 
-    frechet: Frechet distance; smaller is better. density, coverage: Naeem et al. 2020; larger is better, and real images
-        get a density of about 1.
-    diversity: mean distance within a class; None where no class has two images.
-    nearest: median distance to the nearest real image, in units of the same of real images: far below 1 means copies.
+    frechet: Frechet distance; smaller is better.
+    density, coverage: Naeem et al. 2020; larger is better, and the density of real images is about 1.
+    diversity: mean distance within a class; None if no class has two images.
+    nearest: median distance to the nearest real image, in units of the same distance of real images; far below 1, the
+        images are copies.
     """
 
     frechet: float
@@ -37,15 +38,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Quality:
-    """The scores of a set, and those of as many other real images of the same classes: what is to be reached.
+    """The metrics of a set of `images` images, and those of as many other real images of the same classes.
 
-    neighbors: (N,) indices into the real training set, all of it, of each image's nearest real one.
+    neighbors: (N,) index of the real training image that is nearest to each image.
     distances: (N,) to it, in units of the median distance from a real image to the nearest other one.
     """
 
     images: int
-    scores: Scores
-    real: Scores
+    metrics: ImageMetrics
+    real: ImageMetrics
     neighbors: Tensor
     distances: Tensor
 
@@ -59,59 +60,58 @@ def measure(
     seed: int = 0,
     progress: Listener = ignore,
 ) -> Quality:
-    """Measure a set against the real training images.
+    """Compare a set with the real training images.
 
     images: (N, 3, S, S) uint8. labels: (N,) int64. dataset: the training split.
-    seed: draws the real images that stand in for a perfect set, as many of each class as the set has; those and
-        the others that both are held against do not overlap.
-    Raises UsageError when fewer than two images are given or the dataset is too small to be split so.
+    seed: draws the real images that stand for a perfect set, as many of each class as the set has. Both are compared
+        with other real images.
+    Raises UsageError for fewer than two images, or if the dataset is too small for that.
     """
     if len(images) < 2:
-        raise UsageError("Quality is measured on two images or more.")
+        raise UsageError("Quality can be measured of two images or more.")
     stand_in, reference = _split_real(labels, dataset.labels, seed)
     if len(reference) < 10:
-        raise UsageError("There are too few real images to hold the set against.", "Measure a smaller set.")
+        raise UsageError("There are too few real images to compare the set with.", "Measure a smaller set.")
     real = features(dataset.images[reference], progress)
     ours = features(images, progress)
     other = features(dataset.images[stand_in], progress)
-    # Copies are looked for among all training images: also those that stand in, and those that are one too many above.
+    # Copies are looked for among all training images, those that were left out above included.
     rest = torch.ones(len(dataset.labels), dtype=torch.bool).index_fill_(0, reference, False).nonzero().flatten()
     everything = torch.cat([real, features(dataset.images[rest], progress)])
     indices, distances = nearest(ours, everything)
-    # How far a real image lies from the nearest other one is the unit of these distances.
     unit = nearest(other, real)[1].median().clamp_min(1e-6)
     return Quality(
         images=len(images),
-        scores=_scores(ours, labels, real, distances / unit),
-        real=_scores(other, dataset.labels[stand_in], real, torch.ones(1)),
+        metrics=_metrics(ours, labels, real, distances / unit),
+        real=_metrics(other, dataset.labels[stand_in], real, torch.ones(1)),
         neighbors=torch.cat([reference, rest])[indices],
         distances=distances / unit,
     )
 
 
-def _scores(features: Tensor, labels: Tensor, real: Tensor, distances: Tensor) -> Scores:
-    found = density_and_coverage(real[:: -(-len(real) // _MOST_NEIGHBORHOODS)], features)
+def _metrics(features: Tensor, labels: Tensor, real: Tensor, distances: Tensor) -> ImageMetrics:
+    density, coverage = density_and_coverage(real[:: -(-len(real) // _MOST_NEIGHBORHOODS)], features)
     several = bool((labels.bincount() > 1).any())
-    return Scores(
+    return ImageMetrics(
         frechet=frechet_distance(real, features),
-        density=found.density,
-        coverage=found.coverage,
+        density=density,
+        coverage=coverage,
         diversity=within_class_diversity(features, labels) if several else None,
         nearest=float(distances.median()),
     )
 
 
 def _split_real(labels: Tensor, real_labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of as many real images of each class as `labels` has, and of up to so many others; no overlap."""
+    """Indices of as many real images of each class as `labels` has, and of others, at most _MOST_REAL."""
     order = torch.randperm(len(real_labels), generator=torch.Generator().manual_seed(seed))
     shuffled = real_labels[order]
-    # The place of each image within its class, in the shuffled order.
+    # The position of each image within its class, in the shuffled order.
     place = torch.empty_like(order)
     for label in real_labels.unique():
         members = (shuffled == label).nonzero().flatten()
         place[members] = torch.arange(len(members))
     wanted = torch.bincount(labels, minlength=int(real_labels.max()) + 1)[shuffled]
-    # At most half of a class stands in, so that something is left to compare with.
+    # At most half of a class, so that something is left to compare with.
     room = torch.bincount(real_labels)[shuffled] // 2
     stands_in = place < torch.minimum(wanted, room)
     return order[stands_in].sort().values, order[~stands_in][:_MOST_REAL].sort().values

@@ -12,7 +12,7 @@ from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.ranking_runs import RankingJob, complete
 from ddkit.evaluation.reference import as_test_set
-from ddkit.metrics.ddranking import Need
+from ddkit.metrics.ddranking import MissingEvaluation
 from ddkit.results import Result
 
 SETTINGS = EvaluationSettings(rounds=2, epochs_setting=3, device="cpu")
@@ -44,7 +44,7 @@ def test_what_is_missing_is_run_recorded_and_counted_once(job, tmp_path):
     assert {(r.kind, r.augment) for r in recorded} == {
         ("full-real", True), ("random-real", True), ("submission", False), ("random-real", False),
     }  # fmt: skip
-    assert announced == [Need(r.kind, r.augment) for r in recorded]
+    assert announced == [MissingEvaluation(r.kind, r.augment) for r in recorded]
     images = {r.kind: (r.images, r.images_per_class) for r in recorded}
     assert images == {"full-real": (10, (5, 5)), "random-real": (4, (2, 2)), "submission": (4, (2, 2))}
     (plain,) = (r for r in recorded if r.kind == "submission")
@@ -60,13 +60,13 @@ def test_what_is_missing_is_run_recorded_and_counted_once(job, tmp_path):
 
 
 def test_all_real_images_get_their_own_epochs_and_one_round(job):
-    need = Need("full-real", True)
+    need = MissingEvaluation("full-real", True)
     assert job.settings_for(need).training.epochs_setting == 3
     long = dataclasses.replace(job, settings=EvaluationSettings())
     assert (long.settings_for(need).training.epochs_setting, long.settings_for(need).rounds) == (40, 1)
     asked = dataclasses.replace(job, full_epochs_setting=7)
     assert asked.settings_for(need).training.epochs_setting == 7
-    assert job.settings_for(Need("random-real", False)) == dataclasses.replace(SETTINGS, augment=False)
+    assert job.settings_for(MissingEvaluation("random-real", False)) == dataclasses.replace(SETTINGS, augment=False)
 
 
 def test_what_cannot_be_ranked_is_refused(job):

@@ -14,26 +14,26 @@ def draws(n: int, d: int = 6, seed: int = 0) -> torch.Tensor:
 def test_by_hand_on_a_line():
     # Real images at 0, 1, 3, 7 with k = 1: radii 1, 1, 2, 4. One generated at 2 lies within 1 and 2 of 1 and 3 only.
     real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
-    found = density_and_coverage(real, torch.tensor([[2.0]]), k=1)
-    assert (found.density, found.coverage) == (2.0, 0.5)
+    density, coverage = density_and_coverage(real, torch.tensor([[2.0]]), k=1)
+    assert (density, coverage) == (2.0, 0.5)
 
 
 def test_the_same_distribution_is_dense_and_covered():
-    found = density_and_coverage(draws(1500), draws(1500, seed=1))
-    assert found.density == pytest.approx(1, abs=0.1)
+    density, coverage = density_and_coverage(draws(1500), draws(1500, seed=1))
+    assert density == pytest.approx(1, abs=0.1)
     # Naeem et al. 2020, equation 10: 1 - 1/2^k in expectation for equal sizes.
-    assert found.coverage == pytest.approx(1 - 0.5**5, abs=0.02)
+    assert coverage == pytest.approx(1 - 0.5**5, abs=0.02)
 
 
 def test_one_image_repeated_covers_little_however_often():
-    found = density_and_coverage(draws(500), torch.zeros(500, 6))
-    assert found.density > 0.5
-    assert 0 < found.coverage < 0.05
+    density, coverage = density_and_coverage(draws(500), torch.zeros(500, 6))
+    assert density > 0.5
+    assert 0 < coverage < 0.05
 
 
 def test_a_far_away_set_has_neither():
-    found = density_and_coverage(draws(300), draws(300, seed=1) + 100)
-    assert (found.density, found.coverage) == (0, 0)
+    density, coverage = density_and_coverage(draws(300), draws(300, seed=1) + 100)
+    assert (density, coverage) == (0, 0)
 
 
 def test_too_few_real_images_are_refused():

@@ -6,7 +6,7 @@ import pytest
 
 from ddkit.errors import UsageError
 from ddkit.metrics import ddranking
-from ddkit.metrics.ddranking import Need
+from ddkit.metrics.ddranking import MissingEvaluation
 from ddkit.results import Result
 
 
@@ -60,7 +60,7 @@ def test_all_scores_from_the_results_at_hand():
     assert ranking.lrs == pytest.approx(0.280, abs=5e-4)
     assert ranking.ars == pytest.approx(ddranking.augmentation_robust_score(0.25, 0.22))
     assert ranking.missing == ()
-    assert ranking.remarks == ()
+    assert ranking.notes == ()
 
 
 def test_what_is_missing_is_named():
@@ -68,9 +68,9 @@ def test_what_is_missing_is_named():
     assert ranking.hlr == pytest.approx(0.20)
     assert ranking.ior is ranking.lrs is ranking.ars is None
     assert ranking.missing == (
-        Need("random-real", True), Need("submission", False), Need("random-real", False)
+        MissingEvaluation("random-real", True), MissingEvaluation("submission", False), MissingEvaluation("random-real", False)
     )  # fmt: skip
-    assert str(ranking.missing[0]) == "random real images, as many a class, with augmentation"
+    assert str(ranking.missing[0]) == "as many random real images, with augmentation"
 
 
 def test_baselines_of_another_setting_do_not_count():
@@ -81,18 +81,18 @@ def test_baselines_of_another_setting_do_not_count():
         dataclasses.replace(result("random-real", 0.2), images_per_class=(50, 50)),
     ]
     (ranking,) = ddranking.from_results([SUBJECT, *other])
-    assert Need("random-real", True) in ranking.missing
+    assert MissingEvaluation("random-real", True) in ranking.missing
 
 
 def test_another_set_without_augmentation_does_not_count():
     (ranking,) = ddranking.from_results([SUBJECT, result("submission", 0.40, augment=False, sha256="other")])
-    assert Need("submission", False) in ranking.missing
+    assert MissingEvaluation("submission", False) in ranking.missing
 
 
 def test_all_real_images_may_have_other_epochs_and_that_is_said():
     (ranking,) = ddranking.from_results([SUBJECT, result("full-real", 0.6, epochs_setting=20)])
     assert ranking.hlr == pytest.approx(0.15)
-    assert "E = 20" in ranking.remarks[0] and "E = 50" in ranking.remarks[0]
+    assert "E = 20" in ranking.notes[0] and "E = 50" in ranking.notes[0]
 
 
 def test_the_newest_evaluation_of_a_set_counts():
@@ -104,12 +104,12 @@ def test_the_newest_evaluation_of_a_set_counts():
 def test_missing_evaluations_are_run_and_counted():
     ran = []
 
-    def evaluate(need: Need) -> Result:
+    def evaluate(need: MissingEvaluation) -> Result:
         ran.append(need)
         return next(r for r in EVERYTHING if (r.kind, r.augment) == (need.kind, need.augment))
 
     (before,) = ddranking.from_results(EVERYTHING[:3])
     after = ddranking.run_missing(before, evaluate, also=EVERYTHING[:3])
-    assert ran == [Need("submission", False), Need("random-real", False)]
+    assert ran == [MissingEvaluation("submission", False), MissingEvaluation("random-real", False)]
     assert after.missing == ()
     assert after.ars is not None

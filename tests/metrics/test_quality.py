@@ -28,10 +28,10 @@ def test_real_images_measure_like_real_images():
     dataset, other = real_set(600), real_set(90, seed=1)
     quality = measure(other.images, other.labels, dataset, Pixels())
     assert quality.images == 90
-    assert quality.scores.density == pytest.approx(quality.real.density, abs=0.25)
-    assert quality.scores.coverage == pytest.approx(quality.real.coverage, abs=0.15)
-    assert quality.scores.diversity == pytest.approx(quality.real.diversity, rel=0.1)
-    assert quality.scores.nearest == pytest.approx(1, abs=0.15)
+    assert quality.metrics.density == pytest.approx(quality.real.density, abs=0.25)
+    assert quality.metrics.coverage == pytest.approx(quality.real.coverage, abs=0.15)
+    assert quality.metrics.diversity == pytest.approx(quality.real.diversity, rel=0.1)
+    assert quality.metrics.nearest == pytest.approx(1, abs=0.15)
     assert quality.real.nearest == 1
 
 
@@ -46,14 +46,14 @@ def test_one_picture_for_each_class_has_no_diversity_and_covers_little():
     dataset = real_set(600)
     first = torch.tensor([0, 1, 2])
     quality = measure(dataset.images[first].repeat_interleave(20, 0), first.repeat_interleave(20), dataset, Pixels())
-    assert quality.scores.diversity == pytest.approx(0, abs=1e-4)
-    assert quality.scores.coverage < quality.real.coverage / 3
-    assert quality.scores.frechet > quality.real.frechet
+    assert quality.metrics.diversity == pytest.approx(0, abs=1e-4)
+    assert quality.metrics.coverage < quality.real.coverage / 3
+    assert quality.metrics.frechet > quality.real.frechet
 
 
 def test_one_image_a_class_has_no_diversity_to_measure():
     dataset = real_set(300)
-    assert measure(dataset.images[:3], dataset.labels[:3], dataset, Pixels()).scores.diversity is None
+    assert measure(dataset.images[:3], dataset.labels[:3], dataset, Pixels()).metrics.diversity is None
 
 
 def test_a_single_image_is_refused():
