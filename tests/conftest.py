@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 SHARED_DATA = Path(os.environ.get("DDKIT_TEST_DATA", ROOT.parent / "shared" / "data"))
+SHARED_CASES = Path(os.environ.get("DDKIT_TEST_CASES", ROOT.parent / "shared" / "cases"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +53,19 @@ def gpu():
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     return FIXTURES
+
+
+@pytest.fixture
+def case() -> Callable[[str], Path]:
+    """case("05-torchvision-root") -> the folder of a small input that people really have."""
+
+    def find(name: str) -> Path:
+        path = SHARED_CASES / name
+        if not path.is_dir():
+            pytest.skip(f"real input missing: {path} (set DDKIT_TEST_CASES to the folder that holds it)")
+        return path
+
+    return find
 
 
 def _archive(name: str) -> Path:

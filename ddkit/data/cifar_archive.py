@@ -35,8 +35,11 @@ _BLOCK = 1 << 20
 _log = logging.getLogger(__name__)
 
 
-def read_cifar(tree: Tree, folder: str) -> Source | None:
-    """CIFAR-100 where `folder` has the files train, test and meta. Raises BadDataError for what is damaged or hostile."""
+def read_cifar(tree: Tree, folder: str, test_split: str | None = None) -> Source | None:
+    """CIFAR-100 if `folder` has the files train, test and meta; it has one test split only.
+
+    Raises BadDataError for what is damaged or hostile.
+    """
     present = [name for name in FILES if name in tree.folders[folder][1]]
     if len(present) < 2:
         return None

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,12 +102,7 @@ class _Search:
         for _ in range(_MAX_DEPTH + 1):
             below = []
             for folder in level[:_MOST_FOLDERS]:
-                try:
-                    source = self._read(tree, folder)
-                except IncompleteLayoutError as error:
-                    problems.append(error)
-                    source = None
-                if source is not None:
+                if source := self._read(tree, folder, problems):
                     found.append((folder or tree.path.name, source))
                 else:
                     below += [f"{folder}/{name}" if folder else name for name in tree.folders[folder][0]]
@@ -123,13 +119,15 @@ class _Search:
             raise problems[0]
         return found
 
-    def _read(self, tree: Tree, folder: str) -> Source | None:
-        return (
-            read_cifar(tree, folder)
-            or read_image_folder(tree, folder, self.test_split)
-            or read_arrays(tree, folder, self.test_split)
-            or read_parquet(tree, folder, self.test_split, self.scratch)
-        )
+    def _read(self, tree: Tree, folder: str, problems: list[BadDataError]) -> Source | None:
+        """The dataset whose layout begins at a folder; what is incomplete is added to `problems`."""
+        for read in (read_cifar, read_image_folder, read_arrays, partial(read_parquet, scratch=self.scratch)):
+            try:
+                if source := read(tree, folder, self.test_split):
+                    return source
+            except IncompleteLayoutError as error:
+                problems.append(error)
+        return None
 
     def _copied(self, tree: Tree, name: str) -> Path:
         """A file of a tree as one of the system. Raises BadDataError if it is damaged."""
