@@ -19,7 +19,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.errors import InterruptedRunError, UsageError, did_you_mean
 from ddkit.evaluation.reference import TestSet, as_test_set
-from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, StateFile, read_result, run_rounds
+from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, read_result, run_rounds
 from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
 from ddkit.evaluation.tracks import Conditions, Generate, deviations
 from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
@@ -38,10 +38,12 @@ _SIDE_BY_SIDE = 4  # rounds at a time on a GPU
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to evaluate; None keeps what the track prescribes.
+    """How to evaluate; None takes the track's value.
 
-    epochs_setting: E; E + 1 epochs run. precision: "float32" or "bfloat16". network: a name in
-    `ddkit.network.networks.NETWORKS`. time_budget: seconds a track 2 generator may take for each round.
+    track: 1 or 2. rounds: how many fresh networks to train. epochs_setting: E; E + 1 epochs run.
+    network: a name in `ddkit.network.networks.NETWORKS`. precision: "float32" or "bfloat16".
+    time_budget: seconds that a track 2 generator may take for each round.
+    Raises UsageError for values that make no sense.
     """
 
     track: int = 1
@@ -60,8 +62,10 @@ class EvaluationSettings:
         if self.time_budget is not None and self.time_budget <= 0:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
         if self.network not in NETWORKS:
-            raise UsageError(f"There is no network '{self.network}'.", did_you_mean(self.network, tuple(NETWORKS)))
-        _ = challenge.track(self.track), self.training  # refuse a track, epochs or a precision that there are not
+            raise UsageError(f"Unknown network '{self.network}'.", did_you_mean(self.network, tuple(NETWORKS)))
+        # These raise UsageError for an unknown track, and for epochs or a precision that make no sense.
+        challenge.track(self.track)
+        self._training()
 
     @property
     def number_of_rounds(self) -> int:
@@ -74,6 +78,10 @@ class EvaluationSettings:
 
     @property
     def training(self) -> TrainingSettings:
+        """How each network is trained."""
+        return self._training()
+
+    def _training(self) -> TrainingSettings:
         epochs = self.epochs_setting
         if epochs is None:
             epochs = challenge.track(self.track).epochs_setting
@@ -104,7 +112,7 @@ class Evaluation(Scores):
     def result(
         self, name: str, sha256: str, source: str, *, kind: str = "submission", made_by: Mapping[str, Any] | None = None
     ) -> Result:
-        """The record for the results file: what was evaluated (its name, hash and where it lay) and what came out."""
+        """The record for the results file: what was evaluated (its name, hash and path) and the outcome."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "settings"}
         settings = self.settings
         return Result(
@@ -127,22 +135,13 @@ class Evaluation(Scores):
 
 @dataclass(frozen=True)
 class StateFolder:
-    """Where evaluations keep what they have done; each in a folder of its own, named by a hash of all that decides.
+    """Where evaluations save their states and results, each in its own folder.
 
-    path: None keeps nothing. seconds_between_saves: how much work a kill may cost.
+    path: None saves nothing. seconds_between_saves: how much work a kill may cost.
     """
 
     path: Path | None = None
     seconds_between_saves: float = 30.0
-
-    def folder(self, key: str) -> Path | None:
-        """The folder of the evaluation with that key."""
-        return None if self.path is None else Path(self.path) / key
-
-    def file(self, key: str, index: int) -> StateFile:
-        """The state of one round of it."""
-        folder = self.folder(key)
-        return StateFile(folder and folder / f"round-{index}.pt", self.seconds_between_saves)
 
 
 def evaluate(
@@ -162,18 +161,18 @@ def evaluate(
     state: StateFolder | None = None,
     progress: Listener = ignore,
 ) -> Evaluation:
-    """Train fresh networks on a distilled set as the challenge does and test them on real images.
+    """Train fresh networks on a distilled set as the challenge does, and test them on real images.
 
     images: (N, 3, S, S) float, normalized. labels: (N,) int64.
     test_set: an ImageSet of uint8 pixels, the challenge's reference as dict or as (images, labels), normalized, or a
-        TestSet, which has a spec of its own.
-    track, rounds, epochs_setting and what follows: see EvaluationSettings; None keeps the track's own.
-    spec: of the dataset; found among the built-in ones by number of classes and image size when None.
-    state: where to keep what is done, so that an interrupted evaluation goes on and a finished one is not repeated;
-        on a CPU its accuracies are bit-identical to those of an uninterrupted one.
+        TestSet, which has its own spec.
+    track, rounds, epochs_setting, seed, network, augment, precision, device: see EvaluationSettings.
+    spec: the dataset; None finds it among the built-in ones by number of classes and image size.
+    state: where to save, so that an interrupted evaluation is continued and a finished one is not repeated. On a CPU a
+        continued one gives the same accuracies to the bit.
 
     Raises InvalidSubmissionError for images that cannot be trained on, BadDataError for a test set that does not fit,
-    UsageError for settings that cannot be meant, InterruptedRunError once asked to stop, the state saved.
+    UsageError for settings that make no sense, InterruptedRunError once asked to stop, with the state saved.
     Source: PROTOCOL.md.
     """
     settings = EvaluationSettings(track, rounds, epochs_setting, seed, network, augment, precision, device)
@@ -190,13 +189,14 @@ def evaluate_generator(
     state: StateFolder | None = None,
     progress: Listener = ignore,
 ) -> Evaluation:
-    """Track 2: like `evaluate`, on images that `generate` makes anew for each round within the time budget.
+    """Track 2: like `evaluate`, with images that `generate` makes for each round within the time budget.
 
-    generate: (seed, seconds) -> (images, labels) as `evaluate` takes them. name: a hash or name that identifies the
-    entry, under which interrupted evaluations are continued. Raises InvalidSubmissionError when the budget is overrun.
+    generate: (seed, seconds) -> (images, labels) as `evaluate` takes them; the images may also be uint8 pixels.
+    name: a hash or name that identifies the entry, under which interrupted evaluations are continued.
+    Raises InvalidSubmissionError if the budget is exceeded.
     """
     if settings.budget is None:
-        raise UsageError("Generators are evaluated on track 2.", "Say --track 2, or give a time budget.")
+        raise UsageError("Generators are evaluated on track 2.", "Add --track 2, or give a time budget.")
     source = TimedGenerator(generate, name, settings.budget)
     return evaluate_source(source, test_set, settings, state=state, progress=progress)
 
@@ -209,93 +209,85 @@ def evaluate_source(
     state: StateFolder | None = None,
     progress: Listener = ignore,
 ) -> Evaluation:
-    """What `evaluate` and `evaluate_generator` do, for any source of training images."""
+    """Do what `evaluate` and `evaluate_generator` do, for either source of training images."""
     if isinstance(source, FixedSet):
         check_training_set(source.images, source.labels, test_set.spec)
     group = ProcessGroup(resolve_device(settings.device))
-    device = group.device
-    mine = group.local_items(range(settings.number_of_rounds))
-    runner = _Runner(source, test_set, settings, device, state or StateFolder(), progress, len(mine))
+    local = group.local_items(range(settings.number_of_rounds))
+    run = _Run(source, test_set, settings, group.device, state or StateFolder(), progress, len(local))
+    # A GPU trains a few rounds side by side, because one small network does not fill it. A CPU trains one, and so does a
+    # GPU where each round has its own images, which can be gigabytes.
+    at_once = _SIDE_BY_SIDE if group.device.type == "cuda" and source.budget is None else 1
+    results: list[tuple[int, RoundResult]] = []
     with stop_requests() as stop:
-        results = [pair for group in _groups(mine, device, source) for pair in zip(group, runner.run(group, stop), strict=True)]
+        for start in range(0, len(local), at_once):
+            indices = local[start : start + at_once]
+            results += zip(indices, run.rounds(indices, stop), strict=True)
     # Every process gets all results, and so the same evaluation.
-    results = [result for _, result in sorted(group.gather(results), key=lambda pair: pair[0])]
-    return _summary(results, test_set, settings, source.budget, device)
+    gathered = sorted(group.gather(results), key=lambda pair: pair[0])
+    return _summary([result for _, result in gathered], test_set, settings, source.budget, group.device)
 
 
-def _groups(rounds: Sequence[int], device: torch.device, source: Source) -> list[Sequence[int]]:
-    """What runs side by side: a few rounds on a GPU, which one small network does not fill.
+@dataclass
+class _Run:
+    """This process's rounds of an evaluation, and how far they are."""
 
-    On a CPU one; and one where each round has images of its own, which can be gigabytes.
-    """
-    size = _SIDE_BY_SIDE if device.type == "cuda" and source.budget is None else 1
-    return [rounds[start : start + size] for start in range(0, len(rounds), size)]
+    source: Source
+    test_set: TestSet
+    settings: EvaluationSettings
+    device: torch.device
+    state: StateFolder
+    progress: Listener
+    number_of_rounds: int
 
-
-class _Runner:
-    """Runs this process's rounds and reports how far they are together."""
-
-    def __init__(
-        self,
-        source: Source,
-        test_set: TestSet,
-        settings: EvaluationSettings,
-        device: torch.device,
-        state: StateFolder,
-        progress: Listener,
-        rounds: int,
-    ) -> None:
-        self._source, self._test_set, self._state = source, test_set, state
-        self._settings = RoundSettings(settings.network, settings.training, settings.seed, str(device))
-        self._key = _key(source, test_set, self._settings) if state.path else ""
-        self._progress = progress
-        self._epochs = settings.training.epochs
-        self._rounds = rounds
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self._rounds = RoundSettings(settings.network, settings.training, settings.seed, str(self.device))
+        self._folder = self.state.path and Path(self.state.path) / _key(self.source, self.test_set, self._rounds)
         self._epochs_done: dict[int, int] = {}
 
-    def run(self, group: Sequence[int], stop: StopRequest) -> list[RoundResult]:
-        """The results of these rounds; of those that are finished already, the kept ones."""
-        kept = {index: result for index in group if (result := read_result(self._file(index)))}
-        for index, result in kept.items():
-            self._report(index, self._epochs, result.losses[-1])
+    def rounds(self, indices: Sequence[int], stop: StopRequest) -> list[RoundResult]:
+        """The results of these rounds, trained side by side where they are not finished already."""
+        results = {index: result for index in indices if (result := read_result(self._file(index)))}
+        for index, result in results.items():
+            self._report(index, self.settings.training.epochs, result.losses[-1])
         jobs = []
-        for index in group:
-            if index not in kept:
+        for index in indices:
+            if index not in results:
                 if stop:
                     raise InterruptedRunError(
-                        f"Interrupted before round {index + 1}.", "Run the same again to go on from there."
+                        f"Interrupted before round {index + 1}.", "Run the same command again to continue."
                     )
                 jobs.append(self._job(index))
-        ran = run_rounds(jobs, self._test_set, self._settings, stop=stop, listener=self._report)
-        kept |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
-        for index in group:
-            self._source.forget(index, self._state.folder(self._key))
-        return [kept[index] for index in group]
+        ran = run_rounds(jobs, self.test_set, self._rounds, stop=stop, listener=self._report)
+        results |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
+        for index in indices:
+            self.source.forget(index, self._folder)
+        return [results[index] for index in indices]
+
+    def _file(self, index: int) -> Path | None:
+        return self._folder and self._folder / f"round-{index}.pt"
 
     def _job(self, index: int) -> RoundJob:
-        folder = self._state.folder(self._key)
-        made = self._source.for_round(index, self._settings.seed_for("generation", index), folder)
-        check_training_set(made.images, made.labels, self._test_set.spec)
-        return RoundJob(index, made, self._file(index))
-
-    def _file(self, index: int) -> StateFile:
-        return self._state.file(self._key, index)
+        made = self.source.for_round(index, self._rounds.seed_for("generation", index), self._folder)
+        check_training_set(made.images, made.labels, self.test_set.spec, pixels=self.source.budget is not None)
+        return RoundJob(index, made, self._file(index), self.state.seconds_between_saves)
 
     def _report(self, index: int, epochs_done: int, loss: float) -> None:
         self._epochs_done[index] = epochs_done
-        done, total = sum(self._epochs_done.values()), self._rounds * self._epochs
+        done, total = sum(self._epochs_done.values()), self.number_of_rounds * self.settings.training.epochs
         figures = {"round": index + 1, "loss": loss}
-        self._progress(Progress(f"training on {self._test_set.spec.name}", done, total, "epochs", figures))
+        self.progress(Progress(f"training on {self.test_set.spec.name}", done, total, "epochs", figures))
 
 
 def _key(source: Source, test_set: TestSet, rounds: RoundSettings) -> str:
-    """A name for everything that decides on the outcome of a round but its number."""
+    """A name for everything that decides on the outcome of a round, other than its number."""
     spec = test_set.spec
     decides = {
         "training set": source.identity,
         "test set": hash_of(test_set.images, test_set.labels),
         "normalisation": [spec.num_classes, spec.mean, spec.std],
-        # Which of a machine's GPUs it is does not matter, and differs with the number of processes.
+        # Which of a machine's GPUs it is does not matter, and depends on the number of processes.
         "settings": dataclasses.asdict(rounds) | {"device": torch.device(rounds.device).type},
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -353,7 +345,7 @@ def _thinned(losses: Sequence[float]) -> tuple[float, ...]:
 
 
 def _per_class(counts: Tensor) -> tuple[float, ...]:
-    """Mean accuracy of each class over (rounds, true class, predicted class) counts; 0 for a class without images."""
+    """Mean accuracy of each class, from counts (rounds, true class, predicted class); 0 for a class without images."""
     right = counts.diagonal(dim1=1, dim2=2).sum(0).double()
     return tuple((right / counts.sum((0, 2)).clamp(min=1)).tolist())
 

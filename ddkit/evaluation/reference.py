@@ -1,4 +1,4 @@
-"""What networks are tested on: raw pixels normalized a batch at a time, or a reference file's ready floats."""
+"""Test sets: pixels that are normalized a batch at a time, or the normalized floats of a reference file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import BATCH_SIZE, DATASETS, DatasetSpec
-from ddkit.data.images import denormalize, normalize_
+from ddkit.data.images import denormalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadDataError, UsageError
 from ddkit.evaluation.official_tests import is_official
@@ -19,7 +19,7 @@ from ddkit.runtime.files import explain_os_error, why_not_a_file
 from ddkit.runtime.torch_file import TorchFileError, load_tensors
 
 _IMAGES_KEY, _LABELS_KEY = "images_val", "labels_val"
-# Real test pixels lie within 3.1 deviations of either dataset's mean; un-normalized ones have no negative values.
+# Real test pixels lie within 3.1 deviations of either dataset's mean; pixels that are not normalized are never negative.
 _LARGEST_NORMALIZED = 10.0
 _FURTHEST_FROM_WHOLE = 0.05  # pixels of [0, 255], normalized and back
 
@@ -32,7 +32,7 @@ class TestSet:
     labels: (N,) int64 in [0, spec.num_classes).
     """
 
-    __test__ = False  # no test of pytest's, whatever its name
+    __test__ = False  # pytest would collect the class by its name
 
     images: Tensor
     labels: Tensor
@@ -48,7 +48,7 @@ class TestSet:
         return self.spec.in_challenge and pixels is not None and is_official(self.spec.name, pixels, self.labels)
 
     def _pixels(self) -> Tensor | None:
-        """(N, 3, S, S) uint8 of normalized floats; None where they are further from whole numbers than rounding takes them."""
+        """(N, 3, S, S) uint8 from normalized floats; None if they are further from whole numbers than rounding explains."""
         pixels = torch.empty(self.images.shape, dtype=torch.uint8)
         for part, into in zip(self.images.split(BATCH_SIZE), pixels.split(BATCH_SIZE), strict=True):
             raw = denormalize(part, self.spec) * 255
@@ -60,11 +60,12 @@ class TestSet:
 
     def batches(self, device: torch.device, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
         """Normalized float32 batches in file order. Pixels stay uint8 until their batch is due."""
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.spec.mean, self.spec.std))
         for pixels in self.images.split(batch_size):
             images = pixels.to(device, non_blocking=True).float()
-            # In place, as copies of this size leave the allocator with holes that the next one does not fit in:
-            # half a gigabyte of them over 10,000 images.
-            yield normalize_(images, self.spec) if pixels.dtype == torch.uint8 else images
+            # In place: copies of this size leave the allocator with gaps that the next one does not fit into, which
+            # add up to half a gigabyte over 10,000 images.
+            yield images.div_(255).sub_(mean).div_(std) if pixels.dtype == torch.uint8 else images
 
 
 def as_test_set(
@@ -72,9 +73,7 @@ def as_test_set(
 ) -> TestSet:
     """A checked TestSet from an ImageSet, a reference dict as in `*_test.pt`, or normalized (images, labels).
 
-    One that is a TestSet already keeps its own spec.
-
-    spec: of the dataset; found among the built-in ones by number of classes and image size when None.
+    spec: the dataset; None finds it among the built-in ones by number of classes and image size. A TestSet keeps its own.
     Raises BadDataError for other sizes, values that are not normalized, labels out of range.
     """
     if isinstance(data, TestSet):
@@ -90,7 +89,7 @@ def as_test_set(
 
 
 def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:
-    """Read the challenge's `{dataset}_test.pt`. Raises BadDataError naming the file when it is not one."""
+    """Read the challenge's `{dataset}_test.pt`. Raises BadDataError that names the file if it is not such a file."""
     try:
         if problem := why_not_a_file(path):
             raise BadDataError(f"{path} {problem}.")
@@ -102,13 +101,13 @@ def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:
     return _checked(TestSet(images, labels.long(), spec), str(path))
 
 
-def _pair(data: Any, name: str = "the reference") -> tuple[Tensor, Tensor]:
+def _pair(data: Any) -> tuple[Tensor, Tensor]:
     if isinstance(data, Mapping):
         data = (data.get(_IMAGES_KEY), data.get(_LABELS_KEY))
     if not isinstance(data, tuple) or len(data) != 2 or not all(isinstance(item, Tensor) for item in data):
         raise BadDataError(
-            f"{name} holds no tensors '{_IMAGES_KEY}' and '{_LABELS_KEY}'.",
-            "The challenge's reference files are dicts of those two.",
+            f"The reference does not hold the tensors '{_IMAGES_KEY}' and '{_LABELS_KEY}'.",
+            "The challenge's reference files are dicts of these two.",
         )
     return data
 
@@ -147,5 +146,5 @@ def _spec_like(num_classes: int, image_size: int) -> DatasetSpec:
             return spec
     raise UsageError(
         f"No built-in dataset has {num_classes} classes of {image_size}-pixel images.",
-        "Say which dataset it is: evaluate(..., spec=ddkit.data.store.dataset_spec(name)).",
+        "Name the dataset: evaluate(..., spec=ddkit.data.store.dataset_spec(name)).",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
@@ -20,7 +21,7 @@ from ddkit.evaluation.tracks import Generated, images_per_class
 from ddkit.network.engine import Engine
 from ddkit.network.networks import build_network
 from ddkit.network.training import TrainingRun, TrainingSettings, epoch_side_by_side
-from ddkit.runtime.device import shortage_explained
+from ddkit.runtime.device import release_memory, shortage_explained
 from ddkit.runtime.interrupt import StopRequest
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 
@@ -34,10 +35,10 @@ EpochListener = Callable[[int, int, float], None]  # round, its epochs done, mea
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """What decides on a round's outcome, beside the data and its number.
+    """Everything that decides on a round's outcome, other than the data and the round's number.
 
-    seed: of the whole evaluation; round r of every evaluation with this seed starts from the same network and
-        draws the same shuffles and augmentations, so that two sets can be compared round by round.
+    seed: of the whole evaluation. Round r of every evaluation with this seed starts from the same network and draws the
+        same shuffles and augmentations, so that two sets can be compared round by round.
     """
 
     network: str
@@ -48,8 +49,8 @@ class RoundSettings:
     def seed_for(self, purpose: str, index: int) -> int:
         """A 32-bit seed for one purpose in round `index`.
 
-        Hashed, because PyTorch's CPU generator looks at the lower 32 bits of a seed only and neighboring
-        sums of seed and round would coincide.
+        Hashed, because PyTorch's CPU generator uses only the lower 32 bits of a seed, and sums of seed and round would
+        coincide.
         """
         text = f"ddkit/{purpose}/{self.seed}/{index}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
@@ -57,10 +58,10 @@ class RoundSettings:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a finished round leaves.
+    """The outcome of a finished round.
 
     predictions: (N_test,) int16, the predicted class of each test image in file order.
-    losses: of each epoch, the mean of its batches' losses. seconds: of training and testing.
+    losses: the mean loss of each epoch's batches. seconds: for training and testing.
     images, images_per_class: how many were trained on, and the smallest and largest number of any class.
     """
 
@@ -72,7 +73,7 @@ class RoundResult:
     images_per_class: tuple[int, int]
 
     def accuracy(self, labels: Tensor) -> float:
-        """Fraction of the test images whose prediction is in `labels`, (N_test,) int64."""
+        """Fraction of the test images whose prediction equals their label in `labels`, (N_test,) int64."""
         return int((self.predictions == labels).sum()) / len(labels)
 
     def confusion(self, labels: Tensor, num_classes: int) -> Tensor:
@@ -82,46 +83,16 @@ class RoundResult:
 
 
 @dataclass(frozen=True)
-class StateFile:
-    """Where a round's state lies while it runs, and its result afterwards.
+class RoundJob:
+    """A round to run: its number, what it trains on, and the file that keeps its state and then its result.
 
     path: None keeps nothing. seconds_between_saves: how much work a kill may cost.
     """
 
-    path: Path | None = None
-    seconds_between_saves: float = 30.0
-
-    def read(self) -> dict[str, Any]:
-        """What was saved, or an empty dict; a file that cannot be used is reported and counts as none."""
-        if self.path is None or not self.path.exists():
-            return {}
-        try:
-            state = load_restricted(self.path)
-        except (OSError, UnloadableError) as error:
-            _log.warning("%s cannot be read (%s); the round starts afresh.", self.path, error)
-            return {}
-        if isinstance(state, dict) and state.get("version") == _BETWEEN_EPOCHS:
-            state |= {"version": _STATE_VERSION}
-            if "training" in state:
-                state["training"] |= {"order": None, "losses": []}
-        if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
-            _log.warning("%s is of another version; the round starts afresh.", self.path)
-            return {}
-        return state
-
-    def write(self, state: dict[str, Any]) -> None:
-        """Save atomically."""
-        if self.path is not None:
-            save_torch({"version": _STATE_VERSION, **state}, self.path)
-
-
-@dataclass(frozen=True)
-class RoundJob:
-    """A round to run: its number, what it trains on, where its state lies."""
-
     index: int
     made: Generated
-    file: StateFile
+    path: Path | None = None
+    seconds_between_saves: float = 30.0
 
 
 def run_rounds(
@@ -132,105 +103,24 @@ def run_rounds(
     stop: StopRequest,
     listener: EpochListener,
 ) -> list[RoundResult]:
-    """Train and test the jobs' networks side by side, going on from what their files hold.
+    """Train and test the jobs' networks side by side, continuing from the states in their files.
 
-    Raises InterruptedRunError, the states saved, once `stop` is set.
+    Raises InterruptedRunError, with the states saved, once `stop` is set.
     """
-    data = _on_device(jobs, settings.device)
-    rounds = [_Round(job, *own, test_set.spec, settings) for job, own in zip(jobs, data, strict=True)]
-    while unfinished := [one for one in rounds if not one.training.finished]:
-        _SideBySide(unfinished, stop, listener).epoch()
-    return [one.finish(test_set) for one in rounds]
+    device = torch.device(settings.device)
+    data = _on_device(jobs, device)
+    rounds = [_Round(job, *of_job, test_set.spec, settings) for job, of_job in zip(jobs, data, strict=True)]
+    while unfinished := [each for each in rounds if not each.training.finished]:
+        _train_epoch(unfinished, stop, listener)
+    results = [each.finish(test_set) for each in rounds]
+    del data, rounds
+    release_memory(device)
+    return results
 
 
-class _SideBySide:
-    """Rounds that train together, and share the time that it takes."""
-
-    def __init__(self, rounds: Sequence[_Round], stop: StopRequest, listener: EpochListener) -> None:
-        self._rounds, self._stop, self._listener = rounds, stop, listener
-        self._settled = time.monotonic()
-
-    def epoch(self) -> None:
-        """Train all for one epoch. Raises InterruptedRunError, the states saved, once asked to stop."""
-        of_epoch = epoch_side_by_side([one.training for one in self._rounds], self._save_or_stop)
-        for one, losses in zip(self._rounds, of_epoch, strict=True):
-            one.losses.append(sum(losses) / len(losses))
-            self._listener(one.index, one.training.epochs_done, one.losses[-1])
-        self._settle()
-        self._save_or_stop()
-
-    def _save_or_stop(self) -> None:
-        """Do what is due between two batches: an epoch of a whole training set takes minutes."""
-        if not (self._stop or any(one.save_is_due for one in self._rounds)):
-            return
-        self._settle()
-        for one in self._rounds:
-            one.save()
-        self._settled = time.monotonic()  # saving is not training
-        if self._stop:
-            first = self._rounds[0]
-            raise InterruptedRunError(
-                f"Interrupted after {first.training.epochs_done} epochs of round {first.index + 1}.",
-                "Run the same again to go on from there." if first.is_kept else "Nothing was kept.",
-            )
-
-    def _settle(self) -> None:
-        now = time.monotonic()
-        for one in self._rounds:
-            one.seconds += (now - self._settled) / len(self._rounds)
-        self._settled = now
-
-
-class _Round:
-    """A round that runs."""
-
-    def __init__(self, job: RoundJob, images: Tensor, labels: Tensor, spec: DatasetSpec, settings: RoundSettings) -> None:
-        self.index = job.index
-        self._made, self._file = job.made, job.file
-        self._device = torch.device(settings.device)
-        initial = settings.seed_for("network", job.index)
-        network = build_network(settings.network, spec.num_classes, spec.image_size, seed=initial).to(settings.device)
-        generator = torch.Generator().manual_seed(settings.seed_for("training", job.index))
-        self.training = TrainingRun(network, images, labels, settings.training, generator)
-        self.losses: list[float] = []
-        self.seconds = 0.0  # of this round's own work, over all its sittings
-        self._saved = time.monotonic()
-        if saved := job.file.read():
-            self.training.load_state_dict(saved["training"])
-            self.losses, self.seconds = saved["losses"], saved["seconds"]
-
-    @property
-    def is_kept(self) -> bool:
-        return self._file.path is not None
-
-    @property
-    def save_is_due(self) -> bool:
-        return self.is_kept and time.monotonic() - self._saved >= self._file.seconds_between_saves
-
-    def save(self) -> None:
-        state = {"training": self.training.state_dict(), "losses": self.losses, "seconds": self.seconds}
-        self._file.write(state)
-        self._saved = time.monotonic()
-
-    def finish(self, test_set: TestSet) -> RoundResult:
-        began = time.monotonic()
-        self.training.network.eval()
-        predictions = predict(self.training.engine, test_set, self._device)
-        result = RoundResult(
-            predictions=predictions,
-            losses=tuple(self.losses),
-            seconds=self.seconds + time.monotonic() - began,
-            generation_seconds=self._made.seconds,
-            images=len(self._made.images),
-            images_per_class=images_per_class(self._made.labels, test_set.spec.num_classes),
-        )
-        self._file.write({"result": {**vars(result), "losses": self.losses}})
-        return result
-
-
-def read_result(file: StateFile) -> RoundResult | None:
-    """The result of a round that is finished; None of one that is not."""
-    result = file.read().get("result")
+def read_result(path: Path | None) -> RoundResult | None:
+    """The result of the round whose state is kept at `path`; None if it is not finished."""
+    result = _read_state(path).get("result")
     return RoundResult(**{**result, "losses": tuple(result["losses"])}) if result else None
 
 
@@ -244,14 +134,118 @@ def predict(engine: Engine, test_set: TestSet, device: torch.device) -> Tensor:
     return classes.to("cpu", torch.int16)
 
 
-def _on_device(jobs: Sequence[RoundJob], device: str) -> list[tuple[Tensor, Tensor]]:
-    """Each job's images, (N, 3, S, S) float32, and labels there; what several of them train on, once."""
+class _Round:
+    """A round that runs."""
+
+    def __init__(self, job: RoundJob, images: Tensor, labels: Tensor, spec: DatasetSpec, settings: RoundSettings) -> None:
+        self.job = job
+        self._device = torch.device(settings.device)
+        initial = settings.seed_for("network", job.index)
+        network = build_network(settings.network, spec.num_classes, spec.image_size, seed=initial).to(settings.device)
+        generator = torch.Generator().manual_seed(settings.seed_for("training", job.index))
+        self.training = TrainingRun(network, images, labels, settings.training, generator, spec=spec)
+        self.losses: list[float] = []
+        self.seconds = 0.0  # of this round's share of the work, over all sittings
+        self._saved = time.monotonic()
+        if state := _read_state(job.path):
+            self.training.load_state_dict(state["training"])
+            self.losses, self.seconds = state["losses"], state["seconds"]
+
+    @property
+    def save_is_due(self) -> bool:
+        return self.job.path is not None and time.monotonic() - self._saved >= self.job.seconds_between_saves
+
+    def save(self) -> None:
+        state = {"training": self.training.state_dict(), "losses": self.losses, "seconds": self.seconds}
+        _write_state(self.job.path, state)
+        self._saved = time.monotonic()
+
+    def finish(self, test_set: TestSet) -> RoundResult:
+        """Test the network, keep the result in place of the state, and give the engine's memory back."""
+        began = time.monotonic()
+        self.training.network.eval()
+        predictions = predict(self.training.engine, test_set, self._device)
+        self.training.close()
+        result = RoundResult(
+            predictions=predictions,
+            losses=tuple(self.losses),
+            seconds=self.seconds + time.monotonic() - began,
+            generation_seconds=self.job.made.seconds,
+            images=len(self.job.made.images),
+            images_per_class=images_per_class(self.job.made.labels, test_set.spec.num_classes),
+        )
+        _write_state(self.job.path, {"result": {**vars(result), "losses": self.losses}})
+        return result
+
+
+def _train_epoch(rounds: Sequence[_Round], stop: StopRequest, listener: EpochListener) -> None:
+    """Train all rounds for one epoch. Raises InterruptedRunError, with the states saved, once asked to stop."""
+    last = time.monotonic()
+
+    def count_seconds() -> None:
+        nonlocal last
+        now = time.monotonic()
+        for each in rounds:
+            each.seconds += (now - last) / len(rounds)
+        last = now
+
+    def save_or_stop() -> None:
+        """Do what is due between two batches, because an epoch of a whole training set takes minutes."""
+        nonlocal last
+        if not (stop or any(each.save_is_due for each in rounds)):
+            return
+        count_seconds()
+        for each in rounds:
+            each.save()
+        last = time.monotonic()  # saving is not training
+        if stop:
+            first = rounds[0]
+            raise InterruptedRunError(
+                f"Interrupted after {first.training.epochs_done} epochs of round {first.job.index + 1}.",
+                "Run the same command again to continue." if first.job.path else "Nothing was saved.",
+            )
+
+    losses_of_epoch = epoch_side_by_side([each.training for each in rounds], save_or_stop)
+    for each, losses in zip(rounds, losses_of_epoch, strict=True):
+        each.losses.append(sum(losses) / len(losses))
+        listener(each.job.index, each.training.epochs_done, each.losses[-1])
+    count_seconds()
+    save_or_stop()
+
+
+def _read_state(path: Path | None) -> dict[str, Any]:
+    """What was saved, or an empty dict; a file that cannot be used is reported and ignored."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        state = load_restricted(path)
+    except (OSError, UnloadableError) as error:
+        _log.warning("%s cannot be read (%s). The round starts over.", path, error)
+        return {}
+    if isinstance(state, dict) and state.get("version") == _BETWEEN_EPOCHS:
+        state |= {"version": _STATE_VERSION}
+        if "training" in state:
+            state["training"] |= {"order": None, "losses": []}
+    if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
+        _log.warning("%s was saved by another version of ddkit. The round starts over.", path)
+        return {}
+    return state
+
+
+def _write_state(path: Path | None, state: dict[str, Any]) -> None:
+    if path is not None:
+        save_torch({"version": _STATE_VERSION, **state}, path)
+
+
+def _on_device(jobs: Sequence[RoundJob], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Each job's images, (N, 3, S, S) float32 or uint8, and labels there; copied once where several jobs share them."""
     moved: dict[int, tuple[Tensor, Tensor]] = {}
-    for made in (job.made for job in jobs):
-        count = len(made.images)
-        with shortage_explained(
-            lambda count=count: ComputeError(f"Memory is short for {count:,} training images.", "Use another --device.")
-        ):
-            if id(made.images) not in moved:
-                moved[id(made.images)] = made.images.float().to(device), made.labels.to(device)
+    for job in jobs:
+        made = job.made
+        if id(made.images) in moved:
+            continue
+        message = f"There is not enough memory for {len(made.images):,} training images."
+        with shortage_explained(functools.partial(ComputeError, message, "Choose another --device.")):
+            images = made.images if made.images.dtype == torch.uint8 else made.images.float()
+            moved[id(made.images)] = images.to(device), made.labels.to(device)
     return [moved[id(job.made.images)] for job in jobs]

@@ -1,37 +1,18 @@
-"""What each round trains on: the same set every time, or what a track 2 generator makes for it."""
+"""Sources of training images: the same set for every round, or what a track 2 generator makes for each."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ddkit.challenge import DatasetSpec
+from ddkit.challenge import BATCH_SIZE, DatasetSpec
 from ddkit.errors import InvalidSubmissionError, UsageError
 from ddkit.evaluation.tracks import Generate, Generated, generate_within
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
-
-
-class Source(Protocol):
-    """Where the training images of each round come from."""
-
-    @property
-    def identity(self) -> str:
-        """A hash of everything that decides on the images of all rounds."""
-
-    @property
-    def budget(self) -> float | None:
-        """Seconds that making a round's images may take; None where they are not made for the round."""
-
-    def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
-        """The images and labels of round `index`; `folder` is where a generator's output is kept for resuming."""
-
-    def forget(self, index: int, folder: Path | None) -> None:
-        """Remove what was kept of round `index`, which is finished."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +24,29 @@ class FixedSet:
 
     images: Tensor
     labels: Tensor
-    budget: None = None
+
+    @property
+    def budget(self) -> None:
+        """Nothing is generated."""
 
     @property
     def identity(self) -> str:
+        """A hash of everything that decides on the images of all rounds."""
         return hash_of(self.images, self.labels)
 
     def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
+        """The images and labels of round `index`."""
         return Generated(self.images, self.labels, 0.0)
 
     def forget(self, index: int, folder: Path | None) -> None:
-        """Nothing is kept."""
+        """Do nothing: no images were saved."""
 
 
 @dataclass(frozen=True)
 class TimedGenerator:
     """A track 2 entry, run again for each round.
 
-    name: identifies the entry across processes; a hash of its files where it has files. budget: seconds.
+    name: identifies the entry across processes; a hash of its files where it has files. budget: seconds for a round.
     """
 
     generate: Generate
@@ -69,48 +55,61 @@ class TimedGenerator:
 
     @property
     def identity(self) -> str:
+        """The name of everything that decides on the images of all rounds."""
         return f"{self.name}/{self.budget:g}"
 
     def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
-        kept = _images_of(index, folder)
-        if kept and kept.exists():
-            # A continued round must go on with the images that it began with.
+        """The images and labels of round `index`; those saved in `folder` if the round was begun before."""
+        saved = _saved_images(index, folder)
+        if saved and saved.exists():
+            # A continued round must train on the images that it began with.
             try:
-                return Generated(**load_restricted(kept))
+                return Generated(**load_restricted(saved, mmap=True))
             except (UnloadableError, TypeError):
-                kept.unlink()
+                saved.unlink()
         made = generate_within(self.generate, seed, self.budget)
-        if kept:
-            save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, kept)
+        if saved:
+            # The images can be gigabytes: they are saved without a copy in memory, and then read as they are needed.
+            save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, saved, in_memory=False)
+            made = Generated(**load_restricted(saved, mmap=True))
         return made
 
     def forget(self, index: int, folder: Path | None) -> None:
-        """A round's images can be gigabytes."""
-        if kept := _images_of(index, folder):
-            kept.unlink(missing_ok=True)
+        """Remove the saved images of round `index`, which is finished."""
+        if saved := _saved_images(index, folder):
+            saved.unlink(missing_ok=True)
 
 
-def _images_of(index: int, folder: Path | None) -> Path | None:
+Source = FixedSet | TimedGenerator
+
+
+def _saved_images(index: int, folder: Path | None) -> Path | None:
     return folder / f"round-{index}-images.pt" if folder else None
 
 
-def check_training_set(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:
-    """Raise InvalidSubmissionError unless networks for `spec` can be trained on these."""
+def check_training_set(images: Tensor, labels: Tensor, spec: DatasetSpec, *, pixels: bool = False) -> None:
+    """Raise InvalidSubmissionError unless networks for `spec` can be trained on these.
+
+    pixels: accept uint8 pixels as well as normalized floats. Raises UsageError if either is not a tensor.
+    """
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise UsageError("Images and labels must be tensors.")
-    if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape or not images.is_floating_point():
+    is_float = images.is_floating_point()
+    right_type = is_float or (pixels and images.dtype == torch.uint8)
+    if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape or not right_type:
         raise InvalidSubmissionError(
             f"The images are {images.dtype} of shape {tuple(images.shape)}; "
             f"{spec.name} needs float32 of shape (N, {', '.join(map(str, spec.image_shape))}), normalized."
         )
     if labels.dtype != torch.int64 or labels.shape != (len(images),) or len(images) == 0:
         raise InvalidSubmissionError(
-            f"{len(images)} images have {labels.dtype} labels of shape {tuple(labels.shape)}, expected one int64 each."
+            f"{len(images)} images have {labels.dtype} labels of shape {tuple(labels.shape)}; each image needs one int64 label."
         )
     if int(labels.min()) < 0 or int(labels.max()) >= spec.num_classes:
         raise InvalidSubmissionError(f"Labels must lie in 0 ... {spec.num_classes - 1}, the classes of {spec.name}.")
-    if not bool(torch.isfinite(images).all()):
-        raise InvalidSubmissionError("The images hold values that are no numbers.")
+    # A part at a time: the images of a track 2 generator can be gigabytes.
+    if is_float and not all(bool(torch.isfinite(part).all()) for part in images.split(BATCH_SIZE)):
+        raise InvalidSubmissionError("The images hold values that are NaN or infinite.")
 
 
 def hash_of(*tensors: Tensor) -> str:
@@ -118,5 +117,5 @@ def hash_of(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What makes an evaluation official, and what a track 2 entry is: images made within a time budget."""
+"""The rules that make an evaluation official, and track 2 entries: images made within a time budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ddkit.runtime.files import sha256_of
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which an evaluation ran, as far as the protocol prescribes them."""
+    """The conditions of an evaluation that the protocol prescribes."""
 
     rounds: int
     epochs_setting: int
@@ -33,7 +33,7 @@ class Conditions:
 
 
 def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple[str, ...]:
-    """What differs from PROTOCOL.md, a phrase each; empty for an official evaluation."""
+    """The differences from PROTOCOL.md, a phrase for each; empty for an official evaluation."""
     found = []
     if not spec.in_challenge:
         names = " and ".join(known.name for known in CHALLENGE_DATASETS)
@@ -44,7 +44,8 @@ def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple
         found.append("test images or labels that are not the challenge's")
     if track.ipc is not None and conditions.images_per_class != (track.ipc, track.ipc):
         fewest, most = conditions.images_per_class
-        found.append(f"{fewest if fewest == most else f'{fewest} to {most}'} images a class instead of {track.ipc}")
+        number = f"{fewest} to {most}" if fewest != most else f"{fewest}"
+        found.append(f"{number} image{'s'[: most != 1]} per class instead of {track.ipc}")
     if conditions.time_budget != track.time_budget_seconds:
         found.append(_budget_deviation(conditions.time_budget, track.time_budget_seconds))
     if conditions.rounds != track.rounds:
@@ -68,20 +69,24 @@ def _budget_deviation(budget: float | None, official: float | None) -> str:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a track 2 entry made for one round, and how long it took, loading and saving included."""
+    """The images that a track 2 entry made for one round.
 
-    images: Tensor  # (N, 3, S, S) float32, normalized
-    labels: Tensor  # (N,) int64
+    images: (N, 3, S, S) float32, normalized, or uint8 pixels. labels: (N,) int64.
+    seconds: how long it took, with loading and saving.
+    """
+
+    images: Tensor
+    labels: Tensor
     seconds: float
 
 
 Generate = Callable[[int, float], "tuple[Tensor, Tensor] | Generated"]
-"""A track 2 entry: (seed, seconds it may take) -> normalized (N, 3, S, S) images and (N,) int64 labels; or the same as
-Generated, where it knows better than its caller how long it took."""
+"""A track 2 entry: (seed, seconds it may take) -> (N, 3, S, S) images, normalized or uint8, and (N,) int64 labels; or both as
+Generated, if it knows better than its caller how long it took."""
 
 
 def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
-    """Run a track 2 entry on the clock. Raises InvalidSubmissionError when it takes longer than `budget` seconds."""
+    """Run a track 2 entry on the clock. Raises InvalidSubmissionError if it takes longer than `budget` seconds."""
     began = time.monotonic()
     made = generate(seed, budget)
     if not isinstance(made, Generated):
@@ -92,7 +97,7 @@ def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
 
 
 def hash_of_folder(folder: Path) -> str:
-    """Hexadecimal SHA-256 of all files below `folder`, names included: identifies an entry with its models."""
+    """Hexadecimal SHA-256 of all files below `folder` and their names; identifies an entry with its models."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
         digest.update(f"{path.relative_to(folder)}\0{sha256_of(path)}\n".encode())
@@ -100,7 +105,7 @@ def hash_of_folder(folder: Path) -> str:
 
 
 def overrun(name: str, what: str, budget: float) -> InvalidSubmissionError:
-    """The error that says that an entry took too long."""
+    """The error for an entry that took too long."""
     return InvalidSubmissionError(
         f"{name} {what} after its budget of {budget:g} s.",
         "In the challenge an entry that overruns its time scores nothing.",

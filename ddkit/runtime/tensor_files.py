@@ -1,7 +1,7 @@
 """Tensors on disk, written atomically.
 
-The bytes are made in memory first: written straight to a file, PyTorch and safetensors tell of a full disk by errors of
-their own, which nobody could tell from a mistake in the program.
+The bytes are made in memory first, since PyTorch and safetensors report a full disk by errors of their own, which cannot be
+told from a mistake in the program. Tensors of gigabytes are written straight to the file.
 """
 
 from __future__ import annotations
@@ -16,15 +16,27 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ddkit.errors import BadFileError
 from ddkit.runtime.files import atomic_write
 
 
-def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save, with the same bytes whatever the file is called. Raises BadFileError for what the system refuses."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
+def save_torch(value: Any, path: str | os.PathLike[str], *, in_memory: bool = True) -> None:
+    """torch.save, with the same bytes whatever the file is called. Raises BadFileError for what the system refuses.
+
+    in_memory: False writes without a copy in memory; the bytes then depend on the file's name.
+    """
     with atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        if in_memory:
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
+            temporary.write_bytes(buffer.getbuffer())
+            return
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):
+                raise
+            raise BadFileError(f"{path} cannot be written.", "The disk may be full: free some space there.") from error
 
 
 class UnloadableError(Exception):

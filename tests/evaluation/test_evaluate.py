@@ -1,6 +1,7 @@
 """Whole evaluations: what they return, how they are continued after a kill, who shares their rounds."""
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, _key, eva
 from ddkit.evaluation.reference import as_test_set
 from ddkit.evaluation.rounds import RoundSettings
 from ddkit.evaluation.sources import FixedSet
-from ddkit.network.training import TrainingSettings
+from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.results import append, read
 from ddkit.runtime.progress import ignore
 
@@ -116,7 +117,7 @@ def test_it_is_not_official_and_says_why():
     outcome = evaluated(augment=False, network="alexnet")
     assert not outcome.official
     reasons = "; ".join(outcome.deviations)
-    for reason in ("dataset blobs", "4 images a class instead of 10", "2 rounds instead of 3", "E = 3 instead of 1000",
+    for reason in ("dataset blobs", "4 images per class instead of 10", "2 rounds instead of 3", "E = 3 instead of 1000",
                    "network alexnet", "no augmentation"):  # fmt: skip
         assert reason in reasons
 
@@ -158,7 +159,7 @@ def test_a_damaged_state_is_left_aside(tmp_path, caplog):
     (file,) = tmp_path.rglob("*.pt")
     file.write_bytes(file.read_bytes()[:100])
     assert same(evaluated(state=StateFolder(tmp_path), rounds=1), first)
-    assert "starts afresh" in caplog.text
+    assert "starts over" in caplog.text
 
 
 PROGRAM = """
@@ -261,7 +262,7 @@ def test_track_2_generates_anew_for_each_round():
     assert len(set(seeds)) == 2 and outcome.images == 10
     assert len(outcome.generation_seconds) == 2 and all(seconds >= 0 for seconds in outcome.generation_seconds)
     reasons = "; ".join(outcome.deviations)
-    assert "images a class" not in reasons and "budget" not in reasons and "E = 2 instead of 100" in reasons
+    assert "per class" not in reasons and "budget" not in reasons and "E = 2 instead of 100" in reasons
 
 
 def test_another_budget_is_passed_on_and_not_official():
@@ -304,6 +305,87 @@ def test_a_continued_round_goes_on_with_the_images_it_began_with(tmp_path):
     assert not list(tmp_path.rglob("*-images.pt")), "a finished round has no use for them"
 
 
+def pixels_by_round(seed, budget):
+    pixels, labels = blobs(12, seed=seed % 1000)
+    return pixels, labels
+
+
+def test_a_generator_of_pixels_scores_as_one_of_their_normalized_floats(tmp_path):
+    def floats_by_round(seed, budget):
+        pixels, labels = pixels_by_round(seed, budget)
+        return normalize(pixels, SPEC), labels
+
+    whole = track2(floats_by_round)()
+    assert same(track2(pixels_by_round)(), whole)
+    assert same(track2(pixels_by_round)(StateFolder(tmp_path)), whole)
+
+
+def test_a_gpus_memory_is_free_before_the_next_generator_runs(gpu):
+    released = []
+
+    def generate(seed, budget):
+        released.append(gpu.released)
+        assert not [run for run in gc.get_objects() if type(run) is TrainingRun and run._engine is not None]
+        return pixels_by_round(seed, budget)
+
+    track2(generate, device="cuda")()
+    assert len(released) == 2 and released[1] > released[0]
+
+
+def test_an_evaluation_on_a_gpu_gives_the_accuracies_of_a_cpu_and_is_continued(gpu, tmp_path):
+    whole = evaluated(device="cpu", epochs_setting=12, rounds=3)
+
+    def stop_halfway(report):
+        if report.done == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"device": "cuda", "epochs_setting": 12, "rounds": 3, "state": StateFolder(tmp_path, 0.0)}
+    with pytest.raises(InterruptedRunError):
+        evaluated(progress=stop_halfway, **options)
+    outcome = evaluated(**options)
+    assert outcome.mean == pytest.approx(whole.mean, abs=0.05)
+    for curve, wanted in zip(outcome.loss_curves, whole.loss_curves, strict=True):
+        assert curve == pytest.approx(wanted, abs=0.02)
+    assert outcome.device == "NVIDIA Pretended"
+
+
+MEASURE = """
+import resource, sys, torch
+from pathlib import Path
+from ddkit.challenge import TINYIMAGENET
+from ddkit.evaluation.sources import TimedGenerator, check_training_set
+from ddkit.network.networks import build_network
+from ddkit.network.plan import EnginePlan
+from ddkit.network.training import TrainingRun, TrainingSettings
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def train(images, labels):
+    network = build_network("convnet", 200, 64, seed=0)
+    settings = TrainingSettings(0, batch_size=8)
+    run = TrainingRun(network, images, labels, settings, torch.Generator(), EnginePlan("plain", chunk=8), TINYIMAGENET)
+    steps = run.steps()
+    for _ in range(3):
+        next(steps)
+train(torch.zeros(32, 3, 64, 64, dtype=torch.uint8), torch.arange(32))
+before = peak()
+def generate(seed, budget):
+    return torch.full((20_000, 3, 64, 64), 7, dtype=torch.uint8), torch.arange(20_000) % 200
+folder = Path(sys.argv[1])
+for _ in range(2):  # made, and continued with
+    made = TimedGenerator(generate, "entry", 600.0).for_round(0, 0, folder)
+    check_training_set(made.images, made.labels, TINYIMAGENET, pixels=True)
+    train(made.images, made.labels)
+print((peak() - before) / made.images.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_pixels_of_a_generator_take_their_own_size_in_memory(tmp_path):
+    finished = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert float(finished.stdout) < 1.2
+
+
 def test_a_generator_needs_a_track_with_a_budget():
     with pytest.raises(UsageError, match="track 2"):
         evaluate_generator(made_by_round, as_test_set(real_images(), SPEC), EvaluationSettings(), name="entry")
@@ -323,7 +405,7 @@ def test_settings_that_cannot_be_meant_are_refused(options):
     (lambda images, labels: (images, labels.float()), "labels"),
     (lambda images, labels: (images, labels[:-1]), "labels"),
     (lambda images, labels: (images, labels + 1), "0 ... 3"),
-    (lambda images, labels: (images.index_fill(0, torch.tensor([2]), torch.inf), labels), "no numbers"),
+    (lambda images, labels: (images.index_fill(0, torch.tensor([2]), torch.inf), labels), "NaN or infinite"),
     (lambda images, labels: (images[:0], labels[:0]), "labels"),
 ])  # fmt: skip
 def test_a_set_that_cannot_be_trained_on_is_refused(change, said):

@@ -14,7 +14,7 @@ from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import InterruptedRunError
 from ddkit.evaluation.reference import as_test_set
-from ddkit.evaluation.rounds import RoundJob, RoundSettings, StateFile, read_result, run_rounds
+from ddkit.evaluation.rounds import RoundJob, RoundSettings, read_result, run_rounds
 from ddkit.evaluation.tracks import Generated
 from ddkit.network.training import TrainingSettings
 from ddkit.runtime.interrupt import StopRequest, stop_requests
@@ -35,7 +35,7 @@ def real_images():
 
 def job(index, folder=None, images=12):
     made = Generated(normalize(pixels(images, 2), SPEC), torch.arange(images) % 4, 0.0)
-    return RoundJob(index, made, StateFile(folder and folder / f"round-{index}.pt", seconds_between_saves=0))
+    return RoundJob(index, made, folder and folder / f"round-{index}.pt", seconds_between_saves=0)
 
 
 def run(jobs, stop=None, listener=lambda *report: None):
@@ -76,7 +76,7 @@ def test_a_signal_does_not_wait_for_the_end_of_an_epoch(tmp_path):
 
     def ask_when_there_is_a_state():
         for _ in range(20_000):
-            if job(0, tmp_path).file.path.exists():
+            if job(0, tmp_path).path.exists():
                 return os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.001)
 
@@ -94,13 +94,13 @@ def test_states_from_before_they_were_kept_within_epochs_are_gone_on_with(tmp_pa
     (wanted,) = run([job(0)])
     with pytest.raises(InterruptedRunError), stop_requests() as stop:
         run([job(0, tmp_path)], stop, stopping_after(2))
-    file = job(0, tmp_path).file
+    file = job(0, tmp_path).path
     for _ in range(2):  # a state, then a result
-        kept = torch.load(file.path, weights_only=True)
+        kept = torch.load(file, weights_only=True)
         kept["version"] = 1
         if "training" in kept:
             del kept["training"]["order"], kept["training"]["losses"]
-        torch.save(kept, file.path)
+        torch.save(kept, file)
         assert same(read_result(file) or run([job(0, tmp_path)])[0], wanted)
 
 
@@ -108,10 +108,10 @@ def test_interrupted_all_are_saved_and_go_on_from_where_each_was(tmp_path):
     wanted = run([job(0), job(1)])
     # Round 0 is ahead when both go on together.
     for indices, epochs in (([0], 1), ([0, 1], 3)):
-        with pytest.raises(InterruptedRunError, match="Run the same again"), stop_requests() as stop:
+        with pytest.raises(InterruptedRunError, match="Run the same command again"), stop_requests() as stop:
             run([job(index, tmp_path) for index in indices], stop, stopping_after(epochs * len(indices)))
     seen = []
     results = run([job(0, tmp_path), job(1, tmp_path)], listener=lambda index, done, loss: seen.append((index, done)))
     assert seen == [(0, 5), (1, 4), (1, 5)]
     assert all(map(same, results, wanted))
-    assert all(same(read_result(job(index, tmp_path).file), wanted[index]) for index in (0, 1))
+    assert all(same(read_result(job(index, tmp_path).path), wanted[index]) for index in (0, 1))

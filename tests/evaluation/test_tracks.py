@@ -29,8 +29,8 @@ def test_what_the_protocol_prescribes_is_official(track, spec):
 @pytest.mark.parametrize("change, said", [
     ({"rounds": 8}, "8 rounds instead of 3"),
     ({"epochs_setting": 50}, "E = 50 instead of 1000"),
-    ({"images_per_class": (9, 10)}, "9 to 10 images a class instead of 10"),
-    ({"images_per_class": (1, 1)}, "1 images a class instead of 10"),
+    ({"images_per_class": (9, 10)}, "9 to 10 images per class instead of 10"),
+    ({"images_per_class": (1, 1)}, "1 image per class instead of 10"),
     ({"test_images": 100}, "100 test images instead of 10,000"),
     ({"network": "resnet18"}, "network resnet18 instead of convnet"),
     ({"augment": False}, "no augmentation"),
