@@ -35,7 +35,10 @@ _MAX_EXPANSION = 200  # how many times its own size, and a gigabyte, an archive 
 _BLOCK = 1 << 20  # bytes
 
 # What systems leave in folders and people never put there; names that begin with a dot are left out as well.
-_CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
+_CLUTTER = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information",
+    "lost+found", "icon\r",
+}  # fmt: skip
 _COMPRESSIONS: Mapping[bytes, Callable[..., IO[bytes]]] = {
     b"\x1f\x8b": gzip.open,  # type: ignore[dict-item]  # its stub has one overload for each mode
     b"BZh": bz2.open,
@@ -316,7 +319,7 @@ def is_zip(beginning: bytes) -> bool:
 
 
 def _is_clutter(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _CLUTTER
+    return name.startswith(".") or name.lower() in _CLUTTER or name.endswith(":Zone.Identifier")
 
 
 def _member_name(name: str, path: Path) -> str:

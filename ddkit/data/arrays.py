@@ -5,6 +5,7 @@ Names say which split an array is of (x_train, test_labels, ...), and shapes whe
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,33 +21,42 @@ _FEWEST_VALUES = 3 * 8 * 8  # of an image; an array with fewer values a row hold
 
 
 def read_arrays(tree: Tree, folder: str, test_split: str | None) -> Source | None:
-    """The splits of the .npy files of a folder. Raises BadDataError for arrays that do not fit together."""
+    """The splits of the .npy files of a folder, and of its .npz files that are called after a split.
+
+    Raises IncompleteLayoutError if one of the splits is missing, BadDataError for arrays that do not fit together.
+    """
     prefix = f"{folder}/" if folder else ""
-    names = [name for name in tree.folders[folder][1] if name.endswith(".npy")]
-    if not any(split_word(name) for name in names):
+    files = [name for name in tree.folders[folder][1] if name.endswith((".npy", ".npz"))]
+    if not any(split_word(name) for name in files):
         return None
-    read = ((PurePosixPath(name).stem, _read(tree, prefix + name)) for name in names)
-    arrays = {name: array for name, array in read if array is not None}
+    arrays: dict[str, NDArray[Any]] = {}
+    for name in files:
+        if name.endswith(".npy") or split_word(name):
+            arrays |= _read(tree, prefix + name)
     splits = {word: _pixels(tree.path, word, arrays) for word in {split_word(name) for name in arrays} - {""}}
     found = {word: pixels for word, pixels in splits.items() if pixels is not None}
     train, test, notes = choose_splits(found, test_split, tree.path)
     count = 1 + max(int(pixels.labels.max(initial=0)) for pixels in found.values())
-    texts = [array for array in arrays.values() if array.dtype.kind in "US" and array.ndim == 1]
-    class_names: list[str] = next((array.astype(str).tolist() for array in texts if len(array) >= count), [])
+    texts = [array for name, array in arrays.items() if array.dtype.kind in "US" and not split_word(name)]
+    class_names: list[str] = next((array.astype(str).tolist() for array in texts if array.shape == (count,)), [])
     pixels = {"train": found[train], "test": found[test]}
     return pixel_source(
         "arrays", tree.path, class_names or numbered_classes(count), pixels, notes=notes, numbered=not class_names
     )
 
 
-def _read(tree: Tree, path: str) -> NDArray[Any] | None:
-    """An array; None for one of Python objects, which only code could read. Raises BadDataError."""
+def _read(tree: Tree, path: str) -> dict[str, NDArray[Any]]:
+    """The arrays of a file by name, but for those of Python objects, which only code could read. Raises BadDataError."""
+    name = PurePosixPath(path).stem
     try:
         with tree.open(path) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            loaded = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {name: loaded}
+        return {f"{name}_{key}": loaded[key] for key in loaded.files}
     except ValueError as error:
         if "allow_pickle" in str(error):
-            return None
+            return {}
         raise BadDataError(f"{tree.path}: {path} is damaged: {error}.", "Save or get it again.") from error
     except (*READ_ERRORS, SyntaxError, MemoryError) as error:
         raise BadDataError(f"{tree.path}: {path} is damaged: {error}.", "Save or get it again.") from error
@@ -55,7 +65,9 @@ def _read(tree: Tree, path: str) -> NDArray[Any] | None:
 def _pixels(path: Path, word: str, arrays: Mapping[str, NDArray[Any]]) -> Pixels | None:
     """The images and labels of one split; None if one of them is missing. Raises BadDataError for what they cannot be."""
     mine = {name: array for name, array in arrays.items() if split_word(name) == word and array.ndim and len(array)}
-    images = [name for name, array in mine.items() if array[0].size >= _FEWEST_VALUES]
+    images = sorted(
+        (name for name, array in mine.items() if array[0].size >= _FEWEST_VALUES), key=lambda name: -mine[name].ndim
+    )
     labels = [name for name in mine if name not in images and _is_labels(mine[name])]
     # CIFAR-100 has labels of two kinds; the coarse ones are not the challenge's.
     labels.sort(key=lambda name: ("fine" not in name.lower(), "coarse" in name.lower()))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddkit.data.archives import READ_ERRORS, Tree
-from ddkit.data.listing import Pixels, Source, pixel_source
+from ddkit.data.listing import IncompleteLayoutError, Pixels, Source, pixel_source
 from ddkit.errors import BadDataError
 
 FILES = ("train", "test", "meta")
@@ -38,13 +38,15 @@ _log = logging.getLogger(__name__)
 def read_cifar(tree: Tree, folder: str, test_split: str | None = None) -> Source | None:
     """CIFAR-100 if `folder` has the files train, test and meta; it has one test split only.
 
-    Raises BadDataError for what is damaged or hostile.
+    Raises IncompleteLayoutError if one of them is missing, BadDataError for what is damaged or hostile.
     """
     present = [name for name in FILES if name in tree.folders[folder][1]]
     if len(present) < 2:
         return None
     if missing := [name for name in FILES if name not in present]:
-        raise BadDataError(f"{tree.path} is not a whole cifar-100-python: {missing[0]} is missing.", "Get all of it again.")
+        raise IncompleteLayoutError(
+            f"{tree.path} is not a whole cifar-100-python: {missing[0]} is missing.", "Get all of it again."
+        )
     prefix = f"{folder}/" if folder else ""
     contents = {name: _load(tree, f"{prefix}{name}", name) for name in FILES}
     for name, value in contents.items():

@@ -54,7 +54,7 @@ def read_image_folder(tree: Tree, top: str, test_split: str | None) -> Source | 
     if not found:
         return None
     train_folder = next((found[name] for name in SPLIT_NAMES["train"] if name in found), None)
-    class_names = _class_folders(tree, train_folder) if train_folder else []
+    class_names = list(_class_folders(tree, train_folder)) if train_folder else []
     if train_folder and not class_names:
         raise IncompleteLayoutError(f"{tree.path}: {train_folder} does not have a folder for each class.", LAYOUTS)
     splits = {name: _read_split(tree, top, folder, name, class_names) for name, folder in found.items()}
@@ -104,14 +104,13 @@ def _read_split(tree: Tree, top: str, folder: str, name: str, class_names: Seque
     """The labels of one split folder: from the folders of classes, from annotations, or from both."""
     classes = set(class_names)
     split = _Split(folder)
-    for below in _class_folders(tree, folder, class_names):
-        if below in classes:
-            split.folders.append(below)
-            split.labels.update(dict.fromkeys(_images_of_class(tree, folder, below), below))
+    for class_name, places in _class_folders(tree, folder, class_names).items():
+        if class_name in classes:
+            split.folders.append(class_name)
+            for place in places:
+                split.labels.update(dict.fromkeys(_images_of_class(tree, place, class_name), class_name))
     images = f"{folder}/{_IMAGES}"
-    loose = (
-        [f"{images}/{file}" for file in tree.folders[images][1]] if images in tree.folders and _IMAGES not in classes else []
-    )
+    loose = [f"{images}/{file}" for file in tree.folders.get(images, ([], []))[1] if _IMAGES not in classes]
     if annotations := _annotation_files(tree, top, folder, name):
         here = (file for file in tree.folders[folder][1] if PurePosixPath(file).suffix.lower() not in _NOT_IMAGES)
         loose += [f"{folder}/{file}" for file in here]
@@ -143,9 +142,11 @@ def _annotate(tree: Tree, split: _Split, loose: Sequence[str], path: str, classe
         name, label = [*(part.strip() for part in line.split(separator)), ""][:2]
         name = re.split(r"[/\\]", name)[-1]
         where = f"{tree.path}: line {number} of {PurePosixPath(path).name}"
+        files = by_name.get(name) or by_name.get(PurePosixPath(name).stem + ".")
+        if not files and in_folders and not loose:
+            continue  # all images are sorted, and these are the annotations of more of them
         if label not in classes:
             raise BadDataError(f"{where} names the class {label!r}, which is not in the training split.", "Correct that line.")
-        files = by_name.get(name) or by_name.get(PurePosixPath(name).stem + ".")
         if not files:
             raise BadDataError(f"{where} names {name}, which is not there.", "Get all of it again.")
         sorted_labels = {in_folders[file] for file in files if file in in_folders}
@@ -159,27 +160,28 @@ def _annotate(tree: Tree, split: _Split, loose: Sequence[str], path: str, classe
                 raise BadDataError(f"{where} gives {name} a second class, {label!r}.", "Remove one of the lines.")
 
 
-def _class_folders(tree: Tree, split: str, class_names: Sequence[str] = ()) -> list[str]:
-    """The folders of a split that are of classes: all but TinyImageNet's `images`, which is one only next to others.
+def _class_folders(tree: Tree, split: str, class_names: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The folders of each class: in the split itself or, as some tutorials sort them, in TinyImageNet's `images` below it.
 
-    class_names: those of the training split, if this is another one.
+    class_names: those of the training split, if this is another one. `images` is a class only next to others.
     """
-    names = tree.folders[split][0]
-    images = _IMAGES in class_names or (
-        not class_names and len(names) > 1 and tree.folders.get(f"{split}/{_IMAGES}") != ([], [])
-    )
-    return [name for name in names if name != _IMAGES or images]
+    names, images = tree.folders[split][0], f"{split}/{_IMAGES}"
+    below, files = tree.folders.get(images, ([], []))
+    is_class = _IMAGES in class_names or (not class_names and len(names) > 1 and bool(files))
+    found: dict[str, list[str]] = {name: [f"{split}/{name}"] for name in names if name != _IMAGES or is_class}
+    for name in below if not is_class else ():
+        found.setdefault(name, []).append(f"{images}/{name}")
+    return dict(sorted(found.items()))
 
 
-def _images_of_class(tree: Tree, split: str, name: str) -> Iterator[str]:
+def _images_of_class(tree: Tree, folder: str, name: str) -> Iterator[str]:
     """The files of a class but for its list of boxes. Raises BadDataError for files that lie deeper than layouts have them."""
-    folder = f"{split}/{name}"
     for below in ("", *tree.folders[folder][0]):
         place = _join(folder, below) if below else folder
-        deeper = [f"{place}/{deep}" for deep in tree.folders[place][0]] if below == _IMAGES else []
-        deeper += [place] if below not in ("", _IMAGES) else []
-        for path in (path for path in tree.files if deeper and path.startswith(tuple(f"{deep}/" for deep in deeper))):
-            raise BadDataError(f"{tree.path}: {path} lies deeper than <split>/<class>/<image>.", LAYOUTS)
+        deeper = [f"{place}/{deep}/" for deep in tree.folders[place][0]] if below == _IMAGES else []
+        deeper += [f"{place}/"] if below not in ("", _IMAGES) else []
+        if misplaced := [path for path in tree.files if deeper and path.startswith(tuple(deeper))]:
+            raise BadDataError(f"{tree.path}: {misplaced[0]} lies deeper than <split>/<class>/<image>.", LAYOUTS)
         if below in ("", _IMAGES):
             yield from (f"{place}/{file}" for file in tree.folders[place][1] if file != f"{name}_boxes.txt")
 

@@ -36,6 +36,12 @@ _MOST_FOLDERS = 10_000  # that are searched for a layout
 _MAX_NESTING = 2  # archives inside archives
 _MOST_ARCHIVES = 20  # in one folder; more are shards of something else
 _ARCHIVE_ENDINGS = (".zip", ".npz", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
+_UNREAD = {b"7z\xbc\xaf": "7z", b"Rar!": "RAR", b"(\xb5/\xfd": "Zstandard"}
+_SAVED_TO_DISK = (
+    "It is what `save_to_disk` of Hugging Face's datasets writes. Convert it, and give the folder 'parquet': python -c "
+    "\"from datasets import load_from_disk as load; d = load('{path}'); "
+    "[d[s].to_parquet(f'parquet/{{s}}.parquet') for s in d]\""
+)
 _TOLERANCE = 0.5 / 255  # of a reference file's values, in units of [0, 1]
 
 
@@ -54,13 +60,20 @@ def open_source(path: Path, scratch: Path, *, classes: Sequence[str] = (), test_
     if isinstance(tree, ZipTree) and any(name.endswith(("/data.pkl", "data.pkl")) for name in tree.files):
         return _reference_source(path)
     search = _Search(scratch, frozenset(classes), test_split)
-    found = search.sources(tree)
+    saved_to_disk = any(name.endswith(".arrow") for name in tree.files)
+    try:
+        found = search.sources(tree)
+    except IncompleteLayoutError:
+        if not saved_to_disk:
+            raise
+        found = []
     found = [item for item in found if search.fits(item[1])] or found
     if len(found) > 1:
         places = some(sorted(place for place, _ in found))
         raise BadDataError(f"{path} holds several datasets: {places}.", "Give the path of one of them to --from.")
     if not found:
-        raise BadDataError(f"{path} has no layout that ddkit knows; it holds {_glimpse(tree)}.", LAYOUTS)
+        remedy = _SAVED_TO_DISK.format(path=path) if saved_to_disk else LAYOUTS
+        raise BadDataError(f"{path} has no layout that ddkit knows; it holds {_glimpse(tree)}.", remedy)
     return found[0][1]
 
 
@@ -75,6 +88,8 @@ def _open_tree(path: Path, file: Path, scratch: Path) -> Tree:
         return ZipTree(path, file)
     if is_tar(beginning):
         return open_tar(path, scratch, file)
+    if unread := next((kind for magic, kind in _UNREAD.items() if beginning.startswith(magic)), None):
+        raise BadDataError(f"{path} is a {unread} archive, which ddkit does not read.", "Unpack it and give the folder.")
     raise BadDataError(f"{path} is neither a folder nor an archive.", LAYOUTS)
 
 

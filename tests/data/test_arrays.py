@@ -111,6 +111,17 @@ def test_arrays_in_a_folder_and_in_a_zip_are_read(write_tree, save, find, tmp_pa
     check(find(tmp_path / "small.npz"))
 
 
+def test_one_npz_for_each_split_is_read(save, find, tmp_path):
+    (tmp_path / "both").mkdir()
+    save({"images": images(TRAIN), "labels": np.array(TRAIN)}, "both/train.npz")
+    save({"images": images(TEST, 50), "labels": np.array(TEST)}, "both/test.npz")
+    check(find(tmp_path / "both"))
+
+
+def test_file_names_are_not_taken_for_class_names(save, find):
+    check(find(save(arrays(test_filenames=np.array(["b.png", "a.png", "c.png"]), train_features=np.zeros((4, 512))))))
+
+
 def test_numbered_classes_of_cifar100_are_the_official_ones(save, caplog):
     labels = np.arange(100)[::-1]
     values = np.zeros((100, 32, 32, 3), np.uint8)

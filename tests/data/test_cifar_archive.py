@@ -77,6 +77,8 @@ class TestCifarArchive:
         self.packed(files, root, "cifar-100-python.tar.gz")
         write_tree({"cifar-10-batches-py/data_batch_1": b"x"}, "root/cifar-10-python.tar.gz")
         self.check(find(root))
+        (root / "cifar-100-python" / "test").unlink()  # unpacking was stopped
+        self.check(find(root))
         shutil.rmtree(root / "cifar-100-python")
         self.check(find(root))
 

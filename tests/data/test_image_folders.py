@@ -156,6 +156,8 @@ class TestTinyImageNet:
             {"val/n02/val_0.JPEG": b"", "val/n01/val_1.JPEG": b""},
             {"val/n02/images/val_0.JPEG": b"", "val/n01/images/val_1.JPEG": b""},
             {"val/n02/images/val_0.JPEG": b"", "val/n01/val_1.JPEG": b""},
+            {"val/images/n02/val_0.JPEG": b"", "val/images/n01/val_1.JPEG": b""},
+            {"val/images/n02/val_0.JPEG": b"", "val/n01/val_1.JPEG": b""},
             # Copied instead of moved.
             {"val/n02/val_0.JPEG": b"", "val/n01/val_1.JPEG": b"", "val/images/val_0.JPEG": b"", "val/images/val_1.JPEG": b""},
             {"valid/n02/val_0.JPEG": b"", "valid/n01/val_1.JPEG": b""},
@@ -180,6 +182,18 @@ class TestTinyImageNet:
     def test_half_sorted_val_has_all_labels(self, write_tree, find):
         val = {"val/n02/val_0.JPEG": b"", "val/images/val_1.JPEG": b"", "val/val_annotations.txt": ANNOTATIONS.encode()}
         assert labels_of(find(write_tree({**SORTED, **val}))) == LABELS
+
+    def test_annotations_of_more_images_than_a_sorted_val_has_are_read(self, write_tree, find):
+        annotations = ANNOTATIONS + "val_2.JPEG\tn01\nval_3.JPEG\tn07\n"
+        val = {"val/n02/val_0.JPEG": b"", "val/n01/val_1.JPEG": b"", "val/val_annotations.txt": annotations.encode()}
+        assert labels_of(find(write_tree({**SORTED, **val}))) == LABELS
+
+    def test_train_sorted_below_images_is_read(self, write_tree, find):
+        files = {
+            f"{split}/images/{name}/{k}.png": b"" for split in ("train", "val") for name in ("n01", "n02") for k in range(2)
+        }
+        source = find(write_tree(files))
+        assert source.class_names == ("n01", "n02") and source.splits["train"].labels == (0, 0, 1, 1)
 
     def test_empty_images_folder_that_sorting_left_is_no_class(self, write_tree, find):
         path = write_tree({**SORTED, "val/n02/val_0.JPEG": b"", "val/n01/val_1.JPEG": b""})

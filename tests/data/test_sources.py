@@ -148,6 +148,26 @@ class TestReferenceFiles:
             find(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"), [(b"7z\xbc\xaf\x27\x1c", "7z"), (b"Rar!\x1a\x07", "RAR"), (b"\x28\xb5\x2f\xfd", "Zstandard")]
+)
+def test_archives_that_are_not_read_are_named(tmp_path, find, data, kind):
+    (tmp_path / "data").write_bytes(data)
+    with pytest.raises(BadDataError, match=f"is a {kind} archive") as caught:
+        find(tmp_path / "data")
+    assert "Unpack it" in caught.value.remedy
+
+
+def test_arrow_files_are_refused_with_the_command_that_converts_them(write_tree, find):
+    with pytest.raises(BadDataError, match="no layout that ddkit knows") as caught:
+        find(
+            write_tree(
+                {f"{split}/data-00000-of-00001.arrow": b"" for split in ("train", "test")} | {"dataset_dict.json": b"{}"}
+            )
+        )
+    assert "to_parquet(f'parquet/{s}.parquet')" in caught.value.remedy
+
+
 def test_other_files_are_refused_with_what_is_known(tmp_path, find):
     (tmp_path / "notes.pdf").write_bytes(b"%PDF-1.4")
     with pytest.raises(BadDataError, match="neither a folder nor an archive") as caught:
