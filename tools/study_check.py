@@ -1,10 +1,10 @@
-"""How often `ddkit check` is wrong: false alarms on right sets, mistakes of order and of values that it misses.
+"""Measure how often `ddkit check` is wrong: false alarms on right sets, and mistakes of order and of values that it misses.
 
     python tools/study_check.py cifar100 [--ipc 1 10 50] [--trials N] [--mistakes N] [--values N] [--set FILE]
 
-Sets are drawn from real test images, degraded as weak generators and optimizers degrade them; --set studies a set of
-one's own instead, whose order and values must be right. For orders the classifier sees each image once, and every
-set after that is a choice of rows. Two tables are printed: orders, then values (normalization, channels, sides).
+Sets are drawn from real test images, degraded as weak generators and optimizers degrade them; --set studies your own
+set instead, whose order and values must be right. For orders the classifier sees each image once, and every set
+after that is a choice of rows. Two tables are printed: orders, then values (normalization and channels).
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from ddkit.sets.distilled import load_tensor
 Degradation = Callable[[Tensor, torch.Generator], Tensor]
 Mistake = Callable[[Tensor, torch.Generator], Tensor]
 Row = dict[str, str]  # of a table, by column
-SAME_WITH_ONE_IMAGE = ("in turn", "rows shuffled")  # as the right order, as shuffled classes
+# With one image a class, these are the right order, shuffled classes, or orders of blocks.
+SAME_WITH_ONE_IMAGE = ("in turn", "rows shuffled", "shift of 1 row", "shift of 8 rows", "halves exchanged", "1 row exchanged")
 PER_CLASS = 50  # test images of a class to draw from
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+UNLISTED = ((0.4321, 0.5432, 0.3217), (0.2123, 0.3087, 0.1955))
 
 
 def blurred(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,6 +116,10 @@ def mistakes(spec: DatasetSpec) -> dict[str, tuple[str, Mistake]]:
         "shift from the middle": ("L005", _shift_from_middle),
         "reversed": ("L006", lambda blocks, generator: blocks.flip(0).flatten(0, 1)),
         "pair swapped": ("L007", _swap_pair),
+        "shift of 1 row": ("L013", lambda blocks, generator: blocks.flatten(0, 1).roll(1, 0)),
+        "shift of 8 rows": ("L013", lambda blocks, generator: blocks.flatten(0, 1).roll(-8, 0)),
+        "halves exchanged": ("L014", lambda blocks, generator: _exchange(blocks, blocks.shape[1] // 2)),
+        "1 row exchanged": ("L014", lambda blocks, generator: _exchange(blocks, 1)),
         "classes shuffled": ("L008", lambda blocks, generator: _shuffled(blocks, generator).flatten(0, 1)),
         "rows shuffled": ("L009", lambda blocks, generator: _shuffled(blocks.flatten(0, 1), generator)),
     }
@@ -126,6 +132,13 @@ def _reordered(order: Tensor) -> Mistake:
 def _shift_from_middle(blocks: Tensor, generator: torch.Generator) -> Tensor:
     middle = len(blocks) // 2
     return torch.cat([blocks[:middle], blocks[middle:].roll(-1, 0)]).flatten(0, 1)
+
+
+def _exchange(blocks: Tensor, rows: int) -> Tensor:
+    """The last rows of every other block, exchanged with the first ones of the next."""
+    exchanged = blocks.clone()
+    exchanged[0::2, -rows:], exchanged[1::2, :rows] = blocks[1::2, :rows], blocks[0::2, -rows:]
+    return exchanged.flatten(0, 1)
 
 
 def _swap_pair(blocks: Tensor, generator: torch.Generator) -> Tensor:
@@ -148,11 +161,23 @@ def wrong_values(spec: DatasetSpec) -> dict[str, tuple[str, Callable[[Tensor], T
         "[0, 255]": ("N003", lambda images: 255 * images),
         "CIFAR-10's constants": ("N004", lambda images: _with_constants(images, *CIFAR10)),
         f"{other.name}'s constants": ("N004", lambda images: normalize(images, other)),
+        "constants of no list": ("N004", lambda images: _with_constants(images, *UNLISTED)),
+        "mean only": ("N004", lambda images: _with_constants(images, spec.mean, (1.0, 1.0, 1.0))),
         "BGR": ("N006", lambda images: normalize(images.flip(1), spec)),
         "channels last": ("N007", lambda images: normalize(images, spec).permute(0, 2, 3, 1).reshape(images.shape)),
-        "upside down": ("N008", lambda images: normalize(images.flip(2), spec)),
-        "transposed": ("N008", lambda images: normalize(images.transpose(2, 3).contiguous(), spec)),
+        "whitened": ("N012", _whitened),
     }
+
+
+def _whitened(images: Tensor) -> Tensor:
+    """ZCA with an epsilon of 0.1, as published codes do it, fitted on the images themselves."""
+    flat = images.flatten(1)
+    centered = flat - flat.mean(dim=0)
+    # The variances of all other components are zero.
+    _, values, components = torch.linalg.svd(centered, full_matrices=False)
+    variances = values.square() / (len(flat) - 1)
+    whitened = centered / 0.1**0.5 + (centered @ components.T) * ((variances + 0.1).rsqrt() - 0.1**-0.5) @ components
+    return whitened.view_as(images)
 
 
 def _with_constants(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -160,7 +185,7 @@ def _with_constants(images: Tensor, mean: tuple[float, ...], std: tuple[float, .
 
 
 def study_order(name: str, kind: str, pool: Tensor, ipc: int, trials: int, tried_mistakes: int) -> Row:
-    """Codes on right sets, and the share of each mistake that is found. pool: (C, P, C) log-probabilities."""
+    """Codes for right sets, and the share of each mistake that is found. pool: (C, P, C) log-probabilities."""
     spec, model = dataset_spec(name), class_model(name)
     orders = known_orders(spec)
     generator = torch.Generator().manual_seed(2)
@@ -201,7 +226,7 @@ def _share(found: int, tried: int) -> str:
 
 
 def pools(name: str, own: Path | None, kinds: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """What sets are drawn from, by name: (C, P, 3, S, S) in units of [0, 1]. kinds: keys of DEGRADATIONS."""
+    """Images to draw sets from, by name: (C, P, 3, S, S) in units of [0, 1]. kinds: keys of DEGRADATIONS."""
     if own is not None:
         yield own.parent.name, own_pool(own, dataset_spec(name))
         return
@@ -220,7 +245,7 @@ def print_table(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
-    parser.add_argument("--set", type=Path, help="a set whose order and values are right, instead of real images")
+    parser.add_argument("--set", type=Path, help="study this set, whose order and values are right, instead of real images")
     parser.add_argument("--images", nargs="+", choices=list(DEGRADATIONS), default=list(DEGRADATIONS))
     parser.add_argument("--ipc", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--trials", type=int, default=200, help="right sets of each kind whose order is judged; or 0")

@@ -55,8 +55,8 @@ def _copy_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, ipc:
     for row in unlike.tolist():
         same[prints[row]].append(row)
     exact = [(rows[0], row) for rows in same.values() for row in rows[1:]]
-    near = [pair for pair in near_pairs(pixels[unlike]) if prints[unlike[pair[0]]] != prints[unlike[pair[1]]]]
-    near = [(int(unlike[a]), int(unlike[b])) for a, b in near]
+    near = [(int(unlike[a]), int(unlike[b])) for a, b in near_pairs(pixels[unlike])]
+    near = [(a, b) for a, b in near if prints[a] != prints[b]]
     return [
         *_pair_findings(exact, ("C002", "C003"), "the same at 8 bits", 0, ipc, where),
         # Real sets hold a few pairs that look alike; many are an accident.
@@ -116,7 +116,7 @@ def near_pairs(pixels: Tensor) -> list[tuple[int, int]]:
 def _near_matches(pixels: Tensor, test_images: Tensor) -> list[tuple[int, int]]:
     """(row, test row) of images that are nearly a test image, or a mirrored one."""
     thumbs = torch.cat([_unit_thumbs(batch.float() / 255) for batch in test_images.split(_BATCH)])
-    matches = {}
+    matches: dict[int, int] = {}
     for mirror in (False, True):
         ours = _unit_thumbs(pixels.flip(-1) if mirror else pixels)
         for start in range(0, len(pixels), _BATCH):
@@ -145,8 +145,7 @@ def _unit_thumbs(pixels: Tensor) -> Tensor:
 def _really_alike(first: Tensor, second: Tensor) -> bool:
     if float((first - second).square().mean().sqrt()) > _CLOSE:
         return False
-    centered = [(image - image.mean()).flatten() for image in (first, second)]
-    return float(F.cosine_similarity(*centered, dim=0)) > _ALIKE
+    return float(F.cosine_similarity((first - first.mean()).flatten(), (second - second.mean()).flatten(), dim=0)) > _ALIKE
 
 
 def _fingerprints(images: Tensor) -> list[bytes]:

@@ -1,18 +1,21 @@
-"""Whether each row shows the class that its position implies, and if not, which order the rows are in.
+"""Judge whether each row shows the class that its position implies, and find the order that the rows are in.
 
-A classifier fitted on the real images (`features`) gives each image a log-probability for each class. Averaged over
-the images of a block these make a block-by-class matrix, in which an order of the classes is a permutation. Orders
-that are known mistakes are compared by how far each stands above random permutations; unknown ones are found as an
-optimal assignment on half of the images of each block and believed only where the other half agrees.
+A classifier fitted on the real images (`classifier`) gives each image a log-probability for each class. Averaged over
+the images of a block they make a block-by-class matrix, in which an order of the classes is a permutation. Orders that
+are known mistakes are compared by how far each stands above random permutations. Unknown ones are found as an optimal
+assignment on half of the images of each block, and believed only if the other half agrees. `rows` finds the mistakes
+that cut through blocks.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -20,46 +23,52 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.checks.classifier import ClassModel, class_information, class_model
+from ddkit.checks.rows import find_row_order
 from ddkit.data.images import denormalize
 from ddkit.data.store import class_titles, store_facts
-from ddkit.errors import BadDataError, MissingDataError, UsageError
-from ddkit.sets.distilled import class_labels
+from ddkit.errors import BadDataError, InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.runtime.progress import Listener, ignore
+from ddkit.runtime.tensor_files import save_torch
+from ddkit.sets.distilled import class_labels, read_set
 from ddkit.sets.findings import Finding
 
-# Thresholds, set on degraded real images by tools/study_check.py: false alarms at most 1 in 100 correct sets.
+# Thresholds, set on degraded real images by tools/study_check.py: at most 1 false alarm in 100 right sets.
 _TELLING = 4.0  # standard deviations above random permutations from which an order is believed
 _BETTER = 3.0  # by which a named wrong order must beat the right one
 _UNKNOWN_TELLING = 5.0  # for an order found by assignment, on the images that it was not found on
 _SHARE_OF_REAL = 0.25  # of the log-probability that real images gain, for such an order
 _INFORMATIVE = 0.5  # of real images' information, from which rows that fit no order are called shuffled
-_UNLIKE = 0.3  # of a row's evidence about single blocks: the share of images that are no likeness of their class
+_UNLIKE = 0.3  # share of images that are taken not to resemble their class, for the evidence about single blocks and rows
 _PAIRS_ODDS = 0.1  # of a false alarm among all pairs of classes, by a bound that measured ones stay far below
 _FEW_IMAGES = 4.0  # nats a moved block pays more, divided by its number of images
 _FEWEST_CLASSES = 8  # random permutations of fewer are no measure
 _FEW_MOVED = 0.1  # of the blocks: up to here the moved ones are named, beyond it the order is called shuffled
+_FEWEST_IMAGES_HALVED = 4  # per class; below it, half a block tells too little
 _NAMED = 5  # blocks listed in a message
+_CHANNEL_ROWS = 1000  # images judged with red and blue exchanged
+_CLEARLY_BETTER = 6.0  # standard errors by which the exchanged channels must show the classes better
 _SCALES = torch.logspace(-2, 0, 21)  # of the evidence of one block
 
 
 @dataclass(frozen=True)
 class OrderVerdict:
-    """What order the rows are in.
+    """The order that the rows are in.
 
-    code: of the finding. words: the order, as a phrase. labels: (N,) int64, the class that each row is taken to
-    show; None where it cannot be told. agreement: of that order, in standard deviations above random ones.
-    interleaved: rows show the classes in turn, so that each block holds all of them.
+    code: of the finding. words: the order, as a phrase. labels: (N,) int64, the class that each row shows; None if
+    that cannot be told. agreement: of that order, in standard deviations above random ones.
+    by_block: whether all rows of a block show one class.
     """
 
     code: str
     words: str
     labels: Tensor | None
     agreement: float
-    interleaved: bool = False
+    by_block: bool = True
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """An order that may be. classes: (C,), the class of each group; a group is a block of rows, or every C-th row."""
+    """A possible order. classes: (C,), the class of each group; a group is a block of rows or, interleaved, every C-th row."""
 
     code: str
     words: str
@@ -67,50 +76,80 @@ class _Candidate:
     interleaved: bool = False
 
 
-def order_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
-    """What the rows' order says (codes L001-L012; a table is in submission/README.md).
+def order_findings(images: Tensor, spec: DatasetSpec, where: str, *, progress: Listener = ignore) -> list[Finding]:
+    """Judge the order of the rows and of the color channels (codes L001 to L014 and N006).
 
-    images: (C * ipc, 3, S, S) float32, normalized with `spec`. Without prepared real images, or with classes too
-    few to judge, one remark (L011) that the order was not compared.
+    images: (C * ipc, 3, S, S) float32, normalized with `spec`. If the real images are not prepared or the classes are too
+    few to judge, one remark (L011) says that the order was not compared.
     """
     try:
-        logp, verdict = _judge(images, spec)
+        model, logp, verdict = _judge(images, spec, progress)
     except (MissingDataError, UsageError, BadDataError) as error:
         return [Finding("info", "L011", f"The order of the rows was not compared with real images: {error}", where)]
+    if verdict.code not in NAMED_ORDERS and (exchanged := _exchanged_channels(images, logp, model, spec, verdict, where)):
+        # With wrong colors, images resemble few classes, so that the seeming order says nothing.
+        return [exchanged]
     return [_finding(logp, verdict, spec, where)]
+
+
+def reorder_rows(path: str | os.PathLike[str], out: str | os.PathLike[str], *, dataset: str | None = None) -> int:
+    """Write the set at `path` to `out` with its rows in the order that the real images tell; returns the rows moved.
+
+    dataset: None takes it from the JSON next to the set or from the file's name.
+    Raises UsageError if `out` is `path` itself or `path` is not a tensor's file, MissingDataError if the real images are not
+    prepared, InvalidSubmissionError if the set cannot be used or its order cannot be told.
+    """
+    path, out = Path(path), Path(out)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        raise UsageError(
+            f"--fix-order reorders one tensor at a time, and {path} is not a tensor.",
+            "Name the tensor: ddkit check submission/cifar100.pt --fix-order OUT",
+        )
+    if out.exists() and out.samefile(path):
+        raise UsageError("The reordered set would replace the original.", "Name another file for it.")
+    distilled = read_set(path, dataset)
+    rows = detected_rows(distilled.images, distilled.spec)
+    if rows is None:
+        raise InvalidSubmissionError(
+            f"{path}: the images do not tell which order is right, so nothing was written.",
+            "Look at the contact sheet next to the tensor, which shows one class in each row.",
+        )
+    save_torch(distilled.images[rows], out)
+    return int((rows != torch.arange(len(rows))).sum())
 
 
 def detected_rows(images: Tensor, spec: DatasetSpec) -> Tensor | None:
     """The rows' indices in the order that puts each image at its class: `images[detected_rows(...)]`.
 
-    images: as in `order_findings`. Returns (N,) int64, 0 ... N-1 where nothing needs moving, None where the images
-    do not tell. Raises MissingDataError or UsageError where the real images are not prepared.
+    images: as in `order_findings`. Returns (N,) int64, which is 0 ... N-1 if nothing needs moving, or None if the images
+    do not tell. Raises MissingDataError or UsageError if the real images are not prepared.
     """
-    _, verdict = _judge(images, spec)
+    _, _, verdict = _judge(images, spec, ignore)
     return None if verdict.labels is None else verdict.labels.argsort(stable=True)
 
 
 def judge_order(logp: Tensor, orders: Mapping[str, Tensor], model: ClassModel) -> OrderVerdict:
-    """Decide from log-probabilities which order the rows are in.
+    """Find the order of the rows from their log-probabilities.
 
-    logp: (C * ipc, C) of each row. orders: known wrong orders by code, (C,) class of each block each.
+    logp: (C * ipc, C). orders: known wrong orders by code, each as the (C,) classes of its blocks.
     """
     candidates = _candidates(logp.shape[1], orders)
     matrices = {interleaved: _standardized(_group_means(logp, interleaved)) for interleaved in (False, True)}
     scores = [_agreement(matrices[candidate.interleaved], candidate.classes) for candidate in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
-    if scores[0] >= _TELLING and scores[best] - scores[0] < _BETTER:
-        return _judge_blocks(logp, scores[0])
-    if scores[best] >= _TELLING and scores[best] - scores[0] >= _BETTER:
-        found = candidates[best]
-        return _verdict_of(found, len(logp), scores[best])
-    return _judge_unknown(logp, model, scores[0])
+    right = scores[0] >= _TELLING and scores[best] - scores[0] < _BETTER
+    if scores[best] < _TELLING or (not right and scores[best] - scores[0] < _BETTER):
+        return _judge_unknown(logp, model, scores[0])
+    found = candidates[0 if right else best]
+    if not found.interleaved and (verdict := _judge_rows(logp, candidates[0], found, scores[best])):
+        return verdict
+    return _judge_blocks(logp, scores[0]) if right else _verdict_of(found, len(logp), scores[best])
 
 
 def known_orders(spec: DatasetSpec) -> dict[str, Tensor]:
-    """Orders that entrants took for the right one: by code, (C,) the label of the class at each place.
+    """Orders that entrants took for the right one: by code, the (C,) labels of the classes in that order.
 
-    Raises MissingDataError or UsageError where the dataset is not prepared.
+    Raises MissingDataError or UsageError if the dataset is not prepared.
     """
     facts = store_facts(spec.name)
     names = facts.class_names
@@ -140,16 +179,16 @@ _WORDS = {
 }
 
 
-def _judge(images: Tensor, spec: DatasetSpec) -> tuple[Tensor, OrderVerdict]:
+def _judge(images: Tensor, spec: DatasetSpec, progress: Listener) -> tuple[ClassModel, Tensor, OrderVerdict]:
     if spec.num_classes < _FEWEST_CLASSES:
-        raise BadDataError(f"{spec.num_classes} classes are too few for it.", "Look at the contact sheet beside the tensor.")
-    model = class_model(spec.name)
+        raise BadDataError(f"{spec.num_classes} classes are too few.", "Look at the contact sheet next to the tensor.")
+    model = class_model(spec.name, progress=progress)
     logp = model.log_probabilities(denormalize(images, spec))
-    return logp, judge_order(logp, known_orders(spec), model)
+    return model, logp, judge_order(logp, known_orders(spec), model)
 
 
 def _candidates(classes: int, orders: Mapping[str, Tensor]) -> list[_Candidate]:
-    """All named orders, the right one first."""
+    """All named orders, with the right one first."""
     right = torch.arange(classes)
     by_block = [
         _Candidate("L001", _WORDS["L001"], right),
@@ -164,7 +203,7 @@ def _candidates(classes: int, orders: Mapping[str, Tensor]) -> list[_Candidate]:
 
 
 def _shifted(right: Tensor) -> list[_Candidate]:
-    """From some block on, each shows the class after its own, or before: a class left out, or taken twice."""
+    """From some block on, each shows the class after or before its own, because a class is missing or doubled."""
     shifted = []
     for start in range(len(right) - 1):
         from_here = f"shifted by one block from block {start} on"
@@ -176,7 +215,7 @@ def _shifted(right: Tensor) -> list[_Candidate]:
 
 
 def _group_means(logp: Tensor, interleaved: bool) -> Tensor:
-    """(C, C): the mean log-probabilities of each block of rows, or of every C-th row."""
+    """The (C, C) mean log-probabilities of each block of rows or, interleaved, of every C-th row."""
     classes = logp.shape[1]
     return logp.view(-1, classes, classes).mean(dim=0) if interleaved else logp.view(classes, -1, classes).mean(dim=1)
 
@@ -187,68 +226,100 @@ def _row_labels(candidate: _Candidate, rows: int) -> Tensor:
 
 
 def _centered(matrix: Tensor) -> Tensor:
-    """Without row and column means: what neither a block nor a class as a whole accounts for."""
+    """The matrix without its row and column means, which tell nothing about an order."""
     return matrix - matrix.mean(dim=0) - matrix.mean(dim=1, keepdim=True) + matrix.mean()
 
 
 def _standardized(matrix: Tensor) -> Tensor:
-    """Centered, in units of the deviation that the sum over a random permutation has (Hoeffding 1951)."""
+    """The matrix centered, in units of the standard deviation of the sum over a random permutation (Hoeffding 1951)."""
     centered = _centered(matrix.double())
     deviation = (centered.square().sum() / (len(centered) - 1)).sqrt()
-    # Images that all look alike leave nothing but rounding to compare.
+    # If all images are alike, only rounding is left to compare.
     return torch.zeros_like(centered) if deviation < 1e-6 else centered / deviation
 
 
 def _agreement(standardized: Tensor, classes: Tensor) -> float:
-    """How far the order `classes` stands above random ones, in standard deviations."""
+    """Distance of the order `classes` above random ones, in standard deviations."""
     return float(standardized.gather(1, classes[:, None]).sum())
 
 
 def _assign(gain: Tensor) -> Tensor:
-    """(C,): the class of each block, each class once, with the largest sum of gains."""
+    """The class of each group, each class equally often, with the largest sum of the gains (rows are groups)."""
     return torch.from_numpy(linear_sum_assignment(gain.double().numpy(), maximize=True)[1])
 
 
+def _robust_evidence(logp: Tensor) -> Tensor:
+    """(N, C): evidence of which no single image has too much, because any image may fail to resemble its class."""
+    return torch.log((1 - _UNLIKE) * logp.exp() + _UNLIKE / logp.shape[1])
+
+
+def _judge_rows(logp: Tensor, right: _Candidate, found: _Candidate, agreement: float) -> OrderVerdict | None:
+    """Whether rows are out of step with the right order, or with the wrong order that was found."""
+    evidence = _centered(_robust_evidence(logp))
+    verdicts = []
+    for base in dict.fromkeys((right, found)) if right is not found else (right,):
+        labels = _row_labels(base, len(logp))
+        if order := find_row_order(evidence, labels):
+            words = order.words if base is right else f"{base.words}, and {order.words}"
+            gain = float(evidence.gather(1, order.labels[:, None]).sum())
+            verdicts.append((gain, base is right, OrderVerdict(order.code, words, order.labels, agreement, by_block=False)))
+    if not verdicts:
+        return None
+    as_found = float(evidence.gather(1, _row_labels(found, len(logp))[:, None]).sum())
+    gain, _, verdict = max(verdicts, key=lambda item: item[:2])
+    return verdict if gain > as_found else None
+
+
 def _judge_blocks(logp: Tensor, agreement: float) -> OrderVerdict:
-    """The order is right on the whole; find blocks that stand at each other's place."""
+    """The order is right on the whole; find blocks, or halves of blocks, that stand in each other's place."""
     classes = logp.shape[1]
     ipc = len(logp) // classes
-    # One image that looks like anything but its class must not decide over its block.
-    robust = torch.log((1 - _UNLIKE) * logp.exp() + _UNLIKE / classes)
-    shown = _moved_blocks(_centered(_group_means(robust, False)) * ipc, ipc)
+    right = class_labels(classes, ipc)
+    evidence = _robust_evidence(logp)
+    shown = _moved_groups(_centered(_group_means(evidence, False)) * ipc, ipc)
     moved = int((shown != torch.arange(classes)).sum())
-    if not moved:
-        return OrderVerdict("L001", _WORDS["L001"], class_labels(classes, ipc), agreement)
-    few = moved <= max(2, _FEW_MOVED * classes)
-    code, words = ("L007", "right but for a few classes") if few else ("L008", "right in part only")
-    return OrderVerdict(code, words, shown.repeat_interleave(ipc), agreement)
+    if moved:
+        few = moved <= max(2, _FEW_MOVED * classes)
+        code, words = ("L007", "right except for a few classes") if few else ("L008", "right in part only")
+        return OrderVerdict(code, words, shown.repeat_interleave(ipc), agreement)
+    if ipc >= _FEWEST_IMAGES_HALVED:
+        sizes = torch.tensor([ipc // 2, ipc - ipc // 2]).repeat(classes)
+        starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
+        halves = torch.stack([_centered(evidence)[a : a + size].sum(dim=0) for a, size in zip(starts, sizes, strict=True)])
+        labels = _moved_groups(halves, ipc // 2).repeat_interleave(sizes)
+        if bool((labels != right).any()) and bool((labels.bincount(minlength=classes) == ipc).all()):
+            return OrderVerdict("L014", "right except for halves of blocks", labels, agreement, by_block=False)
+    return OrderVerdict("L001", _WORDS["L001"], right, agreement)
 
 
-def _moved_blocks(evidence: Tensor, ipc: int) -> Tensor:
-    """(C,): the class that each block shows, its own unless the evidence for moving pays for all that was tried.
+def _moved_groups(evidence: Tensor, images: int) -> Tensor:
+    """The class that each group of rows shows, which is its own unless the evidence pays for all moves that were tried.
 
-    evidence: (C, C), summed log-probabilities. As images of a block resemble one another and are no real ones, it
-    is scaled down to what makes the blocks' classes most probable. A swapped pair must outweigh the log odds of one
-    pair against all, so that each moved block pays half of them.
+    evidence: (G, C) summed log-probabilities of G / C groups for each class, in order. images: in a group.
+    As images of a group resemble one another and are not real ones, the evidence is scaled down to what makes the groups'
+    classes most probable. A swapped pair must outweigh the log odds of one pair against all, so that each moved group pays
+    half of them.
     """
-    classes = len(evidence)
-    pairs = classes * (classes - 1) / 2
-    price = math.log(pairs / _PAIRS_ODDS) / 2 + _FEW_IMAGES / ipc
-    shown = torch.arange(classes)
+    groups, classes = evidence.shape
+    pairs = groups * (groups - 1) / 2
+    price = math.log(pairs / _PAIRS_ODDS) / 2 + _FEW_IMAGES / images
+    slots = torch.arange(classes).repeat_interleave(groups // classes)
+    shown = slots
     for _ in range(3):
         likelihoods = [torch.log_softmax(scale * evidence, dim=1).gather(1, shown[:, None]).mean() for scale in _SCALES]
         scale = _SCALES[torch.stack(likelihoods).argmax()]
-        shown = _assign(scale * evidence + price * torch.eye(classes))
+        stay = price * (slots[:, None] == slots)
+        shown = slots[_assign(scale * evidence[:, slots] + stay)]
     return shown
 
 
 def _verdict_of(candidate: _Candidate, rows: int, agreement: float) -> OrderVerdict:
     labels = _row_labels(candidate, rows)
-    return OrderVerdict(candidate.code, candidate.words, labels, agreement, candidate.interleaved)
+    return OrderVerdict(candidate.code, candidate.words, labels, agreement, by_block=not candidate.interleaved)
 
 
 def _judge_unknown(logp: Tensor, model: ClassModel, agreement: float) -> OrderVerdict:
-    """No named order fits: the classes are shuffled, the rows are, or the images show no classes."""
+    """No named order fits: the classes are shuffled, the rows are shuffled, or the images show no classes."""
     classes = logp.shape[1]
     for interleaved in (False, True):
         found = _cross_checked(logp, interleaved)
@@ -260,13 +331,13 @@ def _judge_unknown(logp: Tensor, model: ClassModel, agreement: float) -> OrderVe
         return _verdict_of(candidate, len(logp), found[0])
     if len(logp) > classes and class_information(logp) >= _INFORMATIVE * model.real_information:
         return OrderVerdict("L009", "shuffled image by image", None, agreement)
-    return OrderVerdict("L010", "none that the images would tell", None, agreement)
+    return OrderVerdict("L010", "unknown", None, agreement)
 
 
 def _cross_checked(logp: Tensor, interleaved: bool) -> tuple[float, float] | None:
-    """Agreement and mean gain of the assignment found on one half of each group's images, on the other half.
+    """Agreement and mean gain, on one half of each group's images, of the assignment found on the other half.
 
-    None with one image a class, which leaves nothing to check on.
+    None for one image per class, which leaves nothing to compare with.
     """
     classes = logp.shape[1]
     groups = logp.view(-1, classes, classes).transpose(0, 1) if interleaved else logp.view(classes, -1, classes)
@@ -281,29 +352,53 @@ def _cross_checked(logp: Tensor, interleaved: bool) -> tuple[float, float] | Non
     return sum(agreements) / math.sqrt(2), sum(gains) / 2
 
 
+def _exchanged_channels(
+    images: Tensor, logp: Tensor, model: ClassModel, spec: DatasetSpec, verdict: OrderVerdict, where: str
+) -> Finding | None:
+    """N006 if the images show the classes of their rows clearly better with red and blue exchanged."""
+    labels = class_labels(spec.num_classes, len(images) // spec.num_classes) if verdict.labels is None else verdict.labels
+    rows = torch.arange(0, len(images), max(1, len(images) // _CHANNEL_ROWS))
+    # In units in which exchanging channels is exchanging colors.
+    exchanged = model.log_probabilities(denormalize(images[rows], spec).flip(1))
+    gains = [_centered(scores).gather(1, labels[rows, None]).flatten() for scores in (exchanged, logp[rows])]
+    better = gains[0] - gains[1]
+    errors = float(better.mean() / (better.std() / len(better) ** 0.5).clamp_min(1e-9)) if len(better) > 1 else 0.0
+    if errors < _CLEARLY_BETTER:
+        return None
+    message = (
+        "The images seem to have red and blue exchanged (BGR instead of RGB): with the channels in the other order, a "
+        f"classifier of the real images recognizes the rows' classes better by {errors:.1f} standard errors. Convert them: "
+        "undo the normalization, use pixels.flip(1), and normalize again."
+    )
+    return Finding("error", "N006", message, where)
+
+
 def _finding(logp: Tensor, verdict: OrderVerdict, spec: DatasetSpec, where: str) -> Finding:
     titles = class_titles(spec.name)
     if verdict.code == "L001":
         return Finding("info", "L001", _right_message(logp, verdict, titles), where)
     if verdict.code == "L010":
         message = (
-            f"Whether the rows are in the right order cannot be told: {_strength(verdict)}, "
-            "so that the images show too little of their classes. Look at the contact sheet."
+            f"Whether the rows are in the right order is unknown: they are {_strength(verdict)}, "
+            "because the images show too little of their classes. Look at the contact sheet."
         )
         return Finding("warning", "L010", message, where)
     if verdict.labels is None:
         message = (
             f"The images look like images of {spec.name}, but the rows fit no order of the classes "
-            f"({_strength(verdict)}): they seem shuffled one by one. No reordering can be found; make the set again "
-            "with rows class by class."
+            f"({_strength(verdict)}): they seem to be shuffled one by one. No right order can be found; make the set again "
+            "with its rows class by class."
         )
         return Finding("error", verdict.code, message, where)
-    # Naming blocks that hold all classes would say nothing.
-    named = "" if verdict.interleaved else f": {_moved_words(logp, verdict, titles)}"
-    message = (
-        f"The rows are not in the order of the labels; they are {verdict.words} ({_strength(verdict)}){named}. "
-        "Put it right: ddkit check FILE --fix-order OUT"
-    )
+    repair = "Reorder them: ddkit check FILE --fix-order OUT"
+    wrong = int((verdict.labels != class_labels(len(titles), len(logp) // len(titles))).sum())
+    if verdict.code in ("L013", "L014"):
+        parts = f" ({_parts_words(verdict.labels, titles)})" if verdict.code == "L014" else ""
+        message = f"{wrong} of {len(logp)} rows have a wrong label: {verdict.words}{parts}. {repair}"
+        return Finding("error", verdict.code, message, where)
+    # The names of blocks that hold all classes would say nothing.
+    named = f": {_moved_words(logp, verdict, verdict.labels, titles)}" if verdict.by_block else ""
+    message = f"The rows are not in the order of the labels; they are {verdict.words} ({_strength(verdict)}){named}. {repair}"
     return Finding("error", verdict.code, message, where)
 
 
@@ -319,39 +414,50 @@ def _right_message(logp: Tensor, verdict: OrderVerdict, titles: Sequence[str]) -
     worst = own.argsort()[: min(3, classes)].tolist()
     named = "; ".join(_block_words(block, len(logp) // classes, titles) for block in worst)
     return (
-        f"The rows look right: {_strength(verdict)}; {first} of {classes} blocks look most like their own class. "
-        f"Least like theirs: {named}."
+        f"The rows look right: {_strength(verdict)}; {first} of {classes} blocks resemble their own class most. "
+        f"The weakest are {named}."
     )
 
 
-def _moved_words(logp: Tensor, verdict: OrderVerdict, titles: Sequence[str]) -> str:
-    """Which blocks show what: swapped pairs by name, a shifted run as such, else those least like their class."""
-    ipc = len(verdict.labels) // len(titles)
-    shown = verdict.labels[::ipc]
-    moved = (shown != torch.arange(len(shown))).nonzero().flatten().tolist()
-    pairs = [(block, int(shown[block])) for block in moved if shown[shown[block]] == block and block < shown[block]]
+def _parts_words(labels: Tensor, titles: Sequence[str]) -> str:
+    """The first rows that show another class than their block's."""
+    ipc = len(labels) // len(titles)
+    shown, parts = labels.tolist(), []
+    start = 0
+    for row in range(1, len(shown) + 1):
+        if row == len(shown) or shown[row] != shown[start] or row % ipc == 0:
+            if shown[start] != start // ipc:
+                parts.append(f"rows {start}-{row - 1} show {shown[start]} ({titles[shown[start]]})")
+            start = row
+    more = f"; and {len(parts) - _NAMED} more parts" if len(parts) > _NAMED else ""
+    return "; ".join(parts[:_NAMED]) + more
+
+
+def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Sequence[str]) -> str:
+    """Which blocks show what: swapped pairs by name, a shifted run as such, or those that resemble their class least."""
+    ipc = len(labels) // len(titles)
+    shown = labels[::ipc].tolist()
+    moved = [block for block, label in enumerate(shown) if label != block]
+    pairs = [(block, shown[block]) for block in moved if shown[shown[block]] == block and block < shown[block]]
     if verdict.code == "L007" and len(pairs) * 2 == len(moved):
         return "swapped are " + ", ".join(f"{a} ({titles[a]}) and {b} ({titles[b]})" for a, b in pairs[:_NAMED])
-    if verdict.code in ("L007", "L008") and (step := _run_step(shown, moved)):
-        return f"the blocks from {moved[0]} ({titles[moved[0]]}) to {moved[-1]} ({titles[moved[-1]]}) show the class " + (
-            "after theirs" if step == 1 else "before theirs"
-        )
+    if verdict.code in ("L007", "L008") and (side := _run_side(shown, moved)):
+        first, last = moved[0], moved[-1]
+        return f"the blocks from {first} ({titles[first]}) to {last} ({titles[last]}) show the class {side} theirs"
     own = _centered(_group_means(logp, False)).diagonal()
     moved.sort(key=lambda block: float(own[block]))
-    named = [f"{_block_words(b, ipc, titles)} show {int(shown[b])} ({titles[shown[b]]})" for b in moved[:_NAMED]]
+    named = [f"{_block_words(b, ipc, titles)} show {shown[b]} ({titles[shown[b]]})" for b in moved[:_NAMED]]
     more = f"; and {len(moved) - _NAMED} more blocks" if len(moved) > _NAMED else ""
     return "; ".join(named) + more
 
 
-def _run_step(shown: Tensor, moved: Sequence[int]) -> int:
-    """1 or -1 where three blocks or more in a row show the class after or before theirs, the end one apart; else 0."""
+def _run_side(shown: Sequence[int], moved: Sequence[int]) -> str:
+    """ "after" or "before" if three blocks or more in a row show the class next to theirs, except the last one; else ""."""
     if len(moved) < 3 or moved[-1] - moved[0] + 1 != len(moved):
-        return 0
-    run = shown[moved[0] : moved[-1] + 1]
-    here = torch.arange(moved[0], moved[-1] + 1)
-    if torch.equal(run[:-1], here[:-1] + 1):
-        return 1
-    return -1 if torch.equal(run[1:], here[1:] - 1) else 0
+        return ""
+    if all(shown[block] == block + 1 for block in moved[:-1]):
+        return "after"
+    return "before" if all(shown[block] == block - 1 for block in moved[1:]) else ""
 
 
 def _block_words(block: int, ipc: int, titles: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ def check(
     from dataclasses import replace
 
     from ddkit.checks.check import CheckSettings, check_path
-    from ddkit.checks.fixing import fix_row_order
+    from ddkit.checks.order import reorder_rows
     from ddkit.cli._findings import findings_table
 
     if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
@@ -55,9 +55,9 @@ def check(
     if fix_order is not None and (ipc or strict or ignored):
         raise UsageError("--fix-order writes a tensor and judges nothing: --ipc, --strict and --ignore do not go with it.")
     if fix_order is not None:
-        fixed = fix_row_order(path, fix_order, dataset=dataset)
-        output.result({"wrote": str(fixed.path), "moved_rows": fixed.moved_rows}, f"{fixed.moved_rows} rows moved.")
-        output.done([fixed.path], f"ddkit check {fixed.path}" + (f" --dataset {dataset}" if dataset else ""))
+        moved = reorder_rows(path, fix_order, dataset=dataset)
+        output.result({"wrote": str(fix_order), "moved_rows": moved}, f"{moved} rows moved.")
+        output.done([fix_order], f"ddkit check {fix_order}" + (f" --dataset {dataset}" if dataset else ""))
         return
     output.say(f"Checking {escape(str(path))}.")
     settings = CheckSettings() if ipc is None else replace(CheckSettings(), ipc=ipc)

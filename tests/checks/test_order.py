@@ -5,14 +5,14 @@ from importlib import resources
 import pytest
 import torch
 
-from ddkit.challenge import CIFAR100, GLYPHS
+from ddkit.challenge import CIFAR100, DATASETS, GLYPHS
 from ddkit.checks.classifier import ClassModel
-from ddkit.checks.order import detected_rows, judge_order, order_findings
+from ddkit.checks.order import detected_rows, judge_order, order_findings, reorder_rows
 from ddkit.data.class_names import CIFAR100_FINE_LABELS, TINYIMAGENET_WNIDS
 from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import load_dataset
-from ddkit.errors import MissingDataError
+from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
 
 CLASSES = 40
 # As informative as the drawn log-probabilities of `scores` are.
@@ -32,7 +32,7 @@ def judged(rows, orders=None):
     return judge_order(rows, orders or {}, MODEL)
 
 
-def test_the_right_order_is_right_for_any_number_of_images():
+def test_right_order_with_any_number_of_images_is_l001():
     for ipc in (1, 2, 10, 50):
         verdict = judged(scores(ipc).flatten(0, 1))
         assert verdict.code == "L001"
@@ -52,7 +52,7 @@ def test_the_right_order_is_right_for_any_number_of_images():
         ("L004", lambda rows: rows[TEXT_ORDER].transpose(0, 1)),
     ],
 )
-def test_wrong_orders_are_named_and_can_be_put_right(code, blocks):
+def test_wrong_orders_of_blocks_are_named_and_can_be_reordered(code, blocks):
     rows = blocks(scores()).flatten(0, 1)
     verdict = judged(rows, {"L012": TEXT_ORDER})
     assert verdict.code == code
@@ -60,7 +60,70 @@ def test_wrong_orders_are_named_and_can_be_put_right(code, blocks):
     assert judged(put_right).code == "L001"
 
 
-def test_two_classes_swapped_among_many_right_ones():
+def exchanged(rows, *, phase=0, count=5, first=-1, second=1, chain=False):
+    """(C, ipc, ...): `count` rows at one end of each block exchanged with those of the next. first, second: -1 for last."""
+    rows = rows.clone()
+    places = {-1: slice(-count, None), 1: slice(0, count)}
+    for block in range(phase, len(rows) - 1, 1 if chain else 2):
+        kept = rows[block, places[first]].clone()
+        rows[block, places[first]] = rows[block + 1, places[second]]
+        rows[block + 1, places[second]] = kept
+    return rows
+
+
+def moved(rows, start, end):
+    """(C, ipc, ...): the row at `start` moved to `end`, with those between one place nearer to the start."""
+    flat = rows.flatten(0, 1)
+    return torch.cat([flat[:start], flat[start + 1 : end + 1], flat[start : start + 1], flat[end + 1 :]]).view(rows.shape)
+
+
+OUT_OF_STEP = {
+    **{f"shifted by {s}": ("L013", lambda rows, s=s: rows.flatten(0, 1).roll(s, 0).view(rows.shape)) for s in (1, 2, 5, 8)},
+    **{f"shifted by -{s}": ("L013", lambda rows, s=s: rows.flatten(0, 1).roll(-s, 0).view(rows.shape)) for s in (1, 3, 8, 13)},
+    "one image missing": ("L013", lambda rows: moved(rows, 57, 399)),
+    "one image moved": ("L013", lambda rows: moved(rows, 57, 301)),
+    "last half with first half of the next": ("L014", exchanged),
+    "last half with last half": ("L014", lambda rows: exchanged(rows, second=-1)),
+    "first half with first half, from the second block": ("L014", lambda rows: exchanged(rows, first=1, phase=1)),
+    "three rows": ("L014", lambda rows: exchanged(rows, count=3)),
+    "one row": ("L014", lambda rows: exchanged(rows, count=1, second=-1)),
+    "one after the other": ("L014", lambda rows: exchanged(rows, chain=True)),
+}
+
+
+@pytest.mark.parametrize("mistake", OUT_OF_STEP)
+def test_rows_out_of_step_with_the_blocks_are_named_and_can_be_reordered(mistake):
+    code, wrong = OUT_OF_STEP[mistake]
+    rows = wrong(scores(evidence=3.0))
+    shown = wrong(torch.arange(CLASSES)[:, None].expand(CLASSES, 10)).flatten()
+    verdict = judged(rows.flatten(0, 1))
+    assert verdict.code == code
+    assert verdict.labels.bincount().tolist() == [10] * CLASSES
+    assert (verdict.labels != shown).sum() <= 4  # a single row that was moved may stay among its neighbors
+
+
+def test_halves_of_two_blocks_exchanged_are_l014():
+    rows = scores(evidence=3.5)
+    rows[4, 5:], rows[30, :5] = rows[30, :5].clone(), rows[4, 5:].clone()
+    verdict = judged(rows.flatten(0, 1))
+    assert verdict.code == "L014"
+    assert set(verdict.labels[45:50].tolist()) == {30} and set(verdict.labels[300:305].tolist()) == {4}
+
+
+def test_a_known_wrong_order_that_is_also_shifted_is_found_whole():
+    rows = scores(evidence=3.0)[TEXT_ORDER].flatten(0, 1).roll(2, 0)
+    verdict = judged(rows, {"L012": TEXT_ORDER})
+    assert verdict.code == "L013" and "sorted as text" in verdict.words
+    assert torch.equal(verdict.labels, TEXT_ORDER.repeat_interleave(10).roll(2))
+
+
+@pytest.mark.parametrize("ipc", [1, 2, 3, 50])
+def test_right_orders_of_any_number_of_images_are_not_called_out_of_step(ipc):
+    codes = [judged(scores(ipc, evidence=2.0, seed=seed).flatten(0, 1)).code for seed in range(5)]
+    assert codes == ["L001"] * 5
+
+
+def test_two_swapped_classes_are_l007():
     rows = scores(evidence=2.5)
     rows[[3, 17]] = rows[[17, 3]]
     verdict = judged(rows.flatten(0, 1))
@@ -69,7 +132,7 @@ def test_two_classes_swapped_among_many_right_ones():
     assert (verdict.labels != torch.arange(CLASSES).repeat_interleave(10)).sum() == 20
 
 
-def test_rows_shuffled_one_by_one_and_rows_that_show_nothing():
+def test_shuffled_rows_are_l009_and_equal_rows_l010():
     rows = scores(evidence=4.0).flatten(0, 1)
     shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))]
     assert judged(shuffled).code == "L009"
@@ -78,12 +141,12 @@ def test_rows_shuffled_one_by_one_and_rows_that_show_nothing():
     assert judged(same.expand(400, -1)).code == "L010"
 
 
-def test_right_orders_with_weak_evidence_raise_no_alarm():
+def test_right_orders_with_weak_evidence_are_l001():
     codes = [judged(scores(evidence=1.0, seed=seed).flatten(0, 1)).code for seed in range(100)]
     assert codes.count("L001") == 100
 
 
-def test_recorded_orders_are_permutations_of_the_classes_and_not_the_right_ones():
+def test_recorded_wrong_orders_are_permutations_of_the_classes():
     recorded = json.loads(resources.files("ddkit.checks").joinpath("orders.json").read_text())
     for order, names in (
         (recorded["cifar100"]["superclass"], CIFAR100_FINE_LABELS.split()),
@@ -93,14 +156,14 @@ def test_recorded_orders_are_permutations_of_the_classes_and_not_the_right_ones(
         assert order != names
 
 
-def test_the_recorded_wnids_are_in_the_order_of_the_archive(tinyimagenet_zip):
+def test_recorded_wnids_are_in_the_order_of_the_archive(tinyimagenet_zip):
     recorded = json.loads(resources.files("ddkit.checks").joinpath("orders.json").read_text())
     with zipfile.ZipFile(tinyimagenet_zip) as archive:
         listed = archive.read("tiny-imagenet-200/wnids.txt").decode().split()
     assert recorded["tinyimagenet"]["wnids.txt"] == listed
 
 
-def test_without_real_images_it_says_how_to_get_them():
+def test_order_without_real_images_says_how_to_get_them():
     images = torch.randn(1000, 3, 32, 32)
     [finding] = order_findings(images, CIFAR100, "cifar100.pt")
     assert (finding.level, finding.code) == ("info", "L011")
@@ -109,7 +172,7 @@ def test_without_real_images_it_says_how_to_get_them():
         detected_rows(images, CIFAR100)
 
 
-def test_letters_in_their_order_and_in_others(glyph_images):
+def test_orders_of_letters_are_recognized(glyph_images):
     blocks = glyph_images.clone().unflatten(0, (10, 10))
     [right] = order_findings(glyph_images, GLYPHS, "glyphs.pt")
     assert (right.level, right.code) == ("info", "L001")
@@ -124,7 +187,7 @@ def test_letters_in_their_order_and_in_others(glyph_images):
     assert finding.code == "L006"
 
 
-def test_noise_is_not_called_wrong(glyph_store, monkeypatch):
+def test_noise_is_a_warning_and_has_no_order(glyph_store, monkeypatch):
     monkeypatch.setenv("DDKIT_CACHE", str(glyph_store))
     noise = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     [finding] = order_findings(noise, GLYPHS, "glyphs.pt")
@@ -132,7 +195,8 @@ def test_noise_is_not_called_wrong(glyph_store, monkeypatch):
     assert detected_rows(noise, GLYPHS) is None
 
 
-def test_real_images_in_superclass_order(cifar100_zip):
+@pytest.mark.slow
+def test_real_images_in_superclass_order_are_l002(cifar100_zip):
     prepare("cifar100", cifar100_zip)
     test = load_dataset("cifar100", "test")
     blocks = normalize(test.images.unflatten(0, (100, 100))[:, :10].flatten(0, 1), CIFAR100).unflatten(0, (100, 10))
@@ -144,3 +208,92 @@ def test_real_images_in_superclass_order(cifar100_zip):
     [finding] = order_findings(wrong, CIFAR100, "cifar100.pt")
     assert finding.code == "L002"
     assert torch.equal(wrong[detected_rows(wrong, CIFAR100)], blocks.flatten(0, 1))
+
+
+def test_letters_shifted_by_rows_are_told_in_rows_and_reordered(tmp_path, glyph_images):
+    torch.save(glyph_images.roll(2, 0), tmp_path / "glyphs.pt")
+    [finding] = order_findings(glyph_images.roll(2, 0), GLYPHS, "glyphs.pt")
+    assert (finding.level, finding.code) == ("error", "L013")
+    assert "20 of 100 rows have a wrong label: all rows stand 2 places too late" in finding.message
+    assert reorder_rows(tmp_path / "glyphs.pt", tmp_path / "fixed.pt") > 0
+    [finding] = order_findings(torch.load(tmp_path / "fixed.pt"), GLYPHS, "fixed.pt")
+    assert finding.code == "L001"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])
+def test_real_images_out_of_step_are_told_and_reordered(name, request):
+    archive = request.getfixturevalue(f"{name}_zip")
+    prepare(name, archive)
+    spec = DATASETS[name]
+    right = normalize(request.getfixturevalue(f"{name}_images"), spec)
+    blocks = right.unflatten(0, (spec.num_classes, 10))
+    assert [f.code for f in order_findings(right, spec, "set.pt")] == ["L001"]
+    for shift in (1, -1, 3, -8):
+        wrong = right.roll(shift, 0)
+        [finding] = order_findings(wrong, spec, "set.pt")
+        assert finding.code == "L013" and f"all rows stand {abs(shift)} place" in finding.message
+        restored = wrong[detected_rows(wrong, spec)].unflatten(0, blocks.shape[:2])
+        assert all(same_images(block, true) for block, true in zip(restored, blocks, strict=True))
+    wrong = exchanged(blocks).flatten(0, 1)
+    [finding] = order_findings(wrong, spec, "set.pt")
+    assert finding.code == "L014" and f"{len(right) // 2} of {len(right)} rows" in finding.message
+    restored = wrong[detected_rows(wrong, spec)].unflatten(0, blocks.shape[:2])
+    assert all(same_images(block, true) for block, true in zip(restored, blocks, strict=True))
+
+
+def same_images(first, second):
+    """Whether two blocks hold the same images in any order."""
+    return {image.numpy().tobytes() for image in first} == {image.numpy().tobytes() for image in second}
+
+
+def test_channels_exchanged_with_the_right_constants_are_told_by_their_classes(glyph_images):
+    """Letters in colors that tell nothing are left alone; the classifier of the real images decides."""
+    assert "N006" not in {finding.code for finding in order_findings(glyph_images.flip(1), GLYPHS, "glyphs.pt")}
+
+
+@pytest.mark.slow
+def test_bgr_images_of_cifar100_are_told_by_their_classes(cifar100_zip, cifar100_images):
+    prepare("cifar100", cifar100_zip)
+    [finding] = order_findings(normalize(cifar100_images.flip(1), CIFAR100), CIFAR100, "cifar100.pt")
+    assert (finding.level, finding.code) == ("error", "N006")
+
+
+def test_reorder_rows_writes_a_swapped_pair_to_another_file(tmp_path, folder, glyph_images):
+    blocks = glyph_images.unflatten(0, (10, 10)).clone()
+    blocks[[2, 7]] = blocks[[7, 2]]
+    wrong = tmp_path / "glyphs.pt"
+    torch.save(blocks.flatten(0, 1), wrong)
+    before = wrong.read_bytes()
+    assert reorder_rows(wrong, tmp_path / "fixed.pt") == 20
+    assert torch.equal(torch.load(tmp_path / "fixed.pt", weights_only=True), glyph_images)
+    assert wrong.read_bytes() == before
+
+
+def test_reorder_rows_of_a_right_order_copies_it(tmp_path, folder):
+    assert reorder_rows(folder / "glyphs.pt", tmp_path / "fixed.pt", dataset="glyphs") == 0
+    written, original = (torch.load(path, weights_only=True) for path in (tmp_path / "fixed.pt", folder / "glyphs.pt"))
+    assert torch.equal(written, original)
+
+
+def test_reorder_rows_onto_the_original_raises_usage_error(tmp_path, folder):
+    before = (folder / "glyphs.pt").read_bytes()
+    (tmp_path / "link.pt").symlink_to(folder / "glyphs.pt")
+    for out in (folder / "glyphs.pt", folder / ".." / "submission" / "glyphs.pt", tmp_path / "link.pt"):
+        with pytest.raises(UsageError, match="would replace the original"):
+            reorder_rows(folder / "glyphs.pt", out)
+    assert (folder / "glyphs.pt").read_bytes() == before
+
+
+def test_reorder_rows_of_noise_raises_and_writes_nothing(tmp_path, folder):
+    noise = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.save(noise, tmp_path / "glyphs.pt")
+    with pytest.raises(InvalidSubmissionError, match="do not tell which order"):
+        reorder_rows(tmp_path / "glyphs.pt", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_reorder_rows_of_a_folder_or_a_zip_raises_usage_error(tmp_path, folder):
+    for path in (folder, tmp_path / "submission.zip"):
+        with pytest.raises(UsageError, match="one tensor at a time"):
+            reorder_rows(path, tmp_path / "out.pt")

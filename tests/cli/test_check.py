@@ -70,6 +70,7 @@ def test_the_order_of_one_tensor_is_put_right_in_another_file(work):
     assert finished.exit_code == 0 and "next: ddkit check fixed.pt" in finished.stderr, finished.stderr
     finished = run("check", "fixed.pt", "--dataset", "glyphs", "--json")
     assert "L001" in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
+    (work / "submission").mkdir()
     finished = run("check", "submission", "--fix-order", "out.pt")
     assert finished.exit_code == 2 and "Traceback" not in finished.stderr
 
