@@ -30,7 +30,7 @@ from ddkit.reporting.console import LeaderboardView
 from ddkit.reporting.html import write_html
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.page import gather
-from ddkit.reporting.quality import dataset_at, quality_of
+from ddkit.reporting.quality import quality_of
 from ddkit.results import RESULTS_FILE, read
 from ddkit.runtime.files import write_text
 from ddkit.sets.contact_sheet import save_png
@@ -87,7 +87,7 @@ def main() -> None:
     out = arguments.out.resolve()
     # Paths in the results are relative to the folder they were made in.
     os.chdir(arguments.folder)
-    quality = [quality_of(arguments.quality, dataset_at(arguments.quality)).view] if arguments.quality else []
+    quality = [quality_of(arguments.quality)] if arguments.quality else []
     with tempfile.TemporaryDirectory() as temporary:
         page = Path(temporary) / "report.html"
         write_html(gather(read().results, quality=quality), page)

@@ -13,11 +13,11 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ddkit.metrics.ddranking import Ranking
 
-_TITLE = "DD-Ranking, on fractions; LRS and ARS lie in 0 to 1, where more is better"
+_TITLE = "DD-Ranking of accuracies as fractions; LRS and ARS lie between 0 and 1, larger is better"
 
 
 def rankings_table(rankings: Sequence[Ranking]) -> RenderableType:
-    """A row a set, and below what the scores lack and where their settings differ."""
+    """A row for each set, and notes on missing evaluations and on different settings, each once."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("set", "dataset", "E"):
         table.add_column(heading, overflow="fold")
@@ -27,11 +27,7 @@ def rankings_table(rankings: Sequence[Ranking]) -> RenderableType:
         subject = ranking.subject
         scores = ["–" if score is None else f"{score:.3f}" for score in ranking.scores.values()]
         table.add_row(escape(subject.source), escape(subject.dataset), str(subject.epochs_setting), *scores)
-    return Group(Text(f"\n{_TITLE}", style="bold"), table, *(Text(line, style="dim") for line in _remarks(rankings)))
-
-
-def _remarks(rankings: Sequence[Ranking]) -> list[str]:
-    """Each remark once, however many sets it is on."""
-    missing = dict.fromkeys(str(need) for ranking in rankings for need in ranking.missing)
-    lines = [f"Missing: {'; '.join(missing)}. ddkit evaluate --ranking runs what is missing."] if missing else []
-    return [*lines, *dict.fromkeys(remark for ranking in rankings for remark in ranking.notes)]
+    missing = dict.fromkeys(str(evaluation) for ranking in rankings for evaluation in ranking.missing)
+    notes = [f"Missing: {'; '.join(missing)}. Run them with ddkit evaluate --ranking."] if missing else []
+    notes += dict.fromkeys(note for ranking in rankings for note in ranking.notes)
+    return Group(Text(f"\n{_TITLE}", style="bold"), table, *(Text(note, style="dim") for note in notes))

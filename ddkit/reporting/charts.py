@@ -1,4 +1,4 @@
-"""Where the marks of a chart go, in percent of the plot: templates draw them at any size, text stays text."""
+"""Positions of the marks of a chart, in percent of the plot, so that templates draw it at any size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_WIDE_TICKS = 4  # along the bottom, where labels stand side by side, on a 
 
 @dataclass(frozen=True)
 class Tick:
-    """position: percent of the axis, 0 at its beginning."""
+    """position: percent of the axis."""
 
     position: float
     label: str
@@ -23,9 +23,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class IntervalMark:
-    """One entry's accuracy and interval; low and high are None without an interval. All but `value` in percent of
-    the plot's width.
-    """
+    """One row's accuracy, `value`, and in percent of the plot's width its position and interval, if it has one."""
 
     row: Row
     value: float  # fraction
@@ -66,7 +64,7 @@ class LineChart:
 
 
 def interval_charts(group: Group) -> tuple[IntervalChart, ...]:
-    """A chart for each dataset of the group that anyone has an accuracy on, and one of the mean over several."""
+    """A chart for each dataset with accuracies, and one of the mean if there are several."""
     subjects: list[str | None] = [*([None] if len(group.datasets) > 1 else []), *group.datasets]
     charts = (_interval_chart(group.rows, subject) for subject in subjects)
     return tuple(chart for chart in charts if chart.marks)
@@ -75,9 +73,9 @@ def interval_charts(group: Group) -> tuple[IntervalChart, ...]:
 def line_chart(
     title: str, x_title: str, series: Mapping[str, Sequence[tuple[float, float]]], *, from_zero: bool = False
 ) -> LineChart | None:
-    """A chart of the series that have points, (x, y) each in the order of x; None when none has.
+    """A chart of series of points (x, y) in the order of x; None if there are no points.
 
-    Points that are not finite are left out. from_zero: the vertical axis begins at zero.
+    Points that are NaN or infinite are left out. from_zero: the vertical axis begins at zero.
     """
     finite = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
     finite = {name: points for name, points in finite.items() if points}
@@ -101,7 +99,7 @@ def line_chart(
 
 
 def sampled_curve(values: Sequence[float], points: int) -> tuple[float, ...]:
-    """At most `points` values, evenly spaced, first and last included; values that are no numbers are left out."""
+    """At most `points` of the values, evenly spaced, with the first and the last; NaN and infinite ones are left out."""
     finite = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
     if len(finite) <= points:
         return tuple(finite)
@@ -109,7 +107,7 @@ def sampled_curve(values: Sequence[float], points: int) -> tuple[float, ...]:
 
 
 def sampled_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most as many points as can be told apart on a screen, first and last included."""
+    """At most as many points as a screen can show, with the first and the last."""
     return [points[int(i)] for i in sampled_curve(range(len(points)), _POINTS_OF_LINE)]
 
 
@@ -144,21 +142,16 @@ def _value_and_interval(row: Row, dataset: str | None) -> tuple[float, float | N
 def _axis(
     low: float, high: float, *, most: int = _MOST_TICKS, tight: bool = False, scale: float = 1, unit: str = ""
 ) -> tuple[tuple[Tick, ...], float, float]:
-    """Ticks at round numbers, and the ends of the axis: the outer ticks, or the data's own ends when `tight`."""
+    """Ticks at round numbers, and the ends of the axis: the outer ticks, or the data's own ends if `tight`."""
+    from matplotlib.ticker import MaxNLocator  # imported late, since a leaderboard on a terminal needs no axis
+
     if high <= low:
         low, high = low - abs(low) * 0.05 - 1e-3, high + abs(high) * 0.05 + 1e-3
-    step = _round_step((high - low) * scale, most) / scale
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    start, end = (low, high) if tight else (first * step, last * step)
-    decimals = max(0, -math.floor(math.log10(step * scale) + 1e-9))
-    ticks = [Tick(_percent(i * step, start, end), f"{i * step * scale:,.{decimals}f}{unit}") for i in range(first, last + 1)]
+    values = MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(low * scale, high * scale)
+    decimals = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-9))
+    start, end = (low, high) if tight else (float(values[0]) / scale, float(values[-1]) / scale)
+    ticks = [Tick(_percent(value / scale, start, end), f"{value:,.{decimals}f}{unit}") for value in values.tolist()]
     return tuple(tick for tick in ticks if -0.01 <= tick.position <= 100.01), start, end
-
-
-def _round_step(extent: float, most: int) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is passed no more than so many times."""
-    power = 10 ** math.floor(math.log10(extent / most))
-    return next(m * power for m in (1, 2, 5, 10, 20) if extent / (m * power) <= most)
 
 
 def _percent(value: float, low: float, high: float) -> float:

@@ -1,4 +1,4 @@
-"""The leaderboard for the terminal: a table where there is room, a few lines an entry where there is not."""
+"""The leaderboard for the terminal: a table, or a few lines per entry on a narrow one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ddkit.reporting.formatting import LEGEND, deviation, half_interval, percent
 from ddkit.reporting.rows import Estimate, Group, Row, dataset_title, shortened
 
 _WIDE = 150  # columns that the full table needs
-_MEDIUM = 96  # below it, the interval of the mean gives its room to the names
-_NARROW = 78  # below it, a few lines an entry instead of a table
+_MEDIUM = 96  # below it, the interval of the mean is left out
+_NARROW = 78  # below it, a few lines per entry instead of a table
 _CURVE_POINTS = 10
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 _STYLES = {"submission": "bold cyan", "published": ""}
@@ -26,9 +26,9 @@ _REFERENCE_STYLE = "dim"
 
 
 class LeaderboardView:
-    """Groups as rich shows them; prints itself to any console, at that console's width.
+    """Groups as a rich renderable, for any width.
 
-    most_rows, most_groups: how much is shown; None for all of it.
+    most_rows, most_groups: how many are shown; None means all.
     """
 
     def __init__(self, groups: Sequence[Group], *, most_rows: int | None = None, most_groups: int | None = None) -> None:
@@ -50,12 +50,12 @@ class LeaderboardView:
             for remark in [*_more(left_out), *group.remarks]:
                 yield Text(remark, style="dim")
         if more := len(self._groups) - len(shown):
-            yield Text(f"\n{more:,} more groups of other settings: ddkit report --all", style="dim")
+            yield Text(f"\n{more:,} more groups with other settings: ddkit report --all", style="dim")
         yield Text(f"\n{LEGEND}", style="dim")
 
 
 def sparkline(values: Sequence[float], points: int = _CURVE_POINTS, bars: str = _BARS) -> str:
-    """Values as a row of bars of growing height, the lowest value the lowest bar."""
+    """Values as a row of bars; the lowest value is the lowest bar."""
     sampled = sampled_curve(values, points)
     if not sampled:
         return ""
@@ -118,7 +118,7 @@ def _wide_cells(group: Group, row: Row, bars: str) -> list[Text]:
 
 
 def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
-    """A few lines an entry, for screens that are too narrow for a table."""
+    """A few lines per entry, for a narrow terminal."""
     for row in group.rows:
         rank = "" if row.rank is None else f"{row.rank}. "
         yield Text(f"{rank}{row.name}", style=_STYLES.get(row.kind, _REFERENCE_STYLE), overflow="fold")
@@ -151,7 +151,7 @@ def _has_first(group: Group) -> bool:
 
 
 def _title(group: Group) -> str:
-    """Of the column in which both differences stand, one above the other."""
+    """The title of the column that holds both differences, one above the other."""
     return "to first\nto random" if _has_first(group) else "to random"
 
 
@@ -166,7 +166,7 @@ def _accuracy(row: Row, name: str) -> Text:
 
 
 def _difference(estimate: Estimate | None) -> Text:
-    """Green or red where the interval leaves no doubt; the sign says the same without color."""
+    """A difference, green or red if zero lies outside its interval."""
     style = ""
     if estimate is not None and estimate.is_clear:
         style = "green" if estimate.value > 0 else "red"

@@ -1,4 +1,4 @@
-"""One evaluated set in detail: its pictures, how it was made, what `check` finds, where it goes wrong."""
+"""One evaluated set in detail: its images, how it was made, its findings, and its mistakes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MOST_SHEETS = 3  # sets of a dataset whose pictures are shown: one file has to be sent around
+_MOST_SHEETS = 3  # sets of a dataset whose images are shown, so that the page stays small
 _MOST_CONFUSIONS = 15
 
 
@@ -35,7 +35,7 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A frequent mistake. count: per round."""
+    """A frequent mistake. count: mean per round."""
 
     truth: str
     predicted: str
@@ -44,10 +44,10 @@ class Confusion:
 
 @dataclass(frozen=True)
 class SetView:
-    """One evaluated set of an entry.
+    """One evaluated set.
 
-    gone: why the pictures are not shown, empty where they are. facts: how it was made, (name, value) pairs.
-    checked: whether `findings` are of this very file.
+    gone: why the images are not shown; empty if they are. facts: how it was made, as (name, value).
+    checked: True if the evaluated file is still there, so that `findings` are of it.
     """
 
     result: Result
@@ -64,7 +64,7 @@ class SetView:
 
 
 class SetDetails:
-    """Tells of one set after the other; the pictures of so many of each dataset, and each file but once."""
+    """Gathers one set after another; it shows the images of few sets of a dataset, and checks each file once."""
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._results = results
@@ -72,7 +72,7 @@ class SetDetails:
         self._findings: dict[str, tuple[Finding, ...]] = {}
 
     def of(self, result: Result) -> SetView:
-        """All there is to tell of an evaluated set."""
+        """All that is known of an evaluated set."""
         titles = class_titles(result)
         path = Path(result.source)
         gone = changed = _why_gone(path, result)
@@ -94,17 +94,17 @@ class SetDetails:
         )
 
     def _why_not_shown(self, result: Result) -> str:
-        """An empty text when the pictures may be shown, else why not."""
+        """Why the images are not shown; empty if they are."""
         shown = self._shown.setdefault(result.dataset, set())
         if result.sha256 in shown:
-            return "The pictures are shown with an entry above."
+            return "The images are shown with an entry above."
         if len(shown) >= _MOST_SHEETS:
-            return f"Pictures are shown of {_MOST_SHEETS} sets of a dataset at most."
+            return f"Images are shown of {_MOST_SHEETS} sets of a dataset at most."
         shown.add(result.sha256)
         return ""
 
     def _found(self, path: Path, result: Result) -> tuple[Finding, ...]:
-        """What `check` finds. It takes seconds: once for a file, under however many settings it was evaluated."""
+        """The findings of `ddkit check`, which takes seconds and runs once for each file."""
         if result.sha256 not in self._findings:
             self._findings[result.sha256] = _findings(path, result)
         return self._findings[result.sha256]
@@ -112,7 +112,7 @@ class SetDetails:
 
 def _why_gone(path: Path, result: Result) -> str:
     if result.track == 2:
-        return "A generator makes its pictures anew for each round."
+        return "The generator makes other images for each round."
     try:
         if not path.is_file():
             return f"The evaluated file, {path}, is no longer there."
@@ -124,14 +124,17 @@ def _why_gone(path: Path, result: Result) -> str:
 
 
 def _sheet(path: Path, result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictures, ...], str]:
-    """The pictures of a set class by class; without any, why."""
-    from ddkit.reporting.sets import pictures_by_class, read_set
+    """The images of a set class by class, or why they cannot be shown."""
+    from ddkit.data.images import denormalize, to_uint8
+    from ddkit.reporting.sets import pictures_by_class
+    from ddkit.sets.distilled import read_set
 
     try:
-        images, labels = read_set(path, result.dataset)
+        one = read_set(path, result.dataset)
     except DDKitError as error:
-        return (), f"The pictures cannot be shown: {error.message}"
-    return pictures_by_class(images, labels, lambda label: _name(titles, label)), ""
+        return (), f"The images cannot be shown: {error.message}"
+    images = to_uint8(denormalize(one.images, one.spec))
+    return pictures_by_class(images, one.labels, lambda label: _name(titles, label)), ""
 
 
 def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
@@ -145,7 +148,7 @@ def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
 
 
 def class_titles(result: Result) -> tuple[str, ...]:
-    """Names of a result's classes for people: of the prepared store, else of its JSON; empty where unknown."""
+    """The classes' names for people: of the prepared dataset, else of the provenance; empty if unknown."""
     from ddkit.data import store
 
     try:
@@ -156,7 +159,7 @@ def class_titles(result: Result) -> tuple[str, ...]:
 
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:
-    """How the set was made: what the result remembers, else the JSON beside the file while that is the same."""
+    """How the set was made, by the result, else by the JSON next to the file if that has not changed."""
     made_by: Any = result.made_by
     source = Path(result.source)
     if not made_by:
@@ -186,7 +189,7 @@ def _evaluation_facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Nested settings as (name, text); long lists by their length."""
+    """Nested settings as (name, text); of long lists only the length."""
     for key, item in value.items():
         name = f"{prefix}{str(key).replace('_', ' ')}"
         if isinstance(item, Mapping):
@@ -203,7 +206,7 @@ def _loss_chart(result: Result) -> LineChart | None:
 
 
 def _over_epochs(curve: Sequence[float], result: Result) -> Iterable[tuple[float, float]]:
-    """Evenly spaced epochs, first and last included: 0 ... E."""
+    """(epoch, loss) for evenly spaced epochs 0 ... E."""
     for i, loss in enumerate(curve):
         yield result.epochs_setting * i / max(1, len(curve) - 1), loss
 

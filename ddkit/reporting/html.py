@@ -1,10 +1,11 @@
-"""The report as one HTML file that brings everything along: no request to anywhere, readable without JavaScript."""
+"""The report as one self-contained HTML file, which needs neither the network nor JavaScript."""
 
 from __future__ import annotations
 
 import base64
 import functools
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,31 +17,28 @@ from ddkit.runtime.files import write_text
 
 if TYPE_CHECKING:
     import jinja2
+    from PIL.Image import Image
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(page: Page) -> str:
-    """The page's HTML. Every text that comes from results or files is escaped."""
+    """The page's HTML. All text that comes from results or files is escaped."""
     environment = _environment()
     script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
         page=page,
         legend=LEGEND,
         script=script,
-        # Only the script that we wrote runs, whatever a class name or a JSON file may hold.
-        script_hash=_hash_source(script),
+        # Only this script runs, whatever a class name or a JSON file holds.
+        script_hash=f"'sha256-{script_hash}'",
     )
 
 
 def write_html(page: Page, path: str | os.PathLike[str]) -> None:
     """Write the page's HTML, atomically."""
     write_text(path, render(page))
-
-
-def _hash_source(script: str) -> str:
-    """The script's hash as a Content-Security-Policy names it."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,5 +52,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(percent=percent, points=points, dataset_title=dataset_title)
+    environment.filters.update(percent=percent, points=points, dataset_title=dataset_title, data_uri=_data_uri)
     return environment
+
+
+def _data_uri(picture: Image) -> str:
+    buffer = io.BytesIO()
+    # With losses, so that the page stays small; the files that are written next to it have none.
+    picture.save(buffer, format="WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

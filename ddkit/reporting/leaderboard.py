@@ -1,6 +1,6 @@
-"""Who stands where: results beside the published entries, in groups within which numbers can be compared.
+"""The leaderboard: results and published entries in groups within which numbers can be compared.
 
-Nothing here imports torch, so that a leaderboard of thousands of results is there at once.
+Nothing here imports torch, so that a leaderboard of thousands of results is shown at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _REFERENCE_NAMES = {
 def build(results: Sequence[Result], tracks: Iterable[int] | None = None) -> tuple[Group, ...]:
     """All groups: for each track the official one with the published entries, then the others, newest first.
 
-    tracks: None for those with results, and track 1 in any case.
+    tracks: None means those with results, and track 1.
     """
     wanted = sorted({1, *(r.track for r in results)} & TRACKS.keys()) if tracks is None else list(tracks)
     groups: list[Group] = []
@@ -51,11 +51,11 @@ def _build_track(track: int, results: Sequence[Result]) -> list[Group]:
 def _official_group(track: int, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]) -> Group:
     published = [entry for entry in PUBLISHED if entry.track == track]
     rows = [_published_row(entry) for entry in published] + [_local_row(d, baselines, published) for d in drafts]
-    rows = _ranked(_best_first(rows))
+    rows = _with_distinct_names(_ranked(_best_first(rows)))
     facts = TRACKS[track]
     remarks = []
     if any(not entry.accuracy for entry in published):
-        remarks.append("Published entries of this track have ranks but no public numbers: nothing to rank against.")
+        remarks.append("The published entries of this track have ranks but no public numbers, so nothing else is ranked.")
     elif any(row.is_local for row in rows):
         remarks.append("Ranks count the published entries whose numbers are public.")
     return Group(
@@ -65,7 +65,7 @@ def _official_group(track: int, drafts: Sequence[_Draft], baselines: Mapping[_Co
 
 
 def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]) -> Group:
-    rows = _best_first(_local_row(d, baselines, ()) for d in drafts)
+    rows = _with_distinct_names(_best_first(_local_row(d, baselines, ()) for d in drafts))
     present = {name for row in rows for name in row.accuracy}
     datasets = tuple(sorted(present, key=_dataset_order))
     shared = _shared_deviations(rows)
@@ -81,11 +81,11 @@ def _shared_deviations(rows: Sequence[Row]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _GroupKey:
-    """What has to be equal for numbers to be comparable.
+    """The settings that must be equal for numbers to be comparable.
 
-    dataset: None for the challenge's datasets, which make one score together.
-    ipc: of track 1; track 2 leaves the number of images to the entry.
-    time_budget, test_images: where they are not the protocol's; the latter of the challenge's datasets.
+    dataset: None for the challenge's datasets, whose mean is one score.
+    ipc: smallest and largest images per class; None in track 2, where the entry decides.
+    time_budget, test_images: None if they are the protocol's; the latter also for other datasets.
     """
 
     track: int
@@ -126,7 +126,7 @@ class _GroupKey:
             low, high = self.ipc
             parts.append("1 image a class" if self.ipc == (1, 1) else f"{_span(low, high)} images a class")
         if self.time_budget is not None:
-            parts.append(f"{self.time_budget:g} s of generating")
+            parts.append(f"{self.time_budget:g} s to generate")
         if self.test_images is not None:
             parts.append(f"{self.test_images:,} test images")
         if self.network != "convnet":
@@ -144,9 +144,9 @@ def _span(low: int, high: int) -> str:
 
 @dataclass
 class _Draft:
-    """A row in the making: what was evaluated under one name, a result for each dataset.
+    """A row under construction: a result for each dataset, evaluated under one name.
 
-    earlier: the latest results of the rows of that name that came before.
+    earlier: the latest results of earlier rows of that name.
     """
 
     key: _GroupKey
@@ -157,7 +157,7 @@ class _Draft:
 
     @property
     def all_results(self) -> dict[str, Result]:
-        """A dataset that is lacking is taken from the rows before: re-making one of two files leaves the other."""
+        """A missing dataset is taken from earlier rows, since one of two files may have been made again."""
         known = {**self.earlier, **self.results}
         return {name: known[name] for name in sorted(known, key=_dataset_order)}
 
@@ -175,7 +175,7 @@ _Conditions = tuple[Any, ...]
 
 
 def _conditions(result: Result) -> _Conditions:
-    """What random real images must share with a set to be its baseline."""
+    """The settings that random real images must share with a set to be its baseline."""
     return (
         result.dataset, result.track, result.epochs_setting, result.network, result.augment, result.precision,
         result.images_per_class, result.time_budget, result.test_images or TEST_IMAGES,
@@ -183,20 +183,19 @@ def _conditions(result: Result) -> _Conditions:
 
 
 def _latest_of_most_rounds(results: Iterable[tuple[_Conditions, Result]]) -> dict[_Conditions, Result]:
-    """One result of each key, in the order of their places: a later one takes an earlier one's place, but not a quick
-    look that of more rounds."""
+    """One result of each key: the latest of those with the most rounds, so that a quick look replaces nothing better."""
     kept: dict[_Conditions, Result] = {}
     for key, result in results:
         if key not in kept or result.rounds >= kept[key].rounds:
-            kept.pop(key, None)  # so that it takes its place at the end
+            kept.pop(key, None)  # so that it moves to the end
             kept[key] = result
     return kept
 
 
 def _drafts(results: Sequence[Result]) -> list[_Draft]:
-    """Results of one name and the same settings side by side, a new row each time a dataset is met again.
+    """Results of one name under the same settings in one row, and a new row whenever a dataset occurs again.
 
-    An earlier evaluation of the very same set under the same seed is replaced by a later one of as many rounds or more.
+    A later evaluation of the same set under the same seed replaces an earlier one, unless it has fewer rounds.
     """
     newest = _latest_of_most_rounds(((_GroupKey.of(r), r.kind, r.name, r.dataset, r.sha256, r.seed), r) for r in results)
     drafts: list[_Draft] = []
@@ -225,12 +224,46 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
         results=results,
         best_published=_best_published(results, published) if draft.kind == "submission" else None,
         baseline=tuple(baseline) if all(baseline) else (),
-        remarks=draft.remarks + _generated(results) + _lacking(results, expected if draft.key.official else ()),
+        remarks=draft.remarks + _generated(results) + _missing(results, expected if draft.key.official else ()),
     )
 
 
+def _with_distinct_names(rows: Sequence[Row]) -> list[Row]:
+    """The rows; to the names of the user's sets that share one, what tells them apart is added: what made them, the start
+    of the hash, or the seed."""
+    named = list(rows)
+    for describe in (_made_by, _hash, _seed):
+        texts: dict[str, set[str]] = {}
+        for row in named:
+            if row.is_local:
+                texts.setdefault(row.name, set()).add(describe(row))
+        named = [
+            replace(row, name=f"{row.name}, {describe(row)}") if len(texts.get(row.name, ())) > 1 and describe(row) else row
+            for row in named
+        ]
+    return named
+
+
+def _hash(row: Row) -> str:
+    return " and ".join(r.sha256[:6] for r in row.results.values())
+
+
+def _seed(row: Row) -> str:
+    return f"seed {' and '.join(dict.fromkeys(str(r.seed) for r in row.results.values()))}"
+
+
+def _made_by(row: Row) -> str:
+    """How the row's sets were made, such as "generated" or "refined, 60 steps"; empty if that is not known."""
+    texts = []
+    for result in row.results.values():
+        kind, steps = result.made_by.get("kind"), result.made_by.get("refined_steps")
+        if isinstance(kind, str):
+            texts.append(f"{kind}, {steps:,} steps" if isinstance(steps, int) else kind)
+    return " and ".join(dict.fromkeys(texts))
+
+
 def _generated(results: Mapping[str, Result]) -> tuple[str, ...]:
-    """Of track 2: what the generator made of its time."""
+    """In track 2: how many images the generator made, and how fast."""
     made = {name: r for name, r in results.items() if r.generated and sum(r.generation_seconds) > 0}
     return tuple(
         f"{dataset_title(name)}: {sum(r.generated) / len(r.generated):,.0f} images a round, "
@@ -239,7 +272,7 @@ def _generated(results: Mapping[str, Result]) -> tuple[str, ...]:
     )
 
 
-def _lacking(results: Mapping[str, Result], expected: Iterable[str]) -> tuple[str, ...]:
+def _missing(results: Mapping[str, Result], expected: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"no rank without {dataset_title(name)}" for name in expected if name not in results)
 
 
@@ -248,14 +281,14 @@ def _published_row(entry: Entry) -> Row:
 
 
 def _best_published(datasets: Iterable[str], published: Iterable[Entry]) -> float | None:
-    """The best published mean over these datasets, of the entries whose numbers are public; None without any."""
+    """The best published mean over these datasets; None if no entry has published all of them."""
     names = list(datasets)
     known = (entry.accuracy for entry in published if all(name in entry.accuracy for name in names))
     return max((mean(accuracy[name] for name in names) for accuracy in known), default=None)
 
 
 def _ranked(rows: Sequence[Row]) -> list[Row]:
-    """Ranks by score, but for references; published ranks stay where their numbers are not public."""
+    """The rows ranked by score, without references. If numbers are not public, the published ranks stay."""
     if any(row.kind == "published" and row.score is None for row in rows):
         return list(rows)
     ranked, place = [], 0
@@ -267,7 +300,7 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
 
 
 def _best_first(rows: Iterable[Row]) -> list[Row]:
-    """Published ranks without numbers, then scores, then entries that lack a dataset."""
+    """Published entries without numbers, then by score, then those with a dataset missing."""
 
     def order(row: Row) -> tuple[int, float]:
         if row.value is None:

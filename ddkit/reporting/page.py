@@ -1,6 +1,6 @@
-"""What the HTML page tells, gathered from the results and from what still lies on the disk.
+"""The content of the HTML page, gathered from the results and from the files that are still there.
 
-Nothing that is gone stops a report: a folder that was deleted since is said to be, and the rest is shown.
+A missing file does not stop a report; the page says that it is missing, and shows the rest.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ddkit.results import Result
 from ddkit.runtime.progress import Listener, Progress, ignore
 
 if TYPE_CHECKING:
-    from ddkit.reporting.quality import QualityView
+    from ddkit.reporting.quality import SetQuality
 
-_MOST_ENTRIES = 8  # told in detail; the rest stays in the leaderboard
-_MOST_ROWS = 100  # of our own in a table
-_MOST_MARKS = 12  # of our own in a chart
+_MOST_ENTRIES = 8  # shown in detail; the others are in the leaderboard only
+_MOST_ROWS = 100  # of one kind in a table
+_MOST_MARKS = 12  # of one kind in a chart
 
 
 @dataclass(frozen=True)
 class Card:
-    """A number worth seeing first. tone: "good", "bad" or "" for the color."""
+    """A number at the top of the page. tone: "good", "bad" or "", for its color."""
 
     title: str
     value: str
@@ -41,7 +41,7 @@ class Card:
 
 @dataclass(frozen=True)
 class GroupView:
-    """A table of the leaderboard and its charts. left_out: rows that were too many for the table."""
+    """A table of the leaderboard and its charts. left_out: how many rows the table leaves out."""
 
     group: Group
     left_out: int
@@ -50,7 +50,7 @@ class GroupView:
 
 @dataclass(frozen=True)
 class EntryView:
-    """One of our entries in detail."""
+    """One of the user's rows in detail."""
 
     anchor: str
     row: Row
@@ -60,7 +60,7 @@ class EntryView:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the page shows."""
+    """The whole content of the page."""
 
     made: str
     version: str
@@ -70,7 +70,7 @@ class Page:
     entries_left_out: int
     runs: tuple[RunView, ...]
     problems: tuple[str, ...]
-    quality: tuple[QualityView, ...] = ()
+    quality: tuple[SetQuality, ...] = ()
 
 
 def gather(
@@ -79,16 +79,16 @@ def gather(
     problems: Sequence[str] = (),
     tracks: Iterable[int] | None = None,
     runs_folder: Path = Path("runs"),
-    quality: Sequence[QualityView] = (),
+    quality: Sequence[SetQuality] = (),
     progress: Listener = ignore,
 ) -> Page:
-    """Everything the page shows.
+    """Gather the content of the page.
 
-    results: as read, oldest first. problems: lines of the results file that could not be used.
-    runs_folder: holds a folder a trained generator, with its training log.
+    results: oldest first, as read. problems: lines of the results file that could not be used.
+    runs_folder: the folder of the generators' run folders, whose training logs are shown.
     """
     groups = build(results, tracks)
-    chosen = _entries_to_tell(groups)
+    chosen = _rows_to_detail(groups)
     entries = _entry_views(chosen[:_MOST_ENTRIES], SetDetails(results), progress)
     return Page(
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z").strip(),
@@ -103,14 +103,15 @@ def gather(
     )
 
 
-def _entries_to_tell(groups: Iterable[Group]) -> list[tuple[Group, Row]]:
-    """Our own entries: official before others, then as ranked; of each name and group the best only."""
+def _rows_to_detail(groups: Iterable[Group]) -> list[tuple[Group, Row]]:
+    """The user's rows, official ones first, then as ranked; only the best of each evaluated name and group."""
     ordered = sorted(groups, key=lambda group: not group.official)
     best: dict[tuple[int, str, str], tuple[Group, Row]] = {}
     for group in ordered:
         for row in group.rows:
             if row.is_local:
-                best.setdefault((group.track, group.title, row.name), (group, row))
+                name = next(iter(row.results.values())).name
+                best.setdefault((group.track, group.title, name), (group, row))
     return list(best.values())
 
 
@@ -143,15 +144,16 @@ def _cards_of_best(group: Group, row: Row) -> list[Card]:
 
 def _difference_card(title: str, estimate: Estimate) -> Card:
     tone = ("good" if estimate.value > 0 else "bad") if estimate.is_clear else ""
-    if estimate.half_width is None:
-        return Card(title, f"{100 * estimate.value:+.2f}", "points; the rounds leave no interval")
-    clear = "clear of zero" if estimate.is_clear else "within the noise"
-    return Card(title, f"{100 * estimate.value:+.2f}", f"points, ± {100 * estimate.half_width:.2f}: {clear}", tone)
+    note = "points, without an interval"
+    if estimate.half_width is not None:
+        clear = "more than the noise" if estimate.is_clear else "within the noise"
+        note = f"points, ± {100 * estimate.half_width:.2f}: {clear}"
+    return Card(title, f"{100 * estimate.value:+.2f}", note, tone)
 
 
 def _table(group: Group) -> GroupView:
     short, left_out = shortened(group, _MOST_ROWS)
-    # Published entries alone, without an interval, would make a chart of lonely dots.
+    # Published entries have no intervals; without others a chart would not show anything.
     ours = any(row.results for row in group.rows)
     return GroupView(short, left_out, interval_charts(shortened(group, _MOST_MARKS)[0]) if ours else ())
 
@@ -160,13 +162,12 @@ def _entry_views(chosen: Sequence[tuple[Group, Row]], details: SetDetails, progr
     total = sum(len(row.results) for _, row in chosen)
     views: list[EntryView] = []
     done = 0
-    for group, row in chosen:
+    for number, (group, row) in enumerate(chosen, start=1):
         sets = []
         for result in row.results.values():
             progress(Progress("Reading and checking sets", done, total, "sets"))
             sets.append(details.of(result))
             done += 1
-        views.append(EntryView(f"entry-{len(views) + 1}", row, group, tuple(sets)))
-    if total:
-        progress(Progress("Reading and checking sets", total, total, "sets"))
+            progress(Progress("Reading and checking sets", done, total, "sets"))
+        views.append(EntryView(f"entry-{number}", row, group, tuple(sets)))
     return tuple(views)

@@ -1,149 +1,115 @@
-"""The quality of a set's pictures as a report tells it: the metrics with a reading each, and two sheets to look at."""
+"""The quality of a set's images for the report: metrics with their meaning, and two sheets of images."""
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
 
+from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.store import class_titles, dataset_spec, load_dataset
 from ddkit.errors import MissingDataError
 from ddkit.metrics.features import FeatureSettings, is_cached, reference_features
 from ddkit.metrics.quality import Quality, measure
 from ddkit.reporting.rows import dataset_title
-from ddkit.reporting.sets import read_set
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.contact_sheet import neighbor_sheet, side_by_side
-from ddkit.sets.distilled import read_provenance
+from ddkit.sets.distilled import read_set
 
-_COPY = 0.2  # of the distance between real images: nearer than this, an image is as good as copied
-
-
-@dataclass(frozen=True)
-class QualityLine:
-    """One metric of a set, and of real images."""
-
-    metric: str
-    ours: float | None
-    real: float | None
-    reading: str
-
-
-@dataclass(frozen=True)
-class QualityPicture:
-    """A sheet that goes with the metrics. uri: a data URI."""
-
-    title: str
-    note: str
-    uri: str
-
-
-@dataclass(frozen=True)
-class QualityView:
-    """The metrics of one set's pictures. images: in the set."""
-
-    name: str
-    images: int
-    lines: tuple[QualityLine, ...]
-    pictures: tuple[QualityPicture, ...] = ()
+_COPY_DISTANCE = 0.2  # in units of the distance between real images; a nearer image counts as a copy
 
 
 @dataclass(frozen=True)
 class SetQuality:
-    """A set's quality and its two sheets.
+    """The quality of a set's images.
 
-    name: its folder and dataset, for the names of files. neighbors: each image with its nearest real one; beside:
-    with real ones of its class.
+    name: the set's folder and dataset, for names of files. title: dataset and path, for people.
+    rows: (metric, value of the set, value of real images, meaning). neighbors: a sheet of images next to the real image
+    that is nearest to each. real: a sheet of images next to real ones of the same class.
     """
 
     name: str
-    view: QualityView
+    title: str
+    images: int
+    rows: tuple[tuple[str, float | None, float | None, str], ...]
     neighbors: Image
-    beside: Image
+    real: Image
+
+    @property
+    def sheets(self) -> tuple[tuple[str, str, Image], ...]:
+        """(title, note, picture)."""
+        return (
+            ("Next to real images", "Generated left, real right, the same class in a row.", self.real),
+            (
+                "Nearest real image of each",
+                "Pairs of an image (left) and the real training image nearest to it (right), the nearest pairs first. "
+                "The number is the distance in units of that between real images; near 0 the image is a copy.",
+                self.neighbors,
+            ),
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        names = ("metric", "ours", "real", "reading")
+        return {"name": self.title, "images": self.images, "lines": [dict(zip(names, row, strict=True)) for row in self.rows]}
 
 
 def sets_at(path: Path) -> list[Path]:
-    """The files of sets at `path`: itself, or the .pt files of a folder. Raises MissingDataError when there are none."""
+    """The files of sets at `path`: itself, or the .pt files of a folder. Raises MissingDataError if there are none."""
     found = sorted(path.glob("*.pt")) if path.is_dir() else [path] if path.is_file() else []
     if not found:
-        raise MissingDataError(f"There is no set at {path}.", "Make one: ddkit generate")
+        raise MissingDataError(f"There is no distilled set at {path}.", "Make one: ddkit generate")
     return found
 
 
-def dataset_at(path: Path) -> str:
-    """The dataset of a set: as the JSON beside it says, else as the file is called."""
-    return str(read_provenance(path).get("dataset", path.stem))
-
-
-def is_prepared(dataset: str) -> bool:
-    """Whether the feature network of the dataset is trained already: without, `quality_of` takes minutes more."""
+def has_feature_network(dataset: str) -> bool:
+    """True if the feature network of the dataset is in the cache; if not, `quality_of` takes minutes longer."""
     return is_cached(load_dataset(dataset, "train"), dataset_spec(dataset))
 
 
 def quality_of(
     path: Path,
-    dataset: str,
+    dataset: str | None = None,
     settings: FeatureSettings | None = None,
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Listener = ignore,
 ) -> SetQuality:
-    """Measure the pictures of a submission's file against the dataset's real training images.
+    """Compare the images of a set's file with the dataset's real training images.
 
-    Takes minutes the first time, when the feature network is trained; raises what reading the set and loading the
-    dataset raise.
+    dataset: as `ddkit.sets.distilled.read_set` takes it. The first time a feature network is trained, which takes minutes.
+    Raises the errors of reading the set and of loading the dataset.
     """
-    spec, real = dataset_spec(dataset), load_dataset(dataset, "train")
-    images, labels = read_set(path, dataset)
+    one = read_set(path, dataset)
+    spec = one.spec
+    real, images = load_dataset(spec.name, "train"), to_uint8(denormalize(one.images, spec))
     features = reference_features(real, spec, settings or FeatureSettings(), device=device, progress=progress)
-    quality = measure(images, labels, real, features, seed=seed, progress=progress)
-    titles = [title.replace("_", " ") for title in class_titles(dataset)]
-    neighbors = neighbor_sheet(
-        images, real.images[quality.neighbors], quality.distances, [titles[label] for label in labels.tolist()]
-    )
-    beside = side_by_side((images, labels), (real.images, real.labels), titles)
-    called = "" if path.stem == dataset else f"-{path.stem}"
-    name = f"{path.resolve().parent.name}-{dataset}{called}"
-    return SetQuality(name, _view(path, dataset, quality, neighbors, beside), neighbors, beside)
-
-
-def _view(path: Path, dataset: str, quality: Quality, neighbors: Image, beside: Image) -> QualityView:
-    copies = int((quality.distances < _COPY).sum())
-    return QualityView(
-        name=f"{dataset_title(dataset)}: {path}",
+    quality = measure(images, one.labels, real, features, seed=seed, progress=progress)
+    titles = [title.replace("_", " ") for title in class_titles(spec.name)]
+    of_each = [titles[label] for label in one.labels.tolist()]
+    suffix = "" if path.stem == spec.name else f"-{path.stem}"
+    return SetQuality(
+        name=f"{path.resolve().parent.name}-{spec.name}{suffix}",
+        title=f"{dataset_title(spec.name)}: {path}",
         images=quality.images,
-        lines=_lines(quality, copies),
-        pictures=(
-            QualityPicture("Beside real images", "Generated left, real right, the same class on a row.", _uri(beside)),
-            QualityPicture(
-                "Nearest real image of each",
-                "Pairs of a picture (left) and the real training image nearest to it (right), the nearest pairs first; "
-                "below, the distance in units of that between real images. Near 0 a picture is a copy.",
-                _uri(neighbors),
-            ),
-        ),
+        rows=_rows(quality),
+        neighbors=neighbor_sheet(images, real.images[quality.neighbors], quality.distances, of_each),
+        real=side_by_side((images, one.labels), (real.images, real.labels), titles),
     )
 
 
-def _lines(quality: Quality, copies: int) -> tuple[QualityLine, ...]:
-    ours, real = quality.scores, quality.real
+def _rows(quality: Quality) -> tuple[tuple[str, float | None, float | None, str], ...]:
+    ours, real = quality.metrics, quality.real
+    copies = float((quality.distances < _COPY_DISTANCE).float().mean())
     return (
-        QualityLine("Frechet distance", ours.frechet, real.frechet, "smaller is better"),
-        QualityLine("density", ours.density, real.density, "near that of real images; low: unlike any real image"),
-        QualityLine("coverage", ours.coverage, real.coverage, "of real images with one of ours near; larger is better"),
-        QualityLine("within-class diversity", ours.diversity, real.diversity, "low: pictures of a class are alike"),
-        QualityLine("distance to nearest real", ours.nearest, real.nearest, "median; far below 1: copies"),
-        QualityLine("as good as copied", copies / quality.images, None, f"fraction nearer than {_COPY:g}"),
+        ("Frechet distance", ours.frechet, real.frechet, "smaller is better"),
+        ("density", ours.density, real.density, "best near that of real images; low: unlike any real image"),
+        ("coverage", ours.coverage, real.coverage, "share of real images that are near one of the set; larger is better"),
+        ("within-class diversity", ours.diversity, real.diversity, "low: the images of a class are alike"),
+        ("distance to nearest real", ours.nearest, real.nearest, "median; far below 1: copies"),
+        ("copies", copies, None, f"share of images nearer than {_COPY_DISTANCE:g} to a real one"),
     )
-
-
-def _uri(picture: Image) -> str:
-    buffer = io.BytesIO()
-    # With losses: the page has to be sent around. The files beside it have none.
-    picture.save(buffer, format="WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""What a leaderboard is made of: entries with their accuracies, spreads and differences, in groups."""
+"""The rows of a leaderboard, with their accuracies, intervals and differences, and groups of comparable rows."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ DATASET_TITLES = {"cifar100": "CIFAR-100", "tinyimagenet": "TinyImageNet"}
 
 @dataclass(frozen=True)
 class Estimate:
-    """A fraction, and half the width of its 95 % interval; None where a single round, or equal ones, leave no spread."""
+    """A fraction, and half the width of its 95 % interval; None for a single round, and for equal ones."""
 
     value: float
     half_width: float | None
 
     @property
     def is_clear(self) -> bool | None:
-        """Whether zero lies outside the interval; None without one."""
+        """True if zero lies outside the interval; None without an interval."""
         return None if self.half_width is None else abs(self.value) > self.half_width
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry: published, ours, or a reference to hold the others against.
+    """A row: a published entry, one of the user's sets, or a reference that these are compared with.
 
     kind: "published", or a Result's kind ("submission", "random-real", "full-real").
-    accuracy: dataset -> fraction. score: the mean over both datasets of the challenge, None until both are there;
-        of a dataset outside the challenge its accuracy.
+    accuracy: dataset -> fraction. score: the mean over both datasets of the challenge, None until both are evaluated;
+        for other datasets the accuracy.
     results: the latest evaluation for each dataset; empty for published entries.
-    rank: among official scores; None for references, for incomplete entries and whatever is not official.
-    best_published: the best published mean over the datasets of this row; None where none can be compared with.
-    baseline: random real images under the same settings, in the order of `results`; empty where there are none.
+    rank: among official scores; None for references, for incomplete rows, and for those that are not official.
+    best_published: the best published mean over the datasets of this row; None if there is none.
+    baseline: random real images under the same settings, in the order of `results`; empty if there are none.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def spread(self) -> Estimate | None:
-        """The mean of this row's accuracies with its interval; None for published entries, which have none."""
+        """The mean of this row's accuracies with its interval; None for published entries."""
         if not self.results:
             return None
         evaluated = tuple(self.results.values())
@@ -58,19 +58,19 @@ class Row:
 
     @property
     def to_first(self) -> Estimate | None:
-        """Difference to the best published entry. That has no spread: the interval is our own mean's."""
+        """Difference to the best published entry. Its spread is not public, so the interval is that of our mean."""
         if self.best_published is None or self.spread is None:
             return None
         return Estimate(self.spread.value - self.best_published, self.spread.half_width)
 
     @property
     def to_random(self) -> Estimate | None:
-        """Difference to random real images, over the datasets that this row has."""
+        """Difference to random real images, over the datasets of this row."""
         return difference(tuple(self.results.values()), self.baseline) if self.baseline else None
 
     @property
     def is_local(self) -> bool:
-        """Whether it is an entry of ours, neither published nor a reference."""
+        """True for the user's own sets."""
         return self.kind == "submission"
 
     @property
@@ -89,12 +89,12 @@ class Row:
 
     @property
     def deviations(self) -> tuple[str, ...]:
-        """What differs from the protocol in any of the evaluations, each once."""
+        """The differences from the protocol in any of the evaluations, each once."""
         return tuple(dict.fromkeys(d for r in self.results.values() for d in r.deviations))
 
     @property
     def value(self) -> float | None:
-        """What rows are sorted by: the score, else the mean of what there is."""
+        """The value that rows are sorted by: the score, else the mean of the accuracies that are known."""
         if self.score is not None or not self.accuracy:
             return self.score
         return mean(self.accuracy.values())
@@ -102,10 +102,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that were obtained under the same settings, best first.
+    """Rows obtained under the same settings, best first.
 
-    title: the settings in words. datasets: those with an accuracy; a score is the mean over both of the challenge.
-    shared_deviations: what differs from the protocol in every row.
+    title: the settings in words. datasets: those for which a row has an accuracy.
+    shared_deviations: differences from the protocol that all rows have in common.
     """
 
     track: int
@@ -117,7 +117,7 @@ class Group:
     shared_deviations: tuple[str, ...] = ()
 
     def verdict(self, row: Row) -> str:
-        """Whether the row counts: `official`, where it was published, or what sets it apart from the group's others."""
+        """The row's status: "official", where it was published, or why it is not official unless all rows share that."""
         if row.kind == "published":
             return f"published, {row.source}"
         own = [d for d in row.deviations if d not in self.shared_deviations]
@@ -125,12 +125,12 @@ class Group:
 
 
 def dataset_title(name: str) -> str:
-    """How people write the dataset's name."""
+    """The dataset's name as it is usually written."""
     return DATASET_TITLES.get(name, name)
 
 
 def shortened(group: Group, most_rows: int | None) -> tuple[Group, int]:
-    """The group with at most so many of our own entries, the best, and how many were left out."""
+    """The group with the best `most_rows` rows of each kind (published ones all stay), and how many were left out."""
     if most_rows is None:
         return group, 0
     kept: list[Row] = []
@@ -145,7 +145,7 @@ def shortened(group: Group, most_rows: int | None) -> tuple[Group, int]:
 def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Estimate:
     """Mean accuracy of `ours` minus that of `theirs`, with Welch's interval (Welch 1947).
 
-    The datasets are in the same order on both sides and count equally.
+    Both hold the same datasets in the same order, which count equally.
     """
     weight = 1 / len(ours)
     value = weight * (sum(r.mean for r in ours) - sum(r.mean for r in theirs))

@@ -1,4 +1,4 @@
-"""The trainings of generators, as their logs tell them."""
+"""The trainings of generators, from their logs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunView:
 
 
 def training_runs(folder: Path) -> tuple[RunView, ...]:
-    """The training logs in `folder`, one a sub-folder; unreadable lines are passed over, missing folders are none."""
+    """The trainings in the sub-folders of `folder`; empty if there is no such folder. Unreadable lines are skipped."""
     if not folder.is_dir():
         return ()
     logs = sorted(folder.glob(f"*/{METRICS_FILE}"))
@@ -47,7 +47,7 @@ def _run_view(path: Path) -> RunView | None:
           for name, scores in _by([r for r in records if "value" in r], "name").items()),
     )  # fmt: skip
     shown = tuple(chart for chart in charts if chart is not None)
-    # The last stage is the one that makes the pictures.
+    # The steps of the last stage, which is that of the model that makes images.
     return RunView(path.parent.name, int(records[-1]["step"]), shown) if shown else None
 
 
@@ -60,7 +60,7 @@ def _by(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mappin
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a training log that have a step; torn and foreign lines are passed over."""
+    """The records of a training log that have a step; other lines are skipped."""
     try:
         lines = read_lines(path)
     except BadFileError as error:
@@ -72,7 +72,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """The numbers under a key over the steps, in order of the steps.
 
-    A resumed training repeats the steps after its checkpoint: the later record is the one that counted.
+    A resumed training repeats the steps after its checkpoint; the later record counts.
     """
     values = {record["step"]: record[key] for record in records if _is_number(record.get(key))}
     return sorted(values.items())

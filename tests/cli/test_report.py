@@ -1,8 +1,6 @@
 """`ddkit report` as people and programs call it."""
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import pty
@@ -113,17 +111,6 @@ def test_json_is_the_same_leaderboard(results):
     assert data["problems"] == [] and data["quality"] == [] and data["rankings"] == []
 
 
-def test_csv_and_markdown(results):
-    rows = list(csv.DictReader(io.StringIO(run("--csv")[0])))
-    assert [row["entry"] for row in rows] == ["M-DATM", "mine", "random real images", "[red]quick[/red] <b>"]
-    assert "| **mine** |" in run("--markdown")[0]
-
-
-def test_ways_to_print_exclude_each_other(results):
-    _, errors = run("--csv", "--json", status=2)
-    assert "exclude each other" in errors
-
-
 def test_markup_in_names_is_text(results):
     assert "[red]quick[/red] <b>" in run()[0]
     run("--html", "report.html")
@@ -184,4 +171,4 @@ def test_the_quality_of_a_set_is_measured_and_its_sheets_written(colors):
     _, errors = run("--quality", "m", "--device", "cpu", status=2)
     assert "too few real images" in errors  # five a class
     _, errors = run("--quality", "nowhere", status=3)
-    assert "There is no set at nowhere" in errors and "ddkit generate" in errors
+    assert "There is no distilled set at nowhere" in errors and "ddkit generate" in errors

@@ -74,7 +74,7 @@ def test_groups_beyond_the_first_are_counted(result):
     groups = build([result("mine", f"set-{i}", 0.1, epochs_setting=50) for i in range(9)])
     raw = io.StringIO()
     Console(file=raw, width=120).print(LeaderboardView(groups, most_groups=4))
-    assert "6 more groups of other settings" in raw.getvalue()
+    assert "6 more groups with other settings" in raw.getvalue()
 
 
 @pytest.mark.parametrize("values, bars", [

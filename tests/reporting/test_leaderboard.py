@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from ddkit.reporting.formatting import half_interval
 from ddkit.reporting.leaderboard import build
 
 
@@ -115,7 +116,7 @@ def test_time_budgets_of_track_2_have_tables_of_their_own(result):
         result("mine", "cifar100", 0.33, 0.34, epochs_setting=100, time_budget=120.0, **of),
         result("mine", "cifar100", 0.35, 0.36, epochs_setting=100, time_budget=600.0, **of),
     ], [2])  # fmt: skip
-    titles = ["Not official: E = 100", *(f"Not official: E = 100, {s} s of generating" for s in (120, 60))]
+    titles = ["Not official: E = 100", *(f"Not official: E = 100, {s} s to generate" for s in (120, 60))]
     assert [group.title for group in groups[1:]] == titles
     assert [len(group.rows) for group in groups[1:]] == [1, 1, 1]
 
@@ -168,3 +169,25 @@ def test_equal_rounds_leave_no_interval_as_a_single_one_does(result):
     (group,) = [group for group in build([mine, random], [1]) if any(row.results for row in group.rows)]
     row = next(row for row in group.rows if row.name == "mine")
     assert row.spread.half_width is row.to_random.half_width is row.to_random.is_clear is mine.interval is None
+
+
+def test_sets_of_one_name_are_told_apart_by_what_made_them(result):
+    (*_, group) = build([
+        result("submission", "glyphs", 0.55, made_by={"kind": "generated"}),
+        result("submission", "glyphs", 0.91, made_by={"kind": "refined", "refined_steps": 60}),
+        result("other", "glyphs", 0.5, made_by={"kind": "generated"}),
+    ])  # fmt: skip
+    assert [row.name for row in group.rows] == ["submission, refined, 60 steps", "submission, generated", "other"]
+
+
+def test_sets_of_one_name_that_were_made_alike_are_told_apart_by_hash_or_seed(result):
+    (*_, group) = build([
+        result("mine", "glyphs", 0.5, sha256="ab12cdef"), result("mine", "glyphs", 0.4, sha256="34567890"),
+        result("yours", "glyphs", 0.3, sha256="ffff"), result("yours", "glyphs", 0.2, sha256="ffff", seed=1),
+    ])  # fmt: skip
+    assert [row.name for row in group.rows] == ["mine, ab12cd", "mine, 345678", "yours, seed 0", "yours, seed 1"]
+
+
+def test_interval_of_a_single_round_is_said_to_be_not_available(result):
+    (*_, group) = build([result("mine", "glyphs", 0.5), result("yours", "glyphs", 0.4, 0.4)])
+    assert [half_interval(row) for row in group.rows] == ["n/a (1 round)", "n/a (equal rounds)"]

@@ -83,7 +83,7 @@ def test_a_place_that_cannot_be_looked_at_leaves_the_numbers(result):
 
 def test_a_generator_has_no_pictures_of_its_own(evaluated):
     (view,) = gather([evaluated("mine", 0.5, track=2)]).entries[0].sets
-    assert "anew for each round" in view.gone and view.sheet == view.findings == ()
+    assert "other images for each round" in view.gone and view.sheet == view.findings == ()
 
 
 def test_the_same_file_is_shown_and_checked_once(evaluated):
@@ -91,7 +91,7 @@ def test_the_same_file_is_shown_and_checked_once(evaluated):
     later = dataclasses.replace(first, epochs_setting=9, accuracies=(0.6,))
     views = [entry.sets[0] for entry in gather([first, later]).entries]
     assert [bool(view.sheet) for view in views] == [True, False]
-    assert views[1].gone == "The pictures are shown with an entry above."
+    assert views[1].gone == "The images are shown with an entry above."
     assert views[0].findings is views[1].findings
 
 

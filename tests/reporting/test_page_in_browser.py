@@ -44,11 +44,11 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _quality() -> object:
-    from ddkit.reporting.quality import QualityLine, QualityPicture, QualityView
+    from ddkit.reporting.quality import SetQuality
 
-    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEAAAAALAAAAAABAAEAAAICRAEAOw=="
-    lines = (QualityLine("Frechet distance", 3.018, 1.555, "smaller is better"), QualityLine("copies", 0.0, None, "none"))
-    return QualityView("marked: <b>mine", 30, lines, (QualityPicture("Beside real images", "Left and right.", pixel),))
+    rows = (("Frechet distance", 3.018, 1.555, "smaller is better"), ("copies", 0.0, None, "none"))
+    pixel = Image.new("RGB", (1, 1))
+    return SetQuality("mine-marked", "marked: <b>mine", 30, rows, pixel, pixel)
 
 
 def _results(folder: Path) -> list:

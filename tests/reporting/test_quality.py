@@ -9,7 +9,7 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import MissingDataError
 from ddkit.metrics.features import FeatureSettings
-from ddkit.reporting.quality import dataset_at, quality_of, sets_at
+from ddkit.reporting.quality import quality_of, sets_at
 from ddkit.sets.contact_sheet import contact_sheet, neighbor_sheet, side_by_side
 from ddkit.sets.distilled import save_set
 
@@ -44,26 +44,25 @@ def test_copies_of_real_images_are_found_out(spots, tmp_path):
     noise = torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     made = save(tmp_path / "noise" / "spots.pt", spots, noise)
     measured = {path: quality_of(path, spots, QUICK) for path in (copies, made)}
-    lines = {path: {line.metric: line.ours for line in one.view.lines} for path, one in measured.items()}
-    assert lines[copies]["as good as copied"] >= 0.5 and lines[made]["as good as copied"] == 0
+    lines = {path: {metric: ours for metric, ours, *_ in one.rows} for path, one in measured.items()}
+    assert lines[copies]["copies"] >= 0.5 and lines[made]["copies"] == 0
     assert lines[copies]["Frechet distance"] < lines[made]["Frechet distance"]
     one = measured[copies]
-    assert one.name == "copies-spots" and one.view.images == 8
-    assert all(picture.uri.startswith("data:image/webp;base64,") for picture in one.view.pictures)
+    assert one.name == "copies-spots" and one.images == 8
+    assert all(picture.size[0] > 16 for _, _, picture in one.sheets)
+    assert one.as_data()["lines"][0]["metric"] == "Frechet distance"
 
 
-def test_the_dataset_is_found_from_the_json_beside_the_set(spots, tmp_path):
-    path = save(tmp_path / "mine.pt", spots, load_dataset(spots, "train").images[[0, 40]])
-    assert dataset_at(path) == "spots"
-    path.with_suffix(".json").unlink()
-    assert dataset_at(path) == "mine"
+def test_quality_of_a_set_finds_the_dataset_in_the_json_next_to_it(spots, tmp_path):
+    path = save(tmp_path / "mine.pt", spots, load_dataset(spots, "train").images[[0, 1, 40, 41]])
+    assert quality_of(path, settings=QUICK).title == f"spots: {path}"
 
 
 def test_sets_of_a_folder(tmp_path):
     for name in ("b.pt", "a.pt", "c.png"):
         (tmp_path / name).touch()
     assert [path.name for path in sets_at(tmp_path)] == ["a.pt", "b.pt"]
-    with pytest.raises(MissingDataError, match="no set at"):
+    with pytest.raises(MissingDataError, match="no distilled set at"):
         sets_at(tmp_path / "missing")
 
 

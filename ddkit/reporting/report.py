@@ -1,0 +1,122 @@
+"""The report: the leaderboard of a results file, DD-Ranking's scores, and the HTML page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddkit.errors import MissingDataError, UsageError
+from ddkit.metrics import ddranking
+from ddkit.reporting.leaderboard import build
+from ddkit.reporting.rows import Estimate, Group, Row
+from ddkit.results import RESULTS_FILE, Result, read
+from ddkit.runtime.progress import Listener, ignore
+
+if TYPE_CHECKING:
+    from ddkit.reporting.quality import SetQuality
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """What a results file comes to.
+
+    results: oldest first. groups: of comparable rows, those of the official protocol first in each track.
+    rankings: DD-Ranking's scores of the sets for which all needed evaluations are there.
+    problems: a line on each line of the file that cannot be used.
+    """
+
+    results: tuple[Result, ...]
+    groups: tuple[Group, ...]
+    rankings: tuple[ddranking.Ranking, ...]
+    problems: tuple[str, ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain values for JSON; accuracies and differences are fractions."""
+        return {
+            "leaderboard": as_data(self.groups),
+            "rankings": [ranking.as_data() for ranking in self.rankings],
+            "problems": list(self.problems),
+        }
+
+
+def report(
+    results: str | os.PathLike[str] = RESULTS_FILE,
+    *,
+    tracks: Iterable[int] | None = None,
+    html: str | os.PathLike[str] | None = None,
+    runs_folder: str | os.PathLike[str] = "runs",
+    quality: Sequence[SetQuality] = (),
+    progress: Listener = ignore,
+) -> Leaderboard:
+    """Read a results file and rank the sets in it next to the published entries and random real images.
+
+    results: the file that evaluations are recorded in; the default one may be missing. tracks: None means those with
+    results, and track 1. html: also write the page to this file. runs_folder, quality: shown on the page: the folder of
+    generators' run folders, and what `ddkit.reporting.quality.quality_of` found.
+    Raises MissingDataError for a missing file, BadFileError if the system refuses a file, and UsageError if the page would
+    replace the results.
+    """
+    path, tracks = Path(results), None if tracks is None else tuple(tracks)
+    if html is not None and Path(html).exists() and path.exists() and Path(html).samefile(path):
+        raise UsageError(f"The page would replace {path}, the record of all evaluations.", "Name another file for the page.")
+    if not path.is_file() and path != RESULTS_FILE:
+        raise MissingDataError(f"There is no results file {path}.", "Make one: ddkit evaluate --results PATH")
+    reading = read(path)
+    if html is not None:
+        from ddkit.reporting.html import write_html
+        from ddkit.reporting.page import gather
+
+        page = gather(
+            reading.results,
+            problems=reading.problems,
+            tracks=tracks,
+            runs_folder=Path(runs_folder),
+            quality=quality,
+            progress=progress,
+        )
+        write_html(page, html)
+    rankings = tuple(ranking for ranking in ddranking.from_results(reading.results) if ranking.lrs is not None)
+    return Leaderboard(reading.results, build(reading.results, tracks), rankings, reading.problems)
+
+
+def as_data(groups: Iterable[Group]) -> list[dict[str, Any]]:
+    """Each group with its rows; accuracies and differences are fractions."""
+    return [
+        {
+            "track": group.track,
+            "official": group.official,
+            "title": group.title,
+            "datasets": list(group.datasets),
+            "remarks": list(group.remarks),
+            "rows": [_row_data(row) for row in group.rows],
+        }
+        for group in groups
+    ]
+
+
+def _row_data(row: Row) -> dict[str, Any]:
+    return {
+        "rank": row.rank,
+        "name": row.name,
+        "kind": row.kind,
+        "official": row.official,
+        "accuracy": dict(row.accuracy),
+        "score": row.score,
+        "interval": _estimate_data(row.spread),
+        "to_first": _estimate_data(row.to_first),
+        "to_random": _estimate_data(row.to_random),
+        "rounds": {name: r.rounds for name, r in row.results.items()},
+        "std": {name: r.std for name, r in row.results.items()},
+        "sha256": {name: r.sha256 for name, r in row.results.items()},
+        "date": row.date,
+        "source": row.source,
+        "deviations": list(row.deviations),
+        "remarks": list(row.remarks),
+    }
+
+
+def _estimate_data(estimate: Estimate | None) -> dict[str, float | None] | None:
+    return None if estimate is None else {"value": estimate.value, "half_width": estimate.half_width}
