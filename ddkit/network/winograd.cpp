@@ -271,12 +271,12 @@ inline void multiply_rows(const Stored* from, const Word* weights, Stored* to) {
     }
 }
 
-// `count` rows of 128 values -> panels of words, (128 / columns, ceil(count / PAIR), columns): of bfloat16, each word a
+// `count` rows of 128 values -> panels of words, (128 / COLUMNS, ceil(count / PAIR), COLUMNS): of bfloat16, each word a
 // value and the one below it.
-void pack_rows(const Stored* from, int count, int columns, Word* to) {
-    for (int c = 0; c < CHANNELS; c += columns)
-        for (int row = 0; row < count; row += PAIR, to += columns)
-            for (int vec = 0; vec < columns; vec += LANES) {
+void pack_rows(const Stored* from, int count, Word* to) {
+    for (int c = 0; c < CHANNELS; c += COLUMNS)
+        for (int row = 0; row < count; row += PAIR, to += COLUMNS)
+            for (int vec = 0; vec < COLUMNS; vec += LANES) {
                 const Stored* value = from + row * CHANNELS + c + vec;
 #ifdef BFLOAT16
                 const Bits words = widen(value) | (row + 1 < count ? widen(value + CHANNELS) << 16 : Bits{});
@@ -458,20 +458,21 @@ void convolve_image_back(float* padded, int side, float* gradients, float* weigh
             const Bits pair = round_to_bfloat16(load(from)) >> 16 | round_to_bfloat16(load(from + BLOCK));
             std::memcpy(words + pixel / 2 * BLOCK + vec * LANES, &pair, sizeof pair);
         }
-    for (int line = 0; line < 9; line++) {  // of three taps side by side
-        Vec sums[3][VECS] = {};
+    for (int channel = 0; channel < 3; channel++) {
+        Vec sums[9][VECS] = {};
         for (int y = 0; y < side; y++) {
-            const Stored* pixel = pixels_of(padded) + tap_place(3 * line, row) + y * row;
+            const Stored* pixel = pixels_of(padded) + tap_place(9 * channel, row) + y * row;
             for (int x = 0; x < side; x += 2)
-                for (int k = 0; k < 3; k++)
+                for (int tap = 0; tap < 9; tap++)
                     for (int vec = 0; vec < VECS; vec++)
-                        sums[k][vec] = add_products(
-                            sums[k][vec], pixel + x + k, words + (y * side + x) / 2 * BLOCK + vec * LANES
+                        sums[tap][vec] = add_products(
+                            sums[tap][vec], pixel + tap / 3 * row + x + tap % 3,
+                            words + (y * side + x) / 2 * BLOCK + vec * LANES
                         );
         }
-        for (int k = 0; k < 3; k++)
+        for (int tap = 0; tap < 9; tap++)
             for (int vec = 0; vec < VECS; vec++)
-                add(weight_gradient + (3 * line + k) * CHANNELS + vec * LANES, sums[k][vec]);
+                add(weight_gradient + (9 * channel + tap) * CHANNELS + vec * LANES, sums[tap][vec]);
     }
 }
 
@@ -619,12 +620,17 @@ void multiply_to_weights(const Stored* inputs, const Stored* gradients, long pla
     for (int k = 0; k < 36; k++, inputs += plane, gradients += plane, gradient += CHANNELS * CHANNELS)
         for (long tile = 0; tile < tiles; tile += TILES) {
             const int count = tiles - tile < TILES ? tiles - tile : TILES, steps = (count + PAIR - 1) / PAIR;
-            pack_rows(inputs + tile * CHANNELS, count, CHANNELS, left);
-            pack_rows(gradients + tile * CHANNELS, count, COLUMNS, right);
+            pack_rows(inputs + tile * CHANNELS, count, left);
+            pack_rows(gradients + tile * CHANNELS, count, right);
             for (int c = 0; c < CHANNELS; c += COLUMNS)
                 for (int i = 0; i < CHANNELS; i += ROWS) {
+                    // The sums so far come from beyond the second level cache; they are on their way meanwhile.
+                    for (int r = 0; r < ROWS; r++)
+                        for (int v = 0; v < 2; v++)
+                            __builtin_prefetch(gradient + (i + r) * CHANNELS + c + v * LANES, 1);
                     Vec sums[ROWS][2] = {};
-                    add_up(left + i, 1, CHANNELS, right + c * steps, COLUMNS, steps, sums);
+                    const Word* rows = left + i / COLUMNS * COLUMNS * steps + i % COLUMNS;
+                    add_up(rows, 1, COLUMNS, right + c * steps, COLUMNS, steps, sums);
                     for (int r = 0; r < ROWS; r++)
                         for (int v = 0; v < 2; v++) add(gradient + (i + r) * CHANNELS + c + v * LANES, sums[r][v]);
                 }
