@@ -9,6 +9,10 @@ them, with only the device changed. Each measurement is one process, so that its
 measurement of the official code is always followed by one of ddkit. Figures are images a second over whole batches,
 training only, over at least five seconds after an epoch to warm up; the ratio is of the medians.
 
+--pass features and --pass gradients measure instead what refinement does with such a network: the embeddings of images,
+and these with their gradients to the images. --processor-time counts seconds in which a core computed, for a machine whose
+cores other work shares; set OMP_NUM_THREADS=1 with it.
+
 --memory adds the peak memory of a whole TinyImageNet evaluation at E = 0, one round, test set included: the official
 code loads its reference file of 10,000 float images, ddkit tests from uint8 pixels.
 """
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -31,6 +36,7 @@ from pathlib import Path
 DATASETS = ("cifar100", "tinyimagenet")
 CONTENDERS = ("official", "float32", "bfloat16")
 BATCHES = {"cifar100": 2, "tinyimagenet": 1}  # of 256 images, in what is an epoch here
+PASSES = ("training", "features", "gradients")
 SECONDS = 5.0  # of epochs that are timed in one measurement
 
 
@@ -56,6 +62,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", choices=DATASETS, action="append", help="one of them; both when left out")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each contender")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pass", dest="passes", choices=PASSES, action="append", help="one of them; training when left out")
+    parser.add_argument("--processor-time", action="store_true", help="count what a core computed, not what the clock showed")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of a whole evaluation")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -65,21 +73,22 @@ def _arguments() -> argparse.Namespace:
 
 def _speed_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
     rows = []
-    for dataset in arguments.dataset or DATASETS:
+    for dataset, what in itertools.product(arguments.dataset or DATASETS, arguments.passes or PASSES[:1]):
         found: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
         for repeat in range(arguments.repeats):
             for contender in CONTENDERS:
-                found[contender].append(_in_own_process(arguments, contender, dataset))
-                _say(f"{dataset}, {contender}, {repeat + 1}: {found[contender][-1]}")
-        official = statistics.median(run["images_per_second"] for run in found["official"])
+                found[contender].append(_in_own_process(arguments, contender, dataset, what))
+                _say(f"{dataset}, {what}, {contender}, {repeat + 1}: {found[contender][-1]}")
+        speeds = {each: statistics.median(run["images_per_second"] for run in runs) for each, runs in found.items()}
         for contender, runs in found.items():
-            speed = statistics.median(run["images_per_second"] for run in runs)
             rows.append(
                 {
                     "dataset": dataset,
+                    "pass": what,
                     "code": contender if contender == "official" else f"ddkit {contender}",
-                    "images/s": round(speed, 1),
-                    "x official": round(speed / official, 2),
+                    "images/s": round(speeds[contender], 1),
+                    "x official": round(speeds[contender] / speeds["official"], 2),
+                    "x float32": round(speeds[contender] / speeds["float32"], 2),
                     "peak MiB": round(max(run["peak_mib"] for run in runs)),
                 }
             )
@@ -90,7 +99,7 @@ def _memory_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         arguments.reference = Path(folder) / "tinyimagenet_test.pt"
         _write_reference(arguments.reference)
-        runs = {each: _in_own_process(arguments, each, "tinyimagenet") for each in ("official", "float32")}
+        runs = {each: _in_own_process(arguments, each, "tinyimagenet", "training") for each in ("official", "float32")}
     return [
         {
             "a whole TinyImageNet evaluation": contender if contender == "official" else f"ddkit {contender}",
@@ -102,9 +111,10 @@ def _memory_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
     ]
 
 
-def _in_own_process(arguments: argparse.Namespace, contender: str, dataset: str) -> dict[str, float]:
+def _in_own_process(arguments: argparse.Namespace, contender: str, dataset: str, what: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--official", str(arguments.official), "--device", arguments.device]
-    command += ["--dataset", dataset, "--measure", contender]
+    command += ["--dataset", dataset, "--pass", what, "--measure", contender]
+    command += ["--processor-time"] if arguments.processor_time else []
     command += ["--reference", str(arguments.reference)] if arguments.reference else []
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
@@ -118,7 +128,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.reference:
         measured = _whole_evaluation(arguments, dataset)
     else:
-        measured = _training_speed(arguments, dataset)
+        measured = _speed(arguments, dataset)
     return {**measured, "peak_mib": _peak_mib()}
 
 
@@ -133,19 +143,23 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _training_speed(arguments: argparse.Namespace, dataset: str) -> dict[str, float]:
+def _speed(arguments: argparse.Namespace, dataset: str) -> dict[str, float]:
     import torch
 
     size, classes = _facts(dataset)
     images = torch.randn(10 * classes, 3, size, size, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(classes).repeat_interleave(10)
-    make = _official_epoch if arguments.measure == "official" else _ddkit_epoch
+    if arguments.passes != ["training"]:
+        make = _look
+    else:
+        make = _official_epoch if arguments.measure == "official" else _ddkit_epoch
     count = 256 * BATCHES[dataset]
     places = torch.arange(count) % len(images)
     epoch = make(arguments, dataset, images[places], labels[places])
     epoch()  # compiling, choosing and the first touch of all memory are not part of it
-    epochs, began = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - began) < SECONDS:
+    now = time.process_time if arguments.processor_time else time.perf_counter
+    epochs, began = 0, now()
+    while (seconds := now() - began) < SECONDS:
         epoch()
         epochs += 1
     return {"images_per_second": epochs * count / seconds}
@@ -154,10 +168,8 @@ def _training_speed(arguments: argparse.Namespace, dataset: str) -> dict[str, fl
 def _official_epoch(arguments: argparse.Namespace, dataset: str, images, labels) -> Callable[[], object]:
     import torch
 
-    official, network_module, utils = _official_modules(arguments.official)
-    size, classes = _facts(dataset)
-    network = network_module.ConvNet(3, classes, 128, 3, "relu", "instancenorm", "avgpooling", (size, size))
-    network = network.to(arguments.device)
+    official, _, utils = _official_modules(arguments.official)
+    network = _official_network(arguments, dataset)
     data = official.TensorDataset(images.to(arguments.device), labels.to(arguments.device))
     loader = torch.utils.data.DataLoader(data, batch_size=256, shuffle=True, num_workers=0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
@@ -166,6 +178,39 @@ def _official_epoch(arguments: argparse.Namespace, dataset: str, images, labels)
     return lambda: official.epoch(
         "train", loader, network, optimizer, loss, aug=True, dsa_param=augmentation, device=arguments.device
     )
+
+
+def _official_network(arguments: argparse.Namespace, dataset: str):
+    _, network_module, _ = _official_modules(arguments.official)
+    size, classes = _facts(dataset)
+    network = network_module.ConvNet(3, classes, 128, 3, "relu", "instancenorm", "avgpooling", (size, size))
+    return network.to(arguments.device)
+
+
+def _look(arguments: argparse.Namespace, dataset: str, images, labels) -> Callable[[], object]:
+    """One pass over the images without training: their embeddings, and the gradients to them where those are asked for."""
+    import torch
+
+    from ddkit.network.embedding import build_embedder
+    from ddkit.network.networks import build_network
+
+    size, classes = _facts(dataset)
+    if arguments.measure == "official":
+        embed = _official_network(arguments, dataset).requires_grad_(False).embed
+    else:
+        embed = build_embedder(build_network("convnet", classes, size, seed=0).to(arguments.device), 256, arguments.measure)
+    batches = images.to(arguments.device).split(256)
+
+    def features() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                embed(batch)
+
+    def gradients() -> None:
+        for batch in batches:
+            embed(batch.requires_grad_()).sum().backward()
+
+    return gradients if arguments.passes == ["gradients"] else features
 
 
 def _ddkit_epoch(arguments: argparse.Namespace, dataset: str, images, labels) -> Callable[[], object]:
@@ -208,9 +253,16 @@ def _official_evaluation(arguments: argparse.Namespace, submission: Path, datase
     reference = torch.load(arguments.reference, map_location="cpu")
     tests = official.TensorDataset(reference["images_val"], reference["labels_val"])
     loader = torch.utils.data.DataLoader(tests, batch_size=256, shuffle=True, num_workers=0)
-    _, network_module, _ = _official_modules(arguments.official)
-    network = network_module.ConvNet(3, classes, 128, 3, "relu", "instancenorm", "avgpooling", (64, 64))
-    official.epoch("test", loader, network, None, torch.nn.CrossEntropyLoss(), aug=False, dsa_param=None, device="cpu")
+    official.epoch(
+        "test",
+        loader,
+        _official_network(arguments, dataset),
+        None,
+        torch.nn.CrossEntropyLoss(),
+        aug=False,
+        dsa_param=None,
+        device="cpu",
+    )
 
 
 def _ddkit_evaluation(arguments: argparse.Namespace, submission: Path, dataset: str) -> None:
