@@ -1,4 +1,4 @@
-"""What the READMEs point to is there: files, headings, commands and their options."""
+"""What the documents point to exists: files, headings, commands and their options."""
 
 import re
 import shlex
@@ -9,7 +9,14 @@ import click
 from ddkit.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = ("README.md", "tools/README.md", "submission/README.md")
+DOCUMENTS = (
+    "README.md",
+    ".github/CONTRIBUTING.md",
+    "ddkit/ARCHITECTURE.md",
+    "submission/README.md",
+    "tools/README.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tools" / "results").glob("*.md")),
+)
 
 
 def text_of(name):
@@ -17,7 +24,7 @@ def text_of(name):
 
 
 def anchors(name):
-    """Of the headings, as GitHub makes them."""
+    """The anchors that GitHub gives to a document's headings."""
     prose = re.sub(r"^```.*?^```", "", text_of(name), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
@@ -36,8 +43,8 @@ def options_in(line):
     return {word.partition("=")[0] for word in line.split() if re.fullmatch(r"--[a-z][a-z-]*(=.*)?", word)}
 
 
-def test_links_lead_somewhere():
-    found = [(name, "".join(link.split())) for name in READMES for link in re.findall(r"\]\(([^)]+)\)", text_of(name))]
+def test_links_of_documents_lead_to_files_and_headings():
+    found = [(name, "".join(link.split())) for name in DOCUMENTS for link in re.findall(r"\]\(([^)]+)\)", text_of(name))]
     ours = [(name, link) for name, link in found if not link.startswith("http")]
     assert len(ours) > 10
     for name, link in ours:
@@ -48,13 +55,13 @@ def test_links_lead_somewhere():
 
 
 def commands():
-    for name in READMES:
+    for name in DOCUMENTS:
         for line in code_of(name):
             if line.startswith("ddkit "):
                 yield name, line.partition(" # ")[0].partition(" -> ")[0]
 
 
-def test_commands_and_their_options_exist():
+def test_commands_in_documents_exist_with_their_options():
     found = list(commands())
     assert len(found) > 30
     for name, line in found:
@@ -67,8 +74,9 @@ def test_commands_and_their_options_exist():
         assert options_in(line) <= known | {"--help"}, f"{name}: {line}"
 
 
-def test_tools_and_their_options_exist():
-    found = [(name, line) for name in READMES for line in code_of(name) if re.match(r"(python )?tools/\w", line)]
+def test_tools_in_documents_exist_with_their_options():
+    lines = ((name, line.partition(" #")[0]) for name in DOCUMENTS for line in code_of(name))
+    found = [(name, line) for name, line in lines if re.match(r"(python )?tools/\w", line)]
     assert len(found) > 10
     for name, line in found:
         (tool,) = re.findall(r"tools/[\w.]+", line)
