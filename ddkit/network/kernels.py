@@ -50,7 +50,7 @@ def _tried(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | DDKitError:
 
 
 def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    compiler, flags = _compiler(), (*_FLAGS, *flags)
+    compiler, flags = compiler_command(), (*_FLAGS, *flags)
     path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{_fingerprint(source, compiler, flags)}.so"
     if not path.exists():
         with atomic_write(path) as temporary:
@@ -61,8 +61,8 @@ def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
         raise CompileError(f"{path} cannot be loaded: {error}.", "Delete it, and it is made anew.") from error
 
 
-def _compiler() -> list[str]:
-    """$CXX, else the first compiler there is."""
+def compiler_command() -> list[str]:
+    """The words of $CXX, or else the first compiler on the path. Raises CompileError where there is none."""
     wanted = os.environ.get("CXX")
     for command in [wanted] if wanted else ["c++", "g++", "clang++"]:
         words = shlex.split(command)

@@ -1,0 +1,36 @@
+"""`ddkit doctor`: what this machine has, and what that means."""
+
+from __future__ import annotations
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from ddkit.cli._options import example, output_options
+from ddkit.cli._output import Output
+
+_COLORS = {"ok": "green", "slow": "yellow", "broken": "red"}
+
+
+@click.command(epilog=example("ddkit doctor --json"), short_help="Say what this machine has and what that means for ddkit.")
+@output_options
+@click.pass_context
+def doctor(ctx: click.Context, output: Output) -> None:
+    """Examine this machine: libraries, GPU, processor, compiler, speed of an evaluation, memory, disk, cache, datasets.
+
+    Each line is ok, slow (it works, and something would make it faster) or broken, with what to do about it. Paste the
+    output into a bug report. The status is 3 if a line is broken.
+    """
+    from ddkit.doctor import diagnose, to_json
+
+    lines = diagnose()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("", "part", "finding"):
+        table.add_column(heading, overflow="fold")
+    for line in lines:
+        color = _COLORS[line.status]
+        finding = escape(line.finding) + (f"\n[{color}]{escape(line.remedy)}[/]" if line.remedy else "")
+        table.add_row(f"[{color}]{line.status}[/]", escape(line.what), finding)
+    output.result(to_json(lines), table)
+    if any(line.status == "broken" for line in lines):
+        ctx.exit(3)

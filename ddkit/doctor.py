@@ -1,0 +1,185 @@
+"""What this machine has and what that means for ddkit: the library function behind `ddkit doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ddkit.challenge import CHALLENGE_DATASETS
+from ddkit.data.store import list_prepared, store_facts
+from ddkit.errors import DDKitError
+from ddkit.network.autotune import choose_plan, has_bfloat16, seconds_per_image
+from ddkit.network.convnet import ConvNet
+from ddkit.network.kernels import CompileError, compiler_command
+from ddkit.runtime.device import cpu_model, describe_device
+from ddkit.runtime.environment import versions
+from ddkit.runtime.files import cache_folder
+from ddkit.runtime.openmp import available_cpus, cpu_quota
+
+_BATCH = 256  # of the challenge's training
+_SLOW_IMAGES_PER_SECOND = 300.0  # an official CIFAR-100 score of 3 million images then takes three hours
+_IMAGES_OF_A_SCORE = 3 * 1001 * 1000
+_LEAST_MEMORY, _LEAST_DISK = 4 * 2**30, 5 * 2**30
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One line of the report.
+
+    status: "ok", "slow" (it works, and something would make it faster) or "broken" (a command will fail).
+    what: the part of the machine. finding: what is there. remedy: what to do about it, empty if nothing.
+    """
+
+    status: str
+    what: str
+    finding: str
+    remedy: str = ""
+
+
+def diagnose(folder: Path = Path()) -> list[Diagnosis]:
+    """Examine Python, PyTorch, the GPU, the processor and its engine, memory, disk, the cache and its datasets.
+
+    folder: where commands would write `runs/` and `submission/`. The evaluation engine is measured, which takes some
+    seconds at first use and is remembered. A part whose examination fails becomes a "broken" line; nothing is raised.
+    """
+    lines: list[Diagnosis] = []
+    for what, examine in _PARTS.items():
+        try:
+            lines += examine(folder)
+        except (DDKitError, OSError, RuntimeError) as error:
+            remedy = error.remedy if isinstance(error, DDKitError) else ""
+            message = error.message if isinstance(error, DDKitError) else f"{type(error).__name__}: {error}"
+            lines.append(Diagnosis("broken", what, message, remedy))
+    return lines
+
+
+def _software(folder: Path) -> Iterator[Diagnosis]:
+    found = versions()
+    yield Diagnosis("ok", "Python", f"{found['python']}, ddkit {found['ddkit']}, {platform.system()} {platform.machine()}")
+    missing = [name for name, version in found.items() if version == "(not installed)"]
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    text = f"torch {found['torch']} ({build}), torchvision {found['torchvision']}, diffusers {found['diffusers']}"
+    remedy = f"pip install {' '.join(missing)}" if missing else ""
+    yield Diagnosis("broken" if missing else "ok", "libraries", text, remedy)
+
+
+def _gpu(folder: Path) -> Iterator[Diagnosis]:
+    if not torch.cuda.is_available():
+        if torch.version.cuda and shutil.which("nvidia-smi"):
+            yield Diagnosis(
+                "broken", "GPU", "There is an NVIDIA driver, and PyTorch cannot use it.",
+                "Update the driver, or install a PyTorch built for it; check CUDA_VISIBLE_DEVICES.",
+            )  # fmt: skip
+        else:
+            yield Diagnosis("slow", "GPU", "none: everything runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        name = describe_device(torch.device("cuda", index))
+        text = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, compute capability {major}.{minor}"
+        busy = free < total / 2
+        remedy = "Another process uses it; nvidia-smi shows which." if busy else ""
+        yield Diagnosis("slow" if busy else "ok", f"GPU {index}", text, remedy)
+
+
+def _processor(folder: Path) -> Iterator[Diagnosis]:
+    cpus, quota = available_cpus(), cpu_quota()
+    text = f"{cpu_model()}, {cpus} usable CPUs" + (f" by the container's quota of {quota:g}" if quota else "")
+    text += ", with bfloat16 instructions" if has_bfloat16() else ""
+    yield Diagnosis("ok", "processor", text)
+    threads = torch.get_num_threads()
+    many = threads > cpus
+    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
+    yield Diagnosis(
+        "slow" if many else "ok",
+        "threads",
+        f"{threads} of PyTorch, OMP_WAIT_POLICY {policy}",
+        f"More threads than CPUs wait for each other: set OMP_NUM_THREADS={cpus}, or import ddkit before torch."
+        if many
+        else "",
+    )
+
+
+def _compiler(folder: Path) -> Iterator[Diagnosis]:
+    try:
+        yield Diagnosis("ok", "compiler", " ".join(compiler_command()))
+    except CompileError as error:  # everything works without one
+        yield Diagnosis("slow", "compiler", f"{error.message} Evaluating on a CPU is several times slower.", error.remedy)
+
+
+def _engine(folder: Path) -> Iterator[Diagnosis]:
+    spec = CHALLENGE_DATASETS[0]
+    network = ConvNet(spec.num_classes, spec.image_size).to("cuda" if torch.cuda.is_available() else "cpu")
+    plan = choose_plan(network, "float32", _BATCH)
+    speed = 1 / seconds_per_image(network, plan, _BATCH)
+    minutes = _IMAGES_OF_A_SCORE / speed / 60
+    text = f'"{plan.kind}", {speed:,.0f} images/s: an official {spec.name} score takes about {minutes:,.0f} minutes'
+    slow = speed < _SLOW_IMAGES_PER_SECOND
+    remedy = "Install g++ or clang++ for the fast engine, or use a GPU." if slow and plan.kind == "plain" else ""
+    yield Diagnosis("slow" if slow else "ok", "evaluation engine", text, remedy)
+
+
+def _memory(folder: Path) -> Iterator[Diagnosis]:
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
+    short = memory.available < _LEAST_MEMORY
+    yield Diagnosis("slow" if short else "ok", "memory", text, "Close other programs before you train." if short else "")
+
+
+def _folders(folder: Path) -> Iterator[Diagnosis]:
+    for what, path in (("this folder", folder.absolute()), ("cache", cache_folder().absolute())):
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(there).free
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                writable = True
+        except OSError:
+            writable = False
+        status, remedy = "ok", ""
+        if not writable:
+            status, remedy = "broken", "Work in a folder of your own."
+            if what == "cache":
+                # Prepared datasets in a shared cache can be used all the same.
+                status, remedy = "slow", "Nothing can be kept there; set DDKIT_CACHE to a folder of your own."
+        elif free < _LEAST_DISK:
+            status, remedy = "slow", "Make room; datasets, models and states take some gigabytes."
+        permission = "writable" if writable else "not writable"
+        yield Diagnosis(status, what, f"{path}, {permission}, {free / 2**30:.0f} GiB free", remedy)
+
+
+def _datasets(folder: Path) -> Iterator[Diagnosis]:
+    prepared = list_prepared()
+    for name in dict.fromkeys([spec.name for spec in CHALLENGE_DATASETS] + list(prepared)):
+        if name in prepared:
+            counts = ", ".join(f"{split.images:,} {key} images" for key, split in store_facts(name).splits.items())
+            yield Diagnosis("ok", f"dataset {name}", counts)
+        else:
+            command = f"ddkit data prepare {name}"
+            yield Diagnosis("slow", f"dataset {name}", "not prepared yet", f"{command}, or the next command does it.")
+
+
+_PARTS: dict[str, Callable[[Path], Iterator[Diagnosis]]] = {
+    "libraries": _software,
+    "GPU": _gpu,
+    "processor": _processor,
+    "compiler": _compiler,
+    "evaluation engine": _engine,
+    "memory": _memory,
+    "folders": _folders,
+    "datasets": _datasets,
+}
+
+
+def to_json(lines: list[Diagnosis]) -> list[dict[str, str]]:
+    """The lines as dictionaries, for programs."""
+    return [dataclasses.asdict(line) for line in lines]
