@@ -4,7 +4,7 @@
 #     STEPS=4000 bash tools/recipes/cifar100_track1.sh [FOLDER]
 #
 # Everything lies in FOLDER (runs/track1). Stopped at any time, the same command resumes; with more STEPS it refines on.
-# The log says how long a step takes. The run of which the score is known is in tools/README.md.
+# The log says how long a step takes. tools/results/refine.md has the recorded score.
 set -euo pipefail
 folder=${1:-runs/track1}
 mkdir -p "$folder"
