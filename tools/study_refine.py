@@ -1,11 +1,12 @@
-"""Which way of refining brings most in the same time? One start set, refined in several ways, scored by the protocol.
+"""Which way of refining brings most, and which validation tells it? One start set, refined in several ways.
 
     python tools/study_refine.py cifar100 [--methods NAME ...] [--seconds S ... | --steps N ...] [--start FILE]
 
-Every method starts from the same random training images, or the set FILE, and draws the same real images and
-augmentations; every budget goes on from the one before. What each has reached, not its best by held-out images, is
-scored on the test split, round by round with the same networks, so that rows can be compared pair by pair. All that is
-finished is kept in the folder: stopped, it goes on when run again. --table shows what there is so far.
+Every method starts from the same random training images, or from the set FILE, and draws the same real images and
+augmentations; every budget continues the one before. What each has reached, not its best by held-out images, is scored
+on the test split at each E of --epochs-setting, round by round with the same networks, so that rows can be compared pair
+by pair. With several E the table ends with the rank correlation of each with the largest. All that is finished is kept
+in the folder: stopped, the study resumes when run again. --table shows what there is so far.
 """
 
 from __future__ import annotations
@@ -15,51 +16,40 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from ddkit.data.store import dataset_spec
-from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.refine import PRESETS, Limits, RefineSettings, refine
+from ddkit.distill.refine import refine
+from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState
-from ddkit.distill.student import StudentSettings
 from ddkit.errors import UsageError
 from ddkit.runtime.tensor_files import save_torch
 from ddkit.sets.distilled import load_tensor
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 START = "start"
-_OF_EXPERTS = ("experts", "expert_steps", "student_images")
-# By single changes to what the defaults once were, as the findings in tools/README.md name them.
-_PLAIN = {"learning_rate": 3.0, "average": 0.97, "spectrum": 0.0, "real_per_class": 16}
-_FROM_PLAIN: dict[str, dict[str, Any]] = {
-    "published": {"learning_rate": 1.0, "average": 0.0},
-    "rate 3": {"average": 0.0},
-    "averaged": {"learning_rate": 1.0},
-    "rate 3, averaged": {},
-    "rate 10, averaged": {"learning_rate": 10.0},
-    "long average": {"average": 0.99},
-    "32 real": {"real_per_class": 32},
-    "attention": {"attention": 100.0},
-    "more attention": {"attention": 1000.0},
-    "half trained": {"trained_share": 0.5},
-    "half trained, recognized": {"trained_share": 0.5, "recognition": 0.1},
-    "regression": {"objective": "regression", "means_first": 0},
-    "means, then regression": {"objective": "regression", "means_first": 100},
-    "means, then half trained regression": {"objective": "regression", "means_first": 100, "trained_share": 0.5},
-    "trajectories": {"objective": "trajectories", "means_first": 0},
-    "means, then trajectories": {"objective": "trajectories", "means_first": 100},
-}
+# By single changes to the preset track1. Those with a pool begin it at --pool-step.
 METHODS: dict[str, dict[str, Any]] = {
-    **{name: {**_PLAIN, **changes} for name, changes in _FROM_PLAIN.items()},
-    "track1": {"objective": "regression"},
-    "track1, no spectrum": {"objective": "regression", "spectrum": 0.0},
-    "track1, 16 real": {"objective": "regression", "real_per_class": 16},
-    "track1, 64 real": {"objective": "regression", "real_per_class": 64},
-    "track1, no means": {"objective": "regression", "means_first": 0},
+    "random networks": {"pool.size": 0},
+    "pool": {},
+    "pool, ridge 0.02": {"krr_lambda": 0.02},
+    "pool, age 1000, 5 updates": {"pool.max_age": 1000, "pool.updates": 5},
+    "pool of 30": {"pool.size": 30},
+    "pool, rate decays": {"final_rate": 0.1},
+    "pool, rate 12": {"learning_rate": 12.0},
+    "pool, rate 3": {"learning_rate": 3.0},
+    "pool, 16 real": {"batch_real": 16},
+    "pool, 64 real": {"batch_real": 64},
+    "no spectrum": {"spectrum": 0.0},
+    "no dm": {"dm_steps": 0},
+    "dm": {"objective": "dm"},
+    "mtt": {"objective": "mtt"},
 }
 
 
@@ -69,28 +59,34 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.findings = Findings(options.out or Path("runs") / f"study-refine-{options.dataset}")
-        self.findings.claim(options, rows=("methods", "seconds", "steps", "epochs_setting", "rounds", *_OF_EXPERTS))
+        self.findings.claim(options, rows=("methods", "seconds", "steps", "epochs_setting", "rounds"))
         self.spec = dataset_spec(options.dataset)
 
     def run(self) -> None:
         """Everything that is not done yet."""
         start = self._start()
-        what = self._what(Limits(0))
-        self.findings.once(START, what, lambda: {"accuracies": self._score(load_tensor(start, self.spec))})
+        images = load_tensor(start, self.spec)
+        for epochs in self.options.epochs_setting:
+            what = self._what(RefineLimits(0), epochs)
+            self.findings.once(START, what, lambda epochs=epochs: {"accuracies": self._score(images, epochs)})
         for method in self.options.methods:
             for limits in _budgets(self.options):
-                name = self._row(method)
-                work = functools.partial(self._refined, start, method, name, limits)
-                self.findings.once(name, self._what(limits), work)
+                for epochs in self.options.epochs_setting:
+                    work = functools.partial(self._refined, start, method, limits, epochs)
+                    self.findings.once(method, self._what(limits, epochs), work)
 
     def table(self) -> str:
         """What is known, as Markdown."""
         rows = []
-        for method in (START, *map(self._row, METHODS)):
+        by_epochs: dict[str, dict[tuple[str, str], float]] = {}
+        for method in (START, *METHODS):
             for what, record in self.findings.of(method).items():
+                budget, epochs, _ = what.split(" / ")
                 work = [f"{record.get(name, 0):.0f}" for name in ("steps", "seconds")]
-                rows.append([method, *what.split(" / ")[:2], *work, percent(record["accuracies"])])
-        return markdown(["method", "budget", "E", "steps", "seconds", "accuracy, %"], rows)
+                rows.append([method, budget, epochs, *work, percent(record["accuracies"])])
+                by_epochs.setdefault(epochs, {})[method, budget] = mean(record["accuracies"])
+        text = markdown(["method", "budget", "E", "steps", "seconds", "accuracy, %"], rows)
+        return text + _rank_correlations(by_epochs)
 
     def _start(self) -> Path:
         if self.options.start:
@@ -100,56 +96,58 @@ class Study:
             generate(self.options.dataset, self.options.ipc, FromReal("random", seed=self.options.seed), path)
         return path
 
-    def _row(self, method: str) -> str:
-        """The method, and what else the experts' rows depend on."""
-        if not self._settings(method).needs_experts_at(10**9):
-            return method
-        return f"{method}, " + ", ".join(f"{name} {getattr(self.options, name)}" for name in _OF_EXPERTS)
-
-    def _refined(self, start: Path, method: str, name: str, limits: Limits) -> Record:
-        """What a budget comes to. The set it led to is kept, as the refinement goes on from it."""
-        settings, folder = self._settings(method), self.findings.folder(name)
+    def _refined(self, start: Path, method: str, limits: RefineLimits, epochs: int) -> Record:
+        """What a budget comes to. The set it led to is kept, as the refinement continues from it."""
+        folder = self.findings.folder(method)
         path = folder / f"after {_budget(limits)}.pt"
         if not path.is_file():
             if any(_reached(limits, torch.load(kept, weights_only=True)) for kept in folder.glob("after *.pt")):
-                raise UsageError(f"'{name}' has gone further than {_budget(limits)}.", "Choose another --out.")
-            refine(start, self.options.dataset, settings, limits, folder, out=folder / start.name)
+                raise UsageError(f"'{method}' has gone further than {_budget(limits)}.", "Choose another --out.")
+            refine(start, self.options.dataset, self._settings(method), limits, folder, out=folder / start.name)
             state = RefinementState.read(folder)
             save_torch({"images": state.average, "steps": state.step, "seconds": state.seconds}, path)
         kept = torch.load(path, weights_only=True)
-        return {"steps": kept["steps"], "seconds": kept["seconds"], "accuracies": self._score(kept["images"])}
+        return {"steps": kept["steps"], "seconds": kept["seconds"], "accuracies": self._score(kept["images"], epochs)}
 
     def _settings(self, method: str) -> RefineSettings:
-        # Judged by one epoch, and rarely: that is no part of this study.
-        options = self.options
-        common = {
-            "seed": options.seed, "check_every": 10**9, "check_epochs": 0,
-            "experts": ExpertSettings(options.experts, options.expert_steps),
-            "student": StudentSettings(images_per_class=options.student_images),
-        }  # fmt: skip
-        return dataclasses.replace(PRESETS["means"], **common, **METHODS[method])
+        # Validated in one epoch, and rarely: validation is not part of this study.
+        base = dataclasses.replace(PRESETS["track1"], seed=self.options.seed, val_every=10**9, val_epochs=0)
+        pool = {} if METHODS[method].get("objective") else {"pool.from_step": self.options.pool_step}
+        return base.with_changes(pool | METHODS[method])
 
-    def _score(self, images: Tensor) -> list[float]:
-        return self.findings.score(images, self.spec, rounds=self.options.rounds, epochs_setting=self.options.epochs_setting)
+    def _score(self, images: Tensor, epochs: int) -> list[float]:
+        return self.findings.score(images, self.spec, rounds=self.options.rounds, epochs_setting=epochs)
 
-    def _what(self, limits: Limits) -> str:
-        return f"{_budget(limits)} / {self.options.epochs_setting} / {self.options.rounds}"
+    def _what(self, limits: RefineLimits, epochs: int) -> str:
+        return f"{_budget(limits)} / {epochs} / {self.options.rounds}"
 
 
-def _reached(limits: Limits, kept: dict[str, Any]) -> bool:
-    return limits.reached(kept["steps"], kept["seconds"])
+def _rank_correlations(by_epochs: dict[str, dict[tuple[str, str], float]]) -> str:
+    """How each E ranks the sets, compared with the largest E, as a Markdown table; empty with one E or two sets."""
+    rows = []
+    largest = max(by_epochs, key=int, default="")
+    for epochs in sorted(by_epochs, key=int):
+        common = [row for row in by_epochs[epochs] if row in by_epochs[largest]]
+        if epochs != largest and len(common) > 2:
+            values = [[by_epochs[each][row] for row in common] for each in (epochs, largest)]
+            rows.append([epochs, str(len(common)), f"{spearmanr(*values).statistic:.2f}"])
+    return "\n\n" + markdown(["E", "sets", f"rank correlation with E = {largest}"], rows) if rows else ""
 
 
-def _budget(limits: Limits) -> str:
+def _reached(limits: RefineLimits, kept: dict[str, Any]) -> bool:
+    return limits.progress(kept["steps"], kept["seconds"]) >= 1
+
+
+def _budget(limits: RefineLimits) -> str:
     return f"{limits.steps} steps" if limits.seconds is None else f"{limits.seconds:g} s"
 
 
-def _budgets(options: argparse.Namespace) -> Iterator[Limits]:
-    """From the smallest on, as a refinement only goes forward."""
+def _budgets(options: argparse.Namespace) -> Iterator[RefineLimits]:
+    """From the smallest, as a refinement only goes forward."""
     if options.steps:
-        yield from (Limits(steps) for steps in sorted(options.steps))
+        yield from (RefineLimits(steps) for steps in sorted(options.steps))
     else:
-        yield from (Limits(seconds=seconds) for seconds in sorted(options.seconds))
+        yield from (RefineLimits(seconds=seconds) for seconds in sorted(options.seconds))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -160,11 +158,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 180.0], help="budgets of wall time")
     parser.add_argument("--steps", type=int, nargs="+", help="budgets of steps, in the place of --seconds")
     parser.add_argument("--start", type=Path, metavar="FILE", help="the set to start from, such as one refined before")
-    parser.add_argument("--experts", type=int, default=3, help="of trajectories and half trained; not counted")
-    parser.add_argument("--expert-steps", type=int, default=1000, help="of each expert's training")
-    parser.add_argument("--student-images", type=int, default=1, help="of each class, in a step that follows an expert")
+    parser.add_argument("--pool-step", type=int, default=800, help="step from which methods with a pool use it")
     parser.add_argument("--ipc", type=int, default=10)
-    parser.add_argument("--epochs-setting", type=int, default=100, help="E of the evaluations")
+    parser.add_argument("--epochs-setting", type=int, nargs="+", default=[100], help="E of the evaluations")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the start set and of every refinement")
     return parser.parse_args(arguments)
