@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
+from rich.table import Table
 
 from ddkit.cli._options import (
     RUNS_FOLDER,
@@ -23,6 +25,7 @@ from ddkit.cli._output import Output, span_text
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from ddkit.distill.estimate import RefineEstimate
     from ddkit.distill.settings import RefineSettings
 
 
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     help="Keep the state and the set as it was in this folder.  [default: runs/<dataset>-refine]",
 )
 @click.option("--fresh", is_flag=True, help="Start over from the set as it was.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would take and reach: steps, time, memory, accuracy.")
 @click.option(
     "--ignore",
     "ignored",
@@ -108,6 +112,7 @@ def refine(
     out: Path | None,
     run: Path | None,
     fresh: bool,
+    dry_run: bool,
     ignored: tuple[str, ...],
     save_every: float,
     device: str,
@@ -121,10 +126,11 @@ def refine(
     is written. The test images are never used. Run the same command again to resume, or with more --steps or --time to
     refine further.
     """
+    from ddkit.distill.estimate import estimate_refinement, expected_accuracy
     from ddkit.distill.refine import recorded_settings
     from ddkit.distill.refine import refine as refine_set
     from ddkit.distill.settings import RefineLimits
-    from ddkit.sets.distilled import dataset_of
+    from ddkit.sets.distilled import dataset_of, read_set
 
     if steps is not None and seconds is not None:
         raise UsageError("--steps and --time exclude each other.")
@@ -132,8 +138,19 @@ def refine(
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
     settings = _settings(preset, options, assignments, None if fresh else recorded_settings(folder))
+    if dry_run:
+        _show_estimate(output, estimate_refinement(path, dataset, settings, limits, device=device, progress=output.listen))
+        return
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
     output.say(f"Refining {escape(str(path))} for {length}. {escape(str(folder))} keeps the set as it was.")
+    expected = functools.partial(expected_accuracy, dataset, read_set(path, dataset).ipc, settings)
+    if expected(limits.steps) is not None:
+        steps = (
+            limits.steps
+            if limits.seconds is None
+            else estimate_refinement(path, dataset, settings, limits, device=device).steps
+        )
+        output.say(f"Expected accuracy: {_expectation(expected(steps))}.")
     refined = refine_set(
         path, dataset, settings, limits, folder,
         out=out, fresh=fresh, ignore_codes=ignored, device=device, save_every_seconds=save_every, progress=output.listen,
@@ -148,6 +165,26 @@ def refine(
     written = (files.tensor, files.provenance, files.sheet, refined.before.tensor, refined.before.sheet)
     output.done([file for file in written if file.exists()], f"ddkit evaluate {files.tensor}")
     output.result(dataclasses.asdict(refined))
+
+
+def _show_estimate(output: Output, estimate: RefineEstimate) -> None:
+    rows = [(f"a step of {kind}", f"{seconds:.2f} s") for kind, seconds in estimate.seconds_per_step.items()]
+    rows += [
+        ("steps", f"{estimate.steps:,} in {span_text(estimate.seconds)}"),
+        ("validation", span_text(estimate.validation_seconds)),
+        ("memory", f"about {estimate.memory / 2**30:.1f} GiB, {estimate.free_memory / 2**30:.1f} GiB are free"),
+        ("accuracy", _expectation(estimate.accuracy)),
+    ]
+    table = Table("what", "measured or expected")
+    for row in rows:
+        table.add_row(*row)
+    output.result(dataclasses.asdict(estimate), table)
+
+
+def _expectation(accuracy: float | None) -> str:
+    if accuracy is None:
+        return "unknown: no comparable refinement has been recorded"
+    return f"about {accuracy:.1%} in an official evaluation, as recorded refinements suggest"
 
 
 def _settings(

@@ -52,8 +52,8 @@ class PoolSettings:
         require_positive(self, "updates", "max_age", "learning_rate")
         if self.size < 0 or self.from_step < 0:
             raise UsageError("PoolSettings.size and from_step must not be negative.")
-        if not 0 <= self.from_share <= 1:
-            raise UsageError(f"PoolSettings.from_share must be from 0 to 1, got {self.from_share}.")
+        if not 0 < self.from_share <= 1:
+            raise UsageError(f"PoolSettings.from_share must be above 0 and at most 1, got {self.from_share}.")
 
 
 class OnlinePool:
@@ -140,14 +140,18 @@ class OnlinePool:
         return flat_parameters(random_network(self._spec, "pool", self._seed, number, step))
 
 
+def pool_memory(settings: PoolSettings, spec: DatasetSpec) -> int:
+    """Bytes of the parameters and momenta of a pool."""
+    parameters = flat_parameters(random_network(spec, "size"))
+    return settings.size * 2 * parameters.numel() * parameters.element_size()
+
+
 def require_memory(settings: PoolSettings, spec: DatasetSpec, free: int) -> None:
     """Raise ComputeError where parameters and momenta of the pool need more than half of `free` bytes."""
-    parameters = flat_parameters(random_network(spec, "size"))
-    bytes_each = 2 * parameters.numel() * parameters.element_size()
-    fitting = int(_MEMORY_SHARE * free) // bytes_each
-    if settings.size > fitting:
+    needed = pool_memory(settings, spec)
+    if needed > _MEMORY_SHARE * free:
         raise ComputeError(
-            f"A pool of {settings.size:,} networks for {spec.name} needs {settings.size * bytes_each / 2**30:,.1f} GiB; "
-            f"half of the {free / 2**30:,.1f} GiB of free memory are available to it.",
-            f"Use --pool {fitting}.",
+            f"A pool of {settings.size:,} networks for {spec.name} needs {needed / 2**30:,.1f} GiB; half of the "
+            f"{free / 2**30:,.1f} GiB of free memory are available to it.",
+            f"Use --pool {int(settings.size * _MEMORY_SHARE * free / needed)}.",
         )

@@ -18,16 +18,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ddkit.challenge import DatasetSpec
+from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.checks.check import require_acceptable
 from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import class_titles, dataset_spec, store_hash
+from ddkit.data.store import class_titles, store_hash
 from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import dm_loss, frepo_loss, siamese_augment
 from ddkit.distill.parameters import flat_parameters, load_flat_parameters, random_network
-from ddkit.distill.pool import OnlinePool, require_memory
+from ddkit.distill.pool import OnlinePool, pool_memory, require_memory
 from ddkit.distill.settings import OBJECTIVES, RefineLimits, RefineSettings
 from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
@@ -45,10 +45,11 @@ from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.seeds import generator_for, network_seed
 from ddkit.sets.distilled import (
     KIND_REFINED,
+    DistilledSet,
     SetFiles,
     class_labels,
-    load_tensor,
     read_provenance,
+    read_set,
     require_tensor_name,
     save_set,
 )
@@ -58,6 +59,10 @@ _LARGEST_PIXEL = 1000.0  # in standard deviations of the dataset's pixels; refin
 # For each image of a student's step, over which its loss is a mean. One learning rate then serves all objectives;
 # measured on ten classes of CIFAR-100.
 _MTT_SCALE = 6
+# For the memory that a refinement needs: floats of each kind that exist at a time.
+_COPIES_OF_IMAGES, _COPIES_OF_REAL, _COPIES_OF_KERNEL = 12, 3, 8
+_VALIDATING = "Validating on held-out images"
+_LARGEST_MAPS = 6 * 2**27  # as embedders compute parts of a batch where there is no engine
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Refined:
 
 def refine(
     path: Path,
-    dataset: str,
+    dataset: str | None,
     settings: RefineSettings,
     limits: RefineLimits,
     folder: Path,
@@ -94,6 +99,7 @@ def refine(
 ) -> Refined:
     """Refine the set at `path`, resuming from the state in `folder`, and write the set that validates best.
 
+    dataset: its name; None takes it from the set's provenance or file name.
     folder: keeps the set as it was (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
     fresh: start over from the set as it was. The refined set at `out` is kept in the folder as refined.pt.
     ignore_codes: codes of findings of `check` that are not to stop the refinement.
@@ -106,19 +112,19 @@ def refine(
     """
     require_tensor_name(out or path)
     refuse_kept_copy(folder, path, out or path)
-    spec, chosen = dataset_spec(dataset), resolve_device(device)
-    real = open_dataset(dataset, "train", progress=progress)
-    load_tensor(path, spec)  # a file that is not a set is refused before anything is discarded
-    if settings.objective == "frepo":
-        require_memory(settings.pool, spec, free_memory(chosen))
+    chosen, before = resolve_device(device), read_set(path, dataset)
+    spec = before.spec
+    real = open_dataset(spec.name, "train", progress=progress)
+    _require_memory(before, settings, chosen)
     holdout = TrainHoldout(real, spec, held_out=settings.held_out, seed=settings.seed, device=chosen)
     with exclusive(folder, "refines", elsewhere="--run"):
         if fresh:
             start_over(path, folder, out)
-        state = _begin_or_resume(path, spec, settings, folder, ignore_codes)
+            before = read_set(path, spec.name)
+        state = _begin_or_resume(before, path, settings, folder, ignore_codes)
         _refuse_another_result(state, path, out or path)
         try:
-            with _Refinement(state, settings, holdout, chosen, progress) as refinement:
+            with Refinement(state, settings, holdout, chosen, progress) as refinement:
                 refinement.run(limits, save_every_seconds)
         except (InterruptedRunError, ComputeError, BadFileError):
             if state.validations:
@@ -127,6 +133,20 @@ def refine(
         files = _write(state, settings, spec, out or path)
     best, first, diverged = state.best, state.first, int(state.pool.get("diverged", 0))
     return Refined(files, state.before, state.step, best.step, best.accuracy, first.accuracy, state.seconds, diverged)
+
+
+def _require_memory(distilled: DistilledSet, settings: RefineSettings, device: torch.device) -> None:
+    """Raise ComputeError where the refinement will not fit, before anything is computed or discarded."""
+    spec, free = distilled.spec, free_memory(device)
+    if settings.objective == "frepo":
+        require_memory(settings.pool, spec, free)
+    needed = memory_needed(spec, distilled.ipc, settings, device)
+    if needed > free:
+        raise ComputeError(
+            f"Refining {len(distilled.images):,} images of {spec.name} needs about {needed / 2**30:,.1f} GiB of memory, and "
+            f"{free / 2**30:,.1f} GiB are free.",
+            "Close other programs, use a smaller --batch-real, or refine a set with fewer images per class.",
+        )
 
 
 def recorded_settings(folder: Path) -> RefineSettings | None:
@@ -145,17 +165,16 @@ def _refuse_another_result(state: RefinementState, path: Path, out: Path) -> Non
 
 
 def _begin_or_resume(
-    path: Path, spec: DatasetSpec, settings: RefineSettings, folder: Path, ignore_codes: Collection[str]
+    distilled: DistilledSet, path: Path, settings: RefineSettings, folder: Path, ignore_codes: Collection[str]
 ) -> RefinementState:
-    images, dataset_sha256 = load_tensor(path, spec), store_hash(spec.name, "train")
-    if not (folder / STATE_FILE).exists():
-        require_acceptable(path, spec.name, ignore_codes=ignore_codes)
-        if settings.displayable:
-            images = images.clamp(*_displayable_range(spec))
-        return RefinementState.begin(path, images, folder, dataclasses.asdict(settings), dataset_sha256)
-    state = RefinementState.read(folder)
-    state.require(path, dataclasses.asdict(settings), dataset_sha256)
-    return state
+    spec, dataset_sha256 = distilled.spec, store_hash(distilled.spec.name, "train")
+    if (folder / STATE_FILE).exists():
+        state = RefinementState.read(folder)
+        state.require(path, dataclasses.asdict(settings), dataset_sha256)
+        return state
+    require_acceptable(path, spec.name, ignore_codes=ignore_codes)
+    images = distilled.images.clamp(*_displayable_range(spec)) if settings.displayable else distilled.images
+    return RefinementState.begin(path, images, folder, dataclasses.asdict(settings), dataset_sha256)
 
 
 def _displayable_range(spec: DatasetSpec) -> Tensor:
@@ -163,7 +182,22 @@ def _displayable_range(spec: DatasetSpec) -> Tensor:
     return normalize(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1), spec)
 
 
-class _Refinement:
+def memory_needed(spec: DatasetSpec, ipc: int, settings: RefineSettings, device: torch.device) -> int:
+    """Bytes that a refinement needs, about: maps and embeddings of the network, images, kernel and pool."""
+    images, real, side = spec.num_classes * ipc, spec.num_classes * settings.batch_real, spec.image_size
+    floats = 3 * side**2 * (_COPIES_OF_IMAGES * images + _COPIES_OF_REAL * real)
+    floats += NETWORK_WIDTH * (side // 8) ** 2 * (3 * images + real)
+    if settings.objective == "frepo":
+        floats += _COPIES_OF_KERNEL * images**2
+    if device.type == "cpu":
+        floats += NETWORK_WIDTH * side**2 * 5 * images // 16  # the maps of blocks 2 and 3
+    else:
+        floats += min(_LARGEST_MAPS, 6 * NETWORK_WIDTH * side**2 * max(images, real))
+    pool = pool_memory(settings.pool, spec) if settings.objective == "frepo" else 0
+    return 4 * floats + pool
+
+
+class Refinement:
     """The loop over steps. A context manager, as a thread prepares the next step."""
 
     def __init__(
@@ -200,7 +234,7 @@ class _Refinement:
         self._thread = ThreadPoolExecutor(1, "ddkit-next-step")
         self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
 
-    def __enter__(self) -> _Refinement:
+    def __enter__(self) -> Refinement:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -214,14 +248,14 @@ class _Refinement:
                 finished = limits.progress(state.step, state.seconds) >= 1
                 validating = not state.validated and (finished or state.step % self._settings.val_every == 0)
                 if validating:
-                    self._validate(stop)
+                    self.validate(stop)
                 elif finished:
                     return
                 elif not self._mtt_ready():
                     self._save()
                     self._prepare_mtt(stop)
                 else:
-                    self._step(limits)
+                    self.take_step(limits)
                 stopping = bool(stop)
                 if stopping or validating or time.monotonic() - saved >= save_every_seconds:
                     self._save()
@@ -231,7 +265,7 @@ class _Refinement:
                         f"Interrupted after step {state.step}.", "Run the same command again, without --fresh, to resume."
                     )
 
-    def _step(self, limits: RefineLimits) -> None:
+    def take_step(self, limits: RefineLimits) -> None:
         """One step on the pixels, timed and reported."""
         state, began = self._state, time.monotonic()
         objective, used = self._settings.objective_at(state.step), limits.progress(state.step, state.seconds)
@@ -247,7 +281,7 @@ class _Refinement:
     def _feature_step(self, objective: str, limits: RefineLimits, used: float) -> float:
         """A step of "dm" or "frepo" through one network; returns the loss before it. The host waits once."""
         settings, step = self._settings, self._state.step
-        if self._pool is None and self._pool_is_due(objective, limits, used):
+        if self._pool is None and settings.uses_pool_at(step, limits.time_used(self._state.seconds)):
             self._state.pool_start, self._pool = step, self._build_pool()
         draws = generator_for("cpu", "pool", settings.seed, step)
         number = self._pool.draw(draws) if self._pool else None
@@ -317,11 +351,6 @@ class _Refinement:
             parameters = flat_parameters(random_network(self._spec, "observer", self._settings.seed, step))
         return rows, parameters
 
-    def _pool_is_due(self, objective: str, limits: RefineLimits, used: float) -> bool:
-        pool = self._settings.pool
-        late = self._state.step >= pool.from_step or (limits.seconds is not None and used >= pool.from_share)
-        return objective == "frepo" and pool.size > 0 and late
-
     def _build_pool(self) -> OnlinePool:
         state = self._state
         return OnlinePool(
@@ -345,7 +374,7 @@ class _Refinement:
                     self._images, self._experts, generator, stop=stop, progress=self._progress
                 )
 
-    def _validate(self, stop: StopRequest) -> None:
+    def validate(self, stop: StopRequest) -> None:
         """Train a network on the present set and test it on the held-out images; the same random network each time."""
         settings = self._settings
         # The name of the seed is that of ddkit 0.1.0, so that its refinements resume comparably.
@@ -357,11 +386,14 @@ class _Refinement:
             if stop:
                 return
             run.epoch()
-            self._progress(Progress("Validating on held-out images", run.epochs_done, training.epochs, "epochs"))
+            if not run.finished:
+                self._progress(Progress(_VALIDATING, run.epochs_done, training.epochs, "epochs"))
         network.eval()
         correct = predict(run.engine, self._held_out, self._device) == self._held_out.labels
+        accuracy = correct.float().mean().item()
         self._keep()
-        self._state.record(correct.float().mean().item())
+        self._state.record(accuracy)
+        self._progress(Progress(_VALIDATING, training.epochs, training.epochs, "epochs", {"accuracy": accuracy}))
 
     def _refuse_divergence(self, loss: float, largest_pixel: float) -> None:
         if not math.isfinite(loss):

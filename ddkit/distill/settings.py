@@ -58,8 +58,8 @@ class RefineSettings:
     ema: float = 0.99
     displayable: bool = False
     precision: str = "auto"
-    val_every: int = 250
-    val_epochs: int = 100
+    val_every: int = 500
+    val_epochs: int = 200
     held_out: float = 0.1
     seed: int = 0
     experts: ExpertSettings = field(default_factory=ExpertSettings)
@@ -88,6 +88,11 @@ class RefineSettings:
     def objective_at(self, step: int) -> str:
         """The objective of step number `step`, counted from 0."""
         return "dm" if step < self.dm_steps else self.objective
+
+    def uses_pool_at(self, step: int, time_used: float) -> bool:
+        """Whether step number `step` may begin the pool. time_used: share of a limit of time, 0 without one."""
+        late = step >= self.pool.from_step or time_used >= self.pool.from_share
+        return self.objective_at(step) == "frepo" and self.pool.size > 0 and late
 
     @classmethod
     def from_json(cls, recorded: Mapping[str, Any]) -> RefineSettings:
@@ -146,6 +151,10 @@ class RefineLimits:
 
     steps: int = 1200
     seconds: float | None = None
+
+    def time_used(self, seconds: float) -> float:
+        """The share of a limit of time that is used; 0 where the steps are limited."""
+        return seconds / self.seconds if self.seconds is not None else 0.0
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the limit that is used, 1 or more where it is reached."""

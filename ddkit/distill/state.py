@@ -249,7 +249,7 @@ def _from_0_1_0(kept: dict[str, Any], path: Path) -> dict[str, Any]:
     """The state of a refinement that ddkit 0.1.0 began, which resumes with what it began with: float32 and no pool."""
     recorded = json.loads(kept.pop("settings"))
     if gone := [name for name in ("trained_share", "attention", "recognition") if recorded.pop(name)]:
-        raise BadFileError(f"{path} was begun by ddkit 0.1.0 with {' and '.join(gone)}, which have been removed.", _FRESH)
+        raise BadFileError(f"{path} was begun by ddkit 0.1.0 with {', '.join(gone)}, which have been removed.", _FRESH)
     settings = {_NAMES_SINCE_0_1_0.get(name, name): value for name, value in recorded.items()}
     settings["objective"] = {"means": "dm", "regression": "frepo", "trajectories": "mtt"}[settings["objective"]]
     settings["student"]["lr_momentum"] = settings["student"].pop("rate_share")

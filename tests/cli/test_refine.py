@@ -150,6 +150,22 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
     assert json.loads(done.output)["steps"] == state["step"] + 1
 
 
+def test_dry_run_says_what_it_takes_and_changes_nothing(submission, tmp_path):
+    before = submission.read_bytes()
+    done = ddkit("submission/colors.pt", "--steps", "1000", *QUICK, "--dry-run", "--quiet")
+    assert done.exit_code == 0, done.output
+    for said in ("a step of pool", "1,000 in", "GiB are free", "no comparable refinement has been recorded"):
+        assert said in " ".join(done.output.split())
+    assert submission.read_bytes() == before and not (tmp_path / "runs").exists()
+
+
+def test_networks_of_the_pool_that_diverge_are_reported(submission):
+    words = ("--set", "dm_steps=0", "--set", "pool.from_step=0", "--set", "pool.learning_rate=1e8")
+    done = ddkit("submission/colors.pt", "--steps", "3", *QUICK, *words)
+    assert done.exit_code == 0, done.output
+    assert "3 networks of the pool diverged and were replaced." in " ".join(done.output.split())
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [

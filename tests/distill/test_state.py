@@ -1,16 +1,18 @@
 """A refinement's state: starting over gives back what was there and removes nothing else; its own results are known."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
 import torch
 
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.refine import refine
+from ddkit.distill.pool import PoolSettings
+from ddkit.distill.refine import recorded_settings, refine
 from ddkit.distill.settings import RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState, start_over
-from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError
+from ddkit.errors import BadFileError, DDKitError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.runtime.files import sha256_of
 from ddkit.sets.distilled import set_files
 
@@ -93,7 +95,7 @@ def test_the_only_copy_of_a_set_is_never_removed(start, colors, tmp_path):
     other, kept = contents(start), {file: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(UsageError, match="the refinement of another set"):
         run(start, folder, 1, fresh=True)
-    with pytest.raises(InvalidSubmissionError, match="does not exist"):
+    with pytest.raises(MissingDataError, match="does not exist"):
         run(tmp_path / "nowhere.pt", folder, 1, fresh=True)
     assert contents(start) == other
     start.write_bytes(b"no tensor")
@@ -147,3 +149,49 @@ def test_of_equal_validations_the_later_is_the_best(start, tmp_path):
     again.require(start, dataclasses.asdict(SETTINGS), "hash")
     assert again.validations == state.validations and torch.equal(again.best_images, state.best_images)
     assert again.start_sha256 == sha256_of(start) == sha256_of(again.before.tensor)
+
+
+def as_of_0_1_0(folder):
+    """Write the state in the folder as ddkit 0.1.0 wrote it."""
+    state = torch.load(folder / "state.pt", weights_only=True)
+    new = json.loads(state["settings"])
+    names = {
+        "krr_lambda": "ridge", "dm_steps": "means_first", "batch_real": "real_per_class", "ema": "average",
+        "val_every": "check_every", "val_epochs": "check_epochs",
+    }  # fmt: skip
+    old = {names.get(name, name): value for name, value in new.items() if name not in ("pool", "final_rate", "precision")}
+    old["objective"] = {"dm": "means", "frepo": "regression", "mtt": "trajectories"}[new["objective"]]
+    old["student"] = {name: value for name, value in new["student"].items() if name != "lr_momentum"} | {"rate_share": 0.05}
+    old |= {"trained_share": 0.0, "attention": 0.0, "recognition": 0.0}
+    state = {name: state[name] for name in (*VECTORS, "start_sha256", "dataset_sha256", "step", "seconds")} | {
+        "version": 8, "settings": json.dumps(old), "student_rate": None, "judgements": state["validations"],
+    }  # fmt: skip
+    torch.save(state, folder / "state.pt")
+    return old
+
+
+VECTORS = ("images", "velocity", "average", "best_images")
+
+
+def test_a_refinement_of_0_1_0_resumes_with_what_it_began_with(start, tmp_path):
+    settings = dataclasses.replace(SETTINGS, dm_steps=1, pool=PoolSettings(size=0), precision="float32")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    refine(start, "colors", settings, RefineLimits(4), whole, out=tmp_path / "whole.pt")
+    refine(start, "colors", settings, RefineLimits(2), parts, out=tmp_path / "parts.pt")
+    as_of_0_1_0(parts)
+    recorded = recorded_settings(parts)
+    assert recorded == dataclasses.replace(settings, experts=recorded.experts)
+    assert refine(start, "colors", recorded, RefineLimits(4), parts, out=tmp_path / "parts.pt").steps == 4
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (whole, parts)]
+    for name in VECTORS:
+        assert torch.equal(states[0][name], states[1][name]), name
+    assert [each["step"] for each in states[1]["validations"]] == [0, 2, 4]
+
+
+def test_a_refinement_of_0_1_0_with_what_was_removed_says_how_to_start_over(start, tmp_path):
+    run(start, tmp_path / "run", 2)
+    old = as_of_0_1_0(tmp_path / "run") | {"attention": 100.0}
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    torch.save(state | {"settings": json.dumps(old)}, tmp_path / "run" / "state.pt")
+    with pytest.raises(BadFileError, match="attention, which have been removed. Start over with --fresh"):
+        recorded_settings(tmp_path / "run")

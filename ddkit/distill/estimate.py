@@ -1,0 +1,131 @@
+"""What a refinement will take and reach, before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ddkit.data.prepare import open_dataset
+from ddkit.distill.holdout import TrainHoldout
+from ddkit.distill.refine import Refinement, memory_needed
+from ddkit.distill.settings import RefineLimits, RefineSettings
+from ddkit.distill.state import RefinementState
+from ddkit.errors import UsageError
+from ddkit.runtime.device import free_memory, resolve_device
+from ddkit.runtime.interrupt import StopRequest
+from ddkit.runtime.progress import Listener, ignore
+from ddkit.sets.distilled import read_set
+
+_TRIALS = 2  # steps of each kind; the first also allocates memory and measures engines
+
+# Official accuracies (E = 1000) by dataset and images per class, as (steps, fraction), of the preset track1 with random
+# networks; tools/README.md, "What refining brings", 2026-11-27. Step 0 is the first ten real images of each class.
+_RECORDED = {("cifar100", 10): ((0, 0.1689), (1792, 0.3389))}
+
+
+@dataclass(frozen=True)
+class RefineEstimate:
+    """What a refinement will take.
+
+    seconds_per_step: by kind of step, "dm", "random networks" and "pool". steps, seconds: in all, without validation.
+    validation_seconds: of all validations. memory, free_memory: bytes. accuracy: expected at the official E, a fraction;
+    None where no comparable refinement has been recorded.
+    """
+
+    seconds_per_step: Mapping[str, float]
+    steps: int
+    seconds: float
+    validation_seconds: float
+    memory: int
+    free_memory: int
+    accuracy: float | None
+
+
+def expected_accuracy(dataset: str, ipc: int, settings: RefineSettings, steps: int) -> float | None:
+    """Official accuracy after `steps`, interpolated between recorded refinements; never more than the last of them.
+
+    None where none has been recorded for the dataset, the images per class or the objective.
+    """
+    curve = _RECORDED.get((dataset, ipc))
+    if curve is None or settings.objective != "frepo":
+        return None
+    for (begin, low), (end, high) in zip(curve, curve[1:], strict=False):
+        if steps <= end:
+            # Accuracies rise with the logarithm of the steps.
+            return low + (high - low) * math.log1p((steps - begin) / 100) / math.log1p((end - begin) / 100)
+    return curve[-1][1]
+
+
+def estimate_refinement(
+    path: Path,
+    dataset: str | None,
+    settings: RefineSettings,
+    limits: RefineLimits,
+    *,
+    device: str = "cpu",
+    progress: Listener = ignore,
+) -> RefineEstimate:
+    """Try each kind of step and an epoch of validation for the set at `path`, of which nothing is kept.
+
+    Raises UsageError for the objective "mtt", which would have to train its experts first, and whatever `refine` raises
+    for the set and the device.
+    """
+    if settings.objective == "mtt":
+        raise UsageError("A dry run cannot measure mtt, which trains its experts first.")
+    chosen, distilled = resolve_device(device), read_set(path, dataset)
+    spec, images = distilled.spec, distilled.images
+    needed, free = memory_needed(spec, distilled.ipc, settings, chosen), free_memory(chosen)
+    real = open_dataset(spec.name, "train", progress=progress)
+    holdout = TrainHoldout(real, spec, held_out=settings.held_out, seed=settings.seed, device=chosen)
+    kinds = {"dm": 0} if settings.dm_steps or settings.objective == "dm" else {}
+    if settings.objective == "frepo":
+        pool_begin = max(settings.dm_steps, settings.pool.from_step)
+        if settings.pool.size == 0 or pool_begin > settings.dm_steps:
+            kinds["random networks"] = settings.dm_steps
+        if settings.pool.size:
+            kinds["pool"] = pool_begin
+    with tempfile.TemporaryDirectory() as folder:
+        state = RefinementState(Path(folder), {}, "", "", images, torch.zeros_like(images), images, images)
+        times: list[float] = []
+        with Refinement(
+            state,
+            dataclasses.replace(settings, val_epochs=_TRIALS),
+            holdout,
+            chosen,
+            lambda report: times.append(time.monotonic()),
+        ) as refinement:
+            refinement.validate(StopRequest())
+            epoch = times[-2] - times[-3]
+            test = times[-1] - times[-2] - epoch
+            seconds_per_step = {}
+            for kind, step in kinds.items():
+                for trial in range(_TRIALS):
+                    state.step, state.seconds = step + trial, 0.0
+                    refinement.take_step(RefineLimits(10**9))
+                seconds_per_step[kind] = state.seconds
+    steps, seconds = _within(limits, settings, seconds_per_step)
+    validations = 1 + math.ceil(steps / settings.val_every)
+    return RefineEstimate(
+        seconds_per_step, steps, seconds, validations * ((settings.val_epochs + 1) * epoch + test), needed, free,
+        expected_accuracy(spec.name, distilled.ipc, settings, steps),
+    )  # fmt: skip
+
+
+def _within(limits: RefineLimits, settings: RefineSettings, seconds_per_step: Mapping[str, float]) -> tuple[int, float]:
+    """Steps and seconds until the limit is reached."""
+    step, seconds = 0, 0.0
+    while (used := limits.progress(step, seconds)) < 1:
+        if settings.objective_at(step) == "dm":
+            kind = "dm"
+        else:
+            kind = "pool" if settings.uses_pool_at(step, used if limits.seconds is not None else 0) else "random networks"
+        seconds += seconds_per_step[kind]
+        step += 1
+    return step, seconds
