@@ -60,12 +60,14 @@ class _Constants:
 _UNIT = _Constants("values in [0, 1], not normalized", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "N001")
 _SIGNED = _Constants("values in [-1, 1]", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "N002")
 _BYTES = _Constants("values in [0, 255]", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "N003")
-# Constants in use elsewhere. They only give a name to what is solved for.
-_IN_USE = (
+_OF_DATASETS = (
     _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     _Constants("ImageNet's constants", TINYIMAGENET.mean, TINYIMAGENET.std),
     _Constants("CIFAR-100's constants", CIFAR100.mean, CIFAR100.std),
+)
+# These only give a name to constants that are solved for: by their moments, they look like another contrast.
+_OFTEN_GIVEN = (
     _Constants("constants that are often given for CIFAR-100", (0.5071, 0.4867, 0.4408), (0.2009, 0.1984, 0.2023)),
     _Constants("constants that are often given for CIFAR-100", (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
     _Constants("constants that are often given for CIFAR-100", (0.5070, 0.4865, 0.4409), (0.2011, 0.1987, 0.2025)),
@@ -90,8 +92,8 @@ def normalization_findings(images: Tensor, spec: DatasetSpec, where: str) -> lis
 def _candidates(spec: DatasetSpec) -> list[_Constants]:
     """Named ways to normalize, the right one first, each once."""
     right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
-    bases = [right, _SIGNED, *_IN_USE]
-    plain = [right, _UNIT, _SIGNED, _BYTES, *_IN_USE]
+    bases = [right, _SIGNED, *_OF_DATASETS, *_OFTEN_GIVEN]
+    plain = [right, _UNIT, _SIGNED, _BYTES, *_OF_DATASETS, *_OFTEN_GIVEN]
     named = [*plain, *(variant for base in bases for variant in _variants(base, exchanged="N006" if base is right else "N004"))]
     for first in bases:
         for second in bases:
@@ -305,10 +307,10 @@ def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]
 
 def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     """Constants under which mean and spread are those of the real images, where the right ones are far from it."""
-    mean, std = images.double().mean(dim=(0, 2, 3)), images.double().std(dim=(0, 2, 3))
+    std, mean = (numbers.double() for numbers in torch.std_mean(images, dim=(0, 2, 3)))
     right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
     slips = list(_variants(right, exchanged="N006"))[:3]
-    candidates = [right, _UNIT, _SIGNED, _BYTES, *_IN_USE, *slips]
+    candidates = [right, _UNIT, _SIGNED, _BYTES, *_OF_DATASETS, *slips]
     distances = [_moment_distance(mean, std, constants, spec) for constants in candidates]
     ours, nearest = distances[0], min(distances)
     found = candidates[distances.index(nearest)]
@@ -371,7 +373,7 @@ def _wrong_constants(found: _Constants, spec: DatasetSpec, evidence: str, images
     shift = (np.array(found.mean) - np.array(spec.mean)) / np.array(spec.std)
     repair = f"tensor * torch.tensor([{_shown(scale, 7)}]).view(3, 1, 1) + torch.tensor([{_shown(shift, 7)}]).view(3, 1, 1)"
     if found.code == "N006":
-        mean, std = images.double().mean(dim=(0, 2, 3)), images.double().std(dim=(0, 2, 3))
+        std, mean = (numbers.double() for numbers in torch.std_mean(images, dim=(0, 2, 3)))
         right = _Constants("", spec.mean, spec.std)
         if _moment_distance(mean.flip(0), std.flip(0), right, spec) < _moment_distance(mean, std, found, spec):
             repair = "tensor.flip(1)"  # the images themselves are BGR, each channel with its own constants
