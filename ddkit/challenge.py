@@ -1,8 +1,8 @@
 """Facts of the First Dataset Distillation Challenge (ECCV 2024). Nothing here is tunable.
 
-Every number stands as in the challenge's public evaluation code, repository
-DataDistillation/ECCV2024-Dataset-Distillation-Challenge at commit a6ca5cb; for track 2, which has no
-official public code, as in the second-placed team's published evaluation.
+Every number is that of the challenge's public evaluation code, repository
+DataDistillation/ECCV2024-Dataset-Distillation-Challenge at commit a6ca5cb. Track 2 has no official public code; its
+numbers are those of the second-placed team's published evaluation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ddkit.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What the protocol needs to know of a dataset.
+    """The facts of a dataset that the protocol depends on.
 
     mean, std: per channel (red, green, blue), of pixels in [0, 1]; x_normalized = (x - mean) / std.
     """
@@ -34,29 +34,29 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class Track:
-    """One track of the challenge: what is trained on, for how long, how often."""
+    """One track of the challenge: how many images, epochs and rounds."""
 
     number: int
     title: str
     epochs_setting: int  # E; training runs E + 1 epochs (0 ... E)
     rounds: int  # fresh networks whose test accuracies are averaged
-    ipc: int | None  # images per class, None for any number
-    time_budget_seconds: float | None  # of the generator, loading and saving included
+    ipc: int | None  # images per class; None if the entry decides
+    time_budget_seconds: float | None  # for the generator, loading and saving included
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A published result. Accuracies are fractions; None where no number is public."""
+    """A published result. Accuracies are fractions."""
 
     name: str
     track: int
     rank: int
-    accuracy: dict[str, float]  # dataset name -> fraction; empty where none was published
+    accuracy: dict[str, float]  # by dataset; empty if none was published
     source: str
 
     @property
     def score(self) -> float | None:
-        """The challenge's score, the mean over its datasets; None unless all are public."""
+        """The challenge's score, which is the mean over its datasets; None unless all are public."""
         if any(spec.name not in self.accuracy for spec in CHALLENGE_DATASETS):
             return None
         return sum(self.accuracy[spec.name] for spec in CHALLENGE_DATASETS) / len(CHALLENGE_DATASETS)
@@ -64,7 +64,7 @@ class Entry:
 
 CIFAR100 = DatasetSpec("cifar100", 100, 32, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), in_challenge=True)
 TINYIMAGENET = DatasetSpec("tinyimagenet", 200, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), in_challenge=True)
-# The built-in practice images; not part of the challenge, evaluated by the same rules.
+# The built-in images for practice, which are not part of the challenge but evaluated by the same rules.
 GLYPHS = DatasetSpec("glyphs", 10, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 DATASETS = {spec.name: spec for spec in (CIFAR100, TINYIMAGENET, GLYPHS)}
@@ -76,18 +76,18 @@ TRACKS = {
     2: Track(2, "generative, 10 minutes", epochs_setting=100, rounds=3, ipc=None, time_budget_seconds=600.0),
 }
 
-# Training one network on a submission; the same for both tracks and both datasets.
+# Training of one network, the same for both tracks and both datasets.
 BATCH_SIZE = 256
 LEARNING_RATE = 0.01
 LEARNING_RATE_AFTER_DROP = 0.001
 MOMENTUM = 0.9
 WEIGHT_DECAY = 0.0005
 
-# The network: three blocks whatever the image size.
+# The network, which has three blocks for every image size.
 NETWORK_WIDTH = 128
 NETWORK_DEPTH = 3
 
-# The augmentation, in normalized-space values; one strategy is drawn for the whole batch.
+# The augmentation, applied to normalized values; one strategy is drawn for each batch.
 AUGMENT_STRATEGIES = ("color", "crop", "cutout", "flip", "scale", "rotate")
 AUGMENT_BRIGHTNESS = 1.0
 AUGMENT_SATURATION = 2.0
@@ -107,21 +107,21 @@ PUBLISHED = (
 
 
 def epoch_of_drop(epochs_setting: int) -> int:
-    """Index of the epoch after which the learning rate drops and a new optimizer starts: E // 2 + 1."""
+    """Index of the epoch after which the learning rate drops and a new optimizer begins: E // 2 + 1."""
     return epochs_setting // 2 + 1
 
 
 def track(number: int) -> Track:
-    """The track of that number. Raises UsageError for any but 1 and 2."""
+    """The track with that number. Raises UsageError for other numbers than 1 and 2."""
     if number not in TRACKS:
-        raise UsageError(f"There is no track {number}.", "The challenge has tracks 1 and 2.")
+        raise UsageError(f"Unknown track {number}.", "The challenge has tracks 1 and 2.")
     return TRACKS[number]
 
 
 def dataset(name: str) -> DatasetSpec:
-    """The built-in dataset of that name. Raises UsageError, offering the nearest name.
+    """The built-in dataset of that name; `ddkit.data.store.dataset_spec` knows those that a user has prepared as well.
 
-    Datasets that a user prepared under a name of their own: `ddkit.data.store.dataset_spec`.
+    Raises UsageError, which suggests the nearest name.
     """
     if name not in DATASETS:
         raise UsageError(f"There is no dataset '{name}'.", did_you_mean(name, tuple(DATASETS)))

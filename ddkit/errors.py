@@ -1,6 +1,6 @@
-"""What can go wrong by no fault of the code, as exceptions that say what, where and what to do.
+"""Exceptions for errors that are not bugs. Each says what is wrong, where, and what to do.
 
-Library functions raise these; `ddkit.cli` turns them into one message and an exit status, in one place.
+The command line turns them into a message and an exit code, in one place.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import math
 
 
 class DDKitError(Exception):
-    """The root of every error that a user can cause and mend.
+    """The base class of errors that the user can correct.
 
-    message: what is wrong and where, one sentence.
-    remedy: what to do about it, one sentence; may be empty.
-    exit_code: status of the command that meets it (2 wrong usage, 3 something needed is missing,
-        1 an unacceptable submission, 130 interrupted with the state saved).
+    message: what is wrong and where, one sentence. remedy: what to do about it, one sentence, or empty.
+    exit_code: of the command (1 unacceptable submission, 2 wrong usage, 3 something needed is missing or failed,
+        130 interrupted with the state saved).
     """
 
     exit_code = 3
@@ -29,45 +28,45 @@ class DDKitError(Exception):
 
 
 class UsageError(DDKitError):
-    """An option or argument that cannot be meant: an unknown name, a number out of range."""
+    """A wrong option or argument: an unknown name, or a number out of range."""
 
     exit_code = 2
 
 
 class MissingDataError(DDKitError):
-    """A dataset, reference file or result that is needed is not there."""
+    """A dataset, a reference file or a result is missing."""
 
 
 class MissingModelError(DDKitError):
-    """A model folder or checkpoint that is needed is not there, or is not one of ours."""
+    """A model folder or a checkpoint is missing, or is not one that ddkit has written."""
 
 
 class BadDataError(DDKitError):
-    """Data that is there but cannot be used: truncated, of another format, with a wrong checksum."""
+    """Data that cannot be used: truncated, in another format, or with a wrong checksum."""
 
 
 class BadFileError(DDKitError):
-    """A file that cannot be read or written: no permission, no space, not the format it claims."""
+    """A file that cannot be read or written: no permission, no space, or not in its format."""
 
 
 class ComputeError(DDKitError):
-    """The computation itself failed: out of memory, a loss that is no number, no such device."""
+    """A computation failed: out of memory, a loss that is NaN, or no such device."""
 
 
 class InvalidSubmissionError(DDKitError):
-    """`check` finds a submission unacceptable."""
+    """A submission that `ddkit check` finds unacceptable."""
 
     exit_code = 1
 
 
 class InterruptedRunError(DDKitError):
-    """Stopped by Ctrl-C or SIGTERM after saving what was done."""
+    """Stopped by Ctrl-C or SIGTERM, with the state saved."""
 
     exit_code = 130
 
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """A sentence that offers the known name most like `name`, or lists the known ones."""
+    """A sentence that suggests the known name closest to `name`, or lists the known ones."""
     import difflib
 
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
@@ -75,7 +74,7 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
 
 
 def require_positive(settings: object, *names: str) -> None:
-    """Raise UsageError where one of these numbers among the settings is not above zero and finite."""
+    """Raise UsageError unless each of the named settings is positive and finite."""
     for name in names:
         if not 0 < getattr(settings, name) < math.inf:
             raise UsageError(f"{type(settings).__name__}.{name} must be positive, got {getattr(settings, name)}.")

@@ -1,4 +1,4 @@
-"""The record of an evaluation, and the file of records: one JSON object a line, only ever appended to."""
+"""The record of an evaluation, and the file of such records as JSON lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS_FILE = Path("runs/results.jsonl")
 
 
 class Scores:
-    """What the accuracies of some rounds, fractions of the test set, come to."""
+    """Mean and spread of the accuracies of some rounds, which are fractions of the test set."""
 
     accuracies: tuple[float, ...]
 
@@ -40,7 +40,7 @@ class Scores:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for a single round, or where all came to the same."""
+        """95 % confidence interval of the mean by Student's t; None for a single round, and for equal ones."""
         return mean_interval(self.accuracies)
 
 
@@ -48,16 +48,15 @@ class Scores:
 class Result(Scores):
     """One evaluated set. Accuracies are fractions of the test set, 0 to 1.
 
-    kind: what was evaluated: "submission", or a reference to hold it against: "random-real"
-        (as many real images a class, drawn at random), "first-real" (the first ones of each class instead) or
-        "full-real" (the whole training set).
-    sha256: of the evaluated file; of the pixels and labels where there was no file.
+    kind: "submission", or a reference that it is compared with: "random-real" (as many real images per class, drawn at
+        random), "first-real" (the first ones of each class) or "full-real" (the whole training set).
+    sha256: of the evaluated file, or of pixels and labels if there was no file.
     images_per_class: smallest and largest number of images of any class.
     epochs_setting: E of PROTOCOL.md; E + 1 epochs ran.
     loss_curves: per round, the mean training loss of evenly spaced epochs, first and last included.
     per_class: mean accuracy of each class over the rounds.
     confusions: the most frequent mistakes, as (true class, predicted class, mean count per round).
-    official: true only where nothing differs from PROTOCOL.md; otherwise `deviations` says what does.
+    official: True if nothing differs from PROTOCOL.md; `deviations` says what does.
     """
 
     name: str
@@ -79,35 +78,35 @@ class Result(Scores):
     seconds: float = 0.0  # of training and testing, all rounds
     generation_seconds: tuple[float, ...] = ()  # track 2: of the generator, per round
     generated: tuple[int, ...] = ()  # track 2: how many images it made, per round
-    time_budget: float | None = None  # track 2: seconds it had for each round; None where the record is older than that
-    test_images: int | None = None  # None where the record is older than that
+    time_budget: float | None = None  # track 2: seconds for each round; None in old records
+    test_images: int | None = None  # None in old records
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str = ""  # ISO 8601, UTC, when the evaluation ended
     loss_curves: tuple[tuple[float, ...], ...] = ()
     per_class: tuple[float, ...] = ()
     confusions: tuple[tuple[int, int, float], ...] = ()
-    made_by: Mapping[str, Any] = field(default_factory=dict)  # the JSON beside the evaluated set
+    made_by: Mapping[str, Any] = field(default_factory=dict)  # the provenance of the evaluated set
     format: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a results file held: the usable records in file order, and a line on each that was not."""
+    """The usable records of a results file in its order, and a text on each line that is not usable."""
 
     results: tuple[Result, ...]
     problems: tuple[str, ...]
 
 
 def append(result: Result, path: str | os.PathLike[str] = RESULTS_FILE) -> None:
-    """Append one record and sync it. A torn last line stays as it is; the record begins on a new line."""
+    """Append one record and wait until it is on the disk. Raises BadFileError if the system refuses."""
     append_line(path, dataclasses.asdict(result))
 
 
 def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
-    """Read all records; unusable lines are reported, never fatal. A missing file reads as empty.
+    """Read all records. Lines that cannot be used are reported and skipped; a missing file is empty.
 
-    Raises BadFileError when the file is there and cannot be read.
+    Raises BadFileError if the file is there and cannot be read.
     """
     results: list[Result] = []
     problems: dict[int, str] = {}
@@ -120,11 +119,11 @@ def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
 
 
 class Records:
-    """A file of results that is added to while it is worked with; what it holds already is not written twice.
+    """A results file with its records in memory. A record that it holds is not written again.
 
-    problems: a line on each of the file's that cannot be used; they stay as they are.
-    writes: False in the processes of a group that do not speak for it; they remember without writing.
-    Raises BadFileError when the file is there and cannot be read, or cannot be written to: before anything is computed.
+    problems: a text on each line that cannot be used; these lines stay in the file.
+    writes: False keeps new records in memory only, in all but the main process of a group.
+    Raises BadFileError, before anything is computed, if the file cannot be read or written.
     """
 
     def __init__(self, path: str | os.PathLike[str] = RESULTS_FILE, *, writes: bool = True) -> None:
@@ -137,11 +136,11 @@ class Records:
 
     @property
     def results(self) -> tuple[Result, ...]:
-        """All of them, oldest first."""
+        """All records, oldest first."""
         return tuple(self._results.values())
 
     def add(self, result: Result) -> None:
-        """Remember a result and write it to the end of the file, unless the same came out of the same before."""
+        """Add a result, and append it to the file unless it holds the same result of the same evaluation."""
         if _identity(result) in self._results:
             return
         self._results[_identity(result)] = result
@@ -150,7 +149,7 @@ class Records:
 
 
 def _identity(result: Result) -> tuple[Any, ...]:
-    """The same for a result that was only read back from an evaluation's finished state."""
+    """Equal for a result that was only read back from the state of a finished evaluation."""
     return (
         result.name, result.kind, result.sha256, result.dataset, result.track, result.epochs_setting, result.network,
         result.augment, result.precision, result.seed, result.accuracies,

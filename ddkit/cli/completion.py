@@ -17,4 +17,5 @@ from ddkit.cli._options import example
 def completion(ctx: click.Context, shell: str) -> None:
     """Print the script with which SHELL completes ddkit's commands and options."""
     kind = get_completion_class(shell)
+    assert kind is not None
     click.echo(kind(ctx.find_root().command, {}, "ddkit", "_DDKIT_COMPLETE").source())

@@ -107,17 +107,18 @@ def reference_features(
     settings; for other images under the same name another one is trained. That takes minutes on a CPU.
     """
     images, labels = _training_images(dataset, spec, settings)
-    network = build_network(OFFICIAL_NETWORK, len(dataset.class_names), _side(spec.image_size), seed=settings.seed)
+    network = build_network(OFFICIAL_NETWORK, len(dataset.class_names), _side(spec.image_size), seed=settings.seed).to(device)
+    assert isinstance(network, ConvNet)
 
     def train() -> dict[str, Tensor]:
-        _train(network.to(device), images, labels, spec, settings, progress)
+        _train(network, images, labels, spec, settings, progress)
         return network.state_dict()
 
     path, what = _cache_path(images, labels, spec, settings), f"the feature network of {spec.name}"
     weights = cached_tensors(path, network.state_dict(), what, train)
     if weights is not None:
         network.load_state_dict(weights)
-    return ReferenceFeatures(network.to(device), spec)
+    return ReferenceFeatures(network, spec)
 
 
 def is_cached(dataset: ImageSet, spec: DatasetSpec, settings: FeatureSettings = FeatureSettings()) -> bool:

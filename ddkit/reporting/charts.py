@@ -150,7 +150,7 @@ def _axis(
     values = MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(low * scale, high * scale)
     decimals = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-9))
     start, end = (low, high) if tight else (float(values[0]) / scale, float(values[-1]) / scale)
-    ticks = [Tick(_percent(value / scale, start, end), f"{value:,.{decimals}f}{unit}") for value in values.tolist()]
+    ticks = [Tick(_percent(value / scale, start, end), f"{value:,.{decimals}f}{unit}") for value in map(float, values)]
     return tuple(tick for tick in ticks if -0.01 <= tick.position <= 100.01), start, end
 
 

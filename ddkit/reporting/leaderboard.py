@@ -215,7 +215,7 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
     evaluated = tuple(results.values())
     expected = (draft.key.dataset,) if draft.key.dataset else _CHALLENGE_NAMES
     accuracy = {name: r.mean for name, r in results.items()}
-    baseline = [baselines.get(_conditions(r)) for r in evaluated] if draft.kind != "random-real" else []
+    baseline = tuple(baselines[key] for r in evaluated if (key := _conditions(r)) in baselines)
     return Row(
         name=_REFERENCE_NAMES.get(draft.kind, draft.name),
         kind=draft.kind,
@@ -223,7 +223,7 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
         score=mean(accuracy.values()) if all(name in results for name in expected) else None,
         results=results,
         best_published=_best_published(results, published) if draft.kind == "submission" else None,
-        baseline=tuple(baseline) if all(baseline) else (),
+        baseline=baseline if len(baseline) == len(evaluated) and draft.kind != "random-real" else (),
         remarks=draft.remarks + _generated(results) + _missing(results, expected if draft.key.official else ()),
     )
 

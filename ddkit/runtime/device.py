@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""The devices to compute on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from ddkit.runtime.environment import processes_here
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called "auto" (the fastest there is), "cpu", "cuda", "cuda:N" or "mps".
+    """The device of that name: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
-    Raises UsageError for another name, ComputeError for a device that this machine or this PyTorch lacks.
+    "auto" is a CUDA GPU if there is one, else the CPU. It is never MPS, on which nothing here has been tested.
+    Raises UsageError for another name, and ComputeError for a device that this machine or PyTorch does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"There is no device '{name}'.", "Known: auto, cpu, cuda, cuda:N, mps.") from error
+        raise UsageError(f"Unknown device '{name}'.", "Known: auto, cpu, cuda, cuda:N, mps.") from error
     present = {
         "cpu": device.index in (None, 0),
         "cuda": (device.index or 0) < torch.cuda.device_count(),
@@ -38,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Which one "cuda" means to this process, where `accelerate launch` started one for each GPU."""
+    """The device with its number: for "cuda", the GPU of this process of those that `accelerate launch` started."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return device
@@ -59,7 +60,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device's model, for records: "AMD EPYC, 2 threads", "NVIDIA H200"."""
+    """The device's model for records, such as "AMD EPYC, 2 threads" or "NVIDIA H200"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -92,7 +93,7 @@ def release_memory(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def shortage_explained(explanation: Callable[[], ComputeError]) -> Iterator[None]:
-    """Inside, an allocation that fails becomes the error that `explanation` makes."""
+    """Replace the error of a failed allocation in the context by the one that `explanation` makes."""
     try:
         yield
     except RuntimeError as error:
@@ -102,17 +103,17 @@ def shortage_explained(explanation: Callable[[], ComputeError]) -> Iterator[None
 
 
 def cpu_model() -> str:
-    """The processor's model name as the system tells it."""
+    """The processor's model name."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> frozenset[str]:
-    """The names of the processor's instruction sets; empty where the system does not tell."""
+    """The names of the processor's instruction sets; empty if the system does not list them."""
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
 
 
 def _cpuinfo(field: str) -> str:
-    """What Linux says of the first processor; empty where nothing is said."""
+    """A field of Linux's description of the first processor, or an empty text."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

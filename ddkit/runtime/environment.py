@@ -1,11 +1,9 @@
-"""What is installed: recognizing pairs of libraries that do not work together, and naming versions in results, and which
-process of several speaks."""
+"""The installed libraries, and the processes that `accelerate launch` started together."""
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 from ddkit import __version__
 from ddkit.errors import DDKitError
@@ -14,14 +12,14 @@ _NAMED_IN_RESULTS = ("torch", "torchvision", "diffusers")
 
 
 class BrokenInstallError(DDKitError):
-    """Libraries that are installed and cannot be used together, or one that is missing."""
+    """Installed libraries that do not work together, or a missing one."""
 
 
 def explain_broken_install(error: Exception) -> BrokenInstallError | None:
-    """What `error`, raised by importing a library, means for the user; None when it is another matter.
+    """Explain an error raised while a library was imported; None for other errors.
 
-    torchvision's compiled operators are missing when it was built for another torch than the one
-    installed, for example a CPU-only torch beside the registry's torchvision.
+    torchvision's compiled operators are missing if it was built for another torch than the installed one, for example
+    if torch is the build for CPUs and torchvision is not.
     """
     text = str(error)
     if "torchvision::" in text or "torchvision" in text and "undefined symbol" in text:
@@ -35,12 +33,12 @@ def explain_broken_install(error: Exception) -> BrokenInstallError | None:
 
 
 def is_main() -> bool:
-    """Whether this process speaks for those that `accelerate launch` started together; a process alone does."""
+    """True in the process that prints and writes for those started together, and in a process alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def processes() -> int:
-    """How many processes `accelerate launch` started together; 1 for a process alone."""
+    """How many processes were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -50,7 +48,7 @@ def processes_here() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of ddkit, Python and the libraries that decide on results, for records of how they came about."""
+    """Versions of ddkit, Python and the libraries that results depend on, for records."""
     return {
         "ddkit": __version__,
         "python": platform.python_version(),
@@ -59,6 +57,8 @@ def versions() -> dict[str, str]:
 
 
 def _installed(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version  # imported late: it takes longer than all of this module
+
     try:
         return version(name)
     except PackageNotFoundError:

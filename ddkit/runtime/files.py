@@ -1,4 +1,4 @@
-"""Writing so that nothing is lost: a reader finds the old file or the new one, never half of one."""
+"""Files that are written whole or not at all, locks, and errors of the file system in words."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LOCK_FILE = ".lock"
 # Errors of file systems on which files cannot be locked. Two processes in one folder are then the user's responsibility.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-# What zipfile raises over a damaged or hostile zip. RuntimeError: a password is asked for; NotImplementedError: a
-# compression or a version that this Python lacks; ValueError: a directory that cannot be true.
+# Errors of zipfile for a damaged or hostile zip. RuntimeError: it needs a password; NotImplementedError: a compression or
+# a version that this Python does not have; ValueError: an impossible directory.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError, ValueError)
 _BLOCK = 1 << 20  # bytes
 
 
 def cache_folder() -> Path:
-    """Where prepared data and measured facts lie: `$DDKIT_CACHE`, else the platform's user cache."""
+    """The folder of prepared data and of what is computed once: `$DDKIT_CACHE`, else the platform's user cache."""
     if chosen := os.environ.get("DDKIT_CACHE"):
         return Path(chosen).expanduser()
     import platformdirs
@@ -42,9 +42,9 @@ def cache_folder() -> Path:
 
 
 def why_not_a_file(path: str | os.PathLike[str]) -> str:
-    """Why what lies at `path` is not to be opened, as a predicate; empty for a file. Raises OSError.
+    """Why `path` is not a regular file, as a predicate; empty if it is one. Raises OSError.
 
-    Opening a named pipe waits for ever, and a device may have no end.
+    Opening a named pipe would wait for ever, and a device may have no end.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISREG(mode):
@@ -53,7 +53,7 @@ def why_not_a_file(path: str | os.PathLike[str]) -> str:
 
 
 def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFileError:
-    """The BadFileError that says what the system refused at `path` and what to do."""
+    """A BadFileError that says why the system refused `path`, and what to do."""
     remedies = {
         errno.ENOSPC: "Free some space there, or choose another place.",
         errno.EDQUOT: "Your quota there is used up: free some space, or choose another place.",
@@ -198,13 +198,13 @@ def _temporary(path: Path) -> Path:
 
 
 def _reported_path(error: OSError, path: Path) -> str | os.PathLike[str]:
-    """What the system refused, by the name that was asked for: temporary ones say nothing to anybody."""
+    """The path to report in an error: the requested one instead of the temporary one."""
     named = error.filename or path
     return path if Path(os.fsdecode(named)).name.startswith(f".{path.name}.") else named
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8, atomically. What cannot be, as in names that the system has in other letters, becomes "?"."""
+    """Write `text` as UTF-8, atomically. Characters that UTF-8 cannot hold, which names of files may have, become "?"."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
@@ -215,7 +215,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises BadFileError that names the file when it is missing or not JSON."""
+    """Read a JSON file. Raises BadFileError if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -227,7 +227,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file's bytes. Raises BadFileError where it cannot be read."""
+    """Hexadecimal SHA-256 of a file's bytes. Raises BadFileError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return sha256_of_stream(file)
@@ -236,7 +236,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def sha256_of_stream(stream: IO[bytes]) -> str:
-    """Hexadecimal SHA-256 of what is left to read in a stream, read in blocks."""
+    """Hexadecimal SHA-256 of the rest of a stream."""
     digest = hashlib.sha256()
     while block := stream.read(_BLOCK):
         digest.update(block)
@@ -244,14 +244,14 @@ def sha256_of_stream(stream: IO[bytes]) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can open folders."""
+    """Make a rename durable on systems that can open folders."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        # Some network file systems refuse to sync folders; the rename has happened all the same.
+        # Some network file systems refuse to sync folders, but the rename has happened.
         return
     finally:
         os.close(handle)

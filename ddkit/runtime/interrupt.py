@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at a moment of the loop's choosing, so that state can be saved whole."""
+"""Ctrl-C and SIGTERM handled at a chosen moment of a loop, so that its state can be saved whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether somebody asked to stop; true once a signal came."""
+    """True once a signal has asked to stop."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
@@ -19,24 +19,24 @@ class StopRequest:
         return self._signal is not None
 
     def pass_on(self) -> None:
-        """Send the signal again, if one came."""
+        """Raise the signal again, if there was one."""
         if self._signal is not None:
             signal.raise_signal(self._signal)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
-            # Asked twice: the person does not want to wait for the end of the step.
+            # The second signal means that the user does not want to wait for the end of the step.
             raise KeyboardInterrupt
         self._signal = number
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside, the first SIGINT or SIGTERM only marks the yielded StopRequest; a second one interrupts at once.
+    """In this context the first SIGINT or SIGTERM only sets the yielded StopRequest; a second one interrupts at once.
 
-    The loop looks at it after each step, saves, and raises `ddkit.errors.InterruptedRunError`. A signal that came too late for
-    it to be looked at is passed on to whoever handles them outside: it is not for the loop's end to swallow.
-    Outside the main thread signals cannot be caught and the request stays false.
+    The loop tests it after each step, saves, and raises `ddkit.errors.InterruptedRunError`. A signal that arrives after the
+    last test is raised again at the end, for the outer handler.
+    Outside the main thread signals cannot be caught, and the request stays false.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

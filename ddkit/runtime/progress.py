@@ -1,4 +1,4 @@
-"""How long computations tell where they are, without knowing who listens."""
+"""How long computations report their progress, independent of what shows it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 class Progress:
     """One report of a running task.
 
-    task: what is running, in a few words; a new text starts a new bar.
-    done, total: in `unit`s; total is None where it cannot be known.
-    figures: numbers worth showing beside the bar, by name ("loss", "accuracy").
+    task: its name; a new one starts a new bar. done, total: in `unit`s; total is None if it is not known.
+    figures: numbers to show next to the bar, by name ("loss", "accuracy").
     """
 
     task: str
@@ -26,4 +25,4 @@ Listener = Callable[[Progress], None]
 
 
 def ignore(progress: Progress) -> None:
-    """The listener of whoever does not want to know."""
+    """A listener that does nothing."""

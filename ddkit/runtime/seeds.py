@@ -1,4 +1,4 @@
-"""Random numbers that depend on names and numbers alone, never on what was drawn before."""
+"""Random numbers that depend on names and numbers only, not on what was drawn before."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) that is a fixed function of the parts, and differs where any of them does."""
+    """A seed in [0, 2**63), a fixed function of the parts that differs if any of them does."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def network_seed(*parts: int | str) -> int:
-    """`derived_seed` as far as PyTorch's generator on the CPU, which draws initial weights, tells seeds apart: below 2**32."""
+    """`derived_seed` in [0, 2**32), the range of different seeds of PyTorch's CPU generator, which draws initial weights."""
     return derived_seed(*parts) % 2**32
 
 
 def generator_for(device: torch.device | str, *parts: int | str) -> torch.Generator:
-    """A generator on that device, seeded with `derived_seed`. Devices of different kinds draw different numbers."""
+    """A generator on the device, seeded with `derived_seed`. Different kinds of devices draw different numbers."""
     return torch.Generator(device).manual_seed(derived_seed(*parts))
 
 
 class Shuffling:
-    """An endless sequence of indices: one random permutation of range(count) after the other.
+    """An endless sequence of indices: one random permutation of range(count) after another.
 
-    Any stretch of it can be had without what came before, so an interrupted training finds its place.
+    Any part of it can be computed without the parts before, so that an interrupted training can resume.
     """
 
     def __init__(self, count: int, seed: int) -> None:

@@ -21,7 +21,7 @@ from ddkit.runtime.files import atomic_write
 
 
 def save_torch(value: Any, path: str | os.PathLike[str], *, in_memory: bool = True) -> None:
-    """torch.save, with the same bytes whatever the file is called. Raises BadFileError for what the system refuses.
+    """torch.save, whose bytes do not depend on the file's name. Raises BadFileError if the system refuses.
 
     in_memory: False writes without a copy in memory; the bytes then depend on the file's name.
     """
@@ -40,11 +40,11 @@ def save_torch(value: Any, path: str | os.PathLike[str], *, in_memory: bool = Tr
 
 
 class UnloadableError(Exception):
-    """The restricted loader refused a file; the text says why, in words that are safe to show."""
+    """The restricted loader refused a file. The text says why and is safe to show."""
 
 
 def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, device: str = "cpu", mmap: bool = False) -> Any:
-    """torch.load that executes nothing. Raises UnloadableError for whatever hostile or damaged bytes lead to, OSError."""
+    """torch.load without executing code. Raises UnloadableError for damaged or hostile files, and OSError."""
     if not isinstance(source, (str, os.PathLike)):
         source.seek(0)
     try:
@@ -56,8 +56,8 @@ def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, device: str = 
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        # The loader interprets the bytes and raises whatever they lead to; each of them means the same here.
-        # Not in its own words for a pickle: they advise to load without restrictions.
+        # The loader raises errors of any kind for bytes that it cannot interpret. The text of an UnpicklingError is not
+        # shown, because it advises to load without restrictions.
         own_words = not isinstance(error, pickle.UnpicklingError)
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise UnloadableError(reason if own_words else "its pickle does not describe tensors") from error
@@ -66,7 +66,7 @@ def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, device: str = 
 def save_safetensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Contiguous tensors on the CPU, by name, as a safetensors file. Raises BadFileError for what the system refuses."""
+    """Save contiguous CPU tensors by name as a safetensors file. Raises BadFileError if the system refuses."""
     from safetensors.torch import save
 
     data = save(dict(tensors), dict(metadata) if metadata else None)

@@ -1,7 +1,7 @@
-"""Computing the parts of a batch side by side on a CPU: a thread for each core, in which PyTorch uses that core alone.
+"""Computing parts of a batch in parallel on a CPU: one thread for each core, in which PyTorch uses one core.
 
-Threads that share every matrix product wait for each other after each, which is short for small networks, and on a
-machine that does other things as well they wait for most of the time. Parts of their own they never wait for.
+Threads that share a matrix product wait for each other after each one, which in small networks is often, and on a busy
+machine long. Independent parts never wait for each other.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ Result = TypeVar("Result")
 
 
 def cores_for(device: torch.device) -> int:
-    """How many parts are worth computing at a time there: PyTorch's threads on a CPU, else one."""
+    """How many parts to compute in parallel: PyTorch's number of threads on a CPU, else one."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part], workers: int) -> Iterator[Result]:
-    """`work` of each part, in order, computed by `workers` threads at a time; by the calling one where that is one.
+    """The results of `work` for each part, in order, computed in `workers` threads; in the calling one if that is 1.
 
-    What is set for a thread, such as inference mode, `work` sets itself.
+    `work` itself has to set what PyTorch keeps for each thread, such as inference mode.
     """
     return map(work, parts) if workers == 1 else threads(workers).map(work, parts)
 
 
 @functools.cache
 def threads(workers: int) -> ThreadPoolExecutor:
-    """So many threads, in each of which PyTorch itself computes with one."""
+    """A pool of threads, in each of which PyTorch computes with a single thread."""
     all_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, "ddkit-parts", initializer=_compute_alone)
+    pool = ThreadPoolExecutor(workers, "ddkit-parts", initializer=_use_one_thread)
     everyone = threading.Barrier(workers + 1)
     for _ in range(workers):
         pool.submit(everyone.wait)
     everyone.wait()
-    # Setting it in a thread also sets what threads to come start with.
+    # Setting it in a thread also set it for threads that start later.
     torch.set_num_threads(all_threads)
     return pool
 
 
-def _compute_alone() -> None:
+def _use_one_thread() -> None:
     torch.set_num_threads(1)
-    # Without this the thread's first operation would take over what was set last in any thread.
+    # Without this, the thread's first operation would take the number that was last set in any thread.
     torch.get_num_threads()
