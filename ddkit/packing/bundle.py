@@ -168,6 +168,7 @@ def _add_model(model: EntryModel, folder: Path) -> ModelFacts:
         "guidance_interval": sampling.guidance_interval,
         "precision": sampling.precision,
         "device": model.settings.device,
+        "pixels": True,  # generate.py has the option --pixels
     }
     write_json(folder / "entry.json", entry)
     return facts

@@ -5,7 +5,8 @@
 
 writes {"images": (N, 3, S, S) float32, normalized, "labels": (N,) int64} and ends within 600 seconds, counted from the
 start of the process: importing, loading and saving included. With --ipc 10 instead of a budget it writes the fixed set
-of track 1: one bare tensor, ten images of class 0, then of class 1, and so on.
+of track 1: one bare tensor, ten images of class 0, then of class 1, and so on. With --pixels the images are bytes, and
+the file holds the constants "mean" and "std" that normalize them.
 
 This process holds the clock. It starts a worker process for each GPU or core, which write what they make to
 OUT.shards/ every few seconds; when the time is up it joins whatever lies there, so that a worker that crashes or hangs
@@ -83,6 +84,10 @@ def main() -> int:
     except OSError as error:
         print(f"generate.py: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         return 3
+    except (RuntimeError, MemoryError) as error:  # of torch, such as memory that is used up
+        reason = (str(error).strip().splitlines() or ["the memory is used up"])[0]
+        print(f"generate.py: {reason[:300]}. What was made stays in {options.out}.shards; see --join.", file=sys.stderr)
+        return 3
 
 
 def process_age() -> float:
@@ -105,6 +110,7 @@ def parse_options() -> argparse.Namespace:
     amount.add_argument("--ipc", type=int, metavar="N", help="exactly so many images of each class, however long it takes")
     amount.add_argument("--join", action="store_true", help="only join what a killed run left in OUT.shards/")
     parser.add_argument("--most", type=int, metavar="N", help="no more images than that, even if there is time left")
+    parser.add_argument("--pixels", action="store_true", help="write bytes and the constants: a quarter of the file's size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N; auto takes all GPUs  [default: as packed]")
     parser.add_argument("--processes", type=int, metavar="N", help="workers  [default: one for each GPU or core]")
@@ -135,8 +141,9 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     device = options.device or entry["device"]
     workers = options.processes or usual_workers(device)
     budget = math.inf if options.time_budget is None else options.time_budget
-    limit = min(check_space(entry, out.parent, options.ipc), options.most or sys.maxsize)
-    return Job(model, entry, out, options.seed, device, workers, options.ipc, limit, began, budget)
+    room = check_space(entry, out.parent, options.ipc, 1 if options.pixels else 4)
+    limit = min(room, options.most or sys.maxsize)
+    return Job(model, entry, out, options.seed, device, workers, options.ipc, limit, began, budget, options.pixels)
 
 
 def nearest_dataset(name: str) -> str:
@@ -175,15 +182,21 @@ def check_writable(out: Path) -> None:
         raise Failure(f"--out {out} cannot be written: {error.strerror}.") from error
 
 
-def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None) -> int:
-    """How many images the disk and the memory have room for. Raises Failure where they are too few."""
+def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None, bytes_per_value: int) -> int:
+    """How many images the disk has room for, and the memory of whoever loads the file here.
+
+    bytes_per_value: of the joined file; shards hold one. Raises Failure where there is room for too few.
+    """
     values = 3 * entry["image_size"] ** 2
-    free = shutil.disk_usage(folder).free
-    room = int(0.9 * free) // (values * (1 + FLOAT_BYTES))  # shards hold bytes, the joined file floats
     needed = (ipc or 1) * entry["num_classes"]
+    on_disk, in_memory = shutil.disk_usage(folder).free, free_memory()
+    room = int(0.9 * on_disk) // (values * (1 + bytes_per_value))
     if room < needed:
-        raise Failure(f"{free / 1e6:,.0f} MB are free in {folder}, room for {room:,} images; {needed:,} are needed.")
-    return min(room, int(0.7 * free_memory()) // (values * FLOAT_BYTES))
+        raise Failure(f"{on_disk / 1e6:,.0f} MB are free in {folder}, room for {room:,} images; {needed:,} are needed.")
+    loaded = int(0.7 * in_memory) // (values * bytes_per_value)
+    if ipc and loaded < needed:
+        raise Failure(f"{in_memory / 1e6:,.0f} MB of memory are free, room for {loaded:,} images; {needed:,} are needed.")
+    return min(room, loaded)
 
 
 def free_memory() -> int:
@@ -262,7 +275,10 @@ class Clock:
 
     @property
     def stop_at(self) -> float:
-        """Joining and ending may take a second of computing, and twice what writing as many bytes took before."""
+        """Joining and ending may take a second of computing, and twice what writing as many floats took before.
+
+        With --pixels, too, so that as many images are made as without.
+        """
         computing = min(self.slowness, 0.06 * self.job.budget)
         measured = statistics.median(self.seconds_an_image) if self.seconds_an_image else 0.0
         return self.job.end - self.job.margin - computing - 2 * FLOAT_BYTES * measured * self.images

@@ -32,6 +32,7 @@ class Sampler:
     def __init__(self, folder: Path, entry: Mapping[str, Any], device: str, seed: int) -> None:
         self._entry, self._seed = entry, seed
         self._device = torch.device(device)
+        self._in_bfloat16 = computes_in_bfloat16(entry["precision"], self._device)
         self._denoiser = _load_denoiser(folder).to(self._device)
         self._autoencoder = _load(AutoencoderKL, folder / "vae").to(self._device, memory_format=torch.channels_last)
         self._times, self._inputs, self._final = _plan(_load_scheduler(folder / "scheduler"), entry["steps"])
@@ -46,7 +47,7 @@ class Sampler:
         """
         noise = torch.stack([self._noise(c, i) for c, i in zip(classes, indices, strict=True)]).to(self._device)
         labels = torch.tensor(classes, device=self._device)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._entry["precision"] == "bfloat16"):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bfloat16):
             pixels = self._decode(self._latents(noise, labels))
         return (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
 
@@ -93,6 +94,13 @@ class Sampler:
         if pixels.shape[-1] != side:
             pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
         return pixels.float() / 2 + 0.5
+
+
+def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether a precision is bfloat16 on a device; "auto" is on GPUs of capability 8.0 and more, which are fast at it."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return precision == "bfloat16"
 
 
 def _plan(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]:

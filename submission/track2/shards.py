@@ -6,15 +6,21 @@ and their indices within their classes. `run.json` says what they are of, and ho
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import hashlib
+import io
 import json
+import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +28,7 @@ from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
 HASHES_FILE = "SHA256SUMS"
+ROWS_AT_ONCE = 512  # images on their way from shards to the file
 
 
 class Failure(Exception):
@@ -38,6 +45,7 @@ class Job:
 
     entry: the model folder's entry.json. workers: how many share the work. limit: of images, by disk and memory.
     began: when the process started, on time.monotonic()'s clock. budget: seconds from then on; math.inf with --ipc.
+    pixels: write the images as bytes, with the constants, instead of normalized.
     """
 
     model: Path
@@ -50,6 +58,12 @@ class Job:
     limit: int
     began: float
     budget: float
+    pixels: bool = False
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Of the written file."""
+        return 1 if self.pixels else 4
 
     @property
     def shards(self) -> Path:
@@ -163,54 +177,127 @@ def join(job: Job) -> tuple[int, str]:
     if not (settings := read_run(job).get("settings")):
         raise Failure(f"there is nothing to join in {job.shards}.")
     entry, ipc = settings["entry"], settings["ipc"]
-    shards = opened_shards(job, settings["workers"])
-    labels = torch.cat([shard.get_tensor("labels") for shard in shards])
-    indices = torch.cat([shard.get_tensor("indices") for shard in shards])
+    shards = shard_files(job, settings["workers"])
+    labels_of = [tensor_of(shard, "labels").clone() for shard in shards]
+    labels, counts = torch.cat(labels_of), torch.tensor([len(labels) for labels in labels_of])
+    indices = torch.cat([tensor_of(shard, "indices").clone() for shard in shards])
     chosen = choose(labels, indices, entry["num_classes"], ipc)
     if ipc and len(chosen) < ipc * entry["num_classes"]:
         raise Failure(f"{len(chosen):,} of {ipc * entry['num_classes']:,} images were made; run it again to go on.")
-    images = normalized(shards, chosen, len(labels), entry)
-    write_set(job, images if ipc else {"images": images, "labels": labels[chosen]})
+    shape = (len(chosen), 3, entry["image_size"], entry["image_size"])
+    kind = torch.ByteStorage if job.pixels else torch.FloatStorage
+    images = Written(kind, shape, gathered(shards, counts, chosen, settings["workers"], None if job.pixels else entry))
+    if ipc and not job.pixels:
+        write_set(job, images)
+    else:
+        constants = {name: whole(torch.tensor(entry[name])) for name in ("mean", "std")} if job.pixels else {}
+        write_set(job, {"images": images, "labels": whole(labels[chosen]), **constants})
     shutil.rmtree(job.shards, ignore_errors=True)
     per_class = torch.bincount(labels[chosen], minlength=entry["num_classes"])
     least, most = int(per_class.min()), int(per_class.max())
     return len(chosen), f"{least}" if least == most else f"{least} or {most}"
 
 
-def opened_shards(job: Job, workers: int) -> list[Any]:
-    """Memory-mapped, those of one worker after those of another."""
-    from safetensors import safe_open
-
+def shard_files(job: Job, workers: int) -> list[Path]:
+    """Those of one worker after those of another."""
     places = [(worker, *shard) for worker in range(workers) for shard in shards_of(job, worker)]
     if not places:
         raise Failure(f"there are no images in {job.shards}.")
-    return [safe_open(job.shards / f"{worker}-{first}-{end}.safetensors", framework="pt") for worker, first, end in places]
+    return [job.shards / f"{worker}-{first}-{end}.safetensors" for worker, first, end in places]
 
 
-def normalized(shards: Sequence[Any], chosen: Any, rows: int, entry: Mapping[str, Any]) -> Any:
-    """The `chosen` of the shards' rows, in that order, (n, 3, S, S) float32; one shard at a time is in memory."""
+def tensor_of(path: Path, name: str) -> Any:
+    """A tensor of a shard, memory-mapped."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as shard:
+        return shard.get_tensor(name)
+
+
+def gathered(shards: Sequence[Path], counts: Any, chosen: Any, workers: int, entry: Mapping[str, Any] | None) -> Iterator[Any]:
+    """The `chosen` of the shards' rows, in that order, (n, 3, S, S), some hundred at a time.
+
+    counts: rows of each shard. entry: normalizes to float32 with its constants; None leaves the bytes.
+    """
     import torch
 
-    place = torch.full((rows,), -1)
-    place[chosen] = torch.arange(len(chosen))
-    mean, std = (torch.tensor(entry[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-    images = torch.empty(len(chosen), 3, entry["image_size"], entry["image_size"])
-    counts = [len(shard.get_tensor("labels")) for shard in shards]
-    for shard, places in zip(shards, place.split(counts), strict=True):
-        images[places[places >= 0]] = (shard.get_tensor("images")[places >= 0].float() / 255 - mean) / std
-    return images
+    ends = counts.cumsum(0)
+    images_of = functools.lru_cache(maxsize=2 * workers)(tensor_of)  # what is mapped counts as memory
+    for rows in chosen.split(ROWS_AT_ONCE):
+        shard_of = torch.bucketize(rows, ends, right=True)
+        images = None
+        for number in shard_of.unique().tolist():
+            here = shard_of == number
+            found = images_of(shards[number], "images")[rows[here] - (ends[number] - counts[number])]
+            images = found.new_empty(len(rows), *found.shape[1:]) if images is None else images
+            images[here] = found
+        if entry is None:
+            yield images
+        else:
+            mean, std = (torch.tensor(entry[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+            yield (images.float() / 255 - mean) / std
+
+
+class Storage:
+    """The numbers of a tensor in the file, and how the pickle names them."""
+
+    def __init__(self, kind: Any, size: int) -> None:
+        self.kind, self.size = kind, size
+
+
+class Written:
+    """A tensor on its way to the file, a block of rows at a time. kind: such as torch.FloatStorage."""
+
+    def __init__(self, kind: Any, shape: tuple[int, ...], blocks: Iterable[Any]) -> None:
+        self.storage, self.shape, self.blocks = Storage(kind, math.prod(shape)), shape, blocks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is what torch.save makes of a tensor."""
+        import torch
+
+        stride = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, collections.OrderedDict())
+
+
+def whole(tensor: Any) -> Written:
+    """A tensor that is in memory, as one block."""
+    import torch
+
+    kind = {torch.int64: torch.LongStorage, torch.float32: torch.FloatStorage}[tensor.dtype]
+    return Written(kind, tuple(tensor.shape), [tensor])
 
 
 def write_set(job: Job, content: Any) -> None:
-    import torch
-
+    """Write a `Written` or a dict of them as torch.save would, without ever holding the images in memory."""
     try:
         with atomic_write(job.out) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # the latter is what torch makes of the former
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            save(content, file)
+    except OSError as error:
         stays = f"The images stay in {job.shards}: make room, then --join."
-        raise Failure(f"{job.out} cannot be written: {reason}. {stays}") from error
+        raise Failure(f"{job.out} cannot be written: {error.strerror or error}. {stays}") from error
+
+
+def save(content: Any, file: IO[bytes]) -> None:
+    """Write torch.save's format: a zip of a pickle and of the numbers of each tensor."""
+    tensors = list(content.values()) if isinstance(content, dict) else [content]
+    keys = {id(tensor.storage): str(number) for number, tensor in enumerate(tensors)}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            if isinstance(value, Storage):
+                return ("storage", value.kind, keys[id(value)], "cpu", value.size)
+            return None
+
+    pickled = io.BytesIO()
+    Pickler(pickled, protocol=2).dump(content)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in (("data.pkl", pickled.getvalue()), ("byteorder", sys.byteorder.encode())):
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+        for key, tensor in enumerate(tensors):
+            with archive.open(zipfile.ZipInfo(f"archive/data/{key}"), "w", force_zip64=True) as member:
+                for block in tensor.blocks:
+                    member.write(memoryview(block.contiguous().numpy()).cast("B"))
+        archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
 
 
 def choose(labels: Any, indices: Any, classes: int, ipc: int | None) -> Any:

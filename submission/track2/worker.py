@@ -20,6 +20,9 @@ def work(job: Job, worker: int, stop_at: Any, master: Connection) -> None:
         make_images(job, worker, stop_at, master)
     except (Failure, OSError) as error:
         master.send(("failed", str(error)))
+    except (RuntimeError, MemoryError) as error:  # what torch raises, in one line
+        reason = str(error).strip().splitlines() or [""]
+        master.send(("failed", f"{type(error).__name__}: {reason[0][:300]}"))
 
 
 def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None:
@@ -30,16 +33,26 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
     master.send(("loaded", time.monotonic() - job.began))
     shard = Shard(job, worker, first=max((end for _, end in shards_of(job, worker)), default=0))
     batch = BatchSize(longest=job.seconds_per_shard / 2)
+    first_is_done = False
     while (left := job.share(worker) - shard.end) > 0 and time.monotonic() + batch.expected < stop_at.value:
         began = time.monotonic()
         try:
             shard.add(sampler, min(batch.size, left))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if batch.size == 1:
                 raise Failure(f"the memory of {device} is too small for one image.") from None
             batch.shrink()
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()
             continue
-        batch.learn(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        if first_is_done:
+            batch.learn(seconds)
+        else:
+            batch.expect(seconds)  # it holds the loading of libraries, and says nothing of how fast a batch is
+        first_is_done = True
         if time.monotonic() - shard.began > job.seconds_per_shard:
             shard = shard.written(master)
     shard.written(master)
@@ -55,6 +68,12 @@ def choose_device(job: Job, worker: int) -> str:
     return f"cuda:{worker % gpus}" if job.device == "cuda" else job.device
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up, in the words of PyTorch, of CUDA or of one of its libraries."""
+    words = ("out of memory", "alloc_failed", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error).lower() for word in words)
+
+
 class BatchSize:
     """Doubles as long as that costs no speed and batches stay short, then stays at the fastest size met."""
 
@@ -63,8 +82,13 @@ class BatchSize:
         self.expected = 0.0  # seconds that the next batch may take
         self._longest, self._fastest, self._growing = longest, 0.0, True
 
+    def expect(self, seconds: float) -> None:
+        """Expect of the next batch what this one took, and judge nothing by it."""
+        self.expected = 1.5 * seconds
+
     def learn(self, seconds: float) -> None:
-        self.expected = max(1.5 * seconds, 0.8 * self.expected)
+        """Judge the present size by a batch of it."""
+        self.expected = max(1.5 * seconds, 0.8 * self.expected if self._fastest else 0.0)
         if not self._growing:
             return
         speed = self.size / seconds

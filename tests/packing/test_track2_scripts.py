@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ddkit.data.store import dataset_spec
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.packing.bundle import EntryModel, EntrySettings, build_folder
+from ddkit.runtime.torch_file import load_tensors
 
 SAMPLING = SamplingSettings(steps=3, guidance=1.5, batch_size=64)
 
@@ -79,6 +81,51 @@ def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colors_model, tmp_path
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by Linux's /proc")
+def test_pixels_are_the_bytes_that_the_floats_are_made_of(entry, colors, tmp_path):
+    spec = dataset_spec(colors)
+    run(entry, tmp_path / "floats.pt", "--time-budget", 60, "--most", 9, "--processes", 1)
+    run(entry, tmp_path / "bytes.pt", "--time-budget", 60, "--most", 9, "--processes", 1, "--pixels")
+    floats, made = (torch.load(tmp_path / name, weights_only=True) for name in ("floats.pt", "bytes.pt"))
+    assert made["images"].dtype == torch.uint8 and torch.equal(made["labels"], floats["labels"])
+    assert made["mean"].tolist() == pytest.approx(spec.mean) and made["std"].tolist() == pytest.approx(spec.std)
+    assert torch.equal(normalize(made["images"], spec), floats["images"])
+    ours = load_tensors(tmp_path / "bytes.pt", "images", "labels", "mean", "std")
+    assert all(torch.equal(tensor, made[key]) for tensor, key in zip(ours, ("images", "labels", "mean", "std"), strict=True))
+    assert (tmp_path / "bytes.pt").stat().st_size < 0.5 * (tmp_path / "floats.pt").stat().st_size
+
+
+@pytest.mark.slow
+def test_joining_takes_less_memory_than_the_bytes_of_the_images(entry, tmp_path):
+    """Shards of 384 MB are joined in a process of their own, which says what it took beyond loading the libraries."""
+    code = """
+    import resource, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    from safetensors.torch import save_file
+    import shards
+    colors = {"num_classes": 2, "image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3}
+    job = shards.Job(Path("model"), colors, Path(sys.argv[2]), 0, "cpu", 2, None, 1 << 30, 0.0, 600.0)
+    job.shards.mkdir()
+    pixels = torch.randint(0, 256, (1024, 3, 64, 64), dtype=torch.uint8)
+    for worker in range(2):
+        for first in range(0, 16 * 1024, 1024):
+            images = [job.image(worker, position) for position in range(first, first + 1024)]
+            labels, indices = (torch.tensor(part) for part in zip(*images))
+            path = job.shards / f"{worker}-{first}-{first + 1024}.safetensors"
+            save_file({"images": pixels, "labels": labels, "indices": indices}, path)
+    shards.write_run(job, {"settings": {"entry": colors, "workers": 2, "ipc": None}})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made, _ = shards.join(job)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (made * 3 * 64 * 64))
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code), str(entry), str(tmp_path / "images.pt")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.2
+    assert (tmp_path / "images.pt").stat().st_size > 4 * 32 * 1024 * 3 * 64 * 64
+
+
 def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, colors_model, tmp_path):
     out, shards = tmp_path / "out" / "images.pt", tmp_path / "out" / "images.pt.shards"
     words = command(entry, out, "--time-budget", 200, "--processes", 1)
@@ -130,7 +177,7 @@ def test_no_gpu_where_one_is_asked_for(entry, tmp_path):
 
 @pytest.mark.parametrize("words, status, said", [
     (["--time-budget", "0"], 2, "--time-budget cannot be 0"),
-    (["--time-budget", "60", "--dataset", "colors"], 2, "Did you mean 'colors'?"),
+    (["--time-budget", "60", "--dataset", "colours"], 2, "Did you mean 'colors'?"),
     (["--time-budget", "60", "--dataset", "../entry"], 2, "Known: colors"),
     (["--ipc", "900000000"], 3, "900,000,000 are needed"),
     (["--time-budget", "60", "--out", "."], 3, "is a folder"),
@@ -285,6 +332,49 @@ class TestParts:
         short = BatchSize(longest=1.0)
         short.learn(0.9)
         assert short.size == 8
+
+    def test_a_first_batch_that_loads_libraries_does_not_end_the_growth_of_batches(self, load):
+        batch = load("worker").BatchSize(longest=1.0)
+        batch.expect(1.6)  # as a GPU takes for its first 8 images
+        assert batch.size == 8 and batch.expected == pytest.approx(2.4)
+        for _ in range(9):
+            batch.learn(0.02 + batch.size / 10_000)
+        assert batch.size == 4096 and batch.expected < 4.0
+
+    @pytest.mark.parametrize(
+        ("error", "expected"),
+        [
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+            (RuntimeError("CUDA error: out of memory"), True),
+            (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+            (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+            (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+            (MemoryError(), True),
+            (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        ],
+    )
+    def test_every_way_to_say_that_memory_is_used_up_is_known(self, load, error, expected):
+        assert load("worker").is_out_of_memory(error) is expected
+
+    def test_precision_auto_is_float32_where_there_is_no_gpu(self, load):
+        computes = load("sampling").computes_in_bfloat16
+        assert not computes("auto", torch.device("cpu")) and computes("bfloat16", torch.device("cpu"))
+        assert not computes("float32", torch.device("cpu"))
+
+    @pytest.mark.parametrize(("ipc", "bytes_per_value", "said"), [(50, 4, "room for 48 images"), (None, 4, ""), (50, 1, "")])
+    def test_the_memory_of_whoever_loads_the_file_limits_a_fixed_set_too(
+        self, load, tmp_path, monkeypatch, ipc, bytes_per_value, said
+    ):
+        generate, shards = load("generate"), load("shards")
+        for name, content in (("limit", "850000"), ("used", "0"), ("memory.stat", "inactive_file 0\n")):
+            (tmp_path / name).write_text(content)
+        monkeypatch.setattr(generate, "CONTAINER_MEMORY", [(tmp_path / "limit", tmp_path / "used", "inactive_file")])
+        entry = {"num_classes": 2, "image_size": 32}
+        if said:
+            with pytest.raises(shards.Failure, match=said):
+                generate.check_space(entry, tmp_path, ipc, bytes_per_value)
+        else:
+            assert generate.check_space(entry, tmp_path, ipc, bytes_per_value) == 595_000 // (3072 * bytes_per_value)
 
     def test_the_process_began_before_it_looked_at_the_clock(self, load):
         assert 0 <= load("generate").process_age() < 10
