@@ -89,7 +89,7 @@ class WinogradEngine:
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan)
+        weights = _Weights(self._network, self._plan, backward=True)
         batch = _Batch(images, labels, self._network)
         active = self._share_out(len(images), lambda worker, ranges: worker.train(batch, ranges, weights))
         self._collect(batch, active)
@@ -99,7 +99,7 @@ class WinogradEngine:
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, num_classes) float32, without gradients."""
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan)
+        weights = _Weights(self._network, self._plan, backward=False)
         batch = _Batch(images, None, self._network)
         self._share_out(len(images), lambda worker, ranges: worker.test(batch, ranges, weights))
         return batch.logits
@@ -111,7 +111,9 @@ class WinogradEngine:
         keep: of N images, filled with what `image_gradients` needs.
         """
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan)
+        weights = _Weights(self._network, self._plan, backward=keep is not None)
+        if keep is not None:
+            keep.weights = weights
         embedding = torch.empty(len(images), self._network.classifier.in_features)
         self._share_out(len(images), lambda worker, ranges: worker.embed(images, embedding, ranges, weights, keep))
         return embedding
@@ -120,10 +122,13 @@ class WinogradEngine:
     def image_gradients(self, images: Tensor, embedding_gradients: Tensor, kept: FeatureMaps) -> Tensor:
         """The way back of `embed` to the images: (N, F) gradients of embeddings -> (N, 3, S, S) of images.
 
-        kept: by `embed` of the same images and weights; overwritten. Computes no gradient of the weights.
+        kept: by `embed` of the same images; overwritten, so usable once. The weights are those of that call; none of their
+        gradients is computed.
         """
         images, embedding_gradients = images.float().contiguous(), embedding_gradients.float().contiguous()
-        weights = _Weights(self._network, self._plan)
+        weights, kept.weights = kept.weights, None
+        if weights is None:
+            raise ValueError("These feature maps were not filled by embed, or already used.")
         gradients = torch.empty_like(images)
 
         def work(worker: _Worker, ranges: list[tuple[int, int]]) -> None:
@@ -166,13 +171,19 @@ class _Weights:
     """One step's weights, in the forms that all workers read."""
 
     @torch.no_grad()
-    def __init__(self, network: ConvNet, plan: EnginePlan) -> None:
+    def __init__(self, network: ConvNet, plan: EnginePlan, *, backward: bool) -> None:
         features, dtype = network.features, _STORED[plan.precision]
         first = features[0].weight.reshape(NETWORK_WIDTH, _TAPS)
         self.first = _in_words(first.t(), dtype)
         self.first_rows = _in_words(F.pad(first, (0, _COLUMN - _TAPS)), dtype)
-        # Of blocks 2 and 3, each: what the inputs' tiles and what the gradients' tiles are multiplied by.
-        self.tiles = [_factors(features[place].weight, plan) for place in (4, 8)]
+        # For blocks 2 and 3: what the inputs' tiles are multiplied by, and on the way back the gradients' tiles.
+        convolutions = [features[place].weight for place in (4, 8)]
+        self.tiles = [_factor(weight, plan) for weight in convolutions]
+        self.tiles_back: list[Tensor] = []
+        if backward and plan.products == "own":
+            self.tiles_back = [_factor(weight.transpose(0, 1), plan) for weight in convolutions]
+        elif backward:
+            self.tiles_back = [tiles.transpose(1, 2) for tiles in self.tiles]
         self.norms = torch.stack([parameter for place in (1, 5, 9) for parameter in features[place].parameters()])
         self.classifier = network.classifier.weight.detach()
         self.classifier_bias = network.classifier.bias.detach()
@@ -221,6 +232,7 @@ class FeatureMaps:
     def __init__(self, n: int, side: int) -> None:
         self.values = [torch.empty(n, (side // shrunk) ** 2 * NETWORK_WIDTH) for shrunk in (2, 4)]
         self.statistics = torch.empty(3, n, 2, NETWORK_WIDTH)
+        self.weights: _Weights | None = None  # by which they were computed
 
     def fit(self, images: Tensor) -> bool:
         """Whether they are of as many images of that side."""
@@ -323,11 +335,11 @@ class _Worker:
         inputs, products = self._planes(0, n)
         last_inputs, last_products = self._planes(1, n)
         run("first_forward", images, n, side, weights.first, self._norm(0, weights, maps), *inputs, self._scratch)
-        self._multiply(inputs, weights.tiles[0][0], products)
+        self._multiply(inputs, weights.tiles[0], products)
         run(
             "middle_forward", *products, n, side // 2, self._norm(1, weights, maps), maps.values[0], *last_inputs, self._scratch
         )
-        self._multiply(last_inputs, weights.tiles[1][0], last_products)
+        self._multiply(last_inputs, weights.tiles[1], last_products)
         run(
             "last_forward", *last_products, n, side // 4, self._norm(2, weights, maps), maps.values[1], embedding, self._scratch
         )
@@ -371,7 +383,7 @@ class _Worker:
         last_inputs, last_products = self._planes(1, n)
         run("last_backward", embedding_gradients, n, side // 4, self._norm(2, weights, maps), maps.values[1], *last_products,
             self._scratch)  # fmt: skip
-        self._multiply_back(last_inputs, last_products, weights.tiles[1][1], add_to[1])
+        self._multiply_back(last_inputs, last_products, weights.tiles_back[1], add_to[1])
         run(
             "middle_backward",
             *last_inputs,
@@ -382,7 +394,7 @@ class _Worker:
             *products,
             self._scratch,
         )
-        self._multiply_back(inputs, products, weights.tiles[0][1], add_to[0])
+        self._multiply_back(inputs, products, weights.tiles_back[0], add_to[0])
 
     def _multiply(self, tiles: _Planes, factor: Tensor, products: _Planes) -> None:
         """The products of tiles with the weights."""
@@ -478,18 +490,16 @@ def _even_parts(start: int, end: int, parts: int) -> Iterator[tuple[int, int]]:
         yield start + (end - start) * part // parts, start + (end - start) * (part + 1) // parts
 
 
-def _factors(weight: Tensor, plan: EnginePlan) -> tuple[Tensor, Tensor]:
-    """(128 out, 128 in, 3, 3) -> what U = G g G^T multiplies the inputs by, (36, in, out), and the gradients, transposed.
+def _factor(weight: Tensor, plan: EnginePlan) -> Tensor:
+    """(128 out, 128 in, 3, 3) -> U = G g G^T, by which tiles are multiplied: (36, in, out).
 
     For winograd.cpp in panels of words, (36, panels, 128 / pair, columns, pair).
     """
     dtype, taps = _STORED[plan.precision], weight.permute(2, 3, 1, 0).reshape(9, NETWORK_WIDTH, NETWORK_WIDTH)
     if plan.products == "own":
         shape = (9, NETWORK_WIDTH // _pair(dtype), _pair(dtype), -1, load(plan.precision).panel_columns())
-        forward, back = (each.reshape(shape).permute(0, 3, 1, 4, 2) for each in (taps, taps.transpose(1, 2)))
-        return _to_tiles(forward, dtype), _to_tiles(back, dtype)
-    tiles = _to_tiles(taps, dtype)
-    return tiles, tiles.transpose(1, 2)
+        taps = taps.reshape(shape).permute(0, 3, 1, 4, 2)
+    return _to_tiles(taps, dtype)
 
 
 def _to_tiles(taps: Tensor, dtype: torch.dtype) -> Tensor:
