@@ -1,4 +1,4 @@
-"""Running the evaluations that DD-Ranking's scores of a set want and that the results at hand do not hold."""
+"""Runs the evaluations that DD-Ranking's scores of a set need and that are not among the results."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from ddkit.evaluation.sources import FixedSet, hash_of
 from ddkit.metrics.ddranking import MissingEvaluation, Ranking, of_result, run_missing
 from ddkit.results import Result
 from ddkit.runtime.progress import Listener, ignore
+from ddkit.sets.distilled import KIND_FULL_REAL, KIND_RANDOM_REAL, KIND_SUBMISSION, DistilledSet
 from ddkit.sets.select import choose
 
-# All real images are learnt in far fewer epochs than a few of them, and each costs so much more.
+# All real images are learned in far fewer epochs than a few of them, and an epoch costs much more.
 FULL_EPOCHS_SETTING = 40
 FULL_ROUNDS = 1
 
 
 @dataclass(frozen=True)
 class RankingJob:
-    """A set to be ranked, and what it is ranked by.
+    """A set to be ranked.
 
-    subject: its evaluation with augmentation. images: the set, (N, 3, S, S) float, normalized; labels: (N,) int64.
-    real: the dataset's training images. settings: what `subject` was evaluated with.
-    full_epochs_setting: E of all real images; None for the set's own, FULL_EPOCHS_SETTING at most.
+    subject: its evaluation with augmentation. real: the dataset's training images.
+    settings: those that `subject` was evaluated with.
+    full_epochs_setting: E for all real images; None takes the set's own, FULL_EPOCHS_SETTING at most.
+    Raises UsageError if the evaluation was without augmentation or on track 2.
     """
 
     subject: Result
-    images: Tensor
-    labels: Tensor
+    distilled: DistilledSet
     real: ImageSet
     test_set: TestSet
     settings: EvaluationSettings
@@ -43,33 +44,26 @@ class RankingJob:
 
     def __post_init__(self) -> None:
         if self.settings.track != 1 or not self.settings.augment:
-            raise UsageError("DD-Ranking starts from a set that was evaluated on track 1 with augmentation.")
+            raise UsageError("DD-Ranking needs an evaluation on track 1 with augmentation.")
 
     def settings_for(self, need: MissingEvaluation) -> EvaluationSettings:
-        """The set's own settings, but for augmentation; all real images get fewer epochs and a single round."""
+        """The set's own settings except for augmentation; all real images get fewer epochs and a single round."""
         settings = dataclasses.replace(self.settings, augment=need.augment)
-        if need.kind != "full-real":
+        if need.kind != KIND_FULL_REAL:
             return settings
         own = settings.training.epochs_setting
         epochs = min(own, FULL_EPOCHS_SETTING) if self.full_epochs_setting is None else self.full_epochs_setting
         return dataclasses.replace(settings, rounds=FULL_ROUNDS, epochs_setting=epochs)
 
     def images_for(self, need: MissingEvaluation) -> tuple[Tensor, Tensor]:
-        """What `need` wants evaluated: images (N, 3, S, S) float, normalized, and labels (N,) int64."""
-        if need.kind == "submission":
-            return self.images, self.labels
+        """The images (N, 3, S, S) float, normalized, and labels (N,) int64 to evaluate for `need`."""
+        if need.kind == KIND_SUBMISSION:
+            return self.distilled.images, self.distilled.labels
         spec = self.test_set.spec
-        if need.kind == "full-real":
+        if need.kind == KIND_FULL_REAL:
             return normalize(self.real.images, spec), self.real.labels
-        rows = choose("random", self.real.labels, self._per_class, spec.num_classes, seed=self.settings.seed)
+        rows = choose("random", self.real.labels, self.distilled.ipc, spec.num_classes, seed=self.settings.seed)
         return normalize(self.real.images[rows], spec), self.real.labels[rows]
-
-    @property
-    def _per_class(self) -> int:
-        fewest, most = self.subject.images_per_class
-        if fewest != most:
-            raise UsageError(f"DD-Ranking compares equal numbers of images; this set has {fewest} to {most} a class.")
-        return most
 
 
 def complete(
@@ -81,10 +75,10 @@ def complete(
     state: StateFolder | None = None,
     progress: Listener = ignore,
 ) -> Ranking:
-    """The ranking of a set after running what `known` lacks.
+    """The ranking of a set, after the evaluations that are not among the `known` results.
 
-    record: keeps each result as soon as it is there, so that an interruption costs the evaluation in progress only,
-        and that one goes on from `state`. announce: told of each evaluation before it begins.
+    record: called with each result at once, so that an interruption costs only the evaluation in progress, which is
+        continued from `state`. announce: called before each evaluation.
     Raises what `evaluate_source` and `choose` raise.
     """
 
@@ -97,20 +91,15 @@ def complete(
         record(result)
         return result
 
-    known = [result for result in known if not _of_too_few_epochs(result, job)]
+    full_epochs = job.settings_for(MissingEvaluation(KIND_FULL_REAL, True)).training.epochs_setting
+    known = [result for result in known if result.kind != KIND_FULL_REAL or result.epochs_setting >= full_epochs]
     return run_missing(of_result(job.subject, known), run, also=known)
 
 
-def _of_too_few_epochs(result: Result, job: RankingJob) -> bool:
-    """Whether it is of all real images, and of fewer epochs than are asked for."""
-    wanted = job.settings_for(MissingEvaluation("full-real", True))
-    return result.kind == "full-real" and result.epochs_setting < wanted.training.epochs_setting
-
-
 def _result(job: RankingJob, need: MissingEvaluation, evaluation: Evaluation, digest: str) -> Result:
-    if need.kind == "submission":
+    if need.kind == KIND_SUBMISSION:
         subject = job.subject
         return evaluation.result(subject.name, subject.sha256, subject.source, made_by=subject.made_by)
-    made_by = {"selection": "random", "seed": job.settings.seed} if need.kind == "random-real" else {}
+    made_by = {"selection": "random", "seed": job.settings.seed} if need.kind == KIND_RANDOM_REAL else {}
     source = f"training images of {job.test_set.spec.name}"
     return evaluation.result(need.kind, digest, source, kind=need.kind, made_by=made_by)

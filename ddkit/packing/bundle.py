@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec
 from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, MissingModelError, UsageError
+from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
 from ddkit.generator.model_folder import WEIGHTS_FILE, ModelFacts, load_model
 from ddkit.generator.samplers import make_scheduler
@@ -100,6 +101,23 @@ def opened(path: Path) -> Iterator[Path]:
         raise UsageError(f"{path} is no track 2 entry.", "Give a bundle's zip or folder, or its generate.py.")
     with tempfile.TemporaryDirectory(prefix="ddkit-bundle-") as temporary:
         yield _with_script(unpack(path, Path(temporary)), path)
+
+
+@contextlib.contextmanager
+def opened_generators(paths: Sequence[Path], dataset: str | None = None) -> Iterator[list[GeneratorFiles]]:
+    """The bundles at these paths, opened as `opened` does, for `ddkit.evaluation.job.evaluate_files`.
+
+    dataset: None takes every dataset that a bundle has a model for. Raises UsageError if a bundle does not tell.
+    """
+    with contextlib.ExitStack() as stack:
+        generators = []
+        for path in paths:
+            folder = stack.enter_context(opened(path))
+            names = [dataset] if dataset else datasets_of(folder)
+            if not names:
+                raise UsageError(f"{path} does not tell which datasets it is for.", "Add --dataset NAME.")
+            generators += [GeneratorFiles(path, folder, folder / SCRIPT, name, entry_facts(folder, name)) for name in names]
+        yield generators
 
 
 def datasets_of(folder: Path) -> list[str]:

@@ -89,7 +89,7 @@ def test_a_file_that_is_of_no_dataset_is_left_aside(work):
     torch.save(torch.zeros(3), work / "submission" / "notes.pt")
     output, errors = run("--json", *QUICK)
     assert [result["dataset"] for result in json.loads(output)["results"]] == ["blobs"]
-    assert "Left aside: submission/notes.pt" in errors
+    assert "ignored: submission/notes.pt" in errors
 
 
 def test_run_again_it_repeats_nothing_and_records_nothing_twice(work):
@@ -144,12 +144,12 @@ def test_each_result_is_recorded_before_the_next_set_begins(work):
 def test_what_could_only_be_a_misunderstanding_is_refused_before_anything_is_trained(work):
     real = save(work / "blobs.pt", kind="random-real")
     _, errors = run(real, *QUICK, "--time-budget", "30s", status=2)
-    assert "--time-budget is of track 2" in errors
+    assert "--time-budget needs --track 2" in errors
     _, errors = run(real, *QUICK, "--ranking", status=2)
     assert "real images themselves" in " ".join(errors.split())
     torch.save(torch.zeros(1000, 3, 32, 32), "cifar100.pt")
     _, errors = run(real, "cifar100.pt", *QUICK, "--reference", "blobs_test.pt", status=2)
-    assert "--reference is of one dataset, and there are blobs and cifar100" in " ".join(errors.split())
+    assert "the sets are for blobs and cifar100" in " ".join(errors.split())
     assert not (work / "runs" / "results.jsonl").exists()
 
 
@@ -246,7 +246,7 @@ def test_killed_it_goes_on_when_typed_again(work):
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 130 and "Run the same again" in errors
+    assert process.returncode == 130 and "Run the same command again" in errors
     assert not os.path.exists("runs/results.jsonl")
     continued, _ = run(*arguments, "--json")
     undisturbed, _ = run(path, "--epochs-setting", "30", "--rounds", "2", "--state", "other", "--json")

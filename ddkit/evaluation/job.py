@@ -1,0 +1,276 @@
+"""Evaluates files: reads and checks sets, opens test sets, evaluates, records, ranks and compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddkit.challenge import CHALLENGE_DATASETS
+from ddkit.checks.check import CheckSettings, check_set
+from ddkit.data.prepare import open_dataset
+from ddkit.data.store import dataset_spec
+from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator, evaluate_source
+from ddkit.evaluation.ranking_runs import RankingJob, complete
+from ddkit.evaluation.reference import TestSet, as_test_set, load_reference
+from ddkit.evaluation.sources import FixedSet
+from ddkit.evaluation.timed_script import ScriptEntry
+from ddkit.evaluation.tracks import hash_of_folder
+from ddkit.metrics.ddranking import MissingEvaluation, Ranking
+from ddkit.results import RESULTS_FILE, Records, Result
+from ddkit.runtime.device import resolve_device
+from ddkit.runtime.distributed import ProcessGroup
+from ddkit.runtime.progress import Listener, ignore
+from ddkit.sets.distilled import KIND_SUBMISSION, REFERENCE_KINDS, DistilledSet, check_command, read_set
+from ddkit.statistics import Comparison, compare
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What `evaluate_files` does with all its files.
+
+    evaluation: how each is evaluated. dataset: of all files; None finds it for each file (see `ddkit.sets.distilled`).
+    name: under which results are recorded; None takes the name of the file's folder, which joins an entry's two sets.
+    reference: the challenge's `{dataset}_test.pt`; None takes the prepared test set.
+    ranking: also compute DD-Ranking's scores, after the evaluations that they need.
+    full_epochs_setting: E for all real images when ranking; None takes the evaluation's own, 40 at most.
+    ignore_codes: findings that do not prevent an evaluation.
+    results: the file of results. state: where interrupted evaluations are saved.
+    Raises UsageError for settings that exclude each other.
+    """
+
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    dataset: str | None = None
+    name: str | None = None
+    reference: Path | None = None
+    ranking: bool = False
+    full_epochs_setting: int | None = None
+    ignore_codes: tuple[str, ...] = ()
+    results: Path = RESULTS_FILE
+    state: StateFolder = field(default_factory=StateFolder)
+
+    def __post_init__(self) -> None:
+        evaluation = self.evaluation
+        if self.ranking and (not evaluation.augment or evaluation.track != 1):
+            raise UsageError("--ranking needs --track 1 and augmentation.")
+        if evaluation.time_budget is not None and evaluation.track == 1:
+            raise UsageError("--time-budget needs --track 2.", "On track 1 nothing is generated during the evaluation.")
+        if self.full_epochs_setting is not None and not self.ranking:
+            raise UsageError("--full-epochs-setting needs --ranking.")
+
+
+@dataclass(frozen=True)
+class GeneratorFiles:
+    """A track 2 entry on the disk, to be evaluated on one dataset.
+
+    path: what the user named: a zip, a folder or the script. folder: all of the entry's files, unpacked.
+    script: generate.py. provenance: how the entry samples; {} if unknown.
+    """
+
+    path: Path
+    folder: Path
+    script: Path
+    dataset: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """The results of `evaluate_files`.
+
+    comparisons: (first set of a dataset, another set of it, how they differ), round by round.
+    rankings: DD-Ranking's scores of the submissions, where asked for.
+    """
+
+    results: tuple[Result, ...]
+    rankings: tuple[Ranking, ...] = ()
+
+    @property
+    def comparisons(self) -> tuple[tuple[Result, Result, Comparison], ...]:
+        firsts: dict[str, Result] = {}
+        pairs = [(firsts.setdefault(result.dataset, result), result) for result in self.results]
+        return tuple(
+            (first, other, compare(first.accuracies, other.accuracies, paired=True))
+            for first, other in pairs
+            if first is not other and other.rounds > 1
+        )
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The challenge's score, the mean over both datasets, of each name with official results on both."""
+        means: dict[str, dict[str, float]] = {}
+        for result in self.results:
+            if result.official and result.kind == KIND_SUBMISSION:
+                means.setdefault(result.name, {})[result.dataset] = result.mean
+        return {name: sum(of.values()) / len(of) for name, of in means.items() if len(of) == len(CHALLENGE_DATASETS)}
+
+
+def evaluate_files(
+    files: Sequence[Path | GeneratorFiles],
+    settings: JobSettings | None = None,
+    *,
+    folder: Path = Path("submission"),
+    progress: Listener = ignore,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> JobOutcome:
+    """Evaluate distilled sets or track 2 entries as `ddkit evaluate` does, and record each result at once.
+
+    files: tensors for track 1, GeneratorFiles for track 2. If there are none, every set in `folder` is evaluated.
+    All files are read and checked before the first evaluation, which can take hours.
+    on_event: called with a sentence on each warning, and at the beginning and end of each evaluation.
+    Processes that were launched together share the rounds; the main one records.
+    Raises what `read_set`, `open_dataset` and `evaluate` raise, InvalidSubmissionError for an error that
+    `ddkit check` would find, BadDataError for a bad reference, UsageError for settings that do not go with the files.
+    """
+    return _Job(settings or JobSettings(), progress, on_event).run(files, folder)
+
+
+class _Job:
+    """One call of `evaluate_files`."""
+
+    def __init__(self, settings: JobSettings, progress: Listener, on_event: Callable[[str], None]) -> None:
+        self._settings, self._progress, self._on_event = settings, progress, on_event
+        self._tests: dict[str, TestSet] = {}
+        group = ProcessGroup(resolve_device(settings.evaluation.device))
+        if settings.evaluation.track == 2 and group.size > 1:
+            raise UsageError("A track 2 generator needs the machine to itself.", "Run without accelerate launch.")
+        # Unusable results files are reported before anything is computed.
+        self._records = Records(settings.results, writes=group.is_main)
+        for problem in self._records.problems:
+            on_event(f"ignored: {problem}")
+
+    def run(self, files: Sequence[Path | GeneratorFiles], folder: Path) -> JobOutcome:
+        generators = [file for file in files if isinstance(file, GeneratorFiles)]
+        if self._settings.evaluation.track == 2:
+            if len(generators) < max(1, len(files)):
+                raise UsageError("Track 2 evaluates generators, not tensors.", "Name a bundle's zip, folder or generate.py.")
+            self._open_tests([file.dataset for file in generators])
+            return JobOutcome(tuple(self._evaluate_generator(file) for file in generators))
+        if generators:
+            raise UsageError("Track 1 evaluates tensors, not generators.", "Add --track 2.")
+        paths = [file for file in files if isinstance(file, Path)]
+        sets = [read_set(path, self._settings.dataset) for path in paths] or self._sets_in(folder)
+        self._open_tests([each.spec.name for each in sets])
+        if self._settings.ranking and all(each.kind in REFERENCE_KINDS for each in sets):
+            raise UsageError("--ranking compares sets with real images, and these are real images themselves.")
+        for each in sets:
+            self._check(each)
+        results = [self._evaluate_set(each) for each in sets]
+        ranked = [pair for pair in zip(sets, results, strict=True) if pair[1].kind == KIND_SUBMISSION]
+        rankings = [self._rank(*pair) for pair in ranked] if self._settings.ranking else []
+        return JobOutcome(tuple(results), tuple(rankings))
+
+    def _sets_in(self, folder: Path) -> list[DistilledSet]:
+        """The sets of a folder. Files of unknown datasets are reported and ignored, if there are others."""
+        paths = sorted(path for path in folder.glob("*.pt") if path.is_file())
+        if not paths:
+            raise MissingDataError(
+                f"There is no .pt file in {folder}/.", "Make one: ddkit generate --ipc 10 --dataset cifar100"
+            )
+        sets, unknown = [], []
+        for path in paths:
+            try:
+                sets.append(read_set(path, self._settings.dataset))
+            except UsageError as error:
+                unknown.append(error)
+        if not sets:
+            raise unknown[0]
+        for problem in unknown:
+            self._on_event(f"ignored: {problem.message}")
+        return sets
+
+    def _open_tests(self, datasets: Sequence[str]) -> None:
+        names = sorted(set(datasets))
+        if self._settings.reference is not None and len(names) > 1:
+            raise UsageError(
+                f"--reference holds the test set of one dataset, but the sets are for {' and '.join(names)}.",
+                "Evaluate one dataset at a time.",
+            )
+        for name in names:
+            spec = dataset_spec(name)
+            if self._settings.reference is not None:
+                self._tests[name] = load_reference(self._settings.reference, spec)
+            else:
+                self._tests[name] = as_test_set(open_dataset(name, "test", progress=self._progress), spec)
+
+    def _check(self, distilled: DistilledSet) -> None:
+        """Refuse a set that `ddkit check` refuses, with any number of images per class; report warnings."""
+        report = check_set(distilled, settings=CheckSettings(ipc=None), progress=self._progress)
+        report = report.ignoring(self._settings.ignore_codes)
+        if not report.ok:
+            path = distilled.path or Path("set.pt")
+            raise InvalidSubmissionError(
+                f"{path}: {report.findings[0].message}", f"To see everything: {check_command(path, distilled.spec.name)}"
+            )
+        for finding in report.findings:
+            if finding.level == "warning":
+                self._on_event(f"warning {finding.code}: {finding.message}")
+
+    def _evaluate_set(self, distilled: DistilledSet) -> Result:
+        settings, path = self._settings.evaluation, distilled.path or Path("set.pt")
+        self._on_event(f"Evaluating {path} on {distilled.spec.name}: {_length(settings)}.")
+        evaluation = evaluate_source(
+            FixedSet(distilled.images, distilled.labels),
+            self._tests[distilled.spec.name],
+            settings,
+            state=self._settings.state,
+            progress=self._progress,
+        )
+        name = self._settings.name or path.resolve().parent.name
+        kind = distilled.kind if distilled.kind in REFERENCE_KINDS else KIND_SUBMISSION
+        return self._record(evaluation.result(name, distilled.sha256, str(path), kind=kind, made_by=distilled.provenance))
+
+    def _evaluate_generator(self, files: GeneratorFiles) -> Result:
+        settings, sha256 = self._settings.evaluation, hash_of_folder(files.folder)
+        self._on_event(
+            f"Evaluating {files.path} on {files.dataset}: {_length(settings)}, "
+            f"each on the images that it makes in {settings.budget:g} s."
+        )
+        device = () if settings.device == "auto" else ("--device", settings.device)
+        evaluation = evaluate_generator(
+            ScriptEntry(files.script, files.dataset, device, progress=self._progress),
+            self._tests[files.dataset],
+            settings,
+            name=f"{files.dataset}/{sha256}",
+            state=self._settings.state,
+            progress=self._progress,
+        )
+        path = files.path.resolve()
+        name = self._settings.name or (path.parent.name if path.suffix == ".py" else path.stem)
+        return self._record(evaluation.result(name, sha256, str(files.path), made_by=files.provenance))
+
+    def _record(self, result: Result) -> Result:
+        """Record a result and report it at once, since the next evaluation may take hours, or fail."""
+        self._records.add(result)
+        self._on_event(f"{result.source} on {result.dataset}: {100 * result.mean:.2f} %, recorded.")
+        return result
+
+    def _rank(self, distilled: DistilledSet, result: Result) -> Ranking:
+        """DD-Ranking's scores of an evaluated set, after the evaluations that they need."""
+
+        def announce(missing: MissingEvaluation, settings: EvaluationSettings) -> None:
+            self._on_event(f"For DD-Ranking, evaluating {missing}: {_length(settings)}.")
+
+        name = distilled.spec.name
+        return complete(
+            RankingJob(
+                result,
+                distilled,
+                open_dataset(name, "train", progress=self._progress),
+                self._tests[name],
+                self._settings.evaluation,
+                self._settings.full_epochs_setting,
+            ),
+            self._records.results,
+            record=self._records.add,
+            announce=announce,
+            state=self._settings.state,
+            progress=self._progress,
+        )
+
+
+def _length(settings: EvaluationSettings) -> str:
+    rounds, epochs = settings.number_of_rounds, settings.training.epochs
+    return f"{rounds} round{'s' * (rounds > 1)} of {epochs:,} epochs in {settings.precision}"

@@ -1,0 +1,117 @@
+"""Files evaluated by one call, as a notebook does it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
+from ddkit.evaluation.job import JobSettings, evaluate_files
+from ddkit.results import read
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+QUICK = EvaluationSettings(rounds=2, epochs_setting=1, device="cpu")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return JobSettings(QUICK, results=tmp_path / "results.jsonl", state=StateFolder(tmp_path / "state"))
+
+
+def with_(settings, **changes):
+    return JobSettings(**{**vars(settings), **changes})
+
+
+def test_sets_are_evaluated_recorded_and_compared(folder, settings, tmp_path):
+    other = tmp_path / "other" / "glyphs.pt"
+    other.parent.mkdir()
+    torch.save(torch.load(folder / "glyphs.pt", weights_only=True).flip(3).contiguous(), other)
+    events, reports = [], []
+    outcome = evaluate_files([folder / "glyphs.pt", other], settings, progress=reports.append, on_event=events.append)
+    assert [result.name for result in outcome.results] == ["submission", "other"]
+    assert read(settings.results).results == outcome.results
+    ((first, second, comparison),) = outcome.comparisons
+    assert (first, second) == outcome.results and comparison.paired
+    assert outcome.rankings == () and outcome.scores == {}
+    assert [event.split()[0] for event in events if not event.startswith("warning")] == [
+        "Evaluating", str(folder / "glyphs.pt"), "Evaluating", str(other),
+    ]  # fmt: skip
+    assert (reports[-1].done, reports[-1].total) == (4, 4)
+
+
+def test_a_given_name_is_recorded(folder, settings):
+    outcome = evaluate_files([folder / "glyphs.pt"], with_(settings, name="mine, 60 steps"))
+    assert outcome.results[0].name == "mine, 60 steps"
+    assert read(settings.results).results[0].name == "mine, 60 steps"
+
+
+def test_without_files_every_set_of_the_folder_is_evaluated(folder, settings):
+    torch.save(torch.zeros(3), folder / "notes.pt")
+    events = []
+    outcome = evaluate_files([], settings, folder=folder, on_event=events.append)
+    assert [result.source for result in outcome.results] == [str(folder / "glyphs.pt")]
+    assert any("ignored" in event and "notes.pt" in event for event in events)
+    with pytest.raises(MissingDataError, match=r"no \.pt file"):
+        evaluate_files([], settings, folder=folder / "nothing")
+
+
+def test_nothing_is_evaluated_if_one_of_the_sets_is_refused(folder, settings, tmp_path):
+    broken = tmp_path / "broken" / "glyphs.pt"
+    broken.parent.mkdir()
+    images = torch.load(folder / "glyphs.pt", weights_only=True)
+    images[3, 0, 0, 0] = torch.nan
+    torch.save(images, broken)
+    with pytest.raises(InvalidSubmissionError, match="ddkit check"):
+        evaluate_files([folder / "glyphs.pt", broken], settings)
+    assert not settings.results.exists()
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"evaluation": EvaluationSettings(augment=False), "ranking": True}, "--ranking needs"),
+    ({"evaluation": EvaluationSettings(track=2), "ranking": True}, "--ranking needs"),
+    ({"evaluation": EvaluationSettings(time_budget=5.0)}, "--time-budget needs --track 2"),
+    ({"full_epochs_setting": 3}, "--full-epochs-setting needs --ranking"),
+])  # fmt: skip
+def test_settings_that_exclude_each_other_raise_usage_error(settings, changes, said):
+    with pytest.raises(UsageError, match=said):
+        with_(settings, **changes)
+
+
+def test_a_tensor_on_track_2_raises_usage_error(folder, settings):
+    with pytest.raises(UsageError, match="generators, not tensors"):
+        evaluate_files([folder / "glyphs.pt"], with_(settings, evaluation=EvaluationSettings(track=2)))
+
+
+def test_a_ranking_evaluates_what_its_scores_need(folder, settings):
+    evaluation = EvaluationSettings(rounds=1, epochs_setting=0, device="cpu")
+    outcome = evaluate_files([folder / "glyphs.pt"], with_(settings, evaluation=evaluation, ranking=True))
+    (ranking,) = outcome.rankings
+    assert ranking.missing == () and all(score is not None for score in ranking.scores.values())
+    assert {result.kind for result in read(settings.results).results} == {"submission", "random-real", "full-real"}
+
+
+OPENS = """
+import sys
+from pathlib import Path
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
+from ddkit.evaluation.job import JobSettings, evaluate_files
+settings = JobSettings(EvaluationSettings(rounds=1, epochs_setting=0), results=Path("results.jsonl"))
+evaluate_files([Path(sys.argv[1])], settings)
+print(opened.count(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_set_is_opened_once_to_hash_and_once_to_load_it(folder, tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-c", OPENS, str(folder / "glyphs.pt")],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout) <= 2
