@@ -78,19 +78,6 @@ def check_tensor(
     return check_set(DistilledSet(tensor, dataset_spec(dataset)), settings=settings, progress=progress)
 
 
-def check_set(distilled: DistilledSet, *, settings: CheckSettings = CheckSettings(), progress: Listener = ignore) -> Report:
-    """Check a set that was read; its file's own warnings are among the findings."""
-    where = distilled.path.name if distilled.path else "tensor"
-    progress(Progress(f"checking {where}", 0, 1))
-    findings = list(distilled.warnings)
-    if settings.ipc is not None:
-        findings += describe_tensor(distilled.images, distilled.spec, where, ipc=settings.ipc)
-    if all(finding.level != "error" for finding in findings):
-        findings += _value_findings(distilled.images, distilled.spec, settings, where)
-    progress(Progress(f"checking {where}", 1, 1))
-    return report_of(findings)
-
-
 def check_path(
     path: str | os.PathLike[str],
     *,
