@@ -228,9 +228,11 @@ class _Job:
             f"Evaluating {files.path} on {files.dataset}: {_length(settings)}, "
             f"each on the images that it makes in {settings.budget:g} s."
         )
-        device = () if settings.device == "auto" else ("--device", settings.device)
+        arguments: tuple[str, ...] = () if settings.device == "auto" else ("--device", settings.device)
+        if files.provenance.get("pixels"):  # bundles of earlier versions do not know the option
+            arguments += ("--pixels",)
         evaluation = evaluate_generator(
-            ScriptEntry(files.script, files.dataset, device, progress=self._progress),
+            ScriptEntry(files.script, files.dataset, arguments, progress=self._progress),
             self._tests[files.dataset],
             settings,
             name=f"{files.dataset}/{sha256}",
