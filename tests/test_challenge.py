@@ -49,5 +49,5 @@ def test_facts_cannot_be_changed_by_accident():
 def test_unknown_names_offer_the_nearest():
     with pytest.raises(UsageError, match="Did you mean 'tinyimagenet'"):
         challenge.dataset("tinyimagnet")
-    with pytest.raises(UsageError, match="no track 3"):
+    with pytest.raises(UsageError, match="Unknown track 3"):
         challenge.track(3)

@@ -1,0 +1,238 @@
+"""The Python interface: one function for each command, also available as `ddkit.train`, `ddkit.generate` and so on.
+
+Files are given as paths, and written where the commands write them. `progress` is called with a
+`ddkit.runtime.progress.Progress` now and then. All functions raise `ddkit.errors.DDKitError` for what the user can correct.
+Ctrl-C saves the state of a long computation; the same call then continues it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddkit.results import RESULTS_FILE, Result
+from ddkit.runtime.progress import Listener, ignore
+
+if TYPE_CHECKING:
+    from ddkit.checks.check import Report
+    from ddkit.data.store import ImageSet
+    from ddkit.distill.refine import Refined
+    from ddkit.distill.settings import RefineSettings
+    from ddkit.generator.model_folder import Model
+    from ddkit.generator.sampling import SamplingSettings
+    from ddkit.reporting.report import Leaderboard
+    from ddkit.sets.distilled import DistilledSet
+
+PathLike = str | os.PathLike[str]
+
+
+def load_dataset(name: str, split: str = "train", *, progress: Listener = ignore) -> ImageSet:
+    """Open the "train" or "test" split of a dataset, after preparing a built-in one if needed.
+
+    Its `images` are (N, 3, S, S) uint8 and memory-mapped, its `labels` (N,) int64.
+    Raises UsageError for an unknown name or split, and MissingDataError if it cannot be downloaded.
+    """
+    from ddkit.data.prepare import open_dataset
+
+    return open_dataset(name, split, progress=progress)
+
+
+def read_set(path: PathLike, dataset: str | None = None) -> DistilledSet:
+    """Read a distilled set without executing anything in it.
+
+    dataset: None takes its name from the JSON next to the file, else from the file's name.
+    Its `images` are (C * ipc, 3, S, S) float32, normalized; its `labels` are (C * ipc,) int64.
+    Raises InvalidSubmissionError for a file that is not such a set.
+    """
+    from ddkit.sets.distilled import read_set
+
+    return read_set(path, dataset)
+
+
+def train(
+    dataset: str,
+    *,
+    preset: str | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    out: PathLike | None = None,
+    device: str = "auto",
+    progress: Listener = ignore,
+    **options: Any,
+) -> Model:
+    """Train a generator, or continue its training, and return it.
+
+    preset: see `ddkit train --help`. steps: of the denoiser, in all. seconds: of training instead of steps.
+    out: the run folder; None means runs/<dataset>. options: further arguments and settings of
+    `ddkit.generator.training.plan.train_generator`, such as batch_size=64, seed=1 or init="facebook/DiT-XL-2-256".
+    Raises UsageError for settings that are unknown or differ from those that the folder was begun with.
+    """
+    from ddkit.generator.training.plan import train_generator
+
+    folder = None if out is None else Path(out)
+    limits = {"steps": steps, "seconds": seconds}
+    options |= {name: value for name, value in limits.items() if value is not None}
+    return train_generator(dataset, preset=preset, folder=folder, device=device, progress=progress, **options)
+
+
+def generate(
+    dataset: str,
+    ipc: int = 10,
+    *,
+    model: PathLike | None = None,
+    from_real: str | None = None,
+    out: PathLike | None = None,
+    sampling: SamplingSettings | None = None,
+    candidates: int | None = None,
+    select: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    replace: bool = False,
+    progress: Listener = ignore,
+) -> DistilledSet:
+    """Make a distilled set of `ipc` images per class, from a trained generator or from real training images.
+
+    model: the generator's folder; None means runs/<dataset>. from_real: a selection method of `ddkit.sets.select`, such
+    as "random", to take real images instead. out: the tensor's file; None means submission/<dataset>.pt.
+    sampling: how a generator samples, its seed included; None takes the defaults with `seed`.
+    candidates, select: how many samples to make of each class, and how to select among them.
+    replace: make the set again if it is there.
+    Raises MissingModelError if there is no such model, and UsageError for unknown names.
+    """
+    import dataclasses
+
+    from ddkit.distill.generate import FromModel, FromReal
+    from ddkit.distill.generate import generate as generate_set
+    from ddkit.generator.sampling import SamplingSettings
+    from ddkit.sets.distilled import read_set
+
+    source: FromModel | FromReal
+    if from_real is not None:
+        source = FromReal(from_real, seed, device)
+    else:
+        folder = Path("runs", dataset) if model is None else Path(model)
+        source = FromModel(folder, sampling or SamplingSettings(seed=seed), device, candidates)
+        source = source if select is None else dataclasses.replace(source, select=select)
+    path = Path("submission", f"{dataset}.pt") if out is None else Path(out)
+    return read_set(generate_set(dataset, ipc, source, path, replace=replace, progress=progress).tensor, dataset)
+
+
+def refine(
+    path: PathLike,
+    *,
+    dataset: str | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    settings: RefineSettings | None = None,
+    out: PathLike | None = None,
+    run: PathLike | None = None,
+    fresh: bool = False,
+    device: str = "auto",
+    progress: Listener = ignore,
+) -> Refined:
+    """Optimize the pixels of the set at `path`, or continue to, and write the version that validates best.
+
+    dataset: None takes its name from the JSON next to the file, else from the file's name. steps: in all; seconds: of
+    work in all. settings: None takes those that the run was begun with, else the preset "track1" of
+    `ddkit.distill.settings`. out: None replaces the set, of which the run folder keeps a copy.
+    run: the folder of the state; None means runs/<dataset>-refine. fresh: start over.
+    Raises UsageError for a state of other settings, and ComputeError if the optimization diverges or memory is short.
+    """
+    from ddkit.distill.refine import recorded_settings
+    from ddkit.distill.refine import refine as refine_set
+    from ddkit.distill.settings import PRESETS, RefineLimits
+    from ddkit.sets.distilled import dataset_of
+
+    dataset = dataset_of(path, dataset)
+    folder = Path("runs", f"{dataset}-refine") if run is None else Path(run)
+    if settings is None:
+        settings = (None if fresh else recorded_settings(folder)) or PRESETS["track1"]
+    limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
+    target = None if out is None else Path(out)
+    return refine_set(Path(path), dataset, settings, limits, folder, out=target, fresh=fresh, device=device, progress=progress)
+
+
+def evaluate(
+    path: PathLike,
+    *,
+    dataset: str | None = None,
+    name: str | None = None,
+    rounds: int | None = None,
+    epochs_setting: int | None = None,
+    seed: int = 0,
+    reference: PathLike | None = None,
+    results: PathLike = RESULTS_FILE,
+    device: str = "auto",
+    progress: Listener = ignore,
+) -> Result:
+    """Train fresh networks on a distilled set as track 1 of the challenge does, test them on real images, and record it.
+
+    name: under which the result is recorded; None takes the name of the file's folder. rounds, epochs_setting: None takes
+    the challenge's 3 rounds and E = 1000. reference: the challenge's test file; None takes the prepared test split.
+    results: the file that the result is added to. `Result.mean` is the accuracy, a fraction, and `Result.interval` its
+    95 % confidence interval.
+    Raises InvalidSubmissionError for a set that `check` refuses.
+    """
+    from ddkit.evaluation.evaluate import EvaluationSettings
+    from ddkit.evaluation.job import JobSettings, evaluate_files
+
+    settings = JobSettings(
+        EvaluationSettings(rounds=rounds, epochs_setting=epochs_setting, seed=seed, device=device),
+        dataset=dataset,
+        name=name,
+        reference=None if reference is None else Path(reference),
+        results=Path(results),
+    )
+    (result,) = evaluate_files([Path(path)], settings, progress=progress).results
+    return result
+
+
+def check(
+    path: PathLike = "submission", *, dataset: str | None = None, ipc: int | None = 10, progress: Listener = ignore
+) -> Report:
+    """Check a submission folder, one tensor's file or a zip, without executing anything in it.
+
+    dataset: of one file; None finds it from the JSON next to the file or from its name. ipc: the images per class that
+    there must be; None accepts any number. `Report.ok` is the verdict, `Report.findings` the reasons.
+    """
+    from ddkit.checks.check import CheckSettings, check_path
+
+    return check_path(path, dataset=dataset, settings=CheckSettings(ipc=ipc), progress=progress)
+
+
+def pack(
+    folder: PathLike = "submission",
+    out: PathLike = "submission.zip",
+    *,
+    strict: bool = False,
+    ignore_codes: Collection[str] = (),
+    progress: Listener = ignore,
+) -> Path:
+    """Check a submission folder, write its zip, verify that, and return its path.
+
+    strict: refuse warnings too. ignore_codes: findings that do not matter.
+    Raises InvalidSubmissionError for a folder that `check` refuses.
+    """
+    from ddkit.packing.pack import pack as pack_folder
+
+    return pack_folder(folder, out, strict=strict, ignore_codes=ignore_codes, progress=progress)
+
+
+def report(
+    results: PathLike = RESULTS_FILE,
+    *,
+    tracks: Iterable[int] | None = None,
+    html: PathLike | None = None,
+    runs_folder: PathLike = "runs",
+    progress: Listener = ignore,
+) -> Leaderboard:
+    """Rank the results in a file next to the published entries and random real images.
+
+    tracks: None means those with results, and track 1. html: also write the page to this file; it shows the training logs
+    in `runs_folder`. Raises MissingDataError for a missing file.
+    """
+    from ddkit.reporting.report import report as rank
+
+    return rank(results, tracks=tracks, html=html, runs_folder=runs_folder, progress=progress)

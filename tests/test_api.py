@@ -1,0 +1,89 @@
+"""The Python interface: `import ddkit` is instant, and a short script does what the commands do."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddkit
+from ddkit import api
+from ddkit.errors import UsageError
+from ddkit.runtime.progress import Progress
+
+EXAMPLE = """
+import ddkit
+
+ddkit.generate("glyphs", ipc=10, from_real="random", out="baseline/glyphs.pt")
+ddkit.generate("glyphs", ipc=10, from_real="random", out="submission/glyphs.pt")
+refined = ddkit.refine("submission/glyphs.pt", steps=2)
+print("held-out accuracy", refined.accuracy_before, refined.accuracy)
+for path in ("submission/glyphs.pt", "baseline/glyphs.pt"):
+    result = ddkit.evaluate(path, epochs_setting=1, rounds=2)
+    print(path, result.mean, result.interval)
+print(ddkit.check().ok, ddkit.pack())
+ddkit.report(html="report.html")
+"""
+
+
+def test_import_loads_nothing_heavy_and_names_what_it_offers():
+    code = (
+        "import sys, ddkit\n"
+        "heavy = {'torch', 'numpy', 'click', 'rich', 'ddkit.api'}\n"
+        "print(sorted(heavy & set(sys.modules)), set(ddkit.__all__) <= set(dir(ddkit)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[] True\n"
+
+
+def test_every_function_has_typed_parameters_and_a_docstring():
+    assert set(ddkit.__all__) == {
+        name
+        for name, value in vars(api).items()
+        if getattr(value, "__module__", "") == "ddkit.api" and inspect.isfunction(value)
+    }
+    for name in ddkit.__all__:
+        function = getattr(ddkit, name)
+        assert len(function.__doc__) > 100, name
+        signature = inspect.signature(function)
+        assert signature.return_annotation is not inspect.Signature.empty, name
+        untyped = [parameter for parameter in signature.parameters.values() if parameter.annotation is parameter.empty]
+        assert not untyped, name
+        assert "progress" in signature.parameters or name == "read_set", name
+
+
+def test_unknown_attribute_raises_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        _ = ddkit.distil
+
+
+def test_load_dataset_of_an_unknown_name_raises_usage_error():
+    with pytest.raises(UsageError, match="cifar10"):
+        ddkit.load_dataset("cifar10")
+
+
+def test_load_dataset_and_generate_report_their_progress(tmp_path):
+    reports = []
+    dataset = ddkit.load_dataset("glyphs", "test", progress=reports.append)
+    made = ddkit.generate("glyphs", ipc=1, from_real="first", out=tmp_path / "glyphs.pt")
+    assert len(dataset) > 0 and dataset.images.shape[1:] == made.images.shape[1:] == (3, 32, 32)
+    assert made.ipc == 1 and made.kind == "first-real" and ddkit.read_set(made.path).sha256 == made.sha256
+    assert all(isinstance(one, Progress) for one in reports)
+
+
+@pytest.mark.slow
+def test_the_example_of_a_notebook_runs(tmp_path):
+    done = subprocess.run([sys.executable, "-c", EXAMPLE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"submission/glyphs\.pt 0\.\d+ \(", done.stdout) and "submission.zip" in done.stdout
+    assert Path(tmp_path, "report.html").is_file() and Path(tmp_path, "runs/results.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_train_makes_a_generator_that_generate_samples(tmp_path):
+    reports = []
+    quick = {"steps": 2, "seconds": None, "batch_size": 8}
+    model = ddkit.train("glyphs", preset="demo", out=tmp_path / "run", progress=reports.append, **quick)
+    made = ddkit.generate("glyphs", ipc=1, model=tmp_path / "run", out=tmp_path / "glyphs.pt")
+    assert model.facts.steps == 2 and made.kind == "generated" and len(made.images) == 10 and reports
