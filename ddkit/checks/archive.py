@@ -1,4 +1,4 @@
-"""Reading a submission zip member by member: bounded, nothing extracted, nothing trusted."""
+"""Read a submission zip member by member, with bounded memory and without extracting anything."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ddkit.runtime.torch_file import is_ordinary, zip_problem
 from ddkit.sets.findings import Finding
 
 _LEFTOVERS = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
-_OF_AN_ENTRY = {"generate.py", "SHA256SUMS"}  # what ddkit pack --track 2 puts at the root
+_BUNDLE_FILES = {"generate.py", "SHA256SUMS"}  # at the root of a zip that ddkit pack --track 2 wrote
 _MOST_MEMBERS = 1000
-TENSOR_ENDINGS = (".pt", ".pth")  # of names that somebody means for a tensor
+TENSOR_ENDINGS = (".pt", ".pth")  # of files that are meant to be tensors
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file at the root of a zip. data: its bytes; None where it is not one of those wanted or was refused."""
+    """A file at the root of a zip. data: its bytes; None if they were not wanted or were refused."""
 
     name: str
     data: bytes | None
@@ -34,7 +34,7 @@ def read_members(
 ) -> Iterator[Member | Finding]:
     """Yield the files at a zip's root, one in memory at a time, and findings F004, F005 and F009-F019.
 
-    wanted: whether a name's bytes are to be read. largest_bytes: no member is read beyond this.
+    wanted: tells from a name whether to read the member. largest_bytes: no member is read beyond this.
     """
     name = os.path.basename(path)
     try:
@@ -61,8 +61,8 @@ def _members(
         yield Finding("error", "F009", f"The zip has {len(infos):,} members; it should have two.", zip_name)
         return
     counts = Counter(_name_of(info) for info in infos)
-    if _OF_AN_ENTRY <= counts.keys():
-        message = "The zip is an entry of track 2, not two tensors. It is tried out by ddkit evaluate --track 2."
+    if _BUNDLE_FILES <= counts.keys():
+        message = "The zip is a track 2 bundle, not two tensors. Evaluate it: ddkit evaluate --track 2."
         yield Finding("error", "F009", message, zip_name)
         return
     for name in sorted(name for name, count in counts.items() if count > 1):
@@ -80,12 +80,12 @@ def _members(
         elif name.lower().endswith(TENSOR_ENDINGS):
             yield Member(name, None)
         else:
-            message = f"'{name}' does not belong into the zip; its root holds the two tensors only."
+            message = f"'{name}' does not belong in the zip, whose root must hold the two tensors only."
             yield Finding("error", "F009", message, zip_name)
 
 
 def _name_of(info: zipfile.ZipInfo) -> str:
-    """A member's name without "./" and backslashes; as it is where it leads out of the folder."""
+    """A member's name without "./" and backslashes, or as written if it leads out of the folder."""
     try:
         return str(member_path(info.filename))
     except ValueError:
@@ -93,29 +93,29 @@ def _name_of(info: zipfile.ZipInfo) -> str:
 
 
 def _member_finding(info: zipfile.ZipInfo) -> Finding | None:
-    """What is wrong about a member before its content is looked at."""
+    """The finding on a member's name, kind and compression, before its content is read; None if all are right."""
     name = info.filename
     path = PurePosixPath(_name_of(info))
     if any(part in _LEFTOVERS or part.startswith("._") for part in path.parts):
-        message = "The system's own leftover is in the zip; pack with ddkit pack, or zip -X."
+        message = "The zip holds a file that macOS or Windows added. Pack with ddkit pack, or with zip -X."
         return Finding("error", "F017", message, name)
     try:
         member_path(name)
     except ValueError:
-        return Finding("error", "F012", "The name leads out of the folder that the zip is unpacked into.", name)
+        return Finding("error", "F012", "The name points outside the folder that the zip is unpacked into.", name)
     if not is_ordinary(info):
         kind = "a link" if stat.S_ISLNK(info.external_attr >> 16) else "a pipe or a device"
         return Finding("error", "F013", f"The member is marked as {kind}, not as a file. Pack with ddkit pack.", name)
     if info.flag_bits & 1:
-        return Finding("error", "F015", "The member is encrypted; the scorer cannot open it.", name)
+        return Finding("error", "F015", "The member is encrypted, so that the scorer cannot open it.", name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # Nor should we: such a member can ask for gigabytes of memory by its first bytes.
-        message = "The member is compressed by a method that not every program reads. Pack with ddkit pack."
+        # The first bytes of such a member can ask for gigabytes of memory.
+        message = "The member is compressed with a method that some programs cannot read. Pack with ddkit pack."
         return Finding("error", "F019", message, name)
     if not path.parts:
         return Finding("error", "F009", "The zip has a member without a name.", repr(name))
     if name.endswith("/") or len(path.parts) > 1 or "\\" in name:
-        message = "The zip holds a folder; the scorer looks for the files at its root. Pack with ddkit pack."
+        message = "The zip holds a folder, but the scorer looks for the files at its root. Pack with ddkit pack."
         if "\\" in name:
             message = "The name holds a backslash, so other systems do not unpack it to the root. Pack with ddkit pack."
         return Finding("error", "F010", message, name)
@@ -124,7 +124,7 @@ def _member_finding(info: zipfile.ZipInfo) -> Finding | None:
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, largest_bytes: int) -> Iterator[Member | Finding]:
     if info.file_size > largest_bytes:
-        message = f"The member claims {info.file_size:,} bytes; a submission of ours has at most {largest_bytes // 2:,}."
+        message = f"The member claims {info.file_size:,} bytes; a submission has at most {largest_bytes // 2:,}."
         yield Finding("error", "F016", message, name)
         yield Member(name, None)
         return

@@ -1,4 +1,4 @@
-"""What a set holds, class order and normalization aside: blanks, copies of one another and of the test set, range."""
+"""Find blank images and copies, within a set and from the test set, and summarize the range of the values."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _NAMED = 5
 
 
 def content_findings(images: Tensor, spec: DatasetSpec, where: str, *, test_images: Tensor | None = None) -> list[Finding]:
-    """What the set holds (codes C001-C008; a table is in submission/README.md).
+    """Look for blanks and copies, and summarize the values (codes C001 to C008; a table is in submission/README.md).
 
-    images: (C * ipc, 3, S, S) float32, normalized. test_images: (M, 3, S, S) uint8, the real test set; without it
+    images: (C * ipc, 3, S, S) float32, normalized. test_images: (M, 3, S, S) uint8, the real test set; if None,
     copies of test images are not looked for.
     """
     pixels = denormalize(images, spec)
@@ -45,12 +45,12 @@ def _blank_findings(blank: Tensor, where: str) -> list[Finding]:
     rows = blank.nonzero().flatten().tolist()
     if not rows:
         return []
-    message = f"{len(rows)} images are blank, of one color: {_row_words(rows)}."
+    message = f"{len(rows)} images are blank (a single color): {_row_words(rows)}."
     return [Finding("warning", "C001", message, where)]
 
 
 def _copy_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, ipc: int, where: str) -> list[Finding]:
-    """C002-C005: equal and nearly equal images, within a class and across classes."""
+    """Findings C002 to C005: equal and nearly equal images, within a class and across classes."""
     same: dict[bytes, list[int]] = defaultdict(list)
     for row in unlike.tolist():
         same[prints[row]].append(row)
@@ -59,7 +59,7 @@ def _copy_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, ipc:
     near = [(a, b) for a, b in near if prints[a] != prints[b]]
     return [
         *_pair_findings(exact, ("C002", "C003"), "the same at 8 bits", 0, ipc, where),
-        # Real sets hold a few pairs that look alike; many are an accident.
+        # Real images hold a few pairs that look alike; many pairs are a mistake.
         *_pair_findings(near, ("C004", "C005"), "nearly the same", int(_REMARKED * len(pixels)), ipc, where),
     ]
 
@@ -67,7 +67,7 @@ def _copy_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, ipc:
 def _pair_findings(
     pairs: Sequence[tuple[int, int]], codes: tuple[str, str], words: str, remarked: int, ipc: int, where: str
 ) -> list[Finding]:
-    """One finding on pairs within a class and one on pairs across; up to `remarked` pairs are no more than a remark."""
+    """One finding on pairs within a class and one on pairs across classes; up to `remarked` pairs are only a remark."""
     findings = []
     for code, kind, inside in ((codes[0], "one class", True), (codes[1], "different classes", False)):
         chosen = [(a, b) for a, b in pairs if (a // ipc == b // ipc) == inside]
@@ -78,7 +78,7 @@ def _pair_findings(
 
 
 def _test_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, test_images: Tensor, where: str) -> list[Finding]:
-    """C006, C007: images that are in the real test set, pixel by pixel or nearly."""
+    """Findings C006 and C007: images that are in the real test set, pixel by pixel or nearly."""
     test_rows = {fingerprint: row for row, fingerprint in enumerate(_fingerprints(test_images))}
     exact = [(row, test_rows[prints[row]]) for row in unlike.tolist() if prints[row] in test_rows]
     copied = {row for row, _ in exact}
@@ -98,14 +98,14 @@ def _test_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, test
 def near_pairs(pixels: Tensor) -> list[tuple[int, int]]:
     """Pairs (a, b), a < b, of images that are nearly the same, or the same mirrored.
 
-    pixels: (N, 3, S, S) float in units of [0, 1]. Each image is named with its likest one only.
+    pixels: (N, 3, S, S) float in units of [0, 1]. Each image is paired with the most similar one only.
     """
     thumbs, mirrored = _unit_thumbs(pixels), _unit_thumbs(pixels.flip(-1))
     pairs = set()
     for start in range(0, len(pixels), _BATCH):
         for others, mirror in ((thumbs, False), (mirrored, True)):
             alike = thumbs[start : start + _BATCH] @ others.mT
-            # Its own mirror image says that an image is symmetric, not that there are two.
+            # An image that equals its own mirror image is symmetric, not a pair.
             alike[torch.arange(len(alike)), torch.arange(start, start + len(alike))] = -1
             for row, other in _above(alike, start):
                 if _really_alike(pixels[row], pixels[other].flip(-1) if mirror else pixels[other]):
@@ -128,7 +128,7 @@ def _near_matches(pixels: Tensor, test_images: Tensor) -> list[tuple[int, int]]:
 
 
 def _above(alike: Tensor, start: int) -> Iterable[tuple[int, int]]:
-    """(row, column of its largest value), of rows in which that is above the threshold."""
+    """The pairs (row, column of its largest value) of the rows in which that value is above the threshold."""
     if not alike.numel():
         return []
     values, columns = alike.max(dim=1)
@@ -137,7 +137,7 @@ def _above(alike: Tensor, start: int) -> Iterable[tuple[int, int]]:
 
 
 def _unit_thumbs(pixels: Tensor) -> Tensor:
-    """(N, 3 * 8 * 8) thumbnails without their mean, of length one."""
+    """Thumbnails without their mean, scaled to length one: (N, 3 * 8 * 8)."""
     thumbs = F.adaptive_avg_pool2d(pixels, _THUMB).flatten(1)
     return F.normalize(thumbs - thumbs.mean(dim=1, keepdim=True), dim=1)
 

@@ -1,4 +1,4 @@
-"""`ddkit check`: whether a submission is what the challenge takes, and means what its rows say."""
+"""The command `ddkit check`."""
 
 from __future__ import annotations
 
@@ -6,64 +6,88 @@ import shlex
 from pathlib import Path
 
 import click
+from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
+from ddkit.challenge import TRACKS
 from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, output_options
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
+from ddkit.sets.findings import Report
+
+_COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
+_DEFAULT = click.core.ParameterSource.DEFAULT
 
 
-@click.command(epilog=example("ddkit check submission.zip --strict"))
+@click.command(short_help="Find what is wrong with a submission.", epilog=example("ddkit check submission.zip --strict"))
 @click.argument("path", type=click.Path(path_type=Path), default=SUBMISSION_FOLDER)
-@click.option("--dataset", metavar="NAME", help="Of a single file whose name does not say it.")
-@click.option("--ipc", type=click.IntRange(min=1), help="Images per class there must be.  [default: the challenge's 10]")
-@click.option("--strict", is_flag=True, help="Warnings make it unacceptable too.")
+@click.option("--dataset", metavar="NAME", help="Name the dataset of a single file that is not named after it.")
+@click.option(
+    "--ipc", type=click.IntRange(min=1), default=TRACKS[1].ipc, show_default=True, help="Require this many images per class."
+)
+@click.option("--strict", is_flag=True, help="Treat warnings as errors.")
 @click.option(
     "--ignore",
     "ignored",
     multiple=True,
     type=FindingCode(),
     metavar="CODE",
-    help="Leave out findings of this code; repeatable.",
+    help="Leave out findings with this code; repeatable.",
 )
 @click.option(
     "--fix-order",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="OUT",
-    help="Write the tensor with its rows in the right order, as far as the real images tell it.",
+    help="Write the tensor to OUT with its rows in the order that the real images tell, and check nothing.",
 )
 @output_options
 @click.pass_context
 def check(
-    ctx: click.Context, output: Output, path: Path, dataset: str | None, ipc: int | None, strict: bool,
+    ctx: click.Context, output: Output, path: Path, dataset: str | None, ipc: int, strict: bool,
     ignored: tuple[str, ...], fix_order: Path | None,
 ) -> None:  # fmt: skip
-    """Check a submission folder, a zip or one tensor; nothing in it is executed.
+    """Check a submission folder, a zip, or one tensor, without executing anything in it.
 
-    Looks at files, shapes and values, and, where the real images are prepared, at what the rows show: labels are
-    implied by the order of the rows, and nothing in the official scorer notices when that is wrong.
-    Codes are explained in submission/README.md. Ends with status 1 where the submission is unacceptable.
+    Looks at files, shapes and values. If the real images are prepared, the rows are compared with them as well: the order
+    of the rows implies the labels, and the official scorer does not notice when it is wrong.
+    The codes are explained in submission/README.md. The exit status is 1 if the submission is unacceptable.
     """
-    from dataclasses import replace
-
     from ddkit.checks.check import CheckSettings, check_path
     from ddkit.checks.order import reorder_rows
-    from ddkit.cli._findings import findings_table
 
     if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
-        raise UsageError("--dataset is of a single file; in a folder or a zip the files' names say it.")
-    if fix_order is not None and (ipc or strict or ignored):
-        raise UsageError("--fix-order writes a tensor and judges nothing: --ipc, --strict and --ignore do not go with it.")
+        raise UsageError("--dataset applies to a single file.", "In a folder or a zip, the files' names tell the dataset.")
     if fix_order is not None:
+        given = [name for name in ("ipc", "strict", "ignored") if ctx.get_parameter_source(name) is not _DEFAULT]
+        if given:
+            options = ", ".join("--ignore" if name == "ignored" else f"--{name}" for name in given)
+            raise UsageError(f"--fix-order checks nothing, so that {options} has no effect.", "Leave it out.")
         moved = reorder_rows(path, fix_order, dataset=dataset)
         output.result({"wrote": str(fix_order), "moved_rows": moved}, f"{moved} rows moved.")
-        output.done([fix_order], f"ddkit check {fix_order}" + (f" --dataset {dataset}" if dataset else ""))
+        output.finish([fix_order], f"ddkit check {shlex.quote(str(fix_order))}" + (f" --dataset {dataset}" if dataset else ""))
         return
-    output.say(f"Checking {escape(str(path))}.")
-    settings = CheckSettings() if ipc is None else replace(CheckSettings(), ipc=ipc)
-    report = check_path(path, dataset=dataset, settings=settings, progress=output.listen).ignoring(ignored)
+    output.note(f"Checking {escape(str(path))}.")
+    report = check_path(path, dataset=dataset, settings=CheckSettings(ipc=ipc), progress=output.progress).ignoring(ignored)
     report = report.strict() if strict else report
-    output.result({"path": str(path), **report.to_json()}, findings_table(report, path))
+    output.result({"path": str(path), **report.to_json()}, _findings_table(report, path))
     if not report.ok:
         ctx.exit(1)
-    output.done([], f"ddkit pack{'' if path == SUBMISSION_FOLDER else f' {shlex.quote(str(path))}'}" if path.is_dir() else "")
+    folder = "" if path == SUBMISSION_FOLDER else f" {shlex.quote(str(path))}"
+    output.finish([], f"ddkit pack{folder}" if path.is_dir() else "")
+
+
+def _findings_table(report: Report, path: Path) -> RenderableType:
+    """The verdict in one line, with a table of the findings below."""
+    counts = {level: sum(finding.level == level for finding in report.findings) for level in _COLORS}
+    verdict = Text.assemble(
+        ("acceptable", "bold green") if report.ok else ("unacceptable", "bold red"),
+        f"  {path}  ",
+        (f"{counts['error']} errors, {counts['warning']} warnings", "dim"),
+    )
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for finding in report.findings:
+        level = Text(finding.level, style=_COLORS[finding.level])
+        table.add_row(level, finding.code, Text(finding.where), Text(finding.message))
+    return Group(verdict, table) if report.findings else verdict

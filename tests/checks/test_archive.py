@@ -23,7 +23,7 @@ def write(path, *members, **kwargs):
     return path
 
 
-def test_files_at_the_root_are_read(tmp_path):
+def test_read_members_reads_files_at_the_root(tmp_path):
     members, codes = read(write(tmp_path / "s.zip", ("cifar100.pt", b"one"), ("tinyimagenet.pt", b"two")))
     assert members == {"cifar100.pt": b"one", "tinyimagenet.pt": b"two"} and codes == []
 
@@ -49,7 +49,7 @@ def test_files_at_the_root_are_read(tmp_path):
         ("readme.txt", "F009"),
     ],
 )
-def test_members_that_do_not_belong_are_named_and_not_read(tmp_path, name, code):
+def test_read_members_names_members_that_do_not_belong_and_skips_them(tmp_path, name, code):
     members, codes = read(write(tmp_path / "s.zip", (name, b"data"), ("tinyimagenet.pt", b"two")))
     assert code in codes
     assert members == {"tinyimagenet.pt": b"two"}
@@ -63,7 +63,7 @@ def test_links_pipes_and_devices_are_refused(tmp_path, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_name_twice_is_refused_and_neither_is_read(tmp_path):
+def test_name_that_occurs_twice_is_refused_and_neither_is_read(tmp_path):
     members, codes = read(write(tmp_path / "s.zip", ("cifar100.pt", b"one"), ("cifar100.pt", b"two")))
     assert codes == ["F014"] and members == {"cifar100.pt": None}
 
@@ -85,12 +85,12 @@ def test_encrypted_members_are_refused(tmp_path):
     assert read(path) == ({}, ["F015"])
 
 
-def test_a_bomb_is_not_unpacked(tmp_path):
+def test_zip_bomb_is_not_unpacked(tmp_path):
     path = write(tmp_path / "s.zip", ("cifar100.pt", bytes(50_000_000)), compression=zipfile.ZIP_DEFLATED)
     assert read(path) == ({"cifar100.pt": None}, ["F016"])
 
 
-def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path):
+def test_zip_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path):
     path = write(tmp_path / "s.zip", ("cifar100.pt", bytes(50_000_000)), compression=zipfile.ZIP_DEFLATED)
     data = bytearray(path.read_bytes())
     for signature, size_at in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
@@ -101,13 +101,13 @@ def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path):
     assert members == {"cifar100.pt": None} and codes == ["F005"]
 
 
-def test_damaged_content_is_found_by_its_checksum(tmp_path):
+def test_damaged_member_is_found_by_its_checksum(tmp_path):
     path = write(tmp_path / "s.zip", ("cifar100.pt", b"precious"))
     path.write_bytes(path.read_bytes().replace(b"precious", b"previous"))
     assert read(path) == ({"cifar100.pt": None}, ["F005"])
 
 
-def test_what_is_no_zip_is_refused(tmp_path):
+def test_file_that_is_not_a_zip_is_f018(tmp_path):
     for data in (b"", b"PK", b"no zip at all", bytes(1000)):
         (tmp_path / "s.zip").write_bytes(data)
         assert read(tmp_path / "s.zip") == ({}, ["F018"])
@@ -121,13 +121,13 @@ def test_a_zip_cut_short_anywhere_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_members_by_other_methods_are_not_unpacked(tmp_path, method):
+def test_members_with_other_compression_are_not_unpacked(tmp_path, method):
     path = write(tmp_path / "s.zip", ("cifar100.pt", b"one"), compression=method)
     assert read(path) == ({}, ["F019"])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_named_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "s.zip")
     assert read(tmp_path / "s.zip") == ({}, ["F018"])
 
@@ -137,7 +137,7 @@ def test_too_many_members_are_not_listed(tmp_path):
     assert read(path) == ({}, ["F009"])
 
 
-def test_an_entry_of_track_2_is_told_in_one_line(tmp_path):
+def test_track_2_bundle_is_one_finding(tmp_path):
     path = write(tmp_path / "s.zip", *((name, b"") for name in ("generate.py", "SHA256SUMS", "models/cifar100/vae/x", "y.py")))
     (finding,) = read_members(path, lambda name: name.endswith(".pt"), largest_bytes=LARGEST)
     assert finding.code == "F009" and "ddkit evaluate --track 2" in finding.message

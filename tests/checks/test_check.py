@@ -3,8 +3,10 @@ import zipfile
 import pytest
 import torch
 
-from ddkit.checks.check import CheckSettings, check_path, check_tensor
+from ddkit.checks.check import CheckSettings, check_path, check_set, check_tensor
+from ddkit.data.prepare import prepare
 from ddkit.errors import UsageError
+from ddkit.sets.distilled import read_set
 from ddkit.sets.findings import Finding, report_of
 
 BARE = CheckSettings(meaning=False)
@@ -14,14 +16,14 @@ def codes(report, level=None):
     return [finding.code for finding in report.findings if level in (None, finding.level)]
 
 
-def test_a_practice_folder_with_nothing_wrong_is_acceptable(folder):
+def test_check_path_of_a_right_practice_folder_is_acceptable(folder):
     report = check_path(folder)
     assert report.ok, report
     assert codes(report, "warning") == []
     assert "F021" in codes(report, "info")
 
 
-def test_a_file_alone_and_a_zip_are_judged_alike(tmp_path, folder):
+def test_check_path_judges_a_file_and_a_zip_alike(tmp_path, folder):
     assert check_path(folder / "glyphs.pt").ok
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.write(folder / "glyphs.pt", "glyphs.pt")
@@ -31,14 +33,14 @@ def test_a_file_alone_and_a_zip_are_judged_alike(tmp_path, folder):
     assert codes(check_path(tmp_path / "s.zip"), "error") == ["F010", "F002"]
 
 
-def test_the_challenge_needs_both_files(tmp_path):
+def test_folder_with_one_of_the_challenges_files_is_f003(tmp_path):
     torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "cifar100.pt")
     assert codes(check_path(tmp_path, settings=BARE), "error") == ["F003"]
     torch.save(torch.randn(2000, 3, 64, 64), tmp_path / "tinyimagenet.pt")
     assert codes(check_path(tmp_path, settings=BARE)) == []
 
 
-def test_names_must_be_in_the_right_case(tmp_path):
+def test_name_in_another_case_is_f011(tmp_path):
     torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "CIFAR100.pt")
     torch.save(torch.randn(2000, 3, 64, 64), tmp_path / "tinyimagenet.pt")
     assert codes(check_path(tmp_path, settings=BARE), "error") == ["F011"]
@@ -65,7 +67,7 @@ def test_the_right_name_is_offered_for_a_wrong_one(tmp_path, name, right):
             check_path(folder / name)
 
 
-def test_a_zip_with_names_that_begin_with_a_dot_is_judged_like_any_other(tmp_path, folder):
+def test_zip_with_names_that_begin_with_a_dot_is_judged_like_any_other(tmp_path, folder):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.mkdir("./") if hasattr(archive, "mkdir") else archive.writestr("./", b"")
         archive.write(folder / "glyphs.pt", "./glyphs.pt")
@@ -82,12 +84,12 @@ def test_a_zip_with_bytes_after_its_end_is_refused(tmp_path, folder, extra):
     assert first.code == "F018" and "bytes follow its end" in first.message
 
 
-def test_an_empty_or_missing_place_says_what_to_do(tmp_path):
+def test_empty_or_missing_folder_says_what_to_do(tmp_path):
     assert codes(check_path(tmp_path)) == ["F002"]
     assert codes(check_path(tmp_path / "absent")) == ["F001"]
 
 
-def test_a_file_of_an_unknown_dataset_is_wrong_usage(tmp_path):
+def test_file_of_an_unknown_dataset_raises_usage_error(tmp_path):
     torch.save(torch.zeros(1), tmp_path / "mine.pt")
     with pytest.raises(UsageError, match="not named after a known dataset"):
         check_path(tmp_path / "mine.pt")
@@ -104,7 +106,7 @@ def test_links_in_a_circle_and_to_nowhere_are_findings(tmp_path):
     assert codes(check_path(tmp_path, settings=BARE)) == ["F001", "F001"]
 
 
-def test_a_damaged_store_of_something_else_is_no_fault_of_a_zip(tmp_path, own_cache):
+def test_damaged_store_of_another_dataset_does_not_stop_the_check_of_a_zip(tmp_path, own_cache):
     for name in ("birds", "Not A Name"):
         (own_cache / name).mkdir()
         (own_cache / name / "meta.json").write_text("{}")
@@ -113,14 +115,14 @@ def test_a_damaged_store_of_something_else_is_no_fault_of_a_zip(tmp_path, own_ca
     assert "F002" in codes(check_path(tmp_path / "s.zip", settings=BARE))
 
 
-def test_practice_beside_the_challenge_is_left_aside_with_a_warning(folder):
+def test_practice_next_to_the_challenge_is_a_warning(folder):
     torch.save(torch.zeros(1000, 3, 32, 32), folder / "cifar100.pt")
     left_aside = [f.where for f in check_path(folder, settings=BARE).findings if f.code == "F020"]
     assert left_aside == ["glyphs.pt"]
 
 
 @pytest.mark.parametrize("other", ["glyphs.pt", "secrets.pt", "Glyphs.PT"])
-def test_a_zip_holds_the_challenges_tensors_and_nothing_else(tmp_path, folder, other):
+def test_zip_with_more_than_the_challenges_tensors_is_f009(tmp_path, folder, other):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         with archive.open("cifar100.pt", "w") as member:
             torch.save(torch.zeros(1000, 3, 32, 32), member)
@@ -129,7 +131,7 @@ def test_a_zip_holds_the_challenges_tensors_and_nothing_else(tmp_path, folder, o
     assert found == [("error", "F009")]
 
 
-def test_what_a_terminal_would_obey_is_shown_as_written(tmp_path):
+def test_control_characters_in_names_are_shown_as_escapes(tmp_path):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.writestr("\x1b[2J\ncifar100.pt", b"")
     for path in (tmp_path / "s.zip", tmp_path / "folder"):
@@ -139,28 +141,52 @@ def test_what_a_terminal_would_obey_is_shown_as_written(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_no_numbers_are_an_error_with_their_rows(glyph_images, value):
+def test_nan_and_infinity_are_an_error_with_their_rows(glyph_images, value):
     glyph_images[[3, 42], 0, 0, 0] = value
     (finding,) = check_tensor(glyph_images, "glyphs").findings
     assert (finding.level, finding.code) == ("error", "T009")
     assert "rows 3, 42" in finding.where
 
 
-def test_another_number_of_images_per_class_is_refused_unless_asked_for(glyph_images):
+def test_another_number_of_images_per_class_is_t003_unless_any_is_accepted(glyph_images):
     five = glyph_images.unflatten(0, (10, 10))[:, :5].flatten(0, 1)
     assert codes(check_tensor(five, "glyphs", settings=BARE), "error") == ["T003"]
     assert check_tensor(five, "glyphs", settings=CheckSettings(ipc=None)).ok
 
 
-def test_tensors_in_memory_are_judged_like_saved_ones(glyph_images):
+def test_check_tensor_judges_type_layout_and_device(glyph_images):
     assert codes(check_tensor(glyph_images.double(), "glyphs"), "error") == ["T002"]
     assert codes(check_tensor(glyph_images.to_sparse(), "glyphs"), "error") == ["T008"]
     assert codes(check_tensor(glyph_images.to("meta"), "glyphs"), "error") == ["T004"]
 
 
-def test_findings_stand_worst_first_and_can_be_ignored_or_hardened():
+def test_report_sorts_findings_by_level_and_can_ignore_or_harden_them():
     report = report_of([Finding("info", "C009", "c"), Finding("warning", "T007", "b"), Finding("error", "F003", "a")])
     assert codes(report) == ["F003", "T007", "C009"] and not report.ok
     assert report.ignoring(["F003"]).ok
     assert not report.ignoring(["F003"]).strict().ok
     assert report.to_json()["findings"][0] == {"level": "error", "code": "F003", "message": "a", "where": ""}
+
+
+def test_check_set_judges_a_set_that_was_read_like_its_file(folder):
+    distilled = read_set(folder / "glyphs.pt")
+    assert check_set(distilled, settings=CheckSettings()).findings == check_path(folder / "glyphs.pt").findings
+    assert {finding.where for finding in check_set(distilled).findings} == {"glyphs.pt"}
+
+
+def test_check_set_accepts_any_number_of_images_and_keeps_the_warnings_of_the_file(tmp_path, glyph_images):
+    torch.save(glyph_images[::2].contiguous().requires_grad_(), tmp_path / "glyphs.pt")
+    report = check_set(read_set(tmp_path / "glyphs.pt"))
+    assert report.ok and codes(report, "warning") == ["T005"]
+
+
+@pytest.mark.slow
+def test_whitened_set_in_the_right_order_is_told_and_its_order_is_not_blamed(cifar100_zip, cifar100_images):
+    prepare("cifar100", cifar100_zip)
+    flat = cifar100_images.flatten(1).float() / 255
+    centered = flat - flat.mean(dim=0)
+    variances, components = torch.linalg.eigh(centered.T @ centered / (len(flat) - 1))
+    whitened = (centered @ components / (variances.clamp_min(0) + 0.1).sqrt() @ components.T).view(1000, 3, 32, 32)
+    for images in (whitened, 2.5 * whitened):
+        report = check_tensor(images, "cifar100")
+        assert codes(report, "error") == ["N012"] and not any(code.startswith("L") for code in codes(report))

@@ -10,14 +10,14 @@ def found(images, **options):
     return {finding.code: finding for finding in content_findings(images, GLYPHS, "glyphs.pt", **options)}
 
 
-def test_real_images_are_only_summed_up(glyph_images):
+def test_real_images_have_a_summary_only(glyph_images):
     findings = found(glyph_images, test_images=load_dataset("glyphs", "test").images)
     assert list(findings) == ["C008"]
     assert "100 images, 10 of each of 10 classes" in findings["C008"].message
     assert "0.0% of the values outside" in findings["C008"].message
 
 
-def test_blank_images_are_listed_and_are_no_copies_of_one_another(glyph_images):
+def test_blank_images_are_listed_and_not_called_copies(glyph_images):
     glyph_images[[3, 40]] = 0.25
     findings = found(glyph_images)
     assert set(findings) == {"C001", "C008"}
@@ -25,7 +25,7 @@ def test_blank_images_are_listed_and_are_no_copies_of_one_another(glyph_images):
     assert "rows 3, 40" in findings["C001"].message
 
 
-def test_equal_images_within_and_across_classes(glyph_images):
+def test_equal_images_are_found_within_and_across_classes(glyph_images):
     glyph_images[12] = glyph_images[11]
     glyph_images[95] = glyph_images[7]
     findings = found(glyph_images)
@@ -34,7 +34,7 @@ def test_equal_images_within_and_across_classes(glyph_images):
     assert not {"C004", "C005"} & set(findings)
 
 
-def test_nearly_equal_and_mirrored_images(glyph_images):
+def test_nearly_equal_and_mirrored_images_are_found(glyph_images):
     random = torch.Generator().manual_seed(0)
     glyph_images[12] = glyph_images[11] + 0.05 * torch.randn(3, 32, 32, generator=random)
     glyph_images[95] = glyph_images[7].flip(-1) * 1.02
@@ -51,7 +51,7 @@ def test_many_near_copies_are_a_warning(glyph_images):
     assert found(glyph_images)["C004"].level == "warning"
 
 
-def test_test_images_are_recognized_whole_and_disguised(glyph_images):
+def test_copies_of_test_images_are_found_exact_and_changed(glyph_images):
     test = load_dataset("glyphs", "test").images
     glyph_images[20] = normalize(test[205:206], GLYPHS)[0]
     glyph_images[30] = normalize(test[301:302], GLYPHS)[0].flip(-1) * 1.03

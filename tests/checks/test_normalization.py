@@ -50,14 +50,14 @@ def test_other_constants_are_named_for_8_bit_and_for_clipped_images(mean, std, c
     assert found(with_constants(images, mean, std)) == {code: "error"}
 
 
-def test_the_message_gives_the_evidence_and_the_right_constants():
+def test_message_gives_the_evidence_and_the_right_constants():
     [finding] = normalization_findings(with_constants(pictures(), *CIFAR10), CIFAR100, "set.pt")
     assert "CIFAR-10" in finding.message and "100.0% of the values" in finding.message
     assert "0.5071, 0.4866, 0.4409" in finding.message
 
 
 @pytest.mark.parametrize(("mean", "std", "code"), [((0, 0, 0), (1, 1, 1), "N001"), (*CIFAR10, "N004")])
-def test_moments_tell_where_values_are_neither_8_bit_nor_clipped(mean, std, code):
+def test_moments_tell_constants_of_values_that_are_neither_8_bit_nor_clipped(mean, std, code):
     noise = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     assert found(with_constants(denormalize(noise, CIFAR100), mean, std)) == {code: "warning"}
 
@@ -89,14 +89,14 @@ def test_optimized_sets_of_any_contrast_draw_no_alarm(strength):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.7])
-def test_channels_last_that_were_only_reshaped(noise):
+def test_reshaped_channels_last_images_are_n007(noise):
     images = normalize(pictures(), CIFAR100)
     images += noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
     squeezed = images.permute(0, 2, 3, 1).reshape(images.shape)
     assert found(squeezed) == {"N007": "error"}
 
 
-def test_noisy_images_that_were_never_normalized():
+def test_noisy_images_without_normalization_are_a_warning():
     images = pictures().float() / 255
     images += 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
     assert found(images) == {"N001": "warning"}

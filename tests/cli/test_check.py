@@ -24,7 +24,7 @@ def half_submission(work):
     return work
 
 
-def test_an_unacceptable_submission_ends_with_status_1_and_a_table(half_submission):
+def test_check_of_an_unacceptable_submission_exits_with_1_and_a_table(half_submission):
     finished = run("check")
     assert finished.exit_code == 1
     assert "unacceptable" in finished.stdout and "F003" in finished.stdout
@@ -32,7 +32,7 @@ def test_an_unacceptable_submission_ends_with_status_1_and_a_table(half_submissi
     assert "Traceback" not in finished.stderr
 
 
-def test_json_goes_to_stdout_alone(half_submission):
+def test_check_with_json_prints_nothing_else_on_stdout(half_submission):
     finished = subprocess.run([sys.executable, "-m", "ddkit", "check", "--json"], capture_output=True, text=True)
     report = json.loads(finished.stdout)
     assert report["ok"] is False
@@ -40,19 +40,19 @@ def test_json_goes_to_stdout_alone(half_submission):
     assert "Checking" in finished.stderr
 
 
-def test_codes_can_be_ignored(half_submission):
+def test_check_with_ignore_leaves_out_the_code(half_submission):
     finished = run("check", "--ignore", "F003", "--json")
     assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
 
 
-def test_a_code_may_be_in_lower_case_and_must_be_one(half_submission):
+def test_ignored_code_may_be_in_lower_case_and_must_be_a_code(half_submission):
     finished = run("check", "--ignore", "f003", "--json")
     assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
     finished = run("check", "--ignore", "order")
-    assert finished.exit_code == 2 and "'order' is no code of a finding" in finished.stderr
+    assert finished.exit_code == 2 and "'order' is not the code of a finding" in finished.stderr
 
 
-def test_strict_makes_warnings_fail(half_submission):
+def test_check_with_strict_fails_on_warnings(half_submission):
     torch.save(torch.randn(1000, 3, 32, 32).requires_grad_(), half_submission / "submission" / "cifar100.pt")
     for strict, status in (((), 0), (("--strict",), 1)):
         finished = run("check", "submission/cifar100.pt", "--json", *strict)
@@ -60,7 +60,7 @@ def test_strict_makes_warnings_fail(half_submission):
         assert finished.exit_code == status and levels["T005"] == ("error" if strict else "warning")
 
 
-def test_the_order_of_one_tensor_is_put_right_in_another_file(work):
+def test_fix_order_writes_the_right_order_to_another_file(work):
     real = open_dataset("glyphs", "train")
     right = normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)
     torch.save(right.flip(0), work / "glyphs.pt")
@@ -75,26 +75,41 @@ def test_the_order_of_one_tensor_is_put_right_in_another_file(work):
     assert finished.exit_code == 2 and "Traceback" not in finished.stderr
 
 
-def test_nothing_to_check_says_what_to_do(work):
+def test_fix_order_with_options_that_judge_is_wrong_usage(work):
+    finished = run("check", "glyphs.pt", "--fix-order", "out.pt", "--strict", "--ignore", "L001")
+    assert finished.exit_code == 2 and "--strict, --ignore has no effect" in finished.stderr
+
+
+@pytest.mark.slow
+def test_first_check_tells_the_progress_of_fitting_the_classifier(work):
+    real = open_dataset("glyphs", "train")
+    torch.save(normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS), work / "glyphs.pt")
+    first = subprocess.run([sys.executable, "-m", "ddkit", "check", "glyphs.pt"], capture_output=True, text=True)
+    assert "fitting a classifier on real images of glyphs, once" in first.stderr
+    second = subprocess.run([sys.executable, "-m", "ddkit", "check", "glyphs.pt"], capture_output=True, text=True)
+    assert second.returncode == 0 and "fitting" not in second.stderr
+
+
+def test_check_without_a_submission_says_how_to_make_one(work):
     finished = run("check")
     assert finished.exit_code == 1
     assert "does not exist" in finished.stdout and "ddkit generate" in finished.stdout
 
 
-def test_packing_what_check_refuses_ends_with_status_1_and_writes_nothing(half_submission):
+def test_pack_of_what_check_refuses_exits_with_1_and_writes_nothing(half_submission):
     finished = run("pack")
     assert finished.exit_code == 1
     assert "tinyimagenet.pt is missing" in finished.stderr and "Traceback" not in finished.stderr
     assert not (half_submission / "submission.zip").exists()
 
 
-def test_packing_without_a_folder_ends_with_status_3(work):
+def test_pack_without_a_folder_exits_with_3(work):
     finished = run("pack")
     assert finished.exit_code == 3
     assert "ddkit generate" in finished.stderr
 
 
-def test_a_packed_zip_is_named_with_its_hashes(half_submission):
+def test_pack_names_the_zip_and_its_hashes(half_submission):
     finished = run("pack", "--ignore", "F003", "--json")
     assert finished.exit_code == 0, finished.stderr
     packed = json.loads(finished.stdout)
