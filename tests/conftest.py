@@ -112,9 +112,9 @@ def save_colors_model(colors) -> Callable[..., Path]:
 
     from ddkit.data.store import load_dataset, store_hash
     from ddkit.generator.autoencoder import build_autoencoder
+    from ddkit.generator.config import AutoencoderConfig, DenoiserConfig
     from ddkit.generator.model_folder import Model, ModelFacts, save_model
     from ddkit.generator.networks import build_denoiser
-    from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig
 
     def save(folder: Path, architecture: str = "uvit", prediction: str = "flow") -> Path:
         names = load_dataset(colors, "train").class_names

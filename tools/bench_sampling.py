@@ -1,15 +1,14 @@
-"""Images per second: diffusers' plain loop beside ddkit's sampling, of the same model, steps, guidance and batch.
+"""Images per second: diffusers' plain loop and ddkit's sampling, with the same model, steps, guidance and batch.
 
     python tools/bench_sampling.py [--model FOLDER | --preset NAME --image-size N --classes N]
         [--steps N] [--guidance W] [--sampler NAME] [--batch-size N] [--batches N] [--precision NAME] [--no-compile]
         [--cpu-time] [--device NAME]
 
-Without --model the weights are random: speed does not depend on them. All make the same images from the same noise, in
-turn, after a batch each to warm up; the median batch of each counts. With --precision bfloat16 diffusers' loop runs in
-both precisions, and the ratio is to the faster one. The largest difference of a pixel to its images in float32 is
-printed as well, in steps of 1/255. With --cpu-time the seconds are those that the process computed,
-not those that passed, which other work on the machine stretches; waiting threads count, so give it one
-(OMP_NUM_THREADS=1).
+Without --model the weights are random, because speed does not depend on them. All make the same images from the same
+noise in turn, after a batch each to warm up; the median batch of each counts. With --precision bfloat16 diffusers' loop
+runs in both precisions, and the ratio is to the faster one. The largest difference of a pixel to its images in float32
+is printed as well, in steps of 1/255. --cpu-time measures CPU seconds, which other work on the machine does not stretch;
+waiting threads count, so give it one (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -24,18 +23,19 @@ import torch
 from torch import Tensor
 
 from ddkit.data.images import to_uint8
-from ddkit.generator.autoencoder import build_autoencoder
-from ddkit.generator.model_folder import LatentClassPipeline, Model, ModelFacts, load_model
-from ddkit.generator.networks import build_denoiser
+from ddkit.generator.autoencoder import build_autoencoder, decode
+from ddkit.generator.config import SAMPLERS
+from ddkit.generator.model_folder import Model, ModelFacts, load_model
+from ddkit.generator.networks import build_denoiser, null_class, predict
 from ddkit.generator.presets import preset
-from ddkit.generator.samplers import SAMPLERS, make_scheduler
+from ddkit.generator.samplers import make_scheduler, set_steps
 from ddkit.generator.sampling import Sampler, SamplingSettings
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.seeds import generator_for
 
 
 def random_model(name: str, image_size: int, classes: int) -> Model:
-    """A preset's model with random weights, no layer of which answers nought."""
+    """A preset's model with random weights, none of whose layers returns zeros."""
     config = preset(name).config(image_size)
     autoencoder = build_autoencoder(config.autoencoder, image_size, seed=0)
     denoiser = build_denoiser(config.denoiser, config.autoencoder.latent_shape(image_size), classes, seed=0)
@@ -48,22 +48,30 @@ def random_model(name: str, image_size: int, classes: int) -> Model:
 
 
 def plain(model: Model, config: SamplingSettings, device: torch.device, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """diffusers' loop, as its own pipelines write it."""
+    """diffusers' loop, as in its own pipelines."""
     scheduler = make_scheduler(config.sampler, model.facts.prediction)
-    part = {"unet" if type(model.denoiser).__name__ == "UNet2DModel" else "transformer": model.denoiser}
-    pipeline = LatentClassPipeline(model.autoencoder, scheduler, **part, image_size=model.facts.image_size).to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    model = model.to(device)
 
+    @torch.inference_mode()
     def make(labels: Tensor, noise: Tensor) -> Tensor:
+        set_steps(scheduler, config.steps)
+        labels, point = labels.to(device), noise.to(device)
+        both = torch.cat([labels, torch.full_like(labels, null_class(model.denoiser))])
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            images = pipeline(labels, config.guidance, config.steps, latents=noise.to(device), output_type="pt").images
-        return to_uint8(images).cpu()
+            for time_step in scheduler.timesteps:
+                times = time_step.to(device).expand(len(both))
+                with_class, without = predict(model.denoiser, torch.cat([point, point]), times, both).chunk(2)
+                output = without + config.guidance * (with_class - without)
+                point = scheduler.step(output, time_step, point, return_dict=False)[0]
+            latents = point / model.autoencoder.config.scaling_factor
+            images = decode(model.autoencoder, latents, model.facts.image_size)
+        return to_uint8((images.float() / 2 + 0.5).clamp(0, 1)).cpu()
 
     return make
 
 
 def fast(model: Model, config: SamplingSettings, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """ddkit's way."""
+    """ddkit's sampler."""
     sampler = Sampler(model, config, device)
     return lambda labels, noise: sampler.from_noise(noise, labels)
 
@@ -71,7 +79,7 @@ def fast(model: Model, config: SamplingSettings, device: torch.device) -> Callab
 def measure(
     make: Callable[[Tensor, Tensor], Tensor], labels: Tensor, noise: Tensor, clock: Callable[[], float]
 ) -> tuple[float, Tensor]:
-    """Seconds one batch takes, its way to the CPU included, and its images."""
+    """Seconds for one batch, including its copy to the CPU, and its images."""
     began = clock()
     images = make(labels, noise)
     return clock() - began, images

@@ -1,13 +1,13 @@
-"""Training images per second: a plain diffusers training loop beside ddkit's engine, of the same model and batch.
+"""Training images per second: a plain diffusers training loop and ddkit's trainer, with the same model and batch.
 
     python tools/bench_training.py [--preset NAME] [--image-size N] [--classes N] [--batch-size N] [--steps N]
         [--turns N] [--workers N] [--precision NAME] [--no-compile] [--cpu-time] [--device NAME]
 
-The plain loop is that of diffusers' own examples: images from a DataLoader with worker processes that flip, crop
-nothing and normalize them one by one, the autoencoder encodes every batch, diffusers' scheduler adds the noise, mean
-squared error, accelerate, clipped gradients, AdamW and diffusers' EMAModel. Both train the same denoiser of the same
-latents, in turn, after a stretch each to warm up and to compile; the median turn of each counts. With --cpu-time
-the seconds are those that the processes computed, not those that passed, which other work on the machine stretches.
+The plain loop follows diffusers' own examples: images from a DataLoader whose workers flip and normalize them one by
+one, an autoencoder that encodes every batch, diffusers' scheduler for the noise, mean squared error, accelerate, clipped
+gradients, AdamW and diffusers' EMAModel. Both train the same denoiser of the same latents in turn, after a turn each to
+warm up and to compile; the median turn of each counts. --cpu-time measures CPU seconds, which other work on the machine
+does not stretch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddkit.data.store import ImageSet
 from ddkit.generator.autoencoder import build_autoencoder, encode, to_signed
+from ddkit.generator.config import PRECISIONS, GeneratorConfig, ObjectiveConfig
 from ddkit.generator.networks import build_denoiser, null_class, predict
 from ddkit.generator.objective import BETA_SCHEDULES
-from ddkit.generator.presets import PRECISIONS, GeneratorConfig, ObjectiveConfig, preset
+from ddkit.generator.presets import preset
 from ddkit.generator.training.latents import cached_latents
 from ddkit.generator.training.stages import DenoiserStage
-from ddkit.generator.training.trainer import Limits, Trainer
+from ddkit.generator.training.trainer import Trainer
 from ddkit.runtime.device import describe_device, resolve_device
 
 _IMAGES = 2000  # that both train on; random pixels, as speed does not depend on them
@@ -105,7 +106,7 @@ class PlainLoop:
         self.average.step(self.network.parameters())
 
 
-class OurEngine:
+class OurTrainer:
     """Training as `ddkit train` does. Call it with a number of steps."""
 
     def __init__(self, config: GeneratorConfig, images: ImageSet, device: torch.device, folder: Path) -> None:
@@ -115,17 +116,17 @@ class OurEngine:
             folder / "latents.safetensors", autoencoder, images, side, flips=config.flips, identity="bench"
         )
         accelerator = Accelerator(mixed_precision=_ACCELERATE[config.precision], cpu=device.type == "cpu")
-        self.engine = Trainer(
-            DenoiserStage(config, build(config, images), latents), accelerator, folder, Limits(1, record_every=10**6),
+        self.trainer = Trainer(
+            DenoiserStage(config, build(config, images), latents), accelerator, folder, steps=10**6,
             compile_network=config.compile,
         )  # fmt: skip
         # A turn ends like a training, which would write a checkpoint; they come every few minutes.
-        self.engine.save = lambda: None
+        self.trainer.save = lambda: None
 
     def __call__(self, steps: int) -> None:
-        self.engine.limits = dataclasses.replace(self.engine.limits, steps=self.engine.step + steps)
-        self.engine.finished = False
-        self.engine.run()
+        self.trainer.steps = self.trainer.step + steps
+        self.trainer.finished = False
+        self.trainer.run()
 
 
 def build(config: GeneratorConfig, images: ImageSet) -> ModelMixin:
@@ -196,7 +197,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "diffusers": PlainLoop(config, images, device, options.workers),
-            "ddkit": OurEngine(config, images, device, Path(folder)),
+            "ddkit": OurTrainer(config, images, device, Path(folder)),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(options.turns + 1):

@@ -2,15 +2,14 @@
 
     python tools/study_denoiser.py cifar100 --start runs/cifar100 [--out FOLDER] [--minutes N] [--preset NAME] [--table]
 
-The autoencoder and the encoded training set are those of --start. First a U-ViT and a U-Net predict v; the one whose
+The autoencoder and the encoded training set are those of --start. First a U-ViT and a DiT predict v; the one whose
 samples have the smaller Frechet distance then predicts noise, predicts the flow, and predicts v without min-SNR
-weights. Each trains for as many steps as fit into --minutes of a core's own time: seconds a step are measured in CPU
-time, so that other work on the machine takes nothing away from one of them. Threads add up in CPU time, waiting
-included: give the study one (OMP_NUM_THREADS=1).
+weights. Each trains for as many steps as fit into --minutes of CPU time of a core, which other work on the machine does
+not stretch. CPU time includes waiting threads, so give the study one (OMP_NUM_THREADS=1).
 
-Samples are held against real images in features of an official ConvNet trained on real images; a row of real images
-shows what can be reached. With --rounds they are trained on as well. All that is finished is kept in the folder:
-stopped, the study goes on when run again; --table shows what there is so far.
+Samples are compared with real images in the features of an official ConvNet trained on real images; a row of real
+images shows what can be reached. With --rounds they are evaluated as well. Finished results are kept in the folder, so
+the study continues when run again; --table shows what there is so far.
 """
 
 from __future__ import annotations
@@ -32,21 +31,22 @@ from torch import Tensor
 
 from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.generator.config import DenoiserConfig, GeneratorConfig, ObjectiveConfig
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.presets import DenoiserConfig, GeneratorConfig, ObjectiveConfig, preset
-from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample_all
+from ddkit.generator.presets import preset
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.generator.training.latents import LatentSet
 from ddkit.generator.training.stages import DenoiserStage
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
-from ddkit.generator.training.trainer import Limits, Trainer
+from ddkit.generator.training.trainer import Callback, Trainer
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.sets.select import choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 
-# Of about the U-ViT's size in the preset `tiny`; a step takes about twice its time.
-UNET = DenoiserConfig("unet", hidden_size=64, depth=2, num_heads=2)
+# About the size of the U-ViT in the preset `tiny`.
+DIT = DenoiserConfig("dit", hidden_size=192, depth=6, num_heads=3)
 REAL = "real images"
 _STEPS_BETWEEN_TIMES = 5
 _TIMES = 5
@@ -62,7 +62,7 @@ class Arm:
     backbone: str | None = None
 
 
-BACKBONES = (Arm("U-ViT, v", "uvit"), Arm("U-Net, v", "unet"))
+BACKBONES = (Arm("U-ViT, v", "uvit"), Arm("DiT, v", "dit"))
 
 
 def objectives(backbone: Arm) -> list[Arm]:
@@ -141,7 +141,7 @@ class Study:
         config = preset(self.options.preset).config(self.spec.image_size)
         denoiser = config.denoiser
         if arm.architecture != denoiser.architecture:
-            denoiser = dataclasses.replace(UNET, tokens_per_side=denoiser.tokens_per_side)
+            denoiser = dataclasses.replace(DIT, tokens_per_side=denoiser.tokens_per_side)
         return dataclasses.replace(
             config,
             denoiser=denoiser,
@@ -169,9 +169,9 @@ class Study:
         steps = self.findings.of(arm.name)["cost"]["steps"]
         optimizer = dataclasses.replace(config.denoiser_optimizer, steps=steps)
         share_latents([self.options.start], folder)
-        request = TrainingRequest(dataclasses.replace(config, denoiser_optimizer=optimizer), self.options.preset)
-        sampler = Sampler(train(self.data, request, folder), self.options.sampling)
-        return sample_all(sampler, *class_ordered(self.options.images, self.spec.num_classes))
+        request = TrainingRequest(dataclasses.replace(config, denoiser_optimizer=optimizer), folder, self.options.preset)
+        sampler = Sampler(train(self.data, request), self.options.sampling)
+        return torch.cat([*sampler.images(*class_ordered(self.options.images, self.spec.num_classes))])
 
     def _quality(self, images: Tensor) -> Record:
         features = self.features(images)
@@ -190,13 +190,18 @@ class Study:
 def seconds_per_step(stage: DenoiserStage, *, compile_network: bool) -> float:
     """CPU seconds of a step of training, the median of a few; compiling is not counted."""
     times: list[float] = []
-    # The first stretch compiles.
-    limits = Limits(_STEPS_BETWEEN_TIMES * (_TIMES + 1), record_every=_STEPS_BETWEEN_TIMES)
+
+    class Clock(Callback):
+        every = _STEPS_BETWEEN_TIMES
+
+        def on_interval(self, trainer: Trainer) -> None:
+            times.append(time.process_time())
+
+    steps = _STEPS_BETWEEN_TIMES * (_TIMES + 1)  # the first interval compiles
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
-            stage, Accelerator(cpu=True), Path(folder), limits,
-            compile_network=compile_network, on_record=lambda record: times.append(time.process_time()),
-        ).run()  # fmt: skip
+            stage, Accelerator(cpu=True), Path(folder), steps=steps, compile_network=compile_network, callbacks=[Clock()]
+        ).run()
     return median(after - before for before, after in pairwise(times)) / _STEPS_BETWEEN_TIMES
 
 

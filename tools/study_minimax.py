@@ -2,9 +2,9 @@
 
     python tools/study_minimax.py cifar100 --start runs/cifar100 [--out FOLDER] [--steps N] [--sweep R,D ...] [--table]
 
-Every arm starts from the same weights, sees the same batches, and is sampled with the same noise. Its pictures are
-looked at in features of an official ConvNet trained on real images, class by class, and trained on by the protocol.
-All that is finished is kept in the folder: stopped, it goes on when run again; --table shows what there is so far.
+Every arm starts from the same weights, sees the same batches, and is sampled with the same noise. Its samples are
+compared class by class in the features of an official ConvNet trained on real images, and evaluated by the protocol.
+Finished results are kept in the folder, so the study continues when run again; --table shows what there is so far.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor
 from ddkit.data.images import denormalize, normalize, to_uint8
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, generate
+from ddkit.generator.config import GeneratorConfig, MinimaxConfig
 from ddkit.generator.model_folder import Model, ModelFacts, has_model, save_model
-from ddkit.generator.presets import MINIMAX_PRESET, GeneratorConfig, MinimaxConfig, preset
+from ddkit.generator.presets import MINIMAX_PRESET, preset
 from ddkit.generator.pretrained import start_from
 from ddkit.generator.sampling import SamplingSettings
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
@@ -126,7 +127,7 @@ class Study:
         folder = self.findings.folder(arm.name) / "model"
         if arm.weights is not None:
             share_latents([self.options.start, *self.findings.out.glob("*/model")], folder)
-            train(self._data(), TrainingRequest(self._config(*arm.weights), MINIMAX_PRESET), folder)
+            train(self._data(), TrainingRequest(self._config(*arm.weights), folder, MINIMAX_PRESET))
         elif not has_model(folder):
             generator = start_from(str(self.options.start), self.real.class_names, full=True).generator
             save_model(Model(generator.denoiser, generator.autoencoder, self._facts(generator.prediction)), folder)

@@ -27,7 +27,7 @@ from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.sets.distilled import class_labels, load_tensor
-from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, ImageFeatures, choose
+from ddkit.sets.select import FEATURE_METHODS, LABEL_METHODS, ImageFeatures, choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 REAL = "real"
@@ -106,10 +106,10 @@ class Study:
         pool = self.drawn[:, :count] if source == REAL else self._samples(*self.cells[0], count)
         images, labels = pool.flatten(0, 1), class_labels(self.spec.num_classes, count)
 
-        def look(rows: Tensor) -> ImageFeatures:
+        def extract(rows: Tensor) -> ImageFeatures:
             return ImageFeatures(*self.features.with_confidence(images[rows], labels[rows]))
 
-        rows = choose(how, labels, self.options.ipc, self.spec.num_classes, seed=0, look=look)
+        rows = choose(how, labels, self.options.ipc, self.spec.num_classes, seed=0, extract=extract)
         return images[rows].unflatten(0, (self.spec.num_classes, self.options.ipc))
 
     def _quality(self, images: Tensor) -> Record:
@@ -139,7 +139,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=20, help="samples of a class that quality is measured on")
     parser.add_argument("--candidates", type=int, default=100, help="images of a class to choose from")
     parser.add_argument(
-        "--select", nargs="+", choices=(*BLIND_CHOICES, *SEEING_CHOICES), metavar="HOW", default=["random", *SEEING_CHOICES]
+        "--select", nargs="+", choices=(*LABEL_METHODS, *FEATURE_METHODS), metavar="HOW", default=["random", *FEATURE_METHODS]
     )
     parser.add_argument("--reference", type=int, default=100, help="real images of a class that samples are held against")
     parser.add_argument("--ipc", type=int, default=10)

@@ -1,4 +1,4 @@
-"""What `ddkit train --method minimax` adds: its options, and words for what it starts from."""
+"""The options of `ddkit train --method minimax`, and words for the generator that it starts from."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ def _read_class_map(
         return None
     value = read_json(path)
     if not isinstance(value, dict) or not all(type(label) in (str, int, type(None)) for label in value.values()):
-        raise BadFileError(f"{path} is no map of classes.", 'Write it as {"bear": "brown bear", "cloud": null, "ox": 345}.')
+        raise BadFileError(f"{path} is not a map of classes.", 'Write it as {"bear": "brown bear", "cloud": null, "ox": 345}.')
     return tuple(sorted(value.items(), key=lambda pair: pair[0]))
 
 
 _OPTIONS = (
     click.option("--method", type=click.Choice(["diffusion", "minimax"]),
-                 help="diffusion: train from nothing; minimax: fine-tune a generator by the minimax criteria."),
+                 help="diffusion trains a new generator; minimax fine-tunes one by the minimax criteria."),
     click.option("--init", metavar="FOLDER_OR_HUB_ID",
-                 help="minimax: what to start from.  [default: runs/<dataset>, where that holds a generator]"),
-    click.option("--full", is_flag=True, default=None, help="minimax: tune all parameters, not only DiffFit's."),
+                 help="minimax: the generator to start from.  [default: runs/<dataset>, if it holds one]"),
+    click.option("--full", is_flag=True, default=None, help="minimax: train all parameters, not only those of DiffFit."),
     click.option("--lambda-r", type=click.FloatRange(0), help="minimax: weight of representativeness."),
     click.option("--lambda-d", type=click.FloatRange(0), help="minimax: weight of diversity."),
     click.option("--memory-size", type=click.IntRange(1), help="minimax: latents of each class to compare with."),
-    click.option("--epochs", type=click.IntRange(1), help="minimax: over the training set, in place of --steps."),
+    click.option("--epochs", type=click.IntRange(1), help="minimax: passes over the training set, instead of --steps."),
     click.option("--class-map", type=click.Path(exists=True, dir_okay=False, path_type=Path), callback=_read_class_map,
-                 help="minimax: JSON of classes and the start's labels, by name or number, or null for their mean."),
+                 help="minimax: JSON from classes to labels of the start, by name or number, or null for their mean."),
 )  # fmt: skip
 
 
 def minimax_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of --method minimax and --method itself."""
+    """--method and the options of --method minimax."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def described(start: Start) -> str:
-    """What fine-tuning starts from, how much of it is trained, and which classes it knows."""
+    """The start of a fine-tuning: how much of it is trained, and which classes it knows."""
     counts, unmatched = start.parameters, start.classes.unmatched
     known = len(start.classes.names) - len(unmatched)
     text = (
         f"Starting from {escape(start.source)}: {counts.trainable / 1e6:,.2f} M of {counts.total / 1e6:,.2f} M parameters "
-        f"are trained ({100 * counts.fraction:.3g} %), {known} of {len(start.classes.names)} classes known by name"
+        f"are trained ({100 * counts.fraction:.3g} %), {known} of {len(start.classes.names)} classes are known by name"
     )
     if not unmatched:
         return f"{text}."
     more = " ..." if len(unmatched) > _MOST_NAMED else ""
-    return f"{text}; the mean of all stands for {escape(', '.join(unmatched[:_MOST_NAMED]))}{more}."
+    return f"{text}; the mean of all labels stands for {escape(', '.join(unmatched[:_MOST_NAMED]))}{more}."

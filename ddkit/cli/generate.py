@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.markup import escape
@@ -11,49 +11,72 @@ from rich.markup import escape
 from ddkit.cli._options import RUNS_FOLDER, SUBMISSION_FOLDER, device_option, example, output_options, seed_option
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
+from ddkit.generator.config import MOST_SAMPLING_STEPS, SAMPLERS, SAMPLING_PRECISIONS, SamplingSettings, default_guidance
 from ddkit.runtime.environment import is_main
 
-if TYPE_CHECKING:
-    from ddkit.distill.generate import FromModel, FromReal
+_DEFAULTS = SamplingSettings()
+_METHODS = "most-confident, median, least-confident, stratified, herding, k-center, k-medoids, minimax, random or first"
 
 
 @click.command(epilog=example("ddkit generate --ipc 10 --dataset cifar100 --candidates 100"))
-@click.option("--dataset", required=True, help="A dataset of `ddkit data list`.")
-@click.option("--ipc", type=int, default=10, show_default=True, help="Images per class; the challenge asks for 10.")
-@click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="A model folder; runs/<dataset>.")
-@click.option("--candidates", type=click.IntRange(1), help="Images of each class to choose from; see --select.")
+@click.option("--dataset", required=True, help="A dataset that `ddkit data list` shows.")
+@click.option(
+    "--ipc", type=click.IntRange(1), default=10, show_default=True, help="Images per class; the challenge asks for 10."
+)
+@click.option(
+    "--model", type=click.Path(file_okay=False, path_type=Path), help="Folder of the model.  [default: runs/<dataset>]"
+)
+@click.option("--candidates", type=click.IntRange(1), help="Images of each class to sample and choose from; see --select.")
 @click.option(
     "--select",
     metavar="METHOD",
-    help="How to choose from the candidates: easy (the default), herding, k-center, "
-    "k-medoids, minimax, middling, hard, spread, random or first.",
+    help=f"How to choose from the candidates: {_METHODS}.  [default: most-confident]",
 )
 @click.option(
     "--from-real",
     metavar="METHOD",
-    help="Real training images instead of a model's: random and first are the "
-    "baselines, the other methods of --select choose from all.",
+    help="Choose real training images instead of sampling a model: random and first are the usual baselines, and the "
+    "other methods of --select choose from all images.",
 )
-@click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Of the sampler.")
 @click.option(
-    "--guidance", type=click.FloatRange(0), help="How strongly the class is insisted on; 1 is not at all.  [default: 3]"
+    "--sampling-steps",
+    "steps",
+    type=click.IntRange(1, MOST_SAMPLING_STEPS),
+    help=f"Steps of the sampler.  [default: {_DEFAULTS.steps}]",
+)
+@click.option(
+    "--guidance",
+    type=click.FloatRange(0),
+    help="Classifier-free guidance: how strongly images show their class; 1 turns it off.  "
+    f"[default: {default_guidance(10):g}, or {default_guidance(None):g} above 100 images per class]",
 )
 @click.option(
     "--guidance-interval",
     type=(float, float),
     metavar="LOW HIGH",
-    help="The times, 0 (clean) to 1 (noise), in which guidance acts.",
+    help="Times, from 0 (clean) to 1 (noise), in which guidance acts.  "
+    f"[default: {' '.join(f'{time:g}' for time in _DEFAULTS.guidance_interval)}]",
 )
-@click.option("--sampler", type=click.Choice(["ddim", "dpm++", "unipc", "euler"]), help="How noise is removed.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images at once.")
+@click.option(
+    "--mode-guidance",
+    type=click.FloatRange(0),
+    metavar="SCALE",
+    help="Mode guidance: steer image i of a class to mode i of its real images, early in sampling; 0 turns it off, and the "
+    f"paper uses 0.1.  [default: {_DEFAULTS.mode_guidance:g}]",
+)
+@click.option("--sampler", type=click.Choice(SAMPLERS), help=f"How noise is removed.  [default: {_DEFAULTS.sampler}]")
+@click.option("--batch-size", type=click.IntRange(1), help="Images to sample at once.  [default: 1024 on a GPU, else 256]")
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="bfloat16 is faster on GPUs and on processors with instructions for it.",
+    type=click.Choice(SAMPLING_PRECISIONS),
+    help="Precision of sampling. auto is bfloat16 on GPUs that compute it fast, and float32 elsewhere.  "
+    f"[default: {_DEFAULTS.precision}]",
 )
-@click.option("--compile/--no-compile", default=None, help="Compile first; pays from some thousands of images on.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The file; submission/<dataset>.pt.")
-@click.option("--replace", is_flag=True, help="Make it anew, even where the set has been refined or is there already.")
+@click.option("--compile/--no-compile", default=None, help="Compile the networks first; worth it above a few thousand images.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="File of the set.  [default: submission/<dataset>.pt]"
+)
+@click.option("--replace", is_flag=True, help="Make the set again, even if it is complete or has been refined.")
 @seed_option
 @device_option
 @output_options
@@ -73,48 +96,37 @@ def generate(
 ) -> None:
     """Make a distilled set of --ipc images per class, with its JSON and its contact sheet.
 
-    The same seed gives the same images, whatever the batch size and the number of processes: several GPUs share the
-    classes with accelerate launch -m ddkit generate. Choosing looks through the eyes of a network that is
+    The same seed gives the same images, whatever the batch size and the number of processes; several GPUs share the
+    classes with accelerate launch -m ddkit generate. Selection methods that compare images use a network that is
     trained on the real images once, in minutes on a CPU.
     """
-    from ddkit.distill.generate import FromReal
+    from ddkit.distill.generate import FromModel, FromReal
     from ddkit.distill.generate import generate as generate_set
 
-    if from_real and (select or candidates is not None):
-        raise UsageError("--candidates and --select are of a model's images.", "--from-real METHOD chooses from all real ones.")
-    if select and candidates is None:
-        raise UsageError("--select chooses from candidates.", "Say how many of each class with --candidates.")
-    unused = [f"--{name.replace('_', '-')}" for name, value in {"model": model, **sampling}.items() if value is not None]
-    if from_real and unused:
-        raise UsageError(f"{', '.join(unused)}: nothing is sampled with --from-real.")
+    given = {name: value for name, value in sampling.items() if value is not None}
+    source: FromModel | FromReal
     if from_real:
+        if select or candidates is not None:
+            raise UsageError(
+                "--candidates and --select apply to a model's images.", "--from-real METHOD chooses from all real ones."
+            )
+        names = [*(["model"] if model else []), *("sampling_steps" if name == "steps" else name for name in given)]
+        if unused := [f"--{name.replace('_', '-')}" for name in names]:
+            raise UsageError(f"{', '.join(unused)} has no effect with --from-real, which samples nothing.", "Leave it out.")
         source = FromReal(from_real, seed, device)
+        origin = f"from its real training images ({from_real})"
     else:
-        choice = {"candidates": candidates} | ({"select": select} if select else {})
-        source = _from_model(model or RUNS_FOLDER / dataset, seed, device, choice, sampling)
+        if select and candidates is None:
+            raise UsageError("--select needs --candidates.", "Give the number of candidates of each class: --candidates 100.")
+        settings = SamplingSettings(**{"seed": seed, "guidance": default_guidance(ipc)} | given)
+        source = FromModel(model or RUNS_FOLDER / dataset, settings, device, candidates, select or FromModel.select)
+        chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
+        origin = f"with {source.folder}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
-    output.say(f"Making {ipc} images per class of {escape(dataset)} {escape(_origin(source))}.")
+    output.say(f"Making {ipc} images per class of {escape(dataset)} {escape(origin)}.")
     saved = generate_set(dataset, ipc, source, out, replace=replace, progress=output.listen)
     if not is_main():
         return
     output.done([saved.tensor, saved.provenance, saved.sheet], f"ddkit evaluate {saved.tensor}")
     output.result({"tensor": saved.tensor, "facts": saved.provenance, "sheet": saved.sheet})
-
-
-def _from_model(folder: Path, seed: int, device: str, choice: dict[str, Any], sampling: dict[str, Any]) -> FromModel:
-    from ddkit.distill.generate import FromModel
-    from ddkit.generator.sampling import SamplingSettings
-
-    given = {name: value for name, value in sampling.items() if value is not None}
-    return FromModel(folder, SamplingSettings(seed=seed, **given), device, **choice)
-
-
-def _origin(source: FromModel | FromReal) -> str:
-    from ddkit.distill.generate import FromReal
-
-    if isinstance(source, FromReal):
-        return f"from its real training images ({source.choice})"
-    config = source.sampling
-    chosen = f", chosen from {source.candidates} by {source.select}" if source.candidates else ""
-    return f"with {source.folder}: {config.sampler}, {config.steps} steps, guidance {config.guidance:g}{chosen}"

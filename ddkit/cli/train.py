@@ -14,185 +14,139 @@ from rich.table import Table
 from ddkit.cli._minimax import described, minimax_options
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, output_options, recorded_seed_option
 from ddkit.cli._output import Output, span_text
-from ddkit.errors import MissingModelError, UsageError
+from ddkit.generator.config import ARCHITECTURES, PRECISIONS, PREDICTIONS, to_json
+from ddkit.generator.presets import DEFAULT_PRESET, PRESETS
 from ddkit.runtime.environment import is_main, processes
 
 if TYPE_CHECKING:
     from ddkit.generator.training.estimate import Estimate
-    from ddkit.generator.training.options import Plan
-    from ddkit.generator.training.train import Tracking, TrainingData, TrainingRequest
+    from ddkit.generator.training.train import TrainingRequest
 
 
 @click.command(epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
-@click.option("--dataset", required=True, help="A dataset of `ddkit data list`.")
-@click.option("--preset", help="Sizes and settings: demo, tiny, small, base, dit or minimax-paper.  [default: tiny]")
+@click.option("--dataset", required=True, help="A dataset that `ddkit data list` shows.")
+@click.option(
+    "--preset",
+    "preset_name",
+    help=f"Sizes and settings: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}, or what fits into the memory of the GPU]",
+)
 @minimax_options
-@click.option("--steps", type=click.IntRange(1), help="Of denoiser training, in all; the autoencoder's come first.")
-@click.option("--time", "seconds", type=Duration(), help="Of training in all, such as 20m; takes the place of --steps.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of denoiser training in all; the autoencoder's come first.")
+@click.option("--time", "seconds", type=Duration(), help="Training time in all, such as 20m, instead of --steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
-@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="The denoiser's learning rate.")
+@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Learning rate of the denoiser.")
 @click.option(
     "--ema-width",
     type=click.FloatRange(0, 0.28, min_open=True, max_open=True),
-    help="Of the averaged weights' profile, as a share of the training so far.",
+    help="Relative width of the moving average of the weights (sigma_rel of EDM2).",
 )
 @click.option(
     "--ema-decay",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Of the averaged weights at every step, in place of that profile.",
+    help="Constant decay of the moving average of the weights, instead of --ema-width.",
 )
-@click.option("--accumulation", type=click.IntRange(1), help="Parts a step is computed in, where memory is short.")
-@click.option("--prediction", type=click.Choice(["flow", "v", "epsilon"]), help="What the denoiser predicts.")
+@click.option("--accumulation", type=click.IntRange(1), help="Parts that a step is computed in, to save memory.")
+@click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the denoiser learns to predict.")
 @click.option(
     "--label-dropout",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of images shown without their class, which guidance needs.",
+    help="Fraction of images shown without their class, which guidance needs.",
 )
 @click.option(
-    "--min-snr", type=click.FloatRange(0), help="Gamma of the min-SNR weights, which v and epsilon have; 0 for equal weights."
+    "--min-snr",
+    type=click.FloatRange(0),
+    help="Gamma of the min-SNR weights of v and epsilon; 0 gives all noise levels the same weight.",
 )
-@click.option("--architecture", type=click.Choice(["uvit", "unet", "dit"]), help="Of the denoiser.")
-@click.option("--flips/--no-flips", default=None, help="Show images mirrored as well; wrong for letters and digits.")
+@click.option("--architecture", type=click.Choice(ARCHITECTURES), help="Architecture of the denoiser.")
+@click.option("--flips/--no-flips", default=None, help="Also show images mirrored; wrong for letters and digits.")
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the computation; bfloat16 is faster on GPUs and on processors with instructions for it.",
+    type=click.Choice(PRECISIONS),
+    help="Precision of the computation. bfloat16 is faster on GPUs and on processors with instructions for it.  "
+    "[default: the preset's, or bfloat16 on GPUs that have it]",
 )
-@click.option("--compile/--no-compile", default=None, help="Compile the networks first.")
+@click.option("--compile/--no-compile", default=None, help="Compile the networks if the training is long enough.")
 @click.option(
-    "--autoencoder",
-    "pretrained_autoencoder",
-    metavar="HUB_ID_OR_FOLDER",
-    help="A pretrained one to use, such as stabilityai/sd-vae-ft-mse.",
+    "--autoencoder", metavar="HUB_ID_OR_FOLDER", help="Use a pretrained autoencoder, such as stabilityai/sd-vae-ft-mse."
 )
-@click.option("--resume", is_flag=True, help="Insist on going on: an error where there is nothing to go on from.")
-@click.option("--fresh", is_flag=True, help="Start over: removes the training that is in the folder.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder.  [default: runs/<dataset>]")
+@click.option("--resume", is_flag=True, help="Fail if there is no training to continue.")
+@click.option("--fresh", is_flag=True, help="Remove the training in the folder, and start over.")
+@click.option(
+    "--out", "folder", type=click.Path(file_okay=False, path_type=Path), help="Folder of the run.  [default: runs/<dataset>]"
+)
 @click.option(
     "--track-every",
     type=click.IntRange(0),
     metavar="STEPS",
-    help="Score the model so often by its Frechet distance, and keep the best; 0 for never.",
+    help="Score the model by its Frechet distance every so many steps, and keep the best; 0 for never.",
 )
 @click.option(
     "--features",
     type=click.Choice(["convnet", "inception"]),
-    help="Of the Frechet distance: of a ConvNet trained on the real images, or of Inception.  [default: convnet]",
+    help="Compute the Frechet distance in a ConvNet trained on the real images, or in Inception.  [default: convnet]",
 )
-@click.option("--save-every", type=Duration(), default="5m", show_default=True, help="How much work a kill may cost.")
-@click.option("--tensorboard", is_flag=True, help="Write records for TensorBoard too.")
-@click.option("--dry-run", is_flag=True, help="Only say what it would take: parameters, memory, speed.")
+@click.option(
+    "--save-every",
+    "save_every_seconds",
+    type=Duration(),
+    default="5m",
+    show_default=True,
+    help="Time between two checkpoints, which is the most work that a kill can cost.",
+)
+@click.option("--tensorboard", is_flag=True, help="Also write records for TensorBoard.")
+@click.option("--dry-run", is_flag=True, help="Only show what the training would cost: parameters, memory, speed.")
 @device_option
 @recorded_seed_option
 @output_options
-def train(
-    output: Output,
-    dataset: str,
-    seconds: float | None,
-    resume: bool,
-    fresh: bool,
-    out: Path | None,
-    save_every: float,
-    device: str,
-    tensorboard: bool,
-    dry_run: bool,
-    **settings: Any,
-) -> None:
-    """Train a generator: an autoencoder, then a denoiser of its latents; or fine-tune one that is there.
+def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
+    """Train a generator, or continue its training.
 
-    Run it again to go on where it stopped, or, with more --steps or --time, to train on. Several GPUs share the batches:
+    An autoencoder is trained first, then a denoiser of its latents. Run the command again to continue after an
+    interruption, or to train for longer with more --steps or --time. Several GPUs share the batches with
     accelerate launch -m ddkit train.
     """
-    from ddkit.generator.training.options import TrainingOptions, plan_training
-    from ddkit.generator.training.run_folder import has_training
-    from ddkit.generator.training.train import TrainingRequest
-
-    wishes = TrainingOptions(**settings)
-    output.quiet = output.quiet or not is_main()
-    if wishes.steps is not None and seconds is not None:
-        raise UsageError("--steps and --time contradict each other.")
-    if resume and fresh:
-        raise UsageError("--resume and --fresh contradict each other.")
-    if wishes.epochs is not None and (wishes.steps is not None or seconds is not None):
-        raise UsageError("--epochs says how long to train, as --steps and --time do: give one of them.")
-    own = RUNS_FOLDER / dataset
-    folder = out or (RUNS_FOLDER / f"{dataset}-minimax" if wishes.tunes() else own)
-    if resume and not has_training(folder):
-        raise MissingModelError(f"There is no training in {folder} to go on from.", "Leave --resume away to begin one.")
-    data = _open(output, dataset)
-    plan = plan_training(data, folder, wishes, own=own, fresh=fresh)
-    if plan.start is not None:
-        output.say(described(plan.start))
-    if dry_run:
-        _show_costs(output, plan, data, device, seconds)
-        return
-    tracking = _tracking(output, data, device, plan)
-    request = TrainingRequest(plan.config, plan.preset, seconds, device, save_every, tensorboard)
-    _train(output, data, request, folder, fresh, tracking, plan)
-
-
-def _open(output: Output, dataset: str) -> TrainingData:
-    from ddkit.data.prepare import open_dataset
-    from ddkit.data.store import store_hash
-    from ddkit.generator.training.train import TrainingData
-
-    images = open_dataset(dataset, "train", progress=output.listen)
-    return TrainingData(dataset, images, store_hash(dataset, "train"))
-
-
-def _tracking(output: Output, data: TrainingData, device: str, plan: Plan) -> Tracking | None:
-    from ddkit.generator.training.tracking import track_frechet_in
-    from ddkit.runtime.device import own_device, resolve_device
-
-    if not plan.track_every or len(data.images) < 2:
-        return None
-    return track_frechet_in(
-        plan.features,
-        data,
-        every_steps=plan.track_every,
-        device=own_device(resolve_device(device)),
-        progress=output.listen,
-    )
-
-
-def _train(
-    output: Output,
-    data: TrainingData,
-    request: TrainingRequest,
-    folder: Path,
-    fresh: bool,
-    tracking: Tracking | None,
-    plan: Plan,
-) -> None:
-    from ddkit.generator.training.estimate import check_memory
+    from ddkit.generator.training.plan import SETTINGS, plan_training, require_memory
     from ddkit.generator.training.run_folder import CHART_FILE, has_training
+    from ddkit.generator.training.train import TrainingData
     from ddkit.generator.training.train import train as train_generator
-    from ddkit.runtime.device import resolve_device
 
-    classes, device = len(data.images.class_names), resolve_device(request.device)
-    check_memory(plan.config, data.image_size, classes, device, processes=processes(), start=plan.start)
-    verb = "Going on with" if has_training(folder) and not fresh else "Fine-tuning" if plan.start else "Training"
+    output.quiet = output.quiet or not is_main()
+    data = TrainingData.open(dataset, progress=output.listen)
+    settings = {name: options.pop(name) for name in SETTINGS}
+    request = plan_training(data, settings, runs=RUNS_FOLDER, **options)
+    for choice in request.choices:
+        output.say(escape(choice))
+    if request.start is not None:
+        output.say(described(request.start))
+    if dry_run:
+        _show_costs(output, request, data.image_size, data.num_classes)
+        return
+    require_memory(data, request)
+    verb = "Fine-tuning" if request.start else "Training"
+    if has_training(request.folder) and not request.fresh:
+        verb = "Continuing to train"
+    folder = request.folder
     output.say(
-        f"{verb} a generator on {escape(data.name)}, preset {plan.preset}, {_length(request)}, in {escape(str(folder))}."
+        f"{verb} a generator on {escape(dataset)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
     )
-    model = train_generator(data, request, folder, start=plan.start, tracking=tracking, fresh=fresh, progress=output.listen)
+    model = train_generator(data, request, progress=output.listen)
     if not is_main():
         return
-    next_command = f"ddkit generate --ipc 10 --dataset {data.name}" + _model_option(folder, data.name)
-    output.done([folder, folder / CHART_FILE], next_command)
+    model_option = "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
+    output.done([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {dataset}{model_option}")
     output.result(
         {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
         | {"metrics": dict(model.facts.metrics)}
-        | _start_facts(plan)
+        | _start_facts(request)
     )
 
 
-def _start_facts(plan: Plan) -> dict[str, Any]:
-    """Of what fine-tuning starts from: how much of it is trained, and which classes it does not know."""
-    if plan.start is None:
+def _start_facts(request: TrainingRequest) -> dict[str, Any]:
+    """The start of a fine-tuning: how much of it is trained, and which classes it does not know."""
+    if request.start is None:
         return {}
-    parameters, classes = plan.start.parameters, plan.start.classes
-    return {"start": {"source": plan.start.source, "trainable_parameters": parameters.trainable,
+    parameters, classes = request.start.parameters, request.start.classes
+    return {"start": {"source": request.start.source, "trainable_parameters": parameters.trainable,
                       "parameters": parameters.total, "unmatched_classes": list(classes.unmatched)}}  # fmt: skip
 
 
@@ -204,39 +158,37 @@ def _length(request: TrainingRequest) -> str:
     return f"{before}{config.denoiser_optimizer.steps:,} steps"
 
 
-def _model_option(folder: Path, dataset: str) -> str:
-    return "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
-
-
-def _show_costs(output: Output, plan: Plan, data: TrainingData, device: str, seconds: float | None) -> None:
-    from ddkit.generator.presets import to_json
+def _show_costs(output: Output, request: TrainingRequest, image_size: int, num_classes: int) -> None:
     from ddkit.generator.training.estimate import estimate, shortage
     from ddkit.runtime.device import resolve_device
 
     if not is_main():
         return
-    output.say("Trying each stage for a few seconds; nothing is kept.")
-    of = (plan.config, data.image_size, len(data.images.class_names), resolve_device(device))
-    costs = estimate(*of, processes=processes(), start=plan.start)
+    output.say("Measuring each stage for a few seconds; nothing is kept.")
+    subject = (request.config, image_size, num_classes, resolve_device(request.device))
+    costs = estimate(*subject, processes=processes(), start=request.start)
     if not costs.fits:
-        output.say(f"[yellow]{escape(str(shortage(costs, *of, processes=processes())))}[/]")
-    steps = [stage.steps for stage in costs.stages] if seconds is None else costs.steps_within(seconds)
-    facts = {"fits": costs.fits, "steps": steps, "config": to_json(plan.config)} | _start_facts(plan)
-    output.result(dataclasses.asdict(costs) | facts, _cost_table(costs, steps))
+        output.say(f"[yellow]{escape(str(shortage(costs, *subject, processes=processes())))}[/]")
+    if request.seconds is None:
+        steps: Sequence[int | None] = [stage.steps for stage in costs.stages]
+    else:
+        steps = costs.steps_within(request.seconds)
+    facts = {"fits": costs.fits, "steps": steps, "config": to_json(request.config), "choices": request.choices}
+    output.result(dataclasses.asdict(costs) | facts | _start_facts(request), _cost_table(costs, steps))
 
 
 def _cost_table(costs: Estimate, steps: Sequence[int | None]) -> Table:
-    table = Table("stage", "parameters", "memory", "images/s", "steps", "batch", "in all")
+    table = Table("stage", "parameters", "memory", "images/s", "steps", "batch", "time")
     for stage, count in zip(costs.stages, steps, strict=True):
-        unknown = stage.images_per_second is None
+        speed, seconds = stage.images_per_second, stage.seconds_for(count)
         table.add_row(
             stage.stage,
             f"{stage.parameters / 1e6:.2f} M",
             f"{stage.memory / 2**20:,.0f} MiB",
-            "does not fit" if unknown else f"{stage.images_per_second:,.0f}",
-            "–" if count is None else f"{count:,}",
+            "does not fit" if speed is None else f"{speed:,.0f}",
+            "n/a" if count is None else f"{count:,}",
             f"{stage.batch_size:,}",
-            "–" if unknown else span_text(count * stage.seconds_a_step),
+            "n/a" if seconds is None else span_text(seconds),
         )
-    table.caption = f"{costs.free_memory / 2**30:.1f} GiB of memory are free; not compiled, so at worst"
+    table.caption = f"{costs.free_memory / 2**30:.1f} GiB of memory are free. Compiled training is faster than shown."
     return table

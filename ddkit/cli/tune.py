@@ -82,7 +82,7 @@ def tune(
 
     settings = EvaluationSettings(track=int(track), **evaluation)
     grid = Grid(steps or Grid.steps, guidance or Grid.guidance, settings)
-    entry = EntryModel(dataset, model or RUNS_FOLDER / dataset, EntrySettings(SamplingSettings(sampler)))
+    entry = EntryModel(dataset, model or RUNS_FOLDER / dataset, EntrySettings(SamplingSettings(sampler, precision="float32")))
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
     longest = len(grid.points) * settings.number_of_rounds * settings.budget
     spec = dataset_spec(dataset)

@@ -1,10 +1,10 @@
-"""Making a distilled set: images of a generator, or real ones to hold it against, in the challenge's form."""
+"""Making a distilled set: images of a generator, or real ones to compare it with, in the challenge's form."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, class_names, class_titles, dataset_spec, store_hash
 from ddkit.distill.partial_set import PartialSet
 from ddkit.errors import InterruptedRunError, UsageError
+from ddkit.generator.config import SamplingSettings
 from ddkit.generator.model_folder import Model, load_model, model_hash
-from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample
+from ddkit.generator.modes import find_modes
+from ddkit.generator.sampling import Sampler, class_ordered, resolve_settings
 from ddkit.metrics.features import reference_features
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
@@ -37,44 +39,42 @@ from ddkit.sets.distilled import (
     save_set,
     set_files,
 )
-from ddkit.sets.select import BLIND_CHOICES, ImageFeatures, check_choice, choose, choose_in_class
+from ddkit.sets.select import DEFAULT_METHOD, LABEL_METHODS, ImageFeatures, check_method, choose, choose_in_class
 
 log = logging.getLogger(__name__)
+
+Extract = Callable[[Tensor, Tensor], ImageFeatures]  # images (n, 3, S, S) uint8 and labels (n,) -> their features
 
 
 @dataclass(frozen=True)
 class FromModel:
     """Images of a trained generator.
 
-    folder: of the model. device: as `resolve_device` names it. candidates: images of each class to choose from, None
-    for as many as the set takes. select: how to choose, as `ddkit.sets.select.choose` has it.
+    folder: the model's. device: a name for `resolve_device`. candidates: images of each class to choose from; None
+    takes the samples as they come. select: the selection method, one of `ddkit.sets.select`.
     """
 
     folder: Path
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     device: str = "cpu"
     candidates: int | None = None
-    select: str = "easy"
+    select: str = DEFAULT_METHOD
 
     def __post_init__(self) -> None:
-        check_choice(self.select)
-
-    @property
-    def looks(self) -> bool:
-        """Whether images are looked at to choose among them."""
-        return self.candidates is not None and self.select not in BLIND_CHOICES
+        check_method(self.select)
 
 
 @dataclass(frozen=True)
 class FromReal:
-    """Real training images. choice: as `ddkit.sets.select.choose` has it. device: to look at them on."""
+    """Real training images. select: the selection method, one of `ddkit.sets.select`. device: where features are
+    computed."""
 
-    choice: str = "random"
+    select: str = "random"
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_choice(self.choice)
+        check_method(self.select)
 
 
 def generate(
@@ -82,75 +82,173 @@ def generate(
 ) -> SetFiles:
     """Write a distilled set of `ipc` images per class, its JSON and its contact sheet; earlier ones are replaced.
 
-    out: where the tensor goes, a .pt file. Samples of a model are kept beside it as they are made: stopped, even
-    killed, the same call goes on with what is missing, and does nothing where all of it is there. Processes that
-    `accelerate launch` started share the classes; the images do not depend on how many there are. replace: make it anew
-    in any case, also in the place of a refined set, which has cost hours.
-    Raises UsageError for an ipc below one, another ending, an unknown dataset or a model of another one, or a refined
-    set at `out`, InterruptedRunError once asked to stop, and what `load_model`, `open_dataset` and `save_set` raise.
+    out: the tensor's path, a .pt file. A model's samples are kept next to it while they are made, so that the same call
+    continues after an interruption or a kill; it does nothing when the set is complete. Processes that
+    `accelerate launch` started share the classes, and the images do not depend on their number. replace: make the set
+    again in any case, even over a refined set, which has cost hours.
+    Raises UsageError for fewer than one image a class, another ending than .pt, an unknown dataset, a model of another
+    dataset, or a refined set at `out`; InterruptedRunError once asked to stop; and what `load_model`, `open_dataset`,
+    `find_modes` and `save_set` raise.
     """
     if ipc < 1:
-        raise UsageError(f"A set needs at least one image per class, not {ipc}.", "The challenge asks for --ipc 10.")
+        raise UsageError(f"A set needs at least one image per class, got {ipc}.", "The challenge asks for --ipc 10.")
     require_tensor_name(out)
     if not replace and read_provenance(out).get("kind") == KIND_REFINED:
-        raise UsageError(f"{out} has been refined, which would be lost.", "Name another file with --out, or say --replace.")
+        raise UsageError(f"{out} is a refined set, which would be lost.", "Name another file with --out, or add --replace.")
     if isinstance(source, FromReal):
-        return _save(dataset, out, *_real(dataset, ipc, source, progress))
+        return _save(dataset, out, *_choose_real(dataset, ipc, source, progress))
     return _generate_samples(dataset, ipc, source, out, replace, progress)
 
 
-def _save(dataset: str, out: Path, images: Tensor, made_by: dict[str, Any]) -> SetFiles:
+def _save(dataset: str, out: Path, images: Tensor, provenance: dict[str, Any]) -> SetFiles:
     spec = dataset_spec(dataset)
-    return save_set(out, normalize(images, spec), spec, class_titles(dataset), {**made_by, "versions": versions()})
+    return save_set(out, normalize(images, spec), spec, class_titles(dataset), {**provenance, "versions": versions()})
+
+
+def _choose_real(dataset: str, ipc: int, source: FromReal, progress: Listener) -> tuple[Tensor, dict[str, Any]]:
+    """(classes * ipc, 3, S, S) uint8 of the training set, and their provenance."""
+    real = open_dataset(dataset, "train", progress=progress)
+    by_rows = None
+    if source.select not in LABEL_METHODS:
+        extract = _extractor(real, dataset, resolve_device(source.device), progress)
+
+        def by_rows(rows: Tensor) -> ImageFeatures:
+            return extract(real.images[rows], real.labels[rows])
+
+    rows = choose(source.select, real.labels, ipc, len(real.class_names), seed=source.seed, extract=by_rows)
+    provenance = {
+        "kind": f"{source.select}-real",
+        "selection": source.select,
+        "seed": source.seed,
+        "dataset_sha256": store_hash(dataset, "train"),
+    }
+    return real.images[rows], provenance
 
 
 def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, replace: bool, progress: Listener) -> SetFiles:
-    """A set of a model's images; what an earlier call has made of it is taken up, and a whole one is left as it is."""
+    """A set of a model's images, continuing what an earlier call has left."""
     spec = dataset_spec(dataset)
     group = ProcessGroup(resolve_device(source.device))
+    settings = resolve_settings(source.sampling, group.device)
     model = load_model(source.folder, dataset=dataset)
     _check_model(model, dataset, source.folder)
     if source.candidates is not None and source.candidates < ipc:
         raise UsageError(
             f"{ipc} images of each class cannot be chosen from {source.candidates}.", f"Ask for --candidates {ipc} or more."
         )
-    made_by = _made_by(model, source)
-    identity = _identity(made_by, ipc, spec, store_hash(dataset, "train") if source.looks else "")
+    needs_features = source.candidates is not None and source.select not in LABEL_METHODS
+    provenance = _provenance(model, source, settings)
+    identity = _identity(provenance, ipc, spec, store_hash(dataset, "train") if needs_features else "")
     classes = group.local_items(range(spec.num_classes))
-    parts = PartialSet(out, identity, spec.image_shape)
-    if not replace and read_provenance(out).get("request") == parts.digest:
-        log.info("%s has just these images already", out)
-        return _with_sheet(out, spec) if group.is_main else set_files(out)
+    partial = PartialSet(out, identity, spec.image_shape)
+    request = partial.digest
+    if not replace and read_provenance(out).get("request") == request:
+        log.info("%s is complete, with these very images", out)
+        files = set_files(out)
+        if group.is_main and not files.sheet.exists():
+            draw_sheet(load_tensor(out, spec), spec, class_titles(spec.name), files.sheet)
+        return files
     if group.size > 1:  # each process keeps its own
-        parts = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)
-    request, view = parts.digest, None
-    if source.looks:
+        partial = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)
+    modes = extract = None
+    if settings.mode_guidance:
+        real = open_dataset(dataset, "train", progress=progress)
+        modes = find_modes(
+            source.folder, model, real.labels, ipc, seed=settings.seed, dataset_sha256=store_hash(dataset, "train")
+        )
+    if needs_features:
         real = open_dataset(dataset, "train", progress=progress)
         if not group.is_main:
-            group.gather([])  # what looks at images is trained once, by the process that leads
-        view = _views(real, dataset, group.device, progress)
+            group.gather([])  # the main process trains the feature network, once
+        extract = _extractor(real, dataset, group.device, progress)
         if group.is_main:
             group.gather([])
-    rows = _Rows(classes, ipc, source, Sampler(model, source.sampling, group.device), view, progress)
-    of_classes = group.gather(list(zip(classes, _complete(rows, parts).unflatten(0, (len(classes), ipc)), strict=True)))
+    sampler = Sampler(model, settings, group.device, modes=modes)
+    images = _complete(sampler, classes, ipc, source, extract, partial, progress)
+    by_class = group.gather(list(zip(classes, images.unflatten(0, (len(classes), ipc)), strict=True)))
     if group.is_main:
-        images = torch.cat([of_class for _, of_class in sorted(of_classes, key=lambda one: one[0])])
-        _save(dataset, out, images, made_by | {"request": request})
-    group.gather([])  # the set is there before anybody drops what it was made of, or goes on
-    parts.drop()
+        whole = torch.cat([images for _, images in sorted(by_class, key=lambda pair: pair[0])])
+        _save(dataset, out, whole, provenance | {"request": request})
+    group.gather([])  # the set is written before any process removes its partial set or goes on
+    partial.discard()
     return set_files(out)
 
 
-def _with_sheet(out: Path, spec: DatasetSpec) -> SetFiles:
-    """The files of the set that is there, the contact sheet drawn again where it is missing."""
-    files = set_files(out)
-    if not files.sheet.exists():
-        draw_sheet(load_tensor(out, spec), spec, class_titles(spec.name), files.sheet)
-    return files
+def _complete(
+    sampler: Sampler,
+    classes: Sequence[int],
+    ipc: int,
+    source: FromModel,
+    extract: Extract | None,
+    partial: PartialSet,
+    progress: Listener,
+) -> Tensor:
+    """All rows of some classes, (classes * ipc, 3, S, S) uint8: those kept by earlier calls, and the missing ones.
+
+    Raises InterruptedRunError once asked to stop, with the rows made so far kept.
+    """
+    total = len(classes) * ipc
+    made = [partial.load()[:total]]
+    done = len(made[0])
+    if done:
+        log.info("Continuing after %d of %d images that an earlier run has made", done, total)
+    with stop_requests() as stop:
+        for new in _missing_rows(sampler, classes, ipc, source, extract, done, stop, progress):
+            made.append(new)
+            done += len(new)
+            if done < total or stop:  # the last rows go straight into the set
+                partial.append(done - len(new), new)
+            if stop:
+                break
+        if stop:
+            kept = f"with {done} of {total} images made; they are kept" if done else "before any image was made"
+            raise InterruptedRunError(f"Stopped {kept}.", "Run the same command again to continue.")
+    return torch.cat(made)
 
 
-def _made_by(model: Model, source: FromModel) -> dict[str, Any]:
-    """How a model's images are made, for the JSON beside them."""
+def _missing_rows(
+    sampler: Sampler,
+    classes: Sequence[int],
+    ipc: int,
+    source: FromModel,
+    extract: Extract | None,
+    done: int,
+    stop: StopRequest,
+    progress: Listener,
+) -> Iterator[Tensor]:
+    """Yield the rows that follow the first `done`, (n, 3, S, S) uint8: batch by batch, or class by class if chosen.
+
+    Chosen from candidates, the sequence ends early when asked to stop.
+    """
+    if source.candidates is None:
+        places, indices = class_ordered(ipc, len(classes))
+        labels = torch.tensor(classes, dtype=torch.int64)[places]
+        for images in sampler.images(labels[done:], indices[done:]):
+            yield images
+            done += len(images)
+            progress(Progress("Sampling", done, len(labels), "images"))
+        return
+    for place, label in list(enumerate(classes))[done // ipc :]:
+        labels = torch.full((source.candidates,), label)
+        made: list[Tensor] = []
+        for images in sampler.images(labels, torch.arange(source.candidates)):
+            made.append(images)
+            sampled = place * source.candidates + sum(map(len, made))
+            progress(Progress("Sampling and choosing", sampled, len(classes) * source.candidates, "images"))
+            if stop:
+                return
+        candidates = torch.cat(made)
+        features = extract(candidates, labels) if extract else None
+        seed = sampler.settings.seed
+        yield candidates[choose_in_class(source.select, len(labels), ipc, seed=seed, label=label, features=features)]
+
+
+def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> dict[str, Any]:
+    """How a model's images are made."""
+    sampling = dataclasses.asdict(settings)
+    del sampling["compile"]
+    if not settings.mode_guidance:
+        del sampling["mode_guidance"]
     return {
         "kind": KIND_GENERATED,
         "model": str(source.folder),
@@ -158,134 +256,38 @@ def _made_by(model: Model, source: FromModel) -> dict[str, Any]:
         "model_steps": model.facts.steps,
         "selection": "none" if source.candidates is None else source.select,
         **({} if source.candidates is None else {"candidates": source.candidates}),
-        **{name: value for name, value in dataclasses.asdict(source.sampling).items() if name != "compile"},
+        **sampling,
     }
 
 
-def _identity(made_by: dict[str, Any], ipc: int, spec: DatasetSpec, dataset_sha256: str) -> dict[str, Any]:
-    """What decides on the images and on how they are written: not the folder's name, nor how many are made at once."""
-    own = {name: value for name, value in made_by.items() if name not in ("model", "batch_size")}
+def _identity(provenance: dict[str, Any], ipc: int, spec: DatasetSpec, dataset_sha256: str) -> dict[str, Any]:
+    """Everything that decides the set's bytes: neither the model folder's name nor the batch size does."""
+    own = {name: value for name, value in provenance.items() if name not in ("model", "batch_size")}
     normalization = [spec.mean, spec.std]
     return {**own, "ipc": ipc, "normalisation": normalization, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
 
 
-def _complete(rows: _Rows, parts: PartialSet) -> Tensor:
-    """All rows of a set, (classes * ipc, 3, S, S) uint8: those kept, and what is missing, kept as it is made.
-
-    Raises InterruptedRunError once asked to stop.
-    """
-    made = [parts.kept()[: rows.total]]
-    done = len(made[0])
-    if done:
-        log.info("Going on after %d of %d images that an earlier run has made", done, rows.total)
-    with stop_requests() as stop:
-        for new in rows.after(done, stop):
-            made.append(new)
-            done += len(new)
-            if done < rows.total or stop:  # else the last ones are in the set at once
-                parts.keep(done - len(new), new)
-            if stop:
-                break
-        if stop:
-            kept = f"with {done} of {rows.total} images made; they are kept" if done else "before any image was made"
-            raise InterruptedRunError(f"Stopped {kept}.", "Run the same command again to go on.")
-    return torch.cat(made)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What makes the rows of a set's classes. view: what is seen in images of labels; None where no choice looks."""
-
-    classes: list[int]
-    ipc: int
-    source: FromModel
-    sampler: Sampler
-    view: Callable[[Tensor, Tensor], ImageFeatures] | None
-    progress: Listener
-
-    @property
-    def total(self) -> int:
-        return len(self.classes) * self.ipc
-
-    def after(self, done: int, stop: StopRequest) -> Iterator[Tensor]:
-        """(n, 3, S, S) uint8, again and again: the rows that follow the first `done`."""
-        return self._samples(done) if self.source.candidates is None else self._chosen(done, stop)
-
-    def _samples(self, done: int) -> Iterator[Tensor]:
-        """All samples, batch by batch."""
-        places, indices = class_ordered(self.ipc, len(self.classes))
-        labels = torch.tensor(self.classes, dtype=torch.int64)[places]
-        for batch in sample(self.sampler, labels[done:], indices[done:]):
-            yield batch.images
-            done += len(batch.images)
-            self.progress(Progress("Sampling", done, self.total, "images"))
-
-    def _chosen(self, done: int, stop: StopRequest) -> Iterator[Tensor]:
-        """Class by class: its candidates are sampled, looked at, and only the chosen kept. Ends when asked to stop."""
-        for place in range(done // self.ipc, len(self.classes)):
-            label = self.classes[place]
-            candidates = self._candidates(place, stop)
-            if stop:
-                return
-            labels = torch.full((len(candidates),), label)
-            yield candidates[
-                choose_in_class(
-                    self.source.select, len(candidates), self.ipc, seed=self.source.sampling.seed, label=label,
-                    view=self.view(candidates, labels) if self.view else None,
-                )
-            ]  # fmt: skip
-
-    def _candidates(self, place: int, stop: StopRequest) -> Tensor:
-        """(candidates, 3, S, S) uint8 of the class at that place; fewer when asked to stop."""
-        count, made = self.source.candidates, []
-        for batch in sample(self.sampler, torch.full((count,), self.classes[place]), torch.arange(count)):
-            made.append(batch.images)
-            done = place * count + sum(map(len, made))
-            self.progress(Progress("Sampling and choosing", done, len(self.classes) * count, "images"))
-            if stop:
-                break
-        return torch.cat(made)
-
-
-def _views(real: ImageSet, dataset: str, device: torch.device, progress: Listener) -> Callable[[Tensor, Tensor], ImageFeatures]:
-    """A function of images and labels to what a network trained on the real images sees in them."""
+def _extractor(real: ImageSet, dataset: str, device: torch.device, progress: Listener) -> Extract:
+    """The features and confidences of a network that is trained on the real images."""
     features = reference_features(real, dataset_spec(dataset), device=device, progress=progress)
     return lambda images, labels: ImageFeatures(*features.with_confidence(images, labels))
 
 
-def _real(dataset: str, ipc: int, source: FromReal, progress: Listener) -> tuple[Tensor, dict[str, Any]]:
-    """(classes * ipc, 3, S, S) uint8 of the training set, and how they were chosen."""
-    real = open_dataset(dataset, "train", progress=progress)
-    view = None if source.choice in BLIND_CHOICES else _views(real, dataset, resolve_device(source.device), progress)
-
-    def look(rows: Tensor) -> ImageFeatures:
-        return view(real.images[rows], real.labels[rows])
-
-    rows = choose(source.choice, real.labels, ipc, len(real.class_names), seed=source.seed, look=look)
-    made_by = {
-        "kind": f"{source.choice}-real",
-        "selection": source.choice,
-        "seed": source.seed,
-        "dataset_sha256": store_hash(dataset, "train"),
-    }
-    return real.images[rows], made_by
-
-
 def _check_model(model: Model, dataset: str, folder: Path) -> None:
-    """Raise UsageError where a dataset was prepared anew, with other classes or sizes, after the model was trained."""
+    """Raise UsageError when the dataset was prepared with other classes or sizes after the model was trained."""
     known, asked = model.facts.class_names, class_names(dataset)
     remedy = "Train a model on the dataset as it is now."
     if len(known) != len(asked):
-        raise UsageError(f"The model in {folder} knows {len(known)} classes, the dataset has {len(asked)}.", remedy)
+        raise UsageError(f"The model in {folder} knows {len(known)} classes, but the dataset has {len(asked)}.", remedy)
     if known != asked:
         label = next(label for label in range(len(asked)) if known[label] != asked[label])
         raise UsageError(
-            f"The model in {folder} knows other classes than '{dataset}' has now: class {label} is {known[label]} there, "
-            f"and {asked[label]} in the dataset.",
+            f"The model in {folder} was trained on other classes than '{dataset}' has now: class {label} was "
+            f"{known[label]} and is {asked[label]}.",
             remedy,
         )
     size = dataset_spec(dataset).image_size
     if model.facts.image_size != size:
         raise UsageError(
-            f"The model in {folder} makes images of {model.facts.image_size} pixels, '{dataset}' has {size}.", remedy
+            f"The model in {folder} makes images of {model.facts.image_size} pixels, but '{dataset}' has {size}.", remedy
         )

@@ -1,7 +1,7 @@
-"""Finished parts of a set in the making, kept on disk beside it until the set itself is written.
+"""Finished rows of a set in the making, kept on disk until the set itself is written.
 
-They lie in a hidden folder that is named after the set and after what makes its images, so that a run with other
-settings or another model never takes them for its own and does not destroy them either.
+They lie in a hidden folder next to the set, named after the set and after everything that decides its images, so that a
+run with other settings or another model neither uses nor destroys them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _PART = re.compile(r"rows-(\d+)\.safetensors")
 
 
 class PartialSet:
-    """Rows of one set, kept from the first one on without a gap.
+    """The rows of one set, from the first one on without a gap.
 
-    path: where the set will be. identity: plain values, all that its images depend on. shape: (3, S, S) of an image.
-    digest: of the identity.
+    path: the path of the set. identity: plain values, everything that its images depend on; digest: their hash.
+    shape: (3, S, S), the shape of an image.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], shape: tuple[int, ...]) -> None:
@@ -46,12 +46,12 @@ class PartialSet:
         self._folder = path.parent / f".{path.stem}.parts-{digest}"
         self._warn_of_others()
 
-    def kept(self) -> Tensor:
+    def load(self) -> Tensor:
         """(n, 3, S, S) uint8: the rows that earlier runs have made, up to the first that is missing or damaged."""
         parts, count = [torch.empty(0, *self._shape, dtype=torch.uint8)], 0
         for start, path in self._files():
             if start < count:
-                continue  # made by an earlier run that was cut otherwise, and covered since
+                continue  # from a run with another batch size; later parts hold the same rows
             part = self._read(path) if start == count else None
             if part is None:
                 break
@@ -59,14 +59,14 @@ class PartialSet:
             count += len(part)
         return torch.cat(parts)
 
-    def keep(self, start: int, rows: Tensor) -> None:
-        """Write rows start, start + 1, ...; raises BadFileError for what the system refuses."""
+    def append(self, start: int, rows: Tensor) -> None:
+        """Write rows start, start + 1, ... Raises BadFileError when they cannot be written."""
         if not (self._folder / _IDENTITY_FILE).is_file():
             write_json(self._folder / _IDENTITY_FILE, self._identity)
         save_safetensors({"images": rows.contiguous()}, self._folder / f"rows-{start:09d}.safetensors")
 
-    def drop(self) -> None:
-        """Remove the parts of this set, which is written now; those of other settings stay."""
+    def discard(self) -> None:
+        """Remove these rows, as the set is written; rows of other settings stay."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _files(self) -> list[tuple[int, Path]]:
@@ -77,7 +77,7 @@ class PartialSet:
         try:
             rows = load_file(path).get("images")
         except (OSError, SafetensorError) as error:
-            log.warning("%s is damaged and will be made again: %s", path, error)
+            log.warning("%s is damaged, so its images are made again: %s", path, error)
             return None
         fits = rows is not None and rows.dtype == torch.uint8 and rows.shape[1:] == self._shape
         return rows if fits else None
@@ -87,11 +87,11 @@ class PartialSet:
             if folder != self._folder and (changes := self._differences(folder / _IDENTITY_FILE)):
                 log.warning(
                     "%s was left by an interrupted run with other settings and is not used (%s). "
-                    "Remove it where that run is not to go on.", folder, "; ".join(changes),
+                    "Remove it if you will not continue that run.", folder, "; ".join(changes),
                 )  # fmt: skip
 
     def _differences(self, path: Path) -> list[str]:
-        """Lines such as "guidance: 1.5, not 2.0"; none where nothing can be told."""
+        """Lines such as "guidance: 1.5, not 2.0"; none when the file cannot be read."""
         try:
             other = read_json(path)
         except BadFileError:

@@ -1,31 +1,24 @@
 """The KL autoencoder between images and latents: building it, its training loss, encoding and decoding.
 
-Squares of pixels become channels before the first convolution and turn back after the last one, which spares
-the costly convolutions at full size. How large the squares are can be told from the number of channels, so a
-saved autoencoder is an ordinary `diffusers.AutoencoderKL` folder.
+Squares of pixels become channels before the first convolution and turn back after the last one, which avoids the
+costly convolutions at full size. The size of the squares follows from the number of channels, so a saved autoencoder is
+an ordinary `diffusers.AutoencoderKL` folder.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddkit.errors import BadFileError, MissingModelError
-from ddkit.generator.hub import HUB_ERRORS, reason_of
-from ddkit.generator.presets import AutoencoderConfig
+from ddkit.generator.config import AutoencoderConfig
 
 _STARTING_LOG_VARIANCE = -5.0
-_MOST_AT_ONCE = 250  # images; more are no faster
-_BYTES_AT_ONCE = 2**30  # of the widest maps
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MOST_AT_ONCE = 256  # images; more are not faster, and batches of samples are multiples of it
+_BYTES_AT_ONCE = 2**30  # of the widest feature maps
 
 
 def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) -> AutoencoderKL:
@@ -46,67 +39,31 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) 
             mid_block_add_attention=False,
             sample_size=image_size // config.pixel_patch,
         )
-    _begin_simple(autoencoder)
+    _start_simple(autoencoder)
     return autoencoder
-
-
-def load_pretrained(source: str) -> AutoencoderKL:
-    """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
-
-    Raises MissingModelError where there is none or it cannot be had, BadFileError where its weights do not fit it or
-    it is not of
-    color images.
-    """
-    remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
-    folder = Path(source).expanduser()
-    if not folder.is_dir() and not _HUB_ID.fullmatch(source):
-        raise MissingModelError(f"There is no folder '{source}' to load an autoencoder from.", remedy)
-    where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source}
-    if (folder / "vae").is_dir():
-        where["subfolder"] = "vae"
-    try:
-        autoencoder, found = AutoencoderKL.from_pretrained(**where, use_safetensors=True, output_loading_info=True)
-    except HUB_ERRORS as error:
-        raise MissingModelError(f"No autoencoder could be loaded from '{source}': {reason_of(error)}", remedy) from error
-    refuse_misfits(found, source)
-    channels = autoencoder.config.in_channels
-    if channels != 3 * pixel_patch(autoencoder) ** 2:
-        raise BadFileError(f"The autoencoder in {source} takes {channels} channels, which are no squares of pixels.", remedy)
-    return autoencoder
-
-
-def refuse_misfits(found: Mapping[str, Sequence[Any]], source: object) -> None:
-    """Raise BadFileError where diffusers' loading info tells of weights that are missing, unknown or of another shape.
-
-    diffusers would go on with random ones in their places.
-    """
-    if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
-        raise BadFileError(
-            f"The weights in {source} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete."
-        )
 
 
 def pixel_patch(autoencoder: AutoencoderKL) -> int:
-    """Side of the squares of pixels that the autoencoder takes as channels; 1 for most pretrained ones."""
+    """The side of the squares of pixels that the autoencoder takes as channels; 1 for most pretrained ones."""
     return math.isqrt(autoencoder.config.in_channels // 3)
 
 
 def pixels_per_latent(autoencoder: AutoencoderKL) -> int:
-    """How many times the latents' side fits into the images' side."""
+    """The image side divided by the latent side."""
     return pixel_patch(autoencoder) * 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
 def images_at_once(autoencoder: AutoencoderKL, latent_side: int) -> int:
-    """How many images to encode or decode together, so that memory stays bounded whatever their size."""
+    """The number of images to encode or decode together, so that memory stays bounded whatever their size."""
     levels = autoencoder.config.block_out_channels
-    side = latent_side * 2 ** (len(levels) - 1)  # of the first maps and the last ones, which are the largest
+    side = latent_side * 2 ** (len(levels) - 1)  # of the first and last feature maps, which are the largest
     return max(1, min(_MOST_AT_ONCE, _BYTES_AT_ONCE // (4 * levels[0] * side**2)))
 
 
 def encode(autoencoder: AutoencoderKL, pixels: Tensor, latent_side: int) -> Tensor:
     """(N, 3, S, S) in [-1, 1] -> (N, C, s, s), s = latent_side: means of the posterior, not scaled.
 
-    Images of another side than that asks for are resized first, as pretrained autoencoders may need.
+    Images of another size than the latent side requires are resized first, which pretrained autoencoders may need.
     """
     pixels = _resized(pixels, latent_side * pixels_per_latent(autoencoder))
     return autoencoder.encode(F.pixel_unshuffle(pixels, pixel_patch(autoencoder))).latent_dist.mean
@@ -123,9 +80,9 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 class AutoencoderLoss(nn.Module):
-    """The loss of a batch: mean absolute plus mean squared error of the pixels, and a little KL.
+    """The loss of a batch: the mean absolute and the mean squared error of the pixels, and a small KL term.
 
-    The squared error alone blurs, the absolute one alone converges slowly.
+    The squared error alone blurs, and the absolute error alone converges slowly.
     """
 
     def __init__(self, network: AutoencoderKL, kl_weight: float) -> None:
@@ -141,7 +98,7 @@ class AutoencoderLoss(nn.Module):
         posterior = self.network.encode(F.pixel_unshuffle(pixels, pixel_patch(self.network))).latent_dist
         decoded = decode(self.network, posterior.mean + posterior.std * noise, pixels.shape[-1])
         squared = F.mse_loss(decoded, pixels)
-        # Kingma & Welling 2013, appendix B, as a mean over latents, so that its weight means the same at all sizes.
+        # Kingma & Welling 2013, appendix B, as a mean over latents, so that one weight suits every image size.
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return F.l1_loss(decoded, pixels) + squared + self.kl_weight * kl, squared
 
@@ -158,8 +115,8 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def _begin_simple(autoencoder: AutoencoderKL) -> None:
-    """Residual branches begin at zero and latents nearly without noise: training begins with an almost linear map."""
+def _start_simple(autoencoder: AutoencoderKL) -> None:
+    """Start with residual branches of zero and nearly no noise in the latents, so that the map is almost linear at first."""
     for module in autoencoder.modules():
         if type(module).__name__ == "ResnetBlock2D":
             module.conv2.weight.zero_()

@@ -1,4 +1,4 @@
-"""torch.compile where it can work, and plain PyTorch where it cannot."""
+"""torch.compile where it works, and plain PyTorch where it does not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch.compile has the C++ compiler and Python's headers, which it needs; tried once."""
+    """Return whether torch.compile has the C++ compiler and the Python headers that it needs. The check runs once."""
     if sys.platform == "win32":
         return False
     compiler = shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
@@ -31,21 +33,23 @@ def can_compile() -> bool:
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    """`module` compiled for fixed shapes, or itself where there is no compiler; the parameters are shared."""
-    return _compiled(module, {})
+    """`module` compiled for fixed shapes, or itself where there is no compiler. The parameters are shared."""
+    return _compiled(module)
 
 
 def compiled_for_inference(module: nn.Module, device: torch.device) -> nn.Module:
-    """The same of a module whose parameters never change again: on a CPU they are packed as its matrix products want
-    them, and calls from several threads run side by side."""
-    # Without the wrapper in C++, compiled code holds Python's lock.
+    """`module`, whose parameters never change again, compiled for inference, or itself where there is no compiler.
+
+    On a CPU the parameters are packed for its matrix products, and calls from several threads run at the same time.
+    """
+    # Without the C++ wrapper, compiled code holds Python's lock.
     return _compiled(module, {"freezing": True, "cpp_wrapper": True} if device.type == "cpu" else {})
 
 
-def _compiled(module: nn.Module, options: dict[str, bool]) -> nn.Module:
+def _compiled(module: nn.Module, options: Mapping[str, bool] | None = None) -> nn.Module:
     if not can_compile():
-        log.warning("No C++ compiler that works was found: going on without torch.compile, which is slower.")
+        log.warning("No working C++ compiler was found, so torch.compile is not used and the computation is slower.")
         return module
-    # On a machine without a GPU it would tell people that, in the middle of their output.
+    # It warns on machines without a GPU that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return torch.compile(module, options=options or None)
+    return cast(nn.Module, torch.compile(module, options=dict(options) if options else None))

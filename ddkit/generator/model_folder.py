@@ -1,39 +1,32 @@
-"""The model folder: written and read in diffusers' format, with what ddkit must know of it beside.
+"""The model folder: written and read in diffusers' format, with a JSON of ddkit's own facts.
 
-    model_index.json  vae/  transformer/ or unet/  scheduler/  ddkit.json
+    model_index.json  vae/  transformer/  scheduler/  ddkit.json
 
-Each part takes its place by one rename, ddkit.json last, so that a kill leaves a folder that loads.
+Each part takes its place by one rename, ddkit.json last, so that a kill leaves a folder that loads. The parts load with
+diffusers as well: `AutoencoderKL.from_pretrained(folder, subfolder="vae")`, `UViT.from_pretrained(folder,
+subfolder="transformer")`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    DiTTransformer2DModel,
-    ImagePipelineOutput,
-    UNet2DModel,
-)
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ddkit import __version__
 from ddkit.errors import BadFileError, MissingModelError, UsageError
-from ddkit.generator.autoencoder import decode, pixels_per_latent
-from ddkit.generator.networks import null_class, predict
-from ddkit.generator.samplers import make_scheduler, set_steps
+from ddkit.generator.networks import null_class
+from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.uvit import UViT
 from ddkit.runtime.files import atomic_folder, read_json, sha256_of, write_json
 
@@ -42,15 +35,18 @@ INDEX_FILE = "model_index.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 FORMAT_VERSION = 1
 
-_DENOISERS: Mapping[str, type[ModelMixin]] = {kind.__name__: kind for kind in (UViT, UNet2DModel, DiTTransformer2DModel)}
+DENOISER_PART = "transformer"
+
+_DENOISERS: Mapping[str, type[ModelMixin]] = {kind.__name__: kind for kind in (UViT, DiTTransformer2DModel)}
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """What ddkit.json says of a model.
 
-    prediction: of the objective it was trained with. steps: of denoiser training. metrics: measured on it, by name.
-    dataset_sha256: of the prepared training split.
+    prediction: what the denoiser predicts, as in ObjectiveConfig. steps: steps of denoiser training.
+    dataset_sha256: hash of the prepared training split. metrics: scores of the model by name.
+    label_dropout: as in ObjectiveConfig; None when an earlier version wrote the file.
     """
 
     dataset: str
@@ -62,13 +58,14 @@ class ModelFacts:
     images_seen: int
     dataset_sha256: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    label_dropout: float | None = None
     ddkit_version: str = __version__
     format: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained generator in memory: everything that sampling needs."""
+    """A trained generator in memory."""
 
     denoiser: ModelMixin
     autoencoder: AutoencoderKL
@@ -80,7 +77,7 @@ class Model:
         return (self.denoiser.config.in_channels, self.denoiser.config.sample_size, self.denoiser.config.sample_size)
 
     def to(self, device: torch.device | str) -> Model:
-        """The same model, moved there."""
+        """The same model, moved to that device."""
         return dataclasses.replace(self, denoiser=self.denoiser.to(device), autoencoder=self.autoencoder.to(device))
 
 
@@ -91,20 +88,19 @@ def save_autoencoder(autoencoder: AutoencoderKL, folder: Path) -> None:
 
 def save_model(model: Model, folder: Path) -> None:
     """Write or replace all of a model folder. Nothing else in it is touched. Raises BadFileError."""
-    part = denoiser_part(model.denoiser)
     scheduler = make_scheduler("ddim", model.facts.prediction)
     save_autoencoder(model.autoencoder, folder)
     _save_part(scheduler, folder / "scheduler")
-    _save_part(model.denoiser, folder / part)
+    _save_part(model.denoiser, folder / DENOISER_PART)
     kind = type(model.denoiser)
     index = {
-        "_class_name": LatentClassPipeline.__name__,
+        "_class_name": "DiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "image_size": model.facts.image_size,
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", type(scheduler).__name__],
         # diffusers imports what is not its own from the module named here.
-        part: [kind.__module__ if kind is UViT else "diffusers", kind.__name__],
+        DENOISER_PART: [kind.__module__ if kind is UViT else "diffusers", kind.__name__],
     }
     write_json(folder / INDEX_FILE, index)
     write_json(folder / FACTS_FILE, dataclasses.asdict(model.facts))
@@ -113,33 +109,25 @@ def save_model(model: Model, folder: Path) -> None:
 def load_model(folder: Path, *, dataset: str | None = None) -> Model:
     """Read a model folder onto the CPU.
 
-    dataset: the one it must be of. Raises MissingModelError where a file is missing, BadFileError where one is damaged or
-    does not fit, UsageError where the model is of another dataset.
+    dataset: the dataset that the model must have been trained on. Raises MissingModelError when a file is missing,
+    BadFileError when one is damaged or does not fit the others, UsageError when the model is for another dataset.
     """
-    facts = read_facts(folder)
+    facts = read_facts(folder, dataset=dataset)
     if dataset is not None and facts.dataset != dataset:
         raise UsageError(
-            f"The model in {folder} is of '{facts.dataset}', not of '{dataset}'.",
+            f"The model in {folder} was trained on '{facts.dataset}', not on '{dataset}'.",
             f"Give a model of '{dataset}' with --model, or ask for --dataset {facts.dataset}.",
         )
-    part = "unet" if (folder / "unet").is_dir() else "transformer"
-    denoiser = _load_part(folder / part, _DENOISERS)
+    denoiser = _load_part(folder / DENOISER_PART, _DENOISERS)
     autoencoder = load_autoencoder(folder / "vae")
-    _refuse_strangers(folder, part, denoiser, autoencoder, facts)
-    return Model(denoiser.eval(), autoencoder.eval(), facts)
-
-
-def _refuse_strangers(folder: Path, part: str, denoiser: ModelMixin, autoencoder: AutoencoderKL, facts: ModelFacts) -> None:
-    """Raise BadFileError where parts, each whole, are of different models."""
+    # Parts that are each whole can still belong to different models.
     remedy = "Put the model's own part back, or train it again."
-    if (classes := null_class(denoiser)) != len(facts.class_names):
-        raise BadFileError(f"{folder / part} knows {classes} classes, {FACTS_FILE} beside it {len(facts.class_names)}.", remedy)
-    if (channels := denoiser.config.in_channels) != autoencoder.config.latent_channels:
-        raise BadFileError(
-            f"{folder / part} makes latents of {channels} channels; the autoencoder beside it decodes "
-            f"{autoencoder.config.latent_channels}.",
-            remedy,
-        )
+    part, known = folder / DENOISER_PART, len(facts.class_names)
+    if (classes := null_class(denoiser)) != known:
+        raise BadFileError(f"{part} knows {classes} classes, but {FACTS_FILE} lists {known}.", remedy)
+    if (channels := denoiser.config.in_channels) != (decoded := autoencoder.config.latent_channels):
+        raise BadFileError(f"{part} makes latents of {channels} channels, but the autoencoder decodes {decoded}.", remedy)
+    return Model(denoiser.eval(), autoencoder.eval(), facts)
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
@@ -148,21 +136,24 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 
 
 def has_model(folder: Path) -> bool:
-    """Whether a folder holds a whole model of ours: ddkit.json is written last."""
+    """Whether a folder holds a complete model: ddkit.json is written last."""
     return (folder / FACTS_FILE).is_file()
 
 
-def read_facts(folder: Path) -> ModelFacts:
-    """What a model folder's ddkit.json says. Raises MissingModelError where there is none, BadFileError where it is foreign."""
+def read_facts(folder: Path, *, dataset: str | None = None) -> ModelFacts:
+    """Read a model folder's ddkit.json. dataset: its name, if known, for the advice in an error.
+
+    Raises MissingModelError when there is none, BadFileError when it is not ours.
+    """
     path = folder / FACTS_FILE
     if not path.is_file():
         raise MissingModelError(
-            f"{folder} holds no whole model of ddkit's: it has no {FACTS_FILE}.",
-            "Train one, or go on with its training: ddkit train --dataset NAME",
+            f"{folder} does not hold a complete model: it has no {FACTS_FILE}.",
+            f"Train one, or continue its training: ddkit train --dataset {dataset or 'NAME'}",
         )
     value = read_json(path)
     if not isinstance(value, dict) or value.get("format") != FORMAT_VERSION:
-        raise BadFileError(f"{path} is not of this version of ddkit.", "Train the model again.")
+        raise BadFileError(f"{path} was not written by this version of ddkit.", "Train the model again.")
     try:
         return ModelFacts(**{**value, "class_names": tuple(value["class_names"])})
     except (TypeError, KeyError) as error:
@@ -170,38 +161,36 @@ def read_facts(folder: Path) -> ModelFacts:
 
 
 def model_hash(folder: Path) -> str:
-    """Hexadecimal SHA-256 over the hashes of both parts' weights: names exactly this model."""
-    import hashlib
-
-    parts = [folder / part / WEIGHTS_FILE for part in ("vae", "transformer", "unet")]
+    """Hexadecimal SHA-256 over the hashes of both networks' weights, which identifies this model."""
+    parts = [folder / part / WEIGHTS_FILE for part in ("vae", DENOISER_PART)]
     return hashlib.sha256("".join(sha256_of(path) for path in parts if path.is_file()).encode()).hexdigest()
-
-
-def denoiser_part(denoiser: ModelMixin) -> str:
-    """The folder diffusers keeps such a network in."""
-    return "unet" if isinstance(denoiser, UNet2DModel) else "transformer"
 
 
 def _save_part(part: Any, folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         try:
             part.save_pretrained(temporary)
-        except SafetensorError as error:  # of a full disk, for one
-            raise BadFileError(
-                f"{folder} cannot be written: {error}.", "Free some space there, or choose another place."
-            ) from error
+        except SafetensorError as error:  # such as a full disk
+            raise BadFileError(f"{folder} cannot be written: {error}.", "Free some space, or choose another folder.") from error
 
 
 def _load_part(folder: Path, kinds: Mapping[str, type[ModelMixin]]) -> ModelMixin:
     """Build a part from its config.json and load its weights, every key of which must fit."""
     config_path, weights_path = folder / "config.json", folder / WEIGHTS_FILE
+    if (folder.parent / "unet").is_dir() and not folder.exists():
+        raise BadFileError(
+            f"{folder.parent} holds a U-Net, which this version of ddkit does not read.",
+            "Train the model again; the architecture uvit is faster and better.",
+        )
     for path in (config_path, weights_path):
         if not path.is_file():
             raise MissingModelError(f"{path} is missing.", "Train the model again, or give another folder.")
     config = read_json(config_path)
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in kinds:
-        raise BadFileError(f"{config_path} describes a {name}, not one of {', '.join(kinds)}.", "Give a model of ddkit's.")
+    if not isinstance(name, str) or name not in kinds:
+        raise BadFileError(
+            f"{config_path} describes a {name}, but ddkit reads {' or '.join(kinds)}.", "Give a model that ddkit trained."
+        )
     try:
         network = kinds[name].from_config(config)
         network.load_state_dict(load_file(weights_path))
@@ -209,70 +198,3 @@ def _load_part(folder: Path, kinds: Mapping[str, type[ModelMixin]]) -> ModelMixi
         reason = str(error).splitlines()[0]
         raise BadFileError(f"{weights_path} does not fit its config.json: {reason}", "The folder is damaged.") from error
     return network
-
-
-class LatentClassPipeline(DiffusionPipeline):
-    """A model folder as a diffusers pipeline: images of classes by diffusers' own plain loop.
-
-    LatentClassPipeline.from_pretrained("runs/cifar100")(class_labels=[0, 0, 1]).images
-    image_size: of the images that come out; None for what the autoencoder makes.
-    For speed, and for images that do not depend on the batch, use `ddkit.generator.sampling`.
-    """
-
-    _optional_components: ClassVar[list[str]] = ["transformer", "unet"]  # one of them is there
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        scheduler: SchedulerMixin,
-        transformer: ModelMixin | None = None,
-        unet: UNet2DModel | None = None,
-        image_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(vae=vae, scheduler=scheduler, transformer=transformer, unet=unet)
-        self.register_to_config(image_size=image_size)
-
-    @property
-    def denoiser(self) -> ModelMixin:
-        """The network that removes noise."""
-        return self.transformer if self.unet is None else self.unet
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        class_labels: Sequence[int],
-        guidance_scale: float = 3.0,
-        num_inference_steps: int = 20,
-        generator: torch.Generator | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-    ) -> ImagePipelineOutput:
-        """One image for each label.
-
-        guidance_scale: 1 is none. latents: noise of one's own, (N, C, s, s); drawn by `generator` where None.
-        output_type: "pil", "np" or "pt", which is (N, 3, S, S) in [0, 1].
-        """
-        labels = torch.as_tensor(class_labels, device=self._execution_device)
-        if latents is None:
-            config = self.denoiser.config
-            shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-            latents = randn_tensor(shape, generator=generator, device=labels.device, dtype=self.denoiser.dtype)
-        both = torch.cat([labels, torch.full_like(labels, null_class(self.denoiser))])
-        set_steps(self.scheduler, num_inference_steps)
-        for time in self.progress_bar(self.scheduler.timesteps):
-            times = time.to(labels.device).expand(len(both))
-            with_class, without = predict(self.denoiser, torch.cat([latents, latents]), times, both).chunk(2)
-            output = without + guidance_scale * (with_class - without)
-            latents = self.scheduler.step(output, time, latents, return_dict=False)[0]
-        image_size = self.config.image_size or latents.shape[-1] * pixels_per_latent(self.vae)
-        images = decode(self.vae, latents / self.vae.config.scaling_factor, image_size)
-        images = (images / 2 + 0.5).clamp(0, 1)
-        return ImagePipelineOutput(_as_output(images, output_type))
-
-
-def _as_output(images: Tensor, output_type: str) -> Any:
-    if output_type == "pt":
-        return images
-    array = images.permute(0, 2, 3, 1).float().cpu().numpy()
-    return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array

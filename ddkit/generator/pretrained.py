@@ -1,7 +1,7 @@
-"""Generators to start from: those that ddkit trained, and pretrained diffusion transformers in diffusers' format.
+"""Networks to start from: pretrained autoencoders, generators that ddkit trained, and diffusion transformers of diffusers.
 
-What they know is put to the use of a dataset's own classes: each class begins with the embedding of the class, or the
-classes, that it is like.
+A generator is adapted to a dataset's own classes: each class begins with the embedding of the class, or the mean of the
+classes, that it resembles.
 """
 
 from __future__ import annotations
@@ -14,25 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ddkit.errors import BadFileError, MissingModelError, UsageError, did_you_mean
-from ddkit.generator.autoencoder import refuse_misfits
+from ddkit.generator.autoencoder import pixel_patch
 from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
-from ddkit.generator.hub import HUB_ERRORS, reason_of
 from ddkit.generator.model_folder import FACTS_FILE, INDEX_FILE, load_model
-from ddkit.generator.networks import disable_label_dropout, null_class
+from ddkit.generator.networks import class_setting, disable_label_dropout, null_class
 from ddkit.runtime.files import read_json
 
 _WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.json")
 _IMAGENET_CLASSES = 1000
 _SECOND_IMAGENET_CLASS = "goldfish"  # n01443537: tells the order of sorted wnids from others
-_DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in folders from before diffusers 0.28
-# The schedule of pretrained diffusion transformers, and of ours for "epsilon" (`ddkit.generator.objective`).
+_DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is the name before diffusers 0.28
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Downloads fail with ValueError for wrong ids and answers that are not JSON, and with the hub's own error and its bases:
+# OSError, and the root of the errors of the HTTP client.
+_HUB_ERRORS: tuple[type[Exception], ...] = (
+    ValueError,
+    *(kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind is not Exception),
+)
+# The noise schedule of pretrained diffusion transformers, which ours for "epsilon" equals (`ddkit.generator.objective`).
 _SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -49,7 +56,7 @@ ClassChoices = Mapping[str, "str | int | None"]
 class Pretrained:
     """A generator to start from, on the CPU.
 
-    class_names: for each label but the null class, its names, which may be none. prediction: as in ObjectiveConfig.
+    class_names: the names of each label except the null class; a label may have none. prediction: as in ObjectiveConfig.
     """
 
     denoiser: ModelMixin
@@ -60,9 +67,9 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class ClassMap:
-    """From which labels of a pretrained model each class of a dataset begins: the mean of their embeddings.
+    """The labels of a pretrained model that each class of a dataset begins from: the mean of their embeddings.
 
-    names: of the dataset's classes. labels: for each the model's labels; none for the mean of them all.
+    names: the dataset's classes. labels: the model's labels for each class; an empty tuple stands for all of them.
     """
 
     names: tuple[str, ...]
@@ -70,13 +77,13 @@ class ClassMap:
 
     @property
     def unmatched(self) -> tuple[str, ...]:
-        """Classes that begin with the mean of all."""
+        """Classes that begin with the mean of all labels."""
         return tuple(name for name, labels in zip(self.names, self.labels, strict=True) if not labels)
 
 
 @dataclass(frozen=True)
 class Start:
-    """A generator made ready for fine-tuning on a dataset's classes. source: where it was read from."""
+    """A generator made ready for fine-tuning on a dataset's classes. source: its folder or hub id."""
 
     source: str
     generator: Pretrained
@@ -87,8 +94,8 @@ class Start:
 def start_from(source: str, class_names: Sequence[str], *, full: bool = False, chosen: ClassChoices | None = None) -> Start:
     """Read a generator and make it ready for a dataset.
 
-    full: train all its parameters, not only DiffFit's. chosen: as `map_classes` has it. Raises what `load_generator`
-    and `map_classes` raise.
+    full: train all its parameters, not only those of DiffFit. chosen: as `map_classes` takes it. Raises what
+    `load_generator` and `map_classes` raise.
     """
     found = load_generator(source)
     classes = map_classes(class_names, found.class_names, chosen)
@@ -101,10 +108,10 @@ def start_from(source: str, class_names: Sequence[str], *, full: bool = False, c
 def load_generator(source: str) -> Pretrained:
     """Read a generator from a folder, or download it by its hub id.
 
-    source: the folder of a `ddkit train` or of a DiTPipeline with 256 px or any other size, or such a pipeline's id.
-    A variance that the transformer predicts beside the noise is left out: no sampler here reads it.
-    Raises MissingModelError where there is none or it cannot be downloaded, BadFileError where it is damaged or no diffusion
-    transformer.
+    source: a folder of `ddkit train`, a folder of a DiTPipeline of any image size, or the hub id of one.
+    The variance that such a transformer predicts as well is left out, because no sampler here reads it.
+    Raises MissingModelError when there is none or it cannot be downloaded, BadFileError when it is damaged or not a
+    diffusion transformer.
     """
     folder = _folder_of(source)
     if (folder / FACTS_FILE).is_file():
@@ -115,28 +122,27 @@ def load_generator(source: str) -> Pretrained:
 
 
 def with_classes(pretrained: Pretrained, classes: ClassMap) -> Pretrained:
-    """The same generator for other classes: label i is class i of the map, the null class stays the last label."""
+    """The same generator for other classes: label i is class i of the map, and the null class stays the last label."""
     denoiser = pretrained.denoiser
     null = null_class(denoiser)
     rows = [list(labels) or list(range(null)) for labels in (*classes.labels, (null,))]
     state = denoiser.state_dict()
     for name, module in denoiser.named_modules():
-        if isinstance(module, nn.Embedding):  # these networks have no others than those of classes
+        if isinstance(module, nn.Embedding):  # these networks embed only classes
             table = state[f"{name}.weight"]
             state[f"{name}.weight"] = torch.stack([table[chosen].mean(dim=0) for chosen in rows])
-    count = len(classes.names) + isinstance(denoiser, UNet2DModel)  # its configuration counts the null class
-    rebuilt = _rebuilt(denoiser, state, **{_class_setting(denoiser): count})
+    rebuilt = _rebuilt(denoiser, state, **{class_setting(denoiser): len(classes.names)})
     return replace(pretrained, denoiser=rebuilt, class_names=tuple((name,) for name in classes.names))
 
 
 def map_classes(names: Sequence[str], known: Sequence[Sequence[str]], chosen: ClassChoices | None = None) -> ClassMap:
     """Find the model's labels for a dataset's classes, by name.
 
-    names: of the dataset's classes; wnids ("n01443537") are found exactly. known: of each of the model's labels.
-    A class is matched by labels with a name equal to its own, whatever case and "_", else by labels whose names end in
-    it as words of their own ("brown bear" for "bear"); homonyms are not told apart.
-    chosen: classes decided otherwise: a label's number, a label's name, or None for the mean of all.
-    Raises UsageError where nothing matches at all, or `chosen` names what is not there.
+    names: the dataset's classes; wnids ("n01443537") match exactly. known: the names of each of the model's labels.
+    A class matches labels with the same name, ignoring case and "_", else labels whose names end in it as a whole word
+    ("brown bear" for "bear"). Homonyms are not told apart.
+    chosen: classes mapped by hand to a label's number, a label's name, or None for the mean of all labels.
+    Raises UsageError when nothing matches at all, or when `chosen` names an unknown class or label.
     """
     readable = [[_readable(name) for name in label] for label in known]
     labels = {name: _matching(_readable(name), readable) for name in names}
@@ -146,8 +152,8 @@ def map_classes(names: Sequence[str], known: Sequence[Sequence[str]], chosen: Cl
         labels[name] = _chosen(choice, readable)
     if not any(labels.values()) and not chosen:
         raise UsageError(
-            f"None of the classes {', '.join(list(names)[:3])} ... is known to the model by name.",
-            "Rename the class folders to ImageNet's names or wnids, or decide with --class-map FILE.",
+            f"The model knows none of the classes {', '.join(list(names)[:3])} ... by name.",
+            "Rename the class folders to ImageNet's names or wnids, or map them with --class-map FILE.",
         )
     return ClassMap(tuple(names), tuple(labels.values()))
 
@@ -162,30 +168,73 @@ def _folder_of(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not _HUB_ID.fullmatch(source):
         raise MissingModelError(f"There is no folder {source} to start from.", _KNOWN)
     try:
         wanted = [INDEX_FILE, "transformer/*", "vae/*", "scheduler/*"]
         return Path(snapshot_download(source, allow_patterns=wanted))
-    except HUB_ERRORS as error:
+    except _HUB_ERRORS as error:
         raise MissingModelError(
-            f"'{source}' is no folder here, and it cannot be downloaded: {reason_of(error)}",
-            f"Where there is a network: hf download {source} --local-dir FOLDER. Then give that FOLDER.",
+            f"'{source}' is not a folder here, and it cannot be downloaded: {_reason_of(error)}",
+            f"On a machine with a network: hf download {source} --local-dir FOLDER. Then give that FOLDER.",
         ) from error
+
+
+def load_pretrained_autoencoder(source: str) -> AutoencoderKL:
+    """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
+
+    Raises MissingModelError when there is none or it cannot be downloaded, BadFileError when its weights do not fit it
+    or it does not encode color images.
+    """
+    remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and not _HUB_ID.fullmatch(source):
+        raise MissingModelError(f"There is no folder '{source}' to load an autoencoder from.", remedy)
+    where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source}
+    if (folder / "vae").is_dir():
+        where["subfolder"] = "vae"
+    try:
+        autoencoder, found = AutoencoderKL.from_pretrained(**where, use_safetensors=True, output_loading_info=True)
+    except _HUB_ERRORS as error:
+        raise MissingModelError(f"No autoencoder could be loaded from '{source}': {_reason_of(error)}", remedy) from error
+    _refuse_misfits(found, source)
+    channels = autoencoder.config.in_channels
+    if channels != 3 * pixel_patch(autoencoder) ** 2:
+        raise BadFileError(
+            f"The autoencoder in {source} takes {channels} channels, so it does not encode color images.", remedy
+        )
+    return autoencoder
+
+
+def _reason_of(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _refuse_misfits(found: Mapping[str, Sequence[Any]], source: object) -> None:
+    """Raise BadFileError when diffusers' loading info lists weights that are missing, unknown or of another shape.
+
+    diffusers would continue with random ones in their places.
+    """
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
+        raise BadFileError(
+            f"The weights in {source} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete."
+        )
 
 
 def _read_dit_pipeline(folder: Path) -> Pretrained:
     if not (folder / INDEX_FILE).is_file():
-        raise MissingModelError(f"{folder} holds no generator: it has neither {FACTS_FILE} nor {INDEX_FILE}.", _KNOWN)
+        raise MissingModelError(f"{folder} does not hold a generator: it has neither {FACTS_FILE} nor {INDEX_FILE}.", _KNOWN)
     index = read_json(folder / INDEX_FILE)
-    if not isinstance(index, dict) or index.get("_class_name") != "DiTPipeline":
-        kind = index.get("_class_name") if isinstance(index, dict) else None
-        raise BadFileError(f"{folder} holds a {kind or 'thing of no kind'}, which is no diffusion transformer.", _KNOWN)
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind != "DiTPipeline":
+        holds = f"a {kind}" if kind else f"something without a _class_name in {INDEX_FILE}"
+        raise BadFileError(f"{folder} holds {holds}, not a DiTPipeline.", _KNOWN)
     _check_schedule(folder / "scheduler" / "scheduler_config.json")
     transformer = _read_part(DiTTransformer2DModel, folder / "transformer", _DIT_CLASSES)
     autoencoder = _read_part(AutoencoderKL, folder / "vae", ("AutoencoderKL",))
     if transformer.config.in_channels != autoencoder.config.latent_channels:
-        raise BadFileError(f"The transformer and the autoencoder in {folder} have latents of different channels.")
+        raise BadFileError(f"The transformer and the autoencoder in {folder} have latents of different numbers of channels.")
     names = _label_names(index.get("id2label"), null_class(transformer))
     return Pretrained(disable_label_dropout(_noise_only(transformer)), autoencoder.eval(), names, "epsilon")
 
@@ -200,8 +249,8 @@ def _read_part(kind: type[ModelMixin], folder: Path, classes: Sequence[str]) -> 
         network, found = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise BadFileError(f"{folder} cannot be read: {str(error).splitlines()[0]}", "The folder is damaged.") from error
-    refuse_misfits(found, folder)
-    # Where it lay on this machine is nothing to save with what it becomes.
+    _refuse_misfits(found, folder)
+    # The folder on this machine must not be saved with the fine-tuned network.
     network.register_to_config(_name_or_path="")
     return network
 
@@ -211,11 +260,11 @@ def _check_schedule(path: Path) -> None:
     for name, ours in _SCHEDULE.items():
         theirs = config.get(name, ours) if isinstance(config, dict) else None
         if theirs != ours:
-            raise BadFileError(f"{path} has {name} {theirs}; only {ours} is known here.", _KNOWN)
+            raise BadFileError(f"{path} has {name} {theirs}, but only {ours} is supported.", _KNOWN)
 
 
 def _label_names(titles: Any, count: int) -> tuple[tuple[str, ...], ...]:
-    """The names of each label, from "tench, Tinca tinca" and the like; ImageNet's wnids as well where it is ImageNet."""
+    """The names of each label, from strings such as "tench, Tinca tinca", and the wnids if the labels are ImageNet's."""
     titles = titles if isinstance(titles, dict) else {}
     names = [[name.strip() for name in str(titles.get(str(i), "")).split(",")] for i in range(count)]
     names = [[name for name in label if name] for label in names]
@@ -225,7 +274,7 @@ def _label_names(titles: Any, count: int) -> tuple[tuple[str, ...], ...]:
 
 
 def _noise_only(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Without the second half of its output channels, the variance, where it has them."""
+    """The transformer without the second half of its output channels, the variance, if it has them."""
     channels = transformer.config.in_channels
     if transformer.out_channels == channels:
         return transformer
@@ -244,19 +293,12 @@ def _rebuilt(network: ModelMixin, state: Mapping[str, Tensor], **changes: Any) -
     return disable_label_dropout(rebuilt).eval()
 
 
-def _class_setting(denoiser: ModelMixin) -> str:
-    """What a denoiser's configuration calls the number of classes."""
-    if isinstance(denoiser, UNet2DModel):
-        return "num_class_embeds"
-    return "num_embeds_ada_norm" if isinstance(denoiser, DiTTransformer2DModel) else "num_classes"
-
-
 def _readable(name: str) -> str:
     return " ".join(name.lower().replace("_", " ").split())
 
 
 def _matching(name: str, known: Sequence[Sequence[str]]) -> tuple[int, ...]:
-    """Labels with exactly that name, else those one of whose names ends in it."""
+    """Labels with exactly that name, else those with a name that ends in it."""
     exact = tuple(label for label, names in enumerate(known) if name in names)
     return exact or tuple(label for label, names in enumerate(known) if any(n.endswith(f" {name}") for n in names))
 
@@ -266,9 +308,9 @@ def _chosen(choice: str | int | None, known: Sequence[Sequence[str]]) -> tuple[i
         return ()
     if isinstance(choice, int):
         if isinstance(choice, bool):
-            raise UsageError(f"A class is mapped to a label's name or number, or to null, not to {choice}.")
+            raise UsageError(f"A class must be mapped to a label's name or number, or to null, got {choice}.")
         if not 0 <= choice < len(known):
-            raise UsageError(f"The model has labels 0 to {len(known) - 1}, not {choice}.")
+            raise UsageError(f"The model has labels 0 to {len(known) - 1}, got {choice}.")
         return (choice,)
     if found := _matching(_readable(choice), known):
         return found

@@ -1,16 +1,16 @@
 """From a trained generator to images: any number of any classes, the same ones whatever the batch size.
 
-Image i of class c under seed s begins with noise drawn by a generator of its own, seeded with (s, c, i); the
-samplers draw nothing more. So every image can be made again alone, in another batch or by another process.
+Image i of class c under seed s begins with noise from a generator that is seeded with (s, c, i), and the samplers draw
+nothing more. So every image can be made again alone, in another batch or by another process.
 
-On a CPU the parts of a batch are computed side by side, one a core, which is faster than all cores on the whole.
+On a CPU each core computes a part of the batch, which is faster than all cores sharing every operation.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,166 +19,168 @@ from ddkit.data.images import to_uint8
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled_for_inference
+from ddkit.generator.config import ObjectiveConfig, SamplingSettings
 from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
-from ddkit.generator.objective import TIME_SCALE
+from ddkit.generator.objective import TIME_SCALE, Objective
 from ddkit.generator.samplers import linear_plan, make_scheduler
 from ddkit.runtime.device import shortage_explained
-from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.seeds import generator_for
 from ddkit.runtime.threads import cores_for, side_by_side
 
-_PART = 32  # images that a core computes together; more are no faster
+__all__ = ["Sampler", "SamplingSettings", "class_ordered", "resolve_settings"]
+
+_PART = 32  # images that a core computes together; more are not faster
+_BATCH_ON_GPU, _BATCH_ELSEWHERE = 1024, 256
+_MODE_GUIDED = 0.5  # of the steps, from the first on (arXiv 2505.18963, section 4.2: t_stop)
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How images are sampled.
-
-    guidance: w of classifier-free guidance, null + w * (class - null); 1 is none (Ho & Salimans 2022, arXiv 2207.12598).
-        The default is what a network learned most from, of ten images a class of CIFAR-100.
-    guidance_interval: the times, 0 (clean) to 1 (noise), in which guidance acts (Kynkaanniemi et al. 2024,
-        arXiv 2404.07724).
-    compile: with torch.compile; pays from some thousands of images on.
-    """
-
-    sampler: str = "dpm++"
-    steps: int = 20
-    guidance: float = 3.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    seed: int = 0
-    batch_size: int = 256
-    precision: str = "float32"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.steps <= TIME_SCALE:
-            raise UsageError(f"Sampling takes 1 to {TIME_SCALE} steps, not {self.steps}.")
-        if self.batch_size < 1:
-            raise UsageError(f"A batch needs at least one image, not {self.batch_size}.")
-        if not 0 <= self.guidance < math.inf:
-            raise UsageError(f"Guidance is a number from 0 on, not {self.guidance}.")
-        low, high = self.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise UsageError(f"A guidance interval lies within 0 and 1, got {low} to {high}.")
-        if self.precision not in ("float32", "bfloat16"):
-            raise UsageError(f"Sampling knows float32 and bfloat16, not '{self.precision}'.")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Some of the images asked for, in the order asked. images: (n, 3, S, S) uint8. labels: (n,) int64; both on the CPU."""
-
-    images: Tensor
-    labels: Tensor
+def resolve_settings(settings: SamplingSettings, device: torch.device) -> SamplingSettings:
+    """The settings with the batch size and the precision that "auto" means on that device."""
+    on_gpu = device.type == "cuda"
+    size = settings.batch_size or (_BATCH_ON_GPU if on_gpu else _BATCH_ELSEWHERE)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if on_gpu and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+    return replace(settings, batch_size=size, precision=precision)
 
 
 class Sampler:
-    """A model made ready to sample on one device. Call it with labels and indices."""
+    """A model made ready to sample on one device.
 
-    def __init__(self, model: Model, config: SamplingSettings, device: torch.device | str = "cpu") -> None:
-        self.config = config
+    modes: (classes, k, C, s, s), the centers that mode guidance steers to, as `ddkit.generator.modes.find_modes` makes them.
+    Raises UsageError for settings that the model cannot follow.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: SamplingSettings | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        modes: Tensor | None = None,
+    ) -> None:
         self.device = torch.device(device)
+        self.settings = resolve_settings(settings or SamplingSettings(), self.device)
         self.facts = model.facts
+        _check_guidance(self.settings, self.facts.label_dropout, modes)
         self._latent_shape = model.latent_shape
-        model = model.to(self.device)
-        self._guided = GuidedDenoiser(model.denoiser)
-        self._decoder = Decoder(model)
-        self._decoded_at_once = images_at_once(model.autoencoder, self._latent_shape[1])
         self._null_class = null_class(model.denoiser)
+        self._objective = Objective(ObjectiveConfig(model.facts.prediction))
+        model = model.to(self.device)
         self._workers = cores_for(self.device)
-        self._part = config.batch_size
+        self._part = self.settings.batch_size or 1
         if self.device.type == "cpu":
-            self._part = min(_PART, -(-config.batch_size // self._workers))
-        if config.compile:
-            self._guided = compiled_for_inference(self._guided, self.device)
-            self._decoder = compiled_for_inference(self._decoder, self.device)
-        self._compiling = config.compile  # until the first part was made
-        self._plan = linear_plan(make_scheduler(config.sampler, model.facts.prediction), config.steps)
+            self._part = min(_PART, -(-self._part // self._workers))
+        # A part is decoded in pieces of one size, as each size is compiled, and tuned by cuDNN, anew.
+        self._decoded_at_once = min(self._part, images_at_once(model.autoencoder, self._latent_shape[1]))
+        self._part -= self._part % self._decoded_at_once
+        self._guided: Callable[..., Tensor] = GuidedDenoiser(model.denoiser)
+        self._decoder: Callable[..., Tensor] = Decoder(model)
+        if self.settings.compile:
+            self._guided = compiled_for_inference(GuidedDenoiser(model.denoiser), self.device)
+            self._decoder = compiled_for_inference(Decoder(model), self.device)
+        self._compiling = self.settings.compile  # until the first part is made
+        scheduler = make_scheduler(self.settings.sampler, model.facts.prediction)
+        plan = linear_plan(scheduler, self.settings.steps, shifts=modes is not None)
+        self._times, self._final = plan.times.tolist(), plan.final.to(self.device)
+        self._inputs = plan.inputs.to(self.device)
+        self._modes = modes
 
-    def __call__(self, labels: Tensor, indices: Tensor) -> Samples:
-        """labels, indices: (n,) int64, which image of which class. Returns them in that order.
+    def images(self, labels: Tensor, indices: Tensor) -> Iterator[Tensor]:
+        """Yield images in the order asked for, a batch at a time: (n, 3, S, S) uint8 on the CPU.
 
-        Raises UsageError for labels that the model lacks, ComputeError where memory is short.
+        labels, indices: (N,) int64, the class of each image and its number within the class. Raises UsageError for
+        labels that the model does not know, ComputeError when memory runs out.
         """
-        self._check(labels)
-        size = self.facts.image_size
-        images = torch.empty(len(labels), 3, size, size, dtype=torch.uint8)
-        for start in range(0, len(labels), self.config.batch_size):
-            part = slice(start, start + self.config.batch_size)
-            images[part] = self.from_noise(self._noise(labels[part], indices[part]), labels[part])
-        return Samples(images, labels)
+        classes = len(self.facts.class_names)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise UsageError(f"The model knows classes 0 to {classes - 1}, got {labels.min()} to {labels.max()}.")
+        size = self.settings.batch_size or 1
+        batches = list(zip(labels.split(size), indices.split(size), strict=True)) if len(labels) else []
+        with ThreadPoolExecutor(1, "ddkit-noise") as ahead:
+            drawn = [ahead.submit(self.noise, *batch) for batch in batches[:1]]
+            for following, (some, numbers) in zip([*batches[1:], None], batches, strict=False):
+                noise = drawn.pop().result()
+                if following is not None:  # drawn while this batch is computed
+                    drawn.append(ahead.submit(self.noise, *following))
+                yield self.from_noise(noise, some, numbers)
 
-    def from_noise(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Images of noise of one's own: (n, C, s, s) standard normal, (n,) -> (n, 3, S, S) uint8 on the CPU.
-
-        n is at most the batch size. Raises ComputeError where memory is short.
-        """
-        parts = list(zip(noise.split(self._part), labels.split(self._part), strict=True))
-        with shortage_explained(self._shortage):
-            # What compiles, compiles once; the parts after the first find it done.
-            alone = 1 if self._compiling else 0
-            images = [
-                *side_by_side(self._images, parts[:alone], self._workers),
-                *side_by_side(self._images, parts[alone:], self._workers),
-            ]
-        self._compiling = False
-        return torch.cat(images)
-
-    def _shortage(self) -> ComputeError:
-        size = self.config.batch_size
-        return ComputeError(f"Memory is short for batches of {size} images.", f"Try --batch-size {max(1, size // 2)}.")
-
-    @torch.inference_mode()
-    def _images(self, part: tuple[Tensor, Tensor]) -> Tensor:
-        """(n, 3, S, S) uint8 on the CPU of a part's noise and labels, which are no more than fit one part."""
-        noise, labels = part
-        count = len(labels)
-        # What is compiled is compiled for one shape.
-        fillers = self._part - count if self.config.compile else 0
-        noise = torch.cat([noise, noise[:1].expand(fillers, -1, -1, -1)]).to(self.device)
-        labels = torch.cat([labels, labels[:1].expand(fillers)]).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            latents = self._latents(noise, labels)
-            return torch.cat([to_uint8(self._decoder(some)).cpu() for some in latents.split(self._decoded_at_once)])[:count]
-
-    def _latents(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """The sampler's loop: clean latents, scaled, from noise, both (n, C, s, s) float32."""
-        known = noise.new_empty(self._plan.steps + 1, *noise.shape)  # the noise and the outputs so far
-        known[0] = noise
-        inputs, final = self._plan.inputs.to(noise), self._plan.final.to(noise)
-        for i, time in enumerate(self._plan.times.tolist()):
-            known[i + 1] = self._output(self._sum(inputs[i, : i + 1], known[: i + 1]), time, labels)
-        return self._sum(final, known)
-
-    def _sum(self, coefficients: Tensor, known: Tensor) -> Tensor:
-        """The combination of (k, n, C, s, s) by (k,) coefficients, in float32 whatever the networks compute in.
-
-        Coefficients can be a hundred times as large as what comes out.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            return torch.tensordot(coefficients, known, dims=1)
-
-    def _output(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
-        low, high = self.config.guidance_interval
-        guidance = self.config.guidance
-        if guidance == 1 or not low <= time / TIME_SCALE <= high:
-            return self._guided(noisy, noisy.new_full((len(noisy),), time), labels)
-        both = torch.cat([labels, torch.full_like(labels, self._null_class)])
-        return self._guided(noisy, noisy.new_full((2 * len(noisy),), time), both, guidance)
-
-    def _noise(self, labels: Tensor, indices: Tensor) -> Tensor:
-        """(n, C, s, s) float32, always drawn on the CPU so that all devices begin with the same."""
+    def noise(self, labels: Tensor, indices: Tensor) -> Tensor:
+        """(n, C, s, s) float32: the noise of each image, always drawn on the CPU so that all devices begin with the same."""
         pairs = zip(labels.tolist(), indices.tolist(), strict=True)
-        seed = self.config.seed
+        seed = self.settings.seed
         return torch.stack(
             [torch.randn(self._latent_shape, generator=generator_for("cpu", "sample", seed, c, i)) for c, i in pairs]
         )
 
-    def _check(self, labels: Tensor) -> None:
-        classes = len(self.facts.class_names)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise UsageError(f"The model knows classes 0 to {classes - 1}, asked for {labels.min()} to {labels.max()}.")
+    def from_noise(self, noise: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
+        """The images that given noise becomes: (n, C, s, s) standard normal, (n,) -> (n, 3, S, S) uint8 on the CPU.
+
+        indices: (n,) numbers of the images within their classes; only mode guidance needs them, to choose the mode.
+        n is at most the batch size. Raises ComputeError when memory runs out.
+        """
+        centers = noise.new_empty(len(noise), 0)
+        if self._modes is not None and indices is not None:
+            centers = self._modes[labels, indices % self._modes.shape[1]]
+        parts = list(zip(*(rows.split(self._part) for rows in (noise, labels, centers)), strict=True))
+        first = 1 if self._compiling else 0  # compiles alone; the parts after it find it done
+        with shortage_explained(self._shortage):
+            images = [
+                made
+                for group in (parts[:first], parts[first:])
+                for made in side_by_side(self._sample_part, group, self._workers)
+            ]
+        self._compiling = False
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def _sample_part(self, part: tuple[Tensor, ...]) -> Tensor:
+        """(n, 3, S, S) uint8 on the CPU from a part's noise, labels and centers."""
+        count = len(part[0])
+        # Compiled code is made for one size, so a short part is filled up.
+        whole = self._part if self.settings.compile else count
+        noise, labels, centers = (_filled(rows, whole).to(self.device, non_blocking=True) for rows in part)
+        per_step = 1 if self._modes is None else 2
+        terms = noise.new_zeros(1 + per_step * len(self._times), *noise.shape)  # as LinearPlan orders them
+        terms[0] = noise
+        both = torch.cat([labels, torch.full_like(labels, self._null_class)])
+        low, high = self.settings.guidance_interval
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            for i, time in enumerate(self._times):
+                known = 1 + per_step * i
+                point = weighted_sum(self._inputs[i, :known], terms[:known])
+                if self.settings.guidance == 1 or not low <= time / TIME_SCALE <= high:
+                    output = self._guided(point, point.new_full((whole,), time), labels)
+                else:
+                    output = self._guided(point, point.new_full((2 * whole,), time), both, self.settings.guidance)
+                terms[known] = output
+                if per_step == 2 and i < _MODE_GUIDED * len(self._times):
+                    terms[known + 1] = self._mode_term(point, output, time, centers)
+            latents = weighted_sum(self._final, terms)
+            made = torch.cat([to_uint8(self._decoder(some)) for some in latents.split(self._decoded_at_once)])
+        return made[:count].cpu()
+
+    def _mode_term(self, point: Tensor, output: Tensor, time: float, centers: Tensor) -> Tensor:
+        """What mode guidance adds after a step: lambda * sigma_t * (mode - predicted clean latents), all (n, C, s, s).
+
+        Source: Chan-Santiago et al. 2025, arXiv 2505.18963, section 4.2. sigma_t is the noise level of the objective.
+        """
+        times = point.new_full((len(point),), time)
+        _, sigma = self._objective.levels(times, point)
+        return self.settings.mode_guidance * sigma * (centers - self._objective.clean(point, output, times))
+
+    def _shortage(self) -> ComputeError:
+        size = self.settings.batch_size or 1
+        return ComputeError(f"Out of memory while sampling {size} images at once.", f"Try --batch-size {max(1, size // 2)}.")
+
+
+def weighted_sum(coefficients: Tensor, terms: Tensor) -> Tensor:
+    """The combination of (k, n, C, s, s) by (k,) coefficients, in float32 even under autocast.
+
+    Coefficients can be a hundred times as large as the sum, so a matrix product is avoided: a GPU may compute it in TF32.
+    """
+    return (coefficients.view(-1, 1, 1, 1, 1) * terms).sum(dim=0)
 
 
 class GuidedDenoiser(nn.Module):
@@ -206,25 +208,27 @@ class Decoder(nn.Module):
         self.image_size = model.facts.image_size
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Decode."""
         latents = (latents / self.scale).contiguous(memory_format=torch.channels_last)
         return decode(self.autoencoder, latents, self.image_size).float() / 2 + 0.5
 
 
-def class_ordered(images_per_class: int, num_classes: int, *, start: int = 0) -> tuple[Tensor, Tensor]:
+def class_ordered(images_per_class: int, num_classes: int) -> tuple[Tensor, Tensor]:
     """Labels and indices of `images_per_class` images of every class, class by class: both (N,) int64."""
     labels = torch.arange(num_classes).repeat_interleave(images_per_class)
-    indices = torch.arange(start, start + images_per_class).repeat(num_classes)
-    return labels, indices
+    return labels, torch.arange(images_per_class).repeat(num_classes)
 
 
-def sample(sampler: Sampler, labels: Tensor, indices: Tensor, *, progress: Listener = ignore) -> Iterator[Samples]:
-    """Yield the images asked for, batch by batch, in order."""
-    size = sampler.config.batch_size
-    for start in range(0, len(labels), size):
-        yield sampler(labels[start : start + size], indices[start : start + size])
-        progress(Progress("Sampling", min(start + size, len(labels)), len(labels), "images"))
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """The rows, followed by copies of the first one up to that count."""
+    return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])
 
 
-def sample_all(sampler: Sampler, labels: Tensor, indices: Tensor, *, progress: Listener = ignore) -> Tensor:
-    """(N, 3, S, S) uint8: all the images asked for, in order."""
-    return torch.cat([batch.images for batch in sample(sampler, labels, indices, progress=progress)])
+def _check_guidance(settings: SamplingSettings, label_dropout: float | None, modes: Tensor | None) -> None:
+    if settings.guidance != 1 and label_dropout == 0:
+        raise UsageError(
+            "The model was trained without label dropout, so it cannot be sampled with guidance.",
+            "Turn guidance off with --guidance 1, or train the model again with --label-dropout 0.1.",
+        )
+    if (settings.mode_guidance > 0) != (modes is not None):
+        raise UsageError("Mode guidance needs both a scale above 0 and the modes of each class.")

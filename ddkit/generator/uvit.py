@@ -99,7 +99,7 @@ class UViT(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
 
     def _initialize(self) -> None:
-        """Truncated normal weights as in the paper's code; the output begins at zero, so that training begins calm."""
+        """Truncated normal weights as in the paper's code; the output begins at zero, so that early training is stable."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -108,9 +108,10 @@ class UViT(ModelMixin, ConfigMixin):
         nn.init.normal_(self.class_in.weight, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)
         nn.init.zeros_(self.patch_out.weight)
-        # Begin as the identity: the convolution only learns what the patches leave to mend.
+        # The convolution begins as the identity and only learns to repair the seams.
         nn.init.dirac_(self.smooth.weight)
-        nn.init.zeros_(self.smooth.bias)
+        if self.smooth.bias is not None:
+            nn.init.zeros_(self.smooth.bias)
 
 
 class Block(nn.Module):
@@ -132,7 +133,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """x, kept: (N, tokens, hidden) -> the same shape."""
-        if self.join is not None:
+        if self.join is not None and kept is not None:
             x = self.join(torch.cat([x, kept], dim=-1))
         x = x + self._attend(self.norm_attention(x))
         return x + self.mlp(self.norm_mlp(x))
@@ -156,7 +157,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class TanhGELU(nn.Module):
-    """GELU in its approximation by tanh (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2)."""
+    """GELU approximated by tanh (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: of any shape -> the same shape."""
@@ -176,8 +177,8 @@ def timestep_embedding(timestep: Tensor, size: int, longest_period: float = 10_0
 
 def _check_sizes(sample_size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int) -> None:
     if sample_size % patch_size:
-        raise ValueError(f"sample_size {sample_size} is no multiple of patch_size {patch_size}")
+        raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
     if hidden_size % num_heads:
-        raise ValueError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
+        raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
     if depth % 2 == 0:
         raise ValueError(f"depth {depth} is even; a U needs a middle block")

@@ -21,9 +21,9 @@ from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
-from ddkit.generator.model_folder import WEIGHTS_FILE, ModelFacts, load_model
+from ddkit.generator.config import SamplingSettings, default_guidance
+from ddkit.generator.model_folder import DENOISER_PART, WEIGHTS_FILE, ModelFacts, load_model
 from ddkit.generator.samplers import make_scheduler
-from ddkit.generator.sampling import SamplingSettings
 from ddkit.packing.zipping import unpack, write_zip
 from ddkit.runtime.files import atomic_folder, atomic_write, read_json, sha256_of, write_json, write_text
 from ddkit.runtime.tensor_files import save_safetensors
@@ -32,7 +32,9 @@ SCRIPT = "generate.py"
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
 REQUIREMENTS = ("torch", "diffusers", "safetensors")
 _SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py")
-_DENOISERS = ("transformer", "unet")
+
+
+DEFAULT_SAMPLING = SamplingSettings(guidance=default_guidance(None), precision="float32")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class EntrySettings:
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     """
 
-    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(guidance=2.0))
+    sampling: SamplingSettings = field(default_factory=lambda: DEFAULT_SAMPLING)
     device: str = "auto"
     half: bool = False
 
@@ -167,7 +169,7 @@ def _add_model(model: EntryModel, folder: Path) -> ModelFacts:
     """Write a model's folder: its parts without what only ddkit reads, its sampler, and entry.json."""
     facts, spec = load_model(model.folder, dataset=model.dataset).facts, dataset_spec(model.dataset)
     _check_fits(facts, spec, model.folder)
-    parts = [part for part in ("vae", *_DENOISERS) if (model.folder / part).is_dir()]
+    parts = [part for part in ("vae", DENOISER_PART) if (model.folder / part).is_dir()]
     for part in parts:
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_bytes((model.folder / part / "config.json").read_bytes())

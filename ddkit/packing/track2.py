@@ -63,7 +63,8 @@ def rounding_cost(model: EntryModel, *, images: int = 32, device: str = "cpu") -
     classes = len(original.facts.class_names)
     labels, indices = torch.arange(images) % classes, torch.arange(images) // classes
     config = replace(model.settings.sampling, batch_size=images, compile=False)
-    first, second = (Sampler(each, config, device)(labels, indices).images for each in (original, rounded))
+    samplers = (Sampler(model, config, device) for model in (original, rounded))
+    first, second = (torch.cat([*sampler.images(labels, indices)]) for sampler in samplers)
     difference = (first.int() - second.int()).abs()
     return RoundingCost(float(difference.float().mean()), int(difference.max()), images)
 

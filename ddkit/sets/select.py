@@ -1,7 +1,7 @@
 """Choosing the few images of each class that a distilled set is made of.
 
-Choices that look at the images see them as a network trained on the real ones does: a `ImageFeatures` of each class.
-All are deterministic: the same images and ipc, and for a random choice the same seed, give the same.
+Some methods need only the labels. The others compare features and confidences, which a network trained on the real
+images computes. All are deterministic: the same images, number and, for the random method, seed give the same choice.
 """
 
 from __future__ import annotations
@@ -18,70 +18,76 @@ from torch.nn import functional as F
 from ddkit.errors import UsageError, did_you_mean
 from ddkit.runtime.seeds import generator_for
 
-BLIND_CHOICES = ("random", "first")
+DEFAULT_METHOD = "most-confident"
+LABEL_METHODS = ("random", "first")
+_FORMER_NAMES = {"easy": "most-confident", "middling": "median", "hard": "least-confident", "spread": "stratified"}
 _KMEANS_ROUNDS = 50
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What there is to choose from in one class. features: (n, F) float32. confidence: (n,) float32 in [0, 1], the
-    probability that the network gives to the class that each image is meant to show."""
+    """The images of one class as a network sees them.
+
+    features: (n, F) float32. confidence: (n,) float32 in [0, 1], the probability of the class that each image should show.
+    """
 
     features: Tensor
     confidence: Tensor
 
 
-Look = Callable[[Tensor], ImageFeatures]  # rows (n,) int64 of one class -> what they look like
+Extract = Callable[[Tensor], ImageFeatures]  # row numbers (n,) int64 of one class -> their features
 
 
-def choose(how: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int, look: Look | None = None) -> Tensor:
-    """Rows of `ipc` images of every class, class by class: (num_classes * ipc,) int64.
+def choose(method: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int, extract: Extract | None = None) -> Tensor:
+    """Row numbers of `ipc` images of every class, class by class: (num_classes * ipc,) int64.
 
-    how: "first", the first of each class in the order of the rows; "random", a choice that depends on (seed, class)
-    alone; or one of SEEING_CHOICES. labels: (N,) int64, of the images to choose from. look: gives the view of one
-    class at a time, so that never more than one is in memory; not needed by blind choices.
-    Raises UsageError for another way, an ipc below one, or a class with fewer images than that.
+    method: "first", the first rows of each class; "random", which depends on (seed, class) alone; or one of
+    FEATURE_METHODS. labels: (N,) int64 of the images to choose from. extract: gives the features of one class at a
+    time, so that memory holds only one; LABEL_METHODS do not need it.
+    Raises UsageError for an unknown method, an ipc below one, or a class with fewer images than that.
     """
-    check_choice(how)
+    check_method(method)
     if ipc < 1:
-        raise UsageError(f"A set needs at least one image per class, not {ipc}.")
-    rows = []
-    for c in range(num_classes):
-        of_class = (labels == c).nonzero().flatten()
-        if len(of_class) < ipc:
+        raise UsageError(f"A set needs at least one image per class, got {ipc}.")
+    chosen = []
+    for label in range(num_classes):
+        rows = (labels == label).nonzero().flatten()
+        if len(rows) < ipc:
             raise UsageError(
-                f"Class {c} has {len(of_class)} images, {ipc} were asked for.", f"Ask for --ipc {len(of_class)} at most."
+                f"Class {label} has {len(rows)} images, but {ipc} were asked for.", f"Ask for --ipc {len(rows)} at most."
             )
-        view = look(of_class) if look and how not in BLIND_CHOICES else None
-        rows.append(of_class[choose_in_class(how, len(of_class), ipc, seed=seed, label=c, view=view)])
-    return torch.cat(rows)
+        features = extract(rows) if extract and method not in LABEL_METHODS else None
+        chosen.append(rows[choose_in_class(method, len(rows), ipc, seed=seed, label=label, features=features)])
+    return torch.cat(chosen)
 
 
-def choose_in_class(how: str, count: int, ipc: int, *, seed: int, label: int, view: ImageFeatures | None = None) -> Tensor:
-    """(ipc,) int64: which of the `count` images of class `label` are taken, the first taken first.
+def choose_in_class(
+    method: str, count: int, ipc: int, *, seed: int, label: int, features: ImageFeatures | None = None
+) -> Tensor:
+    """(ipc,) int64: which of the `count` images of class `label` are taken, in the order of preference.
 
-    Raises UsageError for a way that there is not, or one that needs a view and has none.
+    Raises UsageError for an unknown method, or one that needs features when there are none.
     """
-    check_choice(how)
-    if how == "first":
+    check_method(method)
+    if method == "first":
         return torch.arange(ipc)
-    if how == "random":
+    if method == "random":
         return torch.randperm(count, generator=generator_for("cpu", "choice", seed, label))[:ipc]
-    if view is None:
-        raise UsageError(f"The choice '{how}' looks at the images, and there is nothing to look with.")
-    return SEEING_CHOICES[how](view, ipc)
+    if features is None:
+        raise UsageError(f"The selection method '{method}' needs the images' features.")
+    return FEATURE_METHODS[method](features, ipc)
 
 
-def check_choice(how: str) -> None:
-    """Raises UsageError for a way to choose that there is not."""
-    known = (*BLIND_CHOICES, *SEEING_CHOICES)
-    if how not in known:
-        raise UsageError(f"Images cannot be chosen '{how}'.", did_you_mean(how, known))
+def check_method(method: str) -> None:
+    """Raise UsageError for an unknown selection method."""
+    known = (*LABEL_METHODS, *FEATURE_METHODS)
+    if method not in known:
+        raise UsageError(f"Unknown selection method '{method}'.", did_you_mean(_FORMER_NAMES.get(method, method), known))
 
 
-def herding(view: ImageFeatures, ipc: int) -> Tensor:
-    """Greedily those whose mean stays closest to the mean of all (Welling 2009; Rebuffi et al. 2017, arXiv 1611.07725)."""
-    features = view.features
+def herding(images: ImageFeatures, ipc: int) -> Tensor:
+    """Greedily take the image that keeps the mean closest to that of all (Welling 2009; Rebuffi 2017, arXiv 1611.07725)."""
+    features = images.features
     target, total = features.mean(0), torch.zeros(features.shape[1])
     taken: list[int] = []
     for k in range(1, ipc + 1):
@@ -91,9 +97,9 @@ def herding(view: ImageFeatures, ipc: int) -> Tensor:
     return torch.tensor(taken)
 
 
-def k_center(view: ImageFeatures, ipc: int) -> Tensor:
-    """Greedily the one farthest from those taken, from the most central on (Sener & Savarese 2018, arXiv 1708.00489)."""
-    features = view.features
+def k_center(images: ImageFeatures, ipc: int) -> Tensor:
+    """Begin with the most central image, then greedily take the farthest (Sener & Savarese 2018, arXiv 1708.00489)."""
+    features = images.features
     taken = [int((features - features.mean(0)).square().sum(1).argmin())]
     nearest = torch.full((len(features),), float("inf"))
     while len(taken) < ipc:
@@ -102,14 +108,14 @@ def k_center(view: ImageFeatures, ipc: int) -> Tensor:
     return torch.tensor(taken)
 
 
-def k_medoids(view: ImageFeatures, ipc: int) -> Tensor:
-    """The images nearest to the centers of k-means, begun from those of k_center; each center has one of its own."""
+def k_medoids(images: ImageFeatures, ipc: int) -> Tensor:
+    """Take a different image near each center of k-means, which starts from the images of k_center."""
     from scipy.cluster.vq import kmeans2
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 
-    features = view.features.double().numpy()
-    start = features[k_center(view, ipc).numpy()]
+    features = images.features.double().numpy()
+    start = features[k_center(images, ipc).numpy()]
     with warnings.catch_warnings():
         # A cluster may lose all its images; its center then stays where it was.
         warnings.filterwarnings("ignore", "One of the clusters is empty")
@@ -120,11 +126,11 @@ def k_medoids(view: ImageFeatures, ipc: int) -> Tensor:
     return torch.from_numpy(nearest[order])
 
 
-def minimax(view: ImageFeatures, ipc: int) -> Tensor:
-    """Greedily what is like the class and unlike those taken: the largest cosine to the class's mean less the largest
-    cosine to any taken. It turns the two criteria of minimax diffusion (arXiv 2311.15529) into a choice."""
-    # Less their level, one number for all: averages of rectified values would all point nearly the same way.
-    features = F.normalize(view.features - view.features.mean(), dim=1)
+def minimax(images: ImageFeatures, ipc: int) -> Tensor:
+    """Greedily take the image that is like its class and unlike those taken: the two criteria of minimax diffusion
+    (arXiv 2311.15529) as a choice. It has the largest cosine to the class mean less the largest cosine to any taken."""
+    # Without subtracting their mean, averages of rectified values would all point nearly the same way.
+    features = F.normalize(images.features - images.features.mean(), dim=1)
     representative = features @ F.normalize(features.mean(0), dim=0)
     likest_taken = torch.zeros(len(features))
     taken: list[int] = []
@@ -135,47 +141,47 @@ def minimax(view: ImageFeatures, ipc: int) -> Tensor:
     return torch.tensor(taken)
 
 
-def easy(view: ImageFeatures, ipc: int) -> Tensor:
-    """Those recognized most surely."""
-    return _by_confidence(view)[:ipc]
+def most_confident(images: ImageFeatures, ipc: int) -> Tensor:
+    """Take the images that the network recognizes most confidently."""
+    return _by_confidence(images)[:ipc]
 
 
-def middling(view: ImageFeatures, ipc: int) -> Tensor:
-    """Those in the middle between the surest and the least sure."""
-    start = (len(view.confidence) - ipc) // 2
-    return _by_confidence(view)[start : start + ipc]
+def median(images: ImageFeatures, ipc: int) -> Tensor:
+    """Take the images around the median confidence."""
+    start = (len(images.confidence) - ipc) // 2
+    return _by_confidence(images)[start : start + ipc]
 
 
-def hard(view: ImageFeatures, ipc: int) -> Tensor:
-    """Those recognized least."""
-    return _by_confidence(view).flip(0)[:ipc]
+def least_confident(images: ImageFeatures, ipc: int) -> Tensor:
+    """Take the images that the network recognizes least confidently."""
+    return _by_confidence(images).flip(0)[:ipc]
 
 
-def spread(view: ImageFeatures, ipc: int) -> Tensor:
-    """One of each of ipc equal bands of confidence, the middle of the band, from easy to hard."""
-    places = ((torch.arange(ipc) + 0.5) * len(view.confidence) / ipc).long()
-    return _by_confidence(view)[places]
+def stratified(images: ImageFeatures, ipc: int) -> Tensor:
+    """Take the middle image of each of ipc equal bands of confidence, from the most to the least confident."""
+    places = ((torch.arange(ipc) + 0.5) * len(images.confidence) / ipc).long()
+    return _by_confidence(images)[places]
 
 
-SEEING_CHOICES: dict[str, Callable[[ImageFeatures, int], Tensor]] = {
+FEATURE_METHODS: dict[str, Callable[[ImageFeatures, int], Tensor]] = {
+    "most-confident": most_confident,
+    "median": median,
+    "least-confident": least_confident,
+    "stratified": stratified,
     "herding": herding,
     "k-center": k_center,
     "k-medoids": k_medoids,
     "minimax": minimax,
-    "easy": easy,
-    "middling": middling,
-    "hard": hard,
-    "spread": spread,
 }
 
 
-def _by_confidence(view: ImageFeatures) -> Tensor:
-    """Indices from the surest on; the earlier image first where two are equally sure."""
-    return view.confidence.argsort(descending=True, stable=True)
+def _by_confidence(images: ImageFeatures) -> Tensor:
+    """Indices by falling confidence; of two equal ones the earlier image comes first."""
+    return images.confidence.argsort(descending=True, stable=True)
 
 
 def _smallest(values: Tensor, taken: list[int]) -> int:
-    """Where the smallest value is, those taken aside."""
+    """The index of the smallest value, except those taken."""
     values = values.clone()
     values[taken] = float("inf")
     return int(values.argmin())

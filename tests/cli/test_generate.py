@@ -24,17 +24,17 @@ def test_real_images_by_default_names(colors, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--dataset", "colors", "--ipc", "0"], 2, "at least one image per class"),
+        (["--dataset", "colors", "--ipc", "0"], 2, "0 is not in the range"),
         (["--dataset", "colors"], 2, "Did you mean 'colors'?"),
         (["--dataset", "colors"], 3, "ddkit train"),
         (["--dataset", "colors", "--out", "set.zip", "--from-real", "first"], 2, ".pt"),
         (["--dataset", "colors", "--from-real", "first", "--ipc", "6"], 2, "--ipc 5"),
         (["--dataset", "colors", "--sampler", "heun"], 2, "heun"),
         (["--dataset", "colors", "--select", "herding"], 2, "--candidates"),
-        (["--dataset", "colors", "--from-real", "random", "--guidance", "3"], 2, "--guidance: nothing is sampled"),
+        (["--dataset", "colors", "--from-real", "random", "--guidance", "3"], 2, "--guidance has no effect with --from-real"),
         (["--dataset", "colors", "--from-real", "first", "--candidates", "5"], 2, "chooses from all real ones"),
         (["--dataset", "colors", "--from-real", "first", "--select", "herding"], 2, "chooses from all real ones"),
-        (["--dataset", "colors", "--from-real", "k-center"], 2, "Did you mean 'k-center'?"),
+        (["--dataset", "colors", "--from-real", "k-centers"], 2, "Did you mean 'k-center'?"),
         (["--dataset", "colors", "--candidates", "20", "--select", "hering"], 2, "Did you mean 'herding'?"),
         (["--dataset", "colors", "--guidance-interval", "0.9", "0.1"], 2, "0.9 to 0.1"),
     ],
@@ -55,7 +55,7 @@ def test_a_refined_set_is_not_replaced_unasked(colors, tmp_path, monkeypatch):
     facts.write_text(facts.read_text().replace("first-real", "refined"))
     before = (tmp_path / "submission" / "colors.pt").read_bytes()
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == 2 and "has been refined" in done.output and "--out" in done.output
+    assert done.exit_code == 2 and "is a refined set" in done.output and "--out" in done.output
     assert (tmp_path / "submission" / "colors.pt").read_bytes() == before
     assert CliRunner().invoke(main, [*words, "--replace"]).exit_code == 0
     assert "first-real" in facts.read_text()

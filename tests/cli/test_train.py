@@ -46,7 +46,7 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colors, tmp_path):
 
     before = steps_done(folder)
     longer = ddkit("train", "--dataset", colors, "--batch-size", "8", "--time", "2s", "--resume")
-    assert longer.exit_code == 0 and "Going on with" in longer.output, longer.output
+    assert longer.exit_code == 0 and "Continuing to train" in longer.output, longer.output
     assert "ddkit generate --ipc 10 --dataset colors" in longer.output
     assert steps_done(folder) > before
 
@@ -87,7 +87,7 @@ def test_stopped_it_has_saved_and_goes_on(ddkit, colors, tmp_path, number):
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 130 and "all of it is saved" in errors
+        assert process.returncode == 130 and "the state is saved" in errors
     done = (folder / "metrics.jsonl").read_text().splitlines()
     saved = max(int(path.stem.split("-")[1]) for path in folder.glob("checkpoints/denoiser-*.pt"))
 
@@ -123,7 +123,7 @@ def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, c
         (["--dataset", "colors", "--device", "cuda:99"], 3, "cuda:99"),
         (["--dataset", "colors", "--batch-size", "100000"], 3, "would fit"),
         (["--dataset", "colors", "--autoencoder", "nowhere", "--preset", "demo"], 3, "nowhere"),
-        (["--dataset", "colors", "--preset", "demo", "--features", "inception"], 2, "nothing is tracked"),
+        (["--dataset", "colors", "--preset", "demo", "--features", "inception"], 2, "--features needs --track-every"),
     ],
 )
 def test_what_it_refuses_in_one_message(ddkit, colors, monkeypatch, words, status, said):

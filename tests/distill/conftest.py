@@ -5,9 +5,9 @@ import torch
 
 from ddkit.data.store import load_dataset, store_hash
 from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.config import AutoencoderConfig, DenoiserConfig
 from ddkit.generator.model_folder import Model, ModelFacts, save_model
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.model_folder import load_model, model_hash, save_model
-from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample_all
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.metrics.features import reference_features
 from ddkit.sets.distilled import load_tensor
 
@@ -44,7 +44,7 @@ def test_the_random_choice_is_called_so_and_follows_the_seed(colors, tmp_path):
 def test_samples_of_a_model_and_how_they_were_made(colors, model_folder, tmp_path):
     sampling = SamplingSettings("ddim", steps=2, guidance=1.5, seed=4, batch_size=3)
     saved = generate(colors, 2, FromModel(model_folder, sampling), tmp_path / "set.pt")
-    expected = sample_all(Sampler(load_model(model_folder), sampling), *class_ordered(2, 2))
+    expected = torch.cat([*Sampler(load_model(model_folder), sampling).images(*class_ordered(2, 2))])
     assert torch.equal(pixels(saved.tensor, colors), expected)
     facts = json.loads(saved.provenance.read_text())
     assert facts["kind"] == "generated"
@@ -81,7 +81,7 @@ def test_a_set_behind_a_link_is_known_for_what_it_is(colors, tmp_path):
     saved = generate(colors, 2, FromReal("first"), tmp_path / "best" / "set.pt")
     saved.provenance.write_text(saved.provenance.read_text().replace('"first-real"', '"refined"'))
     (tmp_path / "set.pt").symlink_to(saved.tensor)
-    with pytest.raises(UsageError, match="has been refined"):
+    with pytest.raises(UsageError, match="is a refined set"):
         generate(colors, 2, FromReal("random"), tmp_path / "set.pt")
 
 
@@ -117,7 +117,7 @@ class TestWhatIsRefused:
     def test_a_model_of_another_dataset(self, colors, model_folder, tmp_path):
         model = load_model(model_folder)
         save_model(dataclasses.replace(model, facts=dataclasses.replace(model.facts, dataset="glyphs")), model_folder)
-        with pytest.raises(UsageError, match="is of 'glyphs', not of 'colors'"):
+        with pytest.raises(UsageError, match="was trained on 'glyphs', not on 'colors'"):
             generate(colors, 1, FromModel(model_folder), tmp_path / "set.pt")
 
     def test_a_model_of_other_classes(self, colors, model_folder, tmp_path):
@@ -125,12 +125,12 @@ class TestWhatIsRefused:
         facts = dataclasses.replace(model.facts, class_names=("red", "blue", "green"))
         denoiser = type(model.denoiser).from_config({**model.denoiser.config, "num_classes": 3})
         save_model(dataclasses.replace(model, denoiser=denoiser, facts=facts), model_folder)
-        with pytest.raises(UsageError, match="knows 3 classes, the dataset has 2"):
+        with pytest.raises(UsageError, match="knows 3 classes, but the dataset has 2"):
             generate(colors, 1, FromModel(model_folder), tmp_path / "set.pt")
 
     @pytest.mark.parametrize(("changes", "said"), [
-        ({"class_names": ("blue", "green")}, "class 1 is green there, and red in the dataset"),
-        ({"image_size": 8}, "images of 8 pixels, 'colors' has 16"),
+        ({"class_names": ("blue", "green")}, "class 1 was green and is red"),
+        ({"image_size": 8}, "images of 8 pixels, but 'colors' has 16"),
     ])  # fmt: skip
     def test_a_model_of_the_dataset_as_it_was(self, colors, model_folder, tmp_path, changes, said):
         model = load_model(model_folder)
@@ -149,25 +149,26 @@ class TestChoosing:
 
     def test_of_a_models_candidates_those_that_a_choice_takes(self, colors, model_folder, tmp_path):
         sampling = SamplingSettings("ddim", steps=2, seed=4, batch_size=3)
-        saved = generate(colors, 2, FromModel(model_folder, sampling, candidates=5, select="hard"), tmp_path / "set.pt")
+        source = FromModel(model_folder, sampling, candidates=5, select="least-confident")
+        saved = generate(colors, 2, source, tmp_path / "set.pt")
         train = load_dataset(colors, "train")
         features = reference_features(train, dataset_spec(colors))
         expected = []
         for c in range(2):
             labels = torch.full((5,), c)
-            images = Sampler(load_model(model_folder), sampling)(labels, torch.arange(5)).images
+            images = torch.cat([*Sampler(load_model(model_folder), sampling).images(labels, torch.arange(5))])
             expected.append(images[features.with_confidence(images, labels)[1].argsort(stable=True)[:2]])
         assert torch.equal(pixels(saved.tensor, colors), torch.cat(expected))
         facts = json.loads(saved.provenance.read_text())
-        assert (facts["selection"], facts["candidates"]) == ("hard", 5)
+        assert (facts["selection"], facts["candidates"]) == ("least-confident", 5)
 
     def test_of_all_real_images(self, colors, tmp_path):
-        saved = generate(colors, 2, FromReal("easy"), tmp_path / "set.pt")
+        saved = generate(colors, 2, FromReal("most-confident"), tmp_path / "set.pt")
         train = load_dataset(colors, "train")
         confidence = reference_features(train, dataset_spec(colors)).with_confidence(train.images, train.labels)[1]
         rows = [i for c in (0, 1) for i in confidence[5 * c : 5 * c + 5].argsort(descending=True)[:2].add(5 * c).tolist()]
         assert torch.equal(pixels(saved.tensor, colors), train.images[rows])
-        assert json.loads(saved.provenance.read_text())["kind"] == "easy-real"
+        assert json.loads(saved.provenance.read_text())["kind"] == "most-confident-real"
 
     def test_fewer_candidates_than_images(self, colors, model_folder, tmp_path):
         with pytest.raises(UsageError, match="2 images of each class cannot be chosen from 1"):
@@ -177,4 +178,4 @@ class TestChoosing:
         with pytest.raises(UsageError, match="Did you mean 'herding'"):
             FromModel(model_folder, candidates=5, select="hering")
         with pytest.raises(UsageError, match="Did you mean 'k-center'"):
-            FromReal("k-center")
+            FromReal("k-centers")

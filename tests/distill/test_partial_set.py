@@ -31,49 +31,49 @@ class TestParts:
         return PartialSet(folder / "set.pt", {"guidance": 2.0, **identity}, SHAPE)
 
     def test_what_was_kept_comes_back_in_order(self, tmp_path):
-        assert self.parts(tmp_path).kept().shape == (0, *SHAPE)
+        assert self.parts(tmp_path).load().shape == (0, *SHAPE)
         for start in (4, 0, 2):
-            self.parts(tmp_path).keep(start, rows(start, 2))
-        assert torch.equal(self.parts(tmp_path).kept(), rows(0, 6))
+            self.parts(tmp_path).append(start, rows(start, 2))
+        assert torch.equal(self.parts(tmp_path).load(), rows(0, 6))
 
     def test_rows_after_a_gap_or_a_damaged_part_are_made_again(self, tmp_path, caplog):
         parts = self.parts(tmp_path)
         for start in (0, 2, 4, 8):
-            parts.keep(start, rows(start, 2))
-        assert torch.equal(parts.kept(), rows(0, 6))
+            parts.append(start, rows(start, 2))
+        assert torch.equal(parts.load(), rows(0, 6))
         damaged = part_files(tmp_path)[1]
         damaged.write_bytes(damaged.read_bytes()[:50])
         with caplog.at_level(logging.WARNING):
-            assert torch.equal(parts.kept(), rows(0, 2))
+            assert torch.equal(parts.load(), rows(0, 2))
         assert str(damaged) in caplog.text
 
     def test_parts_made_again_and_cut_otherwise_hide_nothing(self, tmp_path):
         parts = self.parts(tmp_path)
         for start in (0, 4, 8):
-            parts.keep(start, rows(start, 4))
+            parts.append(start, rows(start, 4))
         part_files(tmp_path)[1].write_bytes(b"torn")
         for start in (4, 10):
-            parts.keep(start, rows(start, 6))
-        assert torch.equal(parts.kept(), rows(0, 16))
+            parts.append(start, rows(start, 6))
+        assert torch.equal(parts.load(), rows(0, 16))
 
     def test_those_of_other_settings_are_named_and_left_aside(self, tmp_path, caplog):
-        self.parts(tmp_path, steps=4).keep(0, rows(0, 2))
+        self.parts(tmp_path, steps=4).append(0, rows(0, 2))
         with caplog.at_level(logging.WARNING):
             ours = self.parts(tmp_path, steps=8)
         assert "steps: 4, not 8" in caplog.text and "guidance" not in caplog.text
-        assert len(ours.kept()) == 0
-        assert len(self.parts(tmp_path, steps=4).kept()) == 2
-        ours.keep(0, rows(0, 2))
-        ours.drop()
-        assert len(self.parts(tmp_path, steps=4).kept()) == 2
-        assert len(self.parts(tmp_path, steps=8).kept()) == 0
+        assert len(ours.load()) == 0
+        assert len(self.parts(tmp_path, steps=4).load()) == 2
+        ours.append(0, rows(0, 2))
+        ours.discard()
+        assert len(self.parts(tmp_path, steps=4).load()) == 2
+        assert len(self.parts(tmp_path, steps=8).load()) == 0
 
     def test_names_of_sets_are_no_patterns(self, tmp_path):
         one, other = (PartialSet(tmp_path / name, {}, SHAPE) for name in ("set[1].pt", "set1.pt"))
         for parts in (one, other):
-            parts.keep(0, rows(0, 2))
-        one.drop()
-        assert (len(one.kept()), len(other.kept())) == (0, 2)
+            parts.append(0, rows(0, 2))
+        one.discard()
+        assert (len(one.load()), len(other.load())) == (0, 2)
 
 
 # Plainly, every batch is a part; chosen from candidates, every class.
@@ -96,7 +96,7 @@ def test_stopped_or_killed_it_goes_on(colors, colors_model, tmp_path, ipc, choic
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"Going on after {rows_kept} of {2 * ipc} images" in " ".join(done.stderr.split())
+    assert f"Continuing after {rows_kept} of {2 * ipc} images" in " ".join(done.stderr.split())
     assert {path.name for path in out.parent.iterdir()} == {"set.pt", "set.json", "set.png"}
 
     source = FromModel(colors_model, SamplingSettings(steps=60, batch_size=10), **choice)

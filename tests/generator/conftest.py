@@ -7,9 +7,9 @@ import torch
 
 from ddkit.data.store import ImageSet
 from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.config import AutoencoderConfig, DenoiserConfig, GeneratorConfig, OptimizerConfig
 from ddkit.generator.model_folder import Model, ModelFacts
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.presets import AutoencoderConfig, DenoiserConfig, GeneratorConfig, OptimiserConfig
 from ddkit.generator.training.train import TrainingData
 
 CLASSES = ("red", "green", "blue")
@@ -29,8 +29,8 @@ def config():
     return GeneratorConfig(
         AutoencoderConfig(pixel_patch=4, channels=(8,), latent_channels=2, norm_groups=4),
         DenoiserConfig(hidden_size=16, depth=3, num_heads=2, tokens_per_side=2),
-        OptimiserConfig(steps=4, batch_size=6, learning_rate=1e-3, warmup_steps=2),
-        OptimiserConfig(steps=6, batch_size=6, learning_rate=1e-3, warmup_steps=2),
+        OptimizerConfig(steps=4, batch_size=6, learning_rate=1e-3, warmup_steps=2),
+        OptimizerConfig(steps=6, batch_size=6, learning_rate=1e-3, warmup_steps=2),
         compile=False,
     )
 

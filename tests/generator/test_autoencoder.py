@@ -15,14 +15,14 @@ from ddkit.generator.autoencoder import (
     decode,
     encode,
     images_at_once,
-    load_pretrained,
     pixels_per_latent,
     psnr,
     to_signed,
 )
-from ddkit.generator.presets import AutoencoderConfig
+from ddkit.generator.config import AutoencoderConfig
+from ddkit.generator.pretrained import load_pretrained_autoencoder
+from ddkit.generator.training import latents
 from ddkit.generator.training.latents import cached_latents
-from ddkit.generator.training.train import latents
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_images_become_latents_and_images_again(config, factor):
 
 def test_the_larger_the_images_the_fewer_are_looked_at_together():
     small = build_autoencoder(AutoencoderConfig(pixel_patch=4, channels=(64,)), 32, seed=0)
-    assert images_at_once(small, 8) == 250
+    assert images_at_once(small, 8) == 256
     with torch.device("meta"):
         large = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -98,19 +98,19 @@ class TestPretrained:
 
     def test_its_own_folder_and_a_pipelines_folder_load(self, folder):
         for source in (folder, folder / "vae"):
-            assert pixels_per_latent(load_pretrained(str(source))) == 4
+            assert pixels_per_latent(load_pretrained_autoencoder(str(source))) == 4
 
     def test_images_are_resized_for_it_and_back(self, folder):
-        autoencoder = load_pretrained(str(folder))
+        autoencoder = load_pretrained_autoencoder(str(folder))
         latents = encode(autoencoder, torch.zeros(1, 3, 16, 16), 8)
         assert latents.shape == (1, 4, 8, 8)
         assert decode(autoencoder, latents, 16).shape == (1, 3, 16, 16)
 
     def test_nothing_there_is_one_message(self, tmp_path):
         with pytest.raises(MissingModelError, match="No autoencoder could be loaded"):
-            load_pretrained(str(tmp_path))
+            load_pretrained_autoencoder(str(tmp_path))
         with pytest.raises(MissingModelError, match="no folder 'nowhere'"):
-            load_pretrained("nowhere")
+            load_pretrained_autoencoder("nowhere")
 
 
 def ask_to_stop(report):
@@ -182,4 +182,4 @@ class TestLatents:
             latents = self.make(path, autoencoder, images, identity=identity)
         fresh = self.make(tmp_path / "other.safetensors", autoencoder, images, identity=identity)
         assert torch.equal(latents.latents, fresh.latents)
-        assert "encoding them again" in caplog.text
+        assert "encoded again" in caplog.text

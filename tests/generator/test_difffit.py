@@ -8,6 +8,7 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from ddkit.errors import UsageError
+from ddkit.generator.config import DenoiserConfig
 from ddkit.generator.difffit import (
     Scaled,
     apply_difffit,
@@ -17,13 +18,12 @@ from ddkit.generator.difffit import (
     share_conditioning,
 )
 from ddkit.generator.networks import build_denoiser, predict
-from ddkit.generator.presets import DenoiserConfig
 
-ARCHITECTURES = ("uvit", "unet", "dit")
+ARCHITECTURES = ("uvit", "dit")
 
 
 def build(architecture, depth=None):
-    depth = depth or {"uvit": 5, "unet": 2, "dit": 4}[architecture]
+    depth = depth or {"uvit": 5, "dit": 4}[architecture]
     config = DenoiserConfig(architecture, hidden_size=16, depth=depth, num_heads=2, tokens_per_side=4)
     return shaken(build_denoiser(config, (3, 8, 8), 5, seed=0))
 

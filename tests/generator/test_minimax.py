@@ -167,9 +167,9 @@ def test_a_state_of_other_sizes_is_refused():
     [
         (lambda p, r, y: (p, r, y - CLASSES), "not within 0 to 3"),
         (lambda p, r, y: (p, r, y + CLASSES), "not within 0 to 3"),
-        (lambda p, r, y: (p, r[:, :1], y), "are no batch"),
-        (lambda p, r, y: (p, r, y[:-1]), "are no batch"),
-        (lambda p, r, y: (p[:0], r[:0], y[:0]), "are no batch"),
+        (lambda p, r, y: (p, r[:, :1], y), "do not make a batch"),
+        (lambda p, r, y: (p, r, y[:-1]), "do not make a batch"),
+        (lambda p, r, y: (p[:0], r[:0], y[:0]), "do not make a batch"),
         (lambda p, r, y: (p[:, :1], r[:, :1], y), "hold latents of 6 numbers, the batch has latents of 3"),
     ],
 )

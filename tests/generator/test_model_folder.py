@@ -5,20 +5,19 @@ import shutil
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.config import AutoencoderConfig
 from ddkit.generator.model_folder import (
-    LatentClassPipeline,
     load_model,
     model_hash,
     read_facts,
     save_autoencoder,
     save_model,
 )
-from ddkit.generator.presets import AutoencoderConfig
 from ddkit.generator.uvit import UViT
 
 
@@ -28,7 +27,7 @@ def folder(make_model, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("architecture", ["uvit", "unet", "dit"])
+@pytest.mark.parametrize("architecture", ["uvit", "dit"])
 def test_it_survives_saving(make_model, tmp_path, architecture):
     model = make_model(architecture)
     save_model(model, tmp_path)
@@ -41,23 +40,16 @@ def test_it_survives_saving(make_model, tmp_path, architecture):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("uvit", UViT), ("unet", UNet2DModel)])
-def test_diffusers_loads_the_folder(make_model, tmp_path, architecture, kind):
-    save_model(make_model(architecture), tmp_path)
-    pipeline = LatentClassPipeline.from_pretrained(tmp_path)
-    pipeline.set_progress_bar_config(disable=True)
-    assert type(pipeline.denoiser) is kind
-    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
-    pictures = pipeline([0, 2], num_inference_steps=2).images
-    assert [picture.size for picture in pictures] == [(16, 16)] * 2
-
-
-def test_what_diffusers_saves_again_diffusers_loads_again(folder, tmp_path):
-    pipeline = LatentClassPipeline.from_pretrained(folder)
-    pipeline.save_pretrained(tmp_path / "again")
-    again = LatentClassPipeline.from_pretrained(tmp_path / "again")
-    assert again.config.image_size == 16
-    assert torch.equal(again.transformer.class_in.weight, pipeline.transformer.class_in.weight)
+@pytest.mark.parametrize(("architecture", "kind"), [("uvit", UViT), ("dit", DiTTransformer2DModel)])
+def test_diffusers_loads_every_part(make_model, tmp_path, architecture, kind):
+    model = make_model(architecture)
+    save_model(model, tmp_path)
+    autoencoder = AutoencoderKL.from_pretrained(tmp_path, subfolder="vae")
+    assert autoencoder.config.scaling_factor == 0.7
+    denoiser = kind.from_pretrained(tmp_path, subfolder="transformer")
+    ours = model.denoiser.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in denoiser.state_dict().items())
+    assert FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler") is not None
 
 
 def test_all_weights_are_safetensors(folder):
@@ -92,11 +84,11 @@ def test_an_interrupted_save_keeps_the_earlier_part(folder, make_model, monkeypa
 
 class TestWhatIsRefused:
     def test_a_model_of_another_dataset(self, folder):
-        with pytest.raises(UsageError, match="is of 'colors', not of 'cifar100'"):
+        with pytest.raises(UsageError, match="was trained on 'colors', not on 'cifar100'"):
             load_model(folder, dataset="cifar100")
 
     def test_no_model_at_all(self, tmp_path):
-        with pytest.raises(MissingModelError, match="no whole model") as caught:
+        with pytest.raises(MissingModelError, match="does not hold a complete model") as caught:
             load_model(tmp_path)
         assert "ddkit train" in caught.value.remedy
 
@@ -130,6 +122,12 @@ class TestWhatIsRefused:
         with pytest.raises(BadFileError, match="does not fit"):
             load_model(folder)
 
+    def test_model_with_a_unet_by_an_earlier_version(self, folder):
+        (folder / "transformer").rename(folder / "unet")
+        with pytest.raises(BadFileError, match="holds a U-Net, which this version of ddkit does not read") as caught:
+            load_model(folder)
+        assert "Train the model again" in caught.value.remedy
+
     def test_a_foreign_network(self, folder):
         path = folder / "transformer" / "config.json"
         path.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
@@ -140,12 +138,12 @@ class TestWhatIsRefused:
         """Each whole in itself, such as a folder copied to the wrong place."""
         facts = json.loads((folder / "ddkit.json").read_text())
         (folder / "ddkit.json").write_text(json.dumps({**facts, "class_names": ["red", "green"]}))
-        with pytest.raises(BadFileError, match="transformer knows 3 classes, ddkit.json beside it 2"):
+        with pytest.raises(BadFileError, match="transformer knows 3 classes, but ddkit.json lists 2"):
             load_model(folder)
         (folder / "ddkit.json").write_text(json.dumps(facts))
         other = build_autoencoder(AutoencoderConfig(pixel_patch=4, channels=(8,), latent_channels=3, norm_groups=4), 16, seed=1)
         save_autoencoder(other, folder)
-        with pytest.raises(BadFileError, match="latents of 2 channels; the autoencoder beside it decodes 3"):
+        with pytest.raises(BadFileError, match="latents of 2 channels, but the autoencoder decodes 3"):
             load_model(folder)
 
     def test_foreign_facts(self, folder):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from ddkit.generator.config import PREDICTIONS, ObjectiveConfig
 from ddkit.generator.objective import BETA_SCHEDULES, Objective
-from ddkit.generator.presets import PREDICTIONS, ObjectiveConfig
 
 
 @pytest.fixture

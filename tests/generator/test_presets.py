@@ -6,17 +6,16 @@ import json
 import pytest
 
 from ddkit.errors import BadFileError, UsageError
-from ddkit.generator.presets import (
-    PRESETS,
+from ddkit.generator.config import (
     AutoencoderConfig,
     DenoiserConfig,
     ObjectiveConfig,
-    OptimiserConfig,
+    OptimizerConfig,
     differences,
     from_json,
-    preset,
     to_json,
 )
+from ddkit.generator.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize(
@@ -38,11 +37,11 @@ def test_settings_that_cannot_be_meant_are_refused_by_name(kind, wrong, named):
 
 def test_a_batch_must_split_evenly():
     with pytest.raises(UsageError, match="4 equal parts"):
-        OptimiserConfig(steps=1, batch_size=6, learning_rate=1e-3, accumulation=4)
+        OptimizerConfig(steps=1, batch_size=6, learning_rate=1e-3, accumulation=4)
 
 
 def test_the_rate_rises_then_holds_then_falls_as_one_over_the_root():
-    optimizer = OptimiserConfig(steps=1, batch_size=1, learning_rate=0.1, warmup_steps=10, decay_after_steps=100)
+    optimizer = OptimizerConfig(steps=1, batch_size=1, learning_rate=0.1, warmup_steps=10, decay_after_steps=100)
     assert optimizer.rate(0) == pytest.approx(0.01)
     assert optimizer.rate(9) == optimizer.rate(99) == pytest.approx(0.1)
     assert optimizer.rate(399) == pytest.approx(0.05)

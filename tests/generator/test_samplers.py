@@ -5,8 +5,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from ddkit.errors import UsageError
-from ddkit.generator.presets import PREDICTIONS
-from ddkit.generator.samplers import SAMPLERS, linear_plan, make_scheduler, set_steps
+from ddkit.generator.config import PREDICTIONS, SAMPLERS
+from ddkit.generator.samplers import linear_plan, make_scheduler, set_steps
 
 
 def network(noisy, time):
@@ -80,7 +80,7 @@ def test_very_many_steps_make_a_sound_plan_or_are_refused(sampler, prediction):
 def test_unknown_samplers_and_no_steps_are_refused():
     with pytest.raises(UsageError, match="Did you mean 'dpm\\+\\+'"):
         make_scheduler("dpmpp", "flow")
-    with pytest.raises(UsageError, match="1 to 1000 steps, not 0"):
+    with pytest.raises(UsageError, match="1 to 1000 steps, got 0"):
         linear_plan(make_scheduler("ddim", "flow"), 0)
-    with pytest.raises(UsageError, match="1 to 1000 steps, not 1001"):
+    with pytest.raises(UsageError, match="1 to 1000 steps, got 1001"):
         linear_plan(make_scheduler("dpm++", "v"), 1001)

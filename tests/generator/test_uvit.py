@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ddkit.generator import uvit as module
+from ddkit.generator.config import ARCHITECTURES
 from ddkit.generator.networks import build_denoiser, null_class, predict
-from ddkit.generator.presets import ARCHITECTURES
 from ddkit.generator.uvit import Block, TanhGELU, UViT, timestep_embedding
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddkit.errors import UsageError
-from ddkit.sets.select import BLIND_CHOICES, SEEING_CHOICES, ImageFeatures, choose, choose_in_class
+from ddkit.sets.select import FEATURE_METHODS, LABEL_METHODS, ImageFeatures, choose, choose_in_class
 
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 2, 2])
 
@@ -20,7 +20,7 @@ def clustered(sizes=(40, 20, 10), seed=0, spread=0.05):
 
 
 def chosen(how, view, ipc, seed=0):
-    return choose_in_class(how, len(view.features), ipc, seed=seed, label=0, view=view)
+    return choose_in_class(how, len(view.features), ipc, seed=seed, label=0, features=view)
 
 
 def test_the_first_are_the_first_of_each_class():
@@ -37,7 +37,7 @@ def test_a_random_choice_is_of_each_class_without_repeats_and_by_seed():
     assert torch.equal(rows.view(5, 10)[:, :3].flatten(), choose("random", many, 3, 5, seed=1))
 
 
-@pytest.mark.parametrize("how", [*BLIND_CHOICES, *SEEING_CHOICES])
+@pytest.mark.parametrize("how", [*LABEL_METHODS, *FEATURE_METHODS])
 @pytest.mark.parametrize("ipc", [1, 7, 70])
 def test_every_way_takes_so_many_different_images_and_the_same_again(how, ipc):
     view, _ = clustered()
@@ -76,20 +76,20 @@ def test_medoids_lie_in_the_middle_of_their_clusters():
 def test_bands_of_confidence():
     view, _ = clustered()
     order = view.confidence.argsort(descending=True)
-    assert torch.equal(chosen("easy", view, 5), order[:5])
-    assert torch.equal(chosen("hard", view, 5), order.flip(0)[:5])
-    assert torch.equal(chosen("middling", view, 10), order[30:40])
-    assert torch.equal(chosen("spread", view, 7), order[5::10])
+    assert torch.equal(chosen("most-confident", view, 5), order[:5])
+    assert torch.equal(chosen("least-confident", view, 5), order.flip(0)[:5])
+    assert torch.equal(chosen("median", view, 10), order[30:40])
+    assert torch.equal(chosen("stratified", view, 7), order[5::10])
 
 
 def test_a_view_is_taken_of_one_class_at_a_time():
     seen = []
 
-    def look(rows):
+    def extract(rows):
         seen.append(rows.tolist())
         return ImageFeatures(rows[:, None].float(), rows.float())
 
-    assert choose("easy", LABELS, 1, 3, seed=0, look=look).tolist() == [6, 7, 9]
+    assert choose("most-confident", LABELS, 1, 3, seed=0, extract=extract).tolist() == [6, 7, 9]
     assert seen == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 9]]
 
 
@@ -99,8 +99,9 @@ def test_a_view_is_taken_of_one_class_at_a_time():
         ("first", 3, "Class 2 has 2 images"),
         ("random", 0, "at least one"),
         ("rnadom", 1, "Did you mean 'random'"),
-        ("k-center", 1, "Did you mean 'k-center'"),
-        ("herding", 1, "nothing to look with"),
+        ("easy", 1, "Did you mean 'most-confident'"),
+        ("k-centers", 1, "Did you mean 'k-center'"),
+        ("herding", 1, "needs the images' features"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(how, ipc, said):

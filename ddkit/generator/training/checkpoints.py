@@ -21,10 +21,9 @@ KEPT = 2  # checkpoints of a stage
 class Checkpoint:
     """The state of a stage after `step` steps.
 
-    seconds: spent on them, over all the times the stage ran. finished: nothing more is to be done.
-    network, ema, optimizer: state dictionaries of tensors and plain values.
-    memory: state dictionary of what the stage's loss keeps beside the network.
-    scaler: the same of the loss's scale, which float16 has.
+    seconds: time spent on them over all runs. finished: the stage has reached its limit.
+    network, ema, optimizer, memory, scaler: state dictionaries of tensors and plain values; memory belongs to what the
+    stage's loss keeps from step to step, and scaler to the loss scale of float16.
     """
 
     step: int
@@ -53,10 +52,9 @@ def list_checkpoints(folder: Path, stage: str) -> list[Path]:
 
 
 def load_latest(folder: Path, stage: str) -> Checkpoint | None:
-    """The newest checkpoint of a stage that can be read, or None where there is none at all.
+    """The newest checkpoint of a stage that can be read, or None when there is none at all.
 
-    A newest file that is cut short is passed over, with a warning, for the one before it.
-    Raises BadFileError when there are some and none can be read.
+    A damaged newest file is skipped, with a warning. Raises BadFileError when there are files and none can be read.
     """
     paths = list_checkpoints(folder, stage)
     problem: BadFileError | None = None
@@ -64,7 +62,7 @@ def load_latest(folder: Path, stage: str) -> Checkpoint | None:
         try:
             return load_checkpoint(path)
         except BadFileError as error:
-            log.warning("%s Going on from the checkpoint before it.", error.message)
+            log.warning("%s Continuing from the checkpoint before it.", error.message)
             problem = problem or error
     if problem is not None:
         raise problem
@@ -72,14 +70,14 @@ def load_latest(folder: Path, stage: str) -> Checkpoint | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint; nothing in it is executed. Raises BadFileError where it is damaged or of another format."""
-    remedy = "Delete it to go on from the one before, or start over with --fresh."
+    """Read one checkpoint; nothing in it is executed. Raises BadFileError when it is damaged or has another format."""
+    remedy = "Delete it to continue from the one before, or start over with --fresh."
     try:
         value = load_restricted(path)
     except (OSError, UnloadableError) as error:
-        raise BadFileError(f"{path} is damaged or no checkpoint.", remedy) from error
+        raise BadFileError(f"{path} is damaged or not a checkpoint.", remedy) from error
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT_VERSION:
-        raise BadFileError(f"{path} is no checkpoint of this version of ddkit.", remedy)
+        raise BadFileError(f"{path} is not a checkpoint of this version of ddkit.", remedy)
     try:
         return Checkpoint(**value)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""What a training will cost, before it begins: parameters, memory and speed, found by trying for a few seconds."""
+"""What a training will cost, before it begins: parameters, memory and speed, measured for a few seconds."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from torch import Tensor
 from ddkit.data.store import ImageSet
 from ddkit.errors import ComputeError
 from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.config import GeneratorConfig
 from ddkit.generator.difffit import count_parameters
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.presets import BY_SIZE, PRESETS, GeneratorConfig
+from ddkit.generator.presets import GPU_PRESETS, preset
 from ddkit.generator.pretrained import Start
 from ddkit.generator.training.latents import LatentSet
-from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage
+from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage, Stage
 from ddkit.generator.training.train import AUTOENCODER_SHARE
-from ddkit.generator.training.trainer import Stage, cut, workers_for
+from ddkit.generator.training.trainer import cut, workers_for
 from ddkit.runtime.device import free_memory, own_device, shortage_explained
 from ddkit.runtime.threads import side_by_side
 
-# Of what is trained: weights, gradients, two moments of AdamW, averaged weights; all float32. Cores that share a step
-# have gradients of their own besides.
-_COPIES_OF_PARAMETERS = 5
+# For each trained parameter: weight, gradient, two moments of AdamW, averaged weight, and the temporary copy in which
+# averaging subtracts; all float32. Cores that share a step have gradients of their own as well.
+_COPIES_OF_PARAMETERS = 6
 _BYTES_PER_VALUE = 4
-_PROBE_BATCH = 4  # images, of which memory is measured
+_PROBE_BATCH = 4  # images for which memory is measured
 _RESERVE = 0.9  # of the free memory may be planned for
 _SMALLER = "Choose a smaller --preset, or another --device."
-_PASSES = 4  # that speed is measured over, at least, where images are slow
+_PASSES = 4  # at least as many are timed if images are slow
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What a stage costs.
+    """The costs of a stage.
 
     parameters: of the network, trainable or not. at_once: images that a process computes with at a time.
-    memory: bytes of a process at the peak of a step; fixed_memory: those of them that do not depend on `at_once`.
-    images_per_second: of all processes; None where it was not measured, or nothing fits that could be. steps: at most.
+    memory: bytes that a process needs at the peak of a step; fixed_memory: those that do not depend on `at_once`.
+    images_per_second: of all processes together; None if it was not measured or the stage does not fit. steps: at most.
     """
 
     stage: str
@@ -51,18 +52,12 @@ class StageEstimate:
     steps: int
     batch_size: int
 
-    @property
-    def seconds(self) -> float | None:
-        """Of all its steps at that speed."""
-        return None if self.images_per_second is None else self.steps * self.seconds_a_step
-
-    @property
-    def seconds_a_step(self) -> float:
-        """Where the speed is known."""
-        return self.batch_size / self.images_per_second
+    def seconds_for(self, steps: int | None) -> float | None:
+        """Seconds for that many steps at that speed; None if either is unknown."""
+        return steps * self.batch_size / self.images_per_second if steps and self.images_per_second else None
 
     def fitting(self, memory: float) -> int:
-        """How many images at a time fit into so many bytes."""
+        """The number of images at a time that fit into that many bytes."""
         per_image = (self.memory - self.fixed_memory) / self.at_once
         return max(0, int((memory - self.fixed_memory) / per_image))
 
@@ -76,7 +71,7 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Of the hungrier stage; they run one after the other."""
+        """Bytes of the stage that needs more; they run one after the other."""
         return max(stage.memory for stage in self.stages)
 
     @property
@@ -89,19 +84,22 @@ class Estimate:
         return self.memory <= self.limit
 
     def steps_within(self, seconds: float) -> tuple[int | None, ...]:
-        """How many steps of each stage a training of so many seconds has; None where the speed is not known.
+        """The steps of each stage in a training of that many seconds; None if the speed is not known.
 
-        Of a training from nothing the autoencoder comes first, with its share of the time and no more steps than its own.
+        The autoencoder comes first, with its share of the time and at most its own number of steps.
         """
-        found, left = [], seconds
+        found: list[int | None] = []
+        left = seconds
         for stage in self.stages:
             first = stage is not self.stages[-1]
             if stage.images_per_second is None:
                 found.append(None)
                 continue
-            steps = int((AUTOENCODER_SHARE * seconds if first else left) / stage.seconds_a_step)
-            found.append(max(1, min(steps, stage.steps) if first else steps))
-            left -= found[-1] * stage.seconds_a_step
+            per_step = stage.batch_size / stage.images_per_second
+            steps = int((AUTOENCODER_SHARE * seconds if first else left) / per_step)
+            steps = max(1, min(steps, stage.steps) if first else steps)
+            left -= steps * per_step
+            found.append(steps)
         return tuple(found)
 
 
@@ -115,14 +113,14 @@ def estimate(
     seconds: float = 3.0,
     start: Start | None = None,
 ) -> Estimate:
-    """Find out what training costs on that device.
+    """Measure the costs of a training on that device.
 
-    processes: that share each batch, on a device each. start: of fine-tuning, which has one stage alone.
-    seconds: to measure each stage's speed for, or a little longer; 0 to find parameters and memory only. What does not fit
-    into memory is not tried.
+    processes: how many share each batch, on a device each. start: the start of a fine-tuning, which has only one stage.
+    seconds: how long to measure each stage's speed, about; 0 finds only parameters and memory. A stage that does not fit
+    into memory is not run.
     """
     device, free = own_device(device), free_memory(device)
-    with shortage_explained(lambda: ComputeError(f"Memory is short on {device}, even for trying what is asked for.", _SMALLER)):
+    with shortage_explained(lambda: ComputeError(f"Out of memory on {device}, even for measuring the costs.", _SMALLER)):
         stages = (_fine_tuning(config, start, num_classes),) if start else _stages(config, image_size, num_classes)
         probes = (_Probe(stage, device, config.precision, processes) for stage in stages)
         return Estimate(tuple(probe.estimate(seconds, _RESERVE * free) for probe in probes), free)
@@ -137,7 +135,7 @@ def check_memory(
     processes: int = 1,
     start: Start | None = None,
 ) -> None:
-    """Raise ComputeError, saying what would fit, where a training needs more memory than the device has free."""
+    """Raise ComputeError, saying what would fit, when a training needs more memory than the device has free."""
     needed = estimate(config, image_size, num_classes, device, processes=processes, seconds=0, start=start)
     if not needed.fits:
         raise shortage(needed, config, image_size, num_classes, device, processes=processes)
@@ -152,54 +150,38 @@ def shortage(
     *,
     processes: int = 1,
 ) -> ComputeError:
-    """What there is to say of a training that does not fit, and what would."""
+    """The error for a training that does not fit, with what would."""
+    *others, last = needed.stages
+    fitting = 0 if any(stage.memory > needed.limit for stage in others) else last.fitting(needed.limit)
+    if fitting and config.minimax is not None:  # its criteria compare within a part, so more parts are another training
+        remedy = f"--batch-size {fitting * processes * config.denoiser_optimizer.accumulation} would fit."
+    elif fitting:
+        share = last.batch_size // processes
+        parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fitting)
+        remedy = f"--accumulation {parts} would fit."
+    elif config.minimax is not None:
+        remedy = "Leave out --full, start from a smaller generator with --init, or use another --device."
+    else:
+        remedy = "No smaller preset fits: close other programs, or use another --device."
+        for name in GPU_PRESETS:
+            smaller = preset(name).config(image_size)
+            if smaller.denoiser.depth * smaller.denoiser.hidden_size**2 < (
+                config.denoiser.depth * config.denoiser.hidden_size**2
+            ):
+                costs = estimate(smaller, image_size, num_classes, device, processes=processes, seconds=0)
+                if costs.memory <= needed.limit:
+                    remedy = f"--preset {name} would fit."
+                    break
     return ComputeError(
-        f"This training needs about {needed.memory / 2**30:.1f} GiB of memory; "
-        f"{needed.free_memory / 2**30:.1f} GiB are free on {device}.",
-        _in_parts(needed, config, processes) or _something_smaller(needed, config, image_size, num_classes, device, processes),
+        f"This training needs about {needed.memory / 2**30:.1f} GiB of memory, but {device} has "
+        f"{needed.free_memory / 2**30:.1f} GiB free.",
+        remedy,
     )
 
 
-def _in_parts(needed: Estimate, config: GeneratorConfig, processes: int) -> str:
-    """How the last stage's batches would fit, as the options are of those alone; "" where they cannot."""
-    *others, last = needed.stages
-    fitting = last.fitting(needed.limit)
-    if not fitting or any(stage.memory > needed.limit for stage in others):
-        return ""
-    if config.minimax is not None:  # whose criteria are of a part each, so that parts are another training
-        return f"--batch-size {fitting * processes * config.denoiser_optimizer.accumulation} would fit."
-    share = last.batch_size // processes
-    parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fitting)
-    return f"--accumulation {parts} would fit."
-
-
-def _something_smaller(
-    needed: Estimate,
-    config: GeneratorConfig,
-    image_size: int,
-    num_classes: int,
-    device: torch.device,
-    processes: int,
-) -> str:
-    if config.minimax is not None:
-        return "Leave --full away, start from a smaller generator with --init, or use another --device."
-    for name in reversed(BY_SIZE):
-        smaller = PRESETS[name].config(image_size)
-        if _size(smaller) < _size(config):
-            found = estimate(smaller, image_size, num_classes, device, processes=processes, seconds=0)
-            if found.memory <= needed.limit:
-                return f"--preset {name} would fit, with its own batches."
-    return "No smaller preset fits: close other programs, or use another --device."
-
-
-def _size(config: GeneratorConfig) -> int:
-    """Grows with the denoiser's parameters."""
-    return config.denoiser.depth * config.denoiser.hidden_size**2
-
-
 def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple[Stage, ...]:
-    """The stages over made-up data of the right shapes; an autoencoder that is there already has none."""
-    labels = torch.arange(num_classes)  # an image of each, drawn as often as batches want
+    """The stages over made-up data of the right shapes. A pretrained autoencoder has no stage."""
+    labels = torch.arange(num_classes)  # one image each, drawn as often as batches need
     names = tuple(map(str, range(num_classes)))
     images = ImageSet(torch.zeros(num_classes, 3, image_size, image_size, dtype=torch.uint8), labels, names)
     shape = config.autoencoder.latent_shape(image_size)
@@ -212,16 +194,18 @@ def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple
 
 
 def _fine_tuning(config: GeneratorConfig, start: Start, num_classes: int) -> Stage:
-    """The same of fine-tuning. The network is the start's own, which stays as it is."""
+    """The stage of a fine-tuning over made-up data. The network is the start's own, and does not change."""
+    if config.minimax is None:
+        raise ValueError("A fine-tuning needs its criteria's settings.")
     network = start.generator.denoiser
     side = network.config.sample_size
     made_up = torch.zeros(num_classes, 1, network.config.in_channels, side, side, dtype=torch.float16)
     latents = LatentSet(made_up, torch.arange(num_classes), std=1.0)
-    return MinimaxStage(config, network, latents, num_classes)
+    return MinimaxStage(config, config.minimax, network, latents, num_classes)
 
 
 class _Probe:
-    """A stage on its device, tried on one batch in the precision it is to be trained in."""
+    """A stage on its device, run on one batch in the precision of its training."""
 
     def __init__(self, stage: Stage, device: torch.device, precision: str, processes: int) -> None:
         self._stage, self._device, self._precision, self._processes = stage, device, precision, processes
@@ -229,14 +213,14 @@ class _Probe:
         self._batch = stage.draw(0, device)
 
     def estimate(self, seconds: float, limit: float) -> StageEstimate:
-        """seconds: to measure speed for; 0 not to. limit: bytes of memory that measuring may take."""
+        """seconds: how long to measure the speed; 0 for not at all. limit: bytes of memory that measuring may take."""
         stage, optimizer = self._stage, self._stage.optimizer
         at_once = max(1, optimizer.batch_size // (optimizer.accumulation * self._processes))
         counts = count_parameters(stage.network)
         per_image, kept_once = self._bytes_kept()
-        # Only now, as memories are allocated when a first batch shows how large latents are.
+        # The workers are counted now, because a first batch has allocated the minimax memories.
         workers = workers_for(stage, self._device, self._processes)
-        # Processes that share a batch have the gradients once more, in the buckets that are sent around.
+        # Processes that share a batch hold the gradients a second time, in the buckets that are sent around.
         copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0) + (self._processes > 1)
         fixed = _BYTES_PER_VALUE * (counts.total + copies * counts.trainable)
         fixed += kept_once + sum(buffer.nbytes for buffer in stage.loss.buffers())
@@ -256,8 +240,8 @@ class _Probe:
         return replace(found, images_per_second=self._processes * self._speed(workers, seconds, most))
 
     def _bytes_kept(self) -> tuple[float, int]:
-        """What a forward pass keeps for the backward pass: of each image, and whatever their number, such as weights in
-        half precision."""
+        """Bytes that a forward pass keeps for the backward pass: for each image, and once, such as weights in half
+        precision."""
         some = min(_PROBE_BATCH, len(next(iter(self._batch.values()))))
         of_some = self._bytes_kept_of(some)
         if some == 1:
@@ -266,7 +250,7 @@ class _Probe:
         return per_image, max(0, round(of_some - some * per_image))
 
     def _bytes_kept_of(self, count: int) -> int:
-        """What a forward pass over so many images keeps, each storage counted once."""
+        """Bytes that a forward pass over so many images keeps, each storage counted once."""
         kept: dict[int, int] = {}
         weights = {parameter.untyped_storage().data_ptr() for parameter in self._stage.loss.parameters()}
 
@@ -282,12 +266,12 @@ class _Probe:
         return sum(kept.values())
 
     def _speed(self, workers: int, seconds: float, most: int) -> float:
-        """Images per second of forward and backward passes, not compiled, shared by so many cores as in training.
+        """Images per second of forward and backward passes, not compiled, shared by as many cores as in training.
 
-        most: images of a pass, as in training, unless fewer already take a good part of the time.
+        most: images of a pass, as in training; fewer are measured if they take long enough.
         """
         count = workers
-        self._seconds(count, workers)  # the first is slow for reasons of its own
+        self._seconds(count, workers)  # the first pass is slower
         while self._seconds(count, workers) <= seconds / _PASSES and count < most:
             count = min(2 * count, most)
         began, images = time.perf_counter(), 0
@@ -297,7 +281,7 @@ class _Probe:
         return images / (time.perf_counter() - began)
 
     def _seconds(self, count: int, workers: int) -> float:
-        """That one pass over so many images takes."""
+        """The time of one pass over so many images."""
         trained = [parameter for parameter in self._stage.loss.parameters() if parameter.requires_grad]
 
         def work(piece: Mapping[str, Tensor]) -> None:

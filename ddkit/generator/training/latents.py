@@ -1,4 +1,4 @@
-"""The training set as latents, encoded once and kept on disk, memory-mapped on reading."""
+"""The training set as latents, encoded once and kept on disk."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _PARTIAL = ".partial"
 class LatentSet:
     """Encoded training images.
 
-    latents: (N, V, C, s, s) float16, not scaled; V = 2 where the mirrored image is there too, encoded itself:
-    mirroring a latent is not the same. labels: (N,) int64. std: of all latents, one over the latent scale.
+    latents: (N, V, C, s, s) float16, not scaled. V = 2 with mirrored images, which are encoded themselves, because
+    mirroring a latent is not the same. labels: (N,) int64. std: the deviation of all latents, one over the latent scale.
     """
 
     latents: Tensor
@@ -54,26 +54,30 @@ def cached_latents(
     identity: str,
     progress: Listener = ignore,
 ) -> LatentSet:
-    """The latents of `images`, read from `path` if they were made of the same things, else encoded and written there.
+    """The latents of `images`, read from `path` if they have the same identity, else encoded and written there.
 
-    identity: names the pixels and the autoencoder; latents of another identity are replaced. Raises
-    InterruptedRunError once asked to
-    stop, what was encoded kept, and BadFileError for what the system refuses.
+    identity: names the pixels and the autoencoder. Raises InterruptedRunError once asked to stop, with the encoded
+    images kept, and BadFileError when a file cannot be written.
     """
-    if (found := _read(path, images, identity)) is not None:
+    if (found := read_latents(path, images.labels, identity)) is not None:
         return found
     if path.exists():
-        log.warning("The data or the autoencoder changed since the latents were made: encoding them again.")
+        log.warning("The images or the autoencoder have changed, so the latents are encoded again.")
     latents = _encode_all(path, autoencoder, images, latent_side, flips, identity, progress)
     std = float(latents.float().std())
     save_safetensors({"latents": latents}, path, {"identity": identity, "std": repr(std)})
     for partial in path.parent.glob(f"{path.stem}-*{_PARTIAL}"):
         partial.unlink(missing_ok=True)
-    return _read(path, images, identity) or LatentSet(latents, images.labels, std)
+    return read_latents(path, images.labels, identity) or LatentSet(latents, images.labels, std)
 
 
-def _read(path: Path, images: ImageSet, identity: str) -> LatentSet | None:
-    """None where there are none, they are of another identity, or the file is damaged."""
+def latents_identity(dataset_sha256: str, autoencoder_sha256: str, *, flips: bool) -> str:
+    """The identity of the latents of those images by that autoencoder."""
+    return f"{dataset_sha256} {autoencoder_sha256} flips={flips}"
+
+
+def read_latents(path: Path, labels: Tensor, identity: str) -> LatentSet | None:
+    """The latents in a file; None when there is none, it is damaged or it has another identity."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -82,7 +86,7 @@ def _read(path: Path, images: ImageSet, identity: str) -> LatentSet | None:
             latents = file.get_tensor("latents")
     except (FileNotFoundError, SafetensorError):
         return None
-    return LatentSet(latents, images.labels, float(metadata["std"]))
+    return LatentSet(latents, labels, float(metadata["std"]))
 
 
 def _encode_all(
@@ -94,7 +98,8 @@ def _encode_all(
     identity: str,
     progress: Listener,
 ) -> Tensor:
-    """(N, V, C, s, s) float16 on the CPU. What is encoded is written to a file beside `path` as it comes, and gone on from."""
+    """(N, V, C, s, s) float16 on the CPU. Latents are written to a partial file as they come, from which a later run
+    continues."""
     shape = (1 + flips, autoencoder.config.latent_channels, latent_side, latent_side)
     bytes_per_image = torch.float16.itemsize * math.prod(shape)
     name = hashlib.sha256(f"{identity} {shape}".encode()).hexdigest()[:16]
@@ -103,7 +108,7 @@ def _encode_all(
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("ab") as file, stop_requests() as stop:
-            # A kill may have cut the last image short. The file only ever grows by what is whole on the disk.
+            # A kill may have cut the last image short.
             done = min(file.tell() // bytes_per_image, len(images))
             file.truncate(done * bytes_per_image)
             for start in range(done, len(images), count):
@@ -114,8 +119,8 @@ def _encode_all(
                 progress(Progress("Encoding the training set", start + len(some), len(images), "images"))
                 if stop:
                     raise InterruptedRunError(
-                        f"Stopped after encoding {start + len(some):,} of {len(images):,} images; they are kept.",
-                        "Run the same command again, without --fresh, to go on.",
+                        f"Stopped after encoding {start + len(some):,} of {len(images):,} images; their latents are kept.",
+                        "Run the same command again, without --fresh, to continue.",
                     )
         values = torch.frombuffer(bytearray(partial.read_bytes()), dtype=torch.float16)
     except OSError as error:

@@ -1,20 +1,24 @@
-"""The records of a training, one JSON object a line: what happened up to a step, and scores."""
+"""The records of a training, one JSON object a line, and their chart: losses and scores over the steps."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddkit.errors import UsageError
 from ddkit.generator.training.run_folder import METRICS_FILE, TENSORBOARD
+from ddkit.runtime.files import atomic_write
 from ddkit.runtime.jsonl import append_line, read_lines
+
+_POINTS = 400  # of a curve; more cannot be seen
 
 
 @dataclass(frozen=True)
 class Score:
-    """What Tracking found after `step` steps of the denoiser."""
+    """The score of the model after `step` steps of the denoiser."""
 
     step: int
     name: str
@@ -23,18 +27,18 @@ class Score:
 
 
 class MetricsLog:
-    """Records as JSON lines, and for TensorBoard where that is asked for."""
+    """Records as JSON lines, and for TensorBoard if asked for."""
 
     def __init__(self, folder: Path, *, tensorboard: bool) -> None:
         self._path = folder / METRICS_FILE
         self._writer = require_tensorboard()(folder / TENSORBOARD) if tensorboard else None
 
     def records(self) -> list[dict[str, Any]]:
-        """What is written so far, as `read_records` has it."""
+        """The records so far, as `read_records` returns them."""
         return read_records(self._path)
 
     def write(self, record: Any) -> None:
-        """Append one dataclass; raises BadFileError for what the system refuses."""
+        """Append one dataclass. Raises BadFileError when the file cannot be written."""
         values = dataclasses.asdict(record)
         values |= values.pop("figures", {})
         append_line(self._path, values, sync=False)  # a record is not worth waiting for the disk
@@ -44,13 +48,13 @@ class MetricsLog:
                     self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
     def close(self) -> None:
-        """See to it that TensorBoard's file is written to its end."""
+        """Write TensorBoard's file to its end."""
         if self._writer is not None:
             self._writer.close()
 
 
 def require_tensorboard() -> Any:
-    """Its writer's class. Raises UsageError where it is not installed."""
+    """TensorBoard's writer class. Raises UsageError when it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -59,11 +63,46 @@ def require_tensorboard() -> Any:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics log, the last one of each stage, step and score's name; none where there is no log yet.
+    """The records of a metrics log by step, the last one of each stage, step and score; none when there is no log yet.
 
-    A torn line is left out. Raises BadFileError.
+    A torn line is left out. Raises BadFileError when the file cannot be read.
     """
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     for _, record in read_lines(path):
         found[record["stage"], record["step"], record.get("name", "")] = record
     return sorted(found.values(), key=lambda record: record["step"])
+
+
+def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a PNG with the loss of each stage and each score. Raises BadFileError when it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A panel for each stage, then one for each score.
+    by_panel: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["stage"] == "score"):
+        by_panel.setdefault((record["stage"], record.get("name", "")), []).append(record)
+    panels = max(1, len(by_panel))
+    figure = Figure(figsize=(4 * panels, 3), layout="constrained")
+    for axes, ((stage, _), shown) in zip(figure.subplots(1, panels, squeeze=False)[0], by_panel.items(), strict=False):
+        _draw_panel(axes, stage, shown)
+    with atomic_write(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def _draw_panel(axes: Any, name: str, records: Sequence[dict[str, Any]]) -> None:
+    scores = name == "score"
+    steps = [record["step"] for record in records]
+    values = [record["value" if scores else "loss"] for record in records]
+    axes.set_xlabel("steps")
+    if scores:
+        best = min(range(len(values)), key=values.__getitem__)
+        axes.plot(steps, values, marker="o", markersize=3)
+        axes.annotate(f"{values[best]:.4g}", (steps[best], values[best]))
+        axes.set_title(records[-1]["name"])
+        return
+    width = max(1, len(values) // _POINTS)
+    means = [sum(values[i : i + width]) / width for i in range(0, len(values) - width + 1, width)]
+    axes.plot(steps[width - 1 :: width][: len(means)], means, linewidth=1)
+    axes.set_yscale("log")
+    axes.set_title(f"{name}: loss")

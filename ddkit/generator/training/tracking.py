@@ -1,18 +1,19 @@
-"""Following a generator's quality while it trains: the Frechet distance of its samples to real images."""
+"""Scoring a generator while it trains: the Frechet distance of its samples to real images."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ddkit.data.store import ImageSet, dataset_spec
 from ddkit.errors import UsageError
+from ddkit.generator.config import TRACKING, SamplingSettings
 from ddkit.generator.model_folder import Model
-from ddkit.generator.sampling import Sampler, SamplingSettings, sample_all
-from ddkit.generator.training.train import Tracking, TrainingData
+from ddkit.generator.sampling import Sampler
 from ddkit.metrics.features import reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.metrics.inception import InceptionFeatures
@@ -21,11 +22,25 @@ from ddkit.runtime.seeds import generator_for
 
 Features = Callable[[Tensor], Tensor]  # (N, 3, S, S) uint8 -> (N, D)
 
-# Few steps and little guidance: the course of the distance is wanted, not the best picture.
-SAMPLING = SamplingSettings(steps=10, guidance=1.5, batch_size=250)
-NAME = "frechet"
-# Of the distance in the records, by what looks at the images.
-NAMES = {"convnet": NAME, "inception": "frechet_inception"}
+# The name of the distance in the records, by the network that gives the features.
+SCORE_NAMES = {"convnet": "frechet", "inception": "frechet_inception"}
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Scoring the model during training; the folder then keeps the best one.
+
+    name: the score's name in the records. score: a function of a model with averaged weights to a number, lower is
+    better. every_steps: steps between two scores.
+    """
+
+    name: str
+    score: Callable[[Model], float]
+    every_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise UsageError(f"The number of steps between two scores must be at least 1, got {self.every_steps}.")
 
 
 def track_frechet(
@@ -33,22 +48,21 @@ def track_frechet(
     make_features: Callable[[], Features],
     *,
     every_steps: int,
-    name: str = NAME,
+    name: str = SCORE_NAMES["convnet"],
     images: int = 1000,
-    sampling: SamplingSettings = SAMPLING,
+    sampling: SamplingSettings = TRACKING,
     device: torch.device | str = "cpu",
 ) -> Tracking:
-    """A Tracking by the Frechet distance of `images` samples to as many real images, classes alike in both.
+    """A Tracking by the Frechet distance of `images` samples to as many real images of the same classes.
 
-    make_features: called once, when the first score is due, as making features may mean training a network; such as
-    `ddkit.metrics.features.reference_features`. name: of the distance in the records; distances of different features
-    or numbers of images cannot be compared and should not share one. The same noise is sampled from every time, so
-    that only the model differs.
+    make_features: called when the first score is due, because making features can mean training a network. name: the
+    distance's name in the records; distances in other features or of other numbers of images should have other names.
+    Every score samples from the same noise, so that only the model differs.
     Raises UsageError for fewer than two images.
     """
     count = min(images, len(real))
     if count < 2:
-        raise UsageError(f"The Frechet distance needs at least two images, not {count}.")
+        raise UsageError(f"The Frechet distance needs at least two images, got {count}.")
     rows = torch.randperm(len(real), generator=generator_for("cpu", "tracking", sampling.seed))[:count]
 
     @functools.cache
@@ -58,30 +72,32 @@ def track_frechet(
 
     def score(model: Model) -> float:
         features, of_real = reference()
-        made = sample_all(Sampler(model, sampling, device), real.labels[rows], torch.arange(count))
-        return frechet_distance(of_real, features(made))
+        settings = replace(sampling, guidance=1.0) if model.facts.label_dropout == 0 else sampling
+        sampler = Sampler(model, settings, device)
+        return frechet_distance(of_real, features(torch.cat([*sampler.images(real.labels[rows], torch.arange(count))])))
 
     return Tracking(name, score, every_steps)
 
 
 def track_frechet_in(
     features: str,
-    data: TrainingData,
+    dataset: str,
+    real: ImageSet,
     *,
     every_steps: int,
     device: torch.device | str = "cpu",
     progress: Listener = ignore,
 ) -> Tracking:
-    """`track_frechet` in features of that name: "convnet", of a network trained on the real images, or "inception".
+    """`track_frechet` in the features of that name: "convnet", a network trained on the real images, or "inception".
 
-    Raises what InceptionFeatures does, at once.
+    Raises what InceptionFeatures raises, before hours of work and not when the first score is due.
     """
     if features == "inception":
-        inception = InceptionFeatures(device)  # before hours of work, not when the first score is due
-        return track_frechet(data.images, lambda: inception, every_steps=every_steps, name=NAMES[features], device=device)
+        inception = InceptionFeatures(device)
+        return track_frechet(real, lambda: inception, every_steps=every_steps, name=SCORE_NAMES["inception"], device=device)
     return track_frechet(
-        data.images,
-        lambda: reference_features(data.images, dataset_spec(data.name), device=device, progress=progress),
+        real,
+        lambda: reference_features(real, dataset_spec(dataset), device=device, progress=progress),
         every_steps=every_steps,
         device=device,
     )

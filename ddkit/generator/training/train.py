@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 
-from ddkit.data.store import ImageSet
+from ddkit.data.prepare import open_dataset
+from ddkit.data.store import ImageSet, store_hash
 from ddkit.errors import UsageError
-from ddkit.generator.autoencoder import build_autoencoder, load_pretrained
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.config import GeneratorConfig
 from ddkit.generator.difffit import plain_copy
 from ddkit.generator.model_folder import (
     WEIGHTS_FILE,
@@ -31,16 +33,15 @@ from ddkit.generator.model_folder import (
     save_model,
 )
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.presets import GeneratorConfig
-from ddkit.generator.pretrained import Start, start_from
-from ddkit.generator.training.chart import draw_chart
+from ddkit.generator.pretrained import Pretrained, Start, load_pretrained_autoencoder, start_from
 from ddkit.generator.training.checkpoints import list_checkpoints
-from ddkit.generator.training.latents import LATENTS_FILE, LatentSet, cached_latents
-from ddkit.generator.training.records import MetricsLog, Score, require_tensorboard
-from ddkit.generator.training.run_folder import CHART_FILE, CHECKPOINTS, Begun, claim, start_over
-from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage
-from ddkit.generator.training.trainer import Limits, Stage, Trainer, require_even_parts
-from ddkit.runtime.device import resolve_device
+from ddkit.generator.training.latents import LATENTS_FILE, LatentSet, cached_latents, latents_identity
+from ddkit.generator.training.records import MetricsLog, Score, draw_chart, require_tensorboard
+from ddkit.generator.training.run_folder import CHART_FILE, CHECKPOINTS, RunRecord, start_over, write_run_record
+from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage, Stage
+from ddkit.generator.training.tracking import Tracking, track_frechet_in
+from ddkit.generator.training.trainer import Callback, StepRecord, Trainer, require_even_parts
+from ddkit.runtime.device import own_device, resolve_device
 from ddkit.runtime.distributed import LONGEST_WAIT
 from ddkit.runtime.files import exclusive, sha256_of
 from ddkit.runtime.progress import Listener, ignore
@@ -49,12 +50,13 @@ from ddkit.runtime.seeds import derived_seed
 log = logging.getLogger(__name__)
 
 AUTOENCODER_SHARE = 0.15  # of a training time given in seconds
-_NO_LIMIT = 10**9  # steps, where time is the limit
+_NO_LIMIT = 10**9  # steps, when time is the limit
+_STEPS_WORTH_COMPILING, _SECONDS_WORTH_COMPILING = 200, 120.0  # compiling takes up to a minute
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on. name: of the dataset. sha256: of its prepared training split."""
+    """The images to train on. name: the dataset's. sha256: hash of its prepared training split."""
 
     name: str
     images: ImageSet
@@ -62,308 +64,315 @@ class TrainingData:
 
     def __post_init__(self) -> None:
         if not len(self.images):
-            raise UsageError(f"The training split of '{self.name}' holds no images.")
+            raise UsageError(f"The training split of '{self.name}' has no images.")
+
+    @classmethod
+    def open(cls, dataset: str, *, progress: Listener = ignore) -> TrainingData:
+        """The training split of a dataset, which is prepared on first use. Raises what `open_dataset` raises."""
+        return cls(dataset, open_dataset(dataset, "train", progress=progress), store_hash(dataset, "train"))
 
     @property
     def image_size(self) -> int:
         return self.images.images.shape[-1]
 
+    @property
+    def num_classes(self) -> int:
+        return len(self.images.class_names)
+
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """How to train: the configuration and the limits of this call, which may grow from call to call.
+    """A training: its configuration, its folder, and the limits of this call, which may grow from call to call.
 
     preset: the name the configuration came from, for the records.
-    seconds: of training in all, both stages; the autoencoder takes up to AUTOENCODER_SHARE of it, once. None: the
+    seconds: training time of both stages together, of which the autoencoder takes up to AUTOENCODER_SHARE; None for the
         configuration's steps.
-    device: as `resolve_device` names it.
+    device: a name for `resolve_device`. fresh: remove the training in the folder first, as `start_over` does.
+    track_every: steps between two scores of the model, 0 for never. features: what the score is computed in, as
+        `track_frechet_in` takes it.
+    start: the generator that `config.minimax.init` names, if it has been read already; it is trained in place.
+    choices: sentences that say which defaults were chosen for this machine, and why.
     """
 
     config: GeneratorConfig
+    folder: Path
     preset: str = ""
     seconds: float | None = None
     device: str = "cpu"
     save_every_seconds: float = 300.0
     tensorboard: bool = False
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """Scoring the model during training; the folder then keeps the best one by it.
-
-    score: of a model with its averaged weights, lower is better, such as a Frechet distance. name: of the score.
-    """
-
-    name: str
-    score: Callable[[Model], float]
-    every_steps: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise UsageError(f"Tracking every {self.every_steps} steps cannot be meant.")
+    fresh: bool = False
+    track_every: int = 0
+    features: str = "convnet"
+    start: Start | None = None
+    choices: tuple[str, ...] = ()
 
 
 def train(
-    data: TrainingData,
-    request: TrainingRequest,
-    folder: Path,
-    *,
-    start: Start | None = None,
-    tracking: Tracking | None = None,
-    fresh: bool = False,
-    progress: Listener = ignore,
+    data: TrainingData, request: TrainingRequest, *, tracking: Tracking | None = None, progress: Listener = ignore
 ) -> Model:
-    """Train a generator in `folder`, going on from what is there; returns the model that is then in the folder.
+    """Train a generator in the request's folder, continuing what is there; returns the model that is then in the folder.
 
-    start: what `config.minimax.init` names, where the caller has read it already; it is trained in place.
-    fresh: remove the training that is there first, as `start_over` does.
-    Raises UsageError where the folder holds a training with other settings (each is listed), a model that is not of a
-    training here, or the very generator to start from, and where another process trains in it; Interrupted and
-    ComputeError as `Trainer.run` does, BadFileError for what the system refuses.
+    tracking: how to score the model; by default as the request says.
+    Raises UsageError when the folder holds a training with other settings (each is listed), a model that was not trained
+    there, or the generator to start from, and when another process trains in it; InterruptedRunError and ComputeError
+    as `Trainer.run` does; BadFileError when a file cannot be read or written.
     """
-    minimax = request.config.minimax
-    if minimax is not None:
-        if Path(minimax.init).expanduser().resolve() == folder.resolve():
-            raise UsageError(f"{folder} holds what fine-tuning starts from.", "Choose another folder with --out.")
-        start = start or _start(request.config, data.images.class_names)
+    config, folder, start = request.config, request.folder, request.start
+    if config.minimax is not None:
+        if Path(config.minimax.init).expanduser().resolve() == folder.resolve():
+            raise UsageError(f"{folder} holds the generator that fine-tuning starts from.", "Choose another folder with --out.")
+        minimax = config.minimax
+        if start is None:
+            start = start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
+        if start.generator.prediction != config.objective.prediction:
+            raise UsageError(
+                f"{start.source} predicts '{start.generator.prediction}', not '{config.objective.prediction}'.",
+                "Set ObjectiveConfig.prediction to what the generator has learned.",
+            )
     if request.tensorboard:
         require_tensorboard()
+    if tracking is None and request.track_every and len(data.images) > 1:
+        device = own_device(resolve_device(request.device))
+        tracking = track_frechet_in(
+            request.features, data.name, data.images, every_steps=request.track_every, device=device, progress=progress
+        )
     with (
         _accelerator(request) as accelerator,
         exclusive(folder, "trains", elsewhere="--out", is_main=accelerator.is_main_process),
     ):
-        # What may fail does so before anything is removed.
-        require_even_parts(request.config.denoiser_optimizer, accelerator.num_processes)
-        pretrained, source = None, request.config.pretrained_autoencoder
-        if source and (fresh or not (folder / "vae" / WEIGHTS_FILE).is_file()):
-            pretrained = load_pretrained(source)
-        elif not source and minimax is None:
-            require_even_parts(request.config.autoencoder_optimizer, accelerator.num_processes)
+        # Whatever can fail does so before anything is removed.
+        require_even_parts(config.denoiser_optimizer, accelerator.num_processes)
+        source, pretrained = config.pretrained_autoencoder, None
+        if source and (request.fresh or not (folder / "vae" / WEIGHTS_FILE).is_file()):
+            pretrained = load_pretrained_autoencoder(source)
+        elif not source and start is None:
+            require_even_parts(config.autoencoder_optimizer, accelerator.num_processes)
         with accelerator.main_process_first():
-            if fresh and accelerator.is_main_process:
+            if request.fresh and accelerator.is_main_process:
                 start_over(folder)
-            tracked = (tracking.every_steps, tracking.name) if tracking else (0, "")
-            of = (data.name, data.sha256, data.images.class_names, data.image_size)
-            claim(folder, Begun(*of, request.preset, request.config, *tracked))
+            record = RunRecord(
+                data.name, data.sha256, data.images.class_names, data.image_size, request.preset, config,
+                *((tracking.every_steps, tracking.name) if tracking else (0, "")),
+            )  # fmt: skip
+            write_run_record(folder, record)
         listener = progress if accelerator.is_main_process else ignore
-        run = _Run(data, request, folder, accelerator, start, pretrained, tracking, listener)
+        run = _Run(data, request, accelerator, start.generator if start else None, tracking, listener)
         with contextlib.closing(run.log):
-            autoencoder = run.autoencoder()
-            run.denoiser(autoencoder, run.latents(autoencoder))
+            autoencoder = run.autoencoder(pretrained)
+            run.train_denoiser(autoencoder, run.latents(autoencoder))
         if accelerator.is_main_process:
             draw_chart(run.log.records(), folder / CHART_FILE)
         accelerator.wait_for_everyone()
         return load_model(folder, dataset=data.name)
 
 
-class _Run:
-    """One call of `train`: what its steps share."""
+class _Run(Callback):
+    """One call of `train`: what its steps share. As a callback it keeps the records."""
 
     def __init__(
         self,
         data: TrainingData,
         request: TrainingRequest,
-        folder: Path,
         accelerator: Accelerator,
-        start: Start | None,
-        pretrained: AutoencoderKL | None,
+        start: Pretrained | None,
         tracking: Tracking | None,
         progress: Listener,
     ) -> None:
-        self.pretrained = pretrained
-        self.data, self.request, self.config = data, request, request.config
-        self.folder, self.accelerator, self.tracking, self.progress = folder, accelerator, tracking, progress
-        self.start = start.generator if start else None
-        self.latent_side = (
-            self.start.denoiser.config.sample_size if self.start else self.config.autoencoder.latent_shape(data.image_size)[1]
-        )
-        self.best = _best_score(folder, tracking, data.sha256)
-        self.log = MetricsLog(folder, tensorboard=request.tensorboard and accelerator.is_main_process)
+        self.data, self.request, self.config, self.folder = data, request, request.config, request.folder
+        self.accelerator, self.start, self.tracking, self.progress = accelerator, start, tracking, progress
+        self.log = MetricsLog(self.folder, tensorboard=request.tensorboard and accelerator.is_main_process)
 
-    def autoencoder(self) -> AutoencoderKL:
-        """The autoencoder, from the folder where it is finished."""
-        wanted = not (self.folder / "vae" / WEIGHTS_FILE).is_file() or self._may_improve_autoencoder()
+    def on_record(self, trainer: Trainer, record: StepRecord) -> None:
+        self.log.write(record)
+
+    def autoencoder(self, pretrained: AutoencoderKL | None) -> AutoencoderKL:
+        """The autoencoder: from the folder if it is finished, else the given one, else trained here."""
+        missing = not (self.folder / "vae" / WEIGHTS_FILE).is_file()
+        trained_here = not self.start and not self.config.pretrained_autoencoder
+        # Its training may continue until a denoiser has begun to learn from its latents.
+        begun = bool(list_checkpoints(self.folder / CHECKPOINTS, DenoiserStage.name))
         self.accelerator.wait_for_everyone()  # all processes have looked before one writes
-        if wanted:
-            self._make_autoencoder()
+        if missing or (trained_here and not begun):
+            network = self.start.autoencoder if self.start else pretrained
+            if network is None:
+                self._train_autoencoder()
+            elif self.accelerator.is_main_process:
+                save_autoencoder(network, self.folder)
             self.accelerator.wait_for_everyone()
-        elif self._autoencoder_was_hurried():
-            log.warning("The autoencoder stays as little trained as it is, as the denoiser has learned from its latents. "
-                        "--fresh trains both for longer.")  # fmt: skip
+        elif self.request.seconds is not None and (records := self._autoencoder_records()):
+            unfinished = records[-1]["step"] < self.config.autoencoder_optimizer.steps
+            if unfinished and AUTOENCODER_SHARE * self.request.seconds > 2 * self._autoencoder_seconds():
+                log.warning("The autoencoder was trained for a short time and cannot be trained further, because the "
+                            "denoiser has learned from its latents. --fresh trains both for longer.")  # fmt: skip
         return load_autoencoder(self.folder / "vae").to(self.accelerator.device).eval()
 
     def latents(self, autoencoder: AutoencoderKL) -> LatentSet:
-        """The training set's latents; the autoencoder's latent scale is set from them."""
+        """The training set's latents; sets the autoencoder's latent scale from them."""
         weights = sha256_of(self.folder / "vae" / WEIGHTS_FILE)
+        side = (
+            self.start.denoiser.config.sample_size
+            if self.start
+            else self.config.autoencoder.latent_shape(self.data.image_size)[1]
+        )
         with self.accelerator.main_process_first():
             latents = cached_latents(
                 self.folder / CHECKPOINTS / LATENTS_FILE,
                 autoencoder,
                 self.data.images,
-                self.latent_side,
+                side,
                 flips=self.config.flips,
-                identity=f"{self.data.sha256} {weights} flips={self.config.flips}",
+                identity=latents_identity(self.data.sha256, weights, flips=self.config.flips),
                 progress=self.progress,
             )
         if self.start:
-            # What a network has learned holds for the latent scale it has learned with.
+            # A trained network is right for the latent scale that it learned with.
             return replace(latents, std=1 / autoencoder.config.scaling_factor)
         autoencoder.register_to_config(scaling_factor=1 / latents.std)
         return latents
 
-    def denoiser(self, autoencoder: AutoencoderKL, latents: LatentSet) -> None:
+    def train_denoiser(self, autoencoder: AutoencoderKL, latents: LatentSet) -> None:
         """Train the denoiser; the model folder is written whenever a checkpoint is."""
-        stage = self._denoiser_stage(latents)
+        stage: Stage
+        if self.start and self.config.minimax:
+            network = self.start.denoiser.train()
+            stage = MinimaxStage(self.config, self.config.minimax, network, latents, self.data.num_classes)
+        else:
+            shape, seed = tuple(latents.latents.shape[-3:]), derived_seed("denoiser", self.config.seed)
+            network = build_denoiser(self.config.denoiser, shape, self.data.num_classes, seed=seed)
+            stage = DenoiserStage(self.config, network, latents)
         steps, seconds = stage.optimizer.steps, None
         if self.request.seconds is not None:
-            share = AUTOENCODER_SHARE * self.request.seconds
-            steps, seconds = _NO_LIMIT, self.request.seconds - min(share, self._autoencoder_seconds())
-        engine = self._engine(stage, Limits(steps, seconds, self.request.save_every_seconds))
-        engine.on_save = lambda: self._save_model(engine, autoencoder)
-        if self.tracking is not None:
-            engine.every(self.tracking.every_steps, lambda: self._track(engine, autoencoder))
-            if engine.step and engine.step % self.tracking.every_steps == 0:  # it was stopped before it was scored
-                self._score_unless_scored(engine, autoencoder)
-        engine.run()
-        if self.tracking is not None:
-            self._score_unless_scored(engine, autoencoder)
-        behind = not has_model(self.folder) or (self.best is None and read_facts(self.folder).steps != engine.step)
+            used = min(AUTOENCODER_SHARE * self.request.seconds, self._autoencoder_seconds())
+            steps, seconds = _NO_LIMIT, self.request.seconds - used
+        keeper = _ModelKeeper(self, autoencoder)
+        trainer = self._trainer(stage, steps, seconds, keeper)
+        if keeper.every and trainer.step and trainer.step % keeper.every == 0:  # stopped before it was scored
+            keeper.score_once(trainer)
+        trainer.run()
+        if keeper.every:
+            keeper.score_once(trainer)
+        behind = not has_model(self.folder) or (keeper.best is None and read_facts(self.folder).steps != trainer.step)
         self.accelerator.wait_for_everyone()  # all processes have looked before one writes
-        if behind:  # a kill between the last checkpoint and the model it belongs to
-            engine.save()
+        if behind:  # after a kill between the last checkpoint and its model
+            trainer.save()
 
-    def _score_unless_scored(self, engine: Trainer, autoencoder: AutoencoderKL) -> None:
-        scored = self._scored(engine.step)
-        self.accelerator.wait_for_everyone()  # all processes have looked before one writes
-        if not scored and self.accelerator.is_main_process:
-            self._track(engine, autoencoder)
-        self.accelerator.wait_for_everyone()
-
-    def _may_improve_autoencoder(self) -> bool:
-        """Whether one of our own can train on: not once a denoiser has begun to learn from its latents."""
-        trained_here = not self.start and not self.config.pretrained_autoencoder
-        return trained_here and not list_checkpoints(self.folder / CHECKPOINTS, DenoiserStage.name)
-
-    def _autoencoder_was_hurried(self) -> bool:
-        """Whether it ended when its time was up, and would have more than twice as much now."""
-        records = self._autoencoder_records()
-        if self.request.seconds is None or not records or records[-1]["step"] >= self.config.autoencoder_optimizer.steps:
-            return False
-        return AUTOENCODER_SHARE * self.request.seconds > 2 * self._autoencoder_seconds()
-
-    def _autoencoder_seconds(self) -> float:
-        """Of the time in all, what training the autoencoder took."""
-        return max((record["seconds"] for record in self._autoencoder_records()), default=0.0)
-
-    def _autoencoder_records(self) -> list[dict[str, Any]]:
-        return [record for record in self.log.records() if record["stage"] == AutoencoderStage.name]
-
-    def _scored(self, step: int) -> bool:
-        return any(
-            (record["stage"], record["step"], record.get("name")) == ("score", step, self.tracking.name)
-            for record in self.log.records()
-        )
-
-    def _denoiser_stage(self, latents: LatentSet) -> DenoiserStage:
-        classes = len(self.data.images.class_names)
-        if self.start:
-            return MinimaxStage(self.config, self.start.denoiser.train(), latents, classes)
-        shape, seed = tuple(latents.latents.shape[-3:]), derived_seed("denoiser", self.config.seed)
-        return DenoiserStage(self.config, build_denoiser(self.config.denoiser, shape, classes, seed=seed), latents)
-
-    def _make_autoencoder(self) -> None:
-        network = self.start.autoencoder if self.start else self.pretrained
-        if network is not None:
-            if self.accelerator.is_main_process:
-                save_autoencoder(network, self.folder)
-            return
+    def _train_autoencoder(self) -> None:
         seed = derived_seed("autoencoder", self.config.seed)
         network = build_autoencoder(self.config.autoencoder, self.data.image_size, seed=seed)
         stage = AutoencoderStage(self.config, network, self.data.images)
-        share = None if self.request.seconds is None else AUTOENCODER_SHARE * self.request.seconds
-        engine = self._engine(stage, Limits(stage.optimizer.steps, share, self.request.save_every_seconds))
-        engine.run()
-        with engine.ema_weights() as averaged:
+        seconds = None if self.request.seconds is None else AUTOENCODER_SHARE * self.request.seconds
+        trainer = self._trainer(stage, stage.optimizer.steps, seconds)
+        trainer.run()
+        with trainer.ema_weights() as averaged:
             if self.accelerator.is_main_process:
                 save_autoencoder(averaged, self.folder)
 
-    def _engine(self, stage: Stage, limits: Limits) -> Trainer:
+    def _trainer(self, stage: Stage, steps: int, seconds: float | None, *callbacks: Callback) -> Trainer:
         return Trainer(
             stage,
             self.accelerator,
             self.folder / CHECKPOINTS,
-            limits,
-            compile_network=self.config.compile,
+            steps=steps,
+            seconds=seconds,
+            save_every_seconds=self.request.save_every_seconds,
+            compile_network=self.config.compile and self._is_worth_compiling(stage, steps, seconds),
             progress=self.progress,
-            on_record=self.log.write,
+            callbacks=(self, *callbacks),
         )
 
-    def _save_model(self, engine: Trainer, autoencoder: AutoencoderKL) -> None:
-        """Keep the folder's model at the newest state, or, where scores are tracked, leave it at the best one."""
-        if self.best is None:
-            self._write_model(engine, autoencoder, {})
+    def _is_worth_compiling(self, stage: Stage, steps: int, seconds: float | None) -> bool:
+        if seconds is not None:
+            return seconds >= _SECONDS_WORTH_COMPILING
+        checkpoints = list_checkpoints(self.folder / CHECKPOINTS, stage.name)
+        # On a CPU the whole length counts, so that a resumed training computes with the same code as one never stopped.
+        on_gpu = self.accelerator.device.type == "cuda"
+        done = int(checkpoints[-1].stem.rpartition("-")[2]) if checkpoints and on_gpu else 0
+        return steps - done >= _STEPS_WORTH_COMPILING
 
-    def _track(self, engine: Trainer, autoencoder: AutoencoderKL) -> None:
+    def _autoencoder_records(self) -> list[dict[str, Any]]:
+        return [record for record in self.log.records() if record["stage"] == AutoencoderStage.name]
+
+    def _autoencoder_seconds(self) -> float:
+        """The time spent on training the autoencoder."""
+        return max((record["seconds"] for record in self._autoencoder_records()), default=0.0)
+
+
+class _ModelKeeper(Callback):
+    """Keeps the folder's model at the newest state, or, with tracking, at the best score.
+
+    best: the score of the model in the folder, if it was tracked by the same name on the same images.
+    """
+
+    def __init__(self, run: _Run, autoencoder: AutoencoderKL) -> None:
+        self.run, self.autoencoder = run, autoencoder
+        self.best: float | None = None
+        if run.tracking is not None:
+            self.every = run.tracking.every_steps
+            if has_model(run.folder) and (facts := read_facts(run.folder)).dataset_sha256 == run.data.sha256:
+                self.best = facts.metrics.get(run.tracking.name)
+
+    def on_save(self, trainer: Trainer) -> None:
+        if self.best is None:
+            self._write_model(trainer, {})
+
+    def on_interval(self, trainer: Trainer) -> None:
         """Score the averaged weights; the best so far become the folder's model."""
-        with engine.ema_weights() as averaged:
-            model = Model(averaged.eval(), autoencoder, self._facts(engine, {}))
-            score = self.tracking.score(model)
+        tracking = self.run.tracking
+        if tracking is None:
+            return
+        with trainer.ema_weights() as averaged:
+            score = tracking.score(Model(averaged.eval(), self.autoencoder, self._facts(trainer, {})))
             averaged.train()
         if self.best is None or score < self.best:
             self.best = score
-            self._write_model(engine, autoencoder, {self.tracking.name: score})
-        self.log.write(Score(engine.step, self.tracking.name, score))  # last, as it says that all of this was done
+            self._write_model(trainer, {tracking.name: score})
+        self.run.log.write(Score(trainer.step, tracking.name, score))  # last: it says that all of this was done
 
-    def _write_model(self, engine: Trainer, autoencoder: AutoencoderKL, metrics: Mapping[str, float]) -> None:
-        with engine.ema_weights() as averaged:
-            denoiser = plain_copy(averaged) if self.start else averaged
-            save_model(Model(denoiser, autoencoder, self._facts(engine, metrics)), self.folder)
+    def score_once(self, trainer: Trainer) -> None:
+        """Score the model unless that was done at this step."""
+        name = self.run.tracking.name if self.run.tracking else ""
+        wanted = ("score", trainer.step, name)
+        scored = any((r["stage"], r["step"], r.get("name")) == wanted for r in self.run.log.records())
+        accelerator = self.run.accelerator
+        accelerator.wait_for_everyone()  # all processes have looked before one writes
+        if not scored and accelerator.is_main_process:
+            self.on_interval(trainer)
+        accelerator.wait_for_everyone()
 
-    def _facts(self, engine: Trainer, metrics: Mapping[str, float]) -> ModelFacts:
+    def _write_model(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        with trainer.ema_weights() as averaged:
+            denoiser = plain_copy(averaged) if self.run.start else averaged
+            save_model(Model(denoiser, self.autoencoder, self._facts(trainer, metrics)), self.run.folder)
+
+    def _facts(self, trainer: Trainer, metrics: Mapping[str, float]) -> ModelFacts:
+        data, config = self.run.data, self.run.config
         return ModelFacts(
-            dataset=self.data.name,
-            class_names=self.data.images.class_names,
-            image_size=self.data.image_size,
-            prediction=self.config.objective.prediction,
-            preset=self.request.preset,
-            steps=engine.step,
-            images_seen=engine.step * self.config.denoiser_optimizer.batch_size,
-            dataset_sha256=self.data.sha256,
+            dataset=data.name,
+            class_names=data.images.class_names,
+            image_size=data.image_size,
+            prediction=config.objective.prediction,
+            preset=self.run.request.preset,
+            steps=trainer.step,
+            images_seen=trainer.step * config.denoiser_optimizer.batch_size,
+            dataset_sha256=data.sha256,
             metrics=metrics,
+            label_dropout=config.objective.label_dropout,
         )
-
-
-def _best_score(folder: Path, tracking: Tracking | None, dataset_sha256: str) -> float | None:
-    """The score of the model in the folder, where it was tracked by the same name and against the same images."""
-    if tracking is None or not has_model(folder):
-        return None
-    facts = read_facts(folder)
-    return facts.metrics.get(tracking.name) if facts.dataset_sha256 == dataset_sha256 else None
-
-
-def _start(config: GeneratorConfig, class_names: Sequence[str]) -> Start:
-    minimax = config.minimax
-    start = start_from(minimax.init, class_names, full=minimax.full, chosen=dict(minimax.class_map))
-    if start.generator.prediction != config.objective.prediction:
-        raise UsageError(
-            f"{start.source} predicts '{start.generator.prediction}', not '{config.objective.prediction}'.",
-            "Set ObjectiveConfig.prediction to what it has learned.",
-        )
-    return start
 
 
 @contextlib.contextmanager
 def _accelerator(request: TrainingRequest) -> Iterator[Accelerator]:
-    """accelerate's view of the processes and devices of this training, forgotten afterwards."""
+    """accelerate's view of the processes and devices of this training; its global state is reset afterwards."""
     device = resolve_device(request.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if device.type == "cpu" and request.config.precision == "float16":
-        raise UsageError("float16 is for GPUs.", "On a CPU take --precision bfloat16, or float32.")
+        raise UsageError("float16 needs a GPU.", "On a CPU use --precision bfloat16 or float32.")
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[request.config.precision]
     try:
-        # No buffer here needs to be sent around: what has any computes the same on all processes. They wait for each
-        # other for hours, as the first of them encodes the training set.
+        # All processes compute the same buffers, so none need to be sent around. Processes wait for each other for hours
+        # while the first of them encodes the training set.
         settings = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
         yield Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=settings)
     finally:

@@ -1,20 +1,22 @@
 """The training loop of one stage: the same for the autoencoder, the denoiser and fine-tuning.
 
-A stage says what a step's global batch is, as a pure function of (seed, step), and what its loss is. The engine
-does the rest: processes, precision, accumulation, averaged weights, checkpoints, stopping and going on.
+A stage defines a step's global batch, as a function of (seed, step), and the loss. The trainer handles the processes,
+the precision, accumulation, averaged weights, checkpoints, and stopping and resuming.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
+import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -22,62 +24,25 @@ from torch import Tensor, nn
 
 from ddkit.errors import ComputeError, InterruptedRunError, UsageError
 from ddkit.generator.compiling import compiled
-from ddkit.generator.presets import OptimiserConfig
+from ddkit.generator.config import OptimizerConfig
 from ddkit.generator.training.checkpoints import Checkpoint, list_checkpoints, load_latest, save_checkpoint
-from ddkit.runtime.device import shortage_explained
+from ddkit.generator.training.stages import Stage
+from ddkit.runtime.device import is_out_of_memory, shortage_explained
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.threads import cores_for, side_by_side
 
 log = logging.getLogger(__name__)
 
-# Images, latents and targets have a variance of about one or two: who predicts nothing at all errs no more than that.
+# Images, latents and targets have a variance of about one or two, so predicting nothing at all costs no more than that.
 _LARGEST_ERROR = 20.0
-
-
-class Stage(Protocol):
-    """What the engine trains.
-
-    name: of its checkpoints and records. loss: a module that holds `network` and maps a part of a batch to the mean
-    loss and the figures worth recording, all scalars. memory: what the loss keeps from step to step beside the network.
-    ema_width, ema_decay: of the averaged weights, as GeneratorConfig has them.
-    """
-
-    name: str
-    task: str  # what progress calls it
-    figures: tuple[str, ...]  # what the values after the loss are called in records; the first is a squared error
-    remedy: str  # what to do where the loss diverges
-    network: nn.Module
-    loss: nn.Module
-    memory: nn.Module | None
-    optimizer: OptimiserConfig
-    ema_width: float
-    ema_decay: float | None
-
-    def draw(self, step: int, device: torch.device) -> dict[str, Tensor]:
-        """The global batch of that step: tensors whose first dimension is the batch."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a stage ends, and how often it is saved.
-
-    steps: in all. seconds: of training in all, resumed or not; None for no limit.
-    """
-
-    steps: int
-    seconds: float | None = None
-    save_every_seconds: float = 300.0
-    record_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.record_every < 1:
-            raise UsageError("A training needs at least one step.")
+_RECORD_EVERY, _RECORD_EVERY_ON_GPU = 10, 50  # steps; reading a loss makes the host wait for the GPU
+_AGREE_EVERY_SECONDS, _AGREE_EVERY_STEPS = 1.0, 100  # several processes agree on stopping, at most so far apart
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What happened up to a step. loss, figures: means since the record before. images: seen so far."""
+    """The training up to a step. loss, figures: means since the previous record. images: images seen so far."""
 
     stage: str
     step: int
@@ -88,11 +53,27 @@ class StepRecord:
     seconds: float
 
 
-class Trainer:
-    """Trains one stage. Make it, then `run()`; `ema_weights()` is the result.
+class Callback:
+    """What a Trainer calls, on the main process only. every: steps between two calls of `on_interval`; 0 for never."""
 
-    folder: of checkpoints. on_record: called with every StepRecord, on the main process only.
-    Set `on_save` to what is to happen after a checkpoint was written, on the main process only.
+    every = 0
+
+    def on_record(self, trainer: Trainer, record: StepRecord) -> None:
+        """After every few steps."""
+
+    def on_save(self, trainer: Trainer) -> None:
+        """After a checkpoint was written."""
+
+    def on_interval(self, trainer: Trainer) -> None:
+        """After every `every` steps."""
+
+
+class Trainer:
+    """Trains one stage. Make it, then call `run`; `ema_weights` is the result.
+
+    folder: where checkpoints go. steps: of the stage in all. seconds: of training in all, over every run of the stage;
+    None for no limit. compile_network: use torch.compile, as long as it works.
+    Raises UsageError when a batch cannot be split among the processes.
     """
 
     def __init__(
@@ -100,16 +81,17 @@ class Trainer:
         stage: Stage,
         accelerator: Accelerator,
         folder: Path,
-        limits: Limits,
         *,
+        steps: int,
+        seconds: float | None = None,
+        save_every_seconds: float = 300.0,
         compile_network: bool = False,
         progress: Listener = ignore,
-        on_record: Callable[[StepRecord], None] = lambda record: None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.stage, self.accelerator, self.folder, self.limits = stage, accelerator, folder, limits
-        self.on_save: Callable[[], None] = lambda: None
-        self._progress, self._on_record = progress, on_record
-        self._visits: list[tuple[int, Callable[[], None]]] = []
+        self.stage, self.accelerator, self.folder = stage, accelerator, folder
+        self.steps, self.limit_seconds, self.save_every_seconds = steps, seconds, save_every_seconds
+        self._progress, self._callbacks = progress, callbacks
         self.step, self.finished = 0, False
         self._seconds_before, self._began = 0.0, time.monotonic()
         require_even_parts(stage.optimizer, accelerator.num_processes)
@@ -123,43 +105,48 @@ class Trainer:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self._loss, self._optimizer = accelerator.prepare(stage.loss, optimizer)
-        if compile_network:
-            self._loss = compiled(self._loss)
-        self._compiling = compile_network  # until the first step
         self._workers = workers_for(stage, accelerator.device, accelerator.num_processes)
         self._ema = averaging(self._parameters, stage.ema_width, stage.ema_decay)
         self._resume()
+        self._agreed_step, self._agreed_at = self.step, time.monotonic()
+        self._next_agreement = self.step + 1
+        self._plain_loss = self._loss
+        self._compiling = compile_network  # until the first step
+        if self._compiling:
+            self._loss = compiled(self._loss)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on this stage by all runs so far, including saving and callbacks."""
+        return self._seconds_before + time.monotonic() - self._began
 
     def run(self) -> None:
-        """Train until a limit is reached. Raises InterruptedRunError or ComputeError, the state saved as far as it is good."""
+        """Train until a limit is reached.
+
+        Raises InterruptedRunError once asked to stop, with the state saved, and ComputeError when the training
+        diverges or memory runs out.
+        """
         self._began = time.monotonic()
         with stop_requests() as stop:
-            for record in self._steps(stop):
+            for record in self._train(stop):
                 if self.accelerator.is_main_process:
-                    self._on_record(record)
+                    for callback in self._callbacks:
+                        callback.on_record(self, record)
                     self._show(record)
             if not self.finished:
                 self.finished = True
                 self.save()
-            # Asked for during the last step, it would be forgotten, and the next stage begin.
-            (stopping,) = self._agreed(bool(stop))
+            # A request during the last step must not be forgotten, or the next stage would begin.
+            (stopping,) = self._vote(bool(stop))
             if stopping:
                 raise self._interrupted()
-
-    @property
-    def seconds(self) -> float:
-        """Spent on this stage by all runs so far, saving and visits included."""
-        return self._seconds_before + time.monotonic() - self._began
-
-    def every(self, steps: int, visit: Callable[[], None]) -> None:
-        """Call `visit` after every `steps` steps, on the main process only."""
-        self._visits.append((steps, visit))
 
     def save(self) -> None:
         """Write a checkpoint now."""
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder, self.stage.name, self._checkpoint())
-            self.on_save()
+            for callback in self._callbacks:
+                callback.on_save(self)
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -172,52 +159,72 @@ class Trainer:
         finally:
             self._ema.restore(self._parameters)
 
-    def _steps(self, stop: StopRequest) -> Iterator[StepRecord]:
-        """Train, yielding a record every so often and before every save and visit, so that no broken state is kept."""
+    def _train(self, stop: StopRequest) -> Iterator[StepRecord]:
+        """Train, yielding a record every few steps and before each save and interval, so that no broken state is kept."""
         saved = time.monotonic()
         losses: list[Tensor] = []
-        # However short the time, a stage that was begun has taken a step, or there would be nothing to go on from.
-        over = self.finished or self.step >= self.limits.steps or (self.step > 0 and self._out_of_time())
+        on_gpu = self.accelerator.device.type == "cuda"
+        record_every = _RECORD_EVERY_ON_GPU if on_gpu else _RECORD_EVERY
+        # However short the time, a stage takes at least one step, or there would be nothing to continue from.
+        over = self.finished or self.step >= self.steps or (self.step > 0 and self._out_of_time())
         while not over:
             with shortage_explained(self._shortage):
-                losses.append(self._train_step())
+                losses.append(self._first_step() if self._compiling else self._train_step())
             self.step += 1
             stopping, out_of_time, save_due = self._agreed(
-                bool(stop), self._out_of_time(), time.monotonic() - saved > self.limits.save_every_seconds
+                bool(stop), self._out_of_time(), time.monotonic() - saved > self.save_every_seconds
             )
-            over = out_of_time or self.step >= self.limits.steps
-            visited = any(self.step % steps == 0 for steps, _ in self._visits)
-            if over or stopping or save_due or visited or self.step % self.limits.record_every == 0:
+            over = out_of_time or self.step >= self.steps
+            due = [callback for callback in self._callbacks if callback.every and self.step % callback.every == 0]
+            if over or stopping or save_due or due or self.step % record_every == 0:
                 yield self._record(losses)
                 losses = []
-            if stopping or save_due:  # before visits, which may take minutes
+            if stopping or save_due:  # before callbacks, which may take minutes
                 self.save()
                 saved = time.monotonic()
             if stopping and not over:
                 raise self._interrupted()
-            self._visit()
+            if due:
+                if self.accelerator.is_main_process:
+                    for callback in due:
+                        callback.on_interval(self)
+                self.accelerator.wait_for_everyone()
 
     def _interrupted(self) -> InterruptedRunError:
         return InterruptedRunError(
-            f"Stopped after {self.step} steps of {self.stage.name} training; all of it is saved.",
-            "Run the same command again, without --fresh, to go on.",
+            f"Stopped after {self.step} steps of {self.stage.name} training; the state is saved.",
+            "Run the same command again, without --fresh, to continue.",
         )
-
-    def _visit(self) -> None:
-        for steps, visit in self._visits:
-            if self.step % steps == 0:
-                if self.accelerator.is_main_process:
-                    visit()
-                self.accelerator.wait_for_everyone()
 
     def _shortage(self) -> ComputeError:
+        optimizer = self.stage.optimizer
+        parts = f" in {optimizer.accumulation} parts" if optimizer.accumulation > 1 else ""
         return ComputeError(
-            f"Memory is short for {self.stage.name} training with batches of {self.stage.optimizer.batch_size} images.",
-            "Try --accumulation 2 or more, a smaller --batch-size, or a smaller --preset.",
+            f"Out of memory during {self.stage.name} training with batches of {optimizer.batch_size} images{parts} "
+            f"on {self.accelerator.device}.",
+            f"Try --accumulation {2 * optimizer.accumulation}, a smaller --batch-size, or a smaller --preset.",
         )
 
+    def _first_step(self) -> Tensor:
+        """The step that compiles; without compilation if that fails."""
+        memory = None if self.stage.memory is None else copy.deepcopy(self.stage.memory.state_dict())
+        try:
+            value = self._train_step()
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("torch.compile failed, so the training continues without it, more slowly: %s", reason)
+            self._loss = self._plain_loss
+            self._optimizer.zero_grad()
+            if memory is not None and self.stage.memory is not None:
+                self.stage.memory.load_state_dict(memory)
+            value = self._train_step()
+        self._compiling = False
+        return value
+
     def _train_step(self) -> Tensor:
-        """One optimizer step; returns this process's mean loss and figures and the gradient's length, (2 + figures,)
+        """One optimizer step. Returns this process's mean loss and figures and the gradient's norm, (2 + figures,)
         float32 on the device."""
         rate = self.stage.optimizer.rate(self.step)
         for group in self._optimizer.param_groups:
@@ -242,7 +249,10 @@ class Trainer:
         return values
 
     def _backward_side_by_side(self, parts: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """The same, every part cut into one for each core. Gradients are added in order, so that sums are the same again."""
+        """Like `_backward`, with every part cut into one piece for each core.
+
+        Gradients are added in a fixed order, so that the sums do not depend on which core is faster.
+        """
         pieces = [piece for part in parts for piece in cut(part, self._workers)]
 
         def work(piece: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -250,11 +260,9 @@ class Trainer:
             gradients = torch.autograd.grad(loss / len(pieces), self._parameters, allow_unused=True)
             return _detached(loss, *figures), gradients
 
-        # What compiles, compiles once; the pieces after the first find it done.
-        alone = 1 if self._compiling else 0
-        self._compiling = False
+        first = 1 if self._compiling else 0  # compiles alone; the pieces after it find it done
         values = []
-        for group in (pieces[:alone], pieces[alone:]):
+        for group in (pieces[:first], pieces[first:]):
             for value, gradients in side_by_side(work, group, self._workers):
                 values.append(value)
                 _add_gradients(self._parameters, gradients)
@@ -263,25 +271,27 @@ class Trainer:
     def _own_parts(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """This process's share of the global batch, in as many parts as the step is computed in."""
         processes, own = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.stage.optimizer.batch_size // (processes * self.stage.optimizer.accumulation)
-        starts = [(own * self.stage.optimizer.accumulation + k) * size for k in range(self.stage.optimizer.accumulation)]
+        accumulation = self.stage.optimizer.accumulation
+        size = self.stage.optimizer.batch_size // (processes * accumulation)
+        starts = [(own * accumulation + k) * size for k in range(accumulation)]
         return [{name: values[start : start + size] for name, values in batch.items()} for start in starts]
 
     def _record(self, losses: list[Tensor]) -> StepRecord:
-        """The means since the last record over all processes. Raises ComputeError where the training diverges."""
-        means = torch.stack(losses).mean(dim=0)
-        loss, *figures, length = self.accelerator.reduce(means, reduction="mean").tolist()
+        """The means since the last record over all processes. Raises ComputeError when the training diverges."""
+        means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
+        # The loss belongs to the weights before the step; the weights after it are what is kept.
+        sound = torch.stack(torch._foreach_norm([*self._parameters])).isfinite().all()
+        loss, *figures, length, good = torch.cat([means, sound.to(means).view(1)]).tolist()
         if not math.isfinite(loss):
-            raise self._diverged("loss", "no number")
+            raise self._diverged("The loss", "NaN or infinite")
         if figures[0] > _LARGEST_ERROR:
-            raise self._diverged("loss", "too large")
-        # Clipped, a gradient of infinite length is none at all, and training goes on and learns nothing. float16's scaler
-        # meets such ones by design and leaves the step out.
+            raise self._diverged("The loss", "too large")
+        # Clipping turns an infinite gradient into zeros, and training would go on and learn nothing. The scaler of float16
+        # meets infinite gradients by design and skips those steps.
         if self.accelerator.scaler is None and not math.isfinite(length):
-            raise self._diverged("gradient", "no number")
-        # The loss is of the weights before the step, and what is kept are those after it.
-        if not torch.stack(torch._foreach_norm(self._parameters)).isfinite().all():
-            raise self._diverged("result", "no number")
+            raise self._diverged("The gradient", "NaN or infinite")
+        if not good:
+            raise self._diverged("A weight", "NaN or infinite")
         return StepRecord(
             stage=self.stage.name,
             step=self.step,
@@ -293,23 +303,36 @@ class Trainer:
         )
 
     def _out_of_time(self) -> bool:
-        return self.limits.seconds is not None and self.seconds >= self.limits.seconds
+        return self.limit_seconds is not None and self.seconds >= self.limit_seconds
 
     def _agreed(self, *wishes: bool) -> tuple[bool, ...]:
-        """For each wish whether any process has it: all must do the same after the same step."""
+        """For each wish whether any process has it. Several processes ask each other about once a second only."""
         if self.accelerator.num_processes == 1:
             return wishes
-        votes = torch.tensor(wishes, dtype=torch.float32, device=self.accelerator.device)
-        return tuple((self.accelerator.reduce(votes, reduction="sum") > 0).tolist())
+        if self.step < self._next_agreement and self.step < self.steps:
+            return (False,) * len(wishes)
+        per_step = (time.monotonic() - self._agreed_at) / max(1, self.step - self._agreed_step)
+        *agreed, longest = self._vote(*wishes, per_step)
+        # All processes know the same sum of times, and so choose the same step to ask again.
+        self._next_agreement = self.step + max(1, min(_AGREE_EVERY_STEPS, int(_AGREE_EVERY_SECONDS / max(longest, 1e-4))))
+        self._agreed_step, self._agreed_at = self.step, time.monotonic()
+        return tuple(value > 0 for value in agreed)
+
+    def _vote(self, *values: float) -> tuple[float, ...]:
+        """The sums of each value over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        votes = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        return tuple(self.accelerator.reduce(votes, reduction="sum").tolist())
 
     def _show(self, record: StepRecord) -> None:
         figures = {"loss": record.loss, **record.figures}
-        if self.limits.seconds is None:
-            self._progress(Progress(self.stage.task, record.step, self.limits.steps, "steps", figures))
+        if self.limit_seconds is None:
+            self._progress(Progress(self.stage.task, record.step, self.steps, "steps", figures))
         else:
-            seconds = min(record.seconds, self.limits.seconds)
+            seconds = min(record.seconds, self.limit_seconds)
             figures = {"step": record.step, **figures}
-            self._progress(Progress(self.stage.task, round(seconds), round(self.limits.seconds), "s", figures))
+            self._progress(Progress(self.stage.task, round(seconds), round(self.limit_seconds), "s", figures))
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
@@ -337,20 +360,17 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.step, self._seconds_before, self._began = checkpoint.step, checkpoint.seconds, time.monotonic()
         # Limits may have grown since.
-        self.finished = checkpoint.finished and (self.step >= self.limits.steps or self._out_of_time())
-        log.info("Going on with %s after %d steps", self.stage.name, self.step)
+        self.finished = checkpoint.finished and (self.step >= self.steps or self._out_of_time())
+        log.info("Continuing %s training after %d steps", self.stage.name, self.step)
 
     def _diverged(self, what: str, how: str) -> ComputeError:
         good = list_checkpoints(self.folder, self.stage.name)
-        remedy = f"The last good state is {good[-1]}. " if good else "There is no checkpoint yet. "
-        return ComputeError(
-            f"The {what} of {self.stage.name} training is {how} after step {self.step}.",
-            remedy + self.stage.remedy,
-        )
+        state = f"The last good state is {good[-1]}. " if good else "There is no checkpoint yet. "
+        return ComputeError(f"{what} of {self.stage.name} training is {how} after step {self.step}.", state + self.stage.remedy)
 
 
-def require_even_parts(optimizer: OptimiserConfig, processes: int) -> None:
-    """Raise UsageError where a batch cannot be split evenly among processes and accumulated parts."""
+def require_even_parts(optimizer: OptimizerConfig, processes: int) -> None:
+    """Raise UsageError when a batch cannot be split evenly among processes and accumulated parts."""
     parts = processes * optimizer.accumulation
     if optimizer.batch_size % parts:
         raise UsageError(
@@ -361,9 +381,9 @@ def require_even_parts(optimizer: OptimiserConfig, processes: int) -> None:
 
 
 def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
-    """How many cores share a step: as many as cut a part into equal ones.
+    """How many cores share a step: the largest number that cuts a part into equal pieces.
 
-    What is kept from step to step wants a part as a whole, and processes share already.
+    A stage with a memory needs its parts whole, and several processes share the cores already.
     """
     if processes > 1 or stage.memory is not None:
         return 1
@@ -371,15 +391,30 @@ def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
     return max(workers for workers in range(1, cores_for(device) + 1) if part % workers == 0)
 
 
+def cut(part: Mapping[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
+    """A part as that many equal pieces."""
+    chunks = {name: values.chunk(pieces) for name, values in part.items()}
+    return [{name: values[k] for name, values in chunks.items()} for k in range(pieces)]
+
+
+def averaging(parameters: Sequence[nn.Parameter], width: float, decay: float | None) -> EMAModel:
+    """The moving average of the weights: with a constant decay, or without one by the power function of EDM2.
+
+    width: the standard deviation of that average's profile relative to the training so far, sigma_rel of Karras et al.
+    2024 (arXiv 2312.02696, equations 3 and 126): sigma_rel = sqrt((g + 1) / ((g + 2)^2 (g + 3))) is solved for g > 0.
+    diffusers' decay 1 - 1 / (1 + step / inv_gamma) is that profile when inv_gamma = g + 1.
+    """
+    if decay is not None:
+        # Without min_decay diffusers would begin with a lower decay to forget the initial weights.
+        return EMAModel(parameters, decay=decay, min_decay=decay, foreach=True)
+    # As a cubic: g^3 + 7 g^2 + (16 - t) g + (12 - t) = 0 for t = width**-2.
+    exponent = float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+    return EMAModel(parameters, decay=1.0, use_ema_warmup=True, inv_gamma=exponent + 1, power=1.0, foreach=True)
+
+
 def _detached(*values: Tensor) -> Tensor:
     """Scalars as (n,) float32."""
     return torch.stack([value.detach().float() for value in values])
-
-
-def cut(part: Mapping[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
-    """A part as that many equal ones."""
-    cut = {name: values.chunk(pieces) for name, values in part.items()}
-    return [{name: values[k] for name, values in cut.items()} for k in range(pieces)]
 
 
 def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
@@ -387,36 +422,7 @@ def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tenso
         if gradient is None:
             continue
         if parameter.grad is None:
-            # In the parameter's own layout: those of linear layers come transposed, and fused AdamW takes memory as it lies.
+            # In the parameter's own layout, which fused AdamW requires: gradients of linear layers come transposed.
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
         else:
             parameter.grad.add_(gradient)
-
-
-def averaging(parameters: Sequence[nn.Parameter], width: float, decay: float | None) -> EMAModel:
-    """Averaged weights: with the same decay at every step, or where that is None as `power_ema` has them."""
-    if decay is None:
-        return power_ema(parameters, width)
-    # diffusers would begin with a lower decay, which is a way to forget initial weights that are worth nothing.
-    return EMAModel(parameters, decay=decay, min_decay=decay, foreach=True)
-
-
-def power_ema(parameters: Sequence[nn.Parameter], width: float) -> EMAModel:
-    """Averaged weights whose profile is a power of the step, so that it suits any length of training.
-
-    width: the profile's standard deviation as a share of the training so far, sigma_rel of Karras et al. 2024
-    (arXiv 2312.02696, equations 3 and 126): sigma_rel = sqrt((g + 1) / ((g + 2)^2 (g + 3))) is solved for g.
-    diffusers' decay 1 - 1 / (1 + step / inv_gamma) is that profile where inv_gamma = g + 1.
-    """
-    exponent = _ema_exponent(width)
-    return EMAModel(parameters, decay=1.0, use_ema_warmup=True, inv_gamma=exponent + 1, power=1.0, foreach=True)
-
-
-def _ema_exponent(width: float) -> float:
-    """The g > 0 of `power_ema`, by bisection: the width falls as g grows."""
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        of_middle = math.sqrt((middle + 1) / ((middle + 2) ** 2 * (middle + 3)))
-        low, high = (middle, high) if of_middle > width else (low, middle)
-    return low

@@ -68,5 +68,5 @@ def test_code_in_a_checkpoint_is_not_run(folder, tmp_path):
 
 def test_a_tensor_file_of_something_else_is_no_checkpoint(folder):
     torch.save({"images": torch.zeros(2)}, folder / "denoiser-00000040.pt")
-    with pytest.raises(BadFileError, match="no checkpoint of this version"):
+    with pytest.raises(BadFileError, match="not a checkpoint of this version"):
         load_checkpoint(folder / "denoiser-00000040.pt")

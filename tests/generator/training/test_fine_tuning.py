@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ddkit.errors import ComputeError, UsageError
+from ddkit.generator.config import MinimaxConfig, from_json, to_json
 from ddkit.generator.model_folder import load_model, save_model
-from ddkit.generator.presets import MinimaxConfig, from_json, preset, to_json
+from ddkit.generator.presets import preset
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.generator.training.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
@@ -67,13 +68,13 @@ def same(first, second, **tolerance):
 
 
 def sampled(model):
-    return Sampler(model, SamplingSettings(steps=2, batch_size=4))(*class_ordered(2, 3)).images
+    return torch.cat([*Sampler(model, SamplingSettings(steps=2, batch_size=4)).images(*class_ordered(2, 3))])
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_from_a_pretrained_transformer_to_a_plain_model_of_ours(data, tuning, pretrained, tmp_path, full):
     config = tuning(pretrained, prediction="epsilon", full=full)
-    model = train(data, TrainingRequest(config, "minimax-paper"), tmp_path / "run")
+    model = train(data, TrainingRequest(config, tmp_path / "run", "minimax-paper"))
     assert model.facts.class_names == ("red", "green", "blue") and model.facts.steps == 6
     assert model.denoiser.config.num_embeds_ada_norm == 3 and model.denoiser.config.out_channels == 4
     assert model.autoencoder.config.scaling_factor == pytest.approx(0.18215)
@@ -90,16 +91,16 @@ def test_images_take_the_models_size_for_training_and_their_own_again(images, tu
     """Images of 40 px, latents of 8 x 8 as the model's own 16 px have them, pictures of 40 px."""
     pixels = images.images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)[..., :40, :40]
     large = TrainingData("colors", dataclasses.replace(images, images=pixels), "of-larger-pixels")
-    model = train(large, TrainingRequest(tuning(pretrained, prediction="epsilon", steps=1)), tmp_path / "run")
+    model = train(large, TrainingRequest(tuning(pretrained, prediction="epsilon", steps=1), tmp_path / "run"))
     with safe_open(tmp_path / "run" / "checkpoints" / "latents.safetensors", "pt") as file:
         assert file.get_slice("latents").get_shape() == [12, 2, 4, 8, 8]
     assert sampled(model).shape == (6, 3, 40, 40)
 
 
 def test_from_a_generator_of_ours_and_on_again_bit_for_bit(data, tuning, own, tmp_path):
-    train(data, TrainingRequest(tuning(own, steps=6)), tmp_path / "straight")
-    train(data, TrainingRequest(tuning(own, steps=2)), tmp_path / "resumed")
-    train(data, TrainingRequest(tuning(own, steps=6)), tmp_path / "resumed")
+    train(data, TrainingRequest(tuning(own, steps=6), tmp_path / "straight"))
+    train(data, TrainingRequest(tuning(own, steps=2), tmp_path / "resumed"))
+    train(data, TrainingRequest(tuning(own, steps=6), tmp_path / "resumed"))
     same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
     straight, resumed = (load_model(tmp_path / name) for name in ("straight", "resumed"))
     assert torch.equal(sampled(straight), sampled(resumed))
@@ -108,7 +109,7 @@ def test_from_a_generator_of_ours_and_on_again_bit_for_bit(data, tuning, own, tm
 
 
 def test_records_hold_the_parts_of_the_loss(data, tuning, own, tmp_path):
-    train(data, TrainingRequest(tuning(own, steps=20, lambda_r=0.5, lambda_d=0.25)), tmp_path)
+    train(data, TrainingRequest(tuning(own, steps=20, lambda_r=0.5, lambda_d=0.25), tmp_path))
     for record in records(tmp_path):
         expected = record["mse"] + 0.5 * record["representativeness"] + 0.25 * record["diversity"]
         assert record["stage"] == "minimax" and record["loss"] == pytest.approx(expected, rel=1e-5)
@@ -120,21 +121,21 @@ def test_large_weights_do_what_they_are_for(data, tuning, own, tmp_path):
     last = {}
     for name, weights in {"none": (0, 0), "real": (3, 0), "varied": (0, 3)}.items():
         config = tuning(own, steps=60, learning_rate=3e-3, full=True, lambda_r=weights[0], lambda_d=weights[1])
-        train(data, TrainingRequest(config), tmp_path / name)
+        train(data, TrainingRequest(config, tmp_path / name))
         last[name] = records(tmp_path / name)[-1]
     assert last["real"]["representativeness"] < last["none"]["representativeness"]
     assert last["varied"]["diversity"] < last["none"]["diversity"]
 
 
 def test_weights_so_large_that_the_loss_diverges_leave_the_last_good_state(data, tuning, own, tmp_path):
-    train(data, TrainingRequest(tuning(own, steps=2, full=True)), tmp_path)
+    train(data, TrainingRequest(tuning(own, steps=2, full=True), tmp_path))
     good, model = list_checkpoints(tmp_path / "checkpoints", "minimax"), sampled(load_model(tmp_path))
     wild = tuning(own, steps=400, learning_rate=1.0, lambda_d=1e9, full=True)
     begun = json.loads((tmp_path / "config.json").read_text())
     begun["config"] = to_json(wild)
     (tmp_path / "config.json").write_text(json.dumps(begun))
-    with pytest.raises(ComputeError, match="loss of minimax training is (too large|no number)") as caught:
-        train(data, TrainingRequest(wild), tmp_path)
+    with pytest.raises(ComputeError, match="loss of minimax training is (too large|NaN or infinite)") as caught:
+        train(data, TrainingRequest(wild, tmp_path))
     assert "--lambda-d" in caught.value.remedy and str(good[-1]) in caught.value.remedy
     assert list_checkpoints(tmp_path / "checkpoints", "minimax") == good
     assert torch.equal(sampled(load_model(tmp_path)), model)
@@ -142,22 +143,22 @@ def test_weights_so_large_that_the_loss_diverges_leave_the_last_good_state(data,
 
 def test_a_weight_whose_gradients_overflow_is_told_and_not_trained_by(data, tuning, own, tmp_path):
     """The loss itself stays a number, and clipped to nothing such gradients would train nothing, unnoticed."""
-    with pytest.raises(ComputeError, match="gradient of minimax training is no number") as caught:
-        train(data, TrainingRequest(tuning(own, steps=20, lambda_d=1e25)), tmp_path)
+    with pytest.raises(ComputeError, match="gradient of minimax training is NaN or infinite") as caught:
+        train(data, TrainingRequest(tuning(own, steps=20, lambda_d=1e25), tmp_path))
     assert "--lambda-d" in caught.value.remedy
     assert not (tmp_path / "ddkit.json").exists()
 
 
 def test_the_parts_of_the_loss_are_shown_live(data, tuning, own, tmp_path):
     reports = []
-    train(data, TrainingRequest(tuning(own, steps=4)), tmp_path, progress=reports.append)
+    train(data, TrainingRequest(tuning(own, steps=4), tmp_path), progress=reports.append)
     shown = [report.figures for report in reports if "mse" in report.figures]
     assert shown and all({"loss", "representativeness", "diversity"} <= figures.keys() for figures in shown)
 
 
 def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
     config = tuning(own, steps=4, lambda_r=0.5, lambda_d=0.5)
-    train(data, TrainingRequest(config), tmp_path / "one")
+    train(data, TrainingRequest(config, tmp_path / "one"))
     torch.save(dict(vars(data.images)), tmp_path / "images.pt")
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     script = tmp_path / "script.py"
@@ -166,13 +167,13 @@ def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
             import json, torch
             from pathlib import Path
             from ddkit.data.store import ImageSet
-            from ddkit.generator.presets import from_json
+            from ddkit.generator.config import from_json
             from ddkit.generator.training.train import TrainingData, TrainingRequest, train
             torch.set_num_threads(1)
             here = Path({str(tmp_path)!r})
             images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
             config = from_json(json.loads((here / "config.json").read_text()))
-            train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config), here / "two")
+            train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config, here / "two"))
         """)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -183,18 +184,18 @@ def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
 
 class TestRefusing:
     def test_going_on_from_another_start(self, data, tuning, own, tmp_path):
-        train(data, TrainingRequest(tuning(own, steps=1)), tmp_path / "run")
+        train(data, TrainingRequest(tuning(own, steps=1), tmp_path / "run"))
         shutil.copytree(own, tmp_path / "other")
         with pytest.raises(UsageError, match=r"minimax.init: .*own, not .*other"):
-            train(data, TrainingRequest(tuning(tmp_path / "other", steps=2)), tmp_path / "run")
+            train(data, TrainingRequest(tuning(tmp_path / "other", steps=2), tmp_path / "run"))
 
     def test_training_in_the_folder_to_start_from(self, data, tuning, own, tmp_path):
-        with pytest.raises(UsageError, match="holds what fine-tuning starts from"):
-            train(data, TrainingRequest(tuning(own)), own, fresh=True)
+        with pytest.raises(UsageError, match="holds the generator that fine-tuning starts from"):
+            train(data, TrainingRequest(tuning(own), own, fresh=True))
 
     def test_another_prediction_than_was_learned(self, data, tuning, own, tmp_path):
         with pytest.raises(UsageError, match="predicts 'flow', not 'v'"):
-            train(data, TrainingRequest(tuning(own, prediction="v")), tmp_path / "run")
+            train(data, TrainingRequest(tuning(own, prediction="v"), tmp_path / "run"))
 
     @pytest.mark.parametrize("wrong", [{"init": ""}, {"lambda_r": -1}, {"lambda_d": -1}, {"memory_size": 0}, {"epochs": 0}])
     def test_settings_that_cannot_be_meant(self, wrong):

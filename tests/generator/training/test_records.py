@@ -14,7 +14,7 @@ def test_tensorboard_has_every_figure_at_its_step(data, config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tracking = Tracking("frechet", lambda model: 2.5, every_steps=6)
-    train(data, TrainingRequest(config, tensorboard=True), tmp_path, tracking=tracking)
+    train(data, TrainingRequest(config, tmp_path, tensorboard=True), tracking=tracking)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (loss,) = (record["loss"] for record in read_records(tmp_path / "metrics.jsonl") if record["stage"] == "denoiser")
     (shown,) = events.Scalars("denoiser/loss")

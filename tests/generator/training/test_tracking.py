@@ -8,8 +8,7 @@ from PIL import Image
 from ddkit.errors import UsageError
 from ddkit.generator.model_folder import read_facts
 from ddkit.generator.sampling import SamplingSettings
-from ddkit.generator.training.chart import draw_chart
-from ddkit.generator.training.records import read_records
+from ddkit.generator.training.records import draw_chart, read_records
 from ddkit.generator.training.tracking import track_frechet
 from ddkit.generator.training.train import TrainingRequest, train
 
@@ -33,7 +32,7 @@ def test_the_distance_is_that_of_samples_of_the_same_classes(images, make_model)
     first, again = tracking.score(make_model()), tracking.score(make_model())
     assert first == again > 0
     assert calls == ["made"]
-    assert tracking.score(make_model("unet")) != first
+    assert tracking.score(make_model("dit")) != first
 
 
 def test_fewer_than_two_images_are_refused(images):
@@ -44,7 +43,7 @@ def test_fewer_than_two_images_are_refused(images):
 
 def test_a_tracked_training_keeps_the_best_and_draws_its_course(data, config, tmp_path):
     tracking = track_frechet(data.images, lambda: mean_colors, every_steps=2, sampling=SAMPLING)
-    train(data, TrainingRequest(config), tmp_path, tracking=tracking)
+    train(data, TrainingRequest(config, tmp_path), tracking=tracking)
     scores = {record["step"]: record["value"] for record in read_records(tmp_path / "metrics.jsonl")
               if record["stage"] == "score"}  # fmt: skip
     assert set(scores) == {2, 4, 6}

@@ -16,10 +16,11 @@ from ddkit.data.store import ImageSet
 from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.model_folder import load_model, read_facts, save_autoencoder
+from ddkit.generator.training import train as training
 from ddkit.generator.training.checkpoints import list_checkpoints, load_latest
-from ddkit.generator.training.run_folder import recorded
-from ddkit.generator.training.train import Tracking, TrainingData, TrainingRequest, train
-from ddkit.generator.training.train import train as training
+from ddkit.generator.training.run_folder import read_run_record
+from ddkit.generator.training.tracking import Tracking
+from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 
 
 def with_steps(config, steps):
@@ -62,13 +63,13 @@ def in_a_process(here, data, config, folder, before="", *, launcher=()):
         import json, torch
         from pathlib import Path
         from ddkit.data.store import ImageSet
-        from ddkit.generator.presets import from_json
+        from ddkit.generator.config import from_json
         from ddkit.generator.training.train import TrainingData, TrainingRequest, train
         here = Path({str(here)!r})
         images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
         config = from_json(json.loads((here / "config.json").read_text()))
         exec({textwrap.dedent(before)!r})
-        train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config), here / {folder!r})
+        train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config, here / {folder!r}))
     """)
     (here / "script.py").write_text(script)
     command = [sys.executable, *launcher, str(here / "script.py")]
@@ -77,41 +78,41 @@ def in_a_process(here, data, config, folder, before="", *, launcher=()):
 
 class TestGoingOn:
     def test_resumed_is_bit_for_bit_the_same_as_never_stopped(self, data, config, tmp_path):
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "straight")
-        train(data, TrainingRequest(with_steps(config, 2)), tmp_path / "resumed")
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "resumed")
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
+        train(data, TrainingRequest(with_steps(config, 2), tmp_path / "resumed"))
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path / "resumed"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
         assert load_model(tmp_path / "resumed").facts.steps == 6
         assert load_model(tmp_path / "resumed").facts.images_seen == 36
 
     def test_so_it_is_in_half_precision(self, data, config, tmp_path):
         config = dataclasses.replace(config, precision="bfloat16")
-        train(data, TrainingRequest(with_steps(config, 4)), tmp_path / "straight")
-        train(data, TrainingRequest(with_steps(config, 2)), tmp_path / "resumed")
-        train(data, TrainingRequest(with_steps(config, 4)), tmp_path / "resumed")
+        train(data, TrainingRequest(with_steps(config, 4), tmp_path / "straight"))
+        train(data, TrainingRequest(with_steps(config, 2), tmp_path / "resumed"))
+        train(data, TrainingRequest(with_steps(config, 4), tmp_path / "resumed"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
-        train(data, TrainingRequest(with_steps(dataclasses.replace(config, precision="float32"), 4)), tmp_path / "full")
+        train(data, TrainingRequest(with_steps(dataclasses.replace(config, precision="float32"), 4), tmp_path / "full"))
         ours, theirs = (records(tmp_path / name)[-1]["loss"] for name in ("straight", "full"))
         assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)
 
     def test_so_it_is_where_two_cores_share_each_step(self, data, config, tmp_path):
         torch.set_num_threads(2)  # put back by the fixture that set one
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "straight")
-        train(data, TrainingRequest(with_steps(config, 2)), tmp_path / "resumed")
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "resumed")
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
+        train(data, TrainingRequest(with_steps(config, 2), tmp_path / "resumed"))
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path / "resumed"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
 
     def test_an_autoencoder_stopped_midway_goes_on_the_same(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path / "straight")
+        train(data, TrainingRequest(config, tmp_path / "straight"))
         short = dataclasses.replace(config, autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=2))
-        train(data, TrainingRequest(short), tmp_path / "stopped")
+        train(data, TrainingRequest(short, tmp_path / "stopped"))
         # As if the process had ended right after the checkpoint of step 2.
         for name in ("vae", "transformer"):
             for path in (tmp_path / "stopped" / name).iterdir():
                 path.unlink()
         for path in list_checkpoints(tmp_path / "stopped" / "checkpoints", "denoiser"):
             path.unlink()
-        train(data, TrainingRequest(config), tmp_path / "stopped")
+        train(data, TrainingRequest(config, tmp_path / "stopped"))
         assert_same(state(tmp_path / "straight", "autoencoder"), state(tmp_path / "stopped", "autoencoder"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
 
@@ -121,86 +122,86 @@ class TestGoingOn:
                 signal.raise_signal(signal.SIGTERM)
 
         with pytest.raises(InterruptedRunError, match="autoencoder"):
-            train(data, TrainingRequest(config), tmp_path / "stopped", progress=stop)
+            train(data, TrainingRequest(config, tmp_path / "stopped"), progress=stop)
         assert not list_checkpoints(tmp_path / "stopped" / "checkpoints", "denoiser")
-        train(data, TrainingRequest(config), tmp_path / "stopped")
-        train(data, TrainingRequest(config), tmp_path / "straight")
+        train(data, TrainingRequest(config, tmp_path / "stopped"))
+        train(data, TrainingRequest(config, tmp_path / "straight"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
 
     def test_finished_work_is_not_done_again(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path)
+        train(data, TrainingRequest(config, tmp_path))
         before = (tmp_path / "metrics.jsonl").read_text()
         reports = []
-        train(data, TrainingRequest(config), tmp_path, progress=reports.append)
+        train(data, TrainingRequest(config, tmp_path), progress=reports.append)
         assert (tmp_path / "metrics.jsonl").read_text() == before
         assert reports == []
 
     def test_a_model_older_than_the_last_checkpoint_is_written_again(self, data, config, tmp_path):
         """As a kill between the two leaves it."""
-        train(data, TrainingRequest(with_steps(config, 2)), tmp_path / "run")
+        train(data, TrainingRequest(with_steps(config, 2), tmp_path / "run"))
         shutil.copytree(tmp_path / "run", tmp_path / "earlier")
-        train(data, TrainingRequest(with_steps(config, 4)), tmp_path / "run")
+        train(data, TrainingRequest(with_steps(config, 4), tmp_path / "run"))
         whole = load_model(tmp_path / "run").denoiser.state_dict()
         for part in ("ddkit.json", "transformer/diffusion_pytorch_model.safetensors"):
             shutil.copy(tmp_path / "earlier" / part, tmp_path / "run" / part)
-        again = train(data, TrainingRequest(with_steps(config, 4)), tmp_path / "run")
+        again = train(data, TrainingRequest(with_steps(config, 4), tmp_path / "run"))
         assert again.facts.steps == 4
         assert all(torch.equal(value, whole[name]) for name, value in again.denoiser.state_dict().items())
 
     def test_half_precision_is_for_gpus(self, data, config, tmp_path):
-        with pytest.raises(UsageError, match="float16 is for GPUs"):
-            train(data, TrainingRequest(dataclasses.replace(config, precision="float16")), tmp_path / "run")
+        with pytest.raises(UsageError, match="float16 needs a GPU"):
+            train(data, TrainingRequest(dataclasses.replace(config, precision="float16"), tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
     def test_a_checkpoint_cut_short_costs_only_what_came_after_the_one_before(self, data, config, tmp_path):
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "straight")
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
         for steps in (2, 4):
-            train(data, TrainingRequest(with_steps(config, steps)), tmp_path / "damaged")
+            train(data, TrainingRequest(with_steps(config, steps), tmp_path / "damaged"))
         newest = list_checkpoints(tmp_path / "damaged" / "checkpoints", "denoiser")[-1]
         newest.write_bytes(newest.read_bytes()[:500])
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "damaged")
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path / "damaged"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "damaged"))
 
     def test_with_a_lower_rate_it_goes_on(self, data, config, tmp_path):
-        train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
-        train(data, TrainingRequest(with_optimizer(config, learning_rate=1e-4)), tmp_path)
+        train(data, TrainingRequest(with_steps(config, 2), tmp_path))
+        train(data, TrainingRequest(with_optimizer(config, learning_rate=1e-4), tmp_path))
         assert [(record["step"], record["rate"]) for record in records(tmp_path)] == [(2, 1e-3), (6, 1e-4)]
-        assert recorded(tmp_path).config.denoiser_optimizer.learning_rate == 1e-4
+        assert read_run_record(tmp_path).config.denoiser_optimizer.learning_rate == 1e-4
 
     def test_an_autoencoder_may_train_on_until_a_denoiser_has_learned_from_it(
         self, data, config, tmp_path, caplog, monkeypatch
     ):
         monkeypatch.setattr(training, "AUTOENCODER_SHARE", 0.9)  # so that its steps fit, however busy the machine is
         longer = with_optimizer(config, steps=10**9)
-        train(data, TrainingRequest(config, seconds=0.001), tmp_path)
+        train(data, TrainingRequest(config, tmp_path, seconds=0.001))
         for path in list_checkpoints(tmp_path / "checkpoints", "denoiser"):
             path.unlink()
-        train(data, TrainingRequest(longer, seconds=2.0), tmp_path)
-        assert records(tmp_path, "autoencoder")[-1]["step"] == 4 and "stays" not in caplog.text
-        train(data, TrainingRequest(longer, seconds=0.001), tmp_path / "hurried")
-        train(data, TrainingRequest(longer, seconds=2.0), tmp_path / "hurried")
-        assert records(tmp_path / "hurried", "autoencoder")[-1]["step"] < 4 and "stays as little trained" in caplog.text
+        train(data, TrainingRequest(longer, tmp_path, seconds=2.0))
+        assert records(tmp_path, "autoencoder")[-1]["step"] == 4 and "short time" not in caplog.text
+        train(data, TrainingRequest(longer, tmp_path / "hurried", seconds=0.001))
+        train(data, TrainingRequest(longer, tmp_path / "hurried", seconds=2.0))
+        assert records(tmp_path / "hurried", "autoencoder")[-1]["step"] < 4 and "was trained for a short time" in caplog.text
 
     def test_changed_data_is_encoded_again(self, data, config, tmp_path, caplog):
-        train(data, TrainingRequest(config), tmp_path)
+        train(data, TrainingRequest(config, tmp_path))
         before = load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"]
         images = dataclasses.replace(data.images, images=data.images.images.flip(-2).contiguous())
         changed = dataclasses.replace(data, images=images, sha256="of-other-pixels")
-        train(changed, TrainingRequest(config), tmp_path)
-        assert "prepared anew since" in caplog.text
+        train(changed, TrainingRequest(config, tmp_path))
+        assert "was prepared again since" in caplog.text
         assert not torch.equal(before, load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"])
 
 
 class TestTheSameBatchHoweverItIsComputed:
     def test_accumulated_parts_amount_to_the_whole(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path / "whole")
-        train(data, TrainingRequest(with_optimizer(config, accumulation=3)), tmp_path / "parts")
+        train(data, TrainingRequest(config, tmp_path / "whole"))
+        train(data, TrainingRequest(with_optimizer(config, accumulation=3), tmp_path / "parts"))
         assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
 
     def test_two_cores_amount_to_one(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path / "one")
+        train(data, TrainingRequest(config, tmp_path / "one"))
         torch.set_num_threads(2)  # put back by the fixture that set one
-        train(data, TrainingRequest(config), tmp_path / "two")
+        train(data, TrainingRequest(config, tmp_path / "two"))
         assert_same(state(tmp_path / "one", "autoencoder"), state(tmp_path / "two", "autoencoder"), atol=1e-4)
         # The second stage learns latents that were rounded to half precision, and may have been the other way.
         ours, theirs = (records(tmp_path / name) for name in ("one", "two"))
@@ -208,15 +209,15 @@ class TestTheSameBatchHoweverItIsComputed:
         assert [each["loss"] for each in theirs] == pytest.approx([each["loss"] for each in ours], rel=1e-3)
 
     def test_two_cores_amount_to_one_on_the_same_latents(self, data, config, tmp_path):
-        train(data, TrainingRequest(with_steps(config, 1)), tmp_path / "one")
+        train(data, TrainingRequest(with_steps(config, 1), tmp_path / "one"))
         shutil.copytree(tmp_path / "one", tmp_path / "two")
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "one")
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path / "one"))
         torch.set_num_threads(2)  # put back by the fixture that set one
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path / "two")
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path / "two"))
         assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
 
     def test_two_processes_amount_to_one(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path / "one")
+        train(data, TrainingRequest(config, tmp_path / "one"))
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         done = in_a_process(tmp_path, data, config, "two", launcher=launcher)
         assert done.returncode == 0, done.stderr
@@ -227,29 +228,29 @@ class TestTheSameBatchHoweverItIsComputed:
 
     def test_a_batch_that_does_not_split_is_refused(self, data, config, tmp_path):
         with pytest.raises(UsageError, match="4 equal parts"):
-            train(data, TrainingRequest(with_optimizer(config, accumulation=4)), tmp_path)
+            train(data, TrainingRequest(with_optimizer(config, accumulation=4), tmp_path))
 
 
 class TestWhatStopsIt:
     # With many steps to come the loss is no number soon; of a single one it is that of the good weights before it.
     @pytest.mark.parametrize("steps", [60, 3])
     def test_what_diverges_is_not_kept_and_the_last_good_checkpoint_named(self, data, config, tmp_path, steps):
-        train(data, TrainingRequest(with_steps(config, 2)), tmp_path)
+        train(data, TrainingRequest(with_steps(config, 2), tmp_path))
         good = list_checkpoints(tmp_path / "checkpoints", "denoiser")
         wild = with_optimizer(config, steps=steps, learning_rate=1e38, warmup_steps=1)
         begun = json.loads((tmp_path / "config.json").read_text())
         begun["config"] = dataclasses.asdict(wild)
         (tmp_path / "config.json").write_text(json.dumps(begun))
-        with pytest.raises(ComputeError, match="no number") as caught:
-            train(data, TrainingRequest(wild), tmp_path)
+        with pytest.raises(ComputeError, match="NaN or infinite") as caught:
+            train(data, TrainingRequest(wild, tmp_path))
         assert str(good[-1]) in caught.value.remedy and "--lr" in caught.value.remedy
         assert list_checkpoints(tmp_path / "checkpoints", "denoiser") == good
 
     def test_a_broken_model_is_not_scored_nor_kept(self, data, config, tmp_path):
         wild = with_optimizer(config, steps=9, learning_rate=1e38, warmup_steps=1)
         scored = []
-        with pytest.raises(ComputeError, match="no number"):
-            train(data, TrainingRequest(wild), tmp_path, tracking=Tracking("score", scored.append, every_steps=3))
+        with pytest.raises(ComputeError, match="NaN or infinite"):
+            train(data, TrainingRequest(wild, tmp_path), tracking=Tracking("score", scored.append, every_steps=3))
         assert scored == [] and not (tmp_path / "ddkit.json").exists()
 
     def test_short_memory_says_what_would_help(self, data, config, tmp_path):
@@ -261,35 +262,35 @@ class TestWhatStopsIt:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             """,
         )  # fmt: skip
-        assert "ComputeError: Memory is short for denoiser training with batches of 60000 images." in done.stderr
+        assert "ComputeError: Out of memory during denoiser training with batches of 60000 images on cpu." in done.stderr
 
     def test_time_is_a_limit_of_both_stages_and_counts_what_was_done_before(self, data, config, tmp_path):
         endless = with_steps(config, 10**9)
-        train(data, TrainingRequest(endless, seconds=0.5), tmp_path)
+        train(data, TrainingRequest(endless, tmp_path, seconds=0.5))
         first = load_model(tmp_path).facts.steps
         spent = load_latest(tmp_path / "checkpoints", "denoiser").seconds
         assert spent == pytest.approx(0.85 * 0.5, abs=0.3)
-        train(data, TrainingRequest(endless, seconds=0.5), tmp_path)
+        train(data, TrainingRequest(endless, tmp_path, seconds=0.5))
         assert load_model(tmp_path).facts.steps == first
-        train(data, TrainingRequest(endless, seconds=spent + 0.5), tmp_path)
+        train(data, TrainingRequest(endless, tmp_path, seconds=spent + 0.5))
         assert load_model(tmp_path).facts.steps > first
 
 
 class TestTracking:
     def test_scores_against_other_images_do_not_count(self, data, config, tmp_path):
-        train(data, TrainingRequest(config), tmp_path, tracking=Tracking("frechet", lambda model: 1.0))
+        train(data, TrainingRequest(config, tmp_path), tracking=Tracking("frechet", lambda model: 1.0))
         changed = dataclasses.replace(data, sha256="of-other-pixels")
-        train(changed, TrainingRequest(with_steps(config, 8)), tmp_path, tracking=Tracking("frechet", lambda model: 5.0))
+        train(changed, TrainingRequest(with_steps(config, 8), tmp_path), tracking=Tracking("frechet", lambda model: 5.0))
         facts = read_facts(tmp_path)
         assert (facts.steps, facts.dataset_sha256, dict(facts.metrics)) == (8, "of-other-pixels", {"frechet": 5.0})
 
     def test_the_best_model_is_kept_and_known_again(self, data, config, tmp_path):
         scores = iter([3.0, 1.0, 2.0, 5.0])
         tracking = Tracking("frechet", lambda model: next(scores), every_steps=2)
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking)
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking)
         facts = read_facts(tmp_path)
         assert (facts.steps, dict(facts.metrics)) == (4, {"frechet": 1.0})
-        train(data, TrainingRequest(with_steps(config, 8)), tmp_path, tracking=tracking)
+        train(data, TrainingRequest(with_steps(config, 8), tmp_path), tracking=tracking)
         assert read_facts(tmp_path).steps == 4
         assert [(record["step"], record["value"]) for record in records(tmp_path, "score")] == [
             (2, 3.0),
@@ -305,15 +306,15 @@ class TestTracking:
 
         tracking = Tracking("frechet", lambda model: 1.0, every_steps=1)
         with pytest.raises(InterruptedRunError, match="after 4 steps"):
-            train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking, progress=stop)
+            train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking, progress=stop)
         assert [record["step"] for record in records(tmp_path, "score")] == [1, 2, 3]
-        train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking)
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking)
         assert [record["step"] for record in records(tmp_path, "score")] == [1, 2, 3, 4, 5, 6]
 
     def test_the_last_step_is_scored_too_once(self, data, config, tmp_path):
         tracking = Tracking("frechet", lambda model: 1.0, every_steps=4)
         for _ in range(2):
-            train(data, TrainingRequest(with_steps(config, 6)), tmp_path, tracking=tracking)
+            train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking)
             assert [record["step"] for record in records(tmp_path, "score")] == [4, 6]
 
     def test_what_is_scored_has_the_averaged_weights(self, data, config, tmp_path):
@@ -323,7 +324,7 @@ class TestTracking:
             seen.append({name: value.clone() for name, value in model.denoiser.state_dict().items()})
             return 1.0
 
-        train(data, TrainingRequest(config), tmp_path, tracking=Tracking("score", score, every_steps=6))
+        train(data, TrainingRequest(config, tmp_path), tracking=Tracking("score", score, every_steps=6))
         saved = load_model(tmp_path).denoiser.state_dict()
         assert all(torch.equal(value, seen[0][name]) for name, value in saved.items())
         network = load_latest(tmp_path / "checkpoints", "denoiser").network
@@ -335,7 +336,7 @@ def test_the_smallest_datasets_train(config, tmp_path, labels):
     pixels = torch.randint(0, 256, (len(labels), 3, 16, 16), generator=torch.Generator().manual_seed(0))
     names = tuple("abc"[: max(labels) + 1])
     images = ImageSet(pixels.to(torch.uint8), torch.tensor(labels), names)
-    model = train(TrainingData("few", images, "few"), TrainingRequest(config), tmp_path)
+    model = train(TrainingData("few", images, "few"), TrainingRequest(config, tmp_path))
     assert model.facts.class_names == names and model.facts.steps == 6
 
 
@@ -346,18 +347,18 @@ def test_an_empty_dataset_is_refused(images):
 
 
 def test_nothing_is_removed_for_a_start_that_fails(data, config, tmp_path):
-    train(data, TrainingRequest(config), tmp_path / "run")
+    train(data, TrainingRequest(config, tmp_path / "run"))
     kept = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     other = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
     with pytest.raises(MissingModelError):
-        train(data, TrainingRequest(other), tmp_path / "run", fresh=True)
+        train(data, TrainingRequest(other, tmp_path / "run", fresh=True))
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == kept
 
 
 def test_where_memory_is_short_it_goes_on_in_smaller_parts(data, config, tmp_path):
-    train(data, TrainingRequest(with_steps(config, 3)), tmp_path / "parts")
-    train(data, TrainingRequest(with_optimizer(config, accumulation=3)), tmp_path / "parts")
-    train(data, TrainingRequest(config), tmp_path / "whole")
+    train(data, TrainingRequest(with_steps(config, 3), tmp_path / "parts"))
+    train(data, TrainingRequest(with_optimizer(config, accumulation=3), tmp_path / "parts"))
+    train(data, TrainingRequest(config, tmp_path / "whole"))
     assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
 
 
@@ -366,7 +367,7 @@ class TestPretrainedAutoencoder:
         pretrained = build_autoencoder(config.autoencoder, 16, seed=9)
         save_autoencoder(pretrained, tmp_path / "pretrained")
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "pretrained"))
-        model = train(data, TrainingRequest(config), tmp_path / "run")
+        model = train(data, TrainingRequest(config, tmp_path / "run"))
         expected = pretrained.state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in model.autoencoder.state_dict().items())
         latents = load_file(tmp_path / "run" / "checkpoints" / "latents.safetensors")["latents"]
@@ -376,7 +377,7 @@ class TestPretrainedAutoencoder:
     def test_it_leaves_all_the_time_to_the_denoiser(self, data, config, tmp_path):
         save_autoencoder(build_autoencoder(config.autoencoder, 16, seed=9), tmp_path / "pretrained")
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "pretrained"))
-        train(data, TrainingRequest(with_steps(config, 10**9), seconds=2.0), tmp_path / "run")
+        train(data, TrainingRequest(with_steps(config, 10**9), tmp_path / "run", seconds=2.0))
         assert load_latest(tmp_path / "run" / "checkpoints", "denoiser").seconds >= 2
 
     def test_weights_that_are_missing_are_not_made_up(self, data, config, tmp_path):
@@ -385,24 +386,25 @@ class TestPretrainedAutoencoder:
         save_file({name: value for name, value in load_file(weights).items() if "decoder" not in name}, weights)
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path))
         with pytest.raises(BadFileError, match="do not fit its config.json: decoder"):
-            train(data, TrainingRequest(config), tmp_path / "run")
+            train(data, TrainingRequest(config, tmp_path / "run"))
 
     def test_none_to_be_had_is_one_message(self, data, config, tmp_path):
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
         with pytest.raises(MissingModelError, match="nowhere"):
-            train(data, TrainingRequest(config), tmp_path / "run")
+            train(data, TrainingRequest(config, tmp_path / "run"))
 
 
 def test_training_learns(data, config, tmp_path):
     """Some steps on three flat colors: samples of each class have its color on the whole."""
-    from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, sample_all
+    from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 
     config = dataclasses.replace(
         with_optimizer(config, steps=300, learning_rate=1e-2, batch_size=24),
         autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=150, learning_rate=1e-2),
     )
-    model = train(data, TrainingRequest(config), tmp_path)
+    model = train(data, TrainingRequest(config, tmp_path))
     labels, indices = class_ordered(8, 3)
-    images = sample_all(Sampler(model, SamplingSettings(steps=8, guidance=1.0, batch_size=24)), labels, indices)
+    sampler = Sampler(model, SamplingSettings(steps=8, guidance=1.0, batch_size=24))
+    images = torch.cat([*sampler.images(labels, indices)])
     brightest = images.float().mean(dim=(2, 3)).argmax(dim=1)
     assert (brightest == labels).float().mean() > 0.8

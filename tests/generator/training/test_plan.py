@@ -1,4 +1,4 @@
-"""Which training is meant by what is said and by what the folder holds."""
+"""Which training the arguments, the folder and the machine ask for."""
 
 import dataclasses
 import json
@@ -7,10 +7,11 @@ import math
 import pytest
 
 from ddkit.errors import MissingModelError, UsageError
+from ddkit.generator.config import to_json
 from ddkit.generator.model_folder import save_model
-from ddkit.generator.presets import preset, to_json
-from ddkit.generator.training.options import TrainingOptions, plan_training
-from ddkit.generator.training.run_folder import Begun, claim
+from ddkit.generator.presets import preset
+from ddkit.generator.training.plan import SETTINGS, plan_training
+from ddkit.generator.training.run_folder import RunRecord, write_run_record
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def begin(data, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         of = (data.name, data.sha256, data.images.class_names, data.image_size)
-        claim(folder, Begun(*of, preset_name, config, *tracked))
+        write_run_record(folder, RunRecord(*of, preset_name, config, *tracked))
         return folder
 
     return begin
@@ -29,19 +30,22 @@ def begin(data, tmp_path):
 
 @pytest.fixture
 def plan(data, tmp_path):
-    def plan(folder="new", *, own="nothing", fresh=False, **wishes):
-        return plan_training(data, tmp_path / folder, TrainingOptions(**wishes), own=tmp_path / own, fresh=fresh)
+    def plan(folder="new", *, preset=None, runs="nothing", **options):
+        settings = {name: options.pop(name) for name in SETTINGS if name in options}
+        return plan_training(
+            data, settings, preset_name=preset, folder=tmp_path / folder, runs=tmp_path / runs, device="cpu", **options
+        )
 
     return plan
 
 
 def test_a_new_training_is_the_preset_with_what_is_said_otherwise(plan):
     assert plan().preset == "tiny" and plan().config == preset("tiny").config(16)
-    said = plan(preset="demo", batch_size=7, learning_rate=0.5, prediction="v", architecture="unet", flips=False, seed=9)
+    said = plan(preset="demo", batch_size=7, learning_rate=0.5, prediction="v", architecture="dit", flips=False, seed=9)
     config = said.config
     assert said.preset == "demo" and said.start is None
     assert (config.denoiser_optimizer.batch_size, config.denoiser_optimizer.learning_rate) == (7, 0.5)
-    assert (config.objective.prediction, config.denoiser.architecture, config.flips, config.seed) == ("v", "unet", False, 9)
+    assert (config.objective.prediction, config.denoiser.architecture, config.flips, config.seed) == ("v", "dit", False, 9)
     assert config.autoencoder_optimizer == preset("demo").config(16).autoencoder_optimizer
 
 
@@ -74,7 +78,7 @@ def test_what_goes_on_is_scored_as_before_unless_something_else_is_said(plan, be
     assert (said.track_every, said.features) == (7, "convnet")
     assert plan("run", track_every=0).track_every == 0
     assert (plan().track_every, plan().features) == (preset("tiny").track_every, "convnet")
-    with pytest.raises(UsageError, match="nothing is tracked"):
+    with pytest.raises(UsageError, match="--features needs --track-every"):
         plan("run", track_every=0, features="inception")
     record = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("track_every", "score")}))
@@ -88,16 +92,17 @@ def test_a_training_begun_without_a_preset_goes_on(plan, begin, config):
 
 def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config, make_model, data, tmp_path):
     letters = dataclasses.replace(config, flips=False)
-    own = begin("own", letters)
+    (tmp_path / "runs").mkdir()
+    own = begin("runs/colors", letters)
     save_model(make_model(prediction="v"), own)
-    tuned = plan(own="own", method="minimax", batch_size=5, epochs=3, lambda_d=0.5)
+    tuned = plan(runs="runs", method="minimax", batch_size=5, epochs=3, lambda_d=0.5)
     assert tuned.preset == "minimax-paper"
     assert tuned.start.generator.prediction == tuned.config.objective.prediction == "v"
     assert tuned.config.denoiser_optimizer.steps == 3 * len(data.images) // 5
     assert not tuned.config.flips, "as its start was trained"
     minimax = tuned.config.minimax
     assert (minimax.init, minimax.lambda_r, minimax.lambda_d, minimax.epochs) == (str(own), 0.002, 0.5, 3)
-    assert plan(own="own", method="minimax", flips=True, steps=4).config.flips
+    assert plan(runs="runs", method="minimax", flips=True, steps=4).config.flips
 
     begin("tuned", tuned.config, tuned.preset)
     again = plan("tuned", lambda_r=0.1)
@@ -117,13 +122,13 @@ def test_nothing_to_start_from(plan, tmp_path):
 @pytest.mark.parametrize(
     ("wishes", "said"),
     [
-        ({"preset": "tinny"}, "no preset 'tinny'"),
-        ({"lambda_r": 0.1}, "--lambda-r goes with --method minimax"),
-        ({"class_map": (("red", None),)}, "--class-map goes with --method minimax"),
-        ({"method": "diffusion", "init": "somewhere"}, "--method diffusion starts from nothing"),
-        ({"method": "diffusion", "preset": "minimax-paper"}, "--method diffusion starts from nothing"),
-        ({"method": "minimax", "pretrained_autoencoder": "x"}, "--autoencoder is decided by what fine-tuning starts from"),
-        ({"init": "somewhere", "prediction": "v"}, "--prediction is decided by what fine-tuning starts from"),
+        ({"preset": "tinny"}, "Unknown preset 'tinny'"),
+        ({"lambda_r": 0.1}, "--lambda-r needs --method minimax"),
+        ({"class_map": (("red", None),)}, "--class-map needs --method minimax"),
+        ({"method": "diffusion", "init": "somewhere"}, "--method diffusion trains a new generator"),
+        ({"method": "diffusion", "preset": "minimax-paper"}, "--method diffusion trains a new generator"),
+        ({"method": "minimax", "autoencoder": "x"}, "--autoencoder cannot be changed when fine-tuning"),
+        ({"init": "somewhere", "prediction": "v"}, "--prediction cannot be changed when fine-tuning"),
     ],
 )
 def test_wishes_that_contradict_each_other(plan, wishes, said):
@@ -135,7 +140,7 @@ def test_a_folder_of_a_fine_tuning_is_not_trained_from_nothing(plan, begin, conf
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     minimax = preset("minimax-paper").config(16).minimax
     begin("tuned", dataclasses.replace(config, minimax=minimax))
-    with pytest.raises(UsageError, match="starts from nothing"):
+    with pytest.raises(UsageError, match="trains a new generator"):
         plan("tuned", method="diffusion")
     assert plan("tuned", method="diffusion", fresh=True).start is None
     with pytest.raises(MissingModelError):

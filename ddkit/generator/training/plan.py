@@ -1,0 +1,231 @@
+"""Deciding on a training: a preset, the settings given, what the training in the folder was begun with, and the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddkit.errors import MissingModelError, UsageError
+from ddkit.generator.config import GeneratorConfig, override
+from ddkit.generator.model_folder import Model, has_model
+from ddkit.generator.presets import DEFAULT_PRESET, GPU_PRESETS, MINIMAX_PRESET, preset
+from ddkit.generator.pretrained import Start, start_from
+from ddkit.generator.training.estimate import check_memory, estimate
+from ddkit.generator.training.run_folder import has_training, read_run_record
+from ddkit.generator.training.tracking import SCORE_NAMES
+from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+from ddkit.runtime.device import describe_device, own_device, resolve_device
+from ddkit.runtime.environment import processes
+from ddkit.runtime.progress import Listener, ignore
+
+METHODS = ("diffusion", "minimax")
+# The settings that a user gives by name, as --batch-size or batch_size=, and their place in GeneratorConfig.
+SETTINGS = {
+    "steps": "denoiser_optimizer.steps",
+    "batch_size": "denoiser_optimizer.batch_size",
+    "learning_rate": "denoiser_optimizer.learning_rate",
+    "accumulation": "denoiser_optimizer.accumulation",
+    "ema_width": "ema_width",
+    "ema_decay": "ema_decay",
+    "label_dropout": "objective.label_dropout",
+    "min_snr": "objective.min_snr_gamma",
+    "prediction": "objective.prediction",
+    "architecture": "denoiser.architecture",
+    "flips": "flips",
+    "precision": "precision",
+    "compile": "compile",
+    "autoencoder": "pretrained_autoencoder",
+    "seed": "seed",
+    "init": "minimax.init",
+    "full": "minimax.full",
+    "lambda_r": "minimax.lambda_r",
+    "lambda_d": "minimax.lambda_d",
+    "memory_size": "minimax.memory_size",
+    "epochs": "minimax.epochs",
+    "class_map": "minimax.class_map",
+}
+_FROM_START = ("prediction", "architecture", "autoencoder")  # what fine-tuning takes from the generator it starts from
+
+
+def train_generator(
+    dataset: str,
+    *,
+    preset: str | None = None,
+    folder: Path | None = None,
+    device: str = "auto",
+    progress: Listener = ignore,
+    **options: Any,
+) -> Model:
+    """Train a class-conditional generator on a dataset, or continue its training; returns the trained model.
+
+    What `ddkit train` does. options: further arguments of `plan_training`, or settings by their names in SETTINGS, such
+    as steps=2000 or batch_size=64. Raises what `plan_training`, `check_memory` and `train` raise.
+    """
+    data = TrainingData.open(dataset, progress=progress)
+    settings = {name: options.pop(name) for name in SETTINGS if name in options}
+    request = plan_training(data, settings, preset_name=preset, folder=folder, device=device, **options)
+    require_memory(data, request)
+    return train(data, request, progress=progress)
+
+
+def plan_training(
+    data: TrainingData,
+    settings: Mapping[str, Any],
+    *,
+    preset_name: str | None = None,
+    method: str | None = None,
+    folder: Path | None = None,
+    runs: Path = Path("runs"),
+    seconds: float | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    track_every: int | None = None,
+    features: str | None = None,
+    device: str = "auto",
+    save_every_seconds: float = 300.0,
+    tensorboard: bool = False,
+) -> TrainingRequest:
+    """The training that these arguments ask for. A training that continues keeps every setting that is not given.
+
+    settings: values by their names in SETTINGS; those of None are ignored, and min_snr = 0 gives all noise levels the
+    same weight. method: one of METHODS; `settings["init"]`, the preset minimax-paper and a folder with a fine-tuning
+    imply "minimax". folder: by default `runs`/<dataset>, or `runs`/<dataset>-minimax. resume: a training must be there.
+    fresh: the training in the folder is to be removed. track_every, features: as in TrainingRequest.
+    A new training on a GPU takes the largest of GPU_PRESETS that fits into its memory, and bfloat16 where the GPU
+    computes it fast. Raises UsageError for arguments that contradict each other or are unknown, MissingModelError when
+    there is nothing to resume or to start fine-tuning from, and what `start_from` raises.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    _check_contradictions(given, seconds=seconds, resume=resume, fresh=fresh)
+    own = runs / data.name
+    tunes = method == "minimax" or preset_name == MINIMAX_PRESET or "init" in given
+    folder = folder or (runs / f"{data.name}-minimax" if tunes else own)
+    if resume and not has_training(folder):
+        raise MissingModelError(f"There is no training in {folder} to resume.", "Leave out --resume to begin one.")
+    before = None if fresh else read_run_record(folder)
+    before_minimax = before.config.minimax if before else None
+    tunes = tunes or before_minimax is not None
+    _check_method(given, method, tunes)
+    choices: list[str] = []
+    if before and preset_name in (None, before.preset):
+        name, config = before.preset, before.config
+    else:
+        name = preset_name or (MINIMAX_PRESET if tunes else "")
+        if not name:
+            name, reason = _preset_for(data, device)
+            choices.append(reason)
+        config = preset(name).config(data.image_size)
+        if "precision" not in given and config.precision == "float32" and (reason := _why_bfloat16(device)):
+            config = dataclasses.replace(config, precision="bfloat16")
+            choices.append(reason)
+    if "ema_width" in given:
+        config = dataclasses.replace(config, ema_decay=None)
+    if given.get("min_snr") == 0:
+        config = override(config, {SETTINGS["min_snr"]: None})
+        del given["min_snr"]
+    if tunes and config.minimax is None:
+        minimax = before_minimax or preset(MINIMAX_PRESET).config(data.image_size).minimax
+        config = dataclasses.replace(config, minimax=minimax)
+    if tunes and before_minimax is None and "init" not in given:
+        if not has_model(own):
+            raise MissingModelError(
+                f"There is no generator of '{data.name}' to start from: {own} does not hold one.",
+                f"Train one: ddkit train --dataset {data.name}. Or name one: --init FOLDER, or "
+                f"--init {config.minimax.init if config.minimax else ''} for a pretrained one (gigabytes).",
+            )
+        given["init"] = str(own)
+    config = override(config, {SETTINGS.get(name, name): value for name, value in given.items()})
+    start = None
+    if config.minimax is not None:
+        minimax = config.minimax
+        start = start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
+        config = _completed(config, data, given, start, new=before is None)
+    score = before.score if before else ""
+    if track_every is None:
+        track_every = before.track_every if before else None
+    if track_every is None:
+        track_every = preset(name).track_every if name else 0
+    if features and not track_every:
+        raise UsageError("--features needs --track-every.", "Give --track-every STEPS.")
+    return TrainingRequest(
+        config, folder, name, seconds, device, save_every_seconds, tensorboard, fresh, track_every,
+        features=features or next((key for key, value in SCORE_NAMES.items() if value == score), "convnet"),
+        start=start, choices=tuple(choices),
+    )  # fmt: skip
+
+
+def require_memory(data: TrainingData, request: TrainingRequest) -> None:
+    """Raise ComputeError, saying what would fit, when a training needs more memory than the device has free."""
+    device = resolve_device(request.device)
+    check_memory(request.config, data.image_size, data.num_classes, device, processes=processes(), start=request.start)
+
+
+def _check_contradictions(given: Mapping[str, Any], *, seconds: float | None, resume: bool, fresh: bool) -> None:
+    lengths = [f"--{name}" for name in ("steps", "epochs") if name in given] + (["--time"] if seconds is not None else [])
+    if len(lengths) > 1:
+        raise UsageError(f"{' and '.join(lengths)} contradict each other: each says how long to train.", "Give one of them.")
+    if resume and fresh:
+        raise UsageError("--resume and --fresh contradict each other.", "Give one of them.")
+    if "ema_width" in given and "ema_decay" in given:
+        raise UsageError("--ema-width and --ema-decay contradict each other.", "Give one of them.")
+
+
+def _check_method(given: Mapping[str, Any], method: str | None, tunes: bool) -> None:
+    """Raise UsageError when settings of one method are given with the other."""
+    if method == "diffusion" and tunes:
+        raise UsageError(
+            "--method diffusion trains a new generator.",
+            f"Leave out --init and --preset {MINIMAX_PRESET}, and choose a folder without a fine-tuning, or --fresh.",
+        )
+    for name in given:
+        option = name.replace("_", "-")
+        if tunes and name in _FROM_START:
+            raise UsageError(f"--{option} cannot be changed when fine-tuning; it comes from --init.")
+        if not tunes and SETTINGS.get(name, name).startswith("minimax."):
+            raise UsageError(f"--{option} needs --method minimax.")
+
+
+def _preset_for(data: TrainingData, device_name: str) -> tuple[str, str]:
+    """The preset of a new training on that device, and why."""
+    device = own_device(resolve_device(device_name))
+    if device.type != "cuda":
+        return DEFAULT_PRESET, f"Preset {DEFAULT_PRESET}: the default for training without a GPU."
+    for name in GPU_PRESETS:
+        costs = estimate(
+            preset(name).config(data.image_size), data.image_size, data.num_classes, device,
+            processes=processes(), seconds=0,
+        )  # fmt: skip
+        if costs.fits:
+            break
+    free = costs.free_memory / 2**30
+    return name, f"Preset {name}: {describe_device(device)} has {free:.1f} GiB of free memory, and it needs " \
+                 f"{costs.memory / 2**30:.1f} GiB."  # fmt: skip
+
+
+def _why_bfloat16(device_name: str) -> str:
+    """Why training on that device is to compute in bfloat16; "" if it is not."""
+    device = own_device(resolve_device(device_name))
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return f"Precision bfloat16: {describe_device(device)} computes it faster than float32."
+    return ""
+
+
+def _completed(
+    config: GeneratorConfig, data: TrainingData, given: Mapping[str, Any], start: Start, *, new: bool
+) -> GeneratorConfig:
+    """The configuration of a fine-tuning with what its start decides. new: the training has not begun yet."""
+    minimax = config.minimax
+    if minimax is None:
+        return config
+    changes: dict[str, Any] = {"objective.prediction": start.generator.prediction}
+    if "steps" not in given and (new or "epochs" in given):
+        batches = minimax.epochs * len(data.images) // config.denoiser_optimizer.batch_size
+        changes["denoiser_optimizer.steps"] = max(1, batches)
+    init = Path(minimax.init).expanduser()
+    if new and "flips" not in given and has_model(init) and (before := read_run_record(init)):
+        changes["flips"] = before.config.flips
+    return override(config, changes)
