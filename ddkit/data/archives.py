@@ -153,12 +153,14 @@ class FolderTree(Tree):
 class ZipTree(Tree):
     """The files of a zip.
 
-    file: where it lies, if that is not `path`. Raises BadDataError for a file that is not a whole zip.
+    file: where it lies, if that is not `path`. renamed: the zip's own names of the files that are listed under another one;
+    found out when None. Raises BadDataError for a file that is not a whole zip.
     """
 
-    def __init__(self, path: Path, file: Path | None = None) -> None:
+    def __init__(self, path: Path, file: Path | None = None, renamed: Mapping[str, str] | None = None) -> None:
         super().__init__(path)
         self._file = file or path
+        self._renamed = renamed
         try:
             self._zip = zipfile.ZipFile(self._file)
         except OSError as error:
@@ -169,27 +171,30 @@ class ZipTree(Tree):
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ZipTree, (self.path, self._file)
+        return ZipTree, (self.path, self._file, self._renamed)
 
-    @functools.cached_property
-    def _members(self) -> dict[str, zipfile.ZipInfo]:
+    def _list(self) -> tuple[Iterable[str], Iterable[str]]:
         infos = self._zip.infolist()
         _refuse_too_many(len(infos), self.path)
         if links := [info.filename for info in infos if stat.S_ISLNK(info.external_attr >> 16)]:
             raise _link_error(links[0], self.path)
         # A name that was added twice means the later file, as it does when the zip is unpacked.
-        members = {_member_name(info.filename, self.path): info for info in infos}
-        return {name: info for name, info in members.items() if name}
+        names = {_member_name(info.filename, self.path): info.filename for info in infos}
+        names.pop("", None)
+        folders = {name for name, own in names.items() if own.endswith(("/", "\\"))}
+        self._renamed = {name: own for name, own in names.items() if name != own and name not in folders}
+        return names.keys() - folders, folders
 
-    def _list(self) -> tuple[Iterable[str], Iterable[str]]:
-        folders = {name for name, info in self._members.items() if info.filename.endswith(("/", "\\"))}
-        return self._members.keys() - folders, folders
+    def _info(self, name: str) -> zipfile.ZipInfo:
+        if self._renamed is None:
+            _ = self.files
+        return self._zip.getinfo((self._renamed or {}).get(name, name))
 
     def size(self, name: str) -> int:
-        return self._members[name].file_size
+        return self._info(name).file_size
 
     def open(self, name: str) -> IO[bytes]:
-        return self._zip.open(self._members[name])
+        return self._zip.open(self._info(name))
 
 
 class PackedTree(Tree):

@@ -46,7 +46,7 @@ def read_arrays(tree: Tree, folder: str, test_split: str | None) -> Source | Non
 
 
 def _read(tree: Tree, path: str) -> dict[str, NDArray[Any]]:
-    """The arrays of a file by name, but for those of Python objects, which only code could read. Raises BadDataError."""
+    """The arrays of a file by name, except those of Python objects, which only code could read. Raises BadDataError."""
     name = PurePosixPath(path).stem
     try:
         with tree.open(path) as file:

@@ -1,7 +1,7 @@
 """The class names of the built-in datasets, in the order of their labels: sorted as strings; and the names of splits.
 
-They decide what is accepted under a built-in dataset's name. A source with one class more, less or under another
-name would shift labels silently, which no later check can see. `challenge` holds the numbers; the names are here
+They decide what is accepted under the name of a built-in dataset. A source with one class more, less or under another
+name would shift labels silently, which no later check can see. The numbers are in `challenge`; the names are here
 because only what reads data needs them.
 """
 

@@ -1,4 +1,7 @@
-"""Archives from their official addresses: resumed after a broken connection, also in a later run, and checked."""
+"""Archives from their official addresses: checked, and resumed after a broken connection, also in a later run.
+
+Pooch and its like check and show progress, but begin again after each break, and these are archives of 160 to 240 MB.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to fetch. md5: of the whole file, hexadecimal, as its publisher or torchvision states it."""
+    """A file to download. md5: of the whole file, hexadecimal, as its publisher or torchvision states it."""
 
     url: str
     md5: str
@@ -47,10 +50,10 @@ OFFICIAL = {
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to put up with a bad network.
+    """When to try again after a failure, and when to give up.
 
-    attempts: failures in a row, each without one new byte, after which to give up.
-    pause: seconds before the second attempt; it doubles with each further one.
+    attempts: failures in a row without a new byte after which to give up.
+    pause: seconds before the second attempt; doubled for each further one.
     timeout: seconds without an answer that count as a failure.
     """
 
@@ -60,11 +63,11 @@ class RetryPolicy:
 
 
 def download(archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPolicy(), progress: Listener = ignore) -> Path:
-    """Fetch an archive into `folder` and return its path; one that is there and whole is not fetched again.
+    """Download an archive into `folder` and return its path. An archive that is there and whole is not downloaded again.
 
-    What has arrived stays in `<name>.part` when the network fails or the program is stopped; the next call goes on
-    from there. Raises MissingDataError when the network does not give it, BadDataError when its checksum differs (the file is
-    then removed), BadFileError when it cannot be written.
+    What has arrived stays in `<name>.part` if the network fails or the program is stopped; the next call continues from
+    there. Raises MissingDataError if the archive cannot be downloaded, BadDataError if its checksum differs (the file is
+    then removed), BadFileError if it cannot be written.
     """
     path = folder / archive.file_name
     part = path.with_name(path.name + ".part")
@@ -75,7 +78,7 @@ def download(archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPol
         resumed = part.exists() and part.stat().st_size > 0
         _fetch(archive, part, patience, progress)
         if resumed and _md5(part) != archive.md5:
-            _log.warning("What an earlier run had fetched of %s does not fit; fetching all of it again.", path.name)
+            _log.warning("The part of %s that an earlier run downloaded does not fit; downloading all of it again.", path.name)
             part.unlink()
             _fetch(archive, part, patience, progress)
         if (found := _md5(part)) != archive.md5:
@@ -91,11 +94,11 @@ def download(archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPol
 
 
 class _BrokenTransferError(Exception):
-    """The network failed in a way that another attempt may mend."""
+    """The network failed in a way that another attempt may overcome."""
 
 
 def _fetch(archive: Archive, part: Path, patience: RetryPolicy, progress: Listener) -> None:
-    """Bring `part` to the full length, however many connections that takes."""
+    """Complete `part`, over as many connections as that takes."""
     failures = 0
     while True:
         before = _size(part)
@@ -110,8 +113,10 @@ def _fetch(archive: Archive, part: Path, patience: RetryPolicy, progress: Listen
 
 
 def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener) -> None:
-    """One connection: append to `part` what it lacks. Raises _BrokenTransferError, or MissingDataError for what no
-    retry mends."""
+    """Append to `part` what is missing, over one connection.
+
+    Raises _BrokenTransferError, or MissingDataError for what another attempt cannot change.
+    """
     have = _size(part)
     headers = {"User-Agent": f"ddkit/{__version__}", **({"Range": f"bytes={have}-"} if have else {})}
     request = urllib.request.Request(archive.url, headers=headers)
@@ -136,7 +141,7 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
 
 
 def _copy(response: http.client.HTTPResponse, file: BinaryIO, archive: Archive, total: int | None, progress: Listener) -> None:
-    """Raises BadFileError where the disk, and OSError or _BrokenTransferError where the network fails."""
+    """Raises BadFileError if the disk fails, OSError or _BrokenTransferError if the network does."""
     task = f"downloading {archive.file_name}"
     while block := response.read(_BLOCK):
         try:
@@ -149,7 +154,7 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, archive: Archive, 
 
 
 def _first_byte(response: http.client.HTTPResponse) -> int:
-    """Where the answer begins in the file. Raises _BrokenTransferError for a range that nobody asked for."""
+    """The byte of the file at which the answer begins. Raises _BrokenTransferError if the answer does not say."""
     if response.status != 206:
         return 0
     match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
@@ -159,26 +164,26 @@ def _first_byte(response: http.client.HTTPResponse) -> int:
 
 
 def _settle_range(error: urllib.error.HTTPError, part: Path) -> None:
-    """The server has no byte after what `part` holds: either that is all, or it is of another file."""
+    """The server has no byte after those in `part`: either the file is complete, or they are of another file."""
     total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
     if total is None or int(total[1]) != _size(part):
         part.unlink()
-        raise _BrokenTransferError("what was fetched before is longer than the file") from error
+        raise _BrokenTransferError("the part that was downloaded before is longer than the file") from error
 
 
 def _refuse_full_disk(part: Path, total: int | None, have: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if total is not None and total - have > free:
         raise BadFileError(
-            f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are to come and {free / _MEGABYTE:,.0f} MB are free.",
+            f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are still to be downloaded and {free / _MEGABYTE:,.0f} MB are free.",
             "Free some space there, or set DDKIT_CACHE to another place.",
         )
 
 
 def _unreachable(archive: Archive, error: Exception) -> DDKitError:
     return MissingDataError(
-        f"{archive.url} could not be fetched: {error}.",
-        f"Try again (it goes on where it stopped), or get {archive.file_name} elsewhere and give it to --from.",
+        f"{archive.url} could not be downloaded: {error}.",
+        f"Try again (the download continues where it stopped), or get {archive.file_name} elsewhere and give it to --from.",
     )
 
 
@@ -189,7 +194,7 @@ def _size(path: Path) -> int:
 
 
 def _md5(path: Path) -> str:
-    """Known checksums of these archives are MD5; they guard against damage, not against malice."""
+    """The published checksums of these archives are MD5; they protect against damage, not against malice."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -1,6 +1,6 @@
-"""The built-in practice images: letters of random place, size, angle and colors on a noisy ground.
+"""The built-in practice images: letters of random position, size, angle and colors on a noisy background.
 
-They need no download, are drawn with Pillow's own font, and are the same wherever that font draws the same.
+They need no download. Pillow's own font draws them, so they are the same wherever Pillow draws it the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHIFT = 4.0  # pixels of the finished image either way
 
 
 def source() -> Source:
-    """Both splits, drawn as they are asked for."""
+    """Both splits, drawn when they are asked for."""
     return Source("drawn letters", None, LETTERS, {split: _split(split) for split in PER_CLASS})
 
 
@@ -67,12 +67,12 @@ def _letter(name: str, random: np.random.Generator) -> NDArray[np.floating]:
 
 
 def _colors(random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ground and ink, (3,) each in [0, 1]; ink is always the lighter, so that every letter can be read."""
+    """Background and letter, (3,) each in [0, 1]; the letter is always lighter, so that it can be read."""
     return random.uniform(0.25, 0.55, 3), random.uniform(0.75, 1.0, 3)
 
 
 def _slope(random: np.random.Generator) -> NDArray[np.float64]:
-    """Light that falls off across the ground, (3, S, S) about 0."""
+    """Light that falls off across the background, (3, S, S) about 0."""
     across = np.linspace(-1, 1, _SIDE)
     weights = random.uniform(-0.12, 0.12, (2, 3, 1, 1))
     return weights[0] * across + weights[1] * across[:, None]

@@ -175,7 +175,7 @@ def _class_folders(tree: Tree, split: str, class_names: Sequence[str] = ()) -> d
 
 
 def _images_of_class(tree: Tree, folder: str, name: str) -> Iterator[str]:
-    """The files of a class but for its list of boxes. Raises BadDataError for files that lie deeper than layouts have them."""
+    """The files of a class except its list of boxes. Raises BadDataError for files that lie deeper than layouts have them."""
     for below in ("", *tree.folders[folder][0]):
         place = _join(folder, below) if below else folder
         deeper = [f"{place}/{deep}/" for deep in tree.folders[place][0]] if below == _IMAGES else []

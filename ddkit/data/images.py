@@ -1,4 +1,4 @@
-"""Between the ways to hold pixels: uint8 [0, 255], float [0, 1], and normalized as the protocol wants them."""
+"""Conversions of pixels: uint8 [0, 255], float [0, 1], and normalized as the protocol wants them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def normalize_(pixels: Tensor, spec: DatasetSpec) -> Tensor:
 
 
 def denormalize(images: Tensor, spec: DatasetSpec) -> Tensor:
-    """(N, 3, S, S) normalized float -> float32 in the units of [0, 1]; values outside stay outside."""
+    """(N, 3, S, S) normalized float -> float32 in the units of [0, 1]. Values outside are not clamped."""
     unit = images.float()
     return unit * _constants(spec.std, unit.device) + _constants(spec.mean, unit.device)
 

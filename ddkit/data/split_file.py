@@ -1,7 +1,7 @@
-"""A split's safetensors file while it is being made: rows come in any order and are never all in memory.
+"""A split's safetensors file while it is being written: rows come in any order and are never all in memory.
 
-Apart from `store`, which reads finished files: safetensors itself only writes tensors that it is handed whole.
-Rows are written and not mapped, because a full disk must be an error and not a signal that kills.
+The safetensors library only writes tensors that are in memory as a whole. Rows are written and not memory-mapped, because
+a full disk must be an error and not a signal that kills the process.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SplitFile:
 
     @property
     def rows_at_once(self) -> int:
-        """As many rows as are held in memory at a time, by whoever reads or fills the file."""
+        """The number of rows to hold in memory at a time."""
         return max(1, _BYTES_AT_ONCE // self.row_bytes)
 
     def write(self, start: int, rows: NDArray[np.uint8]) -> None:

@@ -28,7 +28,7 @@ META_FILE = "meta.json"
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled real images.
+    """Real images with labels.
 
     images: (N, 3, S, S) uint8. labels: (N,) int64, indices into class_names.
     """
@@ -55,10 +55,10 @@ class SplitFacts:
 class StoreFacts:
     """What a store's meta.json says.
 
-    source: layout ("kind"), path and settings the store was made from.
-    class_titles: names for people ("goldfish") in the order of class_names; empty where those are for people already.
-    listed_order: the class names in the order in which the source lists them, where that is another order
-        (the shuffled wnids.txt of TinyImageNet); empty where unknown.
+    source: the layout ("kind"), the path and the settings that the store was made from.
+    class_titles: readable names ("goldfish") in the order of class_names; empty if those are readable themselves.
+    listed_order: the class names in the order in which the source lists them (the shuffled wnids.txt of TinyImageNet);
+        empty if it lists none.
     """
 
     name: str
@@ -76,7 +76,7 @@ class StoreFacts:
 
     @property
     def spec(self) -> DatasetSpec:
-        """The built-in facts of a built-in dataset, else those measured on the training split."""
+        """The built-in numbers of a built-in dataset, else those measured on the training split."""
         known = DATASETS.get(self.name)
         return known or DatasetSpec(self.name, len(self.class_names), self.image_size, self.mean, self.std)
 
@@ -85,15 +85,15 @@ def load_dataset(name: str, split: str) -> ImageSet:
     """Open a prepared split, memory-mapped. `ddkit.data.prepare.open_dataset` prepares a built-in dataset first.
 
     name: a built-in dataset or one the user prepared. split: "train" or "test".
-    Raises UsageError for an unknown name or split, MissingDataError with the command that gets it where it is not
-    prepared, BadDataError where the store is damaged or of another format version.
+    Raises UsageError for an unknown name or split, MissingDataError with the command to type if it is not prepared,
+    BadDataError if the store is damaged or has another format version.
     """
     if split not in SPLITS:
         raise UsageError(f"There is no split '{split}'.", "Splits are train and test.")
     facts = store_facts(name)
     if split not in facts.splits:
         raise MissingDataError(
-            f"The prepared '{name}' has no {split} split: it was made from {facts.source.get('path') or 'another one'}.",
+            f"The prepared '{name}' has no {split} split, because {facts.source.get('path') or 'its source'} has none.",
             f"Get all of it: {_command(name)}",
         )
     images, labels = _open_tensors(store_folder(name) / f"{split}.safetensors", name)
@@ -104,15 +104,15 @@ def load_dataset(name: str, split: str) -> ImageSet:
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """The facts of a built-in dataset, or those measured when the user prepared one.
+    """The numbers of a built-in dataset, or those measured when the user prepared one.
 
-    Raises UsageError, offering the nearest of all these names.
+    Raises UsageError for an unknown name, offering the most similar one, and BadDataError for a damaged store.
     """
     return DATASETS.get(name) or store_facts(name).spec
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The classes' own names, in class order; those of a built-in dataset are known before it is prepared.
+    """The classes' own names in class order. Those of a built-in dataset are known before it is prepared.
 
     Raises what `store_facts` raises.
     """
@@ -122,9 +122,9 @@ def class_names(name: str) -> tuple[str, ...]:
 
 
 def class_titles(name: str) -> tuple[str, ...]:
-    """Class names for people, in class order: "goldfish" where the class's own name is n01443537.
+    """Readable class names in class order: "goldfish" for the class n01443537.
 
-    A built-in dataset that is not prepared has its classes' own names. Raises what `store_facts` raises.
+    For a built-in dataset that is not prepared, the classes' own names. Raises what `store_facts` raises.
     """
     if name in CLASS_NAMES and not is_prepared(name):
         return CLASS_NAMES[name]
@@ -132,13 +132,13 @@ def class_titles(name: str) -> tuple[str, ...]:
 
 
 def find_classes(name: str, wanted: Sequence[str]) -> list[int]:
-    """Labels of the classes meant by names, titles or numbers, in the order given.
+    """Labels of classes given by names, titles or numbers, in the order given.
 
-    Raises UsageError offering the nearest name, and what `store_facts` raises.
+    Raises UsageError that offers the most similar name, and what `store_facts` raises.
     """
     facts = store_facts(name)
     known = {str(label): label for label in range(len(facts.class_names))}
-    # Names come last, as a class may be called by a number.
+    # Names come last, because a class may have a number for its name.
     known.update({title.lower(): label for label, title in reversed(list(enumerate(facts.class_titles)))})
     known.update({class_name.lower(): label for label, class_name in enumerate(facts.class_names)})
     labels = []
@@ -152,7 +152,7 @@ def find_classes(name: str, wanted: Sequence[str]) -> list[int]:
 def store_hash(name: str, split: str) -> str:
     """Hexadecimal SHA-256 of a prepared split's file, as recorded when it was written.
 
-    Raises what `store_facts` raises, and MissingDataError where that split is not prepared.
+    Raises what `store_facts` raises, and MissingDataError if that split is not prepared.
     """
     facts = store_facts(name)
     if split not in facts.splits:
@@ -161,7 +161,7 @@ def store_hash(name: str, split: str) -> str:
 
 
 def list_prepared() -> tuple[str, ...]:
-    """Names of the prepared datasets, sorted; whole or damaged."""
+    """Names of the prepared datasets, sorted, damaged ones among them."""
     folder = cache_folder()
     if not folder.is_dir():
         return ()
@@ -174,7 +174,7 @@ def known_names() -> tuple[str, ...]:
 
 
 def is_prepared(name: str) -> bool:
-    """Whether a store of that name is there, whole or damaged."""
+    """Whether a store of that name exists, be it damaged."""
     return (store_folder(name) / META_FILE).is_file()
 
 
@@ -183,11 +183,11 @@ def _can_be_name(name: str) -> bool:
 
 
 def store_folder(name: str) -> Path:
-    """Where the store of that name lies or would lie. Raises UsageError for what cannot be a name."""
+    """The folder of the store of that name, whether it exists or not. Raises UsageError for an impossible name."""
     if not _can_be_name(name):
         raise UsageError(
             f"'{name}' cannot be a dataset's name.",
-            f"Names are of lower-case letters, digits, '.', '_' and '-'. {did_you_mean(name, known_names())}",
+            f"Names have lower-case letters, digits, '.', '_' and '-', and begin with a letter or a digit. {did_you_mean(name, known_names())}",
         )
     return cache_folder() / name
 
@@ -196,7 +196,7 @@ def store_facts(name: str) -> StoreFacts:
     """Read and check the meta.json of a store.
 
     Raises UsageError for a name that is neither built-in nor prepared, MissingDataError for a built-in dataset that is
-    not prepared, BadDataError for a damaged store or one of another format version.
+    not prepared, BadDataError for a store that is damaged or has another format version.
     """
     folder = store_folder(name)
     if not is_prepared(name):
@@ -221,7 +221,7 @@ def store_facts(name: str) -> StoreFacts:
 
 
 def write_facts(facts: StoreFacts, folder: Path) -> None:
-    """Write meta.json into a store's folder. Raises BadFileError for what the system refuses."""
+    """Write meta.json into a store's folder. Raises BadFileError if the system refuses it."""
     write_json(folder / META_FILE, dataclasses.asdict(facts))
 
 

@@ -114,7 +114,7 @@ def test_prepare_without_a_network_names_what_to_give_instead(own_cache, monkeyp
     finished = run("prepare", "tinyimagenet")
     said = " ".join(finished.stderr.split())
     assert finished.exit_code == 3
-    assert "tiny-imagenet-200.zip could not be fetched" in said and "give it to --from" in said
+    assert "tiny-imagenet-200.zip could not be downloaded" in said and "give it to --from" in said
     assert not (own_cache / "tinyimagenet").exists()
 
 

@@ -46,10 +46,10 @@ def test_a_broken_connection_goes_on_where_it_broke(serve, tmp_path):
 def test_it_goes_on_in_a_later_run(serve, tmp_path):
     server = serve(DATA, break_after=[300_000, 0, 0, 0])
     with pytest.raises(
-        MissingDataError, match="could not be fetched: the connection ended after 300,000 of 1,000,000"
+        MissingDataError, match="could not be downloaded: the connection ended after 300,000 of 1,000,000"
     ) as caught:
         download(archive_at(server.url), tmp_path, patience=QUICK)
-    assert "--from" in caught.value.remedy and "goes on where it stopped" in caught.value.remedy
+    assert "--from" in caught.value.remedy and "continues where it stopped" in caught.value.remedy
     assert [item.name for item in tmp_path.iterdir()] == ["archive.bin.part"]
     server.break_after.clear()
     assert download(archive_at(server.url), tmp_path).read_bytes() == DATA
@@ -111,7 +111,7 @@ def test_no_network_says_how_to_do_without(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/archive.bin"
-        with pytest.raises(MissingDataError, match="could not be fetched: .*refused") as caught:
+        with pytest.raises(MissingDataError, match="could not be downloaded: .*refused") as caught:
             download(archive_at(url), tmp_path, patience=QUICK)
     assert "get archive.bin elsewhere and give it to --from" in caught.value.remedy
 
