@@ -49,8 +49,9 @@ def dogs_and_cats(tmp_path, tinyimagenet_zip):
     return tmp_path / "photographs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source, size", [("pictures", 128), ("dogs_and_cats", 256)])
-def test_from_a_folder_to_a_score(request, tmp_path, monkeypatch, source, size):
+def test_folder_of_larger_pictures_goes_all_the_way_to_a_score(request, tmp_path, monkeypatch, source, size):
     folder = request.getfixturevalue(source)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -76,7 +77,7 @@ def test_from_a_folder_to_a_score(request, tmp_path, monkeypatch, source, size):
         torch.set_num_threads(threads)
 
 
-def test_sizes_that_a_preset_cannot_make_are_refused_before_long_work(pictures, tmp_path, monkeypatch):
+def test_size_that_a_preset_cannot_make_is_refused_before_long_work(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ddkit("data", "prepare", "breeds", "--from", "pictures", "--image-size", "136")
     refused = CliRunner().invoke(main, ["train", "--dataset", "breeds", "--preset", "tiny"])

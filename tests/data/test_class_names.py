@@ -4,7 +4,7 @@ from ddkit.challenge import DATASETS
 from ddkit.data.class_names import CLASS_NAMES
 
 
-def test_every_built_in_dataset_has_as_many_names_as_classes_and_no_name_twice():
+def test_built_in_datasets_have_a_different_name_for_each_class():
     assert {name: len(names) for name, names in CLASS_NAMES.items()} == {
         name: spec.num_classes for name, spec in DATASETS.items()
     }

@@ -75,7 +75,7 @@ def test_every_mode_becomes_rgb(data, expected):
     assert one_color(data) == expected
 
 
-def test_a_jpeg_of_four_inks_is_close_to_its_color():
+def test_jpeg_of_four_inks_is_close_to_its_color():
     data = as_file(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG")
     assert np.abs(np.subtract(one_color(data), (255, 0, 0))).max() <= 3
 
@@ -85,7 +85,7 @@ def test_pixels_keep_their_places():
     assert (read_image(as_file(Image.fromarray(values)), 4) == values.transpose(2, 0, 1)).all()
 
 
-def test_a_photograph_taken_sideways_is_turned_upright():
+def test_photograph_taken_sideways_is_turned_upright():
     values = np.zeros((4, 4, 3), np.uint8)
     values[0] = 255
     tags = Image.Exif()
@@ -111,13 +111,13 @@ def test_resizing_crops_to_the_center_and_antialiases():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
-def test_a_truncated_file_is_bad(kind):
+def test_truncated_file_is_bad(kind):
     data = as_file(Image.effect_noise((32, 32), 60).convert("RGB"), kind)
     with pytest.raises(BadImageError):
         read_image(data[: len(data) // 2], 32)
 
 
-def test_texts_nothing_and_floating_point_are_bad():
+def test_text_empty_file_and_floating_point_pixels_are_bad():
     for data in (b"this is no image", b""):
         with pytest.raises(BadImageError, match="not an image"):
             read_image(data, 4)
@@ -125,13 +125,13 @@ def test_texts_nothing_and_floating_point_are_bad():
         read_image(as_file(Image.new("F", (4, 4), 0.5), "TIFF"), 4)
 
 
-def test_no_program_of_others_is_run():
+def test_eps_program_is_not_run():
     """EPS is a program; Pillow would hand it to Ghostscript."""
     with pytest.raises(BadImageError, match="not an image"):
         read_image(as_file(Image.new("RGB", (4, 4)), "EPS"), 4)
 
 
-def test_an_image_of_absurd_size_is_not_decoded():
+def test_image_of_absurd_size_is_not_decoded():
     header = b"P6\n100000 100000\n255\n"
     with pytest.raises(BadImageError, match="too many|exceeds limit"):
         read_image(header, 4)
@@ -143,7 +143,7 @@ SAMPLES = [as_file(Image.new("RGB", (8, 8), (5, 6, 7)), kind) for kind in ("PNG"
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on what it reads
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(SAMPLES), st.data())
-def test_whatever_is_wrong_with_a_file_it_is_a_bad_image_or_pixels(sample, data):
+def test_damaged_file_is_a_bad_image_or_pixels(sample, data):
     damaged = bytearray(sample)
     for place in data.draw(st.lists(st.integers(0, len(sample) - 1), max_size=8)):
         damaged[place] = data.draw(st.integers(0, 255))
@@ -186,7 +186,7 @@ def test_rows_are_filled_in_order_and_problems_named(many, write_tree, tmp_path,
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_target_that_cannot_be_written_is_the_systems_refusal(many, write_tree, tmp_path, workers):
+def test_target_that_cannot_be_written_is_a_bad_file_error(many, write_tree, tmp_path, workers):
     path = write_tree(many)
     target = SplitFile.create(tmp_path / "out", [0] * 600, 4)
     target.path.unlink()
@@ -194,7 +194,7 @@ def test_a_target_that_cannot_be_written_is_the_systems_refusal(many, write_tree
         decode_split(tree_of(path), sorted(many), target, workers=workers)
 
 
-def test_it_gives_up_after_as_many_problems_as_told(write_tree, tmp_path):
+def test_decoding_gives_up_after_the_given_number_of_problems(write_tree, tmp_path):
     files = {f"{k:04}.png": b"a text" for k in range(1500)}
     target = SplitFile.create(tmp_path / "out", [0] * len(files), 4)
     problems = decode_split(FolderTree(write_tree(files)), sorted(files), target, give_up_after=10, workers=0)
@@ -210,6 +210,7 @@ def test_python_files_in_the_working_folder_are_not_run(many, write_tree, tmp_pa
     assert decode_split(tree_of(path), names, target, workers=2) == []
 
 
+@pytest.mark.slow
 def test_processes_need_no_main_guard_in_the_users_program(many, write_tree, tmp_path):
     path = write_tree({name: many[name] for name in sorted(many)[6:200]})
     program = tmp_path / "program.py"

@@ -20,7 +20,7 @@ def archive_at(url, data=DATA):
     return Archive(url, hashlib.md5(data).hexdigest())
 
 
-def test_a_whole_file_with_progress(serve, tmp_path):
+def test_whole_file_is_downloaded_with_progress(serve, tmp_path):
     reports = []
     path = download(archive_at(serve(DATA).url), tmp_path, progress=reports.append)
     assert path == tmp_path / "archive.bin" and path.read_bytes() == DATA
@@ -29,21 +29,21 @@ def test_a_whole_file_with_progress(serve, tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["archive.bin"]
 
 
-def test_a_file_that_is_there_is_not_fetched_again(serve, tmp_path):
+def test_whole_file_that_is_there_is_not_downloaded_again(serve, tmp_path):
     server = serve(DATA)
     for _ in range(2):
         download(archive_at(server.url), tmp_path)
     assert len(server.requests) == 1
 
 
-def test_a_broken_connection_goes_on_where_it_broke(serve, tmp_path):
+def test_broken_connection_is_resumed_where_it_broke(serve, tmp_path):
     server = serve(DATA, break_after=[400_000, 100_000])
     path = download(archive_at(server.url), tmp_path, patience=QUICK)
     assert path.read_bytes() == DATA
     assert server.requests == ["", "bytes=400000-", "bytes=500000-"]
 
 
-def test_it_goes_on_in_a_later_run(serve, tmp_path):
+def test_broken_download_is_resumed_in_a_later_run(serve, tmp_path):
     server = serve(DATA, break_after=[300_000, 0, 0, 0])
     with pytest.raises(
         MissingDataError, match="could not be downloaded: the connection ended after 300,000 of 1,000,000"
@@ -56,24 +56,24 @@ def test_it_goes_on_in_a_later_run(serve, tmp_path):
     assert server.requests[-1] == "bytes=300000-"
 
 
-def test_many_breaks_are_borne_as_long_as_something_comes(serve, tmp_path):
+def test_many_breaks_with_new_bytes_are_not_given_up(serve, tmp_path):
     server = serve(DATA, break_after=[90_000] * 10)
     assert download(archive_at(server.url), tmp_path, patience=QUICK).read_bytes() == DATA
     assert len(server.requests) > QUICK.attempts
 
 
-def test_a_server_that_cannot_resume_sends_it_all_again(serve, tmp_path):
+def test_server_that_cannot_resume_sends_all_again(serve, tmp_path):
     server = serve(DATA, break_after=[400_000], ranges=False)
     assert download(archive_at(server.url), tmp_path, patience=QUICK).read_bytes() == DATA
 
 
-def test_a_server_that_does_not_say_how_long_the_file_is(serve, tmp_path):
+def test_file_of_unknown_length_is_downloaded(serve, tmp_path):
     reports = []
     path = download(archive_at(serve(DATA, length=False).url), tmp_path, progress=reports.append)
     assert path.read_bytes() == DATA and reports[-1].total is None
 
 
-def test_a_file_that_had_arrived_whole_is_only_checked(serve, tmp_path):
+def test_part_that_is_whole_is_only_checked(serve, tmp_path):
     (tmp_path / "archive.bin.part").write_bytes(DATA)
     server = serve(DATA)
     assert download(archive_at(server.url), tmp_path, patience=QUICK).read_bytes() == DATA
@@ -81,24 +81,24 @@ def test_a_file_that_had_arrived_whole_is_only_checked(serve, tmp_path):
 
 
 @pytest.mark.parametrize("before", [b"something else", bytes(2_000_000)])
-def test_what_an_earlier_run_left_and_does_not_fit_is_thrown_away(serve, tmp_path, before):
+def test_part_that_does_not_fit_is_thrown_away(serve, tmp_path, before):
     (tmp_path / "archive.bin.part").write_bytes(before)
     assert download(archive_at(serve(DATA).url), tmp_path, patience=QUICK).read_bytes() == DATA
 
 
-def test_a_damaged_archive_is_fetched_again(serve, tmp_path):
+def test_damaged_archive_is_downloaded_again(serve, tmp_path):
     (tmp_path / "archive.bin").write_bytes(DATA[:-1] + b"x")
     assert download(archive_at(serve(DATA).url), tmp_path).read_bytes() == DATA
 
 
-def test_a_differing_checksum_is_refused_and_leaves_nothing(serve, tmp_path):
+def test_differing_checksum_is_refused_and_leaves_nothing(serve, tmp_path):
     with pytest.raises(BadDataError, match="MD5 is [0-9a-f]{32}, expected") as caught:
         download(archive_at(serve(b"not the archive").url), tmp_path, patience=QUICK)
     assert caught.value.exit_code == 3 and "--from" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_busy_servers_are_asked_again_and_missing_files_are_not(serve, tmp_path):
+def test_busy_server_is_asked_again_and_missing_file_is_not(serve, tmp_path):
     busy = serve(DATA, statuses=[503, 429])
     assert download(archive_at(busy.url), tmp_path / "a", patience=QUICK).read_bytes() == DATA
     gone = serve(DATA, statuses=[404])
@@ -107,7 +107,7 @@ def test_busy_servers_are_asked_again_and_missing_files_are_not(serve, tmp_path)
     assert len(gone.requests) == 1
 
 
-def test_no_network_says_how_to_do_without(tmp_path):
+def test_no_network_names_what_to_give_instead(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/archive.bin"
@@ -116,7 +116,7 @@ def test_no_network_says_how_to_do_without(tmp_path):
     assert "get archive.bin elsewhere and give it to --from" in caught.value.remedy
 
 
-def test_a_silent_server_is_given_up(tmp_path):
+def test_silent_server_is_given_up(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -125,7 +125,8 @@ def test_a_silent_server_is_given_up(tmp_path):
             download(archive_at(url), tmp_path, patience=RetryPolicy(attempts=2, pause=0.01, timeout=0.1))
 
 
-def test_a_full_disk_keeps_what_arrived(serve, tmp_path):
+@pytest.mark.slow
+def test_full_disk_keeps_what_arrived(serve, tmp_path):
     """A limit on the size of files stands in for the disk; the system refuses the write in the same way."""
     resource = pytest.importorskip("resource", reason="needs limits on file sizes")
     program = (
@@ -148,13 +149,13 @@ def test_a_full_disk_keeps_what_arrived(serve, tmp_path):
     assert download(archive_at(serve(DATA).url), tmp_path).read_bytes() == DATA
 
 
-def test_a_folder_that_cannot_be_made(serve, tmp_path):
+def test_folder_that_cannot_be_made_is_refused(serve, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadFileError, match="Not a directory|File exists"):
         download(archive_at(serve(DATA).url), tmp_path / "file" / "below")
 
 
-def test_the_official_archives():
+def test_official_archives_have_known_names_and_checksums():
     assert {name: (archive.file_name, archive.md5) for name, archive in OFFICIAL.items()} == {
         "cifar100": ("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
         "tinyimagenet": ("tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),

@@ -6,7 +6,7 @@ from ddkit.data.images import denormalize, normalize, normalize_, to_uint8
 
 
 @pytest.mark.parametrize("spec", [CIFAR100, TINYIMAGENET])
-def test_pixels_normalized_in_place_are_the_same_to_the_bit_and_come_back(spec):
+def test_pixels_normalized_in_place_are_the_same_bits_and_come_back(spec):
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     values = pixels.float()
     assert normalize_(values, spec) is values

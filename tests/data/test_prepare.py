@@ -44,7 +44,7 @@ def pets(write_tree, photos, own_cache):
 
 class TestImageFolders:
     @pytest.mark.parametrize("name", ["photos", "photos.zip"])
-    def test_a_folder_and_a_zip_give_the_same_store(self, write_tree, photos, colors, name):
+    def test_folder_and_zip_give_the_same_store(self, write_tree, photos, colors, name):
         folder = prepare("pets", write_tree(photos, name))
         test = load_dataset("pets", "test")
         assert colors(test.images) == [(0, 0, 7), (0, 1, 7), (100, 0, 7), (100, 1, 7)]
@@ -59,7 +59,7 @@ class TestImageFolders:
             ("pets, test", 4, 4, "images"),
         ]
 
-    def test_bad_files_are_named_and_only_left_out_on_demand(self, write_tree, photos, colors, own_cache):
+    def test_bad_files_are_refused_by_name_unless_skipped(self, write_tree, photos, colors, own_cache):
         photos["train/cat/1.png"] = photos["train/cat/1.png"][:30]
         photos["train/dog/notes.txt"] = b"notes"
         path = write_tree(photos)
@@ -79,7 +79,7 @@ class TestImageFolders:
         split_file = own_cache / "pets" / "train.safetensors"
         assert facts.sha256 == hashlib.sha256(split_file.read_bytes()).hexdigest()
 
-    def test_names_that_are_no_text_are_recorded_readably(self, write_tree, photos, own_cache):
+    def test_file_names_that_are_not_text_are_recorded_readably(self, write_tree, photos, own_cache):
         path = write_tree(photos)
         strange = os.fsencode(path / "train" / "cat") + b"/caf\xe9.txt"
         try:
@@ -92,7 +92,7 @@ class TestImageFolders:
         prepare("pets", path, skip_bad=True)
         assert store_facts("pets").splits["train"].skipped == ("train/cat/caf?.txt",)
 
-    def test_a_class_whose_name_is_no_text_is_refused_before_anything_is_decoded(self, write_tree, photos):
+    def test_class_name_that_is_not_text_is_refused_before_decoding(self, write_tree, photos):
         path = write_tree(photos)
         try:
             for split in ("train", "test"):
@@ -105,7 +105,7 @@ class TestImageFolders:
         assert not reports
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-    def test_a_pipe_is_not_waited_for(self, write_tree, photos, tmp_path):
+    def test_pipe_is_refused_without_waiting(self, write_tree, photos, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(BadDataError, match="is a pipe or a device"):
             prepare("pets", tmp_path / "pipe")
@@ -114,22 +114,22 @@ class TestImageFolders:
         with pytest.raises(BadDataError, match="pipe.png .is a pipe or a device"):
             prepare("pets", path)
 
-    def test_a_long_list_of_bad_files_is_cut(self, write_tree, photos):
+    def test_long_list_of_bad_files_is_cut(self, write_tree, photos):
         photos |= {f"train/cat/x{k:02}.txt": b"" for k in range(30)}
         with pytest.raises(BadDataError, match=r"30 files cannot be used: .*; and 20 more\."):
             prepare("pets", write_tree(photos))
 
-    def test_skipping_never_empties_a_class(self, write_tree, photos):
+    def test_skipping_that_empties_a_class_is_refused(self, write_tree, photos):
         for k in range(2):
             photos[f"test/dog/{k}.png"] = b"broken"
         with pytest.raises(BadDataError, match="test split has no usable image of the class 'dog'"):
             prepare("pets", write_tree(photos), skip_bad=True)
 
-    def test_no_image_at_all(self, write_tree, photos):
+    def test_source_without_images_is_refused(self, write_tree, photos):
         with pytest.raises(BadDataError, match="none of its 6 training files is an image"):
             prepare("pets", write_tree(dict.fromkeys(photos, b"text")), skip_bad=True)
 
-    def test_other_sizes_are_named_and_only_resized_on_demand(self, write_tree, photos, picture):
+    def test_other_sizes_are_refused_by_name_unless_resized(self, write_tree, photos, picture):
         photos["test/cat/1.png"] = picture((1, 2, 3), side=20)
         path = write_tree(photos)
         for skip_bad in (False, True):
@@ -148,7 +148,7 @@ class TestImageFolders:
         assert colors(load_dataset("large", "train").images)[3:] == [(0, 2, 3), (1, 2, 3), (2, 2, 3)]
         assert dataset_spec("large").mean == (round(1 / 255, 4), round(2 / 255, 4), round(3 / 255, 4))
 
-    def test_oblong_images_need_a_size(self, write_tree, photos, tmp_path):
+    def test_oblong_images_without_a_size_are_refused(self, write_tree, photos, tmp_path):
         from PIL import Image
 
         path = write_tree(photos)
@@ -156,7 +156,7 @@ class TestImageFolders:
         with pytest.raises(BadDataError, match="train/cat/0.png is 9 x 7 pixels"):
             prepare("pets", path)
 
-    def test_a_broken_source_is_one_error_and_leaves_nothing(self, tmp_path, own_cache):
+    def test_broken_source_is_one_error_and_leaves_nothing(self, tmp_path, own_cache):
         (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 and no more")
         with pytest.raises(BadDataError, match="not a whole zip"):
             prepare("pets", tmp_path / "x.zip")
@@ -166,14 +166,14 @@ class TestImageFolders:
 
 
 class TestFinishedWork:
-    def test_it_is_not_done_again(self, pets, tmp_path):
+    def test_prepared_store_is_not_made_again(self, pets, tmp_path):
         folder, _ = pets
         times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         shutil.rmtree(tmp_path / "earlier" / "test")
         assert prepare("pets", tmp_path / "earlier") == folder
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
-    def test_another_source_needs_force(self, pets, write_tree, photos, picture):
+    def test_another_source_without_force_is_refused(self, pets, write_tree, photos, picture):
         photos["train/cat/0.png"] = picture((250, 0, 0))
         other = write_tree(photos, "other")
         with pytest.raises(UsageError, match="already prepared from .*earlier") as caught:
@@ -182,26 +182,27 @@ class TestFinishedWork:
         prepare("pets", other, force=True)
         assert load_dataset("pets", "train").images[0, :, 0, 0].tolist() == [250, 0, 0]
 
-    def test_a_damaged_store_is_made_anew(self, pets, tmp_path):
+    def test_damaged_store_is_made_again(self, pets, tmp_path):
         folder, before = pets
         (folder / "train.safetensors").write_bytes(b"damaged")
         prepare("pets", tmp_path / "earlier")
         assert contents(folder)["train.safetensors"] == before["train.safetensors"]
 
-    def test_an_open_store_outlives_its_replacement(self, pets, tmp_path, colors):
+    def test_open_store_outlives_its_replacement(self, pets, tmp_path, colors):
         train = load_dataset("pets", "train")
         prepare("pets", tmp_path / "earlier", force=True)
         assert colors(train.images)[5] == (100, 2, 7)
 
 
 class TestNothingLost:
-    def test_a_failure_keeps_the_earlier_store(self, pets, write_tree, photos, own_cache):
+    def test_failure_keeps_the_earlier_store(self, pets, write_tree, photos, own_cache):
         photos["test/dog/1.png"] = b"broken"
         with pytest.raises(BadDataError):
             prepare("pets", write_tree(photos), force=True)
         assert contents(pets[0]) == pets[1] and in_cache(own_cache) == ["pets"]
 
-    def test_a_full_disk(self, pets, write_tree, photos, own_cache, picture):
+    @pytest.mark.slow
+    def test_limit_on_file_sizes_keeps_the_earlier_store(self, pets, write_tree, photos, own_cache, picture):
         """A limit on the size of files stands in for the disk; the system refuses the write in the same way."""
         resource = pytest.importorskip("resource", reason="needs limits on file sizes")
         photos |= {f"train/cat/more{k}.png": picture(side=8) for k in range(300)}
@@ -216,7 +217,8 @@ class TestNothingLost:
         assert "File too large" in finished.stderr and "Traceback" not in finished.stderr
         assert contents(pets[0]) == pets[1] and in_cache(own_cache) == ["pets"]
 
-    def test_a_really_full_disk(self, write_tree, photos, tmp_path, picture, monkeypatch):
+    @pytest.mark.slow
+    def test_full_disk_is_named_and_leaves_nothing(self, write_tree, photos, tmp_path, picture, monkeypatch):
         """On a tmpfs of 64 KiB, where the user may mount one."""
         small = tmp_path / "small"
         small.mkdir()
@@ -234,7 +236,7 @@ class TestNothingLost:
         finally:
             subprocess.run(["umount", str(small)], check=True)
 
-    def test_a_folder_that_may_not_be_written(self, write_tree, photos, tmp_path, monkeypatch):
+    def test_cache_that_may_not_be_written_is_refused(self, write_tree, photos, tmp_path, monkeypatch):
         locked = tmp_path / "locked"
         locked.mkdir()
         locked.chmod(0o555)
@@ -246,7 +248,8 @@ class TestNothingLost:
         with pytest.raises(BadFileError, match="Permission denied|Not a directory|File exists"):
             prepare("pets", write_tree(photos))
 
-    def test_a_stopped_preparation_leaves_the_earlier_store(self, pets, write_tree, photos, own_cache, picture):
+    @pytest.mark.slow
+    def test_stopped_preparation_leaves_the_earlier_store(self, pets, write_tree, photos, own_cache, picture):
         big = picture((1, 2, 3), side=256)
         photos = {f"{s}/{c}/{k:04}.png": big for s in ("train", "test") for c in ("cat", "dog") for k in range(1500)}
         path = write_tree(photos, "big.zip")
@@ -262,7 +265,7 @@ class TestNothingLost:
         assert process.returncode == 130 and "Traceback" not in errors
         assert contents(pets[0]) == pets[1] and in_cache(own_cache) == ["pets"]
 
-    def test_what_a_killed_preparation_left_is_mended(self, pets, own_cache, tmp_path):
+    def test_remains_of_a_killed_preparation_are_mended(self, pets, own_cache, tmp_path):
         """Killed between the two renames that exchange the stores: the earlier one lies aside, the new one is not in place."""
         folder, before = pets
         folder.rename(own_cache / ".pets.abcd1234.old")
@@ -272,14 +275,15 @@ class TestNothingLost:
         assert contents(folder) == before
         assert in_cache(own_cache) == [".pets.v2.abcd1234.tmp", "pets"]
 
-    def test_two_at_once_make_one_store(self, write_tree, photos, own_cache):
+    @pytest.mark.slow
+    def test_two_preparations_at_once_make_one_store(self, write_tree, photos, own_cache):
         path = write_tree(photos)
         program = f"from ddkit.data.prepare import prepare; prepare('pets', {str(path)!r})"
         processes = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) for _ in range(2)]
         assert [process.communicate()[1] for process in processes] == [b"", b""]
         assert in_cache(own_cache) == ["pets"] and len(load_dataset("pets", "train")) == 6
 
-    def test_a_file_system_without_locks_is_worked_on(self, write_tree, photos, own_cache, monkeypatch):
+    def test_file_system_without_locks_is_used(self, write_tree, photos, own_cache, monkeypatch):
         fcntl = pytest.importorskip("fcntl", reason="no such locks on this system")
 
         def flock(*_):
@@ -291,7 +295,7 @@ class TestNothingLost:
 
 
 class TestBuiltInNames:
-    def test_a_misspelt_name_without_a_source(self, pets):
+    def test_misspelt_name_without_a_source_offers_the_nearest(self, pets):
         with pytest.raises(UsageError, match="Unknown dataset 'tinyimagnet'") as caught:
             prepare("tinyimagnet")
         assert "Did you mean 'tinyimagenet'?" in caught.value.remedy
@@ -299,15 +303,15 @@ class TestBuiltInNames:
             prepare("pest")
         assert "Did you mean 'pets'?" in caught.value.remedy
 
-    def test_glyphs_are_drawn_and_not_read(self, write_tree, photos):
+    def test_glyphs_from_a_source_are_refused(self, write_tree, photos):
         with pytest.raises(UsageError, match="drawn, not read"):
             prepare("glyphs", write_tree(photos))
 
-    def test_the_size_of_a_built_in_dataset_is_fixed(self, write_tree, photos):
+    def test_another_size_of_a_built_in_dataset_is_refused(self, write_tree, photos):
         with pytest.raises(UsageError, match="'cifar100' are 32 pixels, not 64"):
             prepare("cifar100", write_tree(photos), image_size=64)
 
-    def test_a_source_with_other_classes_is_refused_under_a_built_in_name(self, write_tree, picture):
+    def test_other_classes_under_a_built_in_name_are_refused(self, write_tree, picture):
         names = [name for name in CLASS_NAMES["cifar100"] if name != "beaver"]
         files = {f"{split}/{name}/1.png": picture(side=32) for split in ("train", "test") for name in names}
         with pytest.raises(
@@ -331,7 +335,7 @@ class TestBuiltInNames:
         assert train.images[:, 0, 0, 0].tolist() == train.labels.tolist() == list(range(100))
         assert (store_facts("cifar100").mean, store_facts("cifar100").std) == (CIFAR100.mean, CIFAR100.std)
 
-    def test_a_reference_file_replaces_only_the_test_split(self, hundred, write_tree, tmp_path):
+    def test_reference_file_replaces_only_the_test_split(self, hundred, write_tree, tmp_path):
         prepare("cifar100", write_tree(hundred))
         train = load_dataset("cifar100", "train").images.clone()
         images = torch.full((200, 3, 32, 32), 9, dtype=torch.uint8)
@@ -343,7 +347,7 @@ class TestBuiltInNames:
         test = load_dataset("cifar100", "test")
         assert (test.images == 9).all() and test.labels.tolist() == sorted(labels.tolist())
 
-    def test_a_reference_file_alone_has_no_training_split(self, tmp_path):
+    def test_reference_file_alone_has_no_training_split(self, tmp_path):
         reference = tmp_path / "cifar100_test.pt"
         images = normalize(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), CIFAR100)
         torch.save({"images_val": images, "labels_val": torch.arange(100)}, reference)
@@ -355,7 +359,7 @@ class TestBuiltInNames:
         with pytest.raises(BadDataError, match="only test images"):
             prepare("mine", reference)
 
-    def test_opening_downloads_what_is_missing(self, hundred, write_tree, own_cache, serve, monkeypatch):
+    def test_opening_a_missing_dataset_downloads_it_once(self, hundred, write_tree, own_cache, serve, monkeypatch):
         data = write_tree(hundred, "cifar100.zip").read_bytes()
         server = serve(data)
         monkeypatch.setitem(preparing.OFFICIAL, "cifar100", Archive(server.url, hashlib.md5(data).hexdigest()))
@@ -380,14 +384,15 @@ def drawn(tmp_path_factory):
         return [open_dataset("glyphs", split) for split in ("train", "test")]
 
 
+@pytest.mark.slow
 class TestGlyphs:
-    def test_they_are_balanced_and_distinct(self, drawn):
+    def test_letters_are_balanced_and_distinct(self, drawn):
         for images, per_class in zip(drawn, (500, 100), strict=True):
             assert images.images.shape == (10 * per_class, 3, 32, 32)
             assert images.labels.tolist() == [label for label in range(10) for _ in range(per_class)]
         assert len({image.tobytes() for images in drawn for image in images.images.numpy()}) == 6000
 
-    def test_an_image_is_the_same_whenever_it_is_drawn(self, drawn):
+    def test_letter_is_the_same_whenever_it_is_drawn(self, drawn):
         train, test = drawn
         assert (draw("train", 3, 7) == train.images[3 * 500 + 7].numpy()).all()
         assert (draw("test", 9, 99) == test.images[-1].numpy()).all()
@@ -424,8 +429,9 @@ print(json.dumps(list(peaks.values())))
 """
 
 
+@pytest.mark.slow
 class TestRealArchives:
-    def test_all_of_cifar100(self, cifar100_zip, own_cache):
+    def test_cifar100_is_prepared_with_memory_for_a_fraction_of_it(self, cifar100_zip, own_cache):
         """With memory, in every process, for a fraction of the 176 MiB of pixels."""
         finished = subprocess.run(
             [sys.executable, "-c", PREPARE_AND_MEASURE, str(cifar100_zip)], capture_output=True, text=True
@@ -442,7 +448,7 @@ class TestRealArchives:
         mean = train.images.double().mean((0, 2, 3)) / 255
         assert np.allclose(mean, CIFAR100.mean, atol=2e-4)
 
-    def test_grayscale_images_of_tinyimagenet(self, tinyimagenet_zip, write_tree):
+    def test_grayscale_images_of_tinyimagenet_have_equal_channels(self, tinyimagenet_zip, write_tree):
         """Some of every class, in the archive's own layout; grayscale ones come out with three equal channels."""
         import io
         import zipfile

@@ -31,7 +31,7 @@ def pets(write_tree, photos):
     return store_folder("pets")
 
 
-def test_images_labels_and_names(pets, colors):
+def test_loaded_split_has_images_labels_and_names(pets, colors):
     train, test = load_dataset("pets", "train"), load_dataset("pets", "test")
     assert (len(train), len(test), train.class_names) == (6, 4, ("cat", "dog"))
     assert (train.images.dtype, train.labels.dtype) == (torch.uint8, torch.int64)
@@ -39,14 +39,15 @@ def test_images_labels_and_names(pets, colors):
     assert colors(train.images) == [(0, 0, 7), (0, 1, 7), (0, 2, 7), (100, 0, 7), (100, 1, 7), (100, 2, 7)]
 
 
-def test_the_files_are_plain_safetensors_and_their_hash_is_kept(pets):
+def test_files_are_plain_safetensors_and_their_hash_is_kept(pets):
     tensors = safetensors.torch.load_file(pets / "test.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"images": (4, 3, 8, 8), "labels": (4,)}
     assert store_hash("pets", "test") == hashlib.sha256((pets / "test.safetensors").read_bytes()).hexdigest()
     assert store_hash("pets", "test") != store_hash("pets", "train")
 
 
-def test_opening_reads_almost_nothing(tmp_path, pets):
+@pytest.mark.slow
+def test_opening_a_large_store_reads_almost_nothing(tmp_path, pets):
     """A store of 192 MiB is opened, and only the pixels that are looked at take memory."""
     facts = json.loads((pets / "meta.json").read_text())
     facts["image_size"], facts["splits"]["train"]["images"] = 1024, 64
@@ -71,7 +72,7 @@ def test_opening_reads_almost_nothing(tmp_path, pets):
     assert images == 64 and mebibytes < 48
 
 
-def test_facts_are_measured_on_the_training_split_or_built_in(pets):
+def test_numbers_are_measured_on_the_training_split_or_built_in(pets):
     spec = dataset_spec("pets")
     # Red is 0 or 100 equally often, green 0, 1, 2, blue always 7.
     assert spec.mean == (round(50 / 255, 4), round(1 / 255, 4), round(7 / 255, 4))
@@ -86,7 +87,7 @@ def test_built_in_datasets_have_class_names_before_they_are_prepared():
     assert class_titles("glyphs") == tuple("AEHKLOSTXZ")
 
 
-def test_what_is_prepared_is_listed(pets):
+def test_prepared_dataset_is_listed(pets):
     assert list_prepared() == ("pets",)
     facts = store_facts("pets")
     assert facts.splits["train"].per_class == (3, 3)
@@ -94,14 +95,14 @@ def test_what_is_prepared_is_listed(pets):
     assert class_titles("pets") == ("cat", "dog")
 
 
-def test_a_missing_dataset_says_how_to_get_it():
+def test_missing_dataset_names_the_command_that_gets_it():
     with pytest.raises(MissingDataError, match="'cifar100' is not prepared") as caught:
         load_dataset("cifar100", "train")
     assert "ddkit data prepare cifar100" in caught.value.remedy
 
 
 @pytest.mark.parametrize(("name", "offered"), [("pest", "pets"), ("tinyimagnet", "tinyimagenet"), ("CIFAR100", "cifar100")])
-def test_a_misspelt_name_offers_the_nearest_of_all(pets, name, offered):
+def test_misspelt_name_offers_the_nearest(pets, name, offered):
     for ask in (dataset_spec, lambda name: load_dataset(name, "train")):
         with pytest.raises(UsageError) as caught:
             ask(name)
@@ -109,12 +110,12 @@ def test_a_misspelt_name_offers_the_nearest_of_all(pets, name, offered):
 
 
 @pytest.mark.parametrize("name", ["", "../pets", "a/b", ".hidden", "x" * 65])
-def test_what_cannot_be_a_name_is_refused(name):
+def test_impossible_name_is_refused(name):
     with pytest.raises(UsageError, match="cannot be a dataset's name"):
         load_dataset(name, "train")
 
 
-def test_a_misspelt_split_is_refused(pets):
+def test_unknown_split_is_refused(pets):
     with pytest.raises(UsageError, match="no split 'val'"):
         load_dataset("pets", "val")
 
@@ -146,20 +147,21 @@ def exchange_splits(folder):
         (lambda folder: (folder / "meta.json").write_text("[]"), "format version None"),
     ],
 )
-def test_a_damaged_store_says_how_to_mend_it(pets, damage, message):
+def test_damaged_store_names_the_command_that_mends_it(pets, damage, message):
     damage(pets)
     with pytest.raises(BadDataError, match=message) as caught:
         load_dataset("pets", "train")
     assert "ddkit data prepare pets --from PATH --force" in caught.value.remedy
 
 
-def test_a_truncated_split_is_damaged(pets):
+def test_truncated_split_is_damaged(pets):
     path = pets / "train.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(BadDataError, match="damaged"):
         load_dataset("pets", "train")
 
 
+@pytest.mark.slow
 def test_glyphs_are_drawn_on_first_use():
     assert list_prepared() == ()
     test = open_dataset("glyphs", "test")
