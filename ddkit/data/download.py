@@ -175,7 +175,7 @@ def _refuse_full_disk(part: Path, total: int | None, have: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if total is not None and total - have > free:
         raise BadFileError(
-            f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are still to be downloaded and {free / _MEGABYTE:,.0f} MB are free.",
+            f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are missing and {free / _MEGABYTE:,.0f} MB are free.",
             "Free some space there, or set DDKIT_CACHE to another place.",
         )
 

@@ -187,7 +187,7 @@ def store_folder(name: str) -> Path:
     if not _can_be_name(name):
         raise UsageError(
             f"'{name}' cannot be a dataset's name.",
-            f"Names have lower-case letters, digits, '.', '_' and '-', and begin with a letter or a digit. {did_you_mean(name, known_names())}",
+            f"Names have lower-case letters, digits, '.', '_' and '-'. {did_you_mean(name, known_names())}",
         )
     return cache_folder() / name
 
