@@ -17,6 +17,7 @@ from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._options import ENTRY_FILE, RUNS_FOLDER, Duration
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
+from ddkit.generator.config import SAMPLERS
 
 if TYPE_CHECKING:
     from ddkit.packing.bundle import EntryModel
@@ -45,7 +46,7 @@ _OPTIONS = (
     click.option("--model", "models", multiple=True, metavar="DATASET=FOLDER",
                  help="Track 2: what to bundle; repeatable.  [default: runs/<dataset> of both datasets]"),
     click.option("--tuned", is_flag=True, help="Track 2: with the best settings that ddkit tune found."),
-    click.option("--sampler", type=click.Choice(["ddim", "dpm++", "unipc", "euler"]), help="Track 2: how to sample."),
+    click.option("--sampler", type=click.Choice(SAMPLERS), help="Track 2: how to sample."),
     click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Track 2: of the sampler."),
     click.option("--guidance", type=click.FloatRange(0), help="Track 2: 1 is none."),
     click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="Track 2: of sampling."),

@@ -15,6 +15,7 @@ from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
 from ddkit.cli._entry import TRIALS_FOLDER
 from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, output_options, seed_option
 from ddkit.cli._output import Output, span_text
+from ddkit.generator.config import SAMPLERS
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=click.FloatRange(0), multiple=True, help="Guidance to try; repeatable.  [default: 1, 2]")
 @click.option(
     "--sampler",
-    type=click.Choice(["ddim", "dpm++", "unipc", "euler"]),
+    type=click.Choice(SAMPLERS),
     default="dpm++",
     show_default=True,
     help="How noise is removed.",

@@ -25,7 +25,7 @@ def test_real_images_by_default_names(colors, tmp_path):
     ("words", "status", "said"),
     [
         (["--dataset", "colors", "--ipc", "0"], 2, "0 is not in the range"),
-        (["--dataset", "colors"], 2, "Did you mean 'colors'?"),
+        (["--dataset", "colours"], 2, "Did you mean 'colors'?"),
         (["--dataset", "colors"], 3, "ddkit train"),
         (["--dataset", "colors", "--out", "set.zip", "--from-real", "first"], 2, ".pt"),
         (["--dataset", "colors", "--from-real", "first", "--ipc", "6"], 2, "--ipc 5"),

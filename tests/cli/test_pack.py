@@ -50,13 +50,13 @@ def test_it_takes_the_best_settings_that_were_tuned(colors, colors_model, work):
     _, said = run(*words, status=3)
     assert "ddkit tune colors" in said
     for steps, accuracy in ((4, 0.5), (8, 0.75), (16, 0.25)):
-        trial = Trial(colors, model_hash(colors_model), "euler", steps, 1.5, 60.0, 20, 0, "", (9,), (59.0,), (accuracy,))
+        trial = Trial(colors, model_hash(colors_model), "ddim", steps, 1.5, 60.0, 20, 0, "", (9,), (59.0,), (accuracy,))
         _append(trial, work / "runs" / "tune" / "colors.jsonl")
     _, said = run(*words)
     assert "The bundle was not run" in said
     with zipfile.ZipFile("track2.zip") as archive:
         entry = json.loads(archive.read("models/colors/entry.json"))
-    assert (entry["sampler"], entry["steps"], entry["guidance"]) == ("euler", 8, 1.5)
+    assert (entry["sampler"], entry["steps"], entry["guidance"]) == ("ddim", 8, 1.5)
 
 
 @pytest.mark.parametrize("words, status, said", [

@@ -113,7 +113,7 @@ def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, c
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--dataset", "colors"], 2, "Did you mean 'colors'?"),
+        (["--dataset", "colours"], 2, "Did you mean 'colors'?"),
         (["--dataset", "colors", "--preset", "tinny"], 2, "Did you mean 'tiny'?"),
         (["--dataset", "colors", "--resume"], 3, "no training in runs/colors"),
         (["--dataset", "colors", "--resume", "--fresh"], 2, "contradict"),

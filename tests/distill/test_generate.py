@@ -96,7 +96,7 @@ class TestWhatIsRefused:
         [
             ({"ipc": 0}, UsageError, "at least one"),
             ({"ipc": 6}, UsageError, "has 5 images"),
-            ({"dataset": "colors"}, UsageError, "Did you mean 'colors'"),
+            ({"dataset": "colours"}, UsageError, "Did you mean 'colors'"),
         ],
     )
     def test_the_earlier_set_stays(self, colors, earlier, changes, error, said):
@@ -142,6 +142,13 @@ class TestWhatIsRefused:
         (tmp_path / "file").write_text("in the way")
         with pytest.raises(BadFileError):
             generate(colors, 1, FromReal(), tmp_path / "file" / "set.pt")
+
+
+def test_mode_guidance_of_a_model_without_latents_is_refused(colors, model_folder, tmp_path):
+    source = FromModel(model_folder, SamplingSettings(steps=2, mode_guidance=0.1))
+    with pytest.raises(MissingModelError, match="needs the latents of the training images"):
+        generate(colors, 1, source, tmp_path / "set.pt")
+    assert not (tmp_path / "set.pt").exists()
 
 
 class TestChoosing:
