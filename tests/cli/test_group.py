@@ -1,14 +1,18 @@
 """The group: help without torch, errors as one message, the exit statuses."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import ddkit.cli
-from ddkit.cli import COMMANDS
+from ddkit.cli import COMMANDS, main
 
 
 def run(*arguments, **kwargs):
@@ -27,6 +31,81 @@ def test_help_names_every_command_and_imports_no_torch():
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.rstrip().endswith("heavy: []")
     assert all(f"  {command} " in finished.stdout for command in COMMANDS)
+
+
+def commands_of(group: click.Group, parent: click.Context | None = None) -> Iterator[tuple[str, click.Command, click.Context]]:
+    """(name, command, context) of every command, those of groups within groups included."""
+    above = click.Context(group, parent=parent, info_name=group.name, **group.context_settings)
+    for name in group.list_commands(above):
+        command = group.get_command(above, name)
+        yield name, command, click.Context(command, parent=above, info_name=name, **command.context_settings)
+        if isinstance(command, click.Group):
+            yield from commands_of(command, above)
+
+
+def options_of(command: click.Command) -> list[click.Option]:
+    return [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+
+
+ALL = list(commands_of(main))
+
+
+def test_help_shows_every_summary_whole():
+    shown = run("--help", env={**os.environ, "COLUMNS": "100"}).stdout
+    for name, command, context in ALL:
+        assert command.short_help and command.short_help.endswith("."), f"{name} has no short_help"
+        if context.parent.command is main:
+            assert f"{name}  " in shown and command.short_help in shown, name
+
+
+@pytest.mark.parametrize("name, command, context", ALL, ids=[name for name, *_ in ALL])
+def test_help_texts_are_sentences_or_imperatives(name, command, context):
+    for option in options_of(command):
+        assert option.help, f"{name} {option.opts[-1]} has no help"
+        assert not re.match(r"(Of|With|Whether|As|What|How|Where|No)\b", option.help), (
+            f"{name} {option.opts[-1]}: {option.help}"
+        )
+    assert not re.match(r"(Of|With|Whether|As|What|How)\b", command.help), name
+
+
+@pytest.mark.parametrize("name, command, context", ALL, ids=[name for name, *_ in ALL])
+def test_defaults_in_help_are_those_that_are_used(name, command, context):
+    for option in options_of(command):
+        default = None if "UNSET" in repr(option.default) else option.get_default(context)  # click's mark since 8.3
+        if isinstance(option.show_default, str):
+            assert default is None, f"{name} {option.opts[-1]} describes a default that is a value"
+        elif default not in (None, ()) and not option.is_flag and option.opts != ["--quality"] and not option.count:
+            values = [str(one) for one in (default if isinstance(default, (list, tuple)) else [default])]
+            shown = option.get_help_record(context)[1]
+            assert all(value in shown for value in values) and "[default:" in shown, f"{name} {option.opts[-1]}: {shown}"
+
+
+def test_no_default_in_help_is_typed_by_hand():
+    """A default in a help text is computed, or describes where the value comes from: it holds no value itself."""
+    choices = {
+        option.opts[-1]: option.type.choices
+        for _, command, _ in ALL for option in options_of(command) if isinstance(option.type, click.Choice)
+    }  # fmt: skip
+    for path in Path(ddkit.cli.__file__).parent.glob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+            names = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+            for keyword in call.keywords:
+                typed = re.findall(r"\[default: ([^]]*)", _literal(keyword.value)) if keyword.arg == "help" else []
+                typed += [_literal(keyword.value)] if keyword.arg == "show_default" else []
+                for text in typed:
+                    place = f"{path.name}: {names} {text!r}"
+                    assert not re.search(r"\d", text), place
+                    words = set(re.findall(r"[\w+-]+", text))
+                    assert not words & {value for name in names for value in choices.get(name, ())}, place
+
+
+def _literal(node: ast.expr) -> str:
+    """The text of a string as it is typed, with a mark in place of each value of an f-string."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+    return ""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,7 +152,7 @@ def test_computation_does_not_know_the_terminal():
         if place.parts[0] == "cli" or place.name == "__main__.py":
             continue
         imported = {name.split(".")[0] for name in _imports(path)} | _imports(path)
-        forbidden = {"click", "ddkit.cli"} | (set() if place.parts[0] == "report" else {"rich"})
+        forbidden = {"click", "ddkit.cli"} | (set() if place.parts[0] == "reporting" else {"rich"})
         assert not imported & forbidden, place
 
 
