@@ -41,7 +41,7 @@ def data() -> None:
     """
 
 
-@data.command("list", epilog=example("ddkit data list"))
+@data.command("list", short_help="List built-in and prepared datasets.", epilog=example("ddkit data list"))
 @output_options
 def list_datasets(output: Output) -> None:
     """List the built-in and the prepared datasets."""
@@ -113,7 +113,9 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     output.done([folder] if facts.prepared != made_before else [], f"ddkit train --dataset {name}")
 
 
-@data.command(epilog=example("ddkit data show cifar100 --classes apple,worm --per-class 20"))
+@data.command(
+    short_help="Draw images of a dataset.", epilog=example("ddkit data show cifar100 --classes apple,worm --per-class 20")
+)
 @_name_argument
 @click.option("--split", type=click.Choice(("train", "test")), default="train", show_default=True, help="Which images.")
 @click.option("--per-class", type=click.IntRange(min=1), default=10, show_default=True, help="Images in each row.")

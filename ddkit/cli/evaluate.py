@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from ddkit.challenge import TRACKS
 from ddkit.cli._options import (
     ENTRY_FILE,
     RUNS_FOLDER,
@@ -50,12 +51,15 @@ _MOST_ROUNDS_SHOWN = 5
     show_default=True,
     help="Evaluate .pt files (1), or a generator, given as a bundle's zip or folder (2).",
 )
-@click.option("--rounds", type=click.IntRange(1), help="Train this many fresh networks.  [default: the official 3]")
+@click.option(
+    "--rounds", type=click.IntRange(1), help=f"Train this many fresh networks.  [default: the official {TRACKS[1].rounds}]"
+)
 @click.option(
     "--epochs-setting",
     type=click.IntRange(0),
     metavar="E",
-    help="Train for E + 1 epochs.  [default: the official 1000 on track 1, 100 on track 2]",
+    help="Train for E + 1 epochs.  "
+    f"[default: the official {TRACKS[1].epochs_setting} on track 1, {TRACKS[2].epochs_setting} on track 2]",
 )
 @click.option(
     "--network",
@@ -73,7 +77,9 @@ _MOST_ROUNDS_SHOWN = 5
 )
 @click.option("--reference", type=click.Path(path_type=Path), help="Test on the challenge's <dataset>_test.pt.")
 @click.option(
-    "--time-budget", type=Duration(), help="Let a track 2 generator run this long for each round.  [default: the official 600s]"
+    "--time-budget",
+    type=Duration(),
+    help=f"Let a track 2 generator run this long for each round.  [default: the official {TRACKS[2].time_budget_seconds:g} s]",
 )
 @click.option(
     "--ranking",
@@ -85,7 +91,7 @@ _MOST_ROUNDS_SHOWN = 5
     "--full-epochs-setting",
     type=click.IntRange(0),
     metavar="E",
-    help="With --ranking, train for E + 1 epochs on all real images.  [default: the sets' own E, 40 at most]",
+    help="Train for E + 1 epochs on all real images, with --ranking.  [default: the sets' own E, reduced if it is large]",
 )
 @click.option(
     "--state",

@@ -11,14 +11,29 @@ from rich.markup import escape
 from ddkit.cli._options import RUNS_FOLDER, SUBMISSION_FOLDER, device_option, example, output_options, seed_option
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
-from ddkit.generator.config import MOST_SAMPLING_STEPS, SAMPLERS, SAMPLING_PRECISIONS, SamplingSettings, default_guidance
+from ddkit.generator.config import (
+    BATCH_ELSEWHERE,
+    BATCH_ON_GPU,
+    FEW_IMAGES,
+    MOST_SAMPLING_STEPS,
+    SAMPLERS,
+    SAMPLING_PRECISIONS,
+    SamplingSettings,
+    default_guidance,
+)
 from ddkit.runtime.environment import is_main
 
 _DEFAULTS = SamplingSettings()
-_METHODS = "most-confident, median, least-confident, stratified, herding, k-center, k-medoids, minimax, random or first"
+# Those of ddkit.sets.select, the default first; typed here because that module needs torch. A test compares them.
+_METHODS = (
+    "most-confident", "median", "least-confident", "stratified", "herding", "k-center", "k-medoids", "minimax",
+    "random", "first",
+)  # fmt: skip
 
 
-@click.command(epilog=example("ddkit generate --ipc 10 --dataset cifar100 --candidates 100"))
+@click.command(
+    short_help="Make a distilled set.", epilog=example("ddkit generate --ipc 10 --dataset cifar100 --candidates 100")
+)
 @click.option("--dataset", required=True, help="A dataset that `ddkit data list` shows.")
 @click.option(
     "--ipc", type=click.IntRange(1), default=10, show_default=True, help="Images per class; the challenge asks for 10."
@@ -30,7 +45,7 @@ _METHODS = "most-confident, median, least-confident, stratified, herding, k-cent
 @click.option(
     "--select",
     metavar="METHOD",
-    help=f"How to choose from the candidates: {_METHODS}.  [default: most-confident]",
+    help=f"How to choose from the candidates: {', '.join(_METHODS)}.  [default: {_METHODS[0]}]",
 )
 @click.option(
     "--from-real",
@@ -48,7 +63,7 @@ _METHODS = "most-confident, median, least-confident, stratified, herding, k-cent
     "--guidance",
     type=click.FloatRange(0),
     help="Classifier-free guidance: how strongly images show their class; 1 turns it off.  "
-    f"[default: {default_guidance(10):g}, or {default_guidance(None):g} above 100 images per class]",
+    f"[default: {default_guidance(10):g}, or {default_guidance(None):g} above {FEW_IMAGES} images per class]",
 )
 @click.option(
     "--guidance-interval",
@@ -65,7 +80,11 @@ _METHODS = "most-confident, median, least-confident, stratified, herding, k-cent
     f"paper uses 0.1.  [default: {_DEFAULTS.mode_guidance:g}]",
 )
 @click.option("--sampler", type=click.Choice(SAMPLERS), help=f"How noise is removed.  [default: {_DEFAULTS.sampler}]")
-@click.option("--batch-size", type=click.IntRange(1), help="Images to sample at once.  [default: 1024 on a GPU, else 256]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help=f"Images to sample at once.  [default: {BATCH_ON_GPU} on a GPU, else {BATCH_ELSEWHERE}]",
+)
 @click.option(
     "--precision",
     type=click.Choice(SAMPLING_PRECISIONS),

@@ -22,17 +22,23 @@ from ddkit.cli._options import (
     recorded_seed_option,
 )
 from ddkit.cli._output import Output, span_text
+from ddkit.distill.settings import OBJECTIVES, PRESETS, RefineLimits, RefineSettings
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
     from ddkit.distill.estimate import RefineEstimate
-    from ddkit.distill.settings import RefineSettings
+
+_DEFAULTS = RefineSettings()
 
 
-@click.command(epilog=example("ddkit refine submission/cifar100.pt --time 30m"))
+@click.command(
+    short_help="Optimize the pixels of a distilled set.", epilog=example("ddkit refine submission/cifar100.pt --time 30m")
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--dataset", help="Name the set's dataset.  [default: from the JSON next to it, or its file name]")
-@click.option("--steps", type=click.IntRange(1), help="Refine until this many steps are done in all.  [default: 1200]")
+@click.option(
+    "--steps", type=click.IntRange(1), help=f"Refine until this many steps are done in all.  [default: {RefineLimits().steps}]"
+)
 @click.option(
     "--time",
     "seconds",
@@ -41,29 +47,37 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--preset",
-    type=click.Choice(("track1", "dm")),
+    type=click.Choice(tuple(PRESETS)),
     help="Choose settings: the best measured for track 1, or distribution matching alone. Other options change single "
-    "settings.  [default: those recorded in --run, else track1]",
+    "settings.  [default: those recorded in --run, else {next(iter(PRESETS))}]",
 )
 @click.option(
     "--objective",
-    type=click.Choice(("dm", "frepo", "mtt")),
+    type=click.Choice(tuple(OBJECTIVES)),
     help="Match mean features (dm), regress real images on the set's features (frepo), or match training trajectories "
-    "(mtt, experimental).  [default: frepo after 100 steps of dm]",
+    f"(mtt, experimental).  [default: {_DEFAULTS.objective} after {_DEFAULTS.dm_steps} steps of distribution matching]",
 )
 @click.option(
     "--pool",
     type=click.IntRange(0),
-    help="Train this many networks on the set while frepo refines it; 0 uses random networks only.  [default: 10]",
+    help="Train this many networks on the set while frepo refines it; 0 uses random networks only.  "
+    f"[default: {_DEFAULTS.pool.size}]",
 )
-@click.option("--batch-real", type=click.IntRange(1), help="Compare with this many real images per class.  [default: 32]")
 @click.option(
-    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Learning rate of the pixels.  [default: 6]"
+    "--batch-real",
+    type=click.IntRange(1),
+    help=f"Compare with this many real images per class.  [default: {_DEFAULTS.batch_real}]",
+)
+@click.option(
+    "--lr",
+    "learning_rate",
+    type=click.FloatRange(0, min_open=True),
+    help=f"Learning rate of the pixels.  [default: {_DEFAULTS.learning_rate:g}]",
 )
 @click.option(
     "--precision",
     type=click.Choice(("auto", "float32", "bfloat16")),
-    help="Compute features in this precision; auto takes the faster one.  [default: auto]",
+    help=f"Compute features in this precision; auto takes the faster one.  [default: {_DEFAULTS.precision}]",
 )
 @click.option(
     "--set",
@@ -129,7 +143,6 @@ def refine(
     from ddkit.distill.estimate import estimate_refinement, expected_accuracy
     from ddkit.distill.refine import recorded_settings
     from ddkit.distill.refine import refine as refine_set
-    from ddkit.distill.settings import RefineLimits
     from ddkit.sets.distilled import dataset_of, read_set
 
     if steps is not None and seconds is not None:
@@ -191,8 +204,6 @@ def _settings(
     preset: str | None, options: dict[str, Any], assignments: tuple[str, ...], recorded: RefineSettings | None
 ) -> RefineSettings:
     """The settings of a preset, or else those recorded, with the changes that the options ask for."""
-    from ddkit.distill.settings import PRESETS
-
     settings = recorded if recorded and preset is None else PRESETS[preset or "track1"]
     changes = {name: value for name, value in options.items() if value is not None}
     if (pool := changes.pop("pool", None)) is not None:

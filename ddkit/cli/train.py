@@ -18,12 +18,14 @@ from ddkit.generator.config import ARCHITECTURES, PRECISIONS, PREDICTIONS, to_js
 from ddkit.generator.presets import DEFAULT_PRESET, PRESETS
 from ddkit.runtime.environment import is_main, processes
 
+_FEATURES = ("convnet", "inception")  # the default first
+
 if TYPE_CHECKING:
     from ddkit.generator.training.estimate import Estimate
     from ddkit.generator.training.train import TrainingRequest
 
 
-@click.command(epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
+@click.command(short_help="Train a generator.", epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
 @click.option("--dataset", required=True, help="A dataset that `ddkit data list` shows.")
 @click.option(
     "--preset",
@@ -82,8 +84,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--features",
-    type=click.Choice(["convnet", "inception"]),
-    help="Compute the Frechet distance in a ConvNet trained on the real images, or in Inception.  [default: convnet]",
+    type=click.Choice(_FEATURES),
+    help=f"Compute the Frechet distance in a ConvNet trained on the real images, or in Inception.  [default: {_FEATURES[0]}]",
 )
 @click.option(
     "--save-every",

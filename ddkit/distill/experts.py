@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.parameters import flat_parameters, random_network
-from ddkit.errors import UsageError, require_positive
+from ddkit.distill.settings import ExpertSettings
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.engine import build_engine
@@ -27,32 +26,6 @@ log = logging.getLogger(__name__)
 _CACHE_FOLDER = "_experts"  # no dataset can have this name
 _KEY = "parameters"
 _VERSION = 1  # counts changes to how an expert is trained
-
-
-@dataclass(frozen=True)
-class ExpertSettings:
-    """How experts are trained: by gradient descent without momentum at one learning rate.
-
-    count: number of experts, each from another random network. steps, batch_size, learning_rate: of each training; with
-    larger rates or smaller batches most of a segment is noise of the batches.
-    keep_every: steps between two saved checkpoints.
-    span: steps of a segment, which a student has to match. The default is two epochs of CIFAR-100 without its held-out
-    tenth.
-    """
-
-    count: int = 3
-    steps: int = 3500
-    batch_size: int = 256
-    learning_rate: float = 0.01
-    keep_every: int = 50
-    span: int = 350
-
-    def __post_init__(self) -> None:
-        require_positive(self, "count", "steps", "batch_size", "learning_rate", "keep_every", "span")
-        if self.span % self.keep_every or self.steps % self.keep_every:
-            raise UsageError(f"ExpertSettings.steps and span must be multiples of keep_every, {self.keep_every}.")
-        if self.span > self.steps:
-            raise UsageError(f"ExpertSettings.span, {self.span} steps, is longer than the experts' {self.steps} steps.")
 
 
 class Experts:

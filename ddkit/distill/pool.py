@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ddkit.challenge import BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, DatasetSpec
+from ddkit.challenge import BATCH_SIZE, MOMENTUM, WEIGHT_DECAY, DatasetSpec
 from ddkit.distill.parameters import flat_gradients, flat_parameters, load_flat_parameters, random_network
-from ddkit.errors import ComputeError, UsageError, require_positive
+from ddkit.distill.settings import PoolSettings
+from ddkit.errors import ComputeError
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.convnet import ConvNet
@@ -26,34 +26,6 @@ _log = logging.getLogger(__name__)
 
 _LARGEST_WEIGHT = 1e3  # networks that train well stay within ten
 _MEMORY_SHARE = 0.5  # of the free memory, which a step needs as well
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """The online pool.
-
-    size: number of networks; 0 for none, so that every step uses a random network.
-    updates: training steps of a network each time it is used.
-    max_age: training steps after which a network is replaced by a random one. The first ages are staggered.
-    from_step: step from which the pool is used; random networks are used before.
-    from_share: where the time is limited, not the steps, share of the time after which the pool is used, if that is
-        before from_step.
-    learning_rate: of the networks; the challenge's.
-    """
-
-    size: int = 10
-    updates: int = 2
-    max_age: int = 200
-    from_step: int = 800
-    from_share: float = 0.4
-    learning_rate: float = LEARNING_RATE
-
-    def __post_init__(self) -> None:
-        require_positive(self, "updates", "max_age", "learning_rate")
-        if self.size < 0 or self.from_step < 0:
-            raise UsageError("PoolSettings.size and from_step must not be negative.")
-        if not 0 < self.from_share <= 1:
-            raise UsageError(f"PoolSettings.from_share must be above 0 and at most 1, got {self.from_share}.")
 
 
 class OnlinePool:

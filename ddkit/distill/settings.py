@@ -1,4 +1,4 @@
-"""How a distilled set is refined, and when refinement stops."""
+"""How a distilled set is refined, and when refinement stops. Nothing here needs torch, so that help can show defaults."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddkit.distill.experts import ExpertSettings
-from ddkit.distill.pool import PoolSettings
-from ddkit.distill.student import StudentSettings
+from ddkit.challenge import LEARNING_RATE
 from ddkit.errors import UsageError, did_you_mean, require_positive
 from ddkit.network.plan import PRECISIONS
 
@@ -18,6 +16,78 @@ OBJECTIVES = {
     "frepo": "neural feature regression with pooling",
     "mtt": "trajectory matching",
 }
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """How experts are trained: by gradient descent without momentum at one learning rate.
+
+    count: number of experts, each from another random network. steps, batch_size, learning_rate: of each training; with
+    larger rates or smaller batches most of a segment is noise of the batches.
+    keep_every: steps between two saved checkpoints.
+    span: steps of a segment, which a student has to match. The default is two epochs of CIFAR-100 without its held-out
+    tenth.
+    """
+
+    count: int = 3
+    steps: int = 3500
+    batch_size: int = 256
+    learning_rate: float = 0.01
+    keep_every: int = 50
+    span: int = 350
+
+    def __post_init__(self) -> None:
+        require_positive(self, "count", "steps", "batch_size", "learning_rate", "keep_every", "span")
+        if self.span % self.keep_every or self.steps % self.keep_every:
+            raise UsageError(f"ExpertSettings.steps and span must be multiples of keep_every, {self.keep_every}.")
+        if self.span > self.steps:
+            raise UsageError(f"ExpertSettings.span, {self.span} steps, is longer than the experts' {self.steps} steps.")
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """The online pool.
+
+    size: number of networks; 0 for none, so that every step uses a random network.
+    updates: training steps of a network each time it is used.
+    max_age: training steps after which a network is replaced by a random one. The first ages are staggered.
+    from_step: step from which the pool is used; random networks are used before.
+    from_share: where the time is limited, not the steps, share of the time after which the pool is used, if that is
+        before from_step.
+    learning_rate: of the networks; the challenge's.
+    """
+
+    size: int = 10
+    updates: int = 2
+    max_age: int = 200
+    from_step: int = 800
+    from_share: float = 0.4
+    learning_rate: float = LEARNING_RATE
+
+    def __post_init__(self) -> None:
+        require_positive(self, "updates", "max_age", "learning_rate")
+        if self.size < 0 or self.from_step < 0:
+            raise UsageError("PoolSettings.size and from_step must not be negative.")
+        if not 0 < self.from_share <= 1:
+            raise UsageError(f"PoolSettings.from_share must be above 0 and at most 1, got {self.from_share}.")
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """How a student is trained on the set.
+
+    steps: in which it has to match a segment of an expert's trajectory. images_per_class: in each step.
+    lr_momentum: share by which its learning rate moves, after each match, towards the one that would have matched best.
+    """
+
+    steps: int = 20
+    images_per_class: int = 5
+    lr_momentum: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "images_per_class")
+        if not 0 < self.lr_momentum <= 1:
+            raise UsageError(f"StudentSettings.lr_momentum must be above 0 and at most 1, got {self.lr_momentum}.")
 
 
 @dataclass(frozen=True)

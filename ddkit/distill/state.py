@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddkit.distill.pool import PoolSettings
-from ddkit.distill.settings import flatten
+from ddkit.distill.settings import PoolSettings, flatten
 from ddkit.errors import BadFileError, UsageError
 from ddkit.runtime.files import atomic_write, sha256_of, write_text
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ddkit.challenge import DatasetSpec
 from ddkit.distill.experts import Experts
 from ddkit.distill.parameters import flat_gradients, load_flat_parameters, random_network
-from ddkit.errors import UsageError, require_positive
+from ddkit.distill.settings import StudentSettings
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.embedding import build_embedder
@@ -25,24 +25,6 @@ _SEEDS = 2**62
 _NUDGE = 0.01  # by which parameters are moved for a difference of gradients, as a share of their norm
 _LEAST_LR = 1e-4  # where the set leads away from the expert's end, the best rate would be negative
 _TRIALS = 6  # to find the first learning rate
-
-
-@dataclass(frozen=True)
-class StudentSettings:
-    """How a student is trained on the set.
-
-    steps: in which it has to match a segment of an expert's trajectory. images_per_class: in each step.
-    lr_momentum: share by which its learning rate moves, after each match, towards the one that would have matched best.
-    """
-
-    steps: int = 20
-    images_per_class: int = 5
-    lr_momentum: float = 0.05
-
-    def __post_init__(self) -> None:
-        require_positive(self, "steps", "images_per_class")
-        if not 0 < self.lr_momentum <= 1:
-            raise UsageError(f"StudentSettings.lr_momentum must be above 0 and at most 1, got {self.lr_momentum}.")
 
 
 @dataclass(frozen=True)

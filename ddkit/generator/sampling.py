@@ -19,7 +19,7 @@ from ddkit.data.images import to_uint8
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled_for_inference
-from ddkit.generator.config import ObjectiveConfig, SamplingSettings
+from ddkit.generator.config import BATCH_ELSEWHERE, BATCH_ON_GPU, ObjectiveConfig, SamplingSettings
 from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import TIME_SCALE, Objective
@@ -31,14 +31,13 @@ from ddkit.runtime.threads import cores_for, side_by_side
 __all__ = ["Sampler", "SamplingSettings", "class_ordered", "resolve_settings"]
 
 _PART = 32  # images that a core computes together; more are not faster
-_BATCH_ON_GPU, _BATCH_ELSEWHERE = 1024, 256
 _MODE_GUIDED = 0.5  # of the steps, from the first on (arXiv 2505.18963, section 4.2: t_stop)
 
 
 def resolve_settings(settings: SamplingSettings, device: torch.device) -> SamplingSettings:
     """The settings with the batch size and the precision that "auto" means on that device."""
     on_gpu = device.type == "cuda"
-    size = settings.batch_size or (_BATCH_ON_GPU if on_gpu else _BATCH_ELSEWHERE)
+    size = settings.batch_size or (BATCH_ON_GPU if on_gpu else BATCH_ELSEWHERE)
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if on_gpu and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
