@@ -1,4 +1,4 @@
-"""The spectrum of a dataset's pictures, and steps on pixels that keep to it."""
+"""The spectrum of a dataset's images, by which gradients of pixels are weighted."""
 
 from __future__ import annotations
 
@@ -7,50 +7,51 @@ import math
 import torch
 from torch import Tensor
 
-_FAINTEST = 1e-4  # of the mean variance: what no picture has can still be moved, if slowly
+_LEAST_SHARE = 1e-4  # of the mean variance, so that frequencies that no image has can still change slowly
 
 
 class Spectrum:
-    """Weighs gradients of pixels by how much pictures vary in each color and frequency, to some power.
+    """Weights gradients of pixels by the variance of the dataset's images in each color and frequency, to some power.
 
-    Pictures vary most in brightness and in what changes slowly over them, and networks are sensitive to much else, each
-    to its own. Steps along what pictures have in common therefore carry over from one network to the next. Optimizing
-    pixels whitened by ZCA, as trajectory matching (arXiv 2203.11932) and neural feature regression (arXiv 2206.00719)
-    do, is a descent by gradients times the pixels' covariance, the power 1; here the pixels stay as the protocol has
-    them, and the power is chosen.
+    Images vary most in brightness and in low frequencies, while every network is sensitive to many other directions, each
+    to its own. Steps along the directions in which images vary carry over from one network to the next. Optimizing
+    pixels whitened by ZCA, as trajectory matching (arXiv 2203.11932) and FRePo (arXiv 2206.00719) do, is a descent along
+    gradients times the covariance of the pixels, which is the power 1; here the pixels stay as the protocol has them, and
+    the power is chosen.
 
-    The variances are those of the principal axes of color and of the two-dimensional cosine transform (DCT-II), which
-    is nearly what decorrelates pictures (Ahmed, Natarajan & Rao 1974).
+    Variances are taken along the principal axes of color and in the two-dimensional cosine transform (DCT-II), which
+    nearly decorrelates images (Ahmed, Natarajan & Rao 1974).
     """
 
-    def __init__(self, pictures: Tensor, power: float) -> None:
-        """pictures: (N, 3, S, S) float, normalized. power: from 0, which leaves gradients as they are, to 1."""
-        self._colors = _principal_axes(pictures)
-        self._waves = _cosines(pictures.shape[-1]).to(pictures)
-        variance = self._apart(pictures).var(0, correction=0)
-        # Pictures that are all the same have no spectrum to go by.
+    def __init__(self, images: Tensor, power: float) -> None:
+        """images: (N, 3, S, S) float, normalized. power: from 0, which leaves gradients as they are, to 1."""
+        self._colors = _principal_axes(images)
+        self._waves = _cosines(images.shape[-1]).to(images)
+        variance = self._analyze(images).var(0, correction=0)
+        # Identical images have no spectrum.
         shares = variance / variance.mean() if variance.any() else torch.ones_like(variance)
-        self._weights = shares.clamp(min=_FAINTEST).pow(power)
+        self._weights = shares.clamp(min=_LEAST_SHARE).pow(power)
 
     def weigh(self, gradients: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, 3, S, S): each color and frequency by its weight; one of mean variance keeps its size."""
-        return self._together(self._apart(gradients) * self._weights)
+        """(N, 3, S, S) -> (N, 3, S, S): each color and frequency times its weight, which is 1 at the mean variance."""
+        return self._synthesize(self._analyze(gradients) * self._weights)
 
     def to(self, device: torch.device) -> Spectrum:
+        """This spectrum, moved to the device."""
         self._colors, self._waves, self._weights = (tensor.to(device) for tensor in (self._colors, self._waves, self._weights))
         return self
 
-    def _apart(self, images: Tensor) -> Tensor:
-        """Images as amplitudes (N, axis of color, vertical frequency, horizontal frequency)."""
+    def _analyze(self, images: Tensor) -> Tensor:
+        """Images as amplitudes (N, color axis, vertical frequency, horizontal frequency)."""
         return self._waves @ torch.einsum("ac,nchw->nahw", self._colors, images) @ self._waves.t()
 
-    def _together(self, amplitudes: Tensor) -> Tensor:
+    def _synthesize(self, amplitudes: Tensor) -> Tensor:
         return torch.einsum("ac,nahw->nchw", self._colors, self._waves.t() @ amplitudes @ self._waves)
 
 
-def _principal_axes(pictures: Tensor) -> Tensor:
-    """(3, 3), orthonormal rows."""
-    return torch.linalg.eigh(torch.cov(pictures.transpose(0, 1).flatten(1), correction=0))[1].t().contiguous()
+def _principal_axes(images: Tensor) -> Tensor:
+    """(3, 3), orthonormal rows: the principal axes of the images' colors."""
+    return torch.linalg.eigh(torch.cov(images.transpose(0, 1).flatten(1), correction=0))[1].t().contiguous()
 
 
 def _cosines(side: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`ddkit refine` as a person runs it: what it leaves, being stopped, going on, and what it refuses."""
+"""`ddkit refine` as a person runs it: its results, stopping and resuming, and what it refuses."""
 
 import dataclasses
 import json
@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ def ddkit(*words):
     return CliRunner().invoke(main, ["refine", *words])
 
 
-def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
+def test_refine_replaces_the_set_and_keeps_the_former_one(submission, tmp_path):
     before = submission.read_bytes()
     done = ddkit("submission/colors.pt", "--steps", "3", *QUICK, "--quiet", "--json")
     assert done.exit_code == 0, done.output
@@ -51,7 +50,7 @@ def test_it_takes_the_sets_place_and_keeps_the_former_one(submission, tmp_path):
     assert (tmp_path / "runs" / "colors-refine" / "before.pt").read_bytes() == before
 
 
-def test_what_goes_on_has_the_settings_it_had(submission):
+def test_refine_resumes_with_the_recorded_settings(submission):
     first = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--preset", "dm", "--set", "displayable=true")
     again = ddkit("submission/colors.pt", "--steps", "2", "--quiet", "--json")
     assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
@@ -60,7 +59,7 @@ def test_what_goes_on_has_the_settings_it_had(submission):
     assert other.exit_code == 2 and "batch_real 2, not 3." in " ".join(other.output.split())
 
 
-def test_trajectories_go_on_with_their_experts(submission, monkeypatch, tmp_path):
+def test_mtt_resumes_with_its_experts(submission, monkeypatch, tmp_path):
     words = ("submission/colors.pt", "--objective", "mtt", "--set", "dm_steps=1", "--set", "student.steps=2", *QUICK)
     small = dataclasses.replace(RefineSettings(), experts=ExpertSettings(steps=4, batch_size=4, keep_every=1, span=2))
     monkeypatch.setitem(PRESETS, "track1", small)
@@ -74,7 +73,7 @@ def test_trajectories_go_on_with_their_experts(submission, monkeypatch, tmp_path
     assert other.exit_code == 2 and "with other settings: experts.count 1, not 2" in " ".join(other.output.split())
 
 
-def test_a_set_made_anew_is_refined_in_another_folder(submission):
+def test_refine_of_another_set_needs_another_folder(submission):
     for words in ((), ("--run", "runs/colors-refine-2")):
         done = ddkit("submission/colors.pt", "--steps", "1", *QUICK, *words)
         assert done.exit_code == 0, done.output
@@ -84,7 +83,7 @@ def test_a_set_made_anew_is_refined_in_another_folder(submission):
             assert refused.exit_code == 2 and "--run runs/colors-refine-2" in " ".join(refused.output.split())
 
 
-def test_the_dataset_is_what_the_json_beside_the_set_says(submission):
+def test_refine_takes_the_dataset_from_the_provenance(submission):
     (submission.parent / "first.json").write_bytes(submission.with_suffix(".json").read_bytes())
     submission.rename(submission.parent / "first.pt")
     done = ddkit("submission/first.pt", "--steps", "1", *QUICK)
@@ -100,7 +99,8 @@ def test_presets_are_those_of_the_library_and_options_change_single_settings(sub
     assert (facts["objective"], facts["learning_rate"], facts["batch_real"]) == ("dm", 0.001, 2)
 
 
-def test_stopped_while_it_validates_it_stops_at_once(submission, tmp_path):
+@pytest.mark.slow
+def test_refine_stopped_while_it_validates_stops_at_once(submission, tmp_path):
     settings = [*VALIDATE, "val_epochs=100000"]
     command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "5", *settings]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -116,7 +116,8 @@ def test_stopped_while_it_validates_it_stops_at_once(submission, tmp_path):
     assert (state["step"], state["validations"]) == (0, [])
 
 
-def test_stopped_while_it_validates_it_goes_on_with_validating(submission, tmp_path):
+@pytest.mark.slow
+def test_refine_stopped_while_it_validates_resumes_with_validation(submission, tmp_path):
     """The length of a validation is a setting of the run, so that this one takes just long enough to be stopped in."""
     command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "2", *VALIDATE, "val_epochs=60"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -132,14 +133,14 @@ def test_stopped_while_it_validates_it_goes_on_with_validating(submission, tmp_p
     assert [validation["step"] for validation in state["validations"]] == [0, 2]
 
 
-def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
+@pytest.mark.slow
+def test_refine_stopped_between_steps_saves_and_resumes(submission, tmp_path):
     command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "100000", *QUICK]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
-    records = tmp_path / "runs" / "colors-refine" / "records.jsonl"
-    while not records.exists() and process.poll() is None:
-        time.sleep(0.1)
-    time.sleep(1)
+    for line in process.stderr:
+        if "Refining: " in line:
+            break
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
@@ -150,7 +151,7 @@ def test_stopped_it_has_saved_and_goes_on(submission, tmp_path):
     assert json.loads(done.output)["steps"] == state["step"] + 1
 
 
-def test_dry_run_says_what_it_takes_and_changes_nothing(submission, tmp_path):
+def test_refine_dry_run_says_what_it_takes_and_changes_nothing(submission, tmp_path):
     before = submission.read_bytes()
     done = ddkit("submission/colors.pt", "--steps", "1000", *QUICK, "--dry-run", "--quiet")
     assert done.exit_code == 0, done.output
@@ -159,7 +160,7 @@ def test_dry_run_says_what_it_takes_and_changes_nothing(submission, tmp_path):
     assert submission.read_bytes() == before and not (tmp_path / "runs").exists()
 
 
-def test_networks_of_the_pool_that_diverge_are_reported(submission):
+def test_refine_reports_networks_of_the_pool_that_diverged(submission):
     words = ("--set", "dm_steps=0", "--set", "pool.from_step=0", "--set", "pool.learning_rate=1e8")
     done = ddkit("submission/colors.pt", "--steps", "3", *QUICK, *words)
     assert done.exit_code == 0, done.output
@@ -191,7 +192,7 @@ def test_networks_of_the_pool_that_diverge_are_reported(submission):
         (["submission/colors.pt", "--out", "refined.json"], 2, "does not end in .pt"),
     ],
 )
-def test_what_it_refuses_in_one_message(submission, words, status, said):
+def test_refine_refuses_in_one_message(submission, words, status, said):
     done = ddkit(*words)
     assert done.exit_code == status, done.output
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output

@@ -1,4 +1,4 @@
-"""Experts: their ways are kept, belong to what they were trained on, and lead somewhere."""
+"""Expert trajectories are kept, belong to what they were trained on, and lead somewhere."""
 
 import dataclasses
 import os
@@ -42,7 +42,7 @@ def files(own_cache):
     return sorted((own_cache / "_experts").rglob("*.safetensors"))
 
 
-def test_they_are_trained_once_and_found_again(references, own_cache):
+def test_experts_are_trained_once_and_found_in_the_cache(references, own_cache):
     first, told = experts(references), []
     written = {path: path.stat().st_mtime_ns for path in files(own_cache)}
     assert len(written) == 2
@@ -56,19 +56,19 @@ def test_they_are_trained_once_and_found_again(references, own_cache):
 @pytest.mark.parametrize(
     "changed", [{"sha256": "of-others"}, {"seed": 1}, {"settings": dataclasses.replace(QUICK, batch_size=5)}]
 )
-def test_of_other_images_settings_or_seeds_they_are_others(references, own_cache, changed):
+def test_experts_of_other_images_settings_or_seeds_are_trained_anew(references, own_cache, changed):
     experts(references)
     experts(references, **changed)
     assert len(files(own_cache)) == 4
 
 
-def test_those_that_see_other_images_are_others(references, colors, own_cache):
+def test_experts_with_another_holdout_are_trained_anew(references, colors, own_cache):
     experts(references)
     experts(TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.4, seed=0))
     assert len(files(own_cache)) == 4
 
 
-def test_more_of_them_or_longer_spans_find_those_that_there_are(references, own_cache):
+def test_more_experts_or_longer_spans_reuse_those_in_the_cache(references, own_cache):
     experts(references)
     told = []
     experts(references, dataclasses.replace(QUICK, count=3, span=4), told=told)
@@ -76,7 +76,7 @@ def test_more_of_them_or_longer_spans_find_those_that_there_are(references, own_
     assert [report.done for report in told] == [9, 10, 11, 12], "the third alone"
 
 
-def test_asked_to_stop_they_keep_what_is_finished(references, own_cache):
+def test_experts_asked_to_stop_keep_the_finished_ones(references, own_cache):
     with pytest.raises(InterruptedRunError), stop_requests() as stop:
 
         def listen(report):
@@ -92,7 +92,7 @@ def test_asked_to_stop_they_keep_what_is_finished(references, own_cache):
     assert ours.ready and len(files(own_cache)) == 2
 
 
-def test_a_damaged_one_is_trained_again_and_only_that_one(references, own_cache):
+def test_only_a_damaged_expert_is_trained_again(references, own_cache):
     experts(references)
     whole, damaged = files(own_cache)
     before, kept = damaged.read_bytes(), whole.stat().st_mtime_ns
@@ -101,24 +101,28 @@ def test_a_damaged_one_is_trained_again_and_only_that_one(references, own_cache)
     assert damaged.read_bytes() == before and whole.stat().st_mtime_ns == kept
 
 
-def test_stretches_are_of_one_way_and_as_long_as_said(references, own_cache):
+def test_segments_come_from_one_trajectory_and_have_the_length_of_the_span(references, own_cache):
     from safetensors.torch import load_file
 
     kept = experts(references)
-    ways = [load_file(path)["parameters"] for path in files(own_cache)]
-    assert all(way.shape == (5, sum(p.numel() for p in build_network("convnet", 2, 16, seed=0).parameters())) for way in ways)
+    trajectories = [load_file(path)["parameters"] for path in files(own_cache)]
+    assert all(
+        trajectory.shape == (5, sum(p.numel() for p in build_network("convnet", 2, 16, seed=0).parameters()))
+        for trajectory in trajectories
+    )
     found = set()
     for seed in range(40):
         start, end = kept.sample_segment(torch.Generator().manual_seed(seed))
         (place,) = [
-            (number, k) for number, way in enumerate(ways) for k in range(3)
-            if torch.equal(way[k], start) and torch.equal(way[k + 2], end)
+            (number, k) for number, trajectory in enumerate(trajectories) for k in range(3)
+            if torch.equal(trajectory[k], start) and torch.equal(trajectory[k + 2], end)
         ]  # fmt: skip
         found.add(place)
     assert found == {(number, k) for number in range(2) for k in range(3)}
 
 
-def test_they_learn_what_the_images_show():
+@pytest.mark.slow
+def test_experts_learn_to_classify_held_out_images():
     prepare("glyphs")
     spec = dataset_spec("glyphs")
     letters = TrainHoldout(load_dataset("glyphs", "train"), spec, held_out=0.1, seed=0)
@@ -135,6 +139,6 @@ def test_they_learn_what_the_images_show():
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"learning_rate": 0.0}, {"span": 25}, {"steps": 995}, {"steps": 10}])
-def test_settings_that_cannot_be_meant(wrong):
+def test_wrong_settings_raise_usage_error(wrong):
     with pytest.raises(UsageError, match=r"ExpertSettings|longer than the experts"):
         ExpertSettings(**wrong)

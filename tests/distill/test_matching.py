@@ -1,4 +1,4 @@
-"""What a refinement makes smaller, against the same worked out another way."""
+"""The losses of feature matching, compared with the same computed in another way."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def assert_same_gradients(found, expected):
     assert expected.abs().max() > 0 and wrong.float().mean() < 0.01
 
 
-def test_the_distance_of_means_is_that_of_each_class(network, embed):
+def test_dm_loss_is_the_sum_of_the_classes_distances(network, embed):
     images, real = draw(6, 1).requires_grad_(), draw(12, 2)
     found = dm_loss(embed, images, real, CLASSES)
     ours, theirs = network.embed(images).chunk(CLASSES), network.embed(real).detach().chunk(CLASSES)
@@ -45,7 +45,7 @@ def test_the_distance_of_means_is_that_of_each_class(network, embed):
     assert_same_gradients(gradient(found, images), gradient(expected, images))
 
 
-def test_the_regression_is_the_ridge_regression_of_weights(network, embed):
+def test_frepo_loss_is_that_of_ridge_regression_solved_for_weights(network, embed):
     images, real = draw(6, 1).requires_grad_(), draw(12, 2)
     found = frepo_loss(embed, images, real, CLASSES, RIDGE)
     ours, theirs = network.embed(images).double(), network.embed(real).double().detach()
@@ -59,7 +59,7 @@ def test_the_regression_is_the_ridge_regression_of_weights(network, embed):
     assert_same_gradients(gradient(found, images), gradient(expected, images))
 
 
-def test_a_regression_on_the_real_images_themselves_is_almost_right(embed):
+def test_frepo_loss_of_the_real_images_themselves_is_almost_zero(embed):
     real = draw(12, 2)
     assert frepo_loss(embed, real, real, CLASSES, 1e-4) < 0.01
     assert frepo_loss(embed, real, draw(12, 3), CLASSES, 1e-4) > 1

@@ -116,6 +116,6 @@ def test_a_pool_that_does_not_fit_is_refused_with_the_size_that_does():
 @pytest.mark.parametrize(
     "wrong", [{"size": -1}, {"updates": 0}, {"max_age": 0}, {"from_step": -1}, {"from_share": 1.5}, {"learning_rate": 0.0}]
 )
-def test_wrong_settings_are_refused(wrong):
+def test_wrong_settings_raise_usage_error(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         PoolSettings(**wrong)

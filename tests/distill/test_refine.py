@@ -1,4 +1,4 @@
-"""Refinement: it does what it is for, goes on where it stopped to the same bits, and loses nothing."""
+"""Refinement improves a set, resumes to the same bits, and loses nothing."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def run(path, folder, steps, settings=QUICK, **options):
     return refine(path, "colors", settings, RefineLimits(steps), folder, **options)
 
 
-def test_what_it_leaves(start, tmp_path):
+def test_refine_leaves_the_set_its_provenance_and_the_set_as_it_was(start, tmp_path):
     before, facts_before = start.read_bytes(), json.loads(start.with_suffix(".json").read_text())
     refined = run(start, tmp_path / "run", 4)
     assert read(start).shape == (4, 3, 16, 16)
@@ -67,7 +67,8 @@ def test_what_it_leaves(start, tmp_path):
     assert refined.accuracy_before == records[0]["accuracy"]
 
 
-def test_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
+@pytest.mark.slow
+def test_refined_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
     prepare("glyphs")
     letters = generate("glyphs", 1, FromReal("random"), tmp_path / "glyphs.pt").tensor
     settings = dataclasses.replace(QUICK, batch_real=16, val_every=1000, val_epochs=0)
@@ -81,7 +82,7 @@ def test_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
     assert distances[1] < 0.9 * distances[0]
 
 
-def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
+def test_a_refinement_that_diverges_stops_and_writes_the_best_set(start, tmp_path):
     before = read(start)
     with pytest.raises(ComputeError, match="diverged at step 1: its pixels"):
         run(start, tmp_path / "run", 9, dataclasses.replace(QUICK, learning_rate=1e6))
@@ -90,7 +91,7 @@ def test_diverging_it_stops_and_the_best_set_is_written(start, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [DM, RANDOM_NETWORKS, WITH_POOL, MTT])
-def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
+def test_a_resumed_refinement_has_the_same_bits_as_one_without_a_stop(start, tmp_path, settings):
     copy = tmp_path / "other" / "colors.pt"
     copy.parent.mkdir()
     copy.write_bytes(start.read_bytes())
@@ -116,7 +117,7 @@ def test_interrupted_and_gone_on_with_it_is_the_same(start, tmp_path, settings):
         ("Trying students' learning rates", MTT, 1),
     ],
 )
-def test_interrupted_while_it_prepares_it_loses_no_step(start, tmp_path, task, settings, after):
+def test_a_refinement_interrupted_while_it_prepares_mtt_loses_no_step(start, tmp_path, task, settings, after):
     copy = tmp_path / "other" / "colors.pt"
     copy.parent.mkdir()
     copy.write_bytes(start.read_bytes())
@@ -137,7 +138,7 @@ def test_interrupted_while_it_prepares_it_loses_no_step(start, tmp_path, task, s
     assert torch.equal(states[0]["images"], states[1]["images"])
 
 
-def test_finished_work_is_not_done_again(start, tmp_path):
+def test_a_finished_refinement_run_again_changes_nothing(start, tmp_path):
     run(start, tmp_path / "run", 3)
     written, records = start.read_bytes(), (tmp_path / "run" / RECORDS_FILE).read_text()
     refined = run(start, tmp_path / "run", 3)
@@ -146,7 +147,7 @@ def test_finished_work_is_not_done_again(start, tmp_path):
 
 
 @pytest.mark.parametrize("objective, method", [("dm", "distribution"), ("frepo", "regression"), ("mtt", "trajectory")])
-def test_what_it_goes_by_is_told(start, tmp_path, objective, method):
+def test_the_provenance_names_the_method_of_each_objective(start, tmp_path, objective, method):
     before = read(start)
     # So slowly that the validations cannot differ, of which the later one then counts.
     settings = dataclasses.replace(MTT, objective=objective, dm_steps=0, ema=0.0, learning_rate=1e-3)
@@ -156,7 +157,7 @@ def test_what_it_goes_by_is_told(start, tmp_path, objective, method):
     assert facts["objective"] == objective and method in facts["method"]
 
 
-def test_means_go_first_and_the_regression_follows(start, tmp_path):
+def test_dm_comes_first_and_frepo_follows(start, tmp_path):
     both = dataclasses.replace(QUICK, dm_steps=2)
     folders = {"both": both, "dm": dataclasses.replace(QUICK, objective="dm")}
     images = {}
@@ -174,7 +175,7 @@ def test_means_go_first_and_the_regression_follows(start, tmp_path):
     )
 
 
-def test_what_is_judged_and_written_is_the_moving_average_of_the_images(start, tmp_path):
+def test_the_moving_average_of_the_images_is_validated_and_written(start, tmp_path):
     x0, states = read(start), []
     for steps in (1, 2):
         settings = dataclasses.replace(QUICK, ema=0.15, val_every=1)
@@ -193,7 +194,7 @@ def test_what_is_judged_and_written_is_the_moving_average_of_the_images(start, t
     assert torch.equal(state["average"], state["images"])
 
 
-def test_displayable_pixels_stay_within_what_a_picture_holds(start, tmp_path):
+def test_displayable_keeps_pixels_within_the_range_of_a_picture(start, tmp_path):
     original = read(start)
     for displayable in (False, True):
         torch.save(10 * original, start)
@@ -206,7 +207,7 @@ def test_displayable_pixels_stay_within_what_a_picture_holds(start, tmp_path):
             assert inside == displayable, name
 
 
-def test_a_set_that_nothing_is_gained_on_is_left_as_it_is(start, tmp_path):
+def test_a_set_that_does_not_improve_is_left_as_it_is(start, tmp_path):
     files = [start.with_suffix(suffix) for suffix in (".pt", ".json", ".png")]
     before = [file.read_bytes() for file in files]
     run(start, tmp_path / "run", 0, QUICK)
@@ -216,7 +217,7 @@ def test_a_set_that_nothing_is_gained_on_is_left_as_it_is(start, tmp_path):
     assert [elsewhere.with_suffix(file.suffix).read_bytes() for file in files] == before
 
 
-def test_a_set_that_only_became_displayable_was_not_refined_by_anything(start, tmp_path):
+def test_a_set_that_only_became_displayable_names_no_method(start, tmp_path):
     torch.save(3 * read(start), start)
     settings = dataclasses.replace(QUICK, displayable=True, objective="frepo", dm_steps=0)
     run(start, tmp_path / "run", 0, settings)
@@ -245,8 +246,8 @@ def test_a_state_from_a_gpu_resumes_on_the_cpu(start, tmp_path, gpu):
     assert run(start, tmp_path / "run", 8, WITH_POOL, device="cuda").steps == 8
 
 
-class TestWhatIsRefused:
-    def test_other_settings_than_it_was_begun_with(self, start, tmp_path):
+class TestRefused:
+    def test_other_settings_than_those_recorded(self, start, tmp_path):
         run(start, tmp_path / "run", 1)
         with pytest.raises(UsageError, match="momentum 0.5, not 0.9"):
             run(start, tmp_path / "run", 2, dataclasses.replace(QUICK, momentum=0.9))
@@ -260,7 +261,7 @@ class TestWhatIsRefused:
                 run(kept, tmp_path / "run", 2, fresh=fresh)
         assert kept.read_bytes() == before
 
-    def test_the_place_of_what_another_refinement_has_made(self, start, colors, tmp_path):
+    def test_out_with_the_result_of_another_refinement(self, start, colors, tmp_path):
         torch.save(3 * read(start), start)
         changing, other = dataclasses.replace(QUICK, displayable=True), tmp_path / "other.pt"
         run(start, tmp_path / "run", 0, changing, out=other)
@@ -314,6 +315,6 @@ class TestWhatIsRefused:
             {"val_epochs": -1},
         ],
     )
-    def test_settings_that_cannot_be_meant(self, wrong):
+    def test_wrong_settings_raise_usage_error(self, wrong):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             dataclasses.replace(QUICK, **wrong)

@@ -29,7 +29,7 @@ def pictures():
     return torch.einsum("nahw,ac,hi,wj->ncij", amplitudes, colors, rows, rows)
 
 
-def test_the_power_1_is_multiplying_by_the_covariance(pictures):
+def test_power_1_multiplies_by_the_covariance(pictures):
     gradients = draw(5, 2)
     covariance = torch.cov(pictures.flatten(1).t(), correction=0)
     expected = (gradients.flatten(1) @ covariance).view_as(gradients) / covariance.diagonal().mean()
@@ -37,29 +37,29 @@ def test_the_power_1_is_multiplying_by_the_covariance(pictures):
     assert (found - expected).norm() < 0.1 * expected.norm()  # by a sample of 4,000, waves are a little correlated
 
 
-def test_the_power_0_leaves_gradients_as_they_are(pictures):
+def test_power_0_leaves_gradients_as_they_are(pictures):
     gradients = draw(5, 2)
     torch.testing.assert_close(Spectrum(pictures, 0.0).weigh(gradients), gradients)
 
 
-def test_half_the_power_twice_is_the_whole(pictures):
+def test_half_the_power_applied_twice_is_the_whole_power(pictures):
     gradients = draw(5, 2)
     half, whole = Spectrum(pictures, 0.5), Spectrum(pictures, 1.0)
     torch.testing.assert_close(half.weigh(half.weigh(gradients)), whole.weigh(gradients))
 
 
-def test_each_image_is_weighed_by_itself(pictures):
+def test_each_image_is_weighted_independently(pictures):
     gradients, spectrum = draw(5, 2), Spectrum(pictures, 0.25)
     torch.testing.assert_close(spectrum.weigh(gradients)[2:3], spectrum.weigh(gradients[2:3]))
 
 
 @pytest.mark.parametrize("pictures", [torch.ones(1, 3, SIDE, SIDE), draw(1, 1).expand(4, -1, -1, -1)], ids=["flat", "alike"])
-def test_pictures_that_are_all_the_same_leave_gradients_as_they_are(pictures):
+def test_identical_images_leave_gradients_as_they_are(pictures):
     gradients = draw(5, 2)
     torch.testing.assert_close(Spectrum(pictures, 0.25).weigh(gradients), gradients)
 
 
-def test_what_no_picture_has_can_still_be_moved():
+def test_frequencies_that_no_image_has_keep_a_small_weight():
     gray = draw(50, 1)[:, :1].expand(-1, 3, -1, -1)
     gradients = torch.zeros(1, 3, SIDE, SIDE)
     gradients[0, 0], gradients[0, 1] = 1.0, -1.0

@@ -1,4 +1,4 @@
-"""A refinement's state: starting over gives back what was there and removes nothing else; its own results are known."""
+"""The state of a refinement: starting over gives back the set as it was and removes nothing else."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def contents(path):
     return [file.read_bytes() for file in vars(set_files(path)).values()]
 
 
-def test_starting_over_gives_back_the_set_as_it_was(start, tmp_path):
+def test_start_over_gives_back_the_set_as_it_was(start, tmp_path):
     before = contents(start)
     run(start, tmp_path / "run", 2)
     refined = contents(start)
@@ -60,7 +60,7 @@ def test_a_kill_while_starting_over_loses_neither_set(start, tmp_path):
     assert contents(start) == before and contents(folder / "refined.pt") == refined
 
 
-def test_the_set_given_up_is_kept_from_where_it_was_written(start, tmp_path):
+def test_start_over_keeps_the_refined_set_from_where_it_was_written(start, tmp_path):
     folder, out, before = tmp_path / "run", tmp_path / "elsewhere" / "colors.pt", contents(start)
     run(start, folder, 2, out=out)
     refined = contents(out)
@@ -71,7 +71,7 @@ def test_the_set_given_up_is_kept_from_where_it_was_written(start, tmp_path):
     assert contents(folder / "refined.pt") == refined, "what no refinement made is no refined set"
 
 
-def test_nothing_is_given_up_for_a_start_that_fails(start, tmp_path):
+def test_a_start_that_fails_discards_nothing(start, tmp_path):
     folder = tmp_path / "run"
     run(start, folder, 2)
     kept = {file: file.read_bytes() for file in (*folder.iterdir(), *start.parent.iterdir())}
@@ -80,7 +80,7 @@ def test_nothing_is_given_up_for_a_start_that_fails(start, tmp_path):
     assert {file: file.read_bytes() for file in (*folder.iterdir(), *start.parent.iterdir())} == kept
 
 
-def test_starting_over_leaves_other_files_alone(start, tmp_path):
+def test_start_over_leaves_other_files_alone(start, tmp_path):
     folder = tmp_path / "run"
     run(start, folder, 1)
     (folder / "notes.txt").write_text("mine")
@@ -105,7 +105,7 @@ def test_the_only_copy_of_a_set_is_never_removed(start, colors, tmp_path):
     assert contents(folder / "before.pt") == before
 
 
-def test_starting_over_knows_its_result_without_the_facts_beside_it(start, tmp_path):
+def test_start_over_recognizes_its_result_without_provenance(start, tmp_path):
     folder, before = tmp_path / "run", contents(start)
     run(start, folder, 2)
     set_files(start).provenance.unlink()
@@ -113,20 +113,20 @@ def test_starting_over_knows_its_result_without_the_facts_beside_it(start, tmp_p
     assert contents(start) == before
 
 
-def test_starting_over_where_nothing_was_begun(start, tmp_path):
+def test_start_over_without_a_refinement_changes_nothing(start, tmp_path):
     before = contents(start)
     start_over(start, tmp_path / "nowhere")
     assert contents(start) == before and not (tmp_path / "nowhere").exists()
 
 
-def test_its_own_result_is_known_without_the_facts_beside_it(start, tmp_path):
+def test_refine_recognizes_its_result_without_provenance(start, tmp_path):
     folder = tmp_path / "run"
     run(start, folder, 2)
     set_files(start).provenance.unlink()
     assert run(start, folder, 3).steps == 3
 
 
-def test_an_earlier_result_is_known(start, tmp_path):
+def test_refine_recognizes_an_earlier_result(start, tmp_path):
     run(start, tmp_path / "run", 2)
     earlier = tmp_path / "earlier" / "colors.pt"
     shutil.copytree(start.parent, earlier.parent)
@@ -134,7 +134,7 @@ def test_an_earlier_result_is_known(start, tmp_path):
     assert run(earlier, tmp_path / "run", 5).steps == 5
 
 
-def test_of_equal_validations_the_later_is_the_best(start, tmp_path):
+def test_the_latest_of_equal_validations_is_the_best(start, tmp_path):
     images = torch.load(start, weights_only=True)
     state = RefinementState.begin(start, images, tmp_path / "run", dataclasses.asdict(SETTINGS), "hash")
     for step, accuracy in ((0, 0.1), (2, 0.3), (4, 0.3), (6, 0.2)):

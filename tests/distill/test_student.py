@@ -1,4 +1,4 @@
-"""A student's gradient is what it is said to be, and following it brings the student nearer to the expert."""
+"""The gradient of trajectory matching is right, and following it brings the student nearer to the expert."""
 
 import dataclasses
 
@@ -63,7 +63,7 @@ def distance(spec, images, way, *, steps=1, lr=RATE, seed=0):
     return student(spec, steps).match(images, *way, lr, draws(seed), with_gradient=False).distance
 
 
-def test_of_one_step_the_gradient_says_how_the_distance_changes(spec, images, way):
+def test_the_gradient_of_one_step_predicts_how_the_distance_changes(spec, images, way):
     gradient = student(spec).match(images, *way, RATE, draws()).gradient
     step = 0.1 * gradient / gradient.norm()
     rise = (distance(spec, images + step, way) - distance(spec, images - step, way)) / 2
@@ -71,7 +71,7 @@ def test_of_one_step_the_gradient_says_how_the_distance_changes(spec, images, wa
     assert rise > 0
 
 
-def test_it_leads_down_as_automatic_differentiation_of_gradients_does(spec, images, way):
+def test_the_gradient_leads_down_as_automatic_differentiation_does(spec, images, way):
     """The latter step by step, at the places that the student came by; it does not see where a ReLU sets in."""
     steps = 3
     gradient = student(spec, steps).match(images, *way, RATE, draws()).gradient
@@ -102,7 +102,7 @@ def _drawn(spec, steps):
     return rows, torch.randint(2**62, (steps,), generator=generator).tolist()
 
 
-def test_each_step_goes_by_one_image_of_each_class_and_all_have_their_turn(spec):
+def test_each_step_takes_one_image_of_each_class_until_all_were_taken(spec):
     rows, _ = _drawn(spec, 5)
     assert all([row // 2 for row in batch.tolist()] == [0, 1, 2] for batch in rows)
     for pair in (rows[:2], rows[2:4]):
@@ -113,12 +113,12 @@ def test_each_step_goes_by_one_image_of_each_class_and_all_have_their_turn(spec)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"images_per_class": 0}, {"lr_momentum": 0.0}, {"lr_momentum": 1.5}])
-def test_settings_that_cannot_be_meant(wrong):
+def test_wrong_settings_raise_usage_error(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         StudentSettings(**wrong)
 
 
-def test_following_the_gradient_brings_the_student_nearer(spec, images, way):
+def test_a_step_along_the_gradient_brings_the_student_nearer(spec, images, way):
     of_four = student(spec, 4)
     before = of_four.match(images, *way, RATE, draws())
     nearer = images - 2 * before.gradient / before.gradient.norm()
@@ -126,19 +126,19 @@ def test_following_the_gradient_brings_the_student_nearer(spec, images, way):
     assert of_four.match(images, *way, RATE, draws()).distance == before.distance, "of the same draws"
 
 
-def test_the_best_lr_is_the_best_of_one_step(spec, images, way):
+def test_the_best_learning_rate_is_the_best_of_one_step(spec, images, way):
     best = student(spec).match(images, *way, RATE, draws(), with_gradient=False).best_lr
     least = distance(spec, images, way, lr=best)
     assert all(distance(spec, images, way, lr=factor * best) > least for factor in (0.8, 1.2))
     assert 0 < least < 1
 
 
-def test_the_best_lr_stays_positive_where_the_images_lead_astray(spec, images, way):
+def test_the_best_learning_rate_stays_positive_for_wrong_images(spec, images, way):
     wrong = images.roll(2, dims=0)  # every class shows another
     assert 0 < student(spec).match(wrong, *way, RATE, draws(), with_gradient=False).best_lr < 1e-3
 
 
-def test_a_network_is_moved_where_it_lies(way):
+def test_loading_parameters_keeps_the_network_where_it_lies(way):
     network = build_network("convnet", 3, 16, seed=7)
     where = [parameter.data_ptr() for parameter in network.parameters()]
     load_flat_parameters(network, way[1])
