@@ -50,7 +50,7 @@ def read_image_folder(tree: Tree, top: str, test_split: str | None) -> Source | 
     fit: classes that only one split has, annotations that name what is not there, images without a class.
     """
     spelled = {name.lower(): _join(top, name) for name in tree.folders[top][0]}
-    found = {name: spelled[name] for names in SPLIT_NAMES.values() for name in names if name in spelled}
+    found = {name: _inner(tree, spelled[name], name) for names in SPLIT_NAMES.values() for name in names if name in spelled}
     if not found:
         return None
     train_folder = next((found[name] for name in SPLIT_NAMES["train"] if name in found), None)
@@ -71,6 +71,13 @@ def read_image_folder(tree: Tree, top: str, test_split: str | None) -> Source | 
         for name, word in (("train", train), ("test", test))
     }
     return _described(tree, top, tuple(sorted(spelled.values())), files, notes)
+
+
+def _inner(tree: Tree, folder: str, name: str) -> str:
+    """The folder itself or, in archives that were unpacked into a folder of their own name, the one below it."""
+    folders, files = tree.folders[folder]
+    inside = [f"{folder}/{below}" for below in folders if below.lower() == name]
+    return inside[0] if len(folders) == 1 and not files and inside and tree.folders[inside[0]][0] else folder
 
 
 def _described(
@@ -226,7 +233,9 @@ def _lines(tree: Tree, path: str) -> Iterator[tuple[int, str]]:
 
 
 def _decoded(data: bytes) -> str:
-    """Text as editors save it: UTF-8 or UTF-16, with or without a byte order mark, else an 8-bit encoding of Windows."""
+    """Text as editors save it: UTF-8, UTF-16 or UTF-32, else an 8-bit encoding of Windows."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return data.decode("utf-32", "replace")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "replace")
     if b"\0" in data[:2]:  # ASCII letters in UTF-16 have one byte that is zero

@@ -64,6 +64,10 @@ class TestImageFolders:
         source = find(write_tree(moved))
         assert source.class_names == ("cat", "dog") and source.splits["test"].labels == (0, 0, 1, 1)
 
+    def test_splits_unpacked_into_folders_of_their_own_names_are_found(self, write_tree, photos, find):
+        source = find(write_tree({f"{path.partition('/')[0]}/{path}": data for path, data in photos.items()}))
+        assert source.class_names == ("cat", "dog") and source.splits["test"].names[0] == "test/test/cat/0.png"
+
     def test_classes_are_sorted_as_strings(self, write_tree, picture, find):
         names = ["b", "10", "9", "Z"]
         source = find(write_tree({f"{s}/{n}/1.png": picture() for s in ("train", "test") for n in names}))
@@ -220,6 +224,7 @@ class TestTinyImageNet:
             codecs.BOM_UTF16_BE + ANNOTATIONS.encode("utf-16-be"),
             ANNOTATIONS.encode("utf-16-le"),
             ANNOTATIONS.encode("utf-16-be"),
+            ANNOTATIONS.encode("utf-32"),
             codecs.BOM_UTF8 + ANNOTATIONS.replace("\n", "\r\n\r\n").encode(),
             b"val_0.JPEG\tn02\nval_1.JPEG\tn01\n",
             b"val_0.JPEG n02\nval_1.JPEG n01\n",

@@ -1,10 +1,13 @@
 """Sources, recognized by content wherever the layout lies, and the challenge's reference files."""
 
 import gzip
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ddkit.challenge import CIFAR100, TINYIMAGENET
 from ddkit.data.class_names import CLASS_NAMES
@@ -146,6 +149,40 @@ class TestReferenceFiles:
         torch.save({"images_val": Code(), "labels_val": 1}, tmp_path / "x.pt")
         with pytest.raises(BadDataError, match="has no images_val"):
             find(tmp_path / "x.pt")
+
+
+WORDS = ["train", "val", "test", "images", "cat", "dog", "meta", "data", "a", "Cat", "1.png", "2.png", "train.npy", "x.zip"]
+WORDS += ["val_annotations.txt", "words.txt", "wnids.txt", "x.parquet", "test.parquet", "x.tar", "train.npz", "README.md", ".."]
+CONTENTS = [
+    b"",
+    b"1.png\tcat\n",
+    b"cat dog\n",
+    b"PK\x05\x06" + bytes(18),
+    b"\x1f\x8b",
+    b"\x93NUMPY\x01",
+    b"PAR1PAR1",
+    b"\x80\x04.",
+]
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map("/".join), st.sampled_from(CONTENTS), max_size=12
+    )
+)
+def test_whatever_a_zip_holds_it_is_a_dataset_or_one_error(tmp_path, find, files):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    try:
+        source = find(path)
+    except (BadDataError, MissingDataError) as error:
+        assert error.message
+    else:
+        assert all(set(split.labels) == set(range(len(source.class_names))) for split in source.splits.values())
 
 
 @pytest.mark.parametrize(
