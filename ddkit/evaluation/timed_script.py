@@ -1,4 +1,4 @@
-"""Track 2's entries as scripts: run on the clock, in processes of their own."""
+"""Track 2 entries as scripts, run on the clock in separate processes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.torch_file import TorchFileError, load_tensors
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_LINES_OF_OUTPUT = 3  # quoted of a script that failed
+_LINES_OF_OUTPUT = 3  # that are quoted if a script fails
 
 
 @dataclass(frozen=True)
 class ScriptEntry:
-    """The entry that `python script --dataset NAME --out FILE --time-budget SECONDS --seed N` is.
+    """An entry that runs as `python script --dataset NAME --out FILE --time-budget SECONDS --seed N`.
 
-    The script writes {"images": (N, 3, S, S) float32 normalized, "labels": (N,) int64} with torch.save.
-    arguments: more of them. python: the interpreter and its own options.
-    environment, folder: its variables and its working folder; ours where None.
-    progress: hears of the seconds as they are spent.
+    The script writes {"images": (N, 3, S, S) float32 normalized or uint8 pixels, "labels": (N,) int64} with torch.save.
+    arguments: further arguments of the script. python: the interpreter and its options.
+    environment, folder: the script's environment variables and working folder; None takes those of this process.
+    progress: called with the seconds spent.
     """
 
     script: Path
@@ -44,10 +44,10 @@ class ScriptEntry:
     progress: Listener = ignore
 
     def __call__(self, seed: int, budget: float) -> Generated:
-        """Run it once. The seconds are those from before its start to its end, without reading what it made.
+        """Run the script once. Its seconds count from before its start to its end, without reading its file.
 
-        Raises InvalidSubmissionError where it overruns its budget or leaves nothing readable, ComputeError with its last
-        words where it fails, InterruptedRunError once asked to stop.
+        Raises InvalidSubmissionError if it exceeds its budget or leaves no readable file, ComputeError with its last lines
+        of output if it fails, InterruptedRunError once asked to stop.
         """
         with tempfile.TemporaryDirectory(prefix="ddkit-entry-") as temporary:
             out = Path(temporary) / "images.pt"
@@ -56,11 +56,11 @@ class ScriptEntry:
             seconds = self._run(command, budget, Path(temporary) / "output.txt")
             return Generated(*_read(out), seconds)
 
-    def _run(self, command: list[str], budget: float, said: Path) -> float:
-        """Run it to its end, its output going to `said`. Returns the seconds that it took."""
+    def _run(self, command: list[str], budget: float, log: Path) -> float:
+        """Run the command to its end, with its output in `log`. Returns the seconds that it took."""
         began = time.monotonic()
-        # A session of its own, so that the processes it starts can be ended with it.
-        with said.open("wb") as output, stop_requests() as stop, subprocess.Popen(
+        # In a new session, so that the processes it starts can be ended with it.
+        with log.open("wb") as output, stop_requests() as stop, subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True
         ) as process:  # fmt: skip
             try:
@@ -69,10 +69,10 @@ class ScriptEntry:
                 _end(process)
         seconds = time.monotonic() - began
         if process.returncode != 0:
-            words = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LINES_OF_OUTPUT:]
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LINES_OF_OUTPUT:]
             raise ComputeError(
                 f"{self.script} ended with status {process.returncode} after {seconds:.0f} s of a budget of {budget:g} s.",
-                "It said: " + " | ".join(words) if words else "",
+                "Its last output: " + " | ".join(lines) if lines else "",
             )
         return seconds
 
@@ -82,14 +82,16 @@ class ScriptEntry:
             if spent > budget:
                 raise overrun(str(self.script), "was still running", budget)
             if stop:
-                raise InterruptedRunError("Interrupted while images were generated.", "Run the same again: they are made anew.")
+                raise InterruptedRunError(
+                    "Interrupted while images were generated.", "Run the same command again to generate them from the start."
+                )
             self.progress(Progress(f"generating {self.dataset}", spent, budget, "s"))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_SECONDS_BETWEEN_LOOKS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End it and what it started; nothing, where all have ended."""
+    """End the process and those that it started, if any still run."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""The challenge's augmentation: one of six strategies for a whole batch, its parameters drawn per image.
+"""Differentiable augmentation (DSA, arXiv 2102.08259) as the challenge uses it: one of six strategies for a whole batch.
 
-Every operation takes its parameters as tensors, one number an image, and works on the batch at once;
+Every operation takes its parameters as tensors, one number per image, and works on the batch at once;
 `random_augment` draws them. All values are in normalized space, so zero is the dataset's mean color.
 Source: PROTOCOL.md, "Augmentation, once per training batch".
 """
@@ -8,6 +8,7 @@ Source: PROTOCOL.md, "Augmentation, once per training batch".
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -72,21 +73,31 @@ def crop(images: Tensor, shift_x: Tensor, shift_y: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, offset_x: Tensor, offset_y: Tensor) -> Tensor:
-    """Set to zero a square of half the side that begins half of itself before (offset_x, offset_y), (N,) int64.
+    """Set to zero a square of half the image's side, centered at (offset_x, offset_y), (N,) int64.
 
-    The official code clamps each index of the square to the image, so a square that reaches over
-    the border also blanks the border's own row or column; the interval below does the same.
+    The official code clamps each index of the square to the image, so a square that reaches over the border also blanks
+    the row or column at the border. The interval below does the same.
     """
     size = images.shape[-1]
     blank = _blank(offset_x, size, images.device)[:, :, None] & _blank(offset_y, size, images.device)[:, None, :]
     return images.masked_fill(blank[:, None], 0.0)
 
 
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "crop": crop,
+    "cutout": cutout,
+    "flip": flip,
+    "scale": scale,
+    "rotate": rotate,
+}
+
+
 def random_augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Apply one strategy, drawn uniformly for the batch, with parameters drawn for each image.
 
-    images: (N, 3, S, S) normalized float, left as it is. generator: on the CPU, whatever the images' device,
-    so that the draws do not depend on where the images are and cost no synchronization. Returns a new tensor.
+    images: (N, 3, S, S) normalized float, not changed. generator: on the CPU for images on any device, so that the draws
+        do not depend on the device, and a GPU is not waited for.
+    Returns a new tensor.
     """
     strategy = draw_strategy(generator)
     parameters = draw(strategy, len(images), images.shape[-1], generator)
@@ -95,11 +106,11 @@ def random_augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def draw_strategy(generator: torch.Generator) -> str:
     """One of the six, uniformly."""
-    return AUGMENT_STRATEGIES[_integers(len(AUGMENT_STRATEGIES), 1, generator).item()]
+    return AUGMENT_STRATEGIES[int(_integers(len(AUGMENT_STRATEGIES), 1, generator))]
 
 
 def draw(strategy: str, n: int, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Parameters of `strategy` for `n` images of side `size`, each (n,), as its operations take them."""
+    """Parameters of `strategy` for `n` images of side `size`, each (n,), in the order of its operations' arguments."""
     if strategy == "color":
         return [_uniform(n, generator) for _ in range(3)]
     if strategy == "crop":
@@ -114,7 +125,7 @@ def draw(strategy: str, n: int, size: int, generator: torch.Generator) -> list[T
         return [_uniform(n, generator) * (AUGMENT_SCALE - smallest) + smallest for _ in range(2)]
     if strategy == "rotate":
         return [(_uniform(n, generator) - 0.5) * 2 * math.radians(AUGMENT_ROTATE_DEGREES)]
-    raise ValueError(f"no augmentation strategy '{strategy}'")
+    raise ValueError(f"unknown augmentation strategy '{strategy}'")
 
 
 def apply(strategy: str, images: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -124,7 +135,13 @@ def apply(strategy: str, images: Tensor, parameters: list[Tensor]) -> Tensor:
         for operation, uniform in zip((brightness, saturation, contrast), parameters, strict=True):
             images = operation(images, uniform)
         return images
-    operations = {"crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
+    operations: dict[str, Callable[..., Tensor]] = {
+        "crop": crop,
+        "cutout": cutout,
+        "flip": flip,
+        "scale": scale,
+        "rotate": rotate,
+    }
     return operations[strategy](images, *parameters)
 
 
@@ -139,7 +156,7 @@ def _cutout_side(size: int) -> int:
 
 
 def _blank(offset: Tensor, size: int, device: torch.device) -> Tensor:
-    """(N, size) bool: whether a row (or column) is among the clamped indices of the square at `offset` (N,)."""
+    """(N, size) bool: true for rows (or columns) among the clamped indices of the square at `offset` (N,)."""
     side = _cutout_side(size)
     first = offset[:, None] - side // 2
     places = _places(size, device)

@@ -32,7 +32,7 @@ class ConvNet(nn.Module):
         for _ in range(NETWORK_DEPTH):
             layers += [
                 nn.Conv2d(channels, NETWORK_WIDTH, kernel_size=3, padding=1),
-                # One group a channel: instance norm, with an affine map as the official network has it.
+                # One group per channel is instance norm, here with an affine map as in the official network.
                 nn.GroupNorm(NETWORK_WIDTH, NETWORK_WIDTH),
                 nn.ReLU(inplace=True),
                 nn.AvgPool2d(2),

@@ -1,15 +1,19 @@
-"""Networks by name: the challenge's own, and others for cross-architecture numbers, which are not official."""
+"""Networks by name: the official one, and others for cross-architecture numbers, which are not official."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ddkit.errors import UsageError, did_you_mean
 from ddkit.network.convnet import ConvNet
+
+if TYPE_CHECKING:
+    from torchvision.models.resnet import ResNet
 
 OFFICIAL_NETWORK = "convnet"
 _INITIALIZING = threading.Lock()
@@ -18,10 +22,10 @@ _INITIALIZING = threading.Lock()
 def build_network(name: str, num_classes: int, image_size: int, *, seed: int) -> nn.Module:
     """The network `name` (one of NETWORKS) with PyTorch's default initialization drawn from `seed`.
 
-    Raises UsageError, offering the nearest name, when there is none of that name.
+    Raises UsageError that offers the nearest name if there is no such network.
     """
     if name not in NETWORKS:
-        raise UsageError(f"There is no network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
+        raise UsageError(f"Unknown network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
     # Modules initialize themselves from the global generator, which is left as it was; one thread at a time.
     with _INITIALIZING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -35,11 +39,11 @@ def _instance_norm(channels: int) -> nn.Module:
 def _resnet(blocks: list[int], pooling: bool = False) -> Callable[[int, int], nn.Module]:
     """A torchvision residual network with instance norm.
 
-    pooling: "AP", average pooling in place of strided convolution.
+    pooling: average pooling ("AP") in place of strided convolution.
     Up to 64 pixels the stem is a 3x3 convolution of stride 1 without pooling, as in the cross-architecture tables of
-    arXiv 2006.05929, arXiv 2102.08259 and later work; those differ among themselves in the last pooling, here it is
-    global. Larger images have torchvision's own stem, or with pooling that of arXiv 2205.14959 and arXiv 2311.15529: a
-    3x3 convolution and 2x2 pooling up to 128 pixels, a 7x7 convolution and 4x4 pooling above.
+    arXiv 2006.05929, arXiv 2102.08259 and later work. The last pooling is global; those papers differ there. Larger
+    images have torchvision's stem, or, with pooling, that of arXiv 2205.14959 and arXiv 2311.15529: a 3x3 convolution
+    and 2x2 pooling up to 128 pixels, a 7x7 convolution and 4x4 pooling above.
     """
 
     def build(num_classes: int, image_size: int) -> nn.Module:
@@ -57,21 +61,22 @@ def _resnet(blocks: list[int], pooling: bool = False) -> Callable[[int, int], nn
     return build
 
 
-def _replace_stem(network: nn.Module, kernel: int, pool: int) -> None:
-    """A first convolution of stride 1, and average pooling after its norm and ReLU."""
-    network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel, padding=kernel // 2, bias=False)
+def _replace_stem(network: ResNet, kernel: int, pool: int) -> None:
+    """Put in a first convolution of stride 1, and average pooling after its norm and ReLU."""
+    network.conv1 = nn.Conv2d(3, 64, kernel, padding=kernel // 2, bias=False)
     network.maxpool = nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
 
 
-def _pool_instead_of_striding(network: nn.Module) -> None:
-    """Give every 3x3 convolution of stride 2 stride 1, with the pooling after its norm and ReLU; the 1x1 likewise."""
+def _pool_instead_of_striding(network: ResNet) -> None:
+    """Give every 3x3 convolution of stride 2 stride 1, with pooling after its norm and ReLU; the 1x1 ones likewise."""
+    from torchvision.models.resnet import BasicBlock
+
     for block in network.modules():
-        if getattr(block, "downsample", None) is None or block.conv1.stride == (1, 1):
-            continue
-        block.conv1.stride = (1, 1)
-        block.conv2 = nn.Sequential(nn.AvgPool2d(2), block.conv2)
-        block.downsample[0].stride = (1, 1)
-        block.downsample.insert(1, nn.AvgPool2d(2))
+        if isinstance(block, BasicBlock) and block.downsample is not None and block.conv1.stride != (1, 1):
+            block.conv1.stride = (1, 1)
+            block.conv2 = nn.Sequential(nn.AvgPool2d(2), block.conv2)
+            block.downsample[0].stride = (1, 1)
+            block.downsample.insert(1, nn.AvgPool2d(2))
 
 
 class _AlexNet(nn.Module):
@@ -93,7 +98,7 @@ class _AlexNet(nn.Module):
 
 
 def _vgg11(num_classes: int, image_size: int) -> nn.Module:
-    """torchvision's VGG-11 convolutions with instance norm, and one linear layer after global average pooling."""
+    """VGG-11's convolutions from torchvision with instance norm, and one linear layer after global average pooling."""
     from torchvision.models.vgg import cfgs, make_layers
 
     features = make_layers(cfgs["A"], batch_norm=True)
