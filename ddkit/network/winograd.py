@@ -151,17 +151,19 @@ class WinogradEngine:
     @torch.no_grad()
     def _collect(self, batch: _Batch, workers: list[_Worker]) -> None:
         """Sum the workers' gradients, in their order, into the parameters' `.grad`."""
-        features, classifier = self._network.features, self._network.classifier
         total = functools.reduce(_Gradients.add_, [worker.gradients for worker in workers])
-        _set_gradient(features[0].weight, total.first.t().reshape(features[0].weight.shape))
+        gradients = {
+            "features.0.weight": total.first.t().reshape(NETWORK_WIDTH, 3, 3, 3),
+            "classifier.weight": batch.logit_gradients.t() @ batch.embedding,
+            "classifier.bias": batch.logit_gradients.sum(0),
+        }
         for place, tiles in zip((4, 8), total.tiles, strict=True):
-            _set_gradient(features[place].weight, _from_tiles(tiles))
+            gradients[f"features.{place}.weight"] = _from_tiles(tiles)
         for place, (weight, bias) in zip((1, 5, 9), total.norms, strict=True):
-            _set_gradient(features[place].weight, weight)
-            _set_gradient(features[place].bias, bias)
-            _set_gradient(features[place - 1].bias, torch.zeros_like(bias))
-        _set_gradient(classifier.weight, batch.logit_gradients.t() @ batch.embedding)
-        _set_gradient(classifier.bias, batch.logit_gradients.sum(0))
+            gradients |= {f"features.{place}.weight": weight, f"features.{place}.bias": bias}
+            gradients[f"features.{place - 1}.bias"] = torch.zeros_like(bias)
+        for name, parameter in self._network.named_parameters():
+            _set_gradient(parameter, gradients[name])
 
 
 _Planes = tuple[Tensor, int]  # of transformed tiles, (36, tiles, 128), and the distance of two planes in values
@@ -172,19 +174,19 @@ class _Weights:
 
     @torch.no_grad()
     def __init__(self, network: ConvNet, plan: EnginePlan, *, backward: bool) -> None:
-        features, dtype = network.features, _STORED[plan.precision]
-        first = features[0].weight.reshape(NETWORK_WIDTH, _TAPS)
+        parameters, dtype = dict(network.named_parameters()), _STORED[plan.precision]
+        first = parameters["features.0.weight"].reshape(NETWORK_WIDTH, _TAPS)
         self.first = _in_words(first.t(), dtype)
         self.first_rows = _in_words(F.pad(first, (0, _COLUMN - _TAPS)), dtype)
         # For blocks 2 and 3: what the inputs' tiles are multiplied by, and on the way back the gradients' tiles.
-        convolutions = [features[place].weight for place in (4, 8)]
+        convolutions = [parameters[f"features.{place}.weight"] for place in (4, 8)]
         self.tiles = [_factor(weight, plan) for weight in convolutions]
         self.tiles_back: list[Tensor] = []
         if backward and plan.products == "own":
             self.tiles_back = [_factor(weight.transpose(0, 1), plan) for weight in convolutions]
         elif backward:
             self.tiles_back = [tiles.transpose(1, 2) for tiles in self.tiles]
-        self.norms = torch.stack([parameter for place in (1, 5, 9) for parameter in features[place].parameters()])
+        self.norms = torch.stack([parameters[f"features.{place}.{name}"] for place in (1, 5, 9) for name in ("weight", "bias")])
         self.classifier = network.classifier.weight.detach()
         self.classifier_bias = network.classifier.bias.detach()
 
@@ -321,6 +323,7 @@ class _Worker:
             self._backward_to_images(images[rows], embedding_gradients[rows], image_gradients[rows], weights, maps)
 
     def _cross_entropy(self, batch: _Batch, start: int, end: int, logits: Tensor) -> None:
+        assert batch.labels is not None, "only batches to train on have a loss"
         labels = batch.labels[start:end, None]
         log_probabilities = logits.log_softmax(1)
         batch.losses[start:end] = -log_probabilities.gather(1, labels)[:, 0]
