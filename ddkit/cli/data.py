@@ -52,7 +52,7 @@ def list_datasets(output: Output) -> None:
     for row in rows:
         counts = [f"{row[split]:,}" if row[split] else "-" for split in ("train", "test")]
         table.add_row(row["name"], str(row["classes"] or "-"), str(row["image_size"] or "-"), *counts, escape(row["state"]))
-    output.say(f"Prepared datasets are kept in {escape(str(cache_folder()))}.")
+    output.note(f"Prepared datasets are kept in {escape(str(cache_folder()))}.")
     output.result(rows, table)
 
 
@@ -101,16 +101,16 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     if source is None:
         store.dataset_spec(name)  # an unknown name is refused before anything is said
     made_before = _date_of(name)
-    output.say(f"Preparing {escape(name)} {escape(_origin(name, source))} in {escape(str(folder))}.")
-    prepare_dataset(name, source, force=force, progress=output.listen, **options)
+    output.note(f"Preparing {escape(name)} {escape(_origin(name, source))} in {escape(str(folder))}.")
+    prepare_dataset(name, source, force=force, progress=output.progress, **options)
     facts = store.store_facts(name)
     for split, split_facts in facts.splits.items():
         if split_facts.skipped:
-            output.say(f"[yellow]left out[/yellow] of {split}: {escape(', '.join(split_facts.skipped))}")
+            output.note(f"[yellow]left out[/yellow] of {split}: {escape(', '.join(split_facts.skipped))}")
     output.result(_as_json(facts, folder), _summary(facts))
     if facts.prepared == made_before:
-        output.say(f"It was prepared already, in {escape(str(folder))}; --force prepares it again.")
-    output.done([folder] if facts.prepared != made_before else [], f"ddkit train --dataset {name}")
+        output.note(f"It was prepared already, in {escape(str(folder))}; --force prepares it again.")
+    output.finish([folder] if facts.prepared != made_before else [], f"ddkit train --dataset {name}")
 
 
 @data.command(
@@ -133,15 +133,15 @@ def show(output: Output, name: str, split: str, per_class: int, classes: str | N
     from ddkit.data.prepare import open_dataset
     from ddkit.sets.contact_sheet import contact_sheet, save_png
 
-    output.say(f"Drawing the first {per_class} {split} images of each class of {escape(name)}.")
-    images = open_dataset(name, split, progress=output.listen)
+    output.note(f"Drawing the first {per_class} {split} images of each class of {escape(name)}.")
+    images = open_dataset(name, split, progress=output.progress)
     titles = store.class_titles(name)
     chosen = store.find_classes(name, classes.split(",")) if classes else range(len(titles))
     sheet = contact_sheet(*_first_images(images, chosen, per_class), titles, per_class=per_class)
     out = out or Path(f"{name}-{split}.png")
     save_png(sheet, out)
     output.result({"out": str(out), "classes": [images.class_names[label] for label in chosen]})
-    output.done([out], f"ddkit train --dataset {name}")
+    output.finish([out], f"ddkit train --dataset {name}")
 
 
 def _first_images(images: ImageSet, labels: Any, per_class: int) -> tuple[Any, Any]:

@@ -129,13 +129,12 @@ def _is_finished(request: _Request) -> bool:
         return False
     if request.source is None:
         return set(facts.splits) == set(store.SPLITS)
-    same_source = request.origin["path"] == facts.source.get("path") and request.image_size in (None, facts.image_size)
-    if not same_source or request.test_split not in (None, facts.source.get("test_split")):
-        earlier = facts.source.get("path") or facts.source.get("kind")
-        raise UsageError(
-            f"'{request.name}' is already prepared from {earlier}, at {facts.image_size} pixels.",
-            "Add --force to replace it, or choose another name.",
-        )
+    earlier = f"'{request.name}' is already prepared from {facts.source.get('path') or facts.source.get('kind')}"
+    remedy = "Add --force to replace it, or choose another name."
+    if request.origin["path"] != facts.source.get("path") or request.image_size not in (None, facts.image_size):
+        raise UsageError(f"{earlier}, at {facts.image_size} pixels.", remedy)
+    if request.test_split not in (None, facts.source.get("test_split")):
+        raise UsageError(f"{earlier}, without --test-split {request.test_split}.", remedy)
     return True
 
 

@@ -182,6 +182,15 @@ class TestFinishedWork:
         prepare("pets", other, force=True)
         assert load_dataset("pets", "train").images[0, :, 0, 0].tolist() == [250, 0, 0]
 
+    def test_another_test_split_without_force_is_refused(self, write_tree, photos, picture):
+        path = write_tree({**photos, "val/cat/v.png": picture(), "val/dog/v.png": picture()})
+        prepare("pets", path)
+        with pytest.raises(UsageError, match="already prepared from .*, without --test-split val"):
+            prepare("pets", path, test_split="val")
+        prepare("pets", path, test_split="val", force=True)
+        assert len(load_dataset("pets", "test")) == 2
+        prepare("pets", path, test_split="val")
+
     def test_damaged_store_is_made_again(self, pets, tmp_path):
         folder, before = pets
         (folder / "train.safetensors").write_bytes(b"damaged")
