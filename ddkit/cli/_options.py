@@ -15,7 +15,7 @@ from ddkit.cli._output import Output
 from ddkit.results import RESULTS_FILE
 
 SUBMISSION_FOLDER = Path("submission")
-ENTRY_FILE = Path("track2.zip")
+BUNDLE_FILE = Path("track2.zip")
 RUNS_FOLDER = Path("runs")
 
 

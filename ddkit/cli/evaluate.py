@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ddkit.challenge import TRACKS
 from ddkit.cli._options import (
-    ENTRY_FILE,
+    BUNDLE_FILE,
     RUNS_FOLDER,
     SUBMISSION_FOLDER,
     Duration,
@@ -131,7 +131,7 @@ def evaluate(
     """
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.evaluation.job import JobSettings, evaluate_files
-    from ddkit.packing.bundle import opened_generators
+    from ddkit.packing.bundle import open_generators
     from ddkit.runtime.environment import is_main
 
     of_job = ("dataset", "name", "reference", "ranking", "full_epochs_setting", "ignore_codes", "results")
@@ -139,7 +139,7 @@ def evaluate(
     evaluation = EvaluationSettings(track=int(track), augment=not options.pop("no_augment"), **options)
     settings = JobSettings(evaluation, **job, state=StateFolder(state, save_every))
     output.quiet = output.quiet or not is_main()
-    with opened_generators((sets or (ENTRY_FILE,)) if track == "2" else (), settings.dataset) as generators:
+    with open_generators((sets or (BUNDLE_FILE,)) if track == "2" else (), settings.dataset) as generators:
         outcome = evaluate_files(
             generators or sets,
             settings,

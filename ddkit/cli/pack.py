@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 from rich.markup import escape
-from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS
-from ddkit.cli._entry import entry_options, pack_track_2
+from ddkit.cli._bundle import bundle_options, files_table, pack_track_2
 from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, output_options
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
@@ -21,33 +20,37 @@ if TYPE_CHECKING:
 
 _OF_TRACK_1 = ("folder", "strict", "ignored")
 _OF_BOTH = ("track", "out")
-_ORDER_NOT_COMPARED = "L011"  # a remark that the last look before the upload should not miss
+_ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
 
 
-@click.command(epilog=example("ddkit pack submission --out my-entry.zip\nddkit pack --track 2 --tuned"))
+@click.command(
+    short_help="Pack the zip to upload.",
+    epilog=example("ddkit pack submission --out my-entry.zip\nddkit pack --track 2 --tuned"),
+)
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=SUBMISSION_FOLDER)
 @click.option(
     "--track",
     type=click.Choice(["1", "2"]),
     default="1",
     show_default=True,
-    help="Track 2 bundles the trained models with a script that samples them.",
+    help="Track of the challenge; 2 bundles the trained models with a script that samples them.",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The zip to write.  [default: submission.zip; track2.zip on track 2]",
+    help="Zip to write.",
+    show_default="submission.zip; track2.zip on track 2",
 )
-@click.option("--strict", is_flag=True, help="Refuse to pack what has warnings.")
+@click.option("--strict", is_flag=True, help="Refuse a submission that has warnings.")
 @click.option(
     "--ignore",
     "ignored",
     multiple=True,
     type=FindingCode(),
     metavar="CODE",
-    help="Pack in spite of findings of this code; repeatable.",
+    help="Ignore findings of this code; repeatable.",
 )
-@entry_options
+@bundle_options
 @output_options
 @click.pass_context
 def pack(
@@ -62,11 +65,11 @@ def pack(
 ) -> None:
     """Check FOLDER and write the submission zip, with the tensors at its root.
 
-    The zip is read back as the scorer reads it. What `ddkit check` refuses is not packed, and an earlier zip
-    stays as it was. The same tensors always make the same zip.
+    The zip is read back as the scorer reads it. If `ddkit check` refuses the submission, nothing is packed and an earlier
+    zip stays as it was. The same tensors always make the same zip.
 
-    On track 2 the models are bundled with a stand-alone generate.py. The bundle is unpacked into an empty folder and
-    run there without ddkit, and what it made is checked, before the zip takes its place.
+    On track 2 the models are bundled with a stand-alone generate.py. Before the zip takes its place, the bundle is
+    unpacked into an empty folder and run there without ddkit, and the images it makes are checked.
     """
     _refuse_options_of_the_other_track(ctx, track)
     if track == "2":
@@ -76,41 +79,36 @@ def pack(
 
 
 def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
-    """An option that would do nothing is a misunderstanding."""
+    """Raise UsageError for an option that would do nothing."""
     common = {*_OF_BOTH, "as_json", "quiet", "verbose", "debug", "help"}
     for parameter in ctx.command.params:
         name = str(parameter.name)
         if name in common or (name in _OF_TRACK_1) == (track == "1"):
             continue
         if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
-            raise UsageError(f"{parameter.opts[0]} is not of track {track}.", "See: ddkit pack --help")
+            raise UsageError(f"{parameter.opts[0]} applies to track {3 - int(track)} only.", "See: ddkit pack --help")
 
 
 def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignored: tuple[str, ...]) -> None:
     from ddkit.packing import pack as packing
     from ddkit.runtime.files import sha256_of
 
-    output.say(f"Checking {escape(str(folder))} and packing it into {escape(str(out))}.")
+    output.note(f"Checking {escape(str(folder))} and packing it into {escape(str(out))}.")
     findings: list[Finding] = []
 
-    def tell(report: Report) -> None:
+    def on_report(report: Report) -> None:
         findings.extend(report.findings)
         for finding in report.findings:
             if finding.level == "warning" or finding.code == _ORDER_NOT_COMPARED:
-                output.say(f"[yellow]{finding.level}[/yellow] {escape(f'{finding.code}: {finding.message}')}")
+                output.note(f"[yellow]{finding.level}[/yellow] {escape(f'{finding.code}: {finding.message}')}")
 
-    path = packing.pack(folder, out, strict=strict, ignore_codes=ignored, told=tell, progress=output.listen)
+    path = packing.pack(folder, out, strict=strict, ignore_codes=ignored, on_report=on_report, progress=output.progress)
     files = packing.packed_files(path)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading, justify in (("in the zip", "left"), ("bytes", "right"), ("SHA-256", "left")):
-        table.add_column(heading, justify=justify)
-    for file in files:
-        table.add_row(escape(file.name), f"{file.size:,}", file.sha256)
-    table.add_row(f"[bold]{escape(path.name)}[/]", f"{path.stat().st_size:,}", sha256_of(path))
-    found = [vars(finding) for finding in findings]
-    files_packed = [vars(file) for file in files]
-    output.result({"path": str(path), "sha256": sha256_of(path), "files": files_packed, "findings": found}, table)
+    sha256 = sha256_of(path)
+    data = {"path": str(path), "sha256": sha256, "files": [vars(file) for file in files],
+            "findings": [vars(finding) for finding in findings]}  # fmt: skip
+    output.result(data, files_table(files, path, sha256))
     scored = any(file.name == f"{spec.name}.pt" for file in files for spec in CHALLENGE_DATASETS)
-    what = f"Upload {escape(str(path))}" if scored else "For practice: the challenge scores other datasets"
-    output.say(f"{what}: read back and verified.")
-    output.done([path], "ddkit report")
+    use = f"Upload {escape(str(path))}." if scored else "For practice only: the challenge does not score these datasets."
+    output.note(f"Packed, read back and verified. {use}")
+    output.finish([path], "ddkit report")

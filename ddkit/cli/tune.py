@@ -1,9 +1,9 @@
-"""`ddkit tune`: which sampling settings make the best of track 2's time budget."""
+"""`ddkit tune`: search the sampling settings that make the best of track 2's time budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,101 +12,168 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
-from ddkit.cli._entry import TRIALS_FOLDER
-from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, output_options, seed_option
+from ddkit.cli._bundle import PRECISION_CHOICE, SAMPLER_CHOICE, TRIALS_FOLDER, pack_models
+from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, Duration, device_option, example, output_options, seed_option
 from ddkit.cli._output import Output, span_text
-from ddkit.generator.config import SAMPLERS
 
 if TYPE_CHECKING:
+    from ddkit.packing.bundle import BundleModel
     from ddkit.packing.tune import Trial
 
 
-@click.command(epilog=example("ddkit tune tinyimagenet --steps 4 --steps 8 --guidance 1.5 --time-budget 5m"))
+class _ImagesPerClass(click.ParamType):
+    """A number of images per class, or "all" for as many as the time allows."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if str(value).strip().lower() == "all":
+            return "all"
+        if not str(value).strip().isdigit() or int(value) < 1:
+            self.fail(f"'{value}' is not a number of images; write 50, or all.", param, ctx)
+        return int(value)
+
+
+@click.command(
+    short_help="Search the best sampling settings for track 2.",
+    epilog=example("ddkit tune tinyimagenet --steps 4 --steps 8 --images 100 --images all --pack"),
+)
 @click.argument("dataset", default=CIFAR100.name)
-@click.option("--track", type=click.Choice(["2"]), default="2", show_default=True, help="The one with a time budget.")
-@click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="A model folder; runs/<dataset>.")
-@click.option("--steps", type=click.IntRange(1), multiple=True, help="Sampling steps to try; repeatable.  [default: 4, 8, 16]")
-@click.option("--guidance", type=click.FloatRange(0), multiple=True, help="Guidance to try; repeatable.  [default: 1, 2]")
+@click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="Model folder.", show_default="runs/<dataset>")
 @click.option(
-    "--sampler",
-    type=click.Choice(SAMPLERS),
-    default="dpm++",
+    "--steps",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(4, 8, 16),
     show_default=True,
-    help="How noise is removed.",
+    help="Sampling steps to try; repeatable.",
 )
 @click.option(
-    "--time-budget", type=Duration(), default="60s", show_default=True, help="Of each run of the generator, the same for all."
+    "--guidance",
+    type=click.FloatRange(0),
+    multiple=True,
+    default=(1.0, 2.0),
+    show_default=True,
+    help="Guidance to try; repeatable.",
 )
+@click.option(
+    "--images",
+    type=_ImagesPerClass(),
+    multiple=True,
+    default=("all",),
+    show_default=True,
+    metavar="N|all",
+    help="Images per class to try, at which the generator stops; repeatable.",
+)
+@click.option("--sampler", type=SAMPLER_CHOICE, default="dpm++", show_default=True, help="Sampler.")
+@click.option(
+    "--precision",
+    type=PRECISION_CHOICE,
+    default="auto",
+    show_default=True,
+    help="Precision of sampling; auto is bfloat16 on GPUs that are fast at it, else float32.",
+)
+@click.option("--time-budget", type=Duration(), default="60s", show_default=True, help="Time for each run of the generator.")
 @click.option(
     "--epochs-setting",
     type=click.IntRange(0),
     default=20,
     show_default=True,
     metavar="E",
-    help="E + 1 epochs of training on what was made; the protocol says 100.",
+    help="E + 1 epochs of training for the last candidates, fewer for the earlier ones; the protocol says 100.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True, help="Of each trial.")
+@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True, help="Rounds for the last candidates.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=TRIALS_FOLDER,
     show_default=True,
-    help="The folder of the trials and the chart.",
+    help="Folder of the trials and of the chart.",
 )
+@click.option("--pack", "packs", is_flag=True, help=f"Write {BUNDLE_FILE} with the best settings at the end.")
 @device_option
 @seed_option
 @output_options
 def tune(
     output: Output,
     dataset: str,
-    track: str,
     model: Path | None,
     steps: tuple[int, ...],
     guidance: tuple[float, ...],
+    images: tuple[int | str, ...],
     sampler: str,
+    precision: str,
     out: Path,
+    packs: bool,
     **evaluation: Any,
 ) -> None:
-    """Try a grid of sampling steps x guidance, each for the same time budget, and train on what each makes.
+    """Search sampling steps, guidance and images per class of a track 2 bundle by successive halving.
 
-    Fewer steps make more images, and worse ones. The accuracies are of fewer epochs than the protocol's, and tell the
-    settings from each other; they are not official. Trials that were made are not made again.
+    Every candidate generates for the same time budget, and networks are trained on what it made. The better half is
+    tried again with twice the epochs, until two are left. The accuracies tell the settings apart; they are not
+    official. A trial that was made is not repeated: run the same command again to continue.
     """
     from ddkit.data.prepare import open_dataset
     from ddkit.data.store import dataset_spec
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.evaluation.reference import as_test_set
     from ddkit.generator.model_folder import read_facts
-    from ddkit.generator.sampling import SamplingSettings
-    from ddkit.packing.bundle import EntryModel, EntrySettings
-    from ddkit.packing.tune import Grid, draw_chart, explore
+    from ddkit.packing.bundle import BundleModel, BundleSettings
+    from ddkit.packing.tune import Search, draw_chart, run_search
 
-    settings = EvaluationSettings(track=int(track), **evaluation)
-    grid = Grid(steps or Grid.steps, guidance or Grid.guidance, settings)
-    entry = EntryModel(dataset, model or RUNS_FOLDER / dataset, EntrySettings(SamplingSettings(sampler, precision="float32")))
+    counts = tuple(None if count == "all" else int(count) for count in images)
+    search = Search(steps, guidance, counts, EvaluationSettings(track=2, **evaluation))
+    settings = BundleSettings()
+    sampling = replace(settings.sampling, sampler=sampler, precision=precision)
+    bundled = BundleModel(dataset, model or RUNS_FOLDER / dataset, replace(settings, sampling=sampling))
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
-    longest = len(grid.points) * settings.number_of_rounds * settings.budget
     spec = dataset_spec(dataset)
-    read_facts(entry.folder)  # a model that is missing is said before anything is downloaded
-    output.say(f"Trying {len(grid.points)} settings of {escape(str(entry.folder))}: generating takes {span_text(longest)} "
-                f"at most, training of {settings.training.epochs} epochs comes on top.")  # fmt: skip
-    test_set = as_test_set(open_dataset(dataset, "test", progress=output.listen), spec)
+    read_facts(bundled.folder)  # a missing model is reported before anything is downloaded
+    output.note(
+        f"Trying {len(search.candidates)} settings of {escape(str(bundled.folder))} in {len(search.stages)} stages: "
+        f"generating takes {span_text(search.longest_generation)} at most, and training comes on top."
+    )
+    test_set = as_test_set(open_dataset(dataset, "test", progress=output.progress), spec)
     state = StateFolder(RUNS_FOLDER / "evaluations")
-    trials = explore(entry, test_set, grid, records, state=state, progress=output.listen)
-    draw_chart(trials, chart)
+    tried: list[Trial] = []
+
+    def on_trial(trial: Trial) -> None:
+        tried.append(trial)
+        output.note(f"{_described(trial)}: {100 * trial.mean:.2f} % at E = {trial.epochs_setting}.")
+
+    trials = run_search(bundled, test_set, search, records, state=state, progress=output.progress, on_trial=on_trial)
+    draw_chart([trial for trial in tried if trial.conditions == tried[0].conditions], chart)  # of the stage with all of them
     _report(output, trials)
-    output.done([records, chart], _next_command(dataset, model, out))
+    if packs:
+        pack_models(output, _tuned_models(bundled, out), BUNDLE_FILE, None)
+    else:
+        output.finish([records, chart], _next_command(dataset, model, out))
+
+
+def _tuned_models(model: BundleModel, out: Path) -> list[BundleModel]:
+    """The model with its best settings, with those of the challenge's other datasets that were tuned."""
+    from ddkit.packing.tune import with_best_settings
+
+    others = [spec.name for spec in CHALLENGE_DATASETS if spec.name != model.dataset]
+    models = [model, *(replace(model, dataset=name, folder=RUNS_FOLDER / name) for name in others)]
+    present = [one for one in models if one.folder.is_dir() and (out / f"{one.dataset}.jsonl").is_file()]
+    return [with_best_settings(one, out / f"{one.dataset}.jsonl") for one in present]
 
 
 def _next_command(dataset: str, model: Path | None, out: Path) -> str:
-    """Packing, once all that belongs into the bundle is tuned."""
+    """Packing, once everything that belongs into the bundle is tuned."""
     names = [spec.name for spec in CHALLENGE_DATASETS]
     if out != TRIALS_FOLDER:
-        return ""  # packing looks for trials in that one only
+        return ""  # packing looks for trials in that folder only
     if model is not None or dataset not in names:
         return f"ddkit pack --track 2 --tuned --model {dataset}={model or RUNS_FOLDER / dataset}"
     missing = [name for name in names if not (out / f"{name}.jsonl").is_file()]
     return f"ddkit tune {missing[0]}" if missing else "ddkit pack --track 2 --tuned"
+
+
+def _described(trial: Trial) -> str:
+    count = "" if trial.images_per_class is None else f", {trial.images_per_class} images a class"
+    return f"{trial.steps} steps, guidance {trial.guidance:g}{count}"
 
 
 def _report(output: Output, trials: Sequence[Trial]) -> None:
@@ -114,16 +181,16 @@ def _report(output: Output, trials: Sequence[Trial]) -> None:
 
     best = best_of(trials)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("steps", "guidance", "accuracy %", "images", "images/s"):
+    for heading in ("steps", "guidance", "images a class", "accuracy %", "images", "images/s"):
         table.add_column(heading, justify="right")
     for trial in sorted(trials, key=lambda trial: -trial.mean):
         spread = f" ± {100 * trial.std:.2f}" if trial.std is not None else ""
         made = sum(trial.images) / len(trial.images)
-        row = (trial.steps, f"{trial.guidance:g}", f"{100 * trial.mean:.2f}{spread}", f"{made:,.0f}",
-               f"{sum(trial.images) / sum(trial.seconds):,.1f}")  # fmt: skip
+        row = (trial.steps, f"{trial.guidance:g}", trial.images_per_class or "all", f"{100 * trial.mean:.2f}{spread}",
+               f"{made:,.0f}", f"{sum(trial.images) / sum(trial.seconds):,.1f}")  # fmt: skip
         table.add_row(*map(str, row), style="bold" if trial is best else None)
     output.result({"best": _as_data(best), "trials": [_as_data(trial) for trial in trials]}, table)
-    output.say(f"Best: {best.steps} steps, guidance {best.guidance:g}. {_evidence(trials)}")
+    output.note(f"Best: {_described(best)}. {_evidence(trials)}")
 
 
 def _as_data(trial: Trial) -> dict[str, Any]:
@@ -132,12 +199,16 @@ def _as_data(trial: Trial) -> dict[str, Any]:
 
 def _evidence(trials: Sequence[Trial]) -> str:
     """How sure that is, in a sentence."""
-    from ddkit.packing.tune import lead
+    from ddkit.packing.tune import compare_best_two
 
-    comparison = lead(trials)
+    comparison = compare_best_two(trials)
     if comparison is None:
-        return "One round of one setting tells nothing of the noise." if len(trials) > 1 else "Nothing else was tried."
+        return (
+            "A single round does not tell how much of a difference is noise." if len(trials) > 1 else "Nothing else was tried."
+        )
     points, half = 100 * comparison.difference, 50 * (comparison.interval[1] - comparison.interval[0])
-    verdict = "more than the noise" if comparison.exceeds_noise else "no more than the noise; more --rounds would tell"
-    settings = f"E = {trials[0].epochs_setting}, not official"
-    return f"It leads the next by {points:.2f} ± {half:.2f} points (95 %), {verdict}. {settings}."
+    verdict = "which exceeds the noise" if comparison.exceeds_noise else "which does not exceed the noise; try more --rounds"
+    return (
+        f"It is {points:.2f} ± {half:.2f} points (95 %) better than the next, {verdict}. "
+        f"E = {trials[0].epochs_setting}, not official."
+    )

@@ -1,4 +1,4 @@
-"""The track 2 entry as a folder and as a zip: the stand-alone scripts, the models, and what organizers need to know."""
+"""Track 2's bundle, as a folder and as a zip: stand-alone scripts, models, and what the organizers need to know."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import string
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec
+from ddkit.challenge import DatasetSpec
 from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
@@ -24,47 +24,77 @@ from ddkit.generator import uvit as denoiser
 from ddkit.generator.config import SamplingSettings, default_guidance
 from ddkit.generator.model_folder import DENOISER_PART, WEIGHTS_FILE, ModelFacts, load_model
 from ddkit.generator.samplers import make_scheduler
+from ddkit.generator.sampling import Sampler
+from ddkit.packing.pack import PackedFile, packed_files
+from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
 from ddkit.packing.zipping import unpack, write_zip
 from ddkit.runtime.files import atomic_folder, atomic_write, read_json, sha256_of, write_json, write_text
+from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_safetensors
 
-SCRIPT = "generate.py"
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
-REQUIREMENTS = ("torch", "diffusers", "safetensors")
 _SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py")
 
 
-DEFAULT_SAMPLING = SamplingSettings(guidance=default_guidance(None), precision="float32")
-
-
 @dataclass(frozen=True)
-class EntrySettings:
+class BundleSettings:
     """How a bundle's model is sampled and stored.
 
-    sampling: of which sampler, steps, guidance, its interval and the precision count. Its guidance is less than for ten
-        images a class, as hundreds of them have to differ.
+    sampling: sampler, steps, guidance, its interval and the precision are used. Its guidance is less than for ten images
+        a class, because hundreds of images of a class have to differ.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
+    images_per_class: stop when there are so many; None makes as many as the time allows.
     """
 
-    sampling: SamplingSettings = field(default_factory=lambda: DEFAULT_SAMPLING)
+    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(guidance=default_guidance(None)))
     device: str = "auto"
     half: bool = False
+    images_per_class: int | None = None
 
 
 @dataclass(frozen=True)
-class EntryModel:
-    """A model to bundle: of a dataset, in a folder, with its settings."""
+class BundleModel:
+    """A model to bundle: its dataset, its folder and its settings."""
 
     dataset: str
     folder: Path
-    settings: EntrySettings = field(default_factory=EntrySettings)
+    settings: BundleSettings = field(default_factory=BundleSettings)
 
 
-def build_folder(models: Sequence[EntryModel], out: Path) -> Path:
-    """Write the bundle as a folder, which can be run as it is; an earlier one is replaced.
+@dataclass(frozen=True)
+class PackedBundle:
+    """A packed bundle. proofs: one for each dataset; empty if none was asked for."""
+
+    path: Path
+    sha256: str
+    files: tuple[PackedFile, ...]
+    proofs: tuple[Proof, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the zip."""
+        return self.path.stat().st_size
+
+
+def pack_bundle(
+    models: Sequence[BundleModel], out: Path, *, proof: ProofSettings | None, progress: Listener = ignore
+) -> PackedBundle:
+    """Bundle models with the stand-alone scripts into the zip `out`, and prove it before it takes its place.
+
+    The same models and settings always make the same bytes. proof: None packs without running the bundle. An earlier zip
+    stays as it was if anything fails. Raises what `build_folder` and `prove` raise.
+    """
+    with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
+        zip_folder(build_folder(models, Path(temporary) / "bundle"), zipped)
+        proofs = prove(zipped, proof, progress=progress) if proof else ()
+    return PackedBundle(out, sha256_of(out), packed_files(out), proofs)
+
+
+def build_folder(models: Sequence[BundleModel], out: Path) -> Path:
+    """Write the bundle as a folder that can be run as it is; an earlier one is replaced.
 
     The same models and settings make the same files. Raises UsageError without models or with two of one dataset,
-    MissingModelError where a model or the scripts are missing, and what `load_model` raises.
+    MissingModelError if a model or the scripts are missing, and what `load_model` raises.
     """
     datasets = [model.dataset for model in models]
     if not datasets or len(set(datasets)) < len(datasets):
@@ -89,52 +119,54 @@ def zip_folder(folder: Path, out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Path]:
-    """The folder of a bundle, with generate.py in it: of a zip, unpacked while it is used; of a folder; of the script.
+def open_bundle(path: Path) -> Iterator[Path]:
+    """The folder of a bundle, with generate.py in it. path: a zip, which is unpacked while it is used, a folder or the script.
 
-    Raises MissingModelError where there is nothing, UsageError for a file of another kind, BadFileError for a zip that is none.
+    Raises MissingModelError if there is nothing, UsageError for a file of another kind, BadFileError for a damaged zip.
     """
     if not path.exists():
-        raise MissingModelError(f"There is no track 2 entry {path}.", "Make one: ddkit pack --track 2")
+        raise MissingModelError(f"There is no track 2 bundle {path}.", "Make one: ddkit pack --track 2")
     if path.is_dir() or path.name == SCRIPT:
         yield _with_script(path if path.is_dir() else path.parent, path)
         return
     if path.suffix != ".zip":
-        raise UsageError(f"{path} is no track 2 entry.", "Give a bundle's zip or folder, or its generate.py.")
+        raise UsageError(f"{path} is not a track 2 bundle.", "Name a bundle's zip or folder, or its generate.py.")
     with tempfile.TemporaryDirectory(prefix="ddkit-bundle-") as temporary:
         yield _with_script(unpack(path, Path(temporary)), path)
 
 
 @contextlib.contextmanager
-def opened_generators(paths: Sequence[Path], dataset: str | None = None) -> Iterator[list[GeneratorFiles]]:
-    """The bundles at these paths, opened as `opened` does, for `ddkit.evaluation.job.evaluate_files`.
+def open_generators(paths: Sequence[Path], dataset: str | None = None) -> Iterator[list[GeneratorFiles]]:
+    """The bundles at these paths, opened as `open_bundle` does, for `ddkit.evaluation.job.evaluate_files`.
 
     dataset: None takes every dataset that a bundle has a model for. Raises UsageError if a bundle does not tell.
     """
     with contextlib.ExitStack() as stack:
         generators = []
         for path in paths:
-            folder = stack.enter_context(opened(path))
+            folder = stack.enter_context(open_bundle(path))
             names = [dataset] if dataset else datasets_of(folder)
             if not names:
                 raise UsageError(f"{path} does not tell which datasets it is for.", "Add --dataset NAME.")
-            generators += [GeneratorFiles(path, folder, folder / SCRIPT, name, entry_facts(folder, name)) for name in names]
+            generators += [
+                GeneratorFiles(path, folder, folder / SCRIPT, name, read_bundle_settings(folder, name)) for name in names
+            ]
         yield generators
 
 
 def datasets_of(folder: Path) -> list[str]:
-    """The datasets that a bundle has models for; empty of an entry of another make."""
+    """The datasets that a bundle has models for; empty for a bundle that another program made."""
     return sorted(path.parent.name for path in folder.glob("models/*/entry.json"))
 
 
-def entry_facts(folder: Path, dataset: str) -> dict[str, Any]:
-    """How a bundle samples that dataset; empty of an entry of another make."""
+def read_bundle_settings(folder: Path, dataset: str) -> dict[str, Any]:
+    """How a bundle samples that dataset; empty for a bundle that another program made."""
     path = folder / "models" / dataset / "entry.json"
     return dict(read_json(path)) if path.is_file() else {}
 
 
 def scripts() -> dict[str, Path]:
-    """The stand-alone scripts, from the source checkout or from where the package's data was installed."""
+    """The stand-alone scripts by name, from the source checkout or from where the package's data was installed."""
     schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))  # pip may fall back to the latter
     installed = [Path(sysconfig.get_path("data", scheme)) / "share" / "ddkit" for scheme in schemes]
     places = [Path(__file__).parents[2] / "submission", *installed]
@@ -143,29 +175,51 @@ def scripts() -> dict[str, Path]:
         if all(path.is_file() for path in found.values()):
             return {**found, "denoiser.py": Path(denoiser.__file__)}
     raise MissingModelError(
-        f"The scripts of the track 2 entry are in none of {', '.join(map(str, places))}.",
+        f"The scripts of the track 2 bundle are in none of {', '.join(map(str, places))}.",
         "Run ddkit from a checkout: pip install -e .",
     )
 
 
 def requirements() -> list[str]:
-    """What the entry needs, with the versions that are installed here: those it is tested with."""
+    """What the bundle needs, with the versions that are installed here, with which it was tested."""
     # Local labels, such as "+cpu", name builds that the package index does not have.
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
-def lacking(datasets: Sequence[str]) -> list[str]:
-    """Datasets of the challenge that a bundle of these has no model for."""
-    return [spec.name for spec in CHALLENGE_DATASETS if spec.name not in datasets]
+@dataclass(frozen=True)
+class RoundingCost:
+    """What storing weights as float16 changes in images: differences of pixels, in steps of 1/255."""
+
+    mean: float
+    largest: int
+    images: int
+
+
+@torch.no_grad()
+def rounding_cost(model: BundleModel, *, images: int = 32, device: str = "cpu") -> RoundingCost:
+    """Sample the same images with the weights as they are and rounded to float16, and compare them."""
+    original, rounded = load_model(model.folder), load_model(model.folder)
+    for network in (rounded.denoiser, rounded.autoencoder):
+        for parameter in network.parameters():
+            parameter.copy_(parameter.half())
+    classes = len(original.facts.class_names)
+    labels, indices = torch.arange(images) % classes, torch.arange(images) // classes
+    config = replace(model.settings.sampling, batch_size=images, compile=False)
+    samplers = (Sampler(each, config, device) for each in (original, rounded))
+    first, second = (torch.cat([*sampler.images(labels, indices)]) for sampler in samplers)
+    difference = (first.int() - second.int()).abs()
+    return RoundingCost(float(difference.float().mean()), int(difference.max()), images)
 
 
 def _with_script(folder: Path, path: Path) -> Path:
-    if not (folder / SCRIPT).is_file():
-        raise BadFileError(f"{path} holds no {SCRIPT}.", "Give a bundle that ddkit pack --track 2 made, or one like it.")
-    return folder
+    """The folder of the script: this one, or the only one in it that has it, as when a folder was zipped."""
+    found = [place for place in (folder, *sorted(folder.iterdir())) if (place / SCRIPT).is_file()]
+    if not found or (found[0] != folder and len(found) > 1):
+        raise BadFileError(f"{path} holds no {SCRIPT}.", "Name a bundle that ddkit pack --track 2 made, or one like it.")
+    return found[0]
 
 
-def _add_model(model: EntryModel, folder: Path) -> ModelFacts:
+def _add_model(model: BundleModel, folder: Path) -> ModelFacts:
     """Write a model's folder: its parts without what only ddkit reads, its sampler, and entry.json."""
     facts, spec = load_model(model.folder, dataset=model.dataset).facts, dataset_spec(model.dataset)
     _check_fits(facts, spec, model.folder)
@@ -188,6 +242,7 @@ def _add_model(model: EntryModel, folder: Path) -> ModelFacts:
         "guidance_interval": sampling.guidance_interval,
         "precision": sampling.precision,
         "device": model.settings.device,
+        "images_per_class": model.settings.images_per_class,
         "pixels": True,  # generate.py has the option --pixels
     }
     write_json(folder / "entry.json", entry)
@@ -211,7 +266,7 @@ def _copy_weights(source: Path, target: Path, *, half: bool) -> None:
     save_safetensors({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
 
 
-def _readme(models: Sequence[EntryModel], facts: Mapping[str, ModelFacts]) -> str:
+def _readme(models: Sequence[BundleModel], facts: Mapping[str, ModelFacts]) -> str:
     rows = ["| dataset | images | mean | std | sampling | training steps of the model |", "|---|---|---|---|---|---|"]
     for model in models:
         spec, sampling = dataset_spec(model.dataset), model.settings.sampling

@@ -1,4 +1,4 @@
-"""Packing a submission: checked before, reproducible, read back after, and never half written."""
+"""Packing a submission: it is checked before, reproducible, read back after, and never half written."""
 
 from __future__ import annotations
 
@@ -45,16 +45,17 @@ def pack(
     strict: bool = False,
     ignore_codes: Collection[str] = (),
     settings: CheckSettings = CheckSettings(),
-    told: Callable[[Report], None] = ignore,
+    on_report: Callable[[Report], object] | None = None,
     progress: Listener = ignore,
 ) -> Path:
     """Check `folder`, write its tensors into the zip `out`, read that back, and return its path.
 
     The same tensors always make the same bytes. The zip holds the tensors only, at its root.
-    strict: warnings refuse too. ignore_codes: findings that do not. told: gets what was found, before anything is written.
-    Raises MissingDataError without a folder, RefusedSubmissionError (an InvalidSubmissionError) for what `check`
-    refuses, UsageError where
-    `out` is one of the tensors, and BadFileError for what the system refuses; an earlier zip stays as it was in each case.
+    strict: refuse warnings too. ignore_codes: findings that do not count. on_report: called with what the check found,
+    before anything is written.
+    Raises MissingDataError without a folder or a tensor in it, RefusedSubmissionError (an InvalidSubmissionError) for what
+    `check` refuses, UsageError if `out` is one of the tensors, and BadFileError where the system refuses. An earlier zip
+    stays as it was in each case.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
@@ -64,7 +65,8 @@ def pack(
     report = report.strict() if strict else report
     if not report.ok:
         raise RefusedSubmissionError(folder, report)
-    told(report)
+    if on_report:
+        on_report(report)
     files, _ = submission_files(folder)
     if not files:
         raise MissingDataError(f"There is no tensor in {folder} to pack.", "Make one: ddkit generate")
@@ -89,7 +91,7 @@ def packed_files(path: str | os.PathLike[str]) -> tuple[PackedFile, ...]:
 
 
 def _hash_of(path: Path) -> str:
-    """SHA-256 of a file; "" of what is none or cannot be read, which the check then tells of."""
+    """SHA-256 of a file; "" for what is not a readable file, which the check reports."""
     try:
         return "" if why_not_a_file(path) else sha256_of(path)
     except (OSError, BadFileError):

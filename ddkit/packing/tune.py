@@ -1,14 +1,17 @@
-"""Fewer sampling steps buy more images within a time budget: which of both counts more, found out by trying.
+"""Search for the settings of a track 2 bundle by successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943).
 
-Each point of a small grid of steps x guidance runs the very entry that would be packed for the same budget, and
-networks are trained on what it made, in fewer epochs than the protocol's.
+Fewer sampling steps make more images within the time budget, and worse ones; guidance trades variety for clarity; and a
+bundle may stop at fewer images. Every candidate runs the very script that would be packed, for the same time budget, and
+networks are trained on what it makes. The better half of the candidates is tried again with twice the epochs, until two
+are left, which are compared in the full number of rounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.generator.model_folder import model_hash
-from ddkit.packing.bundle import SCRIPT, EntryModel, build_folder
+from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder
 from ddkit.results import Scores
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.files import atomic_write
@@ -26,32 +29,68 @@ from ddkit.runtime.jsonl import append_line, read_lines
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.statistics import Comparison, compare
 
+_FINALISTS = 2  # candidates of the last stage
+
 
 @dataclass(frozen=True)
-class Grid:
-    """What to try, and how hard: `evaluation` is of track 2, and its time budget the same for every point."""
+class Candidate:
+    """Settings to try. images_per_class: at which the bundle stops; None for as many as the time allows."""
+
+    steps: int
+    guidance: float
+    images_per_class: int | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to try, and how hard.
+
+    evaluation: of the last candidates. It is of track 2, and its time budget is the same for every trial.
+    Raises UsageError for values that make no sense.
+    """
 
     steps: tuple[int, ...] = (4, 8, 16)
     guidance: tuple[float, ...] = (1.0, 2.0)
+    images_per_class: tuple[int | None, ...] = (None,)
     evaluation: EvaluationSettings = field(
         default_factory=lambda: EvaluationSettings(track=2, rounds=2, epochs_setting=20, time_budget=60.0)
     )
 
     def __post_init__(self) -> None:
-        if not self.steps or not self.guidance or min(self.steps) < 1 or min(self.guidance) < 0:
-            raise UsageError("A grid needs at least one number of steps, from 1 on, and one guidance, from 0 on.")
+        counts = [count for count in self.images_per_class if count is not None]
+        if not self.candidates or min((*self.steps, *counts)) < 1 or min(self.guidance) < 0:
+            raise UsageError("A search needs steps and images per class of 1 or more, and guidance of 0 or more.")
         if self.evaluation.track != 2:
-            raise UsageError("Only track 2 has a time budget to trade in.")
+            raise UsageError("Only track 2 has a time budget to search within.")
 
     @property
-    def points(self) -> tuple[tuple[int, float], ...]:
-        """(steps, guidance) of each trial."""
-        return tuple((steps, guidance) for steps in self.steps for guidance in self.guidance)
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Every combination of the values, each once."""
+        combined = itertools.product(self.steps, self.guidance, self.images_per_class)
+        return tuple(dict.fromkeys(Candidate(*values) for values in combined))
+
+    @property
+    def stages(self) -> tuple[tuple[int, EvaluationSettings], ...]:
+        """How many candidates each stage tries, and how it evaluates them. All but the last train one round."""
+        counts = [len(self.candidates)]
+        while counts[-1] > _FINALISTS:
+            counts.append(max(_FINALISTS, -(-counts[-1] // 2)))
+        epochs = self.evaluation.training.epochs_setting
+        earlier = (
+            replace(self.evaluation, rounds=1, epochs_setting=epochs >> (len(counts) - 1 - stage))
+            for stage in range(len(counts) - 1)
+        )
+        return tuple(zip(counts, (*earlier, self.evaluation), strict=True))
+
+    @property
+    def longest_generation(self) -> float:
+        """Seconds that the generator runs in all trials together, at most."""
+        return sum(count * settings.number_of_rounds * (settings.budget or 0.0) for count, settings in self.stages)
 
 
 @dataclass(frozen=True)
 class Trial(Scores):
-    """A point that was tried. images, seconds, accuracies: of each round; seconds are the generator's."""
+    """A candidate that was tried. images, seconds, accuracies: of each round; the seconds are the generator's."""
 
     dataset: str
     model_sha256: str
@@ -65,52 +104,73 @@ class Trial(Scores):
     images: tuple[int, ...]
     seconds: tuple[float, ...]
     accuracies: tuple[float, ...]
+    images_per_class: int | None = None
+    precision: str = "float32"
+
+    @property
+    def candidate(self) -> Candidate:
+        """The settings that were tried."""
+        return Candidate(self.steps, self.guidance, self.images_per_class)
 
     @property
     def conditions(self) -> tuple[Any, ...]:
         """What trials must share for their accuracies to be comparable."""
-        return (self.dataset, self.model_sha256, self.sampler, self.budget, self.epochs_setting, self.seed, self.device,
-                len(self.accuracies))  # fmt: skip
+        return (self.dataset, self.model_sha256, self.sampler, self.precision, self.budget, self.epochs_setting, self.seed,
+                self.device, len(self.accuracies))  # fmt: skip
 
 
-def explore(
-    model: EntryModel,
+def run_search(
+    model: BundleModel,
     test_set: TestSet,
-    grid: Grid,
+    search: Search,
     records: Path,
     *,
     state: StateFolder | None = None,
     progress: Listener = ignore,
+    on_trial: Callable[[Trial], object] | None = None,
 ) -> tuple[Trial, ...]:
-    """Try every point of the grid with a model; returns their trials in the grid's order.
+    """Try the candidates by successive halving; returns the trials of the last stage, in the candidates' order.
 
-    records: a file of JSON lines to which each trial is appended as it ends; those that are there are not repeated.
-    state: where an interrupted trial is kept. Raises what `build_folder` and `evaluate_generator` raise.
+    records: a file of JSON lines to which each trial is appended as it ends; a trial that is there is not repeated.
+    state: where an interrupted trial is saved. on_trial: called with each trial as it is known.
+    Raises what `build_folder` and `evaluate_generator` raise.
     """
-    found = {(*trial.conditions, trial.steps, trial.guidance): trial for trial in read_trials(records)}
-    trials = []
+    known = {(trial.conditions, trial.candidate): trial for trial in read_trials(records)}
+    candidates = list(search.candidates)
+    trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="ddkit-tune-") as temporary:
         script = build_folder([model], Path(temporary) / "bundle") / SCRIPT
-        for steps, guidance in grid.points:
-            wanted = _trial(model, steps, guidance, grid.evaluation)
-            key = (*wanted.conditions, steps, guidance)
-            if key not in found:
-                found[key] = _try(wanted, script, test_set, grid.evaluation, state, progress)
-                _append(found[key], records)
-            trials.append(found[key])
-    if (last := read_trials(records)[-1:]) and last[0].conditions != trials[-1].conditions:
-        for trial in trials:  # said again, as those that were asked for last are what `tuned` goes by
+        for count, settings in search.stages:
+            if trials:
+                best = sorted(trials, key=_rank)[:count]
+                candidates = [trial.candidate for trial in trials if trial in best]
+            trials = []
+            for candidate in candidates:
+                wanted = _planned(model, candidate, settings)
+                trial = known.get((wanted.conditions, candidate))
+                if trial is None:
+                    trial = _try(wanted, script, test_set, settings, state, progress)
+                    _append(trial, records)
+                trials.append(trial)
+                if on_trial:
+                    on_trial(trial)
+    if read_trials(records)[-1].conditions != trials[-1].conditions:
+        for trial in trials:  # appended again, because `with_best_settings` goes by the conditions of the last one
             _append(trial, records)
     return tuple(trials)
 
 
+def _rank(trial: Trial) -> tuple[float, int]:
+    return -trial.mean, trial.steps
+
+
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The trial with the highest mean accuracy; of several, the one that needs the fewest steps."""
-    return max(trials, key=lambda trial: (trial.mean, -trial.steps))
+    """The trial with the highest mean accuracy; of equal ones, the one with the fewest steps."""
+    return min(trials, key=_rank)
 
 
-def lead(trials: Sequence[Trial]) -> Comparison | None:
-    """How the best compares with the second best, round by round; None where there is no second or one round only."""
+def compare_best_two(trials: Sequence[Trial]) -> Comparison | None:
+    """How the best compares with the second best, round by round; None without a second one or with a single round."""
     best = best_of(trials)
     others = [trial for trial in trials if trial is not best]
     if not others or len(best.accuracies) < 2:
@@ -118,8 +178,8 @@ def lead(trials: Sequence[Trial]) -> Comparison | None:
     return compare(best.accuracies, best_of(others).accuracies, paired=True)
 
 
-def tuned(model: EntryModel, records: Path) -> EntryModel:
-    """The model with the best settings of the trials that were made last with it. Raises MissingDataError without any."""
+def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
+    """The model with the best settings of the last search with it. Raises MissingDataError if there was none."""
     sha256 = model_hash(model.folder)
     ours = [trial for trial in read_trials(records) if trial.model_sha256 == sha256]
     if not ours:
@@ -127,44 +187,46 @@ def tuned(model: EntryModel, records: Path) -> EntryModel:
             f"{records} holds no trials with the model in {model.folder}.", f"Make them: ddkit tune {model.dataset}"
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
-    settings = model.settings
-    sampling = replace(settings.sampling, sampler=best.sampler, steps=best.steps, guidance=best.guidance)
-    return replace(model, settings=replace(settings, sampling=sampling))
+    sampling = replace(model.settings.sampling, sampler=best.sampler, steps=best.steps, guidance=best.guidance)
+    return replace(model, settings=replace(model.settings, sampling=sampling, images_per_class=best.images_per_class))
 
 
 def read_trials(records: Path) -> list[Trial]:
-    """The trials in a file, oldest first; empty where there is none. A line cut short by a kill is left out."""
+    """The trials in a file, oldest first; none if there is no file. A line that a kill cut short is left out."""
     trials = []
     for number, values in read_lines(records):
         try:
             trials.append(_trial_from_json(values))
         except (TypeError, AttributeError, ValueError) as error:
-            raise BadFileError(f"{records}, line {number}, is no trial of ddkit tune.", "Give another file.") from error
+            raise BadFileError(f"{records}, line {number}, is not a trial of ddkit tune.", "Name another file.") from error
     return trials
 
 
 def _trial_from_json(values: Any) -> Trial:
-    """Raises TypeError, AttributeError or ValueError for what is no trial."""
-    trial = Trial(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    """Raises TypeError, AttributeError or ValueError if the values are not a trial."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    trial = Trial(**fields)
     numbers = (trial.steps, trial.guidance, trial.budget, trial.epochs_setting, *trial.accuracies, *trial.images)
     if not trial.accuracies or not all(type(number) in (int, float) for number in numbers):
-        raise ValueError("no numbers where there should be some")
+        raise ValueError("a number is missing")
     return trial
 
 
 def draw_chart(trials: Sequence[Trial], path: Path) -> None:
-    """Write a PNG: accuracy and images made over the steps, a line for each guidance. Raises BadFileError."""
+    """Write a PNG of accuracy and number of images over the steps, a line for each guidance. Raises BadFileError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     accuracy, images = figure.subplots(1, 2)
-    for guidance in sorted({trial.guidance for trial in trials}):
-        line = sorted((trial for trial in trials if trial.guidance == guidance), key=lambda trial: trial.steps)
+    for guidance, count in sorted({(t.guidance, t.images_per_class or 0) for t in trials}):
+        line = sorted(
+            (t for t in trials if (t.guidance, t.images_per_class or 0) == (guidance, count)), key=lambda trial: trial.steps
+        )
         steps = [trial.steps for trial in line]
         accuracy.errorbar(
             steps, [100 * trial.mean for trial in line], yerr=[100 * (trial.std or 0.0) for trial in line],
-            marker="o", markersize=3, capsize=2, label=f"guidance {guidance:g}",
+            marker="o", markersize=3, capsize=2, label=f"guidance {guidance:g}" + (f", {count} a class" if count else ""),
         )  # fmt: skip
         images.plot(steps, [sum(trial.images) / len(trial.images) for trial in line], marker="o", markersize=3)
     first = trials[0]
@@ -180,22 +242,24 @@ def draw_chart(trials: Sequence[Trial], path: Path) -> None:
         FigureCanvasAgg(figure).print_png(temporary)
 
 
-def _trial(model: EntryModel, steps: int, guidance: float, evaluation: EvaluationSettings) -> Trial:
-    """A trial that has not run; its accuracies are as many as there will be."""
-    rounds = evaluation.number_of_rounds
+def _planned(model: BundleModel, candidate: Candidate, settings: EvaluationSettings) -> Trial:
+    """A trial that has not run; it has as many accuracies as there will be."""
+    sampling = model.settings.sampling
     return Trial(
         model.dataset,
         model_hash(model.folder),
-        model.settings.sampling.sampler,
-        steps,
-        guidance,
-        float(evaluation.budget or 0.0),
-        evaluation.training.epochs_setting,
-        evaluation.seed,
-        describe_device(resolve_device(evaluation.device)),
+        sampling.sampler,
+        candidate.steps,
+        candidate.guidance,
+        float(settings.budget or 0.0),
+        settings.training.epochs_setting,
+        settings.seed,
+        describe_device(resolve_device(settings.device)),
         images=(),
         seconds=(),
-        accuracies=(0.0,) * rounds,
+        accuracies=(0.0,) * settings.number_of_rounds,
+        images_per_class=candidate.images_per_class,
+        precision=sampling.precision,
     )
 
 
@@ -207,12 +271,15 @@ def _try(
     state: StateFolder | None,
     progress: Listener,
 ) -> Trial:
-    arguments = ["--steps", str(trial.steps), "--guidance", f"{trial.guidance:g}"]
+    arguments = ["--steps", str(trial.steps), "--guidance", f"{trial.guidance:g}", "--pixels"]
+    if trial.images_per_class is not None:
+        arguments += ["--most", str(trial.images_per_class * test_set.spec.num_classes)]
     if settings.device != "auto":
         arguments += ["--device", settings.device]
-    entry = ScriptEntry(script, trial.dataset, tuple(arguments), progress=progress)
-    name = f"tune/{trial.model_sha256}/{trial.sampler}/{trial.steps}/{trial.guidance:g}"
-    outcome = evaluate_generator(entry, test_set, settings, name=name, state=state, progress=progress)
+    generator = ScriptEntry(script, trial.dataset, tuple(arguments), progress=progress)
+    candidate = "/".join(f"{value:g}" for value in vars(trial.candidate).values() if value is not None)
+    name = f"tune/{trial.model_sha256}/{trial.sampler}/{trial.precision}/{candidate}"
+    outcome = evaluate_generator(generator, test_set, settings, name=name, state=state, progress=progress)
     return replace(
         trial,
         images=outcome.generated,

@@ -1,10 +1,9 @@
-"""Zips that are the same, byte for byte, whenever they are made of the same files; and unpacking those of others."""
+"""Writing zips that are the same, byte for byte, if made of the same files, and unpacking zips from others."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from ddkit.errors import BadFileError
 from ddkit.runtime.archives import member_path
 from ddkit.runtime.files import ZIP_ERRORS, explain_os_error
+from ddkit.runtime.torch_file import is_ordinary
 
 _BLOCK = 1 << 20  # bytes
 # The zip format begins in 1980. One date for all, so that the same files make the same zip.
@@ -20,10 +20,7 @@ _ORDINARY_FILE = 0o100644
 
 
 def write_zip(members: Mapping[str, Path], path: Path) -> dict[str, str]:
-    """Write a zip of files under the given names, in the order given, not compressed.
-
-    Returns the SHA-256 of what was read of each, by name.
-    """
+    """Write a zip of files under the given names, in the given order, not compressed. Returns each file's SHA-256 by name."""
     hashes = {}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, file in members.items():
@@ -43,12 +40,12 @@ def write_zip(members: Mapping[str, Path], path: Path) -> dict[str, str]:
 def unpack(path: Path, folder: Path) -> Path:
     """Unpack a zip into a folder, member by member; returns the folder.
 
-    Raises BadFileError for what is no zip or damaged, for members whose names lead out of the folder, for links, and where
-    the disk has no room for what the members claim.
+    Leftovers of macOS are left out. Raises BadFileError for a damaged zip, for members whose names lead out of the folder,
+    for links, pipes and devices, and if the disk has no room for what the members claim.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
+            members = [info for info in archive.infolist() if not info.is_dir() and "__MACOSX" not in info.filename]
             if sum(info.file_size for info in members) > shutil.disk_usage(folder).free:
                 raise BadFileError(f"{path} claims more bytes than there is room for in {folder}.")
             for info in members:
@@ -65,8 +62,8 @@ def _unpack_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, folder: Path
         name = member_path(info.filename)
     except ValueError as error:
         raise BadFileError(f"{path}: the member {error}.") from error
-    if stat.S_ISLNK(info.external_attr >> 16):
-        raise BadFileError(f"{path}: the member '{info.filename}' is a link, which may lead out of the folder.")
+    if not is_ordinary(info):
+        raise BadFileError(f"{path}: the member '{info.filename}' is marked as a link, a pipe or a device, not as a file.")
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with archive.open(info) as source, target.open("xb") as file:

@@ -142,7 +142,8 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     workers = options.processes or usual_workers(device)
     budget = math.inf if options.time_budget is None else options.time_budget
     room = check_space(entry, out.parent, options.ipc, 1 if options.pixels else 4)
-    limit = min(room, options.most or sys.maxsize)
+    packed = (entry.get("images_per_class") or room) * entry["num_classes"]
+    limit = min(room, options.most or packed)
     return Job(model, entry, out, options.seed, device, workers, options.ipc, limit, began, budget, options.pixels)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 class Sampler:
     """The networks of a model folder on a device. Call it with classes and indices.
 
-    folder: holds vae/, scheduler/ and transformer/ or unet/, in diffusers' format.
+    folder: holds vae/, scheduler/ and transformer/, in diffusers' format.
     entry: its entry.json, with how many steps, how much guidance, between which times and in which precision.
     """
 
@@ -128,8 +128,6 @@ def _load_scheduler(folder: Path) -> Any:
 
 
 def _load_denoiser(folder: Path) -> nn.Module:
-    if (folder / "unet").is_dir():
-        return _load(UNet2DModel, folder / "unet")
     config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     if config["_class_name"] == "DiTTransformer2DModel":
         return _load(DiTTransformer2DModel, folder / "transformer")

@@ -23,7 +23,7 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work):
     (trial,) = data["trials"]
     assert data["best"] == trial and (trial["steps"], trial["guidance"], trial["budget"]) == (200, 1.0, 60.0)
     assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 60 and 0 <= trial["mean"] <= 1
-    assert "Trying 1 settings" in said and "Best: 200 steps, guidance 1" in said
+    assert "Trying 1 settings" in said and "in 1 stages" in said and "Best: 200 steps, guidance 1" in said
     assert f"next: ddkit pack --track 2 --tuned --model colors={colors_model}" in said
     assert (work / "runs" / "tune" / "colors.png").stat().st_size > 0
     kept = (work / "runs" / "tune" / "colors.jsonl").read_text()
@@ -34,8 +34,9 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work):
 
 @pytest.mark.parametrize("words, status, said", [
     (["colors", "--steps", "0"], 2, "--steps"),
+    (["colors", "--images", "few"], 2, "not a number of images"),
     (["colors", "--track", "1"], 2, "--track"),
-    (["colors"], 2, "Did you mean 'colors'?"),
+    (["colours"], 2, "Did you mean 'colors'?"),
     (["colors"], 3, "ddkit train"),
 ])  # fmt: skip
 def test_what_it_refuses(colors, work, words, status, said):

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.sampling import SamplingSettings
 from ddkit.packing.bundle import (
-    EntryModel,
-    EntrySettings,
+    BundleModel,
+    BundleSettings,
     build_folder,
     datasets_of,
-    entry_facts,
-    lacking,
-    opened,
+    open_bundle,
+    pack_bundle,
+    read_bundle_settings,
     requirements,
+    rounding_cost,
     zip_folder,
 )
-from ddkit.packing.track2 import pack_entry, rounding_cost
 from ddkit.runtime.files import sha256_of
 
 WEIGHTS = "models/colors/transformer/diffusion_pytorch_model.safetensors"
@@ -30,7 +30,7 @@ WEIGHTS = "models/colors/transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def model(colors, colors_model):
-    return EntryModel(colors, colors_model, EntrySettings(SamplingSettings("unipc", steps=6, guidance=1.25)))
+    return BundleModel(colors, colors_model, BundleSettings(SamplingSettings("unipc", steps=6, guidance=1.25)))
 
 
 def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):
@@ -39,8 +39,8 @@ def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):
         "generate.py", "shards.py", "worker.py", "sampling.py", "denoiser.py", "models", "requirements.txt",
         "README.md", "SHA256SUMS",
     }  # fmt: skip
-    assert datasets_of(folder) == ["colors"] and lacking(["cifar100"]) == ["tinyimagenet"]
-    facts = entry_facts(folder, "colors")
+    assert datasets_of(folder) == ["colors"]
+    facts = read_bundle_settings(folder, "colors")
     assert (facts["steps"], facts["guidance"], facts["num_classes"], facts["image_size"]) == (6, 1.25, 2, 16)
     scheduler = json.loads((folder / "models" / "colors" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] == "UniPCMultistepScheduler"
@@ -59,16 +59,16 @@ def test_its_hashes_are_those_of_sha256sum(model, tmp_path):
 
 
 def test_the_same_models_make_the_same_zip(model, tmp_path):
-    first = pack_entry([model], tmp_path / "first.zip", proof=None)
+    first = pack_bundle([model], tmp_path / "first.zip", proof=None)
     os.utime(model.folder / "ddkit.json", (0, 0))
-    second = pack_entry([model], tmp_path / "second.zip", proof=None)
+    second = pack_bundle([model], tmp_path / "second.zip", proof=None)
     assert first.path.read_bytes() == second.path.read_bytes()
     assert first.sha256 == sha256_of(second.path) and first.size == first.path.stat().st_size
     assert "generate.py" in [file.name for file in first.files]
 
 
 def test_half_precision_halves_the_weights_and_changes_little(model, tmp_path):
-    half = EntryModel(model.dataset, model.folder, EntrySettings(model.settings.sampling, half=True))
+    half = BundleModel(model.dataset, model.folder, BundleSettings(model.settings.sampling, half=True))
     weights = load_file(build_folder([half], tmp_path / "half") / WEIGHTS)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     cost = rounding_cost(model, images=8)
@@ -79,7 +79,7 @@ def test_what_cannot_be_bundled_is_said(model, colors, tmp_path):
     with pytest.raises(UsageError, match="one model for each"):
         build_folder([model, model], tmp_path / "entry")
     with pytest.raises(MissingModelError):
-        build_folder([EntryModel(colors, tmp_path / "nowhere")], tmp_path / "entry")
+        build_folder([BundleModel(colors, tmp_path / "nowhere")], tmp_path / "entry")
     assert not (tmp_path / "entry").exists()
 
 
@@ -87,7 +87,7 @@ def test_a_zip_a_folder_and_a_script_open_alike(model, tmp_path):
     folder = build_folder([model], tmp_path / "entry")
     zipped = zip_folder(folder, tmp_path / "entry.zip")
     for path in (folder, folder / "generate.py", zipped):
-        with opened(path) as found:
+        with open_bundle(path) as found:
             assert datasets_of(found) == ["colors"]
             assert (found / "SHA256SUMS").read_bytes() == (folder / "SHA256SUMS").read_bytes()
     assert not found.exists()
@@ -97,7 +97,7 @@ def test_a_zip_a_folder_and_a_script_open_alike(model, tmp_path):
 def test_members_that_lead_out_are_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr(zipfile.ZipInfo(name), "")
-    with pytest.raises(BadFileError, match="leads out"), opened(tmp_path / "bad.zip"):
+    with pytest.raises(BadFileError, match="leads out"), open_bundle(tmp_path / "bad.zip"):
         pass
 
 
@@ -115,5 +115,5 @@ def test_what_is_no_entry_is_said(tmp_path):
         "absent": MissingModelError,
     }
     for name, error in refused.items():
-        with pytest.raises(error), opened(tmp_path / name):
+        with pytest.raises(error), open_bundle(tmp_path / name):
             pass

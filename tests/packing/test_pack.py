@@ -146,7 +146,7 @@ def test_a_set_that_changes_while_it_is_packed_is_not_packed(tmp_path, folder):
         torch.save(torch.full_like(torch.load(folder / "glyphs.pt"), float("nan")), folder / "glyphs.pt")
 
     with pytest.raises(BadFileError, match="changed while it was being packed"):
-        pack(folder, tmp_path / "submission.zip", told=change)
+        pack(folder, tmp_path / "submission.zip", on_report=change)
     assert not (tmp_path / "submission.zip").exists()
 
 

@@ -11,20 +11,19 @@ from ddkit.challenge import GLYPHS
 from ddkit.data.images import normalize
 from ddkit.errors import ComputeError, InvalidSubmissionError
 from ddkit.generator.sampling import SamplingSettings
-from ddkit.packing.bundle import EntryModel, EntrySettings, build_folder, zip_folder
+from ddkit.packing.bundle import BundleModel, BundleSettings, build_folder, pack_bundle, zip_folder
 from ddkit.packing.proof import ProofSettings, _environment, check_made, prove
-from ddkit.packing.track2 import pack_entry
 
 ENOUGH = ProofSettings(budget=600.0, most=20)
 
 
 @pytest.fixture
 def model(colors, colors_model):
-    return EntryModel(colors, colors_model, EntrySettings(SamplingSettings(steps=2), "cpu"))
+    return BundleModel(colors, colors_model, BundleSettings(SamplingSettings(steps=2), "cpu"))
 
 
 def test_a_bundle_is_run_as_organizers_would(model, tmp_path):
-    packed = pack_entry([model], tmp_path / "entry.zip", proof=ENOUGH)
+    packed = pack_bundle([model], tmp_path / "entry.zip", proof=ENOUGH)
     (proof,) = packed.proofs
     assert (proof.dataset, proof.images, proof.images_per_class) == ("colors", 20, (10, 10))
     assert 0 < proof.seconds < proof.budget
@@ -35,7 +34,7 @@ def test_a_bundle_that_does_not_run_is_not_packed_and_the_old_one_stays(model, t
     out.write_bytes(b"the old one")
     impossible = ProofSettings(budget=600.0, device="cuda:99", most=20)
     with pytest.raises(ComputeError, match="there is no GPU"):
-        pack_entry([model], out, proof=impossible)
+        pack_bundle([model], out, proof=impossible)
     assert out.read_bytes() == b"the old one" and {path.suffix for path in tmp_path.iterdir()} <= {".zip", ""}
 
 

@@ -1,6 +1,7 @@
-"""Trials of steps and guidance: kept, compared, drawn and used."""
+"""Trials of sampling settings: searched by halving, saved, compared, drawn and used."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,9 +9,22 @@ from PIL import Image
 from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.generator.model_folder import model_hash
-from ddkit.packing.bundle import EntryModel
-from ddkit.packing.tune import Grid, Trial, _append, best_of, draw_chart, explore, lead, read_trials, tuned
+from ddkit.packing.bundle import BundleModel
+from ddkit.packing.tune import (
+    Candidate,
+    Search,
+    Trial,
+    _append,
+    best_of,
+    compare_best_two,
+    draw_chart,
+    read_trials,
+    run_search,
+    with_best_settings,
+)
 from ddkit.runtime.device import describe_device, resolve_device
+
+PRECISION = BundleModel("any", Path()).settings.sampling.precision
 
 
 def trial(steps, *accuracies, guidance=1.0, **changes):
@@ -20,11 +34,22 @@ def trial(steps, *accuracies, guidance=1.0, **changes):
     return Trial(steps=steps, guidance=guidance, accuracies=accuracies, **(settings | changes))
 
 
-def test_a_grid_is_all_combinations():
-    assert Grid((2, 4), (1.0, 3.0)).points == ((2, 1.0), (2, 3.0), (4, 1.0), (4, 3.0))
-    for wrong in ({"steps": ()}, {"steps": (0,)}, {"guidance": (-1.0,)}, {"evaluation": EvaluationSettings(track=1)}):
+def test_the_candidates_are_all_combinations():
+    search = Search((2, 4), (1.0, 3.0), (None, 50))
+    assert len(search.candidates) == 8 and Candidate(2, 3.0, 50) in search.candidates
+    for wrong in ({"steps": ()}, {"steps": (0,)}, {"guidance": (-1.0,)}, {"images_per_class": (0,)},
+                  {"evaluation": EvaluationSettings(track=1)}):  # fmt: skip
         with pytest.raises(UsageError):
-            Grid(**wrong)
+            Search(**wrong)
+
+
+def test_each_stage_tries_half_as_many_candidates_with_twice_the_epochs():
+    settings = EvaluationSettings(track=2, rounds=3, epochs_setting=20, time_budget=30.0)
+    stages = Search((2, 4, 8), (1.0, 2.0, 3.0), evaluation=settings).stages
+    assert [count for count, _ in stages] == [9, 5, 3, 2]
+    assert [(s.epochs_setting, s.number_of_rounds) for _, s in stages] == [(2, 1), (5, 1), (10, 1), (20, 3)]
+    assert Search((2,), (1.0,), evaluation=settings).stages == ((1, settings),)
+    assert Search((2, 4, 8), (1.0, 2.0, 3.0), evaluation=settings).longest_generation == (9 + 5 + 3 + 2 * 3) * 30.0
 
 
 def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
@@ -43,38 +68,50 @@ def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
 def test_the_best_is_named_with_how_sure_that_is():
     trials = [trial(4, 0.20, 0.22), trial(8, 0.40, 0.42), trial(16, 0.301, 0.319)]
     assert best_of(trials).steps == 8
-    comparison = lead(trials)
+    comparison = compare_best_two(trials)
     assert comparison.difference == pytest.approx(0.1) and comparison.exceeds_noise
     assert best_of([trial(16, 0.3), trial(4, 0.3)]).steps == 4  # as good, and cheaper
-    assert lead([trial(4, 0.3), trial(8, 0.2)]) is None and lead(trials[:1]) is None
+    assert compare_best_two([trial(4, 0.3), trial(8, 0.2)]) is None and compare_best_two(trials[:1]) is None
 
 
-def test_what_was_tried_is_not_tried_again(colors, colors_model, tmp_path):
+def test_a_search_goes_by_the_trials_that_are_there(colors, colors_model, tmp_path):
     """Nothing is run: the test set, which every trial needs, is none."""
-    settings = EvaluationSettings(track=2, rounds=2, epochs_setting=3, time_budget=30.0)
-    grid = Grid((2, 4), (1.0,), settings)
+    settings = EvaluationSettings(track=2, rounds=2, epochs_setting=8, time_budget=30.0)
+    search = Search((2, 4, 8, 16), (1.0,), evaluation=settings)
     here = describe_device(resolve_device("auto"))
-    kept = {"model_sha256": model_hash(colors_model), "budget": 30.0, "epochs_setting": 3, "device": here}
-    done = [trial(2, 0.5, 0.6, **kept), trial(4, 0.7, 0.8, **kept)]
-    for one in (*done, trial(8, 0.9, 0.9, **kept), trial(4, 0.1, 0.1, **(kept | {"budget": 31.0}))):
-        _append(one, tmp_path / "trials.jsonl")
-    model = EntryModel(colors, colors_model)
-    assert explore(model, None, grid, tmp_path / "trials.jsonl") == tuple(done)
-    best = tuned(model, tmp_path / "trials.jsonl").settings.sampling.steps
-    assert best == 8, "what was asked for last counts, though it was known"
+    known = {"model_sha256": model_hash(colors_model), "budget": 30.0, "device": here, "precision": PRECISION}
+    first = [trial(steps, mean, epochs_setting=4, **known) for steps, mean in ((2, 0.1), (4, 0.4), (8, 0.3), (16, 0.2))]
+    last = [trial(4, 0.5, 0.6, epochs_setting=8, **known), trial(8, 0.7, 0.8, epochs_setting=8, **known)]
+    path, heard = tmp_path / "trials.jsonl", []
+    for one in (*first, *last, trial(16, 0.9, epochs_setting=9, **known)):
+        _append(one, path)
+    model = BundleModel(colors, colors_model)
+    assert run_search(model, None, search, path, on_trial=heard.append) == tuple(last)
+    assert heard == [*first, *last]
+    best = with_best_settings(model, path).settings.sampling.steps
+    assert best == 8, "the conditions of the last search count, though its trials were known"
 
 
 def test_the_best_of_the_latest_conditions_is_packed(colors, colors_model, tmp_path):
-    path, model = tmp_path / "trials.jsonl", EntryModel(colors, colors_model)
+    path, model = tmp_path / "trials.jsonl", BundleModel(colors, colors_model)
     _append(trial(2, 0.99), path)  # of another model
     with pytest.raises(MissingDataError, match="ddkit tune colors"):
-        tuned(model, path)
+        with_best_settings(model, path)
     sha256 = model_hash(colors_model)
     for one in (trial(32, 0.9, model_sha256=sha256, budget=600.0), trial(4, 0.3, model_sha256=sha256),
-                trial(8, 0.5, guidance=1.5, sampler="dpm++", model_sha256=sha256)):  # fmt: skip
+                trial(8, 0.5, guidance=1.5, sampler="dpm++", model_sha256=sha256, images_per_class=50)):  # fmt: skip
         _append(one, path)
-    sampling = tuned(model, path).settings.sampling
-    assert (sampling.steps, sampling.guidance) == (8, 1.5)
+    settings = with_best_settings(model, path).settings
+    assert (settings.sampling.steps, settings.sampling.guidance, settings.images_per_class) == (8, 1.5, 50)
+
+
+def test_a_line_of_an_earlier_version_is_a_trial(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    _append(trial(4, 0.2, 0.3), path)
+    values = json.loads(path.read_text())
+    del values["images_per_class"], values["precision"]
+    path.write_text(json.dumps(values) + "\n")
+    assert read_trials(path) == [trial(4, 0.2, 0.3)]
 
 
 def test_the_chart_is_a_picture(tmp_path):
