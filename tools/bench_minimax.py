@@ -1,9 +1,9 @@
-"""How long the minimax criteria take: memories as Python lists and a loop over classes, beside ring buffers in tensors.
+"""Time the minimax criteria: with memories as Python lists and a loop over classes, and with ring buffers in tensors.
 
     python tools/bench_minimax.py [--batch N] [--classes N] [--memory N] [--latents C S S] [--steps N] [--device NAME]
 
-Both see the same batches, in turn, memories full, and compute values, gradients and the memories' update; the median
-step of each counts. What each one's memories hold is printed as well.
+Both see the same batches in turn, with full memories, and compute the values, the gradients and the memories' update;
+the median step of each counts. The size of each one's memories is printed as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor, Tensor]  # predicted, real, labels
 
 
 class ListCriteria:
-    """The criteria as their definition reads: a list of latents for each class, one class after the other."""
+    """The criteria by their definition: a list of latents for each class, one class after the other."""
 
     def __init__(self, memory_size: int) -> None:
         self.memory_size = memory_size
@@ -32,7 +32,7 @@ class ListCriteria:
         self.predicted: dict[int, list[Tensor]] = defaultdict(list)
 
     def __call__(self, predicted: Tensor, real: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `MinimaxCriteria`."""
+        """The same as `MinimaxCriteria.forward`."""
         representativeness = diversity = predicted.new_zeros(())
         classes = labels.unique().tolist()
         for label in classes:
@@ -48,7 +48,7 @@ class ListCriteria:
         return representativeness, diversity
 
     def bytes(self) -> int:
-        """Of all latents held."""
+        """The bytes of all latents in the memories."""
         lists = [*self.real.values(), *self.predicted.values()]
         return sum(latent.nbytes for held in lists for latent in held)
 
@@ -91,7 +91,7 @@ def _wait(tensor: Tensor) -> None:
 
 
 def measure(lists: ListCriteria, tensors: MinimaxCriteria, options: argparse.Namespace) -> tuple[float, float, float]:
-    """Median seconds of a step of each, and how far their gradients are apart at most."""
+    """The median seconds of a step of each, and the largest difference of their gradients."""
     source = batches(options)
     for _ in range(2 * options.memory * options.classes // options.batch):
         batch = next(source)

@@ -77,7 +77,7 @@ def objectives(backbone: Arm) -> list[Arm]:
 
 
 class Study:
-    """The arms of one dataset and what is known of each."""
+    """The arms of one dataset and their results."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -97,12 +97,12 @@ class Study:
 
     @cached_property
     def features(self) -> ReferenceFeatures:
-        """What pictures are looked at with."""
+        """The network whose features compare images."""
         return reference_features(self.real, self.spec)
 
     @cached_property
     def drawn(self) -> Tensor:
-        """(classes, images + reference, 3, S, S) uint8 real images: the row of real images, then what all are held to."""
+        """(classes, images + reference, 3, S, S) uint8 real images: a row of the table, then the reference."""
         count = self.options.images + self.options.reference
         rows = choose("random", self.real.labels, count, self.spec.num_classes, seed=0)
         return self.real.images[rows].unflatten(0, (self.spec.num_classes, count))
@@ -113,7 +113,7 @@ class Study:
         return self.features(self.drawn[:, self.options.images :].flatten(0, 1))
 
     def run(self) -> None:
-        """Everything that is not done yet."""
+        """Compute everything that is missing."""
         self._measure(REAL, lambda: self.drawn[:, : self.options.images].flatten(0, 1))
         done: set[str] = set()
         while remaining := [arm for arm in self.arms if arm.name not in done]:
@@ -123,7 +123,7 @@ class Study:
             done.add(arm.name)
 
     def table(self) -> str:
-        """What is known, as Markdown."""
+        """The results so far, as Markdown."""
         titles = ["network, prediction", "parameters", "ms a step", "steps", "Frechet", "density", "coverage", "accuracy, %"]
         rows = []
         for name in (REAL, *(arm.name for arm in self.arms)):
@@ -223,14 +223,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start", type=Path, required=True, help="the model folder whose autoencoder all share")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--minutes", type=float, default=10, help="of a core, to train each for")
-    parser.add_argument("--images", type=int, default=20, help="samples of a class that are looked at")
-    parser.add_argument("--reference", type=int, default=100, help="real images of a class that they are held against")
+    parser.add_argument("--images", type=int, default=20, help="samples of a class that are compared")
+    parser.add_argument("--reference", type=int, default=100, help="real images of a class to compare with")
     parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--rounds", type=int, default=0, help="of the protocol, on the first --ipc samples of a class")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--epochs-setting", type=int, default=30, help="E of the protocol")
-    parser.add_argument("--compile", action="store_true", help="compile before training; pays from some minutes on")
+    parser.add_argument("--compile", action="store_true", help="compile before training; worth it above a few minutes")
     options = parser.parse_args(arguments)
     options.sampling = SamplingSettings(steps=options.sampling_steps, guidance=options.guidance, batch_size=64)
     return options

@@ -53,7 +53,7 @@ PUBLISHED = Arm("published", (0.002, 0.008))
 
 
 class Study:
-    """The arms of one dataset and what is known of each."""
+    """The arms of one dataset and their results."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -66,13 +66,13 @@ class Study:
 
     @functools.cached_property
     def features(self) -> ReferenceFeatures:
-        """What pictures are looked at with."""
+        """The network whose features compare images."""
         name = self.options.features_of or self.options.dataset
         return reference_features(load_dataset(name, "train"), dataset_spec(name))
 
     @functools.cached_property
     def drawn(self) -> Tensor:
-        """(classes, measured + reference, 3, S, S) uint8 real images: the arm of real images, then what all are held to."""
+        """(classes, measured + reference, 3, S, S) uint8 real images: a row of the table, then the reference."""
         count = self.options.measured + self.options.reference
         rows = choose("random", self.real.labels, count, self.spec.num_classes, seed=0)
         return self.real.images[rows].unflatten(0, (self.spec.num_classes, count))
@@ -92,7 +92,7 @@ class Study:
                 self.findings.once(arm.name, name, functools.partial(self._evaluate, arm, ipc, epochs))
 
     def table(self) -> str:
-        """What is known, as Markdown."""
+        """The results so far, as Markdown."""
         evaluations = self._evaluations()
         columns = {"arm": "lambda r, d", **_TITLES, **{name: f"{name}, %" for name in evaluations}}
         rows = []
@@ -212,15 +212,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ipc", type=int, nargs="+", default=[10, 20, 50])
     parser.add_argument("--epochs-setting", type=int, nargs="+", default=[20, 10, 5], help="E for each IPC")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measured", type=int, default=20, help="pictures of a class that are looked at")
-    parser.add_argument("--reference", type=int, default=100, help="real images of a class that they are held against")
+    parser.add_argument("--measured", type=int, default=20, help="images of a class that are compared")
+    parser.add_argument("--reference", type=int, default=100, help="real images of a class to compare with")
     parser.add_argument(
         "--features-of",
         metavar="DATASET",
         help="whose real images the network of the features learns from; such as that of a part of it",
     )
     parser.add_argument("--sampling-steps", type=int, default=12)
-    parser.add_argument("--compile", action="store_true", help="compile before sampling; pays for thousands of pictures")
+    parser.add_argument("--compile", action="store_true", help="compile before sampling; worth it for thousands of images")
     parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args(arguments)
     if len(options.ipc) != len(options.epochs_setting):

@@ -1,12 +1,12 @@
-"""What does the autoencoder cost? Official networks trained on real images, and on the same ones encoded and decoded.
+"""What does the autoencoder cost? Train official networks on real images, and on the same images encoded and decoded.
 
     python tools/study_reconstruction.py cifar100 --model runs/cifar100 [FOLDER ...] [--per-class N] [--rounds N]
         [--epochs-setting E] [--state FOLDER]
 
-Samples cannot be better to learn from than what the autoencoder gives back of real images. Round r starts from the
-same weights and draws the same shuffles and augmentations for all, so that they are compared round by round; what is
-lost is given in points of accuracy, real less reconstructed. Rounds that are done are kept in --state: stopped, the
-study goes on when run again, with more rounds or more autoencoders as well.
+Samples can teach no more than the autoencoder keeps of real images. Round r starts from the same weights and draws the
+same shuffles and augmentations for all, so they are compared round by round. The loss is given in points of accuracy,
+real minus reconstructed. Finished rounds are kept in --state, so the study continues when run again, also with more
+rounds or more autoencoders.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def evaluate(images: Tensor, test_set: TestSet, options: argparse.Namespace) -> Accuracies:
-    """(N, 3, S, S) uint8, class by class -> a fraction for each round; rounds that are done are read back."""
+    """(N, 3, S, S) uint8, class by class -> a fraction for each round; finished rounds are read back."""
     spec = test_set.spec
     source = FixedSet(normalize(images, spec), class_labels(spec.num_classes, options.per_class))
     settings = EvaluationSettings(
@@ -59,14 +59,14 @@ def evaluate(images: Tensor, test_set: TestSet, options: argparse.Namespace) -> 
 
 
 def row(name: str, of_pixels: str, accuracies: Accuracies, lost: str) -> str:
-    """Of the table."""
+    """A row of the table."""
     mean, std = sum(accuracies) / len(accuracies), sample_std(accuracies)
     spread = "" if std is None else f" ± {100 * std:.2f}"
     return f"| {name} | {of_pixels} | {len(accuracies)} | {100 * mean:.2f}{spread} | {lost} |"
 
 
 def lost_points(real: Accuracies, reconstructed: Accuracies) -> str:
-    """Mean difference in points, with its 95 % interval where there are rounds enough for one."""
+    """The mean difference in points, with its 95 % interval if there are two rounds or more."""
     if len(real) < 2:
         return f"{100 * (real[0] - reconstructed[0]):.2f}"
     found = compare(real, reconstructed, paired=True)

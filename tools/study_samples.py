@@ -1,13 +1,13 @@
-"""What a generator's samples are worth: guidance x steps, and ways to choose among many, beside real images.
+"""How much do a generator's samples teach? Guidance x steps, and selection methods, compared with real images.
 
     python tools/study_samples.py cifar100 --model runs/cifar100 [--guidance G ...] [--steps N ...]
         [--candidates N] [--select HOW ...] [--out FOLDER] [--table]
 
-Every cell samples from the same noise; the first ten images of each class are trained on by the protocol, round by
-round with the same networks as every other row. Their quality is measured on all of a class's samples, in features of
-an official ConvNet trained on real images. Choices are made among --candidates samples of each class, at the first
---guidance and the first --steps, and among as many real ones; "random" is the row that the others are held against.
-All that is finished is kept in the folder: stopped, it goes on when run again; --table shows what there is so far.
+Every cell samples from the same noise; the first ten images of each class are evaluated by the protocol, with the same
+networks in each round. Quality is measured on all samples of a class, in the features of an official ConvNet trained on
+real images. The selection methods choose from --candidates samples of each class, at the first --guidance and the first
+--steps, and from as many real images; compare them with the row "random". Finished results are kept in the folder, so
+the study continues when run again; --table shows what there is so far.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REAL = "real"
 
 
 class Study:
-    """One generator's samples and what is known of them."""
+    """One generator's samples and their results."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -46,12 +46,12 @@ class Study:
 
     @functools.cached_property
     def features(self) -> ReferenceFeatures:
-        """What pictures are looked at with."""
+        """The network whose features compare images."""
         return reference_features(self.real, self.spec)
 
     @functools.cached_property
     def drawn(self) -> Tensor:
-        """(classes, candidates + reference, 3, S, S) uint8 real images: rows of their own, then what all are held to."""
+        """(classes, candidates + reference, 3, S, S) uint8 real images: a row of the table, then the reference."""
         count = self.options.candidates + self.options.reference
         rows = choose("random", self.real.labels, count, self.spec.num_classes, seed=0)
         return self.real.images[rows].unflatten(0, (self.spec.num_classes, count))
@@ -62,7 +62,7 @@ class Study:
         return self.features(self.drawn[:, self.options.candidates :].flatten(0, 1))
 
     def run(self) -> None:
-        """Everything that is not done yet."""
+        """Compute everything that is missing."""
         ways = {REAL: lambda: self.drawn[:, : self.options.images]}
         ways |= {_cell(*cell): functools.partial(self._samples, *cell, self.options.images) for cell in self.cells}
         for name, images in ways.items():
@@ -74,7 +74,7 @@ class Study:
             )
 
     def table(self) -> str:
-        """What is known, as two tables in Markdown."""
+        """The results so far, as two tables in Markdown."""
         cells = []
         for name in (REAL, *(_cell(*cell) for cell in self.cells)):
             found = self.findings.of(name)
@@ -119,7 +119,7 @@ class Study:
         return {"frechet": distance, "density": density, "coverage": coverage}
 
     def _score(self, images: Tensor) -> list[float]:
-        """Of (classes, ipc, 3, S, S) uint8."""
+        """The accuracies of (classes, ipc, 3, S, S) uint8 images."""
         options = self.options
         return self.findings.score(
             normalize(images.flatten(0, 1), self.spec), self.spec,
@@ -141,7 +141,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--select", nargs="+", choices=(*LABEL_METHODS, *FEATURE_METHODS), metavar="HOW", default=["random", *FEATURE_METHODS]
     )
-    parser.add_argument("--reference", type=int, default=100, help="real images of a class that samples are held against")
+    parser.add_argument("--reference", type=int, default=100, help="real images of a class to compare with")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs-setting", type=int, default=30, help="E of the protocol")

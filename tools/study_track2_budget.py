@@ -1,20 +1,18 @@
 #!/usr/bin/env python3
-"""Whether the track 2 entry keeps its time budget: many runs, alone and while other processes load the machine.
+"""Does the track 2 entry keep its time budget? Many runs, alone and while other processes load the machine.
 
     python tools/study_track2_budget.py ENTRY [--dataset NAME] [--budget SECONDS] [--runs N] [--busy N ...]
         [--out FILE.jsonl]
 
 ENTRY is a bundle's folder, unpacked from what `ddkit pack --track 2` wrote. Each run is timed from before its process
-is started until it has ended. --busy 0 2 makes all runs without company, then all beside two processes that compute
-without pause. Runs are appended to --out; those of the same entry, dataset and budget that are there already
-are not made again.
+starts until it ends. --busy 0 2 makes all runs on an idle machine, then all while two processes compute without pause.
+Runs are appended to --out; runs of the same entry, dataset and budget that are there already are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 
 from ddkit.evaluation.tracks import hash_of_folder
-from ddkit.runtime.jsonl import append_line
+from ddkit.runtime.jsonl import append_line, read_lines
 
 LEAST_SHARE = 0.85  # of the budget that is to be used
 
@@ -39,7 +37,7 @@ def main() -> None:
     for busy in arguments.busy:
         done = sum(run["busy"] == busy for run in runs)
         for number in range(done, arguments.runs):
-            with company(busy):
+            with busy_processes(busy):
                 runs.append({**what, "busy": busy, "load": os.getloadavg()[0], **timed_run(arguments, seed=number)})
             append_line(arguments.out, runs[-1])
             print(runs[-1], flush=True)
@@ -47,12 +45,8 @@ def main() -> None:
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Of all entries, datasets and budgets; without a line that a kill has torn."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+    """The runs of all entries, datasets and budgets."""
+    return [run for _, run in read_lines(path)]
 
 
 def parse() -> argparse.Namespace:
@@ -67,8 +61,8 @@ def parse() -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def company(count: int) -> Iterator[None]:
-    """Processes that compute all the while."""
+def busy_processes(count: int) -> Iterator[None]:
+    """Processes that compute without pause."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -93,7 +87,7 @@ def timed_run(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def print_table(runs: list[dict[str, Any]], budget: float) -> None:
-    print("\n| beside | runs | kept | share of the budget used | images | 1-minute load before a run |")
+    print("\n| load | runs | kept | share of the budget used | images | 1-minute load before a run |")
     print("|---|---|---|---|---|---|")
     for busy in sorted({run["busy"] for run in runs}):
         these = [run for run in runs if run["busy"] == busy]

@@ -244,7 +244,7 @@ def _missing_rows(
 
 
 def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> dict[str, Any]:
-    """How a model's images are made."""
+    """The provenance of a model's images."""
     sampling = dataclasses.asdict(settings)
     del sampling["compile"]
     if not settings.mode_guidance:

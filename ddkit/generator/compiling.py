@@ -1,4 +1,4 @@
-"""torch.compile where it works, and plain PyTorch where it does not."""
+"""torch.compile if it works, and plain PyTorch if it does not."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def can_compile() -> bool:
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    """`module` compiled for fixed shapes, or itself where there is no compiler. The parameters are shared."""
+    """`module` compiled for fixed shapes, or itself if there is no compiler. The parameters are shared."""
     return _compiled(module)
 
 
 def compiled_for_inference(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module`, whose parameters never change again, compiled for inference, or itself where there is no compiler.
+    """`module`, whose parameters never change again, compiled for inference, or itself if there is no compiler.
 
     On a CPU the parameters are packed for its matrix products, and calls from several threads run at the same time.
     """

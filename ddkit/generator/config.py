@@ -93,7 +93,7 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the denoiser learns to predict, and which noise levels it sees.
+    """The target of the denoiser, and the noise levels it sees.
 
     prediction: "flow" (rectified flow: noise minus data, Liu et al. 2022), "v" (Salimans & Ho 2022) or "epsilon".
     min_snr_gamma: weights the losses of epsilon and v (Hang et al. 2023, arXiv 2303.09556); None gives every noise
@@ -236,7 +236,7 @@ def default_guidance(images_per_class: int | None) -> float:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How images are sampled.
+    """The settings of sampling.
 
     guidance: w of classifier-free guidance, null + w * (class - null); 1 turns it off (Ho & Salimans 2022,
         arXiv 2207.12598). `default_guidance` has the default for other numbers of images than ten a class.

@@ -28,7 +28,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many parameters of a network are trained, and how many it has."""
+    """The number of a network's parameters that are trained, and of all of them."""
 
     trainable: int
     total: int

@@ -42,7 +42,7 @@ _DENOISERS: Mapping[str, type[ModelMixin]] = {kind.__name__: kind for kind in (U
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What ddkit.json says of a model.
+    """The facts about a model, as ddkit.json holds them.
 
     prediction: what the denoiser predicts, as in ObjectiveConfig. steps: steps of denoiser training.
     dataset_sha256: hash of the prepared training split. metrics: scores of the model by name.
@@ -136,7 +136,7 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 
 
 def has_model(folder: Path) -> bool:
-    """Whether a folder holds a complete model: ddkit.json is written last."""
+    """Return whether a folder holds a complete model: ddkit.json is written last."""
     return (folder / FACTS_FILE).is_file()
 
 

@@ -71,7 +71,7 @@ class Sampler:
         self._part = self.settings.batch_size or 1
         if self.device.type == "cpu":
             self._part = min(_PART, -(-self._part // self._workers))
-        # A part is decoded in pieces of one size, as each size is compiled, and tuned by cuDNN, anew.
+        # A part is decoded in pieces of one size, because each size is compiled and tuned separately.
         self._decoded_at_once = min(self._part, images_at_once(model.autoencoder, self._latent_shape[1]))
         self._part -= self._part % self._decoded_at_once
         self._guided: Callable[..., Tensor] = GuidedDenoiser(model.denoiser)
@@ -161,7 +161,7 @@ class Sampler:
         return made[:count].cpu()
 
     def _mode_term(self, point: Tensor, output: Tensor, time: float, centers: Tensor) -> Tensor:
-        """What mode guidance adds after a step: lambda * sigma_t * (mode - predicted clean latents), all (n, C, s, s).
+        """The term that mode guidance adds after a step: lambda * sigma_t * (mode - predicted clean latents), all (n, C, s, s).
 
         Source: Chan-Santiago et al. 2025, arXiv 2505.18963, section 4.2. sigma_t is the noise level of the objective.
         """

@@ -1,6 +1,6 @@
 """The U-ViT denoiser. This file imports only torch and diffusers.
 
-It must stay so: the stand-alone track 2 entry bundles this very file, verbatim, beside the weights.
+It must stay so: the stand-alone track 2 entry bundles this very file with the weights.
 """
 
 from __future__ import annotations

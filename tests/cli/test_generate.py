@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from ddkit.cli import main
 
 
-def test_real_images_by_default_names(colors, tmp_path):
+@pytest.mark.slow
+def test_generate_from_real_writes_the_default_files(colors, tmp_path):
     command = [sys.executable, "-m", "ddkit", "generate", "--dataset", colors, "--from-real", "random", "--ipc", "2"]
     done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -39,7 +40,7 @@ def test_real_images_by_default_names(colors, tmp_path):
         (["--dataset", "colors", "--guidance-interval", "0.9", "0.1"], 2, "0.9 to 0.1"),
     ],
 )
-def test_what_it_refuses_in_one_message(colors, tmp_path, monkeypatch, words, status, said):
+def test_invalid_options_end_with_one_message(colors, tmp_path, monkeypatch, words, status, said):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["generate", *words])
     assert done.exit_code == status, done.output
@@ -47,7 +48,7 @@ def test_what_it_refuses_in_one_message(colors, tmp_path, monkeypatch, words, st
     assert not (tmp_path / "submission").exists()
 
 
-def test_a_refined_set_is_not_replaced_unasked(colors, tmp_path, monkeypatch):
+def test_refined_set_is_not_replaced_without_the_option(colors, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["generate", "--dataset", colors, "--from-real", "first", "--ipc", "2"]
     assert CliRunner().invoke(main, words).exit_code == 0
@@ -62,7 +63,8 @@ def test_a_refined_set_is_not_replaced_unasked(colors, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("choice", [(), ("--candidates", "4", "--select", "random")], ids=["as they come", "chosen"])
-def test_processes_share_the_classes_and_make_the_same_set(colors, colors_model, tmp_path, choice):
+@pytest.mark.slow
+def test_several_processes_make_the_same_set(colors, colors_model, tmp_path, choice):
     words = ["generate", "--dataset", colors, "--model", str(colors_model), "--ipc", "3", "--sampling-steps", "2", *choice]
     alone = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "alone" / "set.pt")])
     assert alone.exit_code == 0, alone.output
@@ -79,7 +81,7 @@ def test_processes_share_the_classes_and_make_the_same_set(colors, colors_model,
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"set.pt", "set.json", "set.png"}
 
 
-def test_a_set_that_is_there_is_not_made_again(colors, colors_model, tmp_path):
+def test_complete_set_is_not_made_again(colors, colors_model, tmp_path):
     words = ["generate", "--dataset", colors, "--model", str(colors_model), "--ipc", "2", "--sampling-steps", "2"]
     words += ["--out", str(tmp_path / "set.pt")]
 

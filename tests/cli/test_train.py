@@ -28,7 +28,8 @@ def steps_done(folder):
     return json.loads((folder / "ddkit.json").read_text())["steps"]
 
 
-def test_train_go_on_and_refuse_other_settings(ddkit, colors, tmp_path):
+@pytest.mark.slow
+def test_train_resumes_and_refuses_other_settings(ddkit, colors, tmp_path):
     words = ["train", "--dataset", colors, "--preset", "demo", "--batch-size", "8", "--quiet"]
     first = ddkit(*words, "--time", "1s", "--json")
     assert first.exit_code == 0, first.output
@@ -69,7 +70,8 @@ def test_train_go_on_and_refuse_other_settings(ddkit, colors, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_stopped_it_has_saved_and_goes_on(ddkit, colors, tmp_path, number):
+@pytest.mark.slow
+def test_stopped_training_is_saved_and_resumes(ddkit, colors, tmp_path, number):
     words = ["train", "--dataset", colors, "--preset", "demo", "--save-every", "0.5s"]
     folder = tmp_path / "runs" / "colors"
     process = subprocess.Popen(
@@ -99,7 +101,7 @@ def test_stopped_it_has_saved_and_goes_on(ddkit, colors, tmp_path, number):
     assert steps_done(folder) > saved
 
 
-def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, colors, tmp_path, monkeypatch):
+def test_missing_inception_weights_fail_before_any_work(ddkit, colors, tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
@@ -126,14 +128,14 @@ def test_missing_weights_of_inception_are_known_before_anything_is_done(ddkit, c
         (["--dataset", "colors", "--preset", "demo", "--features", "inception"], 2, "--features needs --track-every"),
     ],
 )
-def test_what_it_refuses_in_one_message(ddkit, colors, monkeypatch, words, status, said):
+def test_invalid_options_end_with_one_message(ddkit, colors, monkeypatch, words, status, said):
     monkeypatch.setattr("ddkit.generator.training.estimate.free_memory", lambda device: 2**30)
     done = ddkit("train", *words)
     assert done.exit_code == status, done.output
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output
 
 
-def test_a_dry_run_tells_the_costs_and_leaves_nothing(ddkit, colors, tmp_path):
+def test_dry_run_shows_the_costs_and_leaves_nothing(ddkit, colors, tmp_path):
     words = ["train", "--dataset", colors, "--preset", "demo", "--batch-size", "8", "--dry-run"]
     done = ddkit(*words, "--json", "--quiet")
     assert done.exit_code == 0, done.output

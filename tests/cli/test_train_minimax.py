@@ -54,7 +54,8 @@ def steps_done(folder):
 
 
 @pytest.mark.parametrize("architecture", ["uvit", "dit"])
-def test_from_ones_own_generator_to_pictures(ddkit, tmp_path, architecture):
+@pytest.mark.slow
+def test_minimax_fine_tunes_the_datasets_own_generator(ddkit, tmp_path, architecture):
     scratch = ("--preset", "demo", "--architecture", architecture, "--time", "1s", "--batch-size", "4")
     assert ddkit("train", "--dataset", "colors", *scratch).exit_code == 0
     told = tune(ddkit)
@@ -71,7 +72,8 @@ def test_from_ones_own_generator_to_pictures(ddkit, tmp_path, architecture):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_from_a_pretrained_diffusion_transformer(ddkit, tmp_path, dit_folder, full):
+@pytest.mark.slow
+def test_minimax_fine_tunes_a_pretrained_transformer(ddkit, tmp_path, dit_folder, full):
     told = tune(ddkit, "--init", dit_folder, *(["--full"] if full else []))
     assert ("(100 %)" in told) is full
     assert "1 of 2 classes are known by name; the mean of all labels stands for blue." in told
@@ -91,7 +93,8 @@ def torch_keys(folder):
         return list(file.keys())
 
 
-def test_goes_on_without_its_settings_being_said_again(ddkit, tmp_path, dit_folder):
+@pytest.mark.slow
+def test_minimax_resumes_without_repeating_its_settings(ddkit, tmp_path, dit_folder):
     folder = tmp_path / "tuned"
     (tmp_path / "map.json").write_text(json.dumps({"blue": "tench", "red": None}))
     own = ("--lambda-r", "0.5", "--lambda-d", "0", "--memory-size", "3", "--full", "--class-map", "map.json")
@@ -118,14 +121,14 @@ def test_goes_on_without_its_settings_being_said_again(ddkit, tmp_path, dit_fold
     assert scratch.exit_code == 2 and "folder without a fine-tuning" in said(scratch)
 
 
-def test_epochs_in_place_of_steps(ddkit, tmp_path, dit_folder):
+def test_epochs_replace_steps(ddkit, tmp_path, dit_folder):
     words = ("--init", dit_folder, "--batch-size", "5", "--epochs", "3")
     done = ddkit("train", "--dataset", "colors", *words)
     assert done.exit_code == 0, done.output
     assert steps_done(tmp_path / "runs" / "colors-minimax") == 6, "10 images, 3 times, 5 a step"
 
 
-def test_a_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
+def test_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
     done = ddkit("train", "--dataset", "colors", "--init", dit_folder, *QUICK, "--dry-run", "--json", "--quiet")
     assert done.exit_code == 0, done.output
     told = json.loads(done.output)
@@ -137,7 +140,8 @@ def test_a_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
     assert not (tmp_path / "runs").exists()
 
 
-def test_weights_so_large_that_the_loss_diverges(ddkit, tmp_path, dit_folder):
+@pytest.mark.slow
+def test_diverging_loss_exits_with_status_3(ddkit, tmp_path, dit_folder):
     folder = tmp_path / "runs" / "colors-minimax"
     wild = ("--init", dit_folder, "--full", "--lambda-d", "1e20", "--lr", "1")
     done = ddkit("train", "--dataset", "colors", "--batch-size", "4", "--steps", "2000", "--no-compile", *wild)
@@ -167,7 +171,7 @@ def test_weights_so_large_that_the_loss_diverges(ddkit, tmp_path, dit_folder):
         (["--method", "minimax", "--init", "strangers", "--out", "foreign"], 3, "not written by a training of ddkit"),
     ],
 )
-def test_what_it_refuses_in_one_message(ddkit, save_dit, tmp_path, words, status, message):
+def test_invalid_options_end_with_one_message(ddkit, save_dit, tmp_path, words, status, message):
     save_dit(tmp_path / "strangers", ["tench", "goldfish"])
     save_dit(tmp_path / "mine", ["blue", "red"])
     for folder, content in {"stable": {"_class_name": "StableDiffusionPipeline"}, "foreign": {}}.items():
@@ -183,7 +187,8 @@ def test_what_it_refuses_in_one_message(ddkit, save_dit, tmp_path, words, status
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_hub_id_without_a_network(colors, tmp_path):
+@pytest.mark.slow
+def test_hub_id_without_a_network_exits_with_status_3(colors, tmp_path):
     """In a process of its own, whose hub is a port where nobody listens."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     words = [sys.executable, "-m", "ddkit", "train", "--init", "facebook/DiT-XL-2-256", "--dataset", colors]

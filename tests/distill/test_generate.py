@@ -23,7 +23,7 @@ def pixels(path, name):
     return to_uint8(denormalize(torch.load(path, weights_only=True), dataset_spec(name)))
 
 
-def test_real_images_come_back_exactly_in_class_order(colors, tmp_path):
+def test_real_images_are_saved_exactly_in_class_order(colors, tmp_path):
     saved = generate(colors, 2, FromReal("first"), tmp_path / "set.pt")
     train = load_dataset(colors, "train")
     assert torch.equal(pixels(saved.tensor, colors), train.images[[0, 1, 5, 6]])
@@ -32,7 +32,7 @@ def test_real_images_come_back_exactly_in_class_order(colors, tmp_path):
     assert facts["dataset_sha256"] == store_hash(colors, "train")
 
 
-def test_the_random_choice_is_called_so_and_follows_the_seed(colors, tmp_path):
+def test_random_real_images_follow_the_seed_and_are_named_so(colors, tmp_path):
     first, again, other = (
         generate(colors, 3, FromReal("random", seed), tmp_path / f"{name}.pt")
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
@@ -41,7 +41,7 @@ def test_the_random_choice_is_called_so_and_follows_the_seed(colors, tmp_path):
     assert first.tensor.read_bytes() == again.tensor.read_bytes() != other.tensor.read_bytes()
 
 
-def test_samples_of_a_model_and_how_they_were_made(colors, model_folder, tmp_path):
+def test_set_of_samples_records_its_provenance(colors, model_folder, tmp_path):
     sampling = SamplingSettings("ddim", steps=2, guidance=1.5, seed=4, batch_size=3)
     saved = generate(colors, 2, FromModel(model_folder, sampling), tmp_path / "set.pt")
     expected = torch.cat([*Sampler(load_model(model_folder), sampling).images(*class_ordered(2, 2))])
@@ -56,7 +56,7 @@ def test_samples_of_a_model_and_how_they_were_made(colors, model_folder, tmp_pat
     assert {"ddkit", "torch", "diffusers"} <= set(facts["versions"])
 
 
-def test_a_sheet_that_is_gone_is_drawn_again_and_nothing_sampled(colors, model_folder, tmp_path):
+def test_missing_sheet_is_drawn_again_without_sampling(colors, model_folder, tmp_path):
     source = FromModel(model_folder, SamplingSettings(steps=2))
     saved = generate(colors, 2, source, tmp_path / "set.pt")
     drawn = saved.sheet.read_bytes()
@@ -66,7 +66,7 @@ def test_a_sheet_that_is_gone_is_drawn_again_and_nothing_sampled(colors, model_f
     assert not sampled
 
 
-def test_a_set_of_a_dataset_that_was_prepared_anew_is_normalized_anew(colors, model_folder, tmp_path):
+def test_set_of_a_dataset_prepared_again_is_normalized_again(colors, model_folder, tmp_path):
     source = FromModel(model_folder, SamplingSettings(steps=2))
     before = load_tensor(generate(colors, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colors))
     for picture in (tmp_path / "pictures" / "train" / "red").iterdir():
@@ -76,7 +76,7 @@ def test_a_set_of_a_dataset_that_was_prepared_anew_is_normalized_anew(colors, mo
     assert not torch.equal(before, after)
 
 
-def test_a_set_behind_a_link_is_known_for_what_it_is(colors, tmp_path):
+def test_refined_set_behind_a_link_raises_usage_error(colors, tmp_path):
     (tmp_path / "best").mkdir()
     saved = generate(colors, 2, FromReal("first"), tmp_path / "best" / "set.pt")
     saved.provenance.write_text(saved.provenance.read_text().replace('"first-real"', '"refined"'))
@@ -85,7 +85,7 @@ def test_a_set_behind_a_link_is_known_for_what_it_is(colors, tmp_path):
         generate(colors, 2, FromReal("random"), tmp_path / "set.pt")
 
 
-class TestWhatIsRefused:
+class TestInvalidRequests:
     @pytest.fixture
     def earlier(self, colors, tmp_path):
         saved = generate(colors, 1, FromReal("first"), tmp_path / "set.pt")
@@ -99,28 +99,28 @@ class TestWhatIsRefused:
             ({"dataset": "colours"}, UsageError, "Did you mean 'colors'"),
         ],
     )
-    def test_the_earlier_set_stays(self, colors, earlier, changes, error, said):
+    def test_invalid_request_keeps_the_earlier_set(self, colors, earlier, changes, error, said):
         path, before = earlier
         wanted = {"dataset": colors, "ipc": 2} | changes
         with pytest.raises(error, match=said):
             generate(**wanted, source=FromReal(), out=path)
         assert path.read_bytes() == before
 
-    def test_another_ending(self, colors, tmp_path):
+    def test_path_without_pt_ending_raises_usage_error(self, colors, tmp_path):
         with pytest.raises(UsageError, match=".pt"):
             generate(colors, 1, FromReal(), tmp_path / "set.png")
 
-    def test_no_model(self, colors, tmp_path):
+    def test_missing_model_raises_missing_model_error(self, colors, tmp_path):
         with pytest.raises(MissingModelError):
             generate(colors, 1, FromModel(tmp_path / "nowhere"), tmp_path / "set.pt")
 
-    def test_a_model_of_another_dataset(self, colors, model_folder, tmp_path):
+    def test_model_of_another_dataset_raises_usage_error(self, colors, model_folder, tmp_path):
         model = load_model(model_folder)
         save_model(dataclasses.replace(model, facts=dataclasses.replace(model.facts, dataset="glyphs")), model_folder)
         with pytest.raises(UsageError, match="was trained on 'glyphs', not on 'colors'"):
             generate(colors, 1, FromModel(model_folder), tmp_path / "set.pt")
 
-    def test_a_model_of_other_classes(self, colors, model_folder, tmp_path):
+    def test_model_of_other_classes_raises_usage_error(self, colors, model_folder, tmp_path):
         model = load_model(model_folder)
         facts = dataclasses.replace(model.facts, class_names=("red", "blue", "green"))
         denoiser = type(model.denoiser).from_config({**model.denoiser.config, "num_classes": 3})
@@ -132,19 +132,19 @@ class TestWhatIsRefused:
         ({"class_names": ("blue", "green")}, "class 1 was green and is red"),
         ({"image_size": 8}, "images of 8 pixels, but 'colors' has 16"),
     ])  # fmt: skip
-    def test_a_model_of_the_dataset_as_it_was(self, colors, model_folder, tmp_path, changes, said):
+    def test_model_of_the_dataset_before_it_changed_raises_usage_error(self, colors, model_folder, tmp_path, changes, said):
         model = load_model(model_folder)
         save_model(dataclasses.replace(model, facts=dataclasses.replace(model.facts, **changes)), model_folder)
         with pytest.raises(UsageError, match=said):
             generate(colors, 1, FromModel(model_folder), tmp_path / "set.pt")
 
-    def test_a_folder_that_cannot_be_written(self, colors, tmp_path):
+    def test_unwritable_folder_raises_bad_file_error(self, colors, tmp_path):
         (tmp_path / "file").write_text("in the way")
         with pytest.raises(BadFileError):
             generate(colors, 1, FromReal(), tmp_path / "file" / "set.pt")
 
 
-def test_mode_guidance_of_a_model_without_latents_is_refused(colors, model_folder, tmp_path):
+def test_mode_guidance_without_latents_raises_missing_model_error(colors, model_folder, tmp_path):
     source = FromModel(model_folder, SamplingSettings(steps=2, mode_guidance=0.1))
     with pytest.raises(MissingModelError, match="needs the latents of the training images"):
         generate(colors, 1, source, tmp_path / "set.pt")
@@ -154,7 +154,7 @@ def test_mode_guidance_of_a_model_without_latents_is_refused(colors, model_folde
 class TestChoosing:
     """Candidates of a model, and all real images, seen by a network trained on the real ones."""
 
-    def test_of_a_models_candidates_those_that_a_choice_takes(self, colors, model_folder, tmp_path):
+    def test_set_has_the_selected_candidates_of_a_model(self, colors, model_folder, tmp_path):
         sampling = SamplingSettings("ddim", steps=2, seed=4, batch_size=3)
         source = FromModel(model_folder, sampling, candidates=5, select="least-confident")
         saved = generate(colors, 2, source, tmp_path / "set.pt")
@@ -169,7 +169,7 @@ class TestChoosing:
         facts = json.loads(saved.provenance.read_text())
         assert (facts["selection"], facts["candidates"]) == ("least-confident", 5)
 
-    def test_of_all_real_images(self, colors, tmp_path):
+    def test_set_has_the_selected_real_images(self, colors, tmp_path):
         saved = generate(colors, 2, FromReal("most-confident"), tmp_path / "set.pt")
         train = load_dataset(colors, "train")
         confidence = reference_features(train, dataset_spec(colors)).with_confidence(train.images, train.labels)[1]
@@ -177,11 +177,11 @@ class TestChoosing:
         assert torch.equal(pixels(saved.tensor, colors), train.images[rows])
         assert json.loads(saved.provenance.read_text())["kind"] == "most-confident-real"
 
-    def test_fewer_candidates_than_images(self, colors, model_folder, tmp_path):
+    def test_fewer_candidates_than_images_raise_usage_error(self, colors, model_folder, tmp_path):
         with pytest.raises(UsageError, match="2 images of each class cannot be chosen from 1"):
             generate(colors, 2, FromModel(model_folder, candidates=1), tmp_path / "set.pt")
 
-    def test_another_way_to_choose(self, model_folder):
+    def test_unknown_selection_method_raises_usage_error(self, model_folder):
         with pytest.raises(UsageError, match="Did you mean 'herding'"):
             FromModel(model_folder, candidates=5, select="hering")
         with pytest.raises(UsageError, match="Did you mean 'k-center'"):

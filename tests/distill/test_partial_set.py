@@ -30,13 +30,13 @@ class TestParts:
     def parts(self, folder, **identity):
         return PartialSet(folder / "set.pt", {"guidance": 2.0, **identity}, SHAPE)
 
-    def test_what_was_kept_comes_back_in_order(self, tmp_path):
+    def test_appended_rows_load_in_order(self, tmp_path):
         assert self.parts(tmp_path).load().shape == (0, *SHAPE)
         for start in (4, 0, 2):
             self.parts(tmp_path).append(start, rows(start, 2))
         assert torch.equal(self.parts(tmp_path).load(), rows(0, 6))
 
-    def test_rows_after_a_gap_or_a_damaged_part_are_made_again(self, tmp_path, caplog):
+    def test_load_ends_at_a_gap_or_a_damaged_part(self, tmp_path, caplog):
         parts = self.parts(tmp_path)
         for start in (0, 2, 4, 8):
             parts.append(start, rows(start, 2))
@@ -47,7 +47,7 @@ class TestParts:
             assert torch.equal(parts.load(), rows(0, 2))
         assert str(damaged) in caplog.text
 
-    def test_parts_made_again_and_cut_otherwise_hide_nothing(self, tmp_path):
+    def test_parts_of_another_batch_size_hide_nothing(self, tmp_path):
         parts = self.parts(tmp_path)
         for start in (0, 4, 8):
             parts.append(start, rows(start, 4))
@@ -56,7 +56,7 @@ class TestParts:
             parts.append(start, rows(start, 6))
         assert torch.equal(parts.load(), rows(0, 16))
 
-    def test_those_of_other_settings_are_named_and_left_aside(self, tmp_path, caplog):
+    def test_rows_of_other_settings_are_named_and_not_used(self, tmp_path, caplog):
         self.parts(tmp_path, steps=4).append(0, rows(0, 2))
         with caplog.at_level(logging.WARNING):
             ours = self.parts(tmp_path, steps=8)
@@ -68,7 +68,7 @@ class TestParts:
         assert len(self.parts(tmp_path, steps=4).load()) == 2
         assert len(self.parts(tmp_path, steps=8).load()) == 0
 
-    def test_names_of_sets_are_no_patterns(self, tmp_path):
+    def test_set_names_are_not_patterns(self, tmp_path):
         one, other = (PartialSet(tmp_path / name, {}, SHAPE) for name in ("set[1].pt", "set1.pt"))
         for parts in (one, other):
             parts.append(0, rows(0, 2))
@@ -82,7 +82,8 @@ class TestParts:
     [(100, {}, signal.SIGTERM), (20, {"candidates": 100, "select": "random"}, signal.SIGKILL)],
     ids=["plainly", "from candidates"],
 )
-def test_stopped_or_killed_it_goes_on(colors, colors_model, tmp_path, ipc, choice, how):
+@pytest.mark.slow
+def test_stopped_or_killed_command_continues(colors, colors_model, tmp_path, ipc, choice, how):
     out = tmp_path / "sets" / "set.pt"
     command = [
         sys.executable, "-m", "ddkit", "generate", "-v", "--dataset", colors, "--model", str(colors_model), "--out",

@@ -33,7 +33,7 @@ from ddkit.generator.training.latents import cached_latents
         (AutoencoderConfig(pixel_patch=4, channels=(8,)), 4),
     ],
 )
-def test_images_become_latents_and_images_again(config, factor):
+def test_encode_then_decode_keeps_the_shape(config, factor):
     autoencoder = build_autoencoder(config, 16, seed=0)
     assert config.factor == pixels_per_latent(autoencoder) == factor
     latents = encode(autoencoder, torch.zeros(2, 3, 16, 16), 4)
@@ -41,7 +41,7 @@ def test_images_become_latents_and_images_again(config, factor):
     assert decode(autoencoder, latents, 16).shape == (2, 3, 16, 16)
 
 
-def test_the_larger_the_images_the_fewer_are_looked_at_together():
+def test_images_at_once_fall_with_the_image_size():
     small = build_autoencoder(AutoencoderConfig(pixel_patch=4, channels=(64,)), 32, seed=0)
     assert images_at_once(small, 8) == 256
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def test_the_larger_the_images_the_fewer_are_looked_at_together():
     assert images_at_once(large, 2048) == 1
 
 
-def test_weights_depend_on_the_seed_alone(config):
+def test_build_autoencoder_depends_on_the_seed_alone(config):
     torch.manual_seed(1)
     first = build_autoencoder(config.autoencoder, 16, seed=3).state_dict()
     torch.manual_seed(2)
@@ -61,17 +61,17 @@ def test_weights_depend_on_the_seed_alone(config):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_a_side_that_is_no_multiple_is_refused():
+def test_image_side_that_is_not_a_multiple_raises_usage_error():
     with pytest.raises(UsageError, match="multiple of 4"):
         build_autoencoder(AutoencoderConfig(), 30, seed=0)
 
 
-def test_the_range_is_minus_one_to_one():
+def test_to_signed_maps_bytes_to_minus_one_to_one():
     assert to_signed(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
     assert psnr(4 / 100) == pytest.approx(20)
 
 
-def test_the_loss_is_its_three_terms(config, images):
+def test_autoencoder_loss_is_the_sum_of_its_three_terms(config, images):
     autoencoder = build_autoencoder(config.autoencoder, 16, seed=0)
     pixels, noise = to_signed(images.images), torch.zeros(12, 2, 4, 4)
     loss, squared = AutoencoderLoss(autoencoder, kl_weight=0.5)(pixels, noise)
@@ -96,17 +96,17 @@ class TestPretrained:
         ).save_pretrained(tmp_path / "model" / "vae")
         return tmp_path / "model"
 
-    def test_its_own_folder_and_a_pipelines_folder_load(self, folder):
+    def test_load_pretrained_autoencoder_reads_its_own_folder_and_a_pipelines(self, folder):
         for source in (folder, folder / "vae"):
             assert pixels_per_latent(load_pretrained_autoencoder(str(source))) == 4
 
-    def test_images_are_resized_for_it_and_back(self, folder):
+    def test_encode_and_decode_resize_images_of_another_size(self, folder):
         autoencoder = load_pretrained_autoencoder(str(folder))
         latents = encode(autoencoder, torch.zeros(1, 3, 16, 16), 8)
         assert latents.shape == (1, 4, 8, 8)
         assert decode(autoencoder, latents, 16).shape == (1, 3, 16, 16)
 
-    def test_nothing_there_is_one_message(self, tmp_path):
+    def test_missing_pretrained_autoencoder_raises_missing_model_error(self, tmp_path):
         with pytest.raises(MissingModelError, match="No autoencoder could be loaded"):
             load_pretrained_autoencoder(str(tmp_path))
         with pytest.raises(MissingModelError, match="no folder 'nowhere'"):
@@ -126,7 +126,7 @@ class TestLatents:
         listen = (lambda report: None) if reports is None else reports.append
         return cached_latents(path, autoencoder, images, 4, flips=flips, identity=identity, progress=listen)
 
-    def test_mirrored_images_are_encoded_themselves(self, tmp_path, autoencoder, images):
+    def test_latents_of_mirrored_images_are_encoded_separately(self, tmp_path, autoencoder, images):
         made = self.make(tmp_path / "latents.safetensors", autoencoder, images)
         assert made.latents.shape == (12, 2, 2, 4, 4)
         with torch.no_grad():
@@ -134,7 +134,7 @@ class TestLatents:
         assert torch.allclose(made.latents[:, 1].float(), mirrored, atol=1e-2)
         assert made.std == pytest.approx(made.latents.float().std().item(), rel=1e-3)
 
-    def test_they_are_encoded_once(self, tmp_path, autoencoder, images):
+    def test_cached_latents_are_encoded_once(self, tmp_path, autoencoder, images):
         reports = []
         path = tmp_path / "latents.safetensors"
         first = self.make(path, autoencoder, images, flips=False, reports=reports)
@@ -144,7 +144,7 @@ class TestLatents:
         assert torch.equal(first.latents, again.latents) and first.std == again.std
         assert first.latents.shape[1] == 1
 
-    def test_stopped_they_go_on_where_they_were(self, tmp_path, autoencoder, images, monkeypatch):
+    def test_stopped_encoding_continues_where_it_was(self, tmp_path, autoencoder, images, monkeypatch):
         monkeypatch.setattr(latents, "images_at_once", lambda autoencoder, side: 5)
         path = tmp_path / "latents.safetensors"
         with pytest.raises(InterruptedRunError, match="after encoding 5 of 12 images"):
@@ -159,7 +159,7 @@ class TestLatents:
         assert torch.equal(resumed.latents, straight.latents) and resumed.std == straight.std
         assert [found.name for found in tmp_path.iterdir() if found.is_file()] == ["latents.safetensors"]
 
-    def test_those_of_other_images_are_not_gone_on_from(self, tmp_path, autoencoder, images, monkeypatch):
+    def test_partial_latents_of_other_images_are_not_used(self, tmp_path, autoencoder, images, monkeypatch):
         monkeypatch.setattr(latents, "images_at_once", lambda autoencoder, side: 5)
         path = tmp_path / "latents.safetensors"
         with pytest.raises(InterruptedRunError):
@@ -170,7 +170,7 @@ class TestLatents:
         assert [found.name for found in tmp_path.iterdir()] == ["latents.safetensors"]
 
     @pytest.mark.parametrize("how", ["changed", "cut short"])
-    def test_changed_data_and_damaged_files_are_encoded_again(self, tmp_path, autoencoder, images, caplog, how):
+    def test_latents_of_changed_data_or_damaged_files_are_encoded_again(self, tmp_path, autoencoder, images, caplog, how):
         path = tmp_path / "latents.safetensors"
         self.make(path, autoencoder, images)
         identity = "one"

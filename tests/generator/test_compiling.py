@@ -17,7 +17,7 @@ def tried_anew():
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
-def test_without_a_compiler_that_works_it_says_so_and_goes_on_plainly(compiler, monkeypatch, caplog):
+def test_compiled_without_a_working_compiler_warns_and_returns_the_module(compiler, monkeypatch, caplog):
     monkeypatch.setenv("CXX", compiler)
     module = nn.Linear(2, 2)
     with caplog.at_level(logging.WARNING):
@@ -25,7 +25,8 @@ def test_without_a_compiler_that_works_it_says_so_and_goes_on_plainly(compiler, 
     assert "No working C++ compiler" in caplog.text
 
 
-def test_what_is_compiled_computes_the_same():
+@pytest.mark.slow
+def test_compiled_module_computes_the_same():
     if not can_compile():
         pytest.skip("no C++ compiler with Python's headers")
     module, x = nn.Sequential(nn.Linear(4, 4), nn.GELU()), torch.ones(2, 4)

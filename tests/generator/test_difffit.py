@@ -51,13 +51,13 @@ def factors(network):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 class TestEveryArchitecture:
-    def test_changes_nothing_at_first(self, architecture):
+    def test_apply_difffit_keeps_the_output(self, architecture):
         network = build(architecture)
         before = answer(network)
         apply_difffit(network)
         torch.testing.assert_close(answer(network), before, atol=1e-6, rtol=0)
 
-    def test_merging_what_was_tuned_gives_a_plain_network_with_the_same_answers(self, architecture, tmp_path):
+    def test_merge_difffit_gives_a_plain_network_with_the_same_output(self, architecture, tmp_path):
         network, plain = build(architecture), build(architecture)
         apply_difffit(network)
         shaken(network, seed=3)
@@ -70,7 +70,7 @@ class TestEveryArchitecture:
         torch.testing.assert_close(answer(type(plain).from_pretrained(tmp_path)), tuned, atol=1e-5, rtol=0)
         assert count_parameters(merged) == count_parameters(plain)
 
-    def test_trains_biases_norms_class_embedding_and_factors_alone(self, architecture):
+    def test_difffit_trains_only_biases_norms_class_embedding_and_factors(self, architecture):
         network = build(architecture)
         counts = apply_difffit(network)
         before = copy.deepcopy(network.state_dict())
@@ -90,12 +90,12 @@ class TestEveryArchitecture:
         assert any(isinstance(owner(network, name), nn.Embedding) for name in changed)
         assert counts == count_parameters(network) and 0 < counts.trainable < counts.total / 2
 
-    def test_applied_twice_is_applied_once(self, architecture):
+    def test_apply_difffit_twice_equals_once(self, architecture):
         network = build(architecture)
         once = apply_difffit(network)
         assert apply_difffit(network) == once
 
-    def test_a_copy_for_keeping_leaves_the_network_to_be_trained_on(self, architecture):
+    def test_plain_copy_leaves_the_network_in_training(self, architecture):
         network = build(architecture)
         counts = apply_difffit(network)
         kept = plain_copy(shaken(network))
@@ -107,7 +107,7 @@ def owner(network, name):
     return network.get_submodule(name.rpartition(".")[0])
 
 
-def test_the_first_half_of_the_blocks_have_factors():
+def test_only_the_first_half_of_the_blocks_has_factors():
     network = build("dit", depth=4)
     apply_difffit(network)
     assert {name.split(".")[1] for name in factors(network)} == {"0", "1"}
@@ -122,7 +122,8 @@ def test_the_first_half_of_the_blocks_have_factors():
 @pytest.mark.parametrize(
     ("shared", "total", "trainable", "percent"), [(True, 675e6, 1_723_424, 0.26), (False, 750e6, 32_920_736, 4.4)]
 )
-def test_how_much_of_the_papers_model_is_trained(shared, total, trainable, percent):
+@pytest.mark.slow
+def test_trainable_fraction_of_dit_xl_is_the_papers(shared, total, trainable, percent):
     """DiT-XL/2, built without memory: with one embedding of time and class, as published, and with diffusers' copies."""
     with torch.device("meta"):
         network = DiTTransformer2DModel(out_channels=8)
@@ -135,7 +136,7 @@ def test_how_much_of_the_papers_model_is_trained(shared, total, trainable, perce
     assert 100 * counts.fraction == pytest.approx(percent, rel=0.03)
 
 
-def test_conditioning_is_shared_where_all_blocks_have_the_same_and_given_back_on_merging():
+def test_share_conditioning_is_undone_by_merging():
     network = build("dit")
     assert not share_conditioning(network), "blocks trained from scratch have embeddings of their own"
     for block in network.transformer_blocks[1:]:
@@ -150,6 +151,6 @@ def test_conditioning_is_shared_where_all_blocks_have_the_same_and_given_back_on
     assert not share_conditioning(build("uvit"))
 
 
-def test_other_networks_are_refused():
+def test_apply_difffit_to_another_network_raises_usage_error():
     with pytest.raises(UsageError, match="blocks of a Linear.*--full"):
         apply_difffit(nn.Linear(2, 2))

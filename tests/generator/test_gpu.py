@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ddkit.data.store import ImageSet
-from ddkit.generator.config import PREDICTIONS, SAMPLERS, SamplingSettings
+from ddkit.errors import ComputeError
+from ddkit.generator.config import PREDICTIONS, SAMPLERS, MinimaxConfig, SamplingSettings
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.sampling import Sampler, class_ordered, resolve_settings
 from ddkit.generator.training.plan import plan_training
@@ -49,20 +50,21 @@ def waits_a_step(gpu, data, folder, configs):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_denoiser_step_never_waits(gpu, data, config, tmp_path, prediction, precision):
     config = dataclasses.replace(config, precision=precision)
     configs = [with_steps(config, denoiser=steps, prediction=prediction) for steps in (3, 23)]
     assert waits_a_step(gpu, data, tmp_path, configs) == 0
 
 
+@pytest.mark.slow
 def test_autoencoder_step_never_waits(gpu, data, config, tmp_path):
     configs = [with_steps(config, autoencoder=steps) for steps in (3, 23)]
     assert waits_a_step(gpu, data, tmp_path, configs) == 0
 
 
+@pytest.mark.slow
 def test_minimax_step_waits_once(gpu, data, config, make_model, tmp_path):
-    from ddkit.generator.config import MinimaxConfig
-
     save_model(make_model(), tmp_path / "start")
     minimax = MinimaxConfig(str(tmp_path / "start"), memory_size=3)
     configs = [dataclasses.replace(with_steps(config, denoiser=steps), minimax=minimax) for steps in (3, 23)]
@@ -105,6 +107,20 @@ def test_batch_on_a_gpu_decodes_in_pieces_of_one_size(gpu, make_model, monkeypat
     labels, indices = class_ordered(400, 3)
     assert sum(map(len, sampler.images(labels, indices))) == 1200
     assert set(decoded[:4]) == {256} and sum(decoded) == 1200
+
+
+def test_out_of_memory_says_what_to_try(gpu, data, config, make_model, tmp_path):
+    train(data, TrainingRequest(with_steps(config, denoiser=1), tmp_path, device="cuda"))
+    gpu.largest_tensor = 2000
+    with pytest.raises(ComputeError, match="Out of memory during denoiser training with batches of 6 .* on cuda") as caught:
+        train(data, TrainingRequest(with_steps(config, denoiser=9), tmp_path, device="cuda"))
+    assert "Try --accumulation 2" in caught.value.remedy
+    gpu.largest_tensor = None
+    sampler = Sampler(make_model(), SamplingSettings(steps=1, batch_size=64), CUDA)
+    gpu.largest_tensor = 2000
+    with pytest.raises(ComputeError, match="Out of memory while sampling 64 images at once") as caught:
+        list(sampler.images(*class_ordered(30, 3)))
+    assert caught.value.remedy == "Try --batch-size 32."
 
 
 class TestPlan:

@@ -59,7 +59,7 @@ def close(found, expected, tolerance=1e-5):
     return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(found, expected, strict=True))
 
 
-def test_recorded_values_and_gradients():
+def test_criteria_agree_with_recorded_values_and_gradients():
     goldens = load_file(GOLDENS)
     criteria = MinimaxCriteria(3, 5)
     for step in range(7):
@@ -76,7 +76,7 @@ def test_recorded_values_and_gradients():
 
 
 @pytest.mark.parametrize(("classes", "size"), [(CLASSES, 6), (CLASSES, 1), (50, 6), (1, 9)])
-def test_the_plain_definition_over_many_steps(classes, size):
+def test_criteria_agree_with_the_plain_definition_over_many_steps(classes, size):
     """Few classes of many, all classes, one image, and more images of a class than places."""
     criteria, plain = MinimaxCriteria(classes, MEMORY), Plain(MEMORY)
     for seed in range(25):
@@ -85,7 +85,7 @@ def test_the_plain_definition_over_many_steps(classes, size):
     assert criteria.seen.sum() == 25 * size
 
 
-def test_by_hand():
+def test_criteria_agree_with_values_computed_by_hand():
     """Two classes in the batch, one of which has memories: what it adds is divided by two."""
     criteria = MinimaxCriteria(2, 4)
     x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -95,7 +95,7 @@ def test_by_hand():
     assert [value.item() for value in second] == pytest.approx([(1 - 0.6) / 2, 0.6 / 2])
 
 
-def test_memories_are_first_in_first_out_and_of_a_large_batch_the_last_stay():
+def test_memories_are_first_in_first_out_and_keep_the_last_of_a_large_batch():
     criteria = MinimaxCriteria(2, MEMORY)
     axes = torch.eye(8)
     criteria(axes[:2], axes[:2], torch.tensor([1, 1]))
@@ -116,7 +116,7 @@ def test_no_gradient_reaches_real_latents_or_earlier_predictions():
     assert now.grad.abs().sum() > 0
 
 
-def test_half_precision_is_measured_in_full():
+def test_half_precision_latents_are_compared_in_float32():
     predicted, real, labels = batch()
     rounded = predicted.bfloat16()
     half, full = MinimaxCriteria(CLASSES, MEMORY), MinimaxCriteria(CLASSES, MEMORY)
@@ -127,7 +127,7 @@ def test_half_precision_is_measured_in_full():
     assert found[0].dtype == torch.float32
 
 
-def test_the_buffers_hold_the_two_memories_and_a_count_only():
+def test_buffers_hold_only_two_memories_and_a_count():
     criteria = MinimaxCriteria(CLASSES, MEMORY)
     criteria(*batch())
     assert sum(buffer.nbytes for buffer in criteria.buffers()) == 2 * CLASSES * MEMORY * 6 * 4 + CLASSES * 8
@@ -135,7 +135,7 @@ def test_the_buffers_hold_the_two_memories_and_a_count_only():
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_going_on_from_a_state(tmp_path, used):
+def test_loaded_state_continues_bit_for_bit(tmp_path, used):
     criteria = MinimaxCriteria(CLASSES, MEMORY)
     for seed in range(3):
         criteria(*batch(seed=seed))
@@ -149,13 +149,13 @@ def test_going_on_from_a_state(tmp_path, used):
         assert all(map(torch.equal, gradient(resumed, *given), gradient(criteria, *given)))
 
 
-def test_a_state_before_the_first_batch_can_be_kept_too():
+def test_state_before_the_first_batch_loads():
     resumed = MinimaxCriteria(CLASSES, MEMORY)
     resumed.load_state_dict(MinimaxCriteria(CLASSES, MEMORY).state_dict())
     assert resumed(*batch())[0] == 0
 
 
-def test_a_state_of_other_sizes_is_refused():
+def test_state_of_other_sizes_raises():
     criteria = MinimaxCriteria(CLASSES, MEMORY)
     criteria(*batch())
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -173,7 +173,7 @@ def test_a_state_of_other_sizes_is_refused():
         (lambda p, r, y: (p[:, :1], r[:, :1], y), "hold latents of 6 numbers, the batch has latents of 3"),
     ],
 )
-def test_batches_that_cannot_be_meant_leave_the_memories_alone(change, message):
+def test_invalid_batch_raises_usage_error_and_keeps_the_memories(change, message):
     criteria = MinimaxCriteria(CLASSES, MEMORY)
     criteria(*batch())
     before = copy.deepcopy(criteria.state_dict())
@@ -183,7 +183,7 @@ def test_batches_that_cannot_be_meant_leave_the_memories_alone(change, message):
 
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
-def test_memories_without_places_are_refused(sizes):
+def test_criteria_without_classes_or_places_raise_usage_error(sizes):
     with pytest.raises(UsageError):
         MinimaxCriteria(*sizes)
 
@@ -200,7 +200,8 @@ def one_of_two(rank, port, folder):
     distributed.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
+@pytest.mark.slow
+def test_two_processes_compute_the_same_as_one(tmp_path):
     """Values and memories are those of the whole batch; gradients averaged as DistributedDataParallel does as well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -28,7 +28,7 @@ def folder(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["uvit", "dit"])
-def test_it_survives_saving(make_model, tmp_path, architecture):
+def test_saved_model_loads_unchanged(make_model, tmp_path, architecture):
     model = make_model(architecture)
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, dataset="colors")
@@ -56,7 +56,7 @@ def test_all_weights_are_safetensors(folder):
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
 
-def test_the_hash_names_the_weights(folder, make_model, tmp_path):
+def test_model_hash_depends_on_the_weights_alone(folder, make_model, tmp_path):
     before = model_hash(folder)
     save_model(make_model(), tmp_path / "same")
     save_model(make_model(prediction="v"), tmp_path / "other facts")
@@ -68,7 +68,7 @@ def test_the_hash_names_the_weights(folder, make_model, tmp_path):
     assert model_hash(folder) != before
 
 
-def test_an_interrupted_save_keeps_the_earlier_part(folder, make_model, monkeypatch):
+def test_interrupted_save_keeps_the_earlier_part(folder, make_model, monkeypatch):
     def fail(self, path, **options):
         (path / "half").write_text("half")
         raise OSError(28, "No space left on device", str(path))
@@ -82,12 +82,12 @@ def test_an_interrupted_save_keeps_the_earlier_part(folder, make_model, monkeypa
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
-class TestWhatIsRefused:
-    def test_a_model_of_another_dataset(self, folder):
+class TestInvalidFolders:
+    def test_model_of_another_dataset_raises_usage_error(self, folder):
         with pytest.raises(UsageError, match="was trained on 'colors', not on 'cifar100'"):
             load_model(folder, dataset="cifar100")
 
-    def test_no_model_at_all(self, tmp_path):
+    def test_empty_folder_raises_missing_model_error(self, tmp_path):
         with pytest.raises(MissingModelError, match="does not hold a complete model") as caught:
             load_model(tmp_path)
         assert "ddkit train" in caught.value.remedy
@@ -96,20 +96,20 @@ class TestWhatIsRefused:
         "missing",
         ["transformer", "vae", "vae/config.json", "transformer/diffusion_pytorch_model.safetensors"],
     )
-    def test_a_missing_part_is_named(self, folder, missing):
+    def test_missing_part_raises_missing_model_error_that_names_it(self, folder, missing):
         path = folder / missing
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         with pytest.raises(MissingModelError, match=missing.split("/")[0]):
             load_model(folder)
 
-    def test_weights_cut_short(self, folder):
+    def test_truncated_weights_raise_bad_file_error(self, folder):
         path = folder / "vae" / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
         with pytest.raises(BadFileError, match="vae"):
             load_model(folder)
 
     @pytest.mark.parametrize("change", ["a tensor more", "a tensor less", "another shape"])
-    def test_weights_that_do_not_fit_in_every_key(self, folder, change):
+    def test_weights_that_do_not_fit_raise_bad_file_error(self, folder, change):
         path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
         tensors = load_file(path)
         if change == "a tensor more":
@@ -122,19 +122,19 @@ class TestWhatIsRefused:
         with pytest.raises(BadFileError, match="does not fit"):
             load_model(folder)
 
-    def test_model_with_a_unet_by_an_earlier_version(self, folder):
+    def test_unet_of_an_earlier_version_raises_bad_file_error(self, folder):
         (folder / "transformer").rename(folder / "unet")
         with pytest.raises(BadFileError, match="holds a U-Net, which this version of ddkit does not read") as caught:
             load_model(folder)
         assert "Train the model again" in caught.value.remedy
 
-    def test_a_foreign_network(self, folder):
+    def test_network_of_another_class_raises_bad_file_error(self, folder):
         path = folder / "transformer" / "config.json"
         path.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
         with pytest.raises(BadFileError, match="FluxTransformer2DModel"):
             load_model(folder)
 
-    def test_parts_of_other_models(self, folder, tmp_path):
+    def test_parts_of_different_models_raise_bad_file_error(self, folder, tmp_path):
         """Each whole in itself, such as a folder copied to the wrong place."""
         facts = json.loads((folder / "ddkit.json").read_text())
         (folder / "ddkit.json").write_text(json.dumps({**facts, "class_names": ["red", "green"]}))
@@ -146,7 +146,7 @@ class TestWhatIsRefused:
         with pytest.raises(BadFileError, match="latents of 2 channels, but the autoencoder decodes 3"):
             load_model(folder)
 
-    def test_foreign_facts(self, folder):
+    def test_foreign_ddkit_json_raises_bad_file_error(self, folder):
         (folder / "ddkit.json").write_text('{"format": 99}')
         with pytest.raises(BadFileError, match="version"):
             read_facts(folder)

@@ -30,7 +30,7 @@ def latents_of(trained, data):
     return latents * model.autoencoder.config.scaling_factor
 
 
-def test_one_mode_is_the_mean_of_each_classs_scaled_latents(trained, data):
+def test_single_mode_is_the_mean_of_the_scaled_latents_of_its_class(trained, data):
     modes, latents = modes_of(trained, data, 1), latents_of(trained, data)
     assert modes.shape == (3, 1, 2, 4, 4) and modes.dtype == torch.float32
     for label in range(3):
@@ -49,14 +49,16 @@ def test_same_seed_finds_the_same_modes(trained, data):
     assert torch.equal(modes_of(trained, data, 2), modes_of(trained, data, 2))
 
 
-def test_missing_latents_are_named_with_the_way_out(trained, data):
+def test_missing_latents_raise_missing_model_error_with_the_command_to_run(trained, data):
     _, folder = trained
     (folder / "checkpoints" / "latents.safetensors").unlink()
-    with pytest.raises(MissingModelError, match=r"needs the latents .* latents.safetensors is missing") as caught:
+    with pytest.raises(
+        MissingModelError, match=r"needs the latents of the training images.*latents.safetensors is missing"
+    ) as caught:
         modes_of(trained, data, 2)
     assert "ddkit train --dataset colors" in caught.value.remedy and "--mode-guidance" in caught.value.remedy
 
 
-def test_latents_of_other_images_are_refused(trained, data):
+def test_latents_of_other_images_raise_missing_model_error(trained, data):
     with pytest.raises(MissingModelError, match="belongs to other images or another autoencoder"):
         modes_of(trained, data, 2, sha256="of-other-pixels")

@@ -18,7 +18,7 @@ TIMES = torch.tensor([1.0, 200.0, 600.0, 950.0])
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_answer_gives_back_the_clean_latents(pair, prediction):
+def test_perfect_prediction_implies_the_clean_latents(pair, prediction):
     clean, noise = pair
     objective = Objective(ObjectiveConfig(prediction=prediction))
     answer = objective.target(clean, noise, TIMES)
@@ -44,7 +44,7 @@ def test_epsilon_and_v_mix_as_diffusers_does(pair, prediction):
 
 
 @pytest.mark.parametrize(("prediction", "offset"), [("epsilon", 0), ("v", 1)])
-def test_min_snr_weights(prediction, offset):
+def test_min_snr_weights_follow_the_paper(prediction, offset):
     objective = Objective(ObjectiveConfig(prediction=prediction, min_snr_gamma=5.0))
     kept = DDIMScheduler(beta_schedule=BETA_SCHEDULES[prediction]).alphas_cumprod[TIMES.long()]
     snr = kept / (1 - kept)
@@ -52,7 +52,7 @@ def test_min_snr_weights(prediction, offset):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_without_min_snr_all_noise_levels_weigh_the_same(prediction):
+def test_weights_without_min_snr_are_equal(prediction):
     objective = Objective(ObjectiveConfig(prediction=prediction, min_snr_gamma=None))
     assert torch.equal(objective.weight(TIMES), torch.ones_like(TIMES))
 

@@ -30,17 +30,17 @@ from ddkit.generator.presets import PRESETS, preset
         (ObjectiveConfig, {"label_dropout": 1.0}, "label_dropout"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused_by_name(kind, wrong, named):
+def test_invalid_setting_raises_usage_error_that_names_it(kind, wrong, named):
     with pytest.raises(UsageError, match=named):
         kind(**wrong)
 
 
-def test_a_batch_must_split_evenly():
+def test_batch_that_does_not_split_evenly_raises_usage_error():
     with pytest.raises(UsageError, match="4 equal parts"):
         OptimizerConfig(steps=1, batch_size=6, learning_rate=1e-3, accumulation=4)
 
 
-def test_the_rate_rises_then_holds_then_falls_as_one_over_the_root():
+def test_learning_rate_rises_then_holds_then_falls_as_one_over_the_root():
     optimizer = OptimizerConfig(steps=1, batch_size=1, learning_rate=0.1, warmup_steps=10, decay_after_steps=100)
     assert optimizer.rate(0) == pytest.approx(0.01)
     assert optimizer.rate(9) == optimizer.rate(99) == pytest.approx(0.1)
@@ -56,11 +56,11 @@ def test_every_preset_fits_every_usual_size(name, image_size):
     assert channels == config.autoencoder.latent_channels
 
 
-def test_fine_tuning_takes_its_sizes_from_what_it_starts_from():
+def test_fine_tuning_preset_is_the_same_for_every_size():
     assert preset("minimax-paper").config(30) == preset("minimax-paper").config(32)
 
 
-def test_sizes_that_do_not_fit_are_refused_with_the_way_out():
+def test_image_size_that_does_not_fit_raises_usage_error_with_a_remedy():
     with pytest.raises(UsageError, match="multiple of 4.*--image-size 32, or choose another preset"):
         preset("demo").config(30)
     with pytest.raises(UsageError, match="multiple of 16.*--image-size 192"):
@@ -77,18 +77,18 @@ def test_larger_images_are_not_cut_into_coarser_patches():
         assert patches[256] <= patches[32]
 
 
-def test_an_unknown_preset_offers_the_nearest():
+def test_unknown_preset_raises_usage_error_that_offers_the_nearest():
     with pytest.raises(UsageError, match="Did you mean 'tiny'"):
         preset("tinny")
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_configurations_survive_json(name):
+def test_configuration_survives_json(name):
     config = preset(name).config(32)
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
-def test_unknown_and_missing_keys_in_a_file_are_named():
+def test_unknown_and_missing_keys_raise_bad_file_error_that_names_them():
     value = to_json(preset("demo").config(32))
     value["objective"]["wieght"] = 1
     with pytest.raises(BadFileError, match="ObjectiveConfig has no wieght"):

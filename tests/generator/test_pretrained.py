@@ -53,7 +53,7 @@ def tables(denoiser):
 
 class TestReading:
     @torch.no_grad()
-    def test_predicts_the_noise_that_diffusers_own_pipeline_takes(self, dit_folder):
+    def test_dit_predicts_the_same_noise_as_in_diffusers_pipeline(self, dit_folder):
         theirs = DiTPipeline.from_pretrained(dit_folder).transformer.eval()
         ours = load_generator(str(dit_folder))
         noisy, times = noisy_batch()
@@ -65,11 +65,11 @@ class TestReading:
         assert ours.autoencoder.config.scaling_factor == pytest.approx(0.18215)
         assert ours.class_names[1] == ("goldfish", "Carassius auratus")
 
-    def test_keeps_no_path_of_this_machine(self, dit_folder, tmp_path):
+    def test_loaded_network_keeps_no_path_of_this_machine(self, dit_folder, tmp_path):
         load_generator(str(dit_folder)).denoiser.save_pretrained(tmp_path)
         assert str(dit_folder) not in (tmp_path / "config.json").read_text()
 
-    def test_answers_the_same_while_training(self, dit_folder):
+    def test_dit_output_is_the_same_in_training_mode(self, dit_folder):
         """diffusers' own label dropout would change some answers at random."""
         denoiser = load_generator(str(dit_folder)).denoiser.train()
         noisy, times = noisy_batch(2)
@@ -77,14 +77,14 @@ class TestReading:
         answers = predict(denoiser, noisy, times, labels)
         torch.testing.assert_close(answers, answers[:2].repeat(50, 1, 1, 1), atol=1e-5, rtol=1e-4)
 
-    def test_folders_from_before_the_transformer_had_a_class_of_its_own(self, own_dit, dit_folder):
+    def test_folder_with_the_former_transformer_class_loads(self, own_dit, dit_folder):
         config = own_dit / "transformer" / "config.json"
         change(config, _class_name="Transformer2DModel", cross_attention_dim=None, only_cross_attention=False)
         old, new = (load_generator(str(folder)).denoiser.state_dict() for folder in (own_dit, dit_folder))
         assert all(torch.equal(old[name], new[name]) for name in new)
 
     @pytest.mark.parametrize("architecture", ["uvit", "dit"])
-    def test_generators_that_ddkit_trained(self, make_model, tmp_path, architecture):
+    def test_generator_by_ddkit_loads(self, make_model, tmp_path, architecture):
         model = make_model(architecture, "v")
         save_model(model, tmp_path)
         found = load_generator(str(tmp_path))
@@ -94,37 +94,37 @@ class TestReading:
         assert all(torch.equal(value, state[name]) for name, value in found.denoiser.state_dict().items())
 
 
-class TestRefusing:
-    def test_no_folder_and_no_hub_id(self):
+class TestInvalidSources:
+    def test_neither_folder_nor_hub_id_raises_missing_model_error(self):
         with pytest.raises(MissingModelError, match="no folder not/a/place"):
             load_generator("not/a/place")
 
-    def test_a_folder_without_a_generator(self, tmp_path):
+    def test_folder_without_a_generator_raises_missing_model_error(self, tmp_path):
         with pytest.raises(MissingModelError, match="neither ddkit.json nor model_index.json"):
             load_generator(str(tmp_path))
 
-    def test_another_pipeline(self, own_dit):
+    def test_another_pipeline_raises_bad_file_error(self, own_dit):
         change(own_dit / "model_index.json", _class_name="StableDiffusionPipeline")
         with pytest.raises(BadFileError, match="StableDiffusionPipeline, not a DiTPipeline.*DiTPipeline"):
             load_generator(str(own_dit))
 
-    def test_another_network_in_its_place(self, own_dit):
+    def test_another_network_raises_bad_file_error(self, own_dit):
         change(own_dit / "transformer" / "config.json", _class_name="UNet2DConditionModel")
         with pytest.raises(BadFileError, match="transformer holds a UNet2DConditionModel, not a DiTTransformer2DModel"):
             load_generator(str(own_dit))
 
-    def test_another_noise_schedule(self, own_dit):
+    def test_another_noise_schedule_raises_bad_file_error(self, own_dit):
         change(own_dit / "scheduler" / "scheduler_config.json", beta_schedule="squaredcos_cap_v2")
         with pytest.raises(BadFileError, match="beta_schedule squaredcos_cap_v2, but only linear"):
             load_generator(str(own_dit))
 
     @pytest.mark.parametrize("setting", [{"num_layers": 3}, {"num_layers": 1}, {"attention_head_dim": 16}])
-    def test_weights_that_do_not_fit(self, own_dit, setting):
+    def test_weights_that_do_not_fit_raise_bad_file_error(self, own_dit, setting):
         change(own_dit / "transformer" / "config.json", **setting)
         with pytest.raises(BadFileError, match="transformer.*damaged"):
             load_generator(str(own_dit))
 
-    def test_cut_short_weights(self, own_dit):
+    def test_truncated_weights_raise_bad_file_error(self, own_dit):
         path = own_dit / "vae" / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
         with pytest.raises(BadFileError, match="vae cannot be read"):
@@ -132,7 +132,8 @@ class TestRefusing:
 
     @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>", b""],
                              ids=["a portal's page", "a connection that ends"])  # fmt: skip
-    def test_a_network_that_is_not_the_hub(self, tmp_path, answer):
+    @pytest.mark.slow
+    def test_unusable_hub_raises_missing_model_error(self, tmp_path, answer):
         """Such as a hotel's, or a proxy that lets nothing through."""
 
         asked = []
@@ -165,20 +166,21 @@ class TestRefusing:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def test_a_hub_id_without_a_network_says_how_to_point_to_a_folder(self, tmp_path):
+    @pytest.mark.slow
+    def test_hub_id_without_a_network_says_how_to_use_a_folder(self, tmp_path):
         told = self.told_by_a_hub_at("http://127.0.0.1:9", tmp_path)  # a port where nobody listens
         assert "'facebook/DiT-XL-2-256' is not a folder here, and it cannot be downloaded" in told
         assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in told
 
 
 class TestMapping:
-    def test_exact_names_come_before_names_that_end_in_it(self):
+    def test_exact_name_is_preferred_to_a_name_that_ends_in_it(self):
         known = [[name.strip() for name in title.split(",")] for title in TITLES]
         found = map_classes(["tiger", "bear", "Ice_Bear", "road"], known)
         assert found.labels == ((4,), (2, 3), (3,), ())
         assert found.unmatched == ("road",)
 
-    def test_choices_go_before_names(self):
+    def test_chosen_labels_are_preferred_to_names(self):
         known = [["mouse"], ["lion"], []]
         found = map_classes(["mouse", "lion", "road"], known, {"mouse": None, "road": 2, "lion": "MOUSE"})
         assert found.labels == ((), (0,), (2,))
@@ -191,14 +193,15 @@ class TestMapping:
             ({"house": "tigger"}, "knows no class 'tigger'. Did you mean 'tiger'"),
         ],
     )
-    def test_choices_that_cannot_be_meant(self, chosen, message):
+    def test_invalid_choice_raises_usage_error(self, chosen, message):
         with pytest.raises(UsageError, match=message):
             map_classes(["house"], [["tiger"], ["lion"]], chosen)
 
-    def test_classes_of_which_none_is_known(self):
+    def test_unknown_classes_raise_usage_error(self):
         with pytest.raises(UsageError, match="knows none of the classes alpha, beta, gamma ... by name.*--class-map"):
             map_classes(["alpha", "beta", "gamma", "delta"], [["tench"], []])
 
+    @pytest.mark.slow
     def test_every_tinyimagenet_class_is_the_imagenet_label_of_the_same_wnid(self, tinyimagenet_zip):
         """The archive's own names of the wnids are torchvision's names of those labels."""
         from torchvision.models import ResNet18_Weights
@@ -212,7 +215,7 @@ class TestMapping:
         for wnid, (label,) in zip(found.names, found.labels, strict=True):
             assert titles[label] in words[wnid].split(", "), wnid
 
-    def test_imagenet_is_known_by_its_size_and_its_names(self, save_dit, tmp_path):
+    def test_imagenet_is_recognized_by_its_size_and_names(self, save_dit, tmp_path):
         from torchvision.models import ResNet18_Weights
 
         titles = ResNet18_Weights.DEFAULT.meta["categories"]
@@ -228,7 +231,7 @@ class TestMapping:
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["uvit", "dit"])
-def test_other_classes_begin_with_the_embeddings_of_those_they_are_like(make_model, tmp_path, architecture):
+def test_with_classes_takes_the_mean_embeddings_of_the_mapped_labels(make_model, tmp_path, architecture):
     save_model(make_model(architecture), tmp_path)
     before = load_generator(str(tmp_path))
     after = with_classes(before, ClassMap(("x", "y", "z", "x again"), ((2,), (0, 1), (), (2,))))

@@ -33,7 +33,7 @@ def by_plan(plan, noise):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_the_plan_agrees_with_diffusers(sampler, prediction, steps):
+def test_linear_plan_agrees_with_diffusers(sampler, prediction, steps):
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     plan = linear_plan(make_scheduler(sampler, prediction), steps)
     expected = by_diffusers(sampler, prediction, steps, noise)
@@ -42,7 +42,7 @@ def test_the_plan_agrees_with_diffusers(sampler, prediction, steps):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_straight_flow_is_followed_exactly_in_any_number_of_steps(sampler):
+def test_linear_plan_follows_a_straight_flow_exactly_in_any_number_of_steps(sampler):
     """If the network knows the one clean image, every sampler must end at it."""
     clean = torch.full((1, 1, 2, 2), 0.5)
     noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(1))
@@ -53,7 +53,7 @@ def test_a_straight_flow_is_followed_exactly_in_any_number_of_steps(sampler):
 
 
 @pytest.mark.parametrize("steps", [3, 10])
-def test_euler_on_a_variance_preserving_model_is_ddim(steps):
+def test_ddim_equals_euler_on_a_variance_preserving_model(steps):
     """So diffusers' Euler, whose numbers begin at 20,000, is not needed."""
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     euler = EulerDiscreteScheduler(beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing")
@@ -68,7 +68,8 @@ def test_euler_on_a_variance_preserving_model_is_ddim(steps):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_very_many_steps_make_a_sound_plan_or_are_refused(sampler, prediction):
+@pytest.mark.slow
+def test_very_many_steps_make_a_finite_plan_or_raise_usage_error(sampler, prediction):
     try:
         plan = linear_plan(make_scheduler(sampler, prediction), 999)
     except UsageError as error:
@@ -77,7 +78,7 @@ def test_very_many_steps_make_a_sound_plan_or_are_refused(sampler, prediction):
         assert plan.inputs.isfinite().all() and plan.final.isfinite().all()
 
 
-def test_unknown_samplers_and_no_steps_are_refused():
+def test_unknown_sampler_or_invalid_steps_raise_usage_error():
     with pytest.raises(UsageError, match="Did you mean 'dpm\\+\\+'"):
         make_scheduler("dpmpp", "flow")
     with pytest.raises(UsageError, match="1 to 1000 steps, got 0"):

@@ -25,7 +25,7 @@ def difference(first, second):
     return (first.int() - second.int()).abs().max().item()
 
 
-def test_class_order():
+def test_class_ordered_lists_labels_and_indices_class_by_class():
     labels, indices = class_ordered(2, 3)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert indices.tolist() == [0, 1, 0, 1, 0, 1]
@@ -50,7 +50,8 @@ def test_images_do_not_depend_on_how_many_cores_share_a_batch(make_model):
     assert difference(alone, sample_all(Sampler(model, config), *asked)) <= 1
 
 
-def test_compiled_it_makes_the_same_and_a_last_batch_may_be_short(make_model):
+@pytest.mark.slow
+def test_compiled_sampler_makes_the_same_images_also_in_a_short_last_batch(make_model):
     if not can_compile():
         pytest.skip("no C++ compiler with Python's headers")
     model, (labels, indices) = make_model(), class_ordered(2, 3)
@@ -73,7 +74,7 @@ class IdealDenoiser(nn.Module):
 
 
 @pytest.mark.parametrize("ideal", [False, True])
-def test_half_precision_makes_nearly_the_same(make_model, ideal):
+def test_bfloat16_makes_nearly_the_same_images(make_model, ideal):
     model, asked = make_model(prediction="epsilon" if ideal else "flow"), class_ordered(2, 3)
     if ideal:  # whose large sums cancel, as a trained network's do
         model = dataclasses.replace(model, denoiser=IdealDenoiser(model.denoiser))
@@ -83,7 +84,7 @@ def test_half_precision_makes_nearly_the_same(make_model, ideal):
     assert 0 < off.mean() < 1
 
 
-def test_seed_class_and_index_each_make_another_image(make_model):
+def test_seed_class_and_index_each_change_the_image(make_model):
     model = make_model()
     sampler = Sampler(model, SamplingSettings(steps=2, batch_size=4))
     images = sample_all(sampler, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]))
@@ -110,7 +111,7 @@ def by_diffusers(model, scheduler, labels, noise, *, steps, guidance, added=lamb
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("prediction", ["flow", "v"])
-def test_it_agrees_with_diffusers_own_loop(make_model, sampler, prediction):
+def test_sampler_agrees_with_diffusers_own_loop(make_model, sampler, prediction):
     model = make_model(prediction=prediction)
     labels = torch.tensor([0, 1, 2, 2])
     noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(7))
@@ -125,7 +126,7 @@ class TestGuidance:
         sampler = Sampler(model, SamplingSettings(steps=3, batch_size=3, **config))
         return sample_all(sampler, torch.arange(3), torch.zeros(3, dtype=int))
 
-    def test_nought_ignores_the_class_and_one_is_the_class_alone(self, make_model):
+    def test_guidance_zero_ignores_the_class_and_one_is_the_class_alone(self, make_model):
         model = make_model()
         null = torch.full((3,), 3)
         sampler = Sampler(model, SamplingSettings(steps=3, batch_size=3, guidance=0.0))
@@ -133,14 +134,14 @@ class TestGuidance:
         free = Sampler(model, SamplingSettings(steps=3, batch_size=3, guidance=1.0))
         assert difference(sampler.from_noise(noise, torch.arange(3)), free.from_noise(noise, null)) <= 1
 
-    def test_an_empty_interval_is_no_guidance(self, make_model):
+    def test_empty_guidance_interval_turns_guidance_off(self, make_model):
         model = make_model()
         none = self.images(model, guidance=1.0)
         assert difference(self.images(model, guidance=9.0), none) > 1
         assert torch.equal(self.images(model, guidance=9.0, guidance_interval=(0.001, 0.002)), none)
 
 
-def test_batches_come_one_by_one(make_model):
+def test_images_yields_batches_in_order(make_model):
     sampler = Sampler(make_model(), SamplingSettings(steps=1, batch_size=4))
     assert [len(batch) for batch in sampler.images(*class_ordered(3, 3))] == [4, 4, 1]
 
@@ -221,16 +222,16 @@ def test_weighted_sum_is_float32_under_autocast():
         {"mode_guidance": -0.1},
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(wrong):
+def test_invalid_settings_raise_usage_error(wrong):
     with pytest.raises(UsageError):
         SamplingSettings(**wrong)
 
 
-def test_classes_the_model_lacks_are_refused(make_model):
+def test_unknown_class_raises_usage_error(make_model):
     with pytest.raises(UsageError, match="classes 0 to 2"):
         sample_all(Sampler(make_model(), SamplingSettings(steps=1)), torch.tensor([3]), torch.tensor([0]))
 
 
-def test_no_images_are_no_error(make_model):
+def test_no_labels_yield_no_images(make_model):
     nothing = torch.empty(0, dtype=torch.int64)
     assert list(Sampler(make_model(), SamplingSettings(steps=1)).images(nothing, nothing)) == []

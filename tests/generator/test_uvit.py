@@ -28,24 +28,24 @@ def test_the_file_imports_only_torch_and_diffusers():
     assert imported == {"__future__", "math", "torch", "diffusers"}
 
 
-def test_patches_and_back_are_the_identity():
+def test_patching_and_unpatching_are_the_identity():
     network = UViT(sample_size=4, in_channels=2, num_classes=3, hidden_size=16, depth=3, num_heads=2)
     assert torch.equal(network._from_patches(network._to_patches(noisy())), noisy())
 
 
-def test_an_untrained_network_answers_nought():
+def test_untrained_uvit_outputs_zeros():
     network = UViT(sample_size=4, in_channels=2, num_classes=3, hidden_size=16, depth=3, num_heads=2)
     assert torch.equal(predict(network, noisy(), torch.rand(3), torch.tensor([0, 1, 3])), torch.zeros(3, 2, 4, 4))
 
 
 @pytest.mark.parametrize("wrong", [{"sample_size": 5}, {"hidden_size": 15}, {"depth": 2}])
-def test_sizes_that_do_not_fit_are_refused(wrong):
+def test_sizes_that_do_not_fit_raise_value_error(wrong):
     sizes = {"sample_size": 4, "in_channels": 2, "num_classes": 3, "hidden_size": 16, "depth": 3, "num_heads": 2}
     with pytest.raises(ValueError, match=next(iter(wrong))):
         UViT(**(sizes | wrong))
 
 
-def test_times_become_cosines_and_sines_of_falling_frequency():
+def test_timestep_embedding_has_cosines_and_sines_of_falling_frequency():
     embedded = timestep_embedding(torch.tensor([0.0, 2.0]), 4)
     assert embedded[0].tolist() == [1, 1, 0, 0]
     expected = [math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]
@@ -54,7 +54,7 @@ def test_times_become_cosines_and_sines_of_falling_frequency():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 class TestEveryArchitecture:
-    def test_time_and_class_and_the_null_class_matter(self, make_model, architecture):
+    def test_output_depends_on_time_class_and_null_class(self, make_model, architecture):
         network = make_model(architecture).denoiser
         assert null_class(network) == 3
         times, labels = torch.tensor([10.0, 500.0, 900.0]), torch.tensor([0, 1, 2])
@@ -67,7 +67,7 @@ class TestEveryArchitecture:
         ):
             assert not torch.allclose(answer, other, atol=1e-5)
 
-    def test_images_of_a_batch_do_not_touch_each_other(self, make_model, architecture):
+    def test_images_of_a_batch_are_independent(self, make_model, architecture):
         network = make_model(architecture).denoiser
         times, labels = torch.tensor([10.0, 500.0, 900.0]), torch.tensor([0, 1, 2])
         together = predict(network, noisy(), times, labels)
@@ -84,7 +84,7 @@ class TestEveryArchitecture:
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert any(not torch.equal(first[name], other[name]) for name in first)
 
-    def test_training_mode_draws_nothing(self, make_model, architecture):
+    def test_training_mode_draws_no_random_numbers(self, make_model, architecture):
         """Labels are dropped by the training's own generator, not by the networks."""
         network = make_model(architecture).denoiser.train()
         times, labels = torch.full((64,), 300.0), torch.zeros(64, dtype=torch.int64)
@@ -92,6 +92,7 @@ class TestEveryArchitecture:
         assert torch.allclose(answer, answer[:1].expand_as(answer), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gelu_is_the_same_compiled_and_not():
     values = torch.linspace(-8, 8, 1001, dtype=torch.float64)
     traced = torch.export.export(TanhGELU(), (values,)).module()(values)
@@ -105,6 +106,7 @@ def test_gelu_is_the_same_compiled_and_not():
     ("dtype", "tokens", "kernel"),
     [(torch.float32, 6, False), (torch.float32, 40, True), (torch.bfloat16, 6, False), (torch.bfloat16, 40, False)],
 )
+@pytest.mark.slow
 def test_attention_is_the_same_compiled_and_not(dtype, tokens, kernel):
     torch.manual_seed(0)
     block = Block(hidden_size=32, num_heads=2, mlp_ratio=2.0).to(dtype)

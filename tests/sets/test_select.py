@@ -23,11 +23,11 @@ def chosen(how, view, ipc, seed=0):
     return choose_in_class(how, len(view.features), ipc, seed=seed, label=0, features=view)
 
 
-def test_the_first_are_the_first_of_each_class():
+def test_first_takes_the_first_rows_of_each_class():
     assert choose("first", LABELS, 2, 3, seed=0).tolist() == [0, 2, 1, 3, 8, 9]
 
 
-def test_a_random_choice_is_of_each_class_without_repeats_and_by_seed():
+def test_random_takes_different_rows_of_each_class_by_seed():
     many = torch.arange(5).repeat(40)
     rows = choose("random", many, 10, 5, seed=1)
     assert torch.equal(many[rows], torch.arange(5).repeat_interleave(10))
@@ -39,7 +39,7 @@ def test_a_random_choice_is_of_each_class_without_repeats_and_by_seed():
 
 @pytest.mark.parametrize("how", [*LABEL_METHODS, *FEATURE_METHODS])
 @pytest.mark.parametrize("ipc", [1, 7, 70])
-def test_every_way_takes_so_many_different_images_and_the_same_again(how, ipc):
+def test_every_method_takes_different_images_deterministically(how, ipc):
     view, _ = clustered()
     rows = chosen(how, view, ipc)
     assert rows.dtype == torch.int64
@@ -48,24 +48,24 @@ def test_every_way_takes_so_many_different_images_and_the_same_again(how, ipc):
 
 
 @pytest.mark.parametrize("how", ["k-center", "k-medoids", "minimax", "herding"])
-def test_one_image_for_each_cluster_is_taken_where_there_are_as_many(how):
+def test_method_takes_one_image_of_each_cluster(how):
     view, clusters = clustered(sizes=(20, 20, 20))
     assert sorted(clusters[chosen(how, view, 3)].tolist()) == [0, 1, 2]
 
 
-def test_herding_keeps_the_mean():
+def test_herding_keeps_the_mean_better_than_random():
     view, _ = clustered(sizes=(40, 20, 10), spread=0.5)
     error = (view.features[chosen("herding", view, 14)].mean(0) - view.features.mean(0)).norm()
     for seed in range(20):
         assert error < (view.features[chosen("random", view, 14, seed)].mean(0) - view.features.mean(0)).norm()
 
 
-def test_k_center_reaches_what_lies_far_away():
+def test_k_center_takes_a_distant_image():
     view, clusters = clustered(sizes=(60, 60, 1))
     assert 2 in clusters[chosen("k-center", view, 3)]
 
 
-def test_medoids_lie_in_the_middle_of_their_clusters():
+def test_k_medoids_take_the_middle_of_each_cluster():
     view, clusters = clustered(sizes=(30, 30))
     for row in chosen("k-medoids", view, 2).tolist():
         own = view.features[clusters == clusters[row]]
@@ -73,7 +73,7 @@ def test_medoids_lie_in_the_middle_of_their_clusters():
         assert (view.features[row] - own.mean(0)).norm() == distances.min()
 
 
-def test_bands_of_confidence():
+def test_confidence_methods_take_their_bands():
     view, _ = clustered()
     order = view.confidence.argsort(descending=True)
     assert torch.equal(chosen("most-confident", view, 5), order[:5])
@@ -82,7 +82,7 @@ def test_bands_of_confidence():
     assert torch.equal(chosen("stratified", view, 7), order[5::10])
 
 
-def test_a_view_is_taken_of_one_class_at_a_time():
+def test_features_are_extracted_one_class_at_a_time():
     seen = []
 
     def extract(rows):
@@ -104,6 +104,6 @@ def test_a_view_is_taken_of_one_class_at_a_time():
         ("herding", 1, "needs the images' features"),
     ],
 )
-def test_what_cannot_be_chosen_is_refused(how, ipc, said):
+def test_invalid_choice_raises_usage_error(how, ipc, said):
     with pytest.raises(UsageError, match=said):
         choose(how, LABELS, ipc, 3, seed=0)

@@ -1,4 +1,4 @@
-"""What a training will cost, before it begins: parameters, memory and speed, measured for a few seconds."""
+"""The costs of a training before it begins: parameters, memory and speed, measured for a few seconds."""
 
 from __future__ import annotations
 

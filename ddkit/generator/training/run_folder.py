@@ -30,7 +30,7 @@ _MODEL_PARTS = ("vae", "transformer", "unet")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a training trains, on what, and how it is scored; written to its folder.
+    """The record of a training in its folder: its dataset, its configuration and its score.
 
     dataset_sha256: hash of the prepared training split. preset: the name that the configuration came from, or "".
     track_every: steps between two scores of the model, 0 for never, None in records by versions that did not say.

@@ -23,7 +23,7 @@ _MOST_OF_MEMORY = 0.25  # of a GPU's free memory that training data may take
 
 
 class Stage(ABC):
-    """What a Trainer trains.
+    """One stage of training, which a Trainer runs.
 
     network: the network whose parameters are trained. loss: a module that holds it and maps a part of a batch to the
     mean loss and the figures worth recording, all scalars. memory: what the loss keeps from step to step besides.

@@ -54,7 +54,7 @@ class StepRecord:
 
 
 class Callback:
-    """What a Trainer calls, on the main process only. every: steps between two calls of `on_interval`; 0 for never."""
+    """Functions that a Trainer calls on the main process. every: steps between two calls of `on_interval`; 0 for never."""
 
     every = 0
 
@@ -381,7 +381,7 @@ def require_even_parts(optimizer: OptimizerConfig, processes: int) -> None:
 
 
 def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
-    """How many cores share a step: the largest number that cuts a part into equal pieces.
+    """The number of cores that share a step: the largest that cuts a part into equal pieces.
 
     A stage with a memory needs its parts whole, and several processes share the cores already.
     """

@@ -23,12 +23,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_newest_two_of_each_stage_are_kept(folder):
+def test_save_checkpoint_keeps_the_newest_two_of_each_stage(folder):
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["autoencoder-00000099.pt", "denoiser-00000010.pt", "denoiser-00000015.pt"]
 
 
-def test_what_was_saved_is_loaded(folder):
+def test_saved_checkpoint_loads_unchanged(folder):
     latest = load_latest(folder, "denoiser")
     assert (latest.step, latest.seconds, latest.finished) == (15, 1.5, False)
     assert torch.equal(latest.network["weight"], torch.full((3,), 15.0))
@@ -36,7 +36,7 @@ def test_what_was_saved_is_loaded(folder):
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
-def test_a_newest_file_cut_short_is_passed_over(folder, kept, caplog):
+def test_truncated_newest_checkpoint_is_skipped(folder, kept, caplog):
     newest = list_checkpoints(folder, "denoiser")[-1]
     newest.write_bytes(newest.read_bytes()[:kept])
     with caplog.at_level(logging.WARNING):
@@ -44,7 +44,7 @@ def test_a_newest_file_cut_short_is_passed_over(folder, kept, caplog):
     assert newest.name in caplog.text
 
 
-def test_if_none_can_be_read_the_newest_is_named(folder):
+def test_no_readable_checkpoint_raises_bad_file_error_that_names_the_newest(folder):
     for path in list_checkpoints(folder, "denoiser"):
         path.write_bytes(b"nothing")
     with pytest.raises(BadFileError, match="denoiser-00000015.pt is damaged") as caught:
@@ -52,7 +52,7 @@ def test_if_none_can_be_read_the_newest_is_named(folder):
     assert "--fresh" in caught.value.remedy
 
 
-def test_code_in_a_checkpoint_is_not_run(folder, tmp_path):
+def test_code_in_a_checkpoint_does_not_run(folder, tmp_path):
     class Trap:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "sprung"),))
@@ -66,7 +66,7 @@ def test_code_in_a_checkpoint_is_not_run(folder, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_tensor_file_of_something_else_is_no_checkpoint(folder):
+def test_other_tensor_file_raises_bad_file_error(folder):
     torch.save({"images": torch.zeros(2)}, folder / "denoiser-00000040.pt")
     with pytest.raises(BadFileError, match="not a checkpoint of this version"):
         load_checkpoint(folder / "denoiser-00000040.pt")

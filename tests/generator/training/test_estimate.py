@@ -32,7 +32,7 @@ def test_parameters_are_those_of_the_networks(config):
     assert autoencoder.images_per_second is None
 
 
-def test_memory_is_states_and_what_each_image_keeps(config):
+def test_memory_is_states_and_activations_of_each_image(config):
     states = 6 * 4 * estimate(config, 16, 3, CPU, seconds=0).stages[1].parameters
     small, large = (estimate(batches_of(config, size), 16, 3, CPU, seconds=0).stages[1].memory for size in (8, 80))
     assert large - states == pytest.approx(10 * (small - states), rel=0.01)
@@ -40,14 +40,14 @@ def test_memory_is_states_and_what_each_image_keeps(config):
     assert one - states == pytest.approx((small - states) / 8, rel=0.1)
 
 
-def test_cores_that_share_a_step_have_gradients_of_their_own(config):
+def test_cores_that_share_a_step_add_their_own_gradients(config):
     alone = estimate(batches_of(config, 8), 16, 3, CPU, seconds=0).stages[1]
     torch.set_num_threads(3)  # put back by the fixture that set one; eight images are shared by two of three
     shared = estimate(batches_of(config, 8), 16, 3, CPU, seconds=0).stages[1]
     assert shared.memory - alone.memory == 2 * 4 * alone.parameters
 
 
-def test_an_image_keeps_about_as_much_as_its_activations(config):
+def test_memory_of_an_image_is_near_its_activations(config):
     """The hidden states alone, which every block keeps several times over, are a lower bound."""
     stage = estimate(batches_of(config, 100), 16, 3, CPU, seconds=0).stages[1]
     per_image = (stage.memory - 6 * 4 * stage.parameters) / 100
@@ -55,7 +55,7 @@ def test_an_image_keeps_about_as_much_as_its_activations(config):
     assert 3 * 8 * hidden_state < per_image < 3 * 60 * hidden_state
 
 
-def test_processes_share_a_batch_and_parts_are_computed_one_after_the_other(config):
+def test_processes_and_accumulated_parts_divide_the_batch(config):
     whole = estimate(batches_of(config, 64), 16, 3, CPU, seconds=0).stages[1]
     shared = estimate(batches_of(config, 64), 16, 3, CPU, processes=4, seconds=0).stages[1]
     parts = dataclasses.replace(
@@ -84,7 +84,7 @@ def test_half_precision_weights_count_once_whatever_the_batch(config, monkeypatc
     assert found[0].fixed_memory > estimate(batches_of(config, 64), 16, 3, CPU, seconds=0).stages[1].fixed_memory
 
 
-def test_a_fine_tuning_that_does_not_fit_is_told_what_it_can_do(config, monkeypatch, make_model, tmp_path):
+def test_fine_tuning_that_does_not_fit_raises_compute_error_with_a_remedy(config, monkeypatch, make_model, tmp_path):
     save_model(make_model(), tmp_path)
     tuned = dataclasses.replace(batches_of(config, 64), minimax=MinimaxConfig(init=str(tmp_path)))
     tuned = dataclasses.replace(tuned, denoiser_optimizer=dataclasses.replace(tuned.denoiser_optimizer, accumulation=4))
@@ -100,7 +100,7 @@ def test_a_fine_tuning_that_does_not_fit_is_told_what_it_can_do(config, monkeypa
         check_memory(tuned, 16, 3, CPU, start=start)
 
 
-def test_what_does_not_fit_is_not_tried(config, monkeypatch):
+def test_stage_that_does_not_fit_is_not_run(config, monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     costs = estimate(config, 16, 3, CPU, seconds=0.05)
     assert not costs.fits
@@ -113,7 +113,7 @@ def test_speed_is_measured_on_demand(config):
     assert denoiser.seconds_for(denoiser.steps) == pytest.approx(6 * 6 / denoiser.images_per_second)
 
 
-def test_a_time_is_shared_as_a_training_shares_it():
+def test_steps_within_divide_the_time_like_a_training():
     def stage(name, steps, speed):
         return StageEstimate(name, 1, 10, 1, 1, speed, steps, batch_size=10)
 
@@ -126,7 +126,7 @@ def test_a_time_is_shared_as_a_training_shares_it():
     assert Estimate((stage("minimax", 5, None),), free_memory=100).steps_within(100) == (None,)
 
 
-def test_what_does_not_fit_is_refused_with_what_would(config, monkeypatch):
+def test_training_that_does_not_fit_raises_compute_error_with_what_would(config, monkeypatch):
     check_memory(config, 16, 3, CPU)
     wanted = estimate(batches_of(config, 64), 16, 3, CPU, seconds=0)
     monkeypatch.setattr(module, "free_memory", lambda device: wanted.memory // 2)
@@ -145,7 +145,8 @@ def test_what_does_not_fit_is_refused_with_what_would(config, monkeypatch):
     assert caught.value.remedy == "No smaller preset fits: close other programs, or use another --device."
 
 
-def test_a_preset_that_fits_is_named_where_parts_do_not_help(monkeypatch):
+@pytest.mark.slow
+def test_shortage_names_a_preset_that_fits(monkeypatch):
     needs = {name: estimate(PRESETS[name].config(32), 32, 10, CPU, seconds=0) for name in ("tiny", "small")}
     fixed = max(stage.fixed_memory for stage in needs["small"].stages)
     assert needs["tiny"].memory < 0.9 * fixed
@@ -155,12 +156,12 @@ def test_a_preset_that_fits_is_named_where_parts_do_not_help(monkeypatch):
     assert caught.value.remedy == "--preset tiny would fit."
 
 
-def test_an_autoencoder_that_is_there_costs_nothing(config):
+def test_pretrained_autoencoder_has_no_stage(config):
     (stage,) = estimate(dataclasses.replace(config, pretrained_autoencoder="here"), 16, 3, CPU, seconds=0).stages
     assert stage.stage == "denoiser"
 
 
-def test_smaller_batches_are_no_remedy_for_the_autoencoder(config, monkeypatch):
+def test_shortage_of_the_autoencoder_does_not_suggest_smaller_batches(config, monkeypatch):
     large = dataclasses.replace(config.autoencoder_optimizer, batch_size=6000)
     config = dataclasses.replace(config, autoencoder_optimizer=large)
     autoencoder, denoiser = estimate(config, 16, 3, CPU, seconds=0).stages

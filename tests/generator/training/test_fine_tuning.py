@@ -72,7 +72,7 @@ def sampled(model):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_from_a_pretrained_transformer_to_a_plain_model_of_ours(data, tuning, pretrained, tmp_path, full):
+def test_fine_tuning_a_pretrained_transformer_gives_a_plain_model(data, tuning, pretrained, tmp_path, full):
     config = tuning(pretrained, prediction="epsilon", full=full)
     model = train(data, TrainingRequest(config, tmp_path / "run", "minimax-paper"))
     assert model.facts.class_names == ("red", "green", "blue") and model.facts.steps == 6
@@ -87,7 +87,7 @@ def test_from_a_pretrained_transformer_to_a_plain_model_of_ours(data, tuning, pr
     assert sampled(model).shape == (6, 3, 16, 16)
 
 
-def test_images_take_the_models_size_for_training_and_their_own_again(images, tuning, pretrained, tmp_path):
+def test_images_of_another_size_are_resized_for_training_and_sampled_at_their_own(images, tuning, pretrained, tmp_path):
     """Images of 40 px, latents of 8 x 8 as the model's own 16 px have them, pictures of 40 px."""
     pixels = images.images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)[..., :40, :40]
     large = TrainingData("colors", dataclasses.replace(images, images=pixels), "of-larger-pixels")
@@ -97,7 +97,7 @@ def test_images_take_the_models_size_for_training_and_their_own_again(images, tu
     assert sampled(model).shape == (6, 3, 40, 40)
 
 
-def test_from_a_generator_of_ours_and_on_again_bit_for_bit(data, tuning, own, tmp_path):
+def test_fine_tuning_our_generator_resumes_bit_for_bit(data, tuning, own, tmp_path):
     train(data, TrainingRequest(tuning(own, steps=6), tmp_path / "straight"))
     train(data, TrainingRequest(tuning(own, steps=2), tmp_path / "resumed"))
     train(data, TrainingRequest(tuning(own, steps=6), tmp_path / "resumed"))
@@ -108,7 +108,7 @@ def test_from_a_generator_of_ours_and_on_again_bit_for_bit(data, tuning, own, tm
     assert state(tmp_path / "straight")["seen"].sum() == 36
 
 
-def test_records_hold_the_parts_of_the_loss(data, tuning, own, tmp_path):
+def test_records_hold_the_terms_of_the_loss(data, tuning, own, tmp_path):
     train(data, TrainingRequest(tuning(own, steps=20, lambda_r=0.5, lambda_d=0.25), tmp_path))
     for record in records(tmp_path):
         expected = record["mse"] + 0.5 * record["representativeness"] + 0.25 * record["diversity"]
@@ -116,7 +116,8 @@ def test_records_hold_the_parts_of_the_loss(data, tuning, own, tmp_path):
         assert record["representativeness"] > 0
 
 
-def test_large_weights_do_what_they_are_for(data, tuning, own, tmp_path):
+@pytest.mark.slow
+def test_large_weights_improve_their_criterion(data, tuning, own, tmp_path):
     """Predictions come to lie nearer to all real latents, or further from each other, than without the criteria."""
     last = {}
     for name, weights in {"none": (0, 0), "real": (3, 0), "varied": (0, 3)}.items():
@@ -127,7 +128,7 @@ def test_large_weights_do_what_they_are_for(data, tuning, own, tmp_path):
     assert last["varied"]["diversity"] < last["none"]["diversity"]
 
 
-def test_weights_so_large_that_the_loss_diverges_leave_the_last_good_state(data, tuning, own, tmp_path):
+def test_diverging_loss_leaves_the_last_good_state(data, tuning, own, tmp_path):
     train(data, TrainingRequest(tuning(own, steps=2, full=True), tmp_path))
     good, model = list_checkpoints(tmp_path / "checkpoints", "minimax"), sampled(load_model(tmp_path))
     wild = tuning(own, steps=400, learning_rate=1.0, lambda_d=1e9, full=True)
@@ -141,7 +142,7 @@ def test_weights_so_large_that_the_loss_diverges_leave_the_last_good_state(data,
     assert torch.equal(sampled(load_model(tmp_path)), model)
 
 
-def test_a_weight_whose_gradients_overflow_is_told_and_not_trained_by(data, tuning, own, tmp_path):
+def test_overflowing_gradients_raise_compute_error(data, tuning, own, tmp_path):
     """The loss itself stays a number, and clipped to nothing such gradients would train nothing, unnoticed."""
     with pytest.raises(ComputeError, match="gradient of minimax training is NaN or infinite") as caught:
         train(data, TrainingRequest(tuning(own, steps=20, lambda_d=1e25), tmp_path))
@@ -149,14 +150,15 @@ def test_a_weight_whose_gradients_overflow_is_told_and_not_trained_by(data, tuni
     assert not (tmp_path / "ddkit.json").exists()
 
 
-def test_the_parts_of_the_loss_are_shown_live(data, tuning, own, tmp_path):
+def test_progress_shows_the_terms_of_the_loss(data, tuning, own, tmp_path):
     reports = []
     train(data, TrainingRequest(tuning(own, steps=4), tmp_path), progress=reports.append)
     shown = [report.figures for report in reports if "mse" in report.figures]
     assert shown and all({"loss", "representativeness", "diversity"} <= figures.keys() for figures in shown)
 
 
-def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_like_one(data, tuning, own, tmp_path):
     config = tuning(own, steps=4, lambda_r=0.5, lambda_d=0.5)
     train(data, TrainingRequest(config, tmp_path / "one"))
     torch.save(dict(vars(data.images)), tmp_path / "images.pt")
@@ -182,28 +184,28 @@ def test_two_processes_amount_to_one(data, tuning, own, tmp_path):
     same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4, rtol=1e-4)
 
 
-class TestRefusing:
-    def test_going_on_from_another_start(self, data, tuning, own, tmp_path):
+class TestInvalidRequests:
+    def test_resuming_from_another_start_raises_usage_error(self, data, tuning, own, tmp_path):
         train(data, TrainingRequest(tuning(own, steps=1), tmp_path / "run"))
         shutil.copytree(own, tmp_path / "other")
         with pytest.raises(UsageError, match=r"minimax.init: .*own, not .*other"):
             train(data, TrainingRequest(tuning(tmp_path / "other", steps=2), tmp_path / "run"))
 
-    def test_training_in_the_folder_to_start_from(self, data, tuning, own, tmp_path):
+    def test_training_in_the_folder_of_the_start_raises_usage_error(self, data, tuning, own, tmp_path):
         with pytest.raises(UsageError, match="holds the generator that fine-tuning starts from"):
             train(data, TrainingRequest(tuning(own), own, fresh=True))
 
-    def test_another_prediction_than_was_learned(self, data, tuning, own, tmp_path):
+    def test_another_prediction_raises_usage_error(self, data, tuning, own, tmp_path):
         with pytest.raises(UsageError, match="predicts 'flow', not 'v'"):
             train(data, TrainingRequest(tuning(own, prediction="v"), tmp_path / "run"))
 
     @pytest.mark.parametrize("wrong", [{"init": ""}, {"lambda_r": -1}, {"lambda_d": -1}, {"memory_size": 0}, {"epochs": 0}])
-    def test_settings_that_cannot_be_meant(self, wrong):
+    def test_invalid_minimax_settings_raise_usage_error(self, wrong):
         with pytest.raises(UsageError):
             MinimaxConfig(**{"init": "somewhere", **wrong})
 
 
-def test_the_published_settings():
+def test_minimax_preset_has_the_published_settings():
     config = preset("minimax-paper").config(64)
     minimax, optimizer = config.minimax, config.denoiser_optimizer
     assert (minimax.lambda_r, minimax.lambda_d, minimax.memory_size, minimax.epochs) == (0.002, 0.008, 64, 8)

@@ -39,7 +39,7 @@ def plan(data, tmp_path):
     return plan
 
 
-def test_a_new_training_is_the_preset_with_what_is_said_otherwise(plan):
+def test_new_training_is_the_preset_with_the_given_settings(plan):
     assert plan().preset == "tiny" and plan().config == preset("tiny").config(16)
     said = plan(preset="demo", batch_size=7, learning_rate=0.5, prediction="v", architecture="dit", flips=False, seed=9)
     config = said.config
@@ -49,7 +49,7 @@ def test_a_new_training_is_the_preset_with_what_is_said_otherwise(plan):
     assert config.autoencoder_optimizer == preset("demo").config(16).autoencoder_optimizer
 
 
-def test_what_the_objective_and_the_averages_are_told(plan):
+def test_settings_of_the_objective_and_of_averaging_are_applied(plan):
     config = plan(preset="demo", label_dropout=0.3, min_snr=7.0, ema_width=0.05).config
     assert (config.objective.label_dropout, config.objective.min_snr_gamma, config.ema_width) == (0.3, 7.0, 0.05)
     assert plan(preset="demo", min_snr=0.0).config.objective.min_snr_gamma is None
@@ -60,7 +60,7 @@ def test_what_the_objective_and_the_averages_are_told(plan):
         plan(preset="demo", min_snr=math.nan)
 
 
-def test_what_goes_on_keeps_its_settings(plan, begin, config):
+def test_resumed_training_keeps_its_settings(plan, begin, config):
     begin("run", config)
     assert plan("run").config == config and plan("run").preset == "demo"
     assert plan("run", preset="demo", steps=50).config.denoiser_optimizer == dataclasses.replace(
@@ -71,7 +71,7 @@ def test_what_goes_on_keeps_its_settings(plan, begin, config):
     assert plan("run").track_every == preset("demo").track_every
 
 
-def test_what_goes_on_is_scored_as_before_unless_something_else_is_said(plan, begin, config, tmp_path):
+def test_resumed_training_is_scored_as_before_unless_told_otherwise(plan, begin, config, tmp_path):
     folder = begin("run", config, "demo", 500, "frechet_inception")
     assert (plan("run").track_every, plan("run").features) == (500, "inception")
     said = plan("run", track_every=7, features="convnet")
@@ -85,7 +85,7 @@ def test_what_goes_on_is_scored_as_before_unless_something_else_is_said(plan, be
     assert plan("run").track_every == preset("demo").track_every, "as earlier versions had it"
 
 
-def test_a_training_begun_without_a_preset_goes_on(plan, begin, config):
+def test_training_without_a_preset_resumes(plan, begin, config):
     begin("run", config, preset_name="")
     assert plan("run").config == config and plan("run").track_every == 0
 
@@ -110,7 +110,7 @@ def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config,
     assert to_json(again.config)["denoiser_optimizer"]["steps"] == tuned.config.denoiser_optimizer.steps
 
 
-def test_nothing_to_start_from(plan, tmp_path):
+def test_fine_tuning_without_a_start_raises_missing_model_error(plan, tmp_path):
     with pytest.raises(MissingModelError, match="no generator of 'colors' to start from") as caught:
         plan(method="minimax", init=None)
     assert "ddkit train --dataset colors" in caught.value.remedy
@@ -131,12 +131,12 @@ def test_nothing_to_start_from(plan, tmp_path):
         ({"init": "somewhere", "prediction": "v"}, "--prediction cannot be changed when fine-tuning"),
     ],
 )
-def test_wishes_that_contradict_each_other(plan, wishes, said):
+def test_contradicting_settings_raise_usage_error(plan, wishes, said):
     with pytest.raises(UsageError, match=said):
         plan(**wishes)
 
 
-def test_a_folder_of_a_fine_tuning_is_not_trained_from_nothing(plan, begin, config, monkeypatch):
+def test_diffusion_in_the_folder_of_a_fine_tuning_raises_usage_error(plan, begin, config, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     minimax = preset("minimax-paper").config(16).minimax
     begin("tuned", dataclasses.replace(config, minimax=minimax))

@@ -23,7 +23,7 @@ def test_tensorboard_has_every_figure_at_its_step(data, config, tmp_path):
     assert {"autoencoder/mse", "denoiser/mse", "denoiser/rate"} <= set(events.Tags()["scalars"])
 
 
-def test_records_are_read_once_each_and_a_torn_line_is_left_out(tmp_path):
+def test_read_records_returns_each_once_and_skips_a_torn_line(tmp_path):
     log = tmp_path / "metrics.jsonl"
     lines = [{"stage": "denoiser", "step": step, "loss": loss} for step, loss in ((10, 1.0), (20, 0.9), (10, 0.8))]
     log.write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "den')
@@ -33,7 +33,7 @@ def test_records_are_read_once_each_and_a_torn_line_is_left_out(tmp_path):
         read_records(tmp_path)
 
 
-def test_a_torn_line_costs_itself_alone_and_scores_of_two_names_are_two(tmp_path):
+def test_read_records_keeps_scores_of_two_names_around_a_torn_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"stage": "den')
     log = MetricsLog(tmp_path, tensorboard=False)
     for name, value in (("frechet", 2.0), ("frechet_inception", 9.0), ("frechet", 1.0)):

@@ -10,7 +10,7 @@ from ddkit.generator.training.run_folder import start_over
 from ddkit.generator.training.train import TrainingRequest, train
 
 
-def test_other_settings_are_listed_and_refused(data, config, tmp_path):
+def test_other_settings_raise_usage_error_that_lists_them(data, config, tmp_path):
     train(data, TrainingRequest(config, tmp_path))
     other = dataclasses.replace(config, seed=3, ema_width=0.2)
     with pytest.raises(UsageError, match="ema_width: 0.1, not 0.2; seed: 0, not 3") as caught:
@@ -18,13 +18,13 @@ def test_other_settings_are_listed_and_refused(data, config, tmp_path):
     assert "--fresh" in caught.value.remedy
 
 
-def test_of_another_preset_what_differs_is_listed_too(data, config, tmp_path):
+def test_another_preset_raises_usage_error_that_lists_the_differences(data, config, tmp_path):
     train(data, TrainingRequest(config, tmp_path, preset="demo"))
     with pytest.raises(UsageError, match="preset: demo, not tiny; seed: 0, not 3"):
         train(data, TrainingRequest(dataclasses.replace(config, seed=3), tmp_path, preset="tiny"))
 
 
-def test_another_dataset_and_other_classes_are_refused(data, config, tmp_path):
+def test_another_dataset_or_other_classes_raise_usage_error(data, config, tmp_path):
     train(data, TrainingRequest(config, tmp_path))
     with pytest.raises(UsageError, match="dataset: colors, not shapes"):
         train(dataclasses.replace(data, name="shapes"), TrainingRequest(config, tmp_path))
@@ -33,14 +33,14 @@ def test_another_dataset_and_other_classes_are_refused(data, config, tmp_path):
         train(dataclasses.replace(data, images=renamed), TrainingRequest(config, tmp_path))
 
 
-def test_images_of_another_size_are_refused(data, config, tmp_path):
+def test_images_of_another_size_raise_usage_error(data, config, tmp_path):
     train(data, TrainingRequest(config, tmp_path))
     smaller = dataclasses.replace(data.images, images=data.images.images[..., ::2, ::2].contiguous())
     with pytest.raises(UsageError, match="image_size: 16, not 8"):
         train(dataclasses.replace(data, images=smaller), TrainingRequest(config, tmp_path))
 
 
-def test_a_model_that_was_not_trained_there_is_not_overwritten(data, config, tmp_path):
+def test_model_that_was_not_trained_there_is_not_overwritten(data, config, tmp_path):
     train(data, TrainingRequest(config, tmp_path / "run"))
     shutil.copytree(tmp_path / "run", tmp_path / "got", ignore=shutil.ignore_patterns("config.json", "checkpoints"))
     before = (tmp_path / "got" / "ddkit.json").read_bytes()
@@ -51,7 +51,7 @@ def test_a_model_that_was_not_trained_there_is_not_overwritten(data, config, tmp
     assert (tmp_path / "got" / "ddkit.json").read_bytes() == before
 
 
-def test_starting_over_leaves_what_is_not_ours(data, config, tmp_path):
+def test_start_over_leaves_other_files(data, config, tmp_path):
     train(data, TrainingRequest(config, tmp_path))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "tensorboard").mkdir()

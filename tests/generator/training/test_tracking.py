@@ -20,7 +20,7 @@ def mean_colors(images):
     return images.float().mean(dim=(2, 3))
 
 
-def test_the_distance_is_that_of_samples_of_the_same_classes(images, make_model):
+def test_tracking_scores_samples_of_the_same_classes(images, make_model):
     calls = []
 
     def make_features():
@@ -35,13 +35,13 @@ def test_the_distance_is_that_of_samples_of_the_same_classes(images, make_model)
     assert tracking.score(make_model("dit")) != first
 
 
-def test_fewer_than_two_images_are_refused(images):
+def test_fewer_than_two_images_raise_usage_error(images):
     one = dataclasses.replace(images, images=images.images[:1], labels=images.labels[:1])
     with pytest.raises(UsageError, match="at least two"):
         track_frechet(one, lambda: mean_colors, every_steps=1)
 
 
-def test_a_tracked_training_keeps_the_best_and_draws_its_course(data, config, tmp_path):
+def test_tracked_training_keeps_the_best_model_and_draws_a_chart(data, config, tmp_path):
     tracking = track_frechet(data.images, lambda: mean_colors, every_steps=2, sampling=SAMPLING)
     train(data, TrainingRequest(config, tmp_path), tracking=tracking)
     scores = {record["step"]: record["value"] for record in read_records(tmp_path / "metrics.jsonl")
@@ -53,13 +53,13 @@ def test_a_tracked_training_keeps_the_best_and_draws_its_course(data, config, tm
         assert chart.format == "PNG" and chart.width > 2 * chart.height
 
 
-def test_a_fine_tuning_has_its_curve(tmp_path):
+def test_chart_shows_a_fine_tuning(tmp_path):
     draw_chart([], tmp_path / "nothing.png")
     draw_chart([{"stage": "minimax", "step": step, "loss": 1 / step} for step in (1, 2, 3)], tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes() != (tmp_path / "nothing.png").read_bytes()
 
 
-def test_a_chart_of_nothing_is_a_picture_too(tmp_path):
+def test_chart_without_records_is_a_picture(tmp_path):
     draw_chart([], tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as chart:
         assert chart.format == "PNG"

@@ -76,8 +76,8 @@ def in_a_process(here, data, config, folder, before="", *, launcher=()):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-class TestGoingOn:
-    def test_resumed_is_bit_for_bit_the_same_as_never_stopped(self, data, config, tmp_path):
+class TestResuming:
+    def test_resumed_training_equals_one_never_stopped_bit_for_bit(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
         train(data, TrainingRequest(with_steps(config, 2), tmp_path / "resumed"))
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "resumed"))
@@ -85,7 +85,7 @@ class TestGoingOn:
         assert load_model(tmp_path / "resumed").facts.steps == 6
         assert load_model(tmp_path / "resumed").facts.images_seen == 36
 
-    def test_so_it_is_in_half_precision(self, data, config, tmp_path):
+    def test_resumed_bfloat16_training_equals_one_never_stopped(self, data, config, tmp_path):
         config = dataclasses.replace(config, precision="bfloat16")
         train(data, TrainingRequest(with_steps(config, 4), tmp_path / "straight"))
         train(data, TrainingRequest(with_steps(config, 2), tmp_path / "resumed"))
@@ -95,14 +95,14 @@ class TestGoingOn:
         ours, theirs = (records(tmp_path / name)[-1]["loss"] for name in ("straight", "full"))
         assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)
 
-    def test_so_it_is_where_two_cores_share_each_step(self, data, config, tmp_path):
+    def test_resumed_training_on_two_cores_equals_one_never_stopped(self, data, config, tmp_path):
         torch.set_num_threads(2)  # put back by the fixture that set one
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
         train(data, TrainingRequest(with_steps(config, 2), tmp_path / "resumed"))
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "resumed"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
 
-    def test_an_autoencoder_stopped_midway_goes_on_the_same(self, data, config, tmp_path):
+    def test_autoencoder_stopped_midway_resumes_bit_for_bit(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path / "straight"))
         short = dataclasses.replace(config, autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=2))
         train(data, TrainingRequest(short, tmp_path / "stopped"))
@@ -116,7 +116,7 @@ class TestGoingOn:
         assert_same(state(tmp_path / "straight", "autoencoder"), state(tmp_path / "stopped", "autoencoder"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
 
-    def test_stopped_during_the_last_step_of_a_stage_the_next_does_not_begin(self, data, config, tmp_path):
+    def test_stop_during_the_last_step_of_a_stage_prevents_the_next_stage(self, data, config, tmp_path):
         def stop(report):
             if report.done == report.total:
                 signal.raise_signal(signal.SIGTERM)
@@ -128,7 +128,7 @@ class TestGoingOn:
         train(data, TrainingRequest(config, tmp_path / "straight"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
 
-    def test_finished_work_is_not_done_again(self, data, config, tmp_path):
+    def test_finished_training_is_not_repeated(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path))
         before = (tmp_path / "metrics.jsonl").read_text()
         reports = []
@@ -136,7 +136,7 @@ class TestGoingOn:
         assert (tmp_path / "metrics.jsonl").read_text() == before
         assert reports == []
 
-    def test_a_model_older_than_the_last_checkpoint_is_written_again(self, data, config, tmp_path):
+    def test_model_older_than_the_last_checkpoint_is_written_again(self, data, config, tmp_path):
         """As a kill between the two leaves it."""
         train(data, TrainingRequest(with_steps(config, 2), tmp_path / "run"))
         shutil.copytree(tmp_path / "run", tmp_path / "earlier")
@@ -148,12 +148,12 @@ class TestGoingOn:
         assert again.facts.steps == 4
         assert all(torch.equal(value, whole[name]) for name, value in again.denoiser.state_dict().items())
 
-    def test_half_precision_is_for_gpus(self, data, config, tmp_path):
+    def test_float16_on_a_cpu_raises_usage_error(self, data, config, tmp_path):
         with pytest.raises(UsageError, match="float16 needs a GPU"):
             train(data, TrainingRequest(dataclasses.replace(config, precision="float16"), tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
-    def test_a_checkpoint_cut_short_costs_only_what_came_after_the_one_before(self, data, config, tmp_path):
+    def test_truncated_checkpoint_costs_only_the_steps_after_the_one_before(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
         for steps in (2, 4):
             train(data, TrainingRequest(with_steps(config, steps), tmp_path / "damaged"))
@@ -162,15 +162,14 @@ class TestGoingOn:
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "damaged"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "damaged"))
 
-    def test_with_a_lower_rate_it_goes_on(self, data, config, tmp_path):
+    def test_training_resumes_with_a_lower_learning_rate(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 2), tmp_path))
         train(data, TrainingRequest(with_optimizer(config, learning_rate=1e-4), tmp_path))
         assert [(record["step"], record["rate"]) for record in records(tmp_path)] == [(2, 1e-3), (6, 1e-4)]
         assert read_run_record(tmp_path).config.denoiser_optimizer.learning_rate == 1e-4
 
-    def test_an_autoencoder_may_train_on_until_a_denoiser_has_learned_from_it(
-        self, data, config, tmp_path, caplog, monkeypatch
-    ):
+    @pytest.mark.slow
+    def test_autoencoder_trains_further_until_a_denoiser_has_learned_from_it(self, data, config, tmp_path, caplog, monkeypatch):
         monkeypatch.setattr(training, "AUTOENCODER_SHARE", 0.9)  # so that its steps fit, however busy the machine is
         longer = with_optimizer(config, steps=10**9)
         train(data, TrainingRequest(config, tmp_path, seconds=0.001))
@@ -182,7 +181,7 @@ class TestGoingOn:
         train(data, TrainingRequest(longer, tmp_path / "hurried", seconds=2.0))
         assert records(tmp_path / "hurried", "autoencoder")[-1]["step"] < 4 and "was trained for a short time" in caplog.text
 
-    def test_changed_data_is_encoded_again(self, data, config, tmp_path, caplog):
+    def test_changed_images_are_encoded_again(self, data, config, tmp_path, caplog):
         train(data, TrainingRequest(config, tmp_path))
         before = load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"]
         images = dataclasses.replace(data.images, images=data.images.images.flip(-2).contiguous())
@@ -192,13 +191,13 @@ class TestGoingOn:
         assert not torch.equal(before, load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"])
 
 
-class TestTheSameBatchHoweverItIsComputed:
-    def test_accumulated_parts_amount_to_the_whole(self, data, config, tmp_path):
+class TestDividedBatches:
+    def test_accumulated_parts_train_like_the_whole_batch(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path / "whole"))
         train(data, TrainingRequest(with_optimizer(config, accumulation=3), tmp_path / "parts"))
         assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
 
-    def test_two_cores_amount_to_one(self, data, config, tmp_path):
+    def test_two_cores_train_like_one(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path / "one"))
         torch.set_num_threads(2)  # put back by the fixture that set one
         train(data, TrainingRequest(config, tmp_path / "two"))
@@ -208,7 +207,7 @@ class TestTheSameBatchHoweverItIsComputed:
         assert len(ours) == len(theirs)
         assert [each["loss"] for each in theirs] == pytest.approx([each["loss"] for each in ours], rel=1e-3)
 
-    def test_two_cores_amount_to_one_on_the_same_latents(self, data, config, tmp_path):
+    def test_two_cores_train_like_one_on_the_same_latents(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 1), tmp_path / "one"))
         shutil.copytree(tmp_path / "one", tmp_path / "two")
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "one"))
@@ -216,7 +215,8 @@ class TestTheSameBatchHoweverItIsComputed:
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "two"))
         assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
 
-    def test_two_processes_amount_to_one(self, data, config, tmp_path):
+    @pytest.mark.slow
+    def test_two_processes_train_like_one(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path / "one"))
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         done = in_a_process(tmp_path, data, config, "two", launcher=launcher)
@@ -226,15 +226,15 @@ class TestTheSameBatchHoweverItIsComputed:
         assert theirs["step"] == ours["step"] == 6 and theirs["images"] == ours["images"]
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
 
-    def test_a_batch_that_does_not_split_is_refused(self, data, config, tmp_path):
+    def test_batch_that_does_not_split_evenly_raises_usage_error(self, data, config, tmp_path):
         with pytest.raises(UsageError, match="4 equal parts"):
             train(data, TrainingRequest(with_optimizer(config, accumulation=4), tmp_path))
 
 
-class TestWhatStopsIt:
+class TestLimits:
     # With many steps to come the loss is no number soon; of a single one it is that of the good weights before it.
     @pytest.mark.parametrize("steps", [60, 3])
-    def test_what_diverges_is_not_kept_and_the_last_good_checkpoint_named(self, data, config, tmp_path, steps):
+    def test_diverging_training_keeps_and_names_the_last_good_checkpoint(self, data, config, tmp_path, steps):
         train(data, TrainingRequest(with_steps(config, 2), tmp_path))
         good = list_checkpoints(tmp_path / "checkpoints", "denoiser")
         wild = with_optimizer(config, steps=steps, learning_rate=1e38, warmup_steps=1)
@@ -246,14 +246,15 @@ class TestWhatStopsIt:
         assert str(good[-1]) in caught.value.remedy and "--lr" in caught.value.remedy
         assert list_checkpoints(tmp_path / "checkpoints", "denoiser") == good
 
-    def test_a_broken_model_is_not_scored_nor_kept(self, data, config, tmp_path):
+    def test_broken_model_is_neither_scored_nor_kept(self, data, config, tmp_path):
         wild = with_optimizer(config, steps=9, learning_rate=1e38, warmup_steps=1)
         scored = []
         with pytest.raises(ComputeError, match="NaN or infinite"):
             train(data, TrainingRequest(wild, tmp_path), tracking=Tracking("score", scored.append, every_steps=3))
         assert scored == [] and not (tmp_path / "ddkit.json").exists()
 
-    def test_short_memory_says_what_would_help(self, data, config, tmp_path):
+    @pytest.mark.slow
+    def test_out_of_memory_says_what_to_try(self, data, config, tmp_path):
         done = in_a_process(
             tmp_path, data, with_optimizer(config, batch_size=60_000), "run",
             """
@@ -264,7 +265,8 @@ class TestWhatStopsIt:
         )  # fmt: skip
         assert "ComputeError: Out of memory during denoiser training with batches of 60000 images on cpu." in done.stderr
 
-    def test_time_is_a_limit_of_both_stages_and_counts_what_was_done_before(self, data, config, tmp_path):
+    @pytest.mark.slow
+    def test_time_limits_both_stages_over_all_runs(self, data, config, tmp_path):
         endless = with_steps(config, 10**9)
         train(data, TrainingRequest(endless, tmp_path, seconds=0.5))
         first = load_model(tmp_path).facts.steps
@@ -277,14 +279,14 @@ class TestWhatStopsIt:
 
 
 class TestTracking:
-    def test_scores_against_other_images_do_not_count(self, data, config, tmp_path):
+    def test_scores_on_other_images_do_not_count(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path), tracking=Tracking("frechet", lambda model: 1.0))
         changed = dataclasses.replace(data, sha256="of-other-pixels")
         train(changed, TrainingRequest(with_steps(config, 8), tmp_path), tracking=Tracking("frechet", lambda model: 5.0))
         facts = read_facts(tmp_path)
         assert (facts.steps, facts.dataset_sha256, dict(facts.metrics)) == (8, "of-other-pixels", {"frechet": 5.0})
 
-    def test_the_best_model_is_kept_and_known_again(self, data, config, tmp_path):
+    def test_best_model_is_kept_over_several_runs(self, data, config, tmp_path):
         scores = iter([3.0, 1.0, 2.0, 5.0])
         tracking = Tracking("frechet", lambda model: next(scores), every_steps=2)
         train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking)
@@ -299,7 +301,7 @@ class TestTracking:
             (8, 5.0),
         ]
 
-    def test_stopped_when_a_score_is_due_it_is_scored_when_it_goes_on(self, data, config, tmp_path):
+    def test_score_missed_by_a_stop_is_made_on_resuming(self, data, config, tmp_path):
         def stop(report):
             if report.task == "Training the denoiser" and report.done == 3:
                 signal.raise_signal(signal.SIGTERM)  # looked at after the next step
@@ -311,13 +313,13 @@ class TestTracking:
         train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking)
         assert [record["step"] for record in records(tmp_path, "score")] == [1, 2, 3, 4, 5, 6]
 
-    def test_the_last_step_is_scored_too_once(self, data, config, tmp_path):
+    def test_last_step_is_scored_once(self, data, config, tmp_path):
         tracking = Tracking("frechet", lambda model: 1.0, every_steps=4)
         for _ in range(2):
             train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking)
             assert [record["step"] for record in records(tmp_path, "score")] == [4, 6]
 
-    def test_what_is_scored_has_the_averaged_weights(self, data, config, tmp_path):
+    def test_scored_model_has_the_averaged_weights(self, data, config, tmp_path):
         seen = []
 
         def score(model):
@@ -340,13 +342,13 @@ def test_the_smallest_datasets_train(config, tmp_path, labels):
     assert model.facts.class_names == names and model.facts.steps == 6
 
 
-def test_an_empty_dataset_is_refused(images):
+def test_empty_dataset_raises_usage_error(images):
     nothing = ImageSet(images.images[:0], images.labels[:0], images.class_names)
     with pytest.raises(UsageError, match="no images"):
         TrainingData("nothing", nothing, "")
 
 
-def test_nothing_is_removed_for_a_start_that_fails(data, config, tmp_path):
+def test_failing_start_removes_nothing(data, config, tmp_path):
     train(data, TrainingRequest(config, tmp_path / "run"))
     kept = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     other = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
@@ -355,7 +357,7 @@ def test_nothing_is_removed_for_a_start_that_fails(data, config, tmp_path):
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == kept
 
 
-def test_where_memory_is_short_it_goes_on_in_smaller_parts(data, config, tmp_path):
+def test_training_resumes_in_smaller_parts(data, config, tmp_path):
     train(data, TrainingRequest(with_steps(config, 3), tmp_path / "parts"))
     train(data, TrainingRequest(with_optimizer(config, accumulation=3), tmp_path / "parts"))
     train(data, TrainingRequest(config, tmp_path / "whole"))
@@ -363,7 +365,7 @@ def test_where_memory_is_short_it_goes_on_in_smaller_parts(data, config, tmp_pat
 
 
 class TestPretrainedAutoencoder:
-    def test_it_is_used_as_it_is_but_for_the_latent_scale(self, data, config, tmp_path):
+    def test_pretrained_autoencoder_only_gets_its_latent_scale(self, data, config, tmp_path):
         pretrained = build_autoencoder(config.autoencoder, 16, seed=9)
         save_autoencoder(pretrained, tmp_path / "pretrained")
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "pretrained"))
@@ -374,13 +376,14 @@ class TestPretrainedAutoencoder:
         assert model.autoencoder.config.scaling_factor == pytest.approx(1 / latents.float().std().item(), rel=1e-3)
         assert list_checkpoints(tmp_path / "run" / "checkpoints", "autoencoder") == []
 
-    def test_it_leaves_all_the_time_to_the_denoiser(self, data, config, tmp_path):
+    @pytest.mark.slow
+    def test_pretrained_autoencoder_leaves_all_time_to_the_denoiser(self, data, config, tmp_path):
         save_autoencoder(build_autoencoder(config.autoencoder, 16, seed=9), tmp_path / "pretrained")
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "pretrained"))
         train(data, TrainingRequest(with_steps(config, 10**9), tmp_path / "run", seconds=2.0))
         assert load_latest(tmp_path / "run" / "checkpoints", "denoiser").seconds >= 2
 
-    def test_weights_that_are_missing_are_not_made_up(self, data, config, tmp_path):
+    def test_missing_autoencoder_weights_raise_bad_file_error(self, data, config, tmp_path):
         save_autoencoder(build_autoencoder(config.autoencoder, 16, seed=9), tmp_path)
         (weights,) = (tmp_path / "vae").glob("*.safetensors")
         save_file({name: value for name, value in load_file(weights).items() if "decoder" not in name}, weights)
@@ -388,12 +391,13 @@ class TestPretrainedAutoencoder:
         with pytest.raises(BadFileError, match="do not fit its config.json: decoder"):
             train(data, TrainingRequest(config, tmp_path / "run"))
 
-    def test_none_to_be_had_is_one_message(self, data, config, tmp_path):
+    def test_missing_autoencoder_raises_missing_model_error(self, data, config, tmp_path):
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
         with pytest.raises(MissingModelError, match="nowhere"):
             train(data, TrainingRequest(config, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_training_learns(data, config, tmp_path):
     """Some steps on three flat colors: samples of each class have its color on the whole."""
     from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered

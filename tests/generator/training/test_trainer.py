@@ -1,9 +1,16 @@
-"""The averaged weights of the training loop; the loop itself is faced by test_training.py."""
+"""The averaged weights of the training loop, and compilation that fails; test_train.py tests the loop itself."""
+
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
+from ddkit.generator.compiling import can_compile
+from ddkit.generator.model_folder import load_model
+from ddkit.generator.training import train as training
+from ddkit.generator.training.train import TrainingRequest, train
 from ddkit.generator.training.trainer import averaging
 
 
@@ -20,7 +27,7 @@ def averaged(averages, count, values):
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
-def test_the_profiles_width_is_the_share_of_the_training_that_was_asked_for(width):
+def test_ema_profile_has_the_relative_width_asked_for(width):
     steps = 3000
     # The averages of t and of t^2 are the profile's first two moments.
     values = ((float(t), float(t) ** 2) for t in range(1, steps + 1))
@@ -28,10 +35,40 @@ def test_the_profiles_width_is_the_share_of_the_training_that_was_asked_for(widt
     assert (square - mean**2) ** 0.5 / steps == pytest.approx(width, rel=0.03)
 
 
-def test_one_decay_at_every_step_is_the_plain_recursion_from_the_first_step_on():
+def test_constant_ema_decay_is_the_plain_recursion():
     values = [3.0, -1.0, 4.0, 10.0]
     expected = values[0]
     (found,) = averaged(lambda parameters: averaging(parameters, 0.1, 0.9), 1, [(value,) for value in values])
     for value in values[1:]:
         expected = 0.9 * expected + 0.1 * value
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.slow
+def test_failing_compilation_continues_without_it(data, config, tmp_path, monkeypatch, caplog, passes):
+    """The result is that of a training that never compiled."""
+
+    if not can_compile():
+        pytest.skip("no C++ compiler with Python's headers")
+
+    def broken(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    def compile_with_a_broken_backend(module, **options):
+        backend = broken if passes == "forward" else aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=broken)
+        return real_compile(module, backend=backend)
+
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_with_a_broken_backend)
+    monkeypatch.setattr(training, "_STEPS_WORTH_COMPILING", 1)
+    train(data, TrainingRequest(dataclasses.replace(config, compile=True), tmp_path / "compiled"))
+    assert "continues without it" in caplog.text
+    train(data, TrainingRequest(dataclasses.replace(config, compile=False), tmp_path / "plain"))
+    ours, theirs = (load_model(tmp_path / name).denoiser.state_dict() for name in ("compiled", "plain"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_short_training_is_not_compiled(data, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **options: pytest.fail("compiled"))
+    train(data, TrainingRequest(dataclasses.replace(config, compile=True), tmp_path))
