@@ -121,7 +121,8 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
     headers = {"User-Agent": f"ddkit/{__version__}", **({"Range": f"bytes={have}-"} if have else {})}
     request = urllib.request.Request(archive.url, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        # `urlopen` would keep the proxies that were set when it was first called.
+        with urllib.request.build_opener().open(request, timeout=timeout) as response:
             begin = _first_byte(response)
             length = response.headers.get("Content-Length")
             total = begin + int(length) if length is not None else None
