@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ _DEFAULTS = RefineSettings()
     "--preset",
     type=click.Choice(tuple(PRESETS)),
     help="Choose settings: the best measured for track 1, or distribution matching alone. Other options change single "
-    "settings.  [default: those recorded in --run, else {next(iter(PRESETS))}]",
+    f"settings.  [default: those recorded in --run, else {next(iter(PRESETS))}]",
 )
 @click.option(
     "--objective",
@@ -151,19 +150,17 @@ def refine(
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
     settings = _settings(preset, options, assignments, None if fresh else recorded_settings(folder))
+    expected = expected_accuracy(dataset, read_set(path, dataset).ipc, settings, limits.steps)
+    if dry_run or (expected is not None and limits.seconds is not None):
+        estimate = estimate_refinement(path, dataset, settings, limits, device=device, progress=output.listen)
+        expected = estimate.accuracy
     if dry_run:
-        _show_estimate(output, estimate_refinement(path, dataset, settings, limits, device=device, progress=output.listen))
+        _show_estimate(output, estimate)
         return
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
     output.say(f"Refining {escape(str(path))} for {length}. {escape(str(folder))} keeps the set as it was.")
-    expected = functools.partial(expected_accuracy, dataset, read_set(path, dataset).ipc, settings)
-    if expected(limits.steps) is not None:
-        steps = (
-            limits.steps
-            if limits.seconds is None
-            else estimate_refinement(path, dataset, settings, limits, device=device).steps
-        )
-        output.say(f"Expected accuracy: {_expectation(expected(steps))}.")
+    if expected is not None:
+        output.say(f"Expected accuracy: {_expectation(expected)}.")
     refined = refine_set(
         path, dataset, settings, limits, folder,
         out=out, fresh=fresh, ignore_codes=ignored, device=device, save_every_seconds=save_every, progress=output.listen,

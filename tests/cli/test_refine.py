@@ -13,10 +13,9 @@ from click.testing import CliRunner
 
 from ddkit.cli import main
 from ddkit.cli.refine import refine
-from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import recorded_settings
-from ddkit.distill.settings import PRESETS, RefineSettings
+from ddkit.distill.settings import PRESETS, ExpertSettings, RefineSettings
 
 pytestmark = pytest.mark.usefixtures("measured_before")
 

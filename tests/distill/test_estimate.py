@@ -6,9 +6,8 @@ import pytest
 
 from ddkit.distill.estimate import estimate_refinement, expected_accuracy
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.pool import PoolSettings
 from ddkit.distill.refine import refine
-from ddkit.distill.settings import RefineLimits, RefineSettings
+from ddkit.distill.settings import PoolSettings, RefineLimits, RefineSettings
 from ddkit.errors import ComputeError, UsageError
 from ddkit.runtime import device
 

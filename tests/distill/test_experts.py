@@ -9,9 +9,10 @@ import torch
 
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.distill.experts import Experts, ExpertSettings
+from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.parameters import load_flat_parameters
+from ddkit.distill.settings import ExpertSettings
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.evaluation.rounds import predict
 from ddkit.network.autotune import choose_plan

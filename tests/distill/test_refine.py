@@ -11,14 +11,11 @@ import torch
 from ddkit.data.images import denormalize, normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
-from ddkit.distill.experts import ExpertSettings
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.matching import dm_loss
-from ddkit.distill.pool import PoolSettings
 from ddkit.distill.refine import refine
-from ddkit.distill.settings import RefineLimits, RefineSettings
+from ddkit.distill.settings import ExpertSettings, PoolSettings, RefineLimits, RefineSettings, StudentSettings
 from ddkit.distill.state import RECORDS_FILE
-from ddkit.distill.student import StudentSettings
 from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, InvalidSubmissionError, UsageError
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import build_network
@@ -244,6 +241,28 @@ def test_a_state_from_a_gpu_resumes_on_the_cpu(start, tmp_path, gpu):
     run(start, tmp_path / "run", 4, WITH_POOL, device="cuda")
     assert run(start, tmp_path / "run", 6, WITH_POOL, device="cpu").steps == 6
     assert run(start, tmp_path / "run", 8, WITH_POOL, device="cuda").steps == 8
+
+
+def test_precision_is_chosen_once_and_named_in_the_provenance(start, tmp_path):
+    images = {}
+    for precision in ("float32", "bfloat16"):
+        settings = dataclasses.replace(RANDOM_NETWORKS, precision=precision, ema=0.0, learning_rate=1e-3)
+        run(start, tmp_path / precision, 2, settings, out=tmp_path / f"{precision}.pt")
+        facts = json.loads((tmp_path / f"{precision}.json").read_text())
+        assert (facts["precision"], facts["computed_in"]) == (precision, precision)
+        images[precision] = read(tmp_path / precision / "state.pt")["images"]
+    assert torch.allclose(*images.values(), atol=1e-2) and not torch.equal(*images.values())
+    automatic = dataclasses.replace(RANDOM_NETWORKS, precision="auto")
+    run(start, tmp_path / "auto", 1, automatic, out=tmp_path / "auto.pt")
+    assert read(tmp_path / "auto" / "state.pt")["precision"] in images
+
+
+@pytest.mark.parametrize("ipc", [1, 5])
+def test_sets_of_one_and_of_all_images_per_class_are_refined_through_a_pool(colors, tmp_path, ipc):
+    path = generate(colors, ipc, FromReal("first"), tmp_path / "colors.pt").tensor
+    assert run(path, tmp_path / "run", 5, WITH_POOL).steps == 5
+    state = read(tmp_path / "run" / "state.pt")
+    assert state["images"].shape == (2 * ipc, 3, 16, 16) and state["pool_start"] == 3
 
 
 class TestRefused:

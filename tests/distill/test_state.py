@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from ddkit.distill.generate import FromReal, generate
-from ddkit.distill.pool import PoolSettings
 from ddkit.distill.refine import recorded_settings, refine
-from ddkit.distill.settings import RefineLimits, RefineSettings
+from ddkit.distill.settings import PoolSettings, RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState, start_over
 from ddkit.errors import BadFileError, DDKitError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.runtime.files import sha256_of

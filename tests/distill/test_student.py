@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from ddkit.data.store import dataset_spec
 from ddkit.distill.parameters import flat_parameters, load_flat_parameters
-from ddkit.distill.student import Student, StudentSettings
+from ddkit.distill.settings import StudentSettings
+from ddkit.distill.student import Student
 from ddkit.errors import UsageError
 from ddkit.network.augment import random_augment
 from ddkit.network.networks import build_network
