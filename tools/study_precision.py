@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Whether bfloat16 changes what an evaluation says: rounds in float32 and in bfloat16, in turn, and the difference.
+"""Compare evaluations in float32 and in bfloat16, round by round: does bfloat16 change the accuracy?
 
     python tools/study_precision.py submission/cifar100.pt [--rounds N] [--epochs-setting E] [--state FOLDER]
 
-Round r starts in both precisions from the same weights and draws the same shuffles and augmentations, so that the
-two can be compared round by round: what differs between rounds is the same in both. What is done is kept in --state:
-a study that was interrupted, or that is to have more rounds, goes on where it was.
+Round r starts in both precisions from the same weights and draws the same shuffles and augmentations, so that the two can
+be compared round by round. Finished rounds are saved in --state: an interrupted study continues there, and so does one with
+more --rounds.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import argparse
 import json
 from pathlib import Path
 
-from ddkit.challenge import DatasetSpec
-from ddkit.data.store import dataset_spec, load_dataset
+from ddkit.data.store import load_dataset
 from ddkit.errors import DDKitError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
 from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.sources import FixedSet
 from ddkit.network.plan import PRECISIONS
 from ddkit.runtime.device import describe_device, resolve_device
-from ddkit.sets.distilled import class_labels, load_tensor, read_provenance
+from ddkit.sets.distilled import read_set
 from ddkit.statistics import Comparison, compare, sample_std
 
 Accuracies = dict[str, tuple[float, ...]]  # of each precision, round by round
@@ -31,8 +30,9 @@ Accuracies = dict[str, tuple[float, ...]]  # of each precision, round by round
 def main() -> None:
     arguments = _arguments()
     try:
-        spec = dataset_spec(arguments.dataset or str(read_provenance(arguments.set).get("dataset", arguments.set.stem)))
-        source, test_set = _source(arguments.set, spec), as_test_set(load_dataset(spec.name, "test"), spec)
+        distilled = read_set(arguments.set, arguments.dataset)
+        source = FixedSet(distilled.images, distilled.labels)
+        test_set = as_test_set(load_dataset(distilled.spec.name, "test"), distilled.spec)
         # One more round at a time, which costs only that round: those before it are kept.
         for rounds in range(1, arguments.rounds + 1):
             accuracies = _accuracies(source, test_set, rounds, arguments)
@@ -47,27 +47,22 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", type=Path, help="a distilled set, of a dataset that is prepared")
-    parser.add_argument("--dataset", help="of the set; else found from the JSON beside it or the file's name")
-    parser.add_argument("--rounds", type=int, default=10, help="in each precision, at least 2")
+    parser.add_argument("set", type=Path, help="a distilled set for a prepared dataset")
+    parser.add_argument("--dataset", help="name of the dataset  [default: from the JSON next to the set, or its file name]")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds in each precision, at least 2")
     parser.add_argument("--epochs-setting", type=int, default=30, help="E; E + 1 epochs run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--state", type=Path, default=Path("runs/study_precision"), help="where rounds are kept")
-    parser.add_argument("--json", type=Path, help="also write every round's accuracy there")
+    parser.add_argument("--state", type=Path, default=Path("runs/study_precision"), help="save rounds in this folder")
+    parser.add_argument("--json", type=Path, help="also write every round's accuracy to this file")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("one round says nothing about the noise: --rounds 2 or more")
     return arguments
 
 
-def _source(path: Path, spec: DatasetSpec) -> FixedSet:
-    images = load_tensor(path, spec)
-    return FixedSet(images, class_labels(spec.num_classes, len(images) // spec.num_classes))
-
-
 def _accuracies(source: FixedSet, test_set: TestSet, rounds: int, arguments: argparse.Namespace) -> Accuracies:
-    """Of both precisions; rounds that are done are read back."""
+    """The accuracies in both precisions; finished rounds are read back."""
     found = {}
     for precision in PRECISIONS:
         settings = EvaluationSettings(

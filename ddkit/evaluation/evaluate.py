@@ -314,6 +314,7 @@ def _summary(
         precision=settings.precision,
         time_budget=budget,
         official_tests=test_set.is_official,
+        tf32_products=device.type == "cuda" and torch.get_float32_matmul_precision() != "highest",
     )
     differences = deviations(challenge.track(settings.track), spec, conditions)
     counts = torch.stack([result.confusion(test_set.labels, spec.num_classes) for result in results])

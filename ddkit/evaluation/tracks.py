@@ -30,6 +30,7 @@ class Conditions:
     precision: str
     time_budget: float | None = None  # seconds; track 2 only
     official_tests: bool = True  # `TestSet.is_official`
+    tf32_products: bool = False  # on a GPU, where PyTorch's default is float32; cuDNN's convolutions may use TF32
 
 
 def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple[str, ...]:
@@ -58,6 +59,8 @@ def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple
         found.append("no augmentation")
     if conditions.precision != "float32":
         found.append(f"{conditions.precision} instead of float32")
+    if conditions.tf32_products:
+        found.append("matrix products in TF32 instead of float32")
     return tuple(found)
 
 

@@ -71,7 +71,8 @@ def start(*arguments):
     )  # fmt: skip
 
 
-def test_without_arguments_it_evaluates_what_is_in_submission(work):
+@pytest.mark.slow
+def test_without_arguments_the_sets_in_submission_are_evaluated(work):
     save(work / "submission" / "blobs.pt")
     process = start("--json", *QUICK)
     output, errors = process.communicate()
@@ -84,7 +85,7 @@ def test_without_arguments_it_evaluates_what_is_in_submission(work):
     assert list(kept.accuracies) == result["accuracies"]
 
 
-def test_a_file_that_is_of_no_dataset_is_left_aside(work):
+def test_file_of_an_unknown_dataset_is_ignored_with_a_note(work):
     save(work / "submission" / "blobs.pt")
     torch.save(torch.zeros(3), work / "submission" / "notes.pt")
     output, errors = run("--json", *QUICK)
@@ -92,7 +93,7 @@ def test_a_file_that_is_of_no_dataset_is_left_aside(work):
     assert "ignored: submission/notes.pt" in errors
 
 
-def test_run_again_it_repeats_nothing_and_records_nothing_twice(work):
+def test_second_run_repeats_nothing_and_records_nothing_twice(work):
     path = save(work / "blobs.pt")
     first, _ = run(path, *QUICK, "--json")
     again, _ = run(path, *QUICK, "--json")
@@ -101,7 +102,7 @@ def test_run_again_it_repeats_nothing_and_records_nothing_twice(work):
     assert [result.rounds for result in read("runs/results.jsonl").results] == [2, 3]
 
 
-def test_what_was_made_from_real_images_is_a_baseline(work):
+def test_set_of_real_images_is_recorded_as_a_baseline(work):
     run(save(work / "blobs.pt", kind="random-real", seed=3), *QUICK)
     (result,) = read("runs/results.jsonl").results
     assert result.kind == "random-real" and result.made_by["seed"] == 3
@@ -128,6 +129,7 @@ def test_all_sets_are_checked_before_the_first_is_trained_on(work):
     assert read("runs/results.jsonl").results == ()
 
 
+@pytest.mark.slow
 def test_each_result_is_recorded_before_the_next_set_begins(work):
     first, second = save(work / "a" / "blobs.pt"), save(work / "b" / "blobs.pt", start=2)
     process = start(first, second, "--epochs-setting", "150", "--rounds", "1")
@@ -141,7 +143,7 @@ def test_each_result_is_recorded_before_the_next_set_begins(work):
     assert kept.source == first
 
 
-def test_what_could_only_be_a_misunderstanding_is_refused_before_anything_is_trained(work):
+def test_contradicting_options_exit_with_status_2_before_training(work):
     real = save(work / "blobs.pt", kind="random-real")
     _, errors = run(real, *QUICK, "--time-budget", "30s", status=2)
     assert "--time-budget needs --track 2" in errors
@@ -159,7 +161,7 @@ def test_the_reasons_for_not_being_official_are_shown(work):
     assert "no augmentation" in shown and "bfloat16 instead of float32" in shown
 
 
-def test_the_dataset_may_be_said_for_a_file_of_another_name(work):
+def test_dataset_option_names_the_dataset_of_any_file(work):
     path = work / "mine.pt"
     save(path)
     path.with_suffix(".json").unlink()
@@ -170,7 +172,7 @@ def test_the_dataset_may_be_said_for_a_file_of_another_name(work):
     run(str(path), "--dataset", "blobs", *QUICK)
 
 
-def test_a_reference_file_can_take_the_test_sets_place(work):
+def test_reference_file_replaces_the_prepared_test_set(work):
     tests, spec = load_dataset("blobs", "test"), dataset_spec("blobs")
     reference = {"images_val": normalize(tests.images, spec), "labels_val": tests.labels}
     torch.save(reference, "blobs_test.pt")
@@ -187,7 +189,7 @@ def test_a_reference_file_can_take_the_test_sets_place(work):
     ({"images_val": torch.randn(4, 3, 32, 32), "labels_val": torch.arange(4)}, "shape"),
     ({"images_val": torch.randn(4, 3, 16, 16), "labels_val": torch.arange(4) + 1}, "labels from 1 to 4"),
 ])  # fmt: skip
-def test_a_reference_that_does_not_fit_is_named(work, content, said):
+def test_unusable_reference_is_named(work, content, said):
     if isinstance(content, bytes):
         (work / "bad_test.pt").write_bytes(content)
     else:
@@ -197,7 +199,7 @@ def test_a_reference_that_does_not_fit_is_named(work, content, said):
     assert not (work / "runs").exists()
 
 
-def test_what_check_refuses_is_refused_with_the_same_message(work):
+def test_set_that_check_refuses_is_refused_with_the_same_message(work):
     path = save(work / "blobs.pt")
     broken = torch.load(path, weights_only=True)
     broken[3, 0, 0, 0] = torch.nan
@@ -216,18 +218,18 @@ def test_what_check_refuses_is_refused_with_the_same_message(work):
     (("--rounds", "0"), 2, "--rounds"),
     (("--track", "3"), 2, "--track"),
 ])  # fmt: skip
-def test_mistakes_get_a_message_and_a_status(work, arguments, status, said):
+def test_mistake_gives_a_message_and_a_status(work, arguments, status, said):
     save(work / "blobs.pt")
     _, errors = run(*arguments, status=status)
     assert said in errors and "Evaluating" not in errors
 
 
-def test_an_unknown_network_is_refused_with_the_nearest(work):
+def test_unknown_network_exits_with_the_nearest_name(work):
     _, errors = run(save(work / "blobs.pt"), "--network", "resnet_18", status=2)
     assert "Did you mean 'resnet18'?" in errors
 
 
-def test_a_torn_line_of_results_is_kept_reported_and_written_after(work):
+def test_torn_line_of_results_is_kept_reported_and_followed(work):
     (work / "runs").mkdir()
     results = work / "runs" / "results.jsonl"
     results.write_bytes(b'{"format": 99}\n{"name": "torn')
@@ -237,7 +239,8 @@ def test_a_torn_line_of_results_is_kept_reported_and_written_after(work):
     assert len(read(results).results) == 1
 
 
-def test_killed_it_goes_on_when_typed_again(work):
+@pytest.mark.slow
+def test_interrupted_command_continues_when_run_again(work):
     path = save(work / "blobs.pt")
     arguments = (path, "--epochs-setting", "30", "--rounds", "2", "--save-every", "0.01", "--state", "states")
     process = start(*arguments)
@@ -267,7 +270,8 @@ torch.save({"images": levels[labels][:, :, None, None] + noise, "labels": labels
 """
 
 
-def test_track_2_runs_the_entry_for_each_round_on_the_clock(work):
+@pytest.mark.slow
+def test_track_2_runs_the_entry_for_each_round(work):
     (work / "entry").mkdir()
     (work / "entry" / "generate.py").write_text(SCRIPT)
     output, errors = run("entry/generate.py", "--dataset", "blobs", "--track", "2", *QUICK, "--time-budget", "2m", "--json")
@@ -278,6 +282,6 @@ def test_track_2_runs_the_entry_for_each_round_on_the_clock(work):
     assert result["mean"] > 0.5  # its colors are those of the classes
 
 
-def test_track_2_needs_a_script(work):
+def test_tensor_on_track_2_exits_with_status_2(work):
     _, errors = run(save(work / "blobs.pt"), "--track", "2", status=2)
     assert "generate.py" in errors

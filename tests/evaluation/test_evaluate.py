@@ -61,7 +61,7 @@ def same(first, second):
     return without_time[0] == without_time[1]
 
 
-def test_it_trains_fresh_networks_and_tests_them():
+def test_evaluation_trains_fresh_networks_and_tests_them():
     reports = []
     outcome = evaluated(epochs_setting=12, rounds=3, progress=reports.append)
     assert len(outcome.accuracies) == 3 and len(set(outcome.loss_curves)) == 3
@@ -113,7 +113,7 @@ def test_the_order_of_the_test_images_does_not_matter():
     assert first.accuracies == second.accuracies
 
 
-def test_it_is_not_official_and_says_why():
+def test_unofficial_evaluation_names_its_deviations():
     outcome = evaluated(augment=False, network="alexnet")
     assert not outcome.official
     reasons = "; ".join(outcome.deviations)
@@ -122,7 +122,7 @@ def test_it_is_not_official_and_says_why():
         assert reason in reasons
 
 
-def test_its_record_can_be_kept_and_read_back(tmp_path):
+def test_record_of_an_evaluation_is_read_back_equal(tmp_path):
     outcome = evaluated()
     result = outcome.result("blobs", "0" * 64, "blobs.pt", kind="random-real", made_by={"seed": 1})
     append(result, tmp_path / "results.jsonl")
@@ -154,7 +154,7 @@ def test_other_images_settings_or_tests_are_another_evaluation(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_a_damaged_state_is_left_aside(tmp_path, caplog):
+def test_damaged_state_is_ignored_with_a_warning(tmp_path, caplog):
     first = evaluated(state=StateFolder(tmp_path), rounds=1)
     (file,) = tmp_path.rglob("*.pt")
     file.write_bytes(file.read_bytes()[:100])
@@ -205,7 +205,8 @@ def outcome_of(process, state):
     return json.loads(state.with_name(f"{state.name}0.json").read_text())
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path):
+@pytest.mark.slow
+def test_killed_evaluation_continues_to_the_same_bits(tmp_path):
     undisturbed = evaluated(epochs_setting=9)
     state = tmp_path / "state"
     for number, status, done in ((signal.SIGKILL, -signal.SIGKILL, 4), (signal.SIGTERM, 130, 14)):
@@ -221,6 +222,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path):
     assert tuple(map(tuple, curves)) == undisturbed.loss_curves
 
 
+@pytest.mark.slow
 def test_processes_share_the_rounds(tmp_path):
     alone = evaluated()
     # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
@@ -250,7 +252,7 @@ def track2(generate=made_by_round, **options):
     )
 
 
-def test_track_2_generates_anew_for_each_round():
+def test_track_2_generates_images_for_each_round():
     seeds = []
 
     def generate(seed, budget):
@@ -265,7 +267,7 @@ def test_track_2_generates_anew_for_each_round():
     assert "per class" not in reasons and "budget" not in reasons and "E = 2 instead of 100" in reasons
 
 
-def test_another_budget_is_passed_on_and_not_official():
+def test_another_time_budget_reaches_the_generator_and_is_not_official():
     budgets = []
 
     def generate(seed, budget):
@@ -277,7 +279,7 @@ def test_another_budget_is_passed_on_and_not_official():
     assert "a time budget of 30 s instead of 600 s" in outcome.deviations
 
 
-def test_a_generator_that_overruns_scores_nothing():
+def test_generator_over_its_budget_raises():
     def generate(seed, budget):
         time.sleep(0.05)
         return made_by_round(seed, budget)
@@ -286,7 +288,7 @@ def test_a_generator_that_overruns_scores_nothing():
         track2(generate, time_budget=0.01)()
 
 
-def test_a_continued_round_goes_on_with_the_images_it_began_with(tmp_path):
+def test_continued_round_trains_on_the_images_that_it_began_with(tmp_path):
     calls = []
 
     def generate(seed, budget):
@@ -349,6 +351,18 @@ def test_an_evaluation_on_a_gpu_gives_the_accuracies_of_a_cpu_and_is_continued(g
     assert outcome.device == "NVIDIA Pretended"
 
 
+def test_tf32_products_are_not_switched_on_and_are_a_deviation(gpu):
+    outcome = evaluated(device="cuda", epochs_setting=1, rounds=1)
+    assert torch.get_float32_matmul_precision() == "highest" and torch.backends.cudnn.allow_tf32
+    assert not any("TF32" in deviation for deviation in outcome.deviations)
+    torch.set_float32_matmul_precision("high")
+    try:
+        outcome = evaluated(device="cuda", epochs_setting=1, rounds=1)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert "matrix products in TF32 instead of float32" in outcome.deviations
+
+
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
@@ -386,7 +400,7 @@ def test_pixels_of_a_generator_take_their_own_size_in_memory(tmp_path):
     assert float(finished.stdout) < 1.2
 
 
-def test_a_generator_needs_a_track_with_a_budget():
+def test_generator_on_track_1_raises_usage_error():
     with pytest.raises(UsageError, match="track 2"):
         evaluate_generator(made_by_round, as_test_set(real_images(), SPEC), EvaluationSettings(), name="entry")
 
@@ -394,7 +408,7 @@ def test_a_generator_needs_a_track_with_a_budget():
 @pytest.mark.parametrize(
     "options", [{"rounds": 0}, {"epochs_setting": -1}, {"network": "convent"}, {"precision": "float16"}, {"track": 3}]
 )
-def test_settings_that_cannot_be_meant_are_refused(options):
+def test_settings_out_of_range_raise_usage_error(options):
     with pytest.raises(UsageError):
         evaluated(**options)
 
@@ -408,7 +422,7 @@ def test_settings_that_cannot_be_meant_are_refused(options):
     (lambda images, labels: (images.index_fill(0, torch.tensor([2]), torch.inf), labels), "NaN or infinite"),
     (lambda images, labels: (images[:0], labels[:0]), "labels"),
 ])  # fmt: skip
-def test_a_set_that_cannot_be_trained_on_is_refused(change, said):
+def test_unusable_training_set_raises(change, said):
     with pytest.raises(InvalidSubmissionError, match=said):
         evaluate(*change(*training_set()), real_images(), spec=SPEC, epochs_setting=0)
 
@@ -420,7 +434,7 @@ def test_a_set_that_cannot_be_trained_on_is_refused(change, said):
     (lambda images, labels: (images, labels[1:]), "labels of shape"),
     (lambda images, labels: {"images": images, "labels": labels}, "images_val"),
 ])  # fmt: skip
-def test_a_reference_that_does_not_fit_is_refused(change, said):
+def test_unusable_reference_raises(change, said):
     pixels = real_images()
     reference = change(normalize(pixels.images, SPEC), pixels.labels)
     with pytest.raises(BadDataError, match=said):
@@ -435,12 +449,12 @@ def test_built_in_datasets_are_recognized_by_classes_and_size():
         as_test_set(real_images())
 
 
-def test_a_checked_test_set_is_taken_as_it_is():
+def test_test_set_keeps_its_spec():
     assert same(evaluate(*training_set(), as_test_set(real_images(), SPEC), epochs_setting=3, rounds=2), evaluated())
 
 
 @pytest.mark.parametrize("state", [True, False])
-def test_what_cannot_be_trained_on_is_refused_alike_with_a_state_and_without(tmp_path, state):
+def test_training_sets_are_checked_alike_with_a_state_and_without(tmp_path, state):
     images, labels = training_set()
     kept = StateFolder(tmp_path) if state else None
     with pytest.raises(InvalidSubmissionError, match="0 images"):
@@ -449,7 +463,7 @@ def test_what_cannot_be_trained_on_is_refused_alike_with_a_state_and_without(tmp
     assert rounded.rounds == 1
 
 
-def test_which_of_several_gpus_it_is_does_not_matter_to_what_is_kept():
+def test_states_of_different_gpus_have_the_same_name():
     source, tests = FixedSet(*training_set()), as_test_set(real_images(), SPEC)
     keys = {_key(source, tests, RoundSettings("convnet", TrainingSettings(3), 0, device))
             for device in ("cuda", "cuda:0", "cuda:1")}  # fmt: skip

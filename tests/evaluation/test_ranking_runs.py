@@ -33,7 +33,7 @@ def job(colors) -> RankingJob:
     return RankingJob(subject, distilled, real, test_set, SETTINGS)
 
 
-def test_what_is_missing_is_run_recorded_and_counted_once(job, tmp_path):
+def test_missing_evaluations_are_run_and_recorded_once(job, tmp_path):
     recorded, announced = [], []
     state = StateFolder(tmp_path / "state")
     ranking = complete(

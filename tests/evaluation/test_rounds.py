@@ -52,7 +52,7 @@ def same(first, second):
     return torch.equal(first.predictions, second.predictions) and first.losses == second.losses
 
 
-def test_side_by_side_they_come_to_the_same_as_alone():
+def test_rounds_side_by_side_give_the_results_of_rounds_alone():
     together = run([job(0), job(1), job(2)])
     alone = [run([job(index)])[0] for index in range(3)]
     assert all(map(same, together, alone))
@@ -90,7 +90,7 @@ def test_a_signal_does_not_wait_for_the_end_of_an_epoch(tmp_path):
     assert same(run_one(StopRequest(), tmp_path), run_one(StopRequest()))
 
 
-def test_states_from_before_they_were_kept_within_epochs_are_gone_on_with(tmp_path):
+def test_states_of_version_1_are_continued(tmp_path):
     (wanted,) = run([job(0)])
     with pytest.raises(InterruptedRunError), stop_requests() as stop:
         run([job(0, tmp_path)], stop, stopping_after(2))
@@ -104,7 +104,7 @@ def test_states_from_before_they_were_kept_within_epochs_are_gone_on_with(tmp_pa
         assert same(read_result(file) or run([job(0, tmp_path)])[0], wanted)
 
 
-def test_interrupted_all_are_saved_and_go_on_from_where_each_was(tmp_path):
+def test_interrupted_rounds_are_all_saved_and_each_continues_from_its_epoch(tmp_path):
     wanted = run([job(0), job(1)])
     # Round 0 is ahead when both go on together.
     for indices, epochs in (([0], 1), ([0, 1], 3)):

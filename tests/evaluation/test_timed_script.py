@@ -34,6 +34,7 @@ torch.save({"images": images, "labels": torch.tensor([0, 1, 1])}, arguments.out)
 """
 
 
+@pytest.mark.slow
 def test_a_script_is_run_with_dataset_budget_and_seed(tmp_path, capfd):
     heard = []
     entry = ScriptEntry(script(tmp_path, SAVES), "cifar100", progress=heard.append)
@@ -44,12 +45,13 @@ def test_a_script_is_run_with_dataset_budget_and_seed(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # standard output is for our own result, the other for progress
 
 
-def test_a_script_that_overruns_is_stopped(tmp_path):
+def test_script_over_its_budget_is_stopped(tmp_path):
     entry = ScriptEntry(script(tmp_path, "time.sleep(60)"), "cifar100")
     with pytest.raises(InvalidSubmissionError, match="still running"):
         generate_within(entry, 0, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body, error, said", [
     ("sys.exit(4)", ComputeError, "status 4"),
     ("sys.exit('no GPU here')", ComputeError, "no GPU here"),
@@ -57,11 +59,12 @@ def test_a_script_that_overruns_is_stopped(tmp_path):
     ("open(arguments.out, 'wb').write(b'x' * 100)", InvalidSubmissionError, "no readable file"),
     ("import torch; torch.save(torch.zeros(3), arguments.out)", InvalidSubmissionError, "has no images and labels"),
 ])  # fmt: skip
-def test_a_script_that_fails_is_named_with_the_reason(tmp_path, body, error, said):
+def test_failing_script_raises_with_the_reason(tmp_path, body, error, said):
     with pytest.raises(error, match=said):
         generate_within(ScriptEntry(script(tmp_path, body), "cifar100"), 0, 60.0)
 
 
+@pytest.mark.slow
 def test_a_script_cannot_smuggle_in_code(tmp_path):
     body = """
     import torch
@@ -74,6 +77,7 @@ def test_a_script_cannot_smuggle_in_code(tmp_path):
         generate_within(ScriptEntry(script(tmp_path, body), "cifar100"), 0, 60.0)
 
 
+@pytest.mark.slow
 def test_arguments_folder_and_environment_are_passed_on(tmp_path):
     body = """
     import torch
@@ -87,7 +91,7 @@ def test_arguments_folder_and_environment_are_passed_on(tmp_path):
     assert entry(0, 60.0).labels.tolist() == [4 + len(str(tmp_path)) + 3]
 
 
-def test_asked_to_stop_it_ends_the_script_and_what_that_started(tmp_path):
+def test_stop_request_ends_the_script_and_its_children(tmp_path):
     body = """
     import subprocess
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

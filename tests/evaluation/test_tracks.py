@@ -22,7 +22,7 @@ OFFICIAL = {
 
 @pytest.mark.parametrize("track", [1, 2])
 @pytest.mark.parametrize("spec", [CIFAR100, TINYIMAGENET])
-def test_what_the_protocol_prescribes_is_official(track, spec):
+def test_the_protocols_conditions_are_official(track, spec):
     assert deviations(TRACKS[track], spec, OFFICIAL[track]) == ()
 
 
@@ -36,14 +36,15 @@ def test_what_the_protocol_prescribes_is_official(track, spec):
     ({"augment": False}, "no augmentation"),
     ({"precision": "bfloat16"}, "bfloat16 instead of float32"),
     ({"time_budget": 600.0}, "a time budget of 600 s"),
+    ({"tf32_products": True}, "matrix products in TF32 instead of float32"),
     ({"official_tests": False}, "test images or labels that are not the challenge's"),
 ])  # fmt: skip
-def test_everything_else_is_said(change, said):
+def test_each_other_condition_is_a_deviation(change, said):
     conditions = Conditions(**{**vars(OFFICIAL[1]), **change})
     assert deviations(TRACKS[1], CIFAR100, conditions) == (said,)
 
 
-def test_track_2_is_about_generating():
+def test_fixed_images_on_track_2_are_a_deviation():
     fixed = Conditions(**{**vars(OFFICIAL[2]), "time_budget": None})
     assert deviations(TRACKS[2], CIFAR100, fixed) == ("images not generated within 600 s for each round",)
 
@@ -56,7 +57,7 @@ def test_images_are_counted_for_every_class():
     assert images_per_class(torch.tensor([0, 0, 2]), 4) == (0, 2)
 
 
-def test_an_entry_that_took_too_long_scores_nothing():
+def test_entry_over_its_budget_raises():
     late = Generated(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64), 9.5)
     assert generate_within(lambda seed, budget: late, 0, 10.0) is late
     with pytest.raises(InvalidSubmissionError, match="9.5 s"):

@@ -57,6 +57,7 @@ def test_a_measured_choice_is_remembered(own_cache):
     assert json.loads(memory.read_text())
 
 
+@pytest.mark.slow
 def test_without_the_chosen_compiler_the_plain_engine_is_taken_with_one_line_of_warning(own_cache):
     plan, log = choose_elsewhere(CXX="no-such-compiler")
     assert plan.kind == "plain"
@@ -64,6 +65,7 @@ def test_without_the_chosen_compiler_the_plain_engine_is_taken_with_one_line_of_
     assert "no-such-compiler" in log and "plain way" in log and "CXX" in log
 
 
+@pytest.mark.slow
 def test_without_any_compiler_the_plain_engine_is_taken(own_cache, tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     (tmp_path / "bin").mkdir()
@@ -72,12 +74,14 @@ def test_without_any_compiler_the_plain_engine_is_taken(own_cache, tmp_path, mon
     assert log.count("\n") == 1 and "There is no C++ compiler" in log and "Install g++" in log
 
 
+@pytest.mark.slow
 def test_with_a_failing_compiler_the_plain_engine_is_taken(own_cache):
     plan, log = choose_elsewhere(CXX="false")
     assert plan.kind == "plain" and "does not compile" in log
     assert not [path for path in own_cache.rglob("*") if path.suffix == ".so"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_with_a_read_only_cache_the_plain_engine_is_taken(own_cache):
     own_cache.chmod(0o500)
@@ -167,6 +171,7 @@ def test_measuring_gives_the_gpus_memory_back(gpu, own_cache):
     assert gpu.released >= len(candidates(on_gpu(), "float32", 8))
 
 
+@pytest.mark.slow
 def test_with_too_little_memory_chunks_become_smaller():
     """A process that may not grow by what the whole batch needs trains it in parts."""
     program = (

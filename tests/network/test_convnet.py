@@ -59,6 +59,6 @@ def assert_gradients_close(grad, recorded, key, *, allow_kink):
 
 
 @pytest.mark.parametrize("image_size", [0, 4, 30])
-def test_sizes_that_cannot_be_halved_three_times_are_refused(image_size):
+def test_size_that_cannot_be_halved_three_times_raises_usage_error(image_size):
     with pytest.raises(UsageError, match="multiple of 8"):
         ConvNet(10, image_size)
