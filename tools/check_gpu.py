@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Run ddkit on a GPU, the most valuable measurements first, and print the table for the documents.
+
+    python tools/check_gpu.py --seconds 480 --out gpu.jsonl [--official PATH]
+
+Each step is a command in a process group of its own with a limit of its own. A step that fails or takes too long is
+reported, and the next one begins. Every step writes one JSON line at once; the table comes last, and the status is 1 if a
+step failed. Steps on real CIFAR-100 and TinyImageNet run if these are prepared in $DDKIT_CACHE; the others use built-in
+or random images. The steps that need diffusers fail alone where it is missing; to bring it to a machine without a network:
+
+    pip download --no-deps --only-binary=:all: -d .whl diffusers platformdirs importlib_metadata filelock
+    pip install --no-index --no-deps --target site .whl/*.whl && export PYTHONPATH=site:.
+
+`--device cpu --small` tries the script itself where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parent
+_LEAST_SECONDS = 8.0  # a step is not begun with less time left
+_LINES_KEPT = 25  # of a step's output
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. limit: seconds it may take. title: what the table calls it."""
+
+    title: str
+    limit: float
+    command: tuple[str, ...]
+
+
+def steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
+    """The steps in order of value."""
+    small, device = options.small, ("--device", options.device)
+
+    def ddkit(title: str, limit: float, line: str) -> Step:
+        return Step(title, limit, (sys.executable, "-m", "ddkit", *shlex.split(line), *device, "--json"))
+
+    def tool(title: str, limit: float, line: str) -> Step:
+        name, *words = shlex.split(line)
+        return Step(title, limit, (sys.executable, str(TOOLS / name), *words, *device))
+
+    yield Step("machine", 60, (sys.executable, "-m", "ddkit", "doctor"))
+    if options.official:
+        for dataset in ("cifar100", "tinyimagenet"):
+            line = f"bench_evaluate.py --official {shlex.quote(str(options.official))} --dataset {dataset} --repeats 1"
+            yield tool(f"evaluation next to the official code, {dataset}", 60, line)
+    for dataset in [name for name in ("cifar100", "tinyimagenet") if is_prepared(name)] if not small else []:
+        real, refined = folder / "real" / f"{dataset}.pt", folder / "refined" / f"{dataset}.pt"
+        make = f"generate --dataset {dataset} --from-real random --out {shlex.quote(str(real))}"
+        yield Step(f"random real images, {dataset}", 30, (sys.executable, "-m", "ddkit", *shlex.split(make)))
+        results = f"--results {shlex.quote(str(folder / 'results.jsonl'))}"
+        yield ddkit(f"official score of random real images, {dataset}", 200, f"evaluate {shlex.quote(str(real))} {results}")
+        if dataset == "cifar100":
+            state = f"--run {shlex.quote(str(folder / 'state'))} --out {shlex.quote(str(refined))}"
+            yield ddkit("60 s of refinement, cifar100", 110, f"refine {shlex.quote(str(real))} --time 60s {state}")
+    preset, precision = ("tiny", "float32") if small else ("small", "bfloat16")
+    few = "--steps 2 --batch-size 4 --batches 1 --no-compile" if small else "--steps 20 --batch-size 1024 --batches 3"
+    yield tool(f"sampling, preset {preset}", 90, f"bench_sampling.py --preset {preset} --precision {precision} {few}")
+    few = "--steps 1 --turns 1 --batch-size 8 --no-compile" if small else "--steps 30 --turns 2"
+    yield tool(f"training, preset {preset}", 90, f"bench_training.py --preset {preset} --precision {precision} {few}")
+    yield tool(
+        "minimax criteria", 30, "bench_minimax.py --steps 1 --classes 4 --memory 4 --batch 8" if small else "bench_minimax.py"
+    )
+    if small:
+        yield Step("letters", 60, (sys.executable, "-m", "ddkit", "data", "prepare", "glyphs"))
+    else:
+        demo = ("demo", "--folder", str(folder / "demo"))
+        yield Step("the whole way on built-in letters", 150, (sys.executable, "-m", "ddkit", *demo, *device))
+
+
+def is_prepared(name: str) -> bool:
+    from ddkit.data.store import list_prepared
+
+    return name in list_prepared()
+
+
+def run(step: Step, seconds: float) -> dict[str, Any]:
+    """Run one step for at most so many seconds. Everything that it started ends with it."""
+    began = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            step.command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+        try:
+            status: int | str = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {seconds:.0f} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        output.seek(0)
+        lines = output.read().splitlines()[-_LINES_KEPT:]
+    command = shlex.join(["python", *step.command[1:]])
+    took = round(time.monotonic() - began, 1)
+    return {"step": step.title, "status": status, "seconds": took, "command": command, "output": lines}
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    rows = [f"| {one['step']} | {'ok' if one['status'] == 0 else one['status']} | {one['seconds']} |" for one in found]
+    return "\n".join(["| step | status | seconds |", "|---|---|---|", *rows])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=480, help="time for all steps together (default: 480)")
+    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="file of JSON lines (default: gpu.jsonl)")
+    parser.add_argument("--official", type=Path, help="clone of the challenge's repository, to be timed as well")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="try the script itself with tiny settings")
+    options = parser.parse_args()
+    ends = time.monotonic() + options.seconds
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="ddkit-gpu-") as folder, options.out.open("w", encoding="utf-8") as out:
+        for step in steps(options, Path(folder)):
+            left = ends - time.monotonic()
+            if left < _LEAST_SECONDS:
+                one: dict[str, Any] = {"step": step.title, "status": "no time left", "seconds": 0.0}
+            else:
+                one = run(step, min(step.limit, left))
+            found.append(one)
+            out.write(json.dumps(one) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+            print(f"--- {one['step']}: {one['status']} ({one['seconds']} s)", *one.get("output", []), sep="\n", flush=True)
+    print(table(found))
+    return 1 if any(one["status"] != 0 for one in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
