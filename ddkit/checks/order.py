@@ -44,6 +44,7 @@ _FEW_IMAGES = 4.0  # nats a moved block pays more, divided by its number of imag
 _FEWEST_CLASSES = 8  # random permutations of fewer are no measure
 _FEW_MOVED = 0.1  # of the blocks: up to here the moved ones are named, beyond it the order is called shuffled
 _FEWEST_IMAGES_HALVED = 4  # per class; below it, half a block tells too little
+_HALF_PRICE = 4.0  # nats that half a block pays more to be moved, because few images decide
 _NAMED = 5  # blocks listed in a message
 _CHANNEL_ROWS = 1000  # images judged with red and blue exchanged
 _CLEARLY_BETTER = 6.0  # standard errors by which the exchanged channels must show the classes better
@@ -282,27 +283,49 @@ def _judge_blocks(logp: Tensor, agreement: float) -> OrderVerdict:
         few = moved <= max(2, _FEW_MOVED * classes)
         code, words = ("L007", "right except for a few classes") if few else ("L008", "right in part only")
         return OrderVerdict(code, words, shown.repeat_interleave(ipc), agreement)
-    if ipc >= _FEWEST_IMAGES_HALVED:
-        sizes = torch.tensor([ipc // 2, ipc - ipc // 2]).repeat(classes)
-        starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
-        halves = torch.stack([_centered(evidence)[a : a + size].sum(dim=0) for a, size in zip(starts, sizes, strict=True)])
-        labels = _moved_groups(halves, ipc // 2).repeat_interleave(sizes)
-        if bool((labels != right).any()) and bool((labels.bincount(minlength=classes) == ipc).all()):
-            return OrderVerdict("L014", "right except for halves of blocks", labels, agreement, by_block=False)
+    if ipc >= _FEWEST_IMAGES_HALVED and (halves := _moved_halves(logp, evidence)) is not None:
+        return OrderVerdict("L014", "halves of blocks show other classes", halves, agreement, by_block=False)
     return OrderVerdict("L001", _WORDS["L001"], right, agreement)
 
 
-def _moved_groups(evidence: Tensor, images: int) -> Tensor:
+def _moved_halves(logp: Tensor, evidence: Tensor) -> Tensor | None:
+    """The labels of the rows if one half of each block, or of a few blocks, stands in another block; else None.
+
+    evidence: `_robust_evidence` of logp.
+    """
+    classes = logp.shape[1]
+    blocks = logp.view(classes, -1, classes)
+    ipc = blocks.shape[1]
+    own = torch.arange(classes)
+    labels = own.repeat_interleave(ipc).view(classes, ipc)
+    for half in (slice(0, ipc // 2), slice(ipc // 2, None)):
+        part = blocks[:, half].flatten(0, 1)
+        if _agreement(_standardized(_group_means(part, False)), own) >= _TELLING:
+            continue
+        found = _cross_checked(part, False)
+        if found is not None and found[0] >= _UNKNOWN_TELLING:
+            labels[:, half] = _assign(_group_means(part, False))[:, None]
+    if bool((labels == own[:, None]).all()):
+        sizes = torch.tensor([ipc // 2, ipc - ipc // 2]).repeat(classes)
+        places = torch.arange(2 * classes).repeat_interleave(sizes)
+        sums = torch.zeros(2 * classes, classes).index_add_(0, places, _centered(evidence))
+        labels = _moved_groups(sums, ipc // 2, _HALF_PRICE).repeat_interleave(sizes).view(classes, ipc)
+    balanced = bool((labels.flatten().bincount(minlength=classes) == ipc).all())
+    return labels.flatten() if balanced and bool((labels != own[:, None]).any()) else None
+
+
+def _moved_groups(evidence: Tensor, images: int, more: float = 0.0) -> Tensor:
     """The class that each group of rows shows, which is its own unless the evidence pays for all moves that were tried.
 
     evidence: (G, C) summed log-probabilities of G / C groups for each class, in order. images: in a group.
+    more: nats that a move costs beyond what all pairs of groups account for.
     As images of a group resemble one another and are not real ones, the evidence is scaled down to what makes the groups'
     classes most probable. A swapped pair must outweigh the log odds of one pair against all, so that each moved group pays
     half of them.
     """
     groups, classes = evidence.shape
     pairs = groups * (groups - 1) / 2
-    price = math.log(pairs / _PAIRS_ODDS) / 2 + _FEW_IMAGES / images
+    price = math.log(pairs / _PAIRS_ODDS) / 2 + _FEW_IMAGES / images + more
     slots = torch.arange(classes).repeat_interleave(groups // classes)
     shown = slots
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Real images, read straight from the archives: ten training images of each class."""
+"""Real images: ten training images of each class straight from the archives, and whole stores prepared once."""
 
 import functools
 import io
@@ -11,14 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
+from ddkit.data.prepare import prepare
+
 
 @functools.cache
 def _first_images(path: Path, per_class: int) -> torch.Tensor:
     with zipfile.ZipFile(path) as archive:
         members = defaultdict(list)
         for name in sorted(archive.namelist()):
-            if "/train/" in name and name.endswith((".webp", ".JPEG")):
-                members[name.split("/train/")[1].split("/")[0]].append(name)
+            _, split, label, *_ = (*name.split("/"), "", "")  # a class of CIFAR-100 is called "train"
+            if split == "train" and name.endswith((".webp", ".JPEG")):
+                members[label].append(name)
         chosen = [name for label in sorted(members) for name in members[label][:per_class]]
         pictures = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in chosen]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
@@ -34,3 +37,27 @@ def cifar100_images(cifar100_zip) -> torch.Tensor:
 def tinyimagenet_images(tinyimagenet_zip) -> torch.Tensor:
     """(2000, 3, 64, 64) uint8, class by class."""
     return _first_images(tinyimagenet_zip, 10).clone()
+
+
+@pytest.fixture(scope="session")
+def real_cache(tmp_path_factory) -> Path:
+    """A cache folder for the whole datasets, and for the classifiers fitted on them."""
+    return tmp_path_factory.mktemp("real-cache")
+
+
+@pytest.fixture
+def cifar100_store(cifar100_zip, real_cache, monkeypatch) -> None:
+    """CIFAR-100 is prepared."""
+    _prepare_once("cifar100", cifar100_zip, real_cache, monkeypatch)
+
+
+@pytest.fixture
+def tinyimagenet_store(tinyimagenet_zip, real_cache, monkeypatch) -> None:
+    """TinyImageNet is prepared."""
+    _prepare_once("tinyimagenet", tinyimagenet_zip, real_cache, monkeypatch)
+
+
+def _prepare_once(name: str, archive: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDKIT_CACHE", str(cache))
+    if not (cache / name).exists():
+        prepare(name, archive)

@@ -10,7 +10,6 @@ from ddkit.checks.classifier import ClassModel
 from ddkit.checks.order import detected_rows, judge_order, order_findings, reorder_rows
 from ddkit.data.class_names import CIFAR100_FINE_LABELS, TINYIMAGENET_WNIDS
 from ddkit.data.images import normalize
-from ddkit.data.prepare import prepare
 from ddkit.data.store import load_dataset
 from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
 
@@ -103,11 +102,20 @@ def test_rows_out_of_step_with_the_blocks_are_named_and_can_be_reordered(mistake
 
 
 def test_halves_of_two_blocks_exchanged_are_l014():
-    rows = scores(evidence=3.5)
+    rows = scores(evidence=5.0)
     rows[4, 5:], rows[30, :5] = rows[30, :5].clone(), rows[4, 5:].clone()
     verdict = judged(rows.flatten(0, 1))
     assert verdict.code == "L014"
     assert set(verdict.labels[45:50].tolist()) == {30} and set(verdict.labels[300:305].tolist()) == {4}
+
+
+def test_one_half_of_all_blocks_shuffled_is_l014():
+    rows = scores(evidence=3.5)
+    order = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(5))
+    rows[:, 5:] = rows[order, 5:]
+    verdict = judged(rows.flatten(0, 1))
+    assert verdict.code == "L014"
+    assert torch.equal(verdict.labels.view(CLASSES, 10)[:, 5], order)
 
 
 def test_a_known_wrong_order_that_is_also_shifted_is_found_whole():
@@ -196,8 +204,7 @@ def test_noise_is_a_warning_and_has_no_order(glyph_store, monkeypatch):
 
 
 @pytest.mark.slow
-def test_real_images_in_superclass_order_are_l002(cifar100_zip):
-    prepare("cifar100", cifar100_zip)
+def test_real_images_in_superclass_order_are_l002(cifar100_store):
     test = load_dataset("cifar100", "test")
     blocks = normalize(test.images.unflatten(0, (100, 100))[:, :10].flatten(0, 1), CIFAR100).unflatten(0, (100, 10))
     recorded = json.loads(resources.files("ddkit.checks").joinpath("orders.json").read_text())["cifar100"]
@@ -223,8 +230,7 @@ def test_letters_shifted_by_rows_are_told_in_rows_and_reordered(tmp_path, glyph_
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])
 def test_real_images_out_of_step_are_told_and_reordered(name, request):
-    archive = request.getfixturevalue(f"{name}_zip")
-    prepare(name, archive)
+    request.getfixturevalue(f"{name}_store")
     spec = DATASETS[name]
     right = normalize(request.getfixturevalue(f"{name}_images"), spec)
     blocks = right.unflatten(0, (spec.num_classes, 10))
@@ -253,8 +259,7 @@ def test_channels_exchanged_with_the_right_constants_are_told_by_their_classes(g
 
 
 @pytest.mark.slow
-def test_bgr_images_of_cifar100_are_told_by_their_classes(cifar100_zip, cifar100_images):
-    prepare("cifar100", cifar100_zip)
+def test_bgr_images_of_cifar100_are_told_by_their_classes(cifar100_store, cifar100_images):
     [finding] = order_findings(normalize(cifar100_images.flip(1), CIFAR100), CIFAR100, "cifar100.pt")
     assert (finding.level, finding.code) == ("error", "N006")
 
