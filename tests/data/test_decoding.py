@@ -1,7 +1,9 @@
 """Image files to RGB pixels: every mode, damage, other sizes, and several processes at once."""
 
+import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ from PIL import Image
 from ddkit.data.archives import FolderTree, ZipTree
 from ddkit.data.decoding import BadImageError, WrongSizeError, decode_split, read_image
 from ddkit.data.split_file import SplitFile
-from ddkit.errors import BadFileError
+from ddkit.errors import BadFileError, ComputeError
 
 
 def tree_of(path):
@@ -227,3 +229,23 @@ def test_processes_need_no_main_guard_in_the_users_program(many, write_tree, tmp
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     finished = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
     assert (finished.stdout, finished.stderr) == ("[]\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no such signal")
+def test_killed_process_is_a_compute_error(tmp_path, monkeypatch):
+    (tmp_path / "killed.py").write_text(
+        "import os, signal\n"
+        "from ddkit.data.archives import FolderTree\n"
+        "class Tree(FolderTree):\n"
+        "    def __reduce__(self):\n"
+        "        return Tree, (self.path,)\n"
+        "    def read(self, name):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tree = importlib.import_module("killed").Tree(tmp_path)
+    target = SplitFile.create(tmp_path / "out", [0] * 600, 4)
+    with pytest.raises(ComputeError, match="ended with status -9") as caught:
+        decode_split(tree, ["1.png"] * 600, target, workers=2)
+    assert "lack of memory" in caught.value.remedy
