@@ -14,8 +14,11 @@ from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import InterruptedRunError
 from ddkit.evaluation.reference import as_test_set
-from ddkit.evaluation.rounds import RoundJob, RoundSettings, read_result, run_rounds
+from ddkit.evaluation.rounds import RoundJob, RoundSettings, predict, read_result, run_rounds
 from ddkit.evaluation.tracks import Generated
+from ddkit.network.engine import build_engine
+from ddkit.network.networks import build_network
+from ddkit.network.plan import EnginePlan
 from ddkit.network.training import TrainingSettings
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 
@@ -115,3 +118,20 @@ def test_interrupted_rounds_are_all_saved_and_each_continues_from_its_epoch(tmp_
     assert seen == [(0, 5), (1, 4), (1, 5)]
     assert all(map(same, results, wanted))
     assert all(same(read_result(job(index, tmp_path).path), wanted[index]) for index in (0, 1))
+
+
+@pytest.mark.parametrize("kind", ["plain", "cuda_graph"])
+def test_testing_on_a_gpu_waits_no_longer_for_more_batches(gpu, kind):
+    network = build_network("convnet", 4, 16, seed=0).to("cuda").eval()
+    engine = build_engine(network, EnginePlan(kind))
+
+    def waits(images):
+        gpu.reset()
+        predict(
+            engine,
+            as_test_set(ImageSet(pixels(images, 1), torch.arange(images) % 4, tuple("abcd")), SPEC),
+            torch.device("cuda"),
+        )
+        return gpu.waits_in_all
+
+    assert waits(1000) == waits(300) <= 3  # two for the constants, one for the predictions
