@@ -28,7 +28,7 @@ from ddkit.checks.classifier import class_model
 from ddkit.checks.order import judge_order, known_orders
 from ddkit.data.images import denormalize, normalize
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.sets.distilled import load_tensor
+from ddkit.sets.distilled import read_set
 
 Degradation = Callable[[Tensor, torch.Generator], Tensor]
 Mistake = Callable[[Tensor, torch.Generator], Tensor]
@@ -91,7 +91,7 @@ def real_pool(name: str) -> Tensor:
 
 def own_pool(path: Path, spec: DatasetSpec) -> Tensor:
     """(C, ipc, 3, S, S) in units of [0, 1]: the images of a set."""
-    return denormalize(load_tensor(path, spec), spec).unflatten(0, (spec.num_classes, -1))
+    return denormalize(read_set(path, spec.name).images, spec).unflatten(0, (spec.num_classes, -1))
 
 
 def degraded(pool: Tensor, degrade: Degradation) -> Tensor:

@@ -32,7 +32,7 @@ from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 from ddkit.metrics.coverage import density_and_coverage, nearest
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
-from ddkit.sets.distilled import load_tensor
+from ddkit.sets.distilled import read_set
 from ddkit.sets.select import choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent, share_latents
 
@@ -115,7 +115,7 @@ class Study:
         path = self.findings.folder(arm.name) / f"{self.options.dataset}-{count}.pt"
         if not path.is_file():
             generate(self.options.dataset, count, FromModel(self._model(arm), self.options.sampling), path)
-        pixels = to_uint8(denormalize(load_tensor(path, self.spec), self.spec))
+        pixels = to_uint8(denormalize(read_set(path, self.spec.name).images, self.spec))
         return pixels.unflatten(0, (self.spec.num_classes, count))
 
     def _look(self, images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState
 from ddkit.errors import UsageError
 from ddkit.runtime.tensor_files import save_torch
-from ddkit.sets.distilled import load_tensor
+from ddkit.sets.distilled import read_set
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
 START = "start"
@@ -65,7 +65,7 @@ class Study:
     def run(self) -> None:
         """Everything that is not done yet."""
         start = self._start()
-        images = load_tensor(start, self.spec)
+        images = read_set(start, self.spec.name).images
         for epochs in self.options.epochs_setting:
             what = self._what(RefineLimits(0), epochs)
             self.findings.once(START, what, lambda epochs=epochs: {"accuracies": self._score(images, epochs)})

@@ -26,7 +26,7 @@ from ddkit.generator.sampling import SamplingSettings
 from ddkit.metrics.coverage import density_and_coverage
 from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
-from ddkit.sets.distilled import class_labels, load_tensor
+from ddkit.sets.distilled import class_labels, read_set
 from ddkit.sets.select import FEATURE_METHODS, LABEL_METHODS, ImageFeatures, choose
 from kept import Findings, Record, arguments_of, carry_out, markdown, percent
 
@@ -97,7 +97,7 @@ class Study:
         if not path.is_file():
             sampling = SamplingSettings(steps=steps, guidance=guidance, batch_size=100)
             generate(self.options.dataset, count, FromModel(self.options.model, sampling), path)
-        pixels = to_uint8(denormalize(load_tensor(path, self.spec), self.spec))
+        pixels = to_uint8(denormalize(read_set(path, self.spec.name).images, self.spec))
         return pixels.unflatten(0, (self.spec.num_classes, count))
 
     def _chosen(self, source: str, how: str) -> Tensor:

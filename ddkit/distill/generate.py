@@ -33,8 +33,8 @@ from ddkit.sets.distilled import (
     KIND_REFINED,
     SetFiles,
     draw_sheet,
-    load_tensor,
     read_provenance,
+    read_set,
     require_tensor_name,
     save_set,
     set_files,
@@ -146,7 +146,7 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repl
         log.info("%s is complete, with these very images", out)
         files = set_files(out)
         if group.is_main and not files.sheet.exists():
-            draw_sheet(load_tensor(out, spec), spec, class_titles(spec.name), files.sheet)
+            draw_sheet(read_set(out, spec.name).images, spec, class_titles(spec.name), files.sheet)
         return files
     if group.size > 1:  # each process keeps its own
         partial = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)

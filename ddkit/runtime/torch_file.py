@@ -138,7 +138,7 @@ class TorchFile:
             self._archive = zipfile.ZipFile(file)
             self._members, self._root = _members_of(self._archive)
             pickled = self._read("data.pkl")
-            self.byte_order = self._read("byteorder").decode("ascii", "replace") or "little"  # PyTorch before 2.1 names none
+            self.byte_order = self._read("byteorder").decode("ascii", "replace")[:20] or "little"  # of PyTorch 2.1 and later
         reader = _PickleReader(pickled, cut_short=self._size_of("data.pkl") > len(pickled))
         self.whole, self.protocol, self.rest, self.names = reader.whole, reader.protocol, reader.rest, frozenset(reader.names)
         self.stored_bytes = sum(i.file_size for name, i in self._members.items() if name.startswith(f"{self._root}/data/"))
@@ -155,7 +155,10 @@ class TorchFile:
         if at != info.file_size or len(numbers) != at:
             raise TorchFileError("damaged", f"data/{tensor.key} is cut short")
         flat = torch.frombuffer(numbers, dtype=tensor.dtype) if numbers else torch.empty(0, dtype=tensor.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
+        try:
+            return flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
+        except RuntimeError as error:  # of shapes without elements that torch does not take
+            raise TorchFileError("damaged", _first_line(error)) from error
 
     def _read(self, name: str) -> bytes:
         """The first bytes of a member; none where there is no such member."""

@@ -1,4 +1,4 @@
-"""Pictures: contact sheets, real beside generated images, and what generated images were perhaps copied from."""
+"""Contact sheets: pictures class by class, generated next to real ones, and next to the real images most like them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MAX_ROWS_PER_COLUMN = 50
 
 
 def contact_sheet(images: Tensor, labels: Tensor, class_names: Sequence[str], *, per_class: int = 10) -> Image.Image:
-    """One row a class, its name before it; at most `per_class` pictures a row, in the order given.
+    """A sheet with one row for each class, headed by its name; at most `per_class` pictures a row, in the given order.
 
-    images: (N, 3, S, S) uint8. labels: (N,) int64. More than 50 classes stand in several columns.
+    images: (N, 3, S, S) uint8. labels: (N,) int64. More than 50 classes are laid out in several columns.
     Pictures are enlarged by a whole factor to at least 48 pixels.
     """
     factor = max(1, -(-48 // images.shape[-1]))

@@ -113,8 +113,11 @@ def read_set(path: str | os.PathLike[str], dataset: str | None = None, *, ipc: i
     sha256 = sha256_of(path)
     provenance = _provenance_of(path, sha256)
     spec = dataset_spec(_dataset_name(path, dataset, provenance))
-    images, warnings = _read_tensor(path, spec, ipc)
-    return DistilledSet(images, spec, sha256, provenance, path, warnings)
+    images, findings = read_tensor(path, spec, ipc=ipc)
+    if images is None:
+        first = next(finding for finding in findings if finding.level == "error")
+        raise InvalidSubmissionError(f"{path}: {first.message}", f"To see everything: {check_command(path, spec.name)}")
+    return DistilledSet(images.contiguous(), spec, sha256, provenance, path, tuple(findings))
 
 
 def dataset_of(path: str | os.PathLike[str], dataset: str | None = None) -> str:
@@ -193,22 +196,6 @@ def check_command(path: str | os.PathLike[str], dataset: str) -> str:
     """The command that shows everything that is wrong with a set."""
     option = "" if Path(path).stem == dataset else f" --dataset {dataset}"
     return f"ddkit check {shlex.quote(str(path))}{option}"
-
-
-def load_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | None = None) -> Tensor:
-    """The images of the set at `path`: (N, 3, S, S) float32, contiguous. See `read_set`, which tells more of it.
-
-    Raises InvalidSubmissionError with the first error that `ddkit check` would find.
-    """
-    return _read_tensor(path, spec, ipc)[0]
-
-
-def _read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, ipc: int | None) -> tuple[Tensor, tuple[Finding, ...]]:
-    tensor, findings = read_tensor(path, spec, ipc=ipc)
-    if tensor is None:
-        first = next(finding for finding in findings if finding.level == "error")
-        raise InvalidSubmissionError(f"{path}: {first.message}", f"To see everything: {check_command(path, spec.name)}")
-    return tensor.detach().contiguous(), tuple(findings)
 
 
 def _provenance_of(path: str | os.PathLike[str], sha256: str | None) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _unreadable(error: TorchFileError, file: BinaryIO, where: str) -> Finding:
         )
         return Finding("error", "F007", message, where)
     if error.kind == "byte order":
-        order = detail if detail in ("big", "little") else repr(detail[:20])
+        order = detail if detail in ("big", "little") else repr(detail)
         message = (
             f"The file says that its numbers are in {order} byte order, which is not this machine's. Load it where it was "
             f'made, and save it on a machine with an x86 or ARM processor: torch.save(tensor, "{where}").'

@@ -18,6 +18,7 @@ def run(*words, status=0):
     return done.stdout, " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     output, said = run("--track", 2, "--model", f"{colors}={colors_model}", "--sampling-steps", 2, "--half", "--json",
                        "--proof-budget", "10m", "--proof-images", 6, "--size-limit", "1kB")  # fmt: skip

@@ -14,6 +14,7 @@ def run(*words, status=0):
     return done.stdout, " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work):
     # So many steps that the round does not end with learning from tens of thousands of images.
     words = (colors, "--model", colors_model, "--steps", 200, "--guidance", 1, "--time-budget", "60s",

@@ -15,7 +15,7 @@ from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.model_folder import load_model, model_hash, save_model
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.metrics.features import reference_features
-from ddkit.sets.distilled import load_tensor
+from ddkit.sets.distilled import read_set
 
 
 def pixels(path, name):
@@ -68,11 +68,11 @@ def test_missing_sheet_is_drawn_again_without_sampling(colors, model_folder, tmp
 
 def test_set_of_a_dataset_prepared_again_is_normalized_again(colors, model_folder, tmp_path):
     source = FromModel(model_folder, SamplingSettings(steps=2))
-    before = load_tensor(generate(colors, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colors))
+    before = read_set(generate(colors, 2, source, tmp_path / "set.pt").tensor, colors).images
     for picture in (tmp_path / "pictures" / "train" / "red").iterdir():
         Image.open(picture).point(lambda value: value // 2).save(picture)
     prepare(colors, tmp_path / "pictures", force=True)
-    after = load_tensor(generate(colors, 2, source, tmp_path / "set.pt").tensor, dataset_spec(colors))
+    after = read_set(generate(colors, 2, source, tmp_path / "set.pt").tensor, colors).images
     assert not torch.equal(before, after)
 
 

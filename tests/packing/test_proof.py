@@ -22,6 +22,7 @@ def model(colors, colors_model):
     return BundleModel(colors, colors_model, BundleSettings(SamplingSettings(steps=2), "cpu"))
 
 
+@pytest.mark.slow
 def test_a_bundle_is_run_as_organizers_would(model, tmp_path):
     packed = pack_bundle([model], tmp_path / "entry.zip", proof=ENOUGH)
     (proof,) = packed.proofs
@@ -29,6 +30,7 @@ def test_a_bundle_is_run_as_organizers_would(model, tmp_path):
     assert 0 < proof.seconds < proof.budget
 
 
+@pytest.mark.slow
 def test_a_bundle_that_does_not_run_is_not_packed_and_the_old_one_stays(model, tmp_path):
     out = tmp_path / "entry.zip"
     out.write_bytes(b"the old one")
@@ -38,6 +40,7 @@ def test_a_bundle_that_does_not_run_is_not_packed_and_the_old_one_stays(model, t
     assert out.read_bytes() == b"the old one" and {path.suffix for path in tmp_path.iterdir()} <= {".zip", ""}
 
 
+@pytest.mark.slow
 def test_a_bundle_that_needs_ddkit_or_more_than_it_says_fails(model, tmp_path):
     folder = build_folder([model], tmp_path / "entry")
     for line, said in (("import ddkit", "ddkit"), ("import torchvision", "torchvision"), ("import matplotlib", "matplotlib")):
@@ -45,10 +48,11 @@ def test_a_bundle_that_needs_ddkit_or_more_than_it_says_fails(model, tmp_path):
         with zipfile.ZipFile(tmp_path / "altered.zip", "w") as archive:
             archive.write(folder / "models" / "colors" / "entry.json", "models/colors/entry.json")
             archive.writestr("generate.py", script)
-        with pytest.raises(ComputeError, match=f"No module named '{said}'"):
+        with pytest.raises(ComputeError, match=f"import of {said} halted"):
             prove(tmp_path / "altered.zip", ENOUGH)
 
 
+@pytest.mark.slow
 def test_the_environment_has_the_requirements_and_what_they_require(model, tmp_path):
     python = _environment(tmp_path / "environment", tmp_path, ProofSettings(), lambda progress: None)
     code = (
@@ -64,6 +68,7 @@ def test_the_environment_has_the_requirements_and_what_they_require(model, tmp_p
     ).stdout.split("\n")
 
 
+@pytest.mark.slow
 def test_an_altered_model_is_found(model, tmp_path):
     folder = build_folder([model], tmp_path / "entry")
     weights = folder / "models" / "colors" / "vae" / "diffusion_pytorch_model.safetensors"

@@ -69,6 +69,7 @@ def running(words):
     return found
 
 
+@pytest.mark.slow
 def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colors_model, tmp_path):
     said = run(entry, tmp_path / "colors.pt", "--ipc", 3, "--seed", 5, "--processes", 2)
     images = torch.load(tmp_path / "colors.pt", weights_only=True)
@@ -81,6 +82,7 @@ def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colors_model, tmp_path
     assert not (tmp_path / "colors.pt.shards").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by Linux's /proc")
 def test_pixels_are_the_bytes_that_the_floats_are_made_of(entry, colors, tmp_path):
     spec = dataset_spec(colors)
@@ -127,6 +129,7 @@ def test_joining_takes_less_memory_than_the_bytes_of_the_images(entry, tmp_path)
     assert (tmp_path / "images.pt").stat().st_size > 4 * 32 * 1024 * 3 * 64 * 64
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, colors_model, tmp_path):
     out, shards = tmp_path / "out" / "images.pt", tmp_path / "out" / "images.pt.shards"
     words = command(entry, out, "--time-budget", 200, "--processes", 1)
@@ -164,12 +167,14 @@ def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, color
     assert torch.bincount(more["labels"]).diff().abs() <= 1
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_short_is_said_before_it_is_over(entry, tmp_path):
     said = run(entry, tmp_path / "images.pt", "--time-budget", 0.4, status=3)
     assert "a budget of 0.4 s, during importing and loading the model" in said
     assert not (tmp_path / "images.pt.shards").exists()
 
 
+@pytest.mark.slow
 def test_no_gpu_where_one_is_asked_for(entry, tmp_path):
     said = run(entry, tmp_path / "images.pt", "--time-budget", 600, "--device", "cuda:77", status=3)
     assert "there is no GPU 'cuda:77'" in said.splitlines()[-1]
@@ -228,6 +233,7 @@ def limited(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.slow
 def test_no_room_for_the_joined_file_costs_no_image(entry, tmp_path):
     out = tmp_path / "images.pt"
     # 80 images of 768 bytes in a shard, of 3,072 joined.
@@ -238,6 +244,7 @@ def test_no_room_for_the_joined_file_costs_no_image(entry, tmp_path):
     assert torch.load(out, weights_only=True).shape == (80, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_write_says_why(entry, tmp_path):
     said = run(entry, tmp_path / "images.pt", "--ipc", 400, "--processes", 1, status=3, preexec_fn=limited(100_000))
     assert "File too large" in said

@@ -15,7 +15,6 @@ from ddkit.sets.distilled import (
     KIND_SUBMISSION,
     class_labels,
     likely_dataset,
-    load_tensor,
     read_provenance,
     read_set,
     save_set,
@@ -39,7 +38,7 @@ def test_a_saved_set_is_what_the_scorer_loads(tmp_path, images):
     files = save_set(tmp_path / "glyphs.pt", images, GLYPHS, NAMES, {"seed": 7})
     loaded = torch.load(files.tensor, weights_only=True)
     assert loaded.dtype == torch.float32 and loaded.is_contiguous()
-    assert torch.equal(loaded, images) and torch.equal(load_tensor(files.tensor, GLYPHS), images)
+    assert torch.equal(loaded, images) and torch.equal(read_set(files.tensor).images, images)
     assert read_provenance(files.tensor)["seed"] == 7
     assert read_provenance(files.tensor)["images_per_class"] == 2
     with Image.open(files.sheet) as sheet:
@@ -78,7 +77,7 @@ def test_what_is_no_set_is_not_written(tmp_path, shape):
 def test_loading_what_check_refuses_says_the_same(tmp_path, images):
     torch.save({"images": images}, tmp_path / "glyphs.pt")
     with pytest.raises(InvalidSubmissionError, match="a dict with the keys 'images'"):
-        load_tensor(tmp_path / "glyphs.pt", GLYPHS)
+        read_set(tmp_path / "glyphs.pt", "glyphs")
 
 
 class TestReadSet:
