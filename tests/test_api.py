@@ -15,10 +15,11 @@ from ddkit.runtime.progress import Progress
 
 EXAMPLE = """
 import ddkit
+from ddkit.distill.settings import RefineSettings
 
 ddkit.generate("glyphs", ipc=10, from_real="random", out="baseline/glyphs.pt")
 ddkit.generate("glyphs", ipc=10, from_real="random", out="submission/glyphs.pt")
-refined = ddkit.refine("submission/glyphs.pt", steps=2)
+refined = ddkit.refine("submission/glyphs.pt", steps=2, settings=RefineSettings(objective="dm", batch_real=8, val_epochs=0))
 print("held-out accuracy", refined.accuracy_before, refined.accuracy)
 for path in ("submission/glyphs.pt", "baseline/glyphs.pt"):
     result = ddkit.evaluate(path, epochs_setting=1, rounds=2)
@@ -83,7 +84,6 @@ def test_the_example_of_a_notebook_runs(tmp_path):
 @pytest.mark.slow
 def test_train_makes_a_generator_that_generate_samples(tmp_path):
     reports = []
-    quick = {"steps": 2, "seconds": None, "batch_size": 8}
-    model = ddkit.train("glyphs", preset="demo", out=tmp_path / "run", progress=reports.append, **quick)
+    model = ddkit.train("glyphs", preset="demo", seconds=4, out=tmp_path / "run", batch_size=8, progress=reports.append)
     made = ddkit.generate("glyphs", ipc=1, model=tmp_path / "run", out=tmp_path / "glyphs.pt")
-    assert model.facts.steps == 2 and made.kind == "generated" and len(made.images) == 10 and reports
+    assert model.facts.steps > 0 and made.kind == "generated" and len(made.images) == 10 and reports

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     "--precision",
     type=click.Choice(PRECISIONS),
     help="Precision of the computation. bfloat16 is faster on GPUs and on processors with instructions for it.  "
-    "[default: the preset's, or bfloat16 on GPUs that have it]",
+    "[default: the preset's, or the faster one on GPUs]",
 )
 @click.option("--compile/--no-compile", default=None, help="Compile the networks if the training is long enough.")
 @click.option(
