@@ -102,16 +102,6 @@ class Output:
             line = f"{', '.join(filter(None, parts))}  {_figures_text(progress)}"
             self.err.print(escape(line.rstrip()), soft_wrap=True)
 
-    # The names of before, until every command uses those above.
-    def say(self, text: str) -> None:
-        self.note(text)
-
-    def listen(self, progress: Progress) -> None:
-        self.progress(progress)
-
-    def done(self, outputs: Sequence[object], next_command: str = "") -> None:
-        self.finish(outputs, next_command)
-
     def result(self, data: Any, shown: RenderableType | None = None) -> None:
         """Print the command's result on standard output: `data` as JSON, or `shown`, which rich renders."""
         self._stop_bars()

@@ -143,9 +143,9 @@ def generate(
         origin = f"with {source.folder}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
-    output.say(f"Making {ipc} images per class of {escape(dataset)} {escape(origin)}.")
-    saved = generate_set(dataset, ipc, source, out, replace=replace, progress=output.listen)
+    output.note(f"Making {ipc} images per class of {escape(dataset)} {escape(origin)}.")
+    saved = generate_set(dataset, ipc, source, out, replace=replace, progress=output.progress)
     if not is_main():
         return
-    output.done([saved.tensor, saved.provenance, saved.sheet], f"ddkit evaluate {saved.tensor}")
+    output.finish([saved.tensor, saved.provenance, saved.sheet], f"ddkit evaluate {saved.tensor}")
     output.result({"tensor": saved.tensor, "facts": saved.provenance, "sheet": saved.sheet})

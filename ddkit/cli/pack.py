@@ -11,13 +11,14 @@ from rich.markup import escape
 
 from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._bundle import bundle_options, files_table, pack_track_2
-from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, output_options
+from ddkit.cli._options import BUNDLE_FILE, SUBMISSION_FOLDER, FindingCode, example, output_options
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 
 if TYPE_CHECKING:
     from ddkit.sets.findings import Finding, Report
 
+_SUBMISSION_FILE = Path("submission.zip")
 _OF_TRACK_1 = ("folder", "strict", "ignored")
 _OF_BOTH = ("track", "out")
 _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
@@ -39,7 +40,7 @@ _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Zip to write.",
-    show_default="submission.zip; track2.zip on track 2",
+    show_default=f"{_SUBMISSION_FILE}; {BUNDLE_FILE} on track 2",
 )
 @click.option("--strict", is_flag=True, help="Refuse a submission that has warnings.")
 @click.option(
@@ -75,7 +76,7 @@ def pack(
     if track == "2":
         pack_track_2(output, out, options)
     else:
-        _pack_track_1(output, folder, out or Path("submission.zip"), strict, ignored)
+        _pack_track_1(output, folder, out or _SUBMISSION_FILE, strict, ignored)
 
 
 def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:

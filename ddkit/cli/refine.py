@@ -152,28 +152,28 @@ def refine(
     settings = _settings(preset, options, assignments, None if fresh else recorded_settings(folder))
     expected = expected_accuracy(dataset, read_set(path, dataset).ipc, settings, limits.steps)
     if dry_run or (expected is not None and limits.seconds is not None):
-        estimate = estimate_refinement(path, dataset, settings, limits, device=device, progress=output.listen)
+        estimate = estimate_refinement(path, dataset, settings, limits, device=device, progress=output.progress)
         expected = estimate.accuracy
     if dry_run:
         _show_estimate(output, estimate)
         return
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
-    output.say(f"Refining {escape(str(path))} for {length}. {escape(str(folder))} keeps the set as it was.")
+    output.note(f"Refining {escape(str(path))} for {length}. {escape(str(folder))} keeps the set as it was.")
     if expected is not None:
-        output.say(f"Expected accuracy: {_expectation(expected)}.")
+        output.note(f"Expected accuracy: {_expectation(expected)}.")
     refined = refine_set(
         path, dataset, settings, limits, folder,
-        out=out, fresh=fresh, ignore_codes=ignored, device=device, save_every_seconds=save_every, progress=output.listen,
+        out=out, fresh=fresh, ignore_codes=ignored, device=device, save_every_seconds=save_every, progress=output.progress,
     )  # fmt: skip
-    output.say(
+    output.note(
         f"Accuracy on held-out training images: {refined.accuracy_before:.2%} before, {refined.accuracy:.2%} at step "
         f"{refined.best_step:,} of {refined.steps:,}."
     )
     if refined.diverged:
-        output.say(f"{refined.diverged:,} networks of the pool diverged and were replaced.")
+        output.note(f"{refined.diverged:,} networks of the pool diverged and were replaced.")
     files = refined.files
     written = (files.tensor, files.provenance, files.sheet, refined.before.tensor, refined.before.sheet)
-    output.done([file for file in written if file.exists()], f"ddkit evaluate {files.tensor}")
+    output.finish([file for file in written if file.exists()], f"ddkit evaluate {files.tensor}")
     output.result(dataclasses.asdict(refined))
 
 

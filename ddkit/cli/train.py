@@ -113,13 +113,13 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     from ddkit.generator.training.train import train as train_generator
 
     output.quiet = output.quiet or not is_main()
-    data = TrainingData.open(dataset, progress=output.listen)
+    data = TrainingData.open(dataset, progress=output.progress)
     settings = {name: options.pop(name) for name in SETTINGS}
     request = plan_training(data, settings, runs=RUNS_FOLDER, **options)
     for choice in request.choices:
-        output.say(escape(choice))
+        output.note(escape(choice))
     if request.start is not None:
-        output.say(described(request.start))
+        output.note(described(request.start))
     if dry_run:
         _show_costs(output, request, data.image_size, data.num_classes)
         return
@@ -128,14 +128,14 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     if has_training(request.folder) and not request.fresh:
         verb = "Continuing to train"
     folder = request.folder
-    output.say(
+    output.note(
         f"{verb} a generator on {escape(dataset)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
     )
-    model = train_generator(data, request, progress=output.listen)
+    model = train_generator(data, request, progress=output.progress)
     if not is_main():
         return
     model_option = "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
-    output.done([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {dataset}{model_option}")
+    output.finish([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {dataset}{model_option}")
     output.result(
         {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
         | {"metrics": dict(model.facts.metrics)}
@@ -166,11 +166,11 @@ def _show_costs(output: Output, request: TrainingRequest, image_size: int, num_c
 
     if not is_main():
         return
-    output.say("Measuring each stage for a few seconds; nothing is kept.")
+    output.note("Measuring each stage for a few seconds; nothing is kept.")
     subject = (request.config, image_size, num_classes, resolve_device(request.device))
     costs = estimate(*subject, processes=processes(), start=request.start)
     if not costs.fits:
-        output.say(f"[yellow]{escape(str(shortage(costs, *subject, processes=processes())))}[/]")
+        output.note(f"[yellow]{escape(str(shortage(costs, *subject, processes=processes())))}[/]")
     if request.seconds is None:
         steps: Sequence[int | None] = [stage.steps for stage in costs.stages]
     else:
