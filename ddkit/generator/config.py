@@ -243,7 +243,7 @@ class SamplingSettings:
     guidance_interval: the times, 0 (clean) to 1 (noise), in which guidance acts (Kynkaanniemi et al. 2024,
         arXiv 2404.07724).
     mode_guidance: lambda of mode guidance (Chan-Santiago et al. 2025, arXiv 2505.18963); 0 turns it off.
-    batch_size: images at once; None for 1,024 on a GPU and 256 elsewhere.
+    batch_size: images at once; None for BATCH_ON_GPU on a GPU and BATCH_ELSEWHERE elsewhere.
     precision: "float32", "bfloat16" or "auto", which is bfloat16 on GPUs that have it and float32 elsewhere.
     compile: use torch.compile, which is worth it above a few thousand images.
     """

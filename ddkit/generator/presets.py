@@ -78,8 +78,8 @@ def _tiny(architecture: str, depth: int) -> dict[int, GeneratorConfig]:
 
 
 def _mid() -> dict[int, GeneratorConfig]:
-    autoencoder = OptimizerConfig(steps=8000, batch_size=64, learning_rate=2e-3)
-    denoiser = OptimizerConfig(steps=25_000, batch_size=128, learning_rate=7e-4, warmup_steps=500, decay_after_steps=8000)
+    autoencoder = OptimizerConfig(steps=6000, batch_size=32, learning_rate=2e-3)
+    denoiser = OptimizerConfig(steps=15_000, batch_size=128, learning_rate=7e-4, warmup_steps=500, decay_after_steps=6000)
     return {
         32: GeneratorConfig(
             AutoencoderConfig(pixel_patch=2, channels=(48, 96)),

@@ -66,7 +66,8 @@ class Sampler:
         self._latent_shape = model.latent_shape
         self._null_class = null_class(model.denoiser)
         self._objective = Objective(ObjectiveConfig(model.facts.prediction))
-        model = model.to(self.device)
+        with shortage_explained(self._shortage):
+            model = model.to(self.device)
         self._workers = cores_for(self.device)
         self._part = self.settings.batch_size or 1
         if self.device.type == "cpu":

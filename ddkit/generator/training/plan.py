@@ -18,7 +18,7 @@ from ddkit.generator.training.estimate import check_memory, estimate
 from ddkit.generator.training.run_folder import has_training, read_run_record
 from ddkit.generator.training.tracking import SCORE_NAMES
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
-from ddkit.runtime.device import describe_device, own_device, resolve_device
+from ddkit.runtime.device import describe_device, free_memory, own_device, resolve_device
 from ddkit.runtime.environment import processes
 from ddkit.runtime.progress import Listener, ignore
 
@@ -194,16 +194,15 @@ def _preset_for(data: TrainingData, device_name: str) -> tuple[str, str]:
     device = own_device(resolve_device(device_name))
     if device.type != "cuda":
         return DEFAULT_PRESET, f"Preset {DEFAULT_PRESET}: the default for training without a GPU."
+    free = free_memory(device)
     for name in GPU_PRESETS:
-        costs = estimate(
-            preset(name).config(data.image_size), data.image_size, data.num_classes, device,
-            processes=processes(), seconds=0,
-        )  # fmt: skip
-        if costs.fits:
+        config = preset(name).config(data.image_size)
+        # Measured on the CPU: what is kept does not depend on the device.
+        costs = estimate(config, data.image_size, data.num_classes, torch.device("cpu"), processes=processes(), seconds=0)
+        if dataclasses.replace(costs, free_memory=free).fits:
             break
-    free = costs.free_memory / 2**30
-    return name, f"Preset {name}: {describe_device(device)} has {free:.1f} GiB of free memory, and it needs " \
-                 f"{costs.memory / 2**30:.1f} GiB."  # fmt: skip
+    needed = f"it needs about {costs.memory / 2**30:.1f} GiB"
+    return name, f"Preset {name}: {describe_device(device)} has {free / 2**30:.1f} GiB of free memory, and {needed}."
 
 
 def _why_bfloat16(device_name: str) -> str:

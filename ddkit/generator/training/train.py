@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, store_hash
-from ddkit.errors import UsageError
+from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import GeneratorConfig
 from ddkit.generator.difffit import plain_copy
@@ -41,7 +41,7 @@ from ddkit.generator.training.run_folder import CHART_FILE, CHECKPOINTS, RunReco
 from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage, Stage
 from ddkit.generator.training.tracking import Tracking, track_frechet_in
 from ddkit.generator.training.trainer import Callback, StepRecord, Trainer, require_even_parts
-from ddkit.runtime.device import own_device, resolve_device
+from ddkit.runtime.device import own_device, resolve_device, shortage_explained
 from ddkit.runtime.distributed import LONGEST_WAIT
 from ddkit.runtime.files import exclusive, sha256_of
 from ddkit.runtime.progress import Listener, ignore
@@ -158,7 +158,7 @@ def train(
             write_run_record(folder, record)
         listener = progress if accelerator.is_main_process else ignore
         run = _Run(data, request, accelerator, start.generator if start else None, tracking, listener)
-        with contextlib.closing(run.log):
+        with contextlib.closing(run.log), shortage_explained(lambda: _shortage(accelerator.device)):
             autoencoder = run.autoencoder(pretrained)
             run.train_denoiser(autoencoder, run.latents(autoencoder))
         if accelerator.is_main_process:
@@ -359,6 +359,14 @@ class _ModelKeeper(Callback):
             metrics=metrics,
             label_dropout=config.objective.label_dropout,
         )
+
+
+def _shortage(device: torch.device) -> ComputeError:
+    """The error when memory runs out outside of a training step, which has its own advice."""
+    return ComputeError(
+        f"Out of memory on {device} while preparing the training.",
+        "Close other programs that use it, choose a smaller --preset, or another --device.",
+    )
 
 
 @contextlib.contextmanager
