@@ -275,4 +275,4 @@ class _Job:
 
 def _length(settings: EvaluationSettings) -> str:
     rounds, epochs = settings.number_of_rounds, settings.training.epochs
-    return f"{rounds} round{'s' * (rounds > 1)} of {epochs:,} epochs in {settings.precision}"
+    return f"{rounds} round{'s' * (rounds > 1)} of {epochs:,} epoch{'s' * (epochs > 1)} in {settings.precision}"

@@ -285,3 +285,10 @@ def test_track_2_runs_the_entry_for_each_round(work):
 def test_tensor_on_track_2_exits_with_status_2(work):
     _, errors = run(save(work / "blobs.pt"), "--track", "2", status=2)
     assert "generate.py" in errors
+
+
+def test_help_names_every_network():
+    from ddkit.network.networks import NETWORKS
+
+    shown = " ".join(CliRunner().invoke(main, ["evaluate", "--help"]).stdout.split())
+    assert all(name in shown for name in NETWORKS)
