@@ -112,6 +112,8 @@ class RefineSettings:
     precision: "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster.
     val_every: steps between two validations on held-out training images; the set that validates best is written.
     val_epochs: E of the training in a validation.
+    val_margin: a later set is preferred unless it validates worse than the best by more than this, a fraction. A small E
+        does not show all that later steps bring at the official one.
     held_out: share of each class's training images that is held out.
     experts, student: of "mtt".
     """
@@ -130,6 +132,7 @@ class RefineSettings:
     precision: str = "auto"
     val_every: int = 500
     val_epochs: int = 200
+    val_margin: float = 0.01
     held_out: float = 0.1
     seed: int = 0
     experts: ExpertSettings = field(default_factory=ExpertSettings)
@@ -142,7 +145,7 @@ class RefineSettings:
         if self.precision not in ("auto", *PRECISIONS):
             raise UsageError(f"Unknown precision '{self.precision}'.", f"Known: auto, {', '.join(PRECISIONS)}.")
         require_positive(self, "krr_lambda", "batch_real", "learning_rate", "val_every")
-        for name in ("dm_steps", "val_epochs"):
+        for name in ("dm_steps", "val_epochs", "val_margin"):
             if getattr(self, name) < 0:
                 raise UsageError(f"RefineSettings.{name} must not be negative, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:

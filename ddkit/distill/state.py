@@ -26,6 +26,7 @@ RECORDS_FILE = "records.jsonl"
 _VERSION = 9
 _VERSION_0_1_0 = 8
 _FRESH = "Start over with --fresh, or begin another refinement with --run."
+_MAY_CHANGE = ("val_every", "val_margin")
 _NAMES_SINCE_0_1_0 = {
     "means_first": "dm_steps",
     "ridge": "krr_lambda",
@@ -54,7 +55,7 @@ class RefinementState:
 
     settings: plain values, which have to stay the same. start_sha256: of the file of the set as it was.
     dataset_sha256: of the real training images. images, velocity (momentum of the pixels), average (moving average of
-    the images) and best_images (the average that validated best): (N, 3, S, S) float32 on the CPU.
+    the images) and best_images (the average that validated best, at best_step): (N, 3, S, S) float32 on the CPU.
     precision: in which steps compute, "float32" or "bfloat16". pool_start: step from which the pool is used, None before.
     pool: what `OnlinePool.state` returned, empty before. student_lr: learning rate of the student of "mtt", None before.
     """
@@ -67,6 +68,7 @@ class RefinementState:
     velocity: Tensor
     average: Tensor
     best_images: Tensor
+    best_step: int = 0
     precision: str = "float32"
     step: int = 0
     seconds: float = 0.0
@@ -92,11 +94,18 @@ class RefinementState:
         return cls(folder, settings, validations=validations, **kept)
 
     def require(self, path: Path, settings: Mapping[str, Any], dataset_sha256: str) -> None:
-        """Raise UsageError where this refines another set than the one at `path`, with other settings or real images."""
+        """Raise UsageError where this refines another set than the one at `path`, with other settings or real images.
+
+        When to validate and which set to prefer may change, and are then those of `settings`.
+        """
         if sha256_of(path) != self.start_sha256 and not self.made(path):
             raise UsageError(f"{self.folder} holds the refinement of another set than {path}.", _another(self.folder))
         wanted, recorded = flatten(settings), flatten(self.settings)
-        changed = [f"{name} {recorded.get(name)}, not {value}" for name, value in wanted.items() if recorded.get(name) != value]
+        changed = [
+            f"{name} {recorded.get(name)}, not {value}"
+            for name, value in wanted.items()
+            if recorded.get(name) != value and name not in _MAY_CHANGE
+        ]
         if changed:
             raise UsageError(
                 f"The refinement in {self.folder} was begun with other settings: {'; '.join(changed)}.",
@@ -104,6 +113,7 @@ class RefinementState:
             )
         if self.dataset_sha256 != dataset_sha256:
             raise UsageError(f"The real images have changed since the refinement in {self.folder} was begun.", _FRESH)
+        self.settings = settings
 
     @property
     def before(self) -> SetFiles:
@@ -117,8 +127,8 @@ class RefinementState:
 
     @property
     def best(self) -> Validation:
-        """The best validation. Where several are equal it is the latest, whose set is refined further."""
-        return max(self.validations, key=lambda validation: (validation.accuracy, validation.step))
+        """The validation of `best_images`."""
+        return next(validation for validation in self.validations if validation.step == self.best_step)
 
     @property
     def validated(self) -> bool:
@@ -126,10 +136,11 @@ class RefinementState:
         return bool(self.validations) and self.validations[-1].step == self.step
 
     def record(self, accuracy: float) -> None:
-        """Record the validation of the present images."""
+        """Record the validation of the present images, which are the best unless they are worse by more than the margin."""
         self.validations.append(Validation(self.step, round(self.seconds, 1), accuracy))
-        if self.best is self.validations[-1]:
-            self.best_images = self.average
+        highest = max(validation.accuracy for validation in self.validations)
+        if accuracy >= max(self.first.accuracy, highest - self.settings["val_margin"]):
+            self.best_images, self.best_step = self.average, self.step
 
     def made(self, path: Path) -> bool:
         """Whether the set at `path` is a result of this refinement, the present one or an earlier one."""
@@ -253,9 +264,11 @@ def _from_0_1_0(kept: dict[str, Any], path: Path) -> dict[str, Any]:
     settings["objective"] = {"means": "dm", "regression": "frepo", "trajectories": "mtt"}[settings["objective"]]
     settings["student"]["lr_momentum"] = settings["student"].pop("rate_share")
     settings["pool"] = asdict(PoolSettings(size=0))
-    settings |= {"final_rate": 1.0, "precision": "float32"}
+    settings |= {"final_rate": 1.0, "precision": "float32", "val_margin": 0.0}
     kept["student_lr"] = kept.pop("student_rate")
     kept["validations"] = kept.pop("judgements")
+    best = max(kept["validations"], key=lambda each: (each["accuracy"], each["step"]), default={"step": 0})
+    kept["best_step"] = best["step"]
     return kept | {"settings": json.dumps(settings)}
 
 

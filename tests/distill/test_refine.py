@@ -332,6 +332,7 @@ class TestRefused:
             {"val_every": 0},
             {"momentum": 1.0},
             {"val_epochs": -1},
+            {"val_margin": -0.1},
         ],
     )
     def test_wrong_settings_raise_usage_error(self, wrong):

@@ -150,6 +150,35 @@ def test_the_latest_of_equal_validations_is_the_best(start, tmp_path):
     assert again.start_sha256 == sha256_of(start) == sha256_of(again.before.tensor)
 
 
+@pytest.mark.parametrize(
+    ("margin", "accuracies", "best"),
+    [
+        (0.0, (0.1, 0.3, 0.29, 0.2), 2),
+        (0.02, (0.1, 0.3, 0.29, 0.2), 4),
+        (0.02, (0.1, 0.3, 0.29, 0.275), 4),
+        (0.02, (0.3, 0.29, 0.285, 0.1), 0),
+        (0.02, (0.3, 0.29, 0.31, 0.295), 4),
+    ],
+)
+def test_a_later_set_is_preferred_within_the_margin(start, tmp_path, margin, accuracies, best):
+    images = torch.load(start, weights_only=True)
+    settings = dataclasses.asdict(dataclasses.replace(SETTINGS, val_margin=margin))
+    state = RefinementState.begin(start, images, tmp_path / "run", settings, "hash")
+    for number, accuracy in enumerate(accuracies):
+        state.step, state.average = 2 * number, images + 2 * number
+        state.record(accuracy)
+    assert state.best.step == best and torch.equal(state.best_images, images + best)
+
+
+def test_when_to_validate_may_change_and_how_may_not(start, tmp_path):
+    run(start, tmp_path / "run", 2)
+    rarely = dataclasses.replace(SETTINGS, val_every=1000, val_margin=0.5)
+    assert refine(start, "colors", rarely, RefineLimits(4), tmp_path / "run").steps == 4
+    assert recorded_settings(tmp_path / "run") == rarely
+    with pytest.raises(UsageError, match="val_epochs 0, not 1"):
+        refine(start, "colors", dataclasses.replace(rarely, val_epochs=1), RefineLimits(5), tmp_path / "run")
+
+
 def as_of_0_1_0(folder):
     """Write the state in the folder as ddkit 0.1.0 wrote it."""
     state = torch.load(folder / "state.pt", weights_only=True)
@@ -158,7 +187,11 @@ def as_of_0_1_0(folder):
         "krr_lambda": "ridge", "dm_steps": "means_first", "batch_real": "real_per_class", "ema": "average",
         "val_every": "check_every", "val_epochs": "check_epochs",
     }  # fmt: skip
-    old = {names.get(name, name): value for name, value in new.items() if name not in ("pool", "final_rate", "precision")}
+    old = {
+        names.get(name, name): value
+        for name, value in new.items()
+        if name not in ("pool", "final_rate", "precision", "val_margin")
+    }
     old["objective"] = {"dm": "means", "frepo": "regression", "mtt": "trajectories"}[new["objective"]]
     old["student"] = {name: value for name, value in new["student"].items() if name != "lr_momentum"} | {"rate_share": 0.05}
     old |= {"trained_share": 0.0, "attention": 0.0, "recognition": 0.0}
@@ -179,7 +212,7 @@ def test_a_refinement_of_0_1_0_resumes_with_what_it_began_with(start, tmp_path):
     refine(start, "colors", settings, RefineLimits(2), parts, out=tmp_path / "parts.pt")
     as_of_0_1_0(parts)
     recorded = recorded_settings(parts)
-    assert recorded == dataclasses.replace(settings, experts=recorded.experts)
+    assert recorded == dataclasses.replace(settings, val_margin=0.0)
     assert refine(start, "colors", recorded, RefineLimits(4), parts, out=tmp_path / "parts.pt").steps == 4
     states = [torch.load(folder / "state.pt", weights_only=True) for folder in (whole, parts)]
     for name in VECTORS:

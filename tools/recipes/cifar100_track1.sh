@@ -10,7 +10,6 @@ folder=${1:-runs/track1}
 mkdir -p "$folder"
 cd "$folder"
 [ -f random/cifar100.pt ] || python -m ddkit generate --dataset cifar100 --from-real random --seed 0 --out random/cifar100.pt
-python -m ddkit refine random/cifar100.pt --out refined/cifar100.pt --run refine --preset track1 --steps "${STEPS:-4000}" \
-    --set val_every=500 --seed 0
+python -m ddkit refine random/cifar100.pt --out refined/cifar100.pt --run refine --steps "${STEPS:-4000}"
 python -m ddkit evaluate refined/cifar100.pt --rounds 3
 sha256sum refined/cifar100.pt
