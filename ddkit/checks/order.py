@@ -44,6 +44,7 @@ _FEW_IMAGES = 4.0  # nats a moved block pays more, divided by its number of imag
 _FEWEST_CLASSES = 8  # random permutations of fewer are no measure
 _FEW_MOVED = 0.1  # of the blocks: up to here the moved ones are named, beyond it the order is called shuffled
 _FEWEST_IMAGES_HALVED = 4  # per class; below it, half a block tells too little
+_MISPLACED = 0.02  # share of groups that may be misplaced, for the scale of the evidence
 _HALF_PRICE = 4.0  # nats that half a block pays more to be moved, because few images decide
 _NAMED = 5  # blocks listed in a message
 _CHANNEL_ROWS = 1000  # images judged with red and blue exchanged
@@ -329,8 +330,10 @@ def _moved_groups(evidence: Tensor, images: int, more: float = 0.0) -> Tensor:
     slots = torch.arange(classes).repeat_interleave(groups // classes)
     shown = slots
     for _ in range(3):
-        likelihoods = [torch.log_softmax(scale * evidence, dim=1).gather(1, shown[:, None]).mean() for scale in _SCALES]
-        scale = _SCALES[torch.stack(likelihoods).argmax()]
+        # A few groups at the wrong place must not decide how much all of them tell.
+        shares = [torch.softmax(scale * evidence, dim=1).gather(1, shown[:, None]) for scale in _SCALES]
+        likelihoods = torch.stack([torch.log((1 - _MISPLACED) * share + _MISPLACED / classes).mean() for share in shares])
+        scale = _SCALES[likelihoods.argmax()]
         stay = price * (slots[:, None] == slots)
         shown = slots[_assign(scale * evidence[:, slots] + stay)]
     return shown

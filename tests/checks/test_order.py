@@ -102,7 +102,7 @@ def test_rows_out_of_step_with_the_blocks_are_named_and_can_be_reordered(mistake
 
 
 def test_halves_of_two_blocks_exchanged_are_l014():
-    rows = scores(evidence=5.0)
+    rows = scores(evidence=3.5)
     rows[4, 5:], rows[30, :5] = rows[30, :5].clone(), rows[4, 5:].clone()
     verdict = judged(rows.flatten(0, 1))
     assert verdict.code == "L014"
