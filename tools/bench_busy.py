@@ -28,14 +28,15 @@ CPUS = 2
 SET = "set.pt"
 # What is run, by name: the arguments, with {steps} for the size of the work.
 COMMANDS = {
-    "train": ["train", "--dataset", "glyphs", "--preset", "demo", "--steps", "{steps}", "--out", "{out}"],
+    "train": ["train", "--dataset", "glyphs", "--preset", "demo", "--autoencoder", "model/vae", "--steps", "{steps}",
+              "--out", "{out}"],
     "sample": ["generate", "--dataset", "glyphs", "--model", "model", "--ipc", "{steps}", "--out", "{out}.pt"],
-    "refine": ["refine", SET, "--dataset", "glyphs", "--steps", "{steps}", "--out", "{out}.pt"],
+    "refine": ["refine", SET, "--dataset", "glyphs", "--steps", "{steps}", "--out", "{out}.pt", "--run", "{out}-run"],
     "evaluate": ["evaluate", SET, "--dataset", "glyphs", "--epochs-setting", "{steps}", "--rounds", "1", "--results",
-                 "{out}.jsonl"],
+                 "{out}.jsonl", "--state", "{out}-state"],
     "check": ["check", SET, "--dataset", "glyphs"],
 }  # fmt: skip
-STEPS = {"train": 300, "sample": 50, "refine": 60, "evaluate": 60, "check": 0}
+STEPS = {"train": 400, "sample": 50, "refine": 60, "evaluate": 60, "check": 0}
 QUICK_STEPS = {"train": 4, "sample": 1, "refine": 2, "evaluate": 1, "check": 0}
 BUSY = "while True: pass"
 
@@ -114,7 +115,7 @@ def quota_group() -> Iterator[QuotaGroup]:
 def prepare(folder: Path) -> None:
     """A model and a set to work on; whatever is made once, such as compiled kernels, is made here as well."""
     ddkit(folder, ["data", "prepare", "glyphs"])
-    ddkit(folder, ["train", "--dataset", "glyphs", "--preset", "demo", "--steps", "2", "--out", "model"])
+    ddkit(folder, ["train", "--dataset", "glyphs", "--preset", "demo", "--time", "20s", "--out", "model"])
     ddkit(folder, ["generate", "--dataset", "glyphs", "--ipc", "10", "--from-real", "random", "--out", SET])
     for command in ("refine", "evaluate", "check"):
         run(folder, command, QUICK_STEPS[command], {}, None)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from pathlib import Path
+import functools
 
 import torch
 from torch import Tensor
@@ -15,13 +13,11 @@ from ddkit.distill.settings import ExpertSettings
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.engine import build_engine
+from ddkit.runtime.cached import cache_key, cached_tensors
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.interrupt import StopRequest
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.seeds import generator_for
-from ddkit.runtime.tensor_files import save_safetensors
-
-log = logging.getLogger(__name__)
 
 _CACHE_FOLDER = "_experts"  # no dataset can have this name
 _KEY = "parameters"
@@ -50,8 +46,7 @@ class Experts:
         self._device, self._progress = device, progress
         training = (settings.steps, settings.batch_size, settings.learning_rate, settings.keep_every)
         made_of = (_VERSION, dataset_sha256, holdout.held_out_share, seed, training)
-        identity = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
-        self._folder = cache_folder() / _CACHE_FOLDER / f"{holdout.spec.name}-{identity}"
+        self._folder = cache_folder() / _CACHE_FOLDER / f"{holdout.spec.name}-{cache_key(made_of)}"
         self._trajectories: list[Tensor] = []
 
     @property
@@ -62,14 +57,11 @@ class Experts:
         """Train the experts that the cache does not hold. Returns early when asked to stop."""
         for number in range(len(self._trajectories), self._settings.count):
             path = self._folder / f"{number:03d}.safetensors"
-            trajectory = _read(path)
-            if trajectory is None:
-                log.info("Training expert %d of %d, kept in %s", number + 1, self._settings.count, self._folder)
-                trajectory = self._train(number, stop)
-                if trajectory is None:
-                    return
-                save_safetensors({_KEY: trajectory}, path)
-            self._trajectories.append(trajectory)
+            train = functools.partial(self._train, number, stop)
+            kept = cached_tensors(path, (_KEY,), f"expert {number + 1} of {self._settings.count}", train)
+            if kept is None:
+                return
+            self._trajectories.append(kept[_KEY])
 
     def sample_segment(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two checkpoints of one expert, `span` steps apart: parameters as (P,) float32 on the CPU."""
@@ -78,8 +70,8 @@ class Experts:
         begin = int(torch.randint(len(trajectory) - stride, (1,), generator=generator))
         return trajectory[begin].clone(), trajectory[begin + stride].clone()
 
-    def _train(self, number: int, stop: StopRequest | None) -> Tensor | None:
-        """(steps / keep_every + 1, P) float32 on the CPU: the start, then every checkpoint. None if stopped."""
+    def _train(self, number: int, stop: StopRequest | None) -> dict[str, Tensor] | None:
+        """The trajectory, (steps / keep_every + 1, P) float32 on the CPU: the start, then every checkpoint. None if stopped."""
         settings, spec = self._settings, self._holdout.spec
         network = random_network(spec, "expert", self._seed, number).to(self._device)
         engine = build_engine(network, choose_plan(network, "float32", settings.batch_size))
@@ -96,15 +88,4 @@ class Experts:
             self._progress(Progress("Training experts (once)", done, total, "steps"))
             if stop and step < settings.steps:
                 return None
-        return torch.stack(kept)
-
-
-def _read(path: Path) -> Tensor | None:
-    """The trajectory in that file, memory-mapped; None where there is none or it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)[_KEY]
-    except (FileNotFoundError, SafetensorError, KeyError):
-        return None
+        return {_KEY: torch.stack(kept)}

@@ -22,6 +22,8 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
+pytestmark = pytest.mark.slow
+
 OFFICIAL, MARKED = "Official: E = 1000, 3 rounds", "marked: E = 50, 1 image a class"
 DESKTOP, PHONE = (1280, 900), (390, 844)
 CLASSES = ("plain", "b<b>bold", "[red]c", *(f"class {i:02}" for i in range(27)))  # more than stand open at once
