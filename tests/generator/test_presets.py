@@ -11,11 +11,15 @@ from ddkit.generator.config import (
     DenoiserConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    SamplingSettings,
+    default_guidance,
     differences,
     from_json,
+    override,
     to_json,
 )
-from ddkit.generator.presets import PRESETS, preset
+from ddkit.generator.presets import MINIMAX_PRESET, PRESETS, preset
+from ddkit.generator.training.plan import SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -106,3 +110,31 @@ def test_differences_are_listed_with_both_values():
         f"objective.prediction: epsilon, not {config.objective.prediction}",
         "seed: 7, not 0",
     ]
+
+
+def test_override_changes_nested_settings_and_keeps_the_rest():
+    config = preset("demo").config(32)
+    changed = override(config, {"denoiser_optimizer.steps": 7, "objective.prediction": "v", "seed": 3})
+    assert differences(config, changed) == [
+        f"denoiser_optimizer.steps: 7, not {config.denoiser_optimizer.steps}", "objective.prediction: v, not flow",
+        "seed: 3, not 0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "named"), [("sede", "Did you mean 'seed'"), ("objective.predict", "ObjectiveConfig has no")])
+def test_override_of_an_unknown_setting_raises_usage_error(name, named):
+    with pytest.raises(UsageError, match=named):
+        override(preset("demo").config(32), {name: 1})
+
+
+def test_every_named_setting_of_a_training_exists():
+    config = preset(MINIMAX_PRESET).config(32)
+    for path in SETTINGS.values():
+        value = config
+        for name in path.split("."):
+            value = getattr(value, name)
+
+
+def test_default_guidance_falls_with_the_number_of_images():
+    assert default_guidance(1) == default_guidance(10) == SamplingSettings().guidance
+    assert default_guidance(1000) == default_guidance(None) < default_guidance(10)
