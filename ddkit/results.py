@@ -191,7 +191,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """What JSON has, where a bool is none; its integers know no end, ours do."""
+    """True for a number of JSON that fits into 64 bits; bool is not one."""
     return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
 
 

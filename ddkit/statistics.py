@@ -42,7 +42,7 @@ def sample_std(values: Sequence[float]) -> float | None:
     """Sample standard deviation (n - 1); None for fewer than two values, exactly 0 for equal ones."""
     if len(values) < 2:
         return None
-    if max(values) - min(values) < 1e-12:  # equal but for rounding
+    if max(values) - min(values) < 1e-12:  # equal, apart from rounding
         return 0.0
     center = mean(values)
     return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1))

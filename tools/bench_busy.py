@@ -60,7 +60,7 @@ def main() -> None:
     repeats, steps = (1, QUICK_STEPS) if arguments.quick else (arguments.repeats, STEPS)
     with tempfile.TemporaryDirectory() as name, quota_group() as group:
         folder = Path(name)
-        prepare(folder)
+        prepare(folder, arguments.commands)
         conditions = {"idle": 0, "next to 1 process": 1, "next to 2 processes": 2, group.title: 0}
         print(f"{'':10}{'':22}" + "".join(f"{way:>11}" for way in ways) + "   before/after  after/idle")
         for command in arguments.commands:
@@ -112,12 +112,13 @@ def quota_group() -> Iterator[QuotaGroup]:
     yield QuotaGroup(None)
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, commands: Sequence[str]) -> None:
     """A model and a set to work on; whatever is made once, such as compiled kernels, is made here as well."""
     ddkit(folder, ["data", "prepare", "glyphs"])
-    ddkit(folder, ["train", "--dataset", "glyphs", "--preset", "demo", "--time", "20s", "--out", "model"])
+    if {"train", "sample"} & set(commands):
+        ddkit(folder, ["train", "--dataset", "glyphs", "--preset", "demo", "--time", "20s", "--out", "model"])
     ddkit(folder, ["generate", "--dataset", "glyphs", "--ipc", "10", "--from-real", "random", "--out", SET])
-    for command in ("refine", "evaluate", "check"):
+    for command in commands:
         run(folder, command, QUICK_STEPS[command], {}, None)
 
 

@@ -131,7 +131,7 @@ def _index(results: Iterable[Result]) -> _Index:
 
 
 def _key(result: Result, kind: str, augment: bool) -> tuple[object, ...]:
-    """What an evaluation of that kind must share with `result`; all real images only the dataset and the network."""
+    """The values that an evaluation of that kind must share with `result`; for all real images dataset and network."""
     if kind == "full-real":
         return (kind, augment, result.dataset, result.network)
     same_set = result.sha256 if kind == "submission" else ""

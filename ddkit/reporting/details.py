@@ -163,10 +163,10 @@ def _facts(result: Result) -> tuple[tuple[str, str], ...]:
     made_by: Any = result.made_by
     source = Path(result.source)
     if not made_by:
-        beside = source.with_suffix(".json")
+        provenance = source.with_suffix(".json")
         try:
-            if source.is_file() and beside.is_file() and sha256_of(source) == result.sha256:
-                made_by = read_json(beside)
+            if source.is_file() and provenance.is_file() and sha256_of(source) == result.sha256:
+                made_by = read_json(provenance)
         except (DDKitError, OSError) as error:
             log.warning("%s", error)
     known = list(_flat(made_by)) if isinstance(made_by, Mapping) else []

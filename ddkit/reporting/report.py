@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """What a results file comes to.
+    """The leaderboard of a results file.
 
     results: oldest first. groups: of comparable rows, those of the official protocol first in each track.
     rankings: DD-Ranking's scores of the sets for which all needed evaluations are there.
