@@ -95,13 +95,12 @@ def pack_track_2(output: Output, out: Path | None, options: dict[str, Any]) -> N
 
     proof = ProofSettings(options["proof_budget"], options["fresh_venv"], most=options["proof_images"])
     models = _models(options)
-    pack_models(output, models, out or BUNDLE_FILE, None if options["no_proof"] else proof, options["size_limit"])
+    packed = pack_models(output, models, out or BUNDLE_FILE, None if options["no_proof"] else proof)
+    _report(output, packed, options["size_limit"])
 
 
-def pack_models(
-    output: Output, models: Sequence[BundleModel], out: Path, proof: ProofSettings | None, size_limit: int | None = None
-) -> None:
-    """Bundle these models, zip, prove and report."""
+def pack_models(output: Output, models: Sequence[BundleModel], out: Path, proof: ProofSettings | None) -> PackedBundle:
+    """Bundle these models, zip and prove, with a note on what is missing."""
     from ddkit.packing.bundle import pack_bundle
 
     names = ", ".join(f"{model.dataset} ({model.folder})" for model in models)
@@ -112,8 +111,7 @@ def pack_models(
     for model in models:
         if model.settings.half:
             _note_rounding(output, model)
-    packed = pack_bundle(models, out, proof=proof, progress=output.progress)
-    _report(output, packed, size_limit)
+    return pack_bundle(models, out, proof=proof, progress=output.progress)
 
 
 def _models(options: dict[str, Any]) -> list[BundleModel]:

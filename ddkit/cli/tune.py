@@ -145,7 +145,8 @@ def tune(
     draw_chart([trial for trial in tried if trial.conditions == tried[0].conditions], chart)  # of the stage with all of them
     _report(output, trials)
     if packs:
-        pack_models(output, _tuned_models(bundled, out), BUNDLE_FILE, None)
+        packed = pack_models(output, _tuned_models(bundled, out), BUNDLE_FILE, None)
+        output.finish([records, chart, packed.path], f"ddkit evaluate --track 2 {packed.path}")
     else:
         output.finish([records, chart], _next_command(dataset, model, out))
 

@@ -101,8 +101,8 @@ def _hash_of(path: Path) -> str:
 def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSettings) -> None:
     """Unpack the zip as the scorer does and load each tensor.
 
-    origin: the folder the tensors come from. Raises BadFileError where anything differs from what was written,
-    InvalidSubmissionError where a tensor cannot be loaded, whatever findings were to be ignored.
+    origin: the folder the tensors come from. Raises BadFileError if anything differs from what was written,
+    InvalidSubmissionError if a tensor cannot be loaded, even if its findings are ignored.
     """
     try:
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:

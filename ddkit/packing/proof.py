@@ -164,6 +164,6 @@ def _hidden_modules() -> set[str]:
 
 def _variables(home: Path) -> dict[str, str]:
     """Ours without what steers Python or ddkit, an empty home, and no network for model hubs."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DDKIT_", "HF_"))}
-    return {**kept, "HOME": str(home), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(home.parent / "cache"),
+    passed_on = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DDKIT_", "HF_"))}
+    return {**passed_on, "HOME": str(home), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(home.parent / "cache"),
             "HF_HOME": str(home.parent / "cache")}  # fmt: skip

@@ -81,7 +81,7 @@ class Pairs:
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
     def get(self, key: str) -> Any:
-        """The last value of a text key; None where there is none."""
+        """The last value of a text key; None if there is none."""
         return next((value for name, value in reversed(self.items) if isinstance(name, str) and name == key), None)
 
 
@@ -161,7 +161,7 @@ class TorchFile:
             raise TorchFileError("damaged", _first_line(error)) from error
 
     def _read(self, name: str) -> bytes:
-        """The first bytes of a member; none where there is no such member."""
+        """The first bytes of a member; none if there is no such member."""
         if self._size_of(name) < 0:
             return b""
         with self._archive.open(self._members[f"{self._root}/{name}"]) as member:
@@ -174,7 +174,7 @@ class TorchFile:
     def stored_tensor(self, value: Any) -> StoredTensor | None:
         """The tensor that a part of the file's value describes; None for any other part.
 
-        Raises TorchFileError where the description contradicts itself or the storage, and for another byte order.
+        Raises TorchFileError if the description contradicts itself or the storage, and for another byte order.
         """
         requires_grad = None
         if calls(value, "torch._utils", "_rebuild_parameter", "_rebuild_parameter_with_state") and value.arguments:
@@ -215,7 +215,7 @@ class TorchFile:
 def load_tensors(path: str | os.PathLike[str], *keys: str) -> list[Tensor]:
     """The tensors of these keys of the dict that a file holds, read without executing anything.
 
-    Raises TorchFileError where the file is not readable or does not hold them, OSError.
+    Raises TorchFileError if the file is not readable or does not hold them, and OSError.
     """
     if problem := why_not_a_file(path):
         raise TorchFileError("other", f"it {problem}")
@@ -230,7 +230,7 @@ def load_tensors(path: str | os.PathLike[str], *keys: str) -> list[Tensor]:
 
 
 def require_zip_of_torch(file: BinaryIO) -> None:
-    """Raise TorchFileError where a file is not a whole zip, naming what it is instead; reads its ends only."""
+    """Raise TorchFileError if a file is not a whole zip, naming what it is instead. Only its ends are read."""
     file.seek(0)
     head = file.read(512)
     if not head:
@@ -246,7 +246,7 @@ def require_zip_of_torch(file: BinaryIO) -> None:
 def zip_problem(file: BinaryIO) -> str:
     """Why a zip's list of members must not be read, or its end is not where the list says; empty for a sound zip.
 
-    `zipfile` reads the whole list into memory before it looks at it, and takes no offense at bytes before and after.
+    `zipfile` reads the whole list into memory before it looks at it, and ignores bytes before and after it.
     """
     size = file.seek(0, os.SEEK_END)
     start = max(0, size - _END_RECORD.size - 0xFFFF)

@@ -1,6 +1,6 @@
 """Distilled sets: one value that holds a set, and the three files in which a set is kept.
 
-The tensor `<dataset>.pt` is the challenge's file. `<dataset>.json` beside it holds the provenance, which is how the set
+The tensor `<dataset>.pt` is the challenge's file. `<dataset>.json` next to it holds the provenance, which is how the set
 was made, and `<dataset>.png` is the contact sheet.
 """
 
@@ -48,7 +48,7 @@ class DistilledSet:
 
     images: (C * ipc, 3, S, S) float32, normalized, contiguous; the rows are in the order of `class_labels`.
     sha256: hexadecimal, of the file's bytes; "" for a set that is not on the disk.
-    provenance: the JSON beside the tensor; {} where there is none that belongs to it.
+    provenance: the JSON next to the tensor; {} if there is none that belongs to it.
     warnings: what the check of the file itself warns of, without a look at the numbers.
     """
 
@@ -71,7 +71,7 @@ class DistilledSet:
 
     @property
     def kind(self) -> str:
-        """What made the set, as its provenance says; KIND_SUBMISSION where it does not say."""
+        """What made the set, as its provenance says; KIND_SUBMISSION if it does not say."""
         return str(self.provenance.get("kind", KIND_SUBMISSION))
 
 
@@ -121,7 +121,7 @@ def read_set(path: str | os.PathLike[str], dataset: str | None = None, *, ipc: i
 
 
 def dataset_of(path: str | os.PathLike[str], dataset: str | None = None) -> str:
-    """The name of the dataset that a set is for: `dataset` where given, else as its provenance or its file's name says.
+    """The name of the dataset that a set is for: `dataset` if given, else as its provenance or its file's name says.
 
     Raises MissingDataError for a missing file; UsageError for a folder, a zip, and a name that tells no dataset.
     """
@@ -188,7 +188,7 @@ def draw_sheet(images: Tensor, spec: DatasetSpec, class_names: Sequence[str], pa
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the set at `path` was made, from the JSON beside its tensor; {} where there is none that belongs to it."""
+    """How the set at `path` was made, from the JSON next to its tensor; {} if there is none that belongs to it."""
     return _provenance_of(path, None)
 
 
@@ -199,7 +199,7 @@ def check_command(path: str | os.PathLike[str], dataset: str) -> str:
 
 
 def _provenance_of(path: str | os.PathLike[str], sha256: str | None) -> dict[str, Any]:
-    """The provenance that belongs to the tensor of that hash; the file is hashed where None is given."""
+    """The provenance that belongs to the tensor of that hash; None hashes the file."""
     files = set_files(path)
     if not files.provenance.exists():
         return {}

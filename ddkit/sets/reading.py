@@ -48,7 +48,7 @@ def read_tensor(path: str | os.PathLike[str], spec: DatasetSpec, *, ipc: int | N
     """Read a submitted tensor, or say why not.
 
     spec: the dataset that the images should be of. ipc: images per class that there must be; None for any whole number.
-    Returns the float32 tensor (N, 3, S, S), or None where the findings hold an error that forbids reading it, and the
+    Returns the float32 tensor (N, 3, S, S), or None if the findings hold an error that forbids reading it, and the
     findings F001, F004-F008 and T001-T008, T010.
     """
     where = Path(path).name
@@ -228,7 +228,7 @@ def _not_a_tensor(opened: TorchFile, where: str, spec: DatasetSpec) -> Finding:
 
 
 def _described(opened: TorchFile, value: Any, spec: DatasetSpec) -> tuple[str, str]:
-    """What a value is in words, and the expression that makes the challenge's tensor of it; "" where there is none."""
+    """What a value is in words, and the expression that makes the challenge's tensor of it; "" if there is none."""
     if (shape := _array_shape(value, opened.rest)) is not None:
         return "a NumPy array" + (f" of shape {shape[:6]}" if shape else ""), "torch.as_tensor(value).float().contiguous()"
     if calls(value, "torch._tensor", "_rebuild_from_type_v2"):
@@ -309,7 +309,7 @@ def _tensor(opened: TorchFile, value: Any) -> StoredTensor | None:
 
 
 def _array_shape(value: Any, rest: Sequence[Any]) -> tuple[int, ...] | None:
-    """The shape of a NumPy array or number, () where it is not known; None for anything else.
+    """The shape of a NumPy array or number, () if it is not known; None for anything else.
 
     rest: of a pickle that was not read to its end, which the bytes of an array of a usual size are not.
     """

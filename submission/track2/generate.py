@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""As many labeled images as a time budget allows, of the diffusion models that lie beside this file.
+"""As many labeled images as a time budget allows, with the diffusion models next to this file.
 
     python generate.py --dataset cifar100 --out images.pt --time-budget 600
 
@@ -49,7 +49,7 @@ from shards import HASHES_FILE, HERE, Failure, Job, join, open_shards, say, sha2
 
 FLOAT_BYTES = 4
 SECONDS_BETWEEN_REPORTS = 10.0
-PATIENCE = 0.5  # share of the budget after which the first worker is no longer waited for; others would slow it down
+PATIENCE = 0.5  # share of the budget after which the other workers start even if the first has not loaded
 # A container's limit of memory, what is used of it, and which of that are files: by version 2 of control groups, and by 1.
 CONTAINER_MEMORY = tuple(
     (Path("/sys/fs/cgroup") / limit, Path("/sys/fs/cgroup") / used, files)
@@ -67,8 +67,7 @@ def main() -> int:
     try:
         options = parse_options()
         job = make_job(options, began)
-        # Asked to stop, it joins what there is: the images so far count, where --ipc does not ask for more. A second
-        # request ends it.
+        # The first request to stop joins the images so far, unless --ipc asks for more of them; a second one ends it.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop_now)
         if not options.join:
@@ -103,7 +102,7 @@ def process_age() -> float:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="a folder in models/ beside this file")
+    parser.add_argument("--dataset", required=True, help="a folder in models/ next to this file")
     parser.add_argument("--out", required=True, type=Path, help="the file to write")
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--time-budget", type=float, metavar="SECONDS", help="from the start of the process to its end")
@@ -158,7 +157,7 @@ def check_hashes(model: Path) -> None:
     try:
         lines = (HERE / HASHES_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise Failure(f"{HASHES_FILE} is missing beside generate.py; unpack the bundle again.") from None
+        raise Failure(f"{HASHES_FILE} is missing next to generate.py; unpack the bundle again.") from None
     except UnicodeDecodeError:
         raise Failure(f"{HASHES_FILE} is damaged; unpack the bundle again.") from None
     pairs = [line.split("  ", 1) for line in lines if line]
@@ -186,7 +185,7 @@ def check_writable(out: Path) -> None:
 def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None, bytes_per_value: int) -> int:
     """How many images the disk has room for, and the memory of whoever loads the file here.
 
-    bytes_per_value: of the joined file; shards hold one. Raises Failure where there is room for too few.
+    bytes_per_value: of the joined file; shards hold one. Raises Failure if there is room for too few.
     """
     values = 3 * entry["image_size"] ** 2
     needed = (ipc or 1) * entry["num_classes"]
@@ -201,7 +200,7 @@ def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None, bytes_p
 
 
 def free_memory() -> int:
-    """Bytes that can be had without swapping, by the machine and by the container; a lot where neither tells."""
+    """Bytes of memory that are free without swapping, on the machine and in the container; a lot if neither tells."""
     found = [sys.maxsize]
     with contextlib.suppress(OSError):
         found += [1024 * kilobytes for kilobytes in figures(Path("/proc/meminfo"), "MemAvailable:")]
@@ -214,7 +213,7 @@ def free_memory() -> int:
 
 
 def figures(path: Path, name: str) -> list[int]:
-    """The first number behind a name, where a file has one on a line of its own."""
+    """The first number after a name that begins a line of a file; none if there is no such line."""
     return [int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name]]
 
 

@@ -1,6 +1,6 @@
 """A model folder made ready to sample: which image of which class in, pixels out.
 
-Needs torch, diffusers and safetensors, and `denoiser.py` beside it where the model is a U-ViT.
+Needs torch, diffusers and safetensors, and `denoiser.py` next to it if the model is a U-ViT.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sampler:
     """The networks of a model folder on a device. Call it with classes and indices.
 
     folder: holds vae/, scheduler/ and transformer/, in diffusers' format.
-    entry: its entry.json, with how many steps, how much guidance, between which times and in which precision.
+    entry: its entry.json, with the steps, the guidance and its interval, and the precision.
     """
 
     def __init__(self, folder: Path, entry: Mapping[str, Any], device: str, seed: int) -> None:
@@ -52,7 +52,7 @@ class Sampler:
         return (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
 
     def _noise(self, class_label: int, index: int) -> Tensor:
-        """(C, s, s), drawn by a generator of its own, on the CPU, so that all devices begin with the same."""
+        """(C, s, s), drawn on the CPU with a generator for this image alone, so that all devices begin with the same noise."""
         digest = hashlib.blake2b(f"sample/{self._seed}/{class_label}/{index}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.randn(self._latent_shape, generator=generator)
@@ -72,7 +72,7 @@ class Sampler:
             return torch.tensordot(coefficients, known, dims=1)
 
     def _guided(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
-        """The denoiser's output with classifier-free guidance, where the time is one for it."""
+        """The denoiser's output, with classifier-free guidance if the time is within the interval."""
         low, high = self._entry["guidance_interval"]
         guidance = self._entry["guidance"]
         if guidance == 1 or not low <= time / 1000 <= high:

@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 512  # images on their way from shards to the file
 
 
 class Failure(Exception):
-    """What somebody can mend. status: the process's exit status."""
+    """An error that the user can fix. status: the process's exit status."""
 
     def __init__(self, message: str, status: int = 3) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What to make, the same for all workers.
+    """What to make; the same for all workers.
 
     entry: the model folder's entry.json. workers: how many share the work. limit: of images, by disk and memory.
     began: when the process started, on time.monotonic()'s clock. budget: seconds from then on; math.inf with --ipc.
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def margin(self) -> float:
-        """Seconds kept free for what cannot be foreseen: 4 % of the budget, but 2 to 20 s where there is room."""
+        """Seconds in reserve: 4 % of the budget, between 2 and 20 s, and at most a quarter of the budget."""
         return min(max(0.04 * self.budget, 2.0), 20.0, 0.25 * self.budget)
 
     @property
@@ -102,7 +102,7 @@ class Job:
 
 
 def open_shards(job: Job) -> Job:
-    """Make the folder of shards, or go on with what the same run left when it was killed, its time counted."""
+    """Make the folder of shards, or continue what the same run left when it was killed, with the time that it spent."""
     settings = {"entry": dict(job.entry), "seed": job.seed, "workers": job.workers, "ipc": job.ipc,
                 "model": sha256_of(HERE / HASHES_FILE)}  # fmt: skip
     spent = 0.0
@@ -116,7 +116,7 @@ def open_shards(job: Job) -> Job:
             shutil.rmtree(job.shards)
     job.shards.mkdir(exist_ok=True)
     write_run(job, {"settings": settings, "spent": spent})
-    # Began so much earlier; but what is left must do for loading and joining.
+    # As if this run had begun so much earlier.
     return replace(job, began=job.began - spent)
 
 
@@ -127,7 +127,7 @@ def read_run(job: Job) -> dict[str, Any]:
 
 
 def write_spent(job: Job) -> None:
-    """Note how much of the budget is spent, for whoever goes on."""
+    """Note how much of the budget is spent, for a run that continues this one."""
     write_run(job, read_run(job) | {"spent": time.monotonic() - job.began})
 
 

@@ -1,4 +1,4 @@
-"""A worker process of generate.py: makes images until it is told to stop, writing a shard every few seconds."""
+"""A worker process of generate.py: it makes images until it must stop, and writes a shard every few seconds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
     master.send(("loaded", time.monotonic() - job.began))
     shard = Shard(job, worker, first=max((end for _, end in shards_of(job, worker)), default=0))
     batch = BatchSize(longest=job.seconds_per_shard / 2)
-    first_is_done = False
+    is_warm = False
     while (left := job.share(worker) - shard.end) > 0 and time.monotonic() + batch.expected < stop_at.value:
         began = time.monotonic()
         try:
@@ -48,11 +48,11 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
                 torch.cuda.empty_cache()
             continue
         seconds = time.monotonic() - began
-        if first_is_done:
+        if is_warm:
             batch.learn(seconds)
         else:
-            batch.expect(seconds)  # it holds the loading of libraries, and says nothing of how fast a batch is
-        first_is_done = True
+            batch.expect(seconds)  # the first batch on a GPU takes longer, because it loads libraries
+        is_warm = True
         if time.monotonic() - shard.began > job.seconds_per_shard:
             shard = shard.written(master)
     shard.written(master)

@@ -1,6 +1,7 @@
 """`ddkit tune`, as a person calls it."""
 
 import json
+import zipfile
 
 import pytest
 from click.testing import CliRunner
@@ -31,6 +32,26 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work):
 
     again, _ = run(*words)  # at once, from what was kept
     assert json.loads(again) == data and (work / "runs" / "tune" / "colors.jsonl").read_text() == kept
+
+    packed, said = run(*words, "--pack")
+    assert json.loads(packed) == data and "next: ddkit evaluate --track 2 track2.zip" in said
+    with zipfile.ZipFile("track2.zip") as archive:
+        assert json.loads(archive.read("models/colors/entry.json"))["steps"] == 200
+
+
+@pytest.mark.slow
+def test_a_search_halves_its_candidates_and_repeats_nothing(colors, colors_model, work):
+    words = (colors, "--model", colors_model, "--steps", 2, "--steps", 4, "--guidance", 1, "--images", 2, "--images", 3,
+             "--time-budget", "10m", "--epochs-setting", 1, "--rounds", 1, "--device", "cpu", "--json")  # fmt: skip
+    output, said = run(*words)
+    assert "Trying 4 settings" in said and "in 2 stages" in said
+    assert len(json.loads(output)["trials"]) == 2
+    kept = [json.loads(line) for line in (work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()]
+    assert [trial["epochs_setting"] for trial in kept] == [0] * 4 + [1] * 2
+    assert all(trial["images"] == [2 * trial["images_per_class"]] for trial in kept)
+    again, _ = run(*words)
+    assert json.loads(again) == json.loads(output)
+    assert len((work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("words, status, said", [
