@@ -91,16 +91,13 @@ def estimate_refinement(
             kinds["random networks"] = settings.dm_steps
         if settings.pool.size:
             kinds["pool"] = pool_begin
+    tried = dataclasses.replace(settings, val_epochs=_TRIALS)
+    times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        state = RefinementState(Path(folder), {}, "", "", images, torch.zeros_like(images), images, images)
-        times: list[float] = []
-        with Refinement(
-            state,
-            dataclasses.replace(settings, val_epochs=_TRIALS),
-            holdout,
-            chosen,
-            lambda report: times.append(time.monotonic()),
-        ) as refinement:
+        state = RefinementState(
+            Path(folder), dataclasses.asdict(tried), "", "", images, torch.zeros_like(images), images, images
+        )
+        with Refinement(state, tried, holdout, chosen, lambda report: times.append(time.monotonic())) as refinement:
             refinement.validate(StopRequest())
             epoch = times[-2] - times[-3]
             test = times[-1] - times[-2] - epoch

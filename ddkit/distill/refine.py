@@ -336,10 +336,9 @@ class Refinement:
 
     def _inputs(self, step: int) -> tuple[Tensor, Tensor]:
         """Rows of the step's real images and (P,) parameters of its random network; the next step's are begun."""
-        if self._next is not None and self._next[0] == step:
-            found = self._next[1].result()
-        else:
-            found = self._draw_inputs(step)
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._thread.submit(self._draw_inputs, step)
+        found = self._next[1].result()
         self._next = step + 1, self._thread.submit(self._draw_inputs, step + 1)
         return found
 
