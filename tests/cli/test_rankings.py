@@ -57,7 +57,7 @@ def _mean(kind):
 @pytest.mark.parametrize("more", [("--no-augment",), ("--track", "2")])
 def test_it_is_of_sets_with_augmentation_on_track_1(mine, more):
     _, errors = run("evaluate", mine, *QUICK, "--ranking", *more, status=2)
-    assert "--ranking is of sets on track 1" in errors
+    assert "--ranking needs --track 1" in errors
 
 
 def test_random_real_images_are_not_ranked(mine, colors):
