@@ -13,20 +13,7 @@ from ddkit import api
 from ddkit.errors import UsageError
 from ddkit.runtime.progress import Progress
 
-EXAMPLE = """
-import ddkit
-from ddkit.distill.settings import RefineSettings
-
-ddkit.generate("glyphs", ipc=10, from_real="random", out="baseline/glyphs.pt")
-ddkit.generate("glyphs", ipc=10, from_real="random", out="submission/glyphs.pt")
-refined = ddkit.refine("submission/glyphs.pt", steps=2, settings=RefineSettings(objective="dm", batch_real=8, val_epochs=0))
-print("held-out accuracy", refined.accuracy_before, refined.accuracy)
-for path in ("submission/glyphs.pt", "baseline/glyphs.pt"):
-    result = ddkit.evaluate(path, epochs_setting=1, rounds=2)
-    print(path, result.mean, result.interval)
-print(ddkit.check().ok, ddkit.pack())
-ddkit.report(html="report.html")
-"""
+README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def test_import_loads_nothing_heavy_and_names_what_it_offers():
@@ -74,8 +61,9 @@ def test_load_dataset_and_generate_report_their_progress(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example_of_a_notebook_runs(tmp_path):
-    done = subprocess.run([sys.executable, "-c", EXAMPLE], cwd=tmp_path, capture_output=True, text=True)
+def test_the_python_example_of_the_readme_runs(tmp_path):
+    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"submission/glyphs\.pt 0\.\d+ \(", done.stdout) and "submission.zip" in done.stdout
     assert Path(tmp_path, "report.html").is_file() and Path(tmp_path, "runs/results.jsonl").is_file()
