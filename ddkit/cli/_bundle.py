@@ -47,25 +47,25 @@ class Size(click.ParamType):
 
 _OPTIONS = (
     click.option("--model", "models", multiple=True, metavar="DATASET=FOLDER",
-                 help="Track 2: model to bundle; repeatable.", show_default="runs/<dataset> of both datasets"),
+                 help="Track 2: bundle this model; repeatable.", show_default="runs/<dataset> of both datasets"),
     click.option("--tuned", is_flag=True, help="Track 2: use the best settings that ddkit tune found."),
-    click.option("--sampler", type=SAMPLER_CHOICE, help="Track 2: sampler."),
-    click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Track 2: steps of the sampler."),
-    click.option("--guidance", type=click.FloatRange(0), help="Track 2: classifier-free guidance; 1 is none."),
+    click.option("--sampler", type=SAMPLER_CHOICE, help="Track 2: choose the sampler."),
+    click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Track 2: sample in this many steps."),
+    click.option("--guidance", type=click.FloatRange(0), help="Track 2: scale classifier-free guidance; 1 turns it off."),
     click.option("--images-per-class", type=click.IntRange(1), metavar="N",
                  help="Track 2: stop at N images of each class.", show_default="as many as the time allows"),
     click.option("--precision", type=PRECISION_CHOICE,
-                 help="Track 2: precision of sampling; auto is bfloat16 on GPUs that are fast at it, else float32."),
+                 help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32."),
     click.option("--bundle-device", type=click.Choice(["auto", "cpu", "cuda"]),
-                 default="auto", show_default=True, help="Track 2: device of the bundle; cuda refuses to run without a GPU."),
+                 default="auto", show_default=True, help="Track 2: run the bundle on this device; cuda requires a GPU."),
     click.option("--half", is_flag=True, help="Track 2: store weights as float16, and print what that changes."),
     click.option("--size-limit", type=Size(), metavar="SIZE", help="Track 2: warn if the zip is larger, such as 2GB."),
     click.option("--proof-budget", type=Duration(), default="60s", show_default=True,
-                 help="Track 2: time that the bundle is run for each dataset, to prove it."),
+                 help="Track 2: test the bundle by running it for this long on each dataset."),
     click.option("--proof-images", type=click.IntRange(1), metavar="N",
-                 help="Track 2: images of each dataset that are enough for the proof.", show_default="as the budget allows"),
-    click.option("--fresh-venv", is_flag=True, help="Track 2: prove it in an environment that pip installs."),
-    click.option("--no-proof", is_flag=True, help="Track 2: do not run the bundle."),
+                 help="Track 2: end the test after this many images of each dataset.", show_default="as the budget allows"),
+    click.option("--fresh-venv", is_flag=True, help="Track 2: test the bundle in an environment that pip installs."),
+    click.option("--no-proof", is_flag=True, help="Track 2: do not test the bundle."),
 )  # fmt: skip
 
 
@@ -107,7 +107,9 @@ def pack_models(output: Output, models: Sequence[BundleModel], out: Path, proof:
     output.note(f"Bundling {escape(names)} into {escape(str(out))}.")
     for spec in CHALLENGE_DATASETS:
         if spec.name not in [model.dataset for model in models]:
-            output.note(f"[yellow]warning[/yellow] There is no model for {spec.name}: the score is the mean of both datasets.")
+            output.note(
+                f"[yellow]warning[/yellow] There is no model for {spec.name}, but the score is the mean of both datasets."
+            )
     for model in models:
         if model.settings.half:
             _note_rounding(output, model)
@@ -125,7 +127,9 @@ def _models(options: dict[str, Any]) -> list[BundleModel]:
     if not options["tuned"]:
         return models
     if chosen.keys() & {"sampler", "steps", "guidance"} or options["images_per_class"]:
-        raise UsageError("--tuned brings its own sampler, steps, guidance and images per class.", "Leave out one of them.")
+        raise UsageError(
+            "--tuned sets the sampler, steps, guidance and images per class.", "Leave out --tuned or those options."
+        )
     return [with_best_settings(model, TRIALS_FOLDER / f"{model.dataset}.jsonl") for model in models]
 
 
@@ -158,13 +162,13 @@ def _report(output: Output, packed: PackedBundle, limit: int | None) -> None:
     for proof in packed.proofs:
         least, most = proof.images_per_class
         output.note(
-            f"Proved on {escape(proof.dataset)} without ddkit: {proof.images:,} images, {least} to {most} of each class, in "
-            f"{proof.seconds:.1f} of {proof.budget:g} s."
+            f"Without ddkit, the bundle made {proof.images:,} {escape(proof.dataset)} images, {least} to {most} of each class, "
+            f"in {proof.seconds:.1f} s of its {proof.budget:g} s."
         )
         if least == 0:
-            output.note("[yellow]warning[/yellow] Some classes have no image: on this machine the budget is too short.")
+            output.note("[yellow]warning[/yellow] Some classes have no image, because the budget is too short on this machine.")
     if not packed.proofs:
-        output.note("[yellow]warning[/yellow] The bundle was not run.")
+        output.note("[yellow]warning[/yellow] The bundle was not tested.")
     if limit is not None and packed.size > limit:
-        output.note(f"[yellow]warning[/yellow] {packed.size:,} bytes are more than the limit of {limit:,}; see --half.")
+        output.note(f"[yellow]warning[/yellow] The zip has {packed.size:,} bytes; the limit is {limit:,}. Add --half.")
     output.finish([packed.path], f"ddkit evaluate --track 2 {packed.path}")

@@ -31,16 +31,17 @@ def _read_class_map(
 
 _OPTIONS = (
     click.option("--method", type=click.Choice(["diffusion", "minimax"]),
-                 help="diffusion trains a new generator; minimax fine-tunes one by the minimax criteria."),
+                 help="Train a new generator (diffusion), or fine-tune one by the minimax criteria (minimax)."),
     click.option("--init", metavar="FOLDER_OR_HUB_ID",
-                 help="minimax: the generator to start from.  [default: runs/<dataset>, if it holds one]"),
-    click.option("--full", is_flag=True, default=None, help="minimax: train all parameters, not only those of DiffFit."),
-    click.option("--lambda-r", type=click.FloatRange(0), help="minimax: weight of representativeness."),
-    click.option("--lambda-d", type=click.FloatRange(0), help="minimax: weight of diversity."),
-    click.option("--memory-size", type=click.IntRange(1), help="minimax: latents of each class to compare with."),
-    click.option("--epochs", type=click.IntRange(1), help="minimax: passes over the training set, instead of --steps."),
+                 help="Minimax: start from this generator.  [default: runs/<dataset>, if it holds one]"),
+    click.option("--full", is_flag=True, default=None, help="Minimax: train all parameters, not only those of DiffFit."),
+    click.option("--lambda-r", type=click.FloatRange(0), help="Minimax: set the weight of representativeness."),
+    click.option("--lambda-d", type=click.FloatRange(0), help="Minimax: set the weight of diversity."),
+    click.option("--memory-size", type=click.IntRange(1), help="Minimax: compare with this many latents of each class."),
+    click.option("--epochs", type=click.IntRange(1),
+                 help="Minimax: train for this many passes over the training set, instead of --steps."),
     click.option("--class-map", type=click.Path(exists=True, dir_okay=False, path_type=Path), callback=_read_class_map,
-                 help="minimax: JSON from classes to labels of the start, by name or number, or null for their mean."),
+                 help="Minimax: read from this JSON file which label of --init each class takes; null takes the mean."),
 )  # fmt: skip
 
 

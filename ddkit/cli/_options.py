@@ -24,7 +24,7 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
     @click.option("-q", "--quiet", is_flag=True, help="Print neither progress nor notes.")
-    @click.option("-v", "--verbose", count=True, help="Print more; twice for the logs of the libraries too.")
+    @click.option("-v", "--verbose", count=True, help="Print ddkit's log; given twice, the libraries' logs as well.")
     @click.option(
         "--debug",
         is_flag=True,
@@ -42,18 +42,22 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 device_option = click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Device to compute on."
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Compute on this device."
 )
-seed_option = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Random seed.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Use this random seed."
+)
 recorded_seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**31 - 1), help="Random seed; 0 if not given. A resumed run keeps the seed it began with."
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    help="Use this random seed; 0 if not given. A resumed run keeps its first seed.",
 )
 results_option = click.option(
     "--results",
     type=click.Path(dir_okay=False, path_type=Path),
     default=RESULTS_FILE,
     show_default=True,
-    help="File that results are read from and added to.",
+    help="Read results from this file, and add new ones to it.",
 )
 
 

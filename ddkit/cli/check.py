@@ -40,7 +40,7 @@ _DEFAULT = click.core.ParameterSource.DEFAULT
     "--fix-order",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="OUT",
-    help="Write the tensor to OUT with its rows in the order that the real images tell, and check nothing.",
+    help="Write the tensor to OUT with its rows in the order that the real images suggest, and check nothing.",
 )
 @output_options
 @click.pass_context
@@ -58,7 +58,9 @@ def check(
     from ddkit.checks.order import reorder_rows
 
     if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
-        raise UsageError("--dataset applies to a single file.", "In a folder or a zip, the files' names tell the dataset.")
+        raise UsageError(
+            "--dataset applies to a single file.", "In a folder or a zip, the names of the files give the dataset."
+        )
     if fix_order is not None:
         given = [name for name in ("ipc", "strict", "ignored") if ctx.get_parameter_source(name) is not _DEFAULT]
         if given:

@@ -66,7 +66,7 @@ def list_datasets(output: Output) -> None:
     "source",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A folder or an archive. Without it, a built-in dataset is downloaded or drawn.",
+    help="Read this folder or archive. If not given, a built-in dataset is downloaded or drawn.",
 )
 @click.option(
     "--image-size",
@@ -77,9 +77,9 @@ def list_datasets(output: Output) -> None:
 @click.option(
     "--test-split",
     type=click.Choice(SPLIT_NAMES["test"]),
-    help="The folder to use as the test split, if several have labels. Without it, the first of these that is there.",
+    help="Use this folder as the test split, if several have labels.  [default: the first of these that is there]",
 )
-@click.option("--skip-bad", is_flag=True, help="Leave out files that are not whole images.")
+@click.option("--skip-bad", is_flag=True, help="Leave out files that are not complete images.")
 @click.option("--force", is_flag=True, help="Prepare the dataset again even if it is prepared.")
 @output_options
 def prepare(output: Output, name: str, source: Path | None, force: bool, **options: Any) -> None:
@@ -106,7 +106,7 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     facts = store.store_facts(name)
     for split, split_facts in facts.splits.items():
         if split_facts.skipped:
-            output.note(f"[yellow]left out[/yellow] of {split}: {escape(', '.join(split_facts.skipped))}")
+            output.note(f"[yellow]warning[/yellow] These {split} files were left out: {escape(', '.join(split_facts.skipped))}")
     output.result(_as_json(facts, folder), _summary(facts))
     if facts.prepared == made_before:
         output.note(f"It was prepared already, in {escape(str(folder))}; --force prepares it again.")
@@ -117,14 +117,18 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     short_help="Draw images of a dataset.", epilog=example("ddkit data show cifar100 --classes apple,worm --per-class 20")
 )
 @_name_argument
-@click.option("--split", type=click.Choice(("train", "test")), default="train", show_default=True, help="Which images.")
-@click.option("--per-class", type=click.IntRange(min=1), default=10, show_default=True, help="Images in each row.")
+@click.option(
+    "--split", type=click.Choice(("train", "test")), default="train", show_default=True, help="Draw images of this split."
+)
+@click.option(
+    "--per-class", type=click.IntRange(min=1), default=10, show_default=True, help="Draw this many images in each row."
+)
 @click.option("--classes", metavar="NAME,...", help="Draw only these: names or numbers, separated by commas.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="PNG",
-    help="The picture. Without it: NAME-SPLIT.png here.",
+    help="Write the picture to this file.  [default: NAME-SPLIT.png]",
 )
 @output_options
 def show(output: Output, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:

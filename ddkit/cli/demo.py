@@ -27,7 +27,7 @@ _EPOCHS_SETTING = "60"
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("ddkit-demo"),
     show_default=True,
-    help="Folder for everything that is written.",
+    help="Write everything to this folder.",
 )
 @device_option
 @seed_option

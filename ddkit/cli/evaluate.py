@@ -109,7 +109,11 @@ _MOST_ROUNDS_SHOWN = 5
     help="Evaluate in spite of findings with this code; repeatable.",
 )
 @click.option(
-    "--save-every", type=Duration(), default="30s", show_default=True, help="Save the state this often; a kill costs as much."
+    "--save-every",
+    type=Duration(),
+    default="30s",
+    show_default=True,
+    help="Save the state this often; a kill loses at most this.",
 )
 @device_option
 @seed_option

@@ -34,18 +34,26 @@ _METHODS = (
 @click.command(
     short_help="Make a distilled set.", epilog=example("ddkit generate --ipc 10 --dataset cifar100 --candidates 100")
 )
-@click.option("--dataset", required=True, help="A dataset that `ddkit data list` shows.")
+@click.option("--dataset", required=True, help="Make a set for this dataset, which `ddkit data list` shows.")
 @click.option(
-    "--ipc", type=click.IntRange(1), default=10, show_default=True, help="Images per class; the challenge asks for 10."
+    "--ipc",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Make this many images per class; the challenge asks for 10.",
 )
 @click.option(
-    "--model", type=click.Path(file_okay=False, path_type=Path), help="Folder of the model.  [default: runs/<dataset>]"
+    "--model",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Sample the model in this folder.  [default: runs/<dataset>]",
 )
-@click.option("--candidates", type=click.IntRange(1), help="Images of each class to sample and choose from; see --select.")
+@click.option(
+    "--candidates", type=click.IntRange(1), help="Sample this many images of each class and choose from them; see --select."
+)
 @click.option(
     "--select",
     metavar="METHOD",
-    help=f"How to choose from the candidates: {', '.join(_METHODS)}.  [default: {_METHODS[0]}]",
+    help=f"Choose from the candidates in this way: {', '.join(_METHODS)}.  [default: {_METHODS[0]}]",
 )
 @click.option(
     "--from-real",
@@ -57,43 +65,47 @@ _METHODS = (
     "--sampling-steps",
     "steps",
     type=click.IntRange(1, MOST_SAMPLING_STEPS),
-    help=f"Steps of the sampler.  [default: {_DEFAULTS.steps}]",
+    help=f"Sample in this many steps.  [default: {_DEFAULTS.steps}]",
 )
 @click.option(
     "--guidance",
     type=click.FloatRange(0),
-    help="Classifier-free guidance: how strongly images show their class; 1 turns it off.  "
+    help="Set the scale of classifier-free guidance; larger values show the class more strongly, and 1 turns it off.  "
     f"[default: {default_guidance(10):g}, or {default_guidance(None):g} above {FEW_IMAGES} images per class]",
 )
 @click.option(
     "--guidance-interval",
     type=(float, float),
     metavar="LOW HIGH",
-    help="Times, from 0 (clean) to 1 (noise), in which guidance acts.  "
+    help="Guide only between these times, from 0 (clean) to 1 (noise).  "
     f"[default: {' '.join(f'{time:g}' for time in _DEFAULTS.guidance_interval)}]",
 )
 @click.option(
     "--mode-guidance",
     type=click.FloatRange(0),
     metavar="SCALE",
-    help="Mode guidance: steer image i of a class to mode i of its real images, early in sampling; 0 turns it off, and the "
-    f"paper uses 0.1.  [default: {_DEFAULTS.mode_guidance:g}]",
+    help="Set the scale of mode guidance, which steers image i of a class to mode i of its real images early in "
+    f"sampling; 0 turns it off, and the paper uses 0.1.  [default: {_DEFAULTS.mode_guidance:g}]",
 )
-@click.option("--sampler", type=click.Choice(SAMPLERS), help=f"How noise is removed.  [default: {_DEFAULTS.sampler}]")
+@click.option("--sampler", type=click.Choice(SAMPLERS), help=f"Choose the sampler.  [default: {_DEFAULTS.sampler}]")
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
-    help=f"Images to sample at once.  [default: {BATCH_ON_GPU} on a GPU, else {BATCH_ELSEWHERE}]",
+    help=f"Sample this many images at once.  [default: {BATCH_ON_GPU} on a GPU, else {BATCH_ELSEWHERE}]",
 )
 @click.option(
     "--precision",
     type=click.Choice(SAMPLING_PRECISIONS),
-    help="Precision of sampling. auto is bfloat16 on GPUs that compute it fast, and float32 elsewhere.  "
+    help="Sample in this precision. auto is bfloat16 on GPUs that compute it fast, and float32 elsewhere.  "
     f"[default: {_DEFAULTS.precision}]",
 )
-@click.option("--compile/--no-compile", default=None, help="Compile the networks first; worth it above a few thousand images.")
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="File of the set.  [default: submission/<dataset>.pt]"
+    "--compile/--no-compile", default=None, help="Compile the networks first, which pays above a few thousand images."
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the set to this file.  [default: submission/<dataset>.pt]",
 )
 @click.option("--replace", is_flag=True, help="Make the set again, even if it is complete or has been refined.")
 @seed_option

@@ -34,12 +34,12 @@ _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
     type=click.Choice(["1", "2"]),
     default="1",
     show_default=True,
-    help="Track of the challenge; 2 bundles the trained models with a script that samples them.",
+    help="Pack for this track; 2 bundles the trained models with a script that samples them.",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Zip to write.",
+    help="Write the zip to this file.",
     show_default=f"{_SUBMISSION_FILE}; {BUNDLE_FILE} on track 2",
 )
 @click.option("--strict", is_flag=True, help="Refuse a submission that has warnings.")
@@ -87,7 +87,10 @@ def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
         if name in common or (name in _OF_TRACK_1) == (track == "1"):
             continue
         if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
-            raise UsageError(f"{parameter.opts[0]} applies to track {3 - int(track)} only.", "See: ddkit pack --help")
+            raise UsageError(
+                f"{parameter.opts[0]} applies to track {3 - int(track)} only.",
+                f"Leave it out, or add --track {3 - int(track)}.",
+            )
 
 
 def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignored: tuple[str, ...]) -> None:
@@ -111,5 +114,5 @@ def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignored
     output.result(data, files_table(files, path, sha256))
     scored = any(file.name == f"{spec.name}.pt" for file in files for spec in CHALLENGE_DATASETS)
     use = f"Upload {escape(str(path))}." if scored else "For practice only: the challenge does not score these datasets."
-    output.note(f"Packed, read back and verified. {use}")
+    output.note(f"The zip was read back and verified. {use}")
     output.finish([path], "ddkit report")

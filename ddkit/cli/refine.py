@@ -95,7 +95,9 @@ _DEFAULTS = RefineSettings()
     help="Keep the state and the set as it was in this folder.  [default: runs/<dataset>-refine]",
 )
 @click.option("--fresh", is_flag=True, help="Start over from the set as it was.")
-@click.option("--dry-run", is_flag=True, help="Only say what it would take and reach: steps, time, memory, accuracy.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only print the steps, time and memory that it would need, and the accuracy to expect."
+)
 @click.option(
     "--ignore",
     "ignored",

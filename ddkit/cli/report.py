@@ -39,22 +39,22 @@ _MOST_PROBLEMS = 3
     "--track", type=click.Choice(["1", "2"]), help="Show only this track; if not given, track 1 and those with results."
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the HTML page to this file as well.")
-@click.option("--all", "show_all", is_flag=True, help="Show all rows, a page at a time on a terminal.")
+@click.option("--all", "show_all", is_flag=True, help="Show all rows, page by page on a terminal.")
 @click.option(
     "--quality",
     is_flag=False,
     flag_value=str(SUBMISSION_FOLDER),
     metavar="[PATH]",
     type=click.Path(path_type=Path),
-    help="Measure the images of the sets at PATH too: Frechet distance, density, coverage, diversity and copies. "
-    f"Without PATH, the sets in {SUBMISSION_FOLDER}.",
+    help="Measure the images of the sets at PATH as well: Frechet distance, density, coverage, diversity and copies. "
+    f"Without PATH, it measures the sets in {SUBMISSION_FOLDER}.",
 )
 @click.option(
     "--runs",
     type=click.Path(file_okay=False, path_type=Path),
     default=RUNS_FOLDER,
     show_default=True,
-    help="Folder of trained generators, whose training logs the page shows.",
+    help="Show the training logs of the generators in this folder on the page.",
 )
 @device_option
 @seed_option

@@ -26,45 +26,47 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Train a generator.", epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
-@click.option("--dataset", required=True, help="A dataset that `ddkit data list` shows.")
+@click.option("--dataset", required=True, help="Train on this dataset, which `ddkit data list` shows.")
 @click.option(
     "--preset",
     "preset_name",
-    help=f"Sizes and settings: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}, or what fits into the memory of the GPU]",
+    help=f"Choose sizes and settings: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}, or what fits into the GPU's memory]",
 )
 @minimax_options
-@click.option("--steps", type=click.IntRange(1), help="Steps of denoiser training in all; the autoencoder's come first.")
-@click.option("--time", "seconds", type=Duration(), help="Training time in all, such as 20m, instead of --steps.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
-@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Learning rate of the denoiser.")
+@click.option("--steps", type=click.IntRange(1), help="Train the denoiser for this many steps in all, after the autoencoder.")
+@click.option("--time", "seconds", type=Duration(), help="Train for this much time in all, such as 20m, instead of --steps.")
+@click.option("--batch-size", type=click.IntRange(1), help="Train on this many images in each step, over all processes.")
+@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Set the learning rate of the denoiser.")
 @click.option(
     "--ema-width",
     type=click.FloatRange(0, 0.28, min_open=True, max_open=True),
-    help="Relative width of the moving average of the weights (sigma_rel of EDM2).",
+    help="Set the relative width of the weights' moving average (sigma_rel of EDM2).",
 )
 @click.option(
     "--ema-decay",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Constant decay of the moving average of the weights, instead of --ema-width.",
+    help="Set a constant decay of the weights' moving average, instead of --ema-width.",
 )
-@click.option("--accumulation", type=click.IntRange(1), help="Parts that a step is computed in, to save memory.")
-@click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the denoiser learns to predict.")
+@click.option("--accumulation", type=click.IntRange(1), help="Compute each step in this many parts, to save memory.")
+@click.option("--prediction", type=click.Choice(PREDICTIONS), help="Choose what the denoiser learns to predict.")
 @click.option(
     "--label-dropout",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Fraction of images shown without their class, which guidance needs.",
+    help="Hide the class of this fraction of the images; guidance needs it.",
 )
 @click.option(
     "--min-snr",
     type=click.FloatRange(0),
-    help="Gamma of the min-SNR weights of v and epsilon; 0 gives all noise levels the same weight.",
+    help="Set gamma of the min-SNR weights of v and epsilon; 0 gives all noise levels the same weight.",
 )
-@click.option("--architecture", type=click.Choice(ARCHITECTURES), help="Architecture of the denoiser.")
-@click.option("--flips/--no-flips", default=None, help="Also show images mirrored; wrong for letters and digits.")
+@click.option("--architecture", type=click.Choice(ARCHITECTURES), help="Choose the denoiser's architecture.")
+@click.option(
+    "--flips/--no-flips", default=None, help="Train on mirrored images as well, which is wrong for letters and digits."
+)
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help="Precision of the computation. bfloat16 is faster on GPUs and on processors with instructions for it.  "
+    help="Compute in this precision. bfloat16 is faster on GPUs and on processors with instructions for it.  "
     "[default: the preset's, or the faster one on GPUs]",
 )
 @click.option("--compile/--no-compile", default=None, help="Compile the networks if the training is long enough.")
@@ -74,13 +76,16 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Fail if there is no training to continue.")
 @click.option("--fresh", is_flag=True, help="Remove the training in the folder, and start over.")
 @click.option(
-    "--out", "folder", type=click.Path(file_okay=False, path_type=Path), help="Folder of the run.  [default: runs/<dataset>]"
+    "--out",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the training to this folder.  [default: runs/<dataset>]",
 )
 @click.option(
     "--track-every",
     type=click.IntRange(0),
     metavar="STEPS",
-    help="Score the model by its Frechet distance every so many steps, and keep the best; 0 for never.",
+    help="Measure the model's Frechet distance each time after so many steps, and keep the best model; 0 turns it off.",
 )
 @click.option(
     "--features",
@@ -93,7 +98,7 @@ if TYPE_CHECKING:
     type=Duration(),
     default="5m",
     show_default=True,
-    help="Time between two checkpoints, which is the most work that a kill can cost.",
+    help="Save a checkpoint this often; a kill loses at most this.",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write records for TensorBoard.")
 @click.option("--dry-run", is_flag=True, help="Only show what the training would cost: parameters, memory, speed.")

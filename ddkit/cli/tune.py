@@ -35,18 +35,23 @@ class _ImagesPerClass(click.ParamType):
 
 
 @click.command(
-    short_help="Search the best sampling settings for track 2.",
+    short_help="Search for the best sampling settings for track 2.",
     epilog=example("ddkit tune tinyimagenet --steps 4 --steps 8 --images 100 --images all --pack"),
 )
 @click.argument("dataset", default=CIFAR100.name)
-@click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="Model folder.", show_default="runs/<dataset>")
+@click.option(
+    "--model",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Tune the model in this folder.",
+    show_default="runs/<dataset>",
+)
 @click.option(
     "--steps",
     type=click.IntRange(1),
     multiple=True,
     default=(4, 8, 16),
     show_default=True,
-    help="Sampling steps to try; repeatable.",
+    help="Try this many sampling steps; repeatable.",
 )
 @click.option(
     "--guidance",
@@ -54,7 +59,7 @@ class _ImagesPerClass(click.ParamType):
     multiple=True,
     default=(1.0, 2.0),
     show_default=True,
-    help="Guidance to try; repeatable.",
+    help="Try this scale of guidance; repeatable.",
 )
 @click.option(
     "--images",
@@ -63,32 +68,36 @@ class _ImagesPerClass(click.ParamType):
     default=("all",),
     show_default=True,
     metavar="N|all",
-    help="Images per class to try, at which the generator stops; repeatable.",
+    help="Try to stop at this many images per class; repeatable.",
 )
-@click.option("--sampler", type=SAMPLER_CHOICE, default="dpm++", show_default=True, help="Sampler.")
+@click.option("--sampler", type=SAMPLER_CHOICE, default="dpm++", show_default=True, help="Choose the sampler.")
 @click.option(
     "--precision",
     type=PRECISION_CHOICE,
     default="auto",
     show_default=True,
-    help="Precision of sampling; auto is bfloat16 on GPUs that are fast at it, else float32.",
+    help="Sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.",
 )
-@click.option("--time-budget", type=Duration(), default="60s", show_default=True, help="Time for each run of the generator.")
+@click.option(
+    "--time-budget", type=Duration(), default="60s", show_default=True, help="Let the generator run this long for each trial."
+)
 @click.option(
     "--epochs-setting",
     type=click.IntRange(0),
     default=20,
     show_default=True,
     metavar="E",
-    help="E + 1 epochs of training for the last candidates, fewer for the earlier ones; the protocol says 100.",
+    help="Train for E + 1 epochs on the last candidates, and for fewer on the earlier ones; the official E is 100.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True, help="Rounds for the last candidates.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=2, show_default=True, help="Evaluate the last candidates in this many rounds."
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=TRIALS_FOLDER,
     show_default=True,
-    help="Folder of the trials and of the chart.",
+    help="Write the trials and the chart to this folder.",
 )
 @click.option("--pack", "packs", is_flag=True, help=f"Write {BUNDLE_FILE} with the best settings at the end.")
 @device_option
@@ -131,7 +140,7 @@ def tune(
     read_facts(bundled.folder)  # a missing model is reported before anything is downloaded
     output.note(
         f"Trying {len(search.candidates)} settings of {escape(str(bundled.folder))} in {len(search.stages)} stages: "
-        f"generating takes {span_text(search.longest_generation)} at most, and training comes on top."
+        f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."
     )
     test_set = as_test_set(open_dataset(dataset, "test", progress=output.progress), spec)
     state = StateFolder(RUNS_FOLDER / "evaluations")
@@ -205,7 +214,7 @@ def _evidence(trials: Sequence[Trial]) -> str:
     comparison = compare_best_two(trials)
     if comparison is None:
         return (
-            "A single round does not tell how much of a difference is noise." if len(trials) > 1 else "Nothing else was tried."
+            "A single round does not show how much of a difference is noise." if len(trials) > 1 else "Nothing else was tried."
         )
     points, half = 100 * comparison.difference, 50 * (comparison.interval[1] - comparison.interval[0])
     verdict = "which exceeds the noise" if comparison.exceeds_noise else "which does not exceed the noise; try more --rounds"

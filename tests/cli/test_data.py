@@ -83,7 +83,7 @@ def test_bad_files_exit_with_3_unless_they_may_be_skipped(broken, own_cache):
 
     finished = run("prepare", "pets", "--from", str(broken), "--skip-bad")
     assert finished.exit_code == 0 and "6 train images" in finished.stdout
-    assert "left out of train: photos/train/cat/notes.txt" in finished.stderr
+    assert "These train files were left out: photos/train/cat/notes.txt" in finished.stderr
 
 
 @pytest.mark.parametrize(

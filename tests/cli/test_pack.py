@@ -54,7 +54,7 @@ def test_it_takes_the_best_settings_that_were_tuned(colors, colors_model, work):
         trial = Trial(colors, model_hash(colors_model), "ddim", steps, 1.5, 60.0, 20, 0, "", (9,), (59.0,), (accuracy,))
         _append(trial, work / "runs" / "tune" / "colors.jsonl")
     _, said = run(*words)
-    assert "The bundle was not run" in said
+    assert "The bundle was not tested" in said
     with zipfile.ZipFile("track2.zip") as archive:
         entry = json.loads(archive.read("models/colors/entry.json"))
     assert (entry["sampler"], entry["steps"], entry["guidance"]) == ("ddim", 8, 1.5)
@@ -66,7 +66,7 @@ def test_it_takes_the_best_settings_that_were_tuned(colors, colors_model, work):
     (["--track", "2", "--strict"], 2, "--strict applies to track 1 only"),
     (["--half"], 2, "--half applies to track 2 only"),
     (["--track", "2", "--size-limit", "much"], 2, "not a size"),
-    (["--track", "2", "--tuned", "--guidance", "2"], 2, "--tuned brings its own"),
+    (["--track", "2", "--tuned", "--guidance", "2"], 2, "--tuned sets the sampler"),
     ([], 3, "There is no submission folder"),
 ])  # fmt: skip
 def test_what_it_refuses(work, words, status, said):
