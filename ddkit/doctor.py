@@ -79,7 +79,7 @@ def _gpu(folder: Path) -> Iterator[Diagnosis]:
     if not torch.cuda.is_available():
         if torch.version.cuda and shutil.which("nvidia-smi"):
             yield Diagnosis(
-                "broken", "GPU", "There is an NVIDIA driver, and PyTorch cannot use it.",
+                "broken", "GPU", "There is an NVIDIA driver, but PyTorch cannot use it.",
                 "Update the driver, or install a PyTorch built for it; check CUDA_VISIBLE_DEVICES.",
             )  # fmt: skip
         else:
@@ -162,12 +162,12 @@ def _folders(folder: Path) -> Iterator[Diagnosis]:
             writable = False
         status, remedy = "ok", ""
         if not writable:
-            status, remedy = "broken", "Work in a folder of your own."
+            status, remedy = "broken", "Work in a folder that you may write to."
             if what == "cache":
                 # Prepared datasets in a shared cache can be used all the same.
-                status, remedy = "slow", "Nothing can be kept there; set DDKIT_CACHE to a folder of your own."
+                status, remedy = "slow", "ddkit cannot write there; set DDKIT_CACHE to a folder that you may write to."
         elif free < _LEAST_DISK:
-            status, remedy = "slow", "Make room; datasets, models and states take some gigabytes."
+            status, remedy = "slow", "Free some space; datasets, models and states take several gigabytes."
         permission = "writable" if writable else "not writable"
         yield Diagnosis(status, what, f"{path}, {permission}, {free / 2**30:.0f} GiB free", remedy)
 
@@ -180,7 +180,7 @@ def _datasets(folder: Path) -> Iterator[Diagnosis]:
             yield Diagnosis("ok", f"dataset {name}", counts)
         else:
             command = f"ddkit data prepare {name}"
-            yield Diagnosis("slow", f"dataset {name}", "not prepared yet", f"{command}, or the next command does it.")
+            yield Diagnosis("slow", f"dataset {name}", "not prepared yet", f"{command}, or the next command prepares it.")
 
 
 _PARTS: dict[str, Callable[[Path], Iterator[Diagnosis]]] = {

@@ -153,12 +153,12 @@ def name_findings(names: Sequence[str], where: str) -> list[Finding]:
         if ending.lower() == ".pt" and stem.lower() in known:
             present.add(stem.lower())
             if name != f"{stem.lower()}.pt":
-                message = f"The name must be '{stem.lower()}.pt', in lower case: the scorer opens that very name."
+                message = f"The name must be '{stem.lower()}.pt', in lower case: the scorer opens exactly that name."
                 findings.append(Finding("error", "F011", message, name))
         elif name != f"{stem}.pt" or stem not in known:
             likely = likely_dataset(name)
             offer = f" If it is the tensor for {likely}, rename it to {likely}.pt." if likely else ""
-            message = f"'{name}' is not named after a dataset and is left aside.{offer}"
+            message = f"'{name}' is not named after a dataset and was not checked.{offer}"
             findings.append(Finding("warning", "F020", message, name))
     missing = [name for name in _CHALLENGE_NAMES if name not in present]
     if not present & set(known):

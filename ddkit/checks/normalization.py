@@ -168,7 +168,7 @@ def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
         )
         return [Finding("info", "N005", message, where)]
     if found is None and (change := _contrast_change(constants, spec)):
-        return [Finding("info", "N011", f"{evidence} after {change}. That is fine if you meant it.", where)]
+        return [Finding("info", "N011", f"{evidence} after {change}. That is fine if you intended it.", where)]
     return [_wrong_constants(constants, spec, f"{evidence} under {_numbers(constants)}", images, where)]
 
 
@@ -296,7 +296,7 @@ def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]
     if tails < _HEAVY_TAILS and power(0.25 * side, 0.4 * side) > _FALLING * middle:
         return []  # noise, which was never a picture
     message = (
-        f"The images look whitened (ZCA): their power is as good as flat at low frequencies "
+        f"The images look whitened (ZCA): their power is nearly flat at low frequencies "
         f"({power(0.5, 1.2) / middle:.1f} times as much at one cycle as at four; pictures have 7 and more) and "
         f"the channels are hardly correlated ({correlation:.2f}; in pictures 0.5 to 0.9). The scorer tests on images that "
         f"are only normalized, with {_numbers_of(spec)}. Undo the whitening with the matrix that it was done with "

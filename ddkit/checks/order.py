@@ -113,7 +113,7 @@ def reorder_rows(path: str | os.PathLike[str], out: str | os.PathLike[str], *, d
     rows = detected_rows(distilled.images, distilled.spec)
     if rows is None:
         raise InvalidSubmissionError(
-            f"{path}: the images do not tell which order is right, so nothing was written.",
+            f"{path}: the images do not show which order is right, so nothing was written.",
             "Look at the contact sheet next to the tensor, which shows one class in each row.",
         )
     save_torch(distilled.images[rows], out)
@@ -466,7 +466,7 @@ def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Se
     moved = [block for block, label in enumerate(shown) if label != block]
     pairs = [(block, shown[block]) for block in moved if shown[shown[block]] == block and block < shown[block]]
     if verdict.code == "L007" and len(pairs) * 2 == len(moved):
-        return "swapped are " + ", ".join(f"{a} ({titles[a]}) and {b} ({titles[b]})" for a, b in pairs[:_NAMED])
+        return "swapped: " + ", ".join(f"{a} ({titles[a]}) and {b} ({titles[b]})" for a, b in pairs[:_NAMED])
     if verdict.code in ("L007", "L008") and (side := _run_side(shown, moved)):
         first, last = moved[0], moved[-1]
         return f"the blocks from {first} ({titles[first]}) to {last} ({titles[last]}) show the class {side} theirs"

@@ -65,7 +65,7 @@ def check(
         given = [name for name in ("ipc", "strict", "ignored") if ctx.get_parameter_source(name) is not _DEFAULT]
         if given:
             options = ", ".join("--ignore" if name == "ignored" else f"--{name}" for name in given)
-            raise UsageError(f"--fix-order checks nothing, so that {options} has no effect.", "Leave it out.")
+            raise UsageError(f"--fix-order checks nothing, so {options} has no effect.", "Leave it out.")
         moved = reorder_rows(path, fix_order, dataset=dataset)
         output.result({"wrote": str(fix_order), "moved_rows": moved}, f"{moved} rows moved.")
         output.finish([fix_order], f"ddkit check {shlex.quote(str(fix_order))}" + (f" --dataset {dataset}" if dataset else ""))

@@ -92,9 +92,9 @@ _DEFAULTS = RefineSettings()
 @click.option(
     "--run",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the state and the set as it was in this folder.  [default: runs/<dataset>-refine]",
+    help="Keep the state and the original set in this folder.  [default: runs/<dataset>-refine]",
 )
-@click.option("--fresh", is_flag=True, help="Start over from the set as it was.")
+@click.option("--fresh", is_flag=True, help="Start over from the original set.")
 @click.option(
     "--dry-run", is_flag=True, help="Only print the steps, time and memory that it would need, and the accuracy to expect."
 )
@@ -160,7 +160,7 @@ def refine(
         _show_estimate(output, estimate)
         return
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
-    output.note(f"Refining {escape(str(path))} for {length}. {escape(str(folder))} keeps the set as it was.")
+    output.note(f"Refining {escape(str(path))} for {length}. {escape(str(folder))} keeps the original set.")
     if expected is not None:
         output.note(f"Expected accuracy: {_expectation(expected)}.")
     refined = refine_set(

@@ -45,7 +45,7 @@ def read_cifar(tree: Tree, folder: str, test_split: str | None = None) -> Source
         return None
     if missing := [name for name in FILES if name not in present]:
         raise IncompleteLayoutError(
-            f"{tree.path} is not a whole cifar-100-python: {missing[0]} is missing.", "Get all of it again."
+            f"{tree.path} is not a complete cifar-100-python: {missing[0]} is missing.", "Download it again."
         )
     prefix = f"{folder}/" if folder else ""
     contents = {name: _load(tree, f"{prefix}{name}", name) for name in FILES}
@@ -70,7 +70,7 @@ def _load(tree: Tree, path: str, name: str) -> Any:
     except (
         *READ_ERRORS, pickle.UnpicklingError, LookupError, AttributeError, TypeError, ImportError, OverflowError, MemoryError,
     ) as error:  # fmt: skip
-        raise BadDataError(f"{tree.path}: '{name}' is not a data pickle: {error}.", "Get the archive again.") from error
+        raise BadDataError(f"{tree.path}: '{name}' is not a data pickle: {error}.", "Download the archive again.") from error
 
 
 def _md5(tree: Tree, path: str) -> str:
@@ -85,7 +85,7 @@ def _parsed(path: Path, contents: dict[str, Any], name: str, parse: Callable[[di
     try:
         return parse({_text(key): item for key, item in contents[name].items()})
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise BadDataError(f"{path}: '{name}' does not hold what cifar-100-python has there ({error!r}).") from error
+        raise BadDataError(f"{path}: '{name}' does not have the contents of cifar-100-python ({error!r}).") from error
 
 
 def _pixels(value: dict[str, Any]) -> Pixels:

@@ -85,7 +85,7 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
         if math.prod(image.size) > _MAX_PIXELS:
-            raise BadImageError(f"{image.width} x {image.height} pixels, too many to be an image to train on")
+            raise BadImageError(f"{image.width} x {image.height} pixels, too many for a training image")
         image.load()
         return _upright(image)
     except _PILLOW_ERRORS as error:

@@ -78,13 +78,15 @@ def download(archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPol
         resumed = part.exists() and part.stat().st_size > 0
         _fetch(archive, part, patience, progress)
         if resumed and _md5(part) != archive.md5:
-            _log.warning("The part of %s that an earlier run downloaded does not fit; downloading all of it again.", path.name)
+            _log.warning(
+                "The part of %s that an earlier run downloaded does not match; downloading all of it again.", path.name
+            )
             part.unlink()
             _fetch(archive, part, patience, progress)
         if (found := _md5(part)) != archive.md5:
             part.unlink()
             raise BadDataError(
-                f"{archive.url} is not the file it should be: its MD5 is {found}, expected {archive.md5}.",
+                f"{archive.url} is not the expected file: its MD5 is {found}, expected {archive.md5}.",
                 f"Try again later, or get {archive.file_name} elsewhere and give it to --from.",
             )
         os.replace(part, path)

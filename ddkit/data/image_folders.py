@@ -155,11 +155,11 @@ def _annotate(tree: Tree, split: _Split, loose: Sequence[str], path: str, classe
         if label not in classes:
             raise BadDataError(f"{where} names the class {label!r}, which is not in the training split.", "Correct that line.")
         if not files:
-            raise BadDataError(f"{where} names {name}, which is not there.", "Get all of it again.")
+            raise BadDataError(f"{where} names {name}, which does not exist.", "Download the dataset again.")
         sorted_labels = {in_folders[file] for file in files if file in in_folders}
         if sorted_labels and label not in sorted_labels:
             raise BadDataError(
-                f"{where} says that {name} is of the class {label!r}, but it lies in the folder of {min(sorted_labels)!r}.",
+                f"{where} gives {name} the class {label!r}, but the file lies in the folder of {min(sorted_labels)!r}.",
                 "Correct that line or move the file.",
             )
         for file in files if not sorted_labels else ():
@@ -209,12 +209,12 @@ def _refuse_unfit(tree: Tree, train: _Split, test: _Split, class_names: Sequence
     for split in (train, test):
         if split.unlabeled:
             raise BadDataError(
-                f"{path}: there is no class for {some(split.unlabeled, 1)}.", "Add a line to its annotations, or remove it."
+                f"{path}: {some(split.unlabeled, 1)} does not have a class.", "Add a line to its annotations, or remove it."
             )
         filled = set(split.labels.values())
         if missing := [name for name in class_names if name not in filled and name not in split.folders]:
             raise BadDataError(
-                f"{path}: {inside(split)} does not have all the classes of {inside(train)}: it has no {some(missing)}.",
+                f"{path}: {inside(split)} does not have all the classes of {inside(train)}; missing: {some(missing)}.",
                 "Add or remove them.",
             )
         if empty := [f"{inside(split)}/{name}" for name in class_names if name not in filled]:

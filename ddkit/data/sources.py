@@ -55,7 +55,7 @@ def open_source(path: Path, scratch: Path, *, classes: Sequence[str] = (), test_
     damaged, hostile or in no known layout, BadFileError for what the system refuses.
     """
     if not path.exists():
-        raise MissingDataError(f"There is no {path}.", "Check the path given to --from.")
+        raise MissingDataError(f"{path} does not exist.", "Check the path given to --from.")
     tree = _open_tree(path, path, scratch)
     if isinstance(tree, ZipTree) and any(name.endswith(("/data.pkl", "data.pkl")) for name in tree.files):
         return _reference_source(path)
@@ -73,7 +73,7 @@ def open_source(path: Path, scratch: Path, *, classes: Sequence[str] = (), test_
         raise BadDataError(f"{path} holds several datasets: {places}.", "Give the path of one of them to --from.")
     if not found:
         remedy = _SAVED_TO_DISK.format(path=path) if saved_to_disk else LAYOUTS
-        raise BadDataError(f"{path} has no layout that ddkit knows; it holds {_glimpse(tree)}.", remedy)
+        raise BadDataError(f"{path} does not have a layout that ddkit knows; it holds {_glimpse(tree)}.", remedy)
     return found[0][1]
 
 
@@ -170,7 +170,7 @@ def _reference_source(path: Path) -> Source:
             "but none of the challenge's datasets has these shapes."
         )
     if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < spec.num_classes:
-        raise BadDataError(f"{path}: labels_val is not of the classes 0 to {spec.num_classes - 1}.")
+        raise BadDataError(f"{path}: labels_val has values outside the classes 0 to {spec.num_classes - 1}.")
     test = Pixels(lambda rows: _pixels(images[rows], spec, path), labels.long().numpy())
     return pixel_source("the challenge's test file", path, CLASS_NAMES[spec.name], {"test": test})
 

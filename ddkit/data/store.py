@@ -201,7 +201,7 @@ def store_facts(name: str) -> StoreFacts:
     folder = store_folder(name)
     if not is_prepared(name):
         if name in DATASETS:
-            raise MissingDataError(f"The dataset '{name}' is not prepared.", f"Get it: {_command(name)}")
+            raise MissingDataError(f"The dataset '{name}' is not prepared.", f"Prepare it: {_command(name)}")
         own = f"To prepare your own images: ddkit data prepare {name} --from PATH"
         raise UsageError(f"Unknown dataset '{name}'.", f"{did_you_mean(name, known_names())} {own}")
     try:
@@ -217,7 +217,7 @@ def store_facts(name: str) -> StoreFacts:
     try:
         return _facts_from_json(value)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _damaged(name, f"meta.json does not hold what it should ({error})") from error
+        raise _damaged(name, f"meta.json does not have the expected contents ({error})") from error
 
 
 def write_facts(facts: StoreFacts, folder: Path) -> None:

@@ -143,7 +143,7 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repl
     partial = PartialSet(out, identity, spec.image_shape)
     request = partial.digest
     if not replace and read_provenance(out).get("request") == request:
-        log.info("%s is complete, with these very images", out)
+        log.info("%s already holds exactly these images", out)
         files = set_files(out)
         if group.is_main and not files.sheet.exists():
             draw_sheet(read_set(out, spec.name).images, spec, class_titles(spec.name), files.sheet)
@@ -276,7 +276,7 @@ def _extractor(real: ImageSet, dataset: str, device: torch.device, progress: Lis
 def _check_model(model: Model, dataset: str, folder: Path) -> None:
     """Raise UsageError when the dataset was prepared with other classes or sizes after the model was trained."""
     known, asked = model.facts.class_names, class_names(dataset)
-    remedy = "Train a model on the dataset as it is now."
+    remedy = "Train a model on the present dataset."
     if len(known) != len(asked):
         raise UsageError(f"The model in {folder} knows {len(known)} classes, but the dataset has {len(asked)}.", remedy)
     if known != asked:

@@ -184,7 +184,7 @@ class RefineSettings:
                 raise UsageError(f"Unknown setting '{name}'.", f"Known: {', '.join(flat)}.")
             kind = type(flat[name])
             if not isinstance(value, kind if kind is not float else (int, float)) or isinstance(value, bool) != (kind is bool):
-                raise UsageError(f"The setting {name} is of type {kind.__name__}, and {value!r} is not.")
+                raise UsageError(f"The setting {name} must be of type {kind.__name__}, got {value!r}.")
         nested: dict[str, Any] = {}
         for name, value in (flat | dict(changes)).items():
             outer, _, inner = name.rpartition(".")
@@ -203,7 +203,7 @@ class RefineSettings:
         if self.objective == "dm" and "dm_steps" in names:
             raise UsageError("dm_steps has no effect, as dm is the objective of every step.")
         if self.objective == "mtt" and self.dm_steps == 0 and "batch_real" in names:
-            raise UsageError("batch_real applies to dm and frepo, and every step is of mtt.")
+            raise UsageError("batch_real applies to dm and frepo, but every step uses mtt.")
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class RefinementState:
         When to validate and which set to prefer may change, and are then those of `settings`.
         """
         if sha256_of(path) != self.start_sha256 and not self.made(path):
-            raise UsageError(f"{self.folder} holds the refinement of another set than {path}.", _another(self.folder))
+            raise UsageError(f"{self.folder} holds the refinement of a set other than {path}.", _another(self.folder))
         wanted, recorded = flatten(settings), flatten(self.settings)
         changed = [
             f"{name} {recorded.get(name)}, not {value}"
@@ -182,7 +182,7 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
                     _copy_set(file, _given_up(folder))
                 elif file == path:
                     raise UsageError(
-                        f"{folder} holds the refinement of another set than {path}, and its only copy, {before.name}.",
+                        f"{folder} holds the refinement of a set other than {path}, and its only copy, {before.name}.",
                         _another(folder),
                     )
         _copy_set(before, path)  # also where a kill halfway has given back the tensor but not its JSON and sheet
@@ -192,12 +192,12 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
 
 def refuse_kept_copy(folder: Path, *paths: Path) -> None:
     """Raise UsageError where a path is one of the copies that the folder keeps."""
-    kept = {_before(folder).resolve(): "the set as it was", _given_up(folder).resolve(): "a set that was given up"}
+    kept = {_before(folder).resolve(): "the original set", _given_up(folder).resolve(): "a set that --fresh replaced"}
     for path in paths:
         if whose := kept.get(path.resolve()):
             raise UsageError(
                 f"{path} is the copy of {whose} that {folder} keeps.",
-                "Name the set itself, with --fresh to start over from it as it was, or copy that file elsewhere first.",
+                "Name the set itself, with --fresh to start over from its original, or copy that file elsewhere first.",
             )
 
 

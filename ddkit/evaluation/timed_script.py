@@ -103,5 +103,5 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
     try:
         images, labels = load_tensors(path, "images", "labels")
     except (OSError, TorchFileError, MemoryError) as error:
-        raise InvalidSubmissionError(f"The generator left no readable file of images and labels: {error}.") from error
+        raise InvalidSubmissionError(f"The generator did not write a readable file of images and labels: {error}.") from error
     return images, labels

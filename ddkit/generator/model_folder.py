@@ -148,7 +148,7 @@ def read_facts(folder: Path, *, dataset: str | None = None) -> ModelFacts:
     path = folder / FACTS_FILE
     if not path.is_file():
         raise MissingModelError(
-            f"{folder} does not hold a complete model: it has no {FACTS_FILE}.",
+            f"{folder} does not hold a complete model: {FACTS_FILE} is missing.",
             f"Train one, or continue its training: ddkit train --dataset {dataset or 'NAME'}",
         )
     value = read_json(path)

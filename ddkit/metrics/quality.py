@@ -68,7 +68,7 @@ def measure(
     Raises UsageError for fewer than two images, or if the dataset is too small for that.
     """
     if len(images) < 2:
-        raise UsageError("Quality can be measured of two images or more.")
+        raise UsageError("Measuring the quality of a set takes two images or more.")
     stand_in, reference = _split_real(labels, dataset.labels, seed)
     if len(reference) < 10:
         raise UsageError("There are too few real images to compare the set with.", "Measure a smaller set.")

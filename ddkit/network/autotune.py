@@ -69,7 +69,7 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_l
         try:
             winograd.load()
         except (CompileError, BadFileError) as error:
-            _warn_once(f"The network is computed the plain way, which is several times slower: {error}")
+            _warn_once(f"No fast engine works here, so the network computes several times more slowly: {error}")
             return _plan_without_measuring(network, precision)
     key = (
         f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, batches of {batch_size}, "
@@ -190,7 +190,7 @@ def _remember(key: str, measured: _Measured) -> None:
     try:
         write_json(cache_folder() / _MEMORY, {**_memory(), key: values})
     except BadFileError as error:
-        _log.info("The choice of engine is not remembered: %s", error)
+        _log.info("The choice of engine could not be saved: %s", error)
 
 
 def _memory() -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise CompileError(f"{path} cannot be loaded: {error}.", "Delete it, and it is made anew.") from error
+        raise CompileError(f"{path} cannot be loaded: {error}.", "Delete it; ddkit then compiles it again.") from error
 
 
 def compiler_command() -> list[str]:
@@ -69,7 +69,7 @@ def compiler_command() -> list[str]:
         if words and shutil.which(words[0]):
             return words
     raise CompileError(
-        f"The C++ compiler '{wanted}' is not there." if wanted else "There is no C++ compiler.",
+        f"The C++ compiler '{wanted}' was not found." if wanted else "There is no C++ compiler.",
         "Install g++ or clang++, or set CXX to one.",
     )
 

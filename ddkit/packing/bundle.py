@@ -147,7 +147,7 @@ def open_generators(paths: Sequence[Path], dataset: str | None = None) -> Iterat
             folder = stack.enter_context(open_bundle(path))
             names = [dataset] if dataset else datasets_of(folder)
             if not names:
-                raise UsageError(f"{path} does not tell which datasets it is for.", "Add --dataset NAME.")
+                raise UsageError(f"{path} does not say which datasets it is for.", "Add --dataset NAME.")
             generators += [
                 GeneratorFiles(path, folder, folder / SCRIPT, name, read_bundle_settings(folder, name)) for name in names
             ]
@@ -175,7 +175,7 @@ def scripts() -> dict[str, Path]:
         if all(path.is_file() for path in found.values()):
             return {**found, "denoiser.py": Path(denoiser.__file__)}
     raise MissingModelError(
-        f"The scripts of the track 2 bundle are in none of {', '.join(map(str, places))}.",
+        f"The scripts of the track 2 bundle were not found in {', '.join(map(str, places))}.",
         "Run ddkit from a checkout: pip install -e .",
     )
 
@@ -215,7 +215,9 @@ def _with_script(folder: Path, path: Path) -> Path:
     """The folder of the script: this one, or the only one in it that has it, as when a folder was zipped."""
     found = [place for place in (folder, *sorted(folder.iterdir())) if (place / SCRIPT).is_file()]
     if not found or (found[0] != folder and len(found) > 1):
-        raise BadFileError(f"{path} holds no {SCRIPT}.", "Name a bundle that ddkit pack --track 2 made, or one like it.")
+        raise BadFileError(
+            f"{path} does not contain {SCRIPT}.", "Name a bundle that ddkit pack --track 2 made, or one of the same layout."
+        )
     return found[0]
 
 
@@ -254,7 +256,7 @@ def _check_fits(facts: ModelFacts, spec: DatasetSpec, folder: Path) -> None:
         raise UsageError(
             f"The model in {folder} makes {len(facts.class_names)} classes of {facts.image_size} px; "
             f"{spec.name} has {spec.num_classes} of {spec.image_size} px.",
-            "Train a model on the dataset as it is now.",
+            "Train a model on the present dataset.",
         )
 
 

@@ -71,7 +71,9 @@ def pack(
     if not files:
         raise MissingDataError(f"There is no tensor in {folder} to pack.", "Make one: ddkit generate")
     if any(out.exists() and out.samefile(file) for file in files):
-        raise UsageError(f"The zip would replace {out}, which is to go into it.", "Name another file: --out NAME.zip.")
+        raise UsageError(
+            f"The zip would replace {out}, which is one of the files to pack.", "Name another file: --out NAME.zip."
+        )
     with atomic_write(out) as temporary:
         written = write_zip({file.name: file for file in files}, temporary)
         if written != before:
@@ -111,7 +113,9 @@ def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSe
             for name, sha256 in written.items():
                 unpacked = Path(archive.extract(name, folder))
                 if sha256_of(unpacked) != sha256:
-                    raise BadFileError(f"{path}: '{name}' read back differs from what was written.", "Is the disk sound?")
+                    raise BadFileError(
+                        f"{path}: '{name}' read back differs from what was written.", "Check the disk, and pack again."
+                    )
                 try:
                     read_set(unpacked, unpacked.stem, ipc=settings.ipc)
                 except InvalidSubmissionError as error:

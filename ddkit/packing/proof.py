@@ -109,7 +109,7 @@ def check_made(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:
         raise InvalidSubmissionError(f"The images are {images.dtype}, not float32.")
     bytes_ = denormalize(images, spec) * 255
     if float((bytes_ - bytes_.round().clamp(0, 255)).abs().max()) > _ROUNDING:
-        raise InvalidSubmissionError(f"The images are not bytes normalized with the constants of {spec.name}.")
+        raise InvalidSubmissionError(f"The images are not 8-bit pixels normalized with the constants of {spec.name}.")
     least, most = images_per_class(labels, spec.num_classes)
     if most - least > 1:
         raise InvalidSubmissionError(f"The classes have {least} to {most} images.")

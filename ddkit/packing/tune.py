@@ -184,7 +184,7 @@ def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
     ours = [trial for trial in read_trials(records) if trial.model_sha256 == sha256]
     if not ours:
         raise MissingDataError(
-            f"{records} holds no trials with the model in {model.folder}.", f"Make them: ddkit tune {model.dataset}"
+            f"{records} has no trials of the model in {model.folder}.", f"Make them: ddkit tune {model.dataset}"
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
     sampling = replace(model.settings.sampling, sampler=best.sampler, steps=best.steps, guidance=best.guidance)

@@ -99,7 +99,7 @@ class SetDetails:
         if result.sha256 in shown:
             return "The images are shown with an entry above."
         if len(shown) >= _MOST_SHEETS:
-            return f"Images are shown of {_MOST_SHEETS} sets of a dataset at most."
+            return f"Images are shown for at most {_MOST_SHEETS} sets of each dataset."
         shown.add(result.sha256)
         return ""
 

@@ -42,7 +42,11 @@ class SetQuality:
     def sheets(self) -> tuple[tuple[str, str, Image], ...]:
         """(title, note, picture)."""
         return (
-            ("Next to real images", "Generated left, real right, the same class in a row.", self.real),
+            (
+                "Next to real images",
+                "The set's images are on the left and real ones on the right, with one class in each row.",
+                self.real,
+            ),
             (
                 "Nearest real image of each",
                 "Pairs of an image (left) and the real training image nearest to it (right), the nearest pairs first. "

@@ -43,7 +43,7 @@ def cached_tensors(path: Path, names: Iterable[str], what: str, make: _Make) -> 
     with one_at_a_time(path.with_name(f".{path.name}.lock"), f"makes {what}"):
         if (found := _load(path, wanted)) is not None:
             return found
-        log.info("Making %s, kept in %s", what, path)
+        log.info("Computing %s, to be kept in %s", what, path)
         made = make()
         if made is None:
             return None
@@ -51,7 +51,7 @@ def cached_tensors(path: Path, names: Iterable[str], what: str, make: _Make) -> 
         try:
             save_safetensors(tensors, path)
         except BadFileError as error:
-            log.info("Not kept: %s", error)
+            log.info("The result could not be saved: %s", error)
             return tensors
     # Read back, the file's pages stay with the system, which can drop them when memory is short.
     return _load(path, wanted) or tensors

@@ -161,7 +161,7 @@ def _unreadable(error: TorchFileError, file: BinaryIO, where: str) -> Finding:
 def _of_other_protocol(protocol: str, where: str) -> Finding:
     line = f'If you trust it: torch.save(torch.load("{where}", weights_only=False).detach().clone(), "{where}").'
     message = (
-        f"The tensor was saved with pickle_protocol={protocol}, which torch.load does not read as the scorer calls it. "
+        f"The tensor was saved with pickle_protocol={protocol}, which torch.load cannot read in the way the scorer calls it. "
         + (line if int(protocol) > 3 else f'Save it without that option: torch.save(tensor, "{where}").')
     )
     return Finding("error", "T010", message, where)

@@ -293,7 +293,7 @@ def test_reorder_rows_onto_the_original_raises_usage_error(tmp_path, folder):
 def test_reorder_rows_of_noise_raises_and_writes_nothing(tmp_path, folder):
     noise = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.save(noise, tmp_path / "glyphs.pt")
-    with pytest.raises(InvalidSubmissionError, match="do not tell which order"):
+    with pytest.raises(InvalidSubmissionError, match="do not show which order"):
         reorder_rows(tmp_path / "glyphs.pt", tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 

@@ -95,7 +95,7 @@ def test_bad_files_exit_with_3_unless_they_may_be_skipped(broken, own_cache):
         (["prepare", "pets", "--from", ".", "--test-split", "train"], 2, "'train' is not one of"),
         (["show", "glyhps"], 2, "Did you mean 'glyphs'?"),
         (["prepare", "pets/../x", "--from", "."], 2, "cannot be a dataset's name"),
-        (["prepare", "pets", "--from", "nowhere.zip"], 3, "There is no nowhere.zip"),
+        (["prepare", "pets", "--from", "nowhere.zip"], 3, "nowhere.zip does not exist"),
         (["prepare", "glyphs", "--from", "."], 2, "drawn, not read"),
         (["prepare", "pets", "--from", ".", "--image-size", "0"], 2, "0 is not in the range"),
         (["show", "glyphs", "--per-class", "0"], 2, "0 is not in the range"),

@@ -176,7 +176,7 @@ def test_refine_reports_networks_of_the_pool_that_diverged(submission):
         (["submission/colors.pt", "--lr", "0"], 2, "--lr"),
         (["submission/colors.pt", "--set", "krr_lambda"], 2, "--set krr_lambda assigns no value"),
         (["submission/colors.pt", "--set", "ridge=1"], 2, "Unknown setting 'ridge'. Known: objective, dm_steps, krr_lambda"),
-        (["submission/colors.pt", "--set", "dm_steps=many"], 2, "dm_steps is of type int, and 'many' is not"),
+        (["submission/colors.pt", "--set", "dm_steps=many"], 2, "dm_steps must be of type int, got 'many'"),
         (["submission/colors.pt", "--preset", "dm", "--set", "krr_lambda=1"], 2, "krr_lambda applies to the objective frepo"),
         (["submission/colors.pt", "--preset", "dm", "--pool", "4"], 2, "pool.size applies to the objective frepo"),
         (["submission/colors.pt", "--set", "student.steps=3"], 2, "student.steps applies to the objective mtt"),

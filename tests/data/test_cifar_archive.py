@@ -139,7 +139,7 @@ class TestCifarArchive:
     @pytest.mark.parametrize("missing", ["train", "test", "meta"])
     def test_archive_that_is_not_whole_is_refused(self, splits, tmp_path, find, missing):
         files = {name: data for name, data in self.pickles(splits).items() if name != missing}
-        with pytest.raises(BadDataError, match=f"not a whole cifar-100-python: {missing} is missing"):
+        with pytest.raises(BadDataError, match=f"not a complete cifar-100-python: {missing} is missing"):
             find(self.packed(files, tmp_path))
 
     @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ class TestCifarArchive:
         [
             ({"train": b"not a pickle"}, "'train' is not a data pickle"),
             ({"meta": pickle.dumps([1])}, "holds a list, not the dict"),
-            ({"meta": pickle.dumps({"label_names": []})}, "does not hold what cifar-100-python has there"),
+            ({"meta": pickle.dumps({"label_names": []})}, "does not have the contents of cifar-100-python"),
             ({"test": pickle.dumps({"data": np.zeros((2, 5), np.uint8), "fine_labels": [0, 1]})}, r"\(2, 5\) for 2 labels"),
             ({"meta": pickle.dumps({"fine_label_names": ["cat"]})}, "labels beyond its 1 class names"),
         ],
@@ -172,7 +172,7 @@ class TestCifarArchive:
         assert "'train' is not the official file; its checksum differs" in caplog.text
 
     def test_tar_of_something_else_is_refused(self, tmp_path, find):
-        with pytest.raises(BadDataError, match="no layout that ddkit knows; it holds cifar-100-python"):
+        with pytest.raises(BadDataError, match="not have a layout that ddkit knows; it holds cifar-100-python"):
             find(self.packed({"readme": b"hello"}, tmp_path))
 
 

@@ -160,7 +160,7 @@ class TestImageFolders:
         (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 and no more")
         with pytest.raises(BadDataError, match="not a whole zip"):
             prepare("pets", tmp_path / "x.zip")
-        with pytest.raises(MissingDataError, match="There is no"):
+        with pytest.raises(MissingDataError, match="does not exist"):
             prepare("pets", tmp_path / "nowhere")
         assert in_cache(own_cache) == []
 

@@ -126,7 +126,7 @@ class TestReferenceFiles:
             ({"images_val": [1], "labels_val": [2]}, "has no images_val and labels_val"),
             ({"images_val": torch.zeros(2, 3, 28, 28), "labels_val": torch.zeros(2).long()}, "none of the challenge's"),
             ({"images_val": torch.zeros(2, 3, 32, 32), "labels_val": torch.zeros(3).long()}, "none of the challenge's"),
-            ({"images_val": torch.zeros(2, 3, 32, 32), "labels_val": torch.tensor([0, 100])}, "not of the classes 0 to 99"),
+            ({"images_val": torch.zeros(2, 3, 32, 32), "labels_val": torch.tensor([0, 100])}, "outside the classes 0 to 99"),
         ],
     )
     def test_other_tensor_files_are_refused(self, tmp_path, value, message, find):
@@ -196,7 +196,7 @@ def test_archives_that_are_not_read_are_named(tmp_path, find, data, kind):
 
 
 def test_arrow_files_are_refused_with_the_command_that_converts_them(write_tree, find):
-    with pytest.raises(BadDataError, match="no layout that ddkit knows") as caught:
+    with pytest.raises(BadDataError, match="not have a layout that ddkit knows") as caught:
         find(
             write_tree(
                 {f"{split}/data-00000-of-00001.arrow": b"" for split in ("train", "test")} | {"dataset_dict.json": b"{}"}
@@ -213,7 +213,7 @@ def test_other_files_are_refused_with_what_is_known(tmp_path, find):
     (tmp_path / "text.gz").write_bytes(gzip.compress(b"hello"))
     with pytest.raises(BadDataError, match="not a whole archive"):
         find(tmp_path / "text.gz")
-    with pytest.raises(MissingDataError, match="There is no"):
+    with pytest.raises(MissingDataError, match="does not exist"):
         find(tmp_path / "nowhere")
 
 

@@ -139,7 +139,7 @@ def exchange_splits(folder):
     ("damage", "message"),
     [
         (damage_version, "format version 99; this ddkit reads 1"),
-        (damage_fields, "meta.json does not hold what it should"),
+        (damage_fields, "meta.json does not have the expected contents"),
         (exchange_splits, r"holds \(4, 3, 8, 8\), meta.json says \(6, 3, 8, 8\)"),
         (lambda folder: (folder / "train.safetensors").unlink(), "damaged: train.safetensors"),
         (lambda folder: (folder / "train.safetensors").write_bytes(b"short"), "damaged: train.safetensors"),

@@ -276,7 +276,7 @@ class TestRefused:
         kept = tmp_path / "run" / "before.pt"
         before = kept.read_bytes()
         for fresh in (False, True):
-            with pytest.raises(UsageError, match="is the copy of the set as it was that"):
+            with pytest.raises(UsageError, match="is the copy of the original set that"):
                 run(kept, tmp_path / "run", 2, fresh=fresh)
         assert kept.read_bytes() == before
 
@@ -294,7 +294,7 @@ class TestRefused:
     def test_the_refinement_of_another_set(self, start, colors, tmp_path):
         run(start, tmp_path / "run", 1)
         generate(colors, 2, FromReal("random", seed=5), start, replace=True)
-        with pytest.raises(UsageError, match="of another set"):
+        with pytest.raises(UsageError, match="of a set other than"):
             run(start, tmp_path / "run", 2)
 
     def test_real_images_that_changed_since(self, start, colors, tmp_path):

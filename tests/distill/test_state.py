@@ -92,7 +92,7 @@ def test_the_only_copy_of_a_set_is_never_removed(start, colors, tmp_path):
     run(start, folder, 2)
     generate(colors, 2, FromReal("random", seed=5), start, replace=True)
     other, kept = contents(start), {file: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(UsageError, match="the refinement of another set"):
+    with pytest.raises(UsageError, match="the refinement of a set other than"):
         run(start, folder, 1, fresh=True)
     with pytest.raises(MissingDataError, match="does not exist"):
         run(tmp_path / "nowhere.pt", folder, 1, fresh=True)
