@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""As many labeled images as a time budget allows, with the diffusion models next to this file.
+"""Make as many labeled images as a time budget allows, with the diffusion models next to this file.
 
     python generate.py --dataset cifar100 --out images.pt --time-budget 600
 
@@ -11,9 +11,9 @@ the file holds the constants "mean" and "std" that normalize them.
 This process holds the clock. It starts a worker process for each GPU or core, which write what they make to
 OUT.shards/ every few seconds; when the time is up it joins whatever lies there, so that a worker that crashes or hangs
 costs no more than its own last seconds. Killed itself, it leaves the shards: --join makes the file of them, and the
-same command run again goes on with what was left of its budget.
+same command run again continues with what was left of its budget.
 
-Ends with status 0, or with one line on what is wrong: 2 wrong usage, 3 it cannot be done here.
+It ends with status 0, or with one line on what is wrong: 2 for wrong usage, 3 if it cannot run here.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def main() -> int:
         return 3
     except (RuntimeError, MemoryError) as error:  # of torch, such as memory that is used up
         reason = (str(error).strip().splitlines() or ["the memory is used up"])[0]
-        print(f"generate.py: {reason[:300]}. What was made stays in {options.out}.shards; see --join.", file=sys.stderr)
+        print(
+            f"generate.py: {reason[:300]}. The images so far stay in {options.out}.shards; --join makes the file of them.",
+            file=sys.stderr,
+        )
         return 3
 
 
@@ -102,28 +105,38 @@ def process_age() -> float:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="a folder in models/ next to this file")
-    parser.add_argument("--out", required=True, type=Path, help="the file to write")
+    parser.add_argument(
+        "--dataset", required=True, help="use the model in this folder of models/, which lies next to this file"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="write the images to this file")
     amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--time-budget", type=float, metavar="SECONDS", help="from the start of the process to its end")
-    amount.add_argument("--ipc", type=int, metavar="N", help="exactly so many images of each class, however long it takes")
-    amount.add_argument("--join", action="store_true", help="only join what a killed run left in OUT.shards/")
-    parser.add_argument("--most", type=int, metavar="N", help="no more images than that, even if there is time left")
-    parser.add_argument("--pixels", action="store_true", help="write bytes and the constants: a quarter of the file's size")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N; auto takes all GPUs  [default: as packed]")
-    parser.add_argument("--processes", type=int, metavar="N", help="workers  [default: one for each GPU or core]")
-    parser.add_argument("--steps", type=int, help="of the sampler  [default: as packed]")
-    parser.add_argument("--guidance", type=float, help="1 is none  [default: as packed]")
+    amount.add_argument(
+        "--time-budget", type=float, metavar="SECONDS", help="end within this time, counted from the start of the process"
+    )
+    amount.add_argument(
+        "--ipc", type=int, metavar="N", help="make exactly this many images of each class, however long it takes"
+    )
+    amount.add_argument("--join", action="store_true", help="only make the file of what a killed run left in OUT.shards/")
+    parser.add_argument("--most", type=int, metavar="N", help="make no more than this many images, even if there is time left")
+    parser.add_argument(
+        "--pixels", action="store_true", help="write bytes and the constants, which makes the file a quarter as large"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="use this random seed  [default: 0]")
+    parser.add_argument("--device", help="use auto, cpu, mps, cuda or cuda:N; auto takes all GPUs  [default: as packed]")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="start this many workers  [default: one for each GPU or core]"
+    )
+    parser.add_argument("--steps", type=int, help="sample in this many steps  [default: as packed]")
+    parser.add_argument("--guidance", type=float, help="set the scale of guidance; 1 turns it off  [default: as packed]")
     options = parser.parse_args()
     for name, least in (("time_budget", 1e-9), ("ipc", 1), ("most", 1), ("processes", 1), ("steps", 1), ("guidance", 0)):
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             raise Failure(f"--{name.replace('_', '-')} cannot be {value:g}.", 2)
     if options.device and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
-        raise Failure(f"--device cannot be '{options.device}'.", 2)
+        raise Failure(f"--device cannot be '{options.device}'; give auto, cpu, mps, cuda or cuda:N.", 2)
     if options.ipc and options.most:
-        raise Failure("--ipc says how many images there are to be, and --most another number.", 2)
+        raise Failure("--ipc and --most exclude each other: both say how many images to make.", 2)
     return options
 
 
@@ -346,11 +359,11 @@ def run_workers(job: Job) -> None:
         crew.end()
     if clock.images == 0:
         shutil.rmtree(job.shards, ignore_errors=True)
-        raise Failure(failure or "the workers ended without an image; their own messages stand above.")
+        raise Failure(failure or "the workers ended without an image; their messages are above.")
     if failure:
         say(f"a worker failed: {failure}")
     if job.ipc is None and clock.images >= job.limit:
-        say(f"stopped at {clock.images:,} images: no more were wanted, or there is no room for more")
+        say(f"stopped at {clock.images:,} images: --most was reached, or there is no room for more")
 
 
 def listen(job: Job, clock: Clock, crew: Crew) -> str:
@@ -369,7 +382,7 @@ def listen(job: Job, clock: Clock, crew: Crew) -> str:
             if kind == "failed":
                 failure = value
             elif kind == "loaded":
-                state = f"the first images, with a model loaded after {value:.1f} s"
+                state = f"making the first images, with a model loaded after {value:.1f} s"
                 crew.start_others()
             else:
                 clock.heard(*value)
@@ -379,7 +392,7 @@ def listen(job: Job, clock: Clock, crew: Crew) -> str:
             said = time.monotonic()
             say(f"{clock.images:,} images after {said - job.began:.0f} s")
     if not clock.images and crew.hears and not failure:
-        return f"stopped after {time.monotonic() - job.began:.1f} s of a budget of {job.budget:g} s, during {state}."
+        return f"stopped after {time.monotonic() - job.began:.1f} s of a budget of {job.budget:g} s, while {state}."
     return failure
 
 

@@ -110,9 +110,9 @@ def open_shards(job: Job) -> Job:
         left = read_run(job)
         if left.get("settings") == settings:
             spent = left["spent"]
-            say(f"going on with what a run that was stopped after {spent:.0f} s left in {job.shards}")
+            say(f"continuing a run that was stopped after {spent:.0f} s and left images in {job.shards}")
         else:
-            say(f"discarding what another run left in {job.shards}")
+            say(f"discarding the images that another run left in {job.shards}")
             shutil.rmtree(job.shards)
     job.shards.mkdir(exist_ok=True)
     write_run(job, {"settings": settings, "spent": spent})
@@ -183,7 +183,7 @@ def join(job: Job) -> tuple[int, str]:
     indices = torch.cat([tensor_of(shard, "indices").clone() for shard in shards])
     chosen = choose(labels, indices, entry["num_classes"], ipc)
     if ipc and len(chosen) < ipc * entry["num_classes"]:
-        raise Failure(f"{len(chosen):,} of {ipc * entry['num_classes']:,} images were made; run it again to go on.")
+        raise Failure(f"{len(chosen):,} of {ipc * entry['num_classes']:,} images were made; run it again to continue.")
     shape = (len(chosen), 3, entry["image_size"], entry["image_size"])
     kind = torch.ByteStorage if job.pixels else torch.FloatStorage
     images = Written(kind, shape, gathered(shards, counts, chosen, settings["workers"], None if job.pixels else entry))

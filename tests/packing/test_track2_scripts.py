@@ -170,7 +170,7 @@ def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, color
 @pytest.mark.slow
 def test_a_budget_that_is_too_short_is_said_before_it_is_over(entry, tmp_path):
     said = run(entry, tmp_path / "images.pt", "--time-budget", 0.4, status=3)
-    assert "a budget of 0.4 s, during importing and loading the model" in said
+    assert "a budget of 0.4 s, while importing and loading the model" in said
     assert not (tmp_path / "images.pt.shards").exists()
 
 
