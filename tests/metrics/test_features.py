@@ -8,7 +8,7 @@ import torch
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
-from ddkit.metrics.features import FeatureSettings, ReferenceFeatures, is_cached, reference_features
+from ddkit.metrics.features import FeatureSettings, ReferenceFeatures, _training_images, is_cached, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.files import cache_folder
 
@@ -83,10 +83,11 @@ def test_large_images_are_reduced():
     assert features(stripes(3, 1, side=100).images).shape == (3, ReferenceFeatures.num_features)
 
 
-def test_larger_images_are_fewer():
-    assert FeatureSettings().images_for(32, 50_000) == 10_000
-    assert FeatureSettings().images_for(64, 100_000) == 5_000
-    assert FeatureSettings().images_for(32, 600) == 600
+@pytest.mark.parametrize(("side", "available", "trained_on"), [(32, 200, 100), (64, 200, 50), (32, 60, 60)])
+def test_fewer_training_images_are_drawn_of_larger_ones(side, available, trained_on):
+    spec = dataclasses.replace(SPEC, image_size=side)
+    images, labels = _training_images(stripes(available, 0, side=side), spec, FeatureSettings(images=100))
+    assert len(images) == len(labels) == trained_on
 
 
 def test_settings_that_cannot_be_meant_are_refused():

@@ -51,5 +51,5 @@ def test_features_of_two_networks_are_refused():
 def test_values_that_are_no_numbers_are_refused():
     broken = draws(10, 4)
     broken[3, 2] = torch.nan
-    with pytest.raises(ComputeError, match="not finite"):
+    with pytest.raises(ComputeError, match="NaN or infinite"):
         frechet_distance(draws(10, 4), broken)

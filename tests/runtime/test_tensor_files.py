@@ -54,9 +54,9 @@ def test_what_is_no_tensor_file_is_unloadable(tmp_path, content):
     [
         ("torch, ddkit.runtime.tensor_files", "ddkit.runtime.tensor_files.save_torch(torch.zeros(5000), path)"),
         ("torch, ddkit.runtime.tensor_files", "ddkit.runtime.tensor_files.save_safetensors({'x': torch.zeros(5000)}, path)"),
-        ("ddkit.generator.model_folder, ddkit.generator.autoencoder",
+        ("ddkit.generator.model_folder, ddkit.generator.autoencoder, ddkit.generator.config",
          "ddkit.generator.model_folder._save_part(ddkit.generator.autoencoder.build_autoencoder("
-         "ddkit.generator.presets.AutoencoderConfig(), 16, seed=0), path)"),
+         "ddkit.generator.config.AutoencoderConfig(), 16, seed=0), path)"),
     ],
     ids=["torch", "safetensors", "part of a model"],
 )  # fmt: skip
