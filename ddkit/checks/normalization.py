@@ -136,7 +136,7 @@ class _Lattice:
     share: float
 
     def fits(self, constants: _Constants) -> bool:
-        """Whether normalizing 8-bit pixels with these constants gives this lattice."""
+        """True if normalizing 8-bit pixels with these constants gives this lattice."""
         step = 1 / (255 * np.array(constants.std))
         darkest = (self.lowest - step * 255 * -np.array(constants.mean)) / step
         off = np.abs(darkest - darkest.round()), np.abs(darkest + self.span * self.step / step - (darkest + self.span).round())
@@ -270,7 +270,7 @@ def _by_corners(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
 
 
 def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
-    """Whether the images were whitened (ZCA), with any strength: low frequencies and channels lost their correlations.
+    """True if the images were whitened (ZCA), with any strength: low frequencies and channels lost their correlations.
 
     Pictures have most of their power at the lowest frequencies, where the channels agree. Whitening divides each
     principal component by the root of its variance plus epsilon, which makes just those components equally strong.
@@ -341,7 +341,7 @@ def _moment_distance(mean: Tensor, std: Tensor, constants: _Constants, spec: Dat
 
 
 def _is_channels_last(images: Tensor) -> bool:
-    """Whether the memory makes clearly smoother images when read as (N, S, S, 3)."""
+    """True if the memory makes clearly smoother images when read as (N, S, S, 3)."""
     sample = images[:: max(1, len(images) // _ROWS_COMPARED)]
     count, channels, side, _ = sample.shape
     other = sample.reshape(count, side, side, channels).permute(0, 3, 1, 2)

@@ -57,7 +57,7 @@ class OrderVerdict:
     """The order that the rows are in.
 
     code: of the finding. words: the order, as a phrase. labels: (N,) int64, the class that each row shows; None if
-    that cannot be told. agreement: of that order, in standard deviations above random ones.
+    that is unknown. agreement: of that order, in standard deviations above random ones.
     by_block: whether all rows of a block show one class.
     """
 
@@ -99,7 +99,7 @@ def reorder_rows(path: str | os.PathLike[str], out: str | os.PathLike[str], *, d
 
     dataset: None takes it from the JSON next to the set or from the file's name.
     Raises UsageError if `out` is `path` itself or `path` is not a tensor's file, MissingDataError if the real images are not
-    prepared, InvalidSubmissionError if the set cannot be used or its order cannot be told.
+    prepared, InvalidSubmissionError if the set cannot be used or its order cannot be found.
     """
     path, out = Path(path), Path(out)
     if path.is_dir() or path.suffix.lower() == ".zip":
@@ -256,7 +256,7 @@ def _robust_evidence(logp: Tensor) -> Tensor:
 
 
 def _judge_rows(logp: Tensor, right: _Candidate, found: _Candidate, agreement: float) -> OrderVerdict | None:
-    """Whether rows are out of step with the right order, or with the wrong order that was found."""
+    """True if rows are out of step with the right order, or with the wrong order that was found."""
     evidence = _centered(_robust_evidence(logp))
     verdicts = []
     for base in dict.fromkeys((right, found)) if right is not found else (right,):

@@ -314,12 +314,12 @@ def first_bytes(path: Path) -> bytes:
 
 
 def is_tar(beginning: bytes) -> bool:
-    """Whether a file that begins so is a tar or a compressed file."""
+    """True if a file that begins so is a tar or a compressed file."""
     return beginning[257:262] == b"ustar" or beginning.startswith(tuple(_COMPRESSIONS))
 
 
 def is_zip(beginning: bytes) -> bool:
-    """Whether a file that begins so is a zip."""
+    """True if a file that begins so is a zip."""
     return beginning.startswith(b"PK")
 
 

@@ -83,7 +83,7 @@ def _pixels(path: Path, word: str, arrays: Mapping[str, NDArray[Any]]) -> Pixels
 
 
 def _is_labels(array: NDArray[Any]) -> bool:
-    """Whether these are whole numbers of classes, (N,) or (N, 1), or the rows of one-hot labels."""
+    """True if these are whole numbers of classes, (N,) or (N, 1), or the rows of one-hot labels."""
     if array.dtype.kind not in "uif" or array.ndim > 2 or not (array == array.round()).all():
         return False
     one_hot = array.ndim == 2 and array.shape[1] > 1

@@ -117,7 +117,7 @@ def open_dataset(name: str, split: str, *, progress: Listener = ignore) -> Image
 
 
 def _is_finished(request: _Request) -> bool:
-    """Whether the store is there, whole, and from that source. Raises UsageError if it is from another one."""
+    """True if the store is there, whole, and from that source. Raises UsageError if it is from another one."""
     if not store.is_prepared(request.name):
         return False
     try:

@@ -102,7 +102,7 @@ class _Search:
     test_split: str | None
 
     def fits(self, source: Source) -> bool:
-        """Whether this is the dataset that is meant, as far as that is known."""
+        """True if this is the dataset that is meant, as far as that is known."""
         return not self.classes or self.classes == set(source.class_names)
 
     def sources(self, tree: Tree, nesting: int = 0) -> list[tuple[str, Source]]:

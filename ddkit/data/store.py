@@ -174,7 +174,7 @@ def known_names() -> tuple[str, ...]:
 
 
 def is_prepared(name: str) -> bool:
-    """Whether a store of that name exists, be it damaged."""
+    """True if a store of that name exists, be it damaged."""
     return (store_folder(name) / META_FILE).is_file()
 
 

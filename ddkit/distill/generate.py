@@ -169,7 +169,7 @@ def _generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repl
     if group.is_main:
         whole = torch.cat([images for _, images in sorted(by_class, key=lambda pair: pair[0])])
         _save(dataset, out, whole, provenance | {"request": request})
-    group.gather([])  # the set is written before any process removes its partial set or goes on
+    group.gather([])  # the set is written before any process removes its partial set or continues
     partial.discard()
     return set_files(out)
 

@@ -46,7 +46,7 @@ class TrainHoldout:
 
     @property
     def is_on_device(self) -> bool:
-        """Whether all pixels are where batches are wanted."""
+        """True if all pixels are where batches are wanted."""
         return self._pixels.device.type == self._device.type
 
     def rows(self, per_class: int, number: int) -> Tensor:

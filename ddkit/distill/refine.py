@@ -358,7 +358,7 @@ class Refinement:
         )  # fmt: skip
 
     def _mtt_ready(self) -> bool:
-        """Whether experts and the student's learning rate are there, where the next step needs them."""
+        """True if experts and the student's learning rate are there, where the next step needs them."""
         if self._settings.objective_at(self._state.step) != "mtt":
             return True
         return self._experts.ready and self._state.student_lr is not None

@@ -163,7 +163,7 @@ class RefineSettings:
         return "dm" if step < self.dm_steps else self.objective
 
     def uses_pool_at(self, step: int, time_used: float) -> bool:
-        """Whether step number `step` may begin the pool. time_used: share of a limit of time, 0 without one."""
+        """True if step number `step` may begin the pool. time_used: share of a limit of time, 0 without one."""
         late = step >= self.pool.from_step or time_used >= self.pool.from_share
         return self.objective_at(step) == "frepo" and self.pool.size > 0 and late
 

@@ -132,7 +132,7 @@ class RefinementState:
 
     @property
     def validated(self) -> bool:
-        """Whether the present images have been validated."""
+        """True if the present images have been validated."""
         return bool(self.validations) and self.validations[-1].step == self.step
 
     def record(self, accuracy: float) -> None:
@@ -143,11 +143,11 @@ class RefinementState:
             self.best_images, self.best_step = self.average, self.step
 
     def made(self, path: Path) -> bool:
-        """Whether the set at `path` is a result of this refinement, the present one or an earlier one."""
+        """True if the set at `path` is a result of this refinement, the present one or an earlier one."""
         return _is_result(path, self.start_sha256, self.best_images)
 
     def gained_nothing(self) -> bool:
-        """Whether the best images are those of the set as it was."""
+        """True if the best images are those of the set as it was."""
         before = self.before.tensor
         return self.best.step == 0 and before.is_file() and _holds(before, self.best_images)
 

@@ -45,7 +45,7 @@ def fingerprint(pixels: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def is_official(dataset: str, pixels: Tensor, labels: Tensor) -> bool:
-    """Whether these are the challenge's test images of `dataset` ("cifar100" or "tinyimagenet"), in any order.
+    """True if these are the challenge's test images of `dataset` ("cifar100" or "tinyimagenet"), in any order.
 
     pixels: (N, 3, S, S) uint8. labels: (N,) int64. See the module's text for what counts as the same.
     """

@@ -43,7 +43,7 @@ class TestSet:
 
     @property
     def is_official(self) -> bool:
-        """Whether these are the challenge's test images with their labels: see `ddkit.evaluation.official_tests`."""
+        """True if these are the challenge's test images with their labels: see `ddkit.evaluation.official_tests`."""
         pixels = self.images if self.images.dtype == torch.uint8 else self._pixels()
         return self.spec.in_challenge and pixels is not None and is_official(self.spec.name, pixels, self.labels)
 

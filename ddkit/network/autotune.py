@@ -158,7 +158,7 @@ def with_smaller_chunks(plan: EnginePlan, batch_size: int) -> EnginePlan | None:
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor has instructions for bfloat16."""
+    """True if this processor has instructions for bfloat16."""
     return bool(_BFLOAT16_INSTRUCTIONS & cpu_flags())
 
 

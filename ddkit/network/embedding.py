@@ -1,4 +1,4 @@
-"""What the challenge's network makes of images, in a form that the images can be optimized through."""
+"""Embeddings by the challenge's network, with gradients to the images."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def build_embedder(network: ConvNet, batch_size: int, precision: str = "float32"
 
 
 def in_parts(look: Callable[[Tensor], _Seen], images: Tensor) -> _Seen:
-    """What `look` makes of images (N, 3, S, S), row by row, a part of them at a time where all would fill the memory.
+    """Apply `look` to images (N, 3, S, S) in parts that fit into memory, and join the results.
 
-    Of parts, the way back computes everything again instead of keeping it.
+    `look` returns a tensor, or a tuple of tensors, of N rows. With more than one part, the backward pass computes the
+    activations again instead of keeping them (gradient checkpointing).
     """
     at_once = max(1, _LARGEST_MAP // (NETWORK_WIDTH * images.shape[-1] ** 2))
     if len(images) <= at_once:
@@ -58,8 +59,10 @@ def in_parts(look: Callable[[Tensor], _Seen], images: Tensor) -> _Seen:
 
 
 class _EngineEmbedder:
-    """Embeds by an engine, and keeps one set of feature maps for the next call: they are large (of a thousand
-    images of side 32, 160 MB), and to ask for as much anew takes a while."""
+    """Embeds with an engine and keeps one set of feature maps for the next call.
+
+    The maps of a thousand images of 32 px take 160 MB, and allocating so much memory for each call would be slow.
+    """
 
     def __init__(self, engine: WinogradEngine) -> None:
         self.engine = engine
@@ -69,7 +72,7 @@ class _EngineEmbedder:
         return _ThroughEngine.apply(images, self)
 
     def take_maps(self, images: Tensor) -> FeatureMaps:
-        """Of as many images as these, which nobody else uses until they are given back."""
+        """Feature maps for as many images as these; they belong to the caller until `give_back`."""
         maps, self._spare = self._spare, None
         return maps if maps and maps.fit(images) else FeatureMaps(len(images), images.shape[-1])
 
@@ -78,7 +81,7 @@ class _EngineEmbedder:
 
 
 class _ThroughEngine(torch.autograd.Function):
-    """The engine's way there and back, with what it keeps of the images between the two."""
+    """The engine's forward and backward pass, with the feature maps that it keeps between the two."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, embedder: _EngineEmbedder) -> Tensor:
@@ -92,7 +95,7 @@ class _ThroughEngine(torch.autograd.Function):
     def backward(ctx: Any, embedding_gradients: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
         embedder = ctx.embedder
-        maps, ctx.maps = ctx.maps, None  # the way back overwrites them
+        maps, ctx.maps = ctx.maps, None  # the backward pass overwrites them
         if maps is None:
             maps = embedder.take_maps(images)
             embedder.engine.embed(images, maps)

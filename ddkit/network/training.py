@@ -123,7 +123,7 @@ class TrainingRun:
         return self._engine
 
     def close(self) -> None:
-        """Give back the GPU memory that the engine holds. A run that goes on builds a new engine."""
+        """Give back the GPU memory that the engine holds. If the run continues, it builds a new engine."""
         if self._engine is not None:
             close_engine(self._engine)
             self._engine = None

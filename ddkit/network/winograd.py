@@ -66,7 +66,7 @@ _G_BOTH_WAYS = torch.kron(_G, _G).float()  # (36, 9): G g G^T of a flattened g
 
 
 def fits(network: nn.Module) -> bool:
-    """Whether this engine can compute with `network`: the official one in float32, on a CPU, of whole tiles."""
+    """True if this engine can compute with `network`: the official one in float32, on a CPU, of whole tiles."""
     return (
         type(network) is ConvNet
         and network.image_size % (4 * _TILE) == 0
@@ -192,7 +192,7 @@ class _Weights:
 
 
 class _Batch:
-    """What belongs to a whole batch; each worker reads and writes its own rows."""
+    """The tensors of a whole batch; each worker reads and writes its own rows."""
 
     def __init__(self, images: Tensor, labels: Tensor | None, network: ConvNet) -> None:
         n = len(images)
@@ -226,9 +226,9 @@ class _Gradients:
 
 
 class FeatureMaps:
-    """What the way back needs of `n` images: outputs of the convolutions of blocks 2 and 3, and the norms' statistics.
+    """Activations of `n` images for the backward pass: outputs of the convolutions of blocks 2 and 3, and the norms' statistics.
 
-    160 KiB an image of side 32; that of block 1, four times as much, is computed again.
+    They take 160 KiB for an image of 32 px. The output of block 1, four times as large, is computed again.
     """
 
     def __init__(self, n: int, side: int) -> None:
@@ -237,7 +237,7 @@ class FeatureMaps:
         self.weights: _Weights | None = None  # by which they were computed
 
     def fit(self, images: Tensor) -> bool:
-        """Whether they are of as many images of that side."""
+        """True if the maps were made for as many images of this size."""
         return self.values[0].shape == (len(images), (images.shape[-1] // 2) ** 2 * NETWORK_WIDTH)
 
     def rows(self, start: int, end: int) -> FeatureMaps:
@@ -447,7 +447,7 @@ class _Worker:
 
 @functools.cache
 def load(precision: str = "float32", portable: bool = False) -> ctypes.CDLL:
-    """winograd.cpp, compiled for a precision, its functions told their arguments' types.
+    """winograd.cpp, compiled for a precision, with the types of its functions' arguments declared.
 
     portable: without the processor's instructions for bfloat16. Raises CompileError, or BadFileError.
     """

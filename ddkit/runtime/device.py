@@ -69,7 +69,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch reports by this error that an allocation failed, on a GPU or on the CPU."""
+    """True if PyTorch reports by this error that an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):

@@ -106,14 +106,14 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def is_contiguous(self) -> bool:
-        """Whether the elements lie in the order of the dimensions."""
+        """True if the elements lie in the order of the dimensions."""
         return self.numel == 0 or all(
             size == 1 or stride == math.prod(self.shape[i + 1 :])
             for i, (size, stride) in enumerate(zip(self.shape, self.stride, strict=True))
         )
 
     def overlaps(self) -> bool:
-        """Whether several elements share a place in the storage, as in an expanded tensor."""
+        """True if several elements share a place in the storage, as in an expanded tensor."""
         reach = 0
         for stride, size in sorted((st, size) for size, st in zip(self.shape, self.stride, strict=True) if size > 1):
             if stride <= reach:
@@ -279,7 +279,7 @@ def zip_problem(file: BinaryIO) -> str:
 
 
 def is_ordinary(info: zipfile.ZipInfo) -> bool:
-    """Whether a member of a zip is a file or a folder, not marked as a link, a pipe or a device."""
+    """True if a member of a zip is a file or a folder, not marked as a link, a pipe or a device."""
     mode = stat.S_IFMT(info.external_attr >> 16)
     return mode in (0, stat.S_IFREG) or (mode == stat.S_IFDIR and info.is_dir())
 
@@ -341,7 +341,7 @@ def as_dict(value: Any) -> Pairs | None:
 
 
 def calls(value: Any, module: str, *names: str) -> bool:
-    """Whether a value of a pickle is a call of one of these functions or classes."""
+    """True if a value of a pickle is a call of one of these functions or classes."""
     return (
         isinstance(value, Call)
         and isinstance(value.function, Global)

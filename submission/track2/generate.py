@@ -326,7 +326,7 @@ class Crew:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of them have been started."""
+        """True if all of them have been started."""
         return len(self._processes) == self._job.workers
 
     def start_others(self) -> None:

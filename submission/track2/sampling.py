@@ -97,7 +97,7 @@ class Sampler:
 
 
 def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether a precision is bfloat16 on a device; "auto" is on GPUs of capability 8.0 and more, which are fast at it."""
+    """True if a precision is bfloat16 on a device; "auto" is on GPUs of capability 8.0 and more, which are fast at it."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     return precision == "bfloat16"

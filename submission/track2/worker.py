@@ -69,7 +69,7 @@ def choose_device(job: Job, worker: int) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is used up, in the words of PyTorch, of CUDA or of one of its libraries."""
+    """True if an error says that memory is used up, in the words of PyTorch, of CUDA or of one of its libraries."""
     words = ("out of memory", "alloc_failed", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error).lower() for word in words)
 
