@@ -10,9 +10,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_sources_keep_to_the_rules():
-    pytest.importorskip("ruff", reason="the rules of .ruff.toml are ruff's")
-    checked = subprocess.run([sys.executable, "-m", "ruff", "check"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [("ruff", "check"), ("ruff", "format", "--check"), ("mypy",), ("lint-imports",)],
+    ids=["lint", "format", "types", "layers"],
+)
+def test_sources_pass_the_tools_of_contributing(command):
+    tool = Path(sys.executable).with_name(command[0])
+    if not tool.exists():
+        pytest.skip(f"{command[0]} is not installed: pip install '.[test]'")
+    checked = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 

@@ -226,7 +226,7 @@ class _Gradients:
 
 
 class FeatureMaps:
-    """Activations of `n` images for the backward pass: outputs of the convolutions of blocks 2 and 3, and the norms' statistics.
+    """Activations of `n` images for the backward pass: outputs of the convolutions of blocks 2 and 3, statistics of the norms.
 
     They take 160 KiB for an image of 32 px. The output of block 1, four times as large, is computed again.
     """
