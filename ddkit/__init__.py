@@ -22,7 +22,7 @@ from ddkit.runtime.openmp import set_defaults as _set_openmp_defaults
 if TYPE_CHECKING:
     from ddkit.api import check, evaluate, generate, load_dataset, pack, read_set, refine, report, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["check", "evaluate", "generate", "load_dataset", "pack", "read_set", "refine", "report", "train"]
 
 _set_openmp_defaults()

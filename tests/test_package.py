@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import ddkit
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -61,4 +63,4 @@ def test_an_installed_wheel_runs_without_the_sources(wheel, tmp_path):
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
-    assert "ddkit, version 0.1.0" in finished.stdout
+    assert f"ddkit, version {ddkit.__version__}" in finished.stdout
