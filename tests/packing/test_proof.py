@@ -89,8 +89,8 @@ class TestWhatWasMade:
 
     @pytest.mark.parametrize("alter, said", [
         (lambda i, n: (i.double(), n), "float64"),
-        (lambda i, n: (i / 2, n), "not bytes"),
-        (lambda i, n: (i * 3, n), "not bytes"),
+        (lambda i, n: (i / 2, n), "not 8-bit pixels"),
+        (lambda i, n: (i * 3, n), "not 8-bit pixels"),
         (lambda i, n: (i, n.clamp(max=3)), "0 to 14 images"),
         (lambda i, n: (i[:1].expand(20, -1, -1, -1), n), "the same"),
         (lambda i, n: (i, n.int()), "int32"),
