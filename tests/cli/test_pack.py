@@ -27,7 +27,7 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     (proof,) = data["proofs"]
     assert (proof["dataset"], proof["images"]) == (colors, 6)
     assert "There is no model for cifar100" in said and "weights as float16 change the pixels of 32 images by" in said
-    assert "more than the limit of 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
+    assert "the limit is 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
 
 
 def test_practice_is_packed_and_not_for_upload(work):

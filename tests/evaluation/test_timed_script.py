@@ -55,8 +55,8 @@ def test_script_over_its_budget_is_stopped(tmp_path):
 @pytest.mark.parametrize("body, error, said", [
     ("sys.exit(4)", ComputeError, "status 4"),
     ("sys.exit('no GPU here')", ComputeError, "no GPU here"),
-    ("pass", InvalidSubmissionError, "no readable file"),
-    ("open(arguments.out, 'wb').write(b'x' * 100)", InvalidSubmissionError, "no readable file"),
+    ("pass", InvalidSubmissionError, "not write a readable file"),
+    ("open(arguments.out, 'wb').write(b'x' * 100)", InvalidSubmissionError, "not write a readable file"),
     ("import torch; torch.save(torch.zeros(3), arguments.out)", InvalidSubmissionError, "has no images and labels"),
 ])  # fmt: skip
 def test_failing_script_raises_with_the_reason(tmp_path, body, error, said):
