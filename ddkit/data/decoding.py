@@ -224,6 +224,7 @@ def _worker(job: _Job) -> Iterator[subprocess.Popen[bytes]]:
     # Isolated from the working folder and from variables, and then given the packages of this process.
     program = f"import sys; sys.path[:] = {[entry for entry in sys.path if entry]!r}; import {__name__} as it; it._work()"
     process = subprocess.Popen([sys.executable, "-I", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None  # both pipes were asked for
     try:
         with contextlib.suppress(BrokenPipeError):  # whoever asks it something will notice
             _send(job, process.stdin)
@@ -233,14 +234,15 @@ def _worker(job: _Job) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(BrokenPipeError):
-                pipe.close()  # type: ignore[union-attr]  # both pipes were asked for
+                pipe.close()
 
 
 def _ask(process: subprocess.Popen[bytes], block: _Block) -> list[Problem]:
     """Have one block decoded, and wait. Raises what `_Job.decode` raises, and ComputeError if the process dies."""
+    assert process.stdout is not None  # `_worker` asked for the pipe
     try:
         _send(block, process.stdin)
-        answer = pickle.load(process.stdout)  # type: ignore[arg-type]
+        answer = pickle.load(process.stdout)
     except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
         status = process.wait()
         remedy = "It may have been killed for lack of memory: close other programs and try again." if status < 0 else ""
