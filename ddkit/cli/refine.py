@@ -76,7 +76,7 @@ _DEFAULTS = RefineSettings()
 @click.option(
     "--precision",
     type=click.Choice(("auto", "float32", "bfloat16")),
-    help=f"Compute features in this precision; auto takes the faster one.  [default: {_DEFAULTS.precision}]",
+    help=f"Compute in this precision; auto takes the faster one.  [default: {_DEFAULTS.precision}]",
 )
 @click.option(
     "--set",

@@ -109,7 +109,7 @@ class RefineSettings:
     ema: decay of the exponential moving average of the images, which is what is validated and written. 0 takes the
         images themselves.
     displayable: keep pixels within [0, 255], which the challenge does not ask for.
-    precision: "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster.
+    precision: of steps and validations: "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster.
     val_every: steps between two validations on held-out training images; the set that validates best is written.
     val_epochs: E of the training in a validation.
     val_margin: a later set is preferred unless it validates worse than the best by more than this, a fraction. A small E

@@ -56,7 +56,8 @@ class RefinementState:
     settings: plain values, which have to stay the same. start_sha256: of the file of the set as it was.
     dataset_sha256: of the real training images. images, velocity (momentum of the pixels), average (moving average of
     the images) and best_images (the average that validated best, at best_step): (N, 3, S, S) float32 on the CPU.
-    precision: in which steps compute, "float32" or "bfloat16". pool_start: step from which the pool is used, None before.
+    precision, validation_precision: in which steps and validations compute, "float32" or "bfloat16".
+    pool_start: step from which the pool is used, None before.
     pool: what `OnlinePool.state` returned, empty before. student_lr: learning rate of the student of "mtt", None before.
     """
 
@@ -70,6 +71,7 @@ class RefinementState:
     best_images: Tensor
     best_step: int = 0
     precision: str = "float32"
+    validation_precision: str = "float32"  # states before this field existed were validated in float32, and still are
     step: int = 0
     seconds: float = 0.0
     pool_start: int | None = None

@@ -249,12 +249,27 @@ def test_precision_is_chosen_once_and_named_in_the_provenance(start, tmp_path):
         settings = dataclasses.replace(RANDOM_NETWORKS, precision=precision, ema=0.0, learning_rate=1e-3)
         run(start, tmp_path / precision, 2, settings, out=tmp_path / f"{precision}.pt")
         facts = json.loads((tmp_path / f"{precision}.json").read_text())
-        assert (facts["precision"], facts["computed_in"]) == (precision, precision)
+        assert (facts["precision"], facts["computed_in"], facts["validated_in"]) == (precision, precision, precision)
         images[precision] = read(tmp_path / precision / "state.pt")["images"]
     assert torch.allclose(*images.values(), atol=1e-2) and not torch.equal(*images.values())
     automatic = dataclasses.replace(RANDOM_NETWORKS, precision="auto")
     run(start, tmp_path / "auto", 1, automatic, out=tmp_path / "auto.pt")
     assert read(tmp_path / "auto" / "state.pt")["precision"] in images
+
+
+def test_a_state_that_does_not_name_the_precision_of_its_validations_resumes_with_float32(start, tmp_path):
+    settings = dataclasses.replace(RANDOM_NETWORKS, precision="bfloat16", ema=0.0)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(start, whole, 5, settings, out=tmp_path / "whole.pt")
+    run(start, parts, 2, settings, out=tmp_path / "parts.pt")
+    state = read(parts / "state.pt")
+    assert state.pop("validation_precision") == "bfloat16"
+    torch.save(state, parts / "state.pt")
+    run(start, parts, 5, settings, out=tmp_path / "parts.pt")
+    state = read(parts / "state.pt")
+    assert (state["precision"], state["validation_precision"]) == ("bfloat16", "float32")
+    assert torch.equal(state["images"], read(whole / "state.pt")["images"])
+    assert len(state["validations"]) == 4 and len({str(each) for each in state["validations"]}) == 4
 
 
 @pytest.mark.parametrize("ipc", [1, 5])
