@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ddkit.reporting.rows import Group, Row
 
-_POINTS_OF_LINE = 200
+_POINTS_OF_LINE = 200  # more would not be seen on a screen
 _MOST_TICKS = 6  # intervals between them
 _MOST_WIDE_TICKS = 4  # along the bottom, where labels stand side by side, on a phone too
 
@@ -65,9 +65,25 @@ class LineChart:
 
 def interval_charts(group: Group) -> tuple[IntervalChart, ...]:
     """A chart for each dataset with accuracies, and one of the mean if there are several."""
-    subjects: list[str | None] = [*([None] if len(group.datasets) > 1 else []), *group.datasets]
-    charts = (_interval_chart(group.rows, subject) for subject in subjects)
-    return tuple(chart for chart in charts if chart.marks)
+    charts = []
+    for dataset in (*([None] if len(group.datasets) > 1 else []), *group.datasets):
+        found = [(row, *known) for row in group.rows if (known := row.value_and_interval(dataset)) is not None]
+        if not found:
+            continue
+        ends = [end for _, value, half in found for end in (value - (half or 0), value + (half or 0))]
+        ticks, low, high = _axis(max(0.0, min(ends)), min(1.0, max(ends)), most=_MOST_WIDE_TICKS, scale=100, unit=" %")
+        marks = tuple(
+            IntervalMark(
+                row,
+                value,
+                _percent(value, low, high),
+                None if half is None else _percent(max(value - half, low), low, high),
+                None if half is None else _percent(min(value + half, high), low, high),
+            )
+            for row, value, half in found
+        )
+        charts.append(IntervalChart(dataset, marks, ticks))
+    return tuple(charts)
 
 
 def line_chart(
@@ -91,9 +107,8 @@ def line_chart(
 
     lines = []
     for name, points in finite.items():
-        kept = sampled_points(points)
+        drawn = " ".join(place(*points[int(i)]) for i in sampled_curve(range(len(points)), _POINTS_OF_LINE))
         values = [y for _, y in points]
-        drawn = " ".join(place(x, y) for x, y in kept)
         lines.append(Line(name, drawn, values[0], values[-1], min(values)))
     return LineChart(title, x_title, tuple(lines), x_ticks, y_ticks)
 
@@ -104,39 +119,6 @@ def sampled_curve(values: Sequence[float], points: int) -> tuple[float, ...]:
     if len(finite) <= points:
         return tuple(finite)
     return tuple(finite[round(i * (len(finite) - 1) / (points - 1))] for i in range(points))
-
-
-def sampled_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most as many points as a screen can show, with the first and the last."""
-    return [points[int(i)] for i in sampled_curve(range(len(points)), _POINTS_OF_LINE)]
-
-
-def _interval_chart(rows: Sequence[Row], dataset: str | None) -> IntervalChart:
-    found = [(row, *known) for row in rows if (known := _value_and_interval(row, dataset)) is not None]
-    if not found:
-        return IntervalChart(dataset, (), ())
-    ends = [end for _, value, half in found for end in (value - (half or 0), value + (half or 0))]
-    ticks, low, high = _axis(max(0.0, min(ends)), min(1.0, max(ends)), most=_MOST_WIDE_TICKS, scale=100, unit=" %")
-    marks = tuple(
-        IntervalMark(
-            row,
-            value,
-            _percent(value, low, high),
-            None if half is None else _percent(max(value - half, low), low, high),
-            None if half is None else _percent(min(value + half, high), low, high),
-        )
-        for row, value, half in found
-    )
-    return IntervalChart(dataset, marks, ticks)
-
-
-def _value_and_interval(row: Row, dataset: str | None) -> tuple[float, float | None] | None:
-    if dataset is None:
-        return None if row.score is None else (row.score, row.spread.half_width if row.spread else None)
-    if dataset not in row.accuracy:
-        return None
-    interval = row.results[dataset].interval if dataset in row.results else None
-    return row.accuracy[dataset], None if interval is None else (interval[1] - interval[0]) / 2
 
 
 def _axis(

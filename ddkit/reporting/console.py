@@ -37,7 +37,7 @@ class LeaderboardView:
         self._most_groups = most_groups
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        bars = _BARS if _can_draw(options) else _ASCII_BARS
+        bars = _BARS if options.encoding.lower().startswith("utf") else _ASCII_BARS
         shown = self._groups[: self._most_groups]
         track = None
         for group in shown:
@@ -47,7 +47,8 @@ class LeaderboardView:
             short, left_out = shortened(group, self._most_rows)
             yield Text(f"\n{group.title}", style="bold" if group.official else "bold dim")
             yield from _entries(short, bars) if options.max_width < _NARROW else [_table(short, options.max_width, bars)]
-            for remark in [*_more(left_out), *group.remarks]:
+            more_entries = [f"{left_out:,} more entries: ddkit report --all"] if left_out else []
+            for remark in [*more_entries, *group.remarks]:
                 yield Text(remark, style="dim")
         if more := len(self._groups) - len(shown):
             yield Text(f"\n{more:,} more groups with other settings: ddkit report --all", style="dim")
@@ -65,14 +66,6 @@ def sparkline(values: Sequence[float], points: int = _CURVE_POINTS, bars: str = 
     return "".join(bars[round((v - low) / (high - low) * (len(bars) - 1))] for v in sampled)
 
 
-def _can_draw(options: ConsoleOptions) -> bool:
-    return options.encoding.lower().startswith("utf")
-
-
-def _more(left_out: int) -> list[str]:
-    return [f"{left_out:,} more entries: ddkit report --all"] if left_out else []
-
-
 def _table(group: Group, width: int, bars: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     for title, justify in _columns(group, width):
@@ -85,9 +78,12 @@ def _table(group: Group, width: int, bars: str) -> Table:
 
 def _columns(group: Group, width: int) -> list[tuple[str, Literal["left", "right"]]]:
     wide = width >= _WIDE
-    numbers = [*map(dataset_title, group.datasets), *(["mean"] if _has_mean(group) else [])]
+    numbers = [*map(dataset_title, group.datasets), *(["mean"] if len(group.datasets) > 1 else [])]
     numbers += ["95 %"] if width >= _MEDIUM else []
-    numbers += [*(["to first"] if _has_first(group) else []), "to random real", "rounds"] if wide else [_title(group)]
+    if wide:
+        numbers += [*(["to first"] if _has_first(group) else []), "to random real", "rounds"]
+    else:  # both differences in one column, one above the other
+        numbers.append("to first\nto random" if _has_first(group) else "to random")
     ranks: list[tuple[str, Literal["left", "right"]]] = [("#", "right")] if _has_ranks(group) else []
     texts = ["loss", "date", "official"] if wide else []
     return [*ranks, ("entry", "left"), *((title, "right") for title in numbers), *((title, "left") for title in texts)]
@@ -97,23 +93,16 @@ def _cells(row: Row, group: Group, width: int, bars: str) -> list[Text]:
     wide = width >= _WIDE
     name = Text(row.name)
     differences = [*([_difference(row.to_first)] if _has_first(group) else []), _difference(row.to_random)]
+    curve = Text(_curve(row, bars), style="cyan" if row.is_local else "dim")
+    wide_only = [Text(rounds(row)), curve, Text(row.date), Text("; ".join([group.verdict(row), *row.remarks]))]
     return [
         *([Text("" if row.rank is None else str(row.rank))] if _has_ranks(group) else []),
         name if wide else Text("\n").join([name, Text(_small_print(group, row), style="dim")]),
         *(_accuracy(row, dataset) for dataset in group.datasets),
-        *([Text(percent(row.score))] if _has_mean(group) else []),
+        *([Text(percent(row.score))] if len(group.datasets) > 1 else []),
         *([Text(half_interval(row))] if width >= _MEDIUM else []),
         *(differences if wide else [Text("\n").join(differences)]),
-        *(_wide_cells(group, row, bars) if wide else []),
-    ]
-
-
-def _wide_cells(group: Group, row: Row, bars: str) -> list[Text]:
-    return [
-        Text(rounds(row)),
-        Text(_curve(row, bars), style="cyan" if row.is_local else "dim"),
-        Text(row.date),
-        Text("; ".join([group.verdict(row), *row.remarks])),
+        *(wide_only if wide else []),
     ]
 
 
@@ -136,10 +125,8 @@ def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
 
 
 def _small_print(group: Group, row: Row) -> str:
-    facts = [group.verdict(row)]
-    if row.results:
-        facts += [f"{rounds(row)} {'round' if rounds(row) == '1' else 'rounds'}"]
-    return ", ".join([*facts, *([row.date] if row.date else []), *row.remarks])
+    count = f"{rounds(row)} {'round' if rounds(row) == '1' else 'rounds'}" if row.results else ""
+    return ", ".join(filter(None, [group.verdict(row), count, row.date, *row.remarks]))
 
 
 def _has_ranks(group: Group) -> bool:
@@ -148,15 +135,6 @@ def _has_ranks(group: Group) -> bool:
 
 def _has_first(group: Group) -> bool:
     return any(row.to_first is not None for row in group.rows)
-
-
-def _title(group: Group) -> str:
-    """The title of the column that holds both differences, one above the other."""
-    return "to first\nto random" if _has_first(group) else "to random"
-
-
-def _has_mean(group: Group) -> bool:
-    return len(group.datasets) > 1
 
 
 def _accuracy(row: Row, name: str) -> Text:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddkit.errors import DDKitError
 from ddkit.metrics import ddranking
@@ -17,16 +19,24 @@ from ddkit.runtime.files import read_json, sha256_of
 from ddkit.sets.findings import Finding
 
 if TYPE_CHECKING:
-    from ddkit.reporting.sets import ClassPictures
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
 _MOST_SHEETS = 3  # sets of a dataset whose images are shown, so that the page stays small
+_MOST_PER_CLASS = 10  # images of a sheet
+_LARGEST_LOSSLESS = 48  # pixels; larger images are compressed with losses, for the same reason
 _MOST_CONFUSIONS = 15
 
 
-@dataclass(frozen=True)
-class ClassAccuracy:
+class ClassPictures(NamedTuple):
+    """The pictures of one class, as data URIs."""
+
+    name: str
+    pictures: tuple[str, ...]
+
+
+class ClassAccuracy(NamedTuple):
     """Mean accuracy of one class over the rounds."""
 
     name: str
@@ -77,8 +87,23 @@ class SetDetails:
         path = Path(result.source)
         gone = changed = _why_gone(path, result)
         sheet: tuple[ClassPictures, ...] = ()
-        if not changed and not (gone := self._why_not_shown(result)):
+        shown = self._shown.setdefault(result.dataset, set())
+        if changed:
+            pass
+        elif result.sha256 in shown:
+            gone = "The images are shown with an entry above."
+        elif len(shown) >= _MOST_SHEETS:
+            gone = f"Images are shown for at most {_MOST_SHEETS} sets of each dataset."
+        else:
+            shown.add(result.sha256)
             sheet, gone = _sheet(path, result, titles)
+        if not changed and result.sha256 not in self._findings:
+            self._findings[result.sha256] = _findings(path, result)  # of `ddkit check`, which takes seconds
+        loss = {
+            f"round {number}": [(result.epochs_setting * i / max(1, len(curve) - 1), value) for i, value in enumerate(curve)]
+            for number, curve in enumerate(result.loss_curves, start=1)
+        }
+        accuracies = (ClassAccuracy(_name(titles, label), value) for label, value in enumerate(result.per_class))
         return SetView(
             result=result,
             title=dataset_title(result.dataset),
@@ -86,28 +111,15 @@ class SetDetails:
             gone=gone,
             facts=_facts(result),
             checked=not changed,
-            findings=() if changed else self._found(path, result),
-            loss=_loss_chart(result),
-            classes=_classes(result, titles),
-            confusions=_confusions(result, titles),
+            findings=() if changed else self._findings[result.sha256],
+            loss=line_chart("Training loss", "epoch", loss, from_zero=True),
+            classes=tuple(sorted(accuracies, key=lambda one: -one.accuracy)),
+            confusions=tuple(
+                Confusion(_name(titles, truth), _name(titles, predicted), count)
+                for truth, predicted, count in result.confusions[:_MOST_CONFUSIONS]
+            ),
             ranking=ddranking.of_result(result, self._results) if result.augment else None,
         )
-
-    def _why_not_shown(self, result: Result) -> str:
-        """Why the images are not shown; empty if they are."""
-        shown = self._shown.setdefault(result.dataset, set())
-        if result.sha256 in shown:
-            return "The images are shown with an entry above."
-        if len(shown) >= _MOST_SHEETS:
-            return f"Images are shown for at most {_MOST_SHEETS} sets of each dataset."
-        shown.add(result.sha256)
-        return ""
-
-    def _found(self, path: Path, result: Result) -> tuple[Finding, ...]:
-        """The findings of `ddkit check`, which takes seconds and runs once for each file."""
-        if result.sha256 not in self._findings:
-            self._findings[result.sha256] = _findings(path, result)
-        return self._findings[result.sha256]
 
 
 def _why_gone(path: Path, result: Result) -> str:
@@ -125,16 +137,22 @@ def _why_gone(path: Path, result: Result) -> str:
 
 def _sheet(path: Path, result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictures, ...], str]:
     """The images of a set class by class, or why they cannot be shown."""
+    from PIL.Image import fromarray
+
     from ddkit.data.images import denormalize, to_uint8
-    from ddkit.reporting.sets import pictures_by_class
     from ddkit.sets.distilled import read_set
 
     try:
         one = read_set(path, result.dataset)
     except DDKitError as error:
         return (), f"The images cannot be shown: {error.message}"
-    images = to_uint8(denormalize(one.images, one.spec))
-    return pictures_by_class(images, one.labels, lambda label: _name(titles, label)), ""
+    images = to_uint8(denormalize(one.images, one.spec)).permute(0, 2, 3, 1).contiguous().numpy()
+    lossless = one.spec.image_size <= _LARGEST_LOSSLESS
+    sheet = []
+    for label in range(one.spec.num_classes):
+        pictures = [data_uri(fromarray(image), lossless) for image in images[one.labels.numpy() == label][:_MOST_PER_CLASS]]
+        sheet.append(ClassPictures(_name(titles, label), tuple(pictures)))
+    return tuple(sheet), ""
 
 
 def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
@@ -145,6 +163,13 @@ def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
     except DDKitError as error:
         return (Finding("error", "–", error.message),)
     return tuple(report.findings)
+
+
+def data_uri(picture: Image, lossless: bool = False) -> str:
+    """The picture as WebP in a data URI; with losses by default, so that the page stays small."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="WEBP", lossless=lossless, quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def class_titles(result: Result) -> tuple[str, ...]:
@@ -159,7 +184,7 @@ def class_titles(result: Result) -> tuple[str, ...]:
 
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:
-    """How the set was made, by the result, else by the JSON next to the file if that has not changed."""
+    """How the set was made (from the result, else from the JSON next to an unchanged file) and how it was evaluated."""
     made_by: Any = result.made_by
     source = Path(result.source)
     if not made_by:
@@ -170,13 +195,9 @@ def _facts(result: Result) -> tuple[tuple[str, str], ...]:
         except (DDKitError, OSError) as error:
             log.warning("%s", error)
     known = list(_flat(made_by)) if isinstance(made_by, Mapping) else []
-    return (*known, *_evaluation_facts(result))
-
-
-def _evaluation_facts(result: Result) -> list[tuple[str, str]]:
     low, high = result.images_per_class
     settings = [f"E = {result.epochs_setting}", result.network, result.precision, f"seed {result.seed}"]
-    facts = [
+    evaluation = [
         ("file", result.source),
         ("SHA-256", result.sha256),
         ("images", f"{result.images:,}, {low if low == high else f'{low} to {high}'} a class"),
@@ -185,7 +206,7 @@ def _evaluation_facts(result: Result) -> list[tuple[str, str]]:
         ("took", f"{result.seconds:,.0f} s on {result.device or 'an unnamed device'}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
     ]
-    return [(name, value) for name, value in facts if value]
+    return (*known, *((name, value) for name, value in evaluation if value))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -198,29 +219,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str
             yield name, f"{len(item):,} values"
         elif item not in (None, "", [], ()):
             yield name, ", ".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item)
-
-
-def _loss_chart(result: Result) -> LineChart | None:
-    rounds = {f"round {i}": list(_over_epochs(curve, result)) for i, curve in enumerate(result.loss_curves, start=1)}
-    return line_chart("Training loss", "epoch", rounds, from_zero=True)
-
-
-def _over_epochs(curve: Sequence[float], result: Result) -> Iterable[tuple[float, float]]:
-    """(epoch, loss) for evenly spaced epochs 0 ... E."""
-    for i, loss in enumerate(curve):
-        yield result.epochs_setting * i / max(1, len(curve) - 1), loss
-
-
-def _classes(result: Result, titles: Sequence[str]) -> tuple[ClassAccuracy, ...]:
-    known = [ClassAccuracy(_name(titles, label), value) for label, value in enumerate(result.per_class)]
-    return tuple(sorted(known, key=lambda c: -c.accuracy))
-
-
-def _confusions(result: Result, titles: Sequence[str]) -> tuple[Confusion, ...]:
-    return tuple(
-        Confusion(_name(titles, truth), _name(titles, predicted), count)
-        for truth, predicted, count in result.confusions[:_MOST_CONFUSIONS]
-    )
 
 
 def _name(titles: Sequence[str], label: int) -> str:

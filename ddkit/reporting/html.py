@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
-import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ddkit.reporting.details import data_uri
 from ddkit.reporting.formatting import LEGEND, percent, points
 from ddkit.reporting.page import Page
 from ddkit.reporting.rows import dataset_title
 from ddkit.runtime.files import write_text
-
-if TYPE_CHECKING:
-    import jinja2
-    from PIL.Image import Image
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(page: Page) -> str:
     """The page's HTML. All text that comes from results or files is escaped."""
-    environment = _environment()
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(percent=percent, points=points, dataset_title=dataset_title, data_uri=data_uri)
     script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
@@ -39,25 +42,3 @@ def render(page: Page) -> str:
 def write_html(page: Page, path: str | os.PathLike[str]) -> None:
     """Write the page's HTML, atomically."""
     write_text(path, render(page))
-
-
-@functools.lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(percent=percent, points=points, dataset_title=dataset_title, data_uri=_data_uri)
-    return environment
-
-
-def _data_uri(picture: Image) -> str:
-    buffer = io.BytesIO()
-    # With losses, so that the page stays small; the files that are written next to it have none.
-    picture.save(buffer, format="WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -5,7 +5,7 @@ Nothing here imports torch, so that a leaderboard of thousands of results is sho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,8 +50,8 @@ def _build_track(track: int, results: Sequence[Result]) -> list[Group]:
 
 def _official_group(track: int, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]) -> Group:
     published = [entry for entry in PUBLISHED if entry.track == track]
-    rows = [_published_row(entry) for entry in published] + [_local_row(d, baselines, published) for d in drafts]
-    rows = _with_distinct_names(_ranked(_best_first(rows)))
+    theirs = [Row(e.name, "published", dict(e.accuracy), e.score, rank=e.rank, source=e.source) for e in published]
+    rows = _with_distinct_names(_ranked(_best_first([*theirs, *(_local_row(d, baselines, published) for d in drafts)])))
     facts = TRACKS[track]
     remarks = []
     if any(not entry.accuracy for entry in published):
@@ -68,15 +68,11 @@ def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_C
     rows = _with_distinct_names(_best_first(_local_row(d, baselines, ()) for d in drafts))
     present = {name for row in rows for name in row.accuracy}
     datasets = tuple(sorted(present, key=_dataset_order))
-    shared = _shared_deviations(rows)
+    shared = tuple(d for d in rows[0].deviations if all(d in row.deviations for row in rows))
     remarks = [f"Not comparable with the published entries: {'; '.join(shared)}."] if shared else []
     if any(row.is_local for row in rows) and not any(row.kind == "random-real" for row in rows):
         remarks.append("No random real images were evaluated under these settings.")
     return Group(key.track, False, key.title(), datasets, tuple(rows), tuple(remarks), shared)
-
-
-def _shared_deviations(rows: Sequence[Row]) -> tuple[str, ...]:
-    return tuple(d for d in rows[0].deviations if all(d in row.deviations for row in rows))
 
 
 @dataclass(frozen=True)
@@ -117,14 +113,12 @@ class _GroupKey:
         )
 
     def title(self) -> str:
-        name = dataset_title(self.dataset) if self.dataset else "Not official"
-        return ", ".join([f"{name}: E = {self.epochs_setting}", *self._unusual()])
-
-    def _unusual(self) -> list[str]:
-        parts = []
+        """The settings in words, those of the protocol left out."""
+        parts = [f"{dataset_title(self.dataset) if self.dataset else 'Not official'}: E = {self.epochs_setting}"]
         if self.ipc is not None and self.ipc != (TRACKS[1].ipc,) * 2:
             low, high = self.ipc
-            parts.append("1 image a class" if self.ipc == (1, 1) else f"{_span(low, high)} images a class")
+            count = str(low) if low == high else f"{low} to {high}"
+            parts.append("1 image a class" if count == "1" else f"{count} images a class")
         if self.time_budget is not None:
             parts.append(f"{self.time_budget:g} s to generate")
         if self.test_images is not None:
@@ -135,11 +129,7 @@ class _GroupKey:
             parts.append("no augmentation")
         if self.precision != "float32":
             parts.append(self.precision)
-        return parts
-
-
-def _span(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low} to {high}"
+        return ", ".join(parts)
 
 
 @dataclass
@@ -216,15 +206,22 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
     expected = (draft.key.dataset,) if draft.key.dataset else _CHALLENGE_NAMES
     accuracy = {name: r.mean for name, r in results.items()}
     baseline = tuple(baselines[key] for r in evaluated if (key := _conditions(r)) in baselines)
+    comparable = (e.accuracy for e in published if all(name in e.accuracy for name in results))
+    best_published = max((mean(numbers[name] for name in results) for numbers in comparable), default=None)
+    missing = [name for name in expected if name not in results] if draft.key.official else []
     return Row(
         name=_REFERENCE_NAMES.get(draft.kind, draft.name),
         kind=draft.kind,
         accuracy=accuracy,
         score=mean(accuracy.values()) if all(name in results for name in expected) else None,
         results=results,
-        best_published=_best_published(results, published) if draft.kind == "submission" else None,
+        best_published=best_published if draft.kind == "submission" else None,
         baseline=baseline if len(baseline) == len(evaluated) and draft.kind != "random-real" else (),
-        remarks=draft.remarks + _generated(results) + _missing(results, expected if draft.key.official else ()),
+        remarks=(
+            *draft.remarks,
+            *_generated(results),
+            *(f"no rank without {dataset_title(name)}" for name in missing),
+        ),
     )
 
 
@@ -232,7 +229,7 @@ def _with_distinct_names(rows: Sequence[Row]) -> list[Row]:
     """The rows; to the names of the user's sets that share one, what tells them apart is added: what made them, the start
     of the hash, or the seed."""
     named = list(rows)
-    for describe in (_made_by, _hash, _seed):
+    for describe in _DISTINCTIONS:
         texts: dict[str, set[str]] = {}
         for row in named:
             if row.is_local:
@@ -242,14 +239,6 @@ def _with_distinct_names(rows: Sequence[Row]) -> list[Row]:
             for row in named
         ]
     return named
-
-
-def _hash(row: Row) -> str:
-    return " and ".join(r.sha256[:6] for r in row.results.values())
-
-
-def _seed(row: Row) -> str:
-    return f"seed {' and '.join(dict.fromkeys(str(r.seed) for r in row.results.values()))}"
 
 
 def _made_by(row: Row) -> str:
@@ -262,6 +251,13 @@ def _made_by(row: Row) -> str:
     return " and ".join(dict.fromkeys(texts))
 
 
+_DISTINCTIONS: tuple[Callable[[Row], str], ...] = (
+    _made_by,
+    lambda row: " and ".join(r.sha256[:6] for r in row.results.values()),
+    lambda row: f"seed {' and '.join(dict.fromkeys(str(r.seed) for r in row.results.values()))}",
+)
+
+
 def _generated(results: Mapping[str, Result]) -> tuple[str, ...]:
     """In track 2: how many images the generator made, and how fast."""
     made = {name: r for name, r in results.items() if r.generated and sum(r.generation_seconds) > 0}
@@ -270,21 +266,6 @@ def _generated(results: Mapping[str, Result]) -> tuple[str, ...]:
         f"{sum(r.generated) / sum(r.generation_seconds):,.1f} a second"
         for name, r in made.items()
     )
-
-
-def _missing(results: Mapping[str, Result], expected: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"no rank without {dataset_title(name)}" for name in expected if name not in results)
-
-
-def _published_row(entry: Entry) -> Row:
-    return Row(entry.name, "published", dict(entry.accuracy), entry.score, rank=entry.rank, source=entry.source)
-
-
-def _best_published(datasets: Iterable[str], published: Iterable[Entry]) -> float | None:
-    """The best published mean over these datasets; None if no entry has published all of them."""
-    names = list(datasets)
-    known = (entry.accuracy for entry in published if all(name in entry.accuracy for name in names))
-    return max((mean(accuracy[name] for name in names) for accuracy in known), default=None)
 
 
 def _ranked(rows: Sequence[Row]) -> list[Row]:

@@ -90,11 +90,16 @@ def gather(
     groups = build(results, tracks)
     chosen = _rows_to_detail(groups)
     entries = _entry_views(chosen[:_MOST_ENTRIES], SetDetails(results), progress)
+    tables = []
+    for group in groups:
+        # Published entries have no intervals; without others a chart would not show anything.
+        charted = shortened(group, _MOST_MARKS)[0] if any(row.results for row in group.rows) else None
+        tables.append(GroupView(*shortened(group, _MOST_ROWS), interval_charts(charted) if charted else ()))
     return Page(
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z").strip(),
         version=__version__,
         cards=_cards(groups, sum(result.kind == "submission" for result in results)),
-        tables=tuple(_table(group) for group in groups),
+        tables=tuple(tables),
         entries=entries,
         entries_left_out=len(chosen) - len(entries),
         runs=training_runs(runs_folder),
@@ -149,13 +154,6 @@ def _difference_card(title: str, estimate: Estimate) -> Card:
         clear = "more than the noise" if estimate.is_clear else "within the noise"
         note = f"points, ± {100 * estimate.half_width:.2f}: {clear}"
     return Card(title, f"{100 * estimate.value:+.2f}", note, tone)
-
-
-def _table(group: Group) -> GroupView:
-    short, left_out = shortened(group, _MOST_ROWS)
-    # Published entries have no intervals; without others a chart would not show anything.
-    ours = any(row.results for row in group.rows)
-    return GroupView(short, left_out, interval_charts(shortened(group, _MOST_MARKS)[0]) if ours else ())
 
 
 def _entry_views(chosen: Sequence[tuple[Group, Row]], details: SetDetails, progress: Listener) -> tuple[EntryView, ...]:

@@ -68,6 +68,15 @@ class Row:
         """Difference to random real images, over the datasets of this row."""
         return difference(tuple(self.results.values()), self.baseline) if self.baseline else None
 
+    def value_and_interval(self, dataset: str | None) -> tuple[float, float | None] | None:
+        """The accuracy on a dataset, or the score (None), with half its interval if there is one; None if it is unknown."""
+        if dataset is None:
+            return None if self.score is None else (self.score, self.spread.half_width if self.spread else None)
+        if dataset not in self.accuracy:
+            return None
+        interval = self.results[dataset].interval if dataset in self.results else None
+        return self.accuracy[dataset], None if interval is None else (interval[1] - interval[0]) / 2
+
     @property
     def is_local(self) -> bool:
         """True for the user's own sets."""

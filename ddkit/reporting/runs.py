@@ -38,7 +38,12 @@ def training_runs(folder: Path) -> tuple[RunView, ...]:
 
 
 def _run_view(path: Path) -> RunView | None:
-    records = _read_log(path)
+    try:
+        lines = read_lines(path)
+    except BadFileError as error:
+        log.warning("The training log cannot be read: %s", error)
+        return None
+    records = [record for _, record in lines if isinstance(record, dict) and _is_number(record.get("step"))]
     charts = (
         *(line_chart(f"{stage.capitalize()}: loss".lstrip(": "), "step", {"loss": _series(of_stage, "loss")})
           for stage, of_stage in _by(records, "stage").items()),
@@ -57,16 +62,6 @@ def _by(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mappin
     for record in records:
         groups.setdefault(str(record.get(key, "")), []).append(record)
     return groups
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a training log that have a step; other lines are skipped."""
-    try:
-        lines = read_lines(path)
-    except BadFileError as error:
-        log.warning("The training log cannot be read: %s", error)
-        return []
-    return [record for _, record in lines if isinstance(record, dict) and _is_number(record.get("step"))]
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
