@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddkit.errors import BadFileError
 from ddkit.runtime.jsonl import append_line, read_lines, require_appendable
+from ddkit.runtime.records import Count, read_record
 from ddkit.statistics import mean_interval, sample_std
 
 FORMAT_VERSION = 1
-_LARGEST = 2**63
 RESULTS_FILE = Path("runs/results.jsonl")
 
 
@@ -61,33 +60,33 @@ class Result(Scores):
 
     name: str
     dataset: str
-    track: int
+    track: Count
     sha256: str
     source: str
-    images: int
-    images_per_class: tuple[int, int]
-    epochs_setting: int
+    images: Count
+    images_per_class: tuple[Count, Count]
+    epochs_setting: Count
     accuracies: tuple[float, ...]
     kind: str = "submission"
     network: str = "convnet"
     augment: bool = True
     precision: str = "float32"
-    seed: int = 0
+    seed: Count = 0
     official: bool = False
     deviations: tuple[str, ...] = ()
     seconds: float = 0.0  # of training and testing, all rounds
     generation_seconds: tuple[float, ...] = ()  # track 2: of the generator, per round
-    generated: tuple[int, ...] = ()  # track 2: how many images it made, per round
+    generated: tuple[Count, ...] = ()  # track 2: how many images it made, per round
     time_budget: float | None = None  # track 2: seconds for each round; None in old records
-    test_images: int | None = None  # None in old records
+    test_images: Count | None = None  # None in old records
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str = ""  # ISO 8601, UTC, when the evaluation ended
     loss_curves: tuple[tuple[float, ...], ...] = ()
     per_class: tuple[float, ...] = ()
-    confusions: tuple[tuple[int, int, float], ...] = ()
+    confusions: tuple[tuple[Count, Count, float], ...] = ()
     made_by: Mapping[str, Any] = field(default_factory=dict)  # the provenance of the evaluated set
-    format: int = FORMAT_VERSION
+    format: Count = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
     for number, value in read_lines(path, problems.__setitem__):
         try:
             results.append(_from_json(value))
-        except (ValueError, BadFileError) as error:
+        except BadFileError as error:
             problems[number] = str(error)
     return Reading(tuple(results), tuple(f"{path}, line {number}: {problems[number]}" for number in sorted(problems)))
 
@@ -157,80 +156,10 @@ def _identity(result: Result) -> tuple[Any, ...]:
 
 
 def _from_json(value: Any) -> Result:
-    if not isinstance(value, dict):
-        raise BadFileError("not a result record")
-    if value.get("format") != FORMAT_VERSION:
+    """The record of a line. Raises BadFileError if it is not one, or of another version."""
+    if isinstance(value, dict) and value.get("format") != FORMAT_VERSION:
         raise BadFileError(f"format version {value.get('format')!r}, this ddkit reads {FORMAT_VERSION}")
-    known = {f.name for f in dataclasses.fields(Result)}
-    if unknown := sorted(set(value) - known):
-        raise BadFileError(f"unknown fields {', '.join(unknown)}")
-    required = {f.name for f in dataclasses.fields(Result) if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(required - set(value)):
-        raise BadFileError(f"fields missing: {', '.join(missing)}")
-    values = {name: _tuples(item) for name, item in value.items()}
-    for name, item in values.items():
-        if not _FORMS[name](item):
-            raise BadFileError(f"{name} cannot be {json.dumps(item):.60}")
-    return Result(**values)
-
-
-def _tuples(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    # Lists of numbers, the bulk of a record, are converted whole: files of thousands of records stay quick to read.
-    return tuple(map(_tuples, value)) if value and isinstance(value[0], list) else tuple(value)
-
-
-def _is_text(value: Any) -> bool:
-    """JSON can hold halves of characters, which cannot be written."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST
-
-
-def _is_number(value: Any) -> bool:
-    """True for a number of JSON that fits into 64 bits; bool is not one."""
-    return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
-
-
-def _is_fraction(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, tuple) and set(map(type, value)) <= {int, float}
-
-
-def _each(form: Callable[[Any], bool], *, least: int = 0, most: int | None = None) -> Callable[[Any], bool]:
-    """The form of a tuple of so many items."""
-
-    def holds(value: Any) -> bool:
-        return isinstance(value, tuple) and least <= len(value) <= (most or len(value)) and all(map(form, value))
-
-    return holds
-
-
-# What the fields of a record look like, so that a line from elsewhere is named and not met later on.
-_FORMS: Mapping[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("name", "dataset", "sha256", "source", "kind", "network", "precision", "device", "date"), _is_text),
-    **dict.fromkeys(("track", "images", "epochs_setting", "seed", "format"), _is_count),
-    **dict.fromkeys(("augment", "official"), lambda value: isinstance(value, bool)),
-    **dict.fromkeys(("versions", "made_by"), _is_mapping),
-    "images_per_class": _each(_is_count, least=2, most=2),
-    "accuracies": _each(_is_fraction, least=1),
-    "deviations": _each(_is_text),
-    "seconds": _is_number,
-    "time_budget": lambda value: value is None or _is_number(value),
-    "test_images": lambda value: value is None or _is_count(value),
-    "generation_seconds": _each(_is_number),
-    "generated": _each(_is_count),
-    "loss_curves": _each(_each(_is_number)),
-    "per_class": _each(_is_number),
-    "confusions": _each(lambda value: _each(_is_number, least=3, most=3)(value) and all(map(_is_count, value[:2]))),
-}
+    result = read_record(Result, value)
+    if not result.accuracies or not all(0 <= accuracy <= 1 for accuracy in result.accuracies):
+        raise BadFileError(f"accuracies cannot be {list(result.accuracies)}, which are not fractions of the test set")
+    return result

@@ -17,6 +17,7 @@ from ddkit.challenge import DATASETS, DatasetSpec
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadDataError, BadFileError, MissingDataError, UsageError, did_you_mean
 from ddkit.runtime.files import cache_folder, read_json, write_json
+from ddkit.runtime.records import read_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,8 +216,8 @@ def store_facts(name: str) -> StoreFacts:
             f"Prepare it again: {_command(name, force=True)}",
         )
     try:
-        return _facts_from_json(value)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        return read_record(StoreFacts, value)
+    except BadFileError as error:
         raise _damaged(name, f"meta.json does not have the expected contents ({error})") from error
 
 
@@ -233,18 +234,6 @@ def _open_tensors(path: Path, name: str) -> tuple[Tensor, Tensor]:
             return file.get_tensor("images"), file.get_tensor("labels")
     except (OSError, safetensors.SafetensorError) as error:
         raise _damaged(name, f"{path.name}: {error}") from error
-
-
-def _facts_from_json(value: dict[str, Any]) -> StoreFacts:
-    splits = {
-        split: SplitFacts(**{key: _tuples(item) for key, item in facts.items()}) for split, facts in value.pop("splits").items()
-    }
-    source = value.pop("source")
-    return StoreFacts(**{key: _tuples(item) for key, item in value.items()}, splits=splits, source=source)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _damaged(name: str, what: str) -> BadDataError:
