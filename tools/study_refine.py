@@ -38,6 +38,8 @@ START = "start"
 METHODS: dict[str, dict[str, Any]] = {
     "random networks": {"pool.size": 0},
     "pool": {},
+    "pool, float32": {"precision": "float32"},
+    "pool, bfloat16": {"precision": "bfloat16"},
     "pool, ridge 0.02": {"krr_lambda": 0.02},
     "pool, age 1000, 5 updates": {"pool.max_age": 1000, "pool.updates": 5},
     "pool of 30": {"pool.size": 30},
