@@ -31,7 +31,7 @@ from ddkit.distill.state import RefinementState
 from ddkit.errors import UsageError
 from ddkit.runtime.tensor_files import save_torch
 from ddkit.sets.distilled import read_set
-from kept import Findings, Record, arguments_of, carry_out, markdown, percent
+from study import Findings, Record, arguments_of, markdown, percent, run_study
 
 START = "start"
 # By single changes to the preset track1. Those with a pool begin it at --pool-step.
@@ -168,10 +168,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse()
-    carry_out(Study, options)
-
-
 if __name__ == "__main__":
-    main()
+    run_study(Study, parse())

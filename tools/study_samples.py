@@ -28,7 +28,7 @@ from ddkit.metrics.features import ReferenceFeatures, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.sets.distilled import class_labels, read_set
 from ddkit.sets.select import FEATURE_METHODS, LABEL_METHODS, ImageFeatures, choose
-from kept import Findings, Record, arguments_of, carry_out, markdown, percent
+from study import Findings, Record, arguments_of, markdown, percent, run_study
 
 REAL = "real"
 
@@ -148,10 +148,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse()
-    carry_out(Study, options)
-
-
 if __name__ == "__main__":
-    main()
+    run_study(Study, parse())
