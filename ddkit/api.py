@@ -226,13 +226,18 @@ def report(
     tracks: Iterable[int] | None = None,
     html: PathLike | None = None,
     runs_folder: PathLike = "runs",
+    quality: PathLike | None = None,
+    device: str = "auto",
     progress: Listener = ignore,
 ) -> Leaderboard:
     """Rank the results in a file next to the published entries and random real images.
 
     tracks: None means those with results, and track 1. html: also write the page to this file; it shows the training logs
-    in `runs_folder`. Raises MissingDataError for a missing file.
+    in `runs_folder`. quality: also measure the images of this set, or of the sets in this folder.
+    Raises MissingDataError for a missing file.
     """
     from ddkit.reporting.report import report as rank
 
-    return rank(results, tracks=tracks, html=html, runs_folder=runs_folder, progress=progress)
+    return rank(
+        results, tracks=tracks, html=html, runs_folder=runs_folder, quality=quality, device=device, progress=progress
+    )

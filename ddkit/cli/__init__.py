@@ -54,7 +54,10 @@ class _Group(click.Group):
                 raise
             explained = _explained(error)
             bug = f"This is a bug in ddkit. {type(error).__name__}: {error}"
-            _print_error(explained or DDKitError(bug, "Run it with --debug for the traceback."))
+            shown = explained or DDKitError(bug, "Run it with --debug for the traceback.")
+            click.echo(click.style("Error: ", fg="red", bold=True) + shown.message, err=True)
+            if shown.remedy:
+                click.echo(shown.remedy, err=True)
             ctx.exit(explained.exit_code if explained else _EXIT_BUG)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
@@ -75,12 +78,6 @@ def wants_traceback(ctx: click.Context) -> bool:
     return bool(ctx.find_root().meta.get("ddkit.debug"))
 
 
-def _print_error(error: DDKitError) -> None:
-    click.echo(click.style("Error: ", fg="red", bold=True) + error.message, err=True)
-    if error.remedy:
-        click.echo(error.remedy, err=True)
-
-
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -90,13 +87,16 @@ def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool)
         ctx.find_root().meta["ddkit.debug"] = True
 
 
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug, help="Show the traceback of an error."
+)
+
+
 @click.group(
     cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 )
 @click.version_option(__version__, prog_name="ddkit")
-@click.option(
-    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug, help="Show the traceback of an error."
-)
+@debug_option
 def main() -> None:
     """Enter a dataset distillation challenge, and know beforehand what you will score.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli import _remember_debug
+from ddkit.cli import debug_option
 from ddkit.cli._output import Output
 from ddkit.results import RESULTS_FILE
 
@@ -18,21 +18,22 @@ SUBMISSION_FOLDER = Path("submission")
 BUNDLE_FILE = Path("track2.zip")
 RUNS_FOLDER = Path("runs")
 
+PATH = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+COUNT = click.IntRange(1)
+TRACK = click.Choice(["1", "2"])
+
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --json, --quiet, --verbose and --debug; the command receives an `output` made of them."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
     @click.option("-q", "--quiet", is_flag=True, help="Print neither progress nor notes.")
-    @click.option("-v", "--verbose", count=True, help="Print ddkit's log; given twice, the libraries' logs as well.")
     @click.option(
-        "--debug",
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=_remember_debug,
-        help="Show the traceback of an error.",
+        "-v", "--verbose", count=True, show_default=False, help="Print ddkit's log; twice, the libraries' logs as well."
     )
+    @debug_option
     @functools.wraps(command)
     def with_output(*args: Any, as_json: bool, quiet: bool, verbose: int, **kwargs: Any) -> Any:
         with Output(as_json=as_json, quiet=quiet, verbosity=verbose) as output:
@@ -41,23 +42,38 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_output
 
 
-device_option = click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Compute on this device."
-)
-seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Use this random seed."
-)
+device_option = click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps", help="Compute on this device.")
+seed_option = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Use this random seed.")
 recorded_seed_option = click.option(
     "--seed",
     type=click.IntRange(0, 2**31 - 1),
     help="Use this random seed; 0 if not given. A resumed run keeps its first seed.",
 )
+
+
+def compute_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --device, --seed and the options of `output_options`."""
+    return device_option(seed_option(output_options(command)))
+
+
+def resumable_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the same as `compute_options`, with a seed that is None if it is not given."""
+    return device_option(recorded_seed_option(output_options(command)))
+
+
+def ignore_option(text: str) -> Callable[..., Any]:
+    """Add --ignore CODE, which may be repeated; the command receives `ignore_codes`."""
+    return click.option("--ignore", "ignore_codes", multiple=True, type=FindingCode(), metavar="CODE", help=text)
+
+
+def save_every_option(name: str, default: str) -> Callable[..., Any]:
+    """Add --save-every, a length of time in seconds, which the command receives under that name."""
+    text = "Save the state this often; a kill loses at most this."
+    return click.option("--save-every", name, type=Duration(), default=default, help=text)
+
+
 results_option = click.option(
-    "--results",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=RESULTS_FILE,
-    show_default=True,
-    help="Read results from this file, and add new ones to it.",
+    "--results", type=FILE, default=RESULTS_FILE, help="Read results from this file, and add new ones to it."
 )
 
 

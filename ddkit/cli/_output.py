@@ -85,6 +85,10 @@ class Output:
             # A line of a log stays one line, however long it is.
             self.err.print(text, soft_wrap=not self.err.is_terminal)
 
+    def event(self, text: str) -> None:
+        """Print a note of a library function: plain text, in which nothing is markup."""
+        self.note(escape(text))
+
     def progress(self, progress: Progress) -> None:
         """Show how far a long computation is: as a bar on a terminal, otherwise as a line every few seconds."""
         if self.quiet:

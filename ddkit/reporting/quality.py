@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from ddkit.errors import MissingDataError
 from ddkit.metrics.features import FeatureSettings, is_cached, reference_features
 from ddkit.metrics.quality import Quality, measure
 from ddkit.reporting.rows import dataset_title
+from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.contact_sheet import neighbor_sheet, side_by_side
-from ddkit.sets.distilled import read_set
+from ddkit.sets.contact_sheet import neighbor_sheet, save_png, side_by_side
+from ddkit.sets.distilled import dataset_of, read_set
 
 _COPY_DISTANCE = 0.2  # in units of the distance between real images; a nearer image counts as a copy
 
@@ -55,6 +57,13 @@ class SetQuality:
             ),
         )
 
+    def save_sheets(self, folder: Path) -> tuple[Path, Path]:
+        """Write both sheets as PNG files; returns their paths."""
+        files = folder / f"{self.name}-neighbors.png", folder / f"{self.name}-real.png"
+        for picture, file in zip((self.neighbors, self.real), files, strict=True):
+            save_png(picture, file)
+        return files
+
     def as_data(self) -> dict[str, Any]:
         """Plain values for JSON."""
         names = ("metric", "ours", "real", "reading")
@@ -69,9 +78,23 @@ def sets_at(path: Path) -> list[Path]:
     return found
 
 
-def has_feature_network(dataset: str) -> bool:
-    """True if the feature network of the dataset is in the cache; if not, `quality_of` takes minutes longer."""
-    return is_cached(load_dataset(dataset, "train"), dataset_spec(dataset))
+def measure_sets(
+    path: Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    on_event: Callable[[str], object] = lambda text: None,
+    progress: Listener = ignore,
+) -> list[SetQuality]:
+    """The quality of the set at `path`, or of the sets in that folder; on_event is called with a sentence before each."""
+    measured = []
+    for file in sets_at(path):
+        dataset = dataset_of(file)
+        has_network = is_cached(load_dataset(dataset, "train"), dataset_spec(dataset))
+        first = "" if has_network else " First a small network is trained on these, which takes minutes."
+        on_event(f"Comparing the images of {file} with real images.{first}")
+        measured.append(quality_of(file, dataset, seed=seed, device=resolve_device(device), progress=progress))
+    return measured
 
 
 def quality_of(

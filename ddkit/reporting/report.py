@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,15 @@ class Leaderboard:
     results: oldest first. groups: of comparable rows, those of the official protocol first in each track.
     rankings: DD-Ranking's scores of the sets for which all needed evaluations are there.
     problems: a line on each line of the file that cannot be used.
+    quality: the measured sets. written: the page and the sheets of images.
     """
 
     results: tuple[Result, ...]
     groups: tuple[Group, ...]
     rankings: tuple[ddranking.Ranking, ...]
     problems: tuple[str, ...]
+    quality: tuple[SetQuality, ...] = ()
+    written: tuple[Path, ...] = ()
 
     def as_data(self) -> dict[str, Any]:
         """Plain values for JSON; accuracies and differences are fractions."""
@@ -39,6 +42,7 @@ class Leaderboard:
             "leaderboard": as_data(self.groups),
             "rankings": [ranking.as_data() for ranking in self.rankings],
             "problems": list(self.problems),
+            "quality": [one.as_data() for one in self.quality],
         }
 
 
@@ -48,16 +52,21 @@ def report(
     tracks: Iterable[int] | None = None,
     html: str | os.PathLike[str] | None = None,
     runs_folder: str | os.PathLike[str] = "runs",
-    quality: Sequence[SetQuality] = (),
+    quality: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    on_event: Callable[[str], object] = lambda text: None,
     progress: Listener = ignore,
 ) -> Leaderboard:
     """Read a results file and rank the sets in it next to the published entries and random real images.
 
     results: the file that evaluations are recorded in; the default one may be missing. tracks: None means those with
-    results, and track 1. html: also write the page to this file. runs_folder, quality: shown on the page: the folder of
-    generators' run folders, and what `ddkit.reporting.quality.quality_of` found.
-    Raises MissingDataError for a missing file, BadFileError if the system refuses a file, and UsageError if the page would
-    replace the results.
+    results, and track 1. html: also write the page to this file. runs_folder: the folder of generators' run folders, whose
+    logs are shown on the page. quality: also measure the images of this set, or of the sets in this folder, as
+    `ddkit.reporting.quality.quality_of` does with the seed and the device, and write two sheets of images of each into
+    `runs_folder`/quality. on_event: called with a sentence before a part that takes long.
+    Raises MissingDataError for a missing file, BadFileError if the system refuses a file, UsageError if the page would
+    replace the results, and what `quality_of` raises.
     """
     path, tracks = Path(results), None if tracks is None else tuple(tracks)
     if html is not None and Path(html).exists() and path.exists() and Path(html).samefile(path):
@@ -65,21 +74,31 @@ def report(
     if not path.is_file() and path != RESULTS_FILE:
         raise MissingDataError(f"There is no results file {path}.", "Make one: ddkit evaluate --results PATH")
     reading = read(path)
+    measured: list[SetQuality] = []
+    written: list[Path] = []
+    if quality is not None:
+        from ddkit.reporting.quality import measure_sets
+
+        measured = measure_sets(Path(quality), seed=seed, device=device, on_event=on_event, progress=progress)
+        written = [file for one in measured for file in one.save_sheets(Path(runs_folder, "quality"))]
     if html is not None:
         from ddkit.reporting.html import write_html
         from ddkit.reporting.page import gather
 
+        on_event(f"Checking the sets that {html} shows. This takes seconds for each.")
         page = gather(
             reading.results,
             problems=reading.problems,
             tracks=tracks,
             runs_folder=Path(runs_folder),
-            quality=quality,
+            quality=measured,
             progress=progress,
         )
         write_html(page, html)
+        written.insert(0, Path(html))
     rankings = tuple(ranking for ranking in ddranking.from_results(reading.results) if ranking.lrs is not None)
-    return Leaderboard(reading.results, build(reading.results, tracks), rankings, reading.problems)
+    groups = build(reading.results, tracks)
+    return Leaderboard(reading.results, groups, rankings, reading.problems, tuple(measured), tuple(written))
 
 
 def as_data(groups: Iterable[Group]) -> list[dict[str, Any]]:
