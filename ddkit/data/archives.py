@@ -59,6 +59,10 @@ class Tree(abc.ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lists, which may be long and which a process that decodes does not need."""
+        return {name: value for name, value in vars(self).items() if name not in ("_listed", "folders")}
+
     @abc.abstractmethod
     def _list(self) -> tuple[Iterable[str], Iterable[str]]:
         """(files, folders): all files, and at least the empty folders. Raises BadDataError for hostile archives."""
@@ -122,9 +126,6 @@ READ_ERRORS = (DamagedFileError, OSError, *ZIP_ERRORS, KeyError)
 class FolderTree(Tree):
     """The files below a folder. Links are followed, because a folder is the user's own."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FolderTree, (self.path,)
-
     def _list(self) -> tuple[list[str], list[str]]:
         files: list[str] = []
         folders: list[str] = []
@@ -166,9 +167,7 @@ class ZipTree(Tree):
         except OSError as error:
             raise explain_os_error(error, path) from error
         except ZIP_ERRORS as error:
-            raise BadDataError(
-                f"{path} is not a whole zip file: {error}.", "The download may be incomplete: get it again."
-            ) from error
+            raise _incomplete(path, "zip file", error) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ZipTree, (self.path, self._file, self._renamed)
@@ -206,9 +205,6 @@ class PackedTree(Tree):
     def __init__(self, path: Path, file: Path, index: Mapping[str, tuple[int, int]], folders: Iterable[str] = ()) -> None:
         super().__init__(path)
         self._file, self._index, self._folders = file, index, tuple(folders)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PackedTree, (self.path, self._file, self._index)
 
     def _list(self) -> tuple[Iterable[str], Iterable[str]]:
         return self._index, self._folders
@@ -268,9 +264,7 @@ def open_tar(path: Path, scratch: Path, file: Path | None = None) -> PackedTree:
             if any(opened.read()):  # a tar ends with zeros; one cut between two files would be read without complaint
                 raise EOFError("its end is missing")
     except (tarfile.TarError, EOFError, ValueError, KeyError) as error:
-        raise BadDataError(
-            f"{path} is not a whole archive: {error}.", "The download may be incomplete: get it again."
-        ) from error
+        raise _incomplete(path, "archive", error) from error
     except OSError as error:
         raise explain_os_error(error, path) from error
     return PackedTree(path, plain, index, folders)
@@ -291,9 +285,7 @@ def _decompressed(path: Path, scratch: Path, file: Path) -> Path:
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise explain_os_error(error, path) from error
-                raise BadDataError(
-                    f"{path} is not a whole archive: {error}.", "The download may be incomplete: get it again."
-                ) from error
+                raise _incomplete(path, "archive", error) from error
             if not block:
                 return Path(name)
             if target.tell() > limit:
@@ -339,6 +331,10 @@ def _member_name(name: str, path: Path) -> str:
 def _refuse_too_many(count: int, path: Path) -> None:
     if count > MAX_FILES:
         raise BadDataError(f"{path} lists more than {MAX_FILES:,} files.")
+
+
+def _incomplete(path: Path, kind: str, error: Exception) -> BadDataError:
+    return BadDataError(f"{path} is not a whole {kind}: {error}.", "The download may be incomplete: get it again.")
 
 
 def _link_error(name: str, path: Path) -> BadDataError:

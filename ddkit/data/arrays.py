@@ -39,10 +39,8 @@ def read_arrays(tree: Tree, folder: str, test_split: str | None) -> Source | Non
     count = 1 + max(int(pixels.labels.max(initial=0)) for pixels in found.values())
     texts = [array for name, array in arrays.items() if array.dtype.kind in "US" and not split_word(name)]
     class_names: list[str] = next((array.astype(str).tolist() for array in texts if array.shape == (count,)), [])
-    pixels = {"train": found[train], "test": found[test]}
-    return pixel_source(
-        "arrays", tree.path, class_names or numbered_classes(count), pixels, notes=notes, numbered=not class_names
-    )
+    pixels, names = {"train": found[train], "test": found[test]}, class_names or numbered_classes(count)
+    return pixel_source("arrays", tree.path, names, pixels, notes=notes, numbered=not class_names)
 
 
 def _read(tree: Tree, path: str) -> dict[str, NDArray[Any]]:
@@ -54,20 +52,17 @@ def _read(tree: Tree, path: str) -> dict[str, NDArray[Any]]:
         if isinstance(loaded, np.ndarray):
             return {name: loaded}
         return {f"{name}_{key}": loaded[key] for key in loaded.files}
-    except ValueError as error:
+    except (*READ_ERRORS, SyntaxError, MemoryError) as error:  # a ValueError is among READ_ERRORS
         if "allow_pickle" in str(error):
             return {}
-        raise BadDataError(f"{tree.path}: {path} is damaged: {error}.", "Save or get it again.") from error
-    except (*READ_ERRORS, SyntaxError, MemoryError) as error:
         raise BadDataError(f"{tree.path}: {path} is damaged: {error}.", "Save or get it again.") from error
 
 
 def _pixels(path: Path, word: str, arrays: Mapping[str, NDArray[Any]]) -> Pixels | None:
     """The images and labels of one split; None if one of them is missing. Raises BadDataError for what they cannot be."""
     mine = {name: array for name, array in arrays.items() if split_word(name) == word and array.ndim and len(array)}
-    images = sorted(
-        (name for name, array in mine.items() if array[0].size >= _FEWEST_VALUES), key=lambda name: -mine[name].ndim
-    )
+    images = [name for name in mine if mine[name][0].size >= _FEWEST_VALUES]
+    images.sort(key=lambda name: -mine[name].ndim)
     labels = [name for name in mine if name not in images and _is_labels(mine[name])]
     # CIFAR-100 has labels of two kinds; the coarse ones are not the challenge's.
     labels.sort(key=lambda name: ("fine" not in name.lower(), "coarse" in name.lower()))

@@ -8,6 +8,7 @@ torchvision's checksums tell the official files from others, which are read with
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import pickle
 from collections.abc import Callable
@@ -30,7 +31,6 @@ OFFICIAL_MD5 = {
 }
 _SIDE = 32
 _MAX_BYTES = 1 << 30  # of one pickle; the official training one has 155 MB
-_BLOCK = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -62,23 +62,16 @@ def _load(tree: Tree, path: str, name: str) -> Any:
     try:
         if (size := tree.size(path)) > _MAX_BYTES:
             raise pickle.UnpicklingError(f"it has {size:,} bytes")
-        if _md5(tree, path) != OFFICIAL_MD5[name]:
-            _log.warning("%s: '%s' is not the official file; its checksum differs.", tree.path, name)
         with tree.open(path) as file:
-            # Written by Python 2, whose texts and pixels are both byte strings to us.
-            return _DataUnpickler(file, encoding="bytes").load()
+            data = file.read()
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() != OFFICIAL_MD5[name]:
+            _log.warning("%s: '%s' is not the official file; its checksum differs.", tree.path, name)
+        # Written by Python 2, whose texts and pixels are both byte strings to us.
+        return _DataUnpickler(io.BytesIO(data), encoding="bytes").load()
     except (
         *READ_ERRORS, pickle.UnpicklingError, LookupError, AttributeError, TypeError, ImportError, OverflowError, MemoryError,
     ) as error:  # fmt: skip
         raise BadDataError(f"{tree.path}: '{name}' is not a data pickle: {error}.", "Download the archive again.") from error
-
-
-def _md5(tree: Tree, path: str) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with tree.open(path) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _parsed(path: Path, contents: dict[str, Any], name: str, parse: Callable[[dict[str, Any]], Any]) -> Any:

@@ -12,14 +12,14 @@ import functools
 import io
 import math
 import pickle
-import queue
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import IO
@@ -46,20 +46,9 @@ _ORIENTATION_TAG = 0x0112  # of EXIF
 
 # What Pillow's readers raise on damaged files, found by feeding them some; one bad file must not end the others.
 _PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+    OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, AssertionError, AttributeError, TypeError,
+    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 class BadImageError(Exception):
@@ -83,11 +72,13 @@ class Problem:
 def open_image(data: bytes) -> Image.Image:
     """Read the header and decode the first frame, upright. Raises BadImageError."""
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         if math.prod(image.size) > _MAX_PIXELS:
             raise BadImageError(f"{image.width} x {image.height} pixels, too many for a training image")
         image.load()
-        return _upright(image)
+        if "exif" in image.info and image.getexif().get(_ORIENTATION_TAG, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return image
     except _PILLOW_ERRORS as error:
         raise BadImageError(_reason(error)) from error
 
@@ -105,7 +96,11 @@ def read_image(data: bytes, image_size: int, *, resize: bool = False) -> NDArray
     try:
         rgb = to_rgb(image)
         if rgb.size != (image_size, image_size):
-            rgb = _resized(rgb, image_size)
+            # The central square; Pillow's bicubic filter widens with the reduction, so it antialiases.
+            edge = min(rgb.size)
+            left, top = (rgb.width - edge) / 2, (rgb.height - edge) / 2
+            box = (left, top, left + edge, top + edge)
+            rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
         return np.asarray(rgb).transpose(2, 0, 1)
     except _PILLOW_ERRORS as error:
         raise BadImageError(_reason(error)) from error
@@ -115,8 +110,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes to RGB with 8 bits a channel. Raises ValueError for floating-point pixels."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
-        return _from_integers(image)
+    if image.mode.startswith("I"):  # 16-bit grayscale is "I;16" or, from some formats, 32-bit "I": 65535 becomes 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("whole-number pixels beyond 16 bits, whose range is not known")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
     if image.has_transparency_data:
@@ -151,8 +149,8 @@ def decode_split(
         workers = 0 if len(names) < _FEW or not sys.executable else min(available_cpus(), len(blocks))
     problems: list[Problem] = []
     done = 0
-    with _decoders(_Job(tree, target, resize), workers) as decode:
-        for count, found in decode(blocks):
+    with contextlib.closing(_decoded(_Job(tree, target, resize), blocks, workers)) as parts:
+        for count, found in parts:
             done += count
             problems += found
             report(done)
@@ -174,13 +172,13 @@ class _Job:
         side = self.target.image_size
         rows = np.zeros((len(names), 3, side, side), np.uint8)
         problems = []
-        for k, name in enumerate(names):
-            try:
-                rows[k] = read_image(self.tree.read(name), side, resize=self.resize)
-            except WrongSizeError as error:
-                problems.append(Problem(start + k, name, str(error), other_size=True))
-            except (BadImageError, DamagedFileError) as error:
-                problems.append(Problem(start + k, name, str(error)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on odd files, would fall between the lines of the progress
+            for k, name in enumerate(names):
+                try:
+                    rows[k] = read_image(self.tree.read(name), side, resize=self.resize)
+                except (WrongSizeError, BadImageError, DamagedFileError) as error:
+                    problems.append(Problem(start + k, name, str(error), isinstance(error, WrongSizeError)))
         try:
             self.target.write(start, rows)
         except OSError as error:
@@ -188,32 +186,25 @@ class _Job:
         return problems
 
 
-_Block = tuple[int, Sequence[str]]
-_Decode = Callable[[list[_Block]], Iterator[tuple[int, list[Problem]]]]
+_Block = tuple[int, Sequence[str]]  # its first row, and the names of its files
 
 
-@contextlib.contextmanager
-def _decoders(job: _Job, workers: int) -> Iterator[_Decode]:
-    """A function that decodes blocks, in this process or in `workers` others, which end with the context."""
+def _decoded(job: _Job, blocks: list[_Block], workers: int) -> Generator[tuple[int, list[Problem]], None, None]:
+    """The number of files and the problems of each block, decoded in this process or in `workers` others."""
     if workers < 1:
-        with _no_warnings():
-            yield lambda blocks: ((len(names), job.decode(start, names)) for start, names in blocks)
+        yield from ((len(names), job.decode(start, names)) for start, names in blocks)
         return
+    own = threading.local()
     with contextlib.ExitStack() as processes:
-        idle: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
-        for _ in range(workers):
-            idle.put(None)  # to be started by the thread that takes it, so that all start at once
 
-        def decode(start: int, names: Sequence[str]) -> tuple[int, list[Problem]]:
-            process = idle.get() or processes.enter_context(_worker(job))
-            try:
-                return len(names), _ask(process, (start, names))
-            finally:
-                idle.put(process)
+        def decode(block: _Block) -> tuple[int, list[Problem]]:
+            if not hasattr(own, "process"):  # started by the thread that uses it, so that all start at once
+                own.process = processes.enter_context(_worker(job))
+            return len(block[1]), _ask(own.process, block)
 
         pool = ThreadPoolExecutor(workers)
         try:
-            yield lambda blocks: (future.result() for future in as_completed([pool.submit(decode, *b) for b in blocks]))
+            yield from (future.result() for future in as_completed([pool.submit(decode, block) for block in blocks]))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -258,7 +249,7 @@ def _work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     job: _Job = pickle.load(requests)
-    with _no_warnings(), contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError):
         while True:
             try:
                 _send(job.decode(*pickle.load(requests)), answers)
@@ -283,33 +274,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can read"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the camera's orientation tag says, if there is one."""
-    if "exif" in image.info and image.getexif().get(_ORIENTATION_TAG, 1) != 1:
-        return ImageOps.exif_transpose(image)
-    return image
-
-
-def _resized(image: Image.Image, side: int) -> Image.Image:
-    """The central square, resized; Pillow's bicubic filter widens with the reduction, so it antialiases."""
-    edge = min(image.size)
-    left, top = (image.width - edge) / 2, (image.height - edge) / 2
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
-
-
-def _from_integers(image: Image.Image) -> Image.Image:
-    """16-bit grayscale, which Pillow holds as "I;16" or, from some formats, as 32-bit "I": 65535 becomes 255."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("whole-number pixels beyond 16 bits, whose range is not known")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-
-
-@contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Pillow's warnings about odd files would fall between the lines of the progress."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -5,7 +5,6 @@ Pooch and its like check and show progress, but begin again after each break, an
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import logging
@@ -78,17 +77,13 @@ def download(archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPol
         resumed = part.exists() and part.stat().st_size > 0
         _fetch(archive, part, patience, progress)
         if resumed and _md5(part) != archive.md5:
-            _log.warning(
-                "The part of %s that an earlier run downloaded does not match; downloading all of it again.", path.name
-            )
+            _log.warning("An earlier run's part of %s does not match it; downloading all of it again.", path.name)
             part.unlink()
             _fetch(archive, part, patience, progress)
         if (found := _md5(part)) != archive.md5:
             part.unlink()
-            raise BadDataError(
-                f"{archive.url} is not the expected file: its MD5 is {found}, expected {archive.md5}.",
-                f"Try again later, or get {archive.file_name} elsewhere and give it to --from.",
-            )
+            message = f"{archive.url} is not the expected file: its MD5 is {found}, expected {archive.md5}."
+            raise BadDataError(message, f"Try again later, or get {archive.file_name} elsewhere and give it to --from.")
         os.replace(part, path)
     except OSError as error:
         raise explain_os_error(error, error.filename or path) from error
@@ -125,17 +120,31 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
     try:
         # `urlopen` would keep the proxies that were set when it was first called.
         with urllib.request.build_opener().open(request, timeout=timeout) as response:
-            begin = _first_byte(response)
+            begin = 0
+            if response.status == 206:
+                match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+                if match is None:
+                    raise _BrokenTransferError("the server answered with part of the file and did not say which")
+                begin = int(match[1])
             length = response.headers.get("Content-Length")
             total = begin + int(length) if length is not None else None
-            _refuse_full_disk(part, total, have)
+            free = shutil.disk_usage(part.parent).free
+            if total is not None and total - have > free:
+                raise BadFileError(
+                    f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are missing and {free / _MEGABYTE:,.0f} MB are free.",
+                    "Free some space there, or set DDKIT_CACHE to another place.",
+                )
             with part.open("ab") as file:
                 # A server that ignores the range sends everything again.
                 file.truncate(begin)
                 _copy(response, file, archive, total, progress)
     except urllib.error.HTTPError as error:
-        if error.code == 416:
-            return _settle_range(error, part)
+        if error.code == 416:  # the file has no byte after those in `part`: either it is complete, or they are of another file
+            size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
+            if size and int(size[1]) == have:
+                return
+            part.unlink()
+            raise _BrokenTransferError("the part that was downloaded before is longer than the file") from error
         if error.code < 500 and error.code != 429:
             raise _unreachable(archive, error) from error
         raise _BrokenTransferError(str(error)) from error
@@ -156,33 +165,6 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, archive: Archive, 
         raise _BrokenTransferError(f"the connection ended after {file.tell():,} of {total:,} bytes")
 
 
-def _first_byte(response: http.client.HTTPResponse) -> int:
-    """The byte of the file at which the answer begins. Raises _BrokenTransferError if the answer does not say."""
-    if response.status != 206:
-        return 0
-    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    if match is None:
-        raise _BrokenTransferError("the server answered with part of the file and did not say which")
-    return int(match[1])
-
-
-def _settle_range(error: urllib.error.HTTPError, part: Path) -> None:
-    """The server has no byte after those in `part`: either the file is complete, or they are of another file."""
-    total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
-    if total is None or int(total[1]) != _size(part):
-        part.unlink()
-        raise _BrokenTransferError("the part that was downloaded before is longer than the file") from error
-
-
-def _refuse_full_disk(part: Path, total: int | None, have: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if total is not None and total - have > free:
-        raise BadFileError(
-            f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are missing and {free / _MEGABYTE:,.0f} MB are free.",
-            "Free some space there, or set DDKIT_CACHE to another place.",
-        )
-
-
 def _unreachable(archive: Archive, error: Exception) -> DDKitError:
     return MissingDataError(
         f"{archive.url} could not be downloaded: {error}.",
@@ -191,9 +173,7 @@ def _unreachable(archive: Archive, error: Exception) -> DDKitError:
 
 
 def _size(path: Path) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_size
-    return 0
+    return path.stat().st_size if path.exists() else 0
 
 
 def _md5(path: Path) -> str:

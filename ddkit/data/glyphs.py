@@ -19,6 +19,7 @@ from ddkit.data.listing import PixelSplit, Source
 LETTERS = CLASS_NAMES["glyphs"]
 PER_CLASS = {"train": 500, "test": 100}
 
+_load_font = functools.cache(ImageFont.load_default)
 _SIDE = GLYPHS.image_size
 _SCALE = 2  # letters are drawn larger and reduced, so that turned edges are smooth
 _SEED = 2024
@@ -29,26 +30,26 @@ _SHIFT = 4.0  # pixels of the finished image either way
 
 def source() -> Source:
     """Both splits, drawn when they are asked for."""
-    return Source("drawn letters", None, LETTERS, {split: _split(split) for split in PER_CLASS})
+    return Source("drawn letters", None, LETTERS, {split: _split(split, count) for split, count in PER_CLASS.items()})
 
 
-def _split(split: str) -> PixelSplit:
-    per_class = PER_CLASS[split]
-
+def _split(split: str, per_class: int) -> PixelSplit:
     def blocks() -> Iterator[NDArray[np.uint8]]:
         for label in range(len(LETTERS)):
             yield np.stack([draw(split, label, index) for index in range(per_class)])
 
-    labels = tuple(label for label in range(len(LETTERS)) for _ in range(per_class))
-    return PixelSplit(labels, _SIDE, blocks)
+    return PixelSplit(tuple(label for label in range(len(LETTERS)) for _ in range(per_class)), _SIDE, blocks)
 
 
 def draw(split: str, label: int, index: int) -> NDArray[np.uint8]:
     """Image `index` of a class, (3, 32, 32) uint8; the same whenever it is drawn."""
     random = np.random.default_rng([_SEED, list(PER_CLASS).index(split), label, index])
     shape = _letter(LETTERS[label], random)
-    ground, ink = _colors(random)
-    picture = ground[:, None, None] + _slope(random) + random.normal(0, 0.04, (3, _SIDE, _SIDE))
+    # The letter is always lighter than the background, so that it can be read.
+    ground, ink = random.uniform(0.25, 0.55, 3), random.uniform(0.75, 1.0, 3)
+    slope, across = random.uniform(-0.12, 0.12, (2, 3, 1, 1)), np.linspace(-1, 1, _SIDE)  # light falls off across it
+    picture = ground[:, None, None] + (slope[0] * across + slope[1] * across[:, None])
+    picture += random.normal(0, 0.04, picture.shape)
     picture += shape * (ink[:, None, None] - picture) * random.uniform(0.9, 1.0)
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
@@ -57,27 +58,9 @@ def _letter(name: str, random: np.random.Generator) -> NDArray[np.floating]:
     """How much of each pixel the letter covers, (S, S) in [0, 1]."""
     side = _SIDE * _SCALE
     canvas = Image.new("L", (side, side))
-    font = _font(int(random.integers(_FONT_SIZES[0], _FONT_SIZES[1] + 1)) * _SCALE)
+    font = _load_font(int(random.integers(_FONT_SIZES[0], _FONT_SIZES[1] + 1)) * _SCALE)
     ImageDraw.Draw(canvas).text((side / 2, side / 2), name, fill=255, font=font, anchor="mm", stroke_width=2)
     shift = random.uniform(-_SHIFT, _SHIFT, 2) * _SCALE
-    turned = canvas.rotate(
-        random.uniform(-_ANGLE, _ANGLE), Image.Resampling.BILINEAR, translate=tuple(shift.round().astype(int).tolist())
-    )
+    left, down = shift.round().astype(int).tolist()
+    turned = canvas.rotate(random.uniform(-_ANGLE, _ANGLE), Image.Resampling.BILINEAR, translate=(left, down))
     return np.asarray(turned.reduce(_SCALE), np.float32) / 255
-
-
-def _colors(random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Background and letter, (3,) each in [0, 1]; the letter is always lighter, so that it can be read."""
-    return random.uniform(0.25, 0.55, 3), random.uniform(0.75, 1.0, 3)
-
-
-def _slope(random: np.random.Generator) -> NDArray[np.float64]:
-    """Light that falls off across the background, (3, S, S) about 0."""
-    across = np.linspace(-1, 1, _SIDE)
-    weights = random.uniform(-0.12, 0.12, (2, 3, 1, 1))
-    return weights[0] * across + weights[1] * across[:, None]
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)

@@ -6,7 +6,7 @@ name and a class, as TinyImageNet's validation images are; and many sort these i
 
 from __future__ import annotations
 
-import codecs
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +14,7 @@ from pathlib import PurePosixPath
 
 from ddkit.data.archives import DamagedFileError, Tree
 from ddkit.data.class_names import SPLIT_NAMES, official_names
-from ddkit.data.listing import (
-    LAYOUTS,
-    FileSplit,
-    IncompleteLayoutError,
-    Source,
-    choose_splits,
-    file_split,
-    some,
-)
+from ddkit.data.listing import LAYOUTS, FileSplit, IncompleteLayoutError, Source, choose_splits, file_split, some
 from ddkit.errors import BadDataError
 
 _IMAGES = "images"  # TinyImageNet's folder between a class, or a split without classes, and its images
@@ -50,7 +42,12 @@ def read_image_folder(tree: Tree, top: str, test_split: str | None) -> Source | 
     fit: classes that only one split has, annotations that name what is not there, images without a class.
     """
     spelled = {name.lower(): _join(top, name) for name in tree.folders[top][0]}
-    found = {name: _inner(tree, spelled[name], name) for names in SPLIT_NAMES.values() for name in names if name in spelled}
+    found = {name: spelled[name] for names in SPLIT_NAMES.values() for name in names if name in spelled}
+    for name, folder in found.items():
+        folders, loose = tree.folders[folder]
+        # Archives that were unpacked into a folder of their own name have their folders below it.
+        if not loose and [below.lower() for below in folders] == [name] and tree.folders[f"{folder}/{folders[0]}"][0]:
+            found[name] = f"{folder}/{folders[0]}"
     if not found:
         return None
     train_folder = next((found[name] for name in SPLIT_NAMES["train"] if name in found), None)
@@ -73,22 +70,13 @@ def read_image_folder(tree: Tree, top: str, test_split: str | None) -> Source | 
     return _described(tree, top, tuple(sorted(spelled.values())), files, notes)
 
 
-def _inner(tree: Tree, folder: str, name: str) -> str:
-    """The folder itself or, in archives that were unpacked into a folder of their own name, the one below it."""
-    folders, files = tree.folders[folder]
-    inside = [f"{folder}/{below}" for below in folders if below.lower() == name]
-    return inside[0] if len(folders) == 1 and not files and inside and tree.folders[inside[0]][0] else folder
-
-
 def _described(
     tree: Tree, top: str, class_names: tuple[str, ...], splits: dict[str, FileSplit], notes: tuple[str, ...]
 ) -> Source:
     """With the titles of words.txt and the order of wnids.txt, where these are there."""
     here = {name.lower(): _join(top, name) for name in tree.folders[top][1]}
-    annotated = any(
-        path for name in tree.folders[top][0] for path in _annotation_files(tree, top, _join(top, name), name.lower())
-    )
-    if not annotated and "wnids.txt" not in here:
+    annotated = [_annotation_files(tree, top, _join(top, name), name.lower()) for name in tree.folders[top][0]]
+    if not any(annotated) and "wnids.txt" not in here:
         return Source("image folder", tree.path, class_names, splits, notes=notes)
     titles = {}
     for _, line in _lines(tree, here["words.txt"]) if "words.txt" in here else ():
@@ -96,15 +84,9 @@ def _described(
         titles[wnid.strip()] = "".join(words).partition(",")[0].strip()
     listed = [line.split()[0] for _, line in _lines(tree, here["wnids.txt"])] if "wnids.txt" in here else []
     order = tuple(dict.fromkeys(wnid for wnid in listed if wnid in set(class_names)))
-    return Source(
-        "tiny-imagenet-200",
-        tree.path,
-        class_names,
-        splits,
-        tuple(titles.get(name) or name for name in class_names),
-        order if len(order) == len(class_names) else (),
-        notes,
-    )
+    class_titles = tuple(titles.get(name) or name for name in class_names)
+    listed_order = order if len(order) == len(class_names) else ()
+    return Source("tiny-imagenet-200", tree.path, class_names, splits, class_titles, listed_order, notes)
 
 
 def _read_split(tree: Tree, top: str, folder: str, name: str, class_names: Sequence[str]) -> _Split:
@@ -208,9 +190,8 @@ def _refuse_unfit(tree: Tree, train: _Split, test: _Split, class_names: Sequence
         )
     for split in (train, test):
         if split.unlabeled:
-            raise BadDataError(
-                f"{path}: {some(split.unlabeled, 1)} does not have a class.", "Add a line to its annotations, or remove it."
-            )
+            message = f"{path}: {some(split.unlabeled, 1)} does not have a class."
+            raise BadDataError(message, "Add a line to its annotations, or remove it.")
         filled = set(split.labels.values())
         if missing := [name for name in class_names if name not in filled and name not in split.folders]:
             raise BadDataError(
@@ -224,26 +205,18 @@ def _refuse_unfit(tree: Tree, train: _Split, test: _Split, class_names: Sequence
 def _lines(tree: Tree, path: str) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines of a text that are not blank. Raises BadDataError if it cannot be read."""
     try:
-        text = _decoded(tree.read(path))
+        data = tree.read(path)
     except DamagedFileError as error:
         raise BadDataError(f"{tree.path}: {path} cannot be read: {error}.") from error
+    # As editors save it: UTF-8, UTF-16 or UTF-32, else an 8-bit encoding of Windows.
+    encoding = json.detect_encoding(data)
+    try:
+        text = data.decode(encoding, "strict" if encoding.startswith("utf-8") else "replace")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", "replace")
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         if line := line.strip():
             yield number, line
-
-
-def _decoded(data: bytes) -> str:
-    """Text as editors save it: UTF-8, UTF-16 or UTF-32, else an 8-bit encoding of Windows."""
-    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return data.decode("utf-32", "replace")
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace")
-    if b"\0" in data[:2]:  # ASCII letters in UTF-16 have one byte that is zero
-        return data.decode("utf-16-be" if data[:1] == b"\0" else "utf-16-le", "replace")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("cp1252", "replace")
 
 
 def _join(folder: str, name: str) -> str:

@@ -5,6 +5,7 @@ Image files are only listed, and decoded later; layouts that hold pixels give th
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,18 +99,15 @@ def pixel_source(kind: str, path: Path, class_names: Sequence[str], splits: Mapp
     for split, pixels in splits.items():
         if not 0 <= pixels.labels.min(initial=0) <= pixels.labels.max(initial=0) < len(class_names):
             raise BadDataError(f"{path}: '{split}' has labels beyond its {len(class_names)} class names.")
-        ordered[split] = _pixel_split(pixels, new_label[pixels.labels])
+        labels, names = new_label[pixels.labels], pixels.names or [""] * len(pixels.labels)
+        order = [row for *_, row in sorted(zip(labels.tolist(), names, range(len(labels)), strict=True))]
+        blocks = functools.partial(_blocks, pixels, order)
+        ordered[split] = PixelSplit(tuple(labels[order].tolist()), pixels.rows(order[:1]).shape[-1], blocks)
     return Source(kind, path, tuple(sorted(class_names)), ordered, **more)
 
 
-def _pixel_split(pixels: Pixels, labels: NDArray[np.int64]) -> PixelSplit:
-    order = sorted(range(len(labels)), key=lambda row: (labels[row], pixels.names[row] if pixels.names else "", row))
-
-    def blocks() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, len(order), _ROWS_AT_ONCE):
-            yield pixels.rows(order[start : start + _ROWS_AT_ONCE])
-
-    return PixelSplit(tuple(labels[order].tolist()), pixels.rows(order[:1]).shape[-1], blocks)
+def _blocks(pixels: Pixels, order: list[int]) -> Iterator[NDArray[np.uint8]]:
+    return (pixels.rows(order[start : start + _ROWS_AT_ONCE]) for start in range(0, len(order), _ROWS_AT_ONCE))
 
 
 def numbered_classes(count: int) -> tuple[str, ...]:
@@ -138,13 +136,10 @@ def choose_splits(labeled: Collection[str], test_split: str | None, path: Path) 
         missing = "'test' (or 'val')" if train else "'train'"
         raise IncompleteLayoutError(f"{path} has no labeled images in {missing}.", LAYOUTS)
     chosen = test_split or tests[0]
-    notes = [
-        f"{path} has labeled images in {' and in '.join(tests)}; '{chosen}' became the test split. "
-        f"To take another one: --test-split {other} --force"
-        for other in [name for name in tests if name != chosen][:1]
-        if test_split is None
-    ]
-    return train, chosen, tuple(notes)
+    if test_split is not None or len(tests) == 1:
+        return train, chosen, ()
+    note = f"{path} has labeled images in {' and in '.join(tests)}; '{chosen}' became the test split. "
+    return train, chosen, (f"{note}To take another one: --test-split {tests[1]} --force",)
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

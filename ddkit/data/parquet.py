@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,9 +41,9 @@ def read_parquet(tree: Tree, folder: str, test_split: str | None, scratch: Path)
                 shards[word].append(f"{place}/{name}" if place else name)
     if not shards:
         return None
-    with contextlib.ExitStack() as stack:
-        handle, blob = tempfile.mkstemp(suffix=".images", dir=scratch)
-        copy = _Copy(tree, stack.enter_context(os.fdopen(handle, "wb")))
+    handle, blob = tempfile.mkstemp(suffix=".images", dir=scratch)
+    with os.fdopen(handle, "wb") as target:
+        copy = _Copy(tree, target)
         labels = {word: copy.add(names) for word, names in shards.items()}
     # Where the labels of a test split are kept secret, they are all -1 or missing.
     labeled = {word for word, values in labels.items() if not set(values.values()) <= {None, -1}}
@@ -87,9 +87,13 @@ class _Copy:
         labels = {}
         for shard in sorted(shards):
             try:
-                with self._open(shard) as source, pyarrow.parquet.ParquetFile(source) as file:
+                with self._tree.open(shard) as opened:  # parquet files are read from the end
+                    source = opened if isinstance(self._tree, FolderTree) else io.BytesIO(opened.read())
+                    file = pyarrow.parquet.ParquetFile(source)
                     image_column, self.label_column = self._columns(shard, file.schema_arrow)
-                    self.class_names = self.class_names or _names_in(file.schema_arrow, self.label_column)
+                    with contextlib.suppress(ValueError, LookupError, TypeError):
+                        features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+                        self.class_names = self.class_names or list(features[self.label_column]["names"])
                     row = 0
                     for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[image_column, self.label_column]):
                         values = batch.column(self.label_column).to_pylist()
@@ -101,12 +105,6 @@ class _Copy:
             except (pyarrow.ArrowException, *READ_ERRORS) as error:
                 raise BadDataError(f"{self._tree.path}: {shard} is damaged: {error}.", "Get it again.") from error
         return labels
-
-    def _open(self, shard: str) -> IO[bytes]:
-        if isinstance(self._tree, FolderTree):
-            return self._tree.open(shard)
-        with self._tree.open(shard) as file:  # parquet files are read from the end
-            return io.BytesIO(file.read())
 
     def _write(self, data: bytes) -> int:
         try:
@@ -132,26 +130,16 @@ class _Copy:
 def _class_of(path: Path, labels: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[Any, str]:
     """The class name of each label. Raises BadDataError for labels without a name, and for classes of one split only."""
     found = {split: set(values.values()) for split, values in labels.items()}
-    if unknown := [value for value in found["train"] | found["test"] if value is None or (names and _is_beyond(value, names))]:
+    values = found["train"] | found["test"]
+    beyond = [value for value in values if names and isinstance(value, int) and not 0 <= value < len(names)]
+    if unknown := [*(value for value in values if value is None), *beyond]:
         raise BadDataError(f"{path}: there are rows with the label {unknown[0]!r}, which has no class name.")
     if differing := sorted(map(str, found["train"] ^ found["test"])):
         raise BadDataError(f"{path}: only one of the splits has the classes {some(differing)}.", "Add or remove them.")
-    values = sorted(found["train"])
-    if not names:
-        names = numbered_classes(1 + max((value for value in values if isinstance(value, int)), default=0))
-    spelled = official_names([names[value] if isinstance(value, int) else str(value) for value in values])
-    return dict(zip(values, spelled, strict=True))
-
-
-def _is_beyond(value: Any, names: Sequence[str]) -> bool:
-    return isinstance(value, int) and not 0 <= value < len(names)
-
-
-def _names_in(schema: Any, column: str) -> list[str]:
-    """The class names in a file's own metadata; empty if there are none."""
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        return list(json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"])
-    return []
+    ordered = sorted(values)
+    names = names or numbered_classes(1 + max((value for value in ordered if isinstance(value, int)), default=0))
+    spelled = official_names([names[value] if isinstance(value, int) else str(value) for value in ordered])
+    return dict(zip(ordered, spelled, strict=True))
 
 
 def _names_beside(tree: Tree, folder: str, column: str) -> list[str]:
@@ -164,8 +152,10 @@ def _names_beside(tree: Tree, folder: str, column: str) -> list[str]:
                 continue
             with contextlib.suppress(DamagedFileError, UnicodeDecodeError):
                 text = tree.read(f"{place}/{file}" if place else file).decode("utf-8-sig")
-                if names := next(_names_in_infos(_infos(text, file), column), []):
-                    return names
+                for info in _infos(text, file):
+                    with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError, StopIteration):
+                        if names := _names_in(info["features"], column):
+                            return names
     return []
 
 
@@ -183,12 +173,10 @@ def _infos(text: str, file: str) -> list[Any]:
     return []
 
 
-def _names_in_infos(infos: Sequence[Any], column: str) -> Iterator[list[str]]:
-    for info in infos:
-        with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError):
-            features = info["features"]
-            if isinstance(features, Mapping):
-                names = features[column]["names"]
-            else:
-                names = next(item["dtype"]["class_label"]["names"] for item in features if item["name"] == column)
-            yield [names[key] for key in sorted(names, key=int)] if isinstance(names, Mapping) else list(names)
+def _names_in(features: Any, column: str) -> list[str]:
+    """The class names in a description of a dataset's columns, which is a mapping or a list of them."""
+    if isinstance(features, Mapping):
+        names = features[column]["names"]
+    else:
+        names = next(item["dtype"]["class_label"]["names"] for item in features if item["name"] == column)
+    return [names[key] for key in sorted(names, key=int)] if isinstance(names, Mapping) else list(names)

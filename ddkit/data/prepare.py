@@ -6,13 +6,14 @@ Apart from `store`, which reads: most programs only open stores and need none of
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import glob
 import logging
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ddkit import __version__
-from ddkit.challenge import DATASETS, DatasetSpec
+from ddkit.challenge import DATASETS
 from ddkit.data import glyphs, store
 from ddkit.data.archives import DamagedFileError
 from ddkit.data.class_names import CLASS_NAMES
@@ -31,7 +32,7 @@ from ddkit.data.sources import open_source
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
 from ddkit.errors import BadDataError, MissingDataError, UsageError
-from ddkit.runtime.files import atomic_folder, cache_folder, explain_os_error, one_at_a_time, sha256_of
+from ddkit.runtime.files import atomic_folder, cache_folder, explain_os_error, one_at_a_time, sha256_of, write_json
 from ddkit.runtime.progress import Listener, Progress, ignore
 
 _log = logging.getLogger(__name__)
@@ -99,10 +100,19 @@ def prepare(
     with one_at_a_time(folder.parent / f".{name}.lock", f"prepares {name}"):
         _clean_up(folder)
         if force or not _is_finished(request):
-            with _scratch_folder(folder) as scratch:
-                _build(request, _obtain(request, scratch, progress), folder, progress)
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                # Under a name that `_clean_up` knows.
+                scratch = tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=folder.parent)
+            except OSError as error:
+                raise explain_os_error(error, error.filename or folder) from error
+            with scratch as path:
+                _build(request, _obtain(request, Path(path), progress), folder, progress)
             if source is None and name in OFFICIAL:
-                _remove_download(name)
+                # The store has all that the archive had.
+                (_downloads() / OFFICIAL[name].file_name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # an unfinished download of another archive stays
+                    _downloads().rmdir()
     return folder
 
 
@@ -161,13 +171,6 @@ def _downloads() -> Path:
     return cache_folder() / ".downloads"
 
 
-def _remove_download(name: str) -> None:
-    """The store has all that the archive had."""
-    (_downloads() / OFFICIAL[name].file_name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # an unfinished download of another archive stays
-        _downloads().rmdir()
-
-
 def _with_official_classes(name: str, source: Source) -> Source:
     """A built-in name promises its classes in their order; with one class fewer, the labels of all others would shift.
 
@@ -206,26 +209,22 @@ def _build(request: _Request, source: Source, folder: Path, progress: Listener) 
         for split in source.splits:
             path = temporary / f"{split}.safetensors"
             files[split], skipped = _fill(request, source, split, path, image_size, progress)
-            splits[split] = _split_facts(source, split, files[split], skipped)
+            counts = np.bincount(files[split].labels(), minlength=len(source.class_names))
+            if not counts.all():  # nothing could be learned or tested about a class without images
+                name = source.class_names[int(counts.argmin())]
+                raise BadDataError(f"{source.path}: the {split} split has no usable image of the class '{name}'.")
+            splits[split] = SplitFacts(files[split].count, (int(counts.min()), int(counts.max())), sha256_of(path), skipped)
         spec = DATASETS.get(request.name)
-        if spec is None:
-            spec = DatasetSpec(request.name, len(source.class_names), image_size, *_measure(files["train"]))
+        mean, std = (spec.mean, spec.std) if spec else _measure(files["train"])
+        origin = {"kind": source.kind, **request.origin}
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         facts = StoreFacts(
-            name=spec.name,
-            image_size=spec.image_size,
-            mean=spec.mean,
-            std=spec.std,
-            class_names=source.class_names,
-            class_titles=source.class_titles,
-            listed_order=source.listed_order,
-            splits=splits,
-            source={"kind": source.kind, **request.origin},
-            prepared=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            ddkit_version=__version__,
-        )
+            request.name, image_size, mean, std, source.class_names, splits, origin,
+            source.class_titles, source.listed_order, now, __version__,
+        )  # fmt: skip
         if "train" not in splits:
             facts = _with_earlier_training_split(facts, folder, temporary)
-        store.write_facts(facts, temporary)
+        write_json(temporary / store.META_FILE, dataclasses.asdict(facts))
 
 
 def _with_earlier_training_split(facts: StoreFacts, folder: Path, temporary: Path) -> StoreFacts:
@@ -236,13 +235,10 @@ def _with_earlier_training_split(facts: StoreFacts, folder: Path, temporary: Pat
     except (MissingDataError, BadDataError):
         return facts
     shutil.copyfile(folder / "train.safetensors", temporary / "train.safetensors")
-    return replace(
-        facts,
-        splits={"train": earlier.splits["train"], **facts.splits},
-        source={**facts.source, "train": dict(earlier.source)},
-        class_titles=earlier.class_titles,
-        listed_order=earlier.listed_order,
-    )
+    splits = {"train": earlier.splits["train"], **facts.splits}
+    origin = {**facts.source, "train": dict(earlier.source)}
+    titles, order = earlier.class_titles, earlier.listed_order
+    return replace(facts, splits=splits, source=origin, class_titles=titles, listed_order=order)
 
 
 def _fill(
@@ -263,43 +259,23 @@ def _fill(
             done += len(block)
             report(done)
         return file, ()
-    problems = decode_split(
-        content.tree,
-        content.names,
-        file,
-        resize=request.image_size is not None,
-        give_up_after=None if request.skip_bad else _MOST_PROBLEMS,
-        report=report,
-    )
+    resize, limit = request.image_size is not None, None if request.skip_bad else _MOST_PROBLEMS
+    problems = decode_split(content.tree, content.names, file, resize=resize, give_up_after=limit, report=report)
     if not problems:
         return file, ()
-    _refuse_problems(problems, source, image_size, request.skip_bad)
-    kept = np.ones(total, bool)
-    kept[[problem.row for problem in problems]] = False
-    return file.keep(np.asarray(content.labels)[kept].tolist(), kept), tuple(_readable(problem.name) for problem in problems)
-
-
-def _split_facts(source: Source, split: str, file: SplitFile, skipped: tuple[str, ...]) -> SplitFacts:
-    """Raises BadDataError if a class has no image: nothing could be learned or tested about it."""
-    counts = np.bincount(file.labels(), minlength=len(source.class_names))
-    if not counts.all():
-        name = source.class_names[int(counts.argmin())]
-        raise BadDataError(f"{source.path}: the {split} split has no usable image of the class '{name}'.")
-    return SplitFacts(file.count, (int(counts.min()), int(counts.max())), sha256_of(file.path), skipped)
-
-
-def _refuse_problems(problems: Sequence[Problem], source: Source, image_size: int, skip_bad: bool) -> None:
-    """Raise BadDataError unless every problem is a file that may be skipped; images of another size never may."""
-    if sizes := [problem for problem in problems if problem.other_size]:
+    if sizes := [problem for problem in problems if problem.other_size]:  # these may not be skipped
         raise BadDataError(
             f"{source.path}: images are not all {image_size} x {image_size} pixels: {_described(sizes)}.",
             f"Add --image-size {image_size} to crop them to squares and resize them.",
         )
-    if not skip_bad:
+    if not request.skip_bad:
         raise BadDataError(
             f"{source.path}: {len(problems)} file{'s'[: len(problems) > 1]} cannot be used: {_described(problems)}.",
             "Repair or remove them, or add --skip-bad to leave them out.",
         )
+    kept = np.ones(total, bool)
+    kept[[problem.row for problem in problems]] = False
+    return file.keep(np.asarray(content.labels)[kept].tolist(), kept), tuple(_readable(problem.name) for problem in problems)
 
 
 def _described(problems: Sequence[Problem], limit: int = 10) -> str:
@@ -356,23 +332,10 @@ def _measure(file: SplitFile) -> tuple[tuple[float, float, float], tuple[float, 
     return tuple(mean.round(4).tolist()), (red or 1.0, green or 1.0, blue or 1.0)
 
 
-@contextlib.contextmanager
-def _scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder next to the store, under a name that `_clean_up` knows. Raises BadFileError."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
-    except OSError as error:
-        raise explain_os_error(error, error.filename or folder) from error
-    with scratch as path:
-        yield Path(path)
-
-
 def _clean_up(folder: Path) -> None:
     """Mend what a preparation left that was killed. Only for the one process that prepares this store."""
-    pattern = re.escape(f".{folder.name}.") + r"\w{8}\.(tmp|old)"
-    for path in list(folder.parent.iterdir()) if folder.parent.is_dir() else []:
-        if not re.fullmatch(pattern, path.name):
+    for path in list(folder.parent.glob(f".{glob.escape(folder.name)}.????????.*")):
+        if path.suffix not in (".tmp", ".old"):
             continue
         if path.suffix == ".old" and not folder.exists():
             # It was killed between setting the earlier store aside and putting the new one in its place.

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddkit.challenge import CHALLENGE_DATASETS, DatasetSpec
+from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.data.archives import READ_ERRORS, FolderTree, Tree, ZipTree, first_bytes, is_tar, is_zip, open_tar
 from ddkit.data.arrays import read_arrays
 from ddkit.data.cifar_archive import read_cifar
@@ -27,9 +26,6 @@ from ddkit.data.listing import LAYOUTS, IncompleteLayoutError, Pixels, Source, p
 from ddkit.data.parquet import read_parquet
 from ddkit.errors import BadDataError, MissingDataError
 from ddkit.runtime.files import explain_os_error, why_not_a_file
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MAX_DEPTH = 3  # folders above a layout
 _MOST_FOLDERS = 10_000  # that are searched for a layout
@@ -58,7 +54,7 @@ def open_source(path: Path, scratch: Path, *, classes: Sequence[str] = (), test_
         raise MissingDataError(f"{path} does not exist.", "Check the path given to --from.")
     tree = _open_tree(path, path, scratch)
     if isinstance(tree, ZipTree) and any(name.endswith(("/data.pkl", "data.pkl")) for name in tree.files):
-        return _reference_source(path)
+        return _read_reference(path)
     search = _Search(scratch, frozenset(classes), test_split)
     saved_to_disk = any(name.endswith(".arrow") for name in tree.files)
     try:
@@ -73,7 +69,8 @@ def open_source(path: Path, scratch: Path, *, classes: Sequence[str] = (), test_
         raise BadDataError(f"{path} holds several datasets: {places}.", "Give the path of one of them to --from.")
     if not found:
         remedy = _SAVED_TO_DISK.format(path=path) if saved_to_disk else LAYOUTS
-        raise BadDataError(f"{path} does not have a layout that ddkit knows; it holds {_glimpse(tree)}.", remedy)
+        holds = some(sorted({*tree.folders[""][0], *tree.folders[""][1]})) or "nothing"
+        raise BadDataError(f"{path} does not have a layout that ddkit knows; it holds {holds}.", remedy)
     return found[0][1]
 
 
@@ -160,9 +157,16 @@ class _Search:
         return Path(copy)
 
 
-def _reference_source(path: Path) -> Source:
+def _read_reference(path: Path) -> Source:
     """The challenge's own test file: `images_val` (N, 3, S, S) float32, normalized, and `labels_val` (N,) int64."""
-    images, labels = _reference_tensors(path)
+    # Imported late, because they load torch, which no other layout needs.
+    from ddkit.data.images import denormalize, to_uint8
+    from ddkit.runtime.torch_file import TorchFileError, load_tensors
+
+    try:
+        images, labels = load_tensors(path, "images_val", "labels_val")
+    except (TorchFileError, MemoryError) as error:
+        raise BadDataError(f"{path} is not the challenge's test file: {error}.", LAYOUTS) from error
     spec = next((spec for spec in CHALLENGE_DATASETS if images.shape[1:] == spec.image_shape), None)
     if spec is None or labels.shape != images.shape[:1] or not images.is_floating_point():
         raise BadDataError(
@@ -171,31 +175,12 @@ def _reference_source(path: Path) -> Source:
         )
     if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < spec.num_classes:
         raise BadDataError(f"{path}: labels_val has values outside the classes 0 to {spec.num_classes - 1}.")
-    test = Pixels(lambda rows: _pixels(images[rows], spec, path), labels.long().numpy())
+
+    def pixels(rows: list[int]) -> NDArray[np.uint8]:
+        unit = denormalize(images[rows], spec)
+        if not bool(((unit > -_TOLERANCE) & (unit < 1 + _TOLERANCE)).all()):
+            raise BadDataError(f"{path}: images_val was not normalized with the mean and standard deviation of {spec.name}.")
+        return to_uint8(unit).numpy()
+
+    test = Pixels(pixels, labels.long().numpy())
     return pixel_source("the challenge's test file", path, CLASS_NAMES[spec.name], {"test": test})
-
-
-def _reference_tensors(path: Path) -> tuple[Tensor, Tensor]:
-    """images_val and labels_val. Raises BadDataError for files of something else, or of code, which is not run."""
-    from ddkit.runtime.torch_file import TorchFileError, load_tensors
-
-    try:
-        images, labels = load_tensors(path, "images_val", "labels_val")
-    except (TorchFileError, MemoryError) as error:
-        raise BadDataError(f"{path} is not the challenge's test file: {error}.", LAYOUTS) from error
-    return images, labels
-
-
-def _pixels(normalized: Tensor, spec: DatasetSpec, path: Path) -> NDArray[np.uint8]:
-    """Back from normalized values to uint8. Raises BadDataError if they were normalized with other constants."""
-    from ddkit.data.images import denormalize, to_uint8
-
-    unit = denormalize(normalized, spec)
-    if not bool(((unit > -_TOLERANCE) & (unit < 1 + _TOLERANCE)).all()):
-        raise BadDataError(f"{path}: images_val was not normalized with the mean and standard deviation of {spec.name}.")
-    return to_uint8(unit).numpy()
-
-
-def _glimpse(tree: Tree) -> str:
-    folders, files = tree.folders[""]
-    return some(sorted({*folders, *files})) or "nothing"

@@ -7,9 +7,10 @@ a full disk must be an error and not a signal that kills the process.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +31,12 @@ class SplitFile:
     @classmethod
     def create(cls, path: Path, labels: Sequence[int], image_size: int) -> SplitFile:
         """Write the header and the labels; images are zeros until they are written. Raises OSError."""
-        count, row_bytes = len(labels), 3 * image_size**2
+        count, shape = len(labels), [len(labels), 3, image_size, image_size]
+        ends = [8 * count, 8 * count + math.prod(shape)]
         # Labels first, so that both tensors are aligned whatever the image size.
-        images_begin, images_end = 8 * count, 8 * count + row_bytes * count
         header = {
-            "labels": {"dtype": "I64", "shape": [count], "data_offsets": [0, images_begin]},
-            "images": {
-                "dtype": "U8",
-                "shape": [count, 3, image_size, image_size],
-                "data_offsets": [images_begin, images_end],
-            },
+            "labels": {"dtype": "I64", "shape": [count], "data_offsets": [0, ends[0]]},
+            "images": {"dtype": "U8", "shape": shape, "data_offsets": ends},
         }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -47,22 +44,18 @@ class SplitFile:
             file.write(struct.pack("<Q", len(text)) + text)
             file.write(np.asarray(labels, "<i8").tobytes())
             offset = file.tell()
-            file.truncate(offset + row_bytes * count)
+            file.truncate(offset + math.prod(shape))
         return cls(path, count, image_size, offset)
-
-    @property
-    def row_bytes(self) -> int:
-        return 3 * self.image_size**2
 
     @property
     def rows_at_once(self) -> int:
         """The number of rows to hold in memory at a time."""
-        return max(1, _BYTES_AT_ONCE // self.row_bytes)
+        return max(1, _BYTES_AT_ONCE // (3 * self.image_size**2))
 
     def write(self, start: int, rows: NDArray[np.uint8]) -> None:
         """Write rows (n, 3, S, S) from row `start` on. Raises OSError."""
         with self.path.open("rb+") as file:
-            file.seek(self.offset + start * self.row_bytes)
+            file.seek(self.offset + start * 3 * self.image_size**2)
             file.write(np.ascontiguousarray(rows).data)
 
     def labels(self) -> NDArray[np.int64]:
@@ -76,9 +69,8 @@ class SplitFile:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             for start in range(0, self.count, self.rows_at_once):
-                rows = min(self.rows_at_once, self.count - start)
-                data = np.frombuffer(file.read(rows * self.row_bytes), np.uint8)
-                yield data.reshape(rows, 3, self.image_size, self.image_size)
+                shape = (min(self.rows_at_once, self.count - start), 3, self.image_size, self.image_size)
+                yield np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
 
     def keep(self, labels: Sequence[int], kept: NDArray[np.bool_]) -> SplitFile:
         """Drop the rows where `kept` (count,) is false. labels: of the rows that stay. Raises OSError."""
@@ -89,4 +81,4 @@ class SplitFile:
             shorter.write(written, chosen)
             read, written = read + len(block), written + len(chosen)
         shorter.path.replace(self.path)
-        return SplitFile(self.path, shorter.count, shorter.image_size, shorter.offset)
+        return replace(shorter, path=self.path)

@@ -6,17 +6,18 @@ class and, within a class, by file name; `meta.json` says where they come from. 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors
+
 from ddkit.challenge import DATASETS, DatasetSpec
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.errors import BadDataError, BadFileError, MissingDataError, UsageError, did_you_mean
-from ddkit.runtime.files import cache_folder, read_json, write_json
+from ddkit.runtime.files import cache_folder, read_json
 from ddkit.runtime.records import read_record
 
 if TYPE_CHECKING:
@@ -92,13 +93,12 @@ def load_dataset(name: str, split: str) -> ImageSet:
     if split not in SPLITS:
         raise UsageError(f"There is no split '{split}'.", "Splits are train and test.")
     facts = store_facts(name)
-    if split not in facts.splits:
-        raise MissingDataError(
-            f"The prepared '{name}' has no {split} split, because {facts.source.get('path') or 'its source'} has none.",
-            f"Get all of it: {_command(name)}",
-        )
-    images, labels = _open_tensors(store_folder(name) / f"{split}.safetensors", name)
-    expected = (facts.splits[split].images, 3, facts.image_size, facts.image_size)
+    expected = (_split_facts(name, facts, split).images, 3, facts.image_size, facts.image_size)
+    try:
+        with safetensors.safe_open(store_folder(name) / f"{split}.safetensors", framework="pt") as file:
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _damaged(name, f"{split}.safetensors: {error}") from error
     if tuple(images.shape) != expected or tuple(labels.shape) != expected[:1]:
         raise _damaged(name, f"{split}.safetensors holds {tuple(images.shape)}, meta.json says {expected}")
     return ImageSet(images, labels, facts.class_names)
@@ -117,9 +117,7 @@ def class_names(name: str) -> tuple[str, ...]:
 
     Raises what `store_facts` raises.
     """
-    if name in CLASS_NAMES and not is_prepared(name):
-        return CLASS_NAMES[name]
-    return store_facts(name).class_names
+    return CLASS_NAMES[name] if name in CLASS_NAMES and not is_prepared(name) else store_facts(name).class_names
 
 
 def class_titles(name: str) -> tuple[str, ...]:
@@ -127,9 +125,7 @@ def class_titles(name: str) -> tuple[str, ...]:
 
     For a built-in dataset that is not prepared, the classes' own names. Raises what `store_facts` raises.
     """
-    if name in CLASS_NAMES and not is_prepared(name):
-        return CLASS_NAMES[name]
-    return store_facts(name).class_titles or class_names(name)
+    return (store_facts(name).class_titles if is_prepared(name) else ()) or class_names(name)
 
 
 def find_classes(name: str, wanted: Sequence[str]) -> list[int]:
@@ -155,10 +151,16 @@ def store_hash(name: str, split: str) -> str:
 
     Raises what `store_facts` raises, and MissingDataError if that split is not prepared.
     """
-    facts = store_facts(name)
+    return _split_facts(name, store_facts(name), split).sha256
+
+
+def _split_facts(name: str, facts: StoreFacts, split: str) -> SplitFacts:
     if split not in facts.splits:
-        raise MissingDataError(f"The prepared '{name}' has no {split} split.", f"Get all of it: {_command(name)}")
-    return facts.splits[split].sha256
+        raise MissingDataError(
+            f"The prepared '{name}' has no {split} split, because {facts.source.get('path') or 'its source'} has none.",
+            f"Get all of it: {_command(name)}",
+        )
+    return facts.splits[split]
 
 
 def list_prepared() -> tuple[str, ...]:
@@ -219,21 +221,6 @@ def store_facts(name: str) -> StoreFacts:
         return read_record(StoreFacts, value)
     except BadFileError as error:
         raise _damaged(name, f"meta.json does not have the expected contents ({error})") from error
-
-
-def write_facts(facts: StoreFacts, folder: Path) -> None:
-    """Write meta.json into a store's folder. Raises BadFileError if the system refuses it."""
-    write_json(folder / META_FILE, dataclasses.asdict(facts))
-
-
-def _open_tensors(path: Path, name: str) -> tuple[Tensor, Tensor]:
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.get_tensor("images"), file.get_tensor("labels")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise _damaged(name, f"{path.name}: {error}") from error
 
 
 def _damaged(name: str, what: str) -> BadDataError:
