@@ -238,6 +238,4 @@ def report(
     """
     from ddkit.reporting.report import report as rank
 
-    return rank(
-        results, tracks=tracks, html=html, runs_folder=runs_folder, quality=quality, device=device, progress=progress
-    )
+    return rank(results, tracks=tracks, html=html, runs_folder=runs_folder, quality=quality, device=device, progress=progress)

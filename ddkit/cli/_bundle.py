@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS
-from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, Duration
+from ddkit.cli._options import BUNDLE_FILE, COUNT, RUNS_FOLDER, Duration
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 from ddkit.generator.config import SAMPLERS, SAMPLING_PRECISIONS
@@ -52,17 +52,17 @@ _OPTIONS = (
     click.option("--sampler", type=SAMPLER_CHOICE, help="Track 2: choose the sampler."),
     click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Track 2: sample in this many steps."),
     click.option("--guidance", type=click.FloatRange(0), help="Track 2: scale classifier-free guidance; 1 turns it off."),
-    click.option("--images-per-class", type=click.IntRange(1), metavar="N",
+    click.option("--images-per-class", type=COUNT, metavar="N",
                  help="Track 2: stop at N images of each class.", show_default="as many as the time allows"),
     click.option("--precision", type=PRECISION_CHOICE,
                  help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32."),
     click.option("--bundle-device", type=click.Choice(["auto", "cpu", "cuda"]),
-                 default="auto", show_default=True, help="Track 2: run the bundle on this device; cuda requires a GPU."),
+                 default="auto", help="Track 2: run the bundle on this device; cuda requires a GPU."),
     click.option("--half", is_flag=True, help="Track 2: store weights as float16, and print what that changes."),
     click.option("--size-limit", type=Size(), metavar="SIZE", help="Track 2: warn if the zip is larger, such as 2GB."),
-    click.option("--proof-budget", type=Duration(), default="60s", show_default=True,
+    click.option("--proof-budget", type=Duration(), default="60s",
                  help="Track 2: test the bundle by running it for this long on each dataset."),
-    click.option("--proof-images", type=click.IntRange(1), metavar="N",
+    click.option("--proof-images", type=COUNT, metavar="N",
                  help="Track 2: end the test after this many images of each dataset.", show_default="as the budget allows"),
     click.option("--fresh-venv", is_flag=True, help="Track 2: test the bundle in an environment that pip installs."),
     click.option("--no-proof", is_flag=True, help="Track 2: do not test the bundle."),

@@ -6,39 +6,29 @@ import shlex
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from ddkit.challenge import TRACKS
-from ddkit.cli._options import SUBMISSION_FOLDER, FindingCode, example, output_options
+from ddkit.cli._options import COUNT, FILE, PATH, SUBMISSION_FOLDER, example, ignore_option, output_options
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 from ddkit.sets.findings import Report
 
 _COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
-_DEFAULT = click.core.ParameterSource.DEFAULT
 
 
 @click.command(short_help="Find what is wrong with a submission.", epilog=example("ddkit check submission.zip --strict"))
-@click.argument("path", type=click.Path(path_type=Path), default=SUBMISSION_FOLDER)
+@click.argument("path", type=PATH, default=SUBMISSION_FOLDER)
 @click.option("--dataset", metavar="NAME", help="Name the dataset of a single file that is not named after it.")
-@click.option(
-    "--ipc", type=click.IntRange(min=1), default=TRACKS[1].ipc, show_default=True, help="Require this many images per class."
-)
+@click.option("--ipc", type=COUNT, default=TRACKS[1].ipc, help="Require this many images per class.")
 @click.option("--strict", is_flag=True, help="Treat warnings as errors.")
-@click.option(
-    "--ignore",
-    "ignored",
-    multiple=True,
-    type=FindingCode(),
-    metavar="CODE",
-    help="Leave out findings with this code; repeatable.",
-)
+@ignore_option("Leave out findings with this code; repeatable.")
 @click.option(
     "--fix-order",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     metavar="OUT",
     help="Write the tensor to OUT with its rows in the order that the real images suggest, and check nothing.",
 )
@@ -46,7 +36,7 @@ _DEFAULT = click.core.ParameterSource.DEFAULT
 @click.pass_context
 def check(
     ctx: click.Context, output: Output, path: Path, dataset: str | None, ipc: int, strict: bool,
-    ignored: tuple[str, ...], fix_order: Path | None,
+    ignore_codes: tuple[str, ...], fix_order: Path | None,
 ) -> None:  # fmt: skip
     """Check a submission folder, a zip, or one tensor, without executing anything in it.
 
@@ -54,24 +44,24 @@ def check(
     of the rows implies the labels, and the official scorer does not notice when it is wrong.
     The codes are explained in submission/README.md. The exit status is 1 if the submission is unacceptable.
     """
-    from ddkit.checks.check import CheckSettings, check_path
-    from ddkit.checks.order import reorder_rows
+    from ddkit.checks import check as checks
+    from ddkit.checks import order
 
     if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
         raise UsageError(
             "--dataset applies to a single file.", "In a folder or a zip, the names of the files give the dataset."
         )
     if fix_order is not None:
-        given = [name for name in ("ipc", "strict", "ignored") if ctx.get_parameter_source(name) is not _DEFAULT]
-        if given:
-            options = ", ".join("--ignore" if name == "ignored" else f"--{name}" for name in given)
-            raise UsageError(f"--fix-order checks nothing, so {options} has no effect.", "Leave it out.")
-        moved = reorder_rows(path, fix_order, dataset=dataset)
+        unused = {"ipc": "--ipc", "strict": "--strict", "ignore_codes": "--ignore"}
+        if given := [unused[name] for name in unused if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]:
+            raise UsageError(f"--fix-order checks nothing, so {', '.join(given)} has no effect.", "Leave it out.")
+        moved = order.reorder_rows(path, fix_order, dataset=dataset)
         output.result({"wrote": str(fix_order), "moved_rows": moved}, f"{moved} rows moved.")
         output.finish([fix_order], f"ddkit check {shlex.quote(str(fix_order))}" + (f" --dataset {dataset}" if dataset else ""))
         return
-    output.note(f"Checking {escape(str(path))}.")
-    report = check_path(path, dataset=dataset, settings=CheckSettings(ipc=ipc), progress=output.progress).ignoring(ignored)
+    output.event(f"Checking {path}.")
+    settings = checks.CheckSettings(ipc=ipc)
+    report = checks.check_path(path, dataset=dataset, settings=settings, progress=output.progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     output.result({"path": str(path), **report.to_json()}, _findings_table(report, path))
     if not report.ok:

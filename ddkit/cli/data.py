@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddkit.challenge import DATASETS
-from ddkit.cli._options import example, output_options
+from ddkit.cli._options import COUNT, FILE, PATH, example, output_options
 from ddkit.cli._output import Output
 from ddkit.data import store
 from ddkit.data.class_names import SPLIT_NAMES
@@ -64,7 +64,7 @@ def list_datasets(output: Output) -> None:
 @click.option(
     "--from",
     "source",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="PATH",
     help="Read this folder or archive. If not given, a built-in dataset is downloaded or drawn.",
 )
@@ -117,19 +117,10 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     short_help="Draw images of a dataset.", epilog=example("ddkit data show cifar100 --classes apple,worm --per-class 20")
 )
 @_name_argument
-@click.option(
-    "--split", type=click.Choice(("train", "test")), default="train", show_default=True, help="Draw images of this split."
-)
-@click.option(
-    "--per-class", type=click.IntRange(min=1), default=10, show_default=True, help="Draw this many images in each row."
-)
+@click.option("--split", type=click.Choice(("train", "test")), default="train", help="Draw images of this split.")
+@click.option("--per-class", type=COUNT, default=10, help="Draw this many images in each row.")
 @click.option("--classes", metavar="NAME,...", help="Draw only these: names or numbers, separated by commas.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="PNG",
-    help="Write the picture to this file.  [default: NAME-SPLIT.png]",
-)
+@click.option("--out", type=FILE, metavar="PNG", help="Write the picture to this file.  [default: NAME-SPLIT.png]")
 @output_options
 def show(output: Output, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:
     """Draw a contact sheet: the first images of each class in a row."""

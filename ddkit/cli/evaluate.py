@@ -15,15 +15,17 @@ from rich.table import Table
 from ddkit.challenge import TRACKS
 from ddkit.cli._options import (
     BUNDLE_FILE,
+    COUNT,
+    FOLDER,
+    PATH,
     RUNS_FOLDER,
     SUBMISSION_FOLDER,
+    TRACK,
     Duration,
-    FindingCode,
-    device_option,
+    compute_options,
     example,
-    output_options,
+    ignore_option,
     results_option,
-    seed_option,
 )
 from ddkit.cli._output import Output
 from ddkit.cli._rankings import rankings_table
@@ -41,19 +43,13 @@ _MOST_ROUNDS_SHOWN = 5
     short_help="Train networks on distilled sets and test them.",
     epilog=example("ddkit evaluate submission/cifar100.pt --rounds 5 --epochs-setting 50"),
 )
-@click.argument("sets", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("sets", nargs=-1, type=PATH)
 @click.option("--dataset", help="Name the sets' dataset.  [default: from the JSON next to a set, or its file name]")
 @click.option("--name", help="Record the results under this name.  [default: the name of the set's folder]")
 @click.option(
-    "--track",
-    type=click.Choice(["1", "2"]),
-    default="1",
-    show_default=True,
-    help="Evaluate .pt files (1), or a generator, given as a bundle's zip or folder (2).",
+    "--track", type=TRACK, default="1", help="Evaluate .pt files (1), or a generator, given as a bundle's zip or folder (2)."
 )
-@click.option(
-    "--rounds", type=click.IntRange(1), help=f"Train this many fresh networks.  [default: the official {TRACKS[1].rounds}]"
-)
+@click.option("--rounds", type=COUNT, help=f"Train this many fresh networks.  [default: the official {TRACKS[1].rounds}]")
 @click.option(
     "--epochs-setting",
     type=click.IntRange(0),
@@ -64,18 +60,13 @@ _MOST_ROUNDS_SHOWN = 5
 @click.option(
     "--network",
     default="convnet",
-    show_default=True,
     help="Train the official convnet, or another: resnet18, resnet_ap10, resnet18_ap, alexnet, vgg11.",
 )
 @click.option("--no-augment", is_flag=True, help="Train without augmentation, which is not official.")
 @click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    default="float32",
-    show_default=True,
-    help="Compute in this precision; bfloat16 is not official.",
+    "--precision", type=click.Choice(PRECISIONS), default="float32", help="Compute in this precision; bfloat16 is not official."
 )
-@click.option("--reference", type=click.Path(path_type=Path), help="Test on the challenge's <dataset>_test.pt.")
+@click.option("--reference", type=PATH, help="Test on the challenge's <dataset>_test.pt.")
 @click.option(
     "--time-budget",
     type=Duration(),
@@ -93,32 +84,11 @@ _MOST_ROUNDS_SHOWN = 5
     metavar="E",
     help="Train for E + 1 epochs on all real images, with --ranking.  [default: the sets' own E, reduced if it is large]",
 )
-@click.option(
-    "--state",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=RUNS_FOLDER / "evaluations",
-    show_default=True,
-    help="Save interrupted evaluations in this folder.",
-)
-@click.option(
-    "--ignore",
-    "ignore_codes",
-    multiple=True,
-    type=FindingCode(),
-    metavar="CODE",
-    help="Evaluate in spite of findings with this code; repeatable.",
-)
-@click.option(
-    "--save-every",
-    type=Duration(),
-    default="30s",
-    show_default=True,
-    help="Save the state this often; a kill loses at most this.",
-)
-@device_option
-@seed_option
+@click.option("--state", type=FOLDER, default=RUNS_FOLDER / "evaluations", help="Save interrupted evaluations in this folder.")
+@ignore_option("Evaluate in spite of findings with this code; repeatable.")
+@click.option("--save-every", type=Duration(), default="30s", help="Save the state this often; a kill loses at most this.")
 @results_option
-@output_options
+@compute_options
 def evaluate(
     output: Output,
     sets: tuple[Path, ...],
@@ -149,7 +119,7 @@ def evaluate(
             settings,
             folder=SUBMISSION_FOLDER,
             progress=output.progress,
-            on_event=lambda text: output.note(escape(text)),
+            on_event=output.event,
         )
     if is_main():
         shown = _shown(outcome)

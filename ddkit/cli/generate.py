@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
-from ddkit.cli._options import RUNS_FOLDER, SUBMISSION_FOLDER, device_option, example, output_options, seed_option
+from ddkit.cli._options import COUNT, FILE, FOLDER, RUNS_FOLDER, SUBMISSION_FOLDER, compute_options, example
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 from ddkit.generator.config import (
@@ -35,25 +34,13 @@ _METHODS = (
     short_help="Make a distilled set.", epilog=example("ddkit generate --ipc 10 --dataset cifar100 --candidates 100")
 )
 @click.option("--dataset", required=True, help="Make a set for this dataset, which `ddkit data list` shows.")
-@click.option(
-    "--ipc",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    help="Make this many images per class; the challenge asks for 10.",
-)
-@click.option(
-    "--model",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Sample the model in this folder.  [default: runs/<dataset>]",
-)
-@click.option(
-    "--candidates", type=click.IntRange(1), help="Sample this many images of each class and choose from them; see --select."
-)
+@click.option("--ipc", type=COUNT, default=10, help="Make this many images per class; the challenge asks for 10.")
+@click.option("--model", type=FOLDER, help="Sample the model in this folder.  [default: runs/<dataset>]")
+@click.option("--candidates", type=COUNT, help="Sample this many images of each class and choose from them; see --select.")
 @click.option(
     "--select",
     metavar="METHOD",
-    help=f"Choose from the candidates in this way: {', '.join(_METHODS)}.  [default: {_METHODS[0]}]",
+    help=f"Choose from the candidates by this method: {', '.join(_METHODS)}.  [default: {_METHODS[0]}]",
 )
 @click.option(
     "--from-real",
@@ -90,7 +77,7 @@ _METHODS = (
 @click.option("--sampler", type=click.Choice(SAMPLERS), help=f"Choose the sampler.  [default: {_DEFAULTS.sampler}]")
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=COUNT,
     help=f"Sample this many images at once.  [default: {BATCH_ON_GPU} on a GPU, else {BATCH_ELSEWHERE}]",
 )
 @click.option(
@@ -99,18 +86,10 @@ _METHODS = (
     help="Sample in this precision. auto is bfloat16 on GPUs that compute it fast, and float32 elsewhere.  "
     f"[default: {_DEFAULTS.precision}]",
 )
-@click.option(
-    "--compile/--no-compile", default=None, help="Compile the networks first, which pays above a few thousand images."
-)
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the set to this file.  [default: submission/<dataset>.pt]",
-)
+@click.option("--compile/--no-compile", default=None, help="Compile the networks first; worth it above a few thousand images.")
+@click.option("--out", type=FILE, help="Write the set to this file.  [default: submission/<dataset>.pt]")
 @click.option("--replace", is_flag=True, help="Make the set again, even if it is complete or has been refined.")
-@seed_option
-@device_option
-@output_options
+@compute_options
 def generate(
     output: Output,
     dataset: str,
@@ -131,11 +110,10 @@ def generate(
     classes with accelerate launch -m ddkit generate. Selection methods that compare images use a network that is
     trained on the real images once, in minutes on a CPU.
     """
-    from ddkit.distill.generate import FromModel, FromReal
-    from ddkit.distill.generate import generate as generate_set
+    from ddkit.distill import generate as making
 
     given = {name: value for name, value in sampling.items() if value is not None}
-    source: FromModel | FromReal
+    source: making.FromModel | making.FromReal
     if from_real:
         if select or candidates is not None:
             raise UsageError(
@@ -144,19 +122,20 @@ def generate(
         names = [*(["model"] if model else []), *("sampling_steps" if name == "steps" else name for name in given)]
         if unused := [f"--{name.replace('_', '-')}" for name in names]:
             raise UsageError(f"{', '.join(unused)} has no effect with --from-real, which samples nothing.", "Leave it out.")
-        source = FromReal(from_real, seed, device)
+        source = making.FromReal(from_real, seed, device)
         origin = f"from its real training images ({from_real})"
     else:
         if select and candidates is None:
             raise UsageError("--select needs --candidates.", "Give the number of candidates of each class: --candidates 100.")
         settings = SamplingSettings(**{"seed": seed, "guidance": default_guidance(ipc)} | given)
-        source = FromModel(model or RUNS_FOLDER / dataset, settings, device, candidates, select or FromModel.select)
+        how = select or making.FromModel.select
+        source = making.FromModel(model or RUNS_FOLDER / dataset, settings, device, candidates, how)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
         origin = f"with {source.folder}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
-    output.note(f"Making {ipc} images per class of {escape(dataset)} {escape(origin)}.")
-    saved = generate_set(dataset, ipc, source, out, replace=replace, progress=output.progress)
+    output.event(f"Making {ipc} images per class of {dataset} {origin}.")
+    saved = making.generate(dataset, ipc, source, out, replace=replace, progress=output.progress)
     if not is_main():
         return
     output.finish([saved.tensor, saved.provenance, saved.sheet], f"ddkit evaluate {saved.tensor}")

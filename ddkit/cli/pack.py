@@ -11,15 +11,16 @@ from rich.markup import escape
 
 from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._bundle import bundle_options, files_table, pack_track_2
-from ddkit.cli._options import BUNDLE_FILE, SUBMISSION_FOLDER, FindingCode, example, output_options
+from ddkit.cli._options import BUNDLE_FILE, FILE, FOLDER, SUBMISSION_FOLDER, TRACK, example, ignore_option, output_options
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
+from ddkit.runtime.files import sha256_of
 
 if TYPE_CHECKING:
     from ddkit.sets.findings import Finding, Report
 
 _SUBMISSION_FILE = Path("submission.zip")
-_OF_TRACK_1 = ("folder", "strict", "ignored")
+_OF_TRACK_1 = ("folder", "strict", "ignore_codes")
 _OF_BOTH = ("track", "out")
 _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
 
@@ -28,29 +29,18 @@ _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
     short_help="Pack the zip to upload.",
     epilog=example("ddkit pack submission --out my-entry.zip\nddkit pack --track 2 --tuned"),
 )
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=SUBMISSION_FOLDER)
+@click.argument("folder", type=FOLDER, default=SUBMISSION_FOLDER)
 @click.option(
     "--track",
-    type=click.Choice(["1", "2"]),
+    type=TRACK,
     default="1",
-    show_default=True,
     help="Pack for this track; 2 bundles the trained models with a script that samples them.",
 )
 @click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the zip to this file.",
-    show_default=f"{_SUBMISSION_FILE}; {BUNDLE_FILE} on track 2",
+    "--out", type=FILE, help="Write the zip to this file.", show_default=f"{_SUBMISSION_FILE}; {BUNDLE_FILE} on track 2"
 )
 @click.option("--strict", is_flag=True, help="Refuse a submission that has warnings.")
-@click.option(
-    "--ignore",
-    "ignored",
-    multiple=True,
-    type=FindingCode(),
-    metavar="CODE",
-    help="Ignore findings of this code; repeatable.",
-)
+@ignore_option("Ignore findings of this code; repeatable.")
 @bundle_options
 @output_options
 @click.pass_context
@@ -61,7 +51,7 @@ def pack(
     track: str,
     out: Path | None,
     strict: bool,
-    ignored: tuple[str, ...],
+    ignore_codes: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Check FOLDER and write the submission zip, with the tensors at its root.
@@ -76,7 +66,7 @@ def pack(
     if track == "2":
         pack_track_2(output, out, options)
     else:
-        _pack_track_1(output, folder, out or _SUBMISSION_FILE, strict, ignored)
+        _pack_track_1(output, folder, out or _SUBMISSION_FILE, strict, ignore_codes)
 
 
 def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
@@ -93,11 +83,10 @@ def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
             )
 
 
-def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignored: tuple[str, ...]) -> None:
+def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignore_codes: tuple[str, ...]) -> None:
     from ddkit.packing import pack as packing
-    from ddkit.runtime.files import sha256_of
 
-    output.note(f"Checking {escape(str(folder))} and packing it into {escape(str(out))}.")
+    output.event(f"Checking {folder} and packing it into {out}.")
     findings: list[Finding] = []
 
     def on_report(report: Report) -> None:
@@ -106,13 +95,13 @@ def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignored
             if finding.level == "warning" or finding.code == _ORDER_NOT_COMPARED:
                 output.note(f"[yellow]{finding.level}[/yellow] {escape(f'{finding.code}: {finding.message}')}")
 
-    path = packing.pack(folder, out, strict=strict, ignore_codes=ignored, on_report=on_report, progress=output.progress)
+    path = packing.pack(folder, out, strict=strict, ignore_codes=ignore_codes, on_report=on_report, progress=output.progress)
     files = packing.packed_files(path)
     sha256 = sha256_of(path)
     data = {"path": str(path), "sha256": sha256, "files": [vars(file) for file in files],
             "findings": [vars(finding) for finding in findings]}  # fmt: skip
     output.result(data, files_table(files, path, sha256))
     scored = any(file.name == f"{spec.name}.pt" for file in files for spec in CHALLENGE_DATASETS)
-    use = f"Upload {escape(str(path))}." if scored else "For practice only: the challenge does not score these datasets."
-    output.note(f"The zip was read back and verified. {use}")
+    use = f"Upload {path}." if scored else "For practice only: the challenge does not score these datasets."
+    output.event(f"The zip was read back and verified. {use}")
     output.finish([path], "ddkit report")

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from ddkit.cli._options import (
+    COUNT,
+    FILE,
+    FOLDER,
+    PATH,
     RUNS_FOLDER,
     Duration,
-    FindingCode,
-    device_option,
     example,
-    output_options,
-    recorded_seed_option,
+    ignore_option,
+    resumable_options,
 )
 from ddkit.cli._output import Output, span_text
 from ddkit.distill.settings import OBJECTIVES, PRESETS, RefineLimits, RefineSettings
@@ -33,11 +34,9 @@ _DEFAULTS = RefineSettings()
 @click.command(
     short_help="Optimize the pixels of a distilled set.", epilog=example("ddkit refine submission/cifar100.pt --time 30m")
 )
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @click.option("--dataset", help="Name the set's dataset.  [default: from the JSON next to it, or its file name]")
-@click.option(
-    "--steps", type=click.IntRange(1), help=f"Refine until this many steps are done in all.  [default: {RefineLimits().steps}]"
-)
+@click.option("--steps", type=COUNT, help=f"Refine until this many steps are done in all.  [default: {RefineLimits().steps}]")
 @click.option(
     "--time",
     "seconds",
@@ -63,15 +62,13 @@ _DEFAULTS = RefineSettings()
     f"[default: {_DEFAULTS.pool.size}]",
 )
 @click.option(
-    "--batch-real",
-    type=click.IntRange(1),
-    help=f"Compare with this many real images per class.  [default: {_DEFAULTS.batch_real}]",
+    "--batch-real", type=COUNT, help=f"Compare with this many real images per class.  [default: {_DEFAULTS.batch_real}]"
 )
 @click.option(
     "--lr",
     "learning_rate",
     type=click.FloatRange(0, min_open=True),
-    help=f"Learning rate of the pixels.  [default: {_DEFAULTS.learning_rate:g}]",
+    help=f"Set the learning rate of the pixels.  [default: {_DEFAULTS.learning_rate:g}]",
 )
 @click.option(
     "--precision",
@@ -86,36 +83,17 @@ _DEFAULTS = RefineSettings()
     help="Change any other setting, such as dm_steps=0, krr_lambda=0.1, val_every=500 or pool.max_age=400; repeatable. "
     "A wrong name lists them all.",
 )
+@click.option("--out", type=FILE, help="Write the refined set here.  [default: PATH itself]")
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the refined set here.  [default: PATH itself]"
-)
-@click.option(
-    "--run",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the state and the original set in this folder.  [default: runs/<dataset>-refine]",
+    "--run", type=FOLDER, help="Keep the state and the original set in this folder.  [default: runs/<dataset>-refine]"
 )
 @click.option("--fresh", is_flag=True, help="Start over from the original set.")
 @click.option(
     "--dry-run", is_flag=True, help="Only print the steps, time and memory that it would need, and the accuracy to expect."
 )
-@click.option(
-    "--ignore",
-    "ignored",
-    multiple=True,
-    type=FindingCode(),
-    metavar="CODE",
-    help="Refine in spite of findings with this code by ddkit check; repeatable.",
-)
-@click.option(
-    "--save-every",
-    type=Duration(),
-    default="2m",
-    show_default=True,
-    help="Save the state this often; a kill loses at most this.",
-)
-@device_option
-@recorded_seed_option
-@output_options
+@ignore_option("Refine in spite of findings with this code by ddkit check; repeatable.")
+@click.option("--save-every", type=Duration(), default="2m", help="Save the state this often; a kill loses at most this.")
+@resumable_options
 def refine(
     output: Output,
     path: Path,
@@ -128,18 +106,17 @@ def refine(
     run: Path | None,
     fresh: bool,
     dry_run: bool,
-    ignored: tuple[str, ...],
-    save_every: float,
+    ignore_codes: tuple[str, ...],
+    save_every_seconds: float,
     device: str,
     **options: Any,
 ) -> None:
     """Optimize the pixels of the set PATH so that the challenge's network learns more from it.
 
-    The set's images are changed until networks compute the same features from them, on average, as from the real images
-    of their class, and then until a regression on the set's features classifies real images best: first through random
-    networks, later through a pool of networks that train on the set. The set that does best on held-out training images
-    is written. The test images are never used. Run the same command again to resume, or with more --steps or --time to
-    refine further.
+    The first steps match the mean features of each class with those of its real images. The others make a regression on
+    the set's features classify real images better: first in random networks, later in a pool of networks that train on
+    the set. The version that does best on held-out training images is written. The test images are never used. Run the
+    same command again to resume, or with more --steps or --time to refine further.
     """
     from ddkit.distill.estimate import estimate_refinement, expected_accuracy
     from ddkit.distill.refine import recorded_settings
@@ -160,12 +137,12 @@ def refine(
         _show_estimate(output, estimate)
         return
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
-    output.note(f"Refining {escape(str(path))} for {length}. {escape(str(folder))} keeps the original set.")
+    output.event(f"Refining {path} for {length}. {folder} keeps the original set.")
     if expected is not None:
         output.note(f"Expected accuracy: {_expectation(expected)}.")
     refined = refine_set(
-        path, dataset, settings, limits, folder,
-        out=out, fresh=fresh, ignore_codes=ignored, device=device, save_every_seconds=save_every, progress=output.progress,
+        path, dataset, settings, limits, folder, out=out, fresh=fresh, ignore_codes=ignore_codes, device=device,
+        save_every_seconds=save_every_seconds, progress=output.progress,
     )  # fmt: skip
     output.note(
         f"Accuracy on held-out training images: {refined.accuracy_before:.2%} before, {refined.accuracy:.2%} at step "
@@ -211,13 +188,9 @@ def _settings(
         name, equals, text = assignment.partition("=")
         if not equals:
             raise UsageError(f"--set {assignment} assigns no value.", "Write --set NAME=VALUE.")
-        changes[name.strip().replace("-", "_")] = _value(text.strip())
+        try:
+            value = json.loads(text)  # a number, true or false
+        except ValueError:
+            value = text.strip()
+        changes[name.strip().replace("-", "_")] = value
     return settings.with_changes(changes)
-
-
-def _value(text: str) -> Any:
-    """A number, true or false, or the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -11,18 +11,32 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from ddkit.cli._minimax import described, minimax_options
-from ddkit.cli._options import RUNS_FOLDER, Duration, device_option, example, output_options, recorded_seed_option
+from ddkit.cli._options import COUNT, FOLDER, RUNS_FOLDER, Duration, example, resumable_options, save_every_option
 from ddkit.cli._output import Output, span_text
+from ddkit.errors import BadFileError
 from ddkit.generator.config import ARCHITECTURES, PRECISIONS, PREDICTIONS, to_json
 from ddkit.generator.presets import DEFAULT_PRESET, PRESETS
 from ddkit.runtime.environment import is_main, processes
+from ddkit.runtime.files import read_json
 
 _FEATURES = ("convnet", "inception")  # the default first
+_MOST_NAMED = 5  # classes
 
 if TYPE_CHECKING:
+    from ddkit.generator.pretrained import Start
     from ddkit.generator.training.estimate import Estimate
     from ddkit.generator.training.train import TrainingRequest
+
+
+def _read_class_map(
+    context: click.Context, option: click.Parameter, path: Path | None
+) -> tuple[tuple[str, str | int | None], ...] | None:
+    if path is None:
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict) or not all(type(label) in (str, int, type(None)) for label in value.values()):
+        raise BadFileError(f"{path} is not a map of classes.", 'Write it as {"bear": "brown bear", "cloud": null, "ox": 345}.')
+    return tuple(sorted(value.items(), key=lambda pair: pair[0]))
 
 
 @click.command(short_help="Train a generator.", epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
@@ -32,10 +46,28 @@ if TYPE_CHECKING:
     "preset_name",
     help=f"Choose sizes and settings: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}, or what fits into the GPU's memory]",
 )
-@minimax_options
-@click.option("--steps", type=click.IntRange(1), help="Train the denoiser for this many steps in all, after the autoencoder.")
+@click.option(
+    "--method",
+    type=click.Choice(["diffusion", "minimax"]),
+    help="Train a new generator (diffusion), or fine-tune one by the minimax criteria (minimax).",
+)
+@click.option(
+    "--init", metavar="FOLDER_OR_HUB_ID", help="Minimax: start from this generator.  [default: runs/<dataset>, if it holds one]"
+)
+@click.option("--full", is_flag=True, default=None, help="Minimax: train all parameters, not only those of DiffFit.")
+@click.option("--lambda-r", type=click.FloatRange(0), help="Minimax: set the weight of representativeness.")
+@click.option("--lambda-d", type=click.FloatRange(0), help="Minimax: set the weight of diversity.")
+@click.option("--memory-size", type=COUNT, help="Minimax: compare with this many latents of each class.")
+@click.option("--epochs", type=COUNT, help="Minimax: train for this many passes over the training set, instead of --steps.")
+@click.option(
+    "--class-map",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=_read_class_map,
+    help="Minimax: read the label of --init for each class from this JSON file; null takes the mean of all.",
+)
+@click.option("--steps", type=COUNT, help="Train the denoiser for this many steps in all, after the autoencoder.")
 @click.option("--time", "seconds", type=Duration(), help="Train for this much time in all, such as 20m, instead of --steps.")
-@click.option("--batch-size", type=click.IntRange(1), help="Train on this many images in each step, over all processes.")
+@click.option("--batch-size", type=COUNT, help="Train on this many images in each step, over all processes.")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Set the learning rate of the denoiser.")
 @click.option(
     "--ema-width",
@@ -47,7 +79,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 1, max_open=True),
     help="Set a constant decay of the weights' moving average, instead of --ema-width.",
 )
-@click.option("--accumulation", type=click.IntRange(1), help="Compute each step in this many parts, to save memory.")
+@click.option("--accumulation", type=COUNT, help="Compute each step in this many parts, to save memory.")
 @click.option("--prediction", type=click.Choice(PREDICTIONS), help="Choose what the denoiser learns to predict.")
 @click.option(
     "--label-dropout",
@@ -57,7 +89,7 @@ if TYPE_CHECKING:
 @click.option(
     "--min-snr",
     type=click.FloatRange(0),
-    help="Set gamma of the min-SNR weights of v and epsilon; 0 gives all noise levels the same weight.",
+    help="Set gamma of min-SNR weighting, for the predictions v and epsilon; 0 weights all noise levels equally.",
 )
 @click.option("--architecture", type=click.Choice(ARCHITECTURES), help="Choose the denoiser's architecture.")
 @click.option(
@@ -75,12 +107,7 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Fail if there is no training to continue.")
 @click.option("--fresh", is_flag=True, help="Remove the training in the folder, and start over.")
-@click.option(
-    "--out",
-    "folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Write the training to this folder.  [default: runs/<dataset>]",
-)
+@click.option("--out", "folder", type=FOLDER, help="Write the training to this folder.  [default: runs/<dataset>]")
 @click.option(
     "--track-every",
     type=click.IntRange(0),
@@ -92,19 +119,10 @@ if TYPE_CHECKING:
     type=click.Choice(_FEATURES),
     help=f"Compute the Frechet distance in a ConvNet trained on the real images, or in Inception.  [default: {_FEATURES[0]}]",
 )
-@click.option(
-    "--save-every",
-    "save_every_seconds",
-    type=Duration(),
-    default="5m",
-    show_default=True,
-    help="Save a checkpoint this often; a kill loses at most this.",
-)
+@save_every_option("save_every_seconds", "5m")
 @click.option("--tensorboard", is_flag=True, help="Also write records for TensorBoard.")
 @click.option("--dry-run", is_flag=True, help="Only show what the training would cost: parameters, memory, speed.")
-@device_option
-@recorded_seed_option
-@output_options
+@resumable_options
 def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     """Train a generator, or continue its training.
 
@@ -124,7 +142,7 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     for choice in request.choices:
         output.note(escape(choice))
     if request.start is not None:
-        output.note(described(request.start))
+        output.note(_described(request.start))
     if dry_run:
         _show_costs(output, request, data.image_size, data.num_classes)
         return
@@ -146,6 +164,20 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
         | {"metrics": dict(model.facts.metrics)}
         | _start_facts(request)
     )
+
+
+def _described(start: Start) -> str:
+    """The start of a fine-tuning: how much of it is trained, and which classes it knows."""
+    counts, unmatched = start.parameters, start.classes.unmatched
+    known = len(start.classes.names) - len(unmatched)
+    text = (
+        f"Starting from {escape(start.source)}: {counts.trainable / 1e6:,.2f} M of {counts.total / 1e6:,.2f} M parameters "
+        f"are trained ({100 * counts.fraction:.3g} %), {known} of {len(start.classes.names)} classes are known by name"
+    )
+    if not unmatched:
+        return f"{text}."
+    more = " ..." if len(unmatched) > _MOST_NAMED else ""
+    return f"{text}; the mean of all labels stands for {escape(', '.join(unmatched[:_MOST_NAMED]))}{more}."
 
 
 def _start_facts(request: TrainingRequest) -> dict[str, Any]:

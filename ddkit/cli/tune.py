@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
 from ddkit.cli._bundle import PRECISION_CHOICE, SAMPLER_CHOICE, TRIALS_FOLDER, pack_models
-from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, Duration, device_option, example, output_options, seed_option
+from ddkit.cli._options import BUNDLE_FILE, COUNT, FOLDER, RUNS_FOLDER, Duration, compute_options, example
 from ddkit.cli._output import Output, span_text
 
 if TYPE_CHECKING:
@@ -39,70 +39,38 @@ class _ImagesPerClass(click.ParamType):
     epilog=example("ddkit tune tinyimagenet --steps 4 --steps 8 --images 100 --images all --pack"),
 )
 @click.argument("dataset", default=CIFAR100.name)
+@click.option("--model", type=FOLDER, help="Tune the model in this folder.", show_default="runs/<dataset>")
+@click.option("--steps", type=COUNT, multiple=True, default=(4, 8, 16), help="Try this many sampling steps; repeatable.")
 @click.option(
-    "--model",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Tune the model in this folder.",
-    show_default="runs/<dataset>",
-)
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    multiple=True,
-    default=(4, 8, 16),
-    show_default=True,
-    help="Try this many sampling steps; repeatable.",
-)
-@click.option(
-    "--guidance",
-    type=click.FloatRange(0),
-    multiple=True,
-    default=(1.0, 2.0),
-    show_default=True,
-    help="Try this scale of guidance; repeatable.",
+    "--guidance", type=click.FloatRange(0), multiple=True, default=(1.0, 2.0), help="Try this scale of guidance; repeatable."
 )
 @click.option(
     "--images",
     type=_ImagesPerClass(),
     multiple=True,
     default=("all",),
-    show_default=True,
     metavar="N|all",
     help="Try to stop at this many images per class; repeatable.",
 )
-@click.option("--sampler", type=SAMPLER_CHOICE, default="dpm++", show_default=True, help="Choose the sampler.")
+@click.option("--sampler", type=SAMPLER_CHOICE, default="dpm++", help="Choose the sampler.")
 @click.option(
     "--precision",
     type=PRECISION_CHOICE,
     default="auto",
-    show_default=True,
     help="Sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.",
 )
-@click.option(
-    "--time-budget", type=Duration(), default="60s", show_default=True, help="Let the generator run this long for each trial."
-)
+@click.option("--time-budget", type=Duration(), default="60s", help="Let the generator run this long for each trial.")
 @click.option(
     "--epochs-setting",
     type=click.IntRange(0),
     default=20,
-    show_default=True,
     metavar="E",
     help="Train for E + 1 epochs on the last candidates, and for fewer on the earlier ones; the official E is 100.",
 )
-@click.option(
-    "--rounds", type=click.IntRange(1), default=2, show_default=True, help="Evaluate the last candidates in this many rounds."
-)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=TRIALS_FOLDER,
-    show_default=True,
-    help="Write the trials and the chart to this folder.",
-)
+@click.option("--rounds", type=COUNT, default=2, help="Evaluate the last candidates in this many rounds.")
+@click.option("--out", type=FOLDER, default=TRIALS_FOLDER, help="Write the trials and the chart to this folder.")
 @click.option("--pack", "packs", is_flag=True, help=f"Write {BUNDLE_FILE} with the best settings at the end.")
-@device_option
-@seed_option
-@output_options
+@compute_options
 def tune(
     output: Output,
     dataset: str,
