@@ -50,6 +50,13 @@ def gpu():
         yield pretended
 
 
+@pytest.fixture
+def second_gpu(gpu):
+    """The name of the second of two pretended GPUs, where what wrongly goes to the first one meets what does not."""
+    gpu.memory = [(70 * 2**30, 80 * 2**30)] * 2
+    return "cuda:1"
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     return FIXTURES

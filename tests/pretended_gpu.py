@@ -1,8 +1,9 @@
-"""A pretended GPU: tensors that say they are on cuda:0 and compute on the CPU, with the checks that a GPU would make.
+"""Pretended GPUs: tensors that say they are on cuda:0 and compute on the CPU, with the checks that a GPU would make.
 
-Inside `pretend_gpu()`, PyTorch reports one GPU, and code runs as it would there, control flow included. It raises, as a GPU
-does, where an operation mixes devices, where a draw gets a generator of the other device, where a fused optimizer meets
-tensors of different memory layouts, and where a capture waits for the host. It counts waits of the host and kernels.
+Inside `pretend_gpu()`, PyTorch reports one GPU, or as many as `memory` lists, and code runs as it would there, control flow
+included. It raises, as a GPU does, where an operation mixes devices, where a draw gets a generator of the other device,
+where a fused optimizer meets tensors of different memory layouts, and where a capture waits for the host. What a copy to
+the host brings is garbage until the host has waited for it. It counts waits of the host and kernels.
 
 CUDA graphs record the operations below autograd and repeat them in the same memory, without the Python code between them.
 Streams run nothing at the same time; only which one is current is kept. `torch.compile` compiles nothing.
@@ -15,6 +16,7 @@ import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,7 +24,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-CUDA = torch.device("cuda:0")
+_STAGED_AT_MOST = 64 * 2**10  # bytes that CUDA copies from pageable memory without waiting for the GPU
 
 # Operations that copy or index may take tensors of both devices.
 _MAY_MIX = {
@@ -50,12 +52,20 @@ class PretendedGPU:
     waits: how often the host waited for the GPU, by kind and by the lines of ddkit that asked for it.
     kernels: operations by name. released: calls of torch.cuda.empty_cache.
     largest_tensor: bytes; an operation that would make a larger one raises torch.OutOfMemoryError. None for no limit.
+    memory: free and total bytes of each GPU. capability: of all. driver: "ok"; or "too old", with which the GPUs are
+    counted and cannot be used; or "busy", with which a GPU raises what it does when another process has it for itself.
     """
 
     def __init__(self) -> None:
         self.largest_tensor: int | None = None
-        self.stream = PretendedStream()
+        self.memory = [(70 * 2**30, 80 * 2**30)]
+        self.capability = (9, 0)
+        self.driver = "ok"
+        self.current = 0  # the number of the current GPU
+        self.streams: dict[int, PretendedStream] = {}  # the current one of each GPU
         self.graph: PretendedGraph | None = None  # the one that is recorded at present
+        self._pinned: dict[int, torch.Tensor] = {}  # pages that a GPU can copy from by itself, by address
+        self._arriving: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host that it has not waited for
         self.reset()
 
     def reset(self) -> None:
@@ -71,6 +81,52 @@ class PretendedGPU:
         if self.graph is not None:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind})")
         self.waits[kind, _place()] += 1
+        for there, what in self._arriving:
+            there.copy_(what)
+        self._arriving.clear()
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        pinned = tensor.detach().clone(memory_format=torch.preserve_format)
+        self._pinned[pinned.untyped_storage().data_ptr()] = pinned
+        return pinned
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._pinned
+
+    def copy_from_host(self, tensor: torch.Tensor, *, without_waiting: bool) -> None:
+        """Count the wait of a copy to the GPU, if it is one."""
+        if not without_waiting:
+            self.wait("copy to the GPU")
+        elif not self.is_pinned(tensor) and tensor.nbytes > _STAGED_AT_MOST:
+            self.wait("copy of pageable memory to the GPU")
+
+    def copy_to_host(self, real: torch.Tensor, *, without_waiting: bool) -> torch.Tensor:
+        copy = real.detach().clone(memory_format=torch.preserve_format)
+        if not without_waiting:
+            self.wait("copy to the CPU")
+            return copy
+        garbage = torch.full_like(copy, float("nan") if copy.is_floating_point() else 77)
+        self._arriving.append((garbage, copy))
+        return garbage
+
+    def stream_of(self, device: Any = None) -> PretendedStream:
+        index = _index(device)
+        return self.streams.setdefault(index, PretendedStream(index))
+
+    def set_current(self, device: Any) -> None:
+        self.current = _index(device)
+
+    def require(self, device: Any = None) -> None:
+        """Raise what CUDA does where a GPU cannot be used."""
+        if self.driver == "too old":
+            raise RuntimeError(
+                "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by "
+                "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+            )
+        if self.driver == "busy":
+            raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+        if not 0 <= _index(device) < len(self.memory):
+            raise torch.AcceleratorError("CUDA error: invalid device ordinal")
 
     def _release(self) -> None:
         self.released += 1
@@ -84,7 +140,7 @@ def _place() -> str:
     lines = [
         f"{frame.filename.rpartition('/ddkit/')[2] or frame.filename}:{frame.lineno}"
         for frame in reversed(traceback.extract_stack())
-        if "/ddkit/" in frame.filename or "/track2/" in frame.filename
+        if any(folder in frame.filename for folder in ("/ddkit/", "/track2/", "/entry/"))
     ]
     return " < ".join(lines[:2]) or "the test"
 
@@ -93,21 +149,30 @@ def _is_gpu(device: Any) -> bool:
     return device is not None and (isinstance(device, int) or torch.device(device).type == "cuda")
 
 
+def _index(device: Any) -> int:
+    """The number of that GPU; of the current one where none is named."""
+    if isinstance(device, int):
+        return device
+    index = None if device is None else torch.device(device).index
+    return _gpu.current if index is None else index
+
+
 class PretendedTensor(torch.Tensor):
-    """A tensor that says it is on cuda:0. on_cpu: its numbers, on the CPU, in the same memory layout."""
+    """A tensor that says it is on a GPU. on_cpu: its numbers, on the CPU, in the same memory layout. index: of the GPU."""
 
     on_cpu: torch.Tensor
+    index: int
 
     @staticmethod
-    def __new__(cls, real: torch.Tensor) -> PretendedTensor:
+    def __new__(cls, real: torch.Tensor, index: int = 0) -> PretendedTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype,
             layout=real.layout, device=torch.device("cpu"),
         )  # fmt: skip
-        made.on_cpu = real
+        made.on_cpu, made.index = real, index
         return made
 
-    device = property(lambda self: CUDA)
+    device = property(lambda self: torch.device("cuda", self.index))
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
 
@@ -115,14 +180,14 @@ class PretendedTensor(torch.Tensor):
         return f"PretendedTensor({self.on_cpu!r})"
 
     def get_device(self) -> int:
-        return 0
+        return self.index
 
     def numpy(self, **options: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            copied = PretendedTensor(self.on_cpu.detach().clone())
+            copied = PretendedTensor(self.on_cpu.detach().clone(), self.index)
             is_parameter = isinstance(self, torch.nn.Parameter)
             made = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied.requires_grad_(self.requires_grad)
             memo[id(self)] = made
@@ -143,14 +208,21 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     ours = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     # A tensor of one number on the CPU may be in any operation: it is passed as a number.
     others = [tensor for tensor in tensors if not isinstance(tensor, PretendedTensor) and tensor.dim() > 0]
-    if others and name not in _MAY_MIX:
+    devices = sorted({str(tensor.device) for tensor in (*ours, *others)}, reverse=True)
+    if len(devices) > 1 and (name not in _MAY_MIX or (name.startswith(_INDEXING) and not others)):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
+            f"Expected all tensors to be on the same device, but found at least two devices, {devices[0]} and {devices[1]}! "
+            f"({name})"
         )
     if others and name.startswith(_INDEXING):
         _gpu.wait("indices from the CPU")
-    if others and name.startswith("aten.copy_"):
-        _gpu.wait("copy to the GPU" if isinstance(args[0], PretendedTensor) else "copy to the CPU")
+    if others and name == "aten.copy_.default":
+        if isinstance(args[0], PretendedTensor):
+            _gpu.copy_from_host(args[1], without_waiting=len(args) > 2 and args[2])
+        else:
+            _gpu.wait("copy to the CPU")
+    for tensor in others if name.startswith("aten._foreach_copy_") else ():
+        _gpu.wait(f"copy of a list of tensors, of which one of {tensor.nbytes} bytes is on the CPU")
     # Linear algebra waits to see whether it failed, if it is asked to look.
     if name.startswith(_WAITS) and ("_ex." not in name or kwargs.get("check_errors")):
         _gpu.wait(name)
@@ -168,14 +240,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "aten.copy_.default":
         return args[0]
     known = {id(tensor.on_cpu): tensor for tensor in ours}  # an operation in place returns what it was given
-    return pytree.tree_map_only(torch.Tensor, lambda real: known[id(real)] if id(real) in known else _made(real), result)
+    index = ours[0].index
+    return pytree.tree_map_only(torch.Tensor, lambda real: known[id(real)] if id(real) in known else _made(real, index), result)
 
 
-def _made(real: torch.Tensor) -> PretendedTensor:
+def _made(real: torch.Tensor, index: int) -> PretendedTensor:
     size = real.numel() * real.element_size()
     if _gpu.largest_tensor is not None and size > _gpu.largest_tensor:
         raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes on a pretended GPU.")
-    return PretendedTensor(real)
+    return PretendedTensor(real, index)
 
 
 def _check_layouts(name: str, lists: Any) -> None:
@@ -196,12 +269,14 @@ def _check_layouts(name: str, lists: Any) -> None:
 
 
 class PretendedGenerator(torch.Generator):
-    """A generator on the pretended GPU."""
+    """A generator on a pretended GPU."""
 
-    def __new__(cls) -> PretendedGenerator:
-        return super().__new__(cls, "cpu")
+    def __new__(cls, device: Any = "cuda") -> PretendedGenerator:
+        made = super().__new__(cls, "cpu")
+        made.index = _index(device)
+        return made
 
-    device = property(lambda self: CUDA)
+    device = property(lambda self: torch.device("cuda", self.index))
 
 
 _CPUGenerator = torch.Generator
@@ -216,27 +291,23 @@ class _Generator(metaclass=_GeneratorType):
     """Stands for torch.Generator."""
 
     def __new__(cls, device: Any = "cpu") -> torch.Generator:
-        return PretendedGenerator() if _is_gpu(device) else _CPUGenerator(device)
+        return PretendedGenerator(device) if _is_gpu(device) else _CPUGenerator(device)
 
 
-class _ToGPU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return _made(tensor.detach().clone(memory_format=torch.preserve_format))
+class _Transfer(torch.autograd.Function):
+    """A tensor on another device. index: of the GPU; None for the CPU."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.on_cpu if isinstance(gradient, PretendedTensor) else gradient
-
-
-class _ToCPU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: PretendedTensor) -> torch.Tensor:
-        return tensor.on_cpu.detach().clone(memory_format=torch.preserve_format)
+    def forward(ctx: Any, tensor: torch.Tensor, index: int | None) -> torch.Tensor:
+        ctx.source = tensor.index if isinstance(tensor, PretendedTensor) else None
+        real = tensor.on_cpu if isinstance(tensor, PretendedTensor) else tensor
+        copy = real.detach().clone(memory_format=torch.preserve_format)
+        return copy if index is None else _made(copy, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return PretendedTensor(gradient)
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        real = gradient.on_cpu if isinstance(gradient, PretendedTensor) else gradient
+        return real if ctx.source is None else PretendedTensor(real, ctx.source), None
 
 
 class _Mode(TorchFunctionMode):
@@ -257,9 +328,11 @@ class _Mode(TorchFunctionMode):
             if func is torch.Tensor.pin_memory:
                 raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
         if func is torch.Tensor.pin_memory:
-            return first
+            return _gpu.pin(first)
+        if func is torch.Tensor.is_pinned:
+            return not isinstance(first, PretendedTensor) and _gpu.is_pinned(first)
         if func is torch.Tensor.cuda:
-            return _to_gpu(first, "copy to the GPU")
+            return _to_gpu(first, _gpu.current)
         if func is torch.Tensor.to:
             return _moved(first, args[1:], kwargs)
         generator, device = kwargs.get("generator"), kwargs.get("device")
@@ -270,12 +343,13 @@ class _Mode(TorchFunctionMode):
             raise RuntimeError("Expected a '{}' device type for generator but found '{}'".format(*places))
         if not _is_gpu(device):
             return func(*args, **kwargs)
-        return self._factory(func, name, args, kwargs | {"device": torch.device("cpu")})
+        return self._factory(func, name, args, kwargs | {"device": torch.device("cpu")}, _index(device))
 
-    def _factory(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _factory(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], index: int) -> Any:
+        _gpu.require(index)
         if func in (torch.tensor, torch.as_tensor):
             if isinstance(args[0], PretendedTensor):
-                return args[0]
+                return _to_gpu(args[0], index)
             _gpu.wait("copy of numbers to the GPU")
         elif name not in _FACTORIES:
             raise NotImplementedError(f"the pretended GPU does not know {name}(device=...)")
@@ -286,24 +360,22 @@ class _Mode(TorchFunctionMode):
         made = func(*plain, **kwargs)
         if _gpu.graph is not None:
             _gpu.graph.record(lambda: func(*plain, **kwargs), made)
-        return _made(made).requires_grad_(requires_grad)
+        return _made(made, index).requires_grad_(requires_grad)
 
 
-def _to_gpu(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+def _to_gpu(tensor: torch.Tensor, index: int, *, without_waiting: bool = False) -> torch.Tensor:
+    _gpu.require(index)
     if isinstance(tensor, PretendedTensor):
-        return tensor
-    if "without waiting" not in kind:
-        _gpu.wait(kind)
-    if tensor.requires_grad:
-        return _ToGPU.apply(tensor)
-    return _made(tensor.detach().clone(memory_format=torch.preserve_format))
+        return tensor if tensor.index == index else _Transfer.apply(tensor, index)
+    _gpu.copy_from_host(tensor, without_waiting=without_waiting)
+    return _Transfer.apply(tensor, index)
 
 
-def _to_cpu(tensor: PretendedTensor) -> torch.Tensor:
-    _gpu.wait("copy to the CPU")
+def _to_cpu(tensor: PretendedTensor, *, without_waiting: bool = False) -> torch.Tensor:
     if tensor.requires_grad and torch.is_grad_enabled():
-        return _ToCPU.apply(tensor)
-    return tensor.on_cpu.detach().clone(memory_format=torch.preserve_format)
+        _gpu.wait("copy to the CPU")
+        return _Transfer.apply(tensor, None)
+    return _gpu.copy_to_host(tensor.on_cpu, without_waiting=without_waiting)
 
 
 def _moved(tensor: torch.Tensor, rest: Any, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -321,14 +393,15 @@ def _moved(tensor: torch.Tensor, rest: Any, kwargs: dict[str, Any]) -> torch.Ten
     copy = options.pop("copy", flags[1] if len(flags) > 1 else False)
     options = {name: value for name, value in options.items() if value is not None}
     ours = isinstance(tensor, PretendedTensor)
-    if device is None or _is_gpu(device) == ours:
+    there = device is None or (_index(device) == tensor.index if ours and _is_gpu(device) else _is_gpu(device) == ours)
+    if there:
         options |= {"copy": True} if copy else {}
         return tensor.to(**options) if options else tensor
-    if ours:
-        tensor = _to_cpu(tensor)
+    if ours and not _is_gpu(device):  # types change on the CPU
+        tensor = _to_cpu(tensor, without_waiting=without_waiting and not options)
         return tensor.to(**options) if options else tensor
     tensor = tensor.to(**options) if options else tensor
-    return _to_gpu(tensor, "copy to the GPU without waiting" if without_waiting else "copy to the GPU")
+    return _to_gpu(tensor, _index(device), without_waiting=without_waiting)
 
 
 def _apply(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
@@ -364,10 +437,8 @@ def _apply(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], 
 class PretendedStream:
     """A stream: work on it is done at once."""
 
-    device = CUDA
-
     def __init__(self, device: Any = None, **options: Any) -> None:
-        """Nothing to begin."""
+        self.device = torch.device("cuda", _index(device))
 
     def wait_stream(self, stream: PretendedStream) -> None:
         """All is done already."""
@@ -381,12 +452,38 @@ class PretendedStream:
 
 @contextlib.contextmanager
 def _on_stream(stream: PretendedStream | None) -> Iterator[None]:
-    before = _gpu.stream
-    _gpu.stream = stream or before
+    device = None if stream is None else stream.device
+    before, current = _gpu.stream_of(device), _gpu.current
+    _gpu.streams[_index(device)] = stream or before
+    _gpu.set_current(device)
     try:
         yield
     finally:
-        _gpu.stream = before
+        _gpu.streams[_index(before.device)] = before
+        _gpu.current = current
+
+
+@contextlib.contextmanager
+def _on_device(device: Any) -> Iterator[None]:
+    before = _gpu.current
+    _gpu.set_current(device)
+    try:
+        yield
+    finally:
+        _gpu.current = before
+
+
+class PretendedEvent:
+    """torch.cuda.Event."""
+
+    def __init__(self, **options: Any) -> None:
+        """Nothing to begin."""
+
+    def record(self, stream: PretendedStream | None = None) -> None:
+        """All is done already."""
+
+    def synchronize(self) -> None:
+        _gpu.wait("Event.synchronize")
 
 
 class PretendedGraph:
@@ -421,15 +518,18 @@ class _Capture:
 
     def __enter__(self) -> None:
         torch.cuda.empty_cache()
-        self._before = _gpu.stream
-        _gpu.stream = self._stream
+        self._index = _index(self._stream.device)
+        if self._index != _gpu.current:
+            raise RuntimeError(f"CUDA error: a capture on cuda:{self._index} while cuda:{_gpu.current} is the current device")
+        self._before = _gpu.stream_of(self._index)
+        _gpu.streams[self._index] = self._stream
         _gpu.graph = self._graph
 
     def __exit__(self, kind: Any, error: Any, where: Any) -> None:
         _gpu.graph = None
         if error is not None:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-        _gpu.stream = self._before
+        _gpu.streams[self._index] = self._before
 
 
 @contextlib.contextmanager
@@ -442,28 +542,36 @@ def pretend_gpu() -> Iterator[PretendedGPU]:
     def grouped(lists: Any, with_indices: bool = False) -> Any:
         found = group(lists, with_indices)
         on_gpu = {key: any(isinstance(tensor, PretendedTensor) for tensor in value[0][0]) for key, value in found.items()}
-        return {(CUDA if on_gpu[key] else key[0], key[1]): value for key, value in found.items()}
+        return {(value[0][0][0].device if on_gpu[key] else key[0], key[1]): value for key, value in found.items()}
 
     class Autocast(torch.autocast):
         def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
             super().__init__("cpu", *args, **options)
 
     cuda = {
-        "is_available": lambda: True,
+        "is_available": lambda: _gpu.driver != "too old" and len(_gpu.memory) > 0,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
+        "device_count": lambda: len(_gpu.memory),
+        "current_device": lambda: _gpu.current,
+        "set_device": lambda device: _gpu.set_current(device),
         "get_device_name": lambda device=None: "NVIDIA Pretended",
-        "get_device_capability": lambda device=None: (9, 0),
-        "is_bf16_supported": lambda *args, **options: True,
-        "mem_get_info": lambda device=None: (70 * 2**30, 80 * 2**30),
+        "get_device_capability": lambda device=None: _gpu.capability,
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="NVIDIA Pretended",
+            total_memory=_gpu.memory[_index(device)][1],
+            multi_processor_count=100,
+            major=_gpu.capability[0],
+            minor=_gpu.capability[1],
+        ),
+        "is_bf16_supported": lambda *args, **options: _gpu.capability[0] >= 8,
+        "mem_get_info": lambda device=None: (_gpu.require(device), _gpu.memory[_index(device)])[1],
         "synchronize": lambda device=None: _gpu.wait("synchronize"),
         "empty_cache": lambda: _gpu._release(),
         "Stream": PretendedStream,
-        "current_stream": lambda device=None: _gpu.stream,
+        "Event": PretendedEvent,
+        "current_stream": lambda device=None: _gpu.stream_of(device),
         "stream": _on_stream,
-        "device": lambda device: contextlib.nullcontext(),
+        "device": _on_device,
         "graph": _Capture,
         "CUDAGraph": PretendedGraph,
         "graph_pool_handle": lambda: (0, 0),
@@ -483,8 +591,8 @@ def pretend_gpu() -> Iterator[PretendedGPU]:
         mock.patch.object(torch, "autocast", Autocast),
         mock.patch.object(torch.amp, "autocast", Autocast),
         mock.patch.object(torch.amp.autocast_mode, "autocast", Autocast),
-        mock.patch.object(torch.accelerator, "current_stream", lambda device=None: _gpu.stream),
-        mock.patch.object(torch.accelerator, "current_device_index", lambda: 0),
+        mock.patch.object(torch.accelerator, "current_stream", lambda device=None: _gpu.stream_of(device)),
+        mock.patch.object(torch.accelerator, "current_device_index", lambda: _gpu.current),
         torch.compiler.set_stance("force_eager"),
     ]
     with contextlib.ExitStack() as stack:

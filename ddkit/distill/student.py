@@ -17,6 +17,7 @@ from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.embedding import build_embedder
 from ddkit.network.engine import build_engine
+from ddkit.runtime.device import upload
 from ddkit.runtime.interrupt import StopRequest
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import class_labels
@@ -104,7 +105,7 @@ class Student:
         Source: Cazenavette et al. 2022, arXiv 2203.11932, equation 2.
         """
         images = images.detach()
-        start, end = start.to(self._device), end.to(self._device)
+        start, end = upload(start, self._device), upload(end, self._device)
         batches = self._batches(generator)
         seeds = torch.randint(_SEEDS, (len(batches),), generator=generator).tolist()
         parameters, visited, total = start, [], torch.zeros_like(start)
@@ -117,7 +118,8 @@ class Student:
         scale = segment.square().sum()
         distance, best_lr = left.square().sum() / scale, segment @ total / total.square().sum()
         gradient = self._image_gradient(images, batches, seeds, visited, left) * (-2 * lr / scale) if with_gradient else None
-        return TrajectoryMatch(distance.item(), gradient, max(best_lr.item(), _LEAST_LR))
+        distance, best_lr = torch.stack([distance, best_lr]).tolist()
+        return TrajectoryMatch(distance, gradient, max(best_lr, _LEAST_LR))
 
     def _batches(self, generator: torch.Generator) -> list[Tensor]:
         """Rows of each step, equally many of each class: all images of a class in random order, again and again."""
@@ -125,7 +127,7 @@ class Student:
         rounds = -(-count // self._ipc)
         orders = [torch.rand(classes, self._ipc, generator=generator).argsort(1) for _ in range(rounds)]
         rows = torch.cat(orders, dim=1)[:, :count] + self._ipc * torch.arange(classes)[:, None]
-        return [batch.flatten().to(self._device) for batch in rows.split(self._at_once, dim=1)]
+        return [upload(batch.flatten(), self._device) for batch in rows.split(self._at_once, dim=1)]
 
     def _parameter_gradient(self, parameters: Tensor, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         """(P,): the gradient of the mean cross-entropy with respect to the parameters."""

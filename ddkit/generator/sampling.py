@@ -24,7 +24,7 @@ from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import TIME_SCALE, Objective
 from ddkit.generator.samplers import linear_plan, make_scheduler
-from ddkit.runtime.device import shortage_explained
+from ddkit.runtime.device import shortage_explained, upload
 from ddkit.runtime.seeds import generator_for
 from ddkit.runtime.threads import cores_for, side_by_side
 
@@ -140,7 +140,7 @@ class Sampler:
         count = len(part[0])
         # Compiled code is made for one size, so a short part is filled up.
         whole = self._part if self.settings.compile else count
-        noise, labels, centers = (_filled(rows, whole).to(self.device, non_blocking=True) for rows in part)
+        noise, labels, centers = (upload(_filled(rows, whole), self.device) for rows in part)
         per_step = 1 if self._modes is None else 2
         terms = noise.new_zeros(1 + per_step * len(self._times), *noise.shape)  # as LinearPlan orders them
         terms[0] = noise

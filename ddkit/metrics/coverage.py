@@ -24,15 +24,15 @@ def density_and_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBORS) ->
             f"Density and coverage with k = {k} need features of the same size of more than {k} real images and of a "
             f"generated one, but the shapes are {tuple(real.shape)} and {tuple(generated.shape)}."
         )
-    held = covered = 0
+    held, covered = torch.zeros((2,), dtype=torch.int64, device=real.device)
     for start in range(0, len(real), _ROWS_AT_ONCE):
         rows = real[start : start + _ROWS_AT_ONCE]
         # k + 1, since the nearest one is the image itself.
         radius = _distances(rows, real).kthvalue(k + 1, dim=1).values
         inside = _distances(rows, generated) <= radius[:, None]
-        held += int(inside.sum())
-        covered += int(inside.any(dim=1).sum())
-    return held / (k * len(generated)), covered / len(real)
+        held += inside.sum()
+        covered += inside.any(dim=1).sum()
+    return int(held) / (k * len(generated)), int(covered) / len(real)
 
 
 def within_class_diversity(features: Tensor, labels: Tensor) -> float:

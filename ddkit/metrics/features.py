@@ -23,6 +23,7 @@ from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import OFFICIAL_NETWORK, build_network
 from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.runtime.cached import cache_key, cached_tensors
+from ddkit.runtime.device import upload
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.progress import Listener, Progress, ignore
 
@@ -66,13 +67,13 @@ class ReferenceFeatures:
         self._embed = build_embedder(network, _IMAGES_AT_ONCE)
 
     def __call__(self, images: Tensor, progress: Listener = ignore) -> Tensor:
-        """(N, 3, S, S) uint8, or float in [0, 1] -> (N, 512) float32 on the CPU."""
-        features = [torch.empty(0, self.num_features)]
+        """(N, 3, S, S) uint8, or float in [0, 1] -> (N, 512) float32 on the CPU. A GPU is waited for once."""
+        features = [torch.empty(0, self.num_features, device=self._device)]
         for start in range(0, len(images), _IMAGES_AT_ONCE):
             features.append(self._features_and_logits(images[start : start + _IMAGES_AT_ONCE])[0])
             done = min(start + _IMAGES_AT_ONCE, len(images))
             progress(Progress("Computing features", done, len(images), "images"))
-        return torch.cat(features)
+        return torch.cat(features).cpu()
 
     def with_confidence(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Features as by a call, and (N,) float32 in [0, 1]: the probability that the network gives to each label.
@@ -80,17 +81,17 @@ class ReferenceFeatures:
         images: (N, 3, S, S) uint8, or float in [0, 1]. labels: (N,) int64.
         """
         parts = [self._features_and_logits(batch) for batch in images.split(_IMAGES_AT_ONCE)]
-        features, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        features, logits = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
         return features, logits.softmax(1).gather(1, labels[:, None])[:, 0]
 
     @torch.no_grad()
     def _features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of one batch, on the CPU."""
-        batch = _resized(normalize(images.to(self._device), self._spec), self._network.image_size)
+        """Those of one batch, on the network's device."""
+        batch = _resized(normalize(upload(images, self._device), self._spec), self._network.image_size)
         embedding = self._embed(batch)
         logits = self._network.classifier(embedding)
         maps = embedding.view(len(batch), NETWORK_WIDTH, *[self._network.image_size // _SIDE_MULTIPLE] * 2)
-        return F.adaptive_avg_pool2d(maps, _QUARTERS).flatten(1).float().cpu(), logits.float().cpu()
+        return F.adaptive_avg_pool2d(maps, _QUARTERS).flatten(1).float(), logits.float()
 
 
 def reference_features(
@@ -149,6 +150,7 @@ def _train(
         losses = run.epoch()
         figures = {"loss": sum(losses) / len(losses)}
         progress(Progress(task, run.epochs_done * len(images), settings.epochs * len(images), "images", figures))
+    run.close()
 
 
 def _training_images(dataset: ImageSet, spec: DatasetSpec, settings: FeatureSettings) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
+    features_a, features_b = features_a.detach().cpu(), features_b.detach().cpu()
     _check(features_a, features_b)
     metric = FrechetInceptionDistance(feature=_Unchanged(features_a.shape[1])).set_dtype(torch.float64)
-    metric.update(features_a.detach().cpu().double(), real=True)
-    metric.update(features_b.detach().cpu().double(), real=False)
+    metric.update(features_a.double(), real=True)
+    metric.update(features_b.double(), real=False)
     # Rounding of the matrix root can give a tiny negative value for equal sets.
     return max(0.0, float(metric.compute()))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddkit.errors import MissingDataError, UsageError
+from ddkit.runtime.device import upload
 from ddkit.runtime.progress import Listener, Progress, ignore
 
 _IMAGES_AT_ONCE = 50  # enlarged to 299 px
@@ -45,7 +46,7 @@ class InceptionFeatures:
         """(N, 3, S, S) uint8 -> (N, 2048) float32 on the CPU."""
         features = []
         for start in range(0, len(images), _IMAGES_AT_ONCE):
-            features.append(self._network(images[start : start + _IMAGES_AT_ONCE].to(self._device)).float().cpu())
+            features.append(self._network(upload(images[start : start + _IMAGES_AT_ONCE], self._device)).float())
             done = min(start + _IMAGES_AT_ONCE, len(images))
             progress(Progress("Computing features", done, len(images), "images"))
-        return torch.cat(features) if features else torch.empty(0, self.num_features)
+        return torch.cat(features).cpu() if features else torch.empty(0, self.num_features)

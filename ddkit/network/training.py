@@ -26,12 +26,13 @@ from ddkit.challenge import (
     DatasetSpec,
     epoch_of_drop,
 )
+from ddkit.data.images import normalize_
 from ddkit.errors import ComputeError, UsageError
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan, with_smaller_chunks
 from ddkit.network.engine import Engine, build_engine, close_engine
 from ddkit.network.plan import PRECISIONS, EnginePlan
-from ddkit.runtime.device import is_out_of_memory, release_memory
+from ddkit.runtime.device import is_out_of_memory, release_memory, upload
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class TrainingRun:
         self._order: Tensor | None = None  # of the images in the epoch that was begun, (N,) int64 on the CPU
         self._losses: list[Tensor] = []  # of its batches so far
         self._images, self._labels = images, labels
-        self._constants = [_column(values, images.device) for values in (spec.mean, spec.std)] if spec else []
+        self._spec = spec
         self._generator = generator
         self._plan = plan
         self._engine: Engine | None = None
@@ -157,7 +158,7 @@ class TrainingRun:
         if self._order is None:
             self._order = self._draw_order()
         with self._on_own_stream():
-            batches = self._order.to(self._images.device).split(self.settings.batch_size)
+            batches = upload(self._order, self._images.device).split(self.settings.batch_size)
         for indices in batches[len(self._losses) :]:
             with self._on_own_stream():
                 self._losses.append(self._step(indices))
@@ -222,9 +223,8 @@ class TrainingRun:
 
     def _step(self, indices: Tensor) -> Tensor:
         images, labels = self._images[indices], self._labels[indices]
-        if images.dtype == torch.uint8:
-            mean, std = self._constants
-            images = images.float().div_(255).sub_(mean).div_(std)
+        if self._spec and images.dtype == torch.uint8:
+            images = normalize_(images.float(), self._spec)
         if self.settings.augment:
             images = random_augment(images, self._generator)
         loss = self._gradients(images, labels)
@@ -298,10 +298,6 @@ def train_network(
         losses += run.epoch()
     run.close()
     return losses
-
-
-def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def _optimizer(network: nn.Module, learning_rate: float) -> torch.optim.SGD:

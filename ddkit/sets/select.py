@@ -75,7 +75,8 @@ def choose_in_class(
         return torch.randperm(count, generator=generator_for("cpu", "choice", seed, label))[:ipc]
     if features is None:
         raise UsageError(f"The selection method '{method}' needs the images' features.")
-    return FEATURE_METHODS[method](features, ipc)
+    # On the CPU: after every choice the next one depends on it, and a GPU would be waited for each time.
+    return FEATURE_METHODS[method](ImageFeatures(features.features.cpu(), features.confidence.cpu()), ipc)
 
 
 def check_method(method: str) -> None:

@@ -35,7 +35,8 @@ class Sampler:
         self._in_bfloat16 = computes_in_bfloat16(entry["precision"], self._device)
         self._denoiser = _load_denoiser(folder).to(self._device)
         self._autoencoder = _load(AutoencoderKL, folder / "vae").to(self._device, memory_format=torch.channels_last)
-        self._times, self._inputs, self._final = _plan(_load_scheduler(folder / "scheduler"), entry["steps"])
+        times, inputs, final = _plan(_load_scheduler(folder / "scheduler"), entry["steps"])
+        self._times, self._inputs, self._final = times.tolist(), inputs.to(self._device), final.to(self._device)
         config = self._denoiser.config
         self._latent_shape = (config.in_channels, config.sample_size, config.sample_size)
 
@@ -45,11 +46,17 @@ class Sampler:
 
         The same image for the same seed, class and index, in whatever batch.
         """
-        noise = torch.stack([self._noise(c, i) for c, i in zip(classes, indices, strict=True)]).to(self._device)
-        labels = torch.tensor(classes, device=self._device)
+        noise = self._upload(torch.stack([self._noise(c, i) for c, i in zip(classes, indices, strict=True)]))
+        labels = self._upload(torch.tensor(classes))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bfloat16):
             pixels = self._decode(self._latents(noise, labels))
-        return (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
+        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device. A GPU is not waited for."""
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
 
     def _noise(self, class_label: int, index: int) -> Tensor:
         """(C, s, s), drawn on the CPU with a generator for this image alone, so that all devices begin with the same noise."""
@@ -61,10 +68,9 @@ class Sampler:
         """From noise to clean latents, both (n, C, s, s), along the plan."""
         known = noise.new_empty(len(self._times) + 1, *noise.shape)  # the noise, and the outputs so far
         known[0] = noise
-        inputs, final = self._inputs.to(noise), self._final.to(noise)
-        for step, time in enumerate(self._times.tolist()):
-            known[step + 1] = self._guided(self._sum(inputs[step, : step + 1], known[: step + 1]), time, labels)
-        return self._sum(final, known)
+        for step, time in enumerate(self._times):
+            known[step + 1] = self._guided(self._sum(self._inputs[step, : step + 1], known[: step + 1]), time, labels)
+        return self._sum(self._final, known)
 
     def _sum(self, coefficients: Tensor, known: Tensor) -> Tensor:
         """In float32 whatever the precision: coefficients can be a hundred times as large as what comes out."""

@@ -1,16 +1,18 @@
 """The generator on a pretended GPU: no mixed devices, few waits of the host, and defaults for the device."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
 
 from ddkit.data.store import ImageSet
-from ddkit.errors import ComputeError
+from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.config import PREDICTIONS, SAMPLERS, MinimaxConfig, SamplingSettings
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.sampling import Sampler, class_ordered, resolve_settings
 from ddkit.generator.training.plan import plan_training
+from ddkit.generator.training.tracking import track_frechet
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 
 CUDA = torch.device("cuda")
@@ -71,24 +73,87 @@ def test_minimax_step_waits_once(gpu, data, config, make_model, tmp_path):
     assert waits_a_step(gpu, data, tmp_path, configs) == 1
 
 
-def test_training_on_a_gpu_resumes(gpu, data, config, tmp_path):
-    for steps in (2, 5):
-        model = train(data, TrainingRequest(with_steps(config, denoiser=steps), tmp_path, device="cuda"))
-    assert model.facts.steps == 5
+def test_training_resumes_on_another_device(gpu, second_gpu, data, config, tmp_path):
+    for steps, device in ((2, "cuda"), (4, "cpu"), (6, "cuda"), (8, second_gpu)):
+        model = train(data, TrainingRequest(with_steps(config, denoiser=steps), tmp_path, device=device))
+    assert model.facts.steps == 8
+
+
+def test_fine_tuning_resumes_on_another_device(gpu, second_gpu, data, config, make_model, tmp_path):
+    save_model(make_model(), tmp_path / "start")
+    minimax = MinimaxConfig(str(tmp_path / "start"), memory_size=3)
+    for steps, device in ((2, "cuda"), (4, "cpu"), (6, second_gpu)):
+        tuned = dataclasses.replace(with_steps(config, denoiser=steps), minimax=minimax)
+        model = train(data, TrainingRequest(tuned, tmp_path / "run", device=device))
+    assert model.facts.steps == 6
+
+
+def test_training_begun_in_float16_continues_on_a_cpu_in_the_precision_that_is_advised(gpu, data, config, tmp_path):
+    half = dataclasses.replace(with_steps(config, denoiser=2), precision="float16")
+    train(data, TrainingRequest(half, tmp_path, device="cuda"))
+    longer = with_steps(half, denoiser=4)
+    with pytest.raises(UsageError, match="float16 needs a GPU") as caught:
+        train(data, TrainingRequest(longer, tmp_path, device="cpu"))
+    assert "--precision bfloat16 or float32" in caught.value.remedy
+    for precision, device, steps in (("float32", "cpu", 4), ("float16", "cuda", 6)):
+        request = TrainingRequest(
+            dataclasses.replace(with_steps(half, denoiser=steps), precision=precision), tmp_path, device=device
+        )
+        assert train(data, request).facts.steps == steps
+
+
+def test_tracked_training_scores_on_the_gpu_asked_for(gpu, second_gpu, data, config, tmp_path):
+    tracking = track_frechet(data.images, lambda: lambda images: images.float().mean((2, 3)), every_steps=2, images=20,
+                             sampling=SamplingSettings(steps=2), device=second_gpu)  # fmt: skip
+    model = train(data, TrainingRequest(with_steps(config, denoiser=4), tmp_path, device=second_gpu), tracking=tracking)
+    assert model.facts.metrics.keys() == {"frechet"}
 
 
 @pytest.mark.parametrize("architecture", ["uvit", "dit"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampling_waits_at_most_four_times_a_batch(gpu, make_model, architecture, sampler):
-    """Noise, labels and centers go in, and images come out."""
-    settings = SamplingSettings(sampler, steps=6, batch_size=4)
+@pytest.mark.parametrize("prediction, sampler", [
+    *(("flow", sampler) for sampler in SAMPLERS), ("v", "ddim"), ("epsilon", "dpm++"),
+])  # fmt: skip
+def test_sampling_waits_once_a_batch(gpu, second_gpu, make_model, architecture, prediction, sampler):
+    """For the images, which come back."""
+    settings = SamplingSettings(sampler, steps=6, batch_size=4, guidance_interval=(0.2, 0.8))
     labels, indices = class_ordered(8, 3)
-    on_cpu = torch.cat([*Sampler(make_model(architecture), SamplingSettings(sampler, steps=6)).images(labels, indices)])
-    ours = Sampler(make_model(architecture), dataclasses.replace(settings, precision="float32"), CUDA)
+    on_cpu = torch.cat([*Sampler(make_model(architecture, prediction), settings).images(labels, indices)])
+    ours = Sampler(make_model(architecture, prediction), dataclasses.replace(settings, precision="float32"), second_gpu)
     made = []
-    waits = waits_of(gpu, lambda: made.extend(ours.images(labels, indices)))
-    assert waits <= 4 * 6
+    assert waits_of(gpu, lambda: made.extend(ours.images(labels, indices))) == 6, gpu.waits
     assert (torch.cat(made).int() - on_cpu.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_mode_guided_sampling_waits_once_a_batch(gpu, second_gpu, make_model, prediction):
+    modes = torch.randn(3, 2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    settings = SamplingSettings("ddim", steps=4, batch_size=4, mode_guidance=0.1, precision="float32")
+    labels, indices = class_ordered(8, 3)
+    on_cpu = torch.cat([*Sampler(make_model(prediction=prediction), settings, modes=modes).images(labels, indices)])
+    ours = Sampler(make_model(prediction=prediction), settings, second_gpu, modes=modes)
+    made = [*ours.images(labels, indices)]
+    assert waits_of(gpu, lambda: [*ours.images(labels, indices)]) == 6, gpu.waits
+    assert (torch.cat(made).int() - on_cpu.int()).abs().max() <= 1
+
+
+def test_noise_of_the_next_batch_is_drawn_while_a_batch_is_sampled(gpu, make_model, monkeypatch):
+    sampler = Sampler(make_model(), SamplingSettings(steps=1, batch_size=4), CUDA)
+    drawn = threading.Event()
+    noise, guided = sampler.noise, sampler._guided
+
+    def noise_of(labels, indices):
+        found = noise(labels, indices)
+        if indices.max() == 7:  # of the second batch
+            drawn.set()
+        return found
+
+    def wait_for_noise(*arguments):
+        assert drawn.wait(60), "the noise was not drawn meanwhile"
+        return guided(*arguments)
+
+    monkeypatch.setattr(sampler, "noise", noise_of)
+    monkeypatch.setattr(sampler, "_guided", wait_for_noise)
+    assert [len(images) for images in sampler.images(torch.zeros(8, dtype=torch.int64), torch.arange(8))] == [4, 4]
 
 
 def test_sampling_defaults_suit_the_device(gpu):

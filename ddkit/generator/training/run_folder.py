@@ -110,8 +110,8 @@ def _differences(record: RunRecord, before: RunRecord) -> list[str]:
 
 
 def _comparable(config: GeneratorConfig) -> GeneratorConfig:
-    """The configuration without what may change when a training continues: its length, compilation, and the remedies for
-    a loss that diverges and for too little memory."""
+    """The configuration without what may change when a training continues: its length, what suits the device (precision
+    and compilation), and the remedies for a loss that diverges and for too little memory."""
     minimax = config.minimax
     # The minimax criteria compare within each part of a batch, so for them accumulation is another training.
     accumulation = 1 if minimax is None else config.denoiser_optimizer.accumulation
@@ -124,6 +124,7 @@ def _comparable(config: GeneratorConfig) -> GeneratorConfig:
         minimax=minimax,
         autoencoder_optimizer=replace(config.autoencoder_optimizer, steps=1, accumulation=1),
         denoiser_optimizer=replace(config.denoiser_optimizer, steps=1, learning_rate=1.0, accumulation=accumulation),
+        precision="float32",
         compile=False,
     )
 

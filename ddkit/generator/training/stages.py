@@ -15,10 +15,10 @@ from ddkit.generator.minimax import MinimaxCriteria
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import Objective
 from ddkit.generator.training.latents import LatentSet
-from ddkit.runtime.device import free_memory
+from ddkit.runtime.device import free_memory, upload
 from ddkit.runtime.seeds import Shuffling, generator_for
 
-_STEPS_DRAWN = 100  # at most, whose row numbers go to the device at once, as every copy makes the host wait
+_STEPS_DRAWN = 100  # at most, whose row numbers go to the device at once
 _MOST_OF_MEMORY = 0.25  # of a GPU's free memory that training data may take
 
 
@@ -57,7 +57,7 @@ class Stage(ABC):
         drawn = max(1, min(_STEPS_DRAWN, self._images // count))
         block, place = divmod(step, drawn)
         if block != self._block or self._rows.device.type != device.type:
-            self._rows = self._order.take(block * drawn * count, drawn * count).to(device)
+            self._rows = upload(self._order.take(block * drawn * count, drawn * count), device)
             self._block = block
         return self._rows[place * count : (place + 1) * count]
 
