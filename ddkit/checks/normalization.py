@@ -9,7 +9,7 @@ For all other images the first two moments and the power spectrum are what can b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ _Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class _Constants:
+class Constants:
     """A way to normalize pixels in [0, 1]: (x - mean) / std. code: of the finding; empty for the right one."""
 
     title: str
@@ -57,23 +57,31 @@ class _Constants:
     code: str = "N004"
 
 
-_UNIT = _Constants("values in [0, 1], not normalized", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "N001")
-_SIGNED = _Constants("values in [-1, 1]", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "N002")
-_BYTES = _Constants("values in [0, 255]", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "N003")
+_UNIT = Constants("values in [0, 1], not normalized", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "N001")
+_SIGNED = Constants("values in [-1, 1]", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "N002")
+_BYTES = Constants("values in [0, 255]", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "N003")
 _OF_DATASETS = (
-    _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    _Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    _Constants("ImageNet's constants", TINYIMAGENET.mean, TINYIMAGENET.std),
-    _Constants("CIFAR-100's constants", CIFAR100.mean, CIFAR100.std),
+    Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    Constants("CIFAR-10's constants", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    Constants("ImageNet's constants", TINYIMAGENET.mean, TINYIMAGENET.std),
+    Constants("CIFAR-100's constants", CIFAR100.mean, CIFAR100.std),
 )
 # These only give a name to constants that are solved for: by their moments, they look like another contrast.
 _OFTEN_GIVEN = (
-    _Constants("constants that are often given for CIFAR-100", (0.5071, 0.4867, 0.4408), (0.2009, 0.1984, 0.2023)),
-    _Constants("constants that are often given for CIFAR-100", (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
-    _Constants("constants that are often given for CIFAR-100", (0.5070, 0.4865, 0.4409), (0.2011, 0.1987, 0.2025)),
-    _Constants("constants that are often given for TinyImageNet", (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
-    _Constants("constants that are often given for TinyImageNet", (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    Constants("constants that are often given for CIFAR-100", (0.5071, 0.4867, 0.4408), (0.2009, 0.1984, 0.2023)),
+    Constants("constants that are often given for CIFAR-100", (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
+    Constants("constants that are often given for CIFAR-100", (0.5070, 0.4865, 0.4409), (0.2011, 0.1987, 0.2025)),
+    Constants("constants that are often given for TinyImageNet", (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    Constants("constants that are often given for TinyImageNet", (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a set's values were normalized. constants: that were found; None where none explain the values."""
+
+    finding: Finding
+    constants: Constants | None = None
 
 
 def normalization_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
@@ -81,17 +89,36 @@ def normalization_findings(images: Tensor, spec: DatasetSpec, where: str) -> lis
 
     images: (N, 3, S, S) float32, finite. The real images are not needed.
     """
+    verdict = judge_normalization(images, spec, where)
+    return [verdict.finding] if verdict else []
+
+
+def judge_normalization(images: Tensor, spec: DatasetSpec, where: str = "") -> Verdict | None:
+    """Like `normalization_findings`, with the constants; None if nothing speaks for or against the right ones."""
     if _is_channels_last(images):
-        return [_channels_last(where)]
+        return Verdict(_channels_last(where))
     for judge in (_by_lattice, _by_corners, _by_spectrum, _by_moments):
-        if findings := judge(images, spec, where):
-            return findings
-    return []
+        if verdict := judge(images, spec, where):
+            return verdict
+    return None
 
 
-def _candidates(spec: DatasetSpec) -> list[_Constants]:
+def named_constants(spec: DatasetSpec) -> dict[str, Constants]:
+    """The ways to normalize that have a short name: "challenge" is the right one."""
+    return {
+        "challenge": Constants(f"{spec.name}'s constants", spec.mean, spec.std, ""),
+        "unit": _UNIT,
+        "signed": _SIGNED,
+        "bytes": _BYTES,
+        "cifar10": _OF_DATASETS[0],
+        "imagenet": _OF_DATASETS[2],
+        "cifar100": _OF_DATASETS[3],
+    }
+
+
+def _candidates(spec: DatasetSpec) -> list[Constants]:
     """Named ways to normalize, the right one first, each once."""
-    right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
+    right = Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
     bases = [right, _SIGNED, *_OF_DATASETS, *_OFTEN_GIVEN]
     plain = [right, _UNIT, _SIGNED, _BYTES, *_OF_DATASETS, *_OFTEN_GIVEN]
     named = [*plain, *(variant for base in bases for variant in _variants(base, exchanged="N006" if base is right else "N004"))]
@@ -100,25 +127,25 @@ def _candidates(spec: DatasetSpec) -> list[_Constants]:
             mean = [m1 + s1 * m2 for m1, s1, m2 in zip(first.mean, first.std, second.mean, strict=True)]
             std = [s1 * s2 for s1, s2 in zip(first.std, second.std, strict=True)]
             title = f"{first.title}, twice" if first is second else f"first {first.title}, then {second.title}"
-            named.append(_Constants(title, _triple(mean), _triple(std)))
-    once: dict[tuple[_Triple, _Triple], _Constants] = {}
+            named.append(Constants(title, _triple(mean), _triple(std)))
+    once: dict[tuple[_Triple, _Triple], Constants] = {}
     for constants in named:
         once.setdefault((constants.mean, constants.std), constants)
     return list(once.values())
 
 
-def _variants(base: _Constants, exchanged: str) -> Iterator[_Constants]:
+def _variants(base: Constants, exchanged: str) -> Iterator[Constants]:
     """Slips in the use of known constants. exchanged: code for the wrong order of channels."""
     mean, std = base.mean, base.std
     ones, zeros = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
-    yield _Constants(f"{base.title} with red and blue exchanged (BGR for RGB)", mean[::-1], std[::-1], exchanged)
-    yield _Constants(f"{base.title}: the mean was subtracted, but not divided by the standard deviation", mean, ones)
-    yield _Constants(f"{base.title}: divided by the standard deviation, but the mean was not subtracted", zeros, std)
-    yield _Constants(f"{base.title}: divided by the variance", mean, _triple([s * s for s in std]))
+    yield Constants(f"{base.title} with red and blue exchanged (BGR for RGB)", mean[::-1], std[::-1], exchanged)
+    yield Constants(f"{base.title}: the mean was subtracted, but not divided by the standard deviation", mean, ones)
+    yield Constants(f"{base.title}: divided by the standard deviation, but the mean was not subtracted", zeros, std)
+    yield Constants(f"{base.title}: divided by the variance", mean, _triple([s * s for s in std]))
     for factor, words in ((1 / 255, "applied to pixels in [0, 255]"), (255, "applied to pixels divided by 255 twice")):
-        yield _Constants(f"{base.title}, {words}", _triple([factor * m for m in mean]), _triple([factor * s for s in std]))
+        yield Constants(f"{base.title}, {words}", _triple([factor * m for m in mean]), _triple([factor * s for s in std]))
     for channel, color in enumerate(("red", "green", "blue")):
-        yield _Constants(f"{base.title} of the {color} channel for all channels", (mean[channel],) * 3, (std[channel],) * 3)
+        yield Constants(f"{base.title} of the {color} channel for all channels", (mean[channel],) * 3, (std[channel],) * 3)
 
 
 @dataclass(frozen=True)
@@ -135,7 +162,7 @@ class _Lattice:
     rounding: float
     share: float
 
-    def fits(self, constants: _Constants) -> bool:
+    def fits(self, constants: Constants) -> bool:
         """True if normalizing 8-bit pixels with these constants gives this lattice."""
         step = 1 / (255 * np.array(constants.std))
         darkest = (self.lowest - step * 255 * -np.array(constants.mean)) / step
@@ -144,32 +171,34 @@ class _Lattice:
         inside = (darkest.round() >= 0) & (darkest.round() + self.span <= 255)
         return bool((np.stack(off) <= tolerance).all() and inside.all())
 
-    def solved(self, spec: DatasetSpec) -> _Constants:
+    def solved(self, spec: DatasetSpec) -> Constants:
         """The constants themselves. Where black or white does not occur, the mean nearest to the right one."""
         std = 1 / (255 * self.step)
         darkest = np.clip((np.array(spec.mean) + self.lowest * std) * 255, 0, 255 - self.span).round()
-        return _Constants("constants of no known dataset", _triple(darkest / 255 - self.lowest * std), _triple(std))
+        return Constants("constants of no known dataset", _triple(darkest / 255 - self.lowest * std), _triple(std))
 
 
-def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | None:
     """The constants of 8-bit pixels, solved exactly; nothing where the values are not such pixels."""
     lattice = _find_lattice(images)
     if lattice is None:
-        return []
+        return None
     evidence = f"{lattice.share:.1%} of the values are exact 8-bit pixels"
     found = next(filter(lattice.fits, _candidates(spec)), None)
     if found is not None and not found.code:
-        return [Finding("info", "N010", f"Normalized with {spec.name}'s constants: {evidence} under them.", where)]
+        message = f"Normalized with {spec.name}'s constants: {evidence} under them."
+        return Verdict(Finding("info", "N010", message, where), found)
     constants = found or lattice.solved(spec)
     if _largest_difference(constants, spec) <= _HARMLESS:
         message = (
             f"Normalized with another rounding of {spec.name}'s constants, {_numbers(constants)}: harmless. "
             f"The scorer's are {_numbers_of(spec)}."
         )
-        return [Finding("info", "N005", message, where)]
+        return Verdict(Finding("info", "N005", message, where), constants)
     if found is None and (change := _contrast_change(constants, spec)):
-        return [Finding("info", "N011", f"{evidence} after {change}. That is fine if you intended it.", where)]
-    return [_wrong_constants(constants, spec, f"{evidence} under {_numbers(constants)}", images, where)]
+        message = f"{evidence} after {change}. That is fine if you intended it."
+        return Verdict(Finding("info", "N011", message, where), named_constants(spec)["challenge"])
+    return _wrong_constants(constants, spec, f"{evidence} under {_numbers(constants)}", images, where)
 
 
 def _find_lattice(images: Tensor) -> _Lattice | None:
@@ -220,7 +249,7 @@ def _solve_channel(values: np.ndarray) -> tuple[float, float, int, float, float]
     return None
 
 
-def _contrast_change(constants: _Constants, spec: DatasetSpec) -> str:
+def _contrast_change(constants: Constants, spec: DatasetSpec) -> str:
     """How the images differ from rightly normalized 8-bit pixels, if it is the same change for all channels; else empty."""
     if len({*spec.mean}) == len({*spec.std}) == 1:
         return ""  # with equal constants for all channels, every wrong mean and deviation looks like a change of contrast
@@ -236,40 +265,40 @@ def _contrast_change(constants: _Constants, spec: DatasetSpec) -> str:
     return ""
 
 
-def _by_corners(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+def _by_corners(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | None:
     """Constants under which each channel runs from just 0 to just 1, as in images clipped to [0, 1]."""
     channels = images.transpose(0, 1).flatten(1)
     lowest, highest = channels.amin(dim=1), channels.amax(dim=1)
     low, high = lowest.double().numpy(), highest.double().numpy()
 
-    def off(constants: _Constants) -> float:
+    def off(constants: Constants) -> float:
         mean, std = np.array(constants.mean), np.array(constants.std)
         return float(np.abs([low * std + mean, high * std + mean - 1]).max())
 
     right, *others = _candidates(spec)
     if off(right) <= _CORNER:
         message = f"Normalized with {spec.name}'s constants: every channel runs from black to white exactly."
-        return [Finding("info", "N010", message, where)]
+        return Verdict(Finding("info", "N010", message, where), right)
     ranges = ", ".join(f"{a:.2f} to {b:.2f}" for a, b in zip(low, high, strict=True))
     found = min(others, key=off)
     if off(found) <= _CORNER:
         if _largest_difference(found, spec) <= 2 * _CORNER / min(spec.std):
-            return []  # too near to the right constants for this rule
+            return None  # too near to the right constants for this rule
         evidence = f"the channels run from {ranges}, which is [0, 1] under {_numbers(found)}"
-        return [_wrong_constants(found, spec, evidence, images, where)]
+        return _wrong_constants(found, spec, evidence, images, where)
     clipped = min(float((channels == end[:, None]).float().mean(dim=1).min()) for end in (lowest, highest))
     if clipped < _CLIPPED_SHARE or max(np.ptp(low), np.ptp(high)) <= _CORNER or (high - low).min() <= 0:
-        return []  # nothing was clipped, or all channels to the same normalized values, as optimizers do
+        return None  # nothing was clipped, or all channels to the same normalized values, as optimizers do
     std = 1 / (high - low)
-    solved = _Constants("constants of no known dataset", _triple(-low * std), _triple(std))
+    solved = Constants("constants of no known dataset", _triple(-low * std), _triple(std))
     if _largest_difference(solved, spec) <= 2 * _CORNER / min(spec.std) or _contrast_change(solved, spec):
-        return []
+        return None
     evidence = f"the channels are clipped to {ranges}, which is [0, 1] under {_numbers(solved)}"
     wrong = _wrong_constants(solved, spec, evidence, images, where)
-    return [Finding("warning", "N009", wrong.message, where)]
+    return replace(wrong, finding=Finding("warning", "N009", wrong.finding.message, where))
 
 
-def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | None:
     """True if the images were whitened (ZCA), with any strength: low frequencies and channels lost their correlations.
 
     Pictures have most of their power at the lowest frequencies, where the channels agree. Whitening divides each
@@ -278,7 +307,7 @@ def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]
     sample = images[:: max(1, len(images) // _ROWS_COMPARED)].double()
     side = sample.shape[-1]
     if len(sample) < _FEWEST_ROWS or side < 16:
-        return []
+        return None
     sample = sample - sample.mean(dim=0)
     coefficients = torch.from_numpy(dctn(sample.numpy(), axes=(2, 3), norm="ortho"))
     frequency = torch.hypot(*torch.meshgrid(torch.arange(side).double(), torch.arange(side).double(), indexing="ij"))
@@ -290,11 +319,11 @@ def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]
     low = coefficients[..., (frequency > 0) & (frequency < 2.5)].transpose(0, 1).flatten(1)
     correlation = float((torch.corrcoef(low).sum() - 3) / 6)
     if not (power(0.5, 1.2) < _FLAT * middle and power(0, 0.5) < 2 * _FLAT * middle and correlation < _UNCORRELATED):
-        return []
+        return None
     across = sample.diff(dim=3)
     tails = float(across.pow(4).mean() / across.square().mean() ** 2)
     if tails < _HEAVY_TAILS and power(0.25 * side, 0.4 * side) > _FALLING * middle:
-        return []  # noise, which was never a picture
+        return None  # noise, which was never a picture
     message = (
         f"The images look whitened (ZCA): their power is nearly flat at low frequencies "
         f"({power(0.5, 1.2) / middle:.1f} times as much at one cycle as at four; pictures have 7 and more) and "
@@ -302,13 +331,13 @@ def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]
         f"are only normalized, with {_numbers_of(spec)}. Undo the whitening with the matrix that it was done with "
         "(kornia: zca.inverse_transform with compute_inv=True), then normalize, or distill again without ZCA."
     )
-    return [Finding("error", "N012", message, where)]
+    return Verdict(Finding("error", "N012", message, where))
 
 
-def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | None:
     """Constants under which mean and spread are those of the real images, where the right ones are far from it."""
     std, mean = (numbers.double() for numbers in torch.std_mean(images, dim=(0, 2, 3)))
-    right = _Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
+    right = Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
     slips = list(_variants(right, exchanged="N006"))[:3]
     candidates = [right, _UNIT, _SIGNED, _BYTES, *_OF_DATASETS, *slips]
     distances = [_moment_distance(mean, std, constants, spec) for constants in candidates]
@@ -319,14 +348,14 @@ def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
     if found.code and _largest_difference(found, spec) > _HARMLESS and nearest <= fits * ours and ours >= _MISFITS:
         evidence = f"{moments}, as the real images have them under {_numbers(found)}"
         wrong = _wrong_constants(found, spec, evidence, images, where)
-        return [Finding("warning", wrong.code, wrong.message, where)]
+        return replace(wrong, finding=replace(wrong.finding, level="warning"))
     if ours >= _FAR_OFF:
         message = f"The values are far from normalized images': {moments}; they should be near 0 and 1."
-        return [Finding("warning", "N009", message, where)]
-    return []
+        return Verdict(Finding("warning", "N009", message, where))
+    return None
 
 
-def _moment_distance(mean: Tensor, std: Tensor, constants: _Constants, spec: DatasetSpec) -> float:
+def _moment_distance(mean: Tensor, std: Tensor, constants: Constants, spec: DatasetSpec) -> float:
     """Distance of moments from those of the real images, if the images were normalized with `constants`.
 
     Root mean square over channels of the differences in mean, in standard deviations, and in log deviation. The
@@ -361,34 +390,35 @@ def _channels_last(where: str) -> Finding:
     return Finding("error", "N007", message, where)
 
 
-def _largest_difference(constants: _Constants, spec: DatasetSpec) -> float:
+def _largest_difference(constants: Constants, spec: DatasetSpec) -> float:
     """Between values of one pixel in [0, 1] that was normalized with these constants and with the right ones."""
     ends = np.array([[0.0], [1.0]])
     theirs = (ends - np.array(constants.mean)) / np.array(constants.std)
     return float(np.abs(theirs - (ends - np.array(spec.mean)) / np.array(spec.std)).max())
 
 
-def _wrong_constants(found: _Constants, spec: DatasetSpec, evidence: str, images: Tensor, where: str) -> Finding:
+def _wrong_constants(found: Constants, spec: DatasetSpec, evidence: str, images: Tensor, where: str) -> Verdict:
     scale = np.array(found.std) / np.array(spec.std)
     shift = (np.array(found.mean) - np.array(spec.mean)) / np.array(spec.std)
     repair = f"tensor * torch.tensor([{_shown(scale, 7)}]).view(3, 1, 1) + torch.tensor([{_shown(shift, 7)}]).view(3, 1, 1)"
+    constants: Constants | None = found
     if found.code == "N006":
         std, mean = (numbers.double() for numbers in torch.std_mean(images, dim=(0, 2, 3)))
-        right = _Constants("", spec.mean, spec.std)
+        right = Constants("", spec.mean, spec.std)
         if _moment_distance(mean.flip(0), std.flip(0), right, spec) < _moment_distance(mean, std, found, spec):
-            repair = "tensor.flip(1)"  # the images themselves are BGR, each channel with its own constants
+            repair, constants = "tensor.flip(1)", None  # the images themselves are BGR, each channel with its own constants
     message = (
         f"Wrong normalization: {found.title}: {evidence}. The scorer expects (x - mean) / std with {_numbers_of(spec)}. "
         f"Convert the file's tensor: {repair}"
     )
-    return Finding("error", found.code, message, where)
+    return Verdict(Finding("error", found.code, message, where), constants)
 
 
 def _numbers_of(spec: DatasetSpec) -> str:
-    return _numbers(_Constants("", spec.mean, spec.std))
+    return _numbers(Constants("", spec.mean, spec.std))
 
 
-def _numbers(constants: _Constants) -> str:
+def _numbers(constants: Constants) -> str:
     if constants is _BYTES:
         return "mean 0 and std 1/255"
     return f"mean {_shown(constants.mean)} and std {_shown(constants.std)}"
