@@ -27,11 +27,12 @@ from ddkit.cli._options import (
     ignore_option,
     results_option,
 )
-from ddkit.cli._output import Output
+from ddkit.cli._output import Output, span_text
 from ddkit.cli._rankings import rankings_table
 from ddkit.network.plan import PRECISIONS
 
 if TYPE_CHECKING:
+    from ddkit.evaluation.estimate import EvaluationEstimate
     from ddkit.evaluation.job import JobOutcome
     from ddkit.results import Result
     from ddkit.statistics import Comparison
@@ -66,6 +67,20 @@ _MOST_ROUNDS_SHOWN = 5
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), default="float32", help="Compute in this precision; bfloat16 is not official."
 )
+@click.option(
+    "--zca",
+    is_flag=True,
+    help="Undo ZCA whitening as trajectory matching does it: kornia's ZCAWhitening with epsilon 0.1, fitted on the prepared "
+    "training images in [0, 1]. Takes minutes for 64-pixel images, once.",
+)
+@click.option(
+    "--normalization",
+    default="auto",
+    metavar="NAME",
+    help="Convert values that were normalized so: auto (found by their values), challenge, unit ([0, 1]), signed ([-1, 1]), "
+    "bytes, cifar10, cifar100, imagenet, or means and deviations such as 0.5,0.5,0.5/0.2,0.2,0.2.",
+)
+@click.option("--argmax", is_flag=True, help="Reduce soft labels to their largest class; otherwise they are refused.")
 @click.option("--reference", type=PATH, help="Test on the challenge's <dataset>_test.pt.")
 @click.option(
     "--time-budget",
@@ -86,6 +101,9 @@ _MOST_ROUNDS_SHOWN = 5
 )
 @click.option("--state", type=FOLDER, default=RUNS_FOLDER / "evaluations", help="Save interrupted evaluations in this folder.")
 @ignore_option("Evaluate in spite of findings with this code; repeatable.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only measure a few batches, and print the time and memory needed and if it is official."
+)
 @click.option("--save-every", type=Duration(), default="30s", help="Save the state this often; a kill loses at most this.")
 @results_option
 @compute_options
@@ -95,24 +113,37 @@ def evaluate(
     state: Path,
     save_every: float,
     track: str,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Train fresh networks on distilled SETS and test them on real images, which gives the challenge's score.
 
     Without SETS, this evaluates every set in submission/, or track2.zip on track 2. Several sets of one dataset are
     compared: does their difference exceed the noise? An interrupted evaluation continues when the command is run again.
+
+    A set that others have published may be a .pt file of images and labels in almost any arrangement, or a folder of
+    <class>/<image>, with any number of images per class. ddkit says what it holds and how its values are normalized,
+    converts them, and never calls the result official.
+
     Several GPUs share the rounds of track 1: accelerate launch -m ddkit evaluate.
     """
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
-    from ddkit.evaluation.job import JobSettings, evaluate_files
+    from ddkit.evaluation.job import JobSettings, estimate_files, evaluate_files
+    from ddkit.evaluation.published import Conversion
     from ddkit.packing.bundle import open_generators
     from ddkit.runtime.environment import is_main
 
     of_job = ("dataset", "name", "reference", "ranking", "full_epochs_setting", "ignore_codes", "results")
     job = {name: options.pop(name) for name in of_job}
+    job["conversion"] = Conversion(**{name: options.pop(name) for name in ("zca", "argmax", "normalization")})
     evaluation = EvaluationSettings(track=int(track), augment=not options.pop("no_augment"), **options)
     settings = JobSettings(evaluation, **job, state=StateFolder(state, save_every))
     output.quiet = output.quiet or not is_main()
+    if dry_run:
+        events: dict[str, Any] = {"progress": output.progress, "on_event": lambda text: output.note(escape(text))}
+        estimates = estimate_files(sets, settings, folder=SUBMISSION_FOLDER, **events)
+        output.result([{**asdict(each), "official": each.official} for each in estimates], _estimates_table(estimates))
+        return
     with open_generators((sets or (BUNDLE_FILE,)) if track == "2" else (), settings.dataset) as generators:
         outcome = evaluate_files(
             generators or sets,
@@ -147,6 +178,25 @@ def _shown(outcome: JobOutcome) -> Group:
     for name, score in outcome.scores.items():
         lines.append(f"The challenge's score of {escape(name)}, the mean of both datasets: [bold]{_percent(score)}[/]")
     return Group(_table(outcome.results), *lines)
+
+
+def _estimates_table(estimates: Sequence[EvaluationEstimate]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("set", "dataset", "images", "rounds", "an epoch", "still to come", "memory", "official"):
+        table.add_column(heading, overflow="fold")
+    for each in estimates:
+        done = f", {each.finished_rounds} done" if each.finished_rounds else ""
+        table.add_row(
+            escape(each.source),
+            escape(each.dataset),
+            f"{each.images:,}",
+            f"{each.rounds} of {each.epochs:,} epoch{'s' * (each.epochs > 1)}{done}",
+            f"{each.seconds_per_epoch:.3g} s",
+            span_text(each.seconds),
+            f"{each.memory / 2**30:.1f} GiB, {each.free_memory / 2**30:.1f} GiB are free",
+            escape("yes" if each.official else f"no: {'; '.join(each.deviations)}"),
+        )
+    return table
 
 
 def _table(results: Sequence[Result]) -> Table:

@@ -63,14 +63,15 @@ def official_names(names: Sequence[str]) -> list[str]:
 
     Spaces, hyphens, underscores and capital letters make no difference: "Aquarium fish" is aquarium_fish.
     """
-    plain = [_plain(name) for name in names]
+    plain = [plain_name(name) for name in names]
     for official in CLASS_NAMES.values():
-        spelled = {_plain(name): name for name in official}
+        spelled = {plain_name(name): name for name in official}
         if len(plain) == len(spelled) and spelled.keys() == set(plain):
             return [spelled[name] for name in plain]
     return list(names)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name without what people write differently: capital letters, spaces and hyphens."""
     word = re.sub(r"[\W_]+", "_", name.strip().lower())
     return _MISSPELT.get(word, word)

@@ -21,7 +21,7 @@ from ddkit.errors import InterruptedRunError, UsageError, did_you_mean
 from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, read_result, run_rounds
 from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
-from ddkit.evaluation.tracks import Conditions, Generate, deviations
+from ddkit.evaluation.tracks import Conditions, Generate, deviations, images_per_class
 from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.network.training import TrainingSettings
 from ddkit.results import Result, Scores
@@ -33,7 +33,7 @@ from ddkit.runtime.progress import Listener, Progress, ignore
 
 _MOST_CONFUSIONS = 30
 _POINTS_OF_CURVE = 101
-_SIDE_BY_SIDE = 4  # rounds at a time on a GPU
+SIDE_BY_SIDE = 4  # rounds at a time on a GPU
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def evaluate_source(
     run = _Run(source, test_set, settings, group.device, state or StateFolder(), progress, len(local))
     # A GPU trains a few rounds side by side, because one small network does not fill it. A CPU trains one, and so does a
     # GPU where each round has its own images, which can be gigabytes.
-    at_once = _SIDE_BY_SIDE if group.device.type == "cuda" and source.budget is None else 1
+    at_once = SIDE_BY_SIDE if group.device.type == "cuda" and source.budget is None else 1
     results: list[tuple[int, RoundResult]] = []
     with stop_requests() as stop:
         for start in range(0, len(local), at_once):
@@ -225,7 +225,23 @@ def evaluate_source(
             results += zip(indices, run.rounds(indices, stop), strict=True)
     # Every process gets all results, and so the same evaluation.
     gathered = sorted(group.gather(results), key=lambda pair: pair[0])
-    return _summary([result for _, result in gathered], test_set, settings, source.budget, group.device)
+    return _summary([result for _, result in gathered], test_set, settings, source, group.device)
+
+
+def expected_deviations(
+    source: FixedSet, test_set: TestSet, settings: EvaluationSettings, device: torch.device
+) -> tuple[str, ...]:
+    """What would differ from PROTOCOL.md in an evaluation of a set, without running it."""
+    per_class = images_per_class(source.labels, test_set.spec.num_classes)
+    return _deviations(source, test_set, settings, device, settings.number_of_rounds, per_class)
+
+
+def finished_rounds(
+    source: Source, test_set: TestSet, settings: EvaluationSettings, device: torch.device, state: StateFolder
+) -> int:
+    """How many rounds an earlier call has finished, which will not be repeated."""
+    run = _Run(source, test_set, settings, device, state, ignore, settings.number_of_rounds)
+    return run.finished()
 
 
 @dataclass
@@ -265,6 +281,10 @@ class _Run:
             self.source.forget(index, self._folder)
         return [results[index] for index in indices]
 
+    def finished(self) -> int:
+        """How many rounds have a result."""
+        return sum(read_result(self._file(index)) is not None for index in range(self.number_of_rounds))
+
     def _file(self, index: int) -> Path | None:
         return self._folder and self._folder / f"round-{index}.pt"
 
@@ -298,25 +318,14 @@ def _summary(
     results: Sequence[RoundResult],
     test_set: TestSet,
     settings: EvaluationSettings,
-    budget: float | None,
+    source: Source,
     device: torch.device,
 ) -> Evaluation:
     spec = test_set.spec
     fewest = min(result.images_per_class[0] for result in results)
     most = max(result.images_per_class[1] for result in results)
-    conditions = Conditions(
-        rounds=len(results),
-        epochs_setting=settings.training.epochs_setting,
-        images_per_class=(fewest, most),
-        test_images=len(test_set),
-        network=settings.network,
-        augment=settings.augment,
-        precision=settings.precision,
-        time_budget=budget,
-        official_tests=test_set.is_official,
-        tf32_products=device.type == "cuda" and torch.get_float32_matmul_precision() != "highest",
-    )
-    differences = deviations(challenge.track(settings.track), spec, conditions)
+    budget = source.budget
+    differences = _deviations(source, test_set, settings, device, len(results), (fewest, most))
     counts = torch.stack([result.confusion(test_set.labels, spec.num_classes) for result in results])
     return Evaluation(
         dataset=spec.name,
@@ -336,6 +345,30 @@ def _summary(
         per_class=_per_class(counts),
         confusions=_confusions(counts),
     )
+
+
+def _deviations(
+    source: Source,
+    test_set: TestSet,
+    settings: EvaluationSettings,
+    device: torch.device,
+    rounds: int,
+    per_class: tuple[int, int],
+) -> tuple[str, ...]:
+    conditions = Conditions(
+        rounds=rounds,
+        epochs_setting=settings.training.epochs_setting,
+        images_per_class=per_class,
+        test_images=len(test_set),
+        network=settings.network,
+        augment=settings.augment,
+        precision=settings.precision,
+        time_budget=source.budget,
+        official_tests=test_set.is_official,
+        converted=source.converted,
+        tf32_products=device.type == "cuda" and torch.get_float32_matmul_precision() != "highest",
+    )
+    return deviations(challenge.track(settings.track), test_set.spec, conditions)
 
 
 def _thinned(losses: Sequence[float]) -> tuple[float, ...]:

@@ -12,7 +12,9 @@ from ddkit.checks.check import CheckSettings, check_set
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
 from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.evaluation.estimate import EvaluationEstimate, estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator, evaluate_source
+from ddkit.evaluation.published import Conversion, PublishedSet, open_published
 from ddkit.evaluation.ranking_runs import RankingJob, complete
 from ddkit.evaluation.reference import TestSet, as_test_set, load_reference
 from ddkit.evaluation.sources import FixedSet
@@ -24,6 +26,7 @@ from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import KIND_SUBMISSION, REFERENCE_KINDS, DistilledSet, check_command, read_set
+from ddkit.sets.published import holds_containers, is_published_folder, labels_next_to
 from ddkit.statistics import Comparison, compare
 
 
@@ -34,6 +37,7 @@ class JobSettings:
     evaluation: how each is evaluated. dataset: of all files; None finds it for each file (see `ddkit.sets.distilled`).
     name: under which results are recorded; None takes the name of the file's folder, which joins an entry's two sets.
     reference: the challenge's `{dataset}_test.pt`; None takes the prepared test set.
+    conversion: how sets in other layouts than the challenge's are converted; any but the default converts all sets.
     ranking: also compute DD-Ranking's scores, after the evaluations that they need.
     full_epochs_setting: E for all real images when ranking; None takes the evaluation's own, 40 at most.
     ignore_codes: findings that do not prevent an evaluation.
@@ -45,6 +49,7 @@ class JobSettings:
     dataset: str | None = None
     name: str | None = None
     reference: Path | None = None
+    conversion: Conversion = field(default_factory=Conversion)
     ranking: bool = False
     full_epochs_setting: int | None = None
     ignore_codes: tuple[str, ...] = ()
@@ -53,6 +58,8 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         evaluation = self.evaluation
+        if self.conversion != Conversion() and evaluation.track != 1:
+            raise UsageError("--zca, --argmax and --normalization need --track 1.")
         if self.ranking and (not evaluation.augment or evaluation.track != 1):
             raise UsageError("--ranking needs --track 1 and augmentation.")
         if evaluation.time_budget is not None and evaluation.track == 1:
@@ -117,7 +124,8 @@ def evaluate_files(
 ) -> JobOutcome:
     """Evaluate distilled sets or track 2 entries as `ddkit evaluate` does, and record each result at once.
 
-    files: tensors for track 1, GeneratorFiles for track 2. If there are none, every set in `folder` is evaluated.
+    files: sets for track 1, in the challenge's layout or one that others publish; GeneratorFiles for track 2. If there are
+    none, every set in `folder` is evaluated.
     All files are read and checked before the first evaluation, which can take hours.
     on_event: called with a sentence on each warning, and at the beginning and end of each evaluation.
     Processes that were launched together share the rounds; the main one records.
@@ -125,6 +133,22 @@ def evaluate_files(
     `ddkit check` would find, BadDataError for a bad reference, UsageError for settings that do not go with the files.
     """
     return _Job(settings or JobSettings(), progress, on_event).run(files, folder)
+
+
+def estimate_files(
+    files: Sequence[Path],
+    settings: JobSettings | None = None,
+    *,
+    folder: Path = Path("submission"),
+    progress: Listener = ignore,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> tuple[EvaluationEstimate, ...]:
+    """What `evaluate_files` would take for these sets, and which results would be official; nothing is recorded.
+
+    Raises what `evaluate_files` raises before its first evaluation, and UsageError for track 2, where the time depends on
+    the images that a generator makes.
+    """
+    return _Job(settings or JobSettings(), progress, on_event).estimate(files, folder)
 
 
 class _Job:
@@ -150,29 +174,62 @@ class _Job:
             return JobOutcome(tuple(self._evaluate_generator(file) for file in generators))
         if generators:
             raise UsageError("Track 1 evaluates tensors, not generators.", "Add --track 2.")
-        paths = [file for file in files if isinstance(file, Path)]
-        sets = [read_set(path, self._settings.dataset) for path in paths] or self._sets_in(folder)
-        self._open_tests([each.spec.name for each in sets])
-        if self._settings.ranking and all(each.kind in REFERENCE_KINDS for each in sets):
-            raise UsageError("--ranking compares sets with real images, and these are real images themselves.")
-        for each in sets:
-            self._check(each)
+        sets = self._checked_sets([file for file in files if isinstance(file, Path)], folder)
         results = [self._evaluate_set(each) for each in sets]
-        ranked = [pair for pair in zip(sets, results, strict=True) if pair[1].kind == KIND_SUBMISSION]
+        pairs = [(each, result) for each, result in zip(sets, results, strict=True) if isinstance(each, DistilledSet)]
+        ranked = [pair for pair in pairs if pair[1].kind == KIND_SUBMISSION]
         rankings = [self._rank(*pair) for pair in ranked] if self._settings.ranking else []
         return JobOutcome(tuple(results), tuple(rankings))
 
-    def _sets_in(self, folder: Path) -> list[DistilledSet]:
+    def estimate(self, files: Sequence[Path], folder: Path) -> tuple[EvaluationEstimate, ...]:
+        if self._settings.evaluation.track == 2:
+            raise UsageError("--dry-run needs --track 1.", "On track 2 the time depends on how many images are generated.")
+        return tuple(
+            estimate_evaluation(
+                _source_of(each),
+                str(each.path),
+                self._tests[each.spec.name],
+                self._settings.evaluation,
+                state=self._settings.state,
+                progress=self._progress,
+            )
+            for each in self._checked_sets(files, folder)
+        )
+
+    def _checked_sets(self, paths: Sequence[Path], folder: Path) -> list[DistilledSet | PublishedSet]:
+        sets = [self._read(path) for path in paths] or self._sets_in(folder)
+        self._open_tests([each.spec.name for each in sets])
+        if self._settings.ranking and all(each.kind in REFERENCE_KINDS for each in sets):
+            raise UsageError("--ranking compares sets with real images, and these are real images themselves.")
+        if self._settings.ranking and any(isinstance(each, PublishedSet) for each in sets):
+            raise UsageError("--ranking needs sets in the challenge's layout, without a conversion.")
+        for each in sets:
+            self._check(each)
+        return sets
+
+    def _read(self, path: Path) -> DistilledSet | PublishedSet:
+        """The challenge's tensor, or else what others publish."""
+        conversion, dataset = self._settings.conversion, self._settings.dataset
+        if conversion == Conversion() and not is_published_folder(path) and labels_next_to(path) is None:
+            try:
+                return read_set(path, dataset)
+            except InvalidSubmissionError:
+                if not holds_containers(path):
+                    raise
+        return open_published(path, dataset, conversion, progress=self._progress)
+
+    def _sets_in(self, folder: Path) -> list[DistilledSet | PublishedSet]:
         """The sets of a folder. Files of unknown datasets are reported and ignored, if there are others."""
         paths = sorted(path for path in folder.glob("*.pt") if path.is_file())
         if not paths:
             raise MissingDataError(
                 f"There is no .pt file in {folder}/.", "Make one: ddkit generate --ipc 10 --dataset cifar100"
             )
-        sets, unknown = [], []
+        sets: list[DistilledSet | PublishedSet] = []
+        unknown = []
         for path in paths:
             try:
-                sets.append(read_set(path, self._settings.dataset))
+                sets.append(self._read(path))
             except UsageError as error:
                 unknown.append(error)
         if not sets:
@@ -195,8 +252,13 @@ class _Job:
             else:
                 self._tests[name] = as_test_set(open_dataset(name, "test", progress=self._progress), spec)
 
-    def _check(self, distilled: DistilledSet) -> None:
+    def _check(self, distilled: DistilledSet | PublishedSet) -> None:
         """Refuse a set that `ddkit check` refuses, with any number of images per class; report warnings."""
+        if isinstance(distilled, PublishedSet):
+            for note in distilled.notes:
+                self._on_event(note)
+            distilled.check(self._settings.ignore_codes, self._progress)
+            return
         report = check_set(distilled, settings=CheckSettings(ipc=None), progress=self._progress)
         report = report.ignoring(self._settings.ignore_codes)
         if not report.ok:
@@ -208,17 +270,18 @@ class _Job:
             if finding.level == "warning":
                 self._on_event(f"warning {finding.code}: {finding.message}")
 
-    def _evaluate_set(self, distilled: DistilledSet) -> Result:
+    def _evaluate_set(self, distilled: DistilledSet | PublishedSet) -> Result:
         settings, path = self._settings.evaluation, distilled.path or Path("set.pt")
         self._on_event(f"Evaluating {path} on {distilled.spec.name}: {_length(settings)}.")
         evaluation = evaluate_source(
-            FixedSet(distilled.images, distilled.labels),
+            _source_of(distilled),
             self._tests[distilled.spec.name],
             settings,
             state=self._settings.state,
             progress=self._progress,
         )
-        name = self._settings.name or path.resolve().parent.name
+        published = isinstance(distilled, PublishedSet)
+        name = self._settings.name or (path.resolve().stem if published else path.resolve().parent.name)
         kind = distilled.kind if distilled.kind in REFERENCE_KINDS else KIND_SUBMISSION
         return self._record(evaluation.result(name, distilled.sha256, str(path), kind=kind, made_by=distilled.provenance))
 
@@ -271,6 +334,10 @@ class _Job:
             state=self._settings.state,
             progress=self._progress,
         )
+
+
+def _source_of(each: DistilledSet | PublishedSet) -> FixedSet:
+    return FixedSet(each.images, each.labels, each.converted if isinstance(each, PublishedSet) else "")
 
 
 def _length(settings: EvaluationSettings) -> str:

@@ -19,11 +19,12 @@ from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_to
 class FixedSet:
     """The same images for every round.
 
-    images: (N, 3, S, S) float, normalized. labels: (N,) int64.
+    images: (N, 3, S, S) float, normalized. labels: (N,) int64. converted: what they were, if not the challenge's tensor.
     """
 
     images: Tensor
     labels: Tensor
+    converted: str = ""
 
     @property
     def budget(self) -> None:
@@ -52,6 +53,7 @@ class TimedGenerator:
     generate: Generate
     name: str
     budget: float
+    converted = ""
 
     @property
     def identity(self) -> str:

@@ -30,6 +30,7 @@ class Conditions:
     precision: str
     time_budget: float | None = None  # seconds; track 2 only
     official_tests: bool = True  # `TestSet.is_official`
+    converted: str = ""  # what the images were converted from, if they were not the challenge's tensor
     tf32_products: bool = False  # on a GPU, where PyTorch's default is float32; cuDNN's convolutions may use TF32
 
 
@@ -43,6 +44,8 @@ def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple
         found.append(f"{conditions.test_images:,} test images instead of {TEST_IMAGES:,}")
     elif not conditions.official_tests:
         found.append("test images or labels that are not the challenge's")
+    if conditions.converted:
+        found.append(f"converted from {conditions.converted}")
     if track.ipc is not None and conditions.images_per_class != (track.ipc, track.ipc):
         fewest, most = conditions.images_per_class
         number = f"{fewest} to {most}" if fewest != most else f"{fewest}"

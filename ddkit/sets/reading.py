@@ -94,14 +94,14 @@ def _read(file: BinaryIO, where: str, spec: DatasetSpec, ipc: int | None) -> tup
             return None, findings
         return opened.load(stored), findings
     except TorchFileError as error:
-        return None, [_unreadable(error, file, where)]
+        return None, [unreadable(error, file, where)]
 
 
 def _look_inside(
     opened: TorchFile, where: str, spec: DatasetSpec, ipc: int | None
 ) -> tuple[list[Finding], StoredTensor | None]:
-    if foreign := _foreign(opened.names):
-        return [_runs_code(foreign, where)], None
+    if foreign := foreign_names(opened.names):
+        return [runs_code(foreign, where)], None
     stored = opened.value
     if not isinstance(stored, StoredTensor):
         return [_not_a_tensor(opened, where, spec)], None
@@ -125,7 +125,7 @@ def _look_inside(
     return findings, stored
 
 
-def _unreadable(error: TorchFileError, file: BinaryIO, where: str) -> Finding:
+def unreadable(error: TorchFileError, file: BinaryIO, where: str) -> Finding:
     """The finding for a file that torch.save did not write as it is."""
     reason, detail = str(error), error.detail
     if error.kind == "legacy":
@@ -169,11 +169,11 @@ def _of_other_protocol(protocol: str, where: str) -> Finding:
 
 def _bare_pickle(file: BinaryIO, where: str) -> Finding:
     try:
-        foreign = _foreign(names_in_pickle(file))
+        foreign = foreign_names(names_in_pickle(file))
     except TorchFileError as error:
         return Finding("error", "F006", f"The file is a bare pickle, and damaged: {error}. Use torch.save.", where)
     if foreign:
-        return _runs_code(foreign, where)
+        return runs_code(foreign, where)
     message = (
         "The file was written by pickle.dump, and torch.load does not read it. If you trust it, convert it: "
         f'torch.save(torch.as_tensor(pickle.load(open("{where}", "rb"))).float(), "{where}")'
@@ -181,7 +181,7 @@ def _bare_pickle(file: BinaryIO, where: str) -> Finding:
     return Finding("error", "T001", message, where)
 
 
-def _runs_code(foreign: Sequence[str], where: str) -> Finding:
+def runs_code(foreign: Sequence[str], where: str) -> Finding:
     message = (
         f"The file is a pickle that refers to {', '.join(foreign[:5])}, so loading it without restrictions may run code. "
         f'It was not executed. Save only the tensor: torch.save(tensor, "{where}").'
@@ -189,7 +189,7 @@ def _runs_code(foreign: Sequence[str], where: str) -> Finding:
     return Finding("error", "F006", message, where)
 
 
-def _foreign(names: Sequence[Global] | frozenset[Global]) -> list[str]:
+def foreign_names(names: Sequence[Global] | frozenset[Global]) -> list[str]:
     """Those of a pickle's names that neither a tensor nor a plain container of tensors and arrays needs."""
     return sorted(str(name) for name in names if not _is_of_data(name))
 
@@ -221,13 +221,13 @@ def _not_a_tensor(opened: TorchFile, where: str, spec: DatasetSpec) -> Finding:
         if name == word:
             message = f'The tensor is {kind}. Save a plain one: torch.save({plain}, "{where}").'
             return Finding("error", "T008", message, where)
-    described, line = _described(opened, value, spec)
+    described, line = describe_value(opened, value, spec)
     advice = f'Convert it: torch.save({line}, "{where}")' if line else f'Save one bare tensor: torch.save(images, "{where}")'
     loading = f', where value = torch.load("{where}", weights_only=False) if you trust the file' if "value" in line else ""
     return Finding("error", "T001", f"The file holds {described}; the scorer takes one bare tensor. {advice}{loading}.", where)
 
 
-def _described(opened: TorchFile, value: Any, spec: DatasetSpec) -> tuple[str, str]:
+def describe_value(opened: TorchFile, value: Any, spec: DatasetSpec) -> tuple[str, str]:
     """What a value is in words, and the expression that makes the challenge's tensor of it; "" if there is none."""
     if (shape := _array_shape(value, opened.rest)) is not None:
         return "a NumPy array" + (f" of shape {shape[:6]}" if shape else ""), "torch.as_tensor(value).float().contiguous()"
@@ -297,7 +297,7 @@ def _described_sequence(opened: TorchFile, value: Sequence[Any], spec: DatasetSp
         return f"a {kind} of {count} {'lists' if isinstance(first, list) else 'numbers'}", "torch.tensor(value)"
     if not isinstance(first, (Call, str)):
         return f"a {kind} of {count}", ""
-    return f"a {kind} of {count}, first {_described(opened, first, spec)[0]}", ""
+    return f"a {kind} of {count}, first {describe_value(opened, first, spec)[0]}", ""
 
 
 def _tensor(opened: TorchFile, value: Any) -> StoredTensor | None:

@@ -282,6 +282,77 @@ def test_track_2_runs_the_entry_for_each_round(work):
     assert result["mean"] > 0.5  # its colors are those of the classes
 
 
+def published(path, count=3, way=lambda pixels: pixels / 255):
+    """A list of real images, in [0, 1], and labels in no order, with `count` images for the last class and 3 for the others."""
+    real = load_dataset("blobs", "train")
+    rows = torch.cat([torch.arange(label * 12, label * 12 + (count if label == 3 else 3)) for label in range(4)]).flip(0)
+    torch.save([way(real.images[rows]), real.labels[rows]], path)
+    return str(path)
+
+
+def test_published_set_is_converted_and_evaluated_and_not_official(work):
+    path = published(work / "DM_result.pt")
+    _, errors = run(path, *QUICK, status=2)
+    assert "--dataset NAME" in errors
+    output, errors = run(path, "--dataset", "blobs", *QUICK, "--json")
+    (result,) = json.loads(output)["results"]
+    assert result["name"] == "DM_result" and result["images"] == 12 and result["images_per_class"] == [3, 3]
+    (why,) = [text for text in result["deviations"] if text.startswith("converted from")]
+    assert "a list of images and labels" in why and "[0, 1]" in why
+    said = " ".join(errors.split())
+    assert "holds a list of images and labels" in said and "[0, 1]" in said and "converted to the challenge's" in said
+    listed = CliRunner().invoke(main, ["report"], env={"COLUMNS": "200"}).stdout
+    assert "converted from a list of images and labels" in " ".join(listed.split())
+    again, _ = run(published(work / "DM_result.pt", way=lambda x: x), "--dataset", "blobs", *QUICK, "--json")
+    assert json.loads(again)["results"][0]["accuracies"] == pytest.approx(result["accuracies"], abs=0.1)
+
+
+def test_published_set_with_unequal_classes_is_evaluated(work):
+    output, _ = run(published(work / "blobs.pt", count=7), *QUICK, "--json")
+    assert json.loads(output)["results"][0]["images_per_class"] == [3, 7]
+
+
+def test_folder_of_images_is_evaluated(work):
+    real = load_dataset("blobs", "train")
+    for row in range(0, 48, 6):
+        folder = work / "theirs" / real.class_names[int(real.labels[row])]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(real.images[row].permute(1, 2, 0).numpy()).save(folder / f"{row}.png")
+    output, errors = run("theirs", "--dataset", "blobs", *QUICK, "--json")
+    (result,) = json.loads(output)["results"]
+    assert result["images"] == 8 and result["name"] == "theirs"
+    assert "converted from a folder of <class>/<image>" in result["deviations"] and "8-bit pixels" in errors
+
+
+def test_soft_labels_are_refused_unless_reduced(work):
+    real = load_dataset("blobs", "train")
+    soft = torch.full((4, 4), 0.1).fill_diagonal_(0.7)
+    torch.save({"images": real.images[::12], "labels": soft}, "blobs.pt")
+    _, errors = run("blobs.pt", *QUICK, status=1)
+    assert "soft labels" in errors and "--argmax" in errors
+    run("blobs.pt", "--argmax", *QUICK)
+
+
+def test_check_and_pack_still_refuse_a_published_set(work):
+    (work / "submission").mkdir()
+    path = published(work / "submission" / "blobs.pt")
+    checked = CliRunner().invoke(main, ["check", path, "--ipc", "3", "--json"])
+    assert checked.exit_code == 1 and "T001" in checked.stdout
+    assert CliRunner().invoke(main, ["pack"]).exit_code == 1
+
+
+def test_dry_run_says_time_memory_and_if_it_is_official_and_records_nothing(work):
+    path = save(work / "blobs.pt")
+    shown, _ = run(path, "--dry-run", *QUICK)
+    shown = " ".join(shown.split())
+    assert "2 of 5 epochs" in shown and "GiB" in shown and "E = 4 instead of 1000" in shown
+    (estimate,) = json.loads(run(path, "--dry-run", *QUICK, "--json")[0])
+    assert estimate["official"] is False and estimate["seconds"] > 0 and estimate["images"] == 8
+    assert not (work / "runs" / "results.jsonl").exists()
+    _, errors = run(path, "--dry-run", "--track", "2", status=2)
+    assert "generate.py" in errors or "--dry-run" in errors
+
+
 def test_tensor_on_track_2_exits_with_status_2(work):
     _, errors = run(save(work / "blobs.pt"), "--track", "2", status=2)
     assert "generate.py" in errors

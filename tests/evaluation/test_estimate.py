@@ -1,0 +1,52 @@
+"""What an evaluation will take is measured, and nothing of it is kept."""
+
+import pytest
+import torch
+
+from ddkit.challenge import CIFAR100, GLYPHS
+from ddkit.data.prepare import open_dataset
+from ddkit.errors import InvalidSubmissionError
+from ddkit.evaluation.estimate import estimate_evaluation
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
+from ddkit.evaluation.reference import TestSet
+from ddkit.evaluation.sources import FixedSet
+
+pytestmark = pytest.mark.usefixtures("measured_before")
+
+
+@pytest.fixture
+def tests():
+    real = open_dataset("glyphs", "test")
+    return TestSet(real.images, real.labels, GLYPHS)
+
+
+def source(count=20, **more):
+    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return FixedSet(images, torch.arange(10).repeat(count // 10), **more)
+
+
+@pytest.mark.slow
+def test_estimate_is_of_the_epochs_and_rounds_that_are_to_come(tests, tmp_path):
+    settings, state = EvaluationSettings(rounds=2, epochs_setting=3, device="cpu"), StateFolder(tmp_path)
+    reports = []
+    before = estimate_evaluation(source(), "a.pt", tests, settings, state=state, progress=reports.append)
+    assert (before.rounds, before.finished_rounds, before.epochs, before.images) == (2, 0, 4, 20)
+    assert before.seconds == pytest.approx(2 * (4 * before.seconds_per_epoch + before.test_seconds))
+    assert before.seconds_per_epoch > 0 and before.test_seconds > 0 and 0 < before.memory < 1 << 36
+    assert reports and list(tmp_path.iterdir()) == []
+    evaluate_source(source(), tests, settings, state=state)
+    after = estimate_evaluation(source(), "a.pt", tests, settings, state=state)
+    assert after.finished_rounds == 2 and after.seconds == 0
+
+
+@pytest.mark.slow
+def test_estimate_says_what_is_not_official(tests):
+    estimate = estimate_evaluation(source(converted="a list"), "a.pt", tests, EvaluationSettings(rounds=1, device="cpu"))
+    assert not estimate.official
+    assert "converted from a list" in estimate.deviations and "1 round instead of 3" in estimate.deviations
+
+
+def test_estimate_of_images_of_another_shape_raises(tests):
+    other = TestSet(tests.images, tests.labels, CIFAR100)
+    with pytest.raises(InvalidSubmissionError, match="shape"):
+        estimate_evaluation(FixedSet(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1])), "a.pt", other, EvaluationSettings())

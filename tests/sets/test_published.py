@@ -1,0 +1,189 @@
+"""Sets in the layouts of others' code, as files that torch.save wrote and as folders of images."""
+
+import argparse
+import os
+from collections import OrderedDict
+
+import pytest
+import torch
+from PIL import Image
+
+from ddkit.challenge import CIFAR100, GLYPHS
+from ddkit.errors import BadFileError, InvalidSubmissionError
+from ddkit.sets.published import holds_containers, is_published_folder, labels_next_to, read_published
+
+LABELS = torch.tensor([7, 0, 3, 3, 9, 1, 3])  # in no order, with classes that have none, one and three images
+
+
+@pytest.fixture
+def images():
+    return torch.randn(len(LABELS), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(value, name="set.pt", **options):
+        torch.save(value, tmp_path / name, **options)
+        return tmp_path / name
+
+    return save
+
+
+LAYOUTS = {
+    "list": lambda x, y: [x, y],
+    "tuple": lambda x, y: (x, y),
+    "labels as a column": lambda x, y: [x, y[:, None]],
+    "labels as a list of ints": lambda x, y: (x, y.tolist()),
+    "labels as uint8": lambda x, y: [x, y.to(torch.uint8)],
+    "labels as floats": lambda x, y: [x, y.float()],
+    "one-hot labels": lambda x, y: [x, torch.nn.functional.one_hot(y, 10)],
+    "parameters": lambda x, y: [torch.nn.Parameter(x), y],
+    "list of pairs": lambda x, y: [[image, int(label)] for image, label in zip(x, y, strict=True)],
+    "list of pairs of tensors": lambda x, y: list(zip(x, y, strict=True)),
+    "dict": lambda x, y: {"images": x, "labels": y},
+    "dict of other names": lambda x, y: {"lr": 0.01, "X_syn": x, "y-syn": y, "args": argparse.Namespace(ipc=1)},
+    "ordered dict": lambda x, y: OrderedDict(data=x, targets=y),
+    "dataset condensation": lambda x, y: {"data": [[x, y], [x + 1, y]], "accs_all_exps": {"ConvNet": [0.1]}},
+    "channels last": lambda x, y: [x.permute(0, 2, 3, 1).contiguous(), y],
+    "a view": lambda x, y: [torch.cat([x, x])[: len(x)], y],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_read_published_of_each_layout_gives_images_and_labels(save, images, layout):
+    path = save(LAYOUTS[layout](images, LABELS))
+    read = read_published(path, GLYPHS)
+    assert torch.equal(read.images, images.detach()) and read.images.is_contiguous()
+    assert torch.equal(read.labels, LABELS) and read.labels.dtype == torch.int64
+    assert holds_containers(path)
+
+
+def test_read_published_of_half_precision_gives_float32(save, images):
+    read = read_published(save([images.half(), LABELS]), GLYPHS)
+    assert torch.equal(read.images, images.half().float())
+
+
+def test_read_published_of_pixels_keeps_uint8(save, images):
+    pixels = images.clamp(0, 1).mul(255).to(torch.uint8)
+    for stored in (pixels, pixels.long()):
+        assert torch.equal(read_published(save([stored, LABELS]), GLYPHS).images, pixels)
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_read_published_of_a_tensor_for_each_class_labels_them(save, kind):
+    counts = [1, 2, 3, 1, 1, 1, 1, 1, 1, 4]
+    classes = {label: torch.full((count, 3, 32, 32), float(label)) for label, count in enumerate(counts)}
+    read = read_published(save(classes if kind is dict else list(classes.values())), GLYPHS)
+    assert torch.equal(read.images[:, 0, 0, 0].long(), read.labels)
+    assert torch.bincount(read.labels).tolist() == counts
+
+
+def test_read_published_of_two_files_takes_the_labels_next_to_the_images(save, images):
+    path = save(images, "images_best.pt")
+    save(LABELS, "labels_best.pt")
+    read = read_published(path, GLYPHS)
+    assert torch.equal(read.labels, LABELS) and "labels_best.pt" in read.layout and not read.one_file
+    assert labels_next_to(path) == path.with_name("labels_best.pt")
+
+
+def test_one_tensor_without_labels_is_taken_class_by_class(save):
+    path = save(torch.zeros(20, 3, 32, 32))
+    assert not holds_containers(path) and labels_next_to(path) is None and not is_published_folder(path.parent)
+    assert read_published(save(torch.zeros(20, 3, 32, 32)), GLYPHS).labels.tolist() == sorted([*range(10)] * 2)
+    with pytest.raises(InvalidSubmissionError, match="21 images without labels"):
+        read_published(save(torch.zeros(21, 3, 32, 32)), GLYPHS)
+
+
+def test_soft_labels_are_refused_or_reduced_when_told_to(save, images):
+    soft = torch.full((len(LABELS), 10), 0.05).scatter_(1, LABELS[:, None], 0.55)
+    path = save([images, soft])
+    with pytest.raises(InvalidSubmissionError, match="soft labels.*--argmax"):
+        read_published(path, GLYPHS)
+    read = read_published(path, GLYPHS, argmax=True)
+    assert torch.equal(read.labels, LABELS) and "reduced to their largest class" in " ".join(read.notes)
+
+
+@pytest.mark.parametrize("value, said", [
+    (lambda x, y: [x, y[:-1]], "7 images and 6 labels"),
+    (lambda x, y: [x, y + 1], "run from 1 to 10"),
+    (lambda x, y: [x, y - 1], "run from -1 to 8"),
+    (lambda x, y: [x, y + 0.5], "fractions"),
+    (lambda x, y: [x, torch.rand(7, 1000)], "1000 values for each image"),
+    (lambda x, y: [x[:, :, :16, :16].clone(), y], r"the shape \(7, 3, 16, 16\)"),
+    (lambda x, y: [x.fill_(torch.nan), y], "NaN"),
+    (lambda x, y: [torch.zeros(1, 3, 32, 32).expand(7, 3, 32, 32), y], "expanded"),
+    (lambda x, y: {"network.weight": x}, "state dict"),
+    (lambda x, y: {"pictures": 3}, "no images with labels"),
+    (lambda x, y: [], "no images with labels"),
+    (lambda x, y: [[x[0], 1], [x[0, :2].clone(), 2]], "differ in shape"),
+    (lambda x, y: {3: x, 12: x}, "run from 3 to 12"),
+])  # fmt: skip
+def test_read_published_of_what_does_not_fit_raises_and_says_what_it_is(save, images, value, said):
+    with pytest.raises(InvalidSubmissionError, match=said):
+        read_published(save(value(images, LABELS)), GLYPHS)
+
+
+class Harmful:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (self.witness,)
+
+
+def test_read_published_of_a_file_with_code_runs_nothing_and_refuses(save, images, tmp_path):
+    path = save([images, LABELS, Harmful(str(tmp_path / "witness"))][:2] + [Harmful(str(tmp_path / "witness"))])
+    with pytest.raises(InvalidSubmissionError, match="not executed"):
+        read_published(path, GLYPHS)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_read_published_of_an_old_or_damaged_file_raises(save, images, tmp_path):
+    path = save([images, LABELS], _use_new_zipfile_serialization=False)
+    with pytest.raises(InvalidSubmissionError, match=r"before PyTorch 1\.6"):
+        read_published(path, GLYPHS)
+    whole = save([images, LABELS]).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InvalidSubmissionError, match="damaged"):
+        read_published(path, GLYPHS)
+    with pytest.raises(BadFileError):
+        read_published(tmp_path / "missing.pt", GLYPHS)
+
+
+def folder_of(path, names, side=32):
+    for shade, name in enumerate(names):
+        (path / name).mkdir(parents=True)
+        for k in range(1 + shade % 3):
+            Image.new("RGB", (side, side), (shade, k, 0)).save(path / name / f"{k}.png")
+    return path
+
+
+@pytest.mark.parametrize("names", [
+    ["A", "E", "H"], ["a", "e", "h"], ["0", "1", "2"], ["new000", "new001", "new002"], ["train/A", "train/E", "train/H"],
+])  # fmt: skip
+def test_read_published_of_a_folder_labels_images_by_class(tmp_path, names):
+    read = read_published(folder_of(tmp_path / "set", names), GLYPHS)
+    assert read.labels.tolist() == [0, 1, 1, 2, 2, 2]
+    assert read.images.dtype == torch.uint8 and torch.equal(read.images[:, 0, 0, 0].long(), read.labels)
+
+
+def test_read_published_of_a_folder_knows_class_names_with_spaces(tmp_path):
+    read = read_published(folder_of(tmp_path / "set", ["Aquarium fish", "sweet-pepper"]), CIFAR100)
+    assert read.labels.tolist() == [1, 83, 83]
+
+
+@pytest.mark.parametrize("names, side, said", [
+    (["A", "B"], 32, "'B' is not a class of glyphs"), (["8", "9", "10"], 32, "not a class"), (["A"], 28, "28 x 28 pixels"),
+    ([], 32, "no folders of classes"),
+])  # fmt: skip
+def test_read_published_of_a_folder_that_does_not_fit_raises(tmp_path, names, side, said):
+    (tmp_path / "set").mkdir()
+    with pytest.raises(InvalidSubmissionError, match=said):
+        read_published(folder_of(tmp_path / "set", names, side), GLYPHS)
+
+
+def test_read_published_of_a_folder_with_a_damaged_image_names_it(tmp_path):
+    path = folder_of(tmp_path / "set", ["A", "E"])
+    (path / "E" / "0.png").write_bytes(b"no image")
+    with pytest.raises(InvalidSubmissionError, match=r"E/0\.png cannot be read"):
+        read_published(path, GLYPHS)
