@@ -94,9 +94,9 @@ def generate(
 ) -> DistilledSet:
     """Make a distilled set of `ipc` images per class, from a trained generator or from real training images.
 
-    model: the generator's folder; None means runs/<dataset>. from_real: a selection method of `ddkit.sets.select`, such
-    as "random", to take real images instead. out: the tensor's file; None means submission/<dataset>.pt.
-    sampling: how a generator samples, its seed included; None takes the defaults with `seed`.
+    model: the generator's folder, or its id on the Hugging Face hub; None means runs/<dataset>. from_real: a selection
+    method of `ddkit.sets.select`, such as "random", to take real images instead. out: the tensor's file; None means
+    submission/<dataset>.pt. sampling: how a generator samples, its seed included; None takes the defaults with `seed`.
     candidates, select: how many samples to make of each class, and how to select among them.
     replace: make the set again if it is there.
     Raises MissingModelError if there is no such model, and UsageError for unknown names.
@@ -105,6 +105,7 @@ def generate(
 
     from ddkit.distill.generate import FromModel, FromReal
     from ddkit.distill.generate import generate as generate_set
+    from ddkit.generator.model_folder import find_model
     from ddkit.generator.sampling import SamplingSettings
     from ddkit.sets.distilled import read_set
 
@@ -112,7 +113,7 @@ def generate(
     if from_real is not None:
         source = FromReal(from_real, seed, device)
     else:
-        folder = Path("runs", dataset) if model is None else Path(model)
+        folder = Path("runs", dataset) if model is None else find_model(model)
         source = FromModel(folder, sampling or SamplingSettings(seed=seed), device, candidates)
         source = source if select is None else dataclasses.replace(source, select=select)
     path = Path("submission", f"{dataset}.pt") if out is None else Path(out)
@@ -218,6 +219,34 @@ def pack(
     from ddkit.packing.pack import pack as pack_folder
 
     return pack_folder(folder, out, strict=strict, ignore_codes=ignore_codes, progress=progress)
+
+
+def push(
+    path: PathLike, hub_id: str, *, license: str | None = None, private: bool = False, results: PathLike = RESULTS_FILE
+) -> str:
+    """Upload a generator's folder or a distilled set to the Hugging Face hub with a card, and return its address.
+
+    hub_id: user/name. license: an identifier of the hub, such as "cc-by-4.0"; None says that it is not known. private: only
+    you can see what is created. results: the file whose evaluations the card lists.
+    Raises HubError without a network or a token, and UsageError if the repository holds another set.
+    """
+    from ddkit.hub import plan_upload
+    from ddkit.hub import push as push_planned
+
+    return push_planned(plan_upload(path, hub_id, license=license, results=results), private=private)
+
+
+def pull(hub_id: str, out: PathLike | None = None, *, dataset: str | None = None, replace: bool = False) -> DistilledSet:
+    """Download a distilled set from the Hugging Face hub, without executing anything in it, and write its three files.
+
+    out: the tensor's file; None means submission/<dataset>.pt. dataset: None takes its name from the JSON on the hub,
+    else from the file's name. replace: write even over another set.
+    Raises MissingDataError without a network, or if the hub has no such set.
+    """
+    from ddkit.hub import pull as pull_set
+    from ddkit.sets.distilled import read_set
+
+    return read_set(pull_set(hub_id, out, dataset=dataset, replace=replace).tensor, dataset)
 
 
 def report(

@@ -41,6 +41,10 @@ class MissingModelError(DDKitError):
     """A model folder or a checkpoint is missing, or is not one that ddkit has written."""
 
 
+class HubError(DDKitError):
+    """The Hugging Face hub refused an upload, or could not be reached for it."""
+
+
 class BadDataError(DDKitError):
     """Data that cannot be used: truncated, in another format, or with a wrong checksum."""
 

@@ -47,7 +47,8 @@ class Size(click.ParamType):
 
 _OPTIONS = (
     click.option("--model", "models", multiple=True, metavar="DATASET=FOLDER",
-                 help="Track 2: bundle this model; repeatable.", show_default="runs/<dataset> of both datasets"),
+                 help="Track 2: bundle the model in this folder, or of this id on the Hugging Face hub; repeatable.",
+                 show_default="runs/<dataset> of both datasets"),
     click.option("--tuned", is_flag=True, help="Track 2: use the best settings that ddkit tune found."),
     click.option("--sampler", type=SAMPLER_CHOICE, help="Track 2: choose the sampler."),
     click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Track 2: sample in this many steps."),
@@ -77,7 +78,9 @@ def bundle_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def models_by_dataset(values: Sequence[str]) -> dict[str, Path]:
-    """Folders from DATASET=FOLDER; those of both challenge datasets in runs/ if none is given."""
+    """Folders from DATASET=FOLDER or DATASET=user/name; those of both challenge datasets in runs/ if none is given."""
+    from ddkit.generator.model_folder import find_model
+
     if not values:
         return {spec.name: RUNS_FOLDER / spec.name for spec in CHALLENGE_DATASETS}
     found: dict[str, Path] = {}
@@ -85,7 +88,7 @@ def models_by_dataset(values: Sequence[str]) -> dict[str, Path]:
         name, equals, folder = value.partition("=")
         if not equals or name in found:
             raise UsageError(f"--model {value} is not DATASET=FOLDER, or names a dataset twice.", "Write --model NAME=FOLDER.")
-        found[name] = Path(folder)
+        found[name] = find_model(folder)
     return found
 
 
@@ -102,8 +105,9 @@ def pack_track_2(output: Output, out: Path | None, options: dict[str, Any]) -> N
 def pack_models(output: Output, models: Sequence[BundleModel], out: Path, proof: ProofSettings | None) -> PackedBundle:
     """Bundle these models, zip and prove, with a note on what is missing."""
     from ddkit.packing.bundle import pack_bundle
+    from ddkit.runtime.hub import source_name
 
-    names = ", ".join(f"{model.dataset} ({model.folder})" for model in models)
+    names = ", ".join(f"{model.dataset} ({source_name(model.folder)})" for model in models)
     output.note(f"Bundling {escape(names)} into {escape(str(out))}.")
     for spec in CHALLENGE_DATASETS:
         if spec.name not in [model.dataset for model in models]:

@@ -55,6 +55,9 @@ class Output:
         self._bars: Bars | None = None
 
     def __enter__(self) -> Output:
+        if self.quiet or not self.err.is_terminal:
+            # Read once, when its library is loaded, which is later. Its bars would fill a log with lines.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         ours, everyone = logging.getLogger("ddkit"), logging.getLogger()
         self._logger = everyone if self.verbosity >= 2 else ours
         self._levels = {logger: logger.level for logger in (ours, everyone)}

@@ -35,7 +35,12 @@ _METHODS = (
 )
 @click.option("--dataset", required=True, help="Make a set for this dataset, which `ddkit data list` shows.")
 @click.option("--ipc", type=COUNT, default=10, help="Make this many images per class; the challenge asks for 10.")
-@click.option("--model", type=FOLDER, help="Sample the model in this folder.  [default: runs/<dataset>]")
+@click.option(
+    "--model",
+    type=FOLDER,
+    help="Sample the model in this folder, or of this id on the Hugging Face hub, such as user/name.  "
+    "[default: runs/<dataset>]",
+)
 @click.option("--candidates", type=COUNT, help="Sample this many images of each class and choose from them; see --select.")
 @click.option(
     "--select",
@@ -111,6 +116,8 @@ def generate(
     trained on the real images once, in minutes on a CPU.
     """
     from ddkit.distill import generate as making
+    from ddkit.generator.model_folder import find_model
+    from ddkit.runtime.hub import source_name
 
     given = {name: value for name, value in sampling.items() if value is not None}
     source: making.FromModel | making.FromReal
@@ -128,10 +135,13 @@ def generate(
         if select and candidates is None:
             raise UsageError("--select needs --candidates.", "Give the number of candidates of each class: --candidates 100.")
         settings = SamplingSettings(**{"seed": seed, "guidance": default_guidance(ipc)} | given)
+        folder = find_model(model) if model else RUNS_FOLDER / dataset
         how = select or making.FromModel.select
-        source = making.FromModel(model or RUNS_FOLDER / dataset, settings, device, candidates, how)
+        source = making.FromModel(folder, settings, device, candidates, how)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
-        origin = f"with {source.folder}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}{chosen}"
+        origin = (
+            f"with {source_name(folder)}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}{chosen}"
+        )
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
     output.event(f"Making {ipc} images per class of {dataset} {origin}.")

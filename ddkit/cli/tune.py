@@ -39,7 +39,12 @@ class _ImagesPerClass(click.ParamType):
     epilog=example("ddkit tune tinyimagenet --steps 4 --steps 8 --images 100 --images all --pack"),
 )
 @click.argument("dataset", default=CIFAR100.name)
-@click.option("--model", type=FOLDER, help="Tune the model in this folder.", show_default="runs/<dataset>")
+@click.option(
+    "--model",
+    type=FOLDER,
+    help="Tune the model in this folder, or of this id on the Hugging Face hub, such as user/name.",
+    show_default="runs/<dataset>",
+)
 @click.option("--steps", type=COUNT, multiple=True, default=(4, 8, 16), help="Try this many sampling steps; repeatable.")
 @click.option(
     "--guidance", type=click.FloatRange(0), multiple=True, default=(1.0, 2.0), help="Try this scale of guidance; repeatable."
@@ -94,20 +99,22 @@ def tune(
     from ddkit.data.store import dataset_spec
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.evaluation.reference import as_test_set
-    from ddkit.generator.model_folder import read_facts
+    from ddkit.generator.model_folder import find_model, read_facts
     from ddkit.packing.bundle import BundleModel, BundleSettings
     from ddkit.packing.tune import Search, draw_chart, run_search
+    from ddkit.runtime.hub import source_name
 
     counts = tuple(None if count == "all" else int(count) for count in images)
     search = Search(steps, guidance, counts, EvaluationSettings(track=2, **evaluation))
     settings = BundleSettings()
     sampling = replace(settings.sampling, sampler=sampler, precision=precision)
-    bundled = BundleModel(dataset, model or RUNS_FOLDER / dataset, replace(settings, sampling=sampling))
+    folder = find_model(model) if model else RUNS_FOLDER / dataset
+    bundled = BundleModel(dataset, folder, replace(settings, sampling=sampling))
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
     spec = dataset_spec(dataset)
     read_facts(bundled.folder)  # a missing model is reported before anything is downloaded
     output.note(
-        f"Trying {len(search.candidates)} settings of {escape(str(bundled.folder))} in {len(search.stages)} stages: "
+        f"Trying {len(search.candidates)} settings of {escape(source_name(folder))} in {len(search.stages)} stages: "
         f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."
     )
     test_set = as_test_set(open_dataset(dataset, "test", progress=output.progress), spec)

@@ -26,6 +26,7 @@ from ddkit.metrics.features import reference_features
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.environment import versions
+from ddkit.runtime.hub import source_name
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import (
@@ -251,7 +252,7 @@ def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> 
         del sampling["mode_guidance"]
     return {
         "kind": KIND_GENERATED,
-        "model": str(source.folder),
+        "model": source_name(source.folder),
         "model_sha256": model_hash(source.folder),
         "model_steps": model.facts.steps,
         "selection": "none" if source.candidates is None else source.select,

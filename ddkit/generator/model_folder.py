@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from ddkit.generator.networks import null_class
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.uvit import UViT
 from ddkit.runtime.files import atomic_folder, read_json, sha256_of, write_json
+from ddkit.runtime.hub import download, is_hub_id
 
 FACTS_FILE = "ddkit.json"
 INDEX_FILE = "model_index.json"
@@ -36,6 +38,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 FORMAT_VERSION = 1
 
 DENOISER_PART = "transformer"
+PARTS = ("vae", DENOISER_PART, "scheduler")
 
 _DENOISERS: Mapping[str, type[ModelMixin]] = {kind.__name__: kind for kind in (UViT, DiTTransformer2DModel)}
 
@@ -128,6 +131,24 @@ def load_model(folder: Path, *, dataset: str | None = None) -> Model:
     if (channels := denoiser.config.in_channels) != (decoded := autoencoder.config.latent_channels):
         raise BadFileError(f"{part} makes latents of {channels} channels, but the autoencoder decodes {decoded}.", remedy)
     return Model(denoiser.eval(), autoencoder.eval(), facts)
+
+
+def find_model(source: str | os.PathLike[str]) -> Path:
+    """The folder of a model: `source` itself, or where the hub's generator of that id is downloaded to.
+
+    Raises MissingModelError when it cannot be downloaded or the hub holds something else under that id.
+    """
+    folder, hub_id = Path(source).expanduser(), os.fspath(source)
+    if folder.is_dir() or not is_hub_id(hub_id):
+        return folder
+    # The facts come first: nobody should wait for the weights of something else.
+    if not has_model(download(hub_id, "model", [FACTS_FILE])):
+        raise MissingModelError(
+            f"'{hub_id}' on the hub is not a generator of ddkit: it has no {FACTS_FILE}.",
+            f"Give the id of one that `ddkit push` uploaded, or start from another: ddkit train --init {hub_id}",
+        )
+    parts = [f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors")]
+    return download(hub_id, "model", [FACTS_FILE, INDEX_FILE, *parts])
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:

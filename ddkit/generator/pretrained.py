@@ -7,7 +7,6 @@ classes, that it resembles.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -27,18 +24,12 @@ from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parame
 from ddkit.generator.model_folder import FACTS_FILE, INDEX_FILE, load_model
 from ddkit.generator.networks import class_setting, disable_label_dropout, null_class
 from ddkit.runtime.files import read_json
+from ddkit.runtime.hub import HUB_ERRORS, download, is_hub_id, reason_of
 
 _WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.json")
 _IMAGENET_CLASSES = 1000
 _SECOND_IMAGENET_CLASS = "goldfish"  # n01443537: tells the order of sorted wnids from others
 _DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is the name before diffusers 0.28
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Downloads fail with ValueError for wrong ids and answers that are not JSON, and with the hub's own error and its bases:
-# OSError, and the root of the errors of the HTTP client.
-_HUB_ERRORS: tuple[type[Exception], ...] = (
-    ValueError,
-    *(kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind is not Exception),
-)
 # The noise schedule of pretrained diffusion transformers, which ours for "epsilon" equals (`ddkit.generator.objective`).
 _SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -168,16 +159,9 @@ def _folder_of(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if not _HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise MissingModelError(f"There is no folder {source} to start from.", _KNOWN)
-    try:
-        wanted = [INDEX_FILE, "transformer/*", "vae/*", "scheduler/*"]
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except _HUB_ERRORS as error:
-        raise MissingModelError(
-            f"'{source}' is not a folder here, and it cannot be downloaded: {_reason_of(error)}",
-            f"On a machine with a network: hf download {source} --local-dir FOLDER. Then give that FOLDER.",
-        ) from error
+    return download(source, "model", [FACTS_FILE, INDEX_FILE, "transformer/*", "vae/*", "scheduler/*"])
 
 
 def load_pretrained_autoencoder(source: str) -> AutoencoderKL:
@@ -188,15 +172,15 @@ def load_pretrained_autoencoder(source: str) -> AutoencoderKL:
     """
     remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
     folder = Path(source).expanduser()
-    if not folder.is_dir() and not _HUB_ID.fullmatch(source):
+    if not folder.is_dir() and not is_hub_id(source):
         raise MissingModelError(f"There is no folder '{source}' to load an autoencoder from.", remedy)
     where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source}
     if (folder / "vae").is_dir():
         where["subfolder"] = "vae"
     try:
         autoencoder, found = AutoencoderKL.from_pretrained(**where, use_safetensors=True, output_loading_info=True)
-    except _HUB_ERRORS as error:
-        raise MissingModelError(f"No autoencoder could be loaded from '{source}': {_reason_of(error)}", remedy) from error
+    except HUB_ERRORS as error:
+        raise MissingModelError(f"No autoencoder could be loaded from '{source}': {reason_of(error)}", remedy) from error
     _refuse_misfits(found, source)
     channels = autoencoder.config.in_channels
     if channels != 3 * pixel_patch(autoencoder) ** 2:
@@ -204,11 +188,6 @@ def load_pretrained_autoencoder(source: str) -> AutoencoderKL:
             f"The autoencoder in {source} takes {channels} channels, so it does not encode color images.", remedy
         )
     return autoencoder
-
-
-def _reason_of(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _refuse_misfits(found: Mapping[str, Sequence[Any]], source: object) -> None:

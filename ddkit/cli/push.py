@@ -1,0 +1,59 @@
+"""`ddkit push`: upload a generator or a distilled set to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from ddkit.cli._options import FILE, example, output_options
+from ddkit.cli._output import Output
+from ddkit.results import RESULTS_FILE
+
+
+@click.command(
+    short_help="Upload a generator or a set to the Hugging Face hub.",
+    epilog=example(
+        "ddkit push submission/cifar100.pt user/cifar100-10 --license cc-by-4.0 --dry-run\n"
+        "ddkit push runs/cifar100 user/cifar100-generator"
+    ),
+)
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("hub_id", metavar="USER/NAME")
+@click.option(
+    "--license",
+    metavar="ID",
+    help="State this license in the card, by the hub's identifier, such as cc-by-4.0.",
+    show_default="unknown",
+)
+@click.option("--private", is_flag=True, help="Create a repository that only you can see.")
+@click.option("--dry-run", is_flag=True, help="Show the card and the files, and upload nothing.")
+@click.option(
+    "--results",
+    type=FILE,
+    default=RESULTS_FILE,
+    help="List the scores in this file in the card, if they are of this set or of this generator's sets.",
+)
+@output_options
+def push(output: Output, path: Path, hub_id: str, license: str | None, private: bool, dry_run: bool, results: Path) -> None:
+    """Upload the generator in the folder PATH, or the distilled set in the .pt file PATH, as USER/NAME.
+
+    A card is written from what is recorded: how it was made, and its scores in the results file. Absolute paths of this
+    machine are left out. Log in first: hf auth login.
+    """
+    from ddkit.hub import plan_upload
+    from ddkit.hub import push as upload
+
+    planned = plan_upload(path, hub_id, license=license, results=results)
+    data = {"hub_id": hub_id, "kind": planned.kind, "files": sorted(planned.files), "card": planned.card}
+    if dry_run:
+        output.result(data, escape(planned.card))
+        output.event(f"It would upload {', '.join(planned.files)}.")
+        return
+    if not license:
+        output.note("[yellow]warning[/yellow] The card says that the license is unknown. Add --license ID, such as cc-by-4.0.")
+    output.event(f"Uploading {len(planned.files)} files to the {planned.kind} {hub_id}.")
+    url = upload(planned, private=private)
+    output.result({**data, "url": url}, escape(url))
+    output.finish([url], planned.command)
