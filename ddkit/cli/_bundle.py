@@ -55,6 +55,9 @@ _OPTIONS = (
     click.option("--guidance", type=click.FloatRange(0), help="Track 2: scale classifier-free guidance; 1 turns it off."),
     click.option("--images-per-class", type=COUNT, metavar="N",
                  help="Track 2: stop at N images of each class.", show_default="as many as the time allows"),
+    click.option("--keep", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="SHARE",
+                 help="Track 2: keep this share of each class's images, those that a classifier trained on the real images is "
+                 "surest of."),
     click.option("--precision", type=PRECISION_CHOICE,
                  help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32."),
     click.option("--bundle-device", type=click.Choice(["auto", "cpu", "cuda"]),
@@ -126,13 +129,14 @@ def _models(options: dict[str, Any]) -> list[BundleModel]:
 
     chosen = {name: options[name] for name in _SAMPLING if options[name] is not None}
     sampling = dataclasses.replace(BundleSettings().sampling, **chosen)
-    settings = BundleSettings(sampling, options["bundle_device"], options["half"], options["images_per_class"])
+    settings = BundleSettings(sampling, options["bundle_device"], options["half"], options["images_per_class"], options["keep"])
     models = [BundleModel(name, folder, settings) for name, folder in models_by_dataset(options["models"]).items()]
     if not options["tuned"]:
         return models
-    if chosen.keys() & {"sampler", "steps", "guidance"} or options["images_per_class"]:
+    if chosen.keys() & {"sampler", "steps", "guidance"} or options["images_per_class"] or options["keep"] != 1:
         raise UsageError(
-            "--tuned sets the sampler, steps, guidance and images per class.", "Leave out --tuned or those options."
+            "--tuned sets the sampler, steps, guidance, images per class and the share kept.",
+            "Leave out --tuned or those options.",
         )
     return [with_best_settings(model, TRIALS_FOLDER / f"{model.dataset}.jsonl") for model in models]
 

@@ -57,6 +57,14 @@ class _ImagesPerClass(click.ParamType):
     metavar="N|all",
     help="Try to stop at this many images per class; repeatable.",
 )
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    multiple=True,
+    default=(1.0,),
+    metavar="SHARE",
+    help="Try to keep this share of each class's images, those that a classifier is surest of; repeatable.",
+)
 @click.option("--sampler", type=SAMPLER_CHOICE, default="dpm++", help="Choose the sampler.")
 @click.option(
     "--precision",
@@ -83,13 +91,14 @@ def tune(
     steps: tuple[int, ...],
     guidance: tuple[float, ...],
     images: tuple[int | str, ...],
+    keep: tuple[float, ...],
     sampler: str,
     precision: str,
     out: Path,
     packs: bool,
     **evaluation: Any,
 ) -> None:
-    """Search sampling steps, guidance and images per class of a track 2 bundle by successive halving.
+    """Search sampling steps, guidance, images per class and the share kept of a track 2 bundle by successive halving.
 
     Every candidate generates for the same time budget, and networks are trained on what it made. The better half is
     tried again with twice the epochs, until two are left. The accuracies tell the settings apart; they are not
@@ -105,7 +114,7 @@ def tune(
     from ddkit.runtime.hub import source_name
 
     counts = tuple(None if count == "all" else int(count) for count in images)
-    search = Search(steps, guidance, counts, EvaluationSettings(track=2, **evaluation))
+    search = Search(steps, guidance, counts, keep, EvaluationSettings(track=2, **evaluation))
     settings = BundleSettings()
     sampling = replace(settings.sampling, sampler=sampler, precision=precision)
     folder = find_model(model) if model else RUNS_FOLDER / dataset
@@ -123,7 +132,7 @@ def tune(
 
     def on_trial(trial: Trial) -> None:
         tried.append(trial)
-        output.note(f"{_described(trial)}: {100 * trial.mean:.2f} % at E = {trial.epochs_setting}.")
+        output.note(f"{trial.candidate}: {100 * trial.mean:.2f} % at E = {trial.epochs_setting}.")
 
     trials = run_search(bundled, test_set, search, records, state=state, progress=output.progress, on_trial=on_trial)
     draw_chart([trial for trial in tried if trial.conditions == tried[0].conditions], chart)  # of the stage with all of them
@@ -156,26 +165,22 @@ def _next_command(dataset: str, model: Path | None, out: Path) -> str:
     return f"ddkit tune {missing[0]}" if missing else "ddkit pack --track 2 --tuned"
 
 
-def _described(trial: Trial) -> str:
-    count = "" if trial.images_per_class is None else f", {trial.images_per_class} images a class"
-    return f"{trial.steps} steps, guidance {trial.guidance:g}{count}"
-
-
 def _report(output: Output, trials: Sequence[Trial]) -> None:
     from ddkit.packing.tune import best_of
 
     best = best_of(trials)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("steps", "guidance", "images a class", "accuracy %", "images", "images/s"):
+    for heading in ("steps", "guidance", "images a class", "kept", "accuracy %", "images", "images/s"):
         table.add_column(heading, justify="right")
     for trial in sorted(trials, key=lambda trial: -trial.mean):
         spread = f" ± {100 * trial.std:.2f}" if trial.std is not None else ""
         made = sum(trial.images) / len(trial.images)
-        row = (trial.steps, f"{trial.guidance:g}", trial.images_per_class or "all", f"{100 * trial.mean:.2f}{spread}",
+        row = (trial.steps, f"{trial.guidance:g}", trial.images_per_class or "all",
+               f"{100 * trial.keep:g} %", f"{100 * trial.mean:.2f}{spread}",
                f"{made:,.0f}", f"{sum(trial.images) / sum(trial.seconds):,.1f}")  # fmt: skip
         table.add_row(*map(str, row), style="bold" if trial is best else None)
     output.result({"best": _as_data(best), "trials": [_as_data(trial) for trial in trials]}, table)
-    output.note(f"Best: {_described(best)}. {_evidence(trials)}")
+    output.note(f"Best: {best.candidate}. {_evidence(trials)}")
 
 
 def _as_data(trial: Trial) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class ReferenceFeatures:
     num_features = NETWORK_WIDTH * _QUARTERS**2
 
     def __init__(self, network: ConvNet, spec: DatasetSpec) -> None:
-        self._network = network.eval()
+        self.network = network.eval()
         self._spec = spec
         self._device = next(network.parameters()).device
         self._embed = build_embedder(network, _IMAGES_AT_ONCE)
@@ -87,10 +87,10 @@ class ReferenceFeatures:
     @torch.no_grad()
     def _features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Those of one batch, on the network's device."""
-        batch = _resized(normalize(upload(images, self._device), self._spec), self._network.image_size)
+        batch = _resized(normalize(upload(images, self._device), self._spec), self.network.image_size)
         embedding = self._embed(batch)
-        logits = self._network.classifier(embedding)
-        maps = embedding.view(len(batch), NETWORK_WIDTH, *[self._network.image_size // _SIDE_MULTIPLE] * 2)
+        logits = self.network.classifier(embedding)
+        maps = embedding.view(len(batch), NETWORK_WIDTH, *[self.network.image_size // _SIDE_MULTIPLE] * 2)
         return F.adaptive_avg_pool2d(maps, _QUARTERS).flatten(1).float(), logits.float()
 
 

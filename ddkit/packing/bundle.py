@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.challenge import DatasetSpec
+from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
@@ -25,6 +26,7 @@ from ddkit.generator.config import SamplingSettings, default_guidance
 from ddkit.generator.model_folder import DENOISER_PART, WEIGHTS_FILE, ModelFacts, load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
+from ddkit.metrics.features import reference_features
 from ddkit.packing.pack import PackedFile, packed_files
 from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
 from ddkit.packing.zipping import unpack, write_zip
@@ -33,7 +35,7 @@ from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_safetensors
 
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
-_SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py")
+_SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py", "classifier.py")
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,26 @@ class BundleSettings:
         a class, because hundreds of images of a class have to differ.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     images_per_class: stop when there are so many; None makes as many as the time allows.
+    keep: share of each class's images that are kept, those that a ConvNet trained on real images is surest of; 1 keeps all.
+    classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
+    Raises UsageError for a `keep` that is not above 0 and at most 1.
     """
 
     sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(guidance=default_guidance(None)))
     device: str = "auto"
     half: bool = False
     images_per_class: int | None = None
+    keep: float = 1.0
+    classifier: bool = False
+
+    def __post_init__(self) -> None:
+        require_share("keep", self.keep)
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise UsageError unless the value is above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise UsageError(f"{name} must be above 0 and at most 1, got {value:g}.")
 
 
 @dataclass(frozen=True)
@@ -85,16 +101,17 @@ def pack_bundle(
     stays as it was if anything fails. Raises what `build_folder` and `prove` raise.
     """
     with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
-        zip_folder(build_folder(models, Path(temporary) / "bundle"), zipped)
+        zip_folder(build_folder(models, Path(temporary) / "bundle", progress=progress), zipped)
         proofs = prove(zipped, proof, progress=progress) if proof else ()
     return PackedBundle(out, sha256_of(out), packed_files(out), proofs)
 
 
-def build_folder(models: Sequence[BundleModel], out: Path) -> Path:
+def build_folder(models: Sequence[BundleModel], out: Path, *, progress: Listener = ignore) -> Path:
     """Write the bundle as a folder that can be run as it is; an earlier one is replaced.
 
-    The same models and settings make the same files. Raises UsageError without models or with two of one dataset,
-    MissingModelError if a model or the scripts are missing, and what `load_model` raises.
+    The same models and settings make the same files. A classifier is trained on the real images, once. Raises UsageError
+    without models or with two of one dataset, MissingModelError if a model or the scripts are missing, and what
+    `load_model` and `open_dataset` raise.
     """
     datasets = [model.dataset for model in models]
     if not datasets or len(set(datasets)) < len(datasets):
@@ -103,7 +120,7 @@ def build_folder(models: Sequence[BundleModel], out: Path) -> Path:
         for name, source in scripts().items():
             (folder / name).write_bytes(source.read_bytes())
         (folder / SCRIPT).chmod(0o755)
-        facts = {model.dataset: _add_model(model, folder / "models" / model.dataset) for model in models}
+        facts = {model.dataset: _add_model(model, folder / "models" / model.dataset, progress) for model in models}
         write_text(folder / "requirements.txt", "".join(f"{line}\n" for line in requirements()))
         write_text(folder / "README.md", _readme(models, facts))
         _write_hashes(folder)
@@ -221,8 +238,8 @@ def _with_script(folder: Path, path: Path) -> Path:
     return found[0]
 
 
-def _add_model(model: BundleModel, folder: Path) -> ModelFacts:
-    """Write a model's folder: its parts without what only ddkit reads, its sampler, and entry.json."""
+def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFacts:
+    """Write a model's folder: its parts without what only ddkit reads, its sampler, its classifier, and entry.json."""
     facts, spec = load_model(model.folder, dataset=model.dataset).facts, dataset_spec(model.dataset)
     _check_fits(facts, spec, model.folder)
     parts = [part for part in ("vae", DENOISER_PART) if (model.folder / part).is_dir()]
@@ -230,6 +247,12 @@ def _add_model(model: BundleModel, folder: Path) -> ModelFacts:
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_bytes((model.folder / part / "config.json").read_bytes())
         _copy_weights(model.folder / part / WEIGHTS_FILE, folder / part / WEIGHTS_FILE, half=model.settings.half)
+    if model.settings.classifier or model.settings.keep < 1:
+        real = open_dataset(model.dataset, "train", progress=progress)
+        network = reference_features(real, spec, progress=progress).network
+        (folder / "classifier").mkdir()
+        save_safetensors(dict(network.state_dict()), folder / "classifier" / "classifier.safetensors")
+        write_json(folder / "classifier" / "config.json", {"image_size": network.image_size})
     sampling = model.settings.sampling
     make_scheduler(sampling.sampler, facts.prediction).save_config(folder / "scheduler")
     entry = {
@@ -245,6 +268,7 @@ def _add_model(model: BundleModel, folder: Path) -> ModelFacts:
         "precision": sampling.precision,
         "device": model.settings.device,
         "images_per_class": model.settings.images_per_class,
+        "keep": model.settings.keep,
         "pixels": True,  # generate.py has the option --pixels
     }
     write_json(folder / "entry.json", entry)

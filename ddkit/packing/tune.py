@@ -21,7 +21,7 @@ from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.generator.model_folder import model_hash
-from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder
+from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder, require_share
 from ddkit.results import Scores
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.files import atomic_write
@@ -34,11 +34,23 @@ _FINALISTS = 2  # candidates of the last stage
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings to try. images_per_class: at which the bundle stops; None for as many as the time allows."""
+    """Settings to try.
+
+    images_per_class: number at which the bundle stops; None for as many as the time allows. keep: share of each class's
+    images that are kept, those that a classifier is surest of.
+    """
 
     steps: int
     guidance: float
     images_per_class: int | None = None
+    keep: float = 1.0
+
+    def __str__(self) -> str:
+        """The settings in words, such as "8 steps, guidance 2, 50 images a class, the surest 50 %"."""
+        steps = f"{self.steps} steps, " if self.steps else ""
+        count = "" if self.images_per_class is None else f", {self.images_per_class} images a class"
+        kept = "" if self.keep == 1 else f", the surest {100 * self.keep:g} %"
+        return f"{steps}guidance {self.guidance:g}{count}{kept}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Search:
     steps: tuple[int, ...] = (4, 8, 16)
     guidance: tuple[float, ...] = (1.0, 2.0)
     images_per_class: tuple[int | None, ...] = (None,)
+    keep: tuple[float, ...] = (1.0,)
     evaluation: EvaluationSettings = field(
         default_factory=lambda: EvaluationSettings(track=2, rounds=2, epochs_setting=20, time_budget=60.0)
     )
@@ -60,13 +73,15 @@ class Search:
         counts = [count for count in self.images_per_class if count is not None]
         if not self.candidates or min((*self.steps, *counts)) < 1 or min(self.guidance) < 0:
             raise UsageError("A search needs steps and images per class of 1 or more, and guidance of 0 or more.")
+        for share in self.keep:
+            require_share("keep", share)
         if self.evaluation.track != 2:
             raise UsageError("Only track 2 has a time budget to search within.")
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """Every combination of the values, each once."""
-        combined = itertools.product(self.steps, self.guidance, self.images_per_class)
+        combined = itertools.product(self.steps, self.guidance, self.images_per_class, self.keep)
         return tuple(dict.fromkeys(Candidate(*values) for values in combined))
 
     @property
@@ -106,11 +121,12 @@ class Trial(Scores):
     accuracies: tuple[float, ...]
     images_per_class: int | None = None
     precision: str = "float32"
+    keep: float = 1.0
 
     @property
     def candidate(self) -> Candidate:
         """The settings that were tried."""
-        return Candidate(self.steps, self.guidance, self.images_per_class)
+        return Candidate(self.steps, self.guidance, self.images_per_class, self.keep)
 
     @property
     def conditions(self) -> tuple[Any, ...]:
@@ -139,7 +155,8 @@ def run_search(
     candidates = list(search.candidates)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="ddkit-tune-") as temporary:
-        script = build_folder([model], Path(temporary) / "bundle") / SCRIPT
+        bundled = replace(model, settings=replace(model.settings, classifier=min(search.keep) < 1))
+        script = build_folder([bundled], Path(temporary) / "bundle", progress=progress) / SCRIPT
         for count, settings in search.stages:
             if trials:
                 best = sorted(trials, key=_rank)[:count]
@@ -188,7 +205,8 @@ def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
     sampling = replace(model.settings.sampling, sampler=best.sampler, steps=best.steps, guidance=best.guidance)
-    return replace(model, settings=replace(model.settings, sampling=sampling, images_per_class=best.images_per_class))
+    settings = replace(model.settings, sampling=sampling, images_per_class=best.images_per_class, keep=best.keep)
+    return replace(model, settings=settings)
 
 
 def read_trials(records: Path) -> list[Trial]:
@@ -206,7 +224,7 @@ def _trial_from_json(values: Any) -> Trial:
     """Raises TypeError, AttributeError or ValueError if the values are not a trial."""
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     trial = Trial(**fields)
-    numbers = (trial.steps, trial.guidance, trial.budget, trial.epochs_setting, *trial.accuracies, *trial.images)
+    numbers = (trial.steps, trial.guidance, trial.keep, trial.budget, trial.epochs_setting, *trial.accuracies, *trial.images)
     if not trial.accuracies or not all(type(number) in (int, float) for number in numbers):
         raise ValueError("a number is missing")
     return trial
@@ -219,14 +237,13 @@ def draw_chart(trials: Sequence[Trial], path: Path) -> None:
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     accuracy, images = figure.subplots(1, 2)
-    for guidance, count in sorted({(t.guidance, t.images_per_class or 0) for t in trials}):
-        line = sorted(
-            (t for t in trials if (t.guidance, t.images_per_class or 0) == (guidance, count)), key=lambda trial: trial.steps
-        )
+    kinds = sorted({replace(trial.candidate, steps=0) for trial in trials}, key=str)
+    for kind in kinds:
+        line = sorted((t for t in trials if replace(t.candidate, steps=0) == kind), key=lambda trial: trial.steps)
         steps = [trial.steps for trial in line]
         accuracy.errorbar(
             steps, [100 * trial.mean for trial in line], yerr=[100 * (trial.std or 0.0) for trial in line],
-            marker="o", markersize=3, capsize=2, label=f"guidance {guidance:g}" + (f", {count} a class" if count else ""),
+            marker="o", markersize=3, capsize=2, label=str(kind),
         )  # fmt: skip
         images.plot(steps, [sum(trial.images) / len(trial.images) for trial in line], marker="o", markersize=3)
     first = trials[0]
@@ -259,6 +276,7 @@ def _planned(model: BundleModel, candidate: Candidate, settings: EvaluationSetti
         seconds=(),
         accuracies=(0.0,) * settings.number_of_rounds,
         images_per_class=candidate.images_per_class,
+        keep=candidate.keep,
         precision=sampling.precision,
     )
 
@@ -271,7 +289,7 @@ def _try(
     state: StateFolder | None,
     progress: Listener,
 ) -> Trial:
-    arguments = ["--steps", str(trial.steps), "--guidance", f"{trial.guidance:g}", "--pixels"]
+    arguments = ["--steps", str(trial.steps), "--guidance", f"{trial.guidance:g}", "--pixels", "--keep", f"{trial.keep:g}"]
     if trial.images_per_class is not None:
         arguments += ["--most", str(trial.images_per_class * test_set.spec.num_classes)]
     if settings.device != "auto":

@@ -45,7 +45,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves the script's own folder out
 
-from shards import HASHES_FILE, HERE, Failure, Job, join, open_shards, say, sha256_of, shards_of, write_spent
+from shards import HASHES_FILE, HERE, Failure, Job, join, made_for, open_shards, say, sha256_of, shards_of, write_spent
 
 FLOAT_BYTES = 4
 SECONDS_BETWEEN_REPORTS = 10.0
@@ -117,7 +117,7 @@ def parse_options() -> argparse.Namespace:
         "--ipc", type=int, metavar="N", help="make exactly this many images of each class, however long it takes"
     )
     amount.add_argument("--join", action="store_true", help="only make the file of what a killed run left in OUT.shards/")
-    parser.add_argument("--most", type=int, metavar="N", help="make no more than this many images, even if there is time left")
+    parser.add_argument("--most", type=int, metavar="N", help="write no more than this many images, even if there is time left")
     parser.add_argument(
         "--pixels", action="store_true", help="write bytes and the constants, which makes the file a quarter as large"
     )
@@ -128,6 +128,10 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="sample in this many steps  [default: as packed]")
     parser.add_argument("--guidance", type=float, help="set the scale of guidance; 1 turns it off  [default: as packed]")
+    parser.add_argument(
+        "--keep", type=float, metavar="SHARE",
+        help="keep this share of each class's images, those that a classifier is surest of; 1 keeps all  [default: as packed]",
+    )  # fmt: skip
     options = parser.parse_args()
     for name, least in (("time_budget", 1e-9), ("ipc", 1), ("most", 1), ("processes", 1), ("steps", 1), ("guidance", 0)):
         value = getattr(options, name)
@@ -135,6 +139,8 @@ def parse_options() -> argparse.Namespace:
             raise Failure(f"--{name.replace('_', '-')} cannot be {value:g}.", 2)
     if options.device and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
         raise Failure(f"--device cannot be '{options.device}'; give auto, cpu, mps, cuda or cuda:N.", 2)
+    if options.keep is not None and not 0 < options.keep <= 1:
+        raise Failure(f"--keep cannot be {options.keep:g}; give a share above 0 and up to 1.", 2)
     if options.ipc and options.most:
         raise Failure("--ipc and --most exclude each other: both say how many images to make.", 2)
     return options
@@ -147,15 +153,18 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
         raise Failure(f"unknown dataset '{options.dataset}'. {nearest_dataset(options.dataset)}", 2)
     check_hashes(model)
     entry = json.loads((model / "entry.json").read_text(encoding="utf-8"))
-    entry |= {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
+    entry |= {name: value for name in ("steps", "guidance", "keep") if (value := getattr(options, name)) is not None}
+    keep = entry.get("keep", 1.0)
+    if keep < 1 and not (model / "classifier").is_dir():
+        raise Failure("--keep needs a classifier, and the bundle has none; pack it again with --keep.", 2)
     out = options.out.absolute()
     check_writable(out)
     device = options.device or entry["device"]
     workers = options.processes or usual_workers(device)
     budget = math.inf if options.time_budget is None else options.time_budget
-    room = check_space(entry, out.parent, options.ipc, 1 if options.pixels else 4)
+    room = check_space(entry, out.parent, options.ipc and made_for(options.ipc, keep), 1 if options.pixels else 4)
     packed = (entry.get("images_per_class") or room) * entry["num_classes"]
-    limit = min(room, options.most or packed)
+    limit = min(room, made_for(options.most or packed, keep))
     return Job(model, entry, out, options.seed, device, workers, options.ipc, limit, began, budget, options.pixels)
 
 

@@ -1,7 +1,8 @@
 """What the processes of generate.py share: the job, and the folder of shards in which its images gather.
 
-Shard `<worker>-<first>-<end>.safetensors` holds the worker's images number `first` to `end` as bytes, with their labels
-and their indices within their classes. `run.json` says what they are of, and how much of the budget is spent.
+Shard `<worker>-<first>-<end>.safetensors` holds the worker's images number `first` to `end` as bytes, with their labels,
+their indices within their classes and, where only a share is kept, the classifier's confidence in each. `run.json` says
+what they are of, and how much of the budget is spent.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Failure(Exception):
 class Job:
     """What to make; the same for all workers.
 
-    entry: the model folder's entry.json. workers: how many share the work. limit: of images, by disk and memory.
+    entry: the model folder's entry.json. workers: how many share the work. limit: of images made, by disk and memory.
     began: when the process started, on time.monotonic()'s clock. budget: seconds from then on; math.inf with --ipc.
     pixels: write the images as bytes, with the constants, instead of normalized.
     """
@@ -86,11 +87,16 @@ class Job:
     def classes(self) -> int:
         return self.entry["num_classes"]
 
+    @property
+    def keep(self) -> float:
+        """The share of each class's images that the file gets."""
+        return self.entry.get("keep", 1.0)
+
     def share(self, worker: int) -> int:
         """How many images the worker may make."""
         if self.ipc is None:
             return len(range(worker, self.limit, self.workers))
-        return len(range(worker, self.ipc, self.workers)) * self.classes
+        return len(range(worker, made_for(self.ipc, self.keep), self.workers)) * self.classes
 
     def image(self, worker: int, position: int) -> tuple[int, int]:
         """The worker's image number `position`: its class, and its index in that class.
@@ -99,6 +105,11 @@ class Job:
         """
         turn, place = divmod(position, self.classes)
         return (place + worker * self.classes // self.workers) % self.classes, worker + self.workers * turn
+
+
+def made_for(kept: int, keep: float) -> int:
+    """How many images are made so that `kept` remain of them."""
+    return math.ceil(round(kept / keep, 6))
 
 
 def open_shards(job: Job) -> Job:
@@ -145,11 +156,15 @@ class Shard:
         self.classes: list[int] = []
         self.indices: list[int] = []
         self.images: list[Any] = []
+        self.confidences: list[Any] = []
 
-    def add(self, sampler: Callable[[list[int], list[int]], Any], count: int) -> None:
+    def add(self, sampler: Callable[..., Any], count: int, classifier: Callable[..., Any] | None = None) -> None:
         images = [self.job.image(self.worker, position) for position in range(self.end, self.end + count)]
         classes, indices = [c for c, _ in images], [i for _, i in images]
-        self.images.append(sampler(classes, indices))
+        pixels = sampler(classes, indices)
+        if classifier:
+            self.confidences.append(classifier(pixels, classes))
+        self.images.append(pixels)
         self.classes += classes
         self.indices += indices
         self.end += count
@@ -163,9 +178,11 @@ class Shard:
             from safetensors.torch import save
 
             began = time.monotonic()
-            labels, indices = torch.tensor(self.classes), torch.tensor(self.indices)
+            tensors = {"labels": torch.tensor(self.classes), "indices": torch.tensor(self.indices)}
+            if self.confidences:
+                tensors["confidences"] = torch.cat(self.confidences)
             with atomic_write(self.job.shards / f"{self.worker}-{self.first}-{self.end}.safetensors") as file:
-                file.write(save({"images": torch.cat(self.images), "labels": labels, "indices": indices}))
+                file.write(save({"images": torch.cat(self.images), **tensors}))
             master.send(("written", (self.end - self.first, time.monotonic() - began)))
         return Shard(self.job, self.worker, self.end)
 
@@ -177,13 +194,18 @@ def join(job: Job) -> tuple[int, str]:
     if not (settings := read_run(job).get("settings")):
         raise Failure(f"there is nothing to join in {job.shards}.")
     entry, ipc = settings["entry"], settings["ipc"]
+    keep = entry.get("keep", 1.0)
     shards = shard_files(job, settings["workers"])
     labels_of = [tensor_of(shard, "labels").clone() for shard in shards]
     labels, counts = torch.cat(labels_of), torch.tensor([len(labels) for labels in labels_of])
     indices = torch.cat([tensor_of(shard, "indices").clone() for shard in shards])
-    chosen = choose(labels, indices, entry["num_classes"], ipc)
-    if ipc and len(chosen) < ipc * entry["num_classes"]:
-        raise Failure(f"{len(chosen):,} of {ipc * entry['num_classes']:,} images were made; run it again to continue.")
+    if ipc and len(labels) < (wanted := made_for(ipc, keep) * entry["num_classes"]):
+        raise Failure(f"{len(labels):,} of {wanted:,} images were made; run it again to continue.")
+    considered = torch.arange(len(labels))
+    if keep < 1:
+        confidences = torch.cat([tensor_of(shard, "confidences").clone() for shard in shards])
+        considered = surest(labels, confidences, entry["num_classes"], keep, ipc)
+    chosen = considered[choose(labels[considered], indices[considered], entry["num_classes"], ipc)]
     shape = (len(chosen), 3, entry["image_size"], entry["image_size"])
     kind = torch.ByteStorage if job.pixels else torch.FloatStorage
     images = Written(kind, shape, gathered(shards, counts, chosen, settings["workers"], None if job.pixels else entry))
@@ -315,6 +337,21 @@ def choose(labels: Any, indices: Any, classes: int, ipc: int | None) -> Any:
         return by_class
     kept = rank <= counts.min()
     return by_class[kept][(rank[kept] * classes + labels[by_class][kept]).argsort()]
+
+
+def surest(labels: Any, confidences: Any, classes: int, keep: float, ipc: int | None) -> Any:
+    """The rows of the images that the classifier is surest of: as many of each class, a share `keep` of the fewest.
+
+    labels: (N,) int64. confidences: (N,) float32. ipc: with it, so many of each class. Returns (n,) int64, rising.
+    """
+    import torch
+
+    counts = torch.bincount(labels, minlength=classes)
+    kept = ipc or max(1, round(keep * int(counts.min())))
+    by_class = (-confidences).argsort(stable=True)
+    by_class = by_class[labels[by_class].argsort(stable=True)]
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
+    return by_class[rank < kept].sort().values
 
 
 def shards_of(job: Job, worker: int) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from classifier import Classifier
 from sampling import Sampler
 from shards import Failure, Job, Shard, shards_of
 
@@ -30,6 +31,7 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
     sampler = Sampler(job.model, job.entry, device, job.seed)
+    classifier = Classifier(job.model / "classifier", job.entry, device) if job.keep < 1 else None
     master.send(("loaded", time.monotonic() - job.began))
     shard = Shard(job, worker, first=max((end for _, end in shards_of(job, worker)), default=0))
     batch = BatchSize(longest=job.seconds_per_shard / 2)
@@ -37,7 +39,7 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
     while (left := job.share(worker) - shard.end) > 0 and time.monotonic() + batch.expected < stop_at.value:
         began = time.monotonic()
         try:
-            shard.add(sampler, min(batch.size, left))
+            shard.add(sampler, min(batch.size, left), classifier)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

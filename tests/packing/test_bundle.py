@@ -36,7 +36,7 @@ def model(colors, colors_model):
 def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):
     folder = build_folder([model], tmp_path / "entry")
     assert {path.name for path in folder.iterdir()} == {
-        "generate.py", "shards.py", "worker.py", "sampling.py", "denoiser.py", "models", "requirements.txt",
+        "generate.py", "shards.py", "worker.py", "sampling.py", "classifier.py", "denoiser.py", "models", "requirements.txt",
         "README.md", "SHA256SUMS",
     }  # fmt: skip
     assert datasets_of(folder) == ["colors"]

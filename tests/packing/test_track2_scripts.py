@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddkit.data.images import normalize
+from ddkit.data.images import denormalize, normalize
+from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
+from ddkit.errors import UsageError
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
+from ddkit.metrics.features import reference_features
 from ddkit.packing.bundle import BundleModel, BundleSettings, build_folder
 from ddkit.runtime.torch_file import load_tensors
 
@@ -95,6 +98,58 @@ def test_pixels_are_the_bytes_that_the_floats_are_made_of(entry, colors, tmp_pat
     ours = load_tensors(tmp_path / "bytes.pt", "images", "labels", "mean", "std")
     assert all(torch.equal(tensor, made[key]) for tensor, key in zip(ours, ("images", "labels", "mean", "std"), strict=True))
     assert (tmp_path / "bytes.pt").stat().st_size < 0.5 * (tmp_path / "floats.pt").stat().st_size
+
+
+@pytest.fixture
+def filtering_entry(colors, colors_model, tmp_path):
+    """The same bundle, which keeps the half of each class that its classifier is surest of."""
+    settings = BundleSettings(SAMPLING, "cpu", keep=0.5)
+    return build_folder([BundleModel(colors, colors_model, settings)], tmp_path / "filtering")
+
+
+def confidences(colors, images, labels):
+    """What the reference network makes of normalized images."""
+    spec = dataset_spec(colors)
+    features = reference_features(open_dataset(colors, "train"), spec)
+    return features.with_confidence((denormalize(images, spec) * 255).round().to(torch.uint8), labels)[1]
+
+
+@pytest.mark.slow
+def test_an_entry_with_a_filter_keeps_the_images_its_classifier_is_surest_of(filtering_entry, colors, tmp_path):
+    everything, kept = tmp_path / "all.pt", tmp_path / "kept.pt"
+    run(filtering_entry, everything, "--time-budget", 600, "--most", 12, "--processes", 2, "--keep", 1)
+    run(filtering_entry, kept, "--time-budget", 600, "--most", 6, "--processes", 2)
+    made, surest = (torch.load(path, weights_only=True) for path in (everything, kept))
+    assert len(made["labels"]) == 12 and surest["labels"].tolist() == [0, 1] * 3
+    confidence = confidences(colors, made["images"], made["labels"])
+    for label in (0, 1):
+        images = made["images"][made["labels"] == label]
+        best = confidence[made["labels"] == label].topk(3).indices.sort().values
+        assert torch.equal(surest["images"][surest["labels"] == label], images[best])
+
+
+@pytest.mark.slow
+def test_a_fixed_set_of_an_entry_with_a_filter_is_chosen_from_twice_as_many(filtering_entry, colors, tmp_path):
+    run(filtering_entry, tmp_path / "all.pt", "--ipc", 4, "--processes", 2, "--keep", 1)
+    said = run(filtering_entry, tmp_path / "kept.pt", "--ipc", 2, "--processes", 2)
+    made, kept = (torch.load(tmp_path / name, weights_only=True) for name in ("all.pt", "kept.pt"))
+    labels = torch.tensor([0, 1]).repeat_interleave(4)
+    confidence = confidences(colors, made, labels)
+    best = torch.cat([4 * label + confidence[4 * label :][:4].topk(2).indices.sort().values for label in (0, 1)])
+    assert torch.equal(kept, made[best]) and "4 images, 2 of each class" in said
+
+
+@pytest.mark.slow
+def test_a_filter_keeps_at_least_one_image_of_each_class(filtering_entry, tmp_path):
+    run(filtering_entry, tmp_path / "kept.pt", "--time-budget", 600, "--most", 2, "--processes", 1, "--keep", 0.01)
+    assert torch.load(tmp_path / "kept.pt", weights_only=True)["labels"].tolist() == [0, 1]
+
+
+def test_a_share_that_cannot_be_kept_is_wrong_usage(entry, tmp_path):
+    assert "has none; pack it again with --keep" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0.5, status=2)
+    assert "a share above 0" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0, status=2)
+    with pytest.raises(UsageError, match="keep must be above 0"):
+        BundleSettings(keep=0)
 
 
 @pytest.mark.slow

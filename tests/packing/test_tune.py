@@ -35,9 +35,11 @@ def trial(steps, *accuracies, guidance=1.0, **changes):
 
 
 def test_the_candidates_are_all_combinations():
-    search = Search((2, 4), (1.0, 3.0), (None, 50))
-    assert len(search.candidates) == 8 and Candidate(2, 3.0, 50) in search.candidates
-    for wrong in ({"steps": ()}, {"steps": (0,)}, {"guidance": (-1.0,)}, {"images_per_class": (0,)},
+    search = Search((2, 4), (1.0, 3.0), (None, 50), (1.0, 0.5))
+    assert len(search.candidates) == 16 and Candidate(2, 3.0, 50, 0.5) in search.candidates
+    assert str(Candidate(2, 3.0, 50, 0.5)) == "2 steps, guidance 3, 50 images a class, the surest 50 %"
+    assert str(Candidate(2, 3.0)) == "2 steps, guidance 3"
+    for wrong in ({"steps": ()}, {"steps": (0,)}, {"guidance": (-1.0,)}, {"images_per_class": (0,)}, {"keep": (0.0,)},
                   {"evaluation": EvaluationSettings(track=1)}):  # fmt: skip
         with pytest.raises(UsageError):
             Search(**wrong)
@@ -99,17 +101,19 @@ def test_the_best_of_the_latest_conditions_is_packed(colors, colors_model, tmp_p
         with_best_settings(model, path)
     sha256 = model_hash(colors_model)
     for one in (trial(32, 0.9, model_sha256=sha256, budget=600.0), trial(4, 0.3, model_sha256=sha256),
-                trial(8, 0.5, guidance=1.5, sampler="dpm++", model_sha256=sha256, images_per_class=50)):  # fmt: skip
+                trial(8, 0.5, guidance=1.5, sampler="dpm++", model_sha256=sha256, images_per_class=50,
+                      keep=0.25)):  # fmt: skip
         _append(one, path)
     settings = with_best_settings(model, path).settings
-    assert (settings.sampling.steps, settings.sampling.guidance, settings.images_per_class) == (8, 1.5, 50)
+    assert (settings.sampling.steps, settings.sampling.guidance) == (8, 1.5)
+    assert (settings.images_per_class, settings.keep) == (50, 0.25)
 
 
 def test_a_line_of_an_earlier_version_is_a_trial(tmp_path):
     path = tmp_path / "trials.jsonl"
     _append(trial(4, 0.2, 0.3), path)
     values = json.loads(path.read_text())
-    del values["images_per_class"], values["precision"]
+    del values["images_per_class"], values["precision"], values["keep"]
     path.write_text(json.dumps(values) + "\n")
     assert read_trials(path) == [trial(4, 0.2, 0.3)]
 
