@@ -66,10 +66,10 @@ def ignore_option(text: str) -> Callable[..., Any]:
     return click.option("--ignore", "ignore_codes", multiple=True, type=FindingCode(), metavar="CODE", help=text)
 
 
-def save_every_option(name: str, default: str) -> Callable[..., Any]:
-    """Add --save-every, a length of time in seconds, which the command receives under that name."""
+def save_every_option(default: str) -> Callable[..., Any]:
+    """Add --save-every DURATION; the command receives `save_every_seconds`."""
     text = "Save the state this often; a kill loses at most this."
-    return click.option("--save-every", name, type=Duration(), default=default, help=text)
+    return click.option("--save-every", "save_every_seconds", type=Duration(), default=default, help=text)
 
 
 results_option = click.option(

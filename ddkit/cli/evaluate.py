@@ -26,6 +26,7 @@ from ddkit.cli._options import (
     example,
     ignore_option,
     results_option,
+    save_every_option,
 )
 from ddkit.cli._output import Output, span_text
 from ddkit.cli._rankings import rankings_table
@@ -104,14 +105,14 @@ _MOST_ROUNDS_SHOWN = 5
 @click.option(
     "--dry-run", is_flag=True, help="Only measure a few batches, and print the time and memory needed and if it is official."
 )
-@click.option("--save-every", type=Duration(), default="30s", help="Save the state this often; a kill loses at most this.")
+@save_every_option("30s")
 @results_option
 @compute_options
 def evaluate(
     output: Output,
     sets: tuple[Path, ...],
     state: Path,
-    save_every: float,
+    save_every_seconds: float,
     track: str,
     dry_run: bool,
     **options: Any,
@@ -137,10 +138,10 @@ def evaluate(
     job = {name: options.pop(name) for name in of_job}
     job["conversion"] = Conversion(**{name: options.pop(name) for name in ("zca", "argmax", "normalization")})
     evaluation = EvaluationSettings(track=int(track), augment=not options.pop("no_augment"), **options)
-    settings = JobSettings(evaluation, **job, state=StateFolder(state, save_every))
+    settings = JobSettings(evaluation, **job, state=StateFolder(state, save_every_seconds))
     output.quiet = output.quiet or not is_main()
     if dry_run:
-        events: dict[str, Any] = {"progress": output.progress, "on_event": lambda text: output.note(escape(text))}
+        events: dict[str, Any] = {"progress": output.progress, "on_event": output.event}
         estimates = estimate_files(sets, settings, folder=SUBMISSION_FOLDER, **events)
         output.result([{**asdict(each), "official": each.official} for each in estimates], _estimates_table(estimates))
         return

@@ -20,6 +20,7 @@ from ddkit.cli._options import (
     example,
     ignore_option,
     resumable_options,
+    save_every_option,
 )
 from ddkit.cli._output import Output, span_text
 from ddkit.distill.settings import OBJECTIVES, PRESETS, RefineLimits, RefineSettings
@@ -92,7 +93,7 @@ _DEFAULTS = RefineSettings()
     "--dry-run", is_flag=True, help="Only print the steps, time and memory that it would need, and the accuracy to expect."
 )
 @ignore_option("Refine in spite of findings with this code by ddkit check; repeatable.")
-@click.option("--save-every", type=Duration(), default="2m", help="Save the state this often; a kill loses at most this.")
+@save_every_option("2m")
 @resumable_options
 def refine(
     output: Output,

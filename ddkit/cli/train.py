@@ -119,7 +119,7 @@ def _read_class_map(
     type=click.Choice(_FEATURES),
     help=f"Compute the Frechet distance in a ConvNet trained on the real images, or in Inception.  [default: {_FEATURES[0]}]",
 )
-@save_every_option("save_every_seconds", "5m")
+@save_every_option("5m")
 @click.option("--tensorboard", is_flag=True, help="Also write records for TensorBoard.")
 @click.option("--dry-run", is_flag=True, help="Only show what the training would cost: parameters, memory, speed.")
 @resumable_options
