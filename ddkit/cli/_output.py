@@ -32,6 +32,7 @@ from ddkit.runtime.progress import Progress
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, if standard error is not a terminal
 _SECONDS_OF_RATE = 60.0  # over which speed and remaining time are estimated
+_SECONDS_OF_PAUSE = 10.0  # without a report of a task, in which another one reports: they do not count for its speed
 _WIDTH_WITHOUT_TERMINAL = 160  # columns of a result that goes to a file or another program
 _MOST_BARS = 5
 _NARROW = 80  # columns; narrower terminals show counts without a bar
@@ -52,6 +53,7 @@ class Output:
         self.err = _console(stderr=True)
         self._began = time.monotonic()
         self._tasks: dict[str, _Task] = {}  # the latest few
+        self._latest = ""  # name of the task that reported last
         self._bars: Bars | None = None
 
     def __enter__(self) -> Output:
@@ -100,7 +102,8 @@ class Output:
         task = self._tasks.get(progress.task)
         if task is None or progress.done < task.done:  # a new task, or the same one from the start: the next round
             task = self._begin(progress.task, _Task(now, progress.done))
-        task.advance(now, progress.done)
+        task.advance(now, progress.done, resumed=self._latest != progress.task)
+        self._latest = progress.task
         if self.err.is_terminal and not self.err.is_dumb_terminal:
             self._show_bar(task, progress, now)
         elif _is_finished(progress) or now - task.shown >= _SECONDS_BETWEEN_LINES:
@@ -216,12 +219,17 @@ class _Task:
     def __init__(self, now: float, done: float) -> None:
         self.began = now
         self.done = done
+        self._reported = now
         self.shown = -math.inf  # when a line of a log was last printed of it
         self.bar: TaskID | None = None
         self._samples = deque([(now, done)])
 
-    def advance(self, now: float, done: float) -> None:
-        self.done = done
+    def advance(self, now: float, done: float, *, resumed: bool) -> None:
+        """Take note of how far it is. resumed: another task has reported since the last call, such as a validation."""
+        pause = now - self._reported
+        if resumed and pause > _SECONDS_OF_PAUSE:
+            self._samples = deque((time + pause, done) for time, done in self._samples)
+        self.done, self._reported = done, now
         if now - self._samples[-1][0] >= 1:
             self._samples.append((now, done))
         # The oldest one that stays is a minute old or older, so that there is a rate however rare the reports are.

@@ -136,6 +136,19 @@ def test_rate_and_time_left_are_those_of_the_last_minute(clock, capsys):
     assert lines[-1] == "Training: 3,120/10,000 images, 1.0/s, 1.9 h left"
 
 
+def test_time_spent_in_another_task_does_not_count_for_the_rate(clock, capsys):
+    output = Output()
+    for step in range(1, 21):  # a step a second, and after ten of them a validation of a minute
+        output.progress(Progress("Refining", step, 1000, "steps"))
+        if step == 10:
+            for epoch in range(1, 13):
+                clock[0] += 5
+                output.progress(Progress("Validating", epoch, 12, "epochs"))
+        clock[0] += 1
+    refining = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Refining")]
+    assert refining[-1].startswith("Refining: 11/1,000 steps, 1.1/s, 15 min left"), refining
+
+
 def test_rate_of_reports_that_are_rare_is_that_since_the_last_one(clock, capsys):
     output = Output()
     for done in (0, 1, 3):
