@@ -207,18 +207,23 @@ def pack(
     folder: PathLike = "submission",
     out: PathLike = "submission.zip",
     *,
+    name: str | None = None,
     strict: bool = False,
     ignore_codes: Collection[str] = (),
     progress: Listener = ignore,
 ) -> Path:
-    """Check a submission folder, write its zip, verify that, and return its path.
+    """Check a submission folder, write its zip, verify that, record it in runs/packed.jsonl, and return its path.
 
-    strict: refuse warnings too. ignore_codes: findings that do not matter.
+    name: under which it is recorded; None takes the zip's own, with a number if that is in use. strict: refuse warnings
+    too. ignore_codes: findings that do not matter.
     Raises InvalidSubmissionError for a folder that `check` refuses.
     """
+    from ddkit.history import PackedRecords
     from ddkit.packing.pack import pack as pack_folder
 
-    return pack_folder(folder, out, strict=strict, ignore_codes=ignore_codes, progress=progress)
+    return pack_folder(
+        folder, out, strict=strict, ignore_codes=ignore_codes, name=name, records=PackedRecords(), progress=progress
+    )
 
 
 def push(

@@ -53,7 +53,7 @@ class Result(Scores):
     images_per_class: smallest and largest number of images of any class.
     epochs_setting: E of PROTOCOL.md; E + 1 epochs ran.
     loss_curves: per round, the mean training loss of evenly spaced epochs, first and last included.
-    per_class: mean accuracy of each class over the rounds.
+    per_class: mean accuracy of each class over the rounds. class_rounds: accuracies by round and class.
     confusions: the most frequent mistakes, as (true class, predicted class, mean count per round).
     official: True if nothing differs from PROTOCOL.md; `deviations` says what does.
     """
@@ -86,6 +86,7 @@ class Result(Scores):
     per_class: tuple[float, ...] = ()
     confusions: tuple[tuple[Count, Count, float], ...] = ()
     made_by: Mapping[str, Any] = field(default_factory=dict)  # the provenance of the evaluated set
+    class_rounds: tuple[tuple[float, ...], ...] = ()  # accuracy of each class in each round; () in old records
     format: Count = FORMAT_VERSION
 
 
@@ -140,8 +141,9 @@ class Records:
 
     def add(self, result: Result) -> None:
         """Add a result, and append it to the file unless it holds the same result of the same evaluation."""
-        if _identity(result) in self._results:
-            return
+        known = self._results.get(_identity(result))
+        if known is not None and len(known.class_rounds) >= len(result.class_rounds):
+            return  # an old record is written again if it does not have the accuracies by class and round
         self._results[_identity(result)] = result
         if self._writes:
             append(result, self._path)

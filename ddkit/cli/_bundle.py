@@ -18,6 +18,7 @@ from ddkit.cli._options import BUNDLE_FILE, COUNT, RUNS_FOLDER, Duration
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 from ddkit.generator.config import SAMPLERS, SAMPLING_PRECISIONS
+from ddkit.history import PackedRecords
 
 if TYPE_CHECKING:
     from ddkit.packing.bundle import BundleModel, PackedBundle
@@ -95,13 +96,21 @@ def models_by_dataset(values: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def pack_track_2(output: Output, out: Path | None, options: dict[str, Any]) -> None:
-    """Bundle, zip, prove and report, by the options of `ddkit pack`."""
+def pack_track_2(output: Output, out: Path | None, name: str | None, options: dict[str, Any]) -> None:
+    """Bundle, zip, prove, record and report, by the options of `ddkit pack`."""
     from ddkit.packing.proof import ProofSettings
 
     proof = ProofSettings(options["proof_budget"], options["fresh_venv"], most=options["proof_images"])
     models = _models(options)
+    records = PackedRecords()
+    if name is not None:
+        records.choose_name(name, "")  # which refuses a name in use before the work begins
     packed = pack_models(output, models, out or BUNDLE_FILE, None if options["no_proof"] else proof)
+    files = {file.name: file.sha256 for file in packed.files}
+    chosen, remark = records.choose_name(name, packed.path.stem, files)
+    records.add(chosen, packed.path, packed.sha256, 2, files)
+    if remark:
+        output.event(remark)
     _report(output, packed, options["size_limit"])
 
 

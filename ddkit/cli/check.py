@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -15,7 +16,11 @@ from ddkit.challenge import TRACKS
 from ddkit.cli._options import COUNT, FILE, PATH, SUBMISSION_FOLDER, example, ignore_option, output_options
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
+from ddkit.results import RESULTS_FILE
 from ddkit.sets.findings import Report
+
+if TYPE_CHECKING:
+    from ddkit.history import Known
 
 _COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
@@ -32,20 +37,27 @@ _COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
     metavar="OUT",
     help="Write the tensor to OUT with its rows in the order that the real images suggest, and check nothing.",
 )
+@click.option(
+    "--results",
+    type=FILE,
+    default=RESULTS_FILE,
+    help="Look up in this file what was evaluated, and in packed.jsonl next to it what was packed.",
+)
 @output_options
 @click.pass_context
 def check(
     ctx: click.Context, output: Output, path: Path, dataset: str | None, ipc: int, strict: bool,
-    ignore_codes: tuple[str, ...], fix_order: Path | None,
+    ignore_codes: tuple[str, ...], fix_order: Path | None, results: Path,
 ) -> None:  # fmt: skip
     """Check a submission folder, a zip, or one tensor, without executing anything in it.
 
     Looks at files, shapes and values. If the real images are prepared, the rows are compared with them as well: the order
     of the rows implies the labels, and the official scorer does not notice when it is wrong.
+    It also says which of the files were evaluated or packed before, by their hashes.
     The codes are explained in submission/README.md. The exit status is 1 if the submission is unacceptable.
     """
     from ddkit.checks import check as checks
-    from ddkit.checks import order
+    from ddkit.checks import order, recorded
 
     if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
         raise UsageError(
@@ -63,11 +75,24 @@ def check(
     settings = checks.CheckSettings(ipc=ipc)
     report = checks.check_path(path, dataset=dataset, settings=settings, progress=output.progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
-    output.result({"path": str(path), **report.to_json()}, _findings_table(report, path))
+    known = recorded.recorded_files(path, results)
+    shown = Group(_findings_table(report, path), *(Text(text) for each in known for text in each.sentences()))
+    data = {"path": str(path), **report.to_json(), "recorded": [_known_data(each) for each in known]}
+    output.result(data, shown)
     if not report.ok:
         ctx.exit(1)
     folder = "" if path == SUBMISSION_FOLDER else f" {shlex.quote(str(path))}"
     output.finish([], f"ddkit pack{folder}" if path.is_dir() else "")
+
+
+def _known_data(known: Known) -> dict[str, Any]:
+    evaluated = [
+        {"name": each.name, "dataset": each.dataset, "date": each.date, "accuracy": each.mean, "official": each.official,
+         "epochs_setting": each.epochs_setting, "source": each.source}
+        for each in known.results
+    ]  # fmt: skip
+    packed = [{"name": each.name, "date": each.date, "path": each.path} for each in known.packed]
+    return {"file": known.file, "sha256": known.sha256, "evaluated": evaluated, "packed": packed, "recipe": known.recipe}
 
 
 def _findings_table(report: Report, path: Path) -> RenderableType:

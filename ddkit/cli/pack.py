@@ -14,6 +14,7 @@ from ddkit.cli._bundle import bundle_options, files_table, pack_track_2
 from ddkit.cli._options import BUNDLE_FILE, FILE, FOLDER, SUBMISSION_FOLDER, TRACK, example, ignore_option, output_options
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
+from ddkit.history import PACKED_FILE, PackedRecords
 from ddkit.runtime.files import sha256_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _SUBMISSION_FILE = Path("submission.zip")
 _OF_TRACK_1 = ("folder", "strict", "ignore_codes")
-_OF_BOTH = ("track", "out")
+_OF_BOTH = ("track", "out", "name")
 _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
 
 
@@ -39,6 +40,11 @@ _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
 @click.option(
     "--out", type=FILE, help="Write the zip to this file.", show_default=f"{_SUBMISSION_FILE}; {BUNDLE_FILE} on track 2"
 )
+@click.option(
+    "--name",
+    help=f"Record the zip in {PACKED_FILE} under this name, which no other files may have.  "
+    "[default: the zip's own name, with a number if that is in use]",
+)
 @click.option("--strict", is_flag=True, help="Refuse a submission that has warnings.")
 @ignore_option("Ignore findings of this code; repeatable.")
 @bundle_options
@@ -50,6 +56,7 @@ def pack(
     folder: Path,
     track: str,
     out: Path | None,
+    name: str | None,
     strict: bool,
     ignore_codes: tuple[str, ...],
     **options: Any,
@@ -58,15 +65,16 @@ def pack(
 
     The zip is read back as the scorer reads it. If `ddkit check` refuses the submission, nothing is packed and an earlier
     zip stays as it was. The same tensors always make the same zip.
+    `ddkit report --history` lists what was packed, and `ddkit check` tells a zip by its hash.
 
     On track 2 the models are bundled with a stand-alone generate.py. Before the zip takes its place, the bundle is
     unpacked into an empty folder and run there without ddkit, and the images it makes are checked.
     """
     _refuse_options_of_the_other_track(ctx, track)
     if track == "2":
-        pack_track_2(output, out, options)
+        pack_track_2(output, out, name, options)
     else:
-        _pack_track_1(output, folder, out or _SUBMISSION_FILE, strict, ignore_codes)
+        _pack_track_1(output, folder, out or _SUBMISSION_FILE, name, strict, ignore_codes)
 
 
 def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
@@ -83,7 +91,9 @@ def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
             )
 
 
-def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignore_codes: tuple[str, ...]) -> None:
+def _pack_track_1(
+    output: Output, folder: Path, out: Path, name: str | None, strict: bool, ignore_codes: tuple[str, ...]
+) -> None:
     from ddkit.packing import pack as packing
 
     output.event(f"Checking {folder} and packing it into {out}.")
@@ -95,7 +105,17 @@ def _pack_track_1(output: Output, folder: Path, out: Path, strict: bool, ignore_
             if finding.level == "warning" or finding.code == _ORDER_NOT_COMPARED:
                 output.note(f"[yellow]{finding.level}[/yellow] {escape(f'{finding.code}: {finding.message}')}")
 
-    path = packing.pack(folder, out, strict=strict, ignore_codes=ignore_codes, on_report=on_report, progress=output.progress)
+    path = packing.pack(
+        folder,
+        out,
+        strict=strict,
+        ignore_codes=ignore_codes,
+        name=name,
+        records=PackedRecords(),
+        on_report=on_report,
+        on_event=output.event,
+        progress=output.progress,
+    )
     files = packing.packed_files(path)
     sha256 = sha256_of(path)
     data = {"path": str(path), "sha256": sha256, "files": [vars(file) for file in files],

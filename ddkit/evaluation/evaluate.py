@@ -108,6 +108,7 @@ class Evaluation(Scores):
     loss_curves: tuple[tuple[float, ...], ...]
     per_class: tuple[float, ...]
     confusions: tuple[tuple[int, int, float], ...]
+    class_rounds: tuple[tuple[float, ...], ...] = ()
 
     def result(
         self, name: str, sha256: str, source: str, *, kind: str = "submission", made_by: Mapping[str, Any] | None = None
@@ -344,6 +345,7 @@ def _summary(
         loss_curves=tuple(_thinned(result.losses) for result in results),
         per_class=_per_class(counts),
         confusions=_confusions(counts),
+        class_rounds=tuple(_per_class(counts[None]) for counts in counts),
     )
 
 

@@ -272,6 +272,7 @@ class _Job:
 
     def _evaluate_set(self, distilled: DistilledSet | PublishedSet) -> Result:
         settings, path = self._settings.evaluation, distilled.path or Path("set.pt")
+        self._note_used_name(distilled)
         self._on_event(f"Evaluating {path} on {distilled.spec.name}: {_length(settings)}.")
         evaluation = evaluate_source(
             _source_of(distilled),
@@ -284,6 +285,16 @@ class _Job:
         name = self._settings.name or (path.resolve().stem if published else path.resolve().parent.name)
         kind = distilled.kind if distilled.kind in REFERENCE_KINDS else KIND_SUBMISSION
         return self._record(evaluation.result(name, distilled.sha256, str(path), kind=kind, made_by=distilled.provenance))
+
+    def _note_used_name(self, distilled: DistilledSet | PublishedSet) -> None:
+        """Say so if the name that the user gave is recorded for another set of the dataset."""
+        name, dataset = self._settings.name, distilled.spec.name
+        others = [each for each in self._records.results if (each.name, each.dataset) == (name, dataset)]
+        if name is not None and others and all(each.sha256 != distilled.sha256 for each in others):
+            self._on_event(
+                f"The name '{name}' was used on {others[-1].date[:10] or 'an earlier day'} for another set of {dataset}. The "
+                "leaderboard tells the two apart by how they were made or by their hashes."
+            )
 
     def _evaluate_generator(self, files: GeneratorFiles) -> Result:
         settings, sha256 = self._settings.evaluation, hash_of_folder(files.folder)

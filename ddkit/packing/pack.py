@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ddkit.checks.check import CheckSettings, Report, check_path, submission_files
 from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.history import PackedRecords, find_recipe
 from ddkit.packing.zipping import write_zip
 from ddkit.runtime.files import atomic_write, explain_os_error, sha256_of, sha256_of_stream, why_not_a_file
 from ddkit.runtime.progress import Listener, ignore
@@ -45,22 +46,28 @@ def pack(
     strict: bool = False,
     ignore_codes: Collection[str] = (),
     settings: CheckSettings = CheckSettings(),
+    name: str | None = None,
+    records: PackedRecords | None = None,
     on_report: Callable[[Report], object] | None = None,
+    on_event: Callable[[str], object] = lambda text: None,
     progress: Listener = ignore,
 ) -> Path:
     """Check `folder`, write its tensors into the zip `out`, read that back, and return its path.
 
     The same tensors always make the same bytes. The zip holds the tensors only, at its root.
-    strict: refuse warnings too. ignore_codes: findings that do not count. on_report: called with what the check found,
-    before anything is written.
+    strict: refuse warnings too. ignore_codes: findings that do not count. records: where the zip is recorded, under `name`
+    or else under that of the file `out`; None records nothing. on_report: called with what the check found, before
+    anything is written. on_event: called with a sentence if the zip is recorded under another name.
     Raises MissingDataError without a folder or a tensor in it, RefusedSubmissionError (an InvalidSubmissionError) for what
-    `check` refuses, UsageError if `out` is one of the tensors, and BadFileError where the system refuses. An earlier zip
+    `check` refuses, UsageError if `out` is one of the tensors or the records hold the name for other files, and BadFileError
+    where the system refuses. An earlier zip
     stays as it was in each case.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise MissingDataError(f"There is no submission folder {folder}.", "Make a set first: ddkit generate")
     before = {file.name: _hash_of(file) for file in submission_files(folder)[0]}
+    chosen, remark = records.choose_name(name, out.stem, before) if records else ("", "")
     report = check_path(folder, settings=settings, progress=progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     if not report.ok:
@@ -79,6 +86,11 @@ def pack(
         if written != before:
             raise BadFileError(f"{folder} changed while it was being packed.", "Run it again.")
         _verify(temporary, written, folder, settings)
+    if records:
+        recipe = next(filter(None, (find_recipe(folder / file, sha256) for file, sha256 in written.items())), "")
+        records.add(chosen, out, sha256_of(out), 1, written, recipe)
+        if remark:
+            on_event(remark)
     return out
 
 

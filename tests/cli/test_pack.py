@@ -73,3 +73,44 @@ def test_what_it_refuses(work, words, status, said):
     _, errors = run(*words, status=status)
     assert said in errors
     assert not list(work.glob("*.zip"))
+
+
+@pytest.fixture
+def practice(work):
+    """A submission folder with ten images of each letter."""
+    (work / "submission").mkdir()
+    torch.save(torch.randn(100, 3, 32, 32), work / "submission" / "glyphs.pt")
+    return work
+
+
+def test_each_zip_is_recorded_under_its_name_and_told_by_its_hash(practice):
+    run("--name", "first try")
+    run("--name", "first try")
+    torch.save(torch.randn(100, 3, 32, 32), "submission/glyphs.pt")
+    _, said = run("--name", "first try", status=2)
+    assert "'first try' was given to other files" in said and "first try-2" in said
+    run("--out", "second.zip")
+    torch.save(torch.randn(100, 3, 32, 32), "submission/glyphs.pt")
+    _, said = run("--out", "second.zip")
+    assert "recorded as 'second-2'" in said
+    records = [json.loads(line) for line in (practice / "runs" / "packed.jsonl").read_text().splitlines()]
+    assert [record["name"] for record in records] == ["first try", "second", "second-2"]
+    checked = CliRunner().invoke(main, ["check", "submission.zip"])
+    assert "glyphs.pt was packed on" in checked.stdout and "as 'first try' into submission.zip" in checked.stdout
+    data = json.loads(CliRunner().invoke(main, ["check", "second.zip", "--json"]).stdout)
+    assert {known["file"]: [each["name"] for each in known["packed"]] for known in data["recorded"]} == {
+        "second.zip": ["second-2"], "glyphs.pt": ["second-2"],
+    }  # fmt: skip
+
+
+def test_refused_name_leaves_the_earlier_zip_as_it_was(practice):
+    run("--name", "best")
+    before = (practice / "submission.zip").read_bytes()
+    torch.save(torch.randn(100, 3, 32, 32), "submission/glyphs.pt")
+    run("--name", "best", status=2)
+    assert (practice / "submission.zip").read_bytes() == before
+
+
+def test_check_without_records_says_nothing_of_them(practice):
+    shown = CliRunner().invoke(main, ["check", "submission"]).stdout
+    assert "records" not in shown and "evaluated" not in shown
