@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from ddkit.runtime.openmp import set_defaults as _set_openmp_defaults
 
 if TYPE_CHECKING:
-    from ddkit.api import check, evaluate, generate, load_dataset, pack, pull, push, read_set, refine, report, train
+    from ddkit.api import check, enter, evaluate, generate, load_dataset, pack, pull, push, read_set, refine, report, train
 
 __version__ = "0.2.0"
 __all__ = [
-    "check", "evaluate", "generate", "load_dataset", "pack", "pull", "push", "read_set", "refine", "report", "train",
+    "check", "enter", "evaluate", "generate", "load_dataset", "pack", "pull", "push", "read_set", "refine", "report", "train",
 ]  # fmt: skip
 
 _set_openmp_defaults()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ddkit.data.store import ImageSet
     from ddkit.distill.refine import Refined
     from ddkit.distill.settings import RefineSettings
+    from ddkit.entering.entry import Entry
     from ddkit.generator.model_folder import Model
     from ddkit.generator.sampling import SamplingSettings
     from ddkit.reporting.report import Leaderboard
@@ -201,6 +202,40 @@ def check(
     from ddkit.checks.check import CheckSettings, check_path
 
     return check_path(path, dataset=dataset, settings=CheckSettings(ipc=ipc), progress=progress)
+
+
+def enter(
+    datasets: Iterable[str] = ("cifar100", "tinyimagenet"),
+    *,
+    seconds: float | None = None,
+    recipe: PathLike | None = None,
+    track: int = 1,
+    epochs_setting: int | None = None,
+    rounds: int | None = None,
+    seed: int = 0,
+    folder: PathLike = "ddkit-entry",
+    device: str = "auto",
+    progress: Listener = ignore,
+) -> Entry:
+    """Go the whole way to an entry: prepare data, make sets, refine, evaluate, check, pack and report.
+
+    seconds: for everything, evaluations included; what is not needed for them goes to refining or training. recipe: a
+    recipe.toml to make again instead, which decides everything except `folder` and `device`. folder: where everything is
+    written. The same call continues after an interruption, and with more seconds it refines further.
+    Raises UsageError for too little time, saying the least, and what the other functions raise.
+    """
+    from ddkit.entering.entry import enter as enter_challenge
+    from ddkit.entering.plan import draft
+    from ddkit.entering.recipe import read_recipe
+    from ddkit.errors import UsageError
+
+    if (recipe is None) == (seconds is None):
+        raise UsageError("An entry needs either seconds or a recipe.", "Give seconds=8 * 3600, or recipe=PATH.")
+    if recipe is not None:
+        wanted = read_recipe(Path(recipe))
+    else:
+        wanted = draft(tuple(datasets), track=track, epochs_setting=epochs_setting, rounds=rounds, seed=seed, device=device)
+    return enter_challenge(wanted, Path(folder), seconds=seconds, device=device, progress=progress)
 
 
 def pack(

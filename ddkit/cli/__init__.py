@@ -20,8 +20,8 @@ from ddkit.runtime.files import explain_os_error
 
 # In the order in which they are used. Each is a click command of that name in the module `ddkit.cli.<name>`.
 COMMANDS = (
-    "demo", "data", "train", "generate", "refine", "evaluate", "check", "tune", "pack", "report", "push", "pull", "doctor",
-    "completion",
+    "demo", "enter", "data", "train", "generate", "refine", "evaluate", "check", "tune", "pack", "report", "push", "pull",
+    "doctor", "completion",
 )  # fmt: skip
 
 _EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h; 1, which Python uses, means an unacceptable submission
@@ -103,6 +103,7 @@ def main() -> None:
 
     \b
     Try it:    ddkit demo
+    Enter:     ddkit enter --time 8h
     Track 1:   ddkit generate --from-real random, refine, evaluate, check, pack, report
     Track 2:   ddkit train, tune, evaluate --track 2, pack --track 2
     """

@@ -52,7 +52,7 @@ class Output:
         self.out = _console(stderr=False)
         self.err = _console(stderr=True)
         self._began = time.monotonic()
-        self._tasks: dict[str, _Task] = {}  # the latest few
+        self._tasks: dict[str, Task] = {}  # the latest few
         self._latest = ""  # name of the task that reported last
         self._bars: Bars | None = None
 
@@ -65,10 +65,6 @@ class Output:
         self._levels = {logger: logger.level for logger in (ours, everyone)}
         self._handler = RichHandler(console=self.err, show_time=False, show_path=False)
         self._handler.setFormatter(logging.Formatter("%(message)s"))
-        # A command of the demo runs within another that has a handler already; a warning must be printed once.
-        self._outer = [handler for handler in self._logger.handlers if isinstance(handler, RichHandler)]
-        for handler in self._outer:
-            self._logger.removeHandler(handler)
         self._logger.addHandler(self._handler)
         chosen = (logging.WARNING, logging.INFO, logging.DEBUG)[min(self.verbosity, 2)]
         ours.setLevel(logging.ERROR if self.quiet else chosen)
@@ -77,10 +73,8 @@ class Output:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stop_bars()
-        # Commands follow one another in one process: in the demo, in notebooks and in tests.
+        # Commands follow one another in one process in tests.
         self._logger.removeHandler(self._handler)
-        for handler in self._outer:
-            self._logger.addHandler(handler)
         for logger, level in self._levels.items():
             logger.setLevel(level)
 
@@ -101,15 +95,15 @@ class Output:
         now = time.monotonic()
         task = self._tasks.get(progress.task)
         if task is None or progress.done < task.done:  # a new task, or the same one from the start: the next round
-            task = self._begin(progress.task, _Task(now, progress.done))
+            task = self._begin(progress.task, Task(now, progress.done))
         task.advance(now, progress.done, resumed=self._latest != progress.task)
         self._latest = progress.task
         if self.err.is_terminal and not self.err.is_dumb_terminal:
             self._show_bar(task, progress, now)
         elif _is_finished(progress) or now - task.shown >= _SECONDS_BETWEEN_LINES:
             task.shown = now
-            parts = [f"{progress.task}: {_count_text(progress)}", task.pace(now, progress)]
-            line = f"{', '.join(filter(None, parts))}  {_figures_text(progress)}"
+            parts = [f"{progress.task}: {count_text(progress)}", task.pace(now, progress)]
+            line = f"{', '.join(filter(None, parts))}  {figures_text(progress)}"
             self.err.print(escape(line.rstrip()), soft_wrap=True)
 
     def result(self, data: Any, shown: RenderableType | None = None) -> None:
@@ -147,7 +141,7 @@ class Output:
         if next_command:
             self.note(f"next: {escape(next_command)}")
 
-    def _begin(self, name: str, task: _Task) -> _Task:
+    def _begin(self, name: str, task: Task) -> Task:
         earlier = self._tasks.get(name)
         task.bar = earlier.bar if earlier else None
         if earlier is None and len(self._tasks) >= _MOST_BARS:
@@ -157,7 +151,7 @@ class Output:
         self._tasks[name] = task
         return task
 
-    def _show_bar(self, task: _Task, progress: Progress, now: float) -> None:
+    def _show_bar(self, task: Task, progress: Progress, now: float) -> None:
         if self._bars is None:
             self._bars = _bars(self.err)
             self._bars.start()
@@ -167,9 +161,9 @@ class Output:
             task.bar,
             completed=progress.done,
             total=progress.total,
-            count=_count_text(progress),
+            count=count_text(progress),
             pace=task.pace(now, progress),
-            figures=escape(_figures_text(progress)),
+            figures=escape(figures_text(progress)),
         )
 
     def _stop_bars(self) -> None:
@@ -213,7 +207,7 @@ def _summary(seconds: float, outputs: Sequence[object], next_command: str) -> Pa
                  border_style="dim", padding=(0, 1))  # fmt: skip
 
 
-class _Task:
+class Task:
     """A running task: since when it has been watched, and how far it was at moments of the last minute."""
 
     def __init__(self, now: float, done: float) -> None:
@@ -267,10 +261,10 @@ def _is_finished(progress: Progress) -> bool:
     return progress.total is not None and progress.done >= progress.total
 
 
-def _count_text(progress: Progress) -> str:
+def count_text(progress: Progress) -> str:
     total = "" if progress.total is None else f"/{progress.total:,.0f}"
     return f"{progress.done:,.0f}{total} {progress.unit}".rstrip()
 
 
-def _figures_text(progress: Progress) -> str:
+def figures_text(progress: Progress) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in progress.figures.items())

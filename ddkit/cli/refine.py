@@ -158,7 +158,7 @@ def refine(
 
 
 def _show_estimate(output: Output, estimate: RefineEstimate) -> None:
-    rows = [(f"a step of {kind}", f"{seconds:.2f} s") for kind, seconds in estimate.seconds_per_step.items()]
+    rows = [(f"a step of {kind}", f"{seconds:.2f} s") for kind, seconds in estimate.speed.per_step.items()]
     rows += [
         ("steps", f"{estimate.steps:,} in {span_text(estimate.seconds)}"),
         ("validation", span_text(estimate.validation_seconds)),

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
+from ddkit.data.store import ImageSet
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.refine import Refinement, memory_needed
 from ddkit.distill.settings import RefineLimits, RefineSettings
@@ -31,15 +34,44 @@ _RECORDED = {("cifar100", 10): ((0, 0.1689), (1792, 0.3389))}
 
 
 @dataclass(frozen=True)
+class RefineSpeed:
+    """Seconds that parts of a refinement take on this machine.
+
+    per_step: by kind of step, "dm", "random networks" and "pool". per_epoch: of training a network on the set, as a
+    validation and an evaluation do. per_test: of testing it on the held-out images.
+    """
+
+    per_step: Mapping[str, float]
+    per_epoch: float
+    per_test: float
+
+    def validations(self, settings: RefineSettings, steps: int) -> float:
+        """Seconds of all validations of a refinement of so many steps."""
+        return (1 + math.ceil(steps / settings.val_every)) * ((settings.val_epochs + 1) * self.per_epoch + self.per_test)
+
+    def within(self, limits: RefineLimits, settings: RefineSettings) -> tuple[int, float]:
+        """Steps and seconds until the limit is reached, without validation."""
+        step, seconds = 0, 0.0
+        while (used := limits.progress(step, seconds)) < 1:
+            if settings.objective_at(step) == "dm":
+                kind = "dm"
+            else:
+                kind = "pool" if settings.uses_pool_at(step, used if limits.seconds is not None else 0) else "random networks"
+            seconds += self.per_step[kind]
+            step += 1
+        return step, seconds
+
+
+@dataclass(frozen=True)
 class RefineEstimate:
     """What a refinement will take.
 
-    seconds_per_step: by kind of step, "dm", "random networks" and "pool". steps, seconds: in all, without validation.
-    validation_seconds: of all validations. memory, free_memory: bytes. accuracy: expected at the official E, a fraction;
-    None where no comparable refinement has been recorded.
+    speed: the measured one. steps, seconds: in all, without validation. validation_seconds: of all validations.
+    memory, free_memory: bytes. accuracy: expected at the official E, a fraction; None where no comparable refinement has
+    been recorded.
     """
 
-    seconds_per_step: Mapping[str, float]
+    speed: RefineSpeed
     steps: int
     seconds: float
     validation_seconds: float
@@ -77,13 +109,27 @@ def estimate_refinement(
     Raises UsageError for the objective "mtt", which would have to train its experts first, and whatever `refine` raises
     for the set and the device.
     """
-    if settings.objective == "mtt":
-        raise UsageError("A dry run cannot measure mtt, which trains its experts first.")
     chosen, distilled = resolve_device(device), read_set(path, dataset)
-    spec, images = distilled.spec, distilled.images
+    spec = distilled.spec
     needed, free = memory_needed(spec, distilled.ipc, settings, chosen), free_memory(chosen)
     real = open_dataset(spec.name, "train", progress=progress)
-    holdout = TrainHoldout(real, spec, held_out=settings.held_out, seed=settings.seed, device=chosen)
+    speed = measure_refinement(distilled.images, spec, real, settings, device=chosen)
+    steps, seconds = speed.within(limits, settings)
+    accuracy = expected_accuracy(spec.name, distilled.ipc, settings, steps)
+    return RefineEstimate(speed, steps, seconds, speed.validations(settings, steps), needed, free, accuracy)
+
+
+def measure_refinement(
+    images: Tensor, spec: DatasetSpec, real: ImageSet, settings: RefineSettings, *, device: torch.device
+) -> RefineSpeed:
+    """Try each kind of step and an epoch of validation, of which nothing is kept.
+
+    images: (C * ipc, 3, S, S) float32, normalized. real: training images; made-up ones of the right shape take as long.
+    Raises UsageError for the objective "mtt", which would have to train its experts first.
+    """
+    if settings.objective == "mtt":
+        raise UsageError("A dry run cannot measure mtt, which trains its experts first.")
+    holdout = TrainHoldout(real, spec, held_out=settings.held_out, seed=settings.seed, device=device)
     kinds = {"dm": 0} if settings.dm_steps or settings.objective == "dm" else {}
     if settings.objective == "frepo":
         pool_begin = max(settings.dm_steps, settings.pool.from_step)
@@ -97,32 +143,14 @@ def estimate_refinement(
         state = RefinementState(
             Path(folder), dataclasses.asdict(tried), "", "", images, torch.zeros_like(images), images, images
         )
-        with Refinement(state, tried, holdout, chosen, lambda report: times.append(time.monotonic())) as refinement:
+        with Refinement(state, tried, holdout, device, lambda report: times.append(time.monotonic())) as refinement:
             refinement.validate(StopRequest())
             epoch = times[-2] - times[-3]
-            test = times[-1] - times[-2] - epoch
-            seconds_per_step = {}
+            test = max(0.0, times[-1] - times[-2] - epoch)
+            per_step = {}
             for kind, step in kinds.items():
                 for trial in range(_TRIALS):
                     state.step, state.seconds = step + trial, 0.0
                     refinement.take_step(RefineLimits(10**9))
-                seconds_per_step[kind] = state.seconds
-    steps, seconds = _within(limits, settings, seconds_per_step)
-    validations = 1 + math.ceil(steps / settings.val_every)
-    return RefineEstimate(
-        seconds_per_step, steps, seconds, validations * ((settings.val_epochs + 1) * epoch + test), needed, free,
-        expected_accuracy(spec.name, distilled.ipc, settings, steps),
-    )  # fmt: skip
-
-
-def _within(limits: RefineLimits, settings: RefineSettings, seconds_per_step: Mapping[str, float]) -> tuple[int, float]:
-    """Steps and seconds until the limit is reached."""
-    step, seconds = 0, 0.0
-    while (used := limits.progress(step, seconds)) < 1:
-        if settings.objective_at(step) == "dm":
-            kind = "dm"
-        else:
-            kind = "pool" if settings.uses_pool_at(step, used if limits.seconds is not None else 0) else "random networks"
-        seconds += seconds_per_step[kind]
-        step += 1
-    return step, seconds
+                per_step[kind] = state.seconds
+    return RefineSpeed(per_step, epoch, test)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +41,10 @@ _BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 _MOST_SAVED_BY_COMPILING = 0.5
 _SECONDS_OF_COMPILING = 40.0
 _CHUNK_IN_GPU_CACHE = 64  # 32-pixel images whose largest maps stay in the second-level cache
+
+_prescribed: contextvars.ContextVar[Mapping[str, Mapping[str, Any]]] = contextvars.ContextVar(
+    "prescribed", default=MappingProxyType({})
+)
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,22 @@ def with_smaller_chunks(plan: EnginePlan, batch_size: int) -> EnginePlan | None:
     return replace(plan, chunk=chunk) if chunk >= 1 else None
 
 
+def remembered_plans(device: torch.device) -> dict[str, dict[str, Any]]:
+    """What has been measured on this device with this PyTorch, as `prescribed_plans` takes it."""
+    start = f"{describe_device(device)}, torch {torch.__version__}, "
+    return {key: values for key, values in _memory().items() if key.startswith(start) and f"engines of {_ENGINES}" in key}
+
+
+@contextlib.contextmanager
+def prescribed_plans(plans: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """In this context `choose_plan` takes these plans where they are for its device, so that rounding is the same again."""
+    token = _prescribed.set(plans)
+    try:
+        yield
+    finally:
+        _prescribed.reset(token)
+
+
 def has_bfloat16() -> bool:
     """True if this processor has instructions for bfloat16."""
     return bool(_BFLOAT16_INSTRUCTIONS & cpu_flags())
@@ -178,7 +201,7 @@ def _plan_without_measuring(network: nn.Module, precision: str) -> EnginePlan:
 
 def _remembered(key: str) -> _Measured | None:
     try:
-        values = dict(_memory()[key])
+        values = dict(_prescribed.get().get(key) or _memory()[key])
         seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
         return _Measured(EnginePlan.from_dict(values), seconds, start)
     except (KeyError, TypeError, ValueError):

@@ -1,22 +1,27 @@
-"""Ctrl-C and SIGTERM handled at a chosen moment of a loop, so that its state can be saved whole."""
+"""Ctrl-C, SIGTERM and the end of a time limit, handled at a chosen moment of a loop, so that its state is saved whole."""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
+_time_is_up_at: contextvars.ContextVar[float] = contextvars.ContextVar("time_is_up_at", default=math.inf)
+
 
 class StopRequest:
-    """True once a signal has asked to stop."""
+    """True once a signal has asked to stop, or the time limit around it is over."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
 
     def __bool__(self) -> bool:
-        return self._signal is not None
+        return self._signal is not None or time_is_up()
 
     def pass_on(self) -> None:
         """Raise the signal again, if there was one."""
@@ -28,6 +33,21 @@ class StopRequest:
             # The second signal means that the user does not want to wait for the end of the step.
             raise KeyboardInterrupt
         self._signal = number
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """In this context every StopRequest becomes true after so many seconds, as if a signal had asked to stop."""
+    token = _time_is_up_at.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _time_is_up_at.reset(token)
+
+
+def time_is_up() -> bool:
+    """True if the time limit around the caller is over."""
+    return time.monotonic() >= _time_is_up_at.get()
 
 
 @contextlib.contextmanager

@@ -171,17 +171,6 @@ def _imports(path):
     return names
 
 
-def test_commands_of_the_demo_have_options_that_there_are():
-    from ddkit.cli.demo import _steps
-
-    above = click.Context(main)
-    for words in _steps("cpu", 0):
-        command, rest = main.get_command(above, words[0]), words[1:]
-        if isinstance(command, click.Group):
-            command, rest = command.get_command(above, rest[0]), rest[1:]
-        command.make_context(words[0], list(rest), parent=above)  # raises for an unknown option or a wrong value
-
-
 def test_completion_prints_a_script_for_the_shell():
     finished = run("completion", "bash")
     assert finished.returncode == 0

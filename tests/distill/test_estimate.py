@@ -26,8 +26,8 @@ def start(colors, tmp_path):
 def test_estimate_measures_every_kind_of_step_and_keeps_nothing(start):
     before = {path: path.read_bytes() for path in start.parent.glob("colors.*")}
     found = estimate_refinement(start, "colors", QUICK, RefineLimits(9))
-    assert list(found.seconds_per_step) == ["dm", "random networks", "pool"]
-    dm, random, pool = found.seconds_per_step.values()
+    assert list(found.speed.per_step) == ["dm", "random networks", "pool"]
+    dm, random, pool = found.speed.per_step.values()
     assert found.steps == 9 and found.seconds == pytest.approx(2 * dm + 3 * random + 4 * pool)
     assert found.accuracy is None and 0 < found.memory < found.free_memory
     assert {path: path.read_bytes() for path in start.parent.glob("colors.*")} == before
@@ -35,7 +35,7 @@ def test_estimate_measures_every_kind_of_step_and_keeps_nothing(start):
 
 def test_estimate_of_a_time_counts_the_steps_that_fit(start):
     found = estimate_refinement(start, "colors", QUICK, RefineLimits(seconds=20.0))
-    assert 20 <= found.seconds < 20 + max(found.seconds_per_step.values())
+    assert 20 <= found.seconds < 20 + max(found.speed.per_step.values())
     assert found.steps > 5
 
 
@@ -49,7 +49,7 @@ def test_estimate_of_a_time_counts_the_steps_that_fit(start):
 )
 def test_estimate_measures_only_kinds_of_steps_that_occur(start, changes, kinds):
     found = estimate_refinement(start, "colors", dataclasses.replace(QUICK, **changes), RefineLimits(3))
-    assert list(found.seconds_per_step) == kinds and found.steps == 3
+    assert list(found.speed.per_step) == kinds and found.steps == 3
 
 
 def test_estimate_of_mtt_raises_usage_error(start):

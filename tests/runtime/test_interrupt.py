@@ -1,11 +1,12 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
 from ddkit.errors import InterruptedRunError
-from ddkit.runtime.interrupt import stop_requests
+from ddkit.runtime.interrupt import stop_requests, time_is_up, time_limit
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -53,3 +54,17 @@ def test_other_threads_can_use_it_too():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_a_request_becomes_true_when_the_time_limit_around_it_is_over():
+    with time_limit(0.05), stop_requests() as stop:
+        assert not stop and not time_is_up()
+        time.sleep(0.06)
+        assert stop and time_is_up()
+    with stop_requests() as stop:
+        assert not stop
+
+
+def test_a_time_limit_passes_no_signal_on():
+    with time_limit(0.0), stop_requests() as stop:
+        assert stop

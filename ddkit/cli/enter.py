@@ -1,0 +1,188 @@
+"""`ddkit enter`: the whole way to an entry within a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.markup import escape
+
+from ddkit.challenge import CHALLENGE_DATASETS, TRACKS
+from ddkit.cli._options import Duration, device_option, example, output_options
+from ddkit.cli._output import Output, span_text
+from ddkit.cli._stages import StageView, stage_table
+from ddkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from ddkit.entering.entry import Plan
+    from ddkit.entering.recipe import Recipe
+
+_MOST_ROWS = 12
+
+
+@click.command(
+    short_help="Make a whole entry within a time.",
+    epilog=example("ddkit enter --time 8h\nddkit enter --recipe tools/recipes/cifar100.toml --folder again"),
+)
+@click.option("--time", "seconds", type=Duration(), help="Finish within this time, such as 8h, evaluations included.")
+@click.option(
+    "--track",
+    type=click.Choice(["1", "2"]),
+    help=f"Make ten images per class (1), or a generator (2).  [default: {min(TRACKS)}]",
+)
+@click.option(
+    "--datasets",
+    metavar="NAME,...",
+    help=f"Enter with these datasets.  [default: {','.join(spec.name for spec in CHALLENGE_DATASETS)}]",
+)
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Make the entry that this recipe.toml describes again; it has all lengths, so that --time is not needed.",
+)
+@click.option("--dry-run", is_flag=True, help="Measure this machine shortly and print the plan; write nothing.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("ddkit-entry"),
+    show_default=True,
+    help="Write everything to this folder.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    help="Train this many networks in each evaluation.  [default: the official number, or fewer if the time is short]",
+)
+@click.option(
+    "--epochs-setting",
+    type=click.IntRange(0),
+    metavar="E",
+    help="Train for E + 1 epochs in each evaluation.  [default: the official number, or fewer if the time is short]",
+)
+@click.option(
+    "--time-budget",
+    type=Duration(),
+    help=f"Let a track 2 generator run this long for each round.  [default: the official {TRACKS[2].time_budget_seconds:g} s]",
+)
+@device_option
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Use this random seed; 0 if not given.")
+@output_options
+def enter(
+    output: Output,
+    seconds: float | None,
+    track: str | None,
+    datasets: str | None,
+    recipe_file: Path | None,
+    dry_run: bool,
+    folder: Path,
+    rounds: int | None,
+    epochs_setting: int | None,
+    time_budget: float | None,
+    device: str,
+    seed: int | None,
+) -> None:
+    """Go the whole way to an entry: prepare data, make sets, refine, evaluate, check, pack and report.
+
+    The plan is made first, from short measurements of this machine. On track 1 random real images are refined; the time
+    is split between the datasets by what their mean gains. On track 2 generators are trained. Run the same command again
+    to continue after an interruption, or with more --time to refine further. The folder's recipe.toml describes the entry
+    so that it can be made again.
+    """
+    from ddkit.entering.plan import draft
+    from ddkit.entering.recipe import read_recipe
+
+    asked = {
+        "--time": seconds, "--track": track, "--datasets": datasets, "--rounds": rounds,
+        "--epochs-setting": epochs_setting, "--time-budget": time_budget, "--seed": seed,
+    }  # fmt: skip
+    if recipe_file is not None:
+        if given := [name for name, value in asked.items() if value is not None]:
+            raise UsageError(f"The recipe decides what {', '.join(given)} would.", "Leave it out, or change the recipe.")
+        recipe = read_recipe(recipe_file)
+    elif seconds is None:
+        raise UsageError("--time is missing.", "Say how long everything may take, such as --time 8h, or name a --recipe.")
+    else:
+        if time_budget is not None and track != "2":
+            raise UsageError("--time-budget needs --track 2.", "On track 1 nothing is generated during the evaluation.")
+        names = [spec.name for spec in CHALLENGE_DATASETS] if datasets is None else datasets.split(",")
+        recipe = draft(
+            [name.strip() for name in names], track=int(track or 1), epochs_setting=epochs_setting, rounds=rounds,
+            time_budget=time_budget, seed=seed or 0, device=device,
+        )  # fmt: skip
+    make_entry(output, recipe, folder, seconds, device, dry_run=dry_run)
+
+
+def make_entry(
+    output: Output, recipe: Recipe, folder: Path, seconds: float | None, device: str, *, dry_run: bool = False, then: str = ""
+) -> None:
+    """Plan an entry, carry it out and show it. then: the next command to type."""
+    from ddkit.entering.entry import enter as enter_challenge
+    from ddkit.entering.entry import plan_entry
+    from ddkit.reporting.console import LeaderboardView
+
+    if dry_run:
+        output.note("Measuring this machine shortly; nothing is kept.")
+        with _inside(folder) if folder.is_dir() else contextlib.nullcontext():
+            _show_plan(output, plan_entry(recipe, Path(), seconds=seconds, device=device, progress=output.progress))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # Inside the folder, so that results name their files as the other commands do there.
+    with _inside(folder), StageView(output) as view:
+        entry = enter_challenge(
+            recipe, Path(), seconds=seconds, device=device,
+            progress=view.progress, watch=view.watch, on_event=lambda text: output.note(escape(text)),
+        )  # fmt: skip
+    sheets = [Path("submission", f"{name}.png") for name in entry.recipe.datasets]
+    written = [folder / path for path in (*sheets, *entry.files) if (folder / path).exists()]
+    if entry.unfinished:
+        output.note(
+            f"[yellow]warning[/yellow] The time was up before {escape(', '.join(entry.unfinished))}. Run the same command with "
+            "a longer --time to finish."
+        )
+    output.note(f"All stages together took {span_text(entry.seconds)}.")
+    output.result(
+        {
+            "seconds": entry.seconds,
+            "files": written,
+            "stages": [dataclasses.asdict(state) for state in entry.stages],
+            "unfinished": entry.unfinished,
+            "recipe": entry.recipe.to_json(),
+        }
+        | entry.leaderboard.as_data(),
+        LeaderboardView(entry.leaderboard.groups, most_rows=_MOST_ROWS),
+    )
+    official = any(group.official and any(row.is_local for row in group.rows) for group in entry.leaderboard.groups)
+    evaluate = f"cd {shlex.quote(str(folder))} && ddkit evaluate" + " --track 2" * (recipe.track == 2)
+    output.finish(written, then or ("" if official else evaluate))
+
+
+def _show_plan(output: Output, plan: Plan) -> None:
+    states = plan.states()
+    total = sum(state.expected for state in states if state.status != "done")
+    for note in plan.notes:
+        output.note(escape(note))
+    data = {
+        "seconds": plan.seconds, "expected": total, "notes": plan.notes,
+        "stages": [dataclasses.asdict(state) for state in states], "recipe": plan.recipe.to_json(),
+    }  # fmt: skip
+    output.result(data, stage_table(states, output))
+    limit = "" if plan.seconds is None else f" of {span_text(plan.seconds)}"
+    output.note(f"What is to come takes about {span_text(total)}{limit}.")
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Make `folder` the current folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

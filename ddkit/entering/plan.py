@@ -1,0 +1,394 @@
+"""The plan of an entry: its stages, what each will take on this machine, and how the time is split between the datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ddkit.challenge import TEST_IMAGES, DatasetSpec, track
+from ddkit.data.images import normalize
+from ddkit.data.store import ImageSet, class_names, dataset_spec, is_prepared, store_facts
+from ddkit.distill.estimate import RefineSpeed, expected_accuracy, measure_refinement
+from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
+from ddkit.entering.recipe import IPC, Recipe, SetRecipe
+from ddkit.errors import UsageError
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.config import GeneratorConfig, SamplingSettings, default_guidance
+from ddkit.generator.model_folder import Model, ModelFacts
+from ddkit.generator.networks import build_denoiser
+from ddkit.generator.presets import DEFAULT_PRESET, GPU_PRESETS, preset
+from ddkit.generator.sampling import Sampler
+from ddkit.generator.training.estimate import estimate
+from ddkit.runtime.device import resolve_device
+from ddkit.runtime.progress import Listener, Progress, ignore
+
+LEAST_STEPS, _LEAST_TRAINING = 20, 60.0  # of a refinement; seconds of a generator's training
+MARGIN = 1.2  # for what comes after the stages whose length the time decides
+_SHARE_OF_EVALUATION = 0.5  # of the time, at most, where the plan chooses how to evaluate
+_SHARE_OF_VALIDATION = 0.25  # of a refinement's time, at most, where the plan chooses how to validate
+_VAL_EPOCHS = (200, 100, 40, 20, 10)
+_EVALUATIONS = {1: ((1000, 3), (1000, 1), (200, 1), (50, 1)), 2: ((100, 3), (100, 1), (20, 1), (5, 1))}  # E, rounds
+_QUANTA = 40  # parts in which the time is given to the datasets
+_REAL_PER_CLASS = 40  # made-up images to measure with
+_SAMPLED = 64
+# Assumptions where a measurement would take longer than the stage.
+_SECONDS_OF_PREPARING, _SECONDS_OF_DRAWING = 60.0, 5.0
+_SECONDS_PER_ROW, _SECONDS_OF_START, _SECONDS_OF_REPORT = 0.006, 2.0, 5.0
+_PROOF_SECONDS = 60.0
+_TEST_IMAGES_ELSEWHERE = 1000
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Seconds that parts of the work for one dataset take on this machine.
+
+    refine: of a refinement; per_test_image: of an evaluation. training: images a second of each stage of the generator's
+    training, in order. sampled: images a second that a generator of that size samples.
+    """
+
+    refine: RefineSpeed
+    per_test_image: float
+    training: tuple[float, ...] = ()
+    sampled: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Speeds:
+        """Speeds from what `dataclasses.asdict` made of them."""
+        training = tuple(values["training"])
+        return cls(RefineSpeed(**values["refine"]), values["per_test_image"], training, values["sampled"])
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A plan as numbers, which is kept to resume an entry.
+
+    recipe: with what the plan has chosen. seconds: for everything; None where the recipe has all lengths.
+    expected: seconds of each stage by its name. flexible: names of the stages whose length the time decides.
+    speeds: by dataset. notes: sentences on what was chosen, and why.
+    """
+
+    recipe: Recipe
+    seconds: float | None
+    expected: Mapping[str, float]
+    flexible: tuple[str, ...] = ()
+    speeds: Mapping[str, Speeds] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "recipe": self.recipe.to_json(),
+            "seconds": self.seconds,
+            "expected": dict(self.expected),
+            "flexible": list(self.flexible),
+            "speeds": {name: dataclasses.asdict(speeds) for name, speeds in self.speeds.items()},
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Outline:
+        """An outline from what `to_json` made of it."""
+        return cls(
+            Recipe.from_json(values["recipe"]), values["seconds"], values["expected"], tuple(values["flexible"]),
+            {name: Speeds.from_json(speeds) for name, speeds in values["speeds"].items()}, tuple(values["notes"]),
+        )  # fmt: skip
+
+
+def draft(
+    datasets: Sequence[str],
+    *,
+    track: int = 1,
+    epochs_setting: int | None = None,
+    rounds: int | None = None,
+    time_budget: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> Recipe:
+    """The best known way for a track, with lengths that the time will decide.
+
+    Track 1: random real images, refined. Track 2: a generator. Raises UsageError for an unknown dataset or track.
+    """
+    generator = GPU_PRESETS[0] if resolve_device(device).type == "cuda" else DEFAULT_PRESET
+    refining = dataclasses.replace(PRESETS["track1"], seed=seed)
+    sets = [SetRecipe(name, refine=refining) if track == 1 else SetRecipe(name, preset=generator) for name in datasets]
+    return Recipe(tuple(sets), track, seed, epochs_setting, rounds, time_budget)
+
+
+def make_outline(
+    recipe: Recipe, seconds: float | None, *, device: str, spent: float = 0.0, begun: bool = False, progress: Listener = ignore
+) -> Outline:
+    """Measure this machine shortly, and plan.
+
+    seconds: for everything, of which `spent` are used; None where the recipe has all lengths. begun: keep what the recipe
+    says on validation, because refinements have begun with it. Raises UsageError for too little time, saying the least.
+    """
+    began, chosen = time.monotonic(), resolve_device(device)
+    speeds = {}
+    for done, each in enumerate(recipe.sets, start=1):
+        speeds[each.dataset] = _measure(each, chosen)
+        progress(Progress("Measuring this machine", done, len(recipe.sets), "datasets"))
+    return outline_at(speeds, recipe, seconds, spent=spent + time.monotonic() - began, begun=begun)
+
+
+def outline_at(
+    speeds: Mapping[str, Speeds], recipe: Recipe, seconds: float | None, *, spent: float = 0.0, begun: bool = False
+) -> Outline:
+    """Plan for a machine of these speeds, by dataset. The arguments are those of `make_outline`."""
+    planner = _Planner(recipe, speeds)
+    return planner.with_lengths() if seconds is None else planner.within(seconds, spent, begun=begun)
+
+
+def refine_limit(speed: RefineSpeed, settings: RefineSettings, seconds: float) -> float:
+    """The seconds of work of a refinement that takes `seconds` in all, with its validations."""
+    work = seconds
+    for _ in range(4):
+        steps, _ = speed.within(RefineLimits(seconds=max(work, 1e-9)), settings)
+        work = max(0.0, seconds - speed.validations(settings, steps))
+    return work
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, speeds: Mapping[str, Speeds]) -> None:
+        self._recipe, self._speeds = recipe, speeds
+        self._notes: list[str] = []
+
+    def with_lengths(self) -> Outline:
+        """The plan of a recipe that has all lengths."""
+        recipe = self._recipe
+        expected = self._fixed(recipe)
+        for each in recipe.sets:
+            speeds = self._speeds[each.dataset]
+            if each.preset:
+                config = training_config(each)
+                recipe = recipe.with_set(dataclasses.replace(each, train_steps=config.denoiser_optimizer.steps))
+                expected[f"train {each.dataset}"] = _training_seconds(config, speeds)
+            if each.refine is not None:
+                steps, seconds = speeds.refine.within(RefineLimits(each.refine_steps or 0), each.refine)
+                expected[f"refine {each.dataset}"] = seconds + speeds.refine.validations(each.refine, steps)
+        return Outline(recipe, None, expected, (), self._speeds, tuple(self._notes))
+
+    def within(self, seconds: float, spent: float, *, begun: bool) -> Outline:
+        """The plan for a time, which decides the lengths of the trainings and refinements."""
+        recipe = self._choose_evaluation(self._recipe, seconds)
+        expected = self._fixed(recipe)
+        fixed = sum(expected.values()) * MARGIN
+        least = {name: self._least(recipe, name) for name in recipe.datasets}
+        left = seconds - spent - fixed
+        if left < sum(least.values()):
+            needed = spent + fixed + sum(least.values())
+            made = "refining" if recipe.track == 1 else "training"
+            raise UsageError(
+                f"--time is too short: {_minutes(seconds)} were given, and this entry needs {_minutes(needed)} at least on "
+                f"this machine, {_minutes(sum(least.values()))} of them for {made} and {_minutes(fixed)} for the rest.",
+                f"Give --time {_minutes(needed)} or more, or a smaller --epochs-setting, --rounds or --datasets.",
+            )
+        shares = self._split(recipe, left)
+        flexible = []
+        for each in recipe.sets:
+            share = shares[each.dataset]
+            parts = [f"train {each.dataset}"] * bool(each.preset) + [f"refine {each.dataset}"] * (each.refine is not None)
+            expected |= dict.fromkeys(parts, share / max(1, len(parts)))
+            flexible += parts
+            if each.refine is not None and not begun:
+                recipe = recipe.with_set(self._with_validation(each, each.refine, expected[parts[-1]]))
+        return Outline(recipe, seconds, expected, tuple(flexible), self._speeds, tuple(self._notes))
+
+    def _fixed(self, recipe: Recipe) -> dict[str, float]:
+        """Seconds of the stages whose length the time does not decide, by name."""
+        expected: dict[str, float] = {}
+        checked = 0.0
+        for each in recipe.sets:
+            name, spec, speeds = each.dataset, dataset_spec(each.dataset), self._speeds[each.dataset]
+            rows = IPC * spec.num_classes
+            unprepared = _SECONDS_OF_PREPARING if spec.in_challenge else _SECONDS_OF_DRAWING
+            expected[f"prepare {name}"] = 0.0 if is_prepared(name) else unprepared
+            if recipe.track == 2:
+                expected[f"evaluate {name}"] = self._generator_seconds(recipe, each)
+                checked += min(_PROOF_SECONDS, _budget(recipe)) + _SECONDS_OF_START
+                continue
+            checked += _SECONDS_OF_START + _SECONDS_PER_ROW * rows
+            expected[f"random real images {name}"] = _SECONDS_OF_START
+            if each.preset:
+                expected[f"generate {name}"] = _SECONDS_OF_START + rows / speeds.sampled
+            for what in evaluated(each):
+                expected[f"evaluate {what} {name}"] = self._set_seconds(recipe, each) + _SECONDS_PER_ROW * rows
+        return expected | {"check and pack": checked, "report": _SECONDS_OF_REPORT}
+
+    def _set_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
+        """Seconds of one evaluation of a set on track 1."""
+        speeds, epochs = self._speeds[each.dataset], epochs_setting(recipe) + 1
+        return rounds(recipe) * (epochs * speeds.refine.per_epoch + speeds.per_test_image * _test_images(each.dataset))
+
+    def _generator_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
+        """Seconds of one evaluation of a generator on track 2."""
+        spec, speeds, budget = dataset_spec(each.dataset), self._speeds[each.dataset], _budget(recipe)
+        epoch = speeds.refine.per_epoch * budget * speeds.sampled / (IPC * spec.num_classes)
+        test = speeds.per_test_image * _test_images(each.dataset)
+        return rounds(recipe) * (budget + (epochs_setting(recipe) + 1) * epoch + test)
+
+    def _choose_evaluation(self, recipe: Recipe, seconds: float) -> Recipe:
+        """The most official evaluation that leaves at least half of the time, where none is asked for."""
+        if recipe.epochs_setting is not None or recipe.rounds is not None:
+            return recipe
+        official = None
+        for epochs, count in _EVALUATIONS[recipe.track]:
+            found = dataclasses.replace(recipe, epochs_setting=epochs, rounds=count)
+            needed = sum(value for name, value in self._fixed(found).items() if name.startswith("evaluate"))
+            official = needed if official is None else official
+            if needed <= _SHARE_OF_EVALUATION * seconds:
+                break
+        if (epochs, count) != _EVALUATIONS[recipe.track][0]:
+            self._notes.append(
+                f"The evaluations use E = {epochs} and {count} round{'s' * (count > 1)}, which is not official: official ones "
+                f"would take {_minutes(official or 0)} of the time. Evaluate officially afterwards with ddkit evaluate."
+            )
+        return found
+
+    def _least(self, recipe: Recipe, name: str) -> float:
+        """The least seconds of the stages of a dataset whose length the time decides."""
+        (each,) = (each for each in recipe.sets if each.dataset == name)
+        seconds = _LEAST_TRAINING if each.preset else 0.0
+        if each.refine is not None:
+            settings, speed = dataclasses.replace(each.refine, val_epochs=_VAL_EPOCHS[-1]), self._speeds[name].refine
+            seconds += speed.within(RefineLimits(LEAST_STEPS), settings)[1] + speed.validations(settings, LEAST_STEPS)
+        return seconds
+
+    def _split(self, recipe: Recipe, seconds: float) -> dict[str, float]:
+        """Seconds for each dataset: where each gains most for the mean, or equal parts."""
+        names = recipe.datasets
+        if len(names) == 1:
+            return {names[0]: seconds}
+        gains = [self._expected(each, 0.0) is not None for each in recipe.sets]
+        if not all(gains):
+            unknown = [name for name, known in zip(names, gains, strict=True) if not known]
+            why = f", because no refinement of {' and '.join(unknown)} has been recorded" if recipe.track == 1 else ""
+            self._notes.append(f"The datasets get equal parts of the time{why}.")
+            return dict.fromkeys(names, seconds / len(names))
+        parts = dict.fromkeys(names, 0)
+        for _ in range(_QUANTA):
+            quantum = seconds / _QUANTA
+            steps = {
+                each.dataset: (self._expected(each, (parts[each.dataset] + 1) * quantum) or 0.0)
+                - (self._expected(each, parts[each.dataset] * quantum) or 0.0)
+                for each in recipe.sets
+            }
+            # Where nothing more is known to be gained, the dataset with the smaller part comes first.
+            best = max(names, key=lambda name: (round(steps[name], 6), -parts[name]))
+            parts[best] += 1
+        self._notes.append(
+            "The time is split by what recorded refinements have gained for the mean: "
+            + ", ".join(f"{name} {100 * parts[name] / _QUANTA:.0f} %" for name in names) + "."
+        )  # fmt: skip
+        return {name: seconds * part / _QUANTA for name, part in parts.items()}
+
+    def _expected(self, each: SetRecipe, seconds: float) -> float | None:
+        """The official accuracy to expect after refining for so long."""
+        if each.refine is None:
+            return None
+        work = (1 - _SHARE_OF_VALIDATION) * seconds
+        steps = self._speeds[each.dataset].refine.within(RefineLimits(seconds=work), each.refine)[0] if work else 0
+        return expected_accuracy(each.dataset, IPC, each.refine, steps)
+
+    def _with_validation(self, each: SetRecipe, refine: RefineSettings, seconds: float) -> SetRecipe:
+        """The set's recipe with validations that take a part of the refinement's time only."""
+        speed = self._speeds[each.dataset].refine
+        for epochs in _VAL_EPOCHS:
+            settings = dataclasses.replace(refine, val_epochs=min(epochs, refine.val_epochs))
+            if speed.validations(settings, 1) <= _SHARE_OF_VALIDATION * seconds:
+                break
+        if (accuracy := self._expected(dataclasses.replace(each, refine=settings), seconds)) is not None:
+            self._notes.append(f"Recorded refinements suggest an official accuracy of about {accuracy:.0%} on {each.dataset}.")
+        return dataclasses.replace(each, refine=settings)
+
+
+def evaluated(each: SetRecipe) -> tuple[str, ...]:
+    """The folders of the sets of a dataset that are evaluated on track 1."""
+    return ("submission", *(["generated"] if each.preset and each.refine is not None else []), "baseline")
+
+
+def epochs_setting(recipe: Recipe) -> int:
+    """E of the recipe's evaluations."""
+    return track(recipe.track).epochs_setting if recipe.epochs_setting is None else recipe.epochs_setting
+
+
+def rounds(recipe: Recipe) -> int:
+    """The rounds of each of the recipe's evaluations."""
+    return recipe.rounds or track(recipe.track).rounds
+
+
+def training_config(each: SetRecipe) -> GeneratorConfig:
+    """The configuration of a set's generator, with the recipe's lengths."""
+    config = preset(each.preset).config(dataset_spec(each.dataset).image_size)
+    first, last = config.autoencoder_optimizer, config.denoiser_optimizer
+    first = first if each.autoencoder_steps is None else dataclasses.replace(first, steps=each.autoencoder_steps)
+    last = last if each.train_steps is None else dataclasses.replace(last, steps=each.train_steps)
+    return dataclasses.replace(config, autoencoder_optimizer=first, denoiser_optimizer=last)
+
+
+def _budget(recipe: Recipe) -> float:
+    return recipe.time_budget or track(2).time_budget_seconds or 0.0
+
+
+def _test_images(name: str) -> int:
+    if is_prepared(name):
+        return store_facts(name).splits["test"].images
+    return TEST_IMAGES if dataset_spec(name).in_challenge else _TEST_IMAGES_ELSEWHERE
+
+
+def _training_seconds(config: GeneratorConfig, speeds: Speeds) -> float:
+    optimizers = (config.autoencoder_optimizer, config.denoiser_optimizer)[-len(speeds.training) :]
+    return sum(each.steps * each.batch_size / speed for each, speed in zip(optimizers, speeds.training, strict=True))
+
+
+def _measure(each: SetRecipe, device: torch.device) -> Speeds:
+    """Measure with made-up images, which take as long as real ones."""
+    spec = dataset_spec(each.dataset)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (_REAL_PER_CLASS * spec.num_classes, *spec.image_shape), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(spec.num_classes).repeat_interleave(_REAL_PER_CLASS)
+    real = ImageSet(pixels, labels, tuple(map(str, range(spec.num_classes))))
+    settings = each.refine or RefineSettings(objective="dm", batch_real=1)
+    if settings.objective == "mtt":
+        settings = RefineSettings(batch_real=settings.batch_real)
+    images = normalize(pixels[: IPC * spec.num_classes], spec)
+    speed = measure_refinement(images, spec, real, settings, device=device)
+    held_out = max(1, round(settings.held_out * _REAL_PER_CLASS)) * spec.num_classes
+    per_test_image = speed.per_test / held_out
+    if is_prepared(each.dataset):
+        train = store_facts(each.dataset).splits["train"].images
+        speed = dataclasses.replace(speed, per_test=per_test_image * settings.held_out * train)
+    if not each.preset:
+        return Speeds(speed, per_test_image)
+    config = training_config(each)
+    stages = estimate(config, spec.image_size, spec.num_classes, device, seconds=1.0).stages
+    training = tuple(stage.images_per_second or 1.0 for stage in stages)
+    return Speeds(speed, per_test_image, training, _sampling_speed(config, spec, device))
+
+
+def _sampling_speed(config: GeneratorConfig, spec: DatasetSpec, device: torch.device) -> float:
+    """Images a second of an untrained generator, which samples as fast as a trained one."""
+    shape = config.autoencoder.latent_shape(spec.image_size)
+    names = tuple(class_names(spec.name)) if is_prepared(spec.name) else tuple(map(str, range(spec.num_classes)))
+    facts = ModelFacts(spec.name, names, spec.image_size, config.objective.prediction, "", 0, 0, "", label_dropout=0.1)
+    model = Model(
+        build_denoiser(config.denoiser, shape, spec.num_classes, seed=0).eval(),
+        build_autoencoder(config.autoencoder, spec.image_size, seed=0).eval(),
+        facts,
+    )
+    sampler = Sampler(model, SamplingSettings(guidance=default_guidance(IPC), batch_size=_SAMPLED), device)
+    labels = torch.arange(_SAMPLED) % spec.num_classes
+    began = time.monotonic()
+    made = sum(len(images) for images in sampler.images(labels, torch.arange(_SAMPLED)))
+    return made / (time.monotonic() - began)
+
+
+def _minutes(seconds: float) -> str:
+    """A length of time, rounded up, as --time takes it."""
+    if seconds < 60:
+        return f"{-(-seconds // 1):.0f}s"
+    return f"{-(-seconds // 60):.0f}m" if seconds < 7200 else f"{-(-seconds // 360) / 10:g}h"

@@ -1,0 +1,187 @@
+"""Recipes: everything that decides about an entry, as one TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddkit import challenge
+from ddkit.data.store import dataset_spec, is_prepared, store_hash
+from ddkit.distill.settings import RefineSettings, flatten
+from ddkit.errors import BadFileError, UsageError, did_you_mean
+from ddkit.generator.presets import preset as preset_of
+from ddkit.runtime.files import explain_os_error, write_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPE_FILE = "recipe.toml"
+IPC = 10  # images per class on track 1
+_HEADING = "# Made by ddkit. To make the same entry again: ddkit enter --recipe {name}\n\n"
+# By name of a field, what a recipe may hold there.
+_TYPES: Mapping[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+
+
+@dataclass(frozen=True)
+class SetRecipe:
+    """How the set of one dataset is made on track 1, or its generator on track 2.
+
+    dataset_sha256: of the prepared training split; "" accepts any. preset: of the generator whose images are refined or,
+    on track 2, that is packed; "" takes random real images.
+    autoencoder_steps, train_steps: lengths of the generator's training; None while a time decides, or for the preset's.
+    compile: as in `ddkit.generator.config.GeneratorConfig`. refine: None refines nothing. refine_steps: None while a time
+    decides. sha256: of the set's file that came out; "" if it is not known.
+    """
+
+    dataset: str
+    dataset_sha256: str = ""
+    preset: str = ""
+    autoencoder_steps: int | None = None
+    train_steps: int | None = None
+    compile: bool | None = None
+    refine: RefineSettings | None = None
+    refine_steps: int | None = None
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        dataset_spec(self.dataset)  # raises UsageError for an unknown name
+        if self.preset:
+            preset_of(self.preset)
+        for name in ("autoencoder_steps", "train_steps", "refine_steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an entry is made and scored.
+
+    sets: one for each dataset. epochs_setting, rounds, time_budget: of the evaluation; None takes the track's.
+    versions: of ddkit and of the libraries that made it, and the name of the device. engines: how networks were computed,
+    as `ddkit.network.autotune.prescribed_plans` takes it. accuracies: what was scored, by dataset, fractions.
+    """
+
+    sets: tuple[SetRecipe, ...]
+    track: int = 1
+    seed: int = 0
+    epochs_setting: int | None = None
+    rounds: int | None = None
+    time_budget: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        challenge.track(self.track)
+        names = self.datasets
+        if not names or len(set(names)) < len(names):
+            raise UsageError(f"An entry takes each dataset once, not {', '.join(names) or 'none'}.")
+        if self.track == 2 and not all(each.preset for each in self.sets):
+            raise UsageError("On track 2 every dataset needs a generator.", "Add the name of its preset.")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The names of the datasets."""
+        return tuple(each.dataset for each in self.sets)
+
+    def with_set(self, changed: SetRecipe) -> Recipe:
+        """This recipe with another one of its sets."""
+        sets = tuple(changed if each.dataset == changed.dataset else each for each in self.sets)
+        return dataclasses.replace(self, sets=sets)
+
+    def require_datasets(self) -> None:
+        """Raise UsageError where a prepared dataset has other training images than the recipe was made with."""
+        for each in self.sets:
+            if not each.dataset_sha256 or not is_prepared(each.dataset):
+                continue
+            if (found := store_hash(each.dataset, "train")) != each.dataset_sha256:
+                raise UsageError(
+                    f"The recipe was made with other training images of '{each.dataset}' than those that are prepared: "
+                    f"their SHA-256 is {each.dataset_sha256[:12]}..., not {found[:12]}....",
+                    f"Prepare the same images with ddkit data prepare {each.dataset} --from PATH --force, or delete the "
+                    "line dataset_sha256 from the recipe to use those that are there.",
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as TOML and JSON hold them; what is None or empty is left out."""
+        values = {name: value for name, value in vars(self).items() if name != "sets" and value not in (None, {})}
+        engines = {"engines": values.pop("engines")} if self.engines else {}  # last, as they are long
+        return values | {"sets": [_set_to_json(each) for each in self.sets]} | engines
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from what `to_json` made of it. Raises UsageError for unknown names and wrong values."""
+        sets = values.get("sets")
+        if not isinstance(sets, list) or not all(isinstance(each, Mapping) for each in sets):
+            raise UsageError("A recipe has one table [[sets]] for each dataset.")
+        _check_values(cls, values, "a recipe")
+        return cls(sets=tuple(map(_set_from_json, sets)), **{name: value for name, value in values.items() if name != "sets"})
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe's TOML file. Raises BadFileError where it cannot be read, and UsageError for what it says."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadFileError(f"{path} is not TOML: {error}.", "Name the recipe.toml of an entry.") from error
+    try:
+        return Recipe.from_json(values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}", error.remedy) from error
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as TOML, atomically. Raises BadFileError."""
+    import tomli_w
+
+    write_text(path, _HEADING.format(name=path.name) + tomli_w.dumps(recipe.to_json()))
+
+
+def _set_to_json(each: SetRecipe) -> dict[str, Any]:
+    values = {name: value for name, value in vars(each).items() if value not in (None, "")}
+    if each.refine is not None:
+        values["refine"] = _refine_to_json(each.refine)
+    return values
+
+
+def _refine_to_json(settings: RefineSettings) -> dict[str, Any]:
+    """The settings that have an effect with the others."""
+    values = dataclasses.asdict(settings)
+    unused = {"dm": ("dm_steps", "pool", "krr_lambda"), "mtt": ("pool", "krr_lambda"), "frepo": ()}[settings.objective]
+    if settings.objective != "mtt":
+        unused = (*unused, "experts", "student")
+    elif not settings.dm_steps:
+        unused = (*unused, "batch_real")
+    return {name: value for name, value in values.items() if name not in unused}
+
+
+def _set_from_json(values: Mapping[str, Any]) -> SetRecipe:
+    _check_values(SetRecipe, values, "a set of a recipe")
+    if "dataset" not in values:
+        raise UsageError("A set of a recipe needs the name of its dataset.")
+    changed = dict(values)
+    if "refine" in changed:
+        if not isinstance(changed["refine"], Mapping):
+            raise UsageError("refine is a table of settings.", "Write it under [sets.refine].")
+        changed["refine"] = RefineSettings().with_changes(flatten(changed["refine"]))
+    return SetRecipe(**changed)
+
+
+def _check_values(cls: Any, values: Mapping[str, Any], what: str) -> None:
+    """Raise UsageError for a name that `cls` does not have, and for a plain value of another type than it has there."""
+    known = {each.name: str(each.type).partition(" ")[0] for each in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in known:
+            raise UsageError(f"'{name}' is not a part of {what}.", did_you_mean(name, tuple(known)))
+        kind = _TYPES.get(known[name])
+        right = isinstance(value, kind) if kind is not None else name in ("sets", "refine") or isinstance(value, Mapping)
+        if not right or (isinstance(value, bool) and kind is not bool):
+            raise UsageError(f"{name} cannot be {value!r}.", f"It is of type {known[name]}.")

@@ -1,0 +1,337 @@
+"""The stages of an entry: how each runs, and how its files show that it is done.
+
+baseline/  generated/  submission/  runs/  recipe.toml  submission.zip or track2.zip  report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddkit.challenge import CHALLENGE_DATASETS
+from ddkit.checks.check import Report
+from ddkit.data.prepare import prepare
+from ddkit.data.store import is_prepared, store_hash
+from ddkit.distill.generate import FromModel, FromReal, generate
+from ddkit.distill.refine import refine
+from ddkit.distill.settings import RefineLimits
+from ddkit.distill.state import STATE_FILE, RefinementState
+from ddkit.entering.plan import epochs_setting, evaluated, rounds
+from ddkit.entering.recipe import IPC, Recipe, SetRecipe
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
+from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
+from ddkit.evaluation.tracks import hash_of_folder
+from ddkit.generator.config import SamplingSettings, default_guidance
+from ddkit.generator.model_folder import FACTS_FILE, has_model, model_hash, read_facts
+from ddkit.generator.training.plan import plan_training, require_memory
+from ddkit.generator.training.records import read_records
+from ddkit.generator.training.run_folder import METRICS_FILE
+from ddkit.generator.training.stages import AutoencoderStage
+from ddkit.generator.training.train import TrainingData, train
+from ddkit.packing.bundle import BundleModel, open_generators, pack_bundle
+from ddkit.packing.pack import pack
+from ddkit.packing.proof import ProofSettings
+from ddkit.reporting.report import Leaderboard, report
+from ddkit.results import Result, read
+from ddkit.runtime.files import sha256_of
+from ddkit.runtime.progress import Listener
+from ddkit.sets.distilled import KIND_GENERATED, KIND_RANDOM_REAL, read_provenance
+
+_COMPILED_SECONDS = 120.0  # of a training; shorter ones are not worth compiling for
+_MISSING_TENSOR = "F003"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of an entry.
+
+    name: unique, such as "refine cifar100". seconds: that it will take, about. is_done: looks at its files. run: does it,
+    or what is left of it. may_wait: True for what the end of the time stops, with its state kept.
+    """
+
+    name: str
+    seconds: float
+    is_done: Callable[[], bool]
+    run: Callable[[Listener], None]
+    may_wait: bool = True
+
+
+class Workplace:
+    """An entry's folder, and the functions that its stages run there.
+
+    recipe: as far as it is known; a stage whose length a time decided writes it in. limit: called by such a stage when it
+    begins, with its name and its earlier seconds of work; returns its seconds of work in all. on_event: called with a
+    sentence on each warning and result.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, device: str, limit: Callable[[str, float], float], on_event: Callable[[str], None]
+    ) -> None:
+        self.folder, self.recipe = folder, recipe
+        self._device, self._limit, self._on_event = device, limit, on_event
+        self.leaderboard: Leaderboard | None = None
+
+    @property
+    def results_file(self) -> Path:
+        return self.folder / "runs" / "results.jsonl"
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def zip_file(self) -> Path:
+        return self.folder / ("submission.zip" if self.recipe.track == 1 else "track2.zip")
+
+    def submission(self, name: str) -> Path:
+        """The tensor of a dataset's set."""
+        return self._tensor("submission", name)
+
+    def sets_are_there(self) -> bool:
+        """True if everything that is packed has been made."""
+        if self.recipe.track == 2:
+            return all(has_model(self._run(name)) for name in self.recipe.datasets)
+        return all(self.submission(name).exists() for name in self.recipe.datasets)
+
+    def actions(self) -> dict[str, tuple[Callable[[], bool], Callable[[Listener], None]]]:
+        """(is_done, run) of each stage, in order, by its name."""
+        actions: dict[str, tuple[Callable[[], bool], Callable[[Listener], None]]] = {}
+
+        def add(verb: str, name: str, is_done: Callable[[str], bool], run: Callable[[str, Listener], None]) -> None:
+            actions[f"{verb} {name}"] = (lambda: is_done(name), lambda progress: run(name, progress))
+
+        sets, track = self.recipe.sets, self.recipe.track
+        for each in sets:
+            add("prepare", each.dataset, self._is_prepared, self._prepare)
+        for each in sets if track == 1 else ():
+            add("random real images", each.dataset, self._has_baseline, self._draw_baseline)
+        for each in sets:
+            if each.preset:
+                add("train", each.dataset, self._is_trained, self._train)
+                if track == 1:
+                    add("generate", each.dataset, self._is_generated, self._generate)
+        for each in sets:
+            if each.refine is not None:
+                add("refine", each.dataset, self._is_refined, self._refine)
+        if track == 2:
+            actions["check and pack"] = (self._is_bundled, self._bundle)
+            for each in sets:
+                add("evaluate", each.dataset, self._is_generator_evaluated, self._evaluate_generator)
+        else:
+            for each in sets:
+                for what in evaluated(each):
+                    actions[f"evaluate {what} {each.dataset}"] = self._evaluation(what, each.dataset)
+            actions["check and pack"] = (lambda: False, self._pack)
+        actions["report"] = (lambda: False, self._report)
+        return actions
+
+    def exact_recipe(self) -> Recipe:
+        """The recipe that makes the sets that are there again, without those that are not there yet."""
+        recipe = self.recipe
+        for each in recipe.sets:
+            recipe = recipe.with_set(self._exact(each))
+        best = {result.dataset: result.mean for result in self._results() if result.sha256 in self._hashes()}
+        return dataclasses.replace(recipe, accuracies=best)
+
+    def _exact(self, each: SetRecipe) -> SetRecipe:
+        changes: dict[str, Any] = {"dataset_sha256": store_hash(each.dataset, "train")} if is_prepared(each.dataset) else {}
+        path, run = self.submission(each.dataset), self._refine_folder(each.dataset)
+        if path.exists():
+            changes["sha256"] = sha256_of(path)
+        if each.refine is not None and (run / STATE_FILE).exists():
+            state = RefinementState.read(run)
+            pool = each.refine.pool
+            if state.pool_start is not None:
+                pool = dataclasses.replace(pool, from_step=state.pool_start)
+            # Which engine is faster is measured; the step at which the pool begins may depend on the time.
+            changes["refine"] = dataclasses.replace(each.refine, precision=state.precision, pool=pool)
+            changes["refine_steps"] = state.best_step
+        return dataclasses.replace(each, **changes)
+
+    def _hashes(self) -> set[str]:
+        paths = [self.submission(name) for name in self.recipe.datasets]
+        if self.recipe.track == 2:
+            return {result.sha256 for result in self._results() if result.track == 2}
+        return {sha256_of(path) for path in paths if path.exists()}
+
+    def _tensor(self, folder: str, name: str) -> Path:
+        return self.folder / folder / f"{name}.pt"
+
+    def _run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def _refine_folder(self, name: str) -> Path:
+        return self.folder / "runs" / f"{name}-refine"
+
+    def _recipe_of(self, name: str) -> SetRecipe:
+        return next(each for each in self.recipe.sets if each.dataset == name)
+
+    def _is_prepared(self, name: str) -> bool:
+        return is_prepared(name)
+
+    def _prepare(self, name: str, progress: Listener) -> None:
+        prepare(name, progress=progress)
+        self.recipe.require_datasets()
+
+    def _has(self, path: Path, **facts: Any) -> bool:
+        provenance = read_provenance(path) if path.exists() else {}
+        return bool(provenance) and all(provenance.get(key) == value for key, value in facts.items())
+
+    def _has_baseline(self, name: str) -> bool:
+        sha256 = store_hash(name, "train") if is_prepared(name) else None
+        return self._has(self._tensor("baseline", name), kind=KIND_RANDOM_REAL, seed=self.recipe.seed, dataset_sha256=sha256)
+
+    def _draw_baseline(self, name: str, progress: Listener) -> None:
+        source = FromReal("random", self.recipe.seed, self._device)
+        generate(name, IPC, source, self._tensor("baseline", name), replace=True, progress=progress)
+
+    def _is_trained(self, name: str) -> bool:
+        folder, steps = self._run(name), self._recipe_of(name).train_steps
+        return steps is not None and has_model(folder) and read_facts(folder).steps >= steps
+
+    def _train(self, name: str, progress: Listener) -> None:
+        each, folder = self._recipe_of(name), self._run(name)
+        seconds = None
+        if each.train_steps is None:
+            records = read_records(folder / METRICS_FILE)
+            stages = {record["stage"]: record.get("seconds", 0.0) for record in records if "seconds" in record}
+            seconds = self._limit(f"train {name}", sum(stages.values()))
+            each = dataclasses.replace(each, compile=seconds >= _COMPILED_SECONDS and each.compile is not False)
+        data = TrainingData.open(name, progress=progress)
+        settings = {
+            "seed": self.recipe.seed,
+            "steps": each.train_steps,
+            "compile": each.compile,
+            "autoencoder_optimizer.steps": each.autoencoder_steps,
+        }
+        request = plan_training(
+            data, settings, preset_name=each.preset, folder=folder, seconds=seconds, device=self._device, save_every_seconds=60
+        )
+        require_memory(data, request)
+        model = train(data, request, progress=progress)
+        steps = [r["step"] for r in read_records(folder / METRICS_FILE) if r["stage"] == AutoencoderStage.name]
+        self.recipe = self.recipe.with_set(
+            dataclasses.replace(each, train_steps=model.facts.steps, autoencoder_steps=max(steps, default=None))
+        )
+
+    def _started_from(self, name: str) -> Path:
+        """The set that is refined."""
+        return self._tensor("generated" if self._recipe_of(name).preset else "baseline", name)
+
+    def _generated(self, name: str) -> Path:
+        return self._started_from(name) if self._recipe_of(name).refine is not None else self.submission(name)
+
+    def _is_generated(self, name: str) -> bool:
+        folder = self._run(name)
+        if not (self._is_trained(name) and has_model(folder)):
+            return False
+        return self._has(self._generated(name), kind=KIND_GENERATED, model_sha256=model_hash(folder), seed=self.recipe.seed)
+
+    def _generate(self, name: str, progress: Listener) -> None:
+        sampling = SamplingSettings(seed=self.recipe.seed, guidance=default_guidance(IPC))
+        source = FromModel(self._run(name), sampling, self._device)
+        generate(name, IPC, source, self._generated(name), progress=progress)
+
+    def _is_refined(self, name: str) -> bool:
+        steps, folder, out = self._recipe_of(name).refine_steps, self._refine_folder(name), self.submission(name)
+        if steps is None or not out.exists() or not (folder / STATE_FILE).exists():
+            return False
+        state = RefinementState.read(folder)
+        return state.step >= steps and state.validated and (state.made(out) or state.gained_nothing())
+
+    def _refine(self, name: str, progress: Listener) -> None:
+        each, folder = self._recipe_of(name), self._refine_folder(name)
+        if each.refine is None:
+            return
+        if each.refine_steps is None:
+            earlier = RefinementState.read(folder).seconds if (folder / STATE_FILE).exists() else 0.0
+            limits = RefineLimits(seconds=self._limit(f"refine {name}", earlier))
+        else:
+            limits = RefineLimits(each.refine_steps)
+        refined = refine(
+            self._started_from(name), name, each.refine, limits, folder,
+            out=self.submission(name), device=self._device, save_every_seconds=60, progress=progress,
+        )  # fmt: skip
+        self.recipe = self.recipe.with_set(dataclasses.replace(each, refine_steps=refined.steps))
+        self._on_event(
+            f"Accuracy on held-out training images of {name}: {refined.accuracy_before:.2%} before, "
+            f"{refined.accuracy:.2%} at step {refined.best_step:,} of {refined.steps:,}."
+        )
+
+    def _results(self) -> tuple[Result, ...]:
+        return read(self.results_file).results
+
+    def _is_recorded(self, name: str, sha256: str) -> bool:
+        recipe = self.recipe
+        wanted = (name, sha256, recipe.track, epochs_setting(recipe), rounds(recipe), recipe.seed)
+        return any(
+            (one.dataset, one.sha256, one.track, one.epochs_setting, one.rounds, one.seed) == wanted
+            and (one.time_budget in (None, self._evaluation_settings().budget))
+            for one in self._results()
+        )
+
+    def _evaluation_settings(self) -> EvaluationSettings:
+        recipe = self.recipe
+        return EvaluationSettings(
+            recipe.track, recipe.rounds, recipe.epochs_setting, recipe.seed, device=self._device, time_budget=recipe.time_budget
+        )
+
+    def _evaluation(self, what: str, name: str) -> tuple[Callable[[], bool], Callable[[Listener], None]]:
+        path = self._tensor(what, name)
+        return (
+            lambda: path.exists() and self._is_recorded(name, sha256_of(path)),
+            lambda progress: self._evaluate([path], name, progress),
+        )
+
+    def _evaluate(self, files: list[Path | GeneratorFiles], name: str, progress: Listener) -> None:
+        settings = JobSettings(
+            self._evaluation_settings(), dataset=name, results=self.results_file,
+            state=StateFolder(self.folder / "runs" / "evaluations"),
+        )  # fmt: skip
+        evaluate_files(files, settings, progress=progress, on_event=self._on_event)
+
+    def _is_generator_evaluated(self, name: str) -> bool:
+        if not (self._is_bundled() and self.zip_file.exists()):
+            return False
+        with open_generators([self.zip_file], name) as (files,):
+            return self._is_recorded(name, hash_of_folder(files.folder))
+
+    def _evaluate_generator(self, name: str, progress: Listener) -> None:
+        with open_generators([self.zip_file], name) as generators:
+            self._evaluate(list(generators), name, progress)
+
+    def _is_bundled(self) -> bool:
+        models = [self._run(name) / FACTS_FILE for name in self.recipe.datasets]
+        if not self.zip_file.exists() or not all(path.exists() for path in models):
+            return False
+        return all(self.zip_file.stat().st_mtime > path.stat().st_mtime for path in models)
+
+    def _bundle(self, progress: Listener) -> None:
+        budget = self._evaluation_settings().budget or 0.0
+        models = [BundleModel(name, self._run(name)) for name in self.recipe.datasets]
+        pack_bundle(models, self.zip_file, proof=ProofSettings(min(ProofSettings().budget, budget)), progress=progress)
+
+    def _pack(self, progress: Listener) -> None:
+        """Check and pack; a set that the entry is not about may be missing."""
+        challenge = [spec.name for spec in CHALLENGE_DATASETS]
+        missing = [name for name in challenge if name not in self.recipe.datasets]
+        partial = bool(missing) and any(name in challenge for name in self.recipe.datasets)
+        pack(
+            self.folder / "submission", self.zip_file,
+            ignore_codes=(_MISSING_TENSOR,) if partial else (), on_report=self._warn, progress=progress,
+        )  # fmt: skip
+        if partial:
+            self._on_event(f"The challenge also wants a set for {' and '.join(missing)}; {self.zip_file.name} has none.")
+
+    def _warn(self, found: Report) -> None:
+        for finding in found.findings:
+            if finding.level == "warning":
+                self._on_event(f"warning {finding.code}: {finding.message}")
+
+    def _report(self, progress: Listener) -> None:
+        self.results_file.parent.mkdir(parents=True, exist_ok=True)
+        self.results_file.touch()  # the time may have been up before the first evaluation
+        self.leaderboard = report(self.results_file, html=self.page, runs_folder=self.folder / "runs", progress=progress)

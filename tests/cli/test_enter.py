@@ -1,0 +1,72 @@
+"""`ddkit enter` as a person runs it: the plan, what it refuses, and the demo that is an entry, too."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ddkit.cli import main
+from ddkit.cli.demo import _recipe
+from ddkit.cli.enter import enter
+from ddkit.entering.recipe import Recipe, write_recipe
+
+pytestmark = pytest.mark.usefixtures("work", "measured_before")
+
+PLANNED = ("--time", "20m", "--datasets", "glyphs", "--epochs-setting", "2", "--rounds", "1", "--dry-run")
+
+
+def ddkit(*words):
+    return CliRunner().invoke(main, ["enter", *words])
+
+
+def test_dry_run_prints_every_stage_and_writes_nothing(work):
+    done = ddkit(*PLANNED, "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.output)
+    names = ["prepare", "random real images", "refine", "evaluate submission", "evaluate baseline"]
+    assert [stage["name"] for stage in plan["stages"]] == [f"{name} glyphs" for name in names] + ["check and pack", "report"]
+    assert plan["stages"][2]["expected"] > 600 and plan["seconds"] == 1200
+    assert not list(work.iterdir())
+
+
+def test_dry_run_shows_a_table_for_people(work):
+    done = ddkit(*PLANNED)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "refine glyphs to come about" in said and "of 20 min." in said
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ([], 2, "--time is missing. Say how long everything may take"),
+        (["--time", "8h", "--datasets", "cifar100,cifar10"], 2, "There is no dataset 'cifar10'. Did you mean 'cifar100'?"),
+        (["--time", "8h", "--datasets", "glyphs,glyphs"], 2, "An entry takes each dataset once"),
+        (["--time", "8h", "--time-budget", "1m"], 2, "--time-budget needs --track 2."),
+        (["--recipe", "nowhere.toml"], 3, "nowhere.toml: No such file or directory."),
+        (["--recipe", "a.toml", "--time", "8h", "--seed", "3"], 2, "The recipe decides what --time, --seed would."),
+    ],
+)
+def test_enter_refuses_in_one_message(words, status, said):
+    done = ddkit(*words)
+    assert done.exit_code == status, done.output
+    assert said in " ".join(done.output.split()) and "Traceback" not in done.output
+
+
+def test_the_demo_is_an_entry_with_a_recipe_of_its_own(work):
+    recipe = _recipe(5)
+    assert recipe.datasets == ("glyphs",) and recipe.sets[0].preset and recipe.sets[0].refine.seed == recipe.seed == 5
+    write_recipe(recipe, work / "demo.toml")
+    done = ddkit("--recipe", "demo.toml", "--dry-run", "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    verbs = [stage["name"].removesuffix(" glyphs") for stage in json.loads(done.output)["stages"]]
+    assert verbs == [
+        "prepare", "random real images", "train", "generate", "refine", "evaluate submission", "evaluate generated",
+        "evaluate baseline", "check and pack", "report",
+    ]  # fmt: skip
+
+
+def test_options_of_enter_name_what_a_recipe_decides():
+    """What can be asked for is what a recipe holds, apart from where and on what it is made."""
+    options = {parameter.name for parameter in enter.params} & set(Recipe.__dataclass_fields__)
+    assert options == {"track", "seed", "epochs_setting", "rounds", "time_budget"}

@@ -1,0 +1,174 @@
+"""Whole entries on the letters, in real processes: killed and continued, made again from a recipe, out of time and disk."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ddkit.data.prepare import prepare
+from ddkit.entering.entry import plan_entry
+from ddkit.entering.recipe import read_recipe
+from ddkit.errors import UsageError
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("measured_before")]
+
+# As the demo, with fewer steps of everything.
+TRAINED = """
+seed = 3
+epochs_setting = 1
+rounds = 1
+[[sets]]
+dataset = "glyphs"
+preset = "demo"
+autoencoder_steps = 4
+train_steps = 4
+refine_steps = 3
+[sets.refine]
+batch_real = 2
+val_epochs = 0
+dm_steps = 1
+pool.size = 2
+pool.from_step = 2
+"""
+REAL = TRAINED.replace('preset = "demo"\nautoencoder_steps = 4\ntrain_steps = 4\n', "")
+
+
+def start(work, *words, **options):
+    command = [sys.executable, "-m", "ddkit", "enter", "--device", "cpu", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def finish(work, *words, **options):
+    process = start(work, *words, **options)
+    output, said = process.communicate(timeout=600)
+    return process.returncode, output, said
+
+
+def stop_at(work, text, number, *words):
+    """Run until a line of standard error holds the text, then send the signal. Returns the exit status."""
+    process = start(work, *words)
+    for line in process.stderr:
+        if text in line:
+            break
+    process.send_signal(number)
+    process.communicate(timeout=600)
+    return process.returncode
+
+
+@pytest.fixture
+def work(tmp_path):
+    (tmp_path / "trained.toml").write_text(TRAINED)
+    (tmp_path / "real.toml").write_text(REAL)
+    return tmp_path
+
+
+def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes_it_again(work):
+    words = ("--recipe", "trained.toml", "--folder", "entry")
+    assert stop_at(work, "train glyphs", signal.SIGKILL, *words) == -signal.SIGKILL
+    assert stop_at(work, "evaluate submission", signal.SIGTERM, *words) == 130
+    status, output, said = finish(work, *words, "--json")
+    assert status == 0, said
+    assert "Done already: prepare glyphs, random real images glyphs, train glyphs, generate glyphs, refine glyphs." in said
+    found = json.loads(output)
+    entry = work / "entry"
+    assert found["unfinished"] == [] and {stage["status"] for stage in found["stages"]} == {"done"}
+    for name in ("submission/glyphs.png", "submission.zip", "report.html", "recipe.toml"):
+        assert f"entry/{name}" in found["files"] and (entry / name).stat().st_size > 100
+    rows = {row["name"] for group in found["leaderboard"] for row in group["rows"] if "glyphs" in row["accuracy"]}
+    assert rows == {"submission", "generated", "random real images"}
+
+    again, _, said = finish(work, *words)
+    assert again == 0 and "evaluate baseline glyphs." in said and "Training" not in said
+
+    status, output, said = finish(work, "--recipe", "entry/recipe.toml", "--folder", "again", "--json")
+    assert status == 0, said
+    assert "The set of glyphs is the same to the bit as the one that the recipe was made with." in " ".join(said.split())
+    assert (work / "again/submission/glyphs.pt").read_bytes() == (entry / "submission/glyphs.pt").read_bytes()
+    first, second = read_recipe(entry / "recipe.toml"), read_recipe(work / "again/recipe.toml")
+    assert first.sets == second.sets and first.accuracies == second.accuracies
+    assert (first.sets[0].refine_steps, first.sets[0].train_steps, first.seed) == (3, 4, 3)
+
+
+def test_a_disk_that_fills_up_stops_in_words_and_the_same_command_continues(work):
+    words = ("--recipe", "real.toml", "--folder", "entry")
+
+    def small_files():
+        # The tensor of the set has 1.2 MB, the state of a refinement several times as much.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, resource.RLIM_INFINITY))
+
+    prepare("glyphs")
+    status, _, said = finish(work, *words, preexec_fn=small_files)
+    assert status == 3 and "state.pt: File too large." in " ".join(said.split()) and "Traceback" not in said
+    status, _, said = finish(work, *words)
+    assert status == 0 and "Done already: prepare glyphs, random real images glyphs." in said
+    assert (work / "entry/submission.zip").is_file()
+
+
+def test_time_that_is_up_inside_a_stage_keeps_its_state_and_packs_what_there_is(work):
+    words = ("--datasets", "glyphs", "--epochs-setting", "300", "--rounds", "1", "--folder", "entry")
+    assert stop_at(work, "evaluate submission", signal.SIGKILL, *words, "--time", "60m") == -signal.SIGKILL
+    state = work / "entry/runs/entry.json"
+    values = json.loads(state.read_text())
+    values["spent"] = 1.1 * values["outline"]["seconds"] - 4  # as on a machine that was busier than when it was measured
+    state.write_text(json.dumps(values))
+    status, output, said = finish(work, *words, "--time", "60m", "--json")
+    assert status == 0, said
+    found = json.loads(output)
+    assert found["unfinished"] == ["evaluate submission glyphs", "evaluate baseline glyphs"]
+    assert "The time is up in the stage 'evaluate submission glyphs'; its state is kept." in " ".join(said.split())
+    assert (work / "entry/submission.zip").is_file() and (work / "entry/report.html").is_file()
+    (kept,) = (work / "entry/runs/evaluations").glob("glyphs-*/round-0.pt")
+    assert len(torch.load(kept, weights_only=True)["losses"]) > 0
+
+
+def test_more_time_refines_further_and_other_settings_are_refused(work):
+    words = ("--datasets", "glyphs", "--epochs-setting", "0", "--rounds", "1", "--folder", "entry", "--quiet")
+    least = finish(work, *words, "--time", "1s")
+    assert least[0] == 2 and "--time is too short: 1s were given, and this entry needs" in " ".join(least[2].split())
+    assert not (work / "entry/runs").exists()
+    seconds = 0.0
+    for minutes in ("4m", "6m"):
+        state = work / "entry/runs/glyphs-refine/state.pt"
+        # Time that is spent in vain leaves little for refining, so that the test is short.
+        if not state.exists():
+            assert stop_at(work, "refine glyphs", signal.SIGKILL, *words[:-1], "--time", minutes) == -signal.SIGKILL
+        kept = work / "entry/runs/entry.json"
+        values = json.loads(kept.read_text())
+        values["limits"] = {"refine glyphs": seconds + 2} if minutes == "4m" else {}
+        values["spent"] = 60 * int(minutes[0]) * 0.7
+        kept.write_text(json.dumps(values))
+        status, _, said = finish(work, *words, "--time", minutes)
+        assert status == 0, said
+        now = torch.load(state, weights_only=True)["seconds"]
+        assert now > seconds
+        seconds = now
+    other = finish(work, *words, "--time", "6m", "--seed", "1")
+    assert other[0] == 2 and "holds an entry with other settings (seed, sets)" in " ".join(other[2].split())
+    recipe = finish(work, "--recipe", "real.toml", "--folder", "entry")
+    assert recipe[0] == 2 and "holds an entry with other settings" in " ".join(recipe[2].split())
+
+
+def test_plan_entry_writes_nothing(work):
+    plan = plan_entry(read_recipe(work / "real.toml"), work / "entry", device="cpu")
+    assert [state.status for state in plan.states()] == ["to come"] * len(plan.stages)
+    assert not (work / "entry").exists()
+
+
+def test_a_recipe_of_other_images_is_refused_before_anything_is_made(work):
+    prepare("glyphs")
+    (work / "real.toml").write_text(REAL.replace('"glyphs"', f'"glyphs"\ndataset_sha256 = "{"ab" * 32}"'))
+    with pytest.raises(UsageError, match="other training images of 'glyphs'"):
+        plan_entry(read_recipe(work / "real.toml"), work / "entry", device="cpu")
+
+
+def test_a_recipe_of_another_version_warns(work):
+    (work / "old.toml").write_text(f'{REAL}[versions]\nddkit = "0.0.1"\n')
+    assert stop_at(work, "made by ddkit 0.0.1, and this is", signal.SIGTERM, "--recipe", "old.toml") == 130

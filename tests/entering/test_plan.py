@@ -1,0 +1,99 @@
+"""Plans: the time is used, split and refused as it should be, on machines of made-up speeds."""
+
+import dataclasses
+
+import pytest
+
+from ddkit.distill import estimate
+from ddkit.distill.estimate import RefineSpeed
+from ddkit.distill.settings import RefineLimits
+from ddkit.entering.plan import MARGIN, Outline, Speeds, draft, make_outline, outline_at, refine_limit
+from ddkit.entering.recipe import Recipe, SetRecipe
+from ddkit.errors import UsageError
+
+BOTH = ("cifar100", "tinyimagenet")
+FAST = RefineSpeed({"dm": 1.0, "random networks": 2.0, "pool": 3.0}, 1.0, 1.0)
+SPEEDS = {name: Speeds(FAST, 0.001, (100.0, 100.0), 50.0) for name in BOTH}
+
+
+def test_expected_seconds_of_all_stages_use_the_time_with_its_margin():
+    plan = outline_at(SPEEDS, draft(BOTH, epochs_setting=50, rounds=1), 8 * 3600, spent=60)
+    fixed = sum(seconds for name, seconds in plan.expected.items() if name not in plan.flexible)
+    flexible = sum(plan.expected[name] for name in plan.flexible)
+    assert 60 + MARGIN * fixed + flexible == pytest.approx(8 * 3600)
+    assert set(plan.flexible) == {"refine cifar100", "refine tinyimagenet"}
+
+
+def test_without_a_recorded_curve_the_datasets_get_equal_parts():
+    plan = outline_at(SPEEDS, draft(BOTH, epochs_setting=50, rounds=1), 8 * 3600)
+    assert plan.expected["refine cifar100"] == plan.expected["refine tinyimagenet"]
+    assert any(
+        "equal parts of the time, because no refinement of tinyimagenet has been recorded" in note for note in plan.notes
+    )
+
+
+def test_with_recorded_curves_the_time_goes_where_the_mean_gains_most(monkeypatch):
+    monkeypatch.setitem(estimate._RECORDED, ("tinyimagenet", 10), ((0, 0.05), (2000, 0.06)))
+    plan = outline_at(SPEEDS, draft(BOTH, epochs_setting=50, rounds=1), 2 * 3600)
+    assert plan.expected["refine cifar100"] > 2 * plan.expected["refine tinyimagenet"]
+    assert any("split by what recorded refinements have gained for the mean: cifar100" in note for note in plan.notes)
+
+
+def test_too_little_time_is_refused_with_the_least_that_suffices():
+    recipe = draft(("cifar100",), epochs_setting=20, rounds=1)
+    with pytest.raises(UsageError, match=r"Give --time (\d+)m or more") as refused:
+        outline_at(SPEEDS, recipe, 100)
+    least = 60 * int(refused.value.remedy.split("--time ")[1].split("m")[0])
+    assert outline_at(SPEEDS, recipe, least).expected["refine cifar100"] > 0
+    with pytest.raises(UsageError, match="too short"):
+        outline_at(SPEEDS, recipe, least - 61)
+
+
+def test_the_evaluation_is_official_if_half_of_the_time_suffices_for_it():
+    official = outline_at(SPEEDS, draft(("cifar100",)), 8 * 3600).recipe
+    assert (official.epochs_setting, official.rounds) == (1000, 3)
+    short = outline_at(SPEEDS, draft(("cifar100",)), 1800)
+    assert (short.recipe.epochs_setting, short.recipe.rounds) == (200, 1)
+    assert any("not official: official ones would take 102m of the time" in note for note in short.notes)
+    asked = outline_at(SPEEDS, draft(("cifar100",), rounds=2), 8 * 3600).recipe
+    assert (asked.epochs_setting, asked.rounds) == (None, 2)
+
+
+def test_validation_takes_a_part_of_a_short_refinement_only():
+    for hours, epochs in ((0.5, 20), (8, 200)):
+        plan = outline_at(SPEEDS, draft(("cifar100",), epochs_setting=20, rounds=1), 3600 * hours)
+        assert plan.recipe.sets[0].refine.val_epochs >= epochs
+        seconds = plan.expected["refine cifar100"]
+        assert FAST.validations(plan.recipe.sets[0].refine, 1) <= seconds / 4
+
+
+def test_a_refinement_fits_into_its_seconds_with_its_validations():
+    settings = dataclasses.replace(draft(("cifar100",)).sets[0].refine, val_epochs=20)
+    for seconds in (200.0, 2000.0, 20000.0):
+        work = refine_limit(FAST, settings, seconds)
+        steps, _ = FAST.within(RefineLimits(seconds=work), settings)
+        assert work + FAST.validations(settings, steps) == pytest.approx(seconds, rel=0.05)
+    assert refine_limit(FAST, settings, 1.0) == 0
+
+
+def test_on_track_2_the_time_trains_generators():
+    plan = outline_at(SPEEDS, draft(BOTH, track=2, epochs_setting=1, rounds=1, time_budget=10), 3600)
+    assert set(plan.flexible) == {"train cifar100", "train tinyimagenet"} and plan.expected["train cifar100"] > 600
+    assert "evaluate cifar100" in plan.expected and "random real images cifar100" not in plan.expected
+
+
+def test_an_outline_is_read_as_it_was_written():
+    plan = outline_at(SPEEDS, draft(BOTH), 24 * 3600)
+    assert Outline.from_json(plan.to_json()) == plan
+
+
+def test_a_recipe_with_lengths_is_planned_on_this_machine_and_takes_some_time():
+    letters = SetRecipe("glyphs", preset="demo", train_steps=2, refine_steps=2, refine=draft(("glyphs",)).sets[0].refine)
+    plan = make_outline(Recipe((letters,), epochs_setting=3, rounds=1), None, device="cpu")
+    assert plan.expected["train glyphs"] > 0 and plan.expected["generate glyphs"] > 0 and plan.expected["refine glyphs"] > 0
+    assert plan.expected["evaluate generated glyphs"] == plan.expected["evaluate submission glyphs"] > 0
+
+
+def test_draft_of_an_unknown_dataset_raises_usage_error():
+    with pytest.raises(UsageError, match="Did you mean 'cifar100'"):
+        draft(("cifar10",))

@@ -1,0 +1,78 @@
+"""Recipes as TOML: what is written is read, and what cannot be used is refused in words."""
+
+import dataclasses
+
+import pytest
+
+from ddkit.data.prepare import prepare
+from ddkit.distill.settings import PoolSettings, RefineSettings
+from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe, write_recipe
+from ddkit.errors import BadFileError, UsageError
+
+RECIPE = Recipe(
+    (
+        SetRecipe("cifar100", "ab" * 32, refine=RefineSettings(batch_real=8, pool=PoolSettings(size=3)), refine_steps=7),
+        SetRecipe(
+            "glyphs", preset="demo", train_steps=5, refine=RefineSettings("dm", seed=2), refine_steps=0, sha256="cd" * 32
+        ),
+    ),
+    seed=2,
+    epochs_setting=0,
+    rounds=1,
+    versions={"ddkit": "0.1.0"},
+    engines={"AMD, 2 threads": {"kind": "winograd", "chunk": 8}},
+    accuracies={"glyphs": 0.5},
+)
+
+
+def test_a_recipe_is_read_as_it_was_written(tmp_path):
+    write_recipe(RECIPE, tmp_path / "recipe.toml")
+    assert read_recipe(tmp_path / "recipe.toml") == RECIPE
+    assert "ddkit enter --recipe recipe.toml" in (tmp_path / "recipe.toml").read_text().splitlines()[0]
+
+
+def test_a_recipe_of_few_lines_takes_defaults(tmp_path):
+    (tmp_path / "short.toml").write_text('[[sets]]\ndataset = "cifar100"\nrefine_steps = 10\n[sets.refine]\npool.size = 0\n')
+    refine = RefineSettings(pool=PoolSettings(size=0))
+    assert read_recipe(tmp_path / "short.toml") == Recipe((SetRecipe("cifar100", refine=refine, refine_steps=10),))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed = 3\n", r"a recipe has one table \[\[sets\]\]"),
+        ("sets = 3\n", r"a recipe has one table \[\[sets\]\]"),
+        ('[[sets]]\ndataset = "cifar10"\n', "Did you mean 'cifar100'"),
+        ("[[sets]]\nrefine_steps = 3\n", "needs the name of its dataset"),
+        ('sed = 3\n[[sets]]\ndataset = "glyphs"\n', "'sed' is not a part of a recipe.*Did you mean 'seed'"),
+        ('seed = "3"\n[[sets]]\ndataset = "glyphs"\n', "seed cannot be '3'.*of type int"),
+        ('seed = true\n[[sets]]\ndataset = "glyphs"\n', "seed cannot be True"),
+        ('track = 3\n[[sets]]\ndataset = "glyphs"\n', "Unknown track 3"),
+        ('track = 2\n[[sets]]\ndataset = "glyphs"\n', "needs a generator"),
+        ('[[sets]]\ndataset = "glyphs"\npreset = "dem"\n', "Did you mean 'demo'"),
+        ('[[sets]]\ndataset = "glyphs"\nrefine_steps = -1\n', "refine_steps must not be negative"),
+        ('[[sets]]\ndataset = "glyphs"\nrefine = 3\n', "refine is a table"),
+        ('[[sets]]\ndataset = "glyphs"\n[sets.refine]\nrate = 3\n', "Unknown setting 'rate'"),
+        ('[[sets]]\ndataset = "glyphs"\n[[sets]]\ndataset = "glyphs"\n', "takes each dataset once"),
+    ],
+)
+def test_read_recipe_of_wrong_contents_raises_usage_error_that_names_the_file(tmp_path, text, said):
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=f"(?i)wrong.toml: .*{said}"):
+        read_recipe(path)
+
+
+def test_read_recipe_of_what_is_not_toml_raises_bad_file_error(tmp_path):
+    (tmp_path / "set.pt").write_bytes(b"PK\x03\x04\xff\xfe")
+    for name in ("set.pt", "nowhere.toml"):
+        with pytest.raises(BadFileError, match=name):
+            read_recipe(tmp_path / name)
+
+
+def test_a_recipe_of_other_images_is_refused_and_one_without_a_hash_is_not():
+    prepare("glyphs")
+    letters = SetRecipe("glyphs", "12" * 32)
+    with pytest.raises(UsageError, match="other training images of 'glyphs' .*SHA-256 is 121212121212.*delete the line"):
+        Recipe((letters,)).require_datasets()
+    Recipe((dataclasses.replace(letters, dataset_sha256=""),)).require_datasets()
