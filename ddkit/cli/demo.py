@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
-from ddkit.cli._options import device_option, example, output_options, seed_option
+from ddkit.cli._options import FOLDER, compute_options, example
 from ddkit.cli._output import Output
 
 if TYPE_CHECKING:
@@ -21,14 +21,11 @@ _EPOCHS_SETTING = 60
 @click.command(short_help="Run every step on built-in images.", epilog=example("ddkit demo --folder /tmp/ddkit-demo"))
 @click.option(
     "--folder",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default=Path("ddkit-demo"),
-    show_default=True,
     help="Write everything to this folder.",
 )
-@device_option
-@seed_option
-@output_options
+@compute_options
 def demo(output: Output, folder: Path, device: str, seed: int) -> None:
     """Run every step on built-in images: train, generate, refine, evaluate, check, pack, report.
 

@@ -14,7 +14,7 @@ import click
 from rich.markup import escape
 
 from ddkit.challenge import CHALLENGE_DATASETS, TRACKS
-from ddkit.cli._options import Duration, device_option, example, output_options
+from ddkit.cli._options import COUNT, FILE, FOLDER, TRACK, Duration, device_option, example, output_options
 from ddkit.cli._output import Output, span_text
 from ddkit.cli._stages import StageView, stage_table
 from ddkit.errors import UsageError
@@ -33,7 +33,7 @@ _MOST_ROWS = 12
 @click.option("--time", "seconds", type=Duration(), help="Finish within this time, such as 8h, evaluations included.")
 @click.option(
     "--track",
-    type=click.Choice(["1", "2"]),
+    type=TRACK,
     help=f"Make ten images per class (1), or a generator (2).  [default: {min(TRACKS)}]",
 )
 @click.option(
@@ -44,20 +44,19 @@ _MOST_ROWS = 12
 @click.option(
     "--recipe",
     "recipe_file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Make the entry that this recipe.toml describes again; it has all lengths, so that --time is not needed.",
 )
 @click.option("--dry-run", is_flag=True, help="Measure this machine shortly and print the plan; write nothing.")
 @click.option(
     "--folder",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default=Path("ddkit-entry"),
-    show_default=True,
     help="Write everything to this folder.",
 )
 @click.option(
     "--rounds",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Train this many networks in each evaluation.  [default: the official number, or fewer if the time is short]",
 )
 @click.option(

@@ -17,6 +17,10 @@ from ddkit.distill.estimate import RefineSpeed, expected_accuracy, measure_refin
 from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.entering.recipe import IPC, Recipe, SetRecipe
 from ddkit.errors import UsageError
+from ddkit.evaluation.estimate import estimate_evaluation
+from ddkit.evaluation.evaluate import EvaluationSettings
+from ddkit.evaluation.reference import TestSet
+from ddkit.evaluation.sources import FixedSet
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import GeneratorConfig, SamplingSettings, default_guidance
 from ddkit.generator.model_folder import Model, ModelFacts
@@ -26,6 +30,7 @@ from ddkit.generator.sampling import Sampler
 from ddkit.generator.training.estimate import estimate
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.sets.distilled import class_labels
 
 LEAST_STEPS, _LEAST_TRAINING = 20, 60.0  # of a refinement; seconds of a generator's training
 MARGIN = 1.2  # for what comes after the stages whose length the time decides
@@ -47,11 +52,12 @@ _TEST_IMAGES_ELSEWHERE = 1000
 class Speeds:
     """Seconds that parts of the work for one dataset take on this machine.
 
-    refine: of a refinement; per_test_image: of an evaluation. training: images a second of each stage of the generator's
-    training, in order. sampled: images a second that a generator of that size samples.
+    refine: of a refinement. per_epoch, per_test_image: of an evaluation. training: images a second of each stage of the
+    generator's training, in order. sampled: images a second that a generator of that size samples.
     """
 
     refine: RefineSpeed
+    per_epoch: float
     per_test_image: float
     training: tuple[float, ...] = ()
     sampled: float = 0.0
@@ -59,8 +65,7 @@ class Speeds:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Speeds:
         """Speeds from what `dataclasses.asdict` made of them."""
-        training = tuple(values["training"])
-        return cls(RefineSpeed(**values["refine"]), values["per_test_image"], training, values["sampled"])
+        return cls(**{**values, "refine": RefineSpeed(**values["refine"]), "training": tuple(values["training"])})
 
 
 @dataclass(frozen=True)
@@ -222,12 +227,12 @@ class _Planner:
     def _set_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a set on track 1."""
         speeds, epochs = self._speeds[each.dataset], epochs_setting(recipe) + 1
-        return rounds(recipe) * (epochs * speeds.refine.per_epoch + speeds.per_test_image * _test_images(each.dataset))
+        return rounds(recipe) * (epochs * speeds.per_epoch + speeds.per_test_image * _test_images(each.dataset))
 
     def _generator_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a generator on track 2."""
         spec, speeds, budget = dataset_spec(each.dataset), self._speeds[each.dataset], _budget(recipe)
-        epoch = speeds.refine.per_epoch * budget * speeds.sampled / (IPC * spec.num_classes)
+        epoch = speeds.per_epoch * budget * speeds.sampled / (IPC * spec.num_classes)
         test = speeds.per_test_image * _test_images(each.dataset)
         return rounds(recipe) * (budget + (epochs_setting(recipe) + 1) * epoch + test)
 
@@ -352,22 +357,26 @@ def _measure(each: SetRecipe, device: torch.device) -> Speeds:
     pixels = torch.randint(256, (_REAL_PER_CLASS * spec.num_classes, *spec.image_shape), dtype=torch.uint8, generator=generator)
     labels = torch.arange(spec.num_classes).repeat_interleave(_REAL_PER_CLASS)
     real = ImageSet(pixels, labels, tuple(map(str, range(spec.num_classes))))
-    settings = each.refine or RefineSettings(objective="dm", batch_real=1)
-    if settings.objective == "mtt":
-        settings = RefineSettings(batch_real=settings.batch_real)
     images = normalize(pixels[: IPC * spec.num_classes], spec)
-    speed = measure_refinement(images, spec, real, settings, device=device)
-    held_out = max(1, round(settings.held_out * _REAL_PER_CLASS)) * spec.num_classes
-    per_test_image = speed.per_test / held_out
-    if is_prepared(each.dataset):
-        train = store_facts(each.dataset).splits["train"].images
+    evaluation = estimate_evaluation(
+        FixedSet(images, class_labels(spec.num_classes, IPC)), spec.name, TestSet(pixels, labels, spec),
+        EvaluationSettings(rounds=1, device=str(device)),
+    )  # fmt: skip
+    per_test_image = evaluation.test_seconds / len(pixels)
+    speed = RefineSpeed({}, 0.0, 0.0)
+    if each.refine is not None:
+        # How long the experts of "mtt" train cannot be measured shortly.
+        settings = RefineSettings(batch_real=each.refine.batch_real) if each.refine.objective == "mtt" else each.refine
+        speed = measure_refinement(images, spec, real, settings, device=device)
+        train = store_facts(spec.name).splits["train"].images if is_prepared(spec.name) else len(pixels)
         speed = dataclasses.replace(speed, per_test=per_test_image * settings.held_out * train)
+    speeds = Speeds(speed, evaluation.seconds_per_epoch, per_test_image)
     if not each.preset:
-        return Speeds(speed, per_test_image)
+        return speeds
     config = training_config(each)
     stages = estimate(config, spec.image_size, spec.num_classes, device, seconds=1.0).stages
     training = tuple(stage.images_per_second or 1.0 for stage in stages)
-    return Speeds(speed, per_test_image, training, _sampling_speed(config, spec, device))
+    return dataclasses.replace(speeds, training=training, sampled=_sampling_speed(config, spec, device))
 
 
 def _sampling_speed(config: GeneratorConfig, spec: DatasetSpec, device: torch.device) -> float:

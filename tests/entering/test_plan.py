@@ -13,7 +13,7 @@ from ddkit.errors import UsageError
 
 BOTH = ("cifar100", "tinyimagenet")
 FAST = RefineSpeed({"dm": 1.0, "random networks": 2.0, "pool": 3.0}, 1.0, 1.0)
-SPEEDS = {name: Speeds(FAST, 0.001, (100.0, 100.0), 50.0) for name in BOTH}
+SPEEDS = {name: Speeds(FAST, 1.0, 0.001, (100.0, 100.0), 50.0) for name in BOTH}
 
 
 def test_expected_seconds_of_all_stages_use_the_time_with_its_margin():
