@@ -35,7 +35,7 @@ class StageView:
         self._states: tuple[StageState, ...] = ()
         self._began = time.monotonic()  # of the stage that runs
         self._report: Progress | None = None
-        self._task: Task | None = None
+        self._tasks: dict[str, Task] = {}  # of the stage that runs
         self._live: Live | None = None
         if output.err.is_terminal and not output.err.is_dumb_terminal and not output.quiet:
             self._live = Live(
@@ -57,7 +57,7 @@ class StageView:
         before, self._states = self._states, tuple(states)
         running = {state.name for state in before if state.status == "running"}
         if any(state.status == "running" and state.name not in running for state in states):
-            self._began, self._report, self._task = time.monotonic(), None, None
+            self._began, self._report, self._tasks = time.monotonic(), None, {}
         if self._live is None:
             self._print_changes({state.name: state.status for state in before})
 
@@ -67,9 +67,10 @@ class StageView:
             self._output.progress(report)
             return
         now = time.monotonic()
-        if self._task is None or self._report is None or report.task != self._report.task or report.done < self._task.done:
-            self._task = Task(now, report.done)
-        self._task.advance(now, report.done)
+        task = self._tasks.get(report.task)
+        if task is None or report.done < task.done:
+            task = self._tasks[report.task] = Task(now, report.done)
+        task.advance(now, report.done, resumed=self._report is not None and self._report.task != report.task)
         self._report = report
 
     def _print_changes(self, before: dict[str, str]) -> None:
@@ -97,10 +98,10 @@ class StageView:
             return Text("" if self._report is None else f"{self._report.task}: {count_text(self._report)}")
         table = stage_table(self._states, self._output, running=time.monotonic() - self._began)
         parts: list[RenderableType] = [table]
-        if self._report is not None and self._task is not None:
+        if self._report is not None:
             line = Table.grid(padding=(0, 1))
             cells = [Text(self._report.task), Text(count_text(self._report), style="progress.percentage")]
-            cells += [Text(self._task.pace(time.monotonic(), self._report), style="progress.remaining")]
+            cells += [Text(self._tasks[self._report.task].pace(time.monotonic(), self._report), style="progress.remaining")]
             bar = ProgressBar(self._report.total, self._report.done, width=24) if self._report.total else Text()
             line.add_row(cells[0], bar, *cells[1:], Text(figures_text(self._report)))
             parts.append(line)
