@@ -17,6 +17,12 @@
 #include <immintrin.h>
 #endif
 
+// A norm's parameters (128 each), its statistics (n, 2, 128: mean and inverse standard deviation), its gradients.
+struct NormData {
+    const float *weight, *bias;
+    float *statistics, *weight_gradient, *bias_gradient;
+};
+
 namespace {
 
 // Vectors as wide as the processor's registers; GCC and Clang turn their arithmetic into its instructions.
@@ -178,71 +184,70 @@ inline void store_tile(const Vec* tile, Planes to, long index, int channel) {
     for (int k = 0; k < 36; k++) store(to.at(k, index, channel), tile[k]);
 }
 
-// map: (side + 2)^2 pixels of BLOCK channels with a border of zeros -> the tiles of one image.
-void map_to_tiles(const float* map, int side, Planes to, long first_tile, int channel) {
-    const int tiles = side / 4, row = (side + 2) * BLOCK;
+// Calls f(place of the corner in lines of `row` floats, number of the tile, channel) for each tile of a side^2 map.
+template <class F>
+inline void for_each_tile(int side, int row, F f) {
+    const int tiles = side / 4;
     for (int ty = 0; ty < tiles; ty++)
         for (int tx = 0; tx < tiles; tx++)
-            for (int vec = 0; vec < VECS; vec++) {
-                const float* corner = map + 4 * ty * row + 4 * tx * BLOCK + vec * LANES;
-                Vec input[36], half[36], tile[36];
-                for (int i = 0; i < 6; i++)
-                    for (int j = 0; j < 6; j++) input[6 * i + j] = load(corner + i * row + j * BLOCK);
-                for (int j = 0; j < 6; j++) transform_input(input + j, 6, half + j, 6);
-                for (int i = 0; i < 6; i++) transform_input(half + 6 * i, 1, tile + 6 * i, 1);
-                store_tile(tile, to, first_tile + ty * tiles + tx, channel + vec * LANES);
-            }
+            for (int c = 0; c < BLOCK; c += LANES) f(4 * ty * row + 4 * tx * BLOCK + c, ty * tiles + tx, c);
+}
+
+inline void load_tile(Planes from, long index, int channel, Vec* tile) {
+    for (int k = 0; k < 36; k++) tile[k] = load(from.at(k, index, channel));
+}
+
+// map: (side + 2)^2 pixels of BLOCK channels with a border of zeros -> the tiles of one image.
+void map_to_tiles(const float* map, int side, Planes to, long first_tile, int channel) {
+    const int row = (side + 2) * BLOCK;
+    for_each_tile(side, row, [&](int corner, int number, int c) {
+        Vec input[36], half[36], tile[36];
+        for (int i = 0; i < 6; i++)
+            for (int j = 0; j < 6; j++) input[6 * i + j] = load(map + corner + i * row + j * BLOCK);
+        for (int j = 0; j < 6; j++) transform_input(input + j, 6, half + j, 6);
+        for (int i = 0; i < 6; i++) transform_input(half + 6 * i, 1, tile + 6 * i, 1);
+        store_tile(tile, to, first_tile + number, channel + c);
+    });
 }
 
 // The transpose of map_to_tiles: gradients of an image's tiles -> gradient of its map; tiles overlap, so it adds.
 void map_to_tiles_back(Planes from, long first_tile, int channel, int side, float* map) {
-    const int tiles = side / 4, row = (side + 2) * BLOCK;
+    const int row = (side + 2) * BLOCK;
     std::memset(map, 0, sizeof(float) * row * (side + 2));
-    for (int ty = 0; ty < tiles; ty++)
-        for (int tx = 0; tx < tiles; tx++)
-            for (int vec = 0; vec < VECS; vec++) {
-                float* corner = map + 4 * ty * row + 4 * tx * BLOCK + vec * LANES;
-                Vec tile[36], half[36], input[36];
-                for (int k = 0; k < 36; k++)
-                    tile[k] = load(from.at(k, first_tile + ty * tiles + tx, channel + vec * LANES));
-                for (int j = 0; j < 6; j++) transform_input_back(tile + j, 6, half + j, 6);
-                for (int i = 0; i < 6; i++) transform_input_back(half + 6 * i, 1, input + 6 * i, 1);
-                for (int i = 0; i < 6; i++)
-                    for (int j = 0; j < 6; j++) add(corner + i * row + j * BLOCK, input[6 * i + j]);
-            }
+    for_each_tile(side, row, [&](int corner, int number, int c) {
+        Vec tile[36], half[36], input[36];
+        load_tile(from, first_tile + number, channel + c, tile);
+        for (int j = 0; j < 6; j++) transform_input_back(tile + j, 6, half + j, 6);
+        for (int i = 0; i < 6; i++) transform_input_back(half + 6 * i, 1, input + 6 * i, 1);
+        for (int i = 0; i < 6; i++)
+            for (int j = 0; j < 6; j++) add(map + corner + i * row + j * BLOCK, input[6 * i + j]);
+    });
 }
 
 // The products of one image's tiles -> the convolution's side^2 outputs of BLOCK channels.
 void tiles_to_outputs(Planes from, long first_tile, int channel, int side, float* outputs) {
-    const int tiles = side / 4, row = side * BLOCK;
-    for (int ty = 0; ty < tiles; ty++)
-        for (int tx = 0; tx < tiles; tx++)
-            for (int vec = 0; vec < VECS; vec++) {
-                float* corner = outputs + 4 * ty * row + 4 * tx * BLOCK + vec * LANES;
-                Vec tile[36], half[24], output[16];
-                for (int k = 0; k < 36; k++)
-                    tile[k] = load(from.at(k, first_tile + ty * tiles + tx, channel + vec * LANES));
-                for (int j = 0; j < 6; j++) transform_output(tile + j, 6, half + j, 6);
-                for (int i = 0; i < 4; i++) transform_output(half + 6 * i, 1, output + 4 * i, 1);
-                for (int i = 0; i < 4; i++)
-                    for (int j = 0; j < 4; j++) store(corner + i * row + j * BLOCK, output[4 * i + j]);
-            }
+    const int row = side * BLOCK;
+    for_each_tile(side, row, [&](int corner, int number, int c) {
+        Vec tile[36], half[24], output[16];
+        load_tile(from, first_tile + number, channel + c, tile);
+        for (int j = 0; j < 6; j++) transform_output(tile + j, 6, half + j, 6);
+        for (int i = 0; i < 4; i++) transform_output(half + 6 * i, 1, output + 4 * i, 1);
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 4; j++) store(outputs + corner + i * row + j * BLOCK, output[4 * i + j]);
+    });
 }
 
 // The transpose of tiles_to_outputs.
 void tiles_to_outputs_back(const float* outputs, int side, Planes to, long first_tile, int channel) {
-    const int tiles = side / 4, row = side * BLOCK;
-    for (int ty = 0; ty < tiles; ty++)
-        for (int tx = 0; tx < tiles; tx++)
-            for (int vec = 0; vec < VECS; vec++) {
-                const float* corner = outputs + 4 * ty * row + 4 * tx * BLOCK + vec * LANES;
-                Vec output[16], half[24], tile[36];
-                for (int i = 0; i < 4; i++)
-                    for (int j = 0; j < 4; j++) output[4 * i + j] = load(corner + i * row + j * BLOCK);
-                for (int j = 0; j < 4; j++) transform_output_back(output + j, 4, half + j, 4);
-                for (int i = 0; i < 6; i++) transform_output_back(half + 4 * i, 1, tile + 6 * i, 1);
-                store_tile(tile, to, first_tile + ty * tiles + tx, channel + vec * LANES);
-            }
+    const int row = side * BLOCK;
+    for_each_tile(side, row, [&](int corner, int number, int c) {
+        Vec output[16], half[24], tile[36];
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 4; j++) output[4 * i + j] = load(outputs + corner + i * row + j * BLOCK);
+        for (int j = 0; j < 4; j++) transform_output_back(output + j, 4, half + j, 4);
+        for (int i = 0; i < 6; i++) transform_output_back(half + 4 * i, 1, tile + 6 * i, 1);
+        store_tile(tile, to, first_tile + number, channel + c);
+    });
 }
 
 // ---- Products of matrices of words. ----
@@ -292,12 +297,13 @@ void pack_rows(const Stored* from, int count, Word* to) {
 struct Norm {
     Vec mean[VECS], inverse_std[VECS], scale[VECS], shift[VECS];
 
-    Norm(const float* mean_from, const float* inverse_std_from, const float* weight, const float* bias) {
+    Norm(const NormData& data, long image, int first_channel) {
         for (int vec = 0; vec < VECS; vec++) {
-            mean[vec] = load(mean_from + vec * LANES);
-            inverse_std[vec] = load(inverse_std_from + vec * LANES);
-            scale[vec] = inverse_std[vec] * load(weight + vec * LANES);
-            shift[vec] = load(bias + vec * LANES) - mean[vec] * scale[vec];
+            const int c = first_channel + vec * LANES;
+            mean[vec] = load(data.statistics + image * 2 * CHANNELS + c);
+            inverse_std[vec] = load(data.statistics + image * 2 * CHANNELS + CHANNELS + c);
+            scale[vec] = inverse_std[vec] * load(data.weight + c);
+            shift[vec] = load(data.bias + c) - mean[vec] * scale[vec];
         }
     }
 
@@ -336,8 +342,12 @@ void statistics(const float* values, int side, float* mean, float* inverse_std) 
     }
 }
 
-// values: side^2 x BLOCK -> pooled: (side / 2 + 2)^2 x BLOCK, inside a border of zeros that the caller has set.
-void normalize_and_pool(const float* values, int side, const Norm& norm, float* pooled) {
+// values: side^2 x BLOCK of an image, from channel c on -> their statistics in `data`, and pooled: (side / 2 + 2)^2 x
+// BLOCK, inside a border of zeros that the caller has set.
+void normalize_and_pool(const float* values, int side, const NormData& data, long image, int c, float* pooled) {
+    float* mean = data.statistics + image * 2 * CHANNELS + c;
+    statistics(values, side, mean, mean + CHANNELS);
+    const Norm norm(data, image, c);
     const int half = side / 2, row = side * BLOCK, pooled_row = (half + 2) * BLOCK;
     for (int y = 0; y < half; y++)
         for (int x = 0; x < half; x++)
@@ -353,11 +363,11 @@ void normalize_and_pool(const float* values, int side, const Norm& norm, float* 
 }
 
 // pooled_gradient: (side / 2 + 2)^2 x BLOCK, its border ignored. Replaces `values` by their own gradients and adds
-// the gradients of the norm's weight and bias to theirs.
+// the gradients of the norm's weight and bias to those in `data`.
 void normalize_and_pool_back(
-    float* values, int side, const Norm& norm, const float* pooled_gradient, float* weight_gradient,
-    float* bias_gradient
+    float* values, int side, const NormData& data, long image, int c, const float* pooled_gradient
 ) {
+    const Norm norm(data, image, c);
     const int pooled_row = (side / 2 + 2) * BLOCK;
     const float pixels = float(side) * float(side);
     // Of the value before the ReLU.
@@ -379,8 +389,8 @@ void normalize_and_pool_back(
     Vec mean_gradient[VECS], slope[VECS];
     for (int vec = 0; vec < VECS; vec++) {
         const Vec of_weight = sums[VECS + vec] * norm.inverse_std[vec];
-        add(weight_gradient + vec * LANES, of_weight);
-        add(bias_gradient + vec * LANES, sums[vec]);
+        add(data.weight_gradient + c + vec * LANES, of_weight);
+        add(data.bias_gradient + c + vec * LANES, sums[vec]);
         mean_gradient[vec] = sums[vec] / pixels;
         slope[vec] = of_weight * norm.inverse_std[vec] / pixels;
     }
@@ -568,6 +578,27 @@ void convolve_image_to_columns(const float* gradients, int side, const float* we
 
 #endif
 
+// Scratch memory for images of `side` pixels: an image with its border, and a block's values and pooled values.
+struct Scratch {
+    float *padded, *values, *pooled;
+    Scratch(float* memory, int side) : padded(memory), values(padded + image_floats(side)), pooled(values + side * side * BLOCK) {}
+};
+
+// Calls f(number of the image, first channel, the block's values) for each block of values: (n, 8, side^2, 16).
+template <class F>
+inline void for_each_block(int n, int side, float* values, F f) {
+    for (long image = 0; image < n; image++)
+        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) f(image, c, values);
+}
+
+// Calls f(place) for each value inside the border of a pooled block: channel by channel, as embeddings are ordered.
+template <class F>
+inline void for_each_pooled(int half, F f) {
+    for (int channel = 0; channel < BLOCK; channel++)
+        for (int y = 0; y < half; y++)
+            for (int x = 0; x < half; x++) f(((y + 1) * (half + 2) + x + 1) * BLOCK + channel);
+}
+
 // columns: (side^2, COLUMN) -> the gradient of the image (3, side, side), by way of one with a border in `padded`.
 void columns_to_image(const float* columns, int side, float* padded, float* image) {
     const int row = side + 2;
@@ -587,12 +618,6 @@ void columns_to_image(const float* columns, int side, float* padded, float* imag
 }  // namespace
 
 extern "C" {
-
-// A norm's parameters (128 each), its statistics (n, 2, 128: mean and inverse standard deviation), its gradients.
-struct NormData {
-    const float *weight, *bias;
-    float *statistics, *weight_gradient, *bias_gradient;
-};
 
 // Floats of scratch memory that each function below needs for images of `side` pixels; to be aligned as a cache line.
 long scratch_floats(int side) {
@@ -639,23 +664,18 @@ void multiply_to_weights(const Stored* inputs, const Stored* gradients, long pla
 
 // Block 1, and the input transform of block 2. images: (n, 3, side, side), weight: (27, 128), of bfloat16 (14, 128) words.
 void first_forward(
-    const float* images, int n, int side, const Word* weight, NormData norm, Stored* planes, long plane,
-    float* scratch
+    const float* images, int n, int side, const Word* weight, NormData norm, Stored* planes, long plane, float* memory
 ) {
     const int half = side / 2;
     const long tiles = long(half / 4) * (half / 4);
-    float* padded = scratch;
-    float* values = padded + image_floats(side);
-    float* pooled = values + side * side * BLOCK;
-    std::memset(pooled, 0, sizeof(float) * (half + 2) * (half + 2) * BLOCK);
-    for (int image = 0; image < n; image++) {
-        pad_image(images + long(image) * 3 * side * side, side, padded);
+    const Scratch scratch(memory, side);
+    std::memset(scratch.pooled, 0, sizeof(float) * (half + 2) * (half + 2) * BLOCK);
+    for (long image = 0; image < n; image++) {
+        pad_image(images + image * 3 * side * side, side, scratch.padded);
         for (int c = 0; c < CHANNELS; c += BLOCK) {
-            float* mean = norm.statistics + image * 2 * CHANNELS + c;
-            convolve_image(padded, side, weight + c, values);
-            statistics(values, side, mean, mean + CHANNELS);
-            normalize_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled);
-            map_to_tiles(pooled, half, {planes, plane}, image * tiles, c);
+            convolve_image(scratch.padded, side, weight + c, scratch.values);
+            normalize_and_pool(scratch.values, side, norm, image, c, scratch.pooled);
+            map_to_tiles(scratch.pooled, half, {planes, plane}, image * tiles, c);
         }
     }
 }
@@ -664,96 +684,66 @@ void first_forward(
 // values: (n, 8, side^2, 16), kept for the way back.
 void middle_forward(
     Stored* products, long products_plane, int n, int side, NormData norm, float* values, Stored* planes, long plane,
-    float* scratch
+    float* pooled
 ) {
     const int half = side / 2;
     const long tiles = long(side / 4) * (side / 4), next_tiles = long(half / 4) * (half / 4);
-    std::memset(scratch, 0, sizeof(float) * (half + 2) * (half + 2) * BLOCK);
-    for (int image = 0; image < n; image++)
-        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
-            float* mean = norm.statistics + image * 2 * CHANNELS + c;
-            tiles_to_outputs({products, products_plane}, image * tiles, c, side, values);
-            statistics(values, side, mean, mean + CHANNELS);
-            normalize_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
-            map_to_tiles(scratch, half, {planes, plane}, image * next_tiles, c);
-        }
+    std::memset(pooled, 0, sizeof(float) * (half + 2) * (half + 2) * BLOCK);
+    for_each_block(n, side, values, [&](long image, int c, float* block) {
+        tiles_to_outputs({products, products_plane}, image * tiles, c, side, block);
+        normalize_and_pool(block, side, norm, image, c, pooled);
+        map_to_tiles(pooled, half, {planes, plane}, image * next_tiles, c);
+    });
 }
 
 // The output transform of block 3 and the rest of it. embedding: (n, 128 (side / 2)^2), ordered channel by channel.
 void last_forward(
-    Stored* products, long products_plane, int n, int side, NormData norm, float* values, float* embedding,
-    float* scratch
+    Stored* products, long products_plane, int n, int side, NormData norm, float* values, float* embedding, float* pooled
 ) {
-    const int half = side / 2;
     const long tiles = long(side / 4) * (side / 4);
-    for (int image = 0; image < n; image++)
-        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
-            float* mean = norm.statistics + image * 2 * CHANNELS + c;
-            tiles_to_outputs({products, products_plane}, image * tiles, c, side, values);
-            statistics(values, side, mean, mean + CHANNELS);
-            normalize_and_pool(values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch);
-            for (int channel = 0; channel < BLOCK; channel++)
-                for (int y = 0; y < half; y++)
-                    for (int x = 0; x < half; x++)
-                        *embedding++ = scratch[((y + 1) * (half + 2) + x + 1) * BLOCK + channel];
-        }
+    for_each_block(n, side, values, [&](long image, int c, float* block) {
+        tiles_to_outputs({products, products_plane}, image * tiles, c, side, block);
+        normalize_and_pool(block, side, norm, image, c, pooled);
+        for_each_pooled(side / 2, [&](int place) { *embedding++ = pooled[place]; });
+    });
 }
 
 // The way back of last_forward: values become their gradients, and the transformed tiles of those go to `planes`.
 void last_backward(
     const float* embedding_gradient, int n, int side, NormData norm, float* values, Stored* planes, long plane,
-    float* scratch
+    float* pooled
 ) {
-    const int half = side / 2;
     const long tiles = long(side / 4) * (side / 4);
-    for (int image = 0; image < n; image++)
-        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
-            const float* mean = norm.statistics + image * 2 * CHANNELS + c;
-            for (int channel = 0; channel < BLOCK; channel++)
-                for (int y = 0; y < half; y++)
-                    for (int x = 0; x < half; x++)
-                        scratch[((y + 1) * (half + 2) + x + 1) * BLOCK + channel] = *embedding_gradient++;
-            normalize_and_pool_back(
-                values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch,
-                norm.weight_gradient + c, norm.bias_gradient + c
-            );
-            tiles_to_outputs_back(values, side, {planes, plane}, image * tiles, c);
-        }
+    for_each_block(n, side, values, [&](long image, int c, float* block) {
+        for_each_pooled(side / 2, [&](int place) { pooled[place] = *embedding_gradient++; });
+        normalize_and_pool_back(block, side, norm, image, c, pooled);
+        tiles_to_outputs_back(block, side, {planes, plane}, image * tiles, c);
+    });
 }
 
 // The way back of middle_forward, from the gradients of block 3's transformed tiles.
 void middle_backward(
     Stored* tile_gradients, long tile_plane, int n, int side, NormData norm, float* values, Stored* planes, long plane,
-    float* scratch
+    float* pooled
 ) {
     const int half = side / 2;
     const long tiles = long(side / 4) * (side / 4), next_tiles = long(half / 4) * (half / 4);
-    for (int image = 0; image < n; image++)
-        for (int c = 0; c < CHANNELS; c += BLOCK, values += side * side * BLOCK) {
-            const float* mean = norm.statistics + image * 2 * CHANNELS + c;
-            map_to_tiles_back({tile_gradients, tile_plane}, image * next_tiles, c, half, scratch);
-            normalize_and_pool_back(
-                values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), scratch,
-                norm.weight_gradient + c, norm.bias_gradient + c
-            );
-            tiles_to_outputs_back(values, side, {planes, plane}, image * tiles, c);
-        }
+    for_each_block(n, side, values, [&](long image, int c, float* block) {
+        map_to_tiles_back({tile_gradients, tile_plane}, image * next_tiles, c, half, pooled);
+        normalize_and_pool_back(block, side, norm, image, c, pooled);
+        tiles_to_outputs_back(block, side, {planes, plane}, image * tiles, c);
+    });
 }
 
-// Gradients of block 1's convolution in one image and 16 channels, into `values`. The convolution is computed again: that
-// costs less than keeping its outputs, which are four times as large as all else, in memory.
+// Gradients of block 1's convolution in one image and 16 channels, into `scratch.values`. The convolution is computed
+// again: that costs less than keeping its outputs, which are four times as large as all else, in memory.
 static void convolution_gradients(
-    Planes tile_gradients, long image, int c, float* padded, int side, const Word* weight, NormData norm,
-    float* values, float* pooled
+    Planes tile_gradients, long image, int c, int side, const Word* weight, const NormData& norm, const Scratch& scratch
 ) {
     const int half = side / 2;
-    const float* mean = norm.statistics + image * 2 * CHANNELS + c;
-    map_to_tiles_back(tile_gradients, image * (half / 4) * (half / 4), c, half, pooled);
-    convolve_image(padded, side, weight + c, values);
-    normalize_and_pool_back(
-        values, side, Norm(mean, mean + CHANNELS, norm.weight + c, norm.bias + c), pooled, norm.weight_gradient + c,
-        norm.bias_gradient + c
-    );
+    map_to_tiles_back(tile_gradients, image * (half / 4) * (half / 4), c, half, scratch.pooled);
+    convolve_image(scratch.padded, side, weight + c, scratch.values);
+    normalize_and_pool_back(scratch.values, side, norm, image, c, scratch.pooled);
 }
 
 // The way back of first_forward to the images, for whoever optimizes those; the network's weights stay.
@@ -761,36 +751,32 @@ static void convolution_gradients(
 // image_gradients: (n, 3, side, side).
 void first_backward_to_images(
     Stored* tile_gradients, long tile_plane, const float* images, int n, int side, const Word* weight,
-    const Word* weight_rows, NormData norm, float* image_gradients, float* columns, float* scratch
+    const Word* weight_rows, NormData norm, float* image_gradients, float* columns, float* memory
 ) {
     const long pixels = long(side) * side;
-    float* padded = scratch;
-    float* values = padded + image_floats(side);
-    float* pooled = values + pixels * BLOCK;
-    for (int image = 0; image < n; image++) {
-        pad_image(images + image * 3 * pixels, side, padded);
+    const Scratch scratch(memory, side);
+    for (long image = 0; image < n; image++) {
+        pad_image(images + image * 3 * pixels, side, scratch.padded);
         std::memset(columns, 0, sizeof(float) * pixels * COLUMN);
         for (int c = 0; c < CHANNELS; c += BLOCK) {
-            convolution_gradients({tile_gradients, tile_plane}, image, c, padded, side, weight, norm, values, pooled);
-            convolve_image_to_columns(values, side, weight_rows + c / PAIR * COLUMN, columns);
+            convolution_gradients({tile_gradients, tile_plane}, image, c, side, weight, norm, scratch);
+            convolve_image_to_columns(scratch.values, side, weight_rows + c / PAIR * COLUMN, columns);
         }
-        columns_to_image(columns, side, padded, image_gradients + image * 3 * pixels);
+        columns_to_image(columns, side, scratch.padded, image_gradients + image * 3 * pixels);
     }
 }
 
 // The way back of first_forward to the weights.
 void first_backward(
     Stored* tile_gradients, long tile_plane, const float* images, int n, int side, const Word* weight, NormData norm,
-    float* weight_gradient, float* scratch
+    float* weight_gradient, float* memory
 ) {
-    float* padded = scratch;
-    float* values = padded + image_floats(side);
-    float* pooled = values + side * side * BLOCK;
-    for (int image = 0; image < n; image++) {
-        pad_image(images + long(image) * 3 * side * side, side, padded);
+    const Scratch scratch(memory, side);
+    for (long image = 0; image < n; image++) {
+        pad_image(images + image * 3 * side * side, side, scratch.padded);
         for (int c = 0; c < CHANNELS; c += BLOCK) {
-            convolution_gradients({tile_gradients, tile_plane}, image, c, padded, side, weight, norm, values, pooled);
-            convolve_image_back(padded, side, values, weight_gradient + c);
+            convolution_gradients({tile_gradients, tile_plane}, image, c, side, weight, norm, scratch);
+            convolve_image_back(scratch.padded, side, scratch.values, weight_gradient + c);
         }
     }
 }
