@@ -66,8 +66,9 @@ def crop(images: Tensor, shift_x: Tensor, shift_y: Tensor) -> Tensor:
     # A reader that clamps to a border of zeros, one pixel wide, reads zero wherever it is outside.
     padded = F.pad(images, (1, 1, 1, 1))
     _, channels, height, width = padded.shape
-    rows = (_places(height - 2, images.device) + shift_x[:, None] + 1).clamp(0, height - 1)
-    columns = (_places(width - 2, images.device) + shift_y[:, None] + 1).clamp(0, width - 1)
+    places = torch.arange(height - 2, device=images.device)  # images are squares
+    rows = (places + shift_x[:, None] + 1).clamp(0, height - 1)
+    columns = (places + shift_y[:, None] + 1).clamp(0, width - 1)
     taken = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width))
     return taken.gather(3, columns[:, None, None, :].expand(-1, channels, height - 2, -1))
 
@@ -79,17 +80,17 @@ def cutout(images: Tensor, offset_x: Tensor, offset_y: Tensor) -> Tensor:
     the row or column at the border. The interval below does the same.
     """
     size = images.shape[-1]
-    blank = _blank(offset_x, size, images.device)[:, :, None] & _blank(offset_y, size, images.device)[:, None, :]
-    return images.masked_fill(blank[:, None], 0.0)
+    places, side = torch.arange(size, device=images.device), _cutout_side(size)
+
+    def blank(offset: Tensor) -> Tensor:
+        """(N, size) bool: true for rows (or columns) among the clamped indices of the square."""
+        first = offset[:, None] - side // 2
+        return (places >= first.clamp(0, size - 1)) & (places <= (first + side - 1).clamp(0, size - 1))
+
+    return images.masked_fill((blank(offset_x)[:, :, None] & blank(offset_y)[:, None, :])[:, None], 0.0)
 
 
-_OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "crop": crop,
-    "cutout": cutout,
-    "flip": flip,
-    "scale": scale,
-    "rotate": rotate,
-}
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (crop, cutout, flip, scale, rotate)}
 
 
 def random_augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -135,14 +136,7 @@ def apply(strategy: str, images: Tensor, parameters: list[Tensor]) -> Tensor:
         for operation, uniform in zip((brightness, saturation, contrast), parameters, strict=True):
             images = operation(images, uniform)
         return images
-    operations: dict[str, Callable[..., Tensor]] = {
-        "crop": crop,
-        "cutout": cutout,
-        "flip": flip,
-        "scale": scale,
-        "rotate": rotate,
-    }
-    return operations[strategy](images, *parameters)
+    return _OPERATIONS[strategy](images, *parameters)
 
 
 def _sample(images: Tensor, matrices: Tensor) -> Tensor:
@@ -153,18 +147,6 @@ def _sample(images: Tensor, matrices: Tensor) -> Tensor:
 
 def _cutout_side(size: int) -> int:
     return int(size * AUGMENT_CUTOUT_RATIO + 0.5)
-
-
-def _blank(offset: Tensor, size: int, device: torch.device) -> Tensor:
-    """(N, size) bool: true for rows (or columns) among the clamped indices of the square at `offset` (N,)."""
-    side = _cutout_side(size)
-    first = offset[:, None] - side // 2
-    places = _places(size, device)
-    return (places >= first.clamp(0, size - 1)) & (places <= (first + side - 1).clamp(0, size - 1))
-
-
-def _places(n: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device)
 
 
 def _column(values: Tensor) -> Tensor:

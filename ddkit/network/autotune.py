@@ -26,6 +26,7 @@ from ddkit.runtime.device import cpu_flags, describe_device, release_memory
 from ddkit.runtime.files import cache_folder, read_json, write_json
 
 _log = logging.getLogger(__name__)
+_warn_once = functools.cache(_log.warning)  # not again for every network of an evaluation
 
 _MEMORY = "_engines.json"  # no dataset can have this name
 _REPEATS = 2
@@ -76,18 +77,17 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_l
         try:
             winograd.load()
         except (CompileError, BadFileError) as error:
-            _warn_once(f"No fast engine works here, so the network computes several times more slowly: {error}")
+            _warn_once("No fast engine works here, so the network computes several times more slowly: %s", str(error))
             return _plan_without_measuring(network, precision)
     key = (
         f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, batches of {batch_size}, "
         f"{precision}, {str(weights.dtype).removeprefix('torch.')}, engines of {_ENGINES}"
     )
-    best = _remembered(key) or _measured(key, network, candidates(network, precision, batch_size), batch_size)
+    best = _best(key, network, candidates(network, precision, batch_size), batch_size)
     if device.type != "cuda" or images_left * best.seconds * _MOST_SAVED_BY_COMPILING < _SECONDS_OF_COMPILING:
         return best.plan
-    key = f"{key}, compiled"
     plans = [EnginePlan("compiled", precision, channels_last=channels_last) for channels_last in (False, True)]
-    compiled = _remembered(key) or _measured(key, network, plans, batch_size)
+    compiled = _best(f"{key}, compiled", network, plans, batch_size)
     return compiled.plan if images_left * (best.seconds - compiled.seconds) > compiled.start else best.plan
 
 
@@ -114,8 +114,12 @@ def candidates(network: ConvNet, precision: str, batch_size: int) -> list[Engine
     return plans
 
 
-def _measured(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: int) -> _Measured:
-    """The plan that takes the least time, measured with copies of `network`, and remembered."""
+def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: int) -> _Measured:
+    """The plan that takes the least time: the one remembered under `key`, else measured with copies of `network`."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        values = dict(_prescribed.get().get(key) or _memory()[key])
+        seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
+        return _Measured(EnginePlan.from_dict(values), seconds, start)
     found = []
     for plan in plans if len(plans) > 1 else ():
         try:
@@ -128,7 +132,11 @@ def _measured(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_siz
         else:
             _log.info("%s: %.3f ms for each image", plan, 1000 * found[-1].seconds)
     best = min(found, key=lambda each: each.seconds, default=_Measured(plans[0], float("inf")))
-    _remember(key, best)
+    values = asdict(best.plan) | {"seconds": best.seconds, "start": best.start}
+    try:
+        write_json(cache_folder() / _MEMORY, {**_memory(), key: values})
+    except BadFileError as error:
+        _log.info("The choice of engine could not be saved: %s", error)
     return best
 
 
@@ -185,35 +193,12 @@ def has_bfloat16() -> bool:
     return bool(_BFLOAT16_INSTRUCTIONS & cpu_flags())
 
 
-@functools.cache
-def _warn_once(text: str) -> None:
-    """Warn once, not again for every network of an evaluation."""
-    _log.warning("%s", text)
-
-
 def _plan_without_measuring(network: nn.Module, precision: str) -> EnginePlan:
     device = next(network.parameters()).device
     across_images = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
     # In chunks, a CPU's caches hold more of what is needed next.
     chunk = _PLAIN_CHUNK if device.type == "cpu" and not across_images else 0
     return EnginePlan("plain", "float32" if precision == "auto" else precision, chunk)
-
-
-def _remembered(key: str) -> _Measured | None:
-    try:
-        values = dict(_prescribed.get().get(key) or _memory()[key])
-        seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
-        return _Measured(EnginePlan.from_dict(values), seconds, start)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _remember(key: str, measured: _Measured) -> None:
-    values = asdict(measured.plan) | {"seconds": measured.seconds, "start": measured.start}
-    try:
-        write_json(cache_folder() / _MEMORY, {**_memory(), key: values})
-    except BadFileError as error:
-        _log.info("The choice of engine could not be saved: %s", error)
 
 
 def _memory() -> dict[str, Any]:

@@ -90,11 +90,8 @@ class CudaGraphEngine:
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             loss = self._backward(images, labels)
-        gradients = []
-        for parameter in self._parameters:
-            assert parameter.grad is not None
-            gradients.append(parameter.grad)
-        return _Capture(graph, images, labels, loss, tuple(gradients))
+        gradients = tuple(parameter.grad for parameter in self._parameters if parameter.grad is not None)
+        return _Capture(graph, images, labels, loss, gradients)
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss; leaves new tensors in the parameters' `.grad`."""

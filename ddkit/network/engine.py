@@ -37,22 +37,18 @@ class PlainEngine:
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         self._network.zero_grad(set_to_none=True)
-        losses = [
-            self._chunk(part, of_part, len(images))
-            for part, of_part in zip(self._split(images), self._split(labels), strict=True)
-        ]
+        losses = []
+        for part, of_part in zip(self._split(images), self._split(labels), strict=True):
+            with autocast(images.device, self._plan):
+                loss = F.cross_entropy(self._network(part), of_part, reduction="sum") / len(images)
+            loss.backward()
+            losses.append(loss.detach())
         return torch.stack(losses).sum()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         with autocast(images.device, self._plan):
             return torch.cat([self._network(chunk).float() for chunk in self._split(images)])
-
-    def _chunk(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        with autocast(images.device, self._plan):
-            loss = F.cross_entropy(self._network(images), labels, reduction="sum") / batch_size
-        loss.backward()
-        return loss.detach()
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.split(self._plan.chunk or len(tensor))
@@ -67,12 +63,7 @@ def build_engine(network: nn.Module, plan: EnginePlan) -> Engine:
         assert isinstance(network, ConvNet)
         return WinogradEngine(network, plan)
     network.to(memory_format=memory_format(plan))
-    kinds: dict[str, type[PlainEngine] | type[CudaGraphEngine]] = {
-        "plain": PlainEngine,
-        "cuda_graph": CudaGraphEngine,
-        "compiled": CudaGraphEngine,
-    }
-    return kinds[plan.kind](network, plan)
+    return CudaGraphEngine(network, plan) if plan.needs_gpu else PlainEngine(network, plan)
 
 
 def close_engine(engine: Engine) -> None:

@@ -43,22 +43,24 @@ def load_library(source: Path, *flags: str) -> ctypes.CDLL:
 @functools.cache
 def _tried(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | DDKitError:
     """The library, or why there is none."""
+    flags = (*_FLAGS, *flags)
     try:
-        return _load(source, flags)
+        compiler = compiler_command()
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        # The CPU's flags too: a virtual machine may hide instructions while it shows the same model name.
+        processor = (platform.machine(), cpu_model(), *sorted(cpu_flags()))
+        made_of = "\n".join((source.read_text(encoding="utf-8"), version, *flags, *processor))
+        fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+        path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{fingerprint}.so"
+        if not path.exists():
+            with atomic_write(path) as temporary:
+                _compile(compiler, flags, source, temporary)
     except DDKitError as error:
         return error
-
-
-def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    compiler, flags = compiler_command(), (*_FLAGS, *flags)
-    path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{_fingerprint(source, compiler, flags)}.so"
-    if not path.exists():
-        with atomic_write(path) as temporary:
-            _compile(compiler, flags, source, temporary)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise CompileError(f"{path} cannot be loaded: {error}.", "Delete it; ddkit then compiles it again.") from error
+        return CompileError(f"{path} cannot be loaded: {error}.", "Delete it; ddkit then compiles it again.")
 
 
 def compiler_command() -> list[str]:
@@ -72,15 +74,6 @@ def compiler_command() -> list[str]:
         f"The C++ compiler '{wanted}' was not found." if wanted else "There is no C++ compiler.",
         "Install g++ or clang++, or set CXX to one.",
     )
-
-
-def _fingerprint(source: Path, compiler: list[str], flags: tuple[str, ...]) -> str:
-    """Changes with the source, the compiler and the processor that "native" means."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    # The flags too: a virtual machine may hide instructions while it shows the same model name.
-    processor = (platform.machine(), cpu_model(), *sorted(cpu_flags()))
-    parts = (source.read_text(encoding="utf-8"), version, *flags, *processor)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, out: Path) -> None:

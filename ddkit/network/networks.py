@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ddkit.errors import UsageError, did_you_mean
 from ddkit.network.convnet import ConvNet
-
-if TYPE_CHECKING:
-    from torchvision.models.resnet import ResNet
 
 OFFICIAL_NETWORK = "convnet"
 _INITIALIZING = threading.Lock()
@@ -50,33 +46,20 @@ def _resnet(blocks: list[int], pooling: bool = False) -> Callable[[int, int], nn
         from torchvision.models.resnet import BasicBlock, ResNet
 
         network = ResNet(BasicBlock, blocks, num_classes=num_classes, norm_layer=_instance_norm)
-        if image_size <= 64:
-            _replace_stem(network, kernel=3, pool=1)
-        elif pooling:
-            _replace_stem(network, *((3, 2) if image_size <= 128 else (7, 4)))
-        if pooling:
-            _pool_instead_of_striding(network)
+        if image_size <= 64 or pooling:
+            kernel, pool = (3, 1) if image_size <= 64 else (3, 2) if image_size <= 128 else (7, 4)
+            network.conv1 = nn.Conv2d(3, 64, kernel, padding=kernel // 2, bias=False)
+            network.maxpool = nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
+        for block in network.modules() if pooling else ():
+            # Every 3x3 convolution of stride 2 gets stride 1, with pooling after its norm and ReLU; the 1x1 ones likewise.
+            if isinstance(block, BasicBlock) and block.downsample is not None and block.conv1.stride != (1, 1):
+                block.conv1.stride = (1, 1)
+                block.conv2 = nn.Sequential(nn.AvgPool2d(2), block.conv2)
+                block.downsample[0].stride = (1, 1)
+                block.downsample.insert(1, nn.AvgPool2d(2))
         return network
 
     return build
-
-
-def _replace_stem(network: ResNet, kernel: int, pool: int) -> None:
-    """Put in a first convolution of stride 1, and average pooling after its norm and ReLU."""
-    network.conv1 = nn.Conv2d(3, 64, kernel, padding=kernel // 2, bias=False)
-    network.maxpool = nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
-
-
-def _pool_instead_of_striding(network: ResNet) -> None:
-    """Give every 3x3 convolution of stride 2 stride 1, with pooling after its norm and ReLU; the 1x1 ones likewise."""
-    from torchvision.models.resnet import BasicBlock
-
-    for block in network.modules():
-        if isinstance(block, BasicBlock) and block.downsample is not None and block.conv1.stride != (1, 1):
-            block.conv1.stride = (1, 1)
-            block.conv2 = nn.Sequential(nn.AvgPool2d(2), block.conv2)
-            block.downsample[0].stride = (1, 1)
-            block.downsample.insert(1, nn.AvgPool2d(2))
 
 
 class _AlexNet(nn.Module):

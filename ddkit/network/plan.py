@@ -37,8 +37,7 @@ class EnginePlan:
 
         Raises TypeError for unknown keys.
         """
-        plan = cls(**values)
-        if plan.kind == "graphed":
-            plan = cls(**{**values, "kind": "cuda_graph"})
-        # Earlier versions had only one layout on a GPU, and did not write it.
-        return cls(**{**vars(plan), "channels_last": True}) if plan.needs_gpu and "channels_last" not in values else plan
+        # Earlier versions had another word for CUDA graphs, and only one layout on a GPU, which they did not write.
+        kind = "cuda_graph" if values.get("kind") == "graphed" else values.get("kind", cls.kind)
+        on_gpu = kind in ("cuda_graph", "compiled")
+        return cls(**{"channels_last": on_gpu, **values, "kind": kind})

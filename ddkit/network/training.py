@@ -120,7 +120,11 @@ class TrainingRun:
         if self._engine is None:
             self._plan = self._plan or self._fastest_plan()
             self._engine = build_engine(self.network, self._plan)
-            self._match_layouts()
+            # Fused optimizers require momentum in the weights' memory layout; engines and states may change either.
+            for parameter, state in self._optimizer.state.items():
+                momentum = state.get("momentum_buffer")
+                if momentum is not None and momentum.stride() != parameter.stride():
+                    state["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
         return self._engine
 
     def close(self) -> None:
@@ -137,13 +141,6 @@ class TrainingRun:
         images_left = (self.settings.epochs - self.epochs_done) * len(self._images)
         return choose_plan(self.network, precision, batch_size, images_left=images_left)
 
-    def _match_layouts(self) -> None:
-        """Give momentum the weights' memory layout, which fused optimizers require; engines and states may change either."""
-        for parameter, state in self._optimizer.state.items():
-            momentum = state.get("momentum_buffer")
-            if momentum is not None and momentum.stride() != parameter.stride():
-                state["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
-
     def epoch(self) -> list[float]:
         """Train for one epoch; returns the mean loss of each batch. Raises ComputeError if a loss is NaN or infinite."""
         (losses,) = epoch_side_by_side([self])
@@ -156,7 +153,8 @@ class TrainingRun:
         """
         self.network.train()
         if self._order is None:
-            self._order = self._draw_order()
+            n = len(self._images)
+            self._order = torch.randperm(n, generator=self._generator) if self.settings.shuffle else torch.arange(n)
         with self._on_own_stream():
             batches = upload(self._order, self._images.device).split(self.settings.batch_size)
         for indices in batches[len(self._losses) :]:
@@ -216,10 +214,6 @@ class TrainingRun:
 
     def _on_own_stream(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
-
-    def _draw_order(self) -> Tensor:
-        n = len(self._images)
-        return torch.randperm(n, generator=self._generator) if self.settings.shuffle else torch.arange(n)
 
     def _step(self, indices: Tensor) -> Tensor:
         images, labels = self._images[indices], self._labels[indices]

@@ -30,6 +30,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +52,10 @@ _BETWEEN_PLANES = 64
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what the planes hold, by precision
 
 _P, _Q = 0.5**0.5, 2**0.5  # of the points of interpolation: 0, +-P, +-Q and infinity, as in winograd.cpp
-_G = torch.tensor(
-    [
-        [1, 0, 0],
-        [-2 / 3, -2 / 3 * _P, -1 / 3],
-        [-2 / 3, 2 / 3 * _P, -1 / 3],
-        [1 / 6, _Q / 6, 1 / 3],
-        [1 / 6, -_Q / 6, 1 / 3],
-        [0, 0, 1],
-    ],
-    dtype=torch.float64,
-)
+_G = torch.tensor([
+    [1, 0, 0], [-2 / 3, -2 / 3 * _P, -1 / 3], [-2 / 3, 2 / 3 * _P, -1 / 3],
+    [1 / 6, _Q / 6, 1 / 3], [1 / 6, -_Q / 6, 1 / 3], [0, 0, 1],
+], dtype=torch.float64)  # fmt: skip
 _G_BOTH_WAYS = torch.kron(_G, _G).float()  # (36, 9): G g G^T of a flattened g
 
 
@@ -129,15 +123,11 @@ class WinogradEngine:
         weights, kept.weights = kept.weights, None
         if weights is None:
             raise ValueError("These feature maps were not filled by embed, or already used.")
-        gradients = torch.empty_like(images)
-
-        def work(worker: _Worker, ranges: list[tuple[int, int]]) -> None:
-            worker.differentiate(images, embedding_gradients, gradients, ranges, weights, kept)
-
-        self._share_out(len(images), work)
+        gradients, of_batch = torch.empty_like(images), (images, embedding_gradients)
+        self._share_out(len(images), lambda worker, ranges: worker.differentiate(*of_batch, gradients, ranges, weights, kept))
         return gradients
 
-    def _share_out(self, n: int, work: Callable[[_Worker, list[tuple[int, int]]], None]) -> list[_Worker]:
+    def _share_out(self, n: int, work: Callable[[_Worker, list[_Range]], None]) -> list[_Worker]:
         """Have each worker do its part of `n` images, which depends on nothing but the plan; returns who had one."""
         parts = list(_even_parts(0, n, len(self._workers)))
         jobs = [
@@ -158,14 +148,19 @@ class WinogradEngine:
             "classifier.bias": batch.logit_gradients.sum(0),
         }
         for place, tiles in zip((4, 8), total.tiles, strict=True):
-            gradients[f"features.{place}.weight"] = _from_tiles(tiles)
+            # The transpose of `_factor`: (36, in, out) -> (128 out, 128 in, 3, 3).
+            taps = (_G_BOTH_WAYS.t() @ tiles.view(_PLANES, -1)).view(3, 3, NETWORK_WIDTH, NETWORK_WIDTH)
+            gradients[f"features.{place}.weight"] = taps.permute(3, 2, 0, 1)
         for place, (weight, bias) in zip((1, 5, 9), total.norms, strict=True):
             gradients |= {f"features.{place}.weight": weight, f"features.{place}.bias": bias}
             gradients[f"features.{place - 1}.bias"] = torch.zeros_like(bias)
         for name, parameter in self._network.named_parameters():
-            _set_gradient(parameter, gradients[name])
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+            parameter.grad.copy_(gradients[name])
 
 
+_Range = tuple[int, int]  # the first image, and the one after the last
 _Planes = tuple[Tensor, int]  # of transformed tiles, (36, tiles, 128), and the distance of two planes in values
 
 
@@ -275,7 +270,7 @@ class _Worker:
         self.gradients = _Gradients()
 
     @torch.no_grad()
-    def test(self, batch: _Batch, ranges: list[tuple[int, int]], weights: _Weights) -> None:
+    def test(self, batch: _Batch, ranges: list[_Range], weights: _Weights) -> None:
         """Fill these rows of the batch's logits."""
         for start, end in ranges:
             embedding = self._embedding[: end - start]
@@ -283,24 +278,29 @@ class _Worker:
             torch.addmm(weights.classifier_bias, embedding, weights.classifier.t(), out=batch.logits[start:end])
 
     @torch.no_grad()
-    def train(self, batch: _Batch, ranges: list[tuple[int, int]], weights: _Weights) -> None:
+    def train(self, batch: _Batch, ranges: list[_Range], weights: _Weights) -> None:
         """Fill these rows of the batch's losses, embeddings and gradients of logits, and set `self.gradients`."""
         self.gradients.zero_()
         for start, end in ranges:
             images, embedding = batch.images[start:end], batch.embedding[start:end]
             self._forward(images, embedding, weights, self._maps)
             logits = torch.addmm(weights.classifier_bias, embedding, weights.classifier.t())
-            self._cross_entropy(batch, start, end, logits)
-            self._backward(images, batch.logit_gradients[start:end] @ weights.classifier, weights)
+            assert batch.labels is not None, "only batches to train on have a loss"
+            labels = batch.labels[start:end, None]
+            log_probabilities = logits.log_softmax(1)
+            batch.losses[start:end] = -log_probabilities.gather(1, labels)[:, 0]
+            gradients = log_probabilities.exp_()
+            gradients.scatter_add_(1, labels, gradients.new_full(labels.shape, -1.0))
+            # The gradients of the mean over the whole batch.
+            torch.div(gradients, len(batch.images), out=batch.logit_gradients[start:end])
+            n, gradients = end - start, batch.logit_gradients[start:end] @ weights.classifier
+            inputs = self._backward_to_first_block(n, gradients, weights, self._maps, self.gradients.tiles)
+            self._run("first_backward", *inputs, images, n, self._side, weights.first, self._norm(0, weights, self._maps),
+                      self.gradients.first, self._scratch)  # fmt: skip
 
     @torch.no_grad()
     def embed(
-        self,
-        images: Tensor,
-        embedding: Tensor,
-        ranges: list[tuple[int, int]],
-        weights: _Weights,
-        keep: FeatureMaps | None,
+        self, images: Tensor, embedding: Tensor, ranges: list[_Range], weights: _Weights, keep: FeatureMaps | None
     ) -> None:
         """Fill these rows of `embedding` and, where given, of `keep`."""
         for start, end in ranges:
@@ -309,28 +309,16 @@ class _Worker:
 
     @torch.no_grad()
     def differentiate(
-        self,
-        images: Tensor,
-        embedding_gradients: Tensor,
-        image_gradients: Tensor,
-        ranges: list[tuple[int, int]],
-        weights: _Weights,
+        self, images: Tensor, embedding_gradients: Tensor, image_gradients: Tensor, ranges: list[_Range], weights: _Weights,
         kept: FeatureMaps,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Fill these rows of `image_gradients`."""
+        columns = torch.empty(self._side**2, _COLUMN)
         for start, end in ranges:
-            rows, maps = slice(start, end), kept.rows(start, end)
-            self._backward_to_images(images[rows], embedding_gradients[rows], image_gradients[rows], weights, maps)
-
-    def _cross_entropy(self, batch: _Batch, start: int, end: int, logits: Tensor) -> None:
-        assert batch.labels is not None, "only batches to train on have a loss"
-        labels = batch.labels[start:end, None]
-        log_probabilities = logits.log_softmax(1)
-        batch.losses[start:end] = -log_probabilities.gather(1, labels)[:, 0]
-        gradients = log_probabilities.exp_()
-        gradients.scatter_add_(1, labels, gradients.new_full(labels.shape, -1.0))
-        # Of the mean over the whole batch.
-        torch.div(gradients, len(batch.images), out=batch.logit_gradients[start:end])
+            n, rows, maps = end - start, slice(start, end), kept.rows(start, end)
+            inputs = self._backward_to_first_block(n, embedding_gradients[rows], weights, maps, (None, None))
+            self._run("first_backward_to_images", *inputs, images[rows], n, self._side, weights.first, weights.first_rows,
+                      self._norm(0, weights, maps), image_gradients[rows], columns, self._scratch)  # fmt: skip
 
     def _forward(self, images: Tensor, embedding: Tensor, weights: _Weights, maps: FeatureMaps) -> None:
         """Fill `embedding` and `maps`."""
@@ -347,37 +335,10 @@ class _Worker:
             "last_forward", *last_products, n, side // 4, self._norm(2, weights, maps), maps.values[1], embedding, self._scratch
         )
 
-    def _backward(self, images: Tensor, embedding_gradients: Tensor, weights: _Weights) -> None:
-        """Add to `self.gradients` what these images contribute."""
-        tiles = self.gradients.tiles
-        self._backward_to_first_block(len(images), embedding_gradients, weights, self._maps, add_to=tiles)
-        inputs, _ = self._planes(0, len(images))
-        self._run("first_backward", *inputs, images, len(images), self._side, weights.first,
-                  self._norm(0, weights, self._maps), self.gradients.first, self._scratch)  # fmt: skip
-
-    def _backward_to_images(
-        self,
-        images: Tensor,
-        embedding_gradients: Tensor,
-        image_gradients: Tensor,
-        weights: _Weights,
-        maps: FeatureMaps,
-    ) -> None:
-        self._backward_to_first_block(len(images), embedding_gradients, weights, maps, add_to=(None, None))
-        inputs, _ = self._planes(0, len(images))
-        columns = torch.empty(self._side**2, _COLUMN)
-        self._run("first_backward_to_images", *inputs, images, len(images), self._side, weights.first,
-                  weights.first_rows, self._norm(0, weights, maps), image_gradients, columns, self._scratch)  # fmt: skip
-
     def _backward_to_first_block(
-        self,
-        n: int,
-        embedding_gradients: Tensor,
-        weights: _Weights,
-        maps: FeatureMaps,
-        add_to: Sequence[Tensor | None],
-    ) -> None:
-        """Replace the tiles that block 2 read by their gradients, and `maps` by others.
+        self, n: int, embedding_gradients: Tensor, weights: _Weights, maps: FeatureMaps, add_to: Sequence[Tensor | None]
+    ) -> _Planes:
+        """The gradients of the tiles that block 2 read, which take their place; `maps` are overwritten.
 
         add_to: of blocks 2 and 3, the sums of the weights' gradients, None where those are not wanted.
         """
@@ -387,17 +348,10 @@ class _Worker:
         run("last_backward", embedding_gradients, n, side // 4, self._norm(2, weights, maps), maps.values[1], *last_products,
             self._scratch)  # fmt: skip
         self._multiply_back(last_inputs, last_products, weights.tiles_back[1], add_to[1])
-        run(
-            "middle_backward",
-            *last_inputs,
-            n,
-            side // 2,
-            self._norm(1, weights, maps),
-            maps.values[0],
-            *products,
-            self._scratch,
-        )
+        run("middle_backward", *last_inputs, n, side // 2, self._norm(1, weights, maps), maps.values[0], *products,
+            self._scratch)  # fmt: skip
         self._multiply_back(inputs, products, weights.tiles_back[0], add_to[0])
+        return inputs
 
     def _multiply(self, tiles: _Planes, factor: Tensor, products: _Planes) -> None:
         """The products of tiles with the weights."""
@@ -455,7 +409,7 @@ def load(precision: str = "float32", portable: bool = False) -> ctypes.CDLL:
     library = load_library(_SOURCE, *flags)
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     planes = (pointer, size)
-    signatures = {
+    signatures: dict[str, tuple[Any, ...]] = {
         "multiply": (pointer, pointer, size, size, pointer),
         "multiply_to_weights": (pointer, pointer, size, size, pointer),
         "first_forward": (pointer, number, number, pointer, _NormData, *planes, pointer),
@@ -486,7 +440,7 @@ def load(precision: str = "float32", portable: bool = False) -> ctypes.CDLL:
     return library
 
 
-def _even_parts(start: int, end: int, parts: int) -> Iterator[tuple[int, int]]:
+def _even_parts(start: int, end: int, parts: int) -> Iterator[_Range]:
     """At most `parts` ranges that cover start ... end, none empty, whose sizes differ by one at most."""
     parts = min(parts, end - start)
     for part in range(parts):
@@ -502,17 +456,7 @@ def _factor(weight: Tensor, plan: EnginePlan) -> Tensor:
     if plan.products == "own":
         shape = (9, NETWORK_WIDTH // _pair(dtype), _pair(dtype), -1, load(plan.precision).panel_columns())
         taps = taps.reshape(shape).permute(0, 3, 1, 4, 2)
-    return _to_tiles(taps, dtype)
-
-
-def _to_tiles(taps: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nine taps g, in any order of channels -> the 36 values of U = G g G^T, in the same."""
     return (_G_BOTH_WAYS @ taps.reshape(9, -1)).view(_PLANES, *taps.shape[1:]).to(dtype)
-
-
-def _from_tiles(tiles: Tensor) -> Tensor:
-    """The transpose of `_to_tiles`, for gradients: (36, in, out) -> (128 out, 128 in, 3, 3)."""
-    return (_G_BOTH_WAYS.t() @ tiles.view(_PLANES, -1)).view(3, 3, NETWORK_WIDTH, NETWORK_WIDTH).permute(3, 2, 0, 1)
 
 
 def _pair(dtype: torch.dtype) -> int:
