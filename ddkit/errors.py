@@ -5,6 +5,7 @@ The command line turns them into a message and an exit code, in one place.
 
 from __future__ import annotations
 
+import difflib
 import math
 
 
@@ -71,8 +72,6 @@ class InterruptedRunError(DDKitError):
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     """A sentence that suggests the known name closest to `name`, or lists the known ones."""
-    import difflib
-
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ddkit.errors import BadFileError
@@ -25,11 +27,9 @@ def cache_key(made_of: Any, tensors: Iterable[Tensor] = ()) -> str:
     return digest.hexdigest()[:20]
 
 
-class _Make(Protocol):
-    def __call__(self) -> Mapping[str, Tensor] | None: ...
-
-
-def cached_tensors(path: Path, names: Iterable[str], what: str, make: _Make) -> dict[str, Tensor] | None:
+def cached_tensors(
+    path: Path, names: Iterable[str], what: str, make: Callable[[], Mapping[str, Tensor] | None]
+) -> dict[str, Tensor] | None:
     """The tensors in the safetensors file `path`; made and kept there first if they are not.
 
     names: of the tensors; a file with other ones, or a damaged one, is made again.
@@ -58,9 +58,6 @@ def cached_tensors(path: Path, names: Iterable[str], what: str, make: _Make) -> 
 
 
 def _load(path: Path, names: set[str]) -> dict[str, Tensor] | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError):

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import platformdirs
+
 from ddkit.errors import BadFileError, UsageError
 
 log = logging.getLogger(__name__)
@@ -36,8 +38,6 @@ def cache_folder() -> Path:
     """The folder of prepared data and of what is computed once: `$DDKIT_CACHE`, else the platform's user cache."""
     if chosen := os.environ.get("DDKIT_CACHE"):
         return Path(chosen).expanduser()
-    import platformdirs
-
     return Path(platformdirs.user_cache_dir("ddkit", appauthor=False))
 
 
@@ -123,10 +123,8 @@ def _acquire(lock_file: Path, *, timeout: float) -> contextlib.AbstractContextMa
         return filelock.FileLock(lock_file).acquire(timeout=timeout, poll_interval=0.1)
     except filelock.Timeout:  # an OSError, too
         return None
-    except NotImplementedError:
-        return contextlib.nullcontext()
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         return contextlib.nullcontext()
 
@@ -248,10 +246,6 @@ def _sync_folder(folder: Path) -> None:
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # some network file systems refuse to sync folders, but the rename has happened
         os.fsync(handle)
-    except OSError:
-        # Some network file systems refuse to sync folders, but the rename has happened.
-        return
-    finally:
-        os.close(handle)
+    os.close(handle)

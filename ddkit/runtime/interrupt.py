@@ -18,21 +18,16 @@ class StopRequest:
     """True once a signal has asked to stop, or the time limit around it is over."""
 
     def __init__(self) -> None:
-        self._signal: int | None = None
+        self.signal: int | None = None
 
     def __bool__(self) -> bool:
-        return self._signal is not None or time_is_up()
+        return self.signal is not None or time_is_up()
 
-    def pass_on(self) -> None:
-        """Raise the signal again, if there was one."""
-        if self._signal is not None:
-            signal.raise_signal(self._signal)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            # The second signal means that the user does not want to wait for the end of the step.
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler of a signal. A second one means that the user does not want to wait for the end of the step."""
+        if self.signal is not None:
             raise KeyboardInterrupt
-        self._signal = number
+        self.signal = number
 
 
 @contextlib.contextmanager
@@ -62,10 +57,11 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    earlier = {number: signal.signal(number, request._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-    request.pass_on()
+    if request.signal is not None:
+        signal.raise_signal(request.signal)

@@ -7,6 +7,7 @@ it spins for nothing, and a computation of many small steps takes several times 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, MutableMapping
@@ -44,7 +45,16 @@ def cpu_quota(process: Path = _THIS_PROCESS) -> float | None:
         mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
     except OSError:
         return None
-    return min((quota for folder in _cpu_folders(groups, mounts) if (quota := _quota_in(folder)) is not None), default=None)
+    quotas = []
+    for folder in _cpu_folders(groups, mounts):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            if (folder / "cpu.max").is_file():  # version 2: "quota period", in microseconds
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0 and int(period) > 0:
+                quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
 
 
 def _cpus_of_mask() -> int:
@@ -61,15 +71,3 @@ def _cpu_folders(groups: list[list[str]], mounts: list[list[str]]) -> Iterator[P
                 # A container may see the host's name of its group, and only that group mounted.
                 inside = PurePosixPath(group.removeprefix(root.rstrip("/")).lstrip("/"))
                 yield from (Path(point) / folder for folder in (inside, *inside.parents) if ".." not in folder.parts)
-
-
-def _quota_in(folder: Path) -> float | None:
-    """CPUs by cpu.max (version 2: "quota period", in microseconds) or the two files of version 1; None without a limit."""
-    try:
-        if (folder / "cpu.max").is_file():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else None
-    except (OSError, ValueError):  # no such file, or "max"
-        return None

@@ -40,13 +40,10 @@ class Shuffling:
         pieces = []
         while length > 0:
             epoch, place = divmod(start, self._count)
-            piece = self._permutation(epoch)[place : place + length]
+            if epoch != self._epoch:
+                self._order = torch.randperm(self._count, generator=generator_for("cpu", "order", self._seed, epoch))
+                self._epoch = epoch
+            piece = self._order[place : place + length]
             pieces.append(piece)
             start, length = start + len(piece), length - len(piece)
         return torch.cat(pieces)
-
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        if epoch != self._epoch:
-            self._order = torch.randperm(self._count, generator=generator_for("cpu", "order", self._seed, epoch))
-            self._epoch = epoch
-        return self._order

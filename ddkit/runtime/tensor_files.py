@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ddkit.errors import BadFileError
@@ -68,8 +69,6 @@ def save_safetensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Save contiguous CPU tensors by name as a safetensors file. Raises BadFileError if the system refuses."""
-    from safetensors.torch import save
-
     data = save(dict(tensors), dict(metadata) if metadata else None)
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)

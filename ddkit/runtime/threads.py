@@ -35,7 +35,13 @@ def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part], workers:
 def threads(workers: int) -> ThreadPoolExecutor:
     """A pool of threads, in each of which PyTorch computes with a single thread."""
     all_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, "ddkit-parts", initializer=_use_one_thread)
+
+    def use_one_thread() -> None:
+        torch.set_num_threads(1)
+        # Without this, the thread's first operation would take the number that was last set in any thread.
+        torch.get_num_threads()
+
+    pool = ThreadPoolExecutor(workers, "ddkit-parts", initializer=use_one_thread)
     everyone = threading.Barrier(workers + 1)
     for _ in range(workers):
         pool.submit(everyone.wait)
@@ -43,9 +49,3 @@ def threads(workers: int) -> ThreadPoolExecutor:
     # Setting it in a thread also set it for threads that start later.
     torch.set_num_threads(all_threads)
     return pool
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-    # Without this, the thread's first operation would take the number that was last set in any thread.
-    torch.get_num_threads()

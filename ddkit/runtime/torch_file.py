@@ -42,6 +42,13 @@ _STORAGES = {
 }  # fmt: skip
 
 
+_KINDS = (  # of files, by their first bytes
+    (b"\x80", "a pickle"), (b"\x93NUMPY", "a NumPy .npy file"), (b"\x89PNG", "a picture"), (b"\xff\xd8\xff", "a picture"),
+    (b"\x1f\x8b", "a gzip archive"), (b"\x89HDF", "an HDF5 file"), (b"version https://git-lfs", "a pointer of Git LFS"),
+    (b"<", "a web page"), (b"Rar!", "a RAR archive"), (b"7z", "a 7z archive"),
+)  # fmt: skip
+
+
 class TorchFileError(Exception):
     """A file that cannot be read; the text says why, with the file as "it".
 
@@ -238,7 +245,8 @@ def require_zip_of_torch(file: BinaryIO) -> None:
     if _MAGIC_OF_LEGACY in head[:32] or head[257:262] == b"ustar":
         raise TorchFileError("legacy", "it is in the format of PyTorch before 1.6")
     if not head.startswith(b"PK"):
-        raise _other(_kind_by(head))
+        kind = "a safetensors file" if head[8:10] == b'{"' else next((k for start, k in _KINDS if head.startswith(start)), "")
+        raise _other(kind)
     if problem := zip_problem(file):
         raise TorchFileError("damaged", problem)
 
@@ -319,18 +327,6 @@ def _members_of(archive: zipfile.ZipFile) -> tuple[Mapping[str, zipfile.ZipInfo]
 
 def _other(looks_like: str) -> TorchFileError:
     return TorchFileError("other", f"it looks like {looks_like}" if looks_like else "torch.save did not write it", looks_like)
-
-
-def _kind_by(head: bytes) -> str:
-    """What a file is, by its first bytes."""
-    starts = (
-        (b"\x80", "a pickle"), (b"\x93NUMPY", "a NumPy .npy file"), (b"\x89PNG", "a picture"), (b"\xff\xd8\xff", "a picture"),
-        (b"\x1f\x8b", "a gzip archive"), (b"\x89HDF", "an HDF5 file"), (b"version https://git-lfs", "a pointer of Git LFS"),
-        (b"<", "a web page"), (b"Rar!", "a RAR archive"), (b"7z", "a 7z archive"),
-    )  # fmt: skip
-    if head[8:10] == b'{"':
-        return "a safetensors file"
-    return next((kind for start, kind in starts if head.startswith(start)), "")
 
 
 def as_dict(value: Any) -> Pairs | None:
