@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,18 +41,15 @@ class CheckSettings:
     meaning: bool = True
 
 
-_ANY_IPC = CheckSettings(ipc=None)
-
-
 def check_set(
-    distilled: DistilledSet, *, settings: CheckSettings = _ANY_IPC, where: str = "", progress: Listener = ignore
+    distilled: DistilledSet, *, settings: CheckSettings = CheckSettings(ipc=None), progress: Listener = ignore
 ) -> Report:
     """Check a distilled set that was read with `read_set`, or made in memory.
 
-    settings: by default, any number of images per class is accepted. where: names the set in findings; its file if empty.
+    settings: by default, any number of images per class is accepted.
     progress: hears of the classifier that is fitted on the real images of a dataset once.
     """
-    where = where or (distilled.path.name if distilled.path else "tensor")
+    where = distilled.path.name if distilled.path else "tensor"
     tensor, spec = distilled.images, distilled.spec
     if tensor.device.type != "cpu":
         return report_of([Finding("error", "T004", f"The tensor is on {tensor.device}. Submit tensor.cpu().", where)])
@@ -62,9 +59,8 @@ def check_set(
     findings = [*distilled.warnings]
     known = {finding.code for finding in findings}
     findings += [each for each in describe_tensor(tensor, spec, where, ipc=settings.ipc) if each.code not in known]
-    if any(finding.level == "error" for finding in findings):
-        return report_of(findings)
-    return report_of(findings + _value_findings(tensor.detach().contiguous(), spec, settings, where, progress))
+    refused = any(finding.level == "error" for finding in findings)
+    return report_of(_findings_on(None if refused else tensor, findings, spec, settings, where, progress))
 
 
 def check_tensor(
@@ -91,30 +87,34 @@ def check_path(
     Raises UsageError if the dataset of a single file is unknown.
     """
     path = Path(path)
-    if path.is_dir():
-        return _check_folder(path, settings, progress)
     if not path.exists():
         return report_of([Finding("error", "F001", f"{path} does not exist. Make it: ddkit generate.", path.name)])
-    if path.suffix.lower() == ".zip":
+    if path.suffix.lower() == ".zip" and not path.is_dir():
         return _check_zip(path, settings, progress)
-    spec = dataset_spec(dataset or (path.stem if path.stem in known_names() else dataset_of(path)))
-    progress(Progress(f"checking {path.name}", 0, 1))
-    report = report_of(_file_findings(path, spec, settings, progress))
-    progress(Progress(f"checking {path.name}", 1, 1))
-    return report
+    findings: list[Finding] = []
+    if path.is_dir():
+        files, findings = submission_files(path)
+        specs = [dataset_spec(file.stem) for file in files]
+    else:
+        files, specs = [path], [dataset_spec(dataset or (path.stem if path.stem in known_names() else dataset_of(path)))]
+    for done, (file, spec) in enumerate(zip(files, specs, strict=True)):
+        progress(Progress(f"checking {path.name}", done, len(files), "files"))
+        read = read_tensor(file, spec, ipc=settings.ipc)
+        findings += _findings_on(*read, spec, settings, file.name, progress)
+    progress(Progress(f"checking {path.name}", len(files), len(files), "files"))
+    return report_of(findings)
 
 
-def require_acceptable(
-    path: str | os.PathLike[str], dataset: str, *, ignore_codes: Collection[str] = (), progress: Listener = ignore
-) -> Report:
-    """Check one `.pt` file with any number of images per class. Raises InvalidSubmissionError with the first error.
+def require_acceptable(distilled: DistilledSet, *, ignore_codes: Collection[str] = (), progress: Listener = ignore) -> Report:
+    """Check a set with any number of images per class. Raises InvalidSubmissionError with the first error.
 
     ignore_codes: findings that do not count.
     """
-    report = check_path(path, dataset=dataset, settings=_ANY_IPC, progress=progress).ignoring(ignore_codes)
+    report = check_set(distilled, progress=progress).ignoring(ignore_codes)
     if not report.ok:
+        path = distilled.path or Path("set.pt")
         raise InvalidSubmissionError(
-            f"{path}: {report.findings[0].message}", f"To see everything: {check_command(path, dataset)}"
+            f"{path}: {report.findings[0].message}", f"To see everything: {check_command(path, distilled.spec.name)}"
         )
     return report
 
@@ -176,24 +176,15 @@ def name_findings(names: Sequence[str], where: str) -> list[Finding]:
     return findings
 
 
-def _check_folder(folder: Path, settings: CheckSettings, progress: Listener) -> Report:
-    files, findings = submission_files(folder)
-    for done, path in enumerate(files):
-        progress(Progress("checking", done, len(files), "files"))
-        findings += _file_findings(path, dataset_spec(path.stem), settings, progress)
-    progress(Progress("checking", len(files), len(files), "files"))
-    return report_of(findings)
-
-
 def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Report:
-    ipc = settings.ipc or TRACKS[1].ipc or 1
-    largest = max(4 * ipc * spec.num_classes * 3 * spec.image_size**2 for spec in _known_specs())
-    known = known_names()
+    known, ipc, largest = {f"{name}.pt" for name in known_names()}, settings.ipc or TRACKS[1].ipc or 1, 0
+    for name in known_names():
+        with contextlib.suppress(DDKitError):  # a damaged store is not the submission's fault
+            spec = dataset_spec(name)
+            largest = max(largest, 4 * ipc * spec.num_classes * 3 * spec.image_size**2)
     findings: list[Finding] = []
     names: list[str] = []
-    for member in read_members(
-        path, lambda name: name.endswith(".pt") and name.removesuffix(".pt") in known, largest_bytes=2 * largest
-    ):
+    for member in read_members(path, known.__contains__, largest_bytes=2 * largest):
         if isinstance(member, Finding):
             findings.append(member)
             continue
@@ -201,10 +192,8 @@ def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Repor
         if member.data is not None:
             progress(Progress(f"checking {member.name}", len(names), None, "files"))
             spec = dataset_spec(Path(member.name).stem)
-            tensor, found = read_tensor_bytes(member.data, member.name, spec, ipc=settings.ipc)
-            findings += found
-            if tensor is not None:
-                findings += _value_findings(tensor.detach().contiguous(), spec, settings, member.name, progress)
+            read = read_tensor_bytes(member.data, member.name, spec, ipc=settings.ipc)
+            findings += _findings_on(*read, spec, settings, member.name, progress)
     if not any(finding.code in ("F005", "F018") for finding in findings):
         tensors = [name for name in names if name.lower().endswith(TENSOR_ENDINGS)]
         of_challenge = [name for name in tensors if name.lower().removesuffix(".pt") in _CHALLENGE_NAMES]
@@ -215,30 +204,34 @@ def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Repor
     return report_of(findings)
 
 
-def _file_findings(path: Path, spec: DatasetSpec, settings: CheckSettings, progress: Listener) -> list[Finding]:
-    tensor, findings = read_tensor(path, spec, ipc=settings.ipc)
+def _findings_on(
+    tensor: Tensor | None,
+    findings: list[Finding],
+    spec: DatasetSpec,
+    settings: CheckSettings,
+    where: str,
+    progress: Listener,
+) -> list[Finding]:
+    """The findings on a file and those on its numbers, which are compared with the real images.
+
+    tensor: of the right shape and type; None if it could not be read.
+    """
     if tensor is None:
         return findings
-    return findings + _value_findings(tensor.detach().contiguous(), spec, settings, path.name, progress)
-
-
-def _value_findings(
-    tensor: Tensor, spec: DatasetSpec, settings: CheckSettings, where: str, progress: Listener
-) -> list[Finding]:
-    """Judge the numbers, and compare the images with the real ones. tensor: contiguous, of the right shape and type."""
+    tensor = tensor.detach().contiguous()
     finite = torch.isfinite(tensor).flatten(1).all(dim=1)
     if not finite.all():
         rows = (~finite).nonzero().flatten().tolist()
         named = ", ".join(map(str, rows[:_MOST_ROWS_NAMED])) + (", ..." if len(rows) > _MOST_ROWS_NAMED else "")
         message = f"{len(rows)} images hold NaN or infinity. A network that trains on them learns nothing."
-        return [Finding("error", "T009", message, f"{where}, rows {named}")]
+        return [*findings, Finding("error", "T009", message, f"{where}, rows {named}")]
     if not settings.meaning:
-        return []
+        return findings
     try:
         test_images = load_dataset(spec.name, "test").images
     except DDKitError:
         test_images = None  # not prepared, or damaged, which is not the submission's fault
-    findings = meaning_findings(tensor, spec, where, progress=progress)
+    findings = findings + meaning_findings(tensor, spec, where, progress=progress)
     return findings + content_findings(tensor, spec, where, test_images=test_images)
 
 
@@ -252,10 +245,3 @@ def meaning_findings(tensor: Tensor, spec: DatasetSpec, where: str, *, progress:
         # Images that are normalized in another way resemble no class, so that their order would be judged wrongly.
         return findings
     return findings + order_findings(tensor, spec, where, progress=progress)
-
-
-def _known_specs() -> Iterator[DatasetSpec]:
-    """All known datasets except those with a damaged store, which is not the submission's fault."""
-    for name in known_names():
-        with contextlib.suppress(DDKitError):
-            yield dataset_spec(name)

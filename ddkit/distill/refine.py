@@ -172,7 +172,7 @@ def _begin_or_resume(
         state = RefinementState.read(folder)
         state.require(path, dataclasses.asdict(settings), dataset_sha256)
         return state
-    require_acceptable(path, spec.name, ignore_codes=ignore_codes)
+    require_acceptable(distilled, ignore_codes=ignore_codes)
     images = distilled.images.clamp(*_displayable_range(spec)) if settings.displayable else distilled.images
     return RefinementState.begin(path, images, folder, dataclasses.asdict(settings), dataset_sha256)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.challenge import CHALLENGE_DATASETS
-from ddkit.checks.check import CheckSettings, check_set
+from ddkit.checks.check import require_acceptable
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
 from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
@@ -25,7 +25,7 @@ from ddkit.results import RESULTS_FILE, Records, Result
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import KIND_SUBMISSION, REFERENCE_KINDS, DistilledSet, check_command, read_set
+from ddkit.sets.distilled import KIND_SUBMISSION, REFERENCE_KINDS, DistilledSet, read_set
 from ddkit.sets.published import holds_containers, is_published_folder, labels_next_to
 from ddkit.statistics import Comparison, compare
 
@@ -259,13 +259,7 @@ class _Job:
                 self._on_event(note)
             distilled.check(self._settings.ignore_codes, self._progress)
             return
-        report = check_set(distilled, settings=CheckSettings(ipc=None), progress=self._progress)
-        report = report.ignoring(self._settings.ignore_codes)
-        if not report.ok:
-            path = distilled.path or Path("set.pt")
-            raise InvalidSubmissionError(
-                f"{path}: {report.findings[0].message}", f"To see everything: {check_command(path, distilled.spec.name)}"
-            )
+        report = require_acceptable(distilled, ignore_codes=self._settings.ignore_codes, progress=self._progress)
         for finding in report.findings:
             if finding.level == "warning":
                 self._on_event(f"warning {finding.code}: {finding.message}")
