@@ -43,35 +43,21 @@ class Scores:
         return mean_interval(self.accuracies)
 
 
-@dataclass(frozen=True)
-class Result(Scores):
-    """One evaluated set. Accuracies are fractions of the test set, 0 to 1.
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Scores):
+    """What an evaluation found. Accuracies are fractions of the test set, 0 to 1.
 
-    kind: "submission", or a reference that it is compared with: "random-real" (as many real images per class, drawn at
-        random), "first-real" (the first ones of each class) or "full-real" (the whole training set).
-    sha256: of the evaluated file, or of pixels and labels if there was no file.
     images_per_class: smallest and largest number of images of any class.
-    epochs_setting: E of PROTOCOL.md; E + 1 epochs ran.
+    official: True if nothing differs from PROTOCOL.md; `deviations` says what does.
     loss_curves: per round, the mean training loss of evenly spaced epochs, first and last included.
     per_class: mean accuracy of each class over the rounds. class_rounds: accuracies by round and class.
     confusions: the most frequent mistakes, as (true class, predicted class, mean count per round).
-    official: True if nothing differs from PROTOCOL.md; `deviations` says what does.
     """
 
-    name: str
     dataset: str
-    track: Count
-    sha256: str
-    source: str
     images: Count
     images_per_class: tuple[Count, Count]
-    epochs_setting: Count
     accuracies: tuple[float, ...]
-    kind: str = "submission"
-    network: str = "convnet"
-    augment: bool = True
-    precision: str = "float32"
-    seed: Count = 0
     official: bool = False
     deviations: tuple[str, ...] = ()
     seconds: float = 0.0  # of training and testing, all rounds
@@ -80,13 +66,35 @@ class Result(Scores):
     time_budget: float | None = None  # track 2: seconds for each round; None in old records
     test_images: Count | None = None  # None in old records
     device: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    date: str = ""  # ISO 8601, UTC, when the evaluation ended
     loss_curves: tuple[tuple[float, ...], ...] = ()
     per_class: tuple[float, ...] = ()
     confusions: tuple[tuple[Count, Count, float], ...] = ()
-    made_by: Mapping[str, Any] = field(default_factory=dict)  # the provenance of the evaluated set
     class_rounds: tuple[tuple[float, ...], ...] = ()  # accuracy of each class in each round; () in old records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Outcome):
+    """The record of one evaluated set: its outcome, and what was evaluated in which way.
+
+    kind: "submission", or a reference that it is compared with: "random-real" (as many real images per class, drawn at
+        random), "first-real" (the first ones of each class) or "full-real" (the whole training set).
+    sha256: of the evaluated file, or of pixels and labels if there was no file.
+    epochs_setting: E of PROTOCOL.md; E + 1 epochs ran.
+    """
+
+    name: str
+    track: Count
+    sha256: str
+    source: str
+    epochs_setting: Count
+    kind: str = "submission"
+    network: str = "convnet"
+    augment: bool = True
+    precision: str = "float32"
+    seed: Count = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""  # ISO 8601, UTC, when the evaluation ended
+    made_by: Mapping[str, Any] = field(default_factory=dict)  # the provenance of the evaluated set
     format: Count = FORMAT_VERSION
 
 

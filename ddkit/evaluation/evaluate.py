@@ -24,7 +24,7 @@ from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_tra
 from ddkit.evaluation.tracks import Conditions, Generate, deviations, images_per_class
 from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.network.training import TrainingSettings
-from ddkit.results import Result, Scores
+from ddkit.results import Outcome, Result
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.environment import versions
@@ -63,9 +63,7 @@ class EvaluationSettings:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
         if self.network not in NETWORKS:
             raise UsageError(f"Unknown network '{self.network}'.", did_you_mean(self.network, tuple(NETWORKS)))
-        # These raise UsageError for an unknown track, and for epochs or a precision that make no sense.
-        challenge.track(self.track)
-        self._training()
+        _ = self.training  # raises UsageError for an unknown track, and for epochs or a precision that make no sense
 
     @property
     def number_of_rounds(self) -> int:
@@ -79,42 +77,23 @@ class EvaluationSettings:
     @property
     def training(self) -> TrainingSettings:
         """How each network is trained."""
-        return self._training()
-
-    def _training(self) -> TrainingSettings:
         epochs = self.epochs_setting
         if epochs is None:
             epochs = challenge.track(self.track).epochs_setting
         return TrainingSettings(epochs, augment=self.augment, precision=self.precision)
 
 
-@dataclass(frozen=True)
-class Evaluation(Scores):
-    """The outcome of an evaluation. Accuracies are fractions of the test set, 0 to 1; fields as in `Result`."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Outcome):
+    """The outcome of an evaluation, and its settings."""
 
-    dataset: str
     settings: EvaluationSettings
-    accuracies: tuple[float, ...]
-    official: bool
-    deviations: tuple[str, ...]
-    images: int
-    images_per_class: tuple[int, int]
-    seconds: float
-    generation_seconds: tuple[float, ...]
-    generated: tuple[int, ...]
-    time_budget: float | None
-    test_images: int
-    device: str
-    loss_curves: tuple[tuple[float, ...], ...]
-    per_class: tuple[float, ...]
-    confusions: tuple[tuple[int, int, float], ...]
-    class_rounds: tuple[tuple[float, ...], ...] = ()
 
     def result(
         self, name: str, sha256: str, source: str, *, kind: str = "submission", made_by: Mapping[str, Any] | None = None
     ) -> Result:
         """The record for the results file: what was evaluated (its name, hash and path) and the outcome."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "settings"}
+        outcome = {field.name: getattr(self, field.name) for field in dataclasses.fields(Outcome)}
         settings = self.settings
         return Result(
             name=name,
@@ -130,7 +109,7 @@ class Evaluation(Scores):
             seed=settings.seed,
             versions=versions(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **own,
+            **outcome,
         )
 
 
@@ -265,17 +244,17 @@ class _Run:
 
     def rounds(self, indices: Sequence[int], stop: StopRequest) -> list[RoundResult]:
         """The results of these rounds, trained side by side where they are not finished already."""
-        results = {index: result for index in indices if (result := read_result(self._file(index)))}
+        files = {index: self._file(index) for index in indices}
+        results = {index: result for index, file in files.items() if (result := read_result(file))}
         for index, result in results.items():
             self._report(index, self.settings.training.epochs, result.losses[-1])
         jobs = []
-        for index in indices:
-            if index not in results:
-                if stop:
-                    raise InterruptedRunError(
-                        f"Interrupted before round {index + 1}.", "Run the same command again to continue."
-                    )
-                jobs.append(self._job(index))
+        for index in sorted(files.keys() - results.keys()):
+            if stop:
+                raise InterruptedRunError(f"Interrupted before round {index + 1}.", "Run the same command again to continue.")
+            made = self.source.for_round(index, self._rounds.seed_for("generation", index), self._folder)
+            check_training_set(made.images, made.labels, self.test_set.spec, pixels=self.source.budget is not None)
+            jobs.append(RoundJob(index, made, files[index], self.state.seconds_between_saves))
         ran = run_rounds(jobs, self.test_set, self._rounds, stop=stop, listener=self._report)
         results |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
         for index in indices:
@@ -288,11 +267,6 @@ class _Run:
 
     def _file(self, index: int) -> Path | None:
         return self._folder and self._folder / f"round-{index}.pt"
-
-    def _job(self, index: int) -> RoundJob:
-        made = self.source.for_round(index, self._rounds.seed_for("generation", index), self._folder)
-        check_training_set(made.images, made.labels, self.test_set.spec, pixels=self.source.budget is not None)
-        return RoundJob(index, made, self._file(index), self.state.seconds_between_saves)
 
     def _report(self, index: int, epochs_done: int, loss: float) -> None:
         self._epochs_done[index] = epochs_done
@@ -328,6 +302,9 @@ def _summary(
     budget = source.budget
     differences = _deviations(source, test_set, settings, device, len(results), (fewest, most))
     counts = torch.stack([result.confusion(test_set.labels, spec.num_classes) for result in results])
+    classes = spec.num_classes
+    top = counts.double().mean(0).fill_diagonal_(0).flatten().topk(min(_MOST_CONFUSIONS, classes**2))
+    mistakes = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return Evaluation(
         dataset=spec.name,
         settings=settings,
@@ -344,8 +321,8 @@ def _summary(
         device=describe_device(device),
         loss_curves=tuple(_thinned(result.losses) for result in results),
         per_class=_per_class(counts),
-        confusions=_confusions(counts),
-        class_rounds=tuple(_per_class(counts[None]) for counts in counts),
+        confusions=tuple((place // classes, place % classes, count) for place, count in mistakes if count > 0),
+        class_rounds=tuple(_per_class(of_round[None]) for of_round in counts),
     )
 
 
@@ -384,12 +361,3 @@ def _per_class(counts: Tensor) -> tuple[float, ...]:
     """Mean accuracy of each class, from counts (rounds, true class, predicted class); 0 for a class without images."""
     right = counts.diagonal(dim1=1, dim2=2).sum(0).double()
     return tuple((right / counts.sum((0, 2)).clamp(min=1)).tolist())
-
-
-def _confusions(counts: Tensor) -> tuple[tuple[int, int, float], ...]:
-    """The most frequent mistakes, as (true class, predicted class, mean count a round)."""
-    mistakes = counts.double().mean(0).fill_diagonal_(0)
-    top = mistakes.flatten().topk(min(_MOST_CONFUSIONS, mistakes.numel()))
-    classes = len(mistakes)
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return tuple((place // classes, place % classes, count) for place, count in pairs if count > 0)

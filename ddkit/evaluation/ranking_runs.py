@@ -6,18 +6,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
-from ddkit.evaluation.evaluate import Evaluation, EvaluationSettings, StateFolder, evaluate_source
+from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet, hash_of
-from ddkit.metrics.ddranking import MissingEvaluation, Ranking, of_result, run_missing
+from ddkit.metrics.ddranking import MissingEvaluation, Ranking, of_result
 from ddkit.results import Result
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import KIND_FULL_REAL, KIND_RANDOM_REAL, KIND_SUBMISSION, DistilledSet
+from ddkit.sets.distilled import KIND_FULL_REAL, KIND_SUBMISSION, DistilledSet
 from ddkit.sets.select import choose
 
 # All real images are learned in far fewer epochs than a few of them, and an epoch costs much more.
@@ -55,16 +53,6 @@ class RankingJob:
         epochs = min(own, FULL_EPOCHS_SETTING) if self.full_epochs_setting is None else self.full_epochs_setting
         return dataclasses.replace(settings, rounds=FULL_ROUNDS, epochs_setting=epochs)
 
-    def images_for(self, need: MissingEvaluation) -> tuple[Tensor, Tensor]:
-        """The images (N, 3, S, S) float, normalized, and labels (N,) int64 to evaluate for `need`."""
-        if need.kind == KIND_SUBMISSION:
-            return self.distilled.images, self.distilled.labels
-        spec = self.test_set.spec
-        if need.kind == KIND_FULL_REAL:
-            return normalize(self.real.images, spec), self.real.labels
-        rows = choose("random", self.real.labels, self.distilled.ipc, spec.num_classes, seed=self.settings.seed)
-        return normalize(self.real.images[rows], spec), self.real.labels[rows]
-
 
 def complete(
     job: RankingJob,
@@ -82,24 +70,27 @@ def complete(
     Raises what `evaluate_source` and `choose` raise.
     """
 
+    subject, spec, real = job.subject, job.test_set.spec, job.real
+
     def run(need: MissingEvaluation) -> Result:
-        settings = job.settings_for(need)
+        settings, kind = job.settings_for(need), need.kind
         announce(need, settings)
-        images, labels = job.images_for(need)
+        name, source, made_by = kind, f"training images of {spec.name}", {}
+        if kind == KIND_SUBMISSION:
+            name, source, made_by = subject.name, subject.source, dict(subject.made_by)
+            images, labels = job.distilled.images, job.distilled.labels
+        elif kind == KIND_FULL_REAL:
+            images, labels = normalize(real.images, spec), real.labels
+        else:
+            rows = choose("random", real.labels, job.distilled.ipc, spec.num_classes, seed=job.settings.seed)
+            images, labels = normalize(real.images[rows], spec), real.labels[rows]
+            made_by = {"selection": "random", "seed": job.settings.seed}
         evaluation = evaluate_source(FixedSet(images, labels), job.test_set, settings, state=state, progress=progress)
-        result = _result(job, need, evaluation, hash_of(images, labels))
+        sha256 = subject.sha256 if kind == KIND_SUBMISSION else hash_of(images, labels)
+        result = evaluation.result(name, sha256, source, kind=kind, made_by=made_by)
         record(result)
         return result
 
     full_epochs = job.settings_for(MissingEvaluation(KIND_FULL_REAL, True)).training.epochs_setting
     known = [result for result in known if result.kind != KIND_FULL_REAL or result.epochs_setting >= full_epochs]
-    return run_missing(of_result(job.subject, known), run, also=known)
-
-
-def _result(job: RankingJob, need: MissingEvaluation, evaluation: Evaluation, digest: str) -> Result:
-    if need.kind == KIND_SUBMISSION:
-        subject = job.subject
-        return evaluation.result(subject.name, subject.sha256, subject.source, made_by=subject.made_by)
-    made_by = {"selection": "random", "seed": job.settings.seed} if need.kind == KIND_RANDOM_REAL else {}
-    source = f"training images of {job.test_set.spec.name}"
-    return evaluation.result(need.kind, digest, source, kind=need.kind, made_by=made_by)
+    return of_result(subject, [*known, subject, *map(run, of_result(subject, known).missing)])

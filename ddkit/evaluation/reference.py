@@ -81,7 +81,13 @@ def as_test_set(
     if isinstance(data, ImageSet):
         spec = spec or _spec_like(len(data.class_names), data.images.shape[-1])
         return _checked(TestSet(data.images, data.labels, spec), "the test set")
-    images, labels = _pair(data)
+    pair: Any = (data.get(_IMAGES_KEY), data.get(_LABELS_KEY)) if isinstance(data, Mapping) else data
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(item, Tensor) for item in pair):
+        raise BadDataError(
+            f"The reference does not hold the tensors '{_IMAGES_KEY}' and '{_LABELS_KEY}'.",
+            "The challenge's reference files are dicts of these two.",
+        )
+    images, labels = pair
     if spec is None:
         # A reference file names no classes; the challenge's test sets hold images of every one.
         spec = _spec_like(int(labels.max()) + 1 if labels.numel() else 0, images.shape[-1])
@@ -101,17 +107,6 @@ def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:
     return _checked(TestSet(images, labels.long(), spec), str(path))
 
 
-def _pair(data: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(data, Mapping):
-        data = (data.get(_IMAGES_KEY), data.get(_LABELS_KEY))
-    if not isinstance(data, tuple) or len(data) != 2 or not all(isinstance(item, Tensor) for item in data):
-        raise BadDataError(
-            f"The reference does not hold the tensors '{_IMAGES_KEY}' and '{_LABELS_KEY}'.",
-            "The challenge's reference files are dicts of these two.",
-        )
-    return data
-
-
 def _checked(test_set: TestSet, name: str) -> TestSet:
     images, labels, spec = test_set.images, test_set.labels, test_set.spec
     if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape:
@@ -123,12 +118,8 @@ def _checked(test_set: TestSet, name: str) -> TestSet:
             f"{name} has labels from {int(labels.min())} to {int(labels.max())}, "
             f"{spec.name} has classes 0 to {spec.num_classes - 1}."
         )
-    if images.dtype != torch.uint8:
-        _check_normalized(images, name, spec)
-    return test_set
-
-
-def _check_normalized(images: Tensor, name: str, spec: DatasetSpec) -> None:
+    if images.dtype == torch.uint8:
+        return test_set
     if not images.is_floating_point():
         raise BadDataError(f"{name} holds {images.dtype} images, expected uint8 pixels or normalized float32.")
     low, high = (float(bound) for bound in images.aminmax())
@@ -138,6 +129,7 @@ def _check_normalized(images: Tensor, name: str, spec: DatasetSpec) -> None:
             f"{name} has values from {low:.4g} to {high:.4g}, which are not normalized images.",
             f"Normalize pixels in [0, 1] with mean {spec.mean} and std {spec.std}.",
         )
+    return test_set
 
 
 def _spec_like(num_classes: int, image_size: int) -> DatasetSpec:

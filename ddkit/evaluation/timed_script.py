@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionError
 from ddkit.evaluation.tracks import Generated, overrun
 from ddkit.runtime.interrupt import StopRequest, stop_requests
@@ -54,7 +52,12 @@ class ScriptEntry:
             command = [*self.python, str(self.script.resolve()), "--dataset", self.dataset, "--out", str(out)]
             command += ["--time-budget", f"{budget:g}", "--seed", str(seed), *self.arguments]
             seconds = self._run(command, budget, Path(temporary) / "output.txt")
-            return Generated(*_read(out), seconds)
+            try:
+                images, labels = load_tensors(out, "images", "labels")
+            except (OSError, TorchFileError, MemoryError) as error:
+                message = f"The generator did not write a readable file of images and labels: {error}."
+                raise InvalidSubmissionError(message) from error
+            return Generated(images, labels, seconds)
 
     def _run(self, command: list[str], budget: float, log: Path) -> float:
         """Run the command to its end, with its output in `log`. Returns the seconds that it took."""
@@ -65,8 +68,9 @@ class ScriptEntry:
         ) as process:  # fmt: skip
             try:
                 self._wait(process, began, budget, stop)
-            finally:
-                _end(process)
+            finally:  # end the process and those that it started, if any still run
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
         seconds = time.monotonic() - began
         if process.returncode != 0:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LINES_OF_OUTPUT:]
@@ -88,20 +92,3 @@ class ScriptEntry:
             self.progress(Progress(f"generating {self.dataset}", spent, budget, "s"))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_SECONDS_BETWEEN_LOOKS)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and those that it started, if any still run."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-
-
-def _read(path: Path) -> tuple[Tensor, Tensor]:
-    try:
-        images, labels = load_tensors(path, "images", "labels")
-    except (OSError, TorchFileError, MemoryError) as error:
-        raise InvalidSubmissionError(f"The generator did not write a readable file of images and labels: {error}.") from error
-    return images, labels

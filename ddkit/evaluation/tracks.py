@@ -50,8 +50,11 @@ def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple
         fewest, most = conditions.images_per_class
         number = f"{fewest} to {most}" if fewest != most else f"{fewest}"
         found.append(f"{number} image{'s'[: most != 1]} per class instead of {track.ipc}")
-    if conditions.time_budget != track.time_budget_seconds:
-        found.append(_budget_deviation(conditions.time_budget, track.time_budget_seconds))
+    budget, official = conditions.time_budget, track.time_budget_seconds
+    if budget is None and official is not None:
+        found.append(f"images not generated within {official:g} s for each round")
+    elif budget is not None and budget != official:
+        found.append(f"a time budget of {budget:g} s" + (f" instead of {official:g} s" if official else ""))
     if conditions.rounds != track.rounds:
         found.append(f"{conditions.rounds} round{'s'[: conditions.rounds != 1]} instead of {track.rounds}")
     if conditions.epochs_setting != track.epochs_setting:
@@ -65,12 +68,6 @@ def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple
     if conditions.tf32_products:
         found.append("matrix products in TF32 instead of float32")
     return tuple(found)
-
-
-def _budget_deviation(budget: float | None, official: float | None) -> str:
-    if budget is None:
-        return f"images not generated within {official:g} s for each round"
-    return f"a time budget of {budget:g} s" + (f" instead of {official:g} s" if official else "")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Accuracies are fractions. On percentages the formulas would leave [0, 1] without
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,18 +105,6 @@ def from_results(results: Iterable[Result]) -> tuple[Ranking, ...]:
 def of_result(subject: Result, results: Iterable[Result]) -> Ranking:
     """The scores of one evaluated set; `results` holds the evaluations that it is compared with."""
     return _ranking(subject, _index(results))
-
-
-def run_missing(ranking: Ranking, evaluate: Callable[[MissingEvaluation], Result], also: Iterable[Result] = ()) -> Ranking:
-    """Run the missing evaluations one after another, and return the ranking with them.
-
-    evaluate: runs an evaluation under the subject's settings and records it, so that an interruption costs only the
-        evaluation in progress.
-    also: the results from which the ranking was made.
-    """
-    results = [*also, ranking.subject]
-    results.extend(evaluate(missing) for missing in ranking.missing)
-    return of_result(ranking.subject, results)
 
 
 _Index = dict[tuple[object, ...], list[Result]]

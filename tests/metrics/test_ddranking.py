@@ -109,7 +109,7 @@ def test_missing_evaluations_are_run_and_counted():
         return next(r for r in EVERYTHING if (r.kind, r.augment) == (need.kind, need.augment))
 
     (before,) = ddranking.from_results(EVERYTHING[:3])
-    after = ddranking.run_missing(before, evaluate, also=EVERYTHING[:3])
+    after = ddranking.of_result(before.subject, [*EVERYTHING[:3], *map(evaluate, before.missing)])
     assert ran == [MissingEvaluation("submission", False), MissingEvaluation("random-real", False)]
     assert after.missing == ()
     assert after.ars is not None
