@@ -28,7 +28,7 @@ _MOST_ROWS = 12
 
 @click.command(
     short_help="Make a whole entry within a time.",
-    epilog=example("ddkit enter --time 8h\nddkit enter --recipe tools/recipes/cifar100.toml --folder again"),
+    epilog=example("ddkit enter --time 8h\nddkit enter --recipe ddkit-entry/recipe.toml --folder again"),
 )
 @click.option("--time", "seconds", type=Duration(), help="Finish within this time, such as 8h, evaluations included.")
 @click.option(

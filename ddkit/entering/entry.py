@@ -251,6 +251,9 @@ class _Run:
                 "Run the same command again with a longer --time.",
             )
 
+        if stage.name == _QUICK[0]:
+            self._write_recipe()  # which the record of the zip names
+
         def listener(report: Progress) -> None:
             if time.monotonic() - self._saved >= _SECONDS_BETWEEN_SAVES:
                 self._save(stage, earlier + time.monotonic() - began)
@@ -297,12 +300,12 @@ class _Run:
             state.save()
         return state.limits[name]
 
-    def _finish(self, asked: Recipe) -> Recipe:
-        """Write the recipe, and say whether a recipe's sets came out the same."""
+    def _write_recipe(self) -> Recipe:
+        """Write the recipe that makes the sets that are there again."""
         recipe = self._place.exact_recipe()
         device = resolve_device(self._device)
         sizes = {f", {dataset_spec(name).image_size} pixels," for name in recipe.datasets}
-        measured = {key: dict(values) for key, values in asked.engines.items()}
+        measured = {key: dict(values) for key, values in self._state.recipe.engines.items()}
         measured |= {key: dict(values) for key, values in remembered_plans(device).items() if key not in measured}
         names = EnginePlan.__dataclass_fields__
         engines = {
@@ -312,6 +315,11 @@ class _Run:
         }
         recipe = replace(recipe, versions={**versions(), "device": describe_device(device)}, engines=engines)
         write_recipe(recipe, self._recipe_file)
+        return recipe
+
+    def _finish(self, asked: Recipe) -> Recipe:
+        """Write the recipe, and say whether a recipe's sets came out the same."""
+        recipe = self._write_recipe()
         for before, now in zip(asked.sets, recipe.sets, strict=True):
             if before.sha256:
                 same = "is the same to the bit as" if before.sha256 == now.sha256 else "differs from"

@@ -31,6 +31,7 @@ from ddkit.generator.training.records import read_records
 from ddkit.generator.training.run_folder import METRICS_FILE
 from ddkit.generator.training.stages import AutoencoderStage
 from ddkit.generator.training.train import TrainingData, train
+from ddkit.history import PackedRecords, packed_file
 from ddkit.packing.bundle import BundleModel, open_generators, pack_bundle
 from ddkit.packing.pack import pack
 from ddkit.packing.proof import ProofSettings
@@ -321,7 +322,8 @@ class Workplace:
         partial = bool(missing) and any(name in challenge for name in self.recipe.datasets)
         pack(
             self.folder / "submission", self.zip_file,
-            ignore_codes=(_MISSING_TENSOR,) if partial else (), on_report=self._warn, progress=progress,
+            ignore_codes=(_MISSING_TENSOR,) if partial else (), on_report=self._warn, on_event=self._on_event,
+            records=PackedRecords(packed_file(self.results_file)), progress=progress,
         )  # fmt: skip
         if partial:
             self._on_event(f"The challenge also wants a set for {' and '.join(missing)}; {self.zip_file.name} has none.")

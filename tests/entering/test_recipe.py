@@ -1,6 +1,7 @@
 """Recipes as TOML: what is written is read, and what cannot be used is refused in words."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from ddkit.distill.settings import PoolSettings, RefineSettings
 from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe, write_recipe
 from ddkit.errors import BadFileError, UsageError
 
+RECIPES = Path(__file__).resolve().parents[2] / "tools" / "recipes"
 RECIPE = Recipe(
     (
         SetRecipe("cifar100", "ab" * 32, refine=RefineSettings(batch_real=8, pool=PoolSettings(size=3)), refine_steps=7),
@@ -29,6 +31,14 @@ def test_a_recipe_is_read_as_it_was_written(tmp_path):
     write_recipe(RECIPE, tmp_path / "recipe.toml")
     assert read_recipe(tmp_path / "recipe.toml") == RECIPE
     assert "ddkit enter --recipe recipe.toml" in (tmp_path / "recipe.toml").read_text().splitlines()[0]
+
+
+def test_recorded_recipes_can_be_read_and_have_all_lengths():
+    found = {path.stem: read_recipe(path) for path in RECIPES.glob("*.toml")}
+    assert len(found) > 1
+    assert all(each.refine is not None and each.refine_steps for recipe in found.values() for each in recipe.sets)
+    recorded = found["cifar100-33.89"].sets[0]
+    assert (recorded.refine.pool.size, recorded.refine.precision, recorded.refine_steps) == (0, "float32", 1792)
 
 
 def test_a_recipe_of_few_lines_takes_defaults(tmp_path):
