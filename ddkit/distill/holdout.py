@@ -27,7 +27,12 @@ class TrainHoldout:
     ) -> None:
         self.spec, self.held_out_share = spec, held_out
         self._dataset, self._device = dataset, device or torch.device("cpu")
-        self._pixels = _on_device(dataset.images, self._device)
+        try:
+            self._pixels = dataset.images.to(self._device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._pixels = dataset.images
         class_rows, held_out_rows = [], []
         for c in range(spec.num_classes):
             rows = (dataset.labels == c).nonzero().flatten()
@@ -77,13 +82,3 @@ class TrainHoldout:
         """The images for validation. The test split is never looked at."""
         rows = self._held_out_rows
         return TestSet(self._dataset.images[rows], self._dataset.labels[rows], self.spec)
-
-
-def _on_device(pixels: Tensor, device: torch.device) -> Tensor:
-    """The pixels on the device, or as they are where they do not fit there."""
-    try:
-        return pixels.to(device)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return pixels

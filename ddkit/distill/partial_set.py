@@ -41,15 +41,19 @@ class PartialSet:
     def __init__(self, path: Path, identity: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         self._identity, self._shape = json.loads(json.dumps(identity)), shape
         self.digest = digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:12]
-        self._pattern = f".{glob.escape(path.stem)}.parts-*"
-        self._beside = path.parent
         self._folder = path.parent / f".{path.stem}.parts-{digest}"
-        self._warn_of_others()
+        for folder in path.parent.glob(f".{glob.escape(path.stem)}.parts-*"):
+            if folder != self._folder and (changes := self._differences(folder / _IDENTITY_FILE)):
+                log.warning(
+                    "%s was left by an interrupted run with other settings and is not used (%s). "
+                    "Remove it if you will not continue that run.", folder, "; ".join(changes),
+                )  # fmt: skip
 
     def load(self) -> Tensor:
         """(n, 3, S, S) uint8: the rows that earlier runs have made, up to the first that is missing or damaged."""
         parts, count = [torch.empty(0, *self._shape, dtype=torch.uint8)], 0
-        for start, path in self._files():
+        files = ((_PART.fullmatch(path.name), path) for path in self._folder.glob("*"))
+        for start, path in sorted((int(match[1]), path) for match, path in files if match):
             if start < count:
                 continue  # from a run with another batch size; later parts hold the same rows
             part = self._read(path) if start == count else None
@@ -69,10 +73,6 @@ class PartialSet:
         """Remove these rows, as the set is written; rows of other settings stay."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _files(self) -> list[tuple[int, Path]]:
-        found = ((_PART.fullmatch(path.name), path) for path in self._folder.glob("*"))
-        return sorted((int(match[1]), path) for match, path in found if match)
-
     def _read(self, path: Path) -> Tensor | None:
         try:
             rows = load_file(path).get("images")
@@ -81,14 +81,6 @@ class PartialSet:
             return None
         fits = rows is not None and rows.dtype == torch.uint8 and rows.shape[1:] == self._shape
         return rows if fits else None
-
-    def _warn_of_others(self) -> None:
-        for folder in self._beside.glob(self._pattern):
-            if folder != self._folder and (changes := self._differences(folder / _IDENTITY_FILE)):
-                log.warning(
-                    "%s was left by an interrupted run with other settings and is not used (%s). "
-                    "Remove it if you will not continue that run.", folder, "; ".join(changes),
-                )  # fmt: skip
 
     def _differences(self, path: Path) -> list[str]:
         """Lines such as "guidance: 1.5, not 2.0"; none when the file cannot be read."""

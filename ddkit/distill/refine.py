@@ -252,7 +252,7 @@ class Refinement:
                     self.validate(stop)
                 elif finished:
                     return
-                elif not self._mtt_ready():
+                elif self._settings.objective_at(state.step) == "mtt" and (not self._experts.ready or state.student_lr is None):
                     self._save()
                     self._prepare_mtt(stop)
                 else:
@@ -357,12 +357,6 @@ class Refinement:
             self._settings.pool, self._spec, self._labels,
             seed=self._settings.seed, precision=state.precision, kept=state.pool or None,
         )  # fmt: skip
-
-    def _mtt_ready(self) -> bool:
-        """True if experts and the student's learning rate are there, where the next step needs them."""
-        if self._settings.objective_at(self._state.step) != "mtt":
-            return True
-        return self._experts.ready and self._state.student_lr is not None
 
     def _prepare_mtt(self, stop: StopRequest) -> None:
         """Train experts and find the student's learning rate. Returns early when asked to stop."""

@@ -25,7 +25,9 @@ class Spectrum:
 
     def __init__(self, images: Tensor, power: float) -> None:
         """images: (N, 3, S, S) float, normalized. power: from 0, which leaves gradients as they are, to 1."""
-        self._colors = _principal_axes(images)
+        # (3, 3), orthonormal rows: the principal axes of the images' colors.
+        covariance = torch.cov(images.transpose(0, 1).flatten(1), correction=0)
+        self._colors = torch.linalg.eigh(covariance)[1].t().contiguous()
         self._waves = _cosines(images.shape[-1]).to(images)
         variance = self._analyze(images).var(0, correction=0)
         # Identical images have no spectrum.
@@ -34,7 +36,8 @@ class Spectrum:
 
     def weigh(self, gradients: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, 3, S, S): each color and frequency times its weight, which is 1 at the mean variance."""
-        return self._synthesize(self._analyze(gradients) * self._weights)
+        amplitudes = self._analyze(gradients) * self._weights
+        return torch.einsum("ac,nahw->nchw", self._colors, self._waves.t() @ amplitudes @ self._waves)
 
     def to(self, device: torch.device) -> Spectrum:
         """This spectrum, moved to the device."""
@@ -44,14 +47,6 @@ class Spectrum:
     def _analyze(self, images: Tensor) -> Tensor:
         """Images as amplitudes (N, color axis, vertical frequency, horizontal frequency)."""
         return self._waves @ torch.einsum("ac,nchw->nahw", self._colors, images) @ self._waves.t()
-
-    def _synthesize(self, amplitudes: Tensor) -> Tensor:
-        return torch.einsum("ac,nahw->nchw", self._colors, self._waves.t() @ amplitudes @ self._waves)
-
-
-def _principal_axes(images: Tensor) -> Tensor:
-    """(3, 3), orthonormal rows: the principal axes of the images' colors."""
-    return torch.linalg.eigh(torch.cov(images.transpose(0, 1).flatten(1), correction=0))[1].t().contiguous()
 
 
 def _cosines(side: int) -> Tensor:

@@ -5,6 +5,7 @@ A run folder holds state.pt, the validations as records.jsonl, and the set as it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -177,7 +178,9 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
     """
     before = _before(folder)
     if before.exists():
-        started_with, best = sha256_of(before), _best_images(folder)
+        started_with, best = sha256_of(before), None
+        with contextlib.suppress(BadFileError):
+            best = _load(folder / STATE_FILE)["best_images"]
         for file in dict.fromkeys((path, out or path)):
             if file.is_file() and sha256_of(file) != started_with:
                 if _is_result(file, started_with, best):
@@ -224,14 +227,6 @@ def _holds(path: Path, images: Tensor) -> bool:
     except UnloadableError:
         return False
     return isinstance(held, Tensor) and held.shape == images.shape and torch.equal(held, images)
-
-
-def _best_images(folder: Path) -> Tensor | None:
-    """None where the state cannot be read."""
-    try:
-        return _load(folder / STATE_FILE)["best_images"]
-    except BadFileError:
-        return None
 
 
 def _copy_set(path: Path, to: Path) -> None:

@@ -111,7 +111,9 @@ class Student:
         parameters, visited, total = start, [], torch.zeros_like(start)
         for rows, seed in zip(batches, seeds, strict=True):
             visited.append(parameters)
-            step = self._parameter_gradient(parameters, images[rows], self._labels[rows], seed)
+            load_flat_parameters(self._learner, parameters)
+            self._engine.gradients(random_augment(images[rows], torch.Generator().manual_seed(seed)), self._labels[rows])
+            step = flat_gradients(self._learner)
             total = total + step
             parameters = parameters - lr * step
         left, segment = parameters - end, start - end
@@ -128,12 +130,6 @@ class Student:
         orders = [torch.rand(classes, self._ipc, generator=generator).argsort(1) for _ in range(rounds)]
         rows = torch.cat(orders, dim=1)[:, :count] + self._ipc * torch.arange(classes)[:, None]
         return [upload(batch.flatten(), self._device) for batch in rows.split(self._at_once, dim=1)]
-
-    def _parameter_gradient(self, parameters: Tensor, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """(P,): the gradient of the mean cross-entropy with respect to the parameters."""
-        load_flat_parameters(self._learner, parameters)
-        self._engine.gradients(random_augment(images, torch.Generator().manual_seed(seed)), labels)
-        return flat_gradients(self._learner)
 
     def _image_gradient(
         self,

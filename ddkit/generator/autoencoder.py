@@ -39,7 +39,14 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) 
             mid_block_add_attention=False,
             sample_size=image_size // config.pixel_patch,
         )
-    _start_simple(autoencoder)
+    with torch.no_grad():
+        # Residual branches of zero and nearly no noise in the latents make the map almost linear at first.
+        for module in autoencoder.modules():
+            if type(module).__name__ == "ResnetBlock2D":
+                module.conv2.weight.zero_()
+                module.conv2.bias.zero_()
+        autoencoder.quant_conv.weight[config.latent_channels :].zero_()
+        autoencoder.quant_conv.bias[config.latent_channels :].fill_(_STARTING_LOG_VARIANCE)
     return autoencoder
 
 
@@ -103,24 +110,7 @@ class AutoencoderLoss(nn.Module):
         return F.l1_loss(decoded, pixels) + squared + self.kl_weight * kl, squared
 
 
-def psnr(squared_error: float) -> float:
-    """Peak signal-to-noise ratio in decibels of images in [-1, 1]."""
-    return 10 * math.log10(4 / max(squared_error, 1e-12))
-
-
 def _resized(pixels: Tensor, side: int) -> Tensor:
     if pixels.shape[-1] == side:
         return pixels
     return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
-
-
-@torch.no_grad()
-def _start_simple(autoencoder: AutoencoderKL) -> None:
-    """Start with residual branches of zero and nearly no noise in the latents, so that the map is almost linear at first."""
-    for module in autoencoder.modules():
-        if type(module).__name__ == "ResnetBlock2D":
-            module.conv2.weight.zero_()
-            module.conv2.bias.zero_()
-    channels = autoencoder.config.latent_channels
-    autoencoder.quant_conv.weight[channels:].zero_()
-    autoencoder.quant_conv.bias[channels:].fill_(_STARTING_LOG_VARIANCE)

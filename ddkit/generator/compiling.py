@@ -32,21 +32,20 @@ def can_compile() -> bool:
     return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
 
-def compiled(module: nn.Module) -> nn.Module:
-    """`module` compiled for fixed shapes, or itself if there is no compiler. The parameters are shared."""
-    return _compiled(module)
-
-
 def compiled_for_inference(module: nn.Module, device: torch.device) -> nn.Module:
     """`module`, whose parameters never change again, compiled for inference, or itself if there is no compiler.
 
     On a CPU the parameters are packed for its matrix products, and calls from several threads run at the same time.
     """
     # Without the C++ wrapper, compiled code holds Python's lock.
-    return _compiled(module, {"freezing": True, "cpp_wrapper": True} if device.type == "cpu" else {})
+    return compiled(module, {"freezing": True, "cpp_wrapper": True} if device.type == "cpu" else {})
 
 
-def _compiled(module: nn.Module, options: Mapping[str, bool] | None = None) -> nn.Module:
+def compiled(module: nn.Module, options: Mapping[str, bool] | None = None) -> nn.Module:
+    """`module` compiled for fixed shapes, or itself if there is no compiler. The parameters are shared.
+
+    options: of torch's compiler.
+    """
     if not can_compile():
         log.warning("No working C++ compiler was found, so torch.compile is not used and the computation is slower.")
         return module

@@ -8,7 +8,7 @@ the blocks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,8 +72,11 @@ def apply_difffit(denoiser: nn.Module) -> ParameterCounts:
             if f".{name}".endswith(tuple(f".{ending}" for ending in _FACTOR_LAYERS)):
                 block.set_submodule(name, Scaled(layer))
     denoiser.requires_grad_(False)
-    for parameter in _tuned(denoiser):
-        parameter.requires_grad_(True)
+    for module in denoiser.modules():
+        whole = isinstance(module, (*_NORMS, nn.Embedding))  # class embeddings; these networks have no others
+        for name, parameter in module.named_parameters(recurse=False):
+            if whole or name in ("bias", "scale"):
+                parameter.requires_grad_(True)
     return count_parameters(denoiser)
 
 
@@ -94,15 +97,12 @@ def merge_difffit(denoiser: nn.Module) -> nn.Module:
 
 def plain_copy(denoiser: nn.Module) -> nn.Module:
     """A copy on the CPU as `merge_difffit` makes it; the denoiser itself stays in training."""
-    # Copied straight to the CPU, it takes no memory on the device.
-    on_cpu: dict[int, Tensor] = {id(buffer): _copied(buffer) for buffer in denoiser.buffers()}
-    for parameter in denoiser.parameters():
-        on_cpu[id(parameter)] = nn.Parameter(_copied(parameter), requires_grad=parameter.requires_grad)
+    on_cpu: dict[int, Tensor] = {}  # copied straight to the CPU, it takes no memory on the device
+    for tensor in (*denoiser.buffers(), *denoiser.parameters()):
+        copied = tensor.detach().to("cpu", copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        on_cpu[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
     return merge_difffit(copy.deepcopy(denoiser, on_cpu))
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def share_conditioning(denoiser: nn.Module) -> bool:
@@ -114,8 +114,10 @@ def share_conditioning(denoiser: nn.Module) -> bool:
     if not isinstance(denoiser, DiTTransformer2DModel):
         return False
     first, *others = (block.norm1 for block in denoiser.transformer_blocks)
-    if not all(_are_equal(first.emb, other.emb) for other in others):
-        return False
+    mine = first.emb.state_dict()
+    for theirs in (other.emb.state_dict() for other in others):
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+            return False
     for other in others:
         other.emb = first.emb
     return True
@@ -136,17 +138,3 @@ def _first_half(denoiser: nn.Module) -> Sequence[nn.Module]:
     raise UsageError(
         f"DiffFit does not know the blocks of a {type(denoiser).__name__}.", "Train all parameters instead, with --full."
     )
-
-
-def _tuned(denoiser: nn.Module) -> Iterator[nn.Parameter]:
-    """Biases, norms, class embeddings (these networks have no other embeddings) and factors."""
-    for module in denoiser.modules():
-        whole = isinstance(module, (*_NORMS, nn.Embedding))
-        for name, parameter in module.named_parameters(recurse=False):
-            if whole or name in ("bias", "scale"):
-                yield parameter
-
-
-def _are_equal(first: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = first.state_dict(), other.state_dict()
-    return first is other or (mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine))

@@ -59,7 +59,9 @@ class MinimaxCriteria(nn.Module):
         of classes in the batch. Raises UsageError when the three do not fit together, a label is out of range, or
         latents have another size than before; the memories stay as they were.
         """
-        _check_shapes(predicted, real, labels)
+        if predicted.shape != real.shape or labels.shape != predicted.shape[:1] or not len(labels):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predicted, real, labels))
+            raise UsageError(f"Predictions, real latents and labels of shapes {shapes} do not make a batch.")
         # Low precision would choose other pairs, and round the differences that matter.
         with torch.autocast(predicted.device.type, enabled=False):
             own = predicted.flatten(1).float()
@@ -70,7 +72,10 @@ class MinimaxCriteria(nn.Module):
             with torch.no_grad():
                 directions = F.normalize(everything, dim=1)
                 farthest, nearest = self._pairs(directions, groups)
-            values = self._values(_with_own_rows(everything, own), groups, farthest, nearest)
+            if _processes() > 1:  # only the rows of this process have gradients
+                start = distributed.get_rank() * len(own)
+                own = torch.cat([everything[:start], own, everything[start + len(own) :]])
+            values = self._values(own, groups, farthest, nearest)
             with torch.no_grad():
                 self._remember(directions, F.normalize(real, dim=1), labels, groups)
         return values
@@ -188,12 +193,6 @@ class _Pairs:
     place: Tensor
 
 
-def _check_shapes(predicted: Tensor, real: Tensor, labels: Tensor) -> None:
-    if predicted.shape != real.shape or labels.shape != predicted.shape[:1] or not len(labels):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predicted, real, labels))
-        raise UsageError(f"Predictions, real latents and labels of shapes {shapes} do not make a batch.")
-
-
 def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
@@ -205,14 +204,6 @@ def _of_all_processes(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(_processes())]
     distributed.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
-
-
-def _with_own_rows(everything: Tensor, own: Tensor) -> Tensor:
-    """The rows of all processes; those of this process have gradients."""
-    if _processes() == 1:
-        return own
-    start = distributed.get_rank() * len(own)
-    return torch.cat([everything[:start], own, everything[start + len(own) :]])
 
 
 def _averageable(value: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ class Preset:
         config = self.configs[smallest]
         if config.minimax is not None:
             return config
-        tokens = _nearest_divisor(config.autoencoder.latent_shape(image_size)[1], config.denoiser.tokens_per_side)
+        side, wanted = config.autoencoder.latent_shape(image_size)[1], config.denoiser.tokens_per_side
+        divisors = (divisor for divisor in range(1, side + 1) if side % divisor == 0)
+        tokens = min(divisors, key=lambda divisor: max(divisor, wanted) / min(divisor, wanted))
         return dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, tokens_per_side=tokens))
 
 
@@ -51,12 +53,6 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UsageError(f"Unknown preset '{name}'.", did_you_mean(name, tuple(PRESETS)))
     return PRESETS[name]
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` whose ratio to `wanted` is nearest to one."""
-    divisors = (divisor for divisor in range(1, number + 1) if number % divisor == 0)
-    return min(divisors, key=lambda divisor: max(divisor, wanted) / min(divisor, wanted))
 
 
 def _tiny(architecture: str, depth: int) -> dict[int, GeneratorConfig]:

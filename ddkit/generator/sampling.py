@@ -62,7 +62,13 @@ class Sampler:
         self.device = torch.device(device)
         self.settings = resolve_settings(settings or SamplingSettings(), self.device)
         self.facts = model.facts
-        _check_guidance(self.settings, self.facts.label_dropout, modes)
+        if self.settings.guidance != 1 and self.facts.label_dropout == 0:
+            raise UsageError(
+                "The model was trained without label dropout, so it cannot be sampled with guidance.",
+                "Turn guidance off with --guidance 1, or train the model again with --label-dropout 0.1.",
+            )
+        if (self.settings.mode_guidance > 0) != (modes is not None):
+            raise UsageError("Mode guidance needs both a scale above 0 and the modes of each class.")
         self._latent_shape = model.latent_shape
         self._null_class = null_class(model.denoiser)
         self._objective = Objective(ObjectiveConfig(model.facts.prediction))
@@ -140,7 +146,8 @@ class Sampler:
         count = len(part[0])
         # Compiled code is made for one size, so a short part is filled up.
         whole = self._part if self.settings.compile else count
-        noise, labels, centers = (upload(_filled(rows, whole), self.device) for rows in part)
+        filled = [torch.cat([rows, rows[:1].expand(whole - count, *rows.shape[1:])]) for rows in part]
+        noise, labels, centers = (upload(rows, self.device) for rows in filled)
         per_step = 1 if self._modes is None else 2
         terms = noise.new_zeros(1 + per_step * len(self._times), *noise.shape)  # as LinearPlan orders them
         terms[0] = noise
@@ -217,18 +224,3 @@ def class_ordered(images_per_class: int, num_classes: int) -> tuple[Tensor, Tens
     """Labels and indices of `images_per_class` images of every class, class by class: both (N,) int64."""
     labels = torch.arange(num_classes).repeat_interleave(images_per_class)
     return labels, torch.arange(images_per_class).repeat(num_classes)
-
-
-def _filled(rows: Tensor, count: int) -> Tensor:
-    """The rows, followed by copies of the first one up to that count."""
-    return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])
-
-
-def _check_guidance(settings: SamplingSettings, label_dropout: float | None, modes: Tensor | None) -> None:
-    if settings.guidance != 1 and label_dropout == 0:
-        raise UsageError(
-            "The model was trained without label dropout, so it cannot be sampled with guidance.",
-            "Turn guidance off with --guidance 1, or train the model again with --label-dropout 0.1.",
-        )
-    if (settings.mode_guidance > 0) != (modes is not None):
-        raise UsageError("Mode guidance needs both a scale above 0 and the modes of each class.")

@@ -113,7 +113,11 @@ def _encode_all(
             file.truncate(done * bytes_per_image)
             for start in range(done, len(images), count):
                 some = images.images[start : start + count]
-                file.write(_encoded(autoencoder, some, latent_side, flips).numpy().tobytes())
+                with torch.inference_mode():
+                    pixels = to_signed(some.to(autoencoder.device))
+                    views = [pixels, pixels.flip(-1)] if flips else [pixels]
+                    encoded = torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1)
+                file.write(encoded.half().cpu().numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
                 progress(Progress("Encoding the training set", start + len(some), len(images), "images"))
@@ -126,11 +130,3 @@ def _encode_all(
     except OSError as error:
         raise explain_os_error(error, partial) from error
     return values.view(len(images), *shape)
-
-
-@torch.inference_mode()
-def _encoded(autoencoder: AutoencoderKL, images: Tensor, latent_side: int, flips: bool) -> Tensor:
-    """(n, 3, S, S) uint8 -> (n, V, C, s, s) float16 on the CPU."""
-    pixels = to_signed(images.to(autoencoder.device))
-    views = [pixels, pixels.flip(-1)] if flips else [pixels]
-    return torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1).half().cpu()

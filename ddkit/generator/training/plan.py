@@ -119,9 +119,11 @@ def plan_training(
             name, reason = _preset_for(data, device)
             choices.append(reason)
         config = preset(name).config(data.image_size)
-        if "precision" not in given and config.precision == "float32" and (reason := _why_bfloat16(device)):
-            config = dataclasses.replace(config, precision="bfloat16")
-            choices.append(reason)
+        if "precision" not in given and config.precision == "float32":
+            used = own_device(resolve_device(device))
+            if used.type == "cuda" and torch.cuda.get_device_capability(used)[0] >= 8:
+                config = dataclasses.replace(config, precision="bfloat16")
+                choices.append(f"Precision bfloat16: {describe_device(used)} computes it faster than float32.")
     if "ema_width" in given:
         config = dataclasses.replace(config, ema_decay=None)
     if given.get("min_snr") == 0:
@@ -203,14 +205,6 @@ def _preset_for(data: TrainingData, device_name: str) -> tuple[str, str]:
             break
     needed = f"it needs about {costs.memory / 2**30:.1f} GiB"
     return name, f"Preset {name}: {describe_device(device)} has {free / 2**30:.1f} GiB of free memory, and {needed}."
-
-
-def _why_bfloat16(device_name: str) -> str:
-    """Why training on that device is to compute in bfloat16; "" if it is not."""
-    device = own_device(resolve_device(device_name))
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-        return f"Precision bfloat16: {describe_device(device)} computes it faster than float32."
-    return ""
 
 
 def _completed(

@@ -229,7 +229,12 @@ class Trainer:
         rate = self.stage.optimizer.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        parts = self._own_parts(self.stage.draw(self.step, self.accelerator.device))
+        # This process's share of the global batch, in as many parts as the step is computed in.
+        batch = self.stage.draw(self.step, self.accelerator.device)
+        accumulation = self.stage.optimizer.accumulation
+        size = self.stage.optimizer.batch_size // (self.accelerator.num_processes * accumulation)
+        starts = [(self.accelerator.process_index * accumulation + part) * size for part in range(accumulation)]
+        parts = [{name: values[start : start + size] for name, values in batch.items()} for start in starts]
         values = self._backward(parts) if self._workers == 1 else self._backward_side_by_side(parts)
         length = self.accelerator.clip_grad_norm_(self._parameters, self.stage.optimizer.clip_norm)
         self._optimizer.step()
@@ -265,16 +270,13 @@ class Trainer:
         for group in (pieces[:first], pieces[first:]):
             for value, gradients in side_by_side(work, group, self._workers):
                 values.append(value)
-                _add_gradients(self._parameters, gradients)
+                for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                    if parameter.grad is not None and gradient is not None:
+                        parameter.grad.add_(gradient)
+                    elif gradient is not None:
+                        # In the layout of the parameter, which fused AdamW requires: those of linear layers come transposed.
+                        parameter.grad = torch.empty_like(parameter).copy_(gradient)
         return values
-
-    def _own_parts(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """This process's share of the global batch, in as many parts as the step is computed in."""
-        processes, own = self.accelerator.num_processes, self.accelerator.process_index
-        accumulation = self.stage.optimizer.accumulation
-        size = self.stage.optimizer.batch_size // (processes * accumulation)
-        starts = [(own * accumulation + k) * size for k in range(accumulation)]
-        return [{name: values[start : start + size] for name, values in batch.items()} for start in starts]
 
     def _record(self, losses: list[Tensor]) -> StepRecord:
         """The means since the last record over all processes. Raises ComputeError when the training diverges."""
@@ -415,14 +417,3 @@ def averaging(parameters: Sequence[nn.Parameter], width: float, decay: float | N
 def _detached(*values: Tensor) -> Tensor:
     """Scalars as (n,) float32."""
     return torch.stack([value.detach().float() for value in values])
-
-
-def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            continue
-        if parameter.grad is None:
-            # In the parameter's own layout, which fused AdamW requires: gradients of linear layers come transposed.
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        else:
-            parameter.grad.add_(gradient)
