@@ -81,5 +81,5 @@ def test_tools_in_documents_exist_with_their_options():
     for name, line in found:
         (tool,) = re.findall(r"tools/[\w.]+", line)
         assert (ROOT / tool).is_file(), f"{name}: {line}"
-        known = set(re.findall(r'"(--[a-z-]+)"', text_of(tool) + text_of("tools/study.py")))
+        known = set(re.findall(r'"(--[a-z-]+)"', text_of(tool)))
         assert options_in(line) <= known, f"{name}: {line}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast ddkit evaluates, beside the challenge's own code: both on this machine, alternately, in one run.
+"""How fast ddkit evaluates, next to the challenge's own code: both on this machine, in turn, in one run.
 
     python tools/bench_evaluate.py --official PATH/TO/ECCV2024-Dataset-Distillation-Challenge --memory
 
@@ -49,9 +49,15 @@ def main() -> None:
     tables = {"speed": _speed_rows(arguments)}
     if arguments.memory:
         tables["memory"] = _memory_rows(arguments)
+    from ddkit.runtime.device import cpu_model
+    from ddkit.runtime.environment import versions
+
     for rows in tables.values():
-        _print_table(rows)
-    _print_machine(load)
+        print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(map(str, row.values())) + " |")
+        print()
+    print(f"{cpu_model()}, {os.cpu_count()} cores, torch {versions()['torch']}; load average before: {load:.1f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
 
@@ -78,7 +84,8 @@ def _speed_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
         for repeat in range(arguments.repeats):
             for contender in CONTENDERS:
                 found[contender].append(_in_own_process(arguments, contender, dataset, what))
-                _say(f"{dataset}, {what}, {contender}, {repeat + 1}: {found[contender][-1]}")
+                done = f"{dataset}, {what}, {contender}, {repeat + 1}: {found[contender][-1]}"
+                print(done, file=sys.stderr, flush=True)
         speeds = {each: statistics.median(run["images_per_second"] for run in runs) for each, runs in found.items()}
         for contender, runs in found.items():
             rows.append(
@@ -307,24 +314,6 @@ def _facts(dataset: str) -> tuple[int, int]:
     from ddkit.challenge import DATASETS as SPECS
 
     return SPECS[dataset].image_size, SPECS[dataset].num_classes
-
-
-def _print_table(rows: list[dict[str, object]]) -> None:
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
-    print()
-
-
-def _print_machine(load: float) -> None:
-    from ddkit.runtime.device import cpu_model
-    from ddkit.runtime.environment import versions
-
-    print(f"{cpu_model()}, {os.cpu_count()} cores, torch {versions()['torch']}; load average before: {load:.1f}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -62,13 +62,12 @@ def optimized(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def recompressed(images: Tensor, generator: torch.Generator) -> Tensor:
     """JPEG at quality 15."""
-    return torch.stack([_jpeg(image) for image in (images.clamp(0, 1) * 255).byte()])
-
-
-def _jpeg(image: Tensor) -> Tensor:
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=15)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255
+    decoded = []
+    for image in (images.clamp(0, 1) * 255).byte():
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=15)
+        decoded.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255)
+    return torch.stack(decoded)
 
 
 DEGRADATIONS: dict[str, Degradation] = {

@@ -14,25 +14,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from ddkit.data.store import dataset_spec
+from ddkit.challenge import DatasetSpec
+from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import refine
 from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState
-from ddkit.errors import UsageError
+from ddkit.errors import DDKitError, UsageError
+from ddkit.evaluation.evaluate import StateFolder, evaluate
+from ddkit.runtime.files import read_json, sha256_of, write_json
 from ddkit.runtime.tensor_files import save_torch
-from ddkit.sets.distilled import read_set
-from study import Findings, Record, arguments_of, markdown, percent, run_study
+from ddkit.sets.distilled import class_labels, read_set
 
+Record = dict[str, Any]
 START = "start"
 # By single changes to the preset track1. Those with a pool begin it at --pool-step.
 METHODS: dict[str, dict[str, Any]] = {
@@ -53,6 +59,61 @@ METHODS: dict[str, dict[str, Any]] = {
     "dm": {"objective": "dm"},
     "mtt": {"objective": "mtt"},
 }
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The findings of a study by the name of a row, in one JSON file for each row."""
+
+    out: Path
+
+    def claim(self, options: argparse.Namespace, rows: Sequence[str]) -> None:
+        """Record the options that the findings depend on. Raises UsageError if the study was begun with other ones.
+
+        rows: names of the options that select rows, which may differ from call to call.
+        """
+        free = {"out", "table", *rows}
+        deciding = {name: value for name, value in vars(options).items() if name not in free}
+        deciding["training images"] = store_hash(options.dataset, "train")[:12]
+        # Through JSON, as those on disk went.
+        asked = json.loads(json.dumps(deciding, default=_with_hash))
+        path = self.out / "options.json"
+        begun = read_json(path) if path.is_file() else asked
+        changed = [f"{name} {begun.get(name)} (now {value})" for name, value in asked.items() if begun.get(name) != value]
+        if changed:
+            raise UsageError(
+                f"The study in {self.out} was begun with other options: {', '.join(changed)}.", "Choose another --out."
+            )
+        if not options.table:
+            write_json(path, asked)
+
+    def folder(self, name: str) -> Path:
+        """The folder for files of a row."""
+        return self.out / name.replace(", ", "-").replace(" ", "-")
+
+    def of(self, name: str) -> Record:
+        """The findings of a row so far."""
+        path = self.folder(name) / "found.json"
+        return read_json(path) if path.is_file() else {}
+
+    def once(self, name: str, what: str, work: Callable[[], Any]) -> None:
+        """Compute and save the finding `what` of a row, unless it is there."""
+        if what not in self.of(name):
+            found = work()
+            # Read again, because another process may have written a finding meanwhile.
+            write_json(self.folder(name) / "found.json", {**self.of(name), what: found})
+            print(f"{name}: {what}", file=sys.stderr, flush=True)
+
+    def score(self, images: Tensor, spec: DatasetSpec, *, rounds: int, epochs_setting: int) -> list[float]:
+        """The protocol's accuracy in each round of (N, 3, S, S) normalized images, class by class; fractions.
+
+        Round r starts from the same weights for all sets. An interrupted round continues at the next call.
+        """
+        done = evaluate(
+            images, class_labels(spec.num_classes, len(images) // spec.num_classes), load_dataset(spec.name, "test"),
+            rounds=rounds, epochs_setting=epochs_setting, spec=spec, state=StateFolder(self.out / "evaluations"),
+        )  # fmt: skip
+        return list(done.accuracies)
 
 
 class Study:
@@ -103,7 +164,8 @@ class Study:
         folder = self.findings.folder(method)
         path = folder / f"after {_budget(limits)}.pt"
         if not path.is_file():
-            if any(_reached(limits, torch.load(kept, weights_only=True)) for kept in folder.glob("after *.pt")):
+            earlier = [torch.load(kept, weights_only=True) for kept in folder.glob("after *.pt")]
+            if any(limits.progress(kept["steps"], kept["seconds"]) >= 1 for kept in earlier):
                 raise UsageError(f"'{method}' has gone further than {_budget(limits)}.", "Choose another --out.")
             refine(start, self.options.dataset, self._settings(method), limits, folder, out=folder / start.name)
             state = RefinementState.read(folder)
@@ -124,6 +186,25 @@ class Study:
         return f"{_budget(limits)} / {epochs} / {self.options.rounds}"
 
 
+def _with_hash(path: Path) -> str:
+    """The path of a file with its hash, because another one may lie there the next time."""
+    return f"{path} ({sha256_of(path)[:12]})"
+
+
+def percent(accuracies: Sequence[float]) -> str:
+    """The mean in percent, with the standard deviation if there are several rounds."""
+    if not accuracies:
+        return "-"
+    values = [100 * accuracy for accuracy in accuracies]
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def _rank_correlations(by_epochs: dict[str, dict[tuple[str, str], float]]) -> str:
     """How each E ranks the sets, compared with the largest E, as a Markdown table; empty with one E or two sets."""
     rows = []
@@ -134,10 +215,6 @@ def _rank_correlations(by_epochs: dict[str, dict[tuple[str, str], float]]) -> st
             values = [[by_epochs[each][row] for row in common] for each in (epochs, largest)]
             rows.append([epochs, str(len(common)), f"{spearmanr(*values).statistic:.2f}"])
     return "\n\n" + markdown(["E", "sets", f"rank correlation with E = {largest}"], rows) if rows else ""
-
-
-def _reached(limits: RefineLimits, kept: dict[str, Any]) -> bool:
-    return limits.progress(kept["steps"], kept["seconds"]) >= 1
 
 
 def _budget(limits: RefineLimits) -> str:
@@ -153,7 +230,10 @@ def _budgets(options: argparse.Namespace) -> Iterator[RefineLimits]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = arguments_of(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("--out", type=Path, help="the study's folder; default: runs/study-refine-<dataset>")
+    parser.add_argument("--table", action="store_true", help="only show the findings so far")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=f"of: {'; '.join(METHODS)}"
     )
@@ -168,5 +248,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def main() -> None:
+    options = parse()
+    try:
+        study = Study(options)
+        if not options.table:
+            study.run()
+        print(study.table())
+    except DDKitError as error:
+        raise SystemExit(str(error)) from error
+
+
 if __name__ == "__main__":
-    run_study(Study, parse())
+    main()
