@@ -19,14 +19,12 @@ from ddkit.errors import BadDataError, MissingDataError
 from ddkit.runtime.files import cache_folder
 
 if TYPE_CHECKING:
-    from ddkit.data.store import ImageSet, StoreFacts
+    from ddkit.data.store import StoreFacts
 
 
-def _complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    return [name for name in store.known_names() if name.startswith(incomplete)]
-
-
-_name_argument = click.argument("name", shell_complete=_complete_name)
+_name_argument = click.argument(
+    "name", shell_complete=lambda ctx, parameter, word: [name for name in store.known_names() if name.startswith(word)]
+)
 
 
 @click.group(
@@ -101,13 +99,14 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     if source is None:
         store.dataset_spec(name)  # an unknown name is refused before anything is said
     made_before = _date_of(name)
-    output.note(f"Preparing {escape(name)} {escape(_origin(name, source))} in {escape(str(folder))}.")
+    origin = "(drawn here)" if name == "glyphs" else "(downloaded from its official address)"
+    output.event(f"Preparing {name} {origin if source is None else f'from {source}'} in {folder}.")
     prepare_dataset(name, source, force=force, progress=output.progress, **options)
     facts = store.store_facts(name)
     for split, split_facts in facts.splits.items():
         if split_facts.skipped:
             output.note(f"[yellow]warning[/yellow] These {split} files were left out: {escape(', '.join(split_facts.skipped))}")
-    output.result(_as_json(facts, folder), _summary(facts))
+    output.result({"folder": str(folder), **dataclasses.asdict(facts)}, _summary(facts))
     if facts.prepared == made_before:
         output.note(f"It was prepared already, in {escape(str(folder))}; --force prepares it again.")
     output.finish([folder] if facts.prepared != made_before else [], f"ddkit train --dataset {name}")
@@ -125,25 +124,21 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
 def show(output: Output, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:
     """Draw a contact sheet: the first images of each class in a row."""
     store.dataset_spec(name)  # an unknown name is refused at once, before torch is loaded
+    import torch
+
     from ddkit.data.prepare import open_dataset
     from ddkit.sets.contact_sheet import contact_sheet, save_png
 
-    output.note(f"Drawing the first {per_class} {split} images of each class of {escape(name)}.")
+    output.event(f"Drawing the first {per_class} {split} images of each class of {name}.")
     images = open_dataset(name, split, progress=output.progress)
     titles = store.class_titles(name)
     chosen = store.find_classes(name, classes.split(",")) if classes else range(len(titles))
-    sheet = contact_sheet(*_first_images(images, chosen, per_class), titles, per_class=per_class)
+    rows = torch.cat([(images.labels == label).nonzero().flatten()[:per_class] for label in chosen])
+    sheet = contact_sheet(images.images[rows], images.labels[rows], titles, per_class=per_class)
     out = out or Path(f"{name}-{split}.png")
     save_png(sheet, out)
     output.result({"out": str(out), "classes": [images.class_names[label] for label in chosen]})
     output.finish([out], f"ddkit train --dataset {name}")
-
-
-def _first_images(images: ImageSet, labels: Any, per_class: int) -> tuple[Any, Any]:
-    import torch
-
-    rows = torch.cat([(images.labels == label).nonzero().flatten()[:per_class] for label in labels])
-    return images.images[rows], images.labels[rows]
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -169,23 +164,9 @@ def _date_of(name: str) -> str | None:
         return None
 
 
-def _origin(name: str, source: Path | None) -> str:
-    if source is not None:
-        return f"from {source}"
-    return "(drawn here)" if name == "glyphs" else "(downloaded from its official address)"
-
-
 def _summary(facts: StoreFacts) -> str:
     counts = ", ".join(
-        f"{split.images:,} {name} images ({_span(split.per_class)} a class)" for name, split in facts.splits.items()
+        f"{split.images:,} {name} images ({' to '.join(map(str, dict.fromkeys(split.per_class)))} a class)"
+        for name, split in facts.splits.items()
     )
     return escape(f"{facts.name}: {len(facts.class_names)} classes, {facts.image_size} pixels, {counts}")
-
-
-def _span(per_class: tuple[int, int]) -> str:
-    low, high = per_class
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def _as_json(facts: StoreFacts, folder: Path) -> dict[str, Any]:
-    return {"folder": str(folder), **dataclasses.asdict(facts)}

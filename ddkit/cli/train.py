@@ -16,7 +16,8 @@ from ddkit.cli._output import Output, span_text
 from ddkit.errors import BadFileError
 from ddkit.generator.config import ARCHITECTURES, PRECISIONS, PREDICTIONS, to_json
 from ddkit.generator.presets import DEFAULT_PRESET, PRESETS
-from ddkit.runtime.environment import is_main, processes
+from ddkit.generator.training.run_folder import CHART_FILE, has_training
+from ddkit.runtime.environment import is_main
 from ddkit.runtime.files import read_json
 
 _FEATURES = ("convnet", "inception")  # the default first
@@ -130,31 +131,31 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     interruption, or to train for longer with more --steps or --time. Several GPUs share the batches with
     accelerate launch -m ddkit train.
     """
-    from ddkit.generator.training.plan import SETTINGS, plan_training, require_memory
-    from ddkit.generator.training.run_folder import CHART_FILE, has_training
-    from ddkit.generator.training.train import TrainingData
-    from ddkit.generator.training.train import train as train_generator
+    from ddkit.generator.training import plan as training
 
     output.quiet = output.quiet or not is_main()
-    data = TrainingData.open(dataset, progress=output.progress)
-    settings = {name: options.pop(name) for name in SETTINGS}
-    request = plan_training(data, settings, runs=RUNS_FOLDER, **options)
+    data = training.TrainingData.open(dataset, progress=output.progress)
+    settings = {name: options.pop(name) for name in training.SETTINGS}
+    request = training.plan_training(data, settings, runs=RUNS_FOLDER, **options)
     for choice in request.choices:
-        output.note(escape(choice))
+        output.event(choice)
     if request.start is not None:
-        output.note(_described(request.start))
+        output.event(_described(request.start))
     if dry_run:
-        _show_costs(output, request, data.image_size, data.num_classes)
+        if is_main():
+            output.note("Measuring each stage for a few seconds; nothing is kept.")
+            _show_costs(output, request, *training.measure_costs(data, request))
         return
-    require_memory(data, request)
+    training.require_memory(data, request)
     verb = "Fine-tuning" if request.start else "Training"
     if has_training(request.folder) and not request.fresh:
         verb = "Continuing to train"
     folder = request.folder
-    output.note(
-        f"{verb} a generator on {escape(dataset)}, preset {request.preset}, {_length(request)}, in {escape(str(folder))}."
-    )
-    model = train_generator(data, request, progress=output.progress)
+    config = request.config
+    before = "" if config.minimax or config.pretrained_autoencoder else f"{config.autoencoder_optimizer.steps:,} + "
+    length = f"{before}{config.denoiser_optimizer.steps:,} steps" if request.seconds is None else span_text(request.seconds)
+    output.event(f"{verb} a generator on {dataset}, preset {request.preset}, {length}, in {folder}.")
+    model = training.train(data, request, progress=output.progress)
     if not is_main():
         return
     model_option = "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
@@ -171,13 +172,13 @@ def _described(start: Start) -> str:
     counts, unmatched = start.parameters, start.classes.unmatched
     known = len(start.classes.names) - len(unmatched)
     text = (
-        f"Starting from {escape(start.source)}: {counts.trainable / 1e6:,.2f} M of {counts.total / 1e6:,.2f} M parameters "
+        f"Starting from {start.source}: {counts.trainable / 1e6:,.2f} M of {counts.total / 1e6:,.2f} M parameters "
         f"are trained ({100 * counts.fraction:.3g} %), {known} of {len(start.classes.names)} classes are known by name"
     )
     if not unmatched:
         return f"{text}."
     more = " ..." if len(unmatched) > _MOST_NAMED else ""
-    return f"{text}; the mean of all labels stands for {escape(', '.join(unmatched[:_MOST_NAMED]))}{more}."
+    return f"{text}; the mean of all labels stands for {', '.join(unmatched[:_MOST_NAMED])}{more}."
 
 
 def _start_facts(request: TrainingRequest) -> dict[str, Any]:
@@ -189,34 +190,14 @@ def _start_facts(request: TrainingRequest) -> dict[str, Any]:
                       "parameters": parameters.total, "unmatched_classes": list(classes.unmatched)}}  # fmt: skip
 
 
-def _length(request: TrainingRequest) -> str:
-    if request.seconds is not None:
-        return span_text(request.seconds)
-    config = request.config
-    before = "" if config.minimax or config.pretrained_autoencoder else f"{config.autoencoder_optimizer.steps:,} + "
-    return f"{before}{config.denoiser_optimizer.steps:,} steps"
-
-
-def _show_costs(output: Output, request: TrainingRequest, image_size: int, num_classes: int) -> None:
-    from ddkit.generator.training.estimate import estimate, shortage
-    from ddkit.runtime.device import resolve_device
-
-    if not is_main():
-        return
-    output.note("Measuring each stage for a few seconds; nothing is kept.")
-    subject = (request.config, image_size, num_classes, resolve_device(request.device))
-    costs = estimate(*subject, processes=processes(), start=request.start)
-    if not costs.fits:
-        output.note(f"[yellow]{escape(str(shortage(costs, *subject, processes=processes())))}[/]")
+def _show_costs(output: Output, request: TrainingRequest, costs: Estimate, shortage: Exception | None) -> None:
+    if shortage is not None:
+        output.note(f"[yellow]{escape(str(shortage))}[/]")
     if request.seconds is None:
         steps: Sequence[int | None] = [stage.steps for stage in costs.stages]
     else:
         steps = costs.steps_within(request.seconds)
     facts = {"fits": costs.fits, "steps": steps, "config": to_json(request.config), "choices": request.choices}
-    output.result(dataclasses.asdict(costs) | facts | _start_facts(request), _cost_table(costs, steps))
-
-
-def _cost_table(costs: Estimate, steps: Sequence[int | None]) -> Table:
     table = Table("stage", "parameters", "memory", "images/s", "steps", "batch", "time")
     for stage, count in zip(costs.stages, steps, strict=True):
         speed, seconds = stage.images_per_second, stage.seconds_for(count)
@@ -230,4 +211,4 @@ def _cost_table(costs: Estimate, steps: Sequence[int | None]) -> Table:
             "n/a" if seconds is None else span_text(seconds),
         )
     table.caption = f"{costs.free_memory / 2**30:.1f} GiB of memory are free. Compiled training is faster than shown."
-    return table
+    output.result(dataclasses.asdict(costs) | facts | _start_facts(request), table)

@@ -85,12 +85,15 @@ def prove(bundle: Path, settings: ProofSettings | None = None, *, progress: List
 
 
 def _prove(folder: Path, name: str, python: Path, elsewhere: Path, settings: ProofSettings, progress: Listener) -> Proof:
+    # Our variables without those that steer Python or ddkit, an empty home, and no network for model hubs.
+    passed_on = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DDKIT_", "HF_"))}
+    cache = str(elsewhere.parent / "cache")
     entry = ScriptEntry(
         folder / SCRIPT,
         name,
         settings.arguments,
         python=(str(python), "-I"),
-        environment=_variables(elsewhere),
+        environment={**passed_on, "HOME": str(elsewhere), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": cache, "HF_HOME": cache},
         folder=elsewhere,
         progress=progress,
     )
@@ -122,7 +125,12 @@ def _environment(folder: Path, bundle: Path, settings: ProofSettings, progress: 
     venv.create(folder, with_pip=settings.fresh_venv, symlinks=os.name != "nt")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if settings.fresh_venv:
-        _install(python, bundle / "requirements.txt", progress)
+        progress(Progress("installing the requirements", 0, None))
+        command = [str(python), "-m", "pip", "install", "--quiet", "--requirement", str(bundle / "requirements.txt")]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode != 0:
+            words = (finished.stderr or finished.stdout).strip().splitlines()[-1:]
+            raise ComputeError("The requirements could not be installed.", " ".join(["pip said:", *words]))
         return python
     site_packages = next(path for path in folder.rglob("site-packages") if path.is_dir())
     # Where this interpreter finds packages: its own places, the user's, and those of a system below a virtual environment.
@@ -132,15 +140,6 @@ def _environment(folder: Path, bundle: Path, settings: ProofSettings, progress: 
     hiding = f"import sys; sys.modules.update(dict.fromkeys({sorted(_hidden_modules())}))"
     (site_packages / "ddkit-proof.pth").write_text("\n".join([hiding, *dict.fromkeys([*own, *below])]) + "\n", encoding="utf-8")
     return python
-
-
-def _install(python: Path, requirements: Path, progress: Listener) -> None:
-    progress(Progress("installing the requirements", 0, None))
-    command = [str(python), "-m", "pip", "install", "--quiet", "--requirement", str(requirements)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        words = (finished.stderr or finished.stdout).strip().splitlines()[-1:]
-        raise ComputeError("The requirements could not be installed.", " ".join(["pip said:", *words]))
 
 
 def _hidden_modules() -> set[str]:
@@ -160,10 +159,3 @@ def _hidden_modules() -> set[str]:
     owners = importlib.metadata.packages_distributions()
     hidden = {module for module, names in owners.items() if not visible & {canonicalize_name(name) for name in names}}
     return hidden | {"ddkit"}
-
-
-def _variables(home: Path) -> dict[str, str]:
-    """Ours without what steers Python or ddkit, an empty home, and no network for model hubs."""
-    passed_on = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DDKIT_", "HF_"))}
-    return {**passed_on, "HOME": str(home), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(home.parent / "cache"),
-            "HF_HOME": str(home.parent / "cache")}  # fmt: skip

@@ -49,22 +49,18 @@ def unpack(path: Path, folder: Path) -> Path:
             if sum(info.file_size for info in members) > shutil.disk_usage(folder).free:
                 raise BadFileError(f"{path} claims more bytes than there is room for in {folder}.")
             for info in members:
-                _unpack_member(archive, info, folder, path)
+                try:
+                    target = folder / member_path(info.filename)
+                except ValueError as error:
+                    raise BadFileError(f"{path}: the member {error}.") from error
+                if not is_ordinary(info):
+                    kind = "marked as a link, a pipe or a device, not as a file"
+                    raise BadFileError(f"{path}: the member '{info.filename}' is {kind}.")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(info) as source, target.open("xb") as file:
+                    shutil.copyfileobj(source, file)
     except ZIP_ERRORS as error:
         raise BadFileError(f"{path} cannot be unpacked: {error}.", "Pack it again.") from error
     except OSError as error:
         raise explain_os_error(error, error.filename or path) from error
     return folder
-
-
-def _unpack_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, folder: Path, path: Path) -> None:
-    try:
-        name = member_path(info.filename)
-    except ValueError as error:
-        raise BadFileError(f"{path}: the member {error}.") from error
-    if not is_ordinary(info):
-        raise BadFileError(f"{path}: the member '{info.filename}' is marked as a link, a pipe or a device, not as a file.")
-    target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(info) as source, target.open("xb") as file:
-        shutil.copyfileobj(source, file)

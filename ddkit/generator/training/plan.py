@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from ddkit.errors import MissingModelError, UsageError
+from ddkit.errors import ComputeError, MissingModelError, UsageError
 from ddkit.generator.config import GeneratorConfig, override
 from ddkit.generator.model_folder import Model, has_model
 from ddkit.generator.presets import DEFAULT_PRESET, GPU_PRESETS, MINIMAX_PRESET, preset
 from ddkit.generator.pretrained import Start, start_from
-from ddkit.generator.training.estimate import check_memory, estimate
+from ddkit.generator.training.estimate import Estimate, check_memory, estimate, shortage
 from ddkit.generator.training.run_folder import has_training, read_run_record
 from ddkit.generator.training.tracking import SCORE_NAMES
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 from ddkit.runtime.device import describe_device, free_memory, own_device, resolve_device
 from ddkit.runtime.environment import processes
 from ddkit.runtime.progress import Listener, ignore
+
+__all__ = ["SETTINGS", "TrainingData", "measure_costs", "plan_training", "require_memory", "train", "train_generator"]
 
 METHODS = ("diffusion", "minimax")
 # The settings that a user gives by name, as --batch-size or batch_size=, and their place in GeneratorConfig.
@@ -162,8 +164,15 @@ def plan_training(
 
 def require_memory(data: TrainingData, request: TrainingRequest) -> None:
     """Raise ComputeError, saying what would fit, when a training needs more memory than the device has free."""
-    device = resolve_device(request.device)
-    check_memory(request.config, data.image_size, data.num_classes, device, processes=processes(), start=request.start)
+    subject = (request.config, data.image_size, data.num_classes, resolve_device(request.device))
+    check_memory(*subject, processes=processes(), start=request.start)
+
+
+def measure_costs(data: TrainingData, request: TrainingRequest) -> tuple[Estimate, ComputeError | None]:
+    """What a training would cost, measured for seconds a stage, and the error that says what would fit if it does not."""
+    subject = (request.config, data.image_size, data.num_classes, resolve_device(request.device))
+    costs = estimate(*subject, processes=processes(), start=request.start)
+    return costs, None if costs.fits else shortage(costs, *subject, processes=processes())
 
 
 def _check_contradictions(given: Mapping[str, Any], *, seconds: float | None, resume: bool, fresh: bool) -> None:
