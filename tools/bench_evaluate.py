@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast ddkit evaluates, next to the challenge's own code: both on this machine, in turn, in one run.
+"""The speed of ddkit's evaluation next to the challenge's own code: both on this machine, in turn, in one run.
 
     python tools/bench_evaluate.py --official PATH/TO/ECCV2024-Dataset-Distillation-Challenge --memory
 
@@ -35,7 +35,7 @@ from pathlib import Path
 
 DATASETS = ("cifar100", "tinyimagenet")
 CONTENDERS = ("official", "float32", "bfloat16")
-BATCHES = {"cifar100": 2, "tinyimagenet": 1}  # of 256 images, in what is an epoch here
+BATCHES = {"cifar100": 2, "tinyimagenet": 1}  # of 256 images, in one epoch of this benchmark
 PASSES = ("training", "features", "gradients")
 SECONDS = 5.0  # of epochs that are timed in one measurement
 
@@ -130,7 +130,7 @@ def _in_own_process(arguments: argparse.Namespace, contender: str, dataset: str,
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """In a process of its own: what one contender does."""
+    """The measurement of one contender, in a separate process."""
     (dataset,) = arguments.dataset
     if arguments.reference:
         measured = _whole_evaluation(arguments, dataset)

@@ -3,7 +3,7 @@
 
     python tools/check_gpu.py --seconds 480 --out gpu.jsonl [--official PATH]
 
-Each step is a command in a process group of its own with a limit of its own. A step that fails or takes too long is
+Each step is a command in its own process group with its own time limit. A step that fails or takes too long is
 reported, and the next one begins. Every step writes one JSON line at once; the table comes last, and the status is 1 if a
 step failed. Steps on real CIFAR-100 and TinyImageNet run if these are prepared in $DDKIT_CACHE; the others use built-in
 or random images. The steps that need diffusers fail alone where it is missing; to bring it to a machine without a network:

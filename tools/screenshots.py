@@ -3,7 +3,7 @@
     python tools/screenshots.py FOLDER [--out .github/images] [--quality SET]
 
 FOLDER: a working folder with runs/results.jsonl, and the sets that were evaluated where they were then.
-Needs selenium and a browser: chromium and chromium-driver of Debian, or whatever selenium finds.
+Needs selenium and a browser: chromium and chromium-driver of Debian, or any that selenium finds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ddkit.results import RESULTS_FILE, read
 from ddkit.runtime.files import write_text
 from ddkit.sets.contact_sheet import save_png
 
-_COLUMNS = 150  # of the terminal: all that the leaderboard has to tell
+_COLUMNS = 150  # of the terminal: the full table of the leaderboard
 _DESKTOP = (1120, 1000)  # pixels
 
 

@@ -204,7 +204,7 @@ def study_order(name: str, kind: str, pool: Tensor, ipc: int, trials: int, tried
 
 
 def study_values(name: str, kind: str, pool: Tensor, ipc: int, trials: int, tried_mistakes: int) -> Row:
-    """How often right sets draw an alarm on values or order, and the share of wrong values that is found."""
+    """The alarms on values or order of right sets, and the share of wrong values that is found."""
     spec = dataset_spec(name)
     generator = torch.Generator().manual_seed(3)
 

@@ -1,4 +1,4 @@
-"""Which way of refining brings most, and which validation tells it? One start set, refined in several ways.
+"""Which settings of refinement help most, and which validation shows it? One start set, refined with several settings.
 
     python tools/study_refine.py cifar100 [--methods NAME ...] [--seconds S ... | --steps N ...] [--start FILE]
 
@@ -117,7 +117,7 @@ class Findings:
 
 
 class Study:
-    """The methods on one dataset and what is known of each."""
+    """The methods on one dataset and their findings."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -126,7 +126,7 @@ class Study:
         self.spec = dataset_spec(options.dataset)
 
     def run(self) -> None:
-        """Everything that is not done yet."""
+        """Compute everything that is missing."""
         start = self._start()
         images = read_set(start, self.spec.name).images
         for epochs in self.options.epochs_setting:
@@ -139,7 +139,7 @@ class Study:
                     self.findings.once(method, self._what(limits, epochs), work)
 
     def table(self) -> str:
-        """What is known, as Markdown."""
+        """The findings so far, as Markdown."""
         rows = []
         by_epochs: dict[str, dict[tuple[str, str], float]] = {}
         for method in (START, *METHODS):
@@ -160,7 +160,7 @@ class Study:
         return path
 
     def _refined(self, start: Path, method: str, limits: RefineLimits, epochs: int) -> Record:
-        """What a budget comes to. The set it led to is kept, as the refinement continues from it."""
+        """The result of a budget. Its set is saved, because the refinement continues from it."""
         folder = self.findings.folder(method)
         path = folder / f"after {_budget(limits)}.pt"
         if not path.is_file():
@@ -206,7 +206,7 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _rank_correlations(by_epochs: dict[str, dict[tuple[str, str], float]]) -> str:
-    """How each E ranks the sets, compared with the largest E, as a Markdown table; empty with one E or two sets."""
+    """The ranks of the sets by each E, compared with the largest E, as a Markdown table; empty with one E or two sets."""
     rows = []
     largest = max(by_epochs, key=int, default="")
     for epochs in sorted(by_epochs, key=int):

@@ -1,4 +1,4 @@
-"""What `ddkit pack --track 2` and `ddkit tune` share: models by dataset, their settings, and packing them."""
+"""Shared by `ddkit pack --track 2` and `ddkit tune`: models by dataset, their settings, and packing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, progress and notes on standard error.
+"""The output of commands: results on standard output, progress and notes on standard error.
 
 Progress looks the same everywhere: the task, how much of it is done, how fast, and how long it will still take.
 """
@@ -39,7 +39,7 @@ _NARROW = 80  # columns; narrower terminals show counts without a bar
 
 
 class Output:
-    """What a command prints, for the person or the program that called it.
+    """Prints a command's results, notes and progress, for the person or the program that called it.
 
     as_json: print results as JSON. quiet: print nothing but errors on standard error.
     verbosity: 1 for ddkit's own log, 2 for those of the libraries as well.

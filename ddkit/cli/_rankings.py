@@ -1,4 +1,4 @@
-"""How DD-Ranking's scores are shown."""
+"""The table of DD-Ranking's scores."""
 
 from __future__ import annotations
 

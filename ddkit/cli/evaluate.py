@@ -216,7 +216,7 @@ def _table(results: Sequence[Result]) -> Table:
 
 
 def _generated(result: Result) -> str:
-    """How many images a track 2 generator made, and how fast."""
+    """The number of images that a track 2 generator made, and its speed."""
     counts = ", ".join(f"{count:,}" for count in result.generated)
     seconds = ", ".join(f"{seconds:.1f}" for seconds in result.generation_seconds)
     speed = sum(result.generated) / sum(result.generation_seconds)

@@ -64,7 +64,7 @@ def pack(
     """Check FOLDER and write the submission zip, with the tensors at its root.
 
     The zip is read back as the scorer reads it. If `ddkit check` refuses the submission, nothing is packed and an earlier
-    zip stays as it was. The same tensors always make the same zip.
+    zip is kept. The same tensors always make the same zip.
     `ddkit report --history` lists what was packed, and `ddkit check` tells a zip by its hash.
 
     On track 2 the models are bundled with a stand-alone generate.py. Before the zip takes its place, the bundle is

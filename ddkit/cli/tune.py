@@ -188,7 +188,7 @@ def _as_data(trial: Trial) -> dict[str, Any]:
 
 
 def _evidence(trials: Sequence[Trial]) -> str:
-    """How sure that is, in a sentence."""
+    """A sentence on whether the best is clearly better than the next."""
     from ddkit.packing.tune import compare_best_two
 
     comparison = compare_best_two(trials)

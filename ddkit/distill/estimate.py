@@ -1,4 +1,4 @@
-"""What a refinement will take and reach, before it begins."""
+"""The time, memory and accuracy to expect of a refinement, before it begins."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class RefineSpeed:
 
 @dataclass(frozen=True)
 class RefineEstimate:
-    """What a refinement will take.
+    """The time and memory that a refinement will take.
 
     speed: the measured one. steps, seconds: in all, without validation. validation_seconds: of all validations.
     memory, free_memory: bytes. accuracy: expected at the official E, a fraction; None where no comparable refinement has
@@ -106,7 +106,7 @@ def estimate_refinement(
 ) -> RefineEstimate:
     """Try each kind of step and an epoch of validation for the set at `path`, of which nothing is kept.
 
-    Raises UsageError for the objective "mtt", which would have to train its experts first, and whatever `refine` raises
+    Raises UsageError for the objective "mtt", which would have to train its experts first, and all that `refine` raises
     for the set and the device.
     """
     chosen, distilled = resolve_device(device), read_set(path, dataset)

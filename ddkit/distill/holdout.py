@@ -79,6 +79,6 @@ class TrainHoldout:
         return normalize(self._dataset.images[rows], self.spec)
 
     def held_out(self) -> TestSet:
-        """The images for validation. The test split is never looked at."""
+        """The images for validation. The test split is never used."""
         rows = self._held_out_rows
         return TestSet(self._dataset.images[rows], self._dataset.labels[rows], self.spec)

@@ -69,7 +69,7 @@ _LARGEST_MAPS = 6 * 2**27  # as embedders compute parts of a batch where there i
 class Refined:
     """The result of a refinement.
 
-    files, before: the refined set and the set as it was. accuracy, accuracy_before: their validation accuracies on
+    files, before: the refined set and the original. accuracy, accuracy_before: their validation accuracies on
     held-out training images, fractions. diverged: networks of the pool that diverged and were replaced.
     """
 
@@ -100,15 +100,15 @@ def refine(
     """Refine the set at `path`, resuming from the state in `folder`, and write the set that validates best.
 
     dataset: its name; None takes it from the set's provenance or file name.
-    folder: keeps the set as it was (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
-    fresh: start over from the set as it was. The refined set at `out` is kept in the folder as refined.pt.
+    folder: keeps the original set (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.
+    fresh: start over from the original set. The refined set at `out` is kept in the folder as refined.pt.
     ignore_codes: codes of findings of `check` that are not to stop the refinement.
     A set that does not improve is left as it is.
     Raises InvalidSubmissionError for a set that `check` refuses; UsageError for an `out` that does not end in .pt or holds
     the result of another refinement, for the copies that the folder keeps, and where the folder belongs to another set,
     other settings or other real images, or another process refines in it; ComputeError where the refinement diverges or
     memory is short, InterruptedRunError after a request to stop, and BadFileError where the system refuses a file, in
-    these three cases after writing what was reached; and whatever `open_dataset` and `save_set` raise.
+    these three cases after writing the best set so far; and all that `open_dataset` and `save_set` raise.
     """
     require_tensor_name(out or path)
     refuse_kept_copy(folder, path, out or path)
@@ -428,7 +428,7 @@ class Refinement:
         self._state.save()
 
     def _keep(self) -> None:
-        """Copy what is on the device into the state."""
+        """Copy the tensors on the device into the state."""
         state = self._state
         state.images, state.velocity, state.average = (
             tensor.cpu().clone() for tensor in (self._images, self._velocity, self._average)
@@ -438,14 +438,14 @@ class Refinement:
 
 
 def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, out: Path) -> SetFiles:
-    """Write the best set so far and its provenance, or the set as it was where that is the best."""
+    """Write the best set so far and its provenance, or the original set if that is the best."""
     if state.gained_nothing():
         return state.give_back(out)
     steps = (0, state.best.step - 1) if state.best.step > 0 else ()
     methods = dict.fromkeys(OBJECTIVES[settings.objective_at(step)] for step in steps)
     provenance = {
         "kind": KIND_REFINED,
-        "method": ", then ".join(methods) or "kept within the range of a picture",
+        "method": ", then ".join(methods) or "clamped to the range of pixels",
         "refined_steps": state.best.step,
         "held_out_accuracy": state.best.accuracy,
         "refined_from": state.start_sha256,

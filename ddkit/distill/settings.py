@@ -1,4 +1,4 @@
-"""How a distilled set is refined, and when refinement stops. Nothing here needs torch, so that help can show defaults."""
+"""The settings of refinement, and its limits. Nothing here needs torch, so that help can show defaults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """How experts are trained: by gradient descent without momentum at one learning rate.
+    """The training of experts: gradient descent without momentum at one learning rate.
 
     count: number of experts, each from another random network. steps, batch_size, learning_rate: of each training; with
     larger rates or smaller batches most of a segment is noise of the batches.
@@ -74,7 +74,7 @@ class PoolSettings:
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """How a student is trained on the set.
+    """The training of a student on the set.
 
     steps: in which it has to match a segment of an expert's trajectory. images_per_class: in each step.
     lr_momentum: share by which its learning rate moves, after each match, towards the one that would have matched best.
@@ -92,7 +92,7 @@ class StudentSettings:
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """How a set is refined. All of it has to stay the same from one call to the next.
+    """The settings of a refinement, which must be the same in every call that resumes it.
 
     objective: "dm", the squared distance between the mean features of a class's distilled and real images
         (arXiv 2110.04181); "frepo", the error on real images of kernel ridge regression fitted to the distilled images'
@@ -103,10 +103,10 @@ class RefineSettings:
     batch_real: real images of each class in a step.
     pool: the networks through which "frepo" computes features.
     learning_rate, momentum: of SGD on the pixels, in normalized space.
-    final_rate: learning rate at the end of the limit, as a share of `learning_rate`; on the way it falls as a half
-        cosine. 1 keeps it.
+    final_rate: learning rate at the end of the limit, as a share of `learning_rate`; it falls as a half
+        cosine. 1 keeps it constant.
     spectrum: power of the real images' spectrum by which gradients are weighted, see `Spectrum`; 0 leaves them.
-    ema: decay of the exponential moving average of the images, which is what is validated and written. 0 takes the
+    ema: decay of the exponential moving average of the images, which is validated and written. 0 takes the
         images themselves.
     displayable: keep pixels within [0, 255], which the challenge does not ask for.
     precision: of steps and validations: "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster.
@@ -201,7 +201,7 @@ class RefineSettings:
             if wanted not in (None, self.objective):
                 raise UsageError(f"{name} applies to the objective {wanted}, not to {self.objective}.")
         if self.objective == "dm" and "dm_steps" in names:
-            raise UsageError("dm_steps has no effect, as dm is the objective of every step.")
+            raise UsageError("dm_steps has no effect, because dm is the objective of every step.")
         if self.objective == "mtt" and self.dm_steps == 0 and "batch_real" in names:
             raise UsageError("batch_real applies to dm and frepo, but every step uses mtt.")
 

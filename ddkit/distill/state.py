@@ -1,6 +1,6 @@
 """The state of a refinement on disk, from which it resumes to the same bits.
 
-A run folder holds state.pt, the validations as records.jsonl, and the set as it was before (before.pt, .json, .png).
+A run folder holds state.pt, the validations as records.jsonl, and the original set (before.pt, .json, .png).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NAMES_SINCE_0_1_0 = {
 
 @dataclass(frozen=True)
 class Validation:
-    """How a network trained on the set does on the held-out training images.
+    """The accuracy of a network trained on the set, on held-out training images.
 
     step: steps before it. seconds: of work before it. accuracy: fraction of the images.
     """
@@ -54,7 +54,7 @@ class Validation:
 class RefinementState:
     """A refinement between two steps.
 
-    settings: plain values, which have to stay the same. start_sha256: of the file of the set as it was.
+    settings: plain values, which have to stay the same. start_sha256: of the file of the original set.
     dataset_sha256: of the real training images. images, velocity (momentum of the pixels), average (moving average of
     the images) and best_images (the average that validated best, at best_step): (N, 3, S, S) float32 on the CPU.
     precision, validation_precision: in which steps and validations compute, "float32" or "bfloat16".
@@ -120,12 +120,12 @@ class RefinementState:
 
     @property
     def before(self) -> SetFiles:
-        """The set as it was."""
+        """The original set."""
         return set_files(_before(self.folder))
 
     @property
     def first(self) -> Validation:
-        """The validation of the set as it was."""
+        """The validation of the original set."""
         return self.validations[0]
 
     @property
@@ -150,12 +150,12 @@ class RefinementState:
         return _is_result(path, self.start_sha256, self.best_images)
 
     def gained_nothing(self) -> bool:
-        """True if the best images are those of the set as it was."""
+        """True if the best images are those of the original set."""
         before = self.before.tensor
         return self.best.step == 0 and before.is_file() and _holds(before, self.best_images)
 
     def give_back(self, to: Path) -> SetFiles:
-        """Write the set as it was."""
+        """Write the original set."""
         _copy_set(self.before.tensor, to)
         return set_files(to)
 
@@ -169,12 +169,12 @@ class RefinementState:
 
 
 def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
-    """Discard the refinement in `folder` and give the set at `path` back as it was before it.
+    """Discard the refinement in `folder` and restore the original set at `path`.
 
     out: where the refined set was written; `path` when None. The refined set there is kept in the folder as refined.pt,
     .json and .png. Only files that a refinement wrote are removed from the folder.
-    Raises UsageError where the set at `path` is neither what that refinement began with nor what it made, as the only
-    copy of the former would be lost.
+    Raises UsageError if the set at `path` is neither the original nor a result of that refinement, because the only copy
+    of the original would be lost.
     """
     before = _before(folder)
     if before.exists():
@@ -253,7 +253,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _from_0_1_0(kept: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The state of a refinement that ddkit 0.1.0 began, which resumes with what it began with: float32 and no pool."""
+    """The state of a refinement that ddkit 0.1.0 began, which resumes with its settings: float32 and no pool."""
     recorded = json.loads(kept.pop("settings"))
     if gone := [name for name in ("trained_share", "attention", "recognition") if recorded.pop(name)]:
         raise BadFileError(f"{path} was begun by ddkit 0.1.0 with {', '.join(gone)}, which have been removed.", _FRESH)

@@ -1,4 +1,4 @@
-"""Trajectory matching (experimental): a student learns from the set and is to end where an expert ends."""
+"""Trajectory matching (experimental): a student trained on the set should end where an expert ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TRIALS = 6  # to find the first learning rate
 
 @dataclass(frozen=True)
 class TrajectoryMatch:
-    """How well a student matched a segment.
+    """The result of matching a student to a segment.
 
     distance: squared distance between the ends of student and expert, divided by that between the segment's ends.
     gradient: of the distance with respect to the images, in their shape; None where it was not asked for.

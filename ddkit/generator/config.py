@@ -1,4 +1,4 @@
-"""The settings of the generator, its training and its sampling, as frozen dataclasses, and their way to JSON and back.
+"""The settings of the generator, its training and its sampling, as frozen dataclasses, and their conversion to JSON and back.
 
 This module imports no PyTorch, so that the command line can state the choices and defaults in its help.
 """

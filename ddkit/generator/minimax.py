@@ -57,7 +57,7 @@ class MinimaxCriteria(nn.Module):
         remembered real latent of its class, and diversity, the greatest cosine between a prediction and a remembered
         prediction of its class; both summed over the classes of the batch that have memories and divided by the number
         of classes in the batch. Raises UsageError when the three do not fit together, a label is out of range, or
-        latents have another size than before; the memories stay as they were.
+        latents have another size than before; the memories do not change then.
         """
         if predicted.shape != real.shape or labels.shape != predicted.shape[:1] or not len(labels):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predicted, real, labels))
@@ -117,7 +117,7 @@ class MinimaxCriteria(nn.Module):
 
     def _cosines(self, queries: Tensor, memory: Tensor, groups: _Groups) -> Tensor:
         """(K, n, D) directions -> (K, n, memory_size) cosines with the memories of their classes."""
-        # If all classes are looked at, the memory is used without a copy.
+        # If all classes are needed, the memory is used without a copy.
         rows = memory if len(groups.classes) == self.num_classes else memory.index_select(0, groups.classes)
         return torch.bmm(queries, rows.transpose(1, 2))
 

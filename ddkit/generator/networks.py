@@ -1,4 +1,4 @@
-"""The denoisers to choose from: built from a configuration and called in one way."""
+"""The denoisers to choose from: built from a configuration, with one function that calls any of them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from ddkit.runtime.hub import HUB_ERRORS, download, is_hub_id, reason_of
 
 _WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.json")
 _IMAGENET_CLASSES = 1000
-_SECOND_IMAGENET_CLASS = "goldfish"  # n01443537: tells the order of sorted wnids from others
+_SECOND_IMAGENET_CLASS = "goldfish"  # n01443537: distinguishes the order of sorted wnids from others
 _DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is the name before diffusers 0.28
 # The noise schedule of pretrained diffusion transformers, which ours for "epsilon" equals (`ddkit.generator.objective`).
 _SCHEDULE = {
@@ -131,7 +131,7 @@ def map_classes(names: Sequence[str], known: Sequence[Sequence[str]], chosen: Cl
 
     names: the dataset's classes; wnids ("n01443537") match exactly. known: the names of each of the model's labels.
     A class matches labels with the same name, ignoring case and "_", else labels whose names end in it as a whole word
-    ("brown bear" for "bear"). Homonyms are not told apart.
+    ("brown bear" for "bear"). Homonyms are not distinguished.
     chosen: classes mapped by hand to a label's number, a label's name, or None for the mean of all labels.
     Raises UsageError when nothing matches at all, or when `chosen` names an unknown class or label.
     """

@@ -73,7 +73,7 @@ def linear_plan(scheduler: SchedulerMixin, steps: int, *, shifts: bool = False) 
     """The coefficients of a deterministic scheduler of `steps` steps.
 
     shifts: something is added to the point after every step, as guidance by modes does.
-    Raises UsageError unless `steps` is 1 to TIME_SCALE, and for more steps than the sampler can tell apart.
+    Raises UsageError unless `steps` is 1 to TIME_SCALE, and for more steps than the sampler can distinguish.
     """
     if not 1 <= steps <= TIME_SCALE:
         raise UsageError(f"Sampling takes 1 to {TIME_SCALE} steps, got {steps}.")

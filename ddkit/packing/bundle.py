@@ -40,7 +40,7 @@ _SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py", "classifier.py")
 
 @dataclass(frozen=True)
 class BundleSettings:
-    """How a bundle's model is sampled and stored.
+    """The settings of sampling and storing a bundle's model.
 
     sampling: sampler, steps, guidance, its interval and the precision are used. Its guidance is less than for ten images
         a class, because hundreds of images of a class have to differ.
@@ -98,7 +98,7 @@ def pack_bundle(
     """Bundle models with the stand-alone scripts into the zip `out`, and prove it before it takes its place.
 
     The same models and settings always make the same bytes. proof: None packs without running the bundle. An earlier zip
-    stays as it was if anything fails. Raises what `build_folder` and `prove` raise.
+    is kept if anything fails. Raises what `build_folder` and `prove` raise.
     """
     with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
         zip_folder(build_folder(models, Path(temporary) / "bundle", progress=progress), zipped)
@@ -156,7 +156,7 @@ def open_bundle(path: Path) -> Iterator[Path]:
 def open_generators(paths: Sequence[Path], dataset: str | None = None) -> Iterator[list[GeneratorFiles]]:
     """The bundles at these paths, opened as `open_bundle` does, for `ddkit.evaluation.job.evaluate_files`.
 
-    dataset: None takes every dataset that a bundle has a model for. Raises UsageError if a bundle does not tell.
+    dataset: None takes every dataset that a bundle has a model for. Raises UsageError if a bundle does not name any.
     """
     with contextlib.ExitStack() as stack:
         generators = []
@@ -177,7 +177,7 @@ def datasets_of(folder: Path) -> list[str]:
 
 
 def read_bundle_settings(folder: Path, dataset: str) -> dict[str, Any]:
-    """How a bundle samples that dataset; empty for a bundle that another program made."""
+    """The sampling settings of a bundle for that dataset; empty for a bundle that another program made."""
     path = folder / "models" / dataset / "entry.json"
     return dict(read_json(path)) if path.is_file() else {}
 
@@ -198,14 +198,14 @@ def scripts() -> dict[str, Path]:
 
 
 def requirements() -> list[str]:
-    """What the bundle needs, with the versions that are installed here, with which it was tested."""
+    """The packages that the bundle needs, in the versions that are installed here, with which it was tested."""
     # Local labels, such as "+cpu", name builds that the package index does not have.
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
 @dataclass(frozen=True)
 class RoundingCost:
-    """What storing weights as float16 changes in images: differences of pixels, in steps of 1/255."""
+    """The effect of storing weights as float16 on images: differences of pixels, in steps of 1/255."""
 
     mean: float
     largest: int

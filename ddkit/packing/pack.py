@@ -20,7 +20,7 @@ from ddkit.sets.distilled import check_command, read_set
 
 
 class RefusedSubmissionError(InvalidSubmissionError):
-    """`check` found errors, so nothing was packed. report: what it found."""
+    """`check` found errors, so nothing was packed. report: its findings."""
 
     def __init__(self, folder: Path, report: Report) -> None:
         errors = [finding for finding in report.findings if finding.level == "error"]

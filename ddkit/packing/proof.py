@@ -1,4 +1,4 @@
-"""Proving a track 2 bundle: it is unpacked into an empty folder and run by a Python that has only what it asks for."""
+"""Proving a track 2 bundle: it is unpacked into an empty folder and run with only the packages that it requires."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ROUNDING = 0.01  # of a step of 1/255, that normalizing in float32 may cost
 
 @dataclass(frozen=True)
 class ProofSettings:
-    """How to prove a bundle.
+    """The settings of a proof.
 
     budget: seconds for each dataset. fresh_venv: install requirements.txt from the package index into the environment,
     instead of letting it use the packages that are installed here. device: None for the one that it was packed with.
@@ -55,7 +55,7 @@ class ProofSettings:
 
 @dataclass(frozen=True)
 class Proof:
-    """What came out for one dataset. seconds: from before the process was started to after its end."""
+    """The result for one dataset. seconds: from before the process was started to after its end."""
 
     dataset: str
     images: int

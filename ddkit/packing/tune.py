@@ -55,9 +55,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """What to try, and how hard.
+    """The values to try, and the effort.
 
-    evaluation: of the last candidates. It is of track 2, and its time budget is the same for every trial.
+    evaluation: how the last candidates are evaluated, on track 2; its time budget is the same for every trial.
     Raises UsageError for values that make no sense.
     """
 
@@ -86,7 +86,7 @@ class Search:
 
     @property
     def stages(self) -> tuple[tuple[int, EvaluationSettings], ...]:
-        """How many candidates each stage tries, and how it evaluates them. All but the last train one round."""
+        """The number of candidates of each stage, and the settings of their evaluation. All but the last train one round."""
         counts = [len(self.candidates)]
         while counts[-1] > _FINALISTS:
             counts.append(max(_FINALISTS, -(-counts[-1] // 2)))
@@ -130,7 +130,7 @@ class Trial(Scores):
 
     @property
     def conditions(self) -> tuple[Any, ...]:
-        """What trials must share for their accuracies to be comparable."""
+        """The values that trials must share for their accuracies to be comparable."""
         return (self.dataset, self.model_sha256, self.sampler, self.precision, self.budget, self.epochs_setting, self.seed,
                 self.device, len(self.accuracies))  # fmt: skip
 
@@ -187,7 +187,7 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 
 
 def compare_best_two(trials: Sequence[Trial]) -> Comparison | None:
-    """How the best compares with the second best, round by round; None without a second one or with a single round."""
+    """The comparison of the best with the second best, round by round; None without a second one or with a single round."""
     best = best_of(trials)
     others = [trial for trial in trials if trial is not best]
     if not others or len(best.accuracies) < 2:

@@ -57,7 +57,7 @@ class SetView:
     """One evaluated set.
 
     gone: why the images are not shown; empty if they are. facts: how it was made, as (name, value).
-    checked: True if the evaluated file is still there, so that `findings` are of it.
+    checked: True if the evaluated file is still there, and was checked for `findings`.
     """
 
     result: Result
@@ -184,7 +184,7 @@ def class_titles(result: Result) -> tuple[str, ...]:
 
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:
-    """How the set was made (from the result, else from the JSON next to an unchanged file) and how it was evaluated."""
+    """The origin of the set (from the result, else from the JSON next to an unchanged file) and how it was evaluated."""
     made_by: Any = result.made_by
     source = Path(result.source)
     if not made_by:

@@ -1,4 +1,4 @@
-"""How numbers are written, in the terminal and on the page."""
+"""The formats of numbers in the terminal and on the page."""
 
 from __future__ import annotations
 

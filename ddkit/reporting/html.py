@@ -34,7 +34,7 @@ def render(page: Page) -> str:
         page=page,
         legend=LEGEND,
         script=script,
-        # Only this script runs, whatever a class name or a JSON file holds.
+        # Only this script runs, even if a class name or a JSON file holds another.
         script_hash=f"'sha256-{script_hash}'",
     )
 

@@ -226,8 +226,8 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
 
 
 def _with_distinct_names(rows: Sequence[Row]) -> list[Row]:
-    """The rows; to the names of the user's sets that share one, what tells them apart is added: what made them, the start
-    of the hash, or the seed."""
+    """The rows with distinct names: rows of the user's sets that share a name get a suffix in which they differ, which is how
+    they were made, the start of the hash, or the seed."""
     named = list(rows)
     for describe in _DISTINCTIONS:
         texts: dict[str, set[str]] = {}
@@ -242,7 +242,7 @@ def _with_distinct_names(rows: Sequence[Row]) -> list[Row]:
 
 
 def _made_by(row: Row) -> str:
-    """How the row's sets were made, such as "generated" or "refined, 60 steps"; empty if that is not known."""
+    """The origin of the row's sets, such as "generated" or "refined, 60 steps"; empty if it is not known."""
     texts = []
     for result in row.results.values():
         kind, steps = result.made_by.get("kind"), result.made_by.get("refined_steps")

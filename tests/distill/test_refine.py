@@ -219,7 +219,7 @@ def test_a_set_that_only_became_displayable_names_no_method(start, tmp_path):
     settings = dataclasses.replace(QUICK, displayable=True, objective="frepo", dm_steps=0)
     run(start, tmp_path / "run", 0, settings)
     facts = json.loads(start.with_suffix(".json").read_text())
-    assert (facts["method"], facts["refined_steps"]) == ("kept within the range of a picture", 0)
+    assert (facts["method"], facts["refined_steps"]) == ("clamped to the range of pixels", 0)
 
 
 @pytest.mark.parametrize("settings", [DM, RANDOM_NETWORKS, WITH_POOL])

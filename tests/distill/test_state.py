@@ -1,4 +1,4 @@
-"""The state of a refinement: starting over gives back the set as it was and removes nothing else."""
+"""The state of a refinement: starting over restores the original set and removes nothing else."""
 
 import dataclasses
 import json

@@ -25,7 +25,7 @@ from ddkit.runtime.device import free_memory, own_device, shortage_explained
 from ddkit.runtime.threads import side_by_side
 
 # For each trained parameter: weight, gradient, two moments of AdamW, averaged weight, and the temporary copy in which
-# averaging subtracts; all float32. Cores that share a step have gradients of their own as well.
+# averaging subtracts; all float32. Cores that share a step have their own gradients as well.
 _COPIES_OF_PARAMETERS = 6
 _BYTES_PER_VALUE = 4
 _PROBE_BATCH = 4  # images for which memory is measured

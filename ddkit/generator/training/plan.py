@@ -169,7 +169,7 @@ def require_memory(data: TrainingData, request: TrainingRequest) -> None:
 
 
 def measure_costs(data: TrainingData, request: TrainingRequest) -> tuple[Estimate, ComputeError | None]:
-    """What a training would cost, measured for seconds a stage, and the error that says what would fit if it does not."""
+    """The costs of a training, measured for seconds a stage, and the error that says what would fit if it does not fit."""
     subject = (request.config, data.image_size, data.num_classes, resolve_device(request.device))
     costs = estimate(*subject, processes=processes(), start=request.start)
     return costs, None if costs.fits else shortage(costs, *subject, processes=processes())
@@ -208,7 +208,7 @@ def _preset_for(data: TrainingData, device_name: str) -> tuple[str, str]:
     free = free_memory(device)
     for name in GPU_PRESETS:
         config = preset(name).config(data.image_size)
-        # Measured on the CPU: what is kept does not depend on the device.
+        # Measured on the CPU, because the kept tensors do not depend on the device.
         costs = estimate(config, data.image_size, data.num_classes, torch.device("cpu"), processes=processes(), seconds=0)
         if dataclasses.replace(costs, free_memory=free).fits:
             break

@@ -132,7 +132,7 @@ class DenoiserStage(Stage):
 class MinimaxStage(DenoiserStage):
     """Fine-tune a denoiser by the minimax criteria, which are recorded without their weights.
 
-    Each part of an accumulated batch is a batch of its own to the criteria.
+    The criteria treat each part of an accumulated batch as a separate batch.
     """
 
     name = "minimax"

@@ -141,7 +141,7 @@ def train(
         _accelerator(request) as accelerator,
         exclusive(folder, "trains", elsewhere="--out", is_main=accelerator.is_main_process),
     ):
-        # Whatever can fail does so before anything is removed.
+        # All that can fail does so before anything is removed.
         require_even_parts(config.denoiser_optimizer, accelerator.num_processes)
         source, pretrained = config.pretrained_autoencoder, None
         if source and (request.fresh or not (folder / "vae" / WEIGHTS_FILE).is_file()):

@@ -34,7 +34,7 @@ from ddkit.runtime.threads import cores_for, side_by_side
 
 log = logging.getLogger(__name__)
 
-# Images, latents and targets have a variance of about one or two, so predicting nothing at all costs no more than that.
+# Images, latents and targets have a variance of about one or two, so predicting zeros costs at most that much.
 _LARGEST_ERROR = 20.0
 _RECORD_EVERY, _RECORD_EVERY_ON_GPU = 10, 50  # steps; reading a loss makes the host wait for the GPU
 _AGREE_EVERY_SECONDS, _AGREE_EVERY_STEPS = 1.0, 100  # several processes agree on stopping, at most so far apart
@@ -281,7 +281,7 @@ class Trainer:
     def _record(self, losses: list[Tensor]) -> StepRecord:
         """The means since the last record over all processes. Raises ComputeError when the training diverges."""
         means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
-        # The loss belongs to the weights before the step; the weights after it are what is kept.
+        # The loss belongs to the weights before the step; the weights after it are kept.
         sound = torch.stack(torch._foreach_norm([*self._parameters])).isfinite().all()
         loss, *figures, length, good = torch.cat([means, sound.to(means).view(1)]).tolist()
         if not math.isfinite(loss):
@@ -307,14 +307,14 @@ class Trainer:
     def _out_of_time(self) -> bool:
         return self.limit_seconds is not None and self.seconds >= self.limit_seconds
 
-    def _agreed(self, *wishes: bool) -> tuple[bool, ...]:
-        """For each wish whether any process has it. Several processes ask each other about once a second only."""
+    def _agreed(self, *requests: bool) -> tuple[bool, ...]:
+        """True for each request that any process has. Several processes ask each other only about once a second."""
         if self.accelerator.num_processes == 1:
-            return wishes
+            return requests
         if self.step < self._next_agreement and self.step < self.steps:
-            return (False,) * len(wishes)
+            return (False,) * len(requests)
         per_step = (time.monotonic() - self._agreed_at) / max(1, self.step - self._agreed_step)
-        *agreed, longest = self._vote(*wishes, per_step)
+        *agreed, longest = self._vote(*requests, per_step)
         # All processes know the same sum of times, and so choose the same step to ask again.
         self._next_agreement = self.step + max(1, min(_AGREE_EVERY_STEPS, int(_AGREE_EVERY_SECONDS / max(longest, 1e-4))))
         self._agreed_step, self._agreed_at = self.step, time.monotonic()
