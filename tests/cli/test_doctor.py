@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 from click.testing import CliRunner
 
 from ddkit.cli import main
 
 
+@pytest.mark.slow
 def test_doctor_prints_json_with_a_status_a_line(measured_before, work):
     result = CliRunner().invoke(main, ["doctor", "--json"])
     assert result.exit_code == 0, result.output

@@ -155,6 +155,7 @@ def test_contradicting_options_exit_with_status_2_before_training(work):
     assert not (work / "runs" / "results.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_reasons_for_not_being_official_are_shown(work):
     shown, _ = run(save(work / "blobs.pt"), *QUICK, "--no-augment", "--precision", "bfloat16")
     shown = " ".join(shown.split())

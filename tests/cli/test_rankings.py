@@ -28,6 +28,7 @@ def mine(colors, tmp_path, monkeypatch):
     return "mine/colors.pt"
 
 
+@pytest.mark.slow
 def test_it_runs_what_is_missing_once_and_the_report_shows_the_scores(mine):
     output, errors = run("evaluate", mine, *QUICK, "--ranking", "--json")
     (ranking,) = json.loads(output)["rankings"]
@@ -60,6 +61,7 @@ def test_it_is_of_sets_with_augmentation_on_track_1(mine, more):
     assert "--ranking needs --track 1" in errors
 
 
+@pytest.mark.slow
 def test_random_real_images_are_not_ranked(mine, colors):
     run("generate", "--dataset", colors, "--from-real", "random", "--ipc", "2", "--out", "random/colors.pt")
     _, errors = run("evaluate", "random/colors.pt", *QUICK, "--ranking", status=2)

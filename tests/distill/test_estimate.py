@@ -23,6 +23,7 @@ def start(colors, tmp_path):
     return generate(colors, 2, FromReal("first"), tmp_path / "colors.pt").tensor
 
 
+@pytest.mark.slow
 def test_estimate_measures_every_kind_of_step_and_keeps_nothing(start):
     before = {path: path.read_bytes() for path in start.parent.glob("colors.*")}
     found = estimate_refinement(start, "colors", QUICK, RefineLimits(9))
@@ -33,12 +34,14 @@ def test_estimate_measures_every_kind_of_step_and_keeps_nothing(start):
     assert {path: path.read_bytes() for path in start.parent.glob("colors.*")} == before
 
 
+@pytest.mark.slow
 def test_estimate_of_a_time_counts_the_steps_that_fit(start):
     found = estimate_refinement(start, "colors", QUICK, RefineLimits(seconds=20.0))
     assert 20 <= found.seconds < 20 + max(found.speed.per_step.values())
     assert found.steps > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "kinds"),
     [

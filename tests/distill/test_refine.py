@@ -87,6 +87,7 @@ def test_a_refinement_that_diverges_stops_and_writes_the_best_set(start, tmp_pat
     assert json.loads(start.with_suffix(".json").read_text())["kind"] == "first-real"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [DM, RANDOM_NETWORKS, WITH_POOL, MTT])
 def test_a_resumed_refinement_has_the_same_bits_as_one_without_a_stop(start, tmp_path, settings):
     copy = tmp_path / "other" / "colors.pt"
@@ -107,6 +108,7 @@ def test_a_resumed_refinement_has_the_same_bits_as_one_without_a_stop(start, tmp
     assert (states[0]["student_lr"] is None) == (settings.objective != "mtt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "settings", "after"),
     [

@@ -38,6 +38,7 @@ def save(path, dataset, images, **facts):
     return path
 
 
+@pytest.mark.slow
 def test_copies_of_real_images_are_found_out(spots, tmp_path):
     real = load_dataset(spots, "train")
     copies = save(tmp_path / "copies" / "spots.pt", spots, real.images[[0, 1, 2, 3, 40, 41, 42, 43]])
@@ -53,6 +54,7 @@ def test_copies_of_real_images_are_found_out(spots, tmp_path):
     assert one.as_data()["lines"][0]["metric"] == "Frechet distance"
 
 
+@pytest.mark.slow
 def test_quality_of_a_set_finds_the_dataset_in_the_json_next_to_it(spots, tmp_path):
     path = save(tmp_path / "mine.pt", spots, load_dataset(spots, "train").images[[0, 1, 40, 41]])
     assert quality_of(path, settings=QUICK).title == f"spots: {path}"

@@ -25,6 +25,7 @@ def test_step_that_fails_is_reported_with_its_output(tool):
     assert found["status"] == 3 and found["output"] == ["why"]
 
 
+@pytest.mark.slow
 def test_step_that_hangs_is_ended_with_all_it_started(tool, tmp_path):
     started = tmp_path / "pid"
     code = (
