@@ -22,7 +22,7 @@ from ddkit.network.autotune import choose_plan, has_bfloat16
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import EnginePlan, build_engine
 from ddkit.network.kernels import CompileError, compiler_command
-from ddkit.runtime.device import cpu_model, describe_device
+from ddkit.runtime.device import cpu_model, describe_device, usable_gpus, why_no_gpu
 from ddkit.runtime.environment import versions
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.openmp import available_cpus, cpu_quota
@@ -76,12 +76,9 @@ def _software(folder: Path) -> Iterator[Diagnosis]:
 
 
 def _gpu(folder: Path) -> Iterator[Diagnosis]:
-    if not torch.cuda.is_available():
-        if torch.version.cuda and shutil.which("nvidia-smi"):
-            yield Diagnosis(
-                "broken", "GPU", "There is an NVIDIA driver, but PyTorch cannot use it.",
-                "Update the driver, or install a PyTorch built for it; check CUDA_VISIBLE_DEVICES.",
-            )  # fmt: skip
+    if not usable_gpus():
+        if torch.cuda.device_count() or shutil.which("nvidia-smi"):
+            yield Diagnosis("broken", "GPU", *why_no_gpu())
         else:
             yield Diagnosis("slow", "GPU", "none: everything runs on the CPU")
         return
@@ -122,7 +119,7 @@ def _compiler(folder: Path) -> Iterator[Diagnosis]:
 
 def _engine(folder: Path) -> Iterator[Diagnosis]:
     spec = CHALLENGE_DATASETS[0]
-    network = ConvNet(spec.num_classes, spec.image_size).to("cuda" if torch.cuda.is_available() else "cpu")
+    network = ConvNet(spec.num_classes, spec.image_size).to("cuda" if usable_gpus() else "cpu")
     plan = choose_plan(network, "float32", _BATCH)
     speed = _BATCH / _seconds_per_batch(network, plan)
     minutes = _IMAGES_OF_A_SCORE / speed / 60

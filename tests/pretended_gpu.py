@@ -182,6 +182,12 @@ class PretendedTensor(torch.Tensor):
     def get_device(self) -> int:
         return self.index
 
+    def untyped_storage(self) -> Any:
+        return self.on_cpu.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.on_cpu.data_ptr()
+
     def numpy(self, **options: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
@@ -565,6 +571,7 @@ def pretend_gpu() -> Iterator[PretendedGPU]:
         ),
         "is_bf16_supported": lambda *args, **options: _gpu.capability[0] >= 8,
         "mem_get_info": lambda device=None: (_gpu.require(device), _gpu.memory[_index(device)])[1],
+        "max_memory_allocated": lambda device=None: 2**20,
         "synchronize": lambda device=None: _gpu.wait("synchronize"),
         "empty_cache": lambda: _gpu._release(),
         "Stream": PretendedStream,
@@ -593,6 +600,8 @@ def pretend_gpu() -> Iterator[PretendedGPU]:
         mock.patch.object(torch.amp.autocast_mode, "autocast", Autocast),
         mock.patch.object(torch.accelerator, "current_stream", lambda device=None: _gpu.stream_of(device)),
         mock.patch.object(torch.accelerator, "current_device_index", lambda: _gpu.current),
+        # Tensors of a class of their own have no inference mode.
+        mock.patch.object(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()),
         torch.compiler.set_stance("force_eager"),
     ]
     with contextlib.ExitStack() as stack:

@@ -71,7 +71,14 @@ def _explained(error: Exception) -> DDKitError | None:
         return error
     if isinstance(error, OSError) and error.errno is not None:
         return explain_os_error(error, error.filename or "writing")
-    return explain_broken_install(error) if isinstance(error, (RuntimeError, ImportError)) else None
+    if not isinstance(error, (RuntimeError, ImportError)):
+        return None
+    if "torch" in sys.modules:
+        from ddkit.runtime.device import explain_gpu_error
+
+        if explained := explain_gpu_error(error):
+            return explained
+    return explain_broken_install(error)
 
 
 def wants_traceback(ctx: click.Context) -> bool:

@@ -102,6 +102,16 @@ def test_second_run_repeats_nothing_and_records_nothing_twice(work):
     assert [result.rounds for result in read("runs/results.jsonl").results] == [2, 3]
 
 
+def test_gpu_that_is_not_there_or_that_another_process_has_is_one_message(gpu, work):
+    path = save(work / "blobs.pt")
+    _, said = run(path, *QUICK, "--device", "cuda:1", status=3)
+    assert "There is no GPU 'cuda:1': PyTorch can use only cuda:0 here." in said and "Try --device cuda:0" in said
+    gpu.driver = "busy"
+    _, said = run(path, *QUICK, "--device", "cuda", status=3)
+    assert "The GPU is busy: another process has it for itself." in said and "choose another --device" in said
+    assert "bug" not in said and not (work / "runs" / "results.jsonl").exists()
+
+
 def test_set_of_real_images_is_recorded_as_a_baseline(work):
     run(save(work / "blobs.pt", kind="random-real", seed=3), *QUICK)
     (result,) = read("runs/results.jsonl").results

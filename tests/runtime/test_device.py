@@ -1,9 +1,134 @@
-"""Which errors of PyTorch mean that memory is short."""
+"""Which device is taken, what is said where a GPU cannot be, and which errors of PyTorch mean that memory is short."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from ddkit.runtime.device import is_out_of_memory, release_memory
+from ddkit.errors import ComputeError, UsageError
+from ddkit.runtime.device import explain_gpu_error, is_out_of_memory, larger_gpu, release_memory, resolve_device, shared_gpus
+
+GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(name):
+    with pytest.raises(ComputeError) as caught:
+        resolve_device(name)
+    return str(caught.value)
+
+
+def test_auto_is_a_gpu_where_there_is_one(gpu):
+    assert resolve_device("auto").type == "cuda"
+    assert resolve_device("cuda:0").index == 0
+
+
+def test_unknown_device_raises_usage_error_that_lists_the_known_ones():
+    with pytest.raises(UsageError, match="Known: auto, cpu, cuda, cuda:N, mps"):
+        resolve_device("gpu")
+
+
+def test_number_of_a_gpu_that_is_not_there_says_which_are(gpu):
+    assert refused("cuda:1") == (
+        "There is no GPU 'cuda:1': PyTorch can use only cuda:0 here. Try --device cuda:0, or check CUDA_VISIBLE_DEVICES."
+    )
+    gpu.memory *= 3
+    assert "PyTorch can use 3 here, from cuda:0 to cuda:2." in refused("cuda:3")
+
+
+def test_larger_gpu_is_named_where_one_has_enough_memory(gpu, second_gpu):
+    gpu.memory = [(3 * GIB, 4 * GIB), (20 * GIB, 24 * GIB)]
+    assert larger_gpu(torch.device("cuda"), 10 * GIB) == " Try --device cuda:1, which has 24.0 GiB."
+    assert larger_gpu(torch.device("cuda"), 30 * GIB) == larger_gpu(torch.device(second_gpu), 10 * GIB) == ""
+    assert larger_gpu(torch.device("cpu"), 10 * GIB) == ""
+
+
+def test_processes_started_together_share_the_first_gpus(gpu, second_gpu, monkeypatch):
+    assert shared_gpus(torch.device("cuda")) == [torch.device("cuda:0")]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert shared_gpus(torch.device("cuda")) == [torch.device("cuda:0"), torch.device("cuda:1")]
+
+
+@pytest.fixture(scope="session")
+def old_driver(tmp_path_factory):
+    """A folder with a driver for CUDA 11.4, as far as PyTorch looks at it before it refuses."""
+    compiler = shutil.which("cc")
+    if compiler is None or not torch.version.cuda or sys.platform != "linux":
+        pytest.skip("needs cc and a PyTorch for CUDA on Linux")
+    folder = tmp_path_factory.mktemp("driver")
+    sources = {
+        "libcuda.so.1": "int cuInit(unsigned f) { return 0; }\nint cuDeviceGetCount(int *n) { *n = 1; return 0; }\n"
+        "int cuDriverGetVersion(int *v) { *v = 11040; return 0; }\n",
+        "libnvidia-ml.so.1": "int nvmlInit(void) { return 0; }\nint nvmlDeviceGetCount_v2(unsigned *n) { *n = 1; return 0; }\n",
+    }
+    for name, source in sources.items():
+        command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / name)]
+        subprocess.run(command, input=source, text=True, check=True)
+    return folder
+
+
+CHOOSE = """
+import sys
+from ddkit.runtime.device import resolve_device
+print(*(resolve_device("auto") for _ in range(3)))
+sys.path.insert(0, "submission/track2")
+from types import SimpleNamespace as Job
+from worker import choose_device
+print(choose_device(Job(device="auto"), 0))
+from ddkit.cli import main
+main(["evaluate", "any.pt", "--device", "cuda:0"])
+"""
+
+
+def choose(**environment):
+    """The devices that a process takes, what it says, and what it says where a GPU is asked for; there it ends with 3."""
+    command = [sys.executable, "-c", CHOOSE]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, cwd=ROOT)
+    assert done.returncode == 3, done.stderr
+    *said, error, remedy = done.stderr.splitlines()
+    return done.stdout.split(), said, f"{error} {remedy}"
+
+
+@pytest.mark.slow
+def test_driver_older_than_the_build_is_said_once_with_a_remedy(old_driver):
+    devices, said, error = choose(LD_LIBRARY_PATH=str(old_driver))
+    assert devices == ["cpu"] * 4
+    reason = (
+        "PyTorch cannot use the GPU: the NVIDIA driver is for CUDA 11 at most, and this PyTorch is built for CUDA "
+        f"{torch.version.cuda}."
+    )
+    remedy = "Update the driver, or install an older build from https://pytorch.org; until then, try --device cpu."
+    assert said == [f"{reason} Everything is computed on the CPU, much more slowly. {remedy}"]
+    assert error == f"Error: {reason} {remedy}"
+
+
+@pytest.mark.slow
+def test_hidden_gpus_are_said_only_where_one_is_asked_for(old_driver):
+    devices, said, error = choose(LD_LIBRARY_PATH=str(old_driver), CUDA_VISIBLE_DEVICES="")
+    assert devices == ["cpu"] * 4 and not said
+    assert error == (
+        "Error: PyTorch finds no GPU, and CUDA_VISIBLE_DEVICES is set to '', which may hide it. "
+        "Unset CUDA_VISIBLE_DEVICES or set it to 0, or try --device cpu."
+    )
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "another process has it"),
+    (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), "no code for this GPU"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory of the device is used up"),
+])  # fmt: skip
+def test_errors_of_a_gpu_are_explained_with_a_remedy(error, said):
+    explained = explain_gpu_error(error)
+    assert said in explained.message and explained.remedy.endswith(".")
+
+
+def test_other_errors_are_not_explained_as_those_of_a_gpu():
+    assert explain_gpu_error(RuntimeError("CUDA error: device-side assert triggered")) is None
 
 
 @pytest.mark.parametrize("error", [
