@@ -37,7 +37,7 @@ from ddkit.evaluation.rounds import predict
 from ddkit.network.autotune import choose_plan
 from ddkit.network.embedding import build_embedder
 from ddkit.network.training import TrainingRun, TrainingSettings
-from ddkit.runtime.device import free_memory, resolve_device, shortage_explained
+from ddkit.runtime.device import free_memory, larger_gpu, resolve_device, shortage_explained
 from ddkit.runtime.environment import versions
 from ddkit.runtime.files import exclusive
 from ddkit.runtime.interrupt import StopRequest, stop_requests
@@ -145,7 +145,8 @@ def _require_memory(distilled: DistilledSet, settings: RefineSettings, device: t
         raise ComputeError(
             f"Refining {len(distilled.images):,} images of {spec.name} needs about {needed / 2**30:,.1f} GiB of memory, and "
             f"{free / 2**30:,.1f} GiB are free.",
-            "Close other programs, use a smaller --batch-real, or refine a set with fewer images per class.",
+            "Close other programs, use a smaller --batch-real, or refine a set with fewer images per class."
+            + larger_gpu(device, needed),
         )
 
 
@@ -249,7 +250,8 @@ class Refinement:
                 finished = limits.progress(state.step, state.seconds) >= 1
                 validating = not state.validated and (finished or state.step % self._settings.val_every == 0)
                 if validating:
-                    self.validate(stop)
+                    with shortage_explained(self._shortage):
+                        self.validate(stop)
                 elif finished:
                     return
                 elif self._settings.objective_at(state.step) == "mtt" and (not self._experts.ready or state.student_lr is None):
@@ -404,14 +406,15 @@ class Refinement:
 
     def _shortage(self) -> ComputeError:
         classes, per_class = self._spec.num_classes, self._settings.batch_real
+        again = "Close other programs that use it, and run the same command again"
         if self._settings.objective_at(self._state.step) == "mtt":
             return ComputeError(
                 f"Out of memory: experts and students of {classes} classes do not fit.",
-                "Close other programs, or start over with --fresh and another --objective.",
+                f"{again}, or start over with --fresh and another --objective.",
             )
         return ComputeError(
             f"Out of memory: {per_class} real images x {classes} classes do not fit.",
-            f"Start over with --fresh and --batch-real {max(1, per_class // 2)}.",
+            f"{again}, or start over with --fresh and --batch-real {max(1, per_class // 2)}.",
         )
 
     def _report(self, loss: float, limits: RefineLimits) -> None:

@@ -8,6 +8,7 @@ On a CPU each core computes a part of the batch, which is faster than all cores 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,12 +25,15 @@ from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import TIME_SCALE, Objective
 from ddkit.generator.samplers import linear_plan, make_scheduler
-from ddkit.runtime.device import shortage_explained, upload
+from ddkit.runtime.device import is_out_of_memory, release_memory, shortage_explained, upload
 from ddkit.runtime.seeds import generator_for
 from ddkit.runtime.threads import cores_for, side_by_side
 
+log = logging.getLogger(__name__)
+
 __all__ = ["Sampler", "SamplingSettings", "class_ordered", "resolve_settings"]
 
+_OTHERS = "Close other programs that use it, or choose another --device."
 _PART = 32  # images that a core computes together; more are not faster
 _MODE_GUIDED = 0.5  # of the steps, from the first on (arXiv 2505.18963, section 4.2: t_stop)
 
@@ -72,7 +76,7 @@ class Sampler:
         self._latent_shape = model.latent_shape
         self._null_class = null_class(model.denoiser)
         self._objective = Objective(ObjectiveConfig(model.facts.prediction))
-        with shortage_explained(self._shortage):
+        with shortage_explained(lambda: ComputeError(f"The generator does not fit into the memory of {device}.", _OTHERS)):
             model = model.to(self.device)
         self._workers = cores_for(self.device)
         self._part = self.settings.batch_size or 1
@@ -97,7 +101,7 @@ class Sampler:
         """Yield images in the order asked for, a batch at a time: (n, 3, S, S) uint8 on the CPU.
 
         labels, indices: (N,) int64, the class of each image and its number within the class. Raises UsageError for
-        labels that the model does not know, ComputeError when memory runs out.
+        labels that the model does not know, and ComputeError where memory is too little for one image.
         """
         classes = len(self.facts.class_names)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
@@ -124,21 +128,35 @@ class Sampler:
         """The images that given noise becomes: (n, C, s, s) standard normal, (n,) -> (n, 3, S, S) uint8 on the CPU.
 
         indices: (n,) numbers of the images within their classes; only mode guidance needs them, to choose the mode.
-        n is at most the batch size. Raises ComputeError when memory runs out.
+        n is at most the batch size. Where memory runs out, fewer are computed at a time from then on; raises ComputeError
+        where it is too little for one.
         """
         centers = noise.new_empty(len(noise), 0)
         if self._modes is not None and indices is not None:
             centers = self._modes[labels, indices % self._modes.shape[1]]
-        parts = list(zip(*(rows.split(self._part) for rows in (noise, labels, centers)), strict=True))
-        first = 1 if self._compiling else 0  # compiles alone; the parts after it find it done
-        with shortage_explained(self._shortage):
-            images = [
-                made
-                for group in (parts[:first], parts[first:])
-                for made in side_by_side(self._sample_part, group, self._workers)
-            ]
-        self._compiling = False
-        return torch.cat(images)
+        while True:
+            parts = list(zip(*(rows.split(self._part) for rows in (noise, labels, centers)), strict=True))
+            first = 1 if self._compiling else 0  # compiles alone; the parts after it find it done
+            try:
+                images = [
+                    made
+                    for group in (parts[:first], parts[first:])
+                    for made in side_by_side(self._sample_part, group, self._workers)
+                ]
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self._part == 1:
+                    raise ComputeError("Out of memory while sampling one image at a time.", _OTHERS) from error
+            else:
+                self._compiling = False
+                return torch.cat(images)
+            # Outside the handler, so that the traceback does not hold on to the memory.
+            self._part = max(1, self._part // 2)
+            self._decoded_at_once = min(self._part, self._decoded_at_once)
+            self._part -= self._part % self._decoded_at_once
+            log.warning("Not enough memory: sampling %d images at a time from now on.", self._part)
+            release_memory(self.device)
 
     @torch.no_grad()
     def _sample_part(self, part: tuple[Tensor, ...]) -> Tensor:
@@ -176,10 +194,6 @@ class Sampler:
         times = point.new_full((len(point),), time)
         _, sigma = self._objective.levels(times, point)
         return self.settings.mode_guidance * sigma * (centers - self._objective.clean(point, output, times))
-
-    def _shortage(self) -> ComputeError:
-        size = self.settings.batch_size or 1
-        return ComputeError(f"Out of memory while sampling {size} images at once.", f"Try --batch-size {max(1, size // 2)}.")
 
 
 def weighted_sum(coefficients: Tensor, terms: Tensor) -> Tensor:

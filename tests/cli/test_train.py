@@ -135,6 +135,18 @@ def test_invalid_options_end_with_one_message(ddkit, colors, monkeypatch, words,
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output
 
 
+@pytest.mark.slow
+def test_dry_run_on_a_gpu_says_what_was_chosen_and_why(gpu, ddkit, colors, tmp_path):
+    gpu.memory = [(200 * 2**20, 4 * 2**30)]
+    done = ddkit("train", "--dataset", colors, "--out", str(tmp_path / "run"), "--dry-run", "--json")
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stderr.split())
+    assert "Preset tiny: NVIDIA Pretended has 0.2 GiB of free memory, and it needs about" in said
+    assert "Precision bfloat16: NVIDIA Pretended computes it faster than float32." in said
+    found = json.loads(done.stdout)
+    assert len(found["choices"]) == 2 and found["config"]["precision"] == "bfloat16" and not (tmp_path / "run").exists()
+
+
 def test_dry_run_shows_the_costs_and_leaves_nothing(ddkit, colors, tmp_path):
     words = ["train", "--dataset", colors, "--preset", "demo", "--batch-size", "8", "--dry-run"]
     done = ddkit(*words, "--json", "--quiet")

@@ -224,8 +224,9 @@ def test_a_set_that_only_became_displayable_names_no_method(start, tmp_path):
     assert (facts["method"], facts["refined_steps"]) == ("clamped to the range of pixels", 0)
 
 
-@pytest.mark.parametrize("settings", [DM, RANDOM_NETWORKS, WITH_POOL])
-def test_a_step_on_a_gpu_waits_for_it_once(start, tmp_path, gpu, settings):
+@pytest.mark.parametrize("settings, expected", [(DM, 1), (RANDOM_NETWORKS, 1), (WITH_POOL, 1), (MTT, 2)])
+def test_a_step_on_a_gpu_waits_for_it_once(start, tmp_path, gpu, second_gpu, settings, expected):
+    """Trajectory matching waits a second time, as it moves no pixel before it knows that the student's rate is finite."""
     waits = []
 
     def listen(report):
@@ -234,15 +235,38 @@ def test_a_step_on_a_gpu_waits_for_it_once(start, tmp_path, gpu, settings):
         gpu.reset()
 
     settings = dataclasses.replace(settings, val_every=1000, val_epochs=0)
-    run(start, tmp_path / "run", 12, settings, device="cuda", progress=listen)
+    run(start, tmp_path / "run", 12, settings, device=second_gpu, progress=listen)
     # The first steps of each kind measure engines and fill buffers.
-    assert [sum(each.values()) for each in waits[6:]] == [1] * 6, waits[6:]
+    assert [sum(each.values()) for each in waits[6:]] == [expected] * 6, waits[6:]
 
 
-def test_a_state_from_a_gpu_resumes_on_the_cpu(start, tmp_path, gpu):
-    run(start, tmp_path / "run", 4, WITH_POOL, device="cuda")
-    assert run(start, tmp_path / "run", 6, WITH_POOL, device="cpu").steps == 6
-    assert run(start, tmp_path / "run", 8, WITH_POOL, device="cuda").steps == 8
+@pytest.mark.parametrize("settings", [WITH_POOL, MTT])
+def test_a_state_from_a_gpu_resumes_on_the_cpu_and_on_another_gpu(start, tmp_path, gpu, second_gpu, settings):
+    for steps, device in ((4, "cuda"), (6, "cpu"), (8, second_gpu)):
+        assert run(start, tmp_path / "run", steps, settings, device=device).steps == steps
+
+
+def test_refining_on_a_gpu_that_is_too_small_is_one_message_before_anything_is_written(start, tmp_path, gpu, second_gpu):
+    before = start.read_bytes()
+    gpu.memory = [(2**20, 4 * 2**30), (70 * 2**30, 80 * 2**30)]
+    with pytest.raises(ComputeError, match="GiB of memory, and 0.0 GiB are free") as caught:
+        run(start, tmp_path / "run", 4, DM, device="cuda")
+    assert caught.value.remedy.endswith("Try --device cuda:1, which has 80.0 GiB.")
+    assert start.read_bytes() == before and not (tmp_path / "run").exists()
+    assert run(start, tmp_path / "run", 4, DM, device=second_gpu).steps == 4
+
+
+def test_memory_that_runs_out_while_refining_loses_nothing(start, tmp_path, gpu):
+    def take_the_memory(report):
+        if report.task == "Refining" and report.done == 3:
+            gpu.largest_tensor = 1000
+
+    with pytest.raises(ComputeError, match="Out of memory") as caught:
+        run(start, tmp_path / "run", 9, DM, device="cuda", progress=take_the_memory)
+    assert caught.value.remedy.startswith("Close other programs that use it, and run the same command again")
+    assert json.loads(start.with_suffix(".json").read_text())["kind"] in ("refined", "first-real")
+    gpu.largest_tensor = None
+    assert run(start, tmp_path / "run", 9, DM, device="cuda").steps == 9
 
 
 def test_precision_is_chosen_once_and_named_in_the_provenance(start, tmp_path):

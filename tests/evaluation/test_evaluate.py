@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,14 @@ import torch
 from ddkit.challenge import GLYPHS, DatasetSpec
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
-from ddkit.errors import BadDataError, InterruptedRunError, InvalidSubmissionError, UsageError
+from ddkit.errors import BadDataError, ComputeError, InterruptedRunError, InvalidSubmissionError, UsageError
+from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, _key, evaluate, evaluate_generator
 from ddkit.evaluation.reference import as_test_set
 from ddkit.evaluation.rounds import RoundSettings
 from ddkit.evaluation.sources import FixedSet
+from ddkit.network.autotune import _ENGINES
+from ddkit.network.plan import EnginePlan
 from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.results import append, read
 from ddkit.runtime.progress import ignore
@@ -349,6 +353,94 @@ def test_an_evaluation_on_a_gpu_gives_the_accuracies_of_a_cpu_and_is_continued(g
     for curve, wanted in zip(outcome.loss_curves, whole.loss_curves, strict=True):
         assert curve == pytest.approx(wanted, abs=0.02)
     assert outcome.device == "NVIDIA Pretended"
+
+
+@pytest.fixture
+def compute_with(gpu, own_cache, tmp_path, monkeypatch):
+    """Makes evaluations on the pretended GPU take a plan, as if it had been measured to be the fastest."""
+    remembered = tmp_path / "cache" / "_engines.json"
+    key = f"NVIDIA Pretended, torch {torch.__version__}, 16 pixels, batches of 256, float32, float32, engines of {_ENGINES}"
+
+    def choose(plan):
+        shutil.copytree(own_cache, remembered.parent)
+        known = json.loads(remembered.read_text()) if remembered.exists() else {}
+        known = {other: value for other, value in known.items() if "Pretended" not in other}
+        remembered.write_text(json.dumps(known | {key: vars(plan) | {"seconds": 0.0}}))
+        monkeypatch.setenv("DDKIT_CACHE", str(remembered.parent))
+
+    yield choose
+    assert [other for other in json.loads(remembered.read_text()) if "Pretended" in other] == [key]
+
+
+def stop_after(epochs):
+    def listen(report):
+        if report.done == epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return listen
+
+
+@pytest.mark.parametrize("first, second", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_an_evaluation_begun_on_another_device_is_kept_and_named(compute_with, tmp_path, caplog, first, second):
+    compute_with(EnginePlan())
+    options = {"state": StateFolder(tmp_path / "state", 0.0), "rounds": 1}
+    with pytest.raises(InterruptedRunError):
+        evaluated(device=first, progress=stop_after(2), **options)
+    (kept,) = (tmp_path / "state").iterdir()
+    before = {path: path.read_bytes() for path in kept.iterdir()}
+    with caplog.at_level("WARNING"):
+        evaluated(device=second, **options)
+        assert caplog.text.count(f"was begun with --device {first}") == 1 and str(kept) in caplog.text
+        assert {path: path.read_bytes() for path in kept.iterdir()} == before
+        caplog.clear()
+        reports = []
+        evaluated(device=first, progress=reports.append, **options)
+    assert reports[0].done == 3 and "was begun" not in caplog.text
+
+
+@pytest.mark.parametrize("plan", [
+    EnginePlan(), EnginePlan("cuda_graph", channels_last=True), EnginePlan("cuda_graph", chunk=6),
+], ids=str)  # fmt: skip
+def test_an_evaluation_on_a_second_gpu_is_stopped_and_continued_with_any_engine(gpu, second_gpu, tmp_path, compute_with, plan):
+    compute_with(plan)
+    whole, state = evaluated(device=second_gpu), StateFolder(tmp_path / "state", 0.0)
+    with pytest.raises(InterruptedRunError):
+        evaluated(device=second_gpu, state=state, progress=stop_after(4))
+    continued = evaluated(device="cuda:0", state=state)
+    for curve, wanted in zip(continued.loss_curves, whole.loss_curves, strict=True):
+        assert curve == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "cuda_graph"])
+def test_an_epoch_of_an_evaluation_waits_once_for_each_round(gpu, second_gpu, compute_with, kind):
+    compute_with(EnginePlan(kind))
+    waits = []
+    for epochs in (2, 7):
+        gpu.reset()
+        evaluated(device=second_gpu, epochs_setting=epochs, rounds=3)
+        waits.append(gpu.waits_in_all)
+    assert waits[1] - waits[0] == 5 * 3, gpu.waits
+
+
+def test_dry_run_of_an_evaluation_measures_the_gpu_asked_for(gpu, second_gpu, compute_with):
+    compute_with(EnginePlan())
+    settings = EvaluationSettings(device=second_gpu, rounds=2)
+    found = estimate_evaluation(FixedSet(*training_set()), "blobs.pt", as_test_set(real_images(), SPEC), settings)
+    assert (found.memory, found.free_memory) == (2 * 2**20, 70 * 2**30) and found.seconds > 0
+
+
+def test_an_evaluation_on_a_gpu_with_little_memory_computes_in_smaller_chunks(gpu, compute_with, caplog):
+    compute_with(EnginePlan("cuda_graph"))
+    plenty = evaluated(device="cuda")
+    gpu.largest_tensor = 8 * 128 * 16 * 16 * 4  # bytes of the first maps of eight images
+    short = evaluated(device="cuda")
+    for curve, wanted in zip(short.loss_curves, plenty.loss_curves, strict=True):
+        assert curve == pytest.approx(wanted, abs=1e-3)
+    assert "Not enough memory: computing 8 images at a time" in caplog.text
+    gpu.largest_tensor = 1000
+    with pytest.raises(ComputeError, match="not enough memory") as caught:
+        evaluated(device="cuda")
+    assert caught.value.remedy == "Choose another --device."
 
 
 def test_tf32_products_are_not_switched_on_and_are_a_deviation(gpu):

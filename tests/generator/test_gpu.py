@@ -11,7 +11,7 @@ from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.config import PREDICTIONS, SAMPLERS, MinimaxConfig, SamplingSettings
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.sampling import Sampler, class_ordered, resolve_settings
-from ddkit.generator.training.plan import plan_training
+from ddkit.generator.training.plan import plan_training, require_memory
 from ddkit.generator.training.tracking import track_frechet
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 
@@ -71,6 +71,15 @@ def test_minimax_step_waits_once(gpu, data, config, make_model, tmp_path):
     minimax = MinimaxConfig(str(tmp_path / "start"), memory_size=3)
     configs = [dataclasses.replace(with_steps(config, denoiser=steps), minimax=minimax) for steps in (3, 23)]
     assert waits_a_step(gpu, data, tmp_path, configs) == 1
+
+
+def test_training_data_that_do_not_fit_on_the_gpu_stay_in_main_memory(gpu, data, config, tmp_path):
+    weights = []
+    for free in (70 * 2**30, 1000):
+        gpu.memory = [(free, 80 * 2**30)]
+        model = train(data, TrainingRequest(with_steps(config, denoiser=2), tmp_path / str(free), device="cuda"))
+        weights.append([*model.denoiser.parameters(), *model.autoencoder.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*weights, strict=True))
 
 
 def test_training_resumes_on_another_device(gpu, second_gpu, data, config, tmp_path):
@@ -181,10 +190,24 @@ def test_out_of_memory_says_what_to_try(gpu, data, config, make_model, tmp_path)
     with pytest.raises(ComputeError, match="Out of memory .* on cuda") as caught:
         train(data, TrainingRequest(config, tmp_path, device="cuda"))
     assert "--accumulation 2" in caught.value.remedy or "smaller --preset" in caught.value.remedy
-    sampler = Sampler(make_model(), SamplingSettings(steps=1, batch_size=64), CUDA)
-    with pytest.raises(ComputeError, match="Out of memory while sampling 64 images at once") as caught:
-        list(sampler.images(*class_ordered(30, 3)))
-    assert caught.value.remedy == "Try --batch-size 32."
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_sampling_takes_smaller_batches_where_memory_is_short(gpu, make_model, caplog, size):
+    labels, indices = class_ordered(30, 3)
+    settings = SamplingSettings(steps=2, precision="float32", batch_size=size)
+    plenty = torch.cat([*Sampler(make_model(), settings, CUDA).images(labels, indices)])
+    gpu.largest_tensor = 50_000
+    short = [*Sampler(make_model(), settings, CUDA).images(labels, indices)]
+    assert (torch.cat(short).int() - plenty.int()).abs().max() <= 1
+    assert "images at a time from now on" in caplog.text and gpu.released
+    gpu.largest_tensor = None
+    sampler = Sampler(make_model(), settings, CUDA)
+    gpu.largest_tensor = 50
+    with pytest.raises(ComputeError, match="Out of memory while sampling one image at a time. Close other programs"):
+        list(sampler.images(labels, indices))
+    with pytest.raises(ComputeError, match="The generator does not fit into the memory of cuda"):
+        Sampler(make_model(), settings, CUDA)
 
 
 class TestPlan:
@@ -198,11 +221,39 @@ class TestPlan:
         given = plan_training(data, {"precision": "float32"}, preset_name="tiny", runs=tmp_path, device="cuda")
         assert (given.preset, given.config.precision, given.choices) == ("tiny", "float32", ())
 
-    def test_gpu_with_little_memory_takes_a_smaller_preset(self, gpu, tmp_path, monkeypatch):
+    def test_gpu_with_little_memory_takes_a_smaller_preset(self, gpu, tmp_path):
         data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
-        monkeypatch.setattr("ddkit.generator.training.plan.free_memory", lambda device: 2**29)
+        gpu.memory = [(2**29, 2**32)]
         request = plan_training(data, {}, runs=tmp_path, device="cuda")
         assert request.preset in ("mid", "tiny") and f"Preset {request.preset}: " in request.choices[0]
+
+    def test_gpu_that_another_process_has_filled_is_one_message(self, gpu, tmp_path):
+        data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
+        gpu.memory = [(2**26, 80 * 2**30)]
+        request = plan_training(data, {}, runs=tmp_path, device="cuda")
+        with pytest.raises(ComputeError, match="cuda:0 has 0.1 GiB free") as caught:
+            require_memory(data, request)
+        assert caught.value.remedy and not any(tmp_path.iterdir())
+
+    def test_larger_gpu_is_named_where_the_first_is_too_small(self, gpu, tmp_path):
+        data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
+        gpu.memory = [(2**31, 2**32), (70 * 2**30, 80 * 2**30)]
+        request = plan_training(data, {"batch_size": 4096}, preset_name="small", runs=tmp_path, device="cuda")
+        with pytest.raises(ComputeError, match="Try --device cuda:1, which has 80.0 GiB."):
+            require_memory(data, request)
+        require_memory(data, dataclasses.replace(request, device="cuda:1"))
+
+    def test_processes_on_gpus_of_different_memory_choose_the_same(self, gpu, tmp_path, monkeypatch):
+        data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
+        gpu.memory = [(70 * 2**30, 80 * 2**30), (2**29, 2**29)]
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        found = []
+        for rank in "01":
+            monkeypatch.setenv("LOCAL_RANK", rank)
+            found.append(plan_training(data, {}, runs=tmp_path, device="cuda"))
+        assert found[0] == found[1] and found[0].preset != "small"
+        assert "the smallest of 2 GPUs has 0.5 GiB of memory" in found[0].choices[0]
 
     def test_machine_without_a_gpu_keeps_the_default(self, data, tmp_path):
         request = plan_training(data, {}, runs=tmp_path, device="cpu")

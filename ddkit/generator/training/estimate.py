@@ -21,7 +21,7 @@ from ddkit.generator.training.latents import LatentSet
 from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage, Stage
 from ddkit.generator.training.train import AUTOENCODER_SHARE
 from ddkit.generator.training.trainer import cut, workers_for
-from ddkit.runtime.device import free_memory, own_device, shortage_explained
+from ddkit.runtime.device import free_memory, larger_gpu, own_device, shortage_explained
 from ddkit.runtime.threads import side_by_side
 
 # For each trained parameter: weight, gradient, two moments of AdamW, averaged weight, and the temporary copy in which
@@ -173,9 +173,9 @@ def shortage(
                     remedy = f"--preset {name} would fit."
                     break
     return ComputeError(
-        f"This training needs about {needed.memory / 2**30:.1f} GiB of memory, but {device} has "
+        f"This training needs about {needed.memory / 2**30:.1f} GiB of memory, but {own_device(device)} has "
         f"{needed.free_memory / 2**30:.1f} GiB free.",
-        remedy,
+        remedy + larger_gpu(device, needed.memory),
     )
 
 

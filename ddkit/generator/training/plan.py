@@ -18,7 +18,7 @@ from ddkit.generator.training.estimate import Estimate, check_memory, estimate, 
 from ddkit.generator.training.run_folder import has_training, read_run_record
 from ddkit.generator.training.tracking import SCORE_NAMES
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
-from ddkit.runtime.device import describe_device, free_memory, own_device, resolve_device
+from ddkit.runtime.device import describe_device, free_memory, own_device, resolve_device, shared_gpus
 from ddkit.runtime.environment import processes
 from ddkit.runtime.progress import Listener, ignore
 
@@ -123,7 +123,7 @@ def plan_training(
         config = preset(name).config(data.image_size)
         if "precision" not in given and config.precision == "float32":
             used = own_device(resolve_device(device))
-            if used.type == "cuda" and torch.cuda.get_device_capability(used)[0] >= 8:
+            if used.type == "cuda" and all(torch.cuda.get_device_capability(gpu)[0] >= 8 for gpu in shared_gpus(used)):
                 config = dataclasses.replace(config, precision="bfloat16")
                 choices.append(f"Precision bfloat16: {describe_device(used)} computes it faster than float32.")
     if "ema_width" in given:
@@ -205,15 +205,19 @@ def _preset_for(data: TrainingData, device_name: str) -> tuple[str, str]:
     device = own_device(resolve_device(device_name))
     if device.type != "cuda":
         return DEFAULT_PRESET, f"Preset {DEFAULT_PRESET}: the default for training without a GPU."
-    free = free_memory(device)
+    gpus, free, what = shared_gpus(device), free_memory(device), describe_device(device)
+    if len(gpus) > 1:  # all processes must choose the same, and what is free changes while they start
+        free = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+        what = f"the smallest of {len(gpus)} GPUs"
     for name in GPU_PRESETS:
         config = preset(name).config(data.image_size)
         # Measured on the CPU, because the kept tensors do not depend on the device.
         costs = estimate(config, data.image_size, data.num_classes, torch.device("cpu"), processes=processes(), seconds=0)
         if dataclasses.replace(costs, free_memory=free).fits:
             break
+    memory = "memory" if len(gpus) > 1 else "free memory"
     needed = f"it needs about {costs.memory / 2**30:.1f} GiB"
-    return name, f"Preset {name}: {describe_device(device)} has {free / 2**30:.1f} GiB of free memory, and {needed}."
+    return name, f"Preset {name}: {what} has {free / 2**30:.1f} GiB of {memory}, and {needed}."
 
 
 def _completed(

@@ -84,6 +84,11 @@ def test_half_precision_weights_count_once_whatever_the_batch(config, monkeypatc
     assert found[0].fixed_memory > estimate(batches_of(config, 64), 16, 3, CPU, seconds=0).stages[1].fixed_memory
 
 
+def test_each_parameter_counts_with_its_gradient_moments_average_and_the_copy_that_averaging_makes(config):
+    for stage in estimate(config, 16, 3, CPU, seconds=0).stages:
+        assert 6 * 4 * stage.parameters <= stage.fixed_memory < 7 * 4 * stage.parameters
+
+
 def test_fine_tuning_that_does_not_fit_raises_compute_error_with_a_remedy(config, monkeypatch, make_model, tmp_path):
     save_model(make_model(), tmp_path)
     tuned = dataclasses.replace(batches_of(config, 64), minimax=MinimaxConfig(init=str(tmp_path)))
