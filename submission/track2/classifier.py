@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sampling import upload
+
 WIDTH, BLOCKS = 128, 3
 IMAGES_AT_ONCE = 256
 
@@ -31,12 +33,12 @@ class Classifier:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, classes: Sequence[int]) -> Tensor:
         """(n, 3, S, S) uint8 on the CPU -> (n,) float32 in [0, 1]."""
-        labels = torch.tensor(classes, device=self._mean.device).view(-1, 1)
+        labels = upload(torch.tensor(classes), self._mean.device).view(-1, 1)
         logits = torch.cat([self._logits(some) for some in pixels.split(IMAGES_AT_ONCE)])
         return logits.softmax(1).gather(1, labels)[:, 0].cpu()
 
     def _logits(self, pixels: Tensor) -> Tensor:
-        images = (pixels.to(self._mean.device).float() / 255 - self._mean) / self._std
+        images = (upload(pixels, self._mean.device).float() / 255 - self._mean) / self._std
         if images.shape[-1] != self._side:
             size = (self._side, self._side)
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)

@@ -46,17 +46,11 @@ class Sampler:
 
         The same image for the same seed, class and index, in whatever batch.
         """
-        noise = self._upload(torch.stack([self._noise(c, i) for c, i in zip(classes, indices, strict=True)]))
-        labels = self._upload(torch.tensor(classes))
+        noise = torch.stack([self._noise(c, i) for c, i in zip(classes, indices, strict=True)])
+        noise, labels = upload(noise, self._device), upload(torch.tensor(classes), self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bfloat16):
             pixels = self._decode(self._latents(noise, labels))
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
-
-    def _upload(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device. A GPU is not waited for."""
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor.to(self._device)
 
     def _noise(self, class_label: int, index: int) -> Tensor:
         """(C, s, s), drawn on the CPU with a generator for this image alone, so that all devices begin with the same noise."""
@@ -100,6 +94,13 @@ class Sampler:
         if pixels.shape[-1] != side:
             pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
         return pixels.float() / 2 + 0.5
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. A GPU is not waited for."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def computes_in_bfloat16(precision: str, device: torch.device) -> bool:

@@ -61,7 +61,7 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
 
 
 def choose_device(job: Job, worker: int) -> str:
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # the former counts with any driver
     kind, _, number = job.device.partition(":")
     if kind == "auto":
         return f"cuda:{worker % gpus}" if gpus else "cpu"

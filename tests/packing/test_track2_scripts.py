@@ -1,6 +1,8 @@
 """The stand-alone track 2 entry, run as organizers run it: real processes, real kills, nothing of ddkit on its path."""
 
 import json
+import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -9,10 +11,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ddkit.data.images import denormalize, normalize
 from ddkit.data.prepare import open_dataset
@@ -306,34 +311,36 @@ def test_a_worker_that_cannot_write_says_why(entry, tmp_path):
     assert not (tmp_path / "images.pt").exists()
 
 
+@pytest.fixture
+def load(entry, monkeypatch):
+    """Imports the entry's modules by name."""
+    import importlib
+
+    monkeypatch.syspath_prepend(entry)
+    names = ("generate", "shards", "worker", "sampling", "classifier", "denoiser")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def job(load, entry, tmp_path):
+    """Makes jobs."""
+
+    def make(**changes):
+        settings = {
+            "model": entry / "models" / "colors", "entry": {"num_classes": 5}, "out": tmp_path / "images.pt",
+            "seed": 0, "device": "cpu", "workers": 1, "ipc": None, "limit": 1000, "began": 0.0, "budget": 600.0,
+        }  # fmt: skip
+        return load("shards").Job(**(settings | changes))
+
+    return make
+
+
 class TestParts:
     """What the scripts decide, in this process."""
-
-    @pytest.fixture
-    def load(self, entry, monkeypatch):
-        """Imports the entry's modules by name."""
-        import importlib
-
-        monkeypatch.syspath_prepend(entry)
-        names = ("generate", "shards", "worker", "sampling", "denoiser")
-        for name in names:
-            monkeypatch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module
-        for name in names:
-            sys.modules.pop(name, None)
-
-    @pytest.fixture
-    def job(self, load, entry, tmp_path):
-        """Makes jobs."""
-
-        def make(**changes):
-            settings = {
-                "model": entry / "models" / "colors", "entry": {"num_classes": 5}, "out": tmp_path / "images.pt",
-                "seed": 0, "device": "cpu", "workers": 1, "ipc": None, "limit": 1000, "began": 0.0, "budget": 600.0,
-            }  # fmt: skip
-            return load("shards").Job(**(settings | changes))
-
-        return make
 
     def test_workers_deal_out_the_indices_and_take_all_classes_in_turn(self, job):
         shared = job(workers=2)
@@ -460,6 +467,121 @@ class TestParts:
         theirs = torch.cat([*sampler.images(torch.tensor([0, 1, 1, 0, 1, 0]), torch.arange(6))])
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
         assert torch.equal(ours, theirs)
+
+
+class TestOnAPretendedGPU:
+    """The worker of the second of two GPUs: what it makes, on which device, and how often it waits."""
+
+    pytestmark = pytest.mark.usefixtures("second_gpu")
+
+    @pytest.fixture
+    def build(self, colors, save_colors_model, entry, tmp_path):
+        """A model's folder as it is packed, and its entry.json."""
+
+        def make(architecture="uvit", prediction="flow", sampler="ddim"):
+            folder = save_colors_model(tmp_path / "model", architecture, prediction)
+            config = replace(SAMPLING, sampler=sampler, precision="float32", guidance_interval=(0.2, 0.9))
+            settings = BundleSettings(config, classifier=True, keep=0.5)
+            built = build_folder([BundleModel(colors, folder, settings)], tmp_path / "other")
+            return built / "models" / colors, json.loads((built / "models" / colors / "entry.json").read_text())
+
+        return make
+
+    @pytest.fixture
+    def make_images(self, load, job, build, monkeypatch):
+        """Lets both workers make images in this process; returns what they say, the second one's images with the confidence
+        in each, and the model and its facts. loaded: called when a worker has loaded the model."""
+
+        def rows_of(shard):
+            return zip(shard["images"], shard["confidences"].tolist(), strict=True)
+
+        def run(loaded=lambda: None):
+            model, facts = build()
+            shared = job(model=model, entry=facts, device="cuda", workers=2, limit=200)
+            shared.shards.mkdir()
+            monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: True))
+            said = []
+
+            def hear(message):
+                said.append(message)
+                if message[0] == "loaded":
+                    loaded()
+
+            for worker in (0, 1):
+                load("worker").work(shared, worker, SimpleNamespace(value=math.inf), SimpleNamespace(send=hear))
+            files = sorted(shared.shards.glob("1-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
+            made = [(image, confidence) for path in files for image, confidence in rows_of(load_file(path))]
+            return said, made, model, facts
+
+        return run
+
+    @staticmethod
+    def places(load):
+        """Classes and indices of the second worker's 100 images."""
+        job = SimpleNamespace(classes=2, workers=2)
+        return zip(*(load("shards").Job.image(job, 1, position) for position in range(100)), strict=True)
+
+    def test_workers_make_on_gpus_what_a_cpu_makes(self, load, make_images):
+        said, made, model, facts = make_images()
+        assert [kind for kind, _ in said if kind != "written"] == ["loaded", "loaded"]
+        assert sum(value[0] for kind, value in said if kind == "written") == 200
+        classes, indices = self.places(load)
+        wanted = load("sampling").Sampler(model, facts, "cpu", 0)(classes, indices)
+        images, confidences = zip(*made, strict=True)
+        assert (torch.stack(images).int() - wanted.int()).abs().max() <= 1
+        judged = load("classifier").Classifier(model / "classifier", facts, "cpu")(wanted, classes)
+        torch.testing.assert_close(torch.tensor(confidences), judged, atol=0.02, rtol=0)
+
+    def test_worker_halves_its_batches_where_memory_is_short(self, load, gpu, make_images):
+        def allow_maps_of_twenty_images():
+            gpu.largest_tensor = 20 * 128 * 16 * 16 * 4
+
+        said, made, model, facts = make_images(loaded=allow_maps_of_twenty_images)
+        assert gpu.released and not [value for kind, value in said if kind == "failed"]
+        wanted = load("sampling").Sampler(model, facts, "cpu", 0)(*self.places(load))
+        assert (torch.stack([image for image, _ in made]).int() - wanted.int()).abs().max() <= 1
+
+    def test_worker_without_memory_for_one_image_says_so(self, gpu, make_images):
+        def run_out():
+            gpu.largest_tensor = 50
+
+        said, images, *_ = make_images(loaded=run_out)
+        assert not images and said[1] == ("failed", "the memory of cuda:0 is too small for one image.")
+
+    @pytest.mark.parametrize("architecture, prediction, sampler", [
+        ("uvit", "flow", "ddim"), ("dit", "v", "unipc"), ("uvit", "epsilon", "dpm++"),
+    ])  # fmt: skip
+    def test_sampler_waits_once_a_batch_and_makes_what_a_cpu_makes(
+        self, load, gpu, second_gpu, build, architecture, prediction, sampler
+    ):
+        model, facts = build(architecture, prediction, sampler)
+        places = [0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5]
+        sampler = load("sampling").Sampler(model, facts, second_gpu, 3)
+        gpu.reset()
+        found = sampler(*places)
+        assert gpu.waits_in_all == 1, gpu.waits
+        wanted = load("sampling").Sampler(model, facts, "cpu", 3)(*places)
+        assert found.dtype == torch.uint8 and (found.int() - wanted.int()).abs().max() <= 1
+        classifier = load("classifier").Classifier(model / "classifier", facts, second_gpu)
+        gpu.reset()
+        classifier(wanted, places[0])
+        assert gpu.waits_in_all == 1, gpu.waits
+
+    def test_precision_auto_is_bfloat16_where_the_gpu_is_fast_at_it(self, load, gpu):
+        computes = load("sampling").computes_in_bfloat16
+        assert computes("auto", torch.device("cuda"))
+        gpu.capability = (7, 5)
+        assert not computes("auto", torch.device("cuda"))
+
+    def test_gpu_that_is_not_there_is_one_message(self, load, job):
+        for device in ("cuda:2", "cuda:7"):
+            with pytest.raises(load("shards").Failure, match=f"there is no GPU '{device}'"):
+                load("worker").choose_device(job(device=device), 0)
+        assert [load("worker").choose_device(job(device="auto"), worker) for worker in range(3)] == [
+            "cuda:0",
+            "cuda:1",
+            "cuda:0",
+        ]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("5000000", 5_000_000 - 3_000_000 + 1_000_000), ("max", None)])
