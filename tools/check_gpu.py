@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -39,46 +40,51 @@ _LINES_KEPT = 25  # of a step's output
 
 @dataclass(frozen=True)
 class Step:
-    """One command. limit: seconds it may take. title: what the table calls it."""
+    """One command. limit: seconds it may take. title: what the table calls it. figures: a regular expression for the parts
+    of its output that belong into the table."""
 
     title: str
     limit: float
     command: tuple[str, ...]
+    figures: str = ""
 
 
 def steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     """The steps in order of value."""
     small, device = options.small, ("--device", options.device)
 
-    def ddkit(title: str, limit: float, line: str) -> Step:
-        return Step(title, limit, (sys.executable, "-m", "ddkit", *shlex.split(line), *device, "--json"))
+    def ddkit(title: str, limit: float, line: str, figures: str) -> Step:
+        return Step(title, limit, (sys.executable, "-m", "ddkit", *shlex.split(line), *device, "--json"), figures)
 
-    def tool(title: str, limit: float, line: str) -> Step:
+    def tool(title: str, limit: float, line: str, figures: str) -> Step:
         name, *words = shlex.split(line)
-        return Step(title, limit, (sys.executable, str(TOOLS / name), *words, *device))
+        return Step(title, limit, (sys.executable, str(TOOLS / name), *words, *device), figures)
 
     yield Step("machine", 60, (sys.executable, "-m", "ddkit", "doctor"))
     if options.official:
         for dataset in ("cifar100", "tinyimagenet"):
             line = f"bench_evaluate.py --official {shlex.quote(str(options.official))} --dataset {dataset} --repeats 1"
-            yield tool(f"evaluation next to the official code, {dataset}", 60, line)
+            yield tool(f"evaluation next to the official code, {dataset}", 60, line, r"^\| ([^-].*) \|$")
     for dataset in [name for name in ("cifar100", "tinyimagenet") if is_prepared(name)] if not small else []:
         real, refined = folder / "real" / f"{dataset}.pt", folder / "refined" / f"{dataset}.pt"
         make = f"generate --dataset {dataset} --from-real random --out {shlex.quote(str(real))}"
         yield Step(f"random real images, {dataset}", 30, (sys.executable, "-m", "ddkit", *shlex.split(make)))
         results = f"--results {shlex.quote(str(folder / 'results.jsonl'))}"
-        yield ddkit(f"official score of random real images, {dataset}", 200, f"evaluate {shlex.quote(str(real))} {results}")
+        line = f"evaluate {shlex.quote(str(real))} {results}"
+        yield ddkit(f"official score of random real images, {dataset}", 200, line, r'"(?:mean|seconds)": [\d.]+')
         if dataset == "cifar100":
             state = f"--run {shlex.quote(str(folder / 'state'))} --out {shlex.quote(str(refined))}"
-            yield ddkit("60 s of refinement, cifar100", 110, f"refine {shlex.quote(str(real))} --time 60s {state}")
+            line = f"refine {shlex.quote(str(real))} --time 60s {state}"
+            yield ddkit("60 s of refinement, cifar100", 110, line, r'"(?:steps|seconds)": [\d.]+')
     preset, precision = ("tiny", "float32") if small else ("small", "bfloat16")
     few = "--steps 2 --batch-size 4 --batches 1 --no-compile" if small else "--steps 20 --batch-size 1024 --batches 3"
-    yield tool(f"sampling, preset {preset}", 90, f"bench_sampling.py --preset {preset} --precision {precision} {few}")
+    line = f"bench_sampling.py --preset {preset} --precision {precision} {few}"
+    yield tool(f"sampling, preset {preset}", 90, line, r".*images/s$|ratio: *[\d.]+")
     few = "--steps 1 --turns 1 --batch-size 8 --no-compile" if small else "--steps 30 --turns 2"
-    yield tool(f"training, preset {preset}", 90, f"bench_training.py --preset {preset} --precision {precision} {few}")
-    yield tool(
-        "minimax criteria", 30, "bench_minimax.py --steps 1 --classes 4 --memory 4 --batch 8" if small else "bench_minimax.py"
-    )
+    line = f"bench_training.py --preset {preset} --precision {precision} {few}"
+    yield tool(f"training, preset {preset}", 90, line, r".*images/s$|ratio: *[\d.]+")
+    few = " --steps 1 --classes 4 --memory 4 --batch 8" if small else ""
+    yield tool("minimax criteria", 30, f"bench_minimax.py{few}", r".*ms a step|.*times as fast")
     if small:
         yield Step("letters", 60, (sys.executable, "-m", "ddkit", "data", "prepare", "glyphs"))
     else:
@@ -108,15 +114,21 @@ def run(step: Step, seconds: float) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         output.seek(0)
-        lines = output.read().splitlines()[-_LINES_KEPT:]
+        text = output.read()
+    found = re.findall(step.figures, text, re.MULTILINE) if step.figures else []
+    figures = ", ".join(" ".join(each.replace("|", ",").split()) for each in found)
     command = shlex.join(["python", *step.command[1:]])
     took = round(time.monotonic() - began, 1)
-    return {"step": step.title, "status": status, "seconds": took, "command": command, "output": lines}
+    return {"step": step.title, "status": status, "seconds": took, "figures": figures, "command": command,
+            "output": text.splitlines()[-_LINES_KEPT:]}  # fmt: skip
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    rows = [f"| {one['step']} | {'ok' if one['status'] == 0 else one['status']} | {one['seconds']} |" for one in found]
-    return "\n".join(["| step | status | seconds |", "|---|---|---|", *rows])
+    rows = [
+        f"| {one['step']} | {'ok' if one['status'] == 0 else one['status']} | {one['seconds']} | {one['figures']} |"
+        for one in found
+    ]
+    return "\n".join(["| step | status | seconds | figures |", "|---|---|---|---|", *rows])
 
 
 def main() -> int:
@@ -133,7 +145,7 @@ def main() -> int:
         for step in steps(options, Path(folder)):
             left = ends - time.monotonic()
             if left < _LEAST_SECONDS:
-                one: dict[str, Any] = {"step": step.title, "status": "no time left", "seconds": 0.0}
+                one: dict[str, Any] = {"step": step.title, "status": "no time left", "seconds": 0.0, "figures": ""}
             else:
                 one = run(step, min(step.limit, left))
             found.append(one)

@@ -25,6 +25,12 @@ def test_step_that_fails_is_reported_with_its_output(tool):
     assert found["status"] == 3 and found["output"] == ["why"]
 
 
+def test_figures_of_a_step_are_in_its_row_of_the_table(tool):
+    command = (sys.executable, "-c", "print(' ddkit:  12.5 images/s\\nnoise\\nratio:   2.00    and more')")
+    found = tool.run(tool.Step("sampling", 60, command, r".*images/s$|ratio: *[\d.]+"), 60)
+    assert tool.table([found]).splitlines()[-1].endswith("| ddkit: 12.5 images/s, ratio: 2.00 |")
+
+
 @pytest.mark.slow
 def test_step_that_hangs_is_ended_with_all_it_started(tool, tmp_path):
     started = tmp_path / "pid"
@@ -54,3 +60,4 @@ def test_small_check_on_a_cpu_writes_a_line_for_each_step(tmp_path, measured_bef
     assert [line["step"] for line in lines[:2]] == ["machine", "sampling, preset tiny"] and len(lines) == 5
     assert done.returncode == 0, done.stdout
     assert all(line["status"] == 0 for line in lines) and "| machine | ok |" in done.stdout
+    assert "images/s" in done.stdout.splitlines()[-4]
