@@ -1,4 +1,4 @@
-"""What this machine has and what that means for ddkit: the library function behind `ddkit doctor`."""
+"""A diagnosis of this machine: the library function behind `ddkit doctor`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ddkit.data.store import list_prepared, store_facts
 from ddkit.errors import DDKitError
 from ddkit.network.autotune import choose_plan, has_bfloat16
 from ddkit.network.convnet import ConvNet
-from ddkit.network.engine import EnginePlan, build_engine
+from ddkit.network.engine import build_engine
 from ddkit.network.kernels import CompileError, compiler_command
 from ddkit.runtime.device import cpu_model, describe_device, usable_gpus, why_no_gpu
 from ddkit.runtime.environment import versions
@@ -98,16 +98,9 @@ def _processor(folder: Path) -> Iterator[Diagnosis]:
     text += ", with bfloat16 instructions" if has_bfloat16() else ""
     yield Diagnosis("ok", "processor", text)
     threads = torch.get_num_threads()
-    many = threads > cpus
-    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
-    yield Diagnosis(
-        "slow" if many else "ok",
-        "threads",
-        f"{threads} of PyTorch, OMP_WAIT_POLICY {policy}",
-        f"More threads than CPUs wait for each other: set OMP_NUM_THREADS={cpus}, or import ddkit before torch."
-        if many
-        else "",
-    )
+    text = f"{threads} of PyTorch, OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}"
+    remedy = f"More threads than CPUs wait for each other: set OMP_NUM_THREADS={cpus}, or import ddkit before torch."
+    yield Diagnosis("slow", "threads", text, remedy) if threads > cpus else Diagnosis("ok", "threads", text)
 
 
 def _compiler(folder: Path) -> Iterator[Diagnosis]:
@@ -121,15 +114,6 @@ def _engine(folder: Path) -> Iterator[Diagnosis]:
     spec = CHALLENGE_DATASETS[0]
     network = ConvNet(spec.num_classes, spec.image_size).to("cuda" if usable_gpus() else "cpu")
     plan = choose_plan(network, "float32", _BATCH)
-    speed = _BATCH / _seconds_per_batch(network, plan)
-    minutes = _IMAGES_OF_A_SCORE / speed / 60
-    text = f'"{plan.kind}", {speed:,.0f} images/s: an official {spec.name} score takes about {minutes:,.0f} minutes'
-    slow = speed < _SLOW_IMAGES_PER_SECOND
-    remedy = "Install g++ or clang++ for the fast engine, or use a GPU." if slow and plan.kind == "plain" else ""
-    yield Diagnosis("slow" if slow else "ok", "evaluation engine", text, remedy)
-
-
-def _seconds_per_batch(network: ConvNet, plan: EnginePlan) -> float:
     device = network.classifier.weight.device
     images = torch.randn(_BATCH, 3, network.image_size, network.image_size, device=device)
     labels = torch.arange(_BATCH, device=device) % network.num_classes
@@ -138,7 +122,12 @@ def _seconds_per_batch(network: ConvNet, plan: EnginePlan) -> float:
     began = time.perf_counter()
     for _ in range(_REPEATS):
         engine.gradients(images, labels).item()
-    return (time.perf_counter() - began) / _REPEATS
+    speed = _REPEATS * _BATCH / (time.perf_counter() - began)
+    minutes = _IMAGES_OF_A_SCORE / speed / 60
+    text = f'"{plan.kind}", {speed:,.0f} images/s: an official {spec.name} score takes about {minutes:,.0f} minutes'
+    slow = speed < _SLOW_IMAGES_PER_SECOND
+    remedy = "Install g++ or clang++ for the fast engine, or use a GPU." if slow and plan.kind == "plain" else ""
+    yield Diagnosis("slow" if slow else "ok", "evaluation engine", text, remedy)
 
 
 def _memory(folder: Path) -> Iterator[Diagnosis]:
@@ -152,20 +141,15 @@ def _folders(folder: Path) -> Iterator[Diagnosis]:
     for what, path in (("this folder", folder.absolute()), ("cache", cache_folder().absolute())):
         there = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(there).free
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                writable = True
-        except OSError:
-            writable = False
-        status, remedy = "ok", ""
-        if not writable:
-            status, remedy = "broken", "Work in a folder that you may write to."
-            if what == "cache":
-                # Prepared datasets in a shared cache can be used all the same.
-                status, remedy = "slow", "ddkit cannot write there; set DDKIT_CACHE to a folder that you may write to."
-        elif free < _LEAST_DISK:
+        status, remedy, permission = "ok", "", "writable"
+        if free < _LEAST_DISK:
             status, remedy = "slow", "Free some space; datasets, models and states take several gigabytes."
-        permission = "writable" if writable else "not writable"
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError:
+            status, remedy, permission = "broken", "Work in a folder that you may write to.", "not writable"
+            if what == "cache":  # prepared datasets in a shared cache can still be used
+                status, remedy = "slow", "ddkit cannot write there; set DDKIT_CACHE to a folder that you may write to."
         yield Diagnosis(status, what, f"{path}, {permission}, {free / 2**30:.0f} GiB free", remedy)
 
 

@@ -45,7 +45,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome(Scores):
-    """What an evaluation found. Accuracies are fractions of the test set, 0 to 1.
+    """The outcome of an evaluation. Accuracies are fractions of the test set, 0 to 1.
 
     images_per_class: smallest and largest number of images of any class.
     official: True if nothing differs from PROTOCOL.md; `deviations` says what does.

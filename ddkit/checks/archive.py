@@ -94,8 +94,7 @@ def _name_of(info: zipfile.ZipInfo) -> str:
 
 def _member_finding(info: zipfile.ZipInfo) -> Finding | None:
     """The finding on a member's name, kind and compression, before its content is read; None if all are right."""
-    name = info.filename
-    path = PurePosixPath(_name_of(info))
+    name, path = info.filename, PurePosixPath(_name_of(info))
     if any(part in _LEFTOVERS or part.startswith("._") for part in path.parts):
         message = "The zip holds a file that macOS or Windows added. Pack with ddkit pack, or with zip -X."
         return Finding("error", "F017", message, name)

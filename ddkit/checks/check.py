@@ -31,7 +31,7 @@ _MOST_ROWS_NAMED = 5
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What to check for.
+    """Settings of a check.
 
     ipc: the images per class that there must be; None accepts any whole number.
     meaning: also judge the numbers: their normalization, the order of the rows, copies of test images.
@@ -197,7 +197,7 @@ def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Repor
     if not any(finding.code in ("F005", "F018") for finding in findings):
         tensors = [name for name in names if name.lower().endswith(TENSOR_ENDINGS)]
         of_challenge = [name for name in tensors if name.lower().removesuffix(".pt") in _CHALLENGE_NAMES]
-        if of_challenge:  # whoever opens the zip gets all of it, so that nothing can be left out
+        if of_challenge:  # a zip is scored whole, so that nothing can be left out of it
             message = "The zip must hold the challenge's two tensors only. Pack with ddkit pack."
             findings += [Finding("error", "F009", message, name) for name in tensors if name not in of_challenge]
         findings += name_findings(of_challenge or tensors, path.name)

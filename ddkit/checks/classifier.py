@@ -106,14 +106,16 @@ def fit_class_model(real: ImageSet, num_classes: int, *, name: str = "", progres
     weight, bias = _discriminant(features, real.labels[fit_rows], num_classes)
     held_labels = real.labels[held_rows]
     logits = held_features @ weight + bias
-    temperature = _temperature(logits, held_labels)
+    # The divisor of logits that makes held-out images most probable (Guo et al. 2017).
+    losses = torch.stack([F.cross_entropy(logits / temperature, held_labels) for temperature in _TEMPERATURES])
+    temperature = _TEMPERATURES[losses.argmin()]
     logp = torch.log_softmax(logits / temperature, dim=1)
     gain = logp.gather(1, held_labels[:, None]).mean() + math.log(num_classes)
     return ClassModel(weight / temperature, bias / temperature, float(gain), class_information(logp))
 
 
 def class_information(logp: Tensor) -> float:
-    """How much the predicted class differs between the images of (N, C) log p: H(mean p) - mean H(p), in nats."""
+    """The variety of the predicted classes of (N, C) log-probabilities: H(mean p) - mean H(p), in nats."""
     mean = torch.logsumexp(logp, dim=0) - math.log(len(logp))
     return float(-(mean.exp() * mean).sum() + (logp.exp() * logp).sum(dim=1).mean())
 
@@ -139,7 +141,7 @@ def _edge_features(images: Tensor) -> Tensor:
     across, down = across.gather(1, strongest), down.gather(1, strongest)
     magnitude = squared.gather(1, strongest).sqrt()
     angles = (torch.arange(_ORIENTATIONS) * math.pi / _ORIENTATIONS).view(1, -1, 1, 1)
-    # An edge counts for the orientations within half a turn's share of its own: soft bins without an arctangent.
+    # An edge counts for the nearest orientations: soft bins without an arctangent.
     along = (across * angles.cos()).addcmul_(down, angles.sin()).abs_()
     along.sub_(magnitude, alpha=math.cos(math.pi / _ORIENTATIONS)).clamp_min_(0)
     fine = F.avg_pool2d(along, _CELL)
@@ -215,9 +217,3 @@ def _discriminant(features: Tensor, labels: Tensor, num_classes: int) -> tuple[T
     bias = -0.5 * (centers * weight.mT).sum(dim=1)
     weight = weight / scale[:, None]
     return weight, bias - mean @ weight
-
-
-def _temperature(logits: Tensor, labels: Tensor) -> Tensor:
-    """The divisor of logits that makes held-out images most probable (Guo et al. 2017)."""
-    losses = torch.stack([F.cross_entropy(logits / temperature, labels) for temperature in _TEMPERATURES])
-    return _TEMPERATURES[losses.argmin()]

@@ -32,36 +32,26 @@ def content_findings(images: Tensor, spec: DatasetSpec, where: str, *, test_imag
     """
     pixels = denormalize(images, spec)
     blank = pixels.flatten(2).std(dim=2).amax(dim=1) < _BLANK
-    findings = _blank_findings(blank, where)
+    findings = []
+    if rows := blank.nonzero().flatten().tolist():
+        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        named = f"rows {', '.join(map(str, rows[:_NAMED]))}{more}"
+        findings.append(Finding("warning", "C001", f"{len(rows)} images are blank (a single color): {named}.", where))
     prints = _fingerprints(to_uint8(pixels))
     unlike = (~blank).nonzero().flatten()
-    findings += _copy_findings(pixels, prints, unlike, len(images) // spec.num_classes, where)
-    if test_images is not None:
-        findings += _test_findings(pixels, prints, unlike, test_images, where)
-    return [*findings, _summary(pixels, spec, where)]
-
-
-def _blank_findings(blank: Tensor, where: str) -> list[Finding]:
-    rows = blank.nonzero().flatten().tolist()
-    if not rows:
-        return []
-    message = f"{len(rows)} images are blank (a single color): {_row_words(rows)}."
-    return [Finding("warning", "C001", message, where)]
-
-
-def _copy_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, ipc: int, where: str) -> list[Finding]:
-    """Findings C002 to C005: equal and nearly equal images, within a class and across classes."""
     same: dict[bytes, list[int]] = defaultdict(list)
     for row in unlike.tolist():
         same[prints[row]].append(row)
     exact = [(rows[0], row) for rows in same.values() for row in rows[1:]]
     near = [(int(unlike[a]), int(unlike[b])) for a, b in near_pairs(pixels[unlike])]
     near = [(a, b) for a, b in near if prints[a] != prints[b]]
-    return [
-        *_pair_findings(exact, ("C002", "C003"), "the same at 8 bits", 0, ipc, where),
-        # Real images hold a few pairs that look alike; many pairs are a mistake.
-        *_pair_findings(near, ("C004", "C005"), "nearly the same", int(_REMARKED * len(pixels)), ipc, where),
-    ]
+    ipc = len(images) // spec.num_classes
+    findings += _pair_findings(exact, ("C002", "C003"), "the same at 8 bits", 0, ipc, where)
+    # Real images hold a few pairs that look alike; many pairs are a mistake.
+    findings += _pair_findings(near, ("C004", "C005"), "nearly the same", int(_REMARKED * len(pixels)), ipc, where)
+    if test_images is not None:
+        findings += _test_findings(pixels, prints, unlike, test_images, where)
+    return [*findings, _summary(pixels, spec, where)]
 
 
 def _pair_findings(
@@ -164,11 +154,6 @@ def _summary(pixels: Tensor, spec: DatasetSpec, where: str) -> Finding:
         f"{', '.join(f'{value:.2f}' for value in mean)}, deviations {', '.join(f'{value:.2f}' for value in std)}."
     )
     return Finding("info", "C008", message, where)
-
-
-def _row_words(rows: Sequence[int]) -> str:
-    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-    return f"rows {', '.join(map(str, rows[:_NAMED]))}{more}"
 
 
 def _pair_words(pairs: Sequence[tuple[int, int]], joint: str = " and ") -> str:

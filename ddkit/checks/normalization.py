@@ -78,7 +78,7 @@ _OFTEN_GIVEN = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a set's values were normalized. constants: that were found; None where none explain the values."""
+    """The judgment of how values were normalized. constants: those found; None where none explain the values."""
 
     finding: Finding
     constants: Constants | None = None
@@ -95,8 +95,15 @@ def normalization_findings(images: Tensor, spec: DatasetSpec, where: str) -> lis
 
 def judge_normalization(images: Tensor, spec: DatasetSpec, where: str = "") -> Verdict | None:
     """Like `normalization_findings`, with the constants; None if nothing speaks for or against the right ones."""
-    if _is_channels_last(images):
-        return Verdict(_channels_last(where))
+    sample = images[:: max(1, len(images) // _ROWS_COMPARED)]
+    count, channels, side, _ = sample.shape
+    if _roughness(sample.reshape(count, side, side, channels).permute(0, 3, 1, 2)) < _SMOOTHER * _roughness(sample):
+        message = (
+            "The images were stored channels last, (rows, S, S, 3), and then reshaped: read that way they are smooth, and "
+            "in the present shape they are not. Use tensor.reshape(rows, S, S, 3).permute(0, 3, 1, 2) on this file, "
+            "or permute instead of reshape when you make it."
+        )
+        return Verdict(Finding("error", "N007", message, where))
     for judge in (_by_lattice, _by_corners, _by_spectrum, _by_moments):
         if verdict := judge(images, spec, where):
             return verdict
@@ -250,7 +257,7 @@ def _solve_channel(values: np.ndarray) -> tuple[float, float, int, float, float]
 
 
 def _contrast_change(constants: Constants, spec: DatasetSpec) -> str:
-    """How the images differ from rightly normalized 8-bit pixels, if it is the same change for all channels; else empty."""
+    """The change from rightly normalized 8-bit pixels, in words, if it is the same for all channels; else empty."""
     if len({*spec.mean}) == len({*spec.std}) == 1:
         return ""  # with equal constants for all channels, every wrong mean and deviation looks like a change of contrast
     mean, std = np.array(spec.mean), np.array(spec.std)
@@ -369,25 +376,8 @@ def _moment_distance(mean: Tensor, std: Tensor, constants: Constants, spec: Data
     return float(torch.stack([shift, spread]).square().mean().sqrt())
 
 
-def _is_channels_last(images: Tensor) -> bool:
-    """True if the memory makes clearly smoother images when read as (N, S, S, 3)."""
-    sample = images[:: max(1, len(images) // _ROWS_COMPARED)]
-    count, channels, side, _ = sample.shape
-    other = sample.reshape(count, side, side, channels).permute(0, 3, 1, 2)
-
-    def roughness(x: Tensor) -> float:
-        return float(x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean())
-
-    return roughness(other) < _SMOOTHER * roughness(sample)
-
-
-def _channels_last(where: str) -> Finding:
-    message = (
-        "The images were stored channels last, (rows, S, S, 3), and then reshaped: read that way they are smooth, and "
-        "in the present shape they are not. Use tensor.reshape(rows, S, S, 3).permute(0, 3, 1, 2) on this file, "
-        "or permute instead of reshape when you make it."
-    )
-    return Finding("error", "N007", message, where)
+def _roughness(images: Tensor) -> float:
+    return float(images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean())
 
 
 def _largest_difference(constants: Constants, spec: DatasetSpec) -> float:

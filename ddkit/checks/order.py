@@ -196,24 +196,15 @@ def _candidates(classes: int, orders: Mapping[str, Tensor]) -> list[_Candidate]:
         _Candidate("L001", _WORDS["L001"], right),
         *(_Candidate(code, _WORDS[code], order) for code, order in orders.items()),
         _Candidate("L006", "reversed: the last class comes first", right.flip(0)),
-        *_shifted(right),
     ]
+    for start in range(classes - 1):  # a class is missing or doubled
+        for step, side in ((-1, "after"), (1, "before")):
+            words = f"shifted by one block from block {start} on, where they show the class {side} theirs"
+            by_block.append(_Candidate("L005", words, torch.cat([right[:start], right[start:].roll(step)])))
     in_turn = [_Candidate("L004", "image by image, the classes in turn (0, 1, 2, ... again and again)", right, True)]
     for code, order in orders.items():
         in_turn.append(_Candidate("L004", f"image by image, and the classes {_WORDS[code]}", order, True))
     return by_block + in_turn
-
-
-def _shifted(right: Tensor) -> list[_Candidate]:
-    """From some block on, each shows the class after or before its own, because a class is missing or doubled."""
-    shifted = []
-    for start in range(len(right) - 1):
-        from_here = f"shifted by one block from block {start} on"
-        before, tail = right[:start], right[start:]
-        up, down = torch.cat([before, tail.roll(-1)]), torch.cat([before, tail.roll(1)])
-        shifted.append(_Candidate("L005", f"{from_here}, where they show the class after theirs", up))
-        shifted.append(_Candidate("L005", f"{from_here}, where they show the class before theirs", down))
-    return shifted
 
 
 def _group_means(logp: Tensor, interleaved: bool) -> Tensor:
@@ -402,7 +393,16 @@ def _exchanged_channels(
 def _finding(logp: Tensor, verdict: OrderVerdict, spec: DatasetSpec, where: str) -> Finding:
     titles = class_titles(spec.name)
     if verdict.code == "L001":
-        return Finding("info", "L001", _right_message(logp, verdict, titles), where)
+        means = _centered(_group_means(logp, False))
+        classes = len(means)
+        first = int((means.argmax(dim=1) == torch.arange(classes)).sum())
+        worst = means.diagonal().argsort()[:3].tolist()
+        named = "; ".join(_block_words(block, len(logp) // classes, titles) for block in worst)
+        message = (
+            f"The rows look right: {_strength(verdict)}; {first} of {classes} blocks resemble their own class most. "
+            f"The weakest are {named}."
+        )
+        return Finding("info", "L001", message, where)
     if verdict.code == "L010":
         message = (
             f"Whether the rows are in the right order is unknown: they are {_strength(verdict)}, "
@@ -432,19 +432,6 @@ def _strength(verdict: OrderVerdict) -> str:
     return f"{verdict.agreement:.1f} standard deviations above a random order"
 
 
-def _right_message(logp: Tensor, verdict: OrderVerdict, titles: Sequence[str]) -> str:
-    means = _centered(_group_means(logp, False))
-    classes = len(means)
-    own = means.diagonal()
-    first = int((means.argmax(dim=1) == torch.arange(classes)).sum())
-    worst = own.argsort()[: min(3, classes)].tolist()
-    named = "; ".join(_block_words(block, len(logp) // classes, titles) for block in worst)
-    return (
-        f"The rows look right: {_strength(verdict)}; {first} of {classes} blocks resemble their own class most. "
-        f"The weakest are {named}."
-    )
-
-
 def _parts_words(labels: Tensor, titles: Sequence[str]) -> str:
     """The first rows that show another class than their block's."""
     ipc = len(labels) // len(titles)
@@ -467,23 +454,17 @@ def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Se
     pairs = [(block, shown[block]) for block in moved if shown[shown[block]] == block and block < shown[block]]
     if verdict.code == "L007" and len(pairs) * 2 == len(moved):
         return "swapped: " + ", ".join(f"{a} ({titles[a]}) and {b} ({titles[b]})" for a, b in pairs[:_NAMED])
-    if verdict.code in ("L007", "L008") and (side := _run_side(shown, moved)):
-        first, last = moved[0], moved[-1]
-        return f"the blocks from {first} ({titles[first]}) to {last} ({titles[last]}) show the class {side} theirs"
+    in_a_row = len(moved) >= 3 and moved[-1] - moved[0] + 1 == len(moved)
+    for step, side, run in ((1, "after", moved[:-1]), (-1, "before", moved[1:])):
+        # All except one at the end, which shows the class at the other end.
+        if verdict.code in ("L007", "L008") and in_a_row and all(shown[block] == block + step for block in run):
+            first, last = moved[0], moved[-1]
+            return f"the blocks from {first} ({titles[first]}) to {last} ({titles[last]}) show the class {side} theirs"
     own = _centered(_group_means(logp, False)).diagonal()
     moved.sort(key=lambda block: float(own[block]))
     named = [f"{_block_words(b, ipc, titles)} show {shown[b]} ({titles[shown[b]]})" for b in moved[:_NAMED]]
     more = f"; and {len(moved) - _NAMED} more blocks" if len(moved) > _NAMED else ""
     return "; ".join(named) + more
-
-
-def _run_side(shown: Sequence[int], moved: Sequence[int]) -> str:
-    """ "after" or "before" if three blocks or more in a row show the class next to theirs, except the last one; else ""."""
-    if len(moved) < 3 or moved[-1] - moved[0] + 1 != len(moved):
-        return ""
-    if all(shown[block] == block + 1 for block in moved[:-1]):
-        return "after"
-    return "before" if all(shown[block] == block - 1 for block in moved[1:]) else ""
 
 
 def _block_words(block: int, ipc: int, titles: Sequence[str]) -> str:

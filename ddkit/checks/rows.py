@@ -7,7 +7,6 @@ of log-probabilities that they gain under another label. A change is believed on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +41,15 @@ def find_row_order(evidence: Tensor, labels: Tensor) -> RowOrder | None:
     if ipc < 2:
         return None
     evidence = evidence.double()
-    # If no row shows the class of its label, the scale cannot be told from the labels.
-    evidence = _calibrated(evidence, (labels, _exchanged(evidence, labels, ipc)[0]))
+    # Scaled down to what makes the labels, or the exchanged ones, most probable, as images of a set are not as clear as
+    # real ones. If no row shows the class of its label, the scale cannot be told from the labels alone.
+    alternatives = (labels, _exchanged(evidence, labels, ipc)[0])
+    likelihoods = [
+        (float(torch.log_softmax(scale * evidence, dim=1).gather(1, of[:, None]).mean()), float(scale))
+        for scale in _SCALES
+        for of in alternatives
+    ]
+    evidence = evidence * max(likelihoods)[1]
     shifted, shift_gain, shift_words = _shifted(evidence, labels, ipc)
     exchanged, exchange_gain, exchange_words = _exchanged(evidence, labels, ipc)
     if max(shift_gain, exchange_gain) <= 0:
@@ -51,16 +57,6 @@ def find_row_order(evidence: Tensor, labels: Tensor) -> RowOrder | None:
     if shift_gain >= _SAME_GAIN * exchange_gain:
         return RowOrder("L013", _balanced(evidence, shifted, ipc), shift_words)
     return RowOrder("L014", _balanced(evidence, exchanged, ipc), exchange_words)
-
-
-def _calibrated(evidence: Tensor, alternatives: Sequence[Tensor]) -> Tensor:
-    """Scaled down to what makes one of the labels most probable, as images of a set are not as clear as real ones."""
-    likelihoods = [
-        (float(torch.log_softmax(scale * evidence, dim=1).gather(1, labels[:, None]).mean()), float(scale))
-        for scale in _SCALES
-        for labels in alternatives
-    ]
-    return evidence * max(likelihoods)[1]
 
 
 def _shifted(evidence: Tensor, labels: Tensor, ipc: int) -> tuple[Tensor, float, str]:

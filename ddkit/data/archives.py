@@ -217,7 +217,7 @@ class PackedTree(Tree):
 
 
 class _Part(io.RawIOBase):
-    """A stretch of a file as a file of its own, to be read from front to back."""
+    """A part of a file as a separate file, to be read from front to back."""
 
     def __init__(self, path: Path, begin: int, size: int) -> None:
         self._file, self._left = path.open("rb", buffering=0), size
@@ -320,7 +320,7 @@ def _is_clutter(name: str) -> bool:
 
 
 def _member_name(name: str, path: Path) -> str:
-    """The plain relative name of a member; "" for what is not listed. Raises BadDataError for one that leads out."""
+    """The plain relative name of a member; "" for a member that is not listed. Raises BadDataError for one that leads out."""
     try:
         inside = member_path(name)
     except ValueError as error:

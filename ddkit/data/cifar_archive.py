@@ -58,7 +58,7 @@ def read_cifar(tree: Tree, folder: str, test_split: str | None = None) -> Source
 
 
 def _load(tree: Tree, path: str, name: str) -> Any:
-    """What a pickle holds. Raises BadDataError."""
+    """The contents of a pickle. Raises BadDataError."""
     try:
         if (size := tree.size(path)) > _MAX_BYTES:
             raise pickle.UnpicklingError(f"it has {size:,} bytes")

@@ -161,7 +161,7 @@ def decode_split(
 
 @dataclass(frozen=True)
 class _Job:
-    """What all blocks of a split have in common."""
+    """The tree, the target and the option that all blocks of a split share."""
 
     tree: Tree
     target: SplitFile
@@ -217,7 +217,7 @@ def _worker(job: _Job) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen([sys.executable, "-I", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None  # both pipes were asked for
     try:
-        with contextlib.suppress(BrokenPipeError):  # whoever asks it something will notice
+        with contextlib.suppress(BrokenPipeError):  # `_ask` will report it
             _send(job, process.stdin)
         yield process
     finally:
@@ -244,7 +244,7 @@ def _ask(process: subprocess.Popen[bytes], block: _Block) -> list[Problem]:
 
 
 def _work() -> None:
-    """What a worker does: read a job and then blocks from standard input, and answer each block on standard output."""
+    """Run a worker: read a job and then blocks from standard input, and answer each block on standard output."""
     # Ctrl-C reaches every process of a terminal; the one that started this process decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer

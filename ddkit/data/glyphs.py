@@ -55,7 +55,7 @@ def draw(split: str, label: int, index: int) -> NDArray[np.uint8]:
 
 
 def _letter(name: str, random: np.random.Generator) -> NDArray[np.floating]:
-    """How much of each pixel the letter covers, (S, S) in [0, 1]."""
+    """The share of each pixel that the letter covers, (S, S) in [0, 1]."""
     side = _SIDE * _SCALE
     canvas = Image.new("L", (side, side))
     font = _load_font(int(random.integers(_FONT_SIZES[0], _FONT_SIZES[1] + 1)) * _SCALE)

@@ -39,7 +39,7 @@ def read_image_folder(tree: Tree, top: str, test_split: str | None) -> Source | 
 
     test_split: the name of the test split, for those that have several; None for the first of `SPLIT_NAMES`.
     Raises IncompleteLayoutError if one of the splits is missing or has no labels, and BadDataError for labels that do not
-    fit: classes that only one split has, annotations that name what is not there, images without a class.
+    fit: classes that only one split has, annotations that name missing files, images without a class.
     """
     spelled = {name.lower(): _join(top, name) for name in tree.folders[top][0]}
     found = {name: spelled[name] for names in SPLIT_NAMES.values() for name in names if name in spelled}

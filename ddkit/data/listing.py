@@ -1,4 +1,4 @@
-"""What a reader of a layout finds: classes, splits and labels. `ddkit.data.prepare` turns it into a store.
+"""The classes, splits and labels that a reader of a layout finds. `ddkit.data.prepare` turns them into a store.
 
 Image files are only listed, and decoded later; layouts that hold pixels give them in blocks.
 """
@@ -46,7 +46,7 @@ class PixelSplit:
 
 @dataclass(frozen=True)
 class Source:
-    """What was found at a path.
+    """The dataset that was found at a path.
 
     kind: the layout, in words. path: what the user calls it; None if the images are drawn. class_names: in label order.
     splits: "train" and "test", or "test" alone.

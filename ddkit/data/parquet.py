@@ -100,19 +100,15 @@ class _Copy:
                         for image, value in zip(batch.column(image_column).to_pylist(), values, strict=True):
                             data = (image.get("bytes") if isinstance(image, dict) else image) or b""
                             labels[path := f"{shard}, row {row:07}"] = value
-                            self.index[path] = (self._write(data), len(data))
+                            self.index[path] = (self._target.tell(), len(data))
                             row += 1
+                            try:
+                                self._target.write(data)
+                            except OSError as error:
+                                raise explain_os_error(error, self._target.name) from error
             except (pyarrow.ArrowException, *READ_ERRORS) as error:
                 raise BadDataError(f"{self._tree.path}: {shard} is damaged: {error}.", "Get it again.") from error
         return labels
-
-    def _write(self, data: bytes) -> int:
-        try:
-            place = self._target.tell()
-            self._target.write(data)
-            return place
-        except OSError as error:
-            raise explain_os_error(error, self._target.name) from error
 
     def _columns(self, shard: str, schema: Any) -> tuple[str, str]:
         """The names of the columns of images and of labels. Raises BadDataError."""

@@ -27,7 +27,7 @@ from ddkit.data.archives import DamagedFileError
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.decoding import BadImageError, Problem, decode_split, open_image
 from ddkit.data.download import OFFICIAL, download
-from ddkit.data.listing import FileSplit, PixelSplit, Source, some
+from ddkit.data.listing import PixelSplit, Source, some
 from ddkit.data.sources import open_source
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
@@ -42,7 +42,7 @@ _MOST_PROBLEMS = 100  # unusable files after which a preparation that will fail 
 
 @dataclass(frozen=True)
 class _Request:
-    """What `prepare` is asked for; its docstring explains the fields."""
+    """The arguments of `prepare`, whose docstring explains them."""
 
     name: str
     source: Path | None = None
@@ -287,17 +287,13 @@ def _image_size(request: _Request, source: Source) -> int:
     """The dataset's own, the one asked for, or that of the first whole image. Raises BadDataError if none of them fits."""
     spec, content = DATASETS.get(request.name), source.splits.get("train") or source.splits["test"]
     wanted = spec.image_size if spec else request.image_size
-    if isinstance(content, FileSplit):
-        return wanted or _size_of_first(content)
-    if wanted not in (None, content.image_size):
-        raise BadDataError(
-            f"The images of {source.path or 'that source'} are {content.image_size} pixels, not {wanted}.",
-            "Only image files can be resized.",
-        )
-    return content.image_size
-
-
-def _size_of_first(content: FileSplit) -> int:
+    if isinstance(content, PixelSplit):
+        if wanted not in (None, content.image_size):
+            message = f"The images of {source.path or 'that source'} are {content.image_size} pixels, not {wanted}."
+            raise BadDataError(message, "Only image files can be resized.")
+        return content.image_size
+    if wanted is not None:
+        return wanted
     path = content.tree.path
     for name in content.names:
         with contextlib.suppress(BadImageError, DamagedFileError):

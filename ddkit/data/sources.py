@@ -114,9 +114,14 @@ class _Search:
         for _ in range(_MAX_DEPTH + 1):
             below = []
             for folder in level[:_MOST_FOLDERS]:
-                if source := self._read(tree, folder, problems):
-                    found.append((folder or tree.path.name, source))
-                else:
+                for read in (read_cifar, read_image_folder, read_arrays, partial(read_parquet, scratch=self.scratch)):
+                    try:
+                        if source := read(tree, folder, self.test_split):
+                            found.append((folder or tree.path.name, source))
+                            break
+                    except IncompleteLayoutError as error:
+                        problems.append(error)
+                else:  # no layout begins here
                     below += [f"{folder}/{name}" if folder else name for name in tree.folders[folder][0]]
             if any(self.fits(source) for _, source in found):
                 return found
@@ -130,16 +135,6 @@ class _Search:
         if problems and not found:
             raise problems[0]
         return found
-
-    def _read(self, tree: Tree, folder: str, problems: list[BadDataError]) -> Source | None:
-        """The dataset whose layout begins at a folder; what is incomplete is added to `problems`."""
-        for read in (read_cifar, read_image_folder, read_arrays, partial(read_parquet, scratch=self.scratch)):
-            try:
-                if source := read(tree, folder, self.test_split):
-                    return source
-            except IncompleteLayoutError as error:
-                problems.append(error)
-        return None
 
     def _copied(self, tree: Tree, name: str) -> Path:
         """A file of a tree as one of the system. Raises BadDataError if it is damaged."""

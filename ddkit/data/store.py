@@ -55,7 +55,7 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What a store's meta.json says.
+    """The contents of a store's meta.json.
 
     source: the layout ("kind"), the path and the settings that the store was made from.
     class_titles: readable names ("goldfish") in the order of class_names; empty if those are readable themselves.
@@ -177,7 +177,7 @@ def known_names() -> tuple[str, ...]:
 
 
 def is_prepared(name: str) -> bool:
-    """True if a store of that name exists, be it damaged."""
+    """True if a store of that name exists, damaged or not."""
     return (store_folder(name) / META_FILE).is_file()
 
 

@@ -41,7 +41,7 @@ SIDE_BY_SIDE = 4  # rounds at a time on a GPU
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to evaluate; None takes the track's value.
+    """Settings of an evaluation; None takes the track's value.
 
     track: 1 or 2. rounds: how many fresh networks to train. epochs_setting: E; E + 1 epochs run.
     network: a name in `ddkit.network.networks.NETWORKS`. precision: "float32" or "bfloat16".
@@ -79,7 +79,7 @@ class EvaluationSettings:
 
     @property
     def training(self) -> TrainingSettings:
-        """How each network is trained."""
+        """The settings with which each network is trained."""
         epochs = self.epochs_setting
         if epochs is None:
             epochs = challenge.track(self.track).epochs_setting
@@ -214,7 +214,7 @@ def evaluate_source(
 def expected_deviations(
     source: FixedSet, test_set: TestSet, settings: EvaluationSettings, device: torch.device
 ) -> tuple[str, ...]:
-    """What would differ from PROTOCOL.md in an evaluation of a set, without running it."""
+    """The differences from PROTOCOL.md that an evaluation of a set would have; nothing is run."""
     per_class = images_per_class(source.labels, test_set.spec.num_classes)
     return _deviations(source, test_set, settings, device, settings.number_of_rounds, per_class)
 
@@ -222,7 +222,7 @@ def expected_deviations(
 def finished_rounds(
     source: Source, test_set: TestSet, settings: EvaluationSettings, device: torch.device, state: StateFolder
 ) -> int:
-    """How many rounds an earlier call has finished, which will not be repeated."""
+    """The number of rounds that an earlier call has finished, which are not repeated."""
     run = _Run(source, test_set, settings, device, state, ignore, settings.number_of_rounds)
     return run.finished()
 
@@ -278,7 +278,7 @@ class _Run:
         return [results[index] for index in indices]
 
     def finished(self) -> int:
-        """How many rounds have a result."""
+        """The number of rounds that have a result."""
         return sum(read_result(self._file(index)) is not None for index in range(self.number_of_rounds))
 
     def _file(self, index: int) -> Path | None:

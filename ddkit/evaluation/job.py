@@ -32,7 +32,7 @@ from ddkit.statistics import Comparison, compare
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What `evaluate_files` does with all its files.
+    """Settings of `evaluate_files` for all its files.
 
     evaluation: how each is evaluated. dataset: of all files; None finds it for each file (see `ddkit.sets.distilled`).
     name: under which results are recorded; None takes the name of the file's folder, which joins an entry's two sets.
@@ -143,7 +143,7 @@ def estimate_files(
     progress: Listener = ignore,
     on_event: Callable[[str], None] = lambda text: None,
 ) -> tuple[EvaluationEstimate, ...]:
-    """What `evaluate_files` would take for these sets, and which results would be official; nothing is recorded.
+    """The time that `evaluate_files` would take for these sets, and which results would be official; nothing is recorded.
 
     Raises what `evaluate_files` raises before its first evaluation, and UsageError for track 2, where the time depends on
     the images that a generator makes.

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ddkit.challenge import BATCH_SIZE
@@ -55,8 +56,6 @@ def is_official(dataset: str, pixels: Tensor, labels: Tensor) -> bool:
 
     pixels: (N, 3, S, S) uint8. labels: (N,) int64. See the module's text for what counts as the same.
     """
-    from scipy.optimize import linear_sum_assignment
-
     with np.load(_FILE) as file:
         official = file[dataset].astype(np.float32)
     classes = labels.bincount().tolist()

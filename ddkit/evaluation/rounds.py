@@ -214,7 +214,7 @@ def _train_epoch(rounds: Sequence[_Round], stop: StopRequest, listener: EpochLis
 
 
 def _read_state(path: Path | None) -> dict[str, Any]:
-    """What was saved, or an empty dict; a file that cannot be used is reported and ignored."""
+    """The saved state, or an empty dict; a file that cannot be used is reported and ignored."""
     if path is None or not path.exists():
         return {}
     try:

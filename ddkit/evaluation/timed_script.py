@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionError
 from ddkit.evaluation.tracks import Generated, overrun
-from ddkit.runtime.interrupt import StopRequest, stop_requests
+from ddkit.runtime.interrupt import stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.torch_file import TorchFileError, load_tensors
 
@@ -67,7 +67,16 @@ class ScriptEntry:
             command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True
         ) as process:  # fmt: skip
             try:
-                self._wait(process, began, budget, stop)
+                while process.poll() is None:
+                    spent = time.monotonic() - began
+                    if spent > budget:
+                        raise overrun(str(self.script), "was still running", budget)
+                    if stop:
+                        remedy = "Run the same command again to generate them from the start."
+                        raise InterruptedRunError("Interrupted while images were generated.", remedy)
+                    self.progress(Progress(f"generating {self.dataset}", spent, budget, "s"))
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(_SECONDS_BETWEEN_LOOKS)
             finally:  # end the process and those that it started, if any still run
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
@@ -79,16 +88,3 @@ class ScriptEntry:
                 "Its last output: " + " | ".join(lines) if lines else "",
             )
         return seconds
-
-    def _wait(self, process: subprocess.Popen[bytes], began: float, budget: float, stop: StopRequest) -> None:
-        while process.poll() is None:
-            spent = time.monotonic() - began
-            if spent > budget:
-                raise overrun(str(self.script), "was still running", budget)
-            if stop:
-                raise InterruptedRunError(
-                    "Interrupted while images were generated.", "Run the same command again to generate them from the start."
-                )
-            self.progress(Progress(f"generating {self.dataset}", spent, budget, "s"))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_SECONDS_BETWEEN_LOOKS)

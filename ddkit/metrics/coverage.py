@@ -1,4 +1,4 @@
-"""How a set relates to the real images: density, coverage, diversity within classes, and nearest neighbors."""
+"""Relations of a set to the real images: density, coverage, diversity within classes, and nearest neighbors."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ information; the features here are averages over the four quarters of the last m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ _CACHE_FOLDER = "_features"  # a dataset cannot have this name
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """How the feature network is trained. Features of different settings are not comparable.
+    """Settings of the feature network's training. Features of different settings are not comparable.
 
     images: how many are drawn at random from a training set of 32 px; of larger images fewer, in proportion to the side,
         so that training takes minutes on a CPU.
@@ -178,10 +177,5 @@ def _resized(images: Tensor, side: int) -> Tensor:
 
 def _cache_path(images: Tensor, labels: Tensor, spec: DatasetSpec, settings: FeatureSettings) -> Path:
     made_of = (spec.mean, spec.std, sorted(asdict(settings).items()))
-    key = cache_key(made_of, _blocks(images, labels))
+    key = cache_key(made_of, (*images.split(_IMAGES_AT_ONCE), labels))
     return cache_folder() / _CACHE_FOLDER / f"{spec.name}-{key}.safetensors"
-
-
-def _blocks(images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-    yield from images.split(_IMAGES_AT_ONCE)
-    yield labels

@@ -16,18 +16,9 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     images the covariances are singular and the distance is biased upwards, so compare equal N and M only.
     Raises UsageError for other shapes or fewer than two images, ComputeError for values that are not finite.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance  # imported late: it takes a second
 
     features_a, features_b = features_a.detach().cpu(), features_b.detach().cpu()
-    _check(features_a, features_b)
-    metric = FrechetInceptionDistance(feature=_Unchanged(features_a.shape[1])).set_dtype(torch.float64)
-    metric.update(features_a.double(), real=True)
-    metric.update(features_b.double(), real=False)
-    # Rounding of the matrix root can give a tiny negative value for equal sets.
-    return max(0.0, float(metric.compute()))
-
-
-def _check(features_a: Tensor, features_b: Tensor) -> None:
     for features in (features_a, features_b):
         if features.ndim != 2 or len(features) < 2:
             raise UsageError(f"The Frechet distance needs (N, D) features of at least two images, not {tuple(features.shape)}.")
@@ -38,6 +29,11 @@ def _check(features_a: Tensor, features_b: Tensor) -> None:
             f"Features of {features_a.shape[1]} and {features_b.shape[1]} dimensions cannot be compared.",
             "Take both from the same network.",
         )
+    metric = FrechetInceptionDistance(feature=_Unchanged(features_a.shape[1])).set_dtype(torch.float64)
+    metric.update(features_a.double(), real=True)
+    metric.update(features_b.double(), real=False)
+    # Rounding of the matrix root can give a tiny negative value for equal sets.
+    return max(0.0, float(metric.compute()))
 
 
 class _Unchanged(nn.Module):

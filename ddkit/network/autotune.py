@@ -108,7 +108,7 @@ def candidates(network: ConvNet, precision: str, batch_size: int) -> list[Engine
     plain = EnginePlan("plain", precision, chunks[-1])
     plans = [plain] if precision == "float32" or has_bfloat16() or not winograd.fits(network) else []
     if winograd.fits(network):
-        # PyTorch's products of bfloat16 are hopeless, too, without instructions for it.
+        # PyTorch's products of bfloat16 are far too slow as well without instructions for it.
         products = ("torch", "own") if precision == "float32" or has_bfloat16() else ("own",)
         plans += [EnginePlan("winograd", precision, chunk, workers, each) for each in products for chunk in chunks]
     return plans
@@ -173,7 +173,7 @@ def with_smaller_chunks(plan: EnginePlan, batch_size: int) -> EnginePlan | None:
 
 
 def remembered_plans(device: torch.device) -> dict[str, dict[str, Any]]:
-    """What has been measured on this device with this PyTorch, as `prescribed_plans` takes it."""
+    """The measurements on this device with this PyTorch, as `prescribed_plans` takes them."""
     start = f"{describe_device(device)}, torch {torch.__version__}, "
     return {key: values for key, values in _memory().items() if key.startswith(start) and f"engines of {_ENGINES}" in key}
 

@@ -22,7 +22,7 @@ def build_network(name: str, num_classes: int, image_size: int, *, seed: int) ->
     """
     if name not in NETWORKS:
         raise UsageError(f"Unknown network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
-    # Modules initialize themselves from the global generator, which is left as it was; one thread at a time.
+    # Modules initialize themselves from the global generator, whose state is restored; one thread at a time.
     with _INITIALIZING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[name](num_classes, image_size)

@@ -11,7 +11,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How a network's loss and gradients are computed: everything that must be equal for equal rounding.
+    """The way to compute a network's loss and gradients: everything that must be equal for equal rounding.
 
     kind: "plain"; on a CPU "winograd"; on a GPU "cuda_graph", or "compiled" for a graph of compiled kernels.
     precision: "float32" or "bfloat16".

@@ -159,7 +159,13 @@ class TrainingRun:
             batches = upload(self._order, self._images.device).split(self.settings.batch_size)
         for indices in batches[len(self._losses) :]:
             with self._on_own_stream():
-                self._losses.append(self._step(indices))
+                images, labels = self._images[indices], self._labels[indices]
+                if self._spec and images.dtype == torch.uint8:
+                    images = normalize_(images.float(), self._spec)
+                if self.settings.augment:
+                    images = random_augment(images, self._generator)
+                self._losses.append(self._gradients(images, labels))
+                self._optimizer.step()
             yield
 
     def end_epoch(self) -> list[float]:
@@ -215,18 +221,8 @@ class TrainingRun:
     def _on_own_stream(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
-    def _step(self, indices: Tensor) -> Tensor:
-        images, labels = self._images[indices], self._labels[indices]
-        if self._spec and images.dtype == torch.uint8:
-            images = normalize_(images.float(), self._spec)
-        if self.settings.augment:
-            images = random_augment(images, self._generator)
-        loss = self._gradients(images, labels)
-        self._optimizer.step()
-        return loss
-
     def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Compute gradients; if the engine fails for want of memory, or by a graph or a compiler, with a plan without."""
+        """Compute gradients; after a failure of memory, graph or compiler, by a plan that needs less."""
         while True:
             try:
                 return self.engine.gradients(images, labels)

@@ -649,7 +649,7 @@ void multiply_to_weights(const Stored* inputs, const Stored* gradients, long pla
             pack_rows(gradients + tile * CHANNELS, count, right);
             for (int c = 0; c < CHANNELS; c += COLUMNS)
                 for (int i = 0; i < CHANNELS; i += ROWS) {
-                    // The sums so far come from beyond the second level cache; they are on their way meanwhile.
+                    // The sums so far come from beyond the second level cache; they are fetched in the meantime.
                     for (int r = 0; r < ROWS; r++)
                         for (int v = 0; v < 2; v++)
                             __builtin_prefetch(gradient + (i + r) * CHANNELS + c + v * LANES, 1);
@@ -746,7 +746,7 @@ static void convolution_gradients(
     normalize_and_pool_back(scratch.values, side, norm, image, c, scratch.pooled);
 }
 
-// The way back of first_forward to the images, for whoever optimizes those; the network's weights stay.
+// The way back of first_forward to the images, which are to be optimized; the network's weights stay.
 // weight_rows: (128 / PAIR, 32), see convolve_image_to_columns; columns: (side^2, 32) of scratch memory.
 // image_gradients: (n, 3, side, side).
 void first_backward_to_images(

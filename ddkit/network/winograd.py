@@ -1,6 +1,6 @@
 """The challenge's network on a CPU with a quarter of the multiplications, in chunks that fit the cache.
 
-Its results are those of `ConvNet` with autograd but for rounding, although it computes differently in these places:
+Its results are those of `ConvNet` with autograd, apart from rounding, although it computes differently in these places:
 
 1. A batch is processed in chunks, by several threads, whose gradients are summed. Instance norm takes its statistics
    from one image and one channel, so no image's result depends on the others; the batch's loss is a mean over images,
@@ -86,7 +86,24 @@ class WinogradEngine:
         weights = _Weights(self._network, self._plan, backward=True)
         batch = _Batch(images, labels, self._network)
         active = self._share_out(len(images), lambda worker, ranges: worker.train(batch, ranges, weights))
-        self._collect(batch, active)
+        with torch.no_grad():  # sums the workers' gradients, in their order
+            total = functools.reduce(_Gradients.add_, [worker.gradients for worker in active])
+            gradients = {
+                "features.0.weight": total.first.t().reshape(NETWORK_WIDTH, 3, 3, 3),
+                "classifier.weight": batch.logit_gradients.t() @ batch.embedding,
+                "classifier.bias": batch.logit_gradients.sum(0),
+            }
+            for place, tiles in zip((4, 8), total.tiles, strict=True):
+                # The transpose of `_factor`: (36, in, out) -> (128 out, 128 in, 3, 3).
+                taps = (_G_BOTH_WAYS.t() @ tiles.view(_PLANES, -1)).view(3, 3, NETWORK_WIDTH, NETWORK_WIDTH)
+                gradients[f"features.{place}.weight"] = taps.permute(3, 2, 0, 1)
+            for place, (weight, bias) in zip((1, 5, 9), total.norms, strict=True):
+                gradients |= {f"features.{place}.weight": weight, f"features.{place}.bias": bias}
+                gradients[f"features.{place - 1}.bias"] = torch.zeros_like(bias)
+            for name, parameter in self._network.named_parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+                parameter.grad.copy_(gradients[name])
         return batch.losses.mean()
 
     @torch.no_grad()
@@ -137,27 +154,6 @@ class WinogradEngine:
         for future in [threads(self._plan.workers).submit(work, *job) for job in jobs]:
             future.result()
         return [worker for worker, _ in jobs]
-
-    @torch.no_grad()
-    def _collect(self, batch: _Batch, workers: list[_Worker]) -> None:
-        """Sum the workers' gradients, in their order, into the parameters' `.grad`."""
-        total = functools.reduce(_Gradients.add_, [worker.gradients for worker in workers])
-        gradients = {
-            "features.0.weight": total.first.t().reshape(NETWORK_WIDTH, 3, 3, 3),
-            "classifier.weight": batch.logit_gradients.t() @ batch.embedding,
-            "classifier.bias": batch.logit_gradients.sum(0),
-        }
-        for place, tiles in zip((4, 8), total.tiles, strict=True):
-            # The transpose of `_factor`: (36, in, out) -> (128 out, 128 in, 3, 3).
-            taps = (_G_BOTH_WAYS.t() @ tiles.view(_PLANES, -1)).view(3, 3, NETWORK_WIDTH, NETWORK_WIDTH)
-            gradients[f"features.{place}.weight"] = taps.permute(3, 2, 0, 1)
-        for place, (weight, bias) in zip((1, 5, 9), total.norms, strict=True):
-            gradients |= {f"features.{place}.weight": weight, f"features.{place}.bias": bias}
-            gradients[f"features.{place - 1}.bias"] = torch.zeros_like(bias)
-        for name, parameter in self._network.named_parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-            parameter.grad.copy_(gradients[name])
 
 
 _Range = tuple[int, int]  # the first image, and the one after the last
@@ -468,10 +464,3 @@ def _in_words(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, columns) -> (ceil(rows / pair), columns, pair): rows side by side whose products are added up."""
     padded = F.pad(matrix, (0, 0, 0, -len(matrix) % _pair(dtype)))
     return padded.view(-1, _pair(dtype), matrix.shape[1]).transpose(1, 2).to(dtype).contiguous()
-
-
-def _set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
-    else:
-        parameter.grad.copy_(gradient)

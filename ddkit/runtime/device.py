@@ -170,7 +170,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     # PyTorch has no class for these: the CPU's allocator, contexts, modules and graphs of CUDA, and CUDA's libraries.
-    # A capture that fails for want of memory raises an error that does not name it, while that one is handled.
+    # A capture that runs out of memory raises another error, in whose context is the one that says so.
     text = str(error)
     return (
         (error.__context__ is not None and is_out_of_memory(error.__context__))

@@ -28,7 +28,7 @@ class ProcessGroup:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            # On CPUs accelerate only connects the processes if it is told that they have no GPU.
+            # On CPUs accelerate only connects the processes if `cpu` is true.
             self._state = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
             self.rank, self.size = self._state.process_index, self._state.num_processes
 

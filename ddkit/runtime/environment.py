@@ -38,12 +38,12 @@ def is_main() -> bool:
 
 
 def processes() -> int:
-    """How many processes were started together."""
+    """The number of processes that were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_here() -> int:
-    """How many of them run on this machine."""
+    """The number of them that run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

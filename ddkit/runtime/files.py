@@ -97,8 +97,8 @@ def one_at_a_time(lock_file: Path, what: str) -> Iterator[None]:
     """Wait until no other process holds `lock_file`, and hold it.
 
     what: the work as a verb and its object ("prepares glyphs"); after a second of waiting it is logged as a warning.
-    Where the system refuses the file, in a read-only cache for example, nothing is locked: whoever then writes there will
-    meet the same refusal.
+    Where the system refuses the file, in a read-only cache for example, nothing is locked: writing there
+    will meet the same refusal.
     """
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def _acquire(lock_file: Path, *, timeout: float) -> contextlib.AbstractContextMa
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of an empty temporary file next to `path`; on success it is synced and renamed to `path`.
 
-    On any error the temporary file is removed and `path` stays as it was.
+    On any error the temporary file is removed and `path` is unchanged.
     The parent folder is created if needed. If `path` is a link, the file that it leads to is replaced.
     Raises BadFileError if the system refuses, or if `path` is a pipe or a device, which cannot be replaced.
     """

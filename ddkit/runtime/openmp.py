@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for each other, and how many there are: set before torch is loaded, which reads it once.
+"""The number of OpenMP's threads and the way they wait for each other, set before torch is loaded, which reads it once.
 
 By default a thread of libgomp, the OpenMP of PyTorch's wheels for Linux, spins for milliseconds when it waits for the
 others. If one of those is not running, because another process has its core or because a container's quota is used up,
@@ -30,7 +30,7 @@ def set_defaults(environ: MutableMapping[str, str] = os.environ, process: Path =
 
 
 def available_cpus(process: Path = _THIS_PROCESS) -> int:
-    """How many CPUs this process may use at a time: those of its affinity mask, and no more than a container's quota."""
+    """The number of CPUs that this process may use: those of its affinity mask, and no more than a container's quota."""
     quota = cpu_quota(process)
     return _cpus_of_mask() if quota is None else max(1, min(_cpus_of_mask(), math.ceil(quota)))
 

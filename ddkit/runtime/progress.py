@@ -1,4 +1,4 @@
-"""How long computations report their progress, independent of what shows it."""
+"""Reports of the progress of long computations, independent of what shows them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tensors on disk, written atomically.
 
-The bytes are made in memory first, since PyTorch and safetensors report a full disk by errors of their own, which cannot be
-told from a mistake in the program. Tensors of gigabytes are written straight to the file.
+The bytes are made in memory first, since PyTorch and safetensors report a full disk by errors of their own, which look
+like a mistake in the program. Tensors of gigabytes are written straight to the file.
 """
 
 from __future__ import annotations

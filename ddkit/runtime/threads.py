@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def cores_for(device: torch.device) -> int:
-    """How many parts to compute in parallel: PyTorch's number of threads on a CPU, else one."""
+    """The number of parts to compute in parallel: PyTorch's number of threads on a CPU, else one."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 

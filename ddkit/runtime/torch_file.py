@@ -74,7 +74,7 @@ class Global:
 
 @dataclass(eq=False)
 class Call:
-    """What a pickle would have called; it was not. state: what it would then set on the result."""
+    """A call that a pickle asks for and that was not made. state: would then be set on the result."""
 
     function: Any
     arguments: Any

@@ -54,15 +54,14 @@ def side_by_side(
     generated, real: (N, 3, S, S) uint8 images and (N,) int64 labels; real images of classes that are not
     generated are left out.
     """
-    first = [(real[1] == c).nonzero().flatten()[:per_class] for c in generated[1].unique()]
-    chosen = torch.cat(first)
-    sheets = [
-        _titled(contact_sheet(*generated, class_names, per_class=per_class), "generated"),
-        _titled(contact_sheet(real[0][chosen], real[1][chosen], class_names, per_class=per_class), "real"),
-    ]
-    paper = Image.new("RGB", (sum(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets)), _PAPER)
-    paper.paste(sheets[0], (0, 0))
-    paper.paste(sheets[1], (sheets[0].width, 0))
+    chosen = torch.cat([(real[1] == c).nonzero().flatten()[:per_class] for c in generated[1].unique()])
+    left = contact_sheet(*generated, class_names, per_class=per_class)
+    right = contact_sheet(real[0][chosen], real[1][chosen], class_names, per_class=per_class)
+    top = _NAME_HEIGHT + 8  # of the sheets, below their titles
+    paper = Image.new("RGB", (left.width + right.width, max(left.height, right.height) + top), _PAPER)
+    for sheet, place, title in ((left, 0, "generated"), (right, left.width, "real")):
+        paper.paste(sheet, (place, top))
+        ImageDraw.Draw(paper).text((place + 6, 4), title, fill=_INK, font=ImageFont.load_default(size=_NAME_HEIGHT))
     return paper
 
 
@@ -99,15 +98,6 @@ def _picture(image: Tensor, side: int) -> Image.Image:
     """(3, S, S) uint8 -> a picture of that side, pixels kept square."""
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-
-
-def _titled(sheet: Image.Image, title: str) -> Image.Image:
-    """The sheet with a line of text above it."""
-    height = _NAME_HEIGHT + 8
-    titled = Image.new("RGB", (sheet.width, sheet.height + height), _PAPER)
-    titled.paste(sheet, (0, height))
-    ImageDraw.Draw(titled).text((6, 4), title, fill=_INK, font=ImageFont.load_default(size=_NAME_HEIGHT))
-    return titled
 
 
 def _shorten(name: str, limit: int = 18) -> str:

@@ -71,7 +71,7 @@ class DistilledSet:
 
     @property
     def kind(self) -> str:
-        """What made the set, as its provenance says; KIND_SUBMISSION if it does not say."""
+        """The kind that the provenance names; KIND_SUBMISSION if it names none."""
         return str(self.provenance.get("kind", KIND_SUBMISSION))
 
 
@@ -111,7 +111,7 @@ def read_set(path: str | os.PathLike[str], dataset: str | None = None, *, ipc: i
     path = Path(path)
     _require_tensor_file(path, dataset)
     sha256 = sha256_of(path)
-    provenance = _provenance_of(path, sha256)
+    provenance = read_provenance(path, sha256)
     spec = dataset_spec(_dataset_name(path, dataset, provenance))
     images, findings = read_tensor(path, spec, ipc=ipc)
     if images is None:
@@ -132,18 +132,13 @@ def dataset_of(path: str | os.PathLike[str], dataset: str | None = None) -> str:
 
 def likely_dataset(file_name: str) -> str:
     """The known dataset that a tensor's file was probably meant for, such as "cifar100" for `CIFAR-100 (1).pth`; or ""."""
-    known = known_names()
     stem = re.sub(r"(\.(pt|pth|tar|zip|bin|ckpt|npy))+$", "", file_name.strip().lower())
     stem = re.sub(r"([ _-]*\(\d+\)|[ _-]+(copy|kopie|final|v?\d{1,2}))+$", "", stem)
     plain = re.sub(r"[^a-z0-9]", "", stem)
-    by_plain_name = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in known}
-    if plain in by_plain_name:
-        return by_plain_name[plain]
-    within = sorted((name for name in by_plain_name if name in plain), key=len)
-    if within:
-        return by_plain_name[within[-1]]
-    close = difflib.get_close_matches(plain, by_plain_name, n=1, cutoff=0.75)
-    return by_plain_name[close[0]] if close else ""
+    by_plain_name = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in known_names()}
+    within = sorted((name for name in by_plain_name if name in plain), key=len)  # the whole name, if it is one, comes last
+    likely = within[-1:] or difflib.get_close_matches(plain, by_plain_name, n=1, cutoff=0.75)
+    return by_plain_name[likely[0]] if likely else ""
 
 
 def save_set(
@@ -187,19 +182,17 @@ def draw_sheet(images: Tensor, spec: DatasetSpec, class_names: Sequence[str], pa
     save_png(contact_sheet(to_uint8(denormalize(images, spec)), labels, class_names), path)
 
 
-def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the set at `path` was made, from the JSON next to its tensor; {} if there is none that belongs to it."""
-    return _provenance_of(path, None)
-
-
 def check_command(path: str | os.PathLike[str], dataset: str) -> str:
     """The command that shows everything that is wrong with a set."""
     option = "" if Path(path).stem == dataset else f" --dataset {dataset}"
     return f"ddkit check {shlex.quote(str(path))}{option}"
 
 
-def _provenance_of(path: str | os.PathLike[str], sha256: str | None) -> dict[str, Any]:
-    """The provenance that belongs to the tensor of that hash; None hashes the file."""
+def read_provenance(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Any]:
+    """The provenance of the set at `path`, from the JSON next to its tensor; {} if there is none that belongs to it.
+
+    sha256: of the tensor's file; None hashes it.
+    """
     files = set_files(path)
     if not files.provenance.exists():
         return {}

@@ -1,4 +1,4 @@
-"""What a check finds: facts, each with a stable code that `submission/README.md` documents."""
+"""The findings of a check: facts, each with a stable code that `submission/README.md` documents."""
 
 from __future__ import annotations
 

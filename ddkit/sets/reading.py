@@ -228,7 +228,7 @@ def _not_a_tensor(opened: TorchFile, where: str, spec: DatasetSpec) -> Finding:
 
 
 def describe_value(opened: TorchFile, value: Any, spec: DatasetSpec) -> tuple[str, str]:
-    """What a value is in words, and the expression that makes the challenge's tensor of it; "" if there is none."""
+    """A value in words, and the expression that makes the challenge's tensor of it; "" if there is none."""
     if (shape := _array_shape(value, opened.rest)) is not None:
         return "a NumPy array" + (f" of shape {shape[:6]}" if shape else ""), "torch.as_tensor(value).float().contiguous()"
     if calls(value, "torch._tensor", "_rebuild_from_type_v2"):

@@ -111,6 +111,7 @@ def k_center(images: ImageFeatures, ipc: int) -> Tensor:
 
 def k_medoids(images: ImageFeatures, ipc: int) -> Tensor:
     """Take a different image near each center of k-means, which starts from the images of k_center."""
+    # Imported late: scipy.cluster loads much.
     from scipy.cluster.vq import kmeans2
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
