@@ -6,6 +6,8 @@ import pytest
 
 from ddkit.doctor import diagnose
 
+pytestmark = pytest.mark.usefixtures("measured_before")
+
 PARTS = {"Python", "libraries", "processor", "threads", "compiler", "evaluation engine", "memory", "this folder", "cache"}
 
 
@@ -13,7 +15,8 @@ def statuses(lines):
     return {line.what: line.status for line in lines}
 
 
-def test_diagnose_names_every_part_once_with_a_status(measured_before, tmp_path):
+@pytest.mark.slow
+def test_diagnose_names_every_part_once_with_a_status(tmp_path):
     lines = diagnose(tmp_path)
     found = statuses(lines)
     assert found.keys() >= PARTS | {"dataset cifar100", "dataset tinyimagenet"} and len(found) == len(lines)
@@ -29,13 +32,13 @@ def test_diagnose_without_a_compiler_says_what_to_install(monkeypatch, tmp_path)
     assert line.status == "slow" and "no-such-compiler" in line.finding and "g++" in line.remedy
 
 
-def test_diagnose_lists_prepared_datasets_with_their_counts(glyph_store, monkeypatch, tmp_path):
-    monkeypatch.setenv("DDKIT_CACHE", str(glyph_store))
+def test_diagnose_lists_prepared_datasets_with_their_counts(glyph_store, own_cache, tmp_path):
+    shutil.copytree(glyph_store / "glyphs", own_cache / "glyphs")
     (line,) = (line for line in diagnose(tmp_path) if line.what == "dataset glyphs")
     assert line.status == "ok" and "5,000 train images" in line.finding
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_diagnose_measures_the_engine_in_images_a_second(measured_before, tmp_path):
+def test_diagnose_measures_the_engine_in_images_a_second(tmp_path):
     (line,) = (line for line in diagnose(tmp_path) if line.what == "evaluation engine")
     assert "images/s" in line.finding and "minutes" in line.finding

@@ -19,7 +19,7 @@ def file(tmp_path):
     return tmp_path / "runs" / "results.jsonl"
 
 
-def test_what_is_appended_is_read_back(file):
+def test_appended_results_are_read_back(file):
     other = dataclasses.replace(RESULT, name="other", official=True)
     append(RESULT, file)
     append(other, file)
@@ -84,7 +84,7 @@ def test_a_folder_in_the_way_is_a_clear_error(tmp_path):
         append(RESULT, tmp_path)
 
 
-def test_records_are_written_at_once_and_what_is_there_not_again(file):
+def test_records_are_written_at_once_and_known_ones_not_again(file):
     append(RESULT, file)
     other = dataclasses.replace(RESULT, seed=1, made_by={})
     records = Records(file)

@@ -32,7 +32,7 @@ def test_equal_accuracies_are_no_difference_and_constant_ones_prove_nothing():
 
 
 @pytest.mark.parametrize("first, second, paired", [((0.1,), (0.2,), True), ((0.1, 0.2), (0.1, 0.2, 0.3), True)])
-def test_what_cannot_be_compared_is_refused(first, second, paired):
+def test_rounds_that_cannot_be_compared_raise_usage_error(first, second, paired):
     with pytest.raises(UsageError):
         compare(first, second, paired=paired)
 

@@ -180,7 +180,7 @@ def test_check_set_accepts_any_number_of_images_and_keeps_the_warnings_of_the_fi
 
 
 @pytest.mark.slow
-def test_whitened_set_in_the_right_order_is_told_and_its_order_is_not_blamed(cifar100_store, cifar100_images):
+def test_whitened_set_in_the_right_order_is_an_error_of_normalization_only(cifar100_store, cifar100_images):
     flat = cifar100_images.flatten(1).float() / 255
     centered = flat - flat.mean(dim=0)
     variances, components = torch.linalg.eigh(centered.T @ centered / (len(flat) - 1))

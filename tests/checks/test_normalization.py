@@ -159,7 +159,7 @@ def test_any_wrong_constants_of_real_images_are_solved_and_can_be_converted(vari
 
 
 @pytest.mark.slow
-def test_constants_of_real_images_are_told_in_half_precision_and_with_values_changed(cifar100_images):
+def test_constants_of_real_images_are_found_in_half_precision_and_with_values_changed(cifar100_images):
     images = with_constants(cifar100_images, (0.4321, 0.5432, 0.3217), (0.2123, 0.3087, 0.1955))
     [half] = normalization_findings(images.half().float(), CIFAR100, "set.pt")
     assert half.code == "N004" and "mean 0.4321, 0.5432, 0.3217 and std 0.2123, 0.3087, 0.1955" in half.message
@@ -197,7 +197,7 @@ def whiten(images, epsilons):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalized", [False, True])
-def test_whitened_real_images_are_told_at_any_strength_and_scale(cifar100_images, normalized):
+def test_whitened_real_images_are_found_at_any_strength_and_scale(cifar100_images, normalized):
     images = normalize(cifar100_images, CIFAR100) if normalized else cifar100_images.float() / 255
     for whitened in whiten(images, (0.1, 0.01, 1e-3)):
         for scaled in (whitened, 2.5 * whitened, whitened / whitened.std()):

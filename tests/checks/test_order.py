@@ -217,7 +217,7 @@ def test_real_images_in_superclass_order_are_l002(cifar100_store):
     assert torch.equal(wrong[detected_rows(wrong, CIFAR100)], blocks.flatten(0, 1))
 
 
-def test_letters_shifted_by_rows_are_told_in_rows_and_reordered(tmp_path, glyph_images):
+def test_letters_shifted_by_rows_are_reported_by_rows_and_reordered(tmp_path, glyph_images):
     torch.save(glyph_images.roll(2, 0), tmp_path / "glyphs.pt")
     [finding] = order_findings(glyph_images.roll(2, 0), GLYPHS, "glyphs.pt")
     assert (finding.level, finding.code) == ("error", "L013")
@@ -229,13 +229,13 @@ def test_letters_shifted_by_rows_are_told_in_rows_and_reordered(tmp_path, glyph_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])
-def test_real_images_out_of_step_are_told_and_reordered(name, request):
+def test_real_images_out_of_step_are_found_and_reordered(name, request):
     request.getfixturevalue(f"{name}_store")
     spec = DATASETS[name]
     right = normalize(request.getfixturevalue(f"{name}_images"), spec)
     blocks = right.unflatten(0, (spec.num_classes, 10))
     assert [f.code for f in order_findings(right, spec, "set.pt")] == ["L001"]
-    for shift in (1, -1, 3, -8):
+    for shift in (1, -1, 3, -8) if name == "cifar100" else (3,):
         wrong = right.roll(shift, 0)
         [finding] = order_findings(wrong, spec, "set.pt")
         assert finding.code == "L013" and f"all rows stand {abs(shift)} place" in finding.message
@@ -249,17 +249,17 @@ def test_real_images_out_of_step_are_told_and_reordered(name, request):
 
 
 def same_images(first, second):
-    """Whether two blocks hold the same images in any order."""
+    """True if two blocks hold the same images in any order."""
     return {image.numpy().tobytes() for image in first} == {image.numpy().tobytes() for image in second}
 
 
-def test_channels_exchanged_with_the_right_constants_are_told_by_their_classes(glyph_images):
+def test_channels_exchanged_with_the_right_constants_are_judged_by_their_classes(glyph_images):
     """Letters in colors that tell nothing are left alone; the classifier of the real images decides."""
     assert "N006" not in {finding.code for finding in order_findings(glyph_images.flip(1), GLYPHS, "glyphs.pt")}
 
 
 @pytest.mark.slow
-def test_bgr_images_of_cifar100_are_told_by_their_classes(cifar100_store, cifar100_images):
+def test_bgr_images_of_cifar100_are_found_by_their_classes(cifar100_store, cifar100_images):
     [finding] = order_findings(normalize(cifar100_images.flip(1), CIFAR100), CIFAR100, "cifar100.pt")
     assert (finding.level, finding.code) == ("error", "N006")
 

@@ -60,7 +60,7 @@ RENAMED = {
 
 
 @pytest.mark.parametrize("names", RENAMED.values(), ids=RENAMED)
-def test_arrays_are_told_apart_by_names_and_shapes(save, find, names):
+def test_arrays_are_distinguished_by_names_and_shapes(save, find, names):
     source = find(save(dict(zip(names, arrays().values(), strict=True))))
     check(source)
     assert (source.kind, source.class_names, source.numbered) == ("arrays", ("0", "1", "2"), True)

@@ -98,7 +98,7 @@ class TestImageFolders:
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("name", ["photos", "photos.zip"])
-    def test_what_would_shift_or_lose_labels_is_refused(self, write_tree, photos, find, change, message, name):
+    def test_files_that_would_shift_or_lose_labels_are_refused(self, write_tree, photos, find, change, message, name):
         if "case" in message and name == "photos" and _case_insensitive(write_tree({}, "probe.zip").parent):
             pytest.skip("this file system does not tell cases apart")
         with pytest.raises(BadDataError, match=message):

@@ -95,7 +95,7 @@ INFOS = {"other": {"features": {"text": {}}}, "default": {"features": {"label": 
         {"README.md": b"---\n: [\n---\n", "dataset_infos.json": json.dumps(INFOS).encode()},
     ],
 )
-def test_names_beside_the_files_are_read(write_tree, shards, find, files):
+def test_class_names_next_to_the_files_are_read(write_tree, shards, find, files):
     check_named(find(write_tree({**shards(), **files})))
 
 

@@ -172,7 +172,7 @@ CONTENTS = [
         st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map("/".join), st.sampled_from(CONTENTS), max_size=12
     )
 )
-def test_whatever_a_zip_holds_it_is_a_dataset_or_one_error(tmp_path, find, files):
+def test_zip_of_any_content_is_a_dataset_or_one_error(tmp_path, find, files):
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
@@ -205,7 +205,7 @@ def test_arrow_files_are_refused_with_the_command_that_converts_them(write_tree,
     assert "to_parquet(f'parquet/{s}.parquet')" in caught.value.remedy
 
 
-def test_other_files_are_refused_with_what_is_known(tmp_path, find):
+def test_other_files_are_refused_with_the_known_layouts(tmp_path, find):
     (tmp_path / "notes.pdf").write_bytes(b"%PDF-1.4")
     with pytest.raises(BadDataError, match="neither a folder nor an archive") as caught:
         find(tmp_path / "notes.pdf")

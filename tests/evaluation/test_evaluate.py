@@ -326,6 +326,7 @@ def test_a_generator_of_pixels_scores_as_one_of_their_normalized_floats(tmp_path
     assert same(track2(pixels_by_round)(StateFolder(tmp_path)), whole)
 
 
+@pytest.mark.slow
 def test_a_gpus_memory_is_free_before_the_next_generator_runs(gpu):
     released = []
 
@@ -338,6 +339,7 @@ def test_a_gpus_memory_is_free_before_the_next_generator_runs(gpu):
     assert len(released) == 2 and released[1] > released[0]
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_a_gpu_gives_the_accuracies_of_a_cpu_and_is_continued(gpu, tmp_path):
     whole = evaluated(device="cpu", epochs_setting=12, rounds=3)
 

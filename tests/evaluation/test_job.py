@@ -26,6 +26,7 @@ def with_(settings, **changes):
     return JobSettings(**{**vars(settings), **changes})
 
 
+@pytest.mark.slow
 def test_sets_are_evaluated_recorded_and_compared(folder, settings, tmp_path):
     other = tmp_path / "other" / "glyphs.pt"
     other.parent.mkdir()
@@ -86,6 +87,7 @@ def test_a_tensor_on_track_2_raises_usage_error(folder, settings):
         evaluate_files([folder / "glyphs.pt"], with_(settings, evaluation=EvaluationSettings(track=2)))
 
 
+@pytest.mark.slow
 def test_a_ranking_evaluates_what_its_scores_need(folder, settings):
     evaluation = EvaluationSettings(rounds=1, epochs_setting=0, device="cpu")
     outcome = evaluate_files([folder / "glyphs.pt"], with_(settings, evaluation=evaluation, ranking=True))

@@ -1,4 +1,4 @@
-"""What DD-Ranking's scores lack is evaluated: on a dataset of two colors, in a few epochs."""
+"""The evaluations that DD-Ranking's scores need: on a dataset of two colors, in a few epochs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ddkit.evaluation.reference import as_test_set
 from ddkit.metrics.ddranking import MissingEvaluation
 from ddkit.results import Result
 from ddkit.sets.distilled import DistilledSet
+
+pytestmark = pytest.mark.usefixtures("measured_before")
 
 SETTINGS = EvaluationSettings(rounds=2, epochs_setting=3, device="cpu")
 
@@ -33,6 +35,7 @@ def job(colors) -> RankingJob:
     return RankingJob(subject, distilled, real, test_set, SETTINGS)
 
 
+@pytest.mark.slow
 def test_missing_evaluations_are_run_and_recorded_once(job, tmp_path):
     recorded, announced = [], []
     state = StateFolder(tmp_path / "state")

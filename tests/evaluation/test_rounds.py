@@ -69,12 +69,13 @@ def test_rounds_of_different_lengths_of_data_run_side_by_side():
     assert [result.images for result in together] == [4, 20]
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_wait_for_the_end_of_an_epoch(tmp_path):
-    """The state is kept between batches, here after each of 250 of the only epoch."""
+    """The state is kept between batches, here after each of 60 of the only epoch."""
     settings = RoundSettings("convnet", TrainingSettings(0, batch_size=8), seed=7)
 
     def run_one(stop, folder=None):
-        one = job(0, folder, images=2000)
+        one = job(0, folder, images=480)
         return run_rounds([one], real_images(), settings, stop=stop, listener=lambda *report: None)[0]
 
     def ask_when_there_is_a_state():

@@ -63,7 +63,7 @@ def test_all_scores_from_the_results_at_hand():
     assert ranking.notes == ()
 
 
-def test_what_is_missing_is_named():
+def test_missing_evaluations_are_named():
     (ranking,) = ddranking.from_results(EVERYTHING[:2])
     assert ranking.hlr == pytest.approx(0.20)
     assert ranking.ior is ranking.lrs is ranking.ars is None
@@ -89,7 +89,7 @@ def test_another_set_without_augmentation_does_not_count():
     assert MissingEvaluation("submission", False) in ranking.missing
 
 
-def test_all_real_images_may_have_other_epochs_and_that_is_said():
+def test_all_real_images_may_have_other_epochs_which_a_note_says():
     (ranking,) = ddranking.from_results([SUBJECT, result("full-real", 0.6, epochs_setting=20)])
     assert ranking.hlr == pytest.approx(0.15)
     assert "E = 20" in ranking.notes[0] and "E = 50" in ranking.notes[0]

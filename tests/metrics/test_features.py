@@ -12,6 +12,8 @@ from ddkit.metrics.features import FeatureSettings, ReferenceFeatures, _training
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.files import cache_folder
 
+pytestmark = pytest.mark.usefixtures("measured_before")
+
 SPEC = DatasetSpec("stripes", 2, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 QUICK = FeatureSettings(images=120, epochs=3)
 
@@ -67,7 +69,7 @@ def test_other_pixels_or_settings_train_another_network():
     assert not is_cached(stripes(200, 0), SPEC, dataclasses.replace(QUICK, seed=1))
 
 
-def test_a_damaged_cache_is_made_anew():
+def test_damaged_cached_network_is_trained_again():
     dataset = stripes(200, 0)
     reference_features(dataset, SPEC, QUICK)
     (path,) = (cache_folder() / "_features").glob("*.safetensors")
@@ -90,6 +92,6 @@ def test_fewer_training_images_are_drawn_of_larger_ones(side, available, trained
     assert len(images) == len(labels) == trained_on
 
 
-def test_settings_that_cannot_be_meant_are_refused():
+def test_feature_settings_out_of_range_raise_usage_error():
     with pytest.raises(UsageError, match="epochs"):
         FeatureSettings(epochs=0)

@@ -28,7 +28,7 @@ def test_in_one_dimension_it_is_the_difference_of_means_and_deviations():
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_it_does_not_depend_on_the_order():
+def test_frechet_distance_does_not_depend_on_the_order():
     a, b = draws(60, 12), 2 * draws(50, 12, seed=1)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
 

@@ -35,7 +35,7 @@ def test_real_images_measure_like_real_images():
     assert quality.real.nearest == 1
 
 
-def test_copies_are_found_with_what_they_copy():
+def test_copies_are_found_with_their_originals():
     dataset = real_set(600)
     quality = measure(dataset.images[:300], dataset.labels[:300], dataset, Pixels())
     assert (quality.distances < 1e-3).all(), "also those of images that stand in"

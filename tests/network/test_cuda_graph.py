@@ -181,7 +181,7 @@ def test_after_a_failed_capture_the_steps_run_on_the_runs_own_stream(gpu, monkey
     assert len(streams) == 6 and len(set(streams)) == 1 and torch.cuda.current_stream() not in streams
 
 
-def test_where_compiling_fails_the_training_goes_on_uncompiled(gpu, monkeypatch, caplog):
+def test_training_continues_uncompiled_where_compiling_fails(gpu, monkeypatch, caplog):
     def no_compiler(function, **options):
         def fail(*args):
             raise FileNotFoundError("no C compiler found")

@@ -38,7 +38,7 @@ def computed(network, plan, images, labels):
 
 @pytest.mark.parametrize("name", ["cifar100", "tinyimagenet_20_classes"])
 @pytest.mark.parametrize("chunk, workers, products", [(8, 1, "torch"), (2, 2, "torch"), (3, 1, "own")])
-def test_it_agrees_with_the_official_code(convnet_golden, name, chunk, workers, products):
+def test_winograd_agrees_with_the_official_code(convnet_golden, name, chunk, workers, products):
     golden = convnet_golden(name)
     plan = EnginePlan("winograd", "float32", chunk, workers, products)
     loss, logits, gradients = computed(golden.network(), plan, golden["input"], golden["label"])
@@ -49,7 +49,7 @@ def test_it_agrees_with_the_official_code(convnet_golden, name, chunk, workers, 
 
 @pytest.mark.parametrize("products", ["torch", "own"])
 @pytest.mark.parametrize("size, n, chunk, workers", [(16, 5, 2, 2), (32, 7, 3, 2), (32, 1, 4, 2), (48, 3, 2, 1)])
-def test_it_agrees_with_the_plain_engine_for_any_division(size, n, chunk, workers, products):
+def test_winograd_agrees_with_the_plain_engine_for_any_division(size, n, chunk, workers, products):
     network = build_network("convnet", 10, size, seed=0)
     with torch.no_grad():  # norms that do something
         for place in (1, 5, 9):
@@ -174,7 +174,7 @@ def test_the_number_of_threads_is_left_as_it_was():
 @pytest.mark.parametrize("make", [lambda: build_network("resnet18", 10, 32, seed=0),
                                   lambda: build_network("convnet", 10, 40, seed=0),
                                   lambda: build_network("convnet", 10, 32, seed=0).double()])  # fmt: skip
-def test_it_declines_what_it_was_not_made_for(make):
+def test_fits_is_false_for_other_networks_devices_and_sizes(make):
     assert not winograd.fits(make())
 
 

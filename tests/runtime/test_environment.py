@@ -31,7 +31,7 @@ def test_a_missing_package_is_named():
     assert explain_broken_install(RuntimeError("something else")) is None
 
 
-def test_versions_name_what_decides_on_results():
+def test_versions_name_the_libraries_that_decide_on_results():
     named = versions()
     assert named["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert {"ddkit", "torch", "torchvision", "diffusers"} <= set(named)

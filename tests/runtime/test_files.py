@@ -62,7 +62,7 @@ def test_a_writer_killed_midway_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_what_is_refused_is_named_as_it_was_asked_for(tmp_path):
+def test_refused_write_names_the_requested_path(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BadFileError) as caught:
         files.write_text(tmp_path / "file" / "here.txt", "text")
@@ -215,7 +215,7 @@ def test_one_at_a_time_waits_for_the_holder_and_says_so(tmp_path, holder, caplog
 
 
 @pytest.mark.parametrize("number, refused", [(errno.ENOLCK, False), (errno.EIO, True)])
-def test_exclusive_on_a_file_system_without_locks_goes_on_and_other_refusals_raise(tmp_path, monkeypatch, number, refused):
+def test_exclusive_on_a_file_system_without_locks_continues_and_other_refusals_raise(tmp_path, monkeypatch, number, refused):
     fcntl = pytest.importorskip("fcntl", reason="no such locks on this system")
 
     def flock(*_):

@@ -34,7 +34,7 @@ def test_read_lines_of_a_missing_file_is_empty_and_of_a_folder_raises_bad_file_e
         read_lines(tmp_path)
 
 
-def test_require_appendable_finds_what_append_line_would_meet_without_writing(tmp_path):
+def test_require_appendable_raises_what_append_line_would_without_writing(tmp_path):
     require_appendable(tmp_path / "deep" / "lines.txt")
     assert not (tmp_path / "deep").exists()
     with pytest.raises(BadFileError, match=str(tmp_path)):

@@ -78,7 +78,7 @@ def test_variables_that_the_user_has_set_are_kept():
     assert environ == {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "1"}
 
 
-def test_variables_are_set_when_ddkit_is_imported_and_for_what_it_starts():
+def test_variables_are_set_on_import_and_for_child_processes():
     program = "import os, sys, ddkit; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
     environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     assert subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True).stdout == "passive\n"

@@ -41,7 +41,7 @@ def test_code_is_not_run_and_no_advice_given_to_run_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02.", b"\x80\x02K\x01R.", b"text"])
-def test_what_is_no_tensor_file_is_unloadable(tmp_path, content):
+def test_file_without_tensors_is_unloadable(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UnloadableError):
         load_restricted(tmp_path / "x.pt")

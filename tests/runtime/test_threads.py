@@ -31,7 +31,7 @@ def test_one_worker_is_the_caller():
     assert list(side_by_side(lambda part: threading.current_thread(), [0], 1)) == [threading.current_thread()]
 
 
-def test_what_goes_wrong_in_a_part_reaches_the_caller():
+def test_error_in_a_part_reaches_the_caller():
     def work(number):
         raise torch.OutOfMemoryError(f"no room for part {number}")
 

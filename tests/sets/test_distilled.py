@@ -68,13 +68,13 @@ def test_facts_of_another_tensor_are_left_aside(tmp_path, images, caplog):
 
 
 @pytest.mark.parametrize("shape", [(15, 3, 32, 32), (0, 3, 32, 32), (20, 3, 16, 16), (20, 32, 32)])
-def test_what_is_no_set_is_not_written(tmp_path, shape):
+def test_save_set_of_another_shape_raises_and_writes_nothing(tmp_path, shape):
     with pytest.raises(InvalidSubmissionError, match="not a set for glyphs"):
         save_set(tmp_path / "glyphs.pt", torch.zeros(shape), GLYPHS, NAMES, {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_loading_what_check_refuses_says_the_same(tmp_path, images):
+def test_read_set_of_what_check_refuses_raises_the_same_message(tmp_path, images):
     torch.save({"images": images}, tmp_path / "glyphs.pt")
     with pytest.raises(InvalidSubmissionError, match="a dict with the keys 'images'"):
         read_set(tmp_path / "glyphs.pt", "glyphs")

@@ -6,7 +6,7 @@ from ddkit.sets.findings import Finding
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_code_is_explained_in_the_readme_and_none_beside():
+def test_every_code_and_no_other_is_explained_in_the_readme():
     sources = "".join(
         path.read_text(encoding="utf-8") for room in ("checks", "sets") for path in (ROOT / "ddkit" / room).glob("*.py")
     )

@@ -74,7 +74,7 @@ def test_a_bare_tensor_is_read_as_it_was_saved(images):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_no_submission_is_refused_and_named(images, make, code, words):
+def test_file_that_is_not_a_submission_is_refused_and_named(images, make, code, words):
     tensor, codes, message = read(saved(make(images)))
     assert tensor is None
     assert code in codes and words in message
@@ -88,7 +88,7 @@ def test_what_is_no_submission_is_refused_and_named(images, make, code, words):
         (lambda t: t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), "T007"),
     ],
 )
-def test_what_the_scorer_takes_all_the_same_is_a_warning(images, make, code):
+def test_tensor_that_the_scorer_still_takes_is_a_warning(images, make, code):
     tensor, codes, _ = read(saved(make(images.clone())))
     assert codes == [code]
     assert torch.equal(tensor.detach(), images)
@@ -312,7 +312,7 @@ def test_a_directory_that_claims_too_much_is_not_read(images):
     assert tensor is None and codes == ["F005"] and "2,000,000,000 bytes" in message
 
 
-def test_a_directory_elsewhere_than_it_is_said_to_be_is_not_read(images):
+def test_directory_at_another_place_than_stated_is_not_read(images):
     data = bytearray(saved(images))
     at = data.rfind(b"PK\x06\x06")
     decoy = bytes(data[at : at + 56])
