@@ -37,12 +37,23 @@ _MOST_PROBLEMS = 3
 
 @click.command(
     short_help="Show the leaderboard, in the terminal and as HTML.",
-    epilog=example("ddkit report --html report.html\nddkit report --quality submission/cifar100.pt"),
+    epilog=example(
+        "ddkit report --html report.html\nddkit report --quality submission/cifar100.pt\n"
+        "ddkit report --compare submission/cifar100.pt baseline --html report.html"
+    ),
 )
 @results_option
 @click.option("--track", type=TRACK, help="Show only this track; if not given, track 1 and those with results.")
 @click.option("--html", type=FILE, help="Write the HTML page to this file as well.")
 @click.option("--all", "show_all", is_flag=True, help="Show all rows, page by page on a terminal.")
+@click.option("--history", "show_history", is_flag=True, help="Show what was evaluated and packed, in the order of time.")
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="A B",
+    help="Show two evaluated sets side by side, class by class. Each is a recorded name, a .pt file, or the first six or more "
+    "digits of its SHA-256.",
+)
 @click.option(
     "--quality",
     is_flag=False,
@@ -56,13 +67,15 @@ _MOST_PROBLEMS = 3
     "--runs", type=FOLDER, default=RUNS_FOLDER, help="Show the training logs of the generators in this folder on the page."
 )
 @compute_options
-def report(output: Output, results: Path, track: str | None, html: Path | None, show_all: bool, quality: Path | None,
-           runs: Path, device: str, seed: int) -> None:  # fmt: skip
+def report(output: Output, results: Path, track: str | None, html: Path | None, show_all: bool, show_history: bool,
+           compare: tuple[str, str] | None, quality: Path | None, runs: Path, device: str, seed: int) -> None:  # fmt: skip
     """Show the leaderboard: your results next to the published entries and random real images.
 
     Only official results are ranked. The others follow, in groups of the same settings.
     """
+    from ddkit.reporting.compare import ComparisonView
     from ddkit.reporting.console import LeaderboardView
+    from ddkit.reporting.history import HistoryView
     from ddkit.reporting.report import report as build_report
 
     board = build_report(
@@ -71,6 +84,7 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
         html=html,
         runs_folder=runs,
         quality=quality,
+        compare=compare,
         seed=seed,
         device=device,
         on_event=output.event,
@@ -84,6 +98,10 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
         output.note(f"[yellow]not used:[/yellow] {len(board.problems) - _MOST_PROBLEMS} more lines; --json lists them all")
     if output.as_json:
         output.result(board.as_data())
+    elif show_history or compare:
+        for view in (*([HistoryView(board.history)] if show_history else []),
+                     *(ComparisonView(one, show_all=show_all) for one in board.comparisons)):  # fmt: skip
+            output.result(None, view)
     else:
         if show_all:
             output.page(LeaderboardView(board.groups))

@@ -113,6 +113,11 @@ def line_chart(
     return LineChart(title, x_title, tuple(lines), x_ticks, y_ticks)
 
 
+def accuracy_axis(values: Sequence[float]) -> tuple[tuple[Tick, ...], float, float]:
+    """Ticks in percent for accuracies, which are fractions, and the ends of the axis as fractions."""
+    return _axis(max(0.0, min(values)), min(1.0, max(values)), scale=100, unit=" %")
+
+
 def sampled_curve(values: Sequence[float], points: int) -> tuple[float, ...]:
     """At most `points` of the values, evenly spaced, with the first and the last; NaN and infinite ones are left out."""
     finite = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]

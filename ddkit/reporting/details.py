@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ddkit.challenge import CIFAR100, DATASETS, DatasetSpec
 from ddkit.errors import DDKitError
+from ddkit.history import find_recipe
 from ddkit.metrics import ddranking
 from ddkit.reporting.charts import LineChart, line_chart
 from ddkit.reporting.rows import dataset_title
@@ -20,6 +22,7 @@ from ddkit.sets.findings import Finding
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ _MOST_SHEETS = 3  # sets of a dataset whose images are shown, so that the page s
 _MOST_PER_CLASS = 10  # images of a sheet
 _LARGEST_LOSSLESS = 48  # pixels; larger images are compressed with losses, for the same reason
 _MOST_CONFUSIONS = 15
+_LARGEST_RECIPE = 20_000  # letters that the page shows
 
 
 class ClassPictures(NamedTuple):
@@ -71,6 +75,15 @@ class SetView:
     classes: tuple[ClassAccuracy, ...] = ()  # best first
     confusions: tuple[Confusion, ...] = ()
     ranking: ddranking.Ranking | None = None
+    recipe: RecipeView | None = None
+
+
+class RecipeView(NamedTuple):
+    """The recipe that made a set: its path, its address for a link, and what it says."""
+
+    path: str
+    address: str
+    text: str
 
 
 class SetDetails:
@@ -85,10 +98,12 @@ class SetDetails:
         """All that is known of an evaluated set."""
         titles = class_titles(result)
         path = Path(result.source)
-        gone = changed = _why_gone(path, result)
+        published = result.made_by.get("kind") == "published"
+        changed = _why_gone(path, result)
+        gone = "" if published else changed
         sheet: tuple[ClassPictures, ...] = ()
         shown = self._shown.setdefault(result.dataset, set())
-        if changed:
+        if gone:
             pass
         elif result.sha256 in shown:
             gone = "The images are shown with an entry above."
@@ -96,26 +111,28 @@ class SetDetails:
             gone = f"Images are shown for at most {_MOST_SHEETS} sets of each dataset."
         else:
             shown.add(result.sha256)
-            sheet, gone = _sheet(path, result, titles)
-        if not changed and result.sha256 not in self._findings:
+            sheet, gone = pictures_of(result, titles)
+        checked = not changed and not published
+        if checked and result.sha256 not in self._findings:
             self._findings[result.sha256] = _findings(path, result)  # of `ddkit check`, which takes seconds
         loss = {
             f"round {number}": [(result.epochs_setting * i / max(1, len(curve) - 1), value) for i, value in enumerate(curve)]
             for number, curve in enumerate(result.loss_curves, start=1)
         }
-        accuracies = (ClassAccuracy(_name(titles, label), value) for label, value in enumerate(result.per_class))
+        accuracies = (ClassAccuracy(class_name(titles, label), value) for label, value in enumerate(result.per_class))
         return SetView(
             result=result,
             title=dataset_title(result.dataset),
             sheet=sheet,
             gone=gone,
             facts=_facts(result),
-            checked=not changed,
-            findings=() if changed else self._findings[result.sha256],
+            checked=checked,
+            findings=self._findings[result.sha256] if checked else (),
+            recipe=_recipe(find_recipe(result.source, result.sha256)),
             loss=line_chart("Training loss", "epoch", loss, from_zero=True),
             classes=tuple(sorted(accuracies, key=lambda one: -one.accuracy)),
             confusions=tuple(
-                Confusion(_name(titles, truth), _name(titles, predicted), count)
+                Confusion(class_name(titles, truth), class_name(titles, predicted), count)
                 for truth, predicted, count in result.confusions[:_MOST_CONFUSIONS]
             ),
             ranking=ddranking.of_result(result, self._results) if result.augment else None,
@@ -135,24 +152,60 @@ def _why_gone(path: Path, result: Result) -> str:
     return ""
 
 
-def _sheet(path: Path, result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictures, ...], str]:
-    """The images of a set class by class, or why they cannot be shown."""
+def pictures_of(result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictures, ...], str]:
+    """The images of an evaluated set class by class, or why they cannot be shown."""
     from PIL.Image import fromarray
 
     from ddkit.data.images import denormalize, to_uint8
+
+    images, labels, spec = evaluated_images(result)
+    if images is None:
+        return (), _why_gone(Path(result.source), result) or "The images of the set cannot be read."
+    pixels = to_uint8(denormalize(images, spec)).permute(0, 2, 3, 1).contiguous().numpy()
+    lossless = spec.image_size <= _LARGEST_LOSSLESS
+    sheet = []
+    for label in range(spec.num_classes):
+        pictures = [data_uri(fromarray(image), lossless) for image in pixels[labels.numpy() == label][:_MOST_PER_CLASS]]
+        sheet.append(ClassPictures(class_name(titles, label), tuple(pictures)))
+    return tuple(sheet), ""
+
+
+def evaluated_images(result: Result) -> tuple[Tensor | None, Tensor, DatasetSpec]:
+    """The images (N, 3, S, S) that were evaluated, normalized, and their labels; None if the file cannot be read as it was.
+
+    A published set is read and converted as it was for the evaluation.
+    """
+    import torch
+
+    from ddkit.data.store import dataset_spec
+    from ddkit.evaluation.published import KIND_PUBLISHED, Conversion, open_published
     from ddkit.sets.distilled import read_set
 
+    path = Path(result.source)
     try:
-        one = read_set(path, result.dataset)
-    except DDKitError as error:
-        return (), f"The images cannot be shown: {error.message}"
-    images = to_uint8(denormalize(one.images, one.spec)).permute(0, 2, 3, 1).contiguous().numpy()
-    lossless = one.spec.image_size <= _LARGEST_LOSSLESS
-    sheet = []
-    for label in range(one.spec.num_classes):
-        pictures = [data_uri(fromarray(image), lossless) for image in images[one.labels.numpy() == label][:_MOST_PER_CLASS]]
-        sheet.append(ClassPictures(_name(titles, label), tuple(pictures)))
-    return tuple(sheet), ""
+        spec = dataset_spec(result.dataset)
+        if result.made_by.get("kind") == KIND_PUBLISHED and path.exists():
+            published = open_published(path, result.dataset, Conversion(**result.made_by.get("conversion", {})))
+            if published.sha256 == result.sha256:
+                return published.images, published.labels, spec
+        elif not _why_gone(path, result):
+            one = read_set(path, result.dataset)
+            return one.images, one.labels, spec
+    except (DDKitError, TypeError) as error:
+        log.warning("%s", error)
+        spec = DATASETS.get(result.dataset, CIFAR100)
+    return None, torch.empty(0, dtype=torch.int64), spec
+
+
+def _recipe(path: str) -> RecipeView | None:
+    """The recipe at a path that `find_recipe` gave."""
+    if not path:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return RecipeView(path, Path(path).resolve().as_uri(), text[:_LARGEST_RECIPE])
 
 
 def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
@@ -221,5 +274,5 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str
             yield name, ", ".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item)
 
 
-def _name(titles: Sequence[str], label: int) -> str:
+def class_name(titles: Sequence[str], label: int) -> str:
     return titles[label] if 0 <= label < len(titles) else f"class {label}"

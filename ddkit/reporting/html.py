@@ -27,7 +27,9 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(percent=percent, points=points, dataset_title=dataset_title, data_uri=data_uri)
+    environment.filters.update(
+        percent=percent, points=points, dataset_title=dataset_title, data_uri=data_uri, file_uri=_file_uri
+    )
     script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
@@ -37,6 +39,10 @@ def render(page: Page) -> str:
         # Only this script runs, even if a class name or a JSON file holds another.
         script_hash=f"'sha256-{script_hash}'",
     )
+
+
+def _file_uri(path: str) -> str:
+    return Path(path).resolve().as_uri()
 
 
 def write_html(page: Page, path: str | os.PathLike[str]) -> None:

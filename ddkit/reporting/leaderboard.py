@@ -35,7 +35,7 @@ def build(results: Sequence[Result], tracks: Iterable[int] | None = None) -> tup
 
 
 def _build_track(track: int, results: Sequence[Result]) -> list[Group]:
-    baselines = _latest_of_most_rounds((_conditions(r), r) for r in results if r.kind == "random-real")
+    baselines = latest_of_most_rounds((conditions(r), r) for r in results if r.kind == "random-real")
     drafts = _drafts(results)
     official = [d for d in drafts if d.key.official and d.key.dataset is None]
     groups = [_official_group(track, official, baselines)]
@@ -161,18 +161,23 @@ def _dataset_order(name: str) -> tuple[int, str]:
     return (_CHALLENGE_NAMES.index(name) if name in _CHALLENGE_NAMES else len(_CHALLENGE_NAMES)), name
 
 
+def settings_title(result: Result) -> str:
+    """The settings of an evaluation in words: "official", or such as "E = 50, no augmentation"."""
+    return "official" if result.official else _GroupKey.of(result).title().partition(": ")[2]
+
+
 _Conditions = tuple[Any, ...]
 
 
-def _conditions(result: Result) -> _Conditions:
-    """The settings that random real images must share with a set to be its baseline."""
+def conditions(result: Result) -> _Conditions:
+    """The settings that two results must share to be compared: random real images with a set, or one set with another."""
     return (
         result.dataset, result.track, result.epochs_setting, result.network, result.augment, result.precision,
         result.images_per_class, result.time_budget, result.test_images or TEST_IMAGES,
     )  # fmt: skip
 
 
-def _latest_of_most_rounds(results: Iterable[tuple[_Conditions, Result]]) -> dict[_Conditions, Result]:
+def latest_of_most_rounds(results: Iterable[tuple[_Conditions, Result]]) -> dict[_Conditions, Result]:
     """One result of each key: the latest of those with the most rounds, so that a quick look replaces nothing better."""
     kept: dict[_Conditions, Result] = {}
     for key, result in results:
@@ -187,7 +192,7 @@ def _drafts(results: Sequence[Result]) -> list[_Draft]:
 
     A later evaluation of the same set under the same seed replaces an earlier one, unless it has fewer rounds.
     """
-    newest = _latest_of_most_rounds(((_GroupKey.of(r), r.kind, r.name, r.dataset, r.sha256, r.seed), r) for r in results)
+    newest = latest_of_most_rounds(((_GroupKey.of(r), r.kind, r.name, r.dataset, r.sha256, r.seed), r) for r in results)
     drafts: list[_Draft] = []
     latest: dict[tuple[Any, ...], _Draft] = {}
     for (*row, dataset, _, _), result in newest.items():
@@ -205,7 +210,7 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
     evaluated = tuple(results.values())
     expected = (draft.key.dataset,) if draft.key.dataset else _CHALLENGE_NAMES
     accuracy = {name: r.mean for name, r in results.items()}
-    baseline = tuple(baselines[key] for r in evaluated if (key := _conditions(r)) in baselines)
+    baseline = tuple(baselines[key] for r in evaluated if (key := conditions(r)) in baselines)
     comparable = (e.accuracy for e in published if all(name in e.accuracy for name in results))
     best_published = max((mean(numbers[name] for name in results) for numbers in comparable), default=None)
     missing = [name for name in expected if name not in results] if draft.key.official else []

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from ddkit import __version__
 from ddkit.challenge import PUBLISHED
 from ddkit.reporting.charts import IntervalChart, interval_charts
+from ddkit.reporting.compare import SetsCompared
 from ddkit.reporting.details import SetDetails, SetView
+from ddkit.reporting.history import History
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.rows import Estimate, Group, Row, dataset_title, shortened
 from ddkit.reporting.runs import RunView, training_runs
@@ -71,6 +73,8 @@ class Page:
     runs: tuple[RunView, ...]
     problems: tuple[str, ...]
     quality: tuple[SetQuality, ...] = ()
+    history: History | None = None
+    comparisons: tuple[SetsCompared, ...] = ()
 
 
 def gather(
@@ -80,6 +84,8 @@ def gather(
     tracks: Iterable[int] | None = None,
     runs_folder: Path = Path("runs"),
     quality: Sequence[SetQuality] = (),
+    history: History | None = None,
+    comparisons: Sequence[SetsCompared] = (),
     progress: Listener = ignore,
 ) -> Page:
     """Gather the content of the page.
@@ -105,6 +111,8 @@ def gather(
         runs=training_runs(runs_folder),
         problems=tuple(problems),
         quality=tuple(quality),
+        history=history,
+        comparisons=tuple(comparisons),
     )
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddkit.errors import MissingDataError, UsageError
+from ddkit.history import PackedRecords, packed_file
 from ddkit.metrics import ddranking
+from ddkit.reporting.compare import SetsCompared, compare_sets, comparison_sheet
+from ddkit.reporting.history import History, build_history
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.rows import Estimate, Group, Row
 from ddkit.results import RESULTS_FILE, Result, read
@@ -27,6 +30,7 @@ class Leaderboard:
     rankings: DD-Ranking's scores of the sets for which all needed evaluations are there.
     problems: a line on each line of the file that cannot be used.
     quality: the measured sets. written: the page and the sheets of images.
+    history: of the user's own sets. comparisons: of the two sets that were asked for, by dataset.
     """
 
     results: tuple[Result, ...]
@@ -35,6 +39,8 @@ class Leaderboard:
     problems: tuple[str, ...]
     quality: tuple[SetQuality, ...] = ()
     written: tuple[Path, ...] = ()
+    history: History = History((), ())
+    comparisons: tuple[SetsCompared, ...] = ()
 
     def as_data(self) -> dict[str, Any]:
         """Plain values for JSON; accuracies and differences are fractions."""
@@ -43,6 +49,8 @@ class Leaderboard:
             "rankings": [ranking.as_data() for ranking in self.rankings],
             "problems": list(self.problems),
             "quality": [one.as_data() for one in self.quality],
+            "history": self.history.as_data(),
+            "comparisons": [one.as_data() for one in self.comparisons],
         }
 
 
@@ -53,6 +61,7 @@ def report(
     html: str | os.PathLike[str] | None = None,
     runs_folder: str | os.PathLike[str] = "runs",
     quality: str | os.PathLike[str] | None = None,
+    compare: tuple[str, str] | None = None,
     seed: int = 0,
     device: str = "auto",
     on_event: Callable[[str], object] = lambda text: None,
@@ -64,7 +73,9 @@ def report(
     results, and track 1. html: also write the page to this file. runs_folder: the folder of generators' run folders, whose
     logs are shown on the page. quality: also measure the images of this set, or of the sets in this folder, as
     `ddkit.reporting.quality.quality_of` does with the seed and the device, and write two sheets of images of each into
-    `runs_folder`/quality. on_event: called with a sentence before a part that takes long.
+    `runs_folder`/quality. compare: two sets, as `ddkit.reporting.compare.compare_sets` takes them, to be compared; their
+    images are written next to each other into `runs_folder`/compare. on_event: called with a sentence before a part that
+    takes long.
     Raises MissingDataError for a missing file, BadFileError if the system refuses a file, UsageError if the page would
     replace the results, and what `quality_of` raises.
     """
@@ -81,6 +92,11 @@ def report(
 
         measured = measure_sets(Path(quality), seed=seed, device=device, on_event=on_event, progress=progress)
         written = [file for one in measured for file in one.save_sheets(Path(runs_folder, "quality"))]
+    packed = PackedRecords(packed_file(path), writes=False)
+    history = build_history(reading.results, packed.records, tracks)
+    comparisons = compare_sets(*compare, reading.results) if compare else ()
+    written += _save_sheets(comparisons, Path(runs_folder, "compare"))
+    problems = (*reading.problems, *packed.problems)
     if html is not None:
         from ddkit.reporting.html import write_html
         from ddkit.reporting.page import gather
@@ -88,17 +104,34 @@ def report(
         on_event(f"Checking the sets that {html} shows. This takes seconds for each.")
         page = gather(
             reading.results,
-            problems=reading.problems,
+            problems=problems,
             tracks=tracks,
             runs_folder=Path(runs_folder),
             quality=measured,
+            history=history,
+            comparisons=comparisons,
             progress=progress,
         )
         write_html(page, html)
         written.insert(0, Path(html))
     rankings = tuple(ranking for ranking in ddranking.from_results(reading.results) if ranking.lrs is not None)
     groups = build(reading.results, tracks)
-    return Leaderboard(reading.results, groups, rankings, reading.problems, tuple(measured), tuple(written))
+    return Leaderboard(
+        reading.results, groups, rankings, problems, tuple(measured), tuple(written), history, tuple(comparisons)
+    )
+
+
+def _save_sheets(comparisons: Iterable[SetsCompared], folder: Path) -> list[Path]:
+    """Write the images of each comparison next to each other, where they are still there."""
+    from ddkit.sets.contact_sheet import save_png
+
+    written = []
+    for one in comparisons:
+        if (sheet := comparison_sheet(one)) is not None:
+            path = folder / f"{one.first.dataset}-{one.first.sha256[:6]}-{one.second.sha256[:6]}.png"
+            save_png(sheet, path)
+            written.append(path)
+    return written
 
 
 def as_data(groups: Iterable[Group]) -> list[dict[str, Any]]:

@@ -47,9 +47,14 @@ def contact_sheet(images: Tensor, labels: Tensor, class_names: Sequence[str], *,
 
 
 def side_by_side(
-    generated: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor], class_names: Sequence[str], *, per_class: int = 6
+    generated: tuple[Tensor, Tensor],
+    real: tuple[Tensor, Tensor],
+    class_names: Sequence[str],
+    *,
+    per_class: int = 6,
+    titles: tuple[str, str] = ("generated", "real"),
 ) -> Image.Image:
-    """Two contact sheets next to each other, generated left and real right, the same classes on the same rows.
+    """Two contact sheets under their titles next to each other, the same classes on the same rows.
 
     generated, real: (N, 3, S, S) uint8 images and (N,) int64 labels; real images of classes that are not
     generated are left out.
@@ -59,7 +64,7 @@ def side_by_side(
     right = contact_sheet(real[0][chosen], real[1][chosen], class_names, per_class=per_class)
     top = _NAME_HEIGHT + 8  # of the sheets, below their titles
     paper = Image.new("RGB", (left.width + right.width, max(left.height, right.height) + top), _PAPER)
-    for sheet, place, title in ((left, 0, "generated"), (right, left.width, "real")):
+    for sheet, place, title in ((left, 0, titles[0]), (right, left.width, titles[1])):
         paper.paste(sheet, (place, top))
         ImageDraw.Draw(paper).text((place + 6, 4), title, fill=_INK, font=ImageFont.load_default(size=_NAME_HEIGHT))
     return paper

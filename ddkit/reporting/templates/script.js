@@ -59,3 +59,10 @@ function openTarget() {
 }
 addEventListener("hashchange", openTarget);
 openTarget();
+
+// What is folded is printed as well, and folded again after that.
+const folded = [];
+addEventListener("beforeprint", () => {
+  for (const box of document.querySelectorAll("details:not([open], .repeats)")) { box.open = true; folded.push(box); }
+});
+addEventListener("afterprint", () => { for (const box of folded.splice(0)) box.open = false; });

@@ -1,0 +1,263 @@
+"""Two evaluated sets side by side: their difference, class by class, and their images of each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from ddkit.errors import BadFileError, MissingDataError, UsageError, did_you_mean
+from ddkit.history import find_recipe
+from ddkit.reporting.details import ClassPictures, class_name, class_titles, pictures_of
+from ddkit.reporting.formatting import percent, points
+from ddkit.reporting.leaderboard import conditions, latest_of_most_rounds, settings_title
+from ddkit.reporting.rows import Estimate, dataset_title
+from ddkit.results import Result
+from ddkit.runtime.files import sha256_of
+from ddkit.statistics import CONFIDENCE, compare
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_FEWEST_DIGITS = 6  # of a hash that stands for a set
+_MOST_CLASSES = 8  # in the terminal, at either end
+_MOST_PICTURED = 12  # classes with images, at either end
+
+
+@dataclass(frozen=True)
+class ClassDifference:
+    """The accuracies of one class, and how much the first exceeds the second."""
+
+    label: int
+    name: str
+    first: float
+    second: float
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class SetsCompared:
+    """Two results under the same settings. Differences are the first's accuracy minus the second's.
+
+    difference: of the means. classes: largest difference first. paired: True if round i of both began with the same
+    network, so that the intervals are those of paired differences. remarks: sentences on what limits the comparison.
+    pictures: of the classes that differ most, those of the first and of the second. recipes: paths, or "".
+    """
+
+    first: Result
+    second: Result
+    title: str
+    difference: Estimate
+    paired: bool
+    classes: tuple[ClassDifference, ...]
+    remarks: tuple[str, ...]
+    pictures: tuple[tuple[ClassPictures, ClassPictures], ...] = ()
+    recipes: tuple[str, str] = ("", "")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the two are called: their names, or their files if those are the same."""
+        first, second = self.first, self.second
+        if first.name != second.name:
+            return first.name, second.name
+        if first.source != second.source:
+            return first.source, second.source
+        return f"{first.name}, {first.sha256[:6]}", f"{second.name}, {second.sha256[:6]}"
+
+    @property
+    def clear(self) -> int:
+        """How many classes differ by more than their interval."""
+        return sum(bool(each.estimate.is_clear) for each in self.classes)
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain values for JSON; accuracies and differences are fractions."""
+        return {
+            "first": _identity(self.first, self.recipes[0]),
+            "second": _identity(self.second, self.recipes[1]),
+            "difference": vars(self.difference),
+            "paired": self.paired,
+            "classes": [
+                {"label": each.label, "name": each.name, "first": each.first, "second": each.second, **vars(each.estimate)}
+                for each in self.classes
+            ],
+            "remarks": list(self.remarks),
+        }
+
+
+def compare_sets(first: str, second: str, results: Sequence[Result], *, pictures: bool = True) -> tuple[SetsCompared, ...]:
+    """Compare two evaluated sets on each dataset on which both were evaluated under the same settings.
+
+    first, second: each the name of a result, a set's file, or the beginning of its SHA-256. Of several evaluations the
+    official one is taken, else the latest of those with the most rounds. pictures: also read the images that are still there.
+    Raises UsageError for names that nothing was recorded under, and for two sets without common settings, and
+    MissingDataError for a file that was not evaluated.
+    """
+    ours, theirs = (_by_settings(_named(word, results)) for word in (first, second))
+    common = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+    if not common:
+        if ours == theirs:
+            raise UsageError(f"'{first}' and '{second}' are the same results.", "Name two different sets.")
+        raise UsageError(
+            f"'{first}' and '{second}' were not evaluated under the same settings: {_settings(ours)} and {_settings(theirs)}.",
+            "Evaluate both in the same way: ddkit evaluate A.pt B.pt",
+        )
+    chosen: dict[str, tuple[Result, Result]] = {}
+    for key in sorted(common, key=lambda key: (ours[key].official, min(ours[key].rounds, theirs[key].rounds), ours[key].date)):
+        chosen[ours[key].dataset] = ours[key], theirs[key]  # the last one is the best
+    return tuple(_compared(*chosen[name], pictures) for name in sorted(chosen))
+
+
+def _named(word: str, results: Sequence[Result]) -> list[Result]:
+    """The results that a word on the command line means."""
+    path = Path(word)
+    if path.is_file():
+        try:
+            sha256 = sha256_of(path)
+        except BadFileError as error:
+            raise MissingDataError(error.message, error.remedy) from error
+        if found := [each for each in results if each.sha256 == sha256]:
+            return found
+        raise MissingDataError(f"{word} was not evaluated as it is.", f"Evaluate it: ddkit evaluate {word}")
+    found = [each for each in results if each.name == word]
+    if not found and len(word) >= _FEWEST_DIGITS:
+        found = [each for each in results if each.sha256.startswith(word.lower())]
+    if not found:
+        known = tuple(dict.fromkeys(each.name for each in results))
+        remedy = did_you_mean(word, known) if known else "Evaluate a set first: ddkit evaluate"
+        raise UsageError(f"Nothing was recorded under the name '{word}', and there is no such file.", remedy)
+    return found
+
+
+def _by_settings(results: Sequence[Result]) -> dict[tuple[Any, ...], Result]:
+    return latest_of_most_rounds((conditions(each), each) for each in results)
+
+
+def _settings(results: dict[tuple[Any, ...], Result]) -> str:
+    return " or ".join(dict.fromkeys(f"{dataset_title(r.dataset)}, {settings_title(r)}" for r in results.values()))
+
+
+def _compared(first: Result, second: Result, pictures: bool) -> SetsCompared:
+    titles = class_titles(first)
+    paired = (first.seed, first.rounds) == (second.seed, second.rounds) and first.track == 1
+    whole = _estimate(first.accuracies, second.accuracies, paired)
+    remarks = []
+    recorded = bool(first.class_rounds and second.class_rounds)
+    if first.per_class and second.per_class and not recorded:
+        remarks.append(
+            "The records do not hold the accuracy of each class in each round, so the classes have no intervals. Run the same "
+            "ddkit evaluate again: finished rounds are read and not repeated."
+        )
+    classes = []
+    for label, (ours, theirs) in enumerate(zip(first.per_class, second.per_class, strict=False)):
+        estimate = Estimate(ours - theirs, None)
+        if recorded:
+            estimate = _estimate(*([each[label] for each in result.class_rounds] for result in (first, second)), paired)
+        classes.append(ClassDifference(label, class_name(titles, label), ours, theirs, estimate))
+    classes.sort(key=lambda each: -each.estimate.value)
+    compared = SetsCompared(
+        first, second, dataset_title(first.dataset), whole, paired, tuple(classes), (),
+        recipes=(find_recipe(first.source, first.sha256), find_recipe(second.source, second.sha256)),
+    )  # fmt: skip
+    if any(each.estimate.half_width is not None for each in classes):
+        by_chance = round((1 - CONFIDENCE) * len(classes))
+        remarks.append(
+            f"{compared.clear} of {len(classes)} classes differ by more than their interval; about {by_chance} would by chance."
+        )
+    shown: tuple[tuple[ClassPictures, ClassPictures], ...] = ()
+    if pictures:
+        shown, problems = _pictures(first, second, [each.label for each in _extremes(classes, _MOST_PICTURED)], titles)
+        remarks += problems
+    return SetsCompared(**{**vars(compared), "remarks": tuple(remarks), "pictures": shown})
+
+
+def _estimate(first: Sequence[float], second: Sequence[float], paired: bool) -> Estimate:
+    """The difference of the means with its interval; without one for single rounds, and for rounds that all agree."""
+    if min(len(first), len(second)) < 2:
+        return Estimate(sum(first) / len(first) - sum(second) / len(second), None)
+    found = compare(first, second, paired=paired)
+    half = (found.interval[1] - found.interval[0]) / 2
+    return Estimate(found.difference, half if 0 < half < 1 else None)
+
+
+def _extremes(classes: Sequence[ClassDifference], most: int) -> list[ClassDifference]:
+    """The classes at both ends."""
+    return list(classes) if len(classes) <= 2 * most else [*classes[:most], *classes[-most:]]
+
+
+def _pictures(
+    first: Result, second: Result, labels: Sequence[int], titles: Sequence[str]
+) -> tuple[tuple[tuple[ClassPictures, ClassPictures], ...], list[str]]:
+    """The images of these classes of both sets, and why there are none."""
+    sheets, problems = [], []
+    for result in (first, second):
+        sheet, gone = pictures_of(result, titles)
+        sheets.append({each.name: each for each in sheet})
+        problems += [gone] if gone else []
+    names = [class_name(titles, label) for label in labels]
+    empty = ClassPictures("", ())
+    pairs = tuple((sheets[0].get(name, empty._replace(name=name)), sheets[1].get(name, empty)) for name in names)
+    return (pairs if any(sheets) else ()), problems
+
+
+def _identity(result: Result, recipe: str) -> dict[str, Any]:
+    return {
+        "name": result.name, "dataset": result.dataset, "source": result.source, "sha256": result.sha256, "mean": result.mean,
+        "accuracies": list(result.accuracies), "official": result.official, "recipe": recipe,
+    }  # fmt: skip
+
+
+def comparison_sheet(compared: SetsCompared) -> Image | None:
+    """The images of both sets next to each other, the same class on the same row; None if those are no longer there."""
+    from ddkit.data.images import denormalize, to_uint8
+    from ddkit.reporting.details import evaluated_images
+    from ddkit.sets.contact_sheet import side_by_side
+
+    found = [evaluated_images(result) for result in (compared.first, compared.second)]
+    if any(images is None for images, _, _ in found):
+        return None
+    titles = class_titles(compared.first) or [f"class {each.label}" for each in sorted(compared.classes, key=lambda c: c.label)]
+    sheets = [(to_uint8(denormalize(images, spec)), labels) for images, labels, spec in found if images is not None]
+    return side_by_side(sheets[0], sheets[1], titles, titles=compared.names)
+
+
+class ComparisonView:
+    """A comparison as a rich renderable. show_all: all classes instead of those at both ends."""
+
+    def __init__(self, compared: SetsCompared, *, show_all: bool = False) -> None:
+        self._compared, self._all = compared, show_all
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        one = self._compared
+        names = one.names
+        yield Text(f"\n{one.title}: {names[0]} and {names[1]}, {settings_title(one.first)}", style="bold")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+        table.add_column("class", overflow="fold")
+        for heading in (*names, "difference"):
+            table.add_column(heading, justify="right", overflow="fold")
+        table.add_row("all", percent(one.first.mean), percent(one.second.mean), _colored(one.difference), end_section=True)
+        shown = one.classes if self._all else _extremes(one.classes, _MOST_CLASSES)
+        for k, each in enumerate(shown):
+            left_out = len(one.classes) - len(shown)
+            table.add_row(Text(each.name), percent(each.first), percent(each.second), _colored(each.estimate))
+            if left_out and k == _MOST_CLASSES - 1:
+                table.add_row(Text(f"... {left_out} more: --all", style="dim"))
+        yield table
+        how = "paired rounds" if one.paired else "Welch's interval"
+        yield Text(f"Differences in points, the first minus the second, with 95 % intervals ({how}).", style="dim")
+        for remark in one.remarks:
+            yield Text(remark, style="dim")
+        for name, recipe in zip(names, one.recipes, strict=True):
+            if recipe:
+                yield Text(f"Recipe of {name}: {recipe}", style="dim")
+
+
+def _colored(estimate: Estimate) -> Text:
+    """A difference, in green or red if zero lies outside its interval."""
+    style = ("green" if estimate.value > 0 else "red") if estimate.is_clear else ""
+    return Text(points(estimate), style=style)

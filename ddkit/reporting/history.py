@@ -1,0 +1,247 @@
+"""How a team got where it is: its evaluations and its zips in the order of time, and the best accuracy so far."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from ddkit.history import Packed, find_recipe
+from ddkit.reporting.charts import Tick, accuracy_axis
+from ddkit.reporting.formatting import interval_text, percent
+from ddkit.reporting.leaderboard import settings_title
+from ddkit.reporting.rows import dataset_title
+from ddkit.results import Result
+from ddkit.statistics import half_width, mean
+
+_MOST_CHARTS = 6
+_MOST_TIME_TICKS = 4
+_DAYS_WITHOUT_HOURS = 4  # from which the ticks of the time are days
+_PLOT_SIZE = (60, 8)  # columns and rows of a chart in the terminal
+
+
+@dataclass(frozen=True)
+class Step:
+    """An evaluation or a packing. date: ISO 8601, UTC; "" if it is not known. datasets, settings: in words.
+
+    accuracy: fraction; of a zip the mean over its sets, None unless all were evaluated. half_width: of its 95 % interval.
+    is_best: True if no earlier step with the same datasets and settings was better. recipe: a path, or "".
+    """
+
+    date: str
+    event: str
+    name: str
+    datasets: str
+    settings: str
+    accuracy: float | None
+    half_width: float | None
+    rounds: tuple[int, ...]
+    sha256: str
+    source: str
+    recipe: str = ""
+    is_best: bool = False
+
+    @property
+    def when(self) -> str:
+        """Day and minute, in this machine's time zone."""
+        moment = _moment(self.date)
+        return moment.astimezone().strftime("%Y-%m-%d %H:%M") if moment else "unknown"
+
+
+@dataclass(frozen=True)
+class TimeMark:
+    """A step of a chart. x, y: percent of the plot, y upwards. best_y: of the best so far."""
+
+    step: Step
+    x: float
+    y: float
+    best_y: float
+
+
+@dataclass(frozen=True)
+class TimeChart:
+    """The accuracies of one dataset under the same settings over time, two or more."""
+
+    title: str
+    marks: tuple[TimeMark, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+
+@dataclass(frozen=True)
+class History:
+    """steps: oldest first. charts: of datasets and settings with several evaluations, the latest first."""
+
+    steps: tuple[Step, ...]
+    charts: tuple[TimeChart, ...]
+
+    def as_data(self) -> list[dict[str, Any]]:
+        """The steps as plain values for JSON."""
+        return [vars(step) for step in self.steps]
+
+
+def build_history(results: Sequence[Result], packed: Sequence[Packed], tracks: Iterable[int] | None = None) -> History:
+    """The history of the user's own sets; references are left out. tracks: None means all."""
+    wanted = None if tracks is None else set(tracks)
+    ours = [r for r in results if r.kind == "submission" and (wanted is None or r.track in wanted)]
+    steps = [_evaluated(result) for result in ours]
+    steps += [_packed(each, ours) for each in packed if wanted is None or each.track in wanted]
+    ordered = sorted(steps, key=lambda step: _seconds(step) or 0.0)  # sorting keeps the order of the records otherwise
+    best: dict[tuple[str, ...], float] = {}
+    marked = []
+    for step in ordered:
+        key = (step.event, step.datasets, step.settings)
+        improves = step.accuracy is not None and step.accuracy > best.get(key, -1.0)
+        best[key] = max(best.get(key, -1.0), step.accuracy or 0.0)
+        marked.append(replace(step, is_best=improves))
+    return History(tuple(marked), _charts(marked))
+
+
+def _evaluated(result: Result) -> Step:
+    return Step(
+        result.date,
+        "evaluated",
+        result.name,
+        dataset_title(result.dataset),
+        settings_title(result),
+        result.mean,
+        half_width([result.accuracies]),
+        (result.rounds,),
+        result.sha256,
+        result.source,
+        find_recipe(result.source, result.sha256),
+    )
+
+
+def _packed(packed: Packed, results: Sequence[Result]) -> Step:
+    """A zip with the accuracy of its sets: their official results, or the latest ones under the same settings."""
+    datasets = " and ".join(dataset_title(name.removesuffix(".pt")) for name in packed.files if name.endswith(".pt"))
+    by_settings: dict[str, dict[str, Result]] = {}
+    for result in results:
+        if result.sha256 in packed.files.values():
+            by_settings.setdefault(settings_title(result), {})[result.sha256] = result
+    whole = [(title, found) for title, found in by_settings.items() if found.keys() == set(packed.files.values())]
+    title, chosen = max(whole, key=lambda each: all(r.official for r in each[1].values()), default=("", {}))
+    scores = [result.accuracies for result in chosen.values()]
+    return Step(
+        packed.date,
+        "packed",
+        packed.name,
+        datasets or f"track {packed.track}",
+        title,
+        mean(map(mean, scores)) if scores else None,
+        half_width(scores, 1 / len(scores)) if scores else None,
+        tuple(map(len, scores)),
+        packed.sha256,
+        packed.path,
+        packed.recipe,
+    )
+
+
+def _charts(steps: Sequence[Step]) -> tuple[TimeChart, ...]:
+    groups: dict[tuple[str, str], list[Step]] = {}
+    for step in steps:
+        if step.event == "evaluated" and _moment(step.date):
+            groups.setdefault((step.datasets, step.settings), []).append(step)
+    several = [(key, members) for key, members in groups.items() if len(members) > 1]
+    several.sort(key=lambda group: group[1][-1].date, reverse=True)
+    return tuple(_chart(f"{name}, {settings}", members) for (name, settings), members in several[:_MOST_CHARTS])
+
+
+def _chart(title: str, steps: Sequence[Step]) -> TimeChart:
+    times, values = [_seconds(step) or 0.0 for step in steps], [step.accuracy or 0.0 for step in steps]
+    y_ticks, low, high = accuracy_axis(values)
+    start, length = times[0], (times[-1] - times[0]) or 1.0
+    marks, best = [], 0.0
+    for step, when, value in zip(steps, times, values, strict=True):
+        best = max(best, value)
+        x = 100 * (when - start) / length
+        marks.append(TimeMark(step, x, 100 * (value - low) / (high - low), 100 * (best - low) / (high - low)))
+    one_day = steps[0].when[:10] == steps[-1].when[:10]
+    form = "%H:%M" if one_day else "%m-%d" if length > _DAYS_WITHOUT_HOURS * 86400 else "%m-%d %H:%M"
+    ticks = []
+    for k in range(_MOST_TIME_TICKS):
+        share = k / (_MOST_TIME_TICKS - 1)
+        moment = datetime.datetime.fromtimestamp(start + share * length).astimezone()
+        ticks.append(Tick(100 * share, moment.strftime(form)))
+    return TimeChart(title, tuple(marks), tuple(ticks), y_ticks)
+
+
+def _moment(date: str) -> datetime.datetime | None:
+    try:
+        moment = datetime.datetime.fromisoformat(date)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
+
+
+def _seconds(step: Step) -> float | None:
+    moment = _moment(step.date)
+    return moment.timestamp() if moment else None
+
+
+class HistoryView:
+    """The history as a rich renderable: a table of steps, and a chart of each dataset and settings over time."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self._history.steps:
+            yield Text("Nothing was evaluated or packed yet.")
+            return
+        columns: list[tuple[str, Callable[[Step], str]]] = [
+            ("date", lambda step: step.when),
+            ("event", lambda step: step.event),
+            ("name", lambda step: step.name),
+            ("dataset", lambda step: step.datasets),
+            ("accuracy", lambda step: percent(step.accuracy)),
+            ("95 %", lambda step: "" if step.accuracy is None else interval_text(step.half_width, step.rounds)),
+            ("", lambda step: "best so far" if step.is_best else ""),
+            ("settings", lambda step: step.settings),
+            ("hash", lambda step: step.sha256[:8]),
+        ]
+        if any(step.recipe for step in self._history.steps):
+            columns.append(("recipe", lambda step: step.recipe))
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+        for heading, _ in columns:
+            table.add_column(heading, overflow="fold", justify="right" if heading in ("accuracy", "95 %") else "left")
+        for step in self._history.steps:
+            table.add_row(*(Text(text(step)) for _, text in columns), style="bold" if step.is_best else "")
+        yield table
+        unicode = options.encoding.lower().startswith("utf")
+        for chart in self._history.charts:
+            yield Text(f"\n{chart.title}: accuracy over time", style="bold")
+            yield from _plot(chart, unicode)
+
+
+def _plot(chart: TimeChart, unicode: bool) -> list[Text]:
+    """The chart in letters: a mark for each evaluation, a large one where it is the best so far."""
+    width, height = _PLOT_SIZE
+    best, other, line, edge = ("●", "∙", "─", "┤") if unicode else ("O", ".", "-", "|")
+    grid = [[" "] * width for _ in range(height)]
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        return round(x / 100 * (width - 1)), height - 1 - round(y / 100 * (height - 1))
+
+    for mark, following in zip(chart.marks, chart.marks[1:], strict=False):
+        (start, row), (end, _) = place(mark.x, mark.best_y), place(following.x, 0)
+        for column in range(start, end):
+            grid[row][column] = line
+    for mark in sorted(chart.marks, key=lambda mark: mark.step.is_best):
+        column, row = place(mark.x, mark.y)
+        grid[row][column] = best if mark.step.is_best else other
+    labels = {place(0, tick.position)[1]: tick.label for tick in chart.y_ticks}
+    lines = [Text(f"{labels.get(row, ''):>8} {edge}{''.join(cells)}") for row, cells in enumerate(grid)]
+    axis = [" "] * (width + 12)
+    for k, tick in enumerate(chart.x_ticks):
+        column = round(tick.position / 100 * (width - 1)) - (len(tick.label) * k) // max(1, len(chart.x_ticks) - 1)
+        for offset, letter in enumerate(tick.label):
+            axis[max(0, column + 1) + offset] = letter
+    return [*lines, Text(" " * 9 + "".join(axis).rstrip(), style="dim")]

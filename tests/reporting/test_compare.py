@@ -1,0 +1,100 @@
+"""Two evaluated sets side by side, by name, file or hash."""
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from ddkit.errors import MissingDataError, UsageError
+from ddkit.reporting.compare import ComparisonView, compare_sets, comparison_sheet
+from ddkit.runtime.files import sha256_of
+
+BY_ROUND = ((0.2, 0.5, 0.9, 0.4), (0.3, 0.6, 0.9, 0.4), (0.25, 0.52, 0.93, 0.4))
+
+
+@pytest.fixture
+def pair(result, monkeypatch, tmp_path):
+    """Two results of four classes; the second learns class 0 clearly better, and the others alike."""
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
+
+    def of(name, by_round, **more):
+        accuracies = [sum(classes) / 4 for classes in by_round]
+        mean = tuple(sum(classes) / 3 for classes in zip(*by_round, strict=True))
+        names = {"class_names": ["apple", "bear", "cat", "dog"]}
+        return result(name, "mine", *accuracies, per_class=mean, class_rounds=by_round, made_by=names, **more)
+
+    better = tuple((classes[0] + 0.4 + 0.01 * k, *classes[1:]) for k, classes in enumerate(BY_ROUND))
+    return [of("old", BY_ROUND), of("new", better)]
+
+
+def test_classes_are_compared_round_by_round_largest_difference_first(pair):
+    (found,) = compare_sets("new", "old", pair)
+    first, *others = found.classes
+    assert (first.name, first.estimate.value) == ("apple", pytest.approx(0.41))
+    assert first.estimate.is_clear and first.estimate.half_width == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    assert all(each.estimate.value == pytest.approx(0) and each.estimate.half_width is None for each in others)
+    assert found.paired and found.difference.value == pytest.approx(0.1025) and found.clear == 1
+    assert "1 of 4 classes differ by more than their interval" in " ".join(found.remarks)
+
+
+def test_other_seed_or_number_of_rounds_is_not_paired(pair):
+    old, new = pair
+    (found,) = compare_sets("old", "new", [old, dataclasses.replace(new, seed=1)])
+    assert not found.paired and found.classes[0].estimate.half_width > 0
+
+
+def test_records_without_classes_by_round_have_no_intervals_and_say_so(pair):
+    older = [dataclasses.replace(each, class_rounds=()) for each in pair]
+    (found,) = compare_sets("new", "old", older)
+    assert found.classes[0].estimate.value == pytest.approx(0.41) and found.classes[0].estimate.half_width is None
+    assert "ddkit evaluate again" in found.remarks[0]
+
+
+def test_sets_are_named_by_file_and_by_hash(pair, tmp_path):
+    path = tmp_path / "mine.pt"
+    torch.save(torch.zeros(4), path)
+    old, new = pair
+    new = dataclasses.replace(new, sha256=sha256_of(path), source=str(path))
+    for word in (str(path), new.sha256[:8]):
+        (found,) = compare_sets(word, "old", [old, new])
+        assert found.first == new
+    torch.save(torch.ones(4), path)
+    with pytest.raises(MissingDataError, match="was not evaluated as it is.*ddkit evaluate"):
+        compare_sets(str(path), "old", [old, new])
+
+
+@pytest.mark.parametrize("words, said", [
+    (("nwe", "old"), "Did you mean 'new'"), (("new", "new"), "are the same"), (("abc", "old"), "Nothing was recorded"),
+])  # fmt: skip
+def test_names_that_cannot_be_compared_are_refused(pair, words, said):
+    with pytest.raises(UsageError, match=said):
+        compare_sets(*words, pair)
+
+
+def test_sets_of_other_settings_are_not_compared(pair, result):
+    quick = result("quick", "mine", 0.1, 0.2, epochs_setting=5)
+    with pytest.raises(UsageError, match="not evaluated under the same settings: mine, E = 1000.* and mine, E = 5"):
+        compare_sets("new", "quick", [*pair, quick])
+
+
+def test_official_results_are_preferred(result):
+    both = [
+        result(name, "cifar100", *accuracies, epochs_setting=setting)
+        for name, accuracies in (("a", (0.3, 0.31, 0.32)), ("b", (0.2, 0.21, 0.23)))
+        for setting in (1000, 50)
+    ]
+    (found,) = compare_sets("a", "b", both, pictures=False)
+    assert found.first.official and found.second.official
+
+
+def test_view_shows_both_ends_or_all(pair, result):
+    many = [result(name, "cifar100", 0.3 + k, 0.31 + k, 0.32 + k) for k, name in ((0.0, "low"), (0.1, "high"))]
+    console = Console(file=io.StringIO(), width=100)
+    (found,) = compare_sets("high", "low", many, pictures=False)
+    console.print(ComparisonView(found))
+    assert "84 more: --all" in console.file.getvalue() and "+10.00" in console.file.getvalue()
+    console.print(ComparisonView(found, show_all=True))
+    assert console.file.getvalue().count("worm") <= 2
+    assert comparison_sheet(found) is None

@@ -1,0 +1,80 @@
+"""The history of a team's sets: what was evaluated and packed, and what was the best so far."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ddkit.history import Packed
+from ddkit.reporting.history import HistoryView, build_history
+
+
+def day(number, hour=10):
+    return f"2026-07-{number:02}T{hour:02}:00:00+00:00"
+
+
+@pytest.fixture
+def results(result):
+    return [
+        result("baseline", "cifar100", 0.15, 0.16, epochs_setting=50, kind="random-real", date=day(1)),
+        result("second", "cifar100", 0.30, 0.32, epochs_setting=50, date=day(3)),
+        result("first", "cifar100", 0.20, 0.22, epochs_setting=50, date=day(2)),
+        result("worse", "cifar100", 0.25, 0.27, epochs_setting=50, date=day(4)),
+        result("best", "cifar100", 0.33, 0.34, 0.35, date=day(5)),
+        result("best", "tinyimagenet", 0.13, 0.14, 0.15, date=day(6)),
+    ]
+
+
+def test_steps_are_in_order_of_time_without_references(results):
+    history = build_history(results, [])
+    assert [step.name for step in history.steps] == ["first", "second", "worse", "best", "best"]
+    assert [step.is_best for step in history.steps] == [True, True, False, True, True]
+    assert history.steps[0].settings == "E = 50" and history.steps[3].settings == "official"
+    assert history.steps[0].half_width > 0.05
+
+
+def test_zip_has_the_mean_of_its_sets_official_results_first(results):
+    quick = results[4].__class__(**{**vars(results[4]), "epochs_setting": 50, "official": False, "date": day(7)})
+    files = {"cifar100.pt": results[4].sha256, "tinyimagenet.pt": results[5].sha256}
+    packed = Packed("final", "submission.zip", "c" * 64, 1, files, day(8), "recipe.toml")
+    step = build_history([*results, quick], [packed]).steps[-1]
+    assert (step.event, step.name, step.recipe) == ("packed", "final", "recipe.toml")
+    assert step.accuracy == pytest.approx((0.34 + 0.14) / 2) and step.settings == "official"
+    assert step.datasets == "CIFAR-100 and TinyImageNet"
+    unknown = Packed("other", "o.zip", "d" * 64, 1, files | {"cifar100.pt": "0" * 64}, day(9))
+    assert build_history(results, [unknown]).steps[-1].accuracy is None
+
+
+def test_chart_is_of_one_dataset_and_settings_with_the_best_so_far(results):
+    (chart,) = build_history(results, []).charts
+    assert chart.title == "CIFAR-100, E = 50"
+    assert [mark.step.name for mark in chart.marks] == ["first", "second", "worse"]
+    assert (chart.marks[0].x, chart.marks[1].x, chart.marks[2].x) == (0, 50, 100)
+    assert chart.marks[0].y < chart.marks[2].y < chart.marks[1].y == chart.marks[2].best_y
+    assert [tick.label for tick in chart.x_ticks][0].startswith("07-02")
+
+
+def test_unknown_date_is_listed_first_and_not_charted(results, result):
+    history = build_history([*results, result("old", "cifar100", 0.1, 0.2, epochs_setting=50, date="")], [])
+    assert history.steps[0].name == "old" and history.steps[0].when == "unknown"
+    assert len(history.charts[0].marks) == 3
+
+
+def test_tracks_are_told_apart(results, result):
+    ours = [*results, result("track two", "cifar100", 0.2, track=2)]
+    assert [step.name for step in build_history(ours, [], [2]).steps] == ["track two"]
+
+
+@pytest.mark.parametrize("encoding, best", [("utf-8", "●"), ("ascii", "O")])
+def test_view_shows_a_table_and_a_chart_in_any_encoding(results, encoding, best):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    Console(file=stream, width=120).print(HistoryView(build_history(results, [])))
+    stream.seek(0)
+    shown = stream.read()
+    assert "worse" in shown and "best so far" in shown and "CIFAR-100, E = 50: accuracy over time" in shown and best in shown
+
+
+def test_view_of_nothing_says_so():
+    console = Console(file=io.StringIO(), width=100)
+    console.print(HistoryView(build_history([], [])))
+    assert "Nothing was evaluated" in console.file.getvalue()
