@@ -122,7 +122,16 @@ def refine(
             start_over(path, folder, out)
             before = read_set(path, spec.name)
         state = _begin_or_resume(before, path, settings, folder, ignore_codes)
-        _refuse_another_result(state, path, out or path)
+        target = out or path
+        if (
+            target.resolve() != path.resolve()
+            and read_provenance(target).get("kind") == KIND_REFINED
+            and not state.made(target)
+        ):
+            raise UsageError(
+                f"{target} holds the result of another refinement, which would be lost.",
+                "Name another file with --out, or delete it.",
+            )
         try:
             with Refinement(state, settings, holdout, chosen, progress) as refinement:
                 refinement.run(limits, save_every_seconds)
@@ -155,14 +164,6 @@ def recorded_settings(folder: Path) -> RefineSettings | None:
     if not (folder / STATE_FILE).exists():
         return None
     return RefineSettings.from_json(RefinementState.read(folder).settings)
-
-
-def _refuse_another_result(state: RefinementState, path: Path, out: Path) -> None:
-    """Raise UsageError where the result would replace that of another refinement, which has cost hours."""
-    if out.resolve() != path.resolve() and read_provenance(out).get("kind") == KIND_REFINED and not state.made(out):
-        raise UsageError(
-            f"{out} holds the result of another refinement, which would be lost.", "Name another file with --out, or delete it."
-        )
 
 
 def _begin_or_resume(

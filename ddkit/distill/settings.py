@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,20 +190,16 @@ class RefineSettings:
             outer, _, inner = name.rpartition(".")
             (nested.setdefault(outer, {}) if outer else nested)[inner] = value
         changed = RefineSettings.from_json(nested)
-        changed._refuse_unused(changes)
-        return changed
-
-    def _refuse_unused(self, names: Collection[str]) -> None:
-        """Raise UsageError where a setting was changed that has no effect with the others."""
-        for name in names:
+        for name in changes:  # those that have no effect with the others
             part = name.partition(".")[0]
             wanted = "mtt" if part in ("experts", "student") else "frepo" if part in ("pool", "krr_lambda") else None
-            if wanted not in (None, self.objective):
-                raise UsageError(f"{name} applies to the objective {wanted}, not to {self.objective}.")
-        if self.objective == "dm" and "dm_steps" in names:
+            if wanted not in (None, changed.objective):
+                raise UsageError(f"{name} applies to the objective {wanted}, not to {changed.objective}.")
+        if changed.objective == "dm" and "dm_steps" in changes:
             raise UsageError("dm_steps has no effect, because dm is the objective of every step.")
-        if self.objective == "mtt" and self.dm_steps == 0 and "batch_real" in names:
+        if changed.objective == "mtt" and changed.dm_steps == 0 and "batch_real" in changes:
             raise UsageError("batch_real applies to dm and frepo, but every step uses mtt.")
+        return changed
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

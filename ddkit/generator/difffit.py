@@ -8,7 +8,6 @@ the blocks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +65,14 @@ def apply_difffit(denoiser: nn.Module) -> ParameterCounts:
     Its state dictionary has other keys until `merge_difffit`.
     denoiser: a UViT or a DiTTransformer2DModel. Raises UsageError for any other network.
     """
-    for block in _first_half(denoiser):
+    if isinstance(denoiser, DiTTransformer2DModel):
+        first_half = denoiser.transformer_blocks[: len(denoiser.transformer_blocks) // 2]
+    elif isinstance(denoiser, UViT):
+        first_half = denoiser.blocks_in
+    else:
+        kind = type(denoiser).__name__
+        raise UsageError(f"DiffFit does not know the blocks of a {kind}.", "Train all parameters instead, with --full.")
+    for block in first_half:
         layers = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
         for name, layer in layers:
             if f".{name}".endswith(tuple(f".{ending}" for ending in _FACTOR_LAYERS)):
@@ -128,13 +134,3 @@ def count_parameters(network: nn.Module) -> ParameterCounts:
     parameters = list(network.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return ParameterCounts(trainable, sum(parameter.numel() for parameter in parameters))
-
-
-def _first_half(denoiser: nn.Module) -> Sequence[nn.Module]:
-    if isinstance(denoiser, DiTTransformer2DModel):
-        return denoiser.transformer_blocks[: len(denoiser.transformer_blocks) // 2]
-    if isinstance(denoiser, UViT):
-        return denoiser.blocks_in
-    raise UsageError(
-        f"DiffFit does not know the blocks of a {type(denoiser).__name__}.", "Train all parameters instead, with --full."
-    )

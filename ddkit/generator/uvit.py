@@ -42,7 +42,12 @@ class UViT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        _check_sizes(sample_size, patch_size, hidden_size, depth, num_heads)
+        if sample_size % patch_size:
+            raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+        if depth % 2 == 0:
+            raise ValueError(f"depth {depth} is even; a U needs a middle block")
         self.patches_per_side = sample_size // patch_size
         patch_values = in_channels * patch_size**2
         self.patch_in = nn.Linear(patch_values, hidden_size)
@@ -75,7 +80,7 @@ class UViT(ModelMixin, ConfigMixin):
             [
                 self.time_in(time).unsqueeze(1),
                 self.class_in(class_labels).unsqueeze(1),
-                self.patch_in(self._to_patches(sample)),
+                self.patch_in(F.pixel_unshuffle(sample, self.config.patch_size).flatten(2).transpose(1, 2)),
             ],
             dim=1,
         )  # (N, 2 + patches, hidden)
@@ -87,16 +92,9 @@ class UViT(ModelMixin, ConfigMixin):
         x = self.block_middle(x)
         for block in self.blocks_out:
             x = block(x, kept.pop())
-        return self.smooth(self._from_patches(self.patch_out(self.norm_out(x[:, 2:]))))
-
-    def _to_patches(self, sample: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, patches, C * patch_size**2)."""
-        return F.pixel_unshuffle(sample, self.config.patch_size).flatten(2).transpose(1, 2)
-
-    def _from_patches(self, patches: Tensor) -> Tensor:
-        """The inverse of `_to_patches`."""
+        patches = self.patch_out(self.norm_out(x[:, 2:])).transpose(1, 2)  # (N, C * patch_size**2, patches)
         side = self.patches_per_side
-        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
+        return self.smooth(F.pixel_shuffle(patches.unflatten(2, (side, side)), self.config.patch_size))
 
     def _initialize(self) -> None:
         """Truncated normal weights as in the paper's code; the output begins at zero, so that early training is stable."""
@@ -173,12 +171,3 @@ def timestep_embedding(timestep: Tensor, size: int, longest_period: float = 10_0
     steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
     angles = timestep.float().unsqueeze(1) * torch.exp(-math.log(longest_period) / half * steps)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, size % 2))
-
-
-def _check_sizes(sample_size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int) -> None:
-    if sample_size % patch_size:
-        raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
-    if hidden_size % num_heads:
-        raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
-    if depth % 2 == 0:
-        raise ValueError(f"depth {depth} is even; a U needs a middle block")

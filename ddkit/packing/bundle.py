@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, MissingModelError, UsageError
@@ -123,7 +122,8 @@ def build_folder(models: Sequence[BundleModel], out: Path, *, progress: Listener
         facts = {model.dataset: _add_model(model, folder / "models" / model.dataset, progress) for model in models}
         write_text(folder / "requirements.txt", "".join(f"{line}\n" for line in requirements()))
         write_text(folder / "README.md", _readme(models, facts))
-        _write_hashes(folder)
+        lines = [f"{sha256_of(folder / name)}  {name}\n" for name in sorted(_names(folder))]
+        write_text(folder / HASHES_FILE, "".join(lines))
     return out
 
 
@@ -241,12 +241,22 @@ def _with_script(folder: Path, path: Path) -> Path:
 def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFacts:
     """Write a model's folder: its parts without what only ddkit reads, its sampler, its classifier, and entry.json."""
     facts, spec = load_model(model.folder, dataset=model.dataset).facts, dataset_spec(model.dataset)
-    _check_fits(facts, spec, model.folder)
+    if (len(facts.class_names), facts.image_size) != (spec.num_classes, spec.image_size):
+        raise UsageError(
+            f"The model in {model.folder} makes {len(facts.class_names)} classes of {facts.image_size} px; "
+            f"{spec.name} has {spec.num_classes} of {spec.image_size} px.",
+            "Train a model on the present dataset.",
+        )
     parts = [part for part in ("vae", DENOISER_PART) if (model.folder / part).is_dir()]
     for part in parts:
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_bytes((model.folder / part / "config.json").read_bytes())
-        _copy_weights(model.folder / part / WEIGHTS_FILE, folder / part / WEIGHTS_FILE, half=model.settings.half)
+        source, target = model.folder / part / WEIGHTS_FILE, folder / part / WEIGHTS_FILE
+        if model.settings.half:
+            weights = load_file(source)
+            save_safetensors({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
+        else:
+            target.write_bytes(source.read_bytes())
     if model.settings.classifier or model.settings.keep < 1:
         real = open_dataset(model.dataset, "train", progress=progress)
         network = reference_features(real, spec, progress=progress).network
@@ -275,23 +285,6 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
     return facts
 
 
-def _check_fits(facts: ModelFacts, spec: DatasetSpec, folder: Path) -> None:
-    if (len(facts.class_names), facts.image_size) != (spec.num_classes, spec.image_size):
-        raise UsageError(
-            f"The model in {folder} makes {len(facts.class_names)} classes of {facts.image_size} px; "
-            f"{spec.name} has {spec.num_classes} of {spec.image_size} px.",
-            "Train a model on the present dataset.",
-        )
-
-
-def _copy_weights(source: Path, target: Path, *, half: bool) -> None:
-    if not half:
-        target.write_bytes(source.read_bytes())
-        return
-    weights = load_file(source)
-    save_safetensors({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
-
-
 def _readme(models: Sequence[BundleModel], facts: Mapping[str, ModelFacts]) -> str:
     rows = ["| dataset | images | mean | std | sampling | training steps of the model |", "|---|---|---|---|---|---|"]
     for model in models:
@@ -305,11 +298,6 @@ def _readme(models: Sequence[BundleModel], facts: Mapping[str, ModelFacts]) -> s
     template = string.Template((scripts()[SCRIPT].parent / "README.md").read_text(encoding="utf-8"))
     text = template.substitute(datasets="\n".join(rows), python=".".join(platform.python_version_tuple()[:2]))
     return text if "cifar100" in facts else text.replace("--dataset cifar100", f"--dataset {models[0].dataset}")
-
-
-def _write_hashes(folder: Path) -> None:
-    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in sorted(_names(folder))]
-    write_text(folder / HASHES_FILE, "".join(lines))
 
 
 def _names(folder: Path) -> list[str]:

@@ -214,20 +214,25 @@ def read_trials(records: Path) -> list[Trial]:
     trials = []
     for number, values in read_lines(records):
         try:
-            trials.append(_trial_from_json(values))
+            fields: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+            }
+            trial = Trial(**fields)
+            numbers = (
+                trial.steps,
+                trial.guidance,
+                trial.keep,
+                trial.budget,
+                trial.epochs_setting,
+                *trial.accuracies,
+                *trial.images,
+            )
+            if not trial.accuracies or not all(type(number) in (int, float) for number in numbers):
+                raise ValueError("a number is missing")
+            trials.append(trial)
         except (TypeError, AttributeError, ValueError) as error:
             raise BadFileError(f"{records}, line {number}, is not a trial of ddkit tune.", "Name another file.") from error
     return trials
-
-
-def _trial_from_json(values: Any) -> Trial:
-    """Raises TypeError, AttributeError or ValueError if the values are not a trial."""
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    trial = Trial(**fields)
-    numbers = (trial.steps, trial.guidance, trial.keep, trial.budget, trial.epochs_setting, *trial.accuracies, *trial.images)
-    if not trial.accuracies or not all(type(number) in (int, float) for number in numbers):
-        raise ValueError("a number is missing")
-    return trial
 
 
 def draw_chart(trials: Sequence[Trial], path: Path) -> None:

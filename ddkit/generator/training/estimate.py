@@ -121,7 +121,7 @@ def estimate(
     """
     device, free = own_device(device), free_memory(device)
     with shortage_explained(lambda: ComputeError(f"Out of memory on {device}, even for measuring the costs.", _SMALLER)):
-        stages = (_fine_tuning(config, start, num_classes),) if start else _stages(config, image_size, num_classes)
+        stages = _stages(config, image_size, num_classes, start)
         probes = (_Probe(stage, device, config.precision, processes) for stage in stages)
         return Estimate(tuple(probe.estimate(seconds, _RESERVE * free) for probe in probes), free)
 
@@ -179,9 +179,17 @@ def shortage(
     )
 
 
-def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple[Stage, ...]:
-    """The stages over made-up data of the right shapes. A pretrained autoencoder has no stage."""
+def _stages(config: GeneratorConfig, image_size: int, num_classes: int, start: Start | None) -> tuple[Stage, ...]:
+    """The stages over made-up data of the right shapes. A pretrained autoencoder has no stage.
+
+    Fine-tuning has one stage, whose network is the start's own and does not change.
+    """
     labels = torch.arange(num_classes)  # one image each, drawn as often as batches need
+    if start is not None and config.minimax is not None:
+        network = start.generator.denoiser
+        side = network.config.sample_size
+        made_up = torch.zeros(num_classes, 1, network.config.in_channels, side, side, dtype=torch.float16)
+        return (MinimaxStage(config, config.minimax, network, LatentSet(made_up, labels, std=1.0), num_classes),)
     names = tuple(map(str, range(num_classes)))
     images = ImageSet(torch.zeros(num_classes, 3, image_size, image_size, dtype=torch.uint8), labels, names)
     shape = config.autoencoder.latent_shape(image_size)
@@ -191,17 +199,6 @@ def _stages(config: GeneratorConfig, image_size: int, num_classes: int) -> tuple
         return (denoiser,)
     autoencoder = build_autoencoder(config.autoencoder, image_size, seed=0)
     return AutoencoderStage(config, autoencoder, images), denoiser
-
-
-def _fine_tuning(config: GeneratorConfig, start: Start, num_classes: int) -> Stage:
-    """The stage of a fine-tuning over made-up data. The network is the start's own, and does not change."""
-    if config.minimax is None:
-        raise ValueError("A fine-tuning needs its criteria's settings.")
-    network = start.generator.denoiser
-    side = network.config.sample_size
-    made_up = torch.zeros(num_classes, 1, network.config.in_channels, side, side, dtype=torch.float16)
-    latents = LatentSet(made_up, torch.arange(num_classes), std=1.0)
-    return MinimaxStage(config, config.minimax, network, latents, num_classes)
 
 
 class _Probe:
@@ -217,7 +214,11 @@ class _Probe:
         stage, optimizer = self._stage, self._stage.optimizer
         at_once = max(1, optimizer.batch_size // (optimizer.accumulation * self._processes))
         counts = count_parameters(stage.network)
-        per_image, kept_once = self._bytes_kept()
+        # Bytes that a forward pass keeps for the backward pass: of each image, and once, such as weights in half precision.
+        some = min(_PROBE_BATCH, len(next(iter(self._batch.values()))))
+        of_some = self._bytes_kept_of(some)
+        per_image: float = of_some if some == 1 else (of_some - self._bytes_kept_of(1)) / (some - 1)
+        kept_once = max(0, round(of_some - some * per_image))
         # The workers are counted now, because a first batch has allocated the minimax memories.
         workers = workers_for(stage, self._device, self._processes)
         # Processes that share a batch hold the gradients a second time, in the buckets that are sent around.
@@ -238,16 +239,6 @@ class _Probe:
         if seconds == 0 or most == 0:
             return found
         return replace(found, images_per_second=self._processes * self._speed(workers, seconds, most))
-
-    def _bytes_kept(self) -> tuple[float, int]:
-        """Bytes that a forward pass keeps for the backward pass: for each image, and once, such as weights in half
-        precision."""
-        some = min(_PROBE_BATCH, len(next(iter(self._batch.values()))))
-        of_some = self._bytes_kept_of(some)
-        if some == 1:
-            return of_some, 0
-        per_image = (of_some - self._bytes_kept_of(1)) / (some - 1)
-        return per_image, max(0, round(of_some - some * per_image))
 
     def _bytes_kept_of(self, count: int) -> int:
         """Bytes that a forward pass over so many images keeps, each storage counted once."""

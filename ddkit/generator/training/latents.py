@@ -63,43 +63,7 @@ def cached_latents(
         return found
     if path.exists():
         log.warning("The images or the autoencoder have changed, so the latents are encoded again.")
-    latents = _encode_all(path, autoencoder, images, latent_side, flips, identity, progress)
-    std = float(latents.float().std())
-    save_safetensors({"latents": latents}, path, {"identity": identity, "std": repr(std)})
-    for partial in path.parent.glob(f"{path.stem}-*{_PARTIAL}"):
-        partial.unlink(missing_ok=True)
-    return read_latents(path, images.labels, identity) or LatentSet(latents, images.labels, std)
-
-
-def latents_identity(dataset_sha256: str, autoencoder_sha256: str, *, flips: bool) -> str:
-    """The identity of the latents of those images by that autoencoder."""
-    return f"{dataset_sha256} {autoencoder_sha256} flips={flips}"
-
-
-def read_latents(path: Path, labels: Tensor, identity: str) -> LatentSet | None:
-    """The latents in a file; None when there is none, it is damaged or it has another identity."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("identity") != identity:
-                return None
-            latents = file.get_tensor("latents")
-    except (FileNotFoundError, SafetensorError):
-        return None
-    return LatentSet(latents, labels, float(metadata["std"]))
-
-
-def _encode_all(
-    path: Path,
-    autoencoder: AutoencoderKL,
-    images: ImageSet,
-    latent_side: int,
-    flips: bool,
-    identity: str,
-    progress: Listener,
-) -> Tensor:
-    """(N, V, C, s, s) float16 on the CPU. Latents are written to a partial file as they come, from which a later run
-    continues."""
+    # Latents are written to a partial file as they come, from which a later run continues.
     shape = (1 + flips, autoencoder.config.latent_channels, latent_side, latent_side)
     bytes_per_image = torch.float16.itemsize * math.prod(shape)
     name = hashlib.sha256(f"{identity} {shape}".encode()).hexdigest()[:16]
@@ -129,4 +93,27 @@ def _encode_all(
         values = torch.frombuffer(bytearray(partial.read_bytes()), dtype=torch.float16)
     except OSError as error:
         raise explain_os_error(error, partial) from error
-    return values.view(len(images), *shape)
+    latents = values.view(len(images), *shape)
+    std = float(latents.float().std())
+    save_safetensors({"latents": latents}, path, {"identity": identity, "std": repr(std)})
+    for earlier in path.parent.glob(f"{path.stem}-*{_PARTIAL}"):
+        earlier.unlink(missing_ok=True)
+    return read_latents(path, images.labels, identity) or LatentSet(latents, images.labels, std)
+
+
+def latents_identity(dataset_sha256: str, autoencoder_sha256: str, *, flips: bool) -> str:
+    """The identity of the latents of those images by that autoencoder."""
+    return f"{dataset_sha256} {autoencoder_sha256} flips={flips}"
+
+
+def read_latents(path: Path, labels: Tensor, identity: str) -> LatentSet | None:
+    """The latents in a file; None when there is none, it is damaged or it has another identity."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != identity:
+                return None
+            latents = file.get_tensor("latents")
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return LatentSet(latents, labels, float(metadata["std"]))

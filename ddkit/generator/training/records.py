@@ -85,24 +85,20 @@ def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
     panels = max(1, len(by_panel))
     figure = Figure(figsize=(4 * panels, 3), layout="constrained")
     for axes, ((stage, _), shown) in zip(figure.subplots(1, panels, squeeze=False)[0], by_panel.items(), strict=False):
-        _draw_panel(axes, stage, shown)
+        steps = [record["step"] for record in shown]
+        axes.set_xlabel("steps")
+        if stage == "score":
+            values = [record["value"] for record in shown]
+            best = min(range(len(values)), key=values.__getitem__)
+            axes.plot(steps, values, marker="o", markersize=3)
+            axes.annotate(f"{values[best]:.4g}", (steps[best], values[best]))
+            axes.set_title(shown[-1]["name"])
+        else:
+            losses = [record["loss"] for record in shown]
+            width = max(1, len(losses) // _POINTS)
+            means = [sum(losses[i : i + width]) / width for i in range(0, len(losses) - width + 1, width)]
+            axes.plot(steps[width - 1 :: width][: len(means)], means, linewidth=1)
+            axes.set_yscale("log")
+            axes.set_title(f"{stage}: loss")
     with atomic_write(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
-
-
-def _draw_panel(axes: Any, name: str, records: Sequence[dict[str, Any]]) -> None:
-    scores = name == "score"
-    steps = [record["step"] for record in records]
-    values = [record["value" if scores else "loss"] for record in records]
-    axes.set_xlabel("steps")
-    if scores:
-        best = min(range(len(values)), key=values.__getitem__)
-        axes.plot(steps, values, marker="o", markersize=3)
-        axes.annotate(f"{values[best]:.4g}", (steps[best], values[best]))
-        axes.set_title(records[-1]["name"])
-        return
-    width = max(1, len(values) // _POINTS)
-    means = [sum(values[i : i + width]) / width for i in range(0, len(values) - width + 1, width)]
-    axes.plot(steps[width - 1 :: width][: len(means)], means, linewidth=1)
-    axes.set_yscale("log")
-    axes.set_title(f"{name}: loss")

@@ -196,7 +196,15 @@ class _Run(Callback):
         if missing or (trained_here and not begun):
             network = self.start.autoencoder if self.start else pretrained
             if network is None:
-                self._train_autoencoder()
+                seed = derived_seed("autoencoder", self.config.seed)
+                untrained = build_autoencoder(self.config.autoencoder, self.data.image_size, seed=seed)
+                stage = AutoencoderStage(self.config, untrained, self.data.images)
+                seconds = None if self.request.seconds is None else AUTOENCODER_SHARE * self.request.seconds
+                trainer = self._trainer(stage, stage.optimizer.steps, seconds)
+                trainer.run()
+                with trainer.ema_weights() as averaged:
+                    if self.accelerator.is_main_process:
+                        save_autoencoder(averaged, self.folder)
             elif self.accelerator.is_main_process:
                 save_autoencoder(network, self.folder)
             self.accelerator.wait_for_everyone()
@@ -256,17 +264,6 @@ class _Run(Callback):
         self.accelerator.wait_for_everyone()  # all processes have looked before one writes
         if behind:  # after a kill between the last checkpoint and its model
             trainer.save()
-
-    def _train_autoencoder(self) -> None:
-        seed = derived_seed("autoencoder", self.config.seed)
-        network = build_autoencoder(self.config.autoencoder, self.data.image_size, seed=seed)
-        stage = AutoencoderStage(self.config, network, self.data.images)
-        seconds = None if self.request.seconds is None else AUTOENCODER_SHARE * self.request.seconds
-        trainer = self._trainer(stage, stage.optimizer.steps, seconds)
-        trainer.run()
-        with trainer.ema_weights() as averaged:
-            if self.accelerator.is_main_process:
-                save_autoencoder(averaged, self.folder)
 
     def _trainer(self, stage: Stage, steps: int, seconds: float | None, *callbacks: Callback) -> Trainer:
         return Trainer(

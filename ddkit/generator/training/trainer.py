@@ -144,7 +144,17 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint now."""
         if self.accelerator.is_main_process:
-            save_checkpoint(self.folder, self.stage.name, self._checkpoint())
+            checkpoint = Checkpoint(
+                step=self.step,
+                seconds=self.seconds,
+                finished=self.finished,
+                network=self.stage.network.state_dict(),
+                ema=self._ema.state_dict(),
+                optimizer=self._optimizer.state_dict(),
+                memory={} if self.stage.memory is None else self.stage.memory.state_dict(),
+                scaler={} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            )
+            save_checkpoint(self.folder, self.stage.name, checkpoint)
             for callback in self._callbacks:
                 callback.on_save(self)
         self.accelerator.wait_for_everyone()
@@ -335,18 +345,6 @@ class Trainer:
             seconds = min(record.seconds, self.limit_seconds)
             figures = {"step": record.step, **figures}
             self._progress(Progress(self.stage.task, round(seconds), round(self.limit_seconds), "s", figures))
-
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(
-            step=self.step,
-            seconds=self.seconds,
-            finished=self.finished,
-            network=self.stage.network.state_dict(),
-            ema=self._ema.state_dict(),
-            optimizer=self._optimizer.state_dict(),
-            memory={} if self.stage.memory is None else self.stage.memory.state_dict(),
-            scaler={} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-        )
 
     def _resume(self) -> None:
         checkpoint = load_latest(self.folder, self.stage.name)
