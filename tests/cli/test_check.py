@@ -81,7 +81,7 @@ def test_fix_order_with_options_that_judge_is_wrong_usage(work):
 
 
 @pytest.mark.slow
-def test_first_check_tells_the_progress_of_fitting_the_classifier(work):
+def test_first_check_reports_the_progress_of_fitting_the_classifier(work):
     real = open_dataset("glyphs", "train")
     torch.save(normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS), work / "glyphs.pt")
     first = subprocess.run([sys.executable, "-m", "ddkit", "check", "glyphs.pt"], capture_output=True, text=True)

@@ -135,7 +135,7 @@ def test_a_users_mistake_is_one_message_and_debug_shows_the_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["ValueError", "RuntimeError", "OSError"])
-def test_a_fault_of_ours_has_a_status_of_its_own(fault):
+def test_a_bug_exits_with_70_and_debug_shows_its_traceback(fault):
     code = (
         "import ddkit.cli.completion as module\n"
         "from ddkit.cli import main\n"

@@ -167,7 +167,7 @@ def test_seconds_have_no_speed(clock, capsys):
     assert capsys.readouterr().err.splitlines()[1] == "Refining: 20/60 s, 40 s left"
 
 
-def test_work_that_begins_anew_is_measured_anew(clock, capsys):
+def test_rate_of_a_task_that_begins_again_is_measured_again(clock, capsys):
     output = Output()
     for done in (1, 3, 1, 3):
         output.progress(Progress("Round", done, 3))

@@ -43,7 +43,7 @@ def test_practice_is_packed_and_not_for_upload(work):
     assert "warning C001" in said, "what was found is told, though it is packed"
 
 
-def test_it_takes_the_best_settings_that_were_tuned(colors, colors_model, work):
+def test_pack_tuned_takes_the_best_settings_of_the_search(colors, colors_model, work):
     from ddkit.generator.model_folder import model_hash
     from ddkit.packing.tune import _append
 
@@ -69,7 +69,7 @@ def test_it_takes_the_best_settings_that_were_tuned(colors, colors_model, work):
     (["--track", "2", "--tuned", "--guidance", "2"], 2, "--tuned sets the sampler"),
     ([], 3, "There is no submission folder"),
 ])  # fmt: skip
-def test_what_it_refuses(work, words, status, said):
+def test_pack_with_wrong_options_or_missing_files_fails(work, words, status, said):
     _, errors = run(*words, status=status)
     assert said in errors
     assert not list(work.glob("*.zip"))
@@ -83,7 +83,7 @@ def practice(work):
     return work
 
 
-def test_each_zip_is_recorded_under_its_name_and_told_by_its_hash(practice):
+def test_each_zip_is_recorded_under_its_name_and_found_by_its_hash(practice):
     run("--name", "first try")
     run("--name", "first try")
     torch.save(torch.randn(100, 3, 32, 32), "submission/glyphs.pt")
@@ -103,7 +103,7 @@ def test_each_zip_is_recorded_under_its_name_and_told_by_its_hash(practice):
     }  # fmt: skip
 
 
-def test_refused_name_leaves_the_earlier_zip_as_it_was(practice):
+def test_refused_name_leaves_the_earlier_zip_unchanged(practice):
     run("--name", "best")
     before = (practice / "submission.zip").read_bytes()
     torch.save(torch.randn(100, 3, 32, 32), "submission/glyphs.pt")

@@ -29,7 +29,7 @@ def mine(colors, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_runs_what_is_missing_once_and_the_report_shows_the_scores(mine):
+def test_ranking_runs_missing_evaluations_once_and_report_shows_the_scores(mine):
     output, errors = run("evaluate", mine, *QUICK, "--ranking", "--json")
     (ranking,) = json.loads(output)["rankings"]
     assert ranking["missing"] == [] and 0 <= ranking["LRS"] <= 1 and 0 <= ranking["ARS"] <= 1
@@ -56,7 +56,7 @@ def _mean(kind):
 
 
 @pytest.mark.parametrize("more", [("--no-augment",), ("--track", "2")])
-def test_it_is_of_sets_with_augmentation_on_track_1(mine, more):
+def test_ranking_without_augmentation_or_on_track_2_is_wrong_usage(mine, more):
     _, errors = run("evaluate", mine, *QUICK, "--ranking", *more, status=2)
     assert "--ranking needs --track 1" in errors
 

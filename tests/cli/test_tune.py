@@ -62,6 +62,6 @@ def test_a_search_halves_its_candidates_and_repeats_nothing(colors, colors_model
     (["colours"], 2, "Did you mean 'colors'?"),
     (["colors"], 3, "ddkit train"),
 ])  # fmt: skip
-def test_what_it_refuses(colors, work, words, status, said):
+def test_tune_with_wrong_options_or_without_a_model_fails(colors, work, words, status, said):
     _, errors = run(*words, status=status)
     assert said in errors

@@ -57,13 +57,13 @@ def test_experts_are_trained_once_and_found_in_the_cache(references, own_cache):
 @pytest.mark.parametrize(
     "changed", [{"sha256": "of-others"}, {"seed": 1}, {"settings": dataclasses.replace(QUICK, batch_size=5)}]
 )
-def test_experts_of_other_images_settings_or_seeds_are_trained_anew(references, own_cache, changed):
+def test_experts_of_other_images_settings_or_seeds_are_trained_again(references, own_cache, changed):
     experts(references)
     experts(references, **changed)
     assert len(files(own_cache)) == 4
 
 
-def test_experts_with_another_holdout_are_trained_anew(references, colors, own_cache):
+def test_experts_with_another_holdout_are_trained_again(references, colors, own_cache):
     experts(references)
     experts(TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.4, seed=0))
     assert len(files(own_cache)) == 4

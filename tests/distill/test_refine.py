@@ -47,7 +47,7 @@ def run(path, folder, steps, settings=QUICK, **options):
     return refine(path, "colors", settings, RefineLimits(steps), folder, **options)
 
 
-def test_refine_leaves_the_set_its_provenance_and_the_set_as_it_was(start, tmp_path):
+def test_refine_writes_the_set_and_its_provenance_and_keeps_the_original(start, tmp_path):
     before, facts_before = start.read_bytes(), json.loads(start.with_suffix(".json").read_text())
     refined = run(start, tmp_path / "run", 4)
     assert read(start).shape == (4, 3, 16, 16)
@@ -206,7 +206,7 @@ def test_displayable_keeps_pixels_within_the_range_of_a_picture(start, tmp_path)
             assert inside == displayable, name
 
 
-def test_a_set_that_does_not_improve_is_left_as_it_is(start, tmp_path):
+def test_a_set_that_does_not_improve_is_not_changed(start, tmp_path):
     files = [start.with_suffix(suffix) for suffix in (".pt", ".json", ".png")]
     before = [file.read_bytes() for file in files]
     run(start, tmp_path / "run", 0, QUICK)

@@ -37,7 +37,7 @@ def test_power_1_multiplies_by_the_covariance(pictures):
     assert (found - expected).norm() < 0.1 * expected.norm()  # by a sample of 4,000, waves are a little correlated
 
 
-def test_power_0_leaves_gradients_as_they_are(pictures):
+def test_power_0_does_not_change_gradients(pictures):
     gradients = draw(5, 2)
     torch.testing.assert_close(Spectrum(pictures, 0.0).weigh(gradients), gradients)
 
@@ -54,7 +54,7 @@ def test_each_image_is_weighted_independently(pictures):
 
 
 @pytest.mark.parametrize("pictures", [torch.ones(1, 3, SIDE, SIDE), draw(1, 1).expand(4, -1, -1, -1)], ids=["flat", "alike"])
-def test_identical_images_leave_gradients_as_they_are(pictures):
+def test_identical_images_do_not_change_gradients(pictures):
     gradients = draw(5, 2)
     torch.testing.assert_close(Spectrum(pictures, 0.25).weigh(gradients), gradients)
 

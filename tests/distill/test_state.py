@@ -34,7 +34,7 @@ def contents(path):
     return [file.read_bytes() for file in vars(set_files(path)).values()]
 
 
-def test_start_over_gives_back_the_set_as_it_was(start, tmp_path):
+def test_start_over_restores_the_original_set(start, tmp_path):
     before = contents(start)
     run(start, tmp_path / "run", 2)
     refined = contents(start)
@@ -205,7 +205,7 @@ def as_of_0_1_0(folder):
 VECTORS = ("images", "velocity", "average", "best_images")
 
 
-def test_a_refinement_of_0_1_0_resumes_with_what_it_began_with(start, tmp_path):
+def test_a_refinement_of_0_1_0_resumes_with_its_settings(start, tmp_path):
     settings = dataclasses.replace(SETTINGS, dm_steps=1, pool=PoolSettings(size=0), precision="float32")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     refine(start, "colors", settings, RefineLimits(4), whole, out=tmp_path / "whole.pt")

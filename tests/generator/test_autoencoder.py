@@ -142,7 +142,7 @@ class TestLatents:
         assert torch.equal(first.latents, again.latents) and first.std == again.std
         assert first.latents.shape[1] == 1
 
-    def test_stopped_encoding_continues_where_it_was(self, tmp_path, autoencoder, images, monkeypatch):
+    def test_stopped_encoding_continues_after_the_encoded_images(self, tmp_path, autoencoder, images, monkeypatch):
         monkeypatch.setattr(latents, "images_at_once", lambda autoencoder, side: 5)
         path = tmp_path / "latents.safetensors"
         with pytest.raises(InterruptedRunError, match="after encoding 5 of 12 images"):

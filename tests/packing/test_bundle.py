@@ -33,7 +33,7 @@ def model(colors, colors_model):
     return BundleModel(colors, colors_model, BundleSettings(SamplingSettings("unipc", steps=6, guidance=1.25)))
 
 
-def test_it_holds_all_that_the_entry_needs_and_says_what_it_is(model, tmp_path):
+def test_bundle_holds_scripts_models_requirements_and_a_readme(model, tmp_path):
     folder = build_folder([model], tmp_path / "entry")
     assert {path.name for path in folder.iterdir()} == {
         "generate.py", "shards.py", "worker.py", "sampling.py", "classifier.py", "denoiser.py", "models", "requirements.txt",
@@ -75,7 +75,7 @@ def test_half_precision_halves_the_weights_and_changes_little(model, tmp_path):
     assert cost.images == 8 and 0 < cost.mean < 2 and cost.largest < 60
 
 
-def test_what_cannot_be_bundled_is_said(model, colors, tmp_path):
+def test_models_that_cannot_be_bundled_raise(model, colors, tmp_path):
     with pytest.raises(UsageError, match="one model for each"):
         build_folder([model, model], tmp_path / "entry")
     with pytest.raises(MissingModelError):
@@ -101,7 +101,7 @@ def test_members_that_lead_out_are_refused(tmp_path, name):
         pass
 
 
-def test_what_is_no_entry_is_said(tmp_path):
+def test_paths_that_are_not_bundles_raise(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.zip").write_text("no zip")
     (tmp_path / "set.pt").write_text("")

@@ -60,7 +60,7 @@ def test_half_of_the_challenge_is_packed_only_when_asked_for(tmp_path):
     assert [file.name for file in packed_files(out)] == ["cifar100.pt"]
 
 
-def test_nothing_to_pack_and_what_cannot_be_loaded_are_refused_whatever_is_ignored(tmp_path, folder):
+def test_empty_folder_and_unloadable_tensor_are_refused_even_if_findings_are_ignored(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingDataError, match="no tensor"):
         pack(tmp_path / "empty", tmp_path / "s.zip", ignore_codes={"F002"})

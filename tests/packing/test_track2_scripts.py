@@ -190,7 +190,7 @@ def test_joining_takes_less_memory_than_the_bytes_of_the_images(entry, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, colors_model, tmp_path):
+def test_killed_script_leaves_shards_to_join_or_to_continue(entry, colors_model, tmp_path):
     out, shards = tmp_path / "out" / "images.pt", tmp_path / "out" / "images.pt.shards"
     words = command(entry, out, "--time-budget", 200, "--processes", 1)
     mark = f"DDKIT_TEST_MARK={tmp_path}"
@@ -228,7 +228,7 @@ def test_killed_it_leaves_shards_that_can_be_joined_or_gone_on_with(entry, color
 
 
 @pytest.mark.slow
-def test_a_budget_that_is_too_short_is_said_before_it_is_over(entry, tmp_path):
+def test_a_budget_that_is_too_short_fails_before_it_is_over(entry, tmp_path):
     said = run(entry, tmp_path / "images.pt", "--time-budget", 0.4, status=3)
     assert "a budget of 0.4 s, while importing and loading the model" in said
     assert not (tmp_path / "images.pt.shards").exists()
@@ -251,7 +251,7 @@ def test_no_gpu_where_one_is_asked_for(entry, tmp_path):
     (["--join"], 3, "nothing to join"),
     (["--time-budget", "60", "--device", "bogus"], 2, "--device cannot be 'bogus'"),
 ])  # fmt: skip
-def test_what_it_refuses_at_once_in_one_line(entry, tmp_path, words, status, said):
+def test_wrong_arguments_fail_at_once_with_one_line(entry, tmp_path, words, status, said):
     (tmp_path / "file").write_text("")
     message = run(entry, tmp_path / "images.pt", *words, status=status, cwd=tmp_path)
     assert said.replace("900,000,000", "1,800,000,000") in message and len(message.splitlines()) == 1
@@ -269,7 +269,7 @@ def test_a_model_that_was_altered_is_not_used(entry, tmp_path, alter):
     assert "is not the file that was packed" in said
 
 
-def test_a_list_of_hashes_that_is_cut_short_is_said(entry, tmp_path):
+def test_a_truncated_list_of_hashes_fails(entry, tmp_path):
     hashes = entry / "SHA256SUMS"
     hashes.write_bytes(hashes.read_bytes()[:100])
     assert "SHA256SUMS is damaged" in run(entry, tmp_path / "images.pt", "--time-budget", 60, status=3)
@@ -369,7 +369,7 @@ class TestParts:
             (folder / f"0-{first}-{end}.safetensors").touch()
         assert load("shards").shards_of(job(), 0) == [(0, 5), (5, 12), (12, 13)]
 
-    def test_what_was_left_counts_on_the_clock_of_whoever_goes_on(self, load, job, capfd):
+    def test_seconds_of_a_killed_run_count_when_it_is_continued(self, load, job, capfd):
         shards = load("shards")
         opened = shards.open_shards(job(began=100.0))
         (opened.shards / "0-0-5.safetensors").touch()

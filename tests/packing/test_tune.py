@@ -125,7 +125,7 @@ def test_the_chart_is_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize("line", [b'{"accuracies": []}', b'{"steps": "two"}', b"[1]"])
-def test_lines_that_are_no_trials_are_named(tmp_path, line):
+def test_lines_that_are_not_trials_raise_bad_file_error(tmp_path, line):
     path = tmp_path / "trials.jsonl"
     _append(trial(4, 0.2, 0.3), path)
     whole = json.loads(path.read_text())

@@ -19,7 +19,7 @@ def test_an_axis_from_zero_begins_there():
     assert chart.y_ticks[0].label == "0" and chart.lines[0].points.split()[1] == "100.00,50.00"
 
 
-def test_points_that_are_no_numbers_are_left_out():
+def test_points_that_are_not_finite_are_left_out():
     nan, inf = float("nan"), float("inf")
     chart = line_chart("Loss", "step", {"loss": [(0, nan), (1, 2.0), (2, inf), (3, 1.0)], "empty": [(0, nan)]})
     assert [line.name for line in chart.lines] == ["loss"] and len(chart.lines[0].points.split()) == 2

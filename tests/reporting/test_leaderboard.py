@@ -82,7 +82,7 @@ def test_what_was_obtained_otherwise_is_not_compared(result, other):
     assert "No random real images were evaluated under these settings." in group.remarks
 
 
-def test_what_a_whole_group_lacks_is_said_once(result):
+def test_deviations_that_a_whole_group_shares_are_shown_once(result):
     group = build([
         result("a", "cifar100", 0.2, epochs_setting=50, deviations=("E = 50 instead of 1000",)),
         result("b", "cifar100", 0.1, epochs_setting=50, deviations=("E = 50 instead of 1000", "1 round instead of 3")),
@@ -121,7 +121,7 @@ def test_time_budgets_of_track_2_have_tables_of_their_own(result):
     assert [len(group.rows) for group in groups[1:]] == [1, 1, 1]
 
 
-def test_a_dataset_made_anew_keeps_the_other_one(result):
+def test_a_dataset_made_again_keeps_the_result_of_the_other(result):
     (group,) = build([
         result("mine", "cifar100", 0.3, 0.3, 0.3),
         result("mine", "tinyimagenet", 0.1, 0.1, 0.1, date="2026-07-01T00:00:00+00:00"),
@@ -171,7 +171,7 @@ def test_equal_rounds_leave_no_interval_as_a_single_one_does(result):
     assert row.spread.half_width is row.to_random.half_width is row.to_random.is_clear is mine.interval is None
 
 
-def test_sets_of_one_name_are_told_apart_by_what_made_them(result):
+def test_sets_of_one_name_are_distinguished_by_their_origin(result):
     (*_, group) = build([
         result("submission", "glyphs", 0.55, made_by={"kind": "generated"}),
         result("submission", "glyphs", 0.91, made_by={"kind": "refined", "refined_steps": 60}),
@@ -180,7 +180,7 @@ def test_sets_of_one_name_are_told_apart_by_what_made_them(result):
     assert [row.name for row in group.rows] == ["submission, refined, 60 steps", "submission, generated", "other"]
 
 
-def test_sets_of_one_name_that_were_made_alike_are_told_apart_by_hash_or_seed(result):
+def test_sets_of_one_name_and_origin_are_distinguished_by_hash_or_seed(result):
     (*_, group) = build([
         result("mine", "glyphs", 0.5, sha256="ab12cdef"), result("mine", "glyphs", 0.4, sha256="34567890"),
         result("yours", "glyphs", 0.3, sha256="ffff"), result("yours", "glyphs", 0.2, sha256="ffff", seed=1),
@@ -188,6 +188,6 @@ def test_sets_of_one_name_that_were_made_alike_are_told_apart_by_hash_or_seed(re
     assert [row.name for row in group.rows] == ["mine, ab12cd", "mine, 345678", "yours, seed 0", "yours, seed 1"]
 
 
-def test_interval_of_a_single_round_is_said_to_be_not_available(result):
+def test_interval_of_a_single_round_is_shown_as_not_available(result):
     (*_, group) = build([result("mine", "glyphs", 0.5), result("yours", "glyphs", 0.4, 0.4)])
     assert [half_interval(row) for row in group.rows] == ["n/a (1 round)", "n/a (equal rounds)"]

@@ -30,7 +30,7 @@ def evaluated(colors, result, tmp_path, monkeypatch):
     return save
 
 
-def test_a_set_is_told_in_full(evaluated):
+def test_a_set_is_shown_with_images_facts_findings_and_mistakes(evaluated):
     page = gather([evaluated("mine", 0.5, 0.75)])
     (entry,) = page.entries
     (view,) = entry.sets
@@ -76,12 +76,12 @@ def test_a_deleted_folder_and_a_dataset_that_is_not_prepared_leave_the_numbers(r
     assert "class 0" in render(page)
 
 
-def test_a_place_that_cannot_be_looked_at_leaves_the_numbers(result):
+def test_a_path_that_cannot_be_read_leaves_the_numbers(result):
     page = gather([result("mine", "cifar100", 0.5, source="x" * 5000 + "/cifar100.pt", epochs_setting=3)])
     assert page.entries[0].sets[0].gone and page.entries[0].sets[0].classes
 
 
-def test_a_generator_has_no_pictures_of_its_own(evaluated):
+def test_a_generator_is_shown_without_images(evaluated):
     (view,) = gather([evaluated("mine", 0.5, track=2)]).entries[0].sets
     assert "other images for each round" in view.gone and view.sheet == view.findings == ()
 
@@ -110,7 +110,7 @@ def test_thousands_of_results_make_a_page_that_can_be_sent(result):
     assert "2,900 more" in html and len(html) < 2_000_000
 
 
-def test_cards_name_the_best_entry_and_what_it_is_held_against(result):
+def test_cards_name_the_best_entry_and_its_differences(result):
     page = gather([
         result("mine", "cifar100", 0.50, 0.52, 0.51),
         result("mine", "tinyimagenet", 0.25, 0.26, 0.24),
@@ -131,7 +131,7 @@ def test_no_results_yet_say_what_to_type():
 HOSTILE = "<img src=x onerror=alert(1)>[red]{{ 7*7 }}&amp;\"'"
 
 
-def test_what_comes_from_files_is_text_whatever_it_holds(evaluated):
+def test_text_from_files_is_escaped(evaluated):
     known = evaluated("mine", 0.5, 0.6)
     hostile = dataclasses.replace(
         known, name=HOSTILE, deviations=(HOSTILE,), device=HOSTILE, made_by={HOSTILE: HOSTILE, "class_names": [HOSTILE]}

@@ -213,7 +213,7 @@ def test_what_gets_into_the_page_can_ask_for_nothing(look):
     assert any("img-src" in message for message in refused) and any("script-src" in message for message in refused)
 
 
-def test_a_click_on_a_heading_sorts_and_another_turns_it_round(look):
+def test_a_click_on_a_heading_sorts_and_a_second_one_reverses(look):
     browser = look()
     table = board(browser, MARKED)
 
@@ -231,7 +231,7 @@ def test_a_click_on_a_heading_sorts_and_another_turns_it_round(look):
     assert sorted_by.count("descending") == 1 and sorted_by.count("ascending") == 0
 
 
-def test_all_of_it_is_reached_with_the_keyboard(look):
+def test_all_controls_are_reachable_by_keyboard(look):
     browser = look()
     ActionChains(browser).send_keys(Keys.TAB).perform()
     assert browser.switch_to.active_element.text == "Skip to the leaderboard"

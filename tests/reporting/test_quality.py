@@ -39,7 +39,7 @@ def save(path, dataset, images, **facts):
 
 
 @pytest.mark.slow
-def test_copies_of_real_images_are_found_out(spots, tmp_path):
+def test_copies_of_real_images_are_counted(spots, tmp_path):
     real = load_dataset(spots, "train")
     copies = save(tmp_path / "copies" / "spots.pt", spots, real.images[[0, 1, 2, 3, 40, 41, 42, 43]])
     noise = torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -84,7 +84,7 @@ def test_a_contact_sheet_has_a_row_a_class_with_its_name():
     assert {(10, 10, 10), (20, 20, 20)} <= colors_of(one)
 
 
-def test_generated_stand_beside_real_ones_of_the_same_classes_only():
+def test_side_by_side_shows_real_images_of_the_same_classes_only():
     sheet = side_by_side(
         (plain(10), torch.tensor([1])), (plain(100, 110, 120), torch.tensor([0, 1, 2])), ["a", "b", "c"]
     )  # fmt: skip

@@ -23,7 +23,7 @@ def record(stage, step, loss, **more):
     return {"stage": stage, "step": step, "loss": loss, "mse": loss, "seconds": 1.0} | more
 
 
-def test_each_stage_has_a_curve_of_its_own_though_their_steps_are_the_same(write_log):
+def test_stages_with_the_same_steps_have_separate_curves(write_log):
     log = [*(record("autoencoder", s, 0.5 / s) for s in (10, 20)), *(record("denoiser", s, 2.0 / s) for s in (10, 20, 30))]
     (run,) = training_runs(write_log(*log))
     assert (run.name, run.steps) == ("cifar100", 30)
@@ -46,7 +46,7 @@ def test_frechet_distances_and_minimax_criteria_are_drawn(write_log):
     assert by_title["Frechet distance of samples"].lines[0].best == 40.0
 
 
-def test_torn_and_foreign_lines_are_passed_over(write_log):
+def test_torn_and_foreign_lines_are_skipped(write_log):
     folder = write_log(
         record("denoiser", 10, 1.0), "not json", '["a list"]', '{"step": "ten", "loss": 1}', '{"step": 20, "stage": "de'
     )
@@ -54,12 +54,12 @@ def test_torn_and_foreign_lines_are_passed_over(write_log):
     assert run.steps == 10
 
 
-def test_what_a_resumed_training_did_again_counts_as_it_was_done_last(write_log):
+def test_repeated_steps_of_a_resumed_training_count_once_with_the_later_record(write_log):
     (run,) = training_runs(write_log(*(record("denoiser", step, loss) for step, loss in ((10, 3.0), (20, 9.0), (20, 2.0)))))
     assert run.charts[0].lines[0].last == 2.0
 
 
-def test_folders_without_a_log_are_no_runs(tmp_path, write_log):
+def test_folders_without_a_log_are_not_runs(tmp_path, write_log):
     assert training_runs(tmp_path / "missing") == ()
     folder = write_log("")
     (folder / "evaluations").mkdir()

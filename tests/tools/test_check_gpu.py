@@ -32,7 +32,7 @@ def test_figures_of_a_step_are_in_its_row_of_the_table(tool):
 
 
 @pytest.mark.slow
-def test_step_that_hangs_is_ended_with_all_it_started(tool, tmp_path):
+def test_step_that_hangs_is_killed_with_its_children(tool, tmp_path):
     started = tmp_path / "pid"
     code = (
         "import pathlib, subprocess, sys, time\n"

@@ -75,7 +75,7 @@ def test_half_precision_keeps_less_of_an_image(config):
     assert half.memory - half.fixed_memory < full.memory - full.fixed_memory
 
 
-def test_half_precision_weights_count_once_whatever_the_batch(config, monkeypatch):
+def test_half_precision_weights_count_once_for_any_batch_size(config, monkeypatch):
     half = dataclasses.replace(batches_of(config, 64), precision="bfloat16")
     found = [estimate(half, 16, 3, CPU, seconds=0).stages[1]]
     monkeypatch.setattr(module, "_PROBE_BATCH", 16)

@@ -71,7 +71,7 @@ def test_resumed_training_keeps_its_settings(plan, begin, config):
     assert plan("run").track_every == preset("demo").track_every
 
 
-def test_resumed_training_is_scored_as_before_unless_told_otherwise(plan, begin, config, tmp_path):
+def test_resumed_training_keeps_its_score_unless_options_change_it(plan, begin, config, tmp_path):
     folder = begin("run", config, "demo", 500, "frechet_inception")
     assert (plan("run").track_every, plan("run").features) == (500, "inception")
     said = plan("run", track_every=7, features="convnet")
