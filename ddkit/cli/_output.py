@@ -28,7 +28,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from ddkit.runtime.progress import Progress
+from ddkit.runtime.progress import Progress, span_text
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, if standard error is not a terminal
 _SECONDS_OF_RATE = 60.0  # over which speed and remaining time are estimated
@@ -170,17 +170,6 @@ class Output:
         if self._bars is not None:
             self._bars.stop()
         self._bars, self._tasks = None, {}
-
-
-def span_text(seconds: float) -> str:
-    """A length of time for people: `0.4 s`, `75 s`, `12 min`, `2.5 h`."""
-    if seconds < 0.95:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _console(*, stderr: bool) -> Console:

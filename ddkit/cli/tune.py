@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
 from ddkit.cli._bundle import PRECISION_CHOICE, SAMPLER_CHOICE, TRIALS_FOLDER, pack_models
 from ddkit.cli._options import BUNDLE_FILE, COUNT, FOLDER, RUNS_FOLDER, Duration, compute_options, example
-from ddkit.cli._output import Output, span_text
+from ddkit.cli._output import Output
 
 if TYPE_CHECKING:
     from ddkit.packing.bundle import BundleModel
@@ -104,38 +103,19 @@ def tune(
     tried again with twice the epochs, until two are left. The accuracies tell the settings apart; they are not
     official. A trial that was made is not repeated: run the same command again to continue.
     """
-    from ddkit.data.prepare import open_dataset
-    from ddkit.data.store import dataset_spec
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
-    from ddkit.evaluation.reference import as_test_set
-    from ddkit.generator.model_folder import find_model, read_facts
-    from ddkit.packing.bundle import BundleModel, BundleSettings
-    from ddkit.packing.tune import Search, draw_chart, run_search
-    from ddkit.runtime.hub import source_name
+    from ddkit.generator.model_folder import find_model
+    from ddkit.packing import bundle
+    from ddkit.packing import tune as tuning
 
     counts = tuple(None if count == "all" else int(count) for count in images)
-    search = Search(steps, guidance, counts, keep, EvaluationSettings(track=2, **evaluation))
-    settings = BundleSettings()
-    sampling = replace(settings.sampling, sampler=sampler, precision=precision)
-    folder = find_model(model) if model else RUNS_FOLDER / dataset
-    bundled = BundleModel(dataset, folder, replace(settings, sampling=sampling))
+    search = tuning.Search(steps, guidance, counts, keep, EvaluationSettings(track=2, **evaluation))
+    settings = bundle.BundleSettings()
+    settings = replace(settings, sampling=replace(settings.sampling, sampler=sampler, precision=precision))
+    bundled = bundle.BundleModel(dataset, find_model(model) if model else RUNS_FOLDER / dataset, settings)
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
-    spec = dataset_spec(dataset)
-    read_facts(bundled.folder)  # a missing model is reported before anything is downloaded
-    output.note(
-        f"Trying {len(search.candidates)} settings of {escape(source_name(folder))} in {len(search.stages)} stages: "
-        f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."
-    )
-    test_set = as_test_set(open_dataset(dataset, "test", progress=output.progress), spec)
     state = StateFolder(RUNS_FOLDER / "evaluations")
-    tried: list[Trial] = []
-
-    def on_trial(trial: Trial) -> None:
-        tried.append(trial)
-        output.note(f"{trial.candidate}: {100 * trial.mean:.2f} % at E = {trial.epochs_setting}.")
-
-    trials = run_search(bundled, test_set, search, records, state=state, progress=output.progress, on_trial=on_trial)
-    draw_chart([trial for trial in tried if trial.conditions == tried[0].conditions], chart)  # of the stage with all of them
+    trials = tuning.tune(bundled, search, out, state=state, progress=output.progress, on_event=output.event)
     _report(output, trials)
     if packs:
         packed = pack_models(output, _tuned_models(bundled, out), BUNDLE_FILE, None)
@@ -166,7 +146,7 @@ def _next_command(dataset: str, model: Path | None, out: Path) -> str:
 
 
 def _report(output: Output, trials: Sequence[Trial]) -> None:
-    from ddkit.packing.tune import best_of
+    from ddkit.packing.tune import best_of, evidence
 
     best = best_of(trials)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -180,25 +160,8 @@ def _report(output: Output, trials: Sequence[Trial]) -> None:
                f"{made:,.0f}", f"{sum(trial.images) / sum(trial.seconds):,.1f}")  # fmt: skip
         table.add_row(*map(str, row), style="bold" if trial is best else None)
     output.result({"best": _as_data(best), "trials": [_as_data(trial) for trial in trials]}, table)
-    output.note(f"Best: {best.candidate}. {_evidence(trials)}")
+    output.note(f"Best: {best.candidate}. {evidence(trials)}")
 
 
 def _as_data(trial: Trial) -> dict[str, Any]:
     return {**asdict(trial), "mean": trial.mean, "std": trial.std}
-
-
-def _evidence(trials: Sequence[Trial]) -> str:
-    """A sentence on whether the best is clearly better than the next."""
-    from ddkit.packing.tune import compare_best_two
-
-    comparison = compare_best_two(trials)
-    if comparison is None:
-        return (
-            "A single round does not show how much of a difference is noise." if len(trials) > 1 else "Nothing else was tried."
-        )
-    points, half = 100 * comparison.difference, 50 * (comparison.interval[1] - comparison.interval[0])
-    verdict = "which exceeds the noise" if comparison.exceeds_noise else "which does not exceed the noise; try more --rounds"
-    return (
-        f"It is {points:.2f} ± {half:.2f} points (95 %) better than the next, {verdict}. "
-        f"E = {trials[0].epochs_setting}, not official."
-    )

@@ -80,7 +80,7 @@ class UViT(ModelMixin, ConfigMixin):
             [
                 self.time_in(time).unsqueeze(1),
                 self.class_in(class_labels).unsqueeze(1),
-                self.patch_in(F.pixel_unshuffle(sample, self.config.patch_size).flatten(2).transpose(1, 2)),
+                self.patch_in(self._to_patches(sample)),
             ],
             dim=1,
         )  # (N, 2 + patches, hidden)
@@ -92,9 +92,16 @@ class UViT(ModelMixin, ConfigMixin):
         x = self.block_middle(x)
         for block in self.blocks_out:
             x = block(x, kept.pop())
-        patches = self.patch_out(self.norm_out(x[:, 2:])).transpose(1, 2)  # (N, C * patch_size**2, patches)
+        return self.smooth(self._from_patches(self.patch_out(self.norm_out(x[:, 2:]))))
+
+    def _to_patches(self, sample: Tensor) -> Tensor:
+        """(N, C, S, S) -> (N, patches, C * patch_size**2)."""
+        return F.pixel_unshuffle(sample, self.config.patch_size).flatten(2).transpose(1, 2)
+
+    def _from_patches(self, patches: Tensor) -> Tensor:
+        """The inverse of `_to_patches`."""
         side = self.patches_per_side
-        return self.smooth(F.pixel_shuffle(patches.unflatten(2, (side, side)), self.config.patch_size))
+        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
 
     def _initialize(self) -> None:
         """Truncated normal weights as in the paper's code; the output begins at zero, so that early training is stable."""

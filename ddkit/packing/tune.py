@@ -16,17 +16,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ddkit.data.prepare import open_dataset
+from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
-from ddkit.evaluation.reference import TestSet
+from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.timed_script import ScriptEntry
-from ddkit.generator.model_folder import model_hash
+from ddkit.generator.model_folder import model_hash, read_facts
 from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder, require_share
 from ddkit.results import Scores
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.files import atomic_write
+from ddkit.runtime.hub import source_name
 from ddkit.runtime.jsonl import append_line, read_lines
-from ddkit.runtime.progress import Listener, ignore
+from ddkit.runtime.progress import Listener, ignore, span_text
 from ddkit.statistics import Comparison, compare
 
 _FINALISTS = 2  # candidates of the last stage
@@ -177,6 +180,41 @@ def run_search(
     return tuple(trials)
 
 
+def tune(
+    model: BundleModel,
+    search: Search,
+    folder: Path,
+    *,
+    state: StateFolder | None = None,
+    progress: Listener = ignore,
+    on_event: Callable[[str], object] = lambda text: None,
+) -> tuple[Trial, ...]:
+    """Search as `run_search` does on the test images of the model's dataset, and draw a chart; returns the last stage's trials.
+
+    folder: gets <dataset>.jsonl with the trials, and <dataset>.png. on_event: called with a sentence at the beginning and
+    on each trial. Raises UsageError for an unknown dataset, MissingModelError if there is no model, and what
+    `open_dataset` and `run_search` raise.
+    """
+    spec = dataset_spec(model.dataset)
+    read_facts(model.folder)  # a missing model is reported before anything is downloaded
+    on_event(
+        f"Trying {len(search.candidates)} settings of {source_name(model.folder)} in {len(search.stages)} stages: "
+        f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."
+    )
+    test_set = as_test_set(open_dataset(model.dataset, "test", progress=progress), spec)
+    tried: list[Trial] = []
+
+    def on_trial(trial: Trial) -> None:
+        tried.append(trial)
+        on_event(f"{trial.candidate}: {100 * trial.mean:.2f} % at E = {trial.epochs_setting}.")
+
+    records = folder / f"{model.dataset}.jsonl"
+    trials = run_search(model, test_set, search, records, state=state, progress=progress, on_trial=on_trial)
+    first_stage = [trial for trial in tried if trial.conditions == tried[0].conditions]  # it has all candidates
+    draw_chart(first_stage, folder / f"{model.dataset}.png")
+    return trials
+
+
 def _rank(trial: Trial) -> tuple[float, int]:
     return -trial.mean, trial.steps
 
@@ -193,6 +231,21 @@ def compare_best_two(trials: Sequence[Trial]) -> Comparison | None:
     if not others or len(best.accuracies) < 2:
         return None
     return compare(best.accuracies, best_of(others).accuracies, paired=True)
+
+
+def evidence(trials: Sequence[Trial]) -> str:
+    """A sentence on whether the best of the last stage is clearly better than the next."""
+    comparison = compare_best_two(trials)
+    if comparison is None:
+        return (
+            "A single round does not show how much of a difference is noise." if len(trials) > 1 else "Nothing else was tried."
+        )
+    points, half = 100 * comparison.difference, 50 * (comparison.interval[1] - comparison.interval[0])
+    verdict = "which exceeds the noise" if comparison.exceeds_noise else "which does not exceed the noise; try more --rounds"
+    return (
+        f"It is {points:.2f} ± {half:.2f} points (95 %) better than the next, {verdict}. "
+        f"E = {trials[0].epochs_setting}, not official."
+    )
 
 
 def with_best_settings(model: BundleModel, records: Path) -> BundleModel:

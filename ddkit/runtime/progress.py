@@ -26,3 +26,14 @@ Listener = Callable[[Progress], None]
 
 def ignore(progress: Progress) -> None:
     """A listener that does nothing."""
+
+
+def span_text(seconds: float) -> str:
+    """A length of time for people: `0.4 s`, `75 s`, `12 min`, `2.5 h`."""
+    if seconds < 0.95:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
