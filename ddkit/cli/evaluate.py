@@ -120,7 +120,8 @@ def evaluate(
     """Train fresh networks on distilled SETS and test them on real images, which gives the challenge's score.
 
     Without SETS, this evaluates every set in submission/, or track2.zip on track 2. Several sets of one dataset are
-    compared: does their difference exceed the noise? An interrupted evaluation continues when the command is run again.
+    compared, and the output says if their difference exceeds the noise. An interrupted evaluation continues when the
+    command is run again.
 
     A set that others have published may be a .pt file of images and labels in almost any arrangement, or a folder of
     <class>/<image>, with any number of images per class. ddkit says what it holds and how its values are normalized,
