@@ -51,8 +51,8 @@ def check(
 ) -> None:  # fmt: skip
     """Check a submission folder, a zip, or one tensor, without executing anything in it.
 
-    The check covers files, shapes and values. If the real images are prepared, the rows are compared with them as well: the order
-    of the rows implies the labels, and the official scorer does not notice when it is wrong.
+    The check covers files, shapes and values. If the real images are prepared, the rows are compared with them as well:
+    the order of the rows implies the labels, and the official scorer does not notice when it is wrong.
     It also says which of the files were evaluated or packed before, by their hashes.
     The codes are explained in submission/README.md. The exit status is 1 if the submission is unacceptable.
     """
