@@ -25,9 +25,10 @@ from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import GeneratorConfig, SamplingSettings, default_guidance
 from ddkit.generator.model_folder import Model, ModelFacts
 from ddkit.generator.networks import build_denoiser
-from ddkit.generator.presets import DEFAULT_PRESET, GPU_PRESETS, preset
+from ddkit.generator.presets import preset
 from ddkit.generator.sampling import Sampler
 from ddkit.generator.training.estimate import estimate
+from ddkit.generator.training.plan import preset_for
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import class_labels
@@ -118,10 +119,15 @@ def draft(
 
     Track 1: random real images, refined. Track 2: a generator. Raises UsageError for an unknown dataset or track.
     """
-    generator = GPU_PRESETS[0] if resolve_device(device).type == "cuda" else DEFAULT_PRESET
     refining = dataclasses.replace(PRESETS["track1"], seed=seed)
-    sets = [SetRecipe(name, refine=refining) if track == 1 else SetRecipe(name, preset=generator) for name in datasets]
-    return Recipe(tuple(sets), track, seed, epochs_setting, rounds, time_budget)
+
+    def draft_set(name: str) -> SetRecipe:
+        if track == 1:
+            return SetRecipe(name, refine=refining)
+        spec = dataset_spec(name)
+        return SetRecipe(name, preset=preset_for(spec.image_size, spec.num_classes, device)[0])
+
+    return Recipe(tuple(map(draft_set, datasets)), track, seed, epochs_setting, rounds, time_budget)
 
 
 def make_outline(

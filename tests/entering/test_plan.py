@@ -82,6 +82,12 @@ def test_on_track_2_the_time_trains_generators():
     assert "evaluate cifar100" in plan.expected and "random real images cifar100" not in plan.expected
 
 
+def test_on_track_2_the_preset_fits_into_the_gpu(gpu):
+    for free, preset in ((2**27, "tiny"), (70 * 2**30, "small")):
+        gpu.memory = [(free, 80 * 2**30)]
+        assert draft(("cifar100",), track=2).sets[0].preset == preset
+
+
 def test_an_outline_is_read_as_it_was_written():
     plan = outline_at(SPEEDS, draft(BOTH), 24 * 3600)
     assert Outline.from_json(plan.to_json()) == plan

@@ -118,7 +118,7 @@ def plan_training(
     else:
         name = preset_name or (MINIMAX_PRESET if tunes else "")
         if not name:
-            name, reason = _preset_for(data, device)
+            name, reason = preset_for(data.image_size, data.num_classes, device)
             choices.append(reason)
         config = preset(name).config(data.image_size)
         if "precision" not in given and config.precision == "float32":
@@ -200,8 +200,9 @@ def _check_method(given: Mapping[str, Any], method: str | None, tunes: bool) -> 
             raise UsageError(f"--{option} needs --method minimax.")
 
 
-def _preset_for(data: TrainingData, device_name: str) -> tuple[str, str]:
-    """The preset of a new training on that device, and why."""
+def preset_for(image_size: int, num_classes: int, device_name: str) -> tuple[str, str]:
+    """The preset of a new training on that device, and a sentence that says why: on a GPU the largest of GPU_PRESETS that
+    fits into its memory. Raises what `resolve_device` raises."""
     device = own_device(resolve_device(device_name))
     if device.type != "cuda":
         return DEFAULT_PRESET, f"Preset {DEFAULT_PRESET}: the default for training without a GPU."
@@ -210,9 +211,9 @@ def _preset_for(data: TrainingData, device_name: str) -> tuple[str, str]:
         free = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
         what = f"the smallest of {len(gpus)} GPUs"
     for name in GPU_PRESETS:
-        config = preset(name).config(data.image_size)
+        config = preset(name).config(image_size)
         # Measured on the CPU, because the kept tensors do not depend on the device.
-        costs = estimate(config, data.image_size, data.num_classes, torch.device("cpu"), processes=processes(), seconds=0)
+        costs = estimate(config, image_size, num_classes, torch.device("cpu"), processes=processes(), seconds=0)
         if dataclasses.replace(costs, free_memory=free).fits:
             break
     memory = "memory" if len(gpus) > 1 else "free memory"
