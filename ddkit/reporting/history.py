@@ -140,7 +140,8 @@ def _packed(packed: Packed, results: Sequence[Result]) -> Step:
         tuple(map(len, scores)),
         packed.sha256,
         packed.path,
-        packed.recipe,
+        # A recipe may be written after the zip that it made.
+        packed.recipe or next(filter(None, (find_recipe(r.source, r.sha256) for r in chosen.values())), ""),
     )
 
 

@@ -172,3 +172,30 @@ def test_the_quality_of_a_set_is_measured_and_its_sheets_written(colors):
     assert "too few real images" in errors  # five a class
     _, errors = run("--quality", "nowhere", status=3)
     assert "There is no distilled set at nowhere" in errors and "ddkit generate" in errors
+
+
+def test_history_lists_evaluations_and_zips_and_json_has_it(results):
+    Path("runs/packed.jsonl").write_text(
+        json.dumps({"name": "final", "path": "s.zip", "sha256": "9" * 64, "track": 1, "date": "2026-07-13T10:00:00+00:00",
+                    "files": {"cifar100.pt": "0" * 64, "tinyimagenet.pt": "2" * 64}}) + "\n"
+    )  # fmt: skip
+    shown, _ = run("--history")
+    assert "final" in shown and "packed" in shown and "22.50" in shown and "M-DATM" not in shown
+    steps = json.loads(run("--json")[0])["history"]
+    assert [step["name"] for step in steps][-1] == "final" and steps[-1]["accuracy"] == pytest.approx(0.225)
+
+
+def test_compare_shows_both_sets_and_refuses_unknown_ones(results):
+    shown, _ = run("--compare", "mine", "random")
+    assert "+15.00" in shown and "CIFAR-100: mine and random" in shown
+    (compared,) = json.loads(run("--compare", "mine", "random", "--json")[0])["comparisons"]
+    assert compared["difference"]["value"] == pytest.approx(0.15)
+    _, errors = run("--compare", "mine", "ranom", status=2)
+    assert "Did you mean 'random'?" in errors
+
+
+def test_page_has_the_history_and_the_comparison(results):
+    run("--compare", "mine", "random", "--html", "report.html")
+    page = Path("report.html").read_text()
+    assert "Two sets side by side" in page and "How you got here" in page and "@media print" in page
+    assert "[red]quick[/red] &lt;b&gt;" in page

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,31 @@ def test_a_set_is_shown_with_images_facts_findings_and_mistakes(evaluated):
     assert [(c.truth, c.predicted, c.count) for c in view.confusions] == [("blue", "red", 1.5)]
     assert view.checked and view.loss.lines[0].name == "round 1" and view.loss.x_ticks[-1].label == "3"
     assert view.ranking.missing
+
+
+def test_a_recipe_that_names_the_set_is_shown(evaluated, tmp_path):
+    one = evaluated("mine", 0.5, 0.75)
+    (tmp_path / "recipe.toml").write_text(f'# <made by ddkit>\n[[sets]]\nsha256 = "{one.sha256}"\n')
+    html = render(gather([one]))
+    assert "&lt;made by ddkit&gt;" in html and (tmp_path / "recipe.toml").as_uri() in html
+    (tmp_path / "recipe.toml").write_text('[[sets]]\nsha256 = "0"\n')
+    assert gather([one]).entries[0].sets[0].recipe is None
+
+
+def test_a_published_set_is_shown_as_it_was_converted(evaluated, colors, result):
+    import torch
+
+    from ddkit.evaluation.published import open_published
+
+    real = load_dataset(colors, "train")
+    torch.save([real.images[[0, 5]] / 255, real.labels[[0, 5]]], "theirs.pt")
+    found = open_published(Path("theirs.pt"), colors)
+    one = result("theirs", colors, 0.5, sha256=found.sha256, source="theirs.pt", made_by=dict(found.provenance))
+    (view,) = gather([one]).entries[0].sets
+    assert [row.name for row in view.sheet] == ["blue", "red"] and not view.checked and view.findings == ()
+    torch.save([real.images[[0, 6]] / 255, real.labels[[0, 6]]], "theirs.pt")
+    (view,) = gather([one]).entries[0].sets
+    assert view.sheet == () and "has changed" in view.gone
 
 
 def test_the_pictures_are_those_of_the_file(evaluated, colors):
