@@ -1,7 +1,8 @@
 """The Python interface: one function for each command, also available as `ddkit.train`, `ddkit.generate` and so on.
 
 Files are given as paths, and written where the commands write them. `progress` is called with a
-`ddkit.runtime.progress.Progress` now and then. All functions raise `ddkit.errors.DDKitError` for what the user can correct.
+`ddkit.runtime.progress.Progress` now and then; None shows bars in a Jupyter notebook and nothing elsewhere.
+All functions raise `ddkit.errors.DDKitError` for what the user can correct.
 Ctrl-C saves the state of a long computation; the same call then continues it.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddkit.results import RESULTS_FILE, Result
-from ddkit.runtime.progress import Listener, ignore
+from ddkit.runtime.progress import Listener, default_listener
 
 if TYPE_CHECKING:
     from ddkit.checks.check import Report
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 
-def load_dataset(name: str, split: str = "train", *, progress: Listener = ignore) -> ImageSet:
+def load_dataset(name: str, split: str = "train", *, progress: Listener | None = None) -> ImageSet:
     """Open the "train" or "test" split of a dataset, after preparing a built-in one if needed.
 
     Its `images` are (N, 3, S, S) uint8 and memory-mapped, its `labels` (N,) int64.
@@ -37,7 +38,7 @@ def load_dataset(name: str, split: str = "train", *, progress: Listener = ignore
     """
     from ddkit.data.prepare import open_dataset
 
-    return open_dataset(name, split, progress=progress)
+    return open_dataset(name, split, progress=progress or default_listener())
 
 
 def read_set(path: PathLike, dataset: str | None = None) -> DistilledSet:
@@ -60,7 +61,7 @@ def train(
     seconds: float | None = None,
     out: PathLike | None = None,
     device: str = "auto",
-    progress: Listener = ignore,
+    progress: Listener | None = None,
     **options: Any,
 ) -> Model:
     """Train a generator, or continue its training, and return it.
@@ -75,7 +76,9 @@ def train(
     folder = None if out is None else Path(out)
     limits = {"steps": steps, "seconds": seconds}
     options |= {name: value for name, value in limits.items() if value is not None}
-    return train_generator(dataset, preset=preset, folder=folder, device=device, progress=progress, **options)
+    return train_generator(
+        dataset, preset=preset, folder=folder, device=device, progress=progress or default_listener(), **options
+    )
 
 
 def generate(
@@ -91,7 +94,7 @@ def generate(
     seed: int = 0,
     device: str = "auto",
     replace: bool = False,
-    progress: Listener = ignore,
+    progress: Listener | None = None,
 ) -> DistilledSet:
     """Make a distilled set of `ipc` images per class, from a trained generator or from real training images.
 
@@ -118,7 +121,9 @@ def generate(
         source = FromModel(folder, sampling or SamplingSettings(seed=seed), device, candidates)
         source = source if select is None else dataclasses.replace(source, select=select)
     path = Path("submission", f"{dataset}.pt") if out is None else Path(out)
-    return read_set(generate_set(dataset, ipc, source, path, replace=replace, progress=progress).tensor, dataset)
+    return read_set(
+        generate_set(dataset, ipc, source, path, replace=replace, progress=progress or default_listener()).tensor, dataset
+    )
 
 
 def refine(
@@ -132,7 +137,7 @@ def refine(
     run: PathLike | None = None,
     fresh: bool = False,
     device: str = "auto",
-    progress: Listener = ignore,
+    progress: Listener | None = None,
 ) -> Refined:
     """Optimize the pixels of the set at `path`, or continue to, and write the version that validates best.
 
@@ -153,7 +158,17 @@ def refine(
         settings = (None if fresh else recorded_settings(folder)) or PRESETS["track1"]
     limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
     target = None if out is None else Path(out)
-    return refine_set(Path(path), dataset, settings, limits, folder, out=target, fresh=fresh, device=device, progress=progress)
+    return refine_set(
+        Path(path),
+        dataset,
+        settings,
+        limits,
+        folder,
+        out=target,
+        fresh=fresh,
+        device=device,
+        progress=progress or default_listener(),
+    )
 
 
 def evaluate(
@@ -167,7 +182,7 @@ def evaluate(
     reference: PathLike | None = None,
     results: PathLike = RESULTS_FILE,
     device: str = "auto",
-    progress: Listener = ignore,
+    progress: Listener | None = None,
 ) -> Result:
     """Train fresh networks on a distilled set as track 1 of the challenge does, test them on real images, and record it.
 
@@ -187,12 +202,12 @@ def evaluate(
         reference=None if reference is None else Path(reference),
         results=Path(results),
     )
-    (result,) = evaluate_files([Path(path)], settings, progress=progress).results
+    (result,) = evaluate_files([Path(path)], settings, progress=progress or default_listener()).results
     return result
 
 
 def check(
-    path: PathLike = "submission", *, dataset: str | None = None, ipc: int | None = 10, progress: Listener = ignore
+    path: PathLike = "submission", *, dataset: str | None = None, ipc: int | None = 10, progress: Listener | None = None
 ) -> Report:
     """Check a submission folder, one tensor's file or a zip, without executing anything in it.
 
@@ -201,7 +216,7 @@ def check(
     """
     from ddkit.checks.check import CheckSettings, check_path
 
-    return check_path(path, dataset=dataset, settings=CheckSettings(ipc=ipc), progress=progress)
+    return check_path(path, dataset=dataset, settings=CheckSettings(ipc=ipc), progress=progress or default_listener())
 
 
 def enter(
@@ -215,7 +230,7 @@ def enter(
     seed: int = 0,
     folder: PathLike = "ddkit-entry",
     device: str = "auto",
-    progress: Listener = ignore,
+    progress: Listener | None = None,
 ) -> Entry:
     """Go the whole way to an entry: prepare data, make sets, refine, evaluate, check, pack and report.
 
@@ -235,7 +250,7 @@ def enter(
         wanted = read_recipe(Path(recipe))
     else:
         wanted = draft(tuple(datasets), track=track, epochs_setting=epochs_setting, rounds=rounds, seed=seed, device=device)
-    return enter_challenge(wanted, Path(folder), seconds=seconds, device=device, progress=progress)
+    return enter_challenge(wanted, Path(folder), seconds=seconds, device=device, progress=progress or default_listener())
 
 
 def pack(
@@ -245,7 +260,7 @@ def pack(
     name: str | None = None,
     strict: bool = False,
     ignore_codes: Collection[str] = (),
-    progress: Listener = ignore,
+    progress: Listener | None = None,
 ) -> Path:
     """Check a submission folder, write its zip, verify that, record it in runs/packed.jsonl, and return its path.
 
@@ -257,7 +272,13 @@ def pack(
     from ddkit.packing.pack import pack as pack_folder
 
     return pack_folder(
-        folder, out, strict=strict, ignore_codes=ignore_codes, name=name, records=PackedRecords(), progress=progress
+        folder,
+        out,
+        strict=strict,
+        ignore_codes=ignore_codes,
+        name=name,
+        records=PackedRecords(),
+        progress=progress or default_listener(),
     )
 
 
@@ -297,7 +318,7 @@ def report(
     runs_folder: PathLike = "runs",
     quality: PathLike | None = None,
     device: str = "auto",
-    progress: Listener = ignore,
+    progress: Listener | None = None,
 ) -> Leaderboard:
     """Rank the results in a file next to the published entries and random real images.
 
@@ -307,4 +328,12 @@ def report(
     """
     from ddkit.reporting.report import report as rank
 
-    return rank(results, tracks=tracks, html=html, runs_folder=runs_folder, quality=quality, device=device, progress=progress)
+    return rank(
+        results,
+        tracks=tracks,
+        html=html,
+        runs_folder=runs_folder,
+        quality=quality,
+        device=device,
+        progress=progress or default_listener(),
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.errors import BadFileError
+from ddkit.runtime.html import html_table
 from ddkit.runtime.jsonl import append_line, read_lines, require_appendable
 from ddkit.runtime.records import Count, read_record
 from ddkit.statistics import mean_interval, sample_std
@@ -96,6 +97,21 @@ class Result(Outcome):
     date: str = ""  # ISO 8601, UTC, when the evaluation ended
     made_by: Mapping[str, Any] = field(default_factory=dict)  # the provenance of the evaluated set
     format: Count = FORMAT_VERSION
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        spread = "" if self.std is None else f" ± {100 * self.std:.2f}"
+        interval = "none" if self.interval is None else " to ".join(f"{100 * end:.2f} %" for end in self.interval)
+        rows = [
+            ("set", self.source),
+            ("dataset", self.dataset),
+            ("accuracy", f"{100 * self.mean:.2f} %{spread}"),
+            ("95 % interval", interval),
+            ("rounds", ", ".join(f"{100 * accuracy:.2f} %" for accuracy in self.accuracies)),
+            ("epochs setting", f"E = {self.epochs_setting}"),
+            ("official", "yes" if self.official else f"no: {'; '.join(self.deviations)}"),
+        ]
+        return html_table(rows)
 
 
 @dataclass(frozen=True)

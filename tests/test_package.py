@@ -1,7 +1,10 @@
 """What `pip install .` puts on a machine, and the sources it comes from."""
 
+import email
+import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -27,10 +30,10 @@ def test_sources_pass_the_tools_of_contributing(command):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def source(tmp_path_factory):
+    """A copy of the tracked files, since building leaves a build folder behind."""
     pytest.importorskip("setuptools", reason="building a wheel needs setuptools")
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    # A copy, since building leaves a build folder behind.
+    source = tmp_path_factory.mktemp("source")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
         pytest.skip("not a git checkout, so the list of source files is not known")
@@ -38,10 +41,18 @@ def wheel(tmp_path_factory):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(out)], cwd=source, check=True, capture_output=True
-    )
-    return next(out.glob("*.whl"))
+    return source
+
+
+def build(kind, source, out):
+    subprocess.run([sys.executable, "setup.py", "-q", kind, "-d", str(out)], cwd=source, check=True, capture_output=True)
+    (built,) = (path for path in out.iterdir() if path.suffix in (".whl", ".gz"))
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build("bdist_wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_every_module_and_data_file(wheel):
@@ -64,3 +75,50 @@ def test_an_installed_wheel_runs_without_the_sources(wheel, tmp_path):
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert f"ddkit, version {ddkit.__version__}" in finished.stdout
+
+
+@pytest.mark.slow
+def test_the_source_archive_makes_the_same_wheel(source, wheel, tmp_path):
+    archive = build("sdist", source, tmp_path / "sdist")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    again = build("bdist_wheel", unpacked, tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        ours = [name for name in first.namelist() if not name.endswith(("/RECORD", "/SOURCES.txt"))]
+        assert set(first.namelist()) == set(second.namelist())
+        assert all(first.read(name) == second.read(name) for name in ours)
+
+
+def test_the_metadata_names_version_pythons_and_extras(wheel):
+    with zipfile.ZipFile(wheel) as packed:
+        (name,) = (name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
+        facts = email.message_from_bytes(packed.read(name))
+    assert facts["Version"] == ddkit.__version__ and facts["Requires-Python"] == ">=3.10"
+    assert facts["Keywords"] and facts["Project-URL"] and "Apache-2.0" in (facts["License"] or facts["License-Expression"])
+    assert {"inception", "notebook", "parquet", "tensorboard", "test"} == set(facts.get_all("Provides-Extra"))
+    assert "Typing :: Typed" in facts.get_all("Classifier")
+    assert "# ddkit" in facts.get_payload() and "](.github/images" not in facts.get_payload()
+
+
+def test_release_notes_have_the_version():
+    notes = (ROOT / ".github" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
+    assert f"## {ddkit.__version__}\n" in notes
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_evaluates_without_a_compiler_and_says_so(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, 'site'); from ddkit.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code, end.code"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    for words in (["generate", "--dataset", "glyphs", "--ipc", "1", "--from-real", "first"],
+                  ["evaluate", "--rounds", "1", "--epochs-setting", "0"]):  # fmt: skip
+        finished = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert finished.returncode == 0, finished.stderr
+    said = " ".join(finished.stderr.split())
+    assert "computes several times more slowly" in said and "Install g++ or clang++" in said

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +16,10 @@ from ddkit.reporting.charts import LineChart, line_chart
 from ddkit.reporting.rows import dataset_title
 from ddkit.results import Result
 from ddkit.runtime.files import read_json, sha256_of
+from ddkit.runtime.html import data_uri
 from ddkit.sets.findings import Finding
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -216,13 +214,6 @@ def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
     except DDKitError as error:
         return (Finding("error", "–", error.message),)
     return tuple(report.findings)
-
-
-def data_uri(picture: Image, lossless: bool = False) -> str:
-    """The picture as WebP in a data URI; with losses by default, so that the page stays small."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", lossless=lossless, quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def class_titles(result: Result) -> tuple[str, ...]:

@@ -7,11 +7,11 @@ import hashlib
 import os
 from pathlib import Path
 
-from ddkit.reporting.details import data_uri
 from ddkit.reporting.formatting import LEGEND, percent, points
 from ddkit.reporting.page import Page
 from ddkit.reporting.rows import dataset_title
 from ddkit.runtime.files import write_text
+from ddkit.runtime.html import data_uri
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,18 @@ from ddkit.errors import MissingDataError, UsageError
 from ddkit.history import PackedRecords, packed_file
 from ddkit.metrics import ddranking
 from ddkit.reporting.compare import SetsCompared, compare_sets, comparison_sheet
+from ddkit.reporting.formatting import percent, points
 from ddkit.reporting.history import History, build_history
 from ddkit.reporting.leaderboard import build
-from ddkit.reporting.rows import Estimate, Group, Row
+from ddkit.reporting.rows import Estimate, Group, Row, dataset_title
 from ddkit.results import RESULTS_FILE, Result, read
+from ddkit.runtime.html import html_table
 from ddkit.runtime.progress import Listener, ignore
 
 if TYPE_CHECKING:
     from ddkit.reporting.quality import SetQuality
+
+_LEGEND = "Accuracy in % ± half its 95 % interval; differences in points, with 95 % intervals."
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,24 @@ class Leaderboard:
     written: tuple[Path, ...] = ()
     history: History = History((), ())
     comparisons: tuple[SetsCompared, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        parts = []
+        for group in self.groups:
+            names = [*map(dataset_title, group.datasets), *(["mean"] if len(group.datasets) > 1 else [])]
+            rows = []
+            for row in group.rows:
+                values = [row.value_and_interval(name) for name in (*group.datasets, None)][: len(names)]
+                numbers = [
+                    "–" if value is None else percent(value[0]) + ("" if value[1] is None else f" ± {100 * value[1]:.2f}")
+                    for value in values
+                ]
+                rank = "" if row.rank is None else row.rank
+                rows.append((rank, row.name, *numbers, points(row.to_random), group.verdict(row)))
+            headings = ("#", "entry", *names, "to random real", "official")
+            parts.append(f"<p>Track {group.track}: {escape(group.title)}</p>{html_table(rows, headings)}")
+        return "".join(parts) + f"<p>{escape(_LEGEND)}</p>"
 
     def as_data(self) -> dict[str, Any]:
         """Plain values for JSON; accuracies and differences are fractions."""

@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,20 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalize, to_uint8
-from ddkit.data.store import dataset_spec, known_names
+from ddkit.data.store import class_titles, dataset_spec, known_names
 from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.runtime.files import read_json, sha256_of, why_not_a_file, write_json
+from ddkit.runtime.html import data_uri
 from ddkit.runtime.tensor_files import save_torch
 from ddkit.sets.contact_sheet import contact_sheet, save_png
 from ddkit.sets.findings import Finding
 from ddkit.sets.reading import read_tensor
 
 _log = logging.getLogger(__name__)
+
+# In a notebook, whose file holds what it shows.
+_MOST_CLASSES_SHOWN = 20
+_MOST_OF_A_CLASS_SHOWN = 5
 
 # How the provenance names what made a set: its key "kind".
 KIND_GENERATED = "generated"  # sampled from a generator
@@ -73,6 +79,19 @@ class DistilledSet:
     def kind(self) -> str:
         """The kind that the provenance names; KIND_SUBMISSION if it names none."""
         return str(self.provenance.get("kind", KIND_SUBMISSION))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the contact sheet of the first images of the first classes."""
+        size, classes = self.spec.image_size, self.spec.num_classes
+        most, each = min(classes, _MOST_CLASSES_SHOWN), min(self.ipc, _MOST_OF_A_CLASS_SHOWN)
+        rows = slice(most * self.ipc)
+        pictures = to_uint8(denormalize(self.images[rows], self.spec))
+        sheet = contact_sheet(pictures, self.labels[rows], class_titles(self.spec.name), per_class=each)
+        text = (
+            f"{self.kind} set for {self.spec.name}: {len(self.images):,} images of {size} × {size} pixels, {self.ipc} for each "
+            f"of {classes} classes. Shown: the first {each} of the first {most} classes."
+        )
+        return f'<p>{escape(text)}</p><img src="{data_uri(sheet)}" alt="contact sheet">'
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ddkit.runtime.html import html_table
+
 LEVELS = ("error", "warning", "info")
 
 
@@ -52,6 +54,12 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
         return {"ok": self.ok, "findings": [vars(finding) for finding in self.findings]}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        verdict = "The check found no error." if self.ok else "The challenge would refuse this, or score something else."
+        rows = [(finding.level, finding.code, finding.where, finding.message) for finding in self.findings]
+        return f"<p>{verdict}</p>" + (html_table(rows, ("level", "code", "where", "finding")) if rows else "")
 
 
 def printable(text: str) -> str:
