@@ -264,33 +264,29 @@ inline void add_up(const Word* a, long row, long next, const Word* b, long b_nex
             for (int v = 0; v < V; v++) sums[r][v] = add_products(sums[r][v], a + r * row, b + v * LANES);
 }
 
-// (R, 128) values times (128, 128) in panels of COLUMNS columns, as winograd.py packs them.
+// (R, 128) values times a panel of weights, (128 / PAIR, COLUMNS) words -> R rows of COLUMNS values in `to`.
 template <int R>
-inline void multiply_rows(const Stored* from, const Word* weights, Stored* to) {
+inline void multiply_rows(const Stored* from, const Word* panel, Stored* to) {
     constexpr int WORDS = CHANNELS / PAIR;
-    for (int c = 0; c < CHANNELS; c += COLUMNS) {
-        Vec sums[R][2] = {};
-        add_up(reinterpret_cast<const Word*>(from), WORDS, 1, weights + c * WORDS, COLUMNS, WORDS, sums);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < 2; v++) store(to + r * CHANNELS + c + v * LANES, sums[r][v]);
-    }
+    Vec sums[R][2] = {};
+    add_up(reinterpret_cast<const Word*>(from), WORDS, 1, panel, COLUMNS, WORDS, sums);
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) store(to + r * CHANNELS + v * LANES, sums[r][v]);
 }
 
-// `count` rows of 128 values -> panels of words, (128 / COLUMNS, ceil(count / PAIR), COLUMNS): of bfloat16, each word a
-// value and the one below it.
+#ifdef BFLOAT16
+// `count` rows of 128 values -> panels of words, (128 / COLUMNS, ceil(count / PAIR), COLUMNS): each word a value and the
+// one below it.
 void pack_rows(const Stored* from, int count, Word* to) {
     for (int c = 0; c < CHANNELS; c += COLUMNS)
         for (int row = 0; row < count; row += PAIR, to += COLUMNS)
             for (int vec = 0; vec < COLUMNS; vec += LANES) {
                 const Stored* value = from + row * CHANNELS + c + vec;
-#ifdef BFLOAT16
                 const Bits words = widen(value) | (row + 1 < count ? widen(value + CHANNELS) << 16 : Bits{});
-#else
-                const Vec words = load(value);
-#endif
                 std::memcpy(to + vec, &words, sizeof words);
             }
 }
+#endif
 
 // ---- Instance norm, ReLU and 2x2 average pooling of one block of channels of one image. ----
 
@@ -545,20 +541,24 @@ void convolve_image(const float* padded, int side, const float* weight, float* o
 void convolve_image_back(const float* padded, int side, const float* gradients, float* weight_gradient) {
     const int row = side + 2;
     for (int y = 0; y < side; y++)
-        for (int line = 0; line < 9; line++) {
-            const float* pixel = padded + (line / 3 * row + y + line % 3) * row;
+        for (int channel = 0; channel < 3; channel++) {
+            const float* corner = padded + (channel * row + y) * row;
             const float* from = gradients + y * side * BLOCK;
-            // Even and odd pixels apart: twice as many sums, to keep the multipliers busy.
-            Vec sums[2][3][VECS] = {};
+            // Nine taps, so that a pixel that is loaded meets all of them, and even and odd pixels apart: enough sums to keep
+            // the multipliers busy.
+            Vec sums[9][2][VECS] = {};
             for (int x = 0; x < side; x += 2)
-                for (int p = 0; p < 2; p++)
-                    for (int vec = 0; vec < VECS; vec++) {
-                        const Vec gradient = load(from + (x + p) * BLOCK + vec * LANES);
-                        for (int k = 0; k < 3; k++) sums[p][k][vec] += gradient * pixel[x + p + k];
+                for (int vec = 0; vec < VECS; vec++) {
+                    const Vec even = load(from + x * BLOCK + vec * LANES), odd = load(from + (x + 1) * BLOCK + vec * LANES);
+                    for (int tap = 0; tap < 9; tap++) {
+                        const float* pixel = corner + tap / 3 * row + x + tap % 3;
+                        sums[tap][0][vec] += even * pixel[0];
+                        sums[tap][1][vec] += odd * pixel[1];
                     }
-            for (int k = 0; k < 3; k++)
+                }
+            for (int tap = 0; tap < 9; tap++)
                 for (int vec = 0; vec < VECS; vec++)
-                    add(weight_gradient + (3 * line + k) * CHANNELS + vec * LANES, sums[0][k][vec] + sums[1][k][vec]);
+                    add(weight_gradient + (9 * channel + tap) * CHANNELS + vec * LANES, sums[tap][0][vec] + sums[tap][1][vec]);
         }
 }
 
@@ -630,23 +630,37 @@ int panel_columns() { return COLUMNS; }
 
 // (36, tiles, 128) times (36, 128, 128) in panels; from and to: planes, equally far apart.
 void multiply(const Stored* from, Stored* to, long plane, long tiles, const Word* weights) {
-    for (int k = 0; k < 36; k++, from += plane, to += plane, weights += CHANNELS * CHANNELS / PAIR) {
-        long tile = 0;
-        for (; tile + ROWS <= tiles; tile += ROWS)
-            multiply_rows<ROWS>(from + tile * CHANNELS, weights, to + tile * CHANNELS);
-        for (; tile < tiles; tile++) multiply_rows<1>(from + tile * CHANNELS, weights, to + tile * CHANNELS);
-    }
+    constexpr long GROUP = 128;  // tiles that meet a panel while it lies in the first level cache
+    for (int k = 0; k < 36; k++, from += plane, to += plane)
+        for (long first = 0; first < tiles; first += GROUP) {
+            const long end = first + GROUP < tiles ? first + GROUP : tiles;
+            const Word* panel = weights + k * CHANNELS * CHANNELS / PAIR;
+            for (int c = 0; c < CHANNELS; c += COLUMNS, panel += COLUMNS * CHANNELS / PAIR) {
+                long tile = first;
+                for (; tile + ROWS <= end; tile += ROWS)
+                    multiply_rows<ROWS>(from + tile * CHANNELS, panel, to + tile * CHANNELS + c);
+                for (; tile < end; tile++)
+                    multiply_rows<1>(from + tile * CHANNELS, panel, to + tile * CHANNELS + c);
+            }
+        }
 }
 
 // Adds the products of (36, 128, tiles) with (36, tiles, 128), both as planes of tiles, to gradient: (36, 128, 128).
 void multiply_to_weights(const Stored* inputs, const Stored* gradients, long plane, long tiles, float* gradient) {
     constexpr int TILES = 128;  // at a time
-    alignas(64) Word left[TILES / PAIR * CHANNELS], right[TILES / PAIR * CHANNELS];
+    constexpr int NEXT = PAIR == 1 ? CHANNELS : COLUMNS;  // words from one row to the next
     for (int k = 0; k < 36; k++, inputs += plane, gradients += plane, gradient += CHANNELS * CHANNELS)
         for (long tile = 0; tile < tiles; tile += TILES) {
             const int count = tiles - tile < TILES ? tiles - tile : TILES, steps = (count + PAIR - 1) / PAIR;
+#ifdef BFLOAT16
+            alignas(64) Word left[TILES / PAIR * CHANNELS], right[TILES / PAIR * CHANNELS];
             pack_rows(inputs + tile * CHANNELS, count, left);
             pack_rows(gradients + tile * CHANNELS, count, right);
+            const auto column = [&](int c) { return c / COLUMNS * COLUMNS * steps + c % COLUMNS; };
+#else
+            const Word *left = inputs + tile * CHANNELS, *right = gradients + tile * CHANNELS;
+            const auto column = [](int c) { return c; };
+#endif
             for (int c = 0; c < CHANNELS; c += COLUMNS)
                 for (int i = 0; i < CHANNELS; i += ROWS) {
                     // The sums so far come from beyond the second level cache; they are fetched in the meantime.
@@ -654,8 +668,7 @@ void multiply_to_weights(const Stored* inputs, const Stored* gradients, long pla
                         for (int v = 0; v < 2; v++)
                             __builtin_prefetch(gradient + (i + r) * CHANNELS + c + v * LANES, 1);
                     Vec sums[ROWS][2] = {};
-                    const Word* rows = left + i / COLUMNS * COLUMNS * steps + i % COLUMNS;
-                    add_up(rows, 1, COLUMNS, right + c * steps, COLUMNS, steps, sums);
+                    add_up(left + column(i), 1, NEXT, right + column(c), NEXT, steps, sums);
                     for (int r = 0; r < ROWS; r++)
                         for (int v = 0; v < 2; v++) add(gradient + (i + r) * CHANNELS + c + v * LANES, sums[r][v]);
                 }

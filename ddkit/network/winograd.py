@@ -79,11 +79,12 @@ class WinogradEngine:
         self._network = network
         self._plan = plan
         self._workers = [_Worker(network, plan) for _ in range(plan.workers)]
+        self._weights = _Weights(plan)
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan, backward=True)
+        weights = self._weights.read(self._network, backward=True)
         batch = _Batch(images, labels, self._network)
         active = self._share_out(len(images), lambda worker, ranges: worker.train(batch, ranges, weights))
         with torch.no_grad():  # sums the workers' gradients, in their order
@@ -110,7 +111,7 @@ class WinogradEngine:
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, num_classes) float32, without gradients."""
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan, backward=False)
+        weights = self._weights.read(self._network, backward=False)
         batch = _Batch(images, None, self._network)
         self._share_out(len(images), lambda worker, ranges: worker.test(batch, ranges, weights))
         return batch.logits
@@ -122,9 +123,11 @@ class WinogradEngine:
         keep: of N images, filled with what `image_gradients` needs.
         """
         images = images.float().contiguous()
-        weights = _Weights(self._network, self._plan, backward=keep is not None)
-        if keep is not None:
-            keep.weights = weights
+        if keep is None:
+            weights = self._weights.read(self._network, backward=False)
+        else:
+            keep.weights = weights = (keep.weights or _Weights(self._plan)).read(self._network, backward=True)
+            keep.filled = True
         embedding = torch.empty(len(images), self._network.classifier.in_features)
         self._share_out(len(images), lambda worker, ranges: worker.embed(images, embedding, ranges, weights, keep))
         return embedding
@@ -137,8 +140,8 @@ class WinogradEngine:
         gradients is computed.
         """
         images, embedding_gradients = images.float().contiguous(), embedding_gradients.float().contiguous()
-        weights, kept.weights = kept.weights, None
-        if weights is None:
+        weights, filled, kept.filled = kept.weights, kept.filled, False
+        if weights is None or not filled:
             raise ValueError("These feature maps were not filled by embed, or already used.")
         gradients, of_batch = torch.empty_like(images), (images, embedding_gradients)
         self._share_out(len(images), lambda worker, ranges: worker.differentiate(*of_batch, gradients, ranges, weights, kept))
@@ -161,25 +164,35 @@ _Planes = tuple[Tensor, int]  # of transformed tiles, (36, tiles, 128), and the 
 
 
 class _Weights:
-    """One step's weights, in the forms that all workers read."""
+    """One step's weights, in the forms that all workers read.
+
+    Their memory is kept for the next step: the system would have to clear the pages of so much each time.
+    """
+
+    def __init__(self, plan: EnginePlan) -> None:
+        self._plan = plan
+        # For blocks 2 and 3: what the inputs' tiles are multiplied by, and on the way back the gradients' tiles.
+        self.tiles: list[Tensor] = []
+        self.tiles_back: list[Tensor] = []
 
     @torch.no_grad()
-    def __init__(self, network: ConvNet, plan: EnginePlan, *, backward: bool) -> None:
+    def read(self, network: ConvNet, *, backward: bool) -> _Weights:
+        """Take the network's present weights; returns itself."""
+        plan = self._plan
         parameters, dtype = dict(network.named_parameters()), _STORED[plan.precision]
         first = parameters["features.0.weight"].reshape(NETWORK_WIDTH, _TAPS)
         self.first = _in_words(first.t(), dtype)
         self.first_rows = _in_words(F.pad(first, (0, _COLUMN - _TAPS)), dtype)
-        # For blocks 2 and 3: what the inputs' tiles are multiplied by, and on the way back the gradients' tiles.
         convolutions = [parameters[f"features.{place}.weight"] for place in (4, 8)]
-        self.tiles = [_factor(weight, plan) for weight in convolutions]
-        self.tiles_back: list[Tensor] = []
+        self.tiles = _factors(convolutions, plan, self.tiles)
         if backward and plan.products == "own":
-            self.tiles_back = [_factor(weight.transpose(0, 1), plan) for weight in convolutions]
+            self.tiles_back = _factors([weight.transpose(0, 1) for weight in convolutions], plan, self.tiles_back)
         elif backward:
             self.tiles_back = [tiles.transpose(1, 2) for tiles in self.tiles]
         self.norms = torch.stack([parameters[f"features.{place}.{name}"] for place in (1, 5, 9) for name in ("weight", "bias")])
         self.classifier = network.classifier.weight.detach()
         self.classifier_bias = network.classifier.bias.detach()
+        return self
 
 
 class _Batch:
@@ -226,6 +239,7 @@ class FeatureMaps:
         self.values = [torch.empty(n, (side // shrunk) ** 2 * NETWORK_WIDTH) for shrunk in (2, 4)]
         self.statistics = torch.empty(3, n, 2, NETWORK_WIDTH)
         self.weights: _Weights | None = None  # by which they were computed
+        self.filled = False
 
     def fit(self, images: Tensor) -> bool:
         """True if the maps were made for as many images of this size."""
@@ -443,7 +457,12 @@ def _even_parts(start: int, end: int, parts: int) -> Iterator[_Range]:
         yield start + (end - start) * part // parts, start + (end - start) * (part + 1) // parts
 
 
-def _factor(weight: Tensor, plan: EnginePlan) -> Tensor:
+def _factors(weights: Sequence[Tensor], plan: EnginePlan, out: Sequence[Tensor]) -> list[Tensor]:
+    """`_factor` of each, in the memory of earlier ones where there are some."""
+    return [_factor(weight, plan, out[number] if out else None) for number, weight in enumerate(weights)]
+
+
+def _factor(weight: Tensor, plan: EnginePlan, out: Tensor | None = None) -> Tensor:
     """(128 out, 128 in, 3, 3) -> U = G g G^T, by which tiles are multiplied: (36, in, out).
 
     For winograd.cpp in panels of words, (36, panels, 128 / pair, columns, pair).
@@ -452,7 +471,14 @@ def _factor(weight: Tensor, plan: EnginePlan) -> Tensor:
     if plan.products == "own":
         shape = (9, NETWORK_WIDTH // _pair(dtype), _pair(dtype), -1, load(plan.precision).panel_columns())
         taps = taps.reshape(shape).permute(0, 3, 1, 4, 2)
-    return (_G_BOTH_WAYS @ taps.reshape(9, -1)).view(_PLANES, *taps.shape[1:]).to(dtype)
+    # Nine taps g, in any order of channels -> the 36 values of U = G g G^T, in the same.
+    if out is None:
+        out = torch.empty(_PLANES, *taps.shape[1:], dtype=dtype)
+    if dtype == torch.float32:
+        torch.mm(_G_BOTH_WAYS, taps.reshape(9, -1), out=out.view(_PLANES, -1))
+    else:
+        out.view(_PLANES, -1).copy_(_G_BOTH_WAYS @ taps.reshape(9, -1))
+    return out
 
 
 def _pair(dtype: torch.dtype) -> int:
