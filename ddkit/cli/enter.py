@@ -128,8 +128,7 @@ def make_entry(
 
     if dry_run:
         output.note("Measuring this machine shortly; nothing is kept.")
-        with _inside(folder) if folder.is_dir() else contextlib.nullcontext():
-            _show_plan(output, plan_entry(recipe, Path(), seconds=seconds, device=device, progress=output.progress))
+        _show_plan(output, plan_entry(recipe, folder, seconds=seconds, device=device, progress=output.progress))
         return
     folder.mkdir(parents=True, exist_ok=True)
     # Inside the folder, so that results name their files as the other commands do there.

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ddkit import __version__
 from ddkit.data.store import dataset_spec
 from ddkit.distill.state import STATE_FILE
 from ddkit.entering.plan import MARGIN, Outline, make_outline, refine_limit
@@ -152,9 +151,11 @@ def enter(
     Raises what `plan_entry` and the stages raise, and InterruptedRunError once asked to stop, or if the time is up before
     there is anything to pack.
     """
-    made_by = recipe.versions.get("ddkit", __version__)
-    if made_by != __version__:
-        on_event(f"warning: the recipe was made by ddkit {made_by}, and this is {__version__}: the sets may differ.")
+    here = {**versions(), "device": describe_device(resolve_device(device))}
+    if others := [
+        f"{name} {made}, here {here[name]}" for name, made in recipe.versions.items() if here.get(name, made) != made
+    ]:
+        on_event(f"warning: the recipe was made with other versions ({'; '.join(others)}): the sets may differ.")
     recipe.require_datasets()
     with exclusive(folder, "makes an entry", elsewhere="--folder"), prescribed_plans(recipe.engines):
         state = _begin_or_resume(recipe, folder, seconds, device, progress)

@@ -179,7 +179,12 @@ class _Planner:
                 recipe = recipe.with_set(dataclasses.replace(each, train_steps=config.denoiser_optimizer.steps))
                 expected[f"train {each.dataset}"] = _training_seconds(config, speeds)
             if each.refine is not None:
-                steps, seconds = speeds.refine.within(RefineLimits(each.refine_steps or 0), each.refine)
+                if each.refine_steps is None:
+                    raise UsageError(
+                        f"The recipe does not say for how long the set of {each.dataset} is refined.",
+                        "Add refine_steps = 4000, or another number, to it.",
+                    )
+                steps, seconds = speeds.refine.within(RefineLimits(each.refine_steps), each.refine)
                 expected[f"refine {each.dataset}"] = seconds + speeds.refine.validations(each.refine, steps)
         return Outline(recipe, None, expected, (), self._speeds, tuple(self._notes))
 

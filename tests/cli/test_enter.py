@@ -29,6 +29,14 @@ def test_dry_run_prints_every_stage_and_writes_nothing(work):
     assert not list(work.iterdir())
 
 
+def test_dry_run_on_track_2_trains_and_bundles(work):
+    done = ddkit(*PLANNED, "--track", "2", "--time-budget", "5s", "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    stages = {stage["name"]: stage["expected"] for stage in json.loads(done.output)["stages"]}
+    assert list(stages) == ["prepare glyphs", "train glyphs", "check and pack", "evaluate glyphs", "report"]
+    assert stages["train glyphs"] > 600 and stages["evaluate glyphs"] > 5 and not list(work.iterdir())
+
+
 def test_dry_run_shows_a_table_for_people(work):
     done = ddkit(*PLANNED)
     assert done.exit_code == 0, done.output

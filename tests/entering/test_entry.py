@@ -171,4 +171,9 @@ def test_a_recipe_of_other_images_is_refused_before_anything_is_made(work):
 
 def test_a_recipe_of_another_version_warns(work):
     (work / "old.toml").write_text(f'{REAL}[versions]\nddkit = "0.0.1"\n')
-    assert stop_at(work, "made by ddkit 0.0.1, and this is", signal.SIGTERM, "--recipe", "old.toml") == 130
+    assert (
+        stop_at(
+            work, "warning: the recipe was made with other versions (ddkit 0.0.1, here", signal.SIGTERM, "--recipe", "old.toml"
+        )
+        == 130
+    )

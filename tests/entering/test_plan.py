@@ -100,6 +100,11 @@ def test_a_recipe_with_lengths_is_planned_on_this_machine_and_takes_some_time():
     assert plan.expected["evaluate generated glyphs"] == plan.expected["evaluate submission glyphs"] > 0
 
 
+def test_a_recipe_without_a_length_is_refused_where_no_time_decides():
+    with pytest.raises(UsageError, match="does not say for how long the set of cifar100 is refined"):
+        outline_at(SPEEDS, draft(("cifar100",)), None)
+
+
 def test_draft_of_an_unknown_dataset_raises_usage_error():
     with pytest.raises(UsageError, match="Did you mean 'cifar100'"):
         draft(("cifar10",))
