@@ -246,13 +246,12 @@ class _Run:
         """Run a stage; False if the time was up before its end."""
         state, began = self._state, time.monotonic()
         earlier = state.took.get(stage.name, 0.0)
-        if stage.name == _QUICK[0] and not self._place.sets_are_there():
-            raise InterruptedRunError(
-                "The time is up, before there was a set to pack; the state is kept.",
-                "Run the same command again with a longer --time.",
-            )
-
         if stage.name == _QUICK[0]:
+            if not self._place.sets_are_there():
+                raise InterruptedRunError(
+                    "The time is up before there was a set to pack; the state is kept.",
+                    "Run the same command again with a longer --time.",
+                )
             self._write_recipe()  # which the record of the zip names
 
         def listener(report: Progress) -> None:
