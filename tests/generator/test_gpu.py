@@ -11,6 +11,7 @@ from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.config import PREDICTIONS, SAMPLERS, MinimaxConfig, SamplingSettings
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.sampling import Sampler, class_ordered, resolve_settings
+from ddkit.generator.training.latents import cached_latents
 from ddkit.generator.training.plan import plan_training, require_memory
 from ddkit.generator.training.tracking import track_frechet
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
@@ -71,6 +72,16 @@ def test_minimax_step_waits_once(gpu, data, config, make_model, tmp_path):
     minimax = MinimaxConfig(str(tmp_path / "start"), memory_size=3)
     configs = [dataclasses.replace(with_steps(config, denoiser=steps), minimax=minimax) for steps in (3, 23)]
     assert waits_a_step(gpu, data, tmp_path, configs) == 1
+
+
+def test_encoding_the_training_set_waits_once_a_batch(gpu, second_gpu, data, make_model, tmp_path):
+    autoencoder, pixels = make_model().autoencoder.to(second_gpu), data.images.images.repeat(3, 1, 1, 1)
+
+    def encode(count):
+        images = ImageSet(pixels[:count], torch.zeros(count, dtype=torch.int64), ("any",))
+        cached_latents(tmp_path / f"{count}.safetensors", autoencoder, images, 4, flips=True, identity=f"{count}")
+
+    assert waits_of(gpu, lambda: encode(768)) - waits_of(gpu, lambda: encode(256)) == 2, gpu.waits
 
 
 def test_training_data_that_do_not_fit_on_the_gpu_stay_in_main_memory(gpu, data, config, tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddkit.data.store import ImageSet
 from ddkit.errors import InterruptedRunError
 from ddkit.generator.autoencoder import encode, images_at_once, to_signed
+from ddkit.runtime.device import upload
 from ddkit.runtime.files import explain_os_error
 from ddkit.runtime.interrupt import stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
@@ -78,7 +79,7 @@ def cached_latents(
             for start in range(done, len(images), count):
                 some = images.images[start : start + count]
                 with torch.inference_mode():
-                    pixels = to_signed(some.to(autoencoder.device))
+                    pixels = to_signed(upload(some, autoencoder.device))
                     views = [pixels, pixels.flip(-1)] if flips else [pixels]
                     encoded = torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1)
                 file.write(encoded.half().cpu().numpy().tobytes())
