@@ -99,8 +99,8 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
     if output.as_json:
         output.result(board.as_data())
     elif show_history or compare:
-        for view in (*([HistoryView(board.history)] if show_history else []),
-                     *(ComparisonView(one, show_all=show_all) for one in board.comparisons)):  # fmt: skip
+        views: list[HistoryView | ComparisonView] = [HistoryView(board.history)] if show_history else []
+        for view in [*views, *(ComparisonView(one, show_all=show_all) for one in board.comparisons)]:
             output.result(None, view)
     else:
         if show_all:

@@ -157,7 +157,8 @@ def _compared(first: Result, second: Result, pictures: bool) -> SetsCompared:
     for label, (ours, theirs) in enumerate(zip(first.per_class, second.per_class, strict=False)):
         estimate = Estimate(ours - theirs, None)
         if recorded:
-            estimate = _estimate(*([each[label] for each in result.class_rounds] for result in (first, second)), paired)
+            by_round = [[each[label] for each in result.class_rounds] for result in (first, second)]
+            estimate = _estimate(by_round[0], by_round[1], paired)
         classes.append(ClassDifference(label, class_name(titles, label), ours, theirs, estimate))
     classes.sort(key=lambda each: -each.estimate.value)
     compared = SetsCompared(
