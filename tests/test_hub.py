@@ -143,9 +143,9 @@ class TestCards:
     def test_card_of_a_model_lists_the_scores_of_its_sets(self, hub, colors_model, tmp_path):
         from ddkit.generator.model_folder import model_hash
 
-        result = Result(
-            "ours", "colors", 1, "s", "x.pt", 4, (2, 2), 5, (0.5, 0.6), made_by={"model_sha256": model_hash(colors_model)}
-        )
+        made_by = {"model_sha256": model_hash(colors_model)}
+        result = Result(name="ours", dataset="colors", track=1, sha256="s", source="x.pt", images=4, images_per_class=(2, 2),
+                        epochs_setting=5, accuracies=(0.5, 0.6), made_by=made_by)  # fmt: skip
         append(result, tmp_path / "r.jsonl")
         _, shown, _ = run("push", colors_model, MODEL, "--results", tmp_path / "r.jsonl", "--dry-run", "--json")
         card = json.loads(shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,9 +53,7 @@ def default_listener() -> Listener:
 
 def progress_bars() -> Listener:
     """A listener that shows a bar for each task: as a widget in notebooks with ipywidgets, else as text on stderr."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that ipywidgets is missing: then the bars are text
-        from tqdm.auto import tqdm
+    from tqdm.auto import tqdm
 
     bars: dict[str, Any] = {}
 
