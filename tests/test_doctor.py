@@ -26,6 +26,7 @@ def test_diagnose_names_every_part_once_with_a_status(tmp_path):
     assert "ddkit data prepare cifar100" in dataset.remedy
 
 
+@pytest.mark.slow
 def test_diagnose_without_a_compiler_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (line,) = (line for line in diagnose(tmp_path) if line.what == "compiler")

@@ -61,7 +61,7 @@ class Tree(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the lists, which may be long and which a process that decodes does not need."""
-        return {name: value for name, value in vars(self).items() if name not in ("_listed", "folders")}
+        return {name: value for name, value in vars(self).items() if name not in ("_listed", "files", "folders")}
 
     @abc.abstractmethod
     def _list(self) -> tuple[Iterable[str], Iterable[str]]:
@@ -76,14 +76,13 @@ class Tree(abc.ABC):
         """A file to be read from front to back. This and reading raise any of `READ_ERRORS`."""
 
     @functools.cached_property
-    def _listed(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        files, folders = self._list()
-        return tuple(sorted(files)), tuple(folders)
+    def _listed(self) -> tuple[Iterable[str], Iterable[str]]:
+        return self._list()
 
-    @property
+    @functools.cached_property
     def files(self) -> tuple[str, ...]:
         """The paths of all files, sorted."""
-        return self._listed[0]
+        return tuple(sorted(self._listed[0]))
 
     @functools.cached_property
     def folders(self) -> Mapping[str, tuple[list[str], list[str]]]:

@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from ddkit import __version__
 from ddkit.errors import BadDataError, BadFileError, DDKitError, MissingDataError
@@ -135,9 +134,18 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
                     "Free some space there, or set DDKIT_CACHE to another place.",
                 )
             with part.open("ab") as file:
-                # A server that ignores the range sends everything again.
-                file.truncate(begin)
-                _copy(response, file, archive, total, progress)
+                file.truncate(begin)  # a server that ignores the range sends everything again
+                while block := response.read(_BLOCK):
+                    try:
+                        file.write(block)
+                    except OSError as error:
+                        raise explain_os_error(error, file.name) from error
+                    done = Progress(
+                        f"downloading {archive.file_name}", file.tell() / _MEGABYTE, total and total / _MEGABYTE, "MB"
+                    )
+                    progress(done)
+                if total is not None and file.tell() < total:
+                    raise _BrokenTransferError(f"the connection ended after {file.tell():,} of {total:,} bytes")
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the file has no byte after those in `part`: either it is complete, or they are of another file
             size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
@@ -150,19 +158,6 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
         raise _BrokenTransferError(str(error)) from error
     except (OSError, http.client.HTTPException) as error:
         raise _BrokenTransferError(str(getattr(error, "reason", error)) or type(error).__name__) from error
-
-
-def _copy(response: http.client.HTTPResponse, file: BinaryIO, archive: Archive, total: int | None, progress: Listener) -> None:
-    """Raises BadFileError if the disk fails, OSError or _BrokenTransferError if the network does."""
-    task = f"downloading {archive.file_name}"
-    while block := response.read(_BLOCK):
-        try:
-            file.write(block)
-        except OSError as error:
-            raise explain_os_error(error, file.name) from error
-        progress(Progress(task, file.tell() / _MEGABYTE, total and total / _MEGABYTE, "MB"))
-    if total is not None and file.tell() < total:
-        raise _BrokenTransferError(f"the connection ended after {file.tell():,} of {total:,} bytes")
 
 
 def _unreachable(archive: Archive, error: Exception) -> DDKitError:

@@ -146,19 +146,15 @@ class _Round:
         self.training = TrainingRun(network, images, labels, settings.training, generator, spec=spec)
         self.losses: list[float] = []
         self.seconds = 0.0  # of this round's share of the work, over all sittings
-        self._saved = time.monotonic()
+        self.saved_at = time.monotonic()
         if state := _read_state(job.path):
             self.training.load_state_dict(state["training"])
             self.losses, self.seconds = state["losses"], state["seconds"]
 
-    @property
-    def save_is_due(self) -> bool:
-        return self.job.path is not None and time.monotonic() - self._saved >= self.job.seconds_between_saves
-
     def save(self) -> None:
         state = {"training": self.training.state_dict(), "losses": self.losses, "seconds": self.seconds}
         _write_state(self.job.path, state)
-        self._saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
     def finish(self, test_set: TestSet) -> RoundResult:
         """Test the network, keep the result in place of the state, and give the engine's memory back."""
@@ -192,7 +188,8 @@ def _train_epoch(rounds: Sequence[_Round], stop: StopRequest, listener: EpochLis
     def save_or_stop() -> None:
         """Do what is due between two batches, because an epoch of a whole training set takes minutes."""
         nonlocal last
-        if not (stop or any(each.save_is_due for each in rounds)):
+        due = [each for each in rounds if each.job.path and time.monotonic() >= each.saved_at + each.job.seconds_between_saves]
+        if not stop and not due:
             return
         count_seconds()
         for each in rounds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,10 +26,7 @@ class FixedSet:
     images: Tensor
     labels: Tensor
     converted: str = ""
-
-    @property
-    def budget(self) -> None:
-        """Nothing is generated."""
+    budget: ClassVar[None] = None  # nothing is generated
 
     @property
     def identity(self) -> str:

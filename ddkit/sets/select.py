@@ -143,33 +143,12 @@ def minimax(images: ImageFeatures, ipc: int) -> Tensor:
     return torch.tensor(taken)
 
 
-def most_confident(images: ImageFeatures, ipc: int) -> Tensor:
-    """Take the images that the network recognizes most confidently."""
-    return _by_confidence(images)[:ipc]
-
-
-def median(images: ImageFeatures, ipc: int) -> Tensor:
-    """Take the images around the median confidence."""
-    start = (len(images.confidence) - ipc) // 2
-    return _by_confidence(images)[start : start + ipc]
-
-
-def least_confident(images: ImageFeatures, ipc: int) -> Tensor:
-    """Take the images that the network recognizes least confidently."""
-    return _by_confidence(images).flip(0)[:ipc]
-
-
-def stratified(images: ImageFeatures, ipc: int) -> Tensor:
-    """Take the middle image of each of ipc equal bands of confidence, from the most to the least confident."""
-    places = ((torch.arange(ipc) + 0.5) * len(images.confidence) / ipc).long()
-    return _by_confidence(images)[places]
-
-
 FEATURE_METHODS: dict[str, Callable[[ImageFeatures, int], Tensor]] = {
-    "most-confident": most_confident,
-    "median": median,
-    "least-confident": least_confident,
-    "stratified": stratified,
+    "most-confident": lambda images, ipc: _by_confidence(images)[:ipc],
+    "median": lambda images, ipc: _by_confidence(images)[(len(images.confidence) - ipc) // 2 :][:ipc],
+    "least-confident": lambda images, ipc: _by_confidence(images).flip(0)[:ipc],
+    # The middle image of each of ipc equal bands of confidence, from the most to the least confident.
+    "stratified": lambda images, ipc: _by_confidence(images)[((torch.arange(ipc) + 0.5) * len(images.confidence) / ipc).long()],
     "herding": herding,
     "k-center": k_center,
     "k-medoids": k_medoids,

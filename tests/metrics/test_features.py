@@ -52,6 +52,7 @@ def test_no_images_have_no_features(trained):
     assert trained(torch.empty(0, 3, 16, 16, dtype=torch.uint8)).shape == (0, ReferenceFeatures.num_features)
 
 
+@pytest.mark.slow
 def test_the_network_is_trained_once_and_found_again():
     dataset, reports = stripes(200, 0), []
     assert not is_cached(dataset, SPEC, QUICK)
@@ -79,6 +80,7 @@ def test_damaged_cached_network_is_trained_again():
     assert path.stat().st_size > before
 
 
+@pytest.mark.slow
 def test_large_images_are_reduced():
     spec = dataclasses.replace(SPEC, image_size=100)
     features = reference_features(stripes(12, 0, side=100), spec, FeatureSettings(images=8, epochs=1))
