@@ -88,7 +88,8 @@ _METHODS = (
 @click.option(
     "--precision",
     type=click.Choice(SAMPLING_PRECISIONS),
-    help="Sample in this precision. auto is bfloat16 on GPUs that compute it fast, and float32 elsewhere.  "
+    help="Compute in this precision. auto samples in bfloat16 on GPUs that compute it fast, and in float32 elsewhere, and "
+    "chooses images in the faster one.  "
     f"[default: {_DEFAULTS.precision}]",
 )
 @click.option("--compile/--no-compile", default=None, help="Compile the networks first; worth it above a few thousand images.")
@@ -118,18 +119,22 @@ def generate(
     from ddkit.distill import generate as making
     from ddkit.generator.model_folder import find_model
     from ddkit.runtime.hub import source_name
+    from ddkit.sets.select import LABEL_METHODS
 
     given = {name: value for name, value in sampling.items() if value is not None}
+    precision = given.get("precision", "auto")
     source: making.FromModel | making.FromReal
     if from_real:
         if select or candidates is not None:
             raise UsageError(
                 "--candidates and --select apply to a model's images.", "--from-real METHOD chooses from all real ones."
             )
+        if from_real not in LABEL_METHODS:
+            given.pop("precision", None)  # applies to the features that are compared
         names = [*(["model"] if model else []), *("sampling_steps" if name == "steps" else name for name in given)]
         if unused := [f"--{name.replace('_', '-')}" for name in names]:
             raise UsageError(f"{', '.join(unused)} has no effect with --from-real, which samples nothing.", "Leave it out.")
-        source = making.FromReal(from_real, seed, device)
+        source = making.FromReal(from_real, seed, device, precision)
         origin = f"from its real training images ({from_real})"
     else:
         if select and candidates is None:
@@ -137,7 +142,7 @@ def generate(
         settings = SamplingSettings(**{"seed": seed, "guidance": default_guidance(ipc)} | given)
         folder = find_model(model) if model else RUNS_FOLDER / dataset
         how = select or making.FromModel.select
-        source = making.FromModel(folder, settings, device, candidates, how)
+        source = making.FromModel(folder, settings, device, candidates, how, precision)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
         origin = (
             f"with {source_name(folder)}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}{chosen}"

@@ -114,7 +114,7 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
 
 def _quality_table(one: SetQuality) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", title_style="bold",
-                  title=Text(f"\nQuality of {one.title} ({one.images:,} images)"))  # fmt: skip
+                  title=Text(f"\nQuality of {one.title} ({one.images:,} images, features in {one.precision})"))  # fmt: skip
     table.add_column("metric")
     table.add_column("this set", justify="right")
     table.add_column("real images", justify="right")

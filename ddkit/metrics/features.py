@@ -6,7 +6,7 @@ information; the features here are averages over the four quarters of the last m
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,11 @@ from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError, require_positive
+from ddkit.network.autotune import choose_plan
 from ddkit.network.convnet import ConvNet
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import OFFICIAL_NETWORK, build_network
+from ddkit.network.plan import PRECISIONS
 from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.runtime.cached import cache_key, cached_tensors
 from ddkit.runtime.device import upload
@@ -40,30 +42,36 @@ class FeatureSettings:
 
     images: how many are drawn at random from a training set of 32 px; of larger images fewer, in proportion to the side,
         so that training takes minutes on a CPU.
+    precision: in which the network is trained and features are computed: "float32", "bfloat16" or "auto", which takes
+        bfloat16 where it measures faster.
     """
 
     images: int = 10_000
     epochs: int = 8
     batch_size: int = 64  # smaller than the protocol's, for more steps in few epochs
     seed: int = 0
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         require_positive(self, "images", "epochs", "batch_size")
+        if self.precision not in ("auto", *PRECISIONS):
+            raise UsageError(f"Unknown precision '{self.precision}'.", f"Known: auto, {', '.join(PRECISIONS)}.")
 
 
 class ReferenceFeatures:
     """Features of images; call it with images. `num_features` is the number of features.
 
     network: trained on real images of `spec`'s dataset, on the device on which features are computed.
+    precision: in which they are computed, "float32" or "bfloat16". Features of different precisions are not comparable.
     """
 
     num_features = NETWORK_WIDTH * _QUARTERS**2
 
-    def __init__(self, network: ConvNet, spec: DatasetSpec) -> None:
-        self.network = network.eval()
+    def __init__(self, network: ConvNet, spec: DatasetSpec, precision: str = "float32") -> None:
+        self.network, self.precision = network.eval(), precision
         self._spec = spec
         self._device = next(network.parameters()).device
-        self._embed = build_embedder(network, _IMAGES_AT_ONCE)
+        self._embed = build_embedder(network, _IMAGES_AT_ONCE, precision)
 
     def __call__(self, images: Tensor, progress: Listener = ignore) -> Tensor:
         """(N, 3, S, S) uint8, or float in [0, 1] -> (N, 512) float32 on the CPU. A GPU is waited for once."""
@@ -107,8 +115,8 @@ def reference_features(
     settings; for other images under the same name another one is trained. That takes minutes on a CPU.
     """
     images, labels = _training_images(dataset, spec, settings)
-    network = build_network(OFFICIAL_NETWORK, len(dataset.class_names), _side(spec.image_size), seed=settings.seed).to(device)
-    assert isinstance(network, ConvNet)
+    settings = resolve_precision(settings, spec, device)
+    network = _untrained(spec, settings, device)
 
     def train() -> dict[str, Tensor]:
         _train(network, images, labels, spec, settings, progress)
@@ -118,12 +126,31 @@ def reference_features(
     weights = cached_tensors(path, network.state_dict(), what, train)
     if weights is not None:
         network.load_state_dict(weights)
-    return ReferenceFeatures(network, spec)
+    return ReferenceFeatures(network, spec, settings.precision)
 
 
-def is_cached(dataset: ImageSet, spec: DatasetSpec, settings: FeatureSettings = FeatureSettings()) -> bool:
+def is_cached(
+    dataset: ImageSet,
+    spec: DatasetSpec,
+    settings: FeatureSettings = FeatureSettings(),
+    *,
+    device: str | torch.device = "cpu",
+) -> bool:
     """True if `reference_features` would find its network trained."""
+    settings = resolve_precision(settings, spec, device)
     return _cache_path(*_training_images(dataset, spec, settings), spec, settings).is_file()
+
+
+def resolve_precision(settings: FeatureSettings, spec: DatasetSpec, device: str | torch.device) -> FeatureSettings:
+    """These settings with the precision that "auto" means on this device; measured there once."""
+    network = _untrained(spec, settings, device)
+    return replace(settings, precision=choose_plan(network, settings.precision, settings.batch_size).precision)
+
+
+def _untrained(spec: DatasetSpec, settings: FeatureSettings, device: str | torch.device) -> ConvNet:
+    network = build_network(OFFICIAL_NETWORK, spec.num_classes, _side(spec.image_size), seed=settings.seed)
+    assert isinstance(network, ConvNet)
+    return network.to(device)
 
 
 def _train(
@@ -140,7 +167,7 @@ def _train(
         _resized(normalize(images.to(device), spec), network.image_size),
         labels.to(device),
         # Without augmentation, which would slow learning down; in so few epochs the images are not memorized.
-        TrainingSettings(settings.epochs - 1, settings.batch_size, augment=False),
+        TrainingSettings(settings.epochs - 1, settings.batch_size, augment=False, precision=settings.precision),
         torch.Generator().manual_seed(settings.seed),
     )
     task = "Training the feature network (once)"
@@ -176,6 +203,9 @@ def _resized(images: Tensor, side: int) -> Tensor:
 
 
 def _cache_path(images: Tensor, labels: Tensor, spec: DatasetSpec, settings: FeatureSettings) -> Path:
-    made_of = (spec.mean, spec.std, sorted(asdict(settings).items()))
+    names = asdict(settings)
+    if settings.precision == "float32":
+        del names["precision"]  # as before there was another, so that networks of that time are found
+    made_of = (spec.mean, spec.std, sorted(names.items()))
     key = cache_key(made_of, (*images.split(_IMAGES_AT_ONCE), labels))
     return cache_folder() / _CACHE_FOLDER / f"{spec.name}-{key}.safetensors"

@@ -79,11 +79,10 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_l
         except (CompileError, BadFileError) as error:
             _warn_once("No fast engine works here, so the network computes several times more slowly: %s", str(error))
             return _plan_without_measuring(network, precision)
-    key = (
-        f"{describe_device(device)}, torch {torch.__version__}, {network.image_size} pixels, batches of {batch_size}, "
-        f"{precision}, {str(weights.dtype).removeprefix('torch.')}, engines of {_ENGINES}"
-    )
-    best = _best(key, network, candidates(network, precision, batch_size), batch_size)
+    if precision == "auto":
+        # Each is measured and remembered by itself, as what follows asks for the one that was taken.
+        return min((_fastest(network, each, batch_size) for each in PRECISIONS), key=lambda each: each[1].seconds)[1].plan
+    key, best = _fastest(network, precision, batch_size)
     if device.type != "cuda" or images_left * best.seconds * _MOST_SAVED_BY_COMPILING < _SECONDS_OF_COMPILING:
         return best.plan
     plans = [EnginePlan("compiled", precision, channels_last=channels_last) for channels_last in (False, True)]
@@ -91,11 +90,19 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_l
     return compiled.plan if images_left * (best.seconds - compiled.seconds) > compiled.start else best.plan
 
 
+def _fastest(network: ConvNet, precision: str, batch_size: int) -> tuple[str, _Measured]:
+    """The fastest plan that compiles nothing for a GPU, and by which key it is remembered."""
+    weights = next(network.parameters())
+    key = (
+        f"{describe_device(weights.device)}, torch {torch.__version__}, {network.image_size} pixels, "
+        f"batches of {batch_size}, {precision}, {str(weights.dtype).removeprefix('torch.')}, engines of {_ENGINES}"
+    )
+    return key, _best(key, network, candidates(network, precision, batch_size), batch_size)
+
+
 def candidates(network: ConvNet, precision: str, batch_size: int) -> list[EnginePlan]:
     """The plans worth trying for the official network on its device; on a GPU, those that compile nothing."""
     device = next(network.parameters()).device.type
-    if precision == "auto":
-        return [plan for choice in PRECISIONS for plan in candidates(network, choice, batch_size)]
     if device == "cuda":
         chunk = max(1, _CHUNK_IN_GPU_CACHE * 32**2 // network.image_size**2)
         kinds = [("plain", 0), ("cuda_graph", 0), *([("cuda_graph", chunk)] if chunk < batch_size else [])]
@@ -121,7 +128,7 @@ def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: i
         seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
         return _Measured(EnginePlan.from_dict(values), seconds, start)
     found = []
-    for plan in plans if len(plans) > 1 else ():
+    for plan in plans if len(plans) > 1 or plans[0].kind == "plain" else ():
         try:
             found.append(_measure(network, plan, batch_size))
         except Exception as error:

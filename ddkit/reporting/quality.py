@@ -29,6 +29,7 @@ class SetQuality:
     """The quality of a set's images.
 
     name: the set's folder and dataset, for names of files. title: dataset and path, for people.
+    precision: of the features that metrics compare, "float32" or "bfloat16"; compare with metrics of the same one.
     rows: (metric, value of the set, value of real images, meaning). neighbors: a sheet of images next to the real image
     that is nearest to each. real: a sheet of images next to real ones of the same class.
     """
@@ -36,6 +37,7 @@ class SetQuality:
     name: str
     title: str
     images: int
+    precision: str
     rows: tuple[tuple[str, float | None, float | None, str], ...]
     neighbors: Image
     real: Image
@@ -67,7 +69,8 @@ class SetQuality:
     def as_data(self) -> dict[str, Any]:
         """Plain values for JSON."""
         names = ("metric", "ours", "real", "reading")
-        return {"name": self.title, "images": self.images, "lines": [dict(zip(names, row, strict=True)) for row in self.rows]}
+        lines = [dict(zip(names, row, strict=True)) for row in self.rows]
+        return {"name": self.title, "images": self.images, "precision": self.precision, "lines": lines}
 
 
 def sets_at(path: Path) -> list[Path]:
@@ -87,13 +90,13 @@ def measure_sets(
     progress: Listener = ignore,
 ) -> list[SetQuality]:
     """The quality of the set at `path`, or of the sets in that folder; on_event is called with a sentence before each."""
-    measured = []
+    measured, on = [], resolve_device(device)
     for file in sets_at(path):
         dataset = dataset_of(file)
-        has_network = is_cached(load_dataset(dataset, "train"), dataset_spec(dataset))
+        has_network = is_cached(load_dataset(dataset, "train"), dataset_spec(dataset), device=on)
         first = "" if has_network else " First a small network is trained on these, which takes minutes."
         on_event(f"Comparing the images of {file} with real images.{first}")
-        measured.append(quality_of(file, dataset, seed=seed, device=resolve_device(device), progress=progress))
+        measured.append(quality_of(file, dataset, seed=seed, device=on, progress=progress))
     return measured
 
 
@@ -123,6 +126,7 @@ def quality_of(
         name=f"{path.resolve().parent.name}-{spec.name}{suffix}",
         title=f"{dataset_title(spec.name)}: {path}",
         images=quality.images,
+        precision=features.precision,
         rows=_rows(quality),
         neighbors=neighbor_sheet(images, real.images[quality.neighbors], quality.distances, of_each),
         real=side_by_side((images, one.labels), (real.images, real.labels), titles),

@@ -17,7 +17,11 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 _MINIMAX_CRITERIA = ("representativeness", "diversity")
-_SCORES = {"frechet": "Frechet distance", "frechet_inception": "Frechet distance (Inception)"}
+_SCORES = {
+    "frechet": "Frechet distance",
+    "frechet_bfloat16": "Frechet distance (bfloat16)",
+    "frechet_inception": "Frechet distance (Inception)",
+}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def test_generate_from_real_writes_the_default_files(colors, tmp_path):
         (["--dataset", "colors", "--sampler", "heun"], 2, "heun"),
         (["--dataset", "colors", "--select", "herding"], 2, "--candidates"),
         (["--dataset", "colors", "--from-real", "random", "--guidance", "3"], 2, "--guidance has no effect with --from-real"),
+        (["--dataset", "colors", "--from-real", "first", "--precision", "float32"], 2, "--precision has no effect with"),
         (["--dataset", "colors", "--from-real", "first", "--candidates", "5"], 2, "chooses from all real ones"),
         (["--dataset", "colors", "--from-real", "first", "--select", "herding"], 2, "chooses from all real ones"),
         (["--dataset", "colors", "--from-real", "k-centers"], 2, "Did you mean 'k-center'?"),

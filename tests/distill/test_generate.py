@@ -177,6 +177,18 @@ class TestChoosing:
         assert torch.equal(pixels(saved.tensor, colors), train.images[rows])
         assert json.loads(saved.provenance.read_text())["kind"] == "most-confident-real"
 
+    def test_the_precision_of_features_is_named_and_sets_of_another_one_are_made_again(self, colors, model_folder, tmp_path):
+        facts = {}
+        for precision in ("float32", "bfloat16"):
+            real = generate(colors, 1, FromReal("median", select_precision=precision), tmp_path / "real.pt")
+            assert json.loads(real.provenance.read_text())["selected_in"] == precision
+            source = FromModel(
+                model_folder, SamplingSettings("ddim", steps=2), candidates=5, select="median", select_precision=precision
+            )
+            facts[precision] = json.loads(generate(colors, 1, source, tmp_path / "set.pt").provenance.read_text())
+            assert facts[precision]["selected_in"] == precision
+        assert facts["float32"]["request"] != facts["bfloat16"]["request"]
+
     def test_fewer_candidates_than_images_raise_usage_error(self, colors, model_folder, tmp_path):
         with pytest.raises(UsageError, match="2 images of each class cannot be chosen from 1"):
             generate(colors, 2, FromModel(model_folder, candidates=1), tmp_path / "set.pt")

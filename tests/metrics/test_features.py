@@ -70,6 +70,26 @@ def test_other_pixels_or_settings_train_another_network():
     assert not is_cached(stripes(200, 0), SPEC, dataclasses.replace(QUICK, seed=1))
 
 
+def test_each_precision_has_a_network_of_its_own():
+    dataset, trained = stripes(200, 0), {}
+    for precision in ("float32", "bfloat16"):
+        settings = dataclasses.replace(QUICK, precision=precision)
+        assert not is_cached(dataset, SPEC, settings)
+        trained[precision] = reference_features(dataset, SPEC, settings)
+        assert is_cached(dataset, SPEC, settings) and trained[precision].precision == precision
+    features = [network(dataset.images[:8]) for network in trained.values()]
+    assert not torch.equal(*features)
+    automatic = reference_features(dataset, SPEC, QUICK, progress=lambda report: pytest.fail("trained again"))
+    assert torch.equal(automatic(dataset.images[:8]), features[list(trained).index(automatic.precision)])
+
+
+def test_a_network_of_earlier_versions_which_had_only_float32_is_found():
+    dataset, settings = stripes(200, 0), dataclasses.replace(QUICK, precision="float32")
+    reference_features(dataset, SPEC, settings)
+    (path,) = (cache_folder() / "_features").glob("*.safetensors")
+    assert path.name == "stripes-5a0e5d74dcb68161a917.safetensors"
+
+
 def test_damaged_cached_network_is_trained_again():
     dataset = stripes(200, 0)
     reference_features(dataset, SPEC, QUICK)
@@ -97,3 +117,5 @@ def test_fewer_training_images_are_drawn_of_larger_ones(side, available, trained
 def test_feature_settings_out_of_range_raise_usage_error():
     with pytest.raises(UsageError, match="epochs"):
         FeatureSettings(epochs=0)
+    with pytest.raises(UsageError, match="Unknown precision 'float8'"):
+        FeatureSettings(precision="float8")

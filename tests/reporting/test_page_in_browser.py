@@ -50,7 +50,7 @@ def _quality() -> object:
 
     rows = (("Frechet distance", 3.018, 1.555, "smaller is better"), ("copies", 0.0, None, "none"))
     pixel = Image.new("RGB", (1, 1))
-    return SetQuality("mine-marked", "marked: <b>mine", 30, rows, pixel, pixel)
+    return SetQuality("mine-marked", "marked: <b>mine", 30, "float32", rows, pixel, pixel)
 
 
 def _results(folder: Path) -> list:

@@ -14,7 +14,7 @@ from ddkit.errors import UsageError
 from ddkit.generator.config import TRACKING, SamplingSettings
 from ddkit.generator.model_folder import Model
 from ddkit.generator.sampling import Sampler
-from ddkit.metrics.features import reference_features
+from ddkit.metrics.features import FeatureSettings, reference_features, resolve_precision
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.metrics.inception import InceptionFeatures
 from ddkit.runtime.progress import Listener, ignore
@@ -24,6 +24,8 @@ Features = Callable[[Tensor], Tensor]  # (N, 3, S, S) uint8 -> (N, D)
 
 # The name of the distance in the records, by the network that gives the features.
 SCORE_NAMES = {"convnet": "frechet", "inception": "frechet_inception"}
+# The precisions of the convnet's features, which distances must share to be compared, by the name of the distance.
+SCORE_PRECISIONS = {"frechet": "float32", "frechet_bfloat16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,24 @@ def track_frechet_in(
     real: ImageSet,
     *,
     every_steps: int,
+    recorded: str = "",
     device: torch.device | str = "cpu",
     progress: Listener = ignore,
 ) -> Tracking:
     """`track_frechet` in the features of that name: "convnet", a network trained on the real images, or "inception".
 
+    recorded: the name of the score of the training that is to be continued, whose features keep their precision.
     Raises what InceptionFeatures raises, before hours of work and not when the first score is due.
     """
     if features == "inception":
         inception = InceptionFeatures(device)
         return track_frechet(real, lambda: inception, every_steps=every_steps, name=SCORE_NAMES["inception"], device=device)
+    spec = dataset_spec(dataset)
+    settings = resolve_precision(FeatureSettings(precision=SCORE_PRECISIONS.get(recorded, "auto")), spec, device)
     return track_frechet(
         real,
-        lambda: reference_features(real, dataset_spec(dataset), device=device, progress=progress),
+        lambda: reference_features(real, spec, settings, device=device, progress=progress),
         every_steps=every_steps,
+        name=next(name for name, precision in SCORE_PRECISIONS.items() if precision == settings.precision),
         device=device,
     )

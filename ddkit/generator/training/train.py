@@ -37,7 +37,14 @@ from ddkit.generator.pretrained import Pretrained, Start, load_pretrained_autoen
 from ddkit.generator.training.checkpoints import list_checkpoints
 from ddkit.generator.training.latents import LATENTS_FILE, LatentSet, cached_latents, latents_identity
 from ddkit.generator.training.records import MetricsLog, Score, draw_chart, require_tensorboard
-from ddkit.generator.training.run_folder import CHART_FILE, CHECKPOINTS, RunRecord, start_over, write_run_record
+from ddkit.generator.training.run_folder import (
+    CHART_FILE,
+    CHECKPOINTS,
+    RunRecord,
+    read_run_record,
+    start_over,
+    write_run_record,
+)
 from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, MinimaxStage, Stage
 from ddkit.generator.training.tracking import Tracking, track_frechet_in
 from ddkit.generator.training.trainer import Callback, StepRecord, Trainer, require_even_parts
@@ -134,9 +141,11 @@ def train(
         require_tensorboard()
     if tracking is None and request.track_every and len(data.images) > 1:
         device = own_device(resolve_device(request.device))
+        before = None if request.fresh else read_run_record(folder)
         tracking = track_frechet_in(
-            request.features, data.name, data.images, every_steps=request.track_every, device=device, progress=progress
-        )
+            request.features, data.name, data.images, every_steps=request.track_every,
+            recorded=before.score if before else "", device=device, progress=progress,
+        )  # fmt: skip
     with (
         _accelerator(request) as accelerator,
         exclusive(folder, "trains", elsewhere="--out", is_main=accelerator.is_main_process),

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 from PIL import Image
 
+from ddkit.data.store import load_dataset
 from ddkit.errors import UsageError
 from ddkit.generator.model_folder import read_facts
 from ddkit.generator.sampling import SamplingSettings
 from ddkit.generator.training.records import draw_chart, read_records
-from ddkit.generator.training.tracking import track_frechet
+from ddkit.generator.training.tracking import SCORE_PRECISIONS, track_frechet, track_frechet_in
 from ddkit.generator.training.train import TrainingRequest, train
 
 SAMPLING = SamplingSettings(steps=2, batch_size=6)
@@ -39,6 +40,14 @@ def test_fewer_than_two_images_raise_usage_error(images):
     one = dataclasses.replace(images, images=images.images[:1], labels=images.labels[:1])
     with pytest.raises(UsageError, match="at least two"):
         track_frechet(one, lambda: mean_colors, every_steps=1)
+
+
+def test_a_continued_training_is_scored_in_features_of_the_recorded_precision(colors):
+    real = load_dataset(colors, "train")
+    for name in ("frechet", "frechet_bfloat16"):
+        assert track_frechet_in("convnet", colors, real, every_steps=1, recorded=name).name == name
+    new = track_frechet_in("convnet", colors, real, every_steps=1)
+    assert new.name in SCORE_PRECISIONS
 
 
 def test_tracked_training_keeps_the_best_model_and_draws_a_chart(data, config, tmp_path):
