@@ -25,6 +25,7 @@ from ddkit.errors import MissingDataError, UsageError
 from ddkit.generator.config import to_json
 from ddkit.generator.model_folder import FACTS_FILE, INDEX_FILE, PARTS, has_model, load_model, model_hash
 from ddkit.generator.training.run_folder import read_run_record
+from ddkit.history import find_recipe
 from ddkit.results import RESULTS_FILE, Result, read
 from ddkit.runtime import hub
 from ddkit.runtime.files import atomic_write, read_json, sha256_of, write_json
@@ -32,6 +33,7 @@ from ddkit.sets.contact_sheet import contact_sheet
 from ddkit.sets.distilled import DistilledSet, SetFiles, draw_sheet, read_set, require_tensor_name, set_files
 
 _CARD = "README.md"
+_RECIPE = "recipe.toml"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _UNKNOWN_LICENSE = "unknown"
 
@@ -156,6 +158,8 @@ def _set_upload(one: DistilledSet, hub_id: str, license: str, recorded: Iterable
         tags=tags,
     )
     made = {key: value for key, value in provenance.items() if key not in ("class_names", "request")}
+    recipe = find_recipe(one.path, one.sha256)
+    again = f"\n`ddkit enter --recipe {_RECIPE}` makes it again, with the `{_RECIPE}` of this repository.\n" if recipe else ""
     text = f"""# {name} in {one.ipc} images a class
 
 A distilled set: {images}, {one.ipc} for each of the {spec.num_classes} classes of {name}. A network that trains on these
@@ -170,6 +174,7 @@ images alone is tested on the real test images. Made with ddkit {__version__}.
 ## How it was made
 
 {_json_block(made) if made else "It is not recorded how this set was made."}
+{again}
 
 ## Use
 
@@ -196,6 +201,8 @@ are in the order of the classes. SHA-256 of `{name}.pt`: `{one.sha256}`
     }
     if not one.provenance:
         del files[f"{name}.json"]
+    if recipe:
+        files[_RECIPE] = Path(recipe)
     return Upload(hub_id, "dataset", files, f"ddkit pull {hub_id}")
 
 

@@ -140,6 +140,13 @@ class TestCards:
         assert all(str(made.parent).encode() not in data for data in uploaded.values())
         assert json.loads(uploaded["colors.json"])["model"] == "run"
 
+    def test_recipe_of_a_set_is_uploaded_with_it(self, hub, log_in, made):
+        made.with_name("recipe.toml").write_text(f'[sets]\ncolors = "{sha256_of(made)}"\n')
+        ddkit.push(made, SET)
+        uploaded = hub.files["dataset", SET]
+        assert uploaded["recipe.toml"] == made.with_name("recipe.toml").read_bytes()
+        assert b"ddkit enter --recipe recipe.toml" in uploaded["README.md"]
+
     def test_card_of_a_model_lists_the_scores_of_its_sets(self, hub, colors_model, tmp_path):
         from ddkit.generator.model_folder import model_hash
 
