@@ -48,7 +48,7 @@ def test_dry_run_shows_a_table_for_people(work):
     ("words", "status", "said"),
     [
         ([], 2, "--time is missing. Say how long everything may take"),
-        (["--time", "8h", "--datasets", "cifar100,cifar10"], 2, "There is no dataset 'cifar10'. Did you mean 'cifar100'?"),
+        (["--time", "8h", "--datasets", "cifar100,cifar10"], 2, "Unknown dataset 'cifar10'. Did you mean 'cifar100'?"),
         (["--time", "8h", "--datasets", "glyphs,glyphs"], 2, "An entry takes each dataset once"),
         (["--time", "8h", "--time-budget", "1m"], 2, "--time-budget needs --track 2."),
         (["--recipe", "nowhere.toml"], 3, "nowhere.toml: No such file or directory."),
