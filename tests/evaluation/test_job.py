@@ -50,6 +50,17 @@ def test_a_given_name_is_recorded(folder, settings):
     assert read(settings.results).results[0].name == "mine, 60 steps"
 
 
+def test_a_given_name_that_another_set_has_is_noted(folder, settings):
+    path, events = folder / "glyphs.pt", []
+    named = with_(settings, name="mine")
+    evaluate_files([path], named, on_event=events.append)
+    evaluate_files([path], named, on_event=events.append)
+    assert not any("was used on" in event for event in events)
+    torch.save(torch.load(path, weights_only=True).flip(3).contiguous(), path)
+    evaluate_files([path], named, on_event=events.append)
+    assert any("The name 'mine' was used on" in event for event in events)
+
+
 def test_without_files_every_set_of_the_folder_is_evaluated(folder, settings):
     torch.save(torch.zeros(3), folder / "notes.pt")
     events = []
