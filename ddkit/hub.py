@@ -163,7 +163,7 @@ def _set_upload(one: DistilledSet, hub_id: str, license: str, recorded: Iterable
     text = f"""# {name} in {one.ipc} images a class
 
 A distilled set: {images}, {one.ipc} for each of the {spec.num_classes} classes of {name}. A network that trains on these
-images alone is tested on the real test images. Made with ddkit {__version__}.
+images alone is tested on the real test images. Uploaded with ddkit {__version__}.
 
 ![The set, one row a class]({name}.png)
 
