@@ -356,7 +356,7 @@ def test_dry_run_says_time_memory_and_if_it_is_official_and_records_nothing(work
     path = save(work / "blobs.pt")
     shown, _ = run(path, "--dry-run", *QUICK)
     shown = " ".join(shown.split())
-    assert "2 of 5 epochs" in shown and "GiB" in shown and "E = 4 instead of 1000" in shown
+    assert "2 of 5" in shown and "GiB" in shown and "E = 4 instead of 1000" in shown
     (estimate,) = json.loads(run(path, "--dry-run", *QUICK, "--json")[0])
     assert estimate["official"] is False and estimate["seconds"] > 0 and estimate["images"] == 8
     assert not (work / "runs" / "results.jsonl").exists()

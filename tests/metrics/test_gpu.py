@@ -13,7 +13,8 @@ from ddkit.metrics.quality import measure
 pytestmark = pytest.mark.usefixtures("measured_before")
 
 SPEC = DatasetSpec("blobs", 4, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-SETTINGS = FeatureSettings(images=60, epochs=2, batch_size=30)
+# In float32 on every device, as processors may be faster in bfloat16 and then choose it.
+SETTINGS = FeatureSettings(images=60, epochs=2, batch_size=30, precision="float32")
 
 
 @pytest.fixture
