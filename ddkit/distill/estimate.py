@@ -89,7 +89,7 @@ def expected_accuracy(dataset: str, ipc: int, settings: RefineSettings, steps: i
     if curve is None or settings.objective != "frepo":
         return None
     for (begin, low), (end, high) in zip(curve, curve[1:], strict=False):
-        if steps <= end:
+        if steps < end:
             # Accuracies rise with the logarithm of the steps.
             return low + (high - low) * math.log1p((steps - begin) / 100) / math.log1p((end - begin) / 100)
     return curve[-1][1]
