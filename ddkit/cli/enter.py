@@ -158,7 +158,7 @@ def make_entry(
     )
     official = any(group.official and any(row.is_local for row in group.rows) for group in entry.leaderboard.groups)
     evaluate = f"cd {shlex.quote(str(folder))} && ddkit evaluate" + " --track 2" * (recipe.track == 2)
-    output.finish(written, then or ("" if official else evaluate))
+    output.finish(written, then or ("" if official or entry.unfinished else evaluate))
 
 
 def _show_plan(output: Output, plan: Plan) -> None:

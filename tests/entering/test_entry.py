@@ -132,6 +132,7 @@ def test_time_that_is_up_inside_a_stage_keeps_its_state_and_packs_what_there_is(
     found = json.loads(output)
     assert found["unfinished"] == ["evaluate submission glyphs", "evaluate baseline glyphs"]
     assert "The time is up in the stage 'evaluate submission glyphs'; its state is kept." in " ".join(said.split())
+    assert "with a longer --time to finish." in " ".join(said.split()) and "next:" not in said
     assert (work / "entry/submission.zip").is_file() and (work / "entry/report.html").is_file()
     assert list((work / "entry/runs/evaluations").glob("glyphs-*/round-0.pt"))
 
