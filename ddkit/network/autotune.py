@@ -30,6 +30,9 @@ _warn_once = functools.cache(_log.warning)  # not again for every network of an 
 
 _MEMORY = "_engines.json"  # no dataset can have this name
 _REPEATS = 2
+# A plan that takes so many times as long as the best one is given up on a CPU: after its first measurement, in which it also
+# warms up, and after a later one.
+_GIVEN_UP_FIRST, _GIVEN_UP_LATER = 3.0, 1.2
 # Chunks of so many 32-pixel images are tried, and of as many pixels at other sizes; at least so many images are measured,
 # as some work is done once for a batch of any size.
 _CHUNKS = (4, 8, 16, 32, 64)
@@ -128,9 +131,11 @@ def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: i
         seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
         return _Measured(EnginePlan.from_dict(values), seconds, start)
     found = []
-    for plan in plans if len(plans) > 1 or plans[0].kind == "plain" else ():
+    # The plain way, by far the slowest on a CPU, comes last and is given up soon.
+    for plan in reversed(plans) if len(plans) > 1 or plans[0].kind == "plain" else ():
+        least = min((each.seconds for each in found), default=float("inf"))
         try:
-            found.append(_measure(network, plan, batch_size))
+            found.append(_measure(network, plan, batch_size, least))
         except Exception as error:
             # Compilers for GPUs fail in many ways of their own.
             if not isinstance(error, RuntimeError) and plan.kind != "compiled":
@@ -147,8 +152,11 @@ def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: i
     return best
 
 
-def _measure(network: ConvNet, plan: EnginePlan, batch_size: int) -> _Measured:
-    """Time a forward and backward pass: the least of a few short measurements."""
+def _measure(network: ConvNet, plan: EnginePlan, batch_size: int, least: float) -> _Measured:
+    """Time a forward and backward pass: the least of a few short measurements.
+
+    least: seconds for each image of the best plan so far.
+    """
     size, device = network.image_size, next(network.parameters()).device
     n = batch_size
     if device.type == "cpu":
@@ -165,6 +173,9 @@ def _measure(network: ConvNet, plan: EnginePlan, batch_size: int) -> _Measured:
             began = clock()
             engine.gradients(images, labels).item()
             seconds.append(clock() - began)
+            given_up = _GIVEN_UP_FIRST if len(seconds) == 1 else _GIVEN_UP_LATER
+            if device.type == "cpu" and min(seconds) / n > given_up * least:
+                break
     finally:
         close_engine(engine)
         release_memory(device)
