@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+from ddkit.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -28,17 +32,38 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return cache
 
 
-@pytest.fixture
-def measured_before(own_cache, tmp_path_factory):
-    """What one test has compiled and measured serves the next: the test's cache is filled from theirs."""
-    shared = tmp_path_factory.getbasetemp() / "engines"
-    shared.mkdir(exist_ok=True)
-    shutil.copytree(shared, own_cache, dirs_exist_ok=True)
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run of the tests share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def measured_before(request: pytest.FixtureRequest, own_cache: Path, shared_folder: Path) -> Iterator[None]:
+    """What one test has compiled and measured serves the next: the test's cache begins with it, unless marked `empty_cache`."""
+    if request.node.get_closest_marker("empty_cache"):
+        yield
+        return
+    engines, kernels = shared_folder / "_engines.json", shared_folder / "_kernels"
+    known = json.loads(engines.read_text()) if engines.exists() else {}
+    if known:
+        (own_cache / engines.name).write_text(json.dumps(known))
+    if kernels.exists():
+        shutil.copytree(kernels, own_cache / kernels.name, copy_function=os.link)
     yield
-    for found in (own_cache / "_engines.json", *own_cache.glob("_kernels/*.so")):
-        if found.exists():
-            (shared / found.relative_to(own_cache)).parent.mkdir(exist_ok=True)
-            shutil.copy(found, shared / found.relative_to(own_cache))
+    with contextlib.suppress(OSError, ValueError):  # a test may have damaged its cache
+        found = json.loads((own_cache / engines.name).read_text())
+        if new := {key: plan for key, plan in found.items() if key not in known}:
+            with FileLock(f"{engines}.lock"):
+                known = json.loads(engines.read_text()) if engines.exists() else {}
+                write_json(engines, new | known)
+    for library in own_cache.glob("_kernels/*.so"):
+        kernels.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.link(library, kernels / library.name)
 
 
 @pytest.fixture
@@ -175,15 +200,22 @@ def save_dit() -> Callable[[Path, Sequence[str]], Path]:
 
 
 @pytest.fixture(scope="session")
-def glyph_store(tmp_path_factory):
+def glyph_store(shared_folder: Path) -> Path:
     """A cache folder in which the letters are prepared."""
     from ddkit.data.prepare import prepare
 
-    folder = tmp_path_factory.mktemp("glyph-cache")
+    folder = shared_folder / "glyph-cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDKIT_CACHE", str(folder))
         prepare("glyphs")
     return folder
+
+
+@pytest.fixture
+def letters(glyph_store: Path, own_cache: Path) -> str:
+    """The name of the drawn letters, which are prepared in the test's own cache."""
+    shutil.copytree(glyph_store / "glyphs", own_cache / "glyphs")
+    return "glyphs"
 
 
 @pytest.fixture

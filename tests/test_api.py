@@ -62,7 +62,7 @@ def test_load_dataset_and_generate_report_their_progress(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_python_example_of_the_readme_runs(tmp_path):
+def test_the_python_example_of_the_readme_runs(letters, tmp_path):
     (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -71,8 +71,8 @@ def test_the_python_example_of_the_readme_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_makes_a_generator_that_generate_samples(tmp_path):
+def test_train_makes_a_generator_that_generate_samples(letters, tmp_path):
     reports = []
-    model = ddkit.train("glyphs", preset="demo", seconds=4, out=tmp_path / "run", batch_size=8, progress=reports.append)
+    model = ddkit.train(letters, preset="demo", seconds=2, out=tmp_path / "run", batch_size=8, progress=reports.append)
     made = ddkit.generate("glyphs", ipc=1, model=tmp_path / "run", out=tmp_path / "glyphs.pt")
     assert model.facts.steps > 0 and made.kind == "generated" and len(made.images) == 10 and reports

@@ -6,8 +6,6 @@ import pytest
 
 from ddkit.doctor import diagnose
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 PARTS = {"Python", "libraries", "processor", "threads", "compiler", "evaluation engine", "memory", "this folder", "cache"}
 
 
@@ -33,12 +31,13 @@ def test_diagnose_without_a_compiler_says_what_to_install(monkeypatch, tmp_path)
     assert line.status == "slow" and "no-such-compiler" in line.finding and "g++" in line.remedy
 
 
-def test_diagnose_lists_prepared_datasets_with_their_counts(glyph_store, own_cache, tmp_path):
-    shutil.copytree(glyph_store / "glyphs", own_cache / "glyphs")
+@pytest.mark.slow
+def test_diagnose_lists_prepared_datasets_with_their_counts(letters, tmp_path):
     (line,) = (line for line in diagnose(tmp_path) if line.what == "dataset glyphs")
     assert line.status == "ok" and "5,000 train images" in line.finding
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_diagnose_measures_the_engine_in_images_a_second(tmp_path):
     (line,) = (line for line in diagnose(tmp_path) if line.what == "evaluation engine")

@@ -76,7 +76,7 @@ class TestQuickstart:
         assert not re.search(r"/(home|root|Users|work|tmp|opt|usr|var)/", without_pictures)
 
     @pytest.mark.slow
-    def test_notebook_runs_from_zero_to_a_packed_set(self, tmp_path, measured_before):
+    def test_notebook_runs_from_zero_to_a_packed_set(self, letters, tmp_path):
         nbclient = pytest.importorskip("nbclient", reason="needs nbclient: pip install '.[test]'")
         pytest.importorskip("ipykernel", reason="needs ipykernel: pip install '.[test]'")
         notebook = self.read()

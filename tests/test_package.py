@@ -107,14 +107,14 @@ def test_release_notes_have_the_version():
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_evaluates_without_a_compiler_and_says_so(wheel, tmp_path):
+def test_an_installed_wheel_evaluates_without_a_compiler_and_says_so(wheel, letters, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "import sys; sys.path.insert(0, 'site'); from ddkit.cli import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code, end.code"
     )
     environment = {**os.environ, "CXX": "no-such-compiler"}
-    for words in (["generate", "--dataset", "glyphs", "--ipc", "1", "--from-real", "first"],
+    for words in (["generate", "--dataset", letters, "--ipc", "1", "--from-real", "first"],
                   ["evaluate", "--rounds", "1", "--epochs-setting", "0"]):  # fmt: skip
         finished = subprocess.run(
             [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True

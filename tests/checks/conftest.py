@@ -40,9 +40,9 @@ def tinyimagenet_images(tinyimagenet_zip) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def real_cache(tmp_path_factory) -> Path:
+def real_cache(shared_folder) -> Path:
     """A cache folder for the whole datasets, and for the classifiers fitted on them."""
-    return tmp_path_factory.mktemp("real-cache")
+    return shared_folder / "real-cache"
 
 
 @pytest.fixture
@@ -59,5 +59,4 @@ def tinyimagenet_store(tinyimagenet_zip, real_cache, monkeypatch) -> None:
 
 def _prepare_once(name: str, archive: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDKIT_CACHE", str(cache))
-    if not (cache / name).exists():
-        prepare(name, archive)
+    prepare(name, archive)

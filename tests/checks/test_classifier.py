@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from ddkit.checks.classifier import class_information, class_model, fit_class_model, image_features
-from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, load_dataset
 from ddkit.errors import BadDataError
 
@@ -13,8 +12,7 @@ def test_class_model_knows_images_that_it_was_not_fitted_on(glyph_images):
     assert (guessed == test.labels[:300]).float().mean() > 0.8
 
 
-def test_class_model_is_read_from_the_cache_and_fitted_again_if_that_is_damaged(own_cache):
-    open_dataset("glyphs", "train")
+def test_class_model_is_read_from_the_cache_and_fitted_again_if_that_is_damaged(letters, own_cache):
     first = class_model("glyphs")
     (kept,) = (own_cache / "_checks").glob("glyphs-*.safetensors")
     written = kept.stat().st_mtime_ns
@@ -25,8 +23,7 @@ def test_class_model_is_read_from_the_cache_and_fitted_again_if_that_is_damaged(
     assert len(kept.read_bytes()) == len(whole)
 
 
-def test_class_model_tells_the_progress_of_the_fit_and_nothing_once_it_is_kept(own_cache):
-    open_dataset("glyphs", "train")
+def test_class_model_tells_the_progress_of_the_fit_and_nothing_once_it_is_kept(letters):
     told = []
     class_model("glyphs", progress=told.append)
     assert told[0].done == 0 and told[-1].done == told[-1].total == 2000
@@ -36,8 +33,7 @@ def test_class_model_tells_the_progress_of_the_fit_and_nothing_once_it_is_kept(o
     assert told == []
 
 
-def test_class_model_is_fitted_if_the_cache_cannot_be_written(own_cache):
-    open_dataset("glyphs", "train")
+def test_class_model_is_fitted_if_the_cache_cannot_be_written(letters, own_cache):
     (own_cache / "_checks").write_text("")
     assert class_model("glyphs").weight.isfinite().all()
 

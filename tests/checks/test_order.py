@@ -235,7 +235,7 @@ def test_real_images_out_of_step_are_found_and_reordered(name, request):
     right = normalize(request.getfixturevalue(f"{name}_images"), spec)
     blocks = right.unflatten(0, (spec.num_classes, 10))
     assert [f.code for f in order_findings(right, spec, "set.pt")] == ["L001"]
-    for shift in (1, -1, 3, -8) if name == "cifar100" else (3,):
+    for shift in (1, -8) if name == "cifar100" else (3,):
         wrong = right.roll(shift, 0)
         [finding] = order_findings(wrong, spec, "set.pt")
         assert finding.code == "L013" and f"all rows stand {abs(shift)} place" in finding.message

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from ddkit.challenge import GLYPHS
 from ddkit.cli import main
 from ddkit.data.images import normalize
-from ddkit.data.prepare import open_dataset
+from ddkit.data.store import load_dataset
 
 
 def run(*arguments):
@@ -60,8 +60,8 @@ def test_check_with_strict_fails_on_warnings(half_submission):
         assert finished.exit_code == status and levels["T005"] == ("error" if strict else "warning")
 
 
-def test_fix_order_writes_the_right_order_to_another_file(work):
-    real = open_dataset("glyphs", "train")
+def test_fix_order_writes_the_right_order_to_another_file(letters, work):
+    real = load_dataset(letters, "train")
     right = normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)
     torch.save(right.flip(0), work / "glyphs.pt")
     finished = run("check", "glyphs.pt")
@@ -81,8 +81,8 @@ def test_fix_order_with_options_that_judge_is_wrong_usage(work):
 
 
 @pytest.mark.slow
-def test_first_check_reports_the_progress_of_fitting_the_classifier(work):
-    real = open_dataset("glyphs", "train")
+def test_first_check_reports_the_progress_of_fitting_the_classifier(letters, work):
+    real = load_dataset(letters, "train")
     torch.save(normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS), work / "glyphs.pt")
     first = subprocess.run([sys.executable, "-m", "ddkit", "check", "glyphs.pt"], capture_output=True, text=True)
     assert "fitting a classifier on real images of glyphs, once" in first.stderr

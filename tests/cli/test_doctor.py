@@ -9,7 +9,7 @@ from ddkit.cli import main
 
 
 @pytest.mark.slow
-def test_doctor_prints_json_with_a_status_a_line(measured_before, work):
+def test_doctor_prints_json_with_a_status_a_line(work):
     result = CliRunner().invoke(main, ["doctor", "--json"])
     assert result.exit_code == 0, result.output
     lines = json.loads(result.stdout)
@@ -17,7 +17,8 @@ def test_doctor_prints_json_with_a_status_a_line(measured_before, work):
     assert {"Python", "cache"} <= {line["what"] for line in lines}
 
 
-def test_doctor_with_a_damaged_dataset_ends_with_status_3(measured_before, own_cache, work):
+@pytest.mark.slow
+def test_doctor_with_a_damaged_dataset_ends_with_status_3(own_cache, work):
     (own_cache / "glyphs").mkdir()
     (own_cache / "glyphs" / "meta.json").write_text("{")
     result = CliRunner().invoke(main, ["doctor"])

@@ -10,7 +10,7 @@ from ddkit.cli.demo import _recipe
 from ddkit.cli.enter import enter
 from ddkit.entering.recipe import Recipe, write_recipe
 
-pytestmark = pytest.mark.usefixtures("work", "measured_before")
+pytestmark = pytest.mark.usefixtures("work")
 
 PLANNED = ("--time", "20m", "--datasets", "glyphs", "--epochs-setting", "2", "--rounds", "1", "--dry-run")
 
@@ -19,6 +19,7 @@ def ddkit(*words):
     return CliRunner().invoke(main, ["enter", *words])
 
 
+@pytest.mark.slow
 def test_dry_run_prints_every_stage_and_writes_nothing(work):
     done = ddkit(*PLANNED, "--json", "--quiet")
     assert done.exit_code == 0, done.output
@@ -29,6 +30,7 @@ def test_dry_run_prints_every_stage_and_writes_nothing(work):
     assert not list(work.iterdir())
 
 
+@pytest.mark.slow
 def test_dry_run_on_track_2_trains_and_bundles(work):
     done = ddkit(*PLANNED, "--track", "2", "--time-budget", "5s", "--json", "--quiet")
     assert done.exit_code == 0, done.output
@@ -37,6 +39,7 @@ def test_dry_run_on_track_2_trains_and_bundles(work):
     assert stages["train glyphs"] > 600 and stages["evaluate glyphs"] > 5 and not list(work.iterdir())
 
 
+@pytest.mark.slow
 def test_dry_run_shows_a_table_for_people(work):
     done = ddkit(*PLANNED)
     assert done.exit_code == 0, done.output
@@ -61,6 +64,7 @@ def test_enter_refuses_in_one_message(words, status, said):
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output
 
 
+@pytest.mark.slow
 def test_the_demo_is_an_entry_with_a_recipe_of_its_own(work):
     recipe = _recipe(5)
     assert recipe.datasets == ("glyphs",) and recipe.sets[0].preset and recipe.sets[0].refine.seed == recipe.seed == 5

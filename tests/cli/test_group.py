@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import ddkit.cli
 from ddkit.cli import COMMANDS, main
@@ -115,8 +116,8 @@ def _literal(node: ast.expr) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_ends_its_help_with_an_example(command):
-    finished = run(command, "--help")
-    assert finished.returncode == 0
+    finished = CliRunner().invoke(main, [command, "--help"])
+    assert finished.exit_code == 0
     assert "Example:" in finished.stdout
 
 

@@ -30,8 +30,8 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     assert "the limit is 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
 
 
-def test_practice_is_packed_and_not_for_upload(work):
-    done = CliRunner().invoke(main, ["generate", "--dataset", "glyphs", "--from-real", "first"])
+def test_practice_is_packed_and_not_for_upload(letters, work):
+    done = CliRunner().invoke(main, ["generate", "--dataset", letters, "--from-real", "first"])
     assert done.exit_code == 0, done.output
     output, said = run("--json")
     assert "For practice only" in said and "Upload" not in said

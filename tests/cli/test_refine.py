@@ -17,8 +17,6 @@ from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import recorded_settings
 from ddkit.distill.settings import PRESETS, ExpertSettings, RefineSettings
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 VALIDATE = ["--batch-real", "2", "--device", "cpu", "--set"]
 QUICK = [*VALIDATE, "val_epochs=0"]
 
@@ -33,6 +31,7 @@ def ddkit(*words):
     return CliRunner().invoke(main, ["refine", *words])
 
 
+@pytest.mark.slow
 def test_refine_replaces_the_set_and_keeps_the_former_one(submission, tmp_path):
     before = submission.read_bytes()
     done = ddkit("submission/colors.pt", "--steps", "3", *QUICK, "--quiet", "--json")

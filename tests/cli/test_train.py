@@ -69,7 +69,7 @@ def test_train_resumes_and_refuses_other_settings(ddkit, colors, tmp_path):
     assert json.loads((folder / "config.json").read_text())["config"]["seed"] == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.slow
 def test_stopped_training_is_saved_and_resumes(ddkit, colors, tmp_path, number):
     words = ["train", "--dataset", colors, "--preset", "demo", "--save-every", "0.5s"]

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 
 from ddkit.cli import main
 from ddkit.data.class_names import CLASS_NAMES
-from ddkit.data.prepare import prepare
 from ddkit.data.store import load_dataset, store_facts
 
 WNIDS = ("n01443537", "n01629819", "n02124075")
@@ -79,9 +78,8 @@ def test_tgz_of_an_image_folder_is_read(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("locked", ["whole cache", "lock file"])
-def test_prepared_dataset_in_a_cache_of_another_user_is_used(own_cache, locked):
+def test_prepared_dataset_in_a_cache_of_another_user_is_used(letters, own_cache, locked):
     """Root may write anywhere unless it gives that up, as no ordinary user may."""
-    prepare("glyphs")
     command = [sys.executable, "-m", "ddkit", "data", "prepare", "glyphs"]
     lock = own_cache / ".glyphs.lock"
     lock.touch()

@@ -25,6 +25,8 @@ from ddkit.data.store import dataset_spec, load_dataset, store_facts
 from ddkit.errors import BadDataError, BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.reference import as_test_set
 
+pytestmark = pytest.mark.empty_cache
+
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -386,10 +388,10 @@ class TestBuiltInNames:
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def drawn(glyph_store):
     """Both splits of glyphs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDKIT_CACHE", str(tmp_path_factory.mktemp("drawn")))
+        patch.setenv("DDKIT_CACHE", str(glyph_store))
         return [open_dataset("glyphs", split) for split in ("train", "test")]
 
 

@@ -11,8 +11,6 @@ from ddkit.distill.settings import PoolSettings, RefineLimits, RefineSettings
 from ddkit.errors import ComputeError, UsageError
 from ddkit.runtime import device
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 QUICK = RefineSettings(
     batch_real=4, val_every=3, val_epochs=1, held_out=0.2, dm_steps=2, pool=PoolSettings(size=2, from_step=5, from_share=0.5)
 )

@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 
-from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
@@ -19,8 +18,6 @@ from ddkit.network.autotune import choose_plan
 from ddkit.network.engine import build_engine
 from ddkit.network.networks import build_network
 from ddkit.runtime.interrupt import stop_requests
-
-pytestmark = pytest.mark.usefixtures("measured_before")
 
 QUICK = ExpertSettings(count=2, steps=4, batch_size=4, keep_every=1, span=2)
 CPU = torch.device("cpu")
@@ -123,17 +120,16 @@ def test_segments_come_from_one_trajectory_and_have_the_length_of_the_span(refer
 
 
 @pytest.mark.slow
-def test_experts_learn_to_classify_held_out_images():
-    prepare("glyphs")
-    spec = dataset_spec("glyphs")
-    letters = TrainHoldout(load_dataset("glyphs", "train"), spec, held_out=0.1, seed=0)
+def test_experts_learn_to_classify_held_out_images(letters):
+    spec = dataset_spec(letters)
+    real = TrainHoldout(load_dataset(letters, "train"), spec, held_out=0.1, seed=0)
     settings = ExpertSettings(count=1, steps=40, batch_size=64, keep_every=40, span=40)
-    start, end = experts(letters, settings).sample_segment(torch.Generator().manual_seed(0))
+    start, end = experts(real, settings).sample_segment(torch.Generator().manual_seed(0))
     accuracies = []
     for place in (start, end):
         network = build_network("convnet", 10, 32, seed=5).eval()
         load_flat_parameters(network, place)
-        held_out = letters.held_out()
+        held_out = real.held_out()
         told = predict(build_engine(network, choose_plan(network, "float32", 64)), held_out, CPU)
         accuracies.append((told == held_out.labels).float().mean().item())
     assert accuracies[0] < 0.3 < 0.5 < accuracies[1]

@@ -154,6 +154,7 @@ def test_mode_guidance_without_latents_raises_missing_model_error(colors, model_
 class TestChoosing:
     """Candidates of a model, and all real images, seen by a network trained on the real ones."""
 
+    @pytest.mark.slow
     def test_set_has_the_selected_candidates_of_a_model(self, colors, model_folder, tmp_path):
         sampling = SamplingSettings("ddim", steps=2, seed=4, batch_size=3)
         source = FromModel(model_folder, sampling, candidates=5, select="least-confident")
@@ -169,6 +170,7 @@ class TestChoosing:
         facts = json.loads(saved.provenance.read_text())
         assert (facts["selection"], facts["candidates"]) == ("least-confident", 5)
 
+    @pytest.mark.slow
     def test_set_has_the_selected_real_images(self, colors, tmp_path):
         saved = generate(colors, 2, FromReal("most-confident"), tmp_path / "set.pt")
         train = load_dataset(colors, "train")
@@ -177,6 +179,7 @@ class TestChoosing:
         assert torch.equal(pixels(saved.tensor, colors), train.images[rows])
         assert json.loads(saved.provenance.read_text())["kind"] == "most-confident-real"
 
+    @pytest.mark.slow
     def test_the_precision_of_features_is_named_and_sets_of_another_one_are_made_again(self, colors, model_folder, tmp_path):
         facts = {}
         for precision in ("float32", "bfloat16"):

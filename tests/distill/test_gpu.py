@@ -9,8 +9,6 @@ from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.generator.config import SamplingSettings
 from ddkit.sets.select import FEATURE_METHODS, ImageFeatures, choose_in_class
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 SAMPLING = SamplingSettings(steps=2, batch_size=4, precision="float32")
 
 
@@ -25,6 +23,7 @@ def make(colors, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select", ["random", "most-confident", "herding"])
 def test_set_chosen_from_candidates_on_a_gpu_is_that_of_a_cpu(make, model_folder, gpu, second_gpu, select):
     on_gpu, on_cpu = (
@@ -33,6 +32,7 @@ def test_set_chosen_from_candidates_on_a_gpu_is_that_of_a_cpu(make, model_folder
     assert (on_gpu - on_cpu).abs().max() < 1.1
 
 
+@pytest.mark.slow
 def test_choice_among_candidates_waits_once_a_batch_and_twice_a_class(make, model_folder, gpu, second_gpu):
     def waits(candidates):
         gpu.reset()
@@ -45,6 +45,7 @@ def test_choice_among_candidates_waits_once_a_batch_and_twice_a_class(make, mode
     assert sum(count for (kind, _), count in gpu.waits.items() if kind == "copy to the CPU") == 2 * (1 + 2)
 
 
+@pytest.mark.slow
 def test_real_images_are_chosen_on_a_gpu_as_on_a_cpu(make, gpu, second_gpu):
     on_gpu, on_cpu = (make(FromReal("k-center", device=device)) for device in (second_gpu, "cpu"))
     assert torch.equal(on_gpu, on_cpu)

@@ -7,8 +7,6 @@ from ddkit.distill.matching import dm_loss, frepo_loss
 from ddkit.network import embedding
 from ddkit.network.networks import build_network
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 CLASSES, RIDGE = 3, 0.3
 
 

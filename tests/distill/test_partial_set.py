@@ -8,8 +8,10 @@ import time
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from ddkit.cli import main
 from ddkit.distill.generate import FromModel, generate
 from ddkit.distill.partial_set import PartialSet
 from ddkit.generator.sampling import SamplingSettings
@@ -85,18 +87,18 @@ class TestParts:
 @pytest.mark.slow
 def test_stopped_or_killed_command_continues(colors, colors_model, tmp_path, ipc, choice, how):
     out = tmp_path / "sets" / "set.pt"
-    command = [
-        sys.executable, "-m", "ddkit", "generate", "-v", "--dataset", colors, "--model", str(colors_model), "--out",
+    words = [
+        "generate", "-v", "--dataset", colors, "--model", str(colors_model), "--out",
         str(out), "--ipc", str(ipc), "--sampling-steps", "60", "--batch-size", "10",
         *(word for name, value in choice.items() for word in (f"--{name}", str(value))),
     ]  # fmt: skip
-    said = _stopped(command, out.parent, how)
+    said = _stopped([sys.executable, "-m", "ddkit", *words], out.parent, how)
     assert how is signal.SIGKILL or "Run the same command again" in said
     assert not out.exists()
     rows_kept = sum(len(load_file(path)["images"]) for path in part_files(out.parent))
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
     assert f"Continuing after {rows_kept} of {2 * ipc} images" in " ".join(done.stderr.split())
     assert {path.name for path in out.parent.iterdir()} == {"set.pt", "set.json", "set.png"}
 

@@ -21,8 +21,6 @@ from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import build_network
 from ddkit.runtime.files import sha256_of
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 QUICK = RefineSettings(
     batch_real=4, val_every=3, val_epochs=1, held_out=0.2,
     pool=PoolSettings(size=2, updates=1, max_age=3, from_step=3),
@@ -65,14 +63,13 @@ def test_refine_writes_the_set_and_its_provenance_and_keeps_the_original(start, 
 
 
 @pytest.mark.slow
-def test_refined_images_come_closer_to_real_ones_in_a_network_never_seen(tmp_path):
-    prepare("glyphs")
-    letters = generate("glyphs", 1, FromReal("random"), tmp_path / "glyphs.pt").tensor
+def test_refined_images_come_closer_to_real_ones_in_a_network_never_seen(letters, tmp_path):
+    start = generate(letters, 1, FromReal("random"), tmp_path / "glyphs.pt").tensor
     settings = dataclasses.replace(QUICK, batch_real=16, val_every=1000, val_epochs=0)
-    before = read(letters)
-    refine(letters, "glyphs", settings, RefineLimits(steps=10), tmp_path / "run")
+    before = read(start)
+    refine(start, letters, settings, RefineLimits(steps=10), tmp_path / "run")
     after = read(tmp_path / "run" / "state.pt")["images"]
-    real, spec = load_dataset("glyphs", "train"), dataset_spec("glyphs")
+    real, spec = load_dataset(letters, "train"), dataset_spec(letters)
     some = real.labels.argsort(stable=True).view(10, -1)[:, :20].flatten()
     embed = build_embedder(build_network("convnet", 10, 32, seed=12345), len(before))
     distances = [dm_loss(embed, images, normalize(real.images[some], spec), 10).item() for images in (before, after)]

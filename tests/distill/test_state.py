@@ -15,8 +15,6 @@ from ddkit.errors import BadFileError, DDKitError, InvalidSubmissionError, Missi
 from ddkit.runtime.files import sha256_of
 from ddkit.sets.distilled import set_files
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 # So slowly that the validations cannot differ, of which the latest then counts.
 SETTINGS = RefineSettings(batch_real=2, val_every=2, val_epochs=0, held_out=0.2, learning_rate=1e-3)
 

@@ -15,8 +15,6 @@ from ddkit.errors import UsageError
 from ddkit.network.augment import random_augment
 from ddkit.network.networks import build_network
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 CPU, RATE = torch.device("cpu"), 0.02
 
 

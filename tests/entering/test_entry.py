@@ -1,4 +1,4 @@
-"""Whole entries on the letters, in real processes: killed and continued, made again from a recipe, out of time and disk."""
+"""Whole entries on the letters: killed in real processes and continued, made again from a recipe, out of time and disk."""
 
 import json
 import os
@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from ddkit.data.prepare import prepare
-from ddkit.entering.entry import plan_entry
+from ddkit.cli import main
+from ddkit.entering.entry import enter, plan_entry
 from ddkit.entering.recipe import read_recipe
 from ddkit.errors import UsageError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("measured_before")]
+pytestmark = pytest.mark.slow
 
 # As the demo, with fewer steps of everything.
 TRAINED = """
@@ -46,10 +47,10 @@ def start(work, *words, **options):
     )
 
 
-def finish(work, *words, **options):
-    process = start(work, *words, **options)
-    output, said = process.communicate(timeout=600)
-    return process.returncode, output, said
+def finish(*words):
+    """The command run to its end in this process, in the folder `work`: its status, its output and what it said."""
+    done = CliRunner().invoke(main, ["enter", "--device", "cpu", *words])
+    return done.exit_code, done.stdout, done.stderr
 
 
 def stop_at(work, text, number, *words):
@@ -64,17 +65,22 @@ def stop_at(work, text, number, *words):
 
 
 @pytest.fixture
-def work(tmp_path):
+def work(letters, tmp_path, monkeypatch):
+    """The working folder, with recipes of the letters, which are prepared."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes have that are killed
     (tmp_path / "trained.toml").write_text(TRAINED)
     (tmp_path / "real.toml").write_text(REAL)
-    return tmp_path
+    yield tmp_path
+    torch.set_num_threads(threads)
 
 
 def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes_it_again(work):
     words = ("--recipe", "trained.toml", "--folder", "entry")
     assert stop_at(work, "train glyphs", signal.SIGKILL, *words) == -signal.SIGKILL
     assert stop_at(work, "evaluate submission", signal.SIGTERM, *words) == 130
-    status, output, said = finish(work, *words, "--json")
+    status, output, said = finish(*words, "--json")
     assert status == 0, said
     assert "Done already: prepare glyphs, random real images glyphs, train glyphs, generate glyphs, refine glyphs." in said
     found = json.loads(output)
@@ -85,10 +91,10 @@ def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes
     rows = {row["name"] for group in found["leaderboard"] for row in group["rows"] if "glyphs" in row["accuracy"]}
     assert rows == {"submission", "generated", "random real images"}
 
-    again, _, said = finish(work, *words)
+    again, _, said = finish(*words)
     assert again == 0 and "evaluate baseline glyphs." in said and "Training" not in said
 
-    status, output, said = finish(work, "--recipe", "entry/recipe.toml", "--folder", "again", "--json")
+    status, output, said = finish("--recipe", "entry/recipe.toml", "--folder", "again", "--json")
     assert status == 0, said
     assert "The set of glyphs is the same to the bit as the one that the recipe was made with." in " ".join(said.split())
     assert (work / "again/submission/glyphs.pt").read_bytes() == (entry / "submission/glyphs.pt").read_bytes()
@@ -104,10 +110,10 @@ def test_a_disk_that_fills_up_stops_in_words_and_the_same_command_continues(work
         # The tensor of the set has 1.2 MB, the state of a refinement several times as much.
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, resource.RLIM_INFINITY))
 
-    prepare("glyphs")
-    status, _, said = finish(work, *words, preexec_fn=small_files)
-    assert status == 3 and "state.pt: File too large." in " ".join(said.split()) and "Traceback" not in said
-    status, _, said = finish(work, *words)
+    process = start(work, *words, preexec_fn=small_files)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 3 and "state.pt: File too large." in " ".join(said.split()) and "Traceback" not in said
+    status, _, said = finish(*words)
     assert status == 0 and "Done already: prepare glyphs, random real images glyphs." in said
     assert (work / "entry/submission.zip").is_file()
 
@@ -127,7 +133,7 @@ def test_time_that_is_up_inside_a_stage_keeps_its_state_and_packs_what_there_is(
     edit_state(work, limits={"refine glyphs": 1.0})
     assert stop_at(work, "evaluate submission", signal.SIGKILL, *words) == -signal.SIGKILL
     edit_state(work, spent=1.1 * 3 * 3600 - 4)
-    status, output, said = finish(work, *words, "--json")
+    status, output, said = finish(*words, "--json")
     assert status == 0, said
     found = json.loads(output)
     assert found["unfinished"] == ["evaluate submission glyphs", "evaluate baseline glyphs"]
@@ -139,21 +145,21 @@ def test_time_that_is_up_inside_a_stage_keeps_its_state_and_packs_what_there_is(
 
 def test_more_time_refines_further_and_other_settings_are_refused(work):
     words = ("--datasets", "glyphs", "--epochs-setting", "0", "--rounds", "1", "--folder", "entry")
-    least = finish(work, *words, "--time", "1s")
+    least = finish(*words, "--time", "1s")
     assert least[0] == 2 and "--time is too short: 1s were given, and this entry needs" in " ".join(least[2].split())
     assert not (work / "entry/runs").exists()
     seconds = 0.0
     for hours in ("2h", "3h"):
         assert stop_at(work, "refine glyphs", signal.SIGKILL, *words, "--time", hours) == -signal.SIGKILL
         edit_state(work, limits={"refine glyphs": seconds + 2})
-        status, _, said = finish(work, *words, "--time", hours)
+        status, _, said = finish(*words, "--time", hours)
         assert status == 0, said
         now = torch.load(work / "entry/runs/glyphs-refine/state.pt", weights_only=True)["seconds"]
         assert now > seconds
         seconds = now
-    other = finish(work, *words, "--time", "3h", "--seed", "1")
+    other = finish(*words, "--time", "3h", "--seed", "1")
     assert other[0] == 2 and "holds an entry with other settings (seed, sets)" in " ".join(other[2].split())
-    recipe = finish(work, "--recipe", "real.toml", "--folder", "entry")
+    recipe = finish("--recipe", "real.toml", "--folder", "entry")
     assert recipe[0] == 2 and "holds an entry with other settings" in " ".join(recipe[2].split())
 
 
@@ -164,17 +170,16 @@ def test_plan_entry_writes_nothing(work):
 
 
 def test_a_recipe_of_other_images_is_refused_before_anything_is_made(work):
-    prepare("glyphs")
     (work / "real.toml").write_text(REAL.replace('"glyphs"', f'"glyphs"\ndataset_sha256 = "{"ab" * 32}"'))
     with pytest.raises(UsageError, match="other training images of 'glyphs'"):
         plan_entry(read_recipe(work / "real.toml"), work / "entry", device="cpu")
 
 
-def test_a_recipe_of_another_version_warns(work):
-    (work / "old.toml").write_text(f'{REAL}[versions]\nddkit = "0.0.1"\n')
-    assert (
-        stop_at(
-            work, "warning: the recipe was made with other versions (ddkit 0.0.1, here", signal.SIGTERM, "--recipe", "old.toml"
-        )
-        == 130
+def test_a_recipe_of_another_version_warns_before_anything_is_made(work):
+    (work / "old.toml").write_text(
+        REAL.replace('"glyphs"', f'"glyphs"\ndataset_sha256 = "{"ab" * 32}"') + '[versions]\nddkit = "0.0.1"\n'
     )
+    events = []
+    with pytest.raises(UsageError, match="other training images of 'glyphs'"):
+        enter(read_recipe(work / "old.toml"), work / "entry", device="cpu", on_event=events.append)
+    assert events[0].startswith("warning: the recipe was made with other versions (ddkit 0.0.1, here")

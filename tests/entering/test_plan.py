@@ -93,6 +93,7 @@ def test_an_outline_is_read_as_it_was_written():
     assert Outline.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 def test_a_recipe_with_lengths_is_planned_on_this_machine_and_takes_some_time():
     letters = SetRecipe("glyphs", preset="demo", train_steps=2, refine_steps=2, refine=draft(("glyphs",)).sets[0].refine)
     plan = make_outline(Recipe((letters,), epochs_setting=3, rounds=1), None, device="cpu")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from ddkit.data.prepare import prepare
 from ddkit.distill.settings import PoolSettings, RefineSettings
 from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe, write_recipe
 from ddkit.errors import BadFileError, UsageError
@@ -80,9 +79,8 @@ def test_read_recipe_of_what_is_not_toml_raises_bad_file_error(tmp_path):
             read_recipe(tmp_path / name)
 
 
-def test_a_recipe_of_other_images_is_refused_and_one_without_a_hash_is_not():
-    prepare("glyphs")
-    letters = SetRecipe("glyphs", "12" * 32)
+def test_a_recipe_of_other_images_is_refused_and_one_without_a_hash_is_not(letters):
+    drawn = SetRecipe(letters, "12" * 32)
     with pytest.raises(UsageError, match="other training images of 'glyphs' .*SHA-256 is 121212121212.*delete the line"):
-        Recipe((letters,)).require_datasets()
-    Recipe((dataclasses.replace(letters, dataset_sha256=""),)).require_datasets()
+        Recipe((drawn,)).require_datasets()
+    Recipe((dataclasses.replace(drawn, dataset_sha256=""),)).require_datasets()

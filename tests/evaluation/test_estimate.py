@@ -4,19 +4,17 @@ import pytest
 import torch
 
 from ddkit.challenge import CIFAR100, GLYPHS
-from ddkit.data.prepare import open_dataset
+from ddkit.data.store import load_dataset
 from ddkit.errors import InvalidSubmissionError
 from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 
 @pytest.fixture
-def tests():
-    real = open_dataset("glyphs", "test")
+def tests(letters):
+    real = load_dataset(letters, "test")
     return TestSet(real.images, real.labels, GLYPHS)
 
 

@@ -29,8 +29,6 @@ from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.results import append, read
 from ddkit.runtime.progress import ignore
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 # Small images of few classes: an epoch takes milliseconds.
 SPEC = DatasetSpec("blobs", 4, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 

@@ -12,8 +12,6 @@ from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import JobSettings, evaluate_files
 from ddkit.results import read
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 QUICK = EvaluationSettings(rounds=2, epochs_setting=1, device="cpu")
 
 

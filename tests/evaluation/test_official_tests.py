@@ -109,19 +109,24 @@ def shuffled_order(pixels, labels):
     return pixels[order], labels[order]
 
 
+BOTH = pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])
 class TestRealTestSets:
+    @BOTH
     @pytest.mark.parametrize("order", [lambda pixels, labels: (pixels, labels), reversed_order, shuffled_order])
     def test_the_real_images_are_official_in_any_order(self, real_tests, name, order):
         pixels, labels, spec = real_tests[name]
         assert TestSet(*order(pixels, labels), spec).is_official
 
+    @BOTH
     def test_a_reference_of_floats_is_official_from_the_same_pixels_or_another_decoders(self, real_tests, name):
         pixels, labels, spec = real_tests[name]
         assert TestSet(normalize(pixels, spec), labels, spec).is_official
         assert TestSet(normalize(stepped(pixels, 1), spec), labels, spec).is_official
 
+    @BOTH
     @pytest.mark.parametrize("change", [
         lambda pixels: stepped(pixels, 1),
         lambda pixels: (pixels.short() + 1).clamp(0, 255).to(torch.uint8),
@@ -141,10 +146,11 @@ class TestRealTestSets:
         lambda labels, classes: torch.where(torch.arange(len(labels)) == 5, (labels + 1) % classes, labels),
     ], ids=["reversed", "rotated", "shuffled", "two images", "two classes", "another order of classes",
             "one image"])  # fmt: skip
-    def test_wrong_labels_are_not_official(self, real_tests, name, change):
-        pixels, labels, spec = real_tests[name]
+    def test_wrong_labels_are_not_official(self, real_tests, change):
+        pixels, labels, spec = real_tests["cifar100"]
         assert not TestSet(pixels, change(labels, spec.num_classes), spec).is_official
 
+    @BOTH
     @pytest.mark.parametrize("change", [
         lambda pixels: pixels.flip(3),
         lambda pixels: pixels.flip(2),
@@ -169,15 +175,15 @@ class TestRealTestSets:
         ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
         ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     ])  # fmt: skip
-    def test_floats_of_other_constants_are_not_official(self, real_tests, name, mean, std):
-        pixels, labels, spec = real_tests[name]
+    def test_floats_of_other_constants_are_not_official(self, real_tests, mean, std):
+        pixels, labels, spec = real_tests["cifar100"]
         unit = pixels.float() / 255
         floats = (unit - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
         assert not TestSet(floats, labels, spec).is_official
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])
+@BOTH
 def test_training_images_are_not_official_even_one_of_them(archives, real_tests, name):
     pixels, labels, spec = real_tests[name]
     per_class = len(labels) // spec.num_classes

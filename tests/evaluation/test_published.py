@@ -5,7 +5,7 @@ import torch
 
 from ddkit.challenge import CIFAR100, GLYPHS
 from ddkit.data.images import normalize
-from ddkit.data.prepare import open_dataset
+from ddkit.data.store import load_dataset
 from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.evaluation.published import Conversion, open_published
 
@@ -13,11 +13,11 @@ MEAN, STD = ((torch.tensor(values).view(3, 1, 1)) for values in ((0.4914, 0.4822
 
 
 @pytest.fixture(scope="module")
-def pixels(tmp_path_factory):
+def pixels(glyph_store):
     """Twelve real images of each letter, (120, 3, 32, 32) uint8, with labels in no order."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDKIT_CACHE", str(tmp_path_factory.mktemp("glyphs")))
-        real = open_dataset("glyphs", "train")
+        patch.setenv("DDKIT_CACHE", str(glyph_store))
+        real = load_dataset("glyphs", "train")
         rows = torch.cat([(real.labels == label).nonzero().flatten()[:12] for label in range(10)])
         rows = rows[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
         return real.images[rows].clone(), real.labels[rows].clone()
@@ -83,9 +83,9 @@ def test_contradicting_conversions_are_refused():
 
 
 @pytest.mark.slow
-def test_zca_is_undone_when_told_to(pixels, save):
+def test_zca_is_undone_when_told_to(letters, pixels, save):
     images, labels = pixels
-    real = open_dataset("glyphs", "train")
+    real = load_dataset(letters, "train")
     path = save(whiten(images / 255, real.images / 255), labels)
     found = open_published(path, conversion=Conversion(zca=True))
     assert torch.allclose(found.images, normalize(images, GLYPHS), atol=1e-2)
@@ -103,9 +103,9 @@ def test_bare_tensor_is_converted_class_by_class(pixels, tmp_path):
 
 
 @pytest.mark.slow
-def test_equal_classes_are_checked_in_their_order_and_unequal_ones_are_not(pixels, save):
+def test_equal_classes_are_checked_in_their_order_and_unequal_ones_are_not(letters, pixels, save):
+    """The order is compared with that of the letters, which are prepared."""
     images, labels = pixels
-    open_dataset("glyphs", "train")  # with which the order is compared
     open_published(save(images, labels)).check(())
     swapped = open_published(save(images, (labels + 1) % 10))
     with pytest.raises(InvalidSubmissionError, match="sorted by class.*--ignore L"):

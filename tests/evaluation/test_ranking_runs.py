@@ -16,8 +16,6 @@ from ddkit.metrics.ddranking import MissingEvaluation
 from ddkit.results import Result
 from ddkit.sets.distilled import DistilledSet
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 SETTINGS = EvaluationSettings(rounds=2, epochs_setting=3, device="cpu")
 
 

@@ -22,8 +22,6 @@ from ddkit.network.plan import EnginePlan
 from ddkit.network.training import TrainingSettings
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 SPEC = DatasetSpec("blobs", 4, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 SETTINGS = RoundSettings("convnet", TrainingSettings(4, batch_size=8), seed=7)
 
@@ -72,11 +70,11 @@ def test_rounds_of_different_lengths_of_data_run_side_by_side():
 
 @pytest.mark.slow
 def test_a_signal_does_not_wait_for_the_end_of_an_epoch(tmp_path):
-    """The state is kept between batches, here after each of 60 of the only epoch."""
+    """The state is kept between batches, here after each of 30 of the only epoch."""
     settings = RoundSettings("convnet", TrainingSettings(0, batch_size=8), seed=7)
 
     def run_one(stop, folder=None):
-        one = job(0, folder, images=480)
+        one = job(0, folder, images=240)
         return run_rounds([one], real_images(), settings, stop=stop, listener=lambda *report: None)[0]
 
     def ask_when_there_is_a_state():

@@ -12,8 +12,6 @@ from ddkit.metrics.features import FeatureSettings, ReferenceFeatures, _training
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.files import cache_folder
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 SPEC = DatasetSpec("stripes", 2, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 QUICK = FeatureSettings(images=120, epochs=3)
 
@@ -29,9 +27,9 @@ def stripes(count: int, seed: int, side: int = 16) -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> ReferenceFeatures:
+def trained(shared_folder) -> ReferenceFeatures:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDKIT_CACHE", str(tmp_path_factory.mktemp("features")))
+        patch.setenv("DDKIT_CACHE", str(shared_folder))
         return reference_features(stripes(200, 0), SPEC, QUICK)
 
 
@@ -64,12 +62,14 @@ def test_the_network_is_trained_once_and_found_again():
     torch.testing.assert_close(first(dataset.images[:8]), again(dataset.images[:8]))
 
 
+@pytest.mark.slow
 def test_other_pixels_or_settings_train_another_network():
     reference_features(stripes(200, 0), SPEC, QUICK)
     assert not is_cached(stripes(200, 3), SPEC, QUICK)
     assert not is_cached(stripes(200, 0), SPEC, dataclasses.replace(QUICK, seed=1))
 
 
+@pytest.mark.slow
 def test_each_precision_has_a_network_of_its_own():
     dataset, trained = stripes(200, 0), {}
     for precision in ("float32", "bfloat16"):
@@ -90,6 +90,7 @@ def test_a_network_of_earlier_versions_which_had_only_float32_is_found():
     assert path.name == "stripes-5a0e5d74dcb68161a917.safetensors"
 
 
+@pytest.mark.slow
 def test_damaged_cached_network_is_trained_again():
     dataset = stripes(200, 0)
     reference_features(dataset, SPEC, QUICK)

@@ -10,8 +10,6 @@ from ddkit.metrics.features import FeatureSettings, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.metrics.quality import measure
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 SPEC = DatasetSpec("blobs", 4, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 # In float32 on every device, as processors may be faster in bfloat16 and then choose it.
 SETTINGS = FeatureSettings(images=60, epochs=2, batch_size=30, precision="float32")
@@ -31,6 +29,7 @@ def waits_of(gpu, run):
     return found, gpu.waits_in_all
 
 
+@pytest.mark.slow
 def test_feature_network_is_trained_on_the_gpu_asked_for_and_its_features_are_those_of_a_cpu(real, gpu, second_gpu):
     features = reference_features(real, SPEC, SETTINGS, device=second_gpu)
     again = reference_features(real, SPEC, SETTINGS)  # from the cache, on the CPU
@@ -40,6 +39,7 @@ def test_feature_network_is_trained_on_the_gpu_asked_for_and_its_features_are_th
     assert features(real.images[:0]).shape == (0, features.num_features)
 
 
+@pytest.mark.slow
 def test_training_the_feature_network_waits_once_an_epoch(real, gpu, second_gpu):
     def train(epochs):
         return reference_features(real, SPEC, FeatureSettings(60, epochs, 30, seed=epochs), device=second_gpu)
@@ -49,6 +49,7 @@ def test_training_the_feature_network_waits_once_an_epoch(real, gpu, second_gpu)
     assert many - few == 5, gpu.waits
 
 
+@pytest.mark.slow
 def test_features_wait_once_whatever_the_number_of_images(real, gpu, second_gpu):
     features = reference_features(real, SPEC, SETTINGS, device=second_gpu)
     features(real.images)  # fills caches
@@ -72,6 +73,7 @@ def test_metrics_of_features_on_a_gpu_are_those_of_a_cpu(gpu, second_gpu):
         torch.testing.assert_close(ours.cpu(), wanted)
 
 
+@pytest.mark.slow
 def test_quality_of_a_set_measured_on_a_gpu_is_that_of_a_cpu(real, gpu, second_gpu):
     images, labels = real.images[::15], real.labels[::15]
     ours, theirs = (

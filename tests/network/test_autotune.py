@@ -15,6 +15,8 @@ from ddkit.network.autotune import candidates, choose_plan, with_smaller_chunks
 from ddkit.network.networks import build_network
 from ddkit.network.plan import PRECISIONS, EnginePlan
 
+pytestmark = pytest.mark.empty_cache
+
 has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
@@ -40,6 +42,7 @@ def choose_elsewhere(code="", **environment):
     return EnginePlan(**json.loads(finished.stdout)), finished.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
 def test_a_measured_choice_is_remembered(own_cache):
     network = build_network("convnet", 10, 16, seed=0)
@@ -94,6 +97,7 @@ def test_other_networks_are_computed_plainly_and_in_chunks_only_without_batch_st
     assert choose_plan(nn.Sequential(nn.BatchNorm2d(3)), "bfloat16", 8) == EnginePlan("plain", "bfloat16", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
 def test_without_bfloat16_instructions_no_engine_needs_them(monkeypatch):
     network = build_network("convnet", 10, 32, seed=0)

@@ -7,8 +7,6 @@ from ddkit.network import autotune
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import build_network
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 MANY = 32  # images in a usual call, for which an engine is chosen
 
 

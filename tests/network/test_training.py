@@ -14,8 +14,6 @@ from ddkit.network.plan import EnginePlan
 from ddkit.network.training import TrainingRun, TrainingSettings, train_network
 from ddkit.runtime.tensor_files import load_restricted
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

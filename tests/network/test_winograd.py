@@ -8,8 +8,6 @@ from ddkit.network.engine import PlainEngine, build_engine
 from ddkit.network.networks import build_network
 from ddkit.network.plan import EnginePlan
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 
 @pytest.fixture(autouse=True)
 def compiler():

@@ -135,8 +135,8 @@ def test_an_entry_with_a_filter_keeps_the_images_its_classifier_is_surest_of(fil
 
 @pytest.mark.slow
 def test_a_fixed_set_of_an_entry_with_a_filter_is_chosen_from_twice_as_many(filtering_entry, colors, tmp_path):
-    run(filtering_entry, tmp_path / "all.pt", "--ipc", 4, "--processes", 2, "--keep", 1)
-    said = run(filtering_entry, tmp_path / "kept.pt", "--ipc", 2, "--processes", 2)
+    run(filtering_entry, tmp_path / "all.pt", "--ipc", 4, "--processes", 1, "--keep", 1)
+    said = run(filtering_entry, tmp_path / "kept.pt", "--ipc", 2, "--processes", 1)
     made, kept = (torch.load(tmp_path / name, weights_only=True) for name in ("all.pt", "kept.pt"))
     labels = torch.tensor([0, 1]).repeat_interleave(4)
     confidence = confidences(colors, made, labels)
@@ -521,6 +521,7 @@ class TestOnAPretendedGPU:
         job = SimpleNamespace(classes=2, workers=2)
         return zip(*(load("shards").Job.image(job, 1, position) for position in range(100)), strict=True)
 
+    @pytest.mark.slow
     def test_workers_make_on_gpus_what_a_cpu_makes(self, load, make_images):
         said, made, model, facts = make_images()
         assert [kind for kind, _ in said if kind != "written"] == ["loaded", "loaded"]
@@ -532,6 +533,7 @@ class TestOnAPretendedGPU:
         judged = load("classifier").Classifier(model / "classifier", facts, "cpu")(wanted, classes)
         torch.testing.assert_close(torch.tensor(confidences), judged, atol=0.02, rtol=0)
 
+    @pytest.mark.slow
     def test_worker_halves_its_batches_where_memory_is_short(self, load, gpu, make_images):
         def allow_maps_of_twenty_images():
             gpu.largest_tensor = 20 * 128 * 16 * 16 * 4
@@ -541,6 +543,7 @@ class TestOnAPretendedGPU:
         wanted = load("sampling").Sampler(model, facts, "cpu", 0)(*self.places(load))
         assert (torch.stack([image for image, _ in made]).int() - wanted.int()).abs().max() <= 1
 
+    @pytest.mark.slow
     def test_worker_without_memory_for_one_image_says_so(self, gpu, make_images):
         def run_out():
             gpu.largest_tensor = 50
@@ -548,6 +551,7 @@ class TestOnAPretendedGPU:
         said, images, *_ = make_images(loaded=run_out)
         assert not images and said[1] == ("failed", "the memory of cuda:0 is too small for one image.")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("architecture, prediction, sampler", [
         ("uvit", "flow", "ddim"), ("dit", "v", "unipc"), ("uvit", "epsilon", "dpm++"),
     ])  # fmt: skip

@@ -52,7 +52,7 @@ def test_step_that_hangs_is_killed_with_its_children(tool, tmp_path):
 
 
 @pytest.mark.slow
-def test_small_check_on_a_cpu_writes_a_line_for_each_step(tmp_path, measured_before):
+def test_small_check_on_a_cpu_writes_a_line_for_each_step(tmp_path):
     out = tmp_path / "gpu.jsonl"
     command = [sys.executable, str(TOOL), "--device", "cpu", "--small", "--seconds", "400", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
