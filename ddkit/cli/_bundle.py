@@ -17,7 +17,7 @@ from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._options import BUNDLE_FILE, COUNT, RUNS_FOLDER, Duration
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
-from ddkit.generator.config import SAMPLERS, SAMPLING_PRECISIONS
+from ddkit.generator.config import MOST_SAMPLING_STEPS, SAMPLERS, SAMPLING_PRECISIONS, SamplingSettings, default_guidance
 from ddkit.history import PackedRecords
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ TRIALS_FOLDER = RUNS_FOLDER / "tune"
 _SAMPLING = ("sampler", "steps", "guidance", "precision")
 SAMPLER_CHOICE = click.Choice(SAMPLERS)
 PRECISION_CHOICE = click.Choice(SAMPLING_PRECISIONS)
+_DEFAULTS = SamplingSettings(guidance=default_guidance(None))  # as BundleSettings has them
 
 
 class Size(click.ParamType):
@@ -48,19 +49,22 @@ class Size(click.ParamType):
 
 _OPTIONS = (
     click.option("--model", "models", multiple=True, metavar="DATASET=FOLDER",
-                 help="Track 2: bundle the model in this folder, or of this id on the Hugging Face hub; repeatable.",
-                 show_default="runs/<dataset> of both datasets"),
+                 help="Track 2: bundle the model in this folder, or the one with this id on the Hugging Face hub; repeatable.  "
+                 "[default: runs/<dataset> of both datasets]"),
     click.option("--tuned", is_flag=True, help="Track 2: use the best settings that ddkit tune found."),
-    click.option("--sampler", type=SAMPLER_CHOICE, help="Track 2: choose the sampler."),
-    click.option("--sampling-steps", "steps", type=click.IntRange(1, 1000), help="Track 2: sample in this many steps."),
-    click.option("--guidance", type=click.FloatRange(0), help="Track 2: scale classifier-free guidance; 1 turns it off."),
+    click.option("--sampler", type=SAMPLER_CHOICE, help=f"Track 2: choose the sampler.  [default: {_DEFAULTS.sampler}]"),
+    click.option("--sampling-steps", "steps", type=click.IntRange(1, MOST_SAMPLING_STEPS),
+                 help=f"Track 2: sample in this many steps.  [default: {_DEFAULTS.steps}]"),
+    click.option("--guidance", type=click.FloatRange(0),
+                 help=f"Track 2: scale classifier-free guidance; 1 turns it off.  [default: {_DEFAULTS.guidance:g}]"),
     click.option("--images-per-class", type=COUNT, metavar="N",
-                 help="Track 2: stop at N images of each class.", show_default="as many as the time allows"),
+                 help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),
     click.option("--keep", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="SHARE",
                  help="Track 2: keep this share of each class's images, those that a classifier trained on the real images is "
                  "surest of."),
     click.option("--precision", type=PRECISION_CHOICE,
-                 help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32."),
+                 help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.  "
+                 f"[default: {_DEFAULTS.precision}]"),
     click.option("--bundle-device", type=click.Choice(["auto", "cpu", "cuda"]),
                  default="auto", help="Track 2: run the bundle on this device; cuda requires a GPU."),
     click.option("--half", is_flag=True, help="Track 2: store weights as float16, and print what that changes."),
@@ -68,7 +72,7 @@ _OPTIONS = (
     click.option("--proof-budget", type=Duration(), default="60s",
                  help="Track 2: test the bundle by running it for this long on each dataset."),
     click.option("--proof-images", type=COUNT, metavar="N",
-                 help="Track 2: end the test after this many images of each dataset.", show_default="as the budget allows"),
+                 help="Track 2: end the test after this many images of each dataset.  [default: as many as the budget allows]"),
     click.option("--fresh-venv", is_flag=True, help="Track 2: test the bundle in an environment that pip installs."),
     click.option("--no-proof", is_flag=True, help="Track 2: do not test the bundle."),
 )  # fmt: skip

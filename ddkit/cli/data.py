@@ -70,7 +70,8 @@ def list_datasets(output: Output) -> None:
     "--image-size",
     type=click.IntRange(8, 1024),
     metavar="PIXELS",
-    help="Crop images of other sizes to squares and resize them to this side.",
+    help="Crop images of other sizes to squares and resize them to this side.  [default: the size of "
+    "the images, which must all have it]",
 )
 @click.option(
     "--test-split",

@@ -30,7 +30,7 @@ def demo(output: Output, folder: Path, device: str, seed: int) -> None:
     """Run every step on built-in images: train, generate, refine, evaluate, check, pack, report.
 
     It takes minutes on a laptop's CPU and downloads nothing. If it is interrupted, run it again to continue. It is
-    `ddkit enter` with a recipe of its own.
+    `ddkit enter` with a built-in recipe.
     """
     from ddkit.cli.enter import make_entry
 

@@ -27,7 +27,7 @@ _MOST_ROWS = 12
 
 
 @click.command(
-    short_help="Make a whole entry within a time.",
+    short_help="Make a whole entry within a given time.",
     epilog=example("ddkit enter --time 8h\nddkit enter --recipe ddkit-entry/recipe.toml --folder again"),
 )
 @click.option("--time", "seconds", type=Duration(), help="Finish within this time, such as 8h, evaluations included.")
@@ -47,7 +47,7 @@ _MOST_ROWS = 12
     type=FILE,
     help="Make the entry that this recipe.toml describes again; it has all lengths, so that --time is not needed.",
 )
-@click.option("--dry-run", is_flag=True, help="Measure this machine shortly and print the plan; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Measure this machine briefly and print the plan; write nothing.")
 @click.option(
     "--folder",
     type=FOLDER,
@@ -127,7 +127,7 @@ def make_entry(
     from ddkit.reporting.console import LeaderboardView
 
     if dry_run:
-        output.note("Measuring this machine shortly; nothing is kept.")
+        output.note("Measuring this machine briefly; nothing is kept.")
         _show_plan(output, plan_entry(recipe, folder, seconds=seconds, device=device, progress=output.progress))
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,11 @@ _MOST_ROUNDS_SHOWN = 5
 )
 @click.argument("sets", nargs=-1, type=PATH)
 @click.option("--dataset", help="Name the sets' dataset.  [default: from the JSON next to a set, or its file name]")
-@click.option("--name", help="Record the results under this name.  [default: the name of the set's folder]")
+@click.option(
+    "--name",
+    help="Record the results under this name.  [default: the name of the set's folder, or of the "
+    "file or folder itself if others published it]",
+)
 @click.option(
     "--track", type=TRACK, default="1", help="Evaluate .pt files (1), or a generator, given as a bundle's zip or folder (2)."
 )
@@ -82,7 +86,7 @@ _MOST_ROUNDS_SHOWN = 5
     "bytes, cifar10, cifar100, imagenet, or means and deviations such as 0.5,0.5,0.5/0.2,0.2,0.2.",
 )
 @click.option("--argmax", is_flag=True, help="Reduce soft labels to their largest class; otherwise they are refused.")
-@click.option("--reference", type=PATH, help="Test on the challenge's <dataset>_test.pt.")
+@click.option("--reference", type=PATH, help="Test on the challenge's <dataset>_test.pt.  [default: the prepared test images]")
 @click.option(
     "--time-budget",
     type=Duration(),
@@ -103,7 +107,9 @@ _MOST_ROUNDS_SHOWN = 5
 @click.option("--state", type=FOLDER, default=RUNS_FOLDER / "evaluations", help="Save interrupted evaluations in this folder.")
 @ignore_option("Evaluate in spite of findings with this code; repeatable.")
 @click.option(
-    "--dry-run", is_flag=True, help="Only measure a few batches, and print the time and memory needed and if it is official."
+    "--dry-run",
+    is_flag=True,
+    help="Only measure a few batches, print the time and memory needed, and say if it would be official.",
 )
 @save_every_option("30s")
 @results_option

@@ -38,7 +38,7 @@ _METHODS = (
 @click.option(
     "--model",
     type=FOLDER,
-    help="Sample the model in this folder, or of this id on the Hugging Face hub, such as user/name.  "
+    help="Sample the model in this folder, or the one with this id on the Hugging Face hub, such as user/name.  "
     "[default: runs/<dataset>]",
 )
 @click.option("--candidates", type=COUNT, help="Sample this many images of each class and choose from them; see --select.")
@@ -149,7 +149,7 @@ def generate(
         )
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
-    output.event(f"Making {ipc} images per class of {dataset} {origin}.")
+    output.event(f"Making {ipc} image{'s' * (ipc > 1)} per class of {dataset} {origin}.")
     saved = making.generate(dataset, ipc, source, out, replace=replace, progress=output.progress)
     if not is_main():
         return

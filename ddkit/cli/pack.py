@@ -38,7 +38,7 @@ _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
     help="Pack for this track; 2 bundles the trained models with a script that samples them.",
 )
 @click.option(
-    "--out", type=FILE, help="Write the zip to this file.", show_default=f"{_SUBMISSION_FILE}; {BUNDLE_FILE} on track 2"
+    "--out", type=FILE, help=f"Write the zip to this file.  [default: {_SUBMISSION_FILE}, or {BUNDLE_FILE} on track 2]"
 )
 @click.option(
     "--name",
@@ -46,7 +46,7 @@ _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
     "[default: the zip's own name, with a number if that is in use]",
 )
 @click.option("--strict", is_flag=True, help="Refuse a submission that has warnings.")
-@ignore_option("Ignore findings of this code; repeatable.")
+@ignore_option("Ignore findings with this code; repeatable.")
 @bundle_options
 @output_options
 @click.pass_context
@@ -65,7 +65,7 @@ def pack(
 
     The zip is read back as the scorer reads it. If `ddkit check` refuses the submission, nothing is packed and an earlier
     zip is kept. The same tensors always make the same zip.
-    `ddkit report --history` lists what was packed, and `ddkit check` tells a zip by its hash.
+    `ddkit report --history` lists what was packed, and `ddkit check` recognizes a zip by its hash.
 
     On track 2 the models are bundled with a stand-alone generate.py. Before the zip takes its place, the bundle is
     unpacked into an empty folder and run there without ddkit, and the images it makes are checked.

@@ -24,8 +24,7 @@ from ddkit.results import RESULTS_FILE
 @click.option(
     "--license",
     metavar="ID",
-    help="State this license in the card, by the hub's identifier, such as cc-by-4.0.",
-    show_default="unknown",
+    help="State this license in the card, by the hub's identifier, such as cc-by-4.0.  [default: unknown]",
 )
 @click.option("--private", is_flag=True, help="Create a repository that only you can see.")
 @click.option("--dry-run", is_flag=True, help="Show the card and the files, and upload nothing.")

@@ -21,11 +21,10 @@ from ddkit.cli._options import (
     TRACK,
     compute_options,
     example,
-    results_option,
 )
 from ddkit.cli._output import Output
 from ddkit.cli._rankings import rankings_table
-from ddkit.results import Result
+from ddkit.results import RESULTS_FILE, Result
 
 if TYPE_CHECKING:
     from ddkit.reporting.quality import SetQuality
@@ -42,7 +41,7 @@ _MOST_PROBLEMS = 3
         "ddkit report --compare submission/cifar100.pt baseline --html report.html"
     ),
 )
-@results_option
+@click.option("--results", type=FILE, default=RESULTS_FILE, help="Read results from this file.")
 @click.option("--track", type=TRACK, help="Show only this track; if not given, track 1 and those with results.")
 @click.option("--html", type=FILE, help="Write the HTML page to this file as well.")
 @click.option("--all", "show_all", is_flag=True, help="Show all rows, page by page on a terminal.")

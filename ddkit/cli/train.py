@@ -14,7 +14,7 @@ from rich.table import Table
 from ddkit.cli._options import COUNT, FOLDER, RUNS_FOLDER, Duration, example, resumable_options, save_every_option
 from ddkit.cli._output import Output, span_text
 from ddkit.errors import BadFileError
-from ddkit.generator.config import ARCHITECTURES, PRECISIONS, PREDICTIONS, to_json
+from ddkit.generator.config import ARCHITECTURES, PRECISIONS, PREDICTIONS, MinimaxConfig, to_json
 from ddkit.generator.presets import DEFAULT_PRESET, PRESETS
 from ddkit.generator.training.run_folder import CHART_FILE, has_training
 from ddkit.runtime.environment import is_main
@@ -50,51 +50,84 @@ def _read_class_map(
 @click.option(
     "--method",
     type=click.Choice(["diffusion", "minimax"]),
-    help="Train a new generator (diffusion), or fine-tune one by the minimax criteria (minimax).",
+    help="Train a new generator (diffusion), or fine-tune one by the minimax criteria (minimax).  "
+    "[default: train a new one, unless --init or the preset says otherwise]",
 )
 @click.option(
     "--init", metavar="FOLDER_OR_HUB_ID", help="Minimax: start from this generator.  [default: runs/<dataset>, if it holds one]"
 )
 @click.option("--full", is_flag=True, default=None, help="Minimax: train all parameters, not only those of DiffFit.")
-@click.option("--lambda-r", type=click.FloatRange(0), help="Minimax: set the weight of representativeness.")
-@click.option("--lambda-d", type=click.FloatRange(0), help="Minimax: set the weight of diversity.")
-@click.option("--memory-size", type=COUNT, help="Minimax: compare with this many latents of each class.")
-@click.option("--epochs", type=COUNT, help="Minimax: train for this many passes over the training set, instead of --steps.")
+@click.option(
+    "--lambda-r",
+    type=click.FloatRange(0),
+    help=f"Minimax: set the weight of representativeness.  [default: {MinimaxConfig.lambda_r}]",
+)
+@click.option(
+    "--lambda-d", type=click.FloatRange(0), help=f"Minimax: set the weight of diversity.  [default: {MinimaxConfig.lambda_d}]"
+)
+@click.option(
+    "--memory-size",
+    type=COUNT,
+    help=f"Minimax: compare with this many latents of each class.  [default: {MinimaxConfig.memory_size}]",
+)
+@click.option(
+    "--epochs",
+    type=COUNT,
+    help=f"Minimax: train for this many passes over the training set, instead of --steps.  [default: {MinimaxConfig.epochs}]",
+)
 @click.option(
     "--class-map",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     callback=_read_class_map,
     help="Minimax: read the label of --init for each class from this JSON file; null takes the mean of all.",
 )
-@click.option("--steps", type=COUNT, help="Train the denoiser for this many steps in all, after the autoencoder.")
+@click.option(
+    "--steps", type=COUNT, help="Train the denoiser for this many steps in all, after the autoencoder.  [default: the preset's]"
+)
 @click.option("--time", "seconds", type=Duration(), help="Train for this much time in all, such as 20m, instead of --steps.")
-@click.option("--batch-size", type=COUNT, help="Train on this many images in each step, over all processes.")
-@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Set the learning rate of the denoiser.")
+@click.option(
+    "--batch-size", type=COUNT, help="Train on this many images in each step, over all processes.  [default: the preset's]"
+)
+@click.option(
+    "--lr",
+    "learning_rate",
+    type=click.FloatRange(0, min_open=True),
+    help="Set the learning rate of the denoiser.  [default: the preset's]",
+)
 @click.option(
     "--ema-width",
     type=click.FloatRange(0, 0.28, min_open=True, max_open=True),
-    help="Set the relative width of the weights' moving average (sigma_rel of EDM2).",
+    help="Set the relative width of the weights' moving average (sigma_rel of EDM2).  [default: the preset's]",
 )
 @click.option(
     "--ema-decay",
     type=click.FloatRange(0, 1, max_open=True),
     help="Set a constant decay of the weights' moving average, instead of --ema-width.",
 )
-@click.option("--accumulation", type=COUNT, help="Compute each step in this many parts, to save memory.")
-@click.option("--prediction", type=click.Choice(PREDICTIONS), help="Choose what the denoiser learns to predict.")
+@click.option(
+    "--accumulation", type=COUNT, help="Compute each step in this many parts, to save memory.  [default: the preset's]"
+)
+@click.option(
+    "--prediction", type=click.Choice(PREDICTIONS), help="Choose what the denoiser learns to predict.  [default: the preset's]"
+)
 @click.option(
     "--label-dropout",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Hide the class of this fraction of the images; guidance needs it.",
+    help="Hide the class of this fraction of the images; guidance needs it.  [default: the preset's]",
 )
 @click.option(
     "--min-snr",
     type=click.FloatRange(0),
-    help="Set gamma of min-SNR weighting, for the predictions v and epsilon; 0 weights all noise levels equally.",
+    help="Set gamma of min-SNR weighting, for the predictions v and epsilon; 0 weights all noise levels equally.  "
+    "[default: the preset's]",
 )
-@click.option("--architecture", type=click.Choice(ARCHITECTURES), help="Choose the denoiser's architecture.")
 @click.option(
-    "--flips/--no-flips", default=None, help="Train on mirrored images as well, which is wrong for letters and digits."
+    "--architecture", type=click.Choice(ARCHITECTURES), help="Choose the denoiser's architecture.  [default: the preset's]"
+)
+@click.option(
+    "--flips/--no-flips",
+    default=None,
+    help="Train on mirrored images as well, which is wrong for letters and digits.  [default: the preset's]",
 )
 @click.option(
     "--precision",
@@ -102,7 +135,9 @@ def _read_class_map(
     help="Compute in this precision. bfloat16 is faster on GPUs and on processors with instructions for it.  "
     "[default: the preset's, or the faster one on GPUs]",
 )
-@click.option("--compile/--no-compile", default=None, help="Compile the networks if the training is long enough.")
+@click.option(
+    "--compile/--no-compile", default=None, help="Compile the networks if the training is long enough.  [default: the preset's]"
+)
 @click.option(
     "--autoencoder", metavar="HUB_ID_OR_FOLDER", help="Use a pretrained autoencoder, such as stabilityai/sd-vae-ft-mse."
 )
@@ -113,7 +148,8 @@ def _read_class_map(
     "--track-every",
     type=click.IntRange(0),
     metavar="STEPS",
-    help="Measure the model's Frechet distance each time after so many steps, and keep the best model; 0 turns it off.",
+    help="Measure the model's Frechet distance each time after so many steps, and keep the best model; 0 turns it off.  "
+    "[default: the preset's]",
 )
 @click.option(
     "--features",

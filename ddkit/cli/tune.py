@@ -41,8 +41,8 @@ class _ImagesPerClass(click.ParamType):
 @click.option(
     "--model",
     type=FOLDER,
-    help="Tune the model in this folder, or of this id on the Hugging Face hub, such as user/name.",
-    show_default="runs/<dataset>",
+    help="Tune the model in this folder, or with this id on the Hugging Face hub, such as user/name.  "
+    "[default: runs/<dataset>]",
 )
 @click.option("--steps", type=COUNT, multiple=True, default=(4, 8, 16), help="Try this many sampling steps; repeatable.")
 @click.option(
@@ -54,7 +54,7 @@ class _ImagesPerClass(click.ParamType):
     multiple=True,
     default=("all",),
     metavar="N|all",
-    help="Try to stop at this many images per class; repeatable.",
+    help="Try stopping at this many images per class; repeatable.",
 )
 @click.option(
     "--keep",
@@ -62,7 +62,7 @@ class _ImagesPerClass(click.ParamType):
     multiple=True,
     default=(1.0,),
     metavar="SHARE",
-    help="Try to keep this share of each class's images, those that a classifier is surest of; repeatable.",
+    help="Try keeping this share of each class's images, those that a classifier is surest of; repeatable.",
 )
 @click.option("--sampler", type=SAMPLER_CHOICE, default="dpm++", help="Choose the sampler.")
 @click.option(

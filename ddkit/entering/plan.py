@@ -133,7 +133,7 @@ def draft(
 def make_outline(
     recipe: Recipe, seconds: float | None, *, device: str, spent: float = 0.0, begun: bool = False, progress: Listener = ignore
 ) -> Outline:
-    """Measure this machine shortly, and plan.
+    """Measure this machine briefly, and plan.
 
     seconds: for everything, of which `spent` are used; None where the recipe has all lengths. begun: keep what the recipe
     says on validation, because refinements have begun with it. Raises UsageError for too little time, saying the least.
@@ -199,8 +199,8 @@ class _Planner:
             needed = spent + fixed + sum(least.values())
             made = "refining" if recipe.track == 1 else "training"
             raise UsageError(
-                f"--time is too short: {_minutes(seconds)} were given, and this entry needs {_minutes(needed)} at least on "
-                f"this machine, {_minutes(sum(least.values()))} of them for {made} and {_minutes(fixed)} for the rest.",
+                f"--time {_minutes(seconds)} is too short: this entry needs {_minutes(needed)} at least on this machine, "
+                f"{_minutes(sum(least.values()))} for {made} and {_minutes(spent + fixed)} for the rest.",
                 f"Give --time {_minutes(needed)} or more, or a smaller --epochs-setting, --rounds or --datasets.",
             )
         shares = self._split(recipe, left)
@@ -261,7 +261,7 @@ class _Planner:
         if (epochs, count) != _EVALUATIONS[recipe.track][0]:
             self._notes.append(
                 f"The evaluations use E = {epochs} and {count} round{'s' * (count > 1)}, which is not official: official ones "
-                f"would take {_minutes(official or 0)} of the time. Evaluate officially afterwards with ddkit evaluate."
+                f"would take {_minutes(official or 0)}. Evaluate officially afterwards with ddkit evaluate."
             )
         return found
 
@@ -376,7 +376,7 @@ def _measure(each: SetRecipe, device: torch.device) -> Speeds:
     per_test_image = evaluation.test_seconds / len(pixels)
     speed = RefineSpeed({}, 0.0, 0.0)
     if each.refine is not None:
-        # How long the experts of "mtt" train cannot be measured shortly.
+        # How long the experts of "mtt" train cannot be measured briefly.
         settings = RefineSettings(batch_real=each.refine.batch_real) if each.refine.objective == "mtt" else each.refine
         speed = measure_refinement(images, spec, real, settings, device=device)
         train = store_facts(spec.name).splits["train"].images if is_prepared(spec.name) else len(pixels)

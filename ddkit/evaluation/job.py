@@ -276,7 +276,9 @@ class _Job:
             progress=self._progress,
         )
         published = isinstance(distilled, PublishedSet)
-        name = self._settings.name or (path.resolve().stem if published else path.resolve().parent.name)
+        # Trajectory matching calls the two files of every set images_best.pt and labels_best.pt.
+        by_file = published and labels_next_to(path) is None
+        name = self._settings.name or (path.resolve().stem if by_file else path.resolve().parent.name)
         kind = distilled.kind if distilled.kind in REFERENCE_KINDS else KIND_SUBMISSION
         return self._record(evaluation.result(name, distilled.sha256, str(path), kind=kind, made_by=distilled.provenance))
 

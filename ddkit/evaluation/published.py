@@ -24,10 +24,10 @@ from ddkit.evaluation.tracks import images_per_class
 from ddkit.runtime.files import sha256_of
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import DistilledSet, dataset_of
-from ddkit.sets.published import LabeledImages, read_published
+from ddkit.sets.published import REDUCED_LABELS, LabeledImages, read_published
 
 KIND_PUBLISHED = "published"
-_WHITENED = "N012"
+_OTHER_ROUNDING, _WHITENED = "N005", "N012"
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,12 @@ def open_published(
     if conversion.zca:
         images, words = _without_zca(read, spec, progress), f"ZCA whitening of strength {ZCA_EPSILON:g} undone"
         notes = [f"The whitening was undone as trajectory matching does it, with epsilon {ZCA_EPSILON:g}."]
+        if (verdict := judge_normalization(read.images.float(), spec)) is None or verdict.finding.code != _WHITENED:
+            notes.append("warning: The values do not look whitened. Without --zca, ddkit says how they are normalized.")
     else:
         images, words, notes = _normalized(read, spec, path, conversion.normalization)
+    if REDUCED_LABELS in read.notes:
+        words = ", ".join(filter(None, (words, "soft labels reduced to their largest class")))
     return PublishedSet(
         images,
         read.labels,
@@ -140,6 +144,7 @@ def _normalized(read: LabeledImages, spec: DatasetSpec, path: Path, given: str) 
     right = named_constants(spec)["challenge"]
     if given != "auto":
         found = _given(given, spec)
+        title = found.title
         notes = [f"Taken as normalized with {found.title}, as --normalization says."]
     else:
         verdict = judge_normalization(read.images, spec)
@@ -153,12 +158,15 @@ def _normalized(read: LabeledImages, spec: DatasetSpec, path: Path, given: str) 
                 raise InvalidSubmissionError(f"{path}: {message}", remedy)
             note = f"{message} Its values are taken as normalized with {spec.name}'s constants. {_SAY}"
             return read.images, "", [note]
-        found, notes = verdict.constants, [verdict.finding.message.partition(" Convert the file's tensor:")[0]]
+        found, title = verdict.constants, verdict.constants.title
+        if verdict.finding.code == _OTHER_ROUNDING:
+            title = f"another rounding of {right.title}"
+        notes = [verdict.finding.message.partition(" Convert the file's tensor:")[0]]
     if (found.mean, found.std) == (right.mean, right.std):
         return read.images, "", notes
     theirs_mean, theirs_std = (torch.tensor(values).view(3, 1, 1) for values in (found.mean, found.std))
     unit = read.images * theirs_std + theirs_mean
-    return normalize(unit, spec), f"normalized again from {found.title}", [*notes, "They were converted to the challenge's."]
+    return normalize(unit, spec), f"normalized again from {title}", [*notes, "They were converted to the challenge's."]
 
 
 _SAY = "If they were normalized otherwise, say how: --normalization NAME"

@@ -168,8 +168,9 @@ def read_facts(folder: Path, *, dataset: str | None = None) -> ModelFacts:
     """
     path = folder / FACTS_FILE
     if not path.is_file():
+        reason = f"{FACTS_FILE} is missing" if folder.is_dir() else "there is no such folder"
         raise MissingModelError(
-            f"{folder} does not hold a complete model: {FACTS_FILE} is missing.",
+            f"{folder} does not hold a complete model: {reason}.",
             f"Train one, or continue its training: ddkit train --dataset {dataset or 'NAME'}",
         )
     value = read_json(path)

@@ -229,7 +229,10 @@ def read_provenance(path: str | os.PathLike[str], sha256: str | None = None) -> 
 def _require_tensor_file(path: Path, dataset: str | None) -> None:
     if not path.exists():
         name = dataset or (path.stem if path.stem in known_names() else "NAME")
-        raise MissingDataError(f"{path} does not exist.", f"Make it: ddkit generate --dataset {name} --out {path}")
+        raise MissingDataError(
+            f"{path} does not exist.",
+            f"Check the path, or make it: ddkit generate --dataset {name} --out {shlex.quote(str(path))}",
+        )
     if problem := why_not_a_file(path):
         raise UsageError(f"{path} {problem}.", "Name a .pt file." if not path.is_dir() else "Name the .pt files in it.")
     if path.suffix == ".zip":

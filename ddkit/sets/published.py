@@ -34,6 +34,7 @@ _LABEL_KEYS = (
     "y_syn", "labels_train", "train_labels", "y_train", "distilled_labels", "labels_best", "labels_val",
 )  # fmt: skip
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+REDUCED_LABELS = "Its soft labels were reduced to their largest class."  # a note
 _OF_ARGUMENTS = Global("argparse", "Namespace")  # the settings of a program, which many save with their images
 
 
@@ -207,7 +208,7 @@ class _Published:
             one_hot = whole and bool((values.sum(1) == 1).all()) and bool((values.amin(1) == 0).all())
             if not one_hot and not self.argmax:
                 raise self._soft()
-            notes = () if one_hot else ("Its soft labels were reduced to their largest class.",)
+            notes = () if one_hot else (REDUCED_LABELS,)
             values = values.argmax(dim=1)
         elif not whole:
             raise self._refused("Its labels are numbers with fractions, which are not classes.")
@@ -289,8 +290,10 @@ def labels_next_to(path: Path) -> Path | None:
 def _read_folder(path: Path, spec: DatasetSpec) -> LabeledImages:
     """The images of a folder of `<class>/<image>`, or of the training split of `<split>/<class>/<image>`."""
     tree = FolderTree(path)
-    split = next((name for name in tree.folders[""][0] if name.lower() in SPLIT_NAMES["train"]), "")
-    folders = tree.folders[split][0] if split else tree.folders[""][0]
+    tops = tree.folders[""][0]
+    # A class may be named like a split, as CIFAR-100's trains are: only a split holds folders.
+    split = next((name for name in tops if name.lower() in SPLIT_NAMES["train"] and tree.folders[name][0]), "")
+    folders = tree.folders[split][0] if split else tops
     labels = _labels_of(path, folders, spec)
     images, targets = [], []
     for folder in folders:

@@ -147,10 +147,11 @@ def unreadable(error: TorchFileError, file: BinaryIO, where: str) -> Finding:
         return Finding("error", "F005", f"The file is damaged: {reason}. Save or copy it again.", where)
     if detail == "a pickle":
         return _bare_pickle(file, where)
+    converted = Path(where).with_suffix(".pt").name
     converting = {
-        "a NumPy .npy file": f'torch.save(torch.from_numpy(numpy.load("{where}")).float(), "{where}")',
-        "a NumPy .npz file": f'torch.save(torch.from_numpy(numpy.load("{where}")["KEY"]).float(), "{where}")',
-        "a safetensors file": f'torch.save(safetensors.torch.load_file("{where}")["KEY"], "{where}")',
+        "a NumPy .npy file": f'torch.save(torch.from_numpy(numpy.load("{where}")).float(), "{converted}")',
+        "a NumPy .npz file": f'torch.save(torch.from_numpy(numpy.load("{where}")["KEY"]).float(), "{converted}")',
+        "a safetensors file": f'torch.save(safetensors.torch.load_file("{where}")["KEY"], "{converted}")',
     }
     if line := converting.get(detail):
         return Finding("error", "T001", f"The file is {detail}. Convert it: {line}", where)
@@ -285,8 +286,11 @@ def _described_sequence(opened: TorchFile, value: Sequence[Any], spec: DatasetSp
         return f"a {kind} of images and labels", "value[0][value[1].argsort(stable=True)]"
     if tensor is not None and len(tensor.shape) in (3, 4):
         return f"a {kind} of {count} tensors", f"torch.{'stack' if len(tensor.shape) == 3 else 'cat'}(value)"
+    if tensor is not None:
+        return f"a {kind} of {count} tensors, the first of shape {tensor.shape[:6]}", ""
     if _array_shape(first, []) is not None:
-        return f"a {kind} of {count} NumPy arrays", "torch.stack([torch.from_numpy(image) for image in value]).float()"
+        arrays = f"{count} NumPy arrays" if whole else "NumPy arrays"  # the parts of one are not connected, and not counted
+        return f"a {kind} of {arrays}", "torch.stack([torch.from_numpy(image) for image in value]).float()"
     if isinstance(first, (list, tuple)) and len(first) == 2:
         array, tensor = _array_shape(first[0], []), _tensor(opened, first[0])
         image = "torch.as_tensor(image)" if array is not None else "image" if tensor is not None else ""

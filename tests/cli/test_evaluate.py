@@ -318,6 +318,16 @@ def test_published_set_is_converted_and_evaluated_and_not_official(work):
     assert json.loads(again)["results"][0]["accuracies"] == pytest.approx(result["accuracies"], abs=0.1)
 
 
+def test_published_set_in_two_files_is_named_after_its_folder(work):
+    """The two files have the same names in every project."""
+    real = load_dataset("blobs", "train")
+    (work / "DATM").mkdir()
+    torch.save(real.images[::12] / 255, work / "DATM" / "images_best.pt")
+    torch.save(real.labels[::12], work / "DATM" / "labels_best.pt")
+    output, _ = run("DATM/images_best.pt", "--dataset", "blobs", *QUICK, "--json")
+    assert json.loads(output)["results"][0]["name"] == "DATM"
+
+
 def test_published_set_with_unequal_classes_is_evaluated(work):
     output, _ = run(published(work / "blobs.pt", count=7), *QUICK, "--json")
     assert json.loads(output)["results"][0]["images_per_class"] == [3, 7]

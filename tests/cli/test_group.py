@@ -79,6 +79,22 @@ def test_defaults_in_help_are_those_that_are_used(name, command, context):
             assert all(value in shown for value in values) and "[default:" in shown, f"{name} {option.opts[-1]}: {shown}"
 
 
+# Without these, the command does not do what they ask for, so that there is no default to show.
+_ADDITIONS = {
+    "--time", "--recipe", "--classes", "--class-map", "--ema-decay", "--autoencoder", "--candidates", "--from-real",
+    "--compile", "--set", "--ignore", "--dataset", "--fix-order", "--size-limit", "--html", "--compare", "--quality",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, command, context", ALL, ids=[name for name, *_ in ALL])
+def test_option_with_a_value_says_what_holds_without_it(name, command, context):
+    for option in options_of(command):
+        if not (option.is_flag and not option.secondary_opts or option.required or option.count):
+            shown = option.get_help_record(context)[1]
+            said = "[default:" in shown or "not given" in shown
+            assert said or option.opts[0] in _ADDITIONS, f"{name} {option.opts}: {shown}"
+
+
 def test_no_default_in_help_is_typed_by_hand():
     """A default in a help text is computed, or describes where the value comes from: it holds no value itself."""
     choices = {

@@ -146,7 +146,7 @@ def test_time_that_is_up_inside_a_stage_keeps_its_state_and_packs_what_there_is(
 def test_more_time_refines_further_and_other_settings_are_refused(work):
     words = ("--datasets", "glyphs", "--epochs-setting", "0", "--rounds", "1", "--folder", "entry")
     least = finish(*words, "--time", "1s")
-    assert least[0] == 2 and "--time is too short: 1s were given, and this entry needs" in " ".join(least[2].split())
+    assert least[0] == 2 and "--time 1s is too short: this entry needs" in " ".join(least[2].split())
     assert not (work / "entry/runs").exists()
     seconds = 0.0
     for hours in ("2h", "3h"):

@@ -54,7 +54,7 @@ def test_the_evaluation_is_official_if_half_of_the_time_suffices_for_it():
     assert (official.epochs_setting, official.rounds) == (1000, 3)
     short = outline_at(SPEEDS, draft(("cifar100",)), 1800)
     assert (short.recipe.epochs_setting, short.recipe.rounds) == (200, 1)
-    assert any("not official: official ones would take 102m of the time" in note for note in short.notes)
+    assert any("not official: official ones would take 102m." in note for note in short.notes)
     asked = outline_at(SPEEDS, draft(("cifar100",), rounds=2), 8 * 3600).recipe
     assert (asked.epochs_setting, asked.rounds) == (None, 2)
 

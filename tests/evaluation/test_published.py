@@ -71,6 +71,20 @@ def test_given_normalization_is_converted(pixels, save, given):
     assert "as --normalization says" in " ".join(found.notes)
 
 
+def test_reduction_of_soft_labels_is_a_part_of_the_conversion(pixels, save):
+    images, labels = pixels
+    soft = torch.nn.functional.one_hot(labels, 10) * 0.5 + 0.05
+    found = open_published(save(normalize(images, GLYPHS), soft), conversion=Conversion(argmax=True))
+    assert torch.equal(found.labels, labels) and found.converted.endswith("soft labels reduced to their largest class")
+
+
+def test_another_rounding_of_the_right_constants_is_named_so(pixels, save):
+    images, labels = pixels
+    mean = torch.tensor(GLYPHS.mean).view(3, 1, 1) + 0.0002
+    found = open_published(save((images / 255 - mean) / torch.tensor(GLYPHS.std).view(3, 1, 1), labels))
+    assert "normalized again from another rounding of glyphs's constants" in found.converted
+
+
 @pytest.mark.parametrize("given", ["cifar11", "0.5,0.5/0.2,0.2", "0.5,0.5,0.5/0.2,0,0.2", "-,-,-/1,1,1"])
 def test_unknown_normalization_is_refused(given):
     with pytest.raises(UsageError, match="is not a way to normalize"):
@@ -90,6 +104,9 @@ def test_zca_is_undone_when_told_to(letters, pixels, save):
     found = open_published(path, conversion=Conversion(zca=True))
     assert torch.allclose(found.images, normalize(images, GLYPHS), atol=1e-2)
     assert "ZCA whitening of strength 0.1 undone" in found.converted
+    assert not any("warning" in note for note in found.notes)
+    plain = open_published(save(normalize(images, GLYPHS), labels), conversion=Conversion(zca=True))
+    assert any("do not look whitened" in note for note in plain.notes)
     with pytest.raises(InvalidSubmissionError, match="never whitened"):
         open_published(save(images, labels), conversion=Conversion(zca=True))
 

@@ -92,6 +92,10 @@ class TestInvalidFolders:
             load_model(tmp_path)
         assert "ddkit train" in caught.value.remedy
 
+    def test_missing_folder_raises_missing_model_error_that_says_so(self, tmp_path):
+        with pytest.raises(MissingModelError, match="there is no such folder"):
+            load_model(tmp_path / "mistyped")
+
     @pytest.mark.parametrize(
         "missing",
         ["transformer", "vae", "vae/config.json", "transformer/diffusion_pytorch_model.safetensors"],

@@ -172,6 +172,11 @@ def test_read_published_of_a_folder_knows_class_names_with_spaces(tmp_path):
     assert read.labels.tolist() == [1, 83, 83]
 
 
+def test_read_published_of_a_folder_with_a_class_named_like_a_split_takes_it_as_a_class(tmp_path):
+    read = read_published(folder_of(tmp_path / "set", ["tractor", "train"]), CIFAR100)
+    assert read.labels.tolist() == [89, 90, 90]
+
+
 @pytest.mark.parametrize("names, side, said", [
     (["A", "B"], 32, "'B' is not a class of glyphs"), (["8", "9", "10"], 32, "not a class"), (["A"], 28, "28 x 28 pixels"),
     ([], 32, "no folders of classes"),

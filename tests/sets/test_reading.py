@@ -165,6 +165,22 @@ def test_pairs_of_any_size_are_named(images):
     assert "more than" in message
 
 
+def test_array_that_was_not_read_whole_is_not_counted(images):
+    _, codes, message = read(saved([torch.zeros(400, 3, 32, 32).numpy(), torch.zeros(400).numpy()]))
+    assert codes == ["T001"] and "a list of NumPy arrays" in message
+
+
+def test_tensors_of_a_strange_shape_are_named_with_it(images):
+    _, codes, message = read(saved([images.flatten(1), torch.arange(20)]))
+    assert codes == ["T001"] and "a list of 2 tensors, the first of shape (20, 3072)" in message
+
+
+def test_conversion_of_an_npz_file_does_not_overwrite_it(images, tmp_path):
+    numpy.savez(tmp_path / "theirs.npz", images=images.numpy())
+    _, (finding,) = read_tensor(tmp_path / "theirs.npz", GLYPHS, ipc=IPC)
+    assert finding.code == "T001" and 'numpy.load("theirs.npz")' in finding.message and '"theirs.pt")' in finding.message
+
+
 @pytest.mark.parametrize("protocol", [4, 5])
 @pytest.mark.parametrize("make", [lambda t: t, torch.nn.Parameter])
 def test_a_tensor_of_a_protocol_that_the_scorer_does_not_read_is_named(images, tmp_path, make, protocol):
