@@ -177,7 +177,10 @@ class _Planner:
             if each.preset:
                 config = training_config(each)
                 recipe = recipe.with_set(dataclasses.replace(each, train_steps=config.denoiser_optimizer.steps))
-                expected[f"train {each.dataset}"] = _training_seconds(config, speeds)
+                optimizers = (config.autoencoder_optimizer, config.denoiser_optimizer)[-len(speeds.training) :]
+                expected[f"train {each.dataset}"] = sum(
+                    stage.steps * stage.batch_size / speed for stage, speed in zip(optimizers, speeds.training, strict=True)
+                )
             if each.refine is not None:
                 if each.refine_steps is None:
                     raise UsageError(
@@ -354,11 +357,6 @@ def _test_images(name: str) -> int:
     if is_prepared(name):
         return store_facts(name).splits["test"].images
     return TEST_IMAGES if dataset_spec(name).in_challenge else _TEST_IMAGES_ELSEWHERE
-
-
-def _training_seconds(config: GeneratorConfig, speeds: Speeds) -> float:
-    optimizers = (config.autoencoder_optimizer, config.denoiser_optimizer)[-len(speeds.training) :]
-    return sum(each.steps * each.batch_size / speed for each, speed in zip(optimizers, speeds.training, strict=True))
 
 
 def _measure(each: SetRecipe, device: torch.device) -> Speeds:

@@ -106,7 +106,7 @@ class Workplace:
 
         sets, track = self.recipe.sets, self.recipe.track
         for each in sets:
-            add("prepare", each.dataset, self._is_prepared, self._prepare)
+            add("prepare", each.dataset, is_prepared, self._prepare)
         for each in sets if track == 1 else ():
             add("random real images", each.dataset, self._has_baseline, self._draw_baseline)
         for each in sets:
@@ -169,9 +169,6 @@ class Workplace:
 
     def _recipe_of(self, name: str) -> SetRecipe:
         return next(each for each in self.recipe.sets if each.dataset == name)
-
-    def _is_prepared(self, name: str) -> bool:
-        return is_prepared(name)
 
     def _prepare(self, name: str, progress: Listener) -> None:
         prepare(name, progress=progress)

@@ -80,6 +80,10 @@ def estimate_evaluation(
     rounds, epochs = settings.number_of_rounds, settings.training.epochs
     finished = finished_rounds(source, test_set, settings, device, state or StateFolder())
     epoch = per_image * len(images)
+    if device.type == "cuda":  # of all networks that train side by side
+        memory = torch.cuda.max_memory_allocated(device) * min(rounds, SIDE_BY_SIDE)
+    else:  # of this process so far
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return EvaluationEstimate(
         source=name,
         dataset=spec.name,
@@ -90,7 +94,7 @@ def estimate_evaluation(
         seconds_per_epoch=epoch,
         test_seconds=test_seconds,
         seconds=(rounds - finished) * (epochs * epoch + test_seconds),
-        memory=_peak_memory(device, rounds),
+        memory=memory,
         free_memory=free,
         deviations=expected_deviations(source, test_set, settings, device),
     )
@@ -103,7 +107,8 @@ def _seconds_per_image(training: TrainingRun, device: torch.device, images: int,
         sizes = [min(BATCH_SIZE, images - start) for start in range(0, images, BATCH_SIZE)]
         began = time.monotonic()
         for size, _ in zip(sizes, training.steps(), strict=True):
-            _wait_for(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             now = time.monotonic()
             if batches:
                 seconds, counted = seconds + now - began, counted + size
@@ -114,16 +119,3 @@ def _seconds_per_image(training: TrainingRun, device: torch.device, images: int,
         else:
             training.end_epoch()
     return seconds / counted
-
-
-def _wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak_memory(device: torch.device, rounds: int) -> int:
-    """Bytes that an evaluation needs: of this process so far on a CPU; on a GPU of all networks that train side by side."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) * min(rounds, SIDE_BY_SIDE)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -140,13 +140,10 @@ class Block(nn.Module):
         """x, kept: (N, tokens, hidden) -> the same shape."""
         if self.join is not None and kept is not None:
             x = self.join(torch.cat([x, kept], dim=-1))
-        x = x + self._attend(self.norm_attention(x))
-        return x + self.mlp(self.norm_mlp(x))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        heads = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
+        heads = self.query_key_value(self.norm_attention(x)).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, tokens, hidden / heads)
-        return self.attention_out(_attention(query, key, value).transpose(1, 2).flatten(2))
+        x = x + self.attention_out(_attention(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm_mlp(x))
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ def compare_sets(first: str, second: str, results: Sequence[Result], *, pictures
     Raises UsageError for names that nothing was recorded under, and for two sets without common settings, and
     MissingDataError for a file that was not evaluated.
     """
-    ours, theirs = (_by_settings(_named(word, results)) for word in (first, second))
+    ours, theirs = (
+        latest_of_most_rounds((conditions(each), each) for each in _named(word, results)) for word in (first, second)
+    )
     common = [key for key in ours if key in theirs and ours[key] != theirs[key]]
     if not common:
         if ours == theirs:
@@ -132,10 +134,6 @@ def _named(word: str, results: Sequence[Result]) -> list[Result]:
         remedy = did_you_mean(word, known) if known else "Evaluate a set first: ddkit evaluate"
         raise UsageError(f"Nothing was recorded under the name '{word}', and there is no such file.", remedy)
     return found
-
-
-def _by_settings(results: Sequence[Result]) -> dict[tuple[Any, ...], Result]:
-    return latest_of_most_rounds((conditions(each), each) for each in results)
 
 
 def _settings(results: dict[tuple[Any, ...], Result]) -> str:

@@ -28,7 +28,11 @@ def render(page: Page) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        percent=percent, points=points, dataset_title=dataset_title, data_uri=data_uri, file_uri=_file_uri
+        percent=percent,
+        points=points,
+        dataset_title=dataset_title,
+        data_uri=data_uri,
+        file_uri=lambda path: Path(path).resolve().as_uri(),
     )
     script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -39,10 +43,6 @@ def render(page: Page) -> str:
         # Only this script runs, even if a class name or a JSON file holds another.
         script_hash=f"'sha256-{script_hash}'",
     )
-
-
-def _file_uri(path: str) -> str:
-    return Path(path).resolve().as_uri()
 
 
 def write_html(page: Page, path: str | os.PathLike[str]) -> None:
