@@ -12,17 +12,21 @@ import click
 
 from ddkit.cli import debug_option
 from ddkit.cli._output import Output
+from ddkit.generator.config import SAMPLERS, SAMPLING_PRECISIONS
 from ddkit.results import RESULTS_FILE
 
 SUBMISSION_FOLDER = Path("submission")
 BUNDLE_FILE = Path("track2.zip")
 RUNS_FOLDER = Path("runs")
+TRIALS_FOLDER = RUNS_FOLDER / "tune"
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 COUNT = click.IntRange(1)
 TRACK = click.Choice(["1", "2"])
+SAMPLER = click.Choice(SAMPLERS)
+SAMPLING_PRECISION = click.Choice(SAMPLING_PRECISIONS)
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:

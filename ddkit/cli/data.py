@@ -125,8 +125,6 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
 def show(output: Output, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:
     """Draw a contact sheet: the first images of each class in a row."""
     store.dataset_spec(name)  # an unknown name is refused at once, before torch is loaded
-    import torch
-
     from ddkit.data.prepare import open_dataset
     from ddkit.sets.contact_sheet import contact_sheet, save_png
 
@@ -134,7 +132,7 @@ def show(output: Output, name: str, split: str, per_class: int, classes: str | N
     images = open_dataset(name, split, progress=output.progress)
     titles = store.class_titles(name)
     chosen = store.find_classes(name, classes.split(",")) if classes else range(len(titles))
-    rows = torch.cat([(images.labels == label).nonzero().flatten()[:per_class] for label in chosen])
+    rows = [row for label in chosen for row in (images.labels == label).nonzero().flatten()[:per_class].tolist()]
     sheet = contact_sheet(images.images[rows], images.labels[rows], titles, per_class=per_class)
     out = out or Path(f"{name}-{split}.png")
     save_png(sheet, out)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
 
 from ddkit.cli._options import FOLDER, compute_options, example
 from ddkit.cli._output import Output
-
-if TYPE_CHECKING:
-    from ddkit.entering.recipe import Recipe
+from ddkit.cli.enter import make_entry
+from ddkit.distill.settings import RefineSettings
+from ddkit.entering.recipe import Recipe, SetRecipe
 
 # The official setting is 1000. With 60 the demo takes minutes, and good sets still differ from bad ones.
 _EPOCHS_SETTING = 60
@@ -32,16 +31,11 @@ def demo(output: Output, folder: Path, device: str, seed: int) -> None:
     It takes minutes on a laptop's CPU and downloads nothing. If it is interrupted, run it again to continue. It is
     `ddkit enter` with a built-in recipe.
     """
-    from ddkit.cli.enter import make_entry
-
     output.note(f"Running every step on built-in images of letters, in {escape(str(folder))}. This takes minutes on two cores.")
     make_entry(output, _recipe(seed), folder, None, device, then="ddkit enter --time 8h")
 
 
 def _recipe(seed: int) -> Recipe:
-    from ddkit.distill.settings import RefineSettings
-    from ddkit.entering.recipe import Recipe, SetRecipe
-
     refining = RefineSettings(batch_real=16, val_every=60, val_epochs=20, seed=seed)
     letters = SetRecipe("glyphs", preset="demo", refine=refining, refine_steps=60)
     return Recipe((letters,), seed=seed, epochs_setting=_EPOCHS_SETTING)

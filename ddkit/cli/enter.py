@@ -17,11 +17,12 @@ from ddkit.challenge import CHALLENGE_DATASETS, TRACKS
 from ddkit.cli._options import COUNT, FILE, FOLDER, TRACK, Duration, device_option, example, output_options
 from ddkit.cli._output import Output, span_text
 from ddkit.cli._stages import StageView, stage_table
+from ddkit.entering.recipe import Recipe, read_recipe
 from ddkit.errors import UsageError
+from ddkit.reporting.console import LeaderboardView
 
 if TYPE_CHECKING:
     from ddkit.entering.entry import Plan
-    from ddkit.entering.recipe import Recipe
 
 _MOST_ROWS = 12
 
@@ -95,7 +96,6 @@ def enter(
     so that it can be made again.
     """
     from ddkit.entering.plan import draft
-    from ddkit.entering.recipe import read_recipe
 
     asked = {
         "--time": seconds, "--track": track, "--datasets": datasets, "--rounds": rounds,
@@ -122,18 +122,16 @@ def make_entry(
     output: Output, recipe: Recipe, folder: Path, seconds: float | None, device: str, *, dry_run: bool = False, then: str = ""
 ) -> None:
     """Plan an entry, carry it out and show it. then: the next command to type."""
-    from ddkit.entering.entry import enter as enter_challenge
-    from ddkit.entering.entry import plan_entry
-    from ddkit.reporting.console import LeaderboardView
+    from ddkit.entering import entry as entering
 
     if dry_run:
         output.note("Measuring this machine briefly; nothing is kept.")
-        _show_plan(output, plan_entry(recipe, folder, seconds=seconds, device=device, progress=output.progress))
+        _show_plan(output, entering.plan_entry(recipe, folder, seconds=seconds, device=device, progress=output.progress))
         return
     folder.mkdir(parents=True, exist_ok=True)
     # Inside the folder, so that results name their files as the other commands do there.
     with _inside(folder), StageView(output) as view:
-        entry = enter_challenge(
+        entry = entering.enter(
             recipe, Path(), seconds=seconds, device=device,
             progress=view.progress, watch=view.watch, on_event=lambda text: output.note(escape(text)),
         )  # fmt: skip

@@ -31,6 +31,7 @@ from ddkit.cli._options import (
 from ddkit.cli._output import Output, span_text
 from ddkit.cli._rankings import rankings_table
 from ddkit.network.plan import PRECISIONS
+from ddkit.runtime.environment import is_main
 
 if TYPE_CHECKING:
     from ddkit.evaluation.estimate import EvaluationEstimate
@@ -135,25 +136,22 @@ def evaluate(
 
     Several GPUs share the rounds of track 1: accelerate launch -m ddkit evaluate.
     """
-    from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
-    from ddkit.evaluation.job import JobSettings, estimate_files, evaluate_files
-    from ddkit.evaluation.published import Conversion
+    from ddkit.evaluation import job
     from ddkit.packing.bundle import open_generators
-    from ddkit.runtime.environment import is_main
 
     of_job = ("dataset", "name", "reference", "ranking", "full_epochs_setting", "ignore_codes", "results")
-    job = {name: options.pop(name) for name in of_job}
-    job["conversion"] = Conversion(**{name: options.pop(name) for name in ("zca", "argmax", "normalization")})
-    evaluation = EvaluationSettings(track=int(track), augment=not options.pop("no_augment"), **options)
-    settings = JobSettings(evaluation, **job, state=StateFolder(state, save_every_seconds))
+    given = {name: options.pop(name) for name in of_job}
+    given["conversion"] = job.Conversion(**{name: options.pop(name) for name in ("zca", "argmax", "normalization")})
+    evaluation = job.EvaluationSettings(track=int(track), augment=not options.pop("no_augment"), **options)
+    settings = job.JobSettings(evaluation, **given, state=job.StateFolder(state, save_every_seconds))
     output.quiet = output.quiet or not is_main()
     if dry_run:
         events: dict[str, Any] = {"progress": output.progress, "on_event": output.event}
-        estimates = estimate_files(sets, settings, folder=SUBMISSION_FOLDER, **events)
+        estimates = job.estimate_files(sets, settings, folder=SUBMISSION_FOLDER, **events)
         output.result([{**asdict(each), "official": each.official} for each in estimates], _estimates_table(estimates))
         return
     with open_generators((sets or (BUNDLE_FILE,)) if track == "2" else (), settings.dataset) as generators:
-        outcome = evaluate_files(
+        outcome = job.evaluate_files(
             generators or sets,
             settings,
             folder=SUBMISSION_FOLDER,

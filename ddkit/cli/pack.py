@@ -2,28 +2,99 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 from click.core import ParameterSource
 from rich.markup import escape
+from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS
-from ddkit.cli._bundle import bundle_options, files_table, pack_track_2
-from ddkit.cli._options import BUNDLE_FILE, FILE, FOLDER, SUBMISSION_FOLDER, TRACK, example, ignore_option, output_options
+from ddkit.cli._options import (
+    BUNDLE_FILE,
+    COUNT,
+    FILE,
+    FOLDER,
+    SAMPLER,
+    SAMPLING_PRECISION,
+    SUBMISSION_FOLDER,
+    TRACK,
+    Duration,
+    example,
+    ignore_option,
+    output_options,
+)
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
+from ddkit.generator.config import MOST_SAMPLING_STEPS, SamplingSettings, default_guidance
 from ddkit.history import PACKED_FILE, PackedRecords
 from ddkit.runtime.files import sha256_of
 
 if TYPE_CHECKING:
+    from ddkit.packing.pack import PackedFile
     from ddkit.sets.findings import Finding, Report
 
 _SUBMISSION_FILE = Path("submission.zip")
 _OF_TRACK_1 = ("folder", "strict", "ignore_codes")
 _OF_BOTH = ("track", "out", "name")
 _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
+_DEFAULTS = SamplingSettings(guidance=default_guidance(None))  # as BundleSettings has them
+
+
+class Size(click.ParamType):
+    """A size such as 500MB or 2GB; becomes bytes, an int."""
+
+    name = "size"
+    _bytes_per: ClassVar[dict[str, int]] = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b?)", value.strip().lower())
+        if match is None or match[2] not in self._bytes_per:
+            self.fail(f"'{value}' is not a size; write 500MB or 2GB.", param, ctx)
+        return int(float(match[1]) * self._bytes_per[match[2]])
+
+
+_TRACK_2_OPTIONS = (
+    click.option("--model", "models", multiple=True, metavar="DATASET=FOLDER",
+                 help="Track 2: bundle the model in this folder, or the one with this id on the Hugging Face hub; repeatable.  "
+                 "[default: runs/<dataset> of both datasets]"),
+    click.option("--tuned", is_flag=True, help="Track 2: use the best settings that ddkit tune found."),
+    click.option("--sampler", type=SAMPLER, help=f"Track 2: choose the sampler.  [default: {_DEFAULTS.sampler}]"),
+    click.option("--sampling-steps", "steps", type=click.IntRange(1, MOST_SAMPLING_STEPS),
+                 help=f"Track 2: sample in this many steps.  [default: {_DEFAULTS.steps}]"),
+    click.option("--guidance", type=click.FloatRange(0),
+                 help=f"Track 2: scale classifier-free guidance; 1 turns it off.  [default: {_DEFAULTS.guidance:g}]"),
+    click.option("--images-per-class", type=COUNT, metavar="N",
+                 help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),
+    click.option("--keep", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="SHARE",
+                 help="Track 2: keep this share of each class's images, those that a classifier trained on the real images is "
+                 "surest of."),
+    click.option("--precision", type=SAMPLING_PRECISION,
+                 help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.  "
+                 f"[default: {_DEFAULTS.precision}]"),
+    click.option("--bundle-device", type=click.Choice(["auto", "cpu", "cuda"]),
+                 default="auto", help="Track 2: run the bundle on this device; cuda requires a GPU."),
+    click.option("--half", is_flag=True, help="Track 2: store weights as float16, and print what that changes."),
+    click.option("--size-limit", type=Size(), metavar="SIZE", help="Track 2: warn if the zip is larger, such as 2GB."),
+    click.option("--proof-budget", type=Duration(), default="60s",
+                 help="Track 2: test the bundle by running it for this long on each dataset."),
+    click.option("--proof-images", type=COUNT, metavar="N",
+                 help="Track 2: end the test after this many images of each dataset.  [default: as many as the budget allows]"),
+    click.option("--fresh-venv", is_flag=True, help="Track 2: test the bundle in an environment that pip installs."),
+    click.option("--no-proof", is_flag=True, help="Track 2: do not test the bundle."),
+)  # fmt: skip
+
+
+def _bundle_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of `ddkit pack` that apply to track 2."""
+    for option in reversed(_TRACK_2_OPTIONS):
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -47,7 +118,7 @@ _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
 )
 @click.option("--strict", is_flag=True, help="Refuse a submission that has warnings.")
 @ignore_option("Ignore findings with this code; repeatable.")
-@bundle_options
+@_bundle_options
 @output_options
 @click.pass_context
 def pack(
@@ -72,6 +143,8 @@ def pack(
     """
     _refuse_options_of_the_other_track(ctx, track)
     if track == "2":
+        from ddkit.cli._bundle import pack_track_2
+
         pack_track_2(output, out, name, options)
     else:
         _pack_track_1(output, folder, out or _SUBMISSION_FILE, name, strict, ignore_codes)
@@ -125,3 +198,14 @@ def _pack_track_1(
     use = f"Upload {path}." if scored else "For practice only: the challenge does not score these datasets."
     output.event(f"The zip was read back and verified. {use}")
     output.finish([path], "ddkit report")
+
+
+def files_table(files: Sequence[PackedFile], path: Path, sha256: str) -> Table:
+    """The files in a zip, and the zip itself, with sizes and hashes."""
+    table = Table("in the zip", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("bytes", justify="right")
+    table.add_column("SHA-256")
+    for file in files:
+        table.add_row(escape(file.name), f"{file.size:,}", file.sha256)
+    table.add_row(f"[bold]{escape(path.name)}[/]", f"{path.stat().st_size:,}", sha256)
+    return table

@@ -41,10 +41,9 @@ def push(output: Output, path: Path, hub_id: str, license: str | None, private: 
     A card is written from what is recorded: how it was made, and its scores in the results file. Absolute paths of this
     machine are left out. Log in first: hf auth login.
     """
-    from ddkit.hub import plan_upload
-    from ddkit.hub import push as upload
+    from ddkit import hub
 
-    planned = plan_upload(path, hub_id, license=license, results=results)
+    planned = hub.plan_upload(path, hub_id, license=license, results=results)
     data = {"hub_id": hub_id, "kind": planned.kind, "files": sorted(planned.files), "card": planned.card}
     if dry_run:
         output.result(data, escape(planned.card))
@@ -53,6 +52,6 @@ def push(output: Output, path: Path, hub_id: str, license: str | None, private: 
     if not license:
         output.note("[yellow]warning[/yellow] The card says that the license is unknown. Add --license ID, such as cc-by-4.0.")
     output.event(f"Uploading {len(planned.files)} files to the {planned.kind} {hub_id}.")
-    url = upload(planned, private=private)
+    url = hub.push(planned, private=private)
     output.result({**data, "url": url}, escape(url))
     output.finish([url], planned.command)

@@ -119,9 +119,8 @@ def refine(
     the set. The version that does best on held-out training images is written. The test images are never used. Run the
     same command again to resume, or with more --steps or --time to refine further.
     """
+    from ddkit.distill import refine as refining
     from ddkit.distill.estimate import estimate_refinement, expected_accuracy
-    from ddkit.distill.refine import recorded_settings
-    from ddkit.distill.refine import refine as refine_set
     from ddkit.sets.distilled import dataset_of, read_set
 
     if steps is not None and seconds is not None:
@@ -129,7 +128,7 @@ def refine(
     dataset = dataset_of(path, dataset)
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
-    settings = _settings(preset, options, assignments, None if fresh else recorded_settings(folder))
+    settings = _settings(preset, options, assignments, None if fresh else refining.recorded_settings(folder))
     expected = expected_accuracy(dataset, read_set(path, dataset).ipc, settings, limits.steps)
     if dry_run or (expected is not None and limits.seconds is not None):
         estimate = estimate_refinement(path, dataset, settings, limits, device=device, progress=output.progress)
@@ -141,7 +140,7 @@ def refine(
     output.event(f"Refining {path} for {length}. {folder} keeps the original set.")
     if expected is not None:
         output.note(f"Expected accuracy: {_expectation(expected)}.")
-    refined = refine_set(
+    refined = refining.refine(
         path, dataset, settings, limits, folder, out=out, fresh=fresh, ignore_codes=ignore_codes, device=device,
         save_every_seconds=save_every_seconds, progress=output.progress,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._output import Output
 from ddkit.cli._rankings import rankings_table
+from ddkit.reporting.console import LeaderboardView
 from ddkit.results import RESULTS_FILE, Result
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
     Only official results are ranked. The others follow, in groups of the same settings.
     """
     from ddkit.reporting.compare import ComparisonView
-    from ddkit.reporting.console import LeaderboardView
     from ddkit.reporting.history import HistoryView
     from ddkit.reporting.report import report as build_report
 

@@ -11,12 +11,21 @@ import click
 from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
-from ddkit.cli._bundle import PRECISION_CHOICE, SAMPLER_CHOICE, TRIALS_FOLDER, pack_models
-from ddkit.cli._options import BUNDLE_FILE, COUNT, FOLDER, RUNS_FOLDER, Duration, compute_options, example
+from ddkit.cli._options import (
+    BUNDLE_FILE,
+    COUNT,
+    FOLDER,
+    RUNS_FOLDER,
+    SAMPLER,
+    SAMPLING_PRECISION,
+    TRIALS_FOLDER,
+    Duration,
+    compute_options,
+    example,
+)
 from ddkit.cli._output import Output
 
 if TYPE_CHECKING:
-    from ddkit.packing.bundle import BundleModel
     from ddkit.packing.tune import Trial
 
 
@@ -64,10 +73,10 @@ class _ImagesPerClass(click.ParamType):
     metavar="SHARE",
     help="Try keeping this share of each class's images, those that a classifier is surest of; repeatable.",
 )
-@click.option("--sampler", type=SAMPLER_CHOICE, default="dpm++", help="Choose the sampler.")
+@click.option("--sampler", type=SAMPLER, default="dpm++", help="Choose the sampler.")
 @click.option(
     "--precision",
-    type=PRECISION_CHOICE,
+    type=SAMPLING_PRECISION,
     default="auto",
     help="Sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.",
 )
@@ -103,35 +112,23 @@ def tune(
     tried again with twice the epochs, until two are left. The accuracies tell the settings apart; they are not
     official. A trial that was made is not repeated: run the same command again to continue.
     """
-    from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
-    from ddkit.generator.model_folder import find_model
-    from ddkit.packing import bundle
+    from ddkit.cli import _bundle
     from ddkit.packing import tune as tuning
 
     counts = tuple(None if count == "all" else int(count) for count in images)
-    search = tuning.Search(steps, guidance, counts, keep, EvaluationSettings(track=2, **evaluation))
-    settings = bundle.BundleSettings()
+    search = tuning.Search(steps, guidance, counts, keep, tuning.EvaluationSettings(track=2, **evaluation))
+    settings = _bundle.BundleSettings()
     settings = replace(settings, sampling=replace(settings.sampling, sampler=sampler, precision=precision))
-    bundled = bundle.BundleModel(dataset, find_model(model) if model else RUNS_FOLDER / dataset, settings)
+    bundled = _bundle.BundleModel(dataset, _bundle.find_model(model) if model else RUNS_FOLDER / dataset, settings)
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
-    state = StateFolder(RUNS_FOLDER / "evaluations")
+    state = tuning.StateFolder(RUNS_FOLDER / "evaluations")
     trials = tuning.tune(bundled, search, out, state=state, progress=output.progress, on_event=output.event)
-    _report(output, trials)
+    _report(output, trials, tuning.best_of(trials), tuning.evidence(trials))
     if packs:
-        packed = pack_models(output, _tuned_models(bundled, out), BUNDLE_FILE, None)
+        packed = _bundle.pack_models(output, _bundle.tuned_models(bundled, out), BUNDLE_FILE, None)
         output.finish([records, chart, packed.path], f"ddkit evaluate --track 2 {packed.path}")
     else:
         output.finish([records, chart], _next_command(dataset, model, out))
-
-
-def _tuned_models(model: BundleModel, out: Path) -> list[BundleModel]:
-    """The model with its best settings, with those of the challenge's other datasets that were tuned."""
-    from ddkit.packing.tune import with_best_settings
-
-    others = [spec.name for spec in CHALLENGE_DATASETS if spec.name != model.dataset]
-    models = [model, *(replace(model, dataset=name, folder=RUNS_FOLDER / name) for name in others)]
-    present = [one for one in models if one.folder.is_dir() and (out / f"{one.dataset}.jsonl").is_file()]
-    return [with_best_settings(one, out / f"{one.dataset}.jsonl") for one in present]
 
 
 def _next_command(dataset: str, model: Path | None, out: Path) -> str:
@@ -145,10 +142,7 @@ def _next_command(dataset: str, model: Path | None, out: Path) -> str:
     return f"ddkit tune {missing[0]}" if missing else "ddkit pack --track 2 --tuned"
 
 
-def _report(output: Output, trials: Sequence[Trial]) -> None:
-    from ddkit.packing.tune import best_of, evidence
-
-    best = best_of(trials)
+def _report(output: Output, trials: Sequence[Trial], best: Trial, evidence: str) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("steps", "guidance", "images a class", "kept", "accuracy %", "images", "images/s"):
         table.add_column(heading, justify="right")
@@ -160,7 +154,7 @@ def _report(output: Output, trials: Sequence[Trial]) -> None:
                f"{made:,.0f}", f"{sum(trial.images) / sum(trial.seconds):,.1f}")  # fmt: skip
         table.add_row(*map(str, row), style="bold" if trial is best else None)
     output.result({"best": _as_data(best), "trials": [_as_data(trial) for trial in trials]}, table)
-    output.note(f"Best: {best.candidate}. {evidence(trials)}")
+    output.note(f"Best: {best.candidate}. {evidence}")
 
 
 def _as_data(trial: Trial) -> dict[str, Any]:
