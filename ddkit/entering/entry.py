@@ -108,7 +108,7 @@ class _State:
                 path, values["asked"], Outline.from_json(values["outline"]), Recipe.from_json(values["recipe"]),
                 values["limits"], values["spent"], values["took"],
             )  # fmt: skip
-        except (KeyError, TypeError, UsageError) as error:
+        except (KeyError, TypeError, UsageError, BadFileError) as error:
             raise BadFileError(
                 f"{path} is not the state of an entry by this version of ddkit.", "Delete it to plan again."
             ) from error

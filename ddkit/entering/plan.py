@@ -31,6 +31,7 @@ from ddkit.generator.training.estimate import estimate
 from ddkit.generator.training.plan import preset_for
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.records import read_record
 from ddkit.sets.distilled import class_labels
 
 LEAST_STEPS, _LEAST_TRAINING = 20, 60.0  # of a refinement; seconds of a generator's training
@@ -62,11 +63,6 @@ class Speeds:
     per_test_image: float
     training: tuple[float, ...] = ()
     sampled: float = 0.0
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Speeds:
-        """Speeds from what `dataclasses.asdict` made of them."""
-        return cls(**{**values, "refine": RefineSpeed(**values["refine"]), "training": tuple(values["training"])})
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class Outline:
         """An outline from what `to_json` made of it."""
         return cls(
             Recipe.from_json(values["recipe"]), values["seconds"], values["expected"], tuple(values["flexible"]),
-            {name: Speeds.from_json(speeds) for name, speeds in values["speeds"].items()}, tuple(values["notes"]),
+            {name: read_record(Speeds, speeds) for name, speeds in values["speeds"].items()}, tuple(values["notes"]),
         )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.uvit import UViT
 from ddkit.runtime.files import atomic_folder, read_json, sha256_of, write_json
 from ddkit.runtime.hub import download, is_hub_id
+from ddkit.runtime.records import read_record
 
 FACTS_FILE = "ddkit.json"
 INDEX_FILE = "model_index.json"
@@ -177,8 +178,8 @@ def read_facts(folder: Path, *, dataset: str | None = None) -> ModelFacts:
     if not isinstance(value, dict) or value.get("format") != FORMAT_VERSION:
         raise BadFileError(f"{path} was not written by this version of ddkit.", "Train the model again.")
     try:
-        return ModelFacts(**{**value, "class_names": tuple(value["class_names"])})
-    except (TypeError, KeyError) as error:
+        return read_record(ModelFacts, value)
+    except BadFileError as error:
         raise BadFileError(f"{path} is not complete: {error}.", "Train the model again.") from error
 
 

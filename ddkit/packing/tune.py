@@ -30,6 +30,7 @@ from ddkit.runtime.files import atomic_write
 from ddkit.runtime.hub import source_name
 from ddkit.runtime.jsonl import append_line, read_lines
 from ddkit.runtime.progress import Listener, ignore, span_text
+from ddkit.runtime.records import read_record
 from ddkit.statistics import Comparison, compare
 
 _FINALISTS = 2  # candidates of the last stage
@@ -267,23 +268,10 @@ def read_trials(records: Path) -> list[Trial]:
     trials = []
     for number, values in read_lines(records):
         try:
-            fields: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-            }
-            trial = Trial(**fields)
-            numbers = (
-                trial.steps,
-                trial.guidance,
-                trial.keep,
-                trial.budget,
-                trial.epochs_setting,
-                *trial.accuracies,
-                *trial.images,
-            )
-            if not trial.accuracies or not all(type(number) in (int, float) for number in numbers):
-                raise ValueError("a number is missing")
-            trials.append(trial)
-        except (TypeError, AttributeError, ValueError) as error:
+            trials.append(read_record(Trial, values))
+            if not trials[-1].accuracies:
+                raise BadFileError("accuracies are missing")
+        except BadFileError as error:
             raise BadFileError(f"{records}, line {number}, is not a trial of ddkit tune.", "Name another file.") from error
     return trials
 

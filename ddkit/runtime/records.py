@@ -19,7 +19,7 @@ _Record = TypeVar("_Record")
 
 
 def read_record(kind: type[_Record], value: object) -> _Record:
-    """The dataclass `kind` of which `dataclasses.asdict` and JSON made `value`.
+    """The dataclass `kind` of which `dataclasses.asdict`, and perhaps JSON, made `value`.
 
     Fields may be bool, int, float, str, None, Any, tuples, mappings, other such dataclasses, and unions and Annotated of
     these. Lists become tuples; numbers must fit into 64 bits, and text into UTF-8.
@@ -61,7 +61,7 @@ def _converted(hint: Any, value: Any) -> Any:
                 return _converted(each, value)
             except ValueError:
                 continue
-    elif origin is tuple and isinstance(value, list):
+    elif origin is tuple and isinstance(value, (list, tuple)):
         kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         return tuple(_converted(each, item) for each, item in zip(kinds, value, strict=True))
     elif origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
