@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddkit.errors import BadFileError, UsageError
+from ddkit.errors import UsageError
 from ddkit.results import RESULTS_FILE, Result
-from ddkit.runtime.jsonl import append_line, read_lines, require_appendable
+from ddkit.runtime.jsonl import append_line, parse_lines, require_appendable
 from ddkit.runtime.records import Count, read_record
 
 FORMAT_VERSION = 1
@@ -51,28 +52,15 @@ class Packed:
 class PackedRecords:
     """The file of packed zips, with its records in memory.
 
-    problems: a text on each line that cannot be used. Raises BadFileError if the file cannot be read or, unless
-    `writes` is False, not be written, before anything is packed.
+    records: all of them, oldest first. problems: a text on each line that cannot be used.
+    Raises BadFileError if the file cannot be read or, unless `writes` is False, not be written, before anything is packed.
     """
 
     def __init__(self, path: str | os.PathLike[str] = PACKED_FILE, *, writes: bool = True) -> None:
         self.path = Path(path)
-        records: list[Packed] = []
-        problems: dict[int, str] = {}
-        for number, value in read_lines(self.path, problems.__setitem__):
-            try:
-                records.append(read_record(Packed, value))
-            except BadFileError as error:
-                problems[number] = str(error)
+        self.records, self.problems = parse_lines(self.path, functools.partial(read_record, Packed))
         if writes:
             require_appendable(self.path)
-        self.problems = tuple(f"{self.path}, line {number}: {problems[number]}" for number in sorted(problems))
-        self._records = records
-
-    @property
-    def records(self) -> tuple[Packed, ...]:
-        """All records, oldest first."""
-        return tuple(self._records)
 
     def choose_name(self, name: str | None, default: str, files: Mapping[str, str] | None = None) -> tuple[str, str]:
         """The name for a zip that will hold these files, and a sentence if it is not the one that was to be expected.
@@ -86,7 +74,7 @@ class PackedRecords:
         other = self._other(wanted, files)
         if other is None:
             return wanted, ""
-        number = next(k for k in range(2, len(self._records) + 3) if self._other(f"{wanted}-{k}", files) is None)
+        number = next(k for k in range(2, len(self.records) + 3) if self._other(f"{wanted}-{k}", files) is None)
         free, when = f"{wanted}-{number}", other.date[:10] or "an earlier day"
         if name is not None:
             raise UsageError(f"The name '{wanted}' was given to other files on {when}, {other.path}.", f"Try --name {free}")
@@ -95,18 +83,18 @@ class PackedRecords:
 
     def add(self, name: str, path: Path, sha256: str, track: int, files: Mapping[str, str], recipe: str = "") -> Packed:
         """Record a packed zip, unless the same is recorded under that name. Raises BadFileError."""
-        known = next((each for each in self._records if (each.name, each.sha256) == (name, sha256)), None)
+        known = next((each for each in self.records if (each.name, each.sha256) == (name, sha256)), None)
         if known is not None:
             return known
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         packed = Packed(name, str(path), sha256, track, dict(files), now, recipe)
         append_line(self.path, dataclasses.asdict(packed))
-        self._records.append(packed)
+        self.records += (packed,)
         return packed
 
     def _other(self, name: str, files: Mapping[str, str] | None) -> Packed | None:
         """The latest record of that name with other files than these."""
-        same_name = (each for each in reversed(self._records) if each.name == name)
+        same_name = (each for each in reversed(self.records) if each.name == name)
         return next((each for each in same_name if files is None or dict(each.files) != dict(files)), None)
 
 

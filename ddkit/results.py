@@ -11,7 +11,7 @@ from typing import Any
 
 from ddkit.errors import BadFileError
 from ddkit.runtime.html import html_table
-from ddkit.runtime.jsonl import append_line, read_lines, require_appendable
+from ddkit.runtime.jsonl import append_line, parse_lines, require_appendable
 from ddkit.runtime.records import Count, read_record
 from ddkit.statistics import mean_interval, sample_std
 
@@ -132,14 +132,7 @@ def read(path: str | os.PathLike[str] = RESULTS_FILE) -> Reading:
 
     Raises BadFileError if the file is there and cannot be read.
     """
-    results: list[Result] = []
-    problems: dict[int, str] = {}
-    for number, value in read_lines(path, problems.__setitem__):
-        try:
-            results.append(_from_json(value))
-        except BadFileError as error:
-            problems[number] = str(error)
-    return Reading(tuple(results), tuple(f"{path}, line {number}: {problems[number]}" for number in sorted(problems)))
+    return Reading(*parse_lines(path, _from_json))
 
 
 class Records:

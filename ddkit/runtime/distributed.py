@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from ddkit.runtime.device import own_device
+
 # A process may wait for hours for another one that trains.
 LONGEST_WAIT = timedelta(days=2)
 
@@ -44,9 +46,7 @@ class ProcessGroup:
     @property
     def device(self) -> torch.device:
         """The wanted device; if that is "cuda" without a number, this process's GPU."""
-        if self._state is not None and self._wanted.type == "cuda" and self._wanted.index is None:
-            return torch.device("cuda", self._state.local_process_index % torch.cuda.device_count())
-        return self._wanted
+        return self._wanted if self._state is None else own_device(self._wanted)
 
     def gather(self, items: list[_Item]) -> list[_Item]:
         """The items of all processes in the order of their ranks, in every process."""

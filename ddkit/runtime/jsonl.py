@@ -7,9 +7,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ddkit.errors import BadFileError
 from ddkit.runtime.files import explain_os_error
+
+_Record = TypeVar("_Record")
 
 
 def read_lines(
@@ -38,6 +41,22 @@ def read_lines(
         except RecursionError:
             on_problem(number, "nested too deeply")
     return values
+
+
+def parse_lines(path: str | os.PathLike[str], parse: Callable[[Any], _Record]) -> tuple[tuple[_Record, ...], tuple[str, ...]]:
+    """The records of a file in its order, and a text on each line that is not one; both empty if there is no file.
+
+    parse: makes a record of a line's value, and raises BadFileError for a value that is not one.
+    Raises BadFileError if the file is there and cannot be read.
+    """
+    records: list[_Record] = []
+    problems: dict[int, str] = {}
+    for number, value in read_lines(path, problems.__setitem__):
+        try:
+            records.append(parse(value))
+        except BadFileError as error:
+            problems[number] = str(error)
+    return tuple(records), tuple(f"{path}, line {number}: {problems[number]}" for number in sorted(problems))
 
 
 def append_line(path: str | os.PathLike[str], value: Any, *, sync: bool = True) -> None:
