@@ -49,11 +49,6 @@ class TrainHoldout:
         self._orders = [Shuffling(len(rows), derived_seed("real", seed, c)) for c, rows in enumerate(class_rows)]
         self._rows, self._held_out_rows = torch.cat(class_rows), torch.cat(held_out_rows)
 
-    @property
-    def is_on_device(self) -> bool:
-        """True if all pixels are where batches are wanted."""
-        return self._pixels.device.type == self._device.type
-
     def rows(self, per_class: int, number: int) -> Tensor:
         """Rows of the batch of that number: (num_classes * per_class,) int64 on the CPU, class by class.
 

@@ -59,9 +59,9 @@ class TestSet:
             into.copy_(whole)
         return pixels
 
-    def batches(self, device: torch.device, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
+    def batches(self, device: torch.device) -> Iterator[Tensor]:
         """Normalized float32 batches in file order. Pixels stay uint8 until their batch is due."""
-        for pixels in self.images.split(batch_size):
+        for pixels in self.images.split(BATCH_SIZE):
             images = upload(pixels, device).float()
             # In place: copies of this size leave the allocator with gaps that the next one does not fit into, which
             # add up to half a gigabyte over 10,000 images.

@@ -169,9 +169,10 @@ class TanhGELU(nn.Module):
         return x * torch.sigmoid(x * (_GELU_LINEAR + _GELU_CUBIC * x * x))
 
 
-def timestep_embedding(timestep: Tensor, size: int, longest_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(timestep: Tensor, size: int) -> Tensor:
     """(N,) on the scale 0 to 1000 -> (N, size) float32 of cosines and sines. Source: Vaswani et al. 2017, section 3.5."""
     half = size // 2
     steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
-    angles = timestep.float().unsqueeze(1) * torch.exp(-math.log(longest_period) / half * steps)
+    # The longest period is 10,000.
+    angles = timestep.float().unsqueeze(1) * torch.exp(-math.log(10_000.0) / half * steps)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, size % 2))

@@ -14,7 +14,7 @@ from typing import Any
 from ddkit.errors import UsageError
 from ddkit.results import Result
 
-WEIGHT = 0.5  # w and gamma of the paper's leaderboard
+_WEIGHT = 0.5  # w and gamma of the paper's leaderboard
 
 
 def hard_label_recovery(full_real: float, synthetic: float) -> float:
@@ -27,14 +27,14 @@ def improvement_over_random(synthetic: float, random_real: float) -> float:
     return _within(synthetic, 0) - _within(random_real, 0)
 
 
-def label_robust_score(hlr: float, ior: float, weight: float = WEIGHT) -> float:
+def label_robust_score(hlr: float, ior: float) -> float:
     """LRS in [0, 1] from a = w IOR - (1 - w) HLR; HLR 0.20 and IOR 0.25 give 0.280."""
-    return _to_unit(weight * _within(ior, -1) - (1 - weight) * _within(hlr, -1))
+    return _to_unit(_WEIGHT * _within(ior, -1) - (1 - _WEIGHT) * _within(hlr, -1))
 
 
-def augmentation_robust_score(gain_augmented: float, gain_plain: float, weight: float = WEIGHT) -> float:
+def augmentation_robust_score(gain_augmented: float, gain_plain: float) -> float:
     """ARS in [0, 1] from the improvements over random images with and without augmentation."""
-    return _to_unit(weight * _within(gain_augmented, -1) + (1 - weight) * _within(gain_plain, -1))
+    return _to_unit(_WEIGHT * _within(gain_augmented, -1) + (1 - _WEIGHT) * _within(gain_plain, -1))
 
 
 def _to_unit(value: float) -> float:

@@ -213,7 +213,7 @@ class RoundingCost:
 
 
 @torch.no_grad()
-def rounding_cost(model: BundleModel, *, images: int = 32, device: str = "cpu") -> RoundingCost:
+def rounding_cost(model: BundleModel, *, images: int = 32) -> RoundingCost:
     """Sample the same images with the weights as they are and rounded to float16, and compare them."""
     original, rounded = load_model(model.folder), load_model(model.folder)
     for network in (rounded.denoiser, rounded.autoencoder):
@@ -222,7 +222,7 @@ def rounding_cost(model: BundleModel, *, images: int = 32, device: str = "cpu") 
     classes = len(original.facts.class_names)
     labels, indices = torch.arange(images) % classes, torch.arange(images) // classes
     config = replace(model.settings.sampling, batch_size=images, compile=False)
-    samplers = (Sampler(each, config, device) for each in (original, rounded))
+    samplers = (Sampler(each, config, "cpu") for each in (original, rounded))
     first, second = (torch.cat([*sampler.images(labels, indices)]) for sampler in samplers)
     difference = (first.int() - second.int()).abs()
     return RoundingCost(float(difference.float().mean()), int(difference.max()), images)

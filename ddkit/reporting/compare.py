@@ -90,11 +90,11 @@ class SetsCompared:
         }
 
 
-def compare_sets(first: str, second: str, results: Sequence[Result], *, pictures: bool = True) -> tuple[SetsCompared, ...]:
+def compare_sets(first: str, second: str, results: Sequence[Result]) -> tuple[SetsCompared, ...]:
     """Compare two evaluated sets on each dataset on which both were evaluated under the same settings.
 
     first, second: each the name of a result, a set's file, or the beginning of its SHA-256. Of several evaluations the
-    official one is taken, else the latest of those with the most rounds. pictures: also read the images that are still there.
+    official one is taken, else the latest of those with the most rounds.
     Raises UsageError for names that nothing was recorded under, and for two sets without common settings, and
     MissingDataError for a file that was not evaluated.
     """
@@ -112,7 +112,7 @@ def compare_sets(first: str, second: str, results: Sequence[Result], *, pictures
     chosen: dict[str, tuple[Result, Result]] = {}
     for key in sorted(common, key=lambda key: (ours[key].official, min(ours[key].rounds, theirs[key].rounds), ours[key].date)):
         chosen[ours[key].dataset] = ours[key], theirs[key]  # the last one is the best
-    return tuple(_compared(*chosen[name], pictures) for name in sorted(chosen))
+    return tuple(_compared(*chosen[name]) for name in sorted(chosen))
 
 
 def _named(word: str, results: Sequence[Result]) -> list[Result]:
@@ -140,7 +140,7 @@ def _settings(results: dict[tuple[Any, ...], Result]) -> str:
     return " or ".join(dict.fromkeys(f"{dataset_title(r.dataset)}, {settings_title(r)}" for r in results.values()))
 
 
-def _compared(first: Result, second: Result, pictures: bool) -> SetsCompared:
+def _compared(first: Result, second: Result) -> SetsCompared:
     titles = class_titles(first)
     paired = (first.seed, first.rounds) == (second.seed, second.rounds) and first.track == 1
     whole = _estimate(first.accuracies, second.accuracies, paired)
@@ -168,11 +168,8 @@ def _compared(first: Result, second: Result, pictures: bool) -> SetsCompared:
         remarks.append(
             f"{compared.clear} of {len(classes)} classes differ by more than their interval; about {by_chance} would by chance."
         )
-    shown: tuple[tuple[ClassPictures, ClassPictures], ...] = ()
-    if pictures:
-        shown, problems = _pictures(first, second, [each.label for each in _extremes(classes, _MOST_PICTURED)], titles)
-        remarks += problems
-    return SetsCompared(**{**vars(compared), "remarks": tuple(remarks), "pictures": shown})
+    shown, problems = _pictures(first, second, [each.label for each in _extremes(classes, _MOST_PICTURED)], titles)
+    return SetsCompared(**{**vars(compared), "remarks": (*remarks, *problems), "pictures": shown})
 
 
 def _estimate(first: Sequence[float], second: Sequence[float], paired: bool) -> Estimate:

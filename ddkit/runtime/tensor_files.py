@@ -45,14 +45,14 @@ class UnloadableError(Exception):
     """The restricted loader refused a file. The text says why and is safe to show."""
 
 
-def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, device: str = "cpu", mmap: bool = False) -> Any:
-    """torch.load without executing code. Raises UnloadableError for damaged or hostile files, and OSError."""
+def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, mmap: bool = False) -> Any:
+    """torch.load onto the CPU without executing code. Raises UnloadableError for damaged or hostile files, and OSError."""
     if not isinstance(source, (str, os.PathLike)):
         source.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(source, map_location=device, weights_only=True, mmap=mmap)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
         raise
     except Exception as error:

@@ -17,6 +17,7 @@ _INK = (40, 40, 40)
 _GAP = 2  # pixels between pictures
 _NAME_HEIGHT = 15  # pixels of the largest class name
 _MAX_ROWS_PER_COLUMN = 50
+_PER_CLASS_SIDE_BY_SIDE = 6
 
 
 def contact_sheet(images: Tensor, labels: Tensor, class_names: Sequence[str], *, per_class: int = 10) -> Image.Image:
@@ -51,7 +52,6 @@ def side_by_side(
     real: tuple[Tensor, Tensor],
     class_names: Sequence[str],
     *,
-    per_class: int = 6,
     titles: tuple[str, str] = ("generated", "real"),
 ) -> Image.Image:
     """Two contact sheets under their titles next to each other, the same classes on the same rows.
@@ -59,9 +59,9 @@ def side_by_side(
     generated, real: (N, 3, S, S) uint8 images and (N,) int64 labels; real images of classes that are not
     generated are left out.
     """
-    chosen = torch.cat([(real[1] == c).nonzero().flatten()[:per_class] for c in generated[1].unique()])
-    left = contact_sheet(*generated, class_names, per_class=per_class)
-    right = contact_sheet(real[0][chosen], real[1][chosen], class_names, per_class=per_class)
+    chosen = torch.cat([(real[1] == c).nonzero().flatten()[:_PER_CLASS_SIDE_BY_SIDE] for c in generated[1].unique()])
+    left = contact_sheet(*generated, class_names, per_class=_PER_CLASS_SIDE_BY_SIDE)
+    right = contact_sheet(real[0][chosen], real[1][chosen], class_names, per_class=_PER_CLASS_SIDE_BY_SIDE)
     top = _NAME_HEIGHT + 8  # of the sheets, below their titles
     paper = Image.new("RGB", (left.width + right.width, max(left.height, right.height) + top), _PAPER)
     for sheet, place, title in ((left, 0, titles[0]), (right, left.width, titles[1])):

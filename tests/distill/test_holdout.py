@@ -48,4 +48,4 @@ def test_images_on_a_gpu_are_those_on_the_cpu_also_where_not_all_fit(real, gpu, 
     found = there.images(rows)
     assert not gpu.waits
     assert found.device.type == "cuda" and torch.equal(found.cpu(), ours.images(rows))
-    assert there.is_on_device == kept_there
+    assert (there._pixels.device.type == "cuda") == kept_there

@@ -98,7 +98,7 @@ def test_training_goes_as_with_the_plain_engine_and_can_be_continued(tolerance, 
     parts = losses_of(first, 3)
     saved = io.BytesIO()
     torch.save(first.state_dict(), saved)
-    second.load_state_dict(load_restricted(saved, device="cpu"))
+    second.load_state_dict(load_restricted(saved))
     assert second.state_dict()["plan"] == vars(plan)
     parts += losses_of(second, 3)
     assert parts == pytest.approx(losses, abs=10 * tolerance)

@@ -85,14 +85,14 @@ def test_official_results_are_preferred(result):
         for name, accuracies in (("a", (0.3, 0.31, 0.32)), ("b", (0.2, 0.21, 0.23)))
         for setting in (1000, 50)
     ]
-    (found,) = compare_sets("a", "b", both, pictures=False)
+    (found,) = compare_sets("a", "b", both)
     assert found.first.official and found.second.official
 
 
 def test_view_shows_both_ends_or_all(pair, result):
     many = [result(name, "cifar100", 0.3 + k, 0.31 + k, 0.32 + k) for k, name in ((0.0, "low"), (0.1, "high"))]
     console = Console(file=io.StringIO(), width=100)
-    (found,) = compare_sets("high", "low", many, pictures=False)
+    (found,) = compare_sets("high", "low", many)
     console.print(ComparisonView(found))
     assert "84 more: --all" in console.file.getvalue() and "+10.00" in console.file.getvalue()
     console.print(ComparisonView(found, show_all=True))

@@ -14,7 +14,7 @@ from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_to
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
-KEPT = 2  # checkpoints of a stage
+_KEPT = 2  # checkpoints of a stage
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Checkpoint:
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, stage: str, checkpoint: Checkpoint, *, kept: int = KEPT) -> Path:
-    """Write `<folder>/<stage>-<step>.pt` and remove all but the newest `kept` of that stage."""
+def save_checkpoint(folder: Path, stage: str, checkpoint: Checkpoint) -> Path:
+    """Write `<folder>/<stage>-<step>.pt` and remove all but the newest two of that stage."""
     path = folder / f"{stage}-{checkpoint.step:08d}.pt"
     save_torch({"format": FORMAT_VERSION, **vars(checkpoint)}, path)
-    for old in list_checkpoints(folder, stage)[:-kept]:
+    for old in list_checkpoints(folder, stage)[:-_KEPT]:
         old.unlink(missing_ok=True)
     return path
 
