@@ -172,6 +172,14 @@ class Output:
         self._bars, self._tasks = None, {}
 
 
+def plain_table(*headings: str) -> Table:
+    """A table without lines, in which long cells are folded."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     if isinstance(stream, io.TextIOWrapper):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
+
+from ddkit.cli._output import plain_table
 
 if TYPE_CHECKING:
     from ddkit.metrics.ddranking import Ranking
@@ -18,9 +19,7 @@ _TITLE = "DD-Ranking of accuracies as fractions; LRS and ARS lie between 0 and 1
 
 def rankings_table(rankings: Sequence[Ranking]) -> RenderableType:
     """A row for each set, and notes on missing evaluations and on different settings, each once."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("set", "dataset", "E"):
-        table.add_column(heading, overflow="fold")
+    table = plain_table("set", "dataset", "E")
     for name in rankings[0].scores:
         table.add_column(name, justify="right", no_wrap=True)
     for ranking in rankings:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import click
 from rich.markup import escape
-from rich.table import Table
 
 from ddkit.cli._options import example, output_options
-from ddkit.cli._output import Output
+from ddkit.cli._output import Output, plain_table
 
 _COLORS = {"ok": "green", "slow": "yellow", "broken": "red"}
 
@@ -24,9 +23,7 @@ def doctor(ctx: click.Context, output: Output) -> None:
     from ddkit.doctor import diagnose, to_json
 
     lines = diagnose()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("", "part", "finding"):
-        table.add_column(heading, overflow="fold")
+    table = plain_table("", "part", "finding")
     for line in lines:
         color = _COLORS[line.status]
         finding = escape(line.finding) + (f"\n[{color}]{escape(line.remedy)}[/]" if line.remedy else "")

@@ -28,7 +28,7 @@ from ddkit.cli._options import (
     results_option,
     save_every_option,
 )
-from ddkit.cli._output import Output, span_text
+from ddkit.cli._output import Output, plain_table, span_text
 from ddkit.cli._rankings import rankings_table
 from ddkit.network.plan import PRECISIONS
 from ddkit.runtime.environment import is_main
@@ -187,9 +187,7 @@ def _shown(outcome: JobOutcome) -> Group:
 
 
 def _estimates_table(estimates: Sequence[EvaluationEstimate]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("set", "dataset", "images", "rounds", "an epoch", "still to come", "memory", "official"):
-        table.add_column(heading, overflow="fold")
+    table = plain_table("set", "dataset", "images", "rounds", "an epoch", "still to come", "memory", "official")
     for each in estimates:
         done = f", {each.finished_rounds} done" if each.finished_rounds else ""
         table.add_row(
@@ -206,9 +204,7 @@ def _estimates_table(estimates: Sequence[EvaluationEstimate]) -> Table:
 
 
 def _table(results: Sequence[Result]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("set", "dataset", "accuracy", "95 % interval", "rounds", "official"):
-        table.add_column(heading, overflow="fold")
+    table = plain_table("set", "dataset", "accuracy", "95 % interval", "rounds", "official")
     for result in results:
         accuracy = _percent(result.mean) + (f" ± {100 * result.std:.2f}" if result.std is not None else "")
         why_not = "1 round" if result.rounds == 1 else "equal rounds"
