@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 _STAGED_AT_MOST = 64 * 2**10  # bytes that CUDA copies from pageable memory without waiting for the GPU
 
@@ -157,6 +156,31 @@ def _index(device: Any) -> int:
     return _gpu.current if index is None else index
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in tuples, lists and dictionaries. PyTorch's pytree, which knows more kinds, takes several times as long."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _leaves(each)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """The same with every leaf of a kind changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        made = [_mapped(each, kind, change) for each in value]
+        if isinstance(value, list):
+            return made
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    if isinstance(value, dict):
+        return {name: _mapped(each, kind, change) for name, each in value.items()}
+    return value
+
+
 class PretendedTensor(torch.Tensor):
     """A tensor that says it is on a GPU. on_cpu: its numbers, on the CPU, in the same memory layout. index: of the GPU."""
 
@@ -210,7 +234,7 @@ class PretendedTensor(torch.Tensor):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation below autograd with at least one tensor on the pretended GPU."""
     name = str(func)
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     # A tensor of one number on the CPU may be in any operation: it is passed as a number.
     others = [tensor for tensor in tensors if not isinstance(tensor, PretendedTensor) and tensor.dim() > 0]
@@ -239,7 +263,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not name.startswith(_VIEWS):
         _gpu.kernels[name] += 1
     to_real = {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
-    plain_args, plain_kwargs = pytree.tree_map_only(PretendedTensor, lambda tensor: tensor.on_cpu, (args, kwargs | to_real))
+    plain_args, plain_kwargs = _mapped((args, kwargs | to_real), PretendedTensor, lambda tensor: tensor.on_cpu)
     result = func(*plain_args, **plain_kwargs)
     if _gpu.graph is not None:
         _gpu.graph.record(lambda: func(*plain_args, **plain_kwargs), result)
@@ -247,7 +271,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     known = {id(tensor.on_cpu): tensor for tensor in ours}  # an operation in place returns what it was given
     index = ours[0].index
-    return pytree.tree_map_only(torch.Tensor, lambda real: known[id(real)] if id(real) in known else _made(real, index), result)
+    return _mapped(result, torch.Tensor, lambda real: known[id(real)] if id(real) in known else _made(real, index))
 
 
 def _made(real: torch.Tensor, index: int) -> PretendedTensor:
@@ -342,7 +366,7 @@ class _Mode(TorchFunctionMode):
         if func is torch.Tensor.to:
             return _moved(first, args[1:], kwargs)
         generator, device = kwargs.get("generator"), kwargs.get("device")
-        like_ours = any(isinstance(leaf, PretendedTensor) for leaf in pytree.tree_leaves(args))
+        like_ours = any(isinstance(leaf, PretendedTensor) for leaf in _leaves(args))
         on_gpu = _is_gpu(device) or (device is None and like_ours)
         if generator is not None and isinstance(generator, PretendedGenerator) != on_gpu:
             places = ("cuda", "cpu") if on_gpu else ("cpu", "cuda")
@@ -362,7 +386,7 @@ class _Mode(TorchFunctionMode):
         else:
             _gpu.kernels[name] += 1
         requires_grad = kwargs.pop("requires_grad", False)
-        plain = pytree.tree_map_only(PretendedTensor, lambda tensor: tensor.on_cpu, args)
+        plain = _mapped(args, PretendedTensor, lambda tensor: tensor.on_cpu)
         made = func(*plain, **kwargs)
         if _gpu.graph is not None:
             _gpu.graph.record(lambda: func(*plain, **kwargs), made)
@@ -505,7 +529,7 @@ class PretendedGraph:
         with torch.no_grad():
             for operation, recorded in self._operations:
                 again = operation()
-                for kept, value in zip(pytree.tree_leaves(recorded), pytree.tree_leaves(again), strict=True):
+                for kept, value in zip(_leaves(recorded), _leaves(again), strict=True):
                     if isinstance(kept, torch.Tensor) and kept.data_ptr() != value.data_ptr():
                         kept.copy_(value)
 

@@ -84,10 +84,10 @@ def test_fix_order_with_options_that_judge_is_wrong_usage(work):
 def test_first_check_reports_the_progress_of_fitting_the_classifier(letters, work):
     real = load_dataset(letters, "train")
     torch.save(normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS), work / "glyphs.pt")
-    first = subprocess.run([sys.executable, "-m", "ddkit", "check", "glyphs.pt"], capture_output=True, text=True)
+    first = run("check", "glyphs.pt")
     assert "fitting a classifier on real images of glyphs, once" in first.stderr
-    second = subprocess.run([sys.executable, "-m", "ddkit", "check", "glyphs.pt"], capture_output=True, text=True)
-    assert second.returncode == 0 and "fitting" not in second.stderr
+    second = run("check", "glyphs.pt")
+    assert second.exit_code == 0 and "fitting" not in second.stderr
 
 
 def test_check_without_a_submission_says_how_to_make_one(work):

@@ -11,11 +11,10 @@ from click.testing import CliRunner
 from ddkit.cli import main
 
 
-@pytest.mark.slow
-def test_generate_from_real_writes_the_default_files(colors, tmp_path):
-    command = [sys.executable, "-m", "ddkit", "generate", "--dataset", colors, "--from-real", "random", "--ipc", "2"]
-    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_generate_from_real_writes_the_default_files(colors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["generate", "--dataset", colors, "--from-real", "random", "--ipc", "2", "--json"])
+    assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["tensor"] == "submission/colors.pt"
     assert torch.load(tmp_path / "submission" / "colors.pt", weights_only=True).shape == (4, 3, 16, 16)
     assert {path.name for path in (tmp_path / "submission").iterdir()} == {"colors.pt", "colors.json", "colors.png"}

@@ -166,12 +166,6 @@ class TestInvalidSources:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    @pytest.mark.slow
-    def test_hub_id_without_a_network_says_how_to_use_a_folder(self, tmp_path):
-        told = self.told_by_a_hub_at("http://127.0.0.1:9", tmp_path)  # a port where nobody listens
-        assert "'facebook/DiT-XL-2-256' is not a folder here, and it cannot be downloaded" in told
-        assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in told
-
 
 class TestMapping:
     def test_exact_name_is_preferred_to_a_name_that_ends_in_it(self):
