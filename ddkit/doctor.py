@@ -26,6 +26,7 @@ from ddkit.runtime.device import cpu_model, describe_device, usable_gpus, why_no
 from ddkit.runtime.environment import versions
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.openmp import available_cpus, cpu_quota
+from ddkit.runtime.progress import span_text
 
 _BATCH = 256  # of the challenge's training
 _REPEATS = 2
@@ -80,7 +81,8 @@ def _gpu(folder: Path) -> Iterator[Diagnosis]:
         if torch.cuda.device_count() or shutil.which("nvidia-smi"):
             yield Diagnosis("broken", "GPU", *why_no_gpu())
         else:
-            yield Diagnosis("slow", "GPU", "none: everything runs on the CPU")
+            remedy = "If this machine has an NVIDIA GPU, install its driver and a build of PyTorch for CUDA."
+            yield Diagnosis("slow", "GPU", "none: everything runs on the CPU", remedy)
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -98,9 +100,13 @@ def _processor(folder: Path) -> Iterator[Diagnosis]:
     text += ", with bfloat16 instructions" if has_bfloat16() else ""
     yield Diagnosis("ok", "processor", text)
     threads = torch.get_num_threads()
-    text = f"{threads} of PyTorch, OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}"
-    remedy = f"More threads than CPUs wait for each other: set OMP_NUM_THREADS={cpus}, or import ddkit before torch."
-    yield Diagnosis("slow", "threads", text, remedy) if threads > cpus else Diagnosis("ok", "threads", text)
+    text = f"PyTorch uses {threads}, OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}"
+    remedy = ""
+    if threads > cpus:
+        remedy = f"More threads than CPUs wait for each other: set OMP_NUM_THREADS={cpus}, or import ddkit before torch."
+    elif threads < cpus and (limit := os.environ.get("OMP_NUM_THREADS")):
+        remedy = f"OMP_NUM_THREADS={limit} leaves CPUs unused: unset it."
+    yield Diagnosis("slow" if remedy else "ok", "threads", text, remedy)
 
 
 def _compiler(folder: Path) -> Iterator[Diagnosis]:
@@ -123,10 +129,16 @@ def _engine(folder: Path) -> Iterator[Diagnosis]:
     for _ in range(_REPEATS):
         engine.gradients(images, labels).item()
     speed = _REPEATS * _BATCH / (time.perf_counter() - began)
-    minutes = _IMAGES_OF_A_SCORE / speed / 60
-    text = f'"{plan.kind}", {speed:,.0f} images/s: an official {spec.name} score takes about {minutes:,.0f} minutes'
-    slow = speed < _SLOW_IMAGES_PER_SECOND
-    remedy = "Install g++ or clang++ for the fast engine, or use a GPU." if slow and plan.kind == "plain" else ""
+    took = span_text(_IMAGES_OF_A_SCORE / speed)
+    text = f'"{plan.kind}", {speed:,.0f} images/s: an official {spec.name} score takes about {took}'
+    slow, load, cpus = speed < _SLOW_IMAGES_PER_SECOND, psutil.getloadavg()[0], available_cpus()
+    remedy = ""
+    if slow and plan.kind == "plain":
+        remedy = "Install g++ or clang++ for the fast engine, or use a GPU."
+    elif slow and load > cpus:
+        remedy = f"Other processes keep the {cpus} CPUs busy (load {load:.1f}): examine again when they have ended."
+    elif slow:
+        remedy = "Use more CPUs, or a GPU."
     yield Diagnosis("slow" if slow else "ok", "evaluation engine", text, remedy)
 
 

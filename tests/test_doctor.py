@@ -3,8 +3,10 @@
 import shutil
 
 import pytest
+import torch
 
 from ddkit.doctor import diagnose
+from ddkit.runtime.openmp import available_cpus
 
 PARTS = {"Python", "libraries", "processor", "threads", "compiler", "evaluation engine", "memory", "this folder", "cache"}
 
@@ -19,6 +21,7 @@ def test_diagnose_names_every_part_once_with_a_status(tmp_path):
     found = statuses(lines)
     assert found.keys() >= PARTS | {"dataset cifar100", "dataset tinyimagenet"} and len(found) == len(lines)
     assert set(found.values()) <= {"ok", "slow", "broken"}
+    assert all(line.remedy for line in lines if line.status != "ok")
     assert found["libraries"] == "ok" and found["dataset cifar100"] == "slow"
     (dataset,) = (line for line in lines if line.what == "dataset cifar100")
     assert "ddkit data prepare cifar100" in dataset.remedy
@@ -41,4 +44,17 @@ def test_diagnose_lists_prepared_datasets_with_their_counts(letters, tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_diagnose_measures_the_engine_in_images_a_second(tmp_path):
     (line,) = (line for line in diagnose(tmp_path) if line.what == "evaluation engine")
-    assert "images/s" in line.finding and "minutes" in line.finding
+    assert "images/s" in line.finding and "score takes about" in line.finding
+    assert line.status == "ok" or line.remedy
+
+
+@pytest.mark.skipif(available_cpus() < 2, reason="needs two CPUs")
+def test_diagnose_warns_of_unused_cpus(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (line,) = (line for line in diagnose(tmp_path) if line.what == "threads")
+    finally:
+        torch.set_num_threads(before)
+    assert line.status == "slow" and "OMP_NUM_THREADS=1 leaves CPUs unused" in line.remedy

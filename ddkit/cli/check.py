@@ -101,7 +101,7 @@ def _findings_table(report: Report, path: Path) -> RenderableType:
     verdict = Text.assemble(
         ("acceptable", "bold green") if report.ok else ("unacceptable", "bold red"),
         f"  {path}  ",
-        (f"{counts['error']} errors, {counts['warning']} warnings", "dim"),
+        (", ".join(f"{counts[level]} {level}{'s' * (counts[level] != 1)}" for level in ("error", "warning")), "dim"),
     )
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     for finding in report.findings:

@@ -18,7 +18,7 @@ from ddkit.cli._options import COUNT, FILE, FOLDER, TRACK, Duration, device_opti
 from ddkit.cli._output import Output, span_text
 from ddkit.cli._stages import StageView, stage_table
 from ddkit.entering.recipe import Recipe, read_recipe
-from ddkit.errors import UsageError
+from ddkit.errors import BadFileError, UsageError
 from ddkit.reporting.console import LeaderboardView
 
 if TYPE_CHECKING:
@@ -180,5 +180,7 @@ def _inside(folder: Path) -> Iterator[None]:
     os.chdir(folder)
     try:
         yield
+    except BadFileError as error:
+        raise BadFileError(f"In {folder}: {error.message}", error.remedy) from error
     finally:
         os.chdir(before)

@@ -136,7 +136,7 @@ def refine(
     if dry_run:
         _show_estimate(output, estimate)
         return
-    length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} steps"
+    length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} step{'s' * (limits.steps > 1)}"
     output.event(f"Refining {path} for {length}. {folder} keeps the original set.")
     if expected is not None:
         output.note(f"Expected accuracy: {_expectation(expected)}.")

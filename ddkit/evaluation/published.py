@@ -28,6 +28,7 @@ from ddkit.sets.published import REDUCED_LABELS, LabeledImages, read_published
 
 KIND_PUBLISHED = "published"
 _OTHER_ROUNDING, _WHITENED = "N005", "N012"
+_SLACK = 0.002  # half a step of 8 bits: rounding is not outside
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,8 @@ def open_published(
     spec = dataset_spec(_dataset(path, dataset))
     read = read_published(path, spec, argmax=conversion.argmax)
     if conversion.zca:
-        images, words = _without_zca(read, spec, progress), f"ZCA whitening of strength {ZCA_EPSILON:g} undone"
-        notes = [f"The whitening was undone as trajectory matching does it, with epsilon {ZCA_EPSILON:g}."]
-        if (verdict := judge_normalization(read.images.float(), spec)) is None or verdict.finding.code != _WHITENED:
-            notes.append("warning: The values do not look whitened. Without --zca, ddkit says how they are normalized.")
+        words = f"ZCA whitening of strength {ZCA_EPSILON:g} undone"
+        images, notes = _without_zca(read, spec, progress)
     else:
         images, words, notes = _normalized(read, spec, path, conversion.normalization)
     if REDUCED_LABELS in read.notes:
@@ -130,11 +129,20 @@ def _dataset(path: Path, dataset: str | None) -> str:
     return dataset_of(path, dataset) if path.is_file() or not path.exists() else str(dataset)
 
 
-def _without_zca(read: LabeledImages, spec: DatasetSpec, progress: Listener) -> Tensor:
+def _without_zca(read: LabeledImages, spec: DatasetSpec, progress: Listener) -> tuple[Tensor, list[str]]:
+    """The images as the challenge normalizes them, and sentences on what was undone."""
     if read.images.dtype == torch.uint8:
         raise InvalidSubmissionError(f"These are 8-bit pixels, which were never whitened: {read.layout}.", "Leave --zca out.")
     train = open_dataset(spec.name, "train", progress=progress)
-    return normalize(undo_zca(read.images, spec.name, train, progress=progress), spec)
+    pixels = undo_zca(read.images, spec.name, train, progress=progress)
+    outside = float(((pixels < -_SLACK) | (pixels > 1 + _SLACK)).float().mean())
+    notes = [
+        f"The whitening was undone as trajectory matching does it, with epsilon {ZCA_EPSILON:g}. {outside:.1%} of the values "
+        "are then outside [0, 1]; many are if the whitening was another one."
+    ]
+    if (verdict := judge_normalization(read.images.float(), spec)) is None or verdict.finding.code != _WHITENED:
+        notes.append("warning: The values do not look whitened. Without --zca, ddkit says how they are normalized.")
+    return normalize(pixels, spec), notes
 
 
 def _normalized(read: LabeledImages, spec: DatasetSpec, path: Path, given: str) -> tuple[Tensor, str, list[str]]:

@@ -197,7 +197,7 @@ def tune(
     `open_dataset` and `run_search` raise.
     """
     spec = dataset_spec(model.dataset)
-    read_facts(model.folder)  # a missing model is reported before anything is downloaded
+    read_facts(model.folder, dataset=model.dataset)  # a missing model is reported before anything is downloaded
     on_event(
         f"Trying {len(search.candidates)} settings of {source_name(model.folder)} in {len(search.stages)} stages: "
         f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."

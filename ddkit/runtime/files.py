@@ -197,7 +197,7 @@ def _temporary(path: Path) -> Path:
 
 def _reported_path(error: OSError, path: Path) -> str | os.PathLike[str]:
     """The path to report in an error: the requested one instead of the temporary one."""
-    named = error.filename or path
+    named = error.filename2 or error.filename or path  # a copy names its source first
     return path if Path(os.fsdecode(named)).name.startswith(f".{path.name}.") else named
 
 

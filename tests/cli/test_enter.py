@@ -64,6 +64,13 @@ def test_enter_refuses_in_one_message(words, status, said):
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output
 
 
+def test_damaged_state_is_named_with_the_folder_of_the_entry(work):
+    (work / "entry" / "runs").mkdir(parents=True)
+    (work / "entry" / "runs" / "entry.json").write_text("{")
+    done = ddkit("--time", "20m", "--datasets", "glyphs", "--folder", "entry")
+    assert done.exit_code == 3 and "In entry: runs/entry.json is not JSON" in " ".join(done.output.split())
+
+
 @pytest.mark.slow
 def test_the_demo_is_an_entry_with_a_recipe_of_its_own(work):
     recipe = _recipe(5)

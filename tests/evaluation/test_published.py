@@ -105,6 +105,7 @@ def test_zca_is_undone_when_told_to(letters, pixels, save):
     assert torch.allclose(found.images, normalize(images, GLYPHS), atol=1e-2)
     assert "ZCA whitening of strength 0.1 undone" in found.converted
     assert not any("warning" in note for note in found.notes)
+    assert "0.0% of the values are then outside" in " ".join(found.notes)
     plain = open_published(save(normalize(images, GLYPHS), labels), conversion=Conversion(zca=True))
     assert any("do not look whitened" in note for note in plain.notes)
     with pytest.raises(InvalidSubmissionError, match="never whitened"):

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -79,6 +80,19 @@ def test_a_folder_behind_a_link_is_replaced_where_it_lies(tmp_path):
         (folder / "new").write_text("new")
     assert (tmp_path / "data").is_symlink() and (tmp_path / "disk" / "data" / "new").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "disk"]
+
+
+def test_copy_that_the_disk_refuses_names_its_target(tmp_path):
+    (tmp_path / "from.bin").write_bytes(b"x" * 5000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(BadFileError) as refused, files.atomic_write(tmp_path / "to.bin") as temporary:
+            shutil.copyfile(tmp_path / "from.bin", temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "to.bin: File too large" in refused.value.message
+    assert os.listdir(tmp_path) == ["from.bin"]
 
 
 def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path):
