@@ -49,6 +49,7 @@ from shards import HASHES_FILE, HERE, Failure, Job, join, made_for, open_shards,
 
 FLOAT_BYTES = 4
 SECONDS_BETWEEN_REPORTS = 10.0
+LEAST_FOR_A_WORKER = 8  # images, the first batch; with fewer a worker would load libraries for longer than it works
 PATIENCE = 0.5  # share of the budget after which the other workers start even if the first has not loaded
 # A container's limit of memory, what is used of it, and which of that are files: by version 2 of control groups, and by 1.
 CONTAINER_MEMORY = tuple(
@@ -124,7 +125,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="use this random seed  [default: 0]")
     parser.add_argument("--device", help="use auto, cpu, mps, cuda or cuda:N; auto takes all GPUs  [default: as packed]")
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="start this many workers  [default: one for each GPU or core]"
+        "--processes",
+        type=int,
+        metavar="N",
+        help="start this many workers  [default: one for each GPU or core, fewer for few images]",
     )
     parser.add_argument("--steps", type=int, help="sample in this many steps  [default: as packed]")
     parser.add_argument("--guidance", type=float, help="set the scale of guidance; 1 turns it off  [default: as packed]")
@@ -160,11 +164,12 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     out = options.out.absolute()
     check_writable(out)
     device = options.device or entry["device"]
-    workers = options.processes or usual_workers(device)
     budget = math.inf if options.time_budget is None else options.time_budget
     room = check_space(entry, out.parent, options.ipc and made_for(options.ipc, keep), 1 if options.pixels else 4)
     packed = (entry.get("images_per_class") or room) * entry["num_classes"]
     limit = min(room, made_for(options.most or packed, keep))
+    images = limit if options.ipc is None else made_for(options.ipc, keep) * entry["num_classes"]
+    workers = options.processes or min(usual_workers(device), math.ceil(images / LEAST_FOR_A_WORKER))
     return Job(model, entry, out, options.seed, device, workers, options.ipc, limit, began, budget, options.pixels)
 
 

@@ -42,6 +42,7 @@ def test_fewer_than_two_images_raise_usage_error(images):
         track_frechet(one, lambda: mean_colors, every_steps=1)
 
 
+@pytest.mark.slow
 def test_a_continued_training_is_scored_in_features_of_the_recorded_precision(colors):
     real = load_dataset(colors, "train")
     for name in ("frechet", "frechet_bfloat16"):
