@@ -535,10 +535,10 @@ class TestOnAPretendedGPU:
 
     @pytest.mark.slow
     def test_worker_halves_its_batches_where_memory_is_short(self, load, gpu, make_images):
-        def allow_maps_of_twenty_images():
-            gpu.largest_tensor = 20 * 128 * 16 * 16 * 4
+        def allow_maps_of_five_images():
+            gpu.largest_tensor = 5 * 128 * 16 * 16 * 4
 
-        said, made, model, facts = make_images(loaded=allow_maps_of_twenty_images)
+        said, made, model, facts = make_images(loaded=allow_maps_of_five_images)
         assert gpu.released and not [value for kind, value in said if kind == "failed"]
         wanted = load("sampling").Sampler(model, facts, "cpu", 0)(*self.places(load))
         assert (torch.stack([image for image, _ in made]).int() - wanted.int()).abs().max() <= 1
