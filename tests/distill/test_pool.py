@@ -13,8 +13,6 @@ from ddkit.distill.settings import PoolSettings
 from ddkit.errors import ComputeError, UsageError
 from ddkit.network.training import TrainingRun, TrainingSettings
 
-pytestmark = pytest.mark.usefixtures("measured_before")
-
 LABELS = torch.arange(3).repeat_interleave(2)
 
 
