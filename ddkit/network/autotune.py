@@ -130,7 +130,7 @@ def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: i
         values = dict(_prescribed.get().get(key) or _memory()[key])
         seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
         return _Measured(EnginePlan.from_dict(values), seconds, start)
-    found = []
+    found: list[_Measured] = []
     # The plain way, by far the slowest on a CPU, comes last and is given up soon.
     for plan in reversed(plans) if len(plans) > 1 or plans[0].kind == "plain" else ():
         least = min((each.seconds for each in found), default=float("inf"))
