@@ -120,6 +120,7 @@ def test_practice_next_to_the_challenge_is_a_warning(folder):
     assert left_aside == ["glyphs.pt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["glyphs.pt", "secrets.pt", "Glyphs.PT"])
 def test_zip_with_more_than_the_challenges_tensors_is_f009(tmp_path, folder, other):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:

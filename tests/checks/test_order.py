@@ -180,6 +180,7 @@ def test_order_without_real_images_says_how_to_get_them():
         detected_rows(images, CIFAR100)
 
 
+@pytest.mark.slow
 def test_orders_of_letters_are_recognized(glyph_images):
     blocks = glyph_images.clone().unflatten(0, (10, 10))
     [right] = order_findings(glyph_images, GLYPHS, "glyphs.pt")

@@ -362,6 +362,7 @@ def test_check_and_pack_still_refuse_a_published_set(work):
     assert CliRunner().invoke(main, ["pack"]).exit_code == 1
 
 
+@pytest.mark.slow
 def test_dry_run_says_time_memory_and_if_it_is_official_and_records_nothing(work):
     path = save(work / "blobs.pt")
     shown, _ = run(path, "--dry-run", *QUICK)

@@ -62,6 +62,7 @@ def test_without_results_it_shows_the_published_entries_and_what_to_type():
     assert "M-DATM" in output and "No results in runs/results.jsonl yet" in errors and "next: ddkit evaluate" in errors
 
 
+@pytest.mark.slow
 def test_piped_it_is_plain_text_and_only_the_leaderboard(results):
     output, errors = process()
     assert "\x1b" not in output and "mine" in output and "next:" not in output
@@ -70,6 +71,7 @@ def test_piped_it_is_plain_text_and_only_the_leaderboard(results):
     assert "32.00 ±1.00" in mine and "22.50" in mine and "2026-07-12" in mine
 
 
+@pytest.mark.slow
 def test_on_forty_columns_every_line_fits(results):
     output, _ = process(COLUMNS="40")
     assert max(map(len, output.splitlines())) <= 40 and "32.00 ±1.00" in output
@@ -94,6 +96,7 @@ def in_terminal(*arguments, **environment):
     return written.decode()
 
 
+@pytest.mark.slow
 def test_colors_in_a_terminal_unless_no_color_is_set(results, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[1;36m" in in_terminal()
@@ -101,6 +104,7 @@ def test_colors_in_a_terminal_unless_no_color_is_set(results, monkeypatch):
     assert "mine" in plain and not any(f"3{color}m" in plain for color in range(1, 7))
 
 
+@pytest.mark.slow
 def test_json_is_the_same_leaderboard(results):
     output, _ = process("--json")
     data = json.loads(output)
@@ -131,6 +135,7 @@ def test_a_missing_file_of_results_that_was_asked_for_is_an_error():
     assert "elsewhere.jsonl" in errors and "ddkit evaluate --results" in errors
 
 
+@pytest.mark.slow
 def test_thousands_of_results_are_shortened_unless_all_are_wanted(folder):
     line = json.dumps(dataclasses.asdict(dataclasses.replace(RESULT, epochs_setting=50, official=False)))
     (folder / "runs").mkdir()

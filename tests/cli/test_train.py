@@ -147,6 +147,7 @@ def test_dry_run_on_a_gpu_says_what_was_chosen_and_why(gpu, ddkit, colors, tmp_p
     assert len(found["choices"]) == 2 and found["config"]["precision"] == "bfloat16" and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_shows_the_costs_and_leaves_nothing(ddkit, colors, tmp_path):
     words = ["train", "--dataset", colors, "--preset", "demo", "--batch-size", "8", "--dry-run"]
     done = ddkit(*words, "--json", "--quiet")

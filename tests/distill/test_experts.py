@@ -51,6 +51,7 @@ def test_experts_are_trained_once_and_found_in_the_cache(references, own_cache):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed", [{"sha256": "of-others"}, {"seed": 1}, {"settings": dataclasses.replace(QUICK, batch_size=5)}]
 )

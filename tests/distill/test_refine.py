@@ -45,6 +45,7 @@ def run(path, folder, steps, settings=QUICK, **options):
     return refine(path, "colors", settings, RefineLimits(steps), folder, **options)
 
 
+@pytest.mark.slow
 def test_refine_writes_the_set_and_its_provenance_and_keeps_the_original(start, tmp_path):
     before, facts_before = start.read_bytes(), json.loads(start.with_suffix(".json").read_text())
     refined = run(start, tmp_path / "run", 4)
@@ -221,6 +222,7 @@ def test_a_set_that_only_became_displayable_names_no_method(start, tmp_path):
     assert (facts["method"], facts["refined_steps"]) == ("clamped to the range of pixels", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings, expected", [(DM, 1), (RANDOM_NETWORKS, 1), (WITH_POOL, 1), (MTT, 2)])
 def test_a_step_on_a_gpu_waits_for_it_once(start, tmp_path, gpu, second_gpu, settings, expected):
     """Trajectory matching waits a second time, as it moves no pixel before it knows that the student's rate is finite."""
@@ -237,6 +239,7 @@ def test_a_step_on_a_gpu_waits_for_it_once(start, tmp_path, gpu, second_gpu, set
     assert [sum(each.values()) for each in waits[6:]] == [expected] * 6, waits[6:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [WITH_POOL, MTT])
 def test_a_state_from_a_gpu_resumes_on_the_cpu_and_on_another_gpu(start, tmp_path, gpu, second_gpu, settings):
     for steps, device in ((4, "cuda"), (6, "cpu"), (8, second_gpu)):
@@ -295,6 +298,7 @@ def test_a_state_that_does_not_name_the_precision_of_its_validations_resumes_wit
     assert len(state["validations"]) == 4 and len({str(each) for each in state["validations"]}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ipc", [1, 5])
 def test_sets_of_one_and_of_all_images_per_class_are_refined_through_a_pool(colors, tmp_path, ipc):
     path = generate(colors, ipc, FromReal("first"), tmp_path / "colors.pt").tensor

@@ -63,6 +63,7 @@ def same(first, second):
     return without_time[0] == without_time[1]
 
 
+@pytest.mark.slow
 def test_evaluation_trains_fresh_networks_and_tests_them():
     reports = []
     outcome = evaluated(epochs_setting=12, rounds=3, progress=reports.append)
@@ -398,6 +399,7 @@ def test_an_evaluation_begun_on_another_device_is_kept_and_named(compute_with, t
     assert reports[0].done == 3 and "was begun" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [
     EnginePlan(), EnginePlan("cuda_graph", channels_last=True), EnginePlan("cuda_graph", chunk=6),
 ], ids=str)  # fmt: skip
@@ -411,6 +413,7 @@ def test_an_evaluation_on_a_second_gpu_is_stopped_and_continued_with_any_engine(
         assert curve == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "cuda_graph"])
 def test_an_epoch_of_an_evaluation_waits_once_for_each_round(gpu, second_gpu, compute_with, kind):
     compute_with(EnginePlan(kind))

@@ -48,6 +48,7 @@ def test_a_given_name_is_recorded(folder, settings):
     assert read(settings.results).results[0].name == "mine, 60 steps"
 
 
+@pytest.mark.slow
 def test_a_given_name_that_another_set_has_is_noted(folder, settings):
     path, events = folder / "glyphs.pt", []
     named = with_(settings, name="mine")

@@ -31,6 +31,7 @@ def decoded(files):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [CIFAR100, TINYIMAGENET], ids=lambda spec: spec.name)
 def test_noise_with_reversed_labels_is_not_official(spec):
     pixels, labels = noise(spec)

@@ -159,6 +159,7 @@ def test_compiling_is_tried_once_for_a_long_training_and_remembered(gpu, own_cac
     assert choose_plan(on_gpu(), "float32", 8, images_left=2001).kind == "compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "gcc"), RuntimeError("no backend"), ImportError("triton")])
 def test_where_compiling_fails_the_best_of_the_others_is_chosen(gpu, own_cache, monkeypatch, error):
     def no_compiler(function, **options):

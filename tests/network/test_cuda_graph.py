@@ -89,6 +89,7 @@ def losses_of(run, epochs):
     return [loss for _ in range(epochs) for loss in run.epoch()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_training_goes_as_with_the_plain_engine_and_can_be_continued(tolerance, plan):
     wanted = losses_of(started(EnginePlan()), 6)

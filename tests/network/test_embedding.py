@@ -14,6 +14,7 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, n", [(16, 5), (32, 7), (48, 3), (24, 2)])
 def test_values_and_gradients_are_autograds(size, n):
     network = build_network("convnet", 10, size, seed=0)
@@ -37,6 +38,7 @@ def test_values_and_gradients_are_autograds(size, n):
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
 @pytest.mark.parametrize("size, n", [(16, 5), (24, 2), (32, 7), (64, 3)])
 def test_in_bfloat16_values_and_gradients_stay_within_its_bounds(size, n, precision):

@@ -23,6 +23,7 @@ def small_set(n=12, classes=4, size=16):
     return torch.randn(n, 3, size, size, generator=seeded()), torch.arange(n) % classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar100", "tinyimagenet_20_classes"])
 def test_a_short_run_agrees_with_the_official_code(convnet_golden, name):
     golden = convnet_golden(name)
@@ -44,6 +45,7 @@ def test_a_short_run_agrees_with_the_official_code(convnet_golden, name):
     torch.testing.assert_close(logits, golden["run.final_logits"], atol=0.05, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar100", "tinyimagenet_20_classes"])
 @pytest.mark.parametrize("plan", [EnginePlan("plain", chunk=4), EnginePlan("winograd", chunk=2, workers=2)], ids=str)
 def test_a_short_run_of_any_engine_stays_with_the_official_code(convnet_golden, name, plan):
@@ -139,6 +141,7 @@ def test_the_last_short_batch_is_kept():
     assert len(losses) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_network_can_be_trained(name):
     images, labels = small_set(4, size=32)

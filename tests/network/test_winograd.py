@@ -95,6 +95,7 @@ def instructions(request, monkeypatch):
     monkeypatch.setattr(winograd, "load", lambda precision="float32": load(precision, request.param == "portable"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["torch", "own"])
 @pytest.mark.parametrize("size, n", [(16, 5), (32, 7), (48, 2), (64, 3)])
 def test_bfloat16_without_relus_is_as_near_as_its_rounding(size, n, products, instructions):

@@ -103,6 +103,7 @@ def test_an_output_that_cannot_be_written_is_one_message(tmp_path, folder):
         pack(folder, tmp_path / "file" / "s.zip")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_old_zip(tmp_path, folder):
     out = pack(folder, tmp_path / "submission.zip")
     before = out.read_bytes()
@@ -119,6 +120,7 @@ def test_a_full_disk_keeps_the_old_zip(tmp_path, folder):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["submission", "submission.zip"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_keeps_a_whole_zip(tmp_path, folder):
     """Packs over and over in a process that is killed at different moments; the zip is always whole."""
     out = pack(folder, tmp_path / "submission.zip")

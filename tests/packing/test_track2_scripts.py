@@ -241,6 +241,7 @@ def test_no_gpu_where_one_is_asked_for(entry, tmp_path):
     assert not (tmp_path / "images.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, status, said", [
     (["--time-budget", "0"], 2, "--time-budget cannot be 0"),
     (["--time-budget", "60", "--dataset", "colours"], 2, "Did you mean 'colors'?"),

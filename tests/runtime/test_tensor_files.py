@@ -49,6 +49,7 @@ def test_file_without_tensors_is_unloadable(tmp_path, content):
         load_restricted(tmp_path / "none.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "saving"),
     [

@@ -97,6 +97,7 @@ def test_images_of_another_size_are_resized_for_training_and_sampled_at_their_ow
     assert sampled(model).shape == (6, 3, 40, 40)
 
 
+@pytest.mark.slow
 def test_fine_tuning_our_generator_resumes_bit_for_bit(data, tuning, own, tmp_path):
     train(data, TrainingRequest(tuning(own, steps=6), tmp_path / "straight"))
     train(data, TrainingRequest(tuning(own, steps=2), tmp_path / "resumed"))

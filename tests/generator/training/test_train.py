@@ -77,6 +77,7 @@ def in_a_process(here, data, config, folder, before="", *, launcher=()):
 
 
 class TestResuming:
+    @pytest.mark.slow
     def test_resumed_training_equals_one_never_stopped_bit_for_bit(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
         train(data, TrainingRequest(with_steps(config, 2), tmp_path / "resumed"))
@@ -95,6 +96,7 @@ class TestResuming:
         ours, theirs = (records(tmp_path / name)[-1]["loss"] for name in ("straight", "full"))
         assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)
 
+    @pytest.mark.slow
     def test_resumed_training_on_two_cores_equals_one_never_stopped(self, data, config, tmp_path):
         torch.set_num_threads(2)  # put back by the fixture that set one
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
