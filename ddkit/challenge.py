@@ -70,6 +70,7 @@ GLYPHS = DatasetSpec("glyphs", 10, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 DATASETS = {spec.name: spec for spec in (CIFAR100, TINYIMAGENET, GLYPHS)}
 CHALLENGE_DATASETS = tuple(spec for spec in DATASETS.values() if spec.in_challenge)
 TEST_IMAGES = 10_000  # of each of them
+TRAIN_IMAGES_PER_CLASS = 500  # of each of them
 
 TRACKS = {
     1: Track(1, "fixed IPC = 10", epochs_setting=1000, rounds=3, ipc=10, time_budget_seconds=None),

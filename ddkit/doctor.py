@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ddkit.challenge import CHALLENGE_DATASETS
+from ddkit.challenge import CHALLENGE_DATASETS, TRAIN_IMAGES_PER_CLASS
 from ddkit.data.store import list_prepared, store_facts
 from ddkit.errors import DDKitError
 from ddkit.network.autotune import choose_plan, has_bfloat16
@@ -39,7 +39,7 @@ _LEAST_MEMORY, _LEAST_DISK = 4 * 2**30, 5 * 2**30
 class Diagnosis:
     """One line of the report.
 
-    status: "ok", "slow" (it works, and something would make it faster) or "broken" (a command will fail).
+    status: "ok", "slow" (it works, and something would make it faster or better) or "broken" (a command will fail).
     what: the part of the machine. finding: what is there. remedy: what to do about it, empty if nothing.
     """
 
@@ -165,12 +165,20 @@ def _folders(folder: Path) -> Iterator[Diagnosis]:
         yield Diagnosis(status, what, f"{path}, {permission}, {free / 2**30:.0f} GiB free", remedy)
 
 
-def _datasets(folder: Path) -> Iterator[Diagnosis]:
+def examine_datasets() -> Iterator[Diagnosis]:
+    """A line for each dataset of the challenge and for each other one that is prepared."""
     prepared = list_prepared()
     for name in dict.fromkeys([spec.name for spec in CHALLENGE_DATASETS] + list(prepared)):
         if name in prepared:
-            counts = ", ".join(f"{split.images:,} {key} images" for key, split in store_facts(name).splits.items())
-            yield Diagnosis("ok", f"dataset {name}", counts)
+            facts = store_facts(name)
+            counts = ", ".join(f"{split.images:,} {key} images" for key, split in facts.splits.items())
+            complete = TRAIN_IMAGES_PER_CLASS * facts.spec.num_classes
+            if facts.spec.in_challenge and "train" in facts.splits and facts.splits["train"].images < complete:
+                counts += f"; the complete dataset has {complete:,} train images"
+                remedy = f"Sets get better with all of them: ddkit data prepare {name} --from PATH --force"
+                yield Diagnosis("slow", f"dataset {name}", counts, remedy)
+            else:
+                yield Diagnosis("ok", f"dataset {name}", counts)
         else:
             command = f"ddkit data prepare {name}"
             yield Diagnosis("slow", f"dataset {name}", "not prepared yet", f"{command}, or the next command prepares it.")
@@ -184,7 +192,7 @@ _PARTS: dict[str, Callable[[Path], Iterator[Diagnosis]]] = {
     "evaluation engine": _engine,
     "memory": _memory,
     "folders": _folders,
-    "datasets": _datasets,
+    "datasets": lambda folder: examine_datasets(),
 }
 
 

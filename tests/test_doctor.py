@@ -4,8 +4,11 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
-from ddkit.doctor import diagnose
+from ddkit.data.class_names import CLASS_NAMES
+from ddkit.data.prepare import prepare
+from ddkit.doctor import diagnose, examine_datasets
 from ddkit.runtime.openmp import available_cpus
 
 PARTS = {"Python", "libraries", "processor", "threads", "compiler", "evaluation engine", "memory", "this folder", "cache"}
@@ -34,9 +37,8 @@ def test_diagnose_without_a_compiler_says_what_to_install(monkeypatch, tmp_path)
     assert line.status == "slow" and "no-such-compiler" in line.finding and "g++" in line.remedy
 
 
-@pytest.mark.slow
-def test_diagnose_lists_prepared_datasets_with_their_counts(letters, tmp_path):
-    (line,) = (line for line in diagnose(tmp_path) if line.what == "dataset glyphs")
+def test_prepared_datasets_are_listed_with_their_counts(letters):
+    (line,) = (line for line in examine_datasets() if line.what == "dataset glyphs")
     assert line.status == "ok" and "5,000 train images" in line.finding
 
 
@@ -58,3 +60,15 @@ def test_diagnose_warns_of_unused_cpus(monkeypatch, tmp_path):
     finally:
         torch.set_num_threads(before)
     assert line.status == "slow" and "OMP_NUM_THREADS=1 leaves CPUs unused" in line.remedy
+
+
+def test_a_dataset_of_the_challenge_without_all_its_training_images_is_called_incomplete(tmp_path):
+    for split in ("train", "test"):
+        for index, name in enumerate(CLASS_NAMES["cifar100"]):
+            path = tmp_path / "pictures" / split / name / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (index, 0, split == "test")).save(path)
+    prepare("cifar100", tmp_path / "pictures")
+    (line,) = (line for line in examine_datasets() if line.what == "dataset cifar100")
+    assert line.status == "slow" and "100 train images" in line.finding and "50,000" in line.finding
+    assert line.remedy.endswith("ddkit data prepare cifar100 --from PATH --force")

@@ -101,7 +101,8 @@ def check_path(
         progress(Progress(f"checking {path.name}", done, len(files), "files"))
         read = read_tensor(file, spec, ipc=settings.ipc)
         findings += _findings_on(*read, spec, settings, file.name, progress)
-    progress(Progress(f"checking {path.name}", len(files), len(files), "files"))
+    if files:
+        progress(Progress(f"checking {path.name}", len(files), len(files), "files"))
     return report_of(findings)
 
 

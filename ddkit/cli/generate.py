@@ -116,6 +116,7 @@ def generate(
     classes with accelerate launch -m ddkit generate. Selection methods that compare images use a network that is
     trained on the real images once, in minutes on a CPU.
     """
+    from ddkit.data.store import dataset_spec
     from ddkit.distill import generate as making
     from ddkit.generator.model_folder import find_model
 
@@ -146,6 +147,7 @@ def generate(
         origin = f"with {making.source_name(folder)}: {sampled}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
+    dataset_spec(dataset)  # refuses an unknown name before anything is announced
     output.event(f"Making {ipc} image{'s' * (ipc > 1)} per class of {dataset} {origin}.")
     saved = making.generate(dataset, ipc, source, out, replace=replace, progress=output.progress)
     if not is_main():

@@ -143,7 +143,7 @@ def measure_refinement(
         state = RefinementState(
             Path(folder), dataclasses.asdict(tried), "", "", images, torch.zeros_like(images), images, images
         )
-        with Refinement(state, tried, holdout, device, lambda report: times.append(time.monotonic())) as refinement:
+        with Refinement(state, images, tried, holdout, device, lambda report: times.append(time.monotonic())) as refinement:
             refinement.validate(StopRequest())
             epoch = times[-2] - times[-3]
             test = max(0.0, times[-1] - times[-2] - epoch)

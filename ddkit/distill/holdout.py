@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.images import normalize
+from ddkit.data.images import denormalize, normalize, to_uint8
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.evaluation.reference import TestSet
@@ -73,7 +73,15 @@ class TrainHoldout:
         rows = self._rows[:: max(1, -(-len(self._rows) // count))]
         return normalize(self._dataset.images[rows], self.spec)
 
-    def held_out(self) -> TestSet:
-        """The images for validation. The test split is never used."""
+    def held_out(self, without: Tensor | None = None) -> TestSet:
+        """The images for validation. The test split is never used.
+
+        without: (N, 3, S, S) normalized, on the CPU. Held-out images that are among these are left out, as a network that
+        trains on a set knows the set's own images; unless no others are there.
+        """
         rows = self._held_out_rows
+        if without is not None:
+            known = {image.numpy().tobytes() for image in to_uint8(denormalize(without, self.spec))}
+            unknown = torch.tensor([image.numpy().tobytes() not in known for image in self._dataset.images[rows]])
+            rows = rows[unknown] if unknown.any() else rows
         return TestSet(self._dataset.images[rows], self._dataset.labels[rows], self.spec)

@@ -133,7 +133,8 @@ def refine(
                 "Name another file with --out, or delete it.",
             )
         try:
-            with Refinement(state, settings, holdout, chosen, progress) as refinement:
+            original = read_set(state.before.tensor, spec.name).images
+            with Refinement(state, original, settings, holdout, chosen, progress) as refinement:
                 refinement.run(limits, save_every_seconds)
         except (InterruptedRunError, ComputeError, BadFileError):
             if state.validations:
@@ -200,11 +201,15 @@ def memory_needed(spec: DatasetSpec, ipc: int, settings: RefineSettings, device:
 
 
 class Refinement:
-    """The loop over steps. A context manager, as a thread prepares the next step."""
+    """The loop over steps. A context manager, as a thread prepares the next step.
+
+    original: (N, 3, S, S) the set before its first step, whose real images do not count in validation.
+    """
 
     def __init__(
         self,
         state: RefinementState,
+        original: Tensor,
         settings: RefineSettings,
         holdout: TrainHoldout,
         device: torch.device,
@@ -233,7 +238,7 @@ class Refinement:
         count = max(1, _PIXELS_OF_SPECTRUM // self._spec.image_size**2)
         self._spectrum = Spectrum(holdout.sample(count), settings.spectrum).to(device) if settings.spectrum else None
         self._range = _displayable_range(self._spec).to(device)
-        self._held_out = holdout.held_out()
+        self._held_out = holdout.held_out(original)
         self._thread = ThreadPoolExecutor(1, "ddkit-next-step")
         self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,8 +126,11 @@ def plan_entry(
 
     recipe: what to make, for example from `ddkit.entering.plan.draft`. seconds: for everything; None for a recipe that has
     all lengths. Raises UsageError for too little time, for a folder with another entry, and for a recipe that was made
-    with other images than those that are prepared.
+    with other images than those that are prepared; BadFileError for a folder that cannot be made.
     """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BadFileError(f"{folder} cannot be made: you may not write to {there}.", "Choose another folder with --folder.")
     recipe.require_datasets()
     state = _begin_or_resume(recipe, folder, seconds, device, progress)
     return _Run(state, folder, device, lambda text: None).plan

@@ -30,6 +30,12 @@ def test_dry_run_prints_every_stage_and_writes_nothing(work):
     assert not list(work.iterdir())
 
 
+def test_dry_run_into_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(work):
+    (work / "file").write_text("")
+    done = ddkit(*PLANNED, "--folder", "file/entry")
+    assert done.exit_code == 3 and "file/entry cannot be made: you may not write to" in " ".join(done.output.split())
+
+
 @pytest.mark.slow
 def test_dry_run_on_track_2_trains_and_bundles(work):
     done = ddkit(*PLANNED, "--track", "2", "--time-budget", "5s", "--json", "--quiet")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.holdout import TrainHoldout
 
@@ -34,6 +35,14 @@ def test_every_real_image_comes_once_before_any_comes_again(real):
         for c in range(2):
             assert len(torch.cat([first[c], second[c]]).unique(dim=0)) == 4
     assert not torch.equal(torch.cat(batches[:2], 1), torch.cat(batches[2:], 1))
+
+
+def test_held_out_images_of_the_set_itself_do_not_count_in_validation(real):
+    ours, spec = holdout(real), dataset_spec("colors")
+    (first,), (second,) = (held_out.split(1) for held_out in (ours.held_out().images[:1], ours.held_out().images[1:]))
+    for known, left in ((first, [1]), (second, [0]), (torch.cat([first, second]), [0, 1])):
+        assert ours.held_out(without=normalize(known, spec)).labels.tolist() == left
+    assert ours.held_out(without=normalize(first, spec) + 0.1).labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("largest_tensor, kept_there", [(None, True), (7000, False)])
