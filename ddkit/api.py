@@ -109,7 +109,7 @@ def generate(
 
     from ddkit.distill.generate import FromModel, FromReal
     from ddkit.distill.generate import generate as generate_set
-    from ddkit.generator.model_folder import find_model
+    from ddkit.generator.model_facts import find_model
     from ddkit.generator.sampling import SamplingSettings
     from ddkit.sets.distilled import read_set
 

@@ -23,7 +23,8 @@ from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.store import class_titles
 from ddkit.errors import MissingDataError, UsageError
 from ddkit.generator.config import to_json
-from ddkit.generator.model_folder import FACTS_FILE, INDEX_FILE, PARTS, has_model, load_model, model_hash
+from ddkit.generator.model_facts import FACTS_FILE, INDEX_FILE, PARTS, has_model, model_hash
+from ddkit.generator.model_folder import load_model
 from ddkit.generator.training.run_folder import read_run_record
 from ddkit.history import find_recipe
 from ddkit.results import RESULTS_FILE, Result, read

@@ -145,7 +145,8 @@ def save_colors_model(colors) -> Callable[..., Path]:
     from ddkit.data.store import load_dataset, store_hash
     from ddkit.generator.autoencoder import build_autoencoder
     from ddkit.generator.config import AutoencoderConfig, DenoiserConfig
-    from ddkit.generator.model_folder import Model, ModelFacts, save_model
+    from ddkit.generator.model_facts import ModelFacts
+    from ddkit.generator.model_folder import Model, save_model
     from ddkit.generator.networks import build_denoiser
 
     def save(folder: Path, architecture: str = "uvit", prediction: str = "flow") -> Path:

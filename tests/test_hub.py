@@ -14,7 +14,8 @@ from PIL import Image
 import ddkit
 from ddkit.cli import main
 from ddkit.errors import HubError, InvalidSubmissionError, MissingDataError, MissingModelError, UsageError
-from ddkit.generator.model_folder import find_model, load_model
+from ddkit.generator.model_facts import find_model
+from ddkit.generator.model_folder import load_model
 from ddkit.generator.pretrained import load_generator
 from ddkit.results import Result, append
 from ddkit.runtime.files import sha256_of
@@ -148,7 +149,7 @@ class TestCards:
         assert b"ddkit enter --recipe recipe.toml" in uploaded["README.md"]
 
     def test_card_of_a_model_lists_the_scores_of_its_sets(self, hub, colors_model, tmp_path):
-        from ddkit.generator.model_folder import model_hash
+        from ddkit.generator.model_facts import model_hash
 
         made_by = {"model_sha256": model_hash(colors_model)}
         result = Result(name="ours", dataset="colors", track=1, sha256="s", source="x.pt", images=4, images_per_class=(2, 2),

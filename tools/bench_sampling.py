@@ -25,7 +25,8 @@ from torch import Tensor
 from ddkit.data.images import to_uint8
 from ddkit.generator.autoencoder import build_autoencoder, decode
 from ddkit.generator.config import SAMPLERS
-from ddkit.generator.model_folder import Model, ModelFacts, load_model
+from ddkit.generator.model_facts import ModelFacts
+from ddkit.generator.model_folder import Model, load_model
 from ddkit.generator.networks import build_denoiser, null_class, predict
 from ddkit.generator.presets import preset
 from ddkit.generator.samplers import make_scheduler, set_steps

@@ -17,7 +17,7 @@ from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, TRIALS_FOLDER
 from ddkit.cli._output import Output
 from ddkit.cli.pack import files_table
 from ddkit.errors import UsageError
-from ddkit.generator.model_folder import find_model
+from ddkit.generator.model_facts import find_model
 from ddkit.history import PackedRecords
 from ddkit.packing.bundle import BundleModel, BundleSettings, PackedBundle, pack_bundle, rounding_cost
 from ddkit.packing.proof import ProofSettings

@@ -118,7 +118,9 @@ def generate(
     """
     from ddkit.data.store import dataset_spec
     from ddkit.distill import generate as making
-    from ddkit.generator.model_folder import find_model
+    from ddkit.generator.model_facts import find_model
+    from ddkit.runtime.hub import source_name
+    from ddkit.sets.select import LABEL_METHODS
 
     given = {name: value for name, value in sampling.items() if value is not None}
     precision = given.get("precision", "auto")
@@ -128,7 +130,7 @@ def generate(
             raise UsageError(
                 "--candidates and --select apply to a model's images.", "--from-real METHOD chooses from all real ones."
             )
-        if from_real not in making.LABEL_METHODS:
+        if from_real not in LABEL_METHODS:
             given.pop("precision", None)  # applies to the features that are compared
         names = [*(["model"] if model else []), *("sampling_steps" if name == "steps" else name for name in given)]
         if unused := [f"--{name.replace('_', '-')}" for name in names]:
@@ -144,7 +146,7 @@ def generate(
         source = making.FromModel(folder, settings, device, candidates, how, precision)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
         sampled = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
-        origin = f"with {making.source_name(folder)}: {sampled}{chosen}"
+        origin = f"with {source_name(folder)}: {sampled}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
     dataset_spec(dataset)  # refuses an unknown name before anything is announced

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ddkit.challenge import TEST_IMAGES, DatasetSpec, track
+from ddkit.challenge import TEST_IMAGES, track
 from ddkit.data.images import normalize
-from ddkit.data.store import ImageSet, class_names, dataset_spec, is_prepared, store_facts
+from ddkit.data.store import ImageSet, dataset_spec, is_prepared, store_facts
 from ddkit.distill.estimate import RefineSpeed, expected_accuracy, measure_refinement
 from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.entering.recipe import IPC, Recipe, SetRecipe
@@ -21,14 +21,8 @@ from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet
-from ddkit.generator.autoencoder import build_autoencoder
-from ddkit.generator.config import GeneratorConfig, SamplingSettings, default_guidance
-from ddkit.generator.model_folder import Model, ModelFacts
-from ddkit.generator.networks import build_denoiser
+from ddkit.generator.config import GeneratorConfig
 from ddkit.generator.presets import preset
-from ddkit.generator.sampling import Sampler
-from ddkit.generator.training.estimate import estimate
-from ddkit.generator.training.plan import preset_for
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.records import read_record
@@ -42,7 +36,6 @@ _VAL_EPOCHS = (200, 100, 40, 20, 10)
 _EVALUATIONS = {1: ((1000, 3), (1000, 1), (200, 1), (50, 1)), 2: ((100, 3), (100, 1), (20, 1), (5, 1))}  # E, rounds
 _QUANTA = 40  # parts in which the time is given to the datasets
 _REAL_PER_CLASS = 40  # made-up images to measure with
-_SAMPLED = 64
 # Assumptions where a measurement would take longer than the stage.
 _SECONDS_OF_PREPARING, _SECONDS_OF_DRAWING = 60.0, 5.0
 _SECONDS_PER_ROW, _SECONDS_OF_START, _SECONDS_OF_REPORT = 0.006, 2.0, 5.0
@@ -120,6 +113,8 @@ def draft(
     def draft_set(name: str) -> SetRecipe:
         if track == 1:
             return SetRecipe(name, refine=refining)
+        from ddkit.generator.training.plan import preset_for  # imports diffusers, which takes seconds
+
         spec = dataset_spec(name)
         return SetRecipe(name, preset=preset_for(spec.image_size, spec.num_classes, device)[0])
 
@@ -378,27 +373,11 @@ def _measure(each: SetRecipe, device: torch.device) -> Speeds:
     speeds = Speeds(speed, evaluation.seconds_per_epoch, per_test_image)
     if not each.preset:
         return speeds
+    from ddkit.entering.training import sampling_speed, training_speeds
+
     config = training_config(each)
-    stages = estimate(config, spec.image_size, spec.num_classes, device, seconds=1.0).stages
-    training = tuple(stage.images_per_second or 1.0 for stage in stages)
-    return dataclasses.replace(speeds, training=training, sampled=_sampling_speed(config, spec, device))
-
-
-def _sampling_speed(config: GeneratorConfig, spec: DatasetSpec, device: torch.device) -> float:
-    """Images a second of an untrained generator, which samples as fast as a trained one."""
-    shape = config.autoencoder.latent_shape(spec.image_size)
-    names = tuple(class_names(spec.name)) if is_prepared(spec.name) else tuple(map(str, range(spec.num_classes)))
-    facts = ModelFacts(spec.name, names, spec.image_size, config.objective.prediction, "", 0, 0, "", label_dropout=0.1)
-    model = Model(
-        build_denoiser(config.denoiser, shape, spec.num_classes, seed=0).eval(),
-        build_autoencoder(config.autoencoder, spec.image_size, seed=0).eval(),
-        facts,
-    )
-    sampler = Sampler(model, SamplingSettings(guidance=default_guidance(IPC), batch_size=_SAMPLED), device)
-    labels = torch.arange(_SAMPLED) % spec.num_classes
-    began = time.monotonic()
-    made = sum(len(images) for images in sampler.images(labels, torch.arange(_SAMPLED)))
-    return made / (time.monotonic() - began)
+    training = training_speeds(config, spec, device)
+    return dataclasses.replace(speeds, training=training, sampled=sampling_speed(config, spec, device))
 
 
 def _minutes(seconds: float) -> str:

@@ -25,14 +25,10 @@ from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
 from ddkit.evaluation.tracks import hash_of_folder
 from ddkit.generator.config import SamplingSettings, default_guidance
-from ddkit.generator.model_folder import FACTS_FILE, has_model, model_hash, read_facts
-from ddkit.generator.training.plan import plan_training, require_memory
+from ddkit.generator.model_facts import FACTS_FILE, has_model, model_hash, read_facts
 from ddkit.generator.training.records import read_records
 from ddkit.generator.training.run_folder import METRICS_FILE
-from ddkit.generator.training.stages import AutoencoderStage
-from ddkit.generator.training.train import TrainingData, train
 from ddkit.history import PackedRecords, packed_file
-from ddkit.packing.bundle import BundleModel, open_generators, pack_bundle
 from ddkit.packing.pack import pack
 from ddkit.packing.proof import ProofSettings
 from ddkit.reporting.report import Leaderboard, report
@@ -198,22 +194,11 @@ class Workplace:
             stages = {record["stage"]: record.get("seconds", 0.0) for record in records if "seconds" in record}
             seconds = self._limit(f"train {name}", sum(stages.values()))
             each = dataclasses.replace(each, compile=seconds >= _COMPILED_SECONDS and each.compile is not False)
-        data = TrainingData.open(name, progress=progress)
-        settings = {
-            "seed": self.recipe.seed,
-            "steps": each.train_steps,
-            "compile": each.compile,
-            "autoencoder_optimizer.steps": each.autoencoder_steps,
-        }
-        request = plan_training(
-            data, settings, preset_name=each.preset, folder=folder, seconds=seconds, device=self._device, save_every_seconds=60
-        )
-        require_memory(data, request)
-        model = train(data, request, progress=progress)
-        steps = [r["step"] for r in read_records(folder / METRICS_FILE) if r["stage"] == AutoencoderStage.name]
-        self.recipe = self.recipe.with_set(
-            dataclasses.replace(each, train_steps=model.facts.steps, autoencoder_steps=max(steps, default=None))
-        )
+        from ddkit.entering.training import train_generator
+
+        steps, autoencoder_steps = train_generator(each, self.recipe.seed, folder, seconds, self._device, progress)
+        changed = dataclasses.replace(each, train_steps=steps, autoencoder_steps=autoencoder_steps)
+        self.recipe = self.recipe.with_set(changed)
 
     def _started_from(self, name: str) -> Path:
         """The set that is refined."""
@@ -292,12 +277,16 @@ class Workplace:
         evaluate_files(files, settings, progress=progress, on_event=self._on_event)
 
     def _is_generator_evaluated(self, name: str) -> bool:
+        from ddkit.packing.bundle import open_generators  # imports diffusers, which takes seconds
+
         if not (self._is_bundled() and self.zip_file.exists()):
             return False
         with open_generators([self.zip_file], name) as (files,):
             return self._is_recorded(name, hash_of_folder(files.folder))
 
     def _evaluate_generator(self, name: str, progress: Listener) -> None:
+        from ddkit.packing.bundle import open_generators  # imports diffusers, which takes seconds
+
         with open_generators([self.zip_file], name) as generators:
             self._evaluate(list(generators), name, progress)
 
@@ -308,6 +297,8 @@ class Workplace:
         return all(self.zip_file.stat().st_mtime > path.stat().st_mtime for path in models)
 
     def _bundle(self, progress: Listener) -> None:
+        from ddkit.packing.bundle import BundleModel, pack_bundle  # imports diffusers, which takes seconds
+
         budget = self._evaluation_settings().budget or 0.0
         models = [BundleModel(name, self._run(name)) for name in self.recipe.datasets]
         pack_bundle(models, self.zip_file, proof=ProofSettings(min(ProofSettings().budget, budget)), progress=progress)

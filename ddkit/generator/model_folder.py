@@ -10,10 +10,8 @@ subfolder="transformer")`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +22,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ddkit import __version__
 from ddkit.errors import BadFileError, MissingModelError, UsageError
+from ddkit.generator.model_facts import DENOISER_PART, FACTS_FILE, INDEX_FILE, WEIGHTS_FILE, ModelFacts, read_facts
 from ddkit.generator.networks import null_class
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.uvit import UViT
-from ddkit.runtime.files import atomic_folder, read_json, sha256_of, write_json
-from ddkit.runtime.hub import download, is_hub_id
-from ddkit.runtime.records import read_record
-
-FACTS_FILE = "ddkit.json"
-INDEX_FILE = "model_index.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-FORMAT_VERSION = 1
-
-DENOISER_PART = "transformer"
-PARTS = ("vae", DENOISER_PART, "scheduler")
+from ddkit.runtime.files import atomic_folder, read_json, write_json
 
 _DENOISERS: Mapping[str, type[ModelMixin]] = {kind.__name__: kind for kind in (UViT, DiTTransformer2DModel)}
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The facts about a model, as ddkit.json holds them.
-
-    prediction: what the denoiser predicts, as in ObjectiveConfig. steps: steps of denoiser training.
-    dataset_sha256: hash of the prepared training split. metrics: scores of the model by name.
-    label_dropout: as in ObjectiveConfig; None when an earlier version wrote the file.
-    """
-
-    dataset: str
-    class_names: tuple[str, ...]
-    image_size: int
-    prediction: str
-    preset: str
-    steps: int
-    images_seen: int
-    dataset_sha256: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    label_dropout: float | None = None
-    ddkit_version: str = __version__
-    format: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -134,59 +99,9 @@ def load_model(folder: Path, *, dataset: str | None = None) -> Model:
     return Model(denoiser.eval(), autoencoder.eval(), facts)
 
 
-def find_model(source: str | os.PathLike[str]) -> Path:
-    """The folder of a model: `source` itself, or where the hub's generator of that id is downloaded to.
-
-    Raises MissingModelError when it cannot be downloaded or the hub holds something else under that id.
-    """
-    folder, hub_id = Path(source).expanduser(), os.fspath(source)
-    if folder.is_dir() or not is_hub_id(hub_id):
-        return folder
-    # The facts come first: nobody should wait for the weights of something else.
-    if not has_model(download(hub_id, "model", [FACTS_FILE])):
-        raise MissingModelError(
-            f"'{hub_id}' on the hub is not a generator of ddkit: it has no {FACTS_FILE}.",
-            f"Give the id of one that `ddkit push` uploaded, or start from another: ddkit train --init {hub_id}",
-        )
-    parts = [f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors")]
-    return download(hub_id, "model", [FACTS_FILE, INDEX_FILE, *parts])
-
-
 def load_autoencoder(folder: Path) -> AutoencoderKL:
     """Read an autoencoder's folder onto the CPU. Raises what `load_model` raises."""
     return _load_part(folder, {"AutoencoderKL": AutoencoderKL})
-
-
-def has_model(folder: Path) -> bool:
-    """Return whether a folder holds a complete model: ddkit.json is written last."""
-    return (folder / FACTS_FILE).is_file()
-
-
-def read_facts(folder: Path, *, dataset: str | None = None) -> ModelFacts:
-    """Read a model folder's ddkit.json. dataset: its name, if known, for the advice in an error.
-
-    Raises MissingModelError when there is none, BadFileError when it is not ours.
-    """
-    path = folder / FACTS_FILE
-    if not path.is_file():
-        reason = f"{FACTS_FILE} is missing" if folder.is_dir() else "there is no such folder"
-        raise MissingModelError(
-            f"{folder} does not hold a complete model: {reason}.",
-            f"Train one, or continue its training: ddkit train --dataset {dataset or 'NAME'}",
-        )
-    value = read_json(path)
-    if not isinstance(value, dict) or value.get("format") != FORMAT_VERSION:
-        raise BadFileError(f"{path} was not written by this version of ddkit.", "Train the model again.")
-    try:
-        return read_record(ModelFacts, value)
-    except BadFileError as error:
-        raise BadFileError(f"{path} is not complete: {error}.", "Train the model again.") from error
-
-
-def model_hash(folder: Path) -> str:
-    """Hexadecimal SHA-256 over the hashes of both networks' weights, which identifies this model."""
-    parts = [folder / part / WEIGHTS_FILE for part in ("vae", DENOISER_PART)]
-    return hashlib.sha256("".join(sha256_of(path) for path in parts if path.is_file()).encode()).hexdigest()
 
 
 def _save_part(part: Any, folder: Path) -> None:

@@ -13,7 +13,8 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from ddkit.errors import MissingModelError, UsageError
-from ddkit.generator.model_folder import WEIGHTS_FILE, Model
+from ddkit.generator.model_facts import WEIGHTS_FILE
+from ddkit.generator.model_folder import Model
 from ddkit.generator.training.latents import LATENTS_FILE, latents_identity, read_latents
 from ddkit.generator.training.run_folder import CHECKPOINTS
 from ddkit.runtime.files import sha256_of

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ddkit.errors import BadFileError, MissingModelError, UsageError, did_you_mean
 from ddkit.generator.autoencoder import pixel_patch
 from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
-from ddkit.generator.model_folder import FACTS_FILE, INDEX_FILE, load_model
+from ddkit.generator.model_facts import FACTS_FILE, INDEX_FILE
+from ddkit.generator.model_folder import load_model
 from ddkit.generator.networks import class_setting, disable_label_dropout, null_class
 from ddkit.runtime.files import read_json
 from ddkit.runtime.hub import HUB_ERRORS, download, is_hub_id, reason_of

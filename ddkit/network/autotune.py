@@ -96,6 +96,8 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_l
 def _fastest(network: ConvNet, precision: str, batch_size: int) -> tuple[str, _Measured]:
     """The fastest plan that compiles nothing for a GPU, and by which key it is remembered."""
     weights = next(network.parameters())
+    if weights.device.type == "cpu":  # larger batches are computed in the same chunks, so that they need no measuring
+        batch_size = min(batch_size, torch.get_num_threads() * _chunk(_CHUNKS[-1], network))
     key = (
         f"{describe_device(weights.device)}, torch {torch.__version__}, {network.image_size} pixels, "
         f"batches of {batch_size}, {precision}, {str(weights.dtype).removeprefix('torch.')}, engines of {_ENGINES}"
@@ -107,14 +109,14 @@ def candidates(network: ConvNet, precision: str, batch_size: int) -> list[Engine
     """The plans worth trying for the official network on its device; on a GPU, those that compile nothing."""
     device = next(network.parameters()).device.type
     if device == "cuda":
-        chunk = max(1, _CHUNK_IN_GPU_CACHE * 32**2 // network.image_size**2)
+        chunk = _chunk(_CHUNK_IN_GPU_CACHE, network)
         kinds = [("plain", 0), ("cuda_graph", 0), *([("cuda_graph", chunk)] if chunk < batch_size else [])]
         return [EnginePlan(kind, precision, of, channels_last=last) for kind, of in kinds for last in (False, True)]
     if device != "cpu":
         return [EnginePlan("plain", precision)]
     workers = torch.get_num_threads()
     most = -(-batch_size // workers)
-    chunks = sorted({min(most, max(1, chunk * 32**2 // network.image_size**2)) for chunk in _CHUNKS})
+    chunks = sorted({min(most, _chunk(chunk, network)) for chunk in _CHUNKS})
     plain = EnginePlan("plain", precision, chunks[-1])
     plans = [plain] if precision == "float32" or has_bfloat16() or not winograd.fits(network) else []
     if winograd.fits(network):
@@ -122,6 +124,11 @@ def candidates(network: ConvNet, precision: str, batch_size: int) -> list[Engine
         products = ("torch", "own") if precision == "float32" or has_bfloat16() else ("own",)
         plans += [EnginePlan("winograd", precision, chunk, workers, each) for each in products for chunk in chunks]
     return plans
+
+
+def _chunk(of_32_pixels: int, network: ConvNet) -> int:
+    """Images of the network's size with as many pixels as so many of 32 pixels have; at least one."""
+    return max(1, of_32_pixels * 32**2 // network.image_size**2)
 
 
 def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: int) -> _Measured:

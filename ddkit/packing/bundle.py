@@ -22,7 +22,8 @@ from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
 from ddkit.generator.config import SamplingSettings, default_guidance
-from ddkit.generator.model_folder import DENOISER_PART, WEIGHTS_FILE, ModelFacts, load_model
+from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts
+from ddkit.generator.model_folder import load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
 from ddkit.metrics.features import reference_features

@@ -22,7 +22,7 @@ from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.timed_script import ScriptEntry
-from ddkit.generator.model_folder import model_hash, read_facts
+from ddkit.generator.model_facts import model_hash, read_facts
 from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder, require_share
 from ddkit.results import Scores
 from ddkit.runtime.device import describe_device, resolve_device

@@ -44,7 +44,7 @@ def test_practice_is_packed_and_not_for_upload(letters, work):
 
 
 def test_pack_tuned_takes_the_best_settings_of_the_search(colors, colors_model, work):
-    from ddkit.generator.model_folder import model_hash
+    from ddkit.generator.model_facts import model_hash
     from ddkit.packing.tune import _append
 
     words = ("--track", 2, "--model", f"{colors}={colors_model}", "--no-proof", "--tuned")

@@ -6,7 +6,8 @@ import torch
 from ddkit.data.store import load_dataset, store_hash
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import AutoencoderConfig, DenoiserConfig
-from ddkit.generator.model_folder import Model, ModelFacts, save_model
+from ddkit.generator.model_facts import ModelFacts
+from ddkit.generator.model_folder import Model, save_model
 from ddkit.generator.networks import build_denoiser
 
 

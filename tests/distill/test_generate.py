@@ -12,7 +12,8 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_hash
 from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.errors import BadFileError, MissingModelError, UsageError
-from ddkit.generator.model_folder import load_model, model_hash, save_model
+from ddkit.generator.model_facts import model_hash
+from ddkit.generator.model_folder import load_model, save_model
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.metrics.features import reference_features
 from ddkit.sets.distilled import read_set

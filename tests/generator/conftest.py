@@ -8,7 +8,8 @@ import torch
 from ddkit.data.store import ImageSet
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import AutoencoderConfig, DenoiserConfig, GeneratorConfig, OptimizerConfig
-from ddkit.generator.model_folder import Model, ModelFacts
+from ddkit.generator.model_facts import ModelFacts
+from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.training.train import TrainingData
 

@@ -11,13 +11,8 @@ from safetensors.torch import load_file, save_file
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import AutoencoderConfig
-from ddkit.generator.model_folder import (
-    load_model,
-    model_hash,
-    read_facts,
-    save_autoencoder,
-    save_model,
-)
+from ddkit.generator.model_facts import model_hash, read_facts
+from ddkit.generator.model_folder import load_model, save_autoencoder, save_model
 from ddkit.generator.uvit import UViT
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
-from ddkit.generator.model_folder import model_hash
+from ddkit.generator.model_facts import model_hash
 from ddkit.packing.bundle import BundleModel
 from ddkit.packing.tune import (
     Candidate,

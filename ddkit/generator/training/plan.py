@@ -11,7 +11,8 @@ import torch
 
 from ddkit.errors import ComputeError, MissingModelError, UsageError
 from ddkit.generator.config import GeneratorConfig, override
-from ddkit.generator.model_folder import Model, has_model
+from ddkit.generator.model_facts import has_model
+from ddkit.generator.model_folder import Model
 from ddkit.generator.presets import DEFAULT_PRESET, GPU_PRESETS, MINIMAX_PRESET, preset
 from ddkit.generator.pretrained import Start, start_from
 from ddkit.generator.training.estimate import Estimate, check_memory, estimate, shortage

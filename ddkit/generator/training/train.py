@@ -21,17 +21,8 @@ from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import GeneratorConfig
 from ddkit.generator.difffit import plain_copy
-from ddkit.generator.model_folder import (
-    WEIGHTS_FILE,
-    Model,
-    ModelFacts,
-    has_model,
-    load_autoencoder,
-    load_model,
-    read_facts,
-    save_autoencoder,
-    save_model,
-)
+from ddkit.generator.model_facts import WEIGHTS_FILE, ModelFacts, has_model, read_facts
+from ddkit.generator.model_folder import Model, load_autoencoder, load_model, save_autoencoder, save_model
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.pretrained import Pretrained, Start, load_pretrained_autoencoder, start_from
 from ddkit.generator.training.checkpoints import list_checkpoints

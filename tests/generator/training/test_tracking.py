@@ -7,7 +7,7 @@ from PIL import Image
 
 from ddkit.data.store import load_dataset
 from ddkit.errors import UsageError
-from ddkit.generator.model_folder import read_facts
+from ddkit.generator.model_facts import read_facts
 from ddkit.generator.sampling import SamplingSettings
 from ddkit.generator.training.records import draw_chart, read_records
 from ddkit.generator.training.tracking import SCORE_PRECISIONS, track_frechet, track_frechet_in

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
-from ddkit.generator.model_folder import load_model, read_facts, save_autoencoder
+from ddkit.generator.model_facts import read_facts
+from ddkit.generator.model_folder import load_model, save_autoencoder
 from ddkit.generator.training import train as training
 from ddkit.generator.training.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.training.run_folder import read_run_record

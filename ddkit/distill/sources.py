@@ -1,0 +1,70 @@
+"""What a distilled set can be made of, and what making it from either has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.data.images import normalize
+from ddkit.data.store import ImageSet, class_titles, dataset_spec
+from ddkit.generator.config import SamplingSettings
+from ddkit.metrics.features import FeatureSettings, reference_features
+from ddkit.runtime.environment import versions
+from ddkit.runtime.progress import Listener
+from ddkit.sets.distilled import SetFiles, save_set
+from ddkit.sets.select import DEFAULT_METHOD, ImageFeatures, check_method
+
+Extract = Callable[[Tensor, Tensor], ImageFeatures]  # images (n, 3, S, S) uint8 and labels (n,) -> their features
+
+
+@dataclass(frozen=True)
+class FromModel:
+    """Images of a trained generator.
+
+    folder: the model's. device: a name for `resolve_device`. candidates: images of each class to choose from; None
+    takes the samples as they come. select: the selection method, one of `ddkit.sets.select`. select_precision: in which
+    it computes features, "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster.
+    """
+
+    folder: Path
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    device: str = "cpu"
+    candidates: int | None = None
+    select: str = DEFAULT_METHOD
+    select_precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_method(self.select)
+
+
+@dataclass(frozen=True)
+class FromReal:
+    """Real training images. select: the selection method, one of `ddkit.sets.select`. device, select_precision: where and
+    in which precision it computes features, as FromModel takes them."""
+
+    select: str = "random"
+    seed: int = 0
+    device: str = "cpu"
+    select_precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_method(self.select)
+
+
+def feature_extractor(
+    real: ImageSet, dataset: str, settings: FeatureSettings, device: torch.device, progress: Listener
+) -> Extract:
+    """The features and confidences of a network that is trained on the real images."""
+    features = reference_features(real, dataset_spec(dataset), settings, device=device, progress=progress)
+    return lambda images, labels: ImageFeatures(*features.with_confidence(images, labels))
+
+
+def save(dataset: str, out: Path, images: Tensor, provenance: dict[str, Any]) -> SetFiles:
+    """Write a set of 8-bit images, with its JSON and its contact sheet."""
+    spec = dataset_spec(dataset)
+    return save_set(out, normalize(images, spec), spec, class_titles(dataset), {**provenance, "versions": versions()})

@@ -1,0 +1,74 @@
+"""The generator of an entry: how fast it trains and samples, and its training. This imports diffusers, which takes seconds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ddkit.challenge import DatasetSpec
+from ddkit.data.store import class_names, is_prepared
+from ddkit.entering.recipe import IPC, SetRecipe
+from ddkit.generator.autoencoder import build_autoencoder
+from ddkit.generator.config import GeneratorConfig, SamplingSettings, default_guidance
+from ddkit.generator.model_facts import ModelFacts
+from ddkit.generator.model_folder import Model
+from ddkit.generator.networks import build_denoiser
+from ddkit.generator.sampling import Sampler
+from ddkit.generator.training.estimate import estimate
+from ddkit.generator.training.plan import plan_training, require_memory
+from ddkit.generator.training.records import read_records
+from ddkit.generator.training.run_folder import METRICS_FILE
+from ddkit.generator.training.stages import AutoencoderStage
+from ddkit.generator.training.train import TrainingData, train
+from ddkit.runtime.progress import Listener
+
+_SAMPLED = 64
+
+
+def training_speeds(config: GeneratorConfig, spec: DatasetSpec, device: torch.device) -> tuple[float, ...]:
+    """Images a second of each stage of a training, in order."""
+    stages = estimate(config, spec.image_size, spec.num_classes, device, seconds=1.0).stages
+    return tuple(stage.images_per_second or 1.0 for stage in stages)
+
+
+def sampling_speed(config: GeneratorConfig, spec: DatasetSpec, device: torch.device) -> float:
+    """Images a second of an untrained generator, which samples as fast as a trained one."""
+    shape = config.autoencoder.latent_shape(spec.image_size)
+    names = tuple(class_names(spec.name)) if is_prepared(spec.name) else tuple(map(str, range(spec.num_classes)))
+    facts = ModelFacts(spec.name, names, spec.image_size, config.objective.prediction, "", 0, 0, "", label_dropout=0.1)
+    model = Model(
+        build_denoiser(config.denoiser, shape, spec.num_classes, seed=0).eval(),
+        build_autoencoder(config.autoencoder, spec.image_size, seed=0).eval(),
+        facts,
+    )
+    sampler = Sampler(model, SamplingSettings(guidance=default_guidance(IPC), batch_size=_SAMPLED), device)
+    labels = torch.arange(_SAMPLED) % spec.num_classes
+    began = time.monotonic()
+    made = sum(len(images) for images in sampler.images(labels, torch.arange(_SAMPLED)))
+    return made / (time.monotonic() - began)
+
+
+def train_generator(
+    each: SetRecipe, seed: int, folder: Path, seconds: float | None, device: str, progress: Listener
+) -> tuple[int, int | None]:
+    """Train the generator of a set in `folder`, or continue its training.
+
+    seconds: of training, None for the recipe's steps. Returns the steps of the denoiser and those of the autoencoder, None
+    if that was not trained.
+    """
+    data = TrainingData.open(each.dataset, progress=progress)
+    settings = {
+        "seed": seed,
+        "steps": each.train_steps,
+        "compile": each.compile,
+        "autoencoder_optimizer.steps": each.autoencoder_steps,
+    }
+    request = plan_training(
+        data, settings, preset_name=each.preset, folder=folder, seconds=seconds, device=device, save_every_seconds=60
+    )
+    require_memory(data, request)
+    model = train(data, request, progress=progress)
+    steps = [r["step"] for r in read_records(folder / METRICS_FILE) if r["stage"] == AutoencoderStage.name]
+    return model.facts.steps, max(steps, default=None)
