@@ -35,6 +35,7 @@ _SHARE_OF_VALIDATION = 0.25  # of a refinement's time, at most, where the plan c
 _VAL_EPOCHS = (200, 100, 40, 20, 10)
 _EVALUATIONS = {1: ((1000, 3), (1000, 1), (200, 1), (50, 1)), 2: ((100, 3), (100, 1), (20, 1), (5, 1))}  # E, rounds
 _QUANTA = 40  # parts in which the time is given to the datasets
+_TRIED = 1.0  # seconds of an evaluation's training
 _REAL_PER_CLASS = 40  # made-up images to measure with
 # Assumptions where a measurement would take longer than the stage.
 _SECONDS_OF_PREPARING, _SECONDS_OF_DRAWING = 60.0, 5.0
@@ -360,7 +361,7 @@ def _measure(each: SetRecipe, device: torch.device) -> Speeds:
     images = normalize(pixels[: IPC * spec.num_classes], spec)
     evaluation = estimate_evaluation(
         FixedSet(images, class_labels(spec.num_classes, IPC)), spec.name, TestSet(pixels, labels, spec),
-        EvaluationSettings(rounds=1, device=str(device)),
+        EvaluationSettings(rounds=1, device=str(device)), tried_seconds=_TRIED,
     )  # fmt: skip
     per_test_image = evaluation.test_seconds / len(pixels)
     speed = RefineSpeed({}, 0.0, 0.0)

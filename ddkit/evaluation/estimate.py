@@ -18,7 +18,6 @@ from ddkit.network.training import TrainingRun
 from ddkit.runtime.device import free_memory, resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
 
-_SECONDS_TRIED = 5.0  # of training
 _FEWEST_BATCHES = 3  # besides the first, which also allocates memory
 
 
@@ -57,11 +56,13 @@ def estimate_evaluation(
     settings: EvaluationSettings,
     *,
     state: StateFolder | None = None,
+    tried_seconds: float = 5.0,
     progress: Listener = ignore,
 ) -> EvaluationEstimate:
     """Train on a few batches of a set and test on one, on this machine; nothing is kept.
 
-    name: of the set's file. Raises what `evaluate` raises for the set and the device.
+    name: of the set's file. tried_seconds: of training, at least; four batches in any case.
+    Raises what `evaluate` raises for the set and the device.
     """
     spec, device = test_set.spec, resolve_device(settings.device)
     check_training_set(source.images, source.labels, spec)
@@ -69,7 +70,7 @@ def estimate_evaluation(
     network = build_network(settings.network, spec.num_classes, spec.image_size, seed=0).to(device)
     images, labels = source.images.float().to(device), source.labels.to(device)
     training = TrainingRun(network, images, labels, settings.training, torch.Generator().manual_seed(0), spec=spec)
-    per_image = _seconds_per_image(training, device, len(images), progress)
+    per_image = _seconds_per_image(training, device, len(images), tried_seconds, progress)
     network.eval()
     batch = next(test_set.batches(device))
     training.engine.logits(batch)
@@ -100,10 +101,10 @@ def estimate_evaluation(
     )
 
 
-def _seconds_per_image(training: TrainingRun, device: torch.device, images: int, progress: Listener) -> float:
+def _seconds_per_image(training: TrainingRun, device: torch.device, images: int, tried: float, progress: Listener) -> float:
     """The time that one image takes in training, in batches as they will be."""
     seconds, counted, batches = 0.0, 0, 0
-    while batches < _FEWEST_BATCHES or seconds < _SECONDS_TRIED:
+    while batches < _FEWEST_BATCHES or seconds < tried:
         sizes = [min(BATCH_SIZE, images - start) for start in range(0, images, BATCH_SIZE)]
         began = time.monotonic()
         for size, _ in zip(sizes, training.steps(), strict=True):
@@ -113,8 +114,8 @@ def _seconds_per_image(training: TrainingRun, device: torch.device, images: int,
             if batches:
                 seconds, counted = seconds + now - began, counted + size
             began, batches = now, batches + 1
-            progress(Progress("measuring batches", min(seconds, _SECONDS_TRIED), _SECONDS_TRIED, "s"))
-            if batches > _FEWEST_BATCHES and seconds >= _SECONDS_TRIED:
+            progress(Progress("measuring batches", min(seconds, tried), tried, "s"))
+            if batches > _FEWEST_BATCHES and seconds >= tried:
                 break
         else:
             training.end_epoch()

@@ -96,7 +96,7 @@ def neighbor_sheet(
 def save_png(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG, atomically."""
     with atomic_write(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
+        picture.save(temporary, format="PNG")
 
 
 def _picture(image: Tensor, side: int) -> Image.Image:

@@ -27,19 +27,21 @@ def source(count=20, **more):
 def test_estimate_is_of_the_epochs_and_rounds_that_are_to_come(tests, tmp_path):
     settings, state = EvaluationSettings(rounds=2, epochs_setting=3, device="cpu"), StateFolder(tmp_path)
     reports = []
-    before = estimate_evaluation(source(), "a.pt", tests, settings, state=state, progress=reports.append)
+    before = estimate_evaluation(source(), "a.pt", tests, settings, state=state, tried_seconds=0.1, progress=reports.append)
     assert (before.rounds, before.finished_rounds, before.epochs, before.images) == (2, 0, 4, 20)
     assert before.seconds == pytest.approx(2 * (4 * before.seconds_per_epoch + before.test_seconds))
     assert before.seconds_per_epoch > 0 and before.test_seconds > 0 and 0 < before.memory < 1 << 36
     assert reports and list(tmp_path.iterdir()) == []
     evaluate_source(source(), tests, settings, state=state)
-    after = estimate_evaluation(source(), "a.pt", tests, settings, state=state)
+    after = estimate_evaluation(source(), "a.pt", tests, settings, state=state, tried_seconds=0.1)
     assert after.finished_rounds == 2 and after.seconds == 0
 
 
 @pytest.mark.slow
 def test_estimate_says_what_is_not_official(tests):
-    estimate = estimate_evaluation(source(converted="a list"), "a.pt", tests, EvaluationSettings(rounds=1, device="cpu"))
+    estimate = estimate_evaluation(
+        source(converted="a list"), "a.pt", tests, EvaluationSettings(rounds=1, device="cpu"), tried_seconds=0.1
+    )
     assert not estimate.official
     assert "converted from a list" in estimate.deviations and "1 round instead of 3" in estimate.deviations
 

@@ -428,7 +428,9 @@ def test_an_epoch_of_an_evaluation_waits_once_for_each_round(gpu, second_gpu, co
 def test_dry_run_of_an_evaluation_measures_the_gpu_asked_for(gpu, second_gpu, compute_with):
     compute_with(EnginePlan())
     settings = EvaluationSettings(device=second_gpu, rounds=2)
-    found = estimate_evaluation(FixedSet(*training_set()), "blobs.pt", as_test_set(real_images(), SPEC), settings)
+    found = estimate_evaluation(
+        FixedSet(*training_set()), "blobs.pt", as_test_set(real_images(), SPEC), settings, tried_seconds=0.1
+    )
     assert (found.memory, found.free_memory) == (2 * 2**20, 70 * 2**30) and found.seconds > 0
 
 

@@ -1,7 +1,6 @@
 """Tensors on disk: the same bytes for the same tensors, and a full disk is one message."""
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -63,23 +62,24 @@ def test_file_without_tensors_is_unloadable(tmp_path, content):
 )  # fmt: skip
 def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path, modules, saving):
     code = (
-        f"import sys, {modules}\n"
+        f"import resource, signal, sys, {modules}\n"
         "from pathlib import Path\n"
         "from ddkit.errors import BadFileError\n"
         "path = Path(sys.argv[1])\n"
+        f"{saving}\n"
+        "before = sorted(file.stat().st_mtime_ns for file in path.parent.rglob('*'))\n"
+        # A limit on the size of files is what a test can have of a full disk without being root.
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         f"try:\n    {saving}\n"
-        "except BadFileError as error:\n    sys.exit(error.exit_code)\n"
+        "except BadFileError as error:\n    status = error.exit_code\n"
+        "assert sorted(file.stat().st_mtime_ns for file in path.parent.rglob('*')) == before\n"
+        "sys.exit(status)\n"
     )
     path = tmp_path / "kept"
-    # A limit on the size of files is what a test can have of a full disk without being root.
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # noqa: E731
-    words = [sys.executable, "-B", "-c", code, str(path)]
-    assert subprocess.run(words, check=False).returncode == 0 and path.exists()
-    before = sorted(file.stat().st_mtime_ns for file in tmp_path.rglob("*"))
-    done = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-B", "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["kept"]
-    assert sorted(file.stat().st_mtime_ns for file in tmp_path.rglob("*")) == before
 
 
 def test_save_torch_straight_to_the_file_is_read_back(tmp_path):
