@@ -146,7 +146,7 @@ def _set_upload(one: DistilledSet, hub_id: str, license: str, recorded: Iterable
     name, spec = one.spec.name, one.spec
     sheet = io.BytesIO()
     titles = class_titles(name)
-    contact_sheet(to_uint8(denormalize(one.images, spec)), one.labels, titles).save(sheet, format="PNG", optimize=True)
+    contact_sheet(to_uint8(denormalize(one.images, spec)), one.labels, titles).save(sheet, format="PNG")
     provenance = _without_folders(one.provenance)
     images = f"{len(one.images):,} images of {spec.image_size} x {spec.image_size} pixels"
     tags = ["dataset-distillation", "ddkit", name]
