@@ -52,6 +52,12 @@ def test_load_dataset_of_an_unknown_name_raises_usage_error():
         ddkit.load_dataset("cifar10")
 
 
+@pytest.mark.slow
+def test_what_makes_sets_of_real_images_does_not_import_diffusers():
+    code = "import sys, ddkit.distill.generate, ddkit.entering.entry; print('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_load_dataset_and_generate_report_their_progress(tmp_path):
     reports = []
     dataset = ddkit.load_dataset("glyphs", "test", progress=reports.append)

@@ -61,6 +61,18 @@ def test_a_measured_choice_is_remembered(own_cache):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
+def test_batches_that_are_computed_in_the_same_chunks_are_measured_once(own_cache):
+    network = build_network("convnet", 10, 16, seed=0)
+    large = 256 * torch.get_num_threads()  # 256 images of 16 pixels have as many pixels as the largest chunk
+    assert candidates(network, "float32", large) == candidates(network, "float32", 10 * large)
+    plans = [choose_plan(network, "float32", size) for size in (large, large + 1, 10 * large)]
+    assert len(set(plans)) == 1
+    (key,) = json.loads((own_cache / "_engines.json").read_text())
+    assert f"batches of {large}," in key
+
+
+@pytest.mark.slow
 def test_without_the_chosen_compiler_the_plain_engine_is_taken_with_one_line_of_warning(own_cache):
     plan, log = choose_elsewhere(CXX="no-such-compiler")
     assert plan.kind == "plain"
