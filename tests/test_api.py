@@ -58,6 +58,7 @@ def test_what_makes_sets_of_real_images_does_not_import_diffusers():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_load_dataset_and_generate_report_their_progress(tmp_path):
     reports = []
     dataset = ddkit.load_dataset("glyphs", "test", progress=reports.append)

@@ -50,6 +50,7 @@ def test_diagnose_measures_the_engine_in_images_a_second(tmp_path):
     assert line.status == "ok" or line.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_cpus() < 2, reason="needs two CPUs")
 def test_diagnose_warns_of_unused_cpus(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

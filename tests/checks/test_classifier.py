@@ -12,6 +12,7 @@ def test_class_model_knows_images_that_it_was_not_fitted_on(glyph_images):
     assert (guessed == test.labels[:300]).float().mean() > 0.8
 
 
+@pytest.mark.slow
 def test_class_model_is_read_from_the_cache_and_fitted_again_if_that_is_damaged(letters, own_cache):
     first = class_model("glyphs")
     (kept,) = (own_cache / "_checks").glob("glyphs-*.safetensors")

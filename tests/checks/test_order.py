@@ -149,6 +149,7 @@ def test_shuffled_rows_are_l009_and_equal_rows_l010():
     assert judged(same.expand(400, -1)).code == "L010"
 
 
+@pytest.mark.slow
 def test_right_orders_with_weak_evidence_are_l001():
     codes = [judged(scores(evidence=1.0, seed=seed).flatten(0, 1)).code for seed in range(100)]
     assert codes.count("L001") == 100
@@ -196,6 +197,7 @@ def test_orders_of_letters_are_recognized(glyph_images):
     assert finding.code == "L006"
 
 
+@pytest.mark.slow
 def test_noise_is_a_warning_and_has_no_order(glyph_store, monkeypatch):
     monkeypatch.setenv("DDKIT_CACHE", str(glyph_store))
     noise = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))

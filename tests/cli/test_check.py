@@ -32,6 +32,7 @@ def test_check_of_an_unacceptable_submission_exits_with_1_and_a_table(half_submi
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.slow
 def test_check_with_json_prints_nothing_else_on_stdout(half_submission):
     finished = subprocess.run([sys.executable, "-m", "ddkit", "check", "--json"], capture_output=True, text=True)
     report = json.loads(finished.stdout)

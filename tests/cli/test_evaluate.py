@@ -85,6 +85,7 @@ def test_without_arguments_the_sets_in_submission_are_evaluated(work):
     assert list(kept.accuracies) == result["accuracies"]
 
 
+@pytest.mark.slow
 def test_file_of_an_unknown_dataset_is_ignored_with_a_note(work):
     save(work / "submission" / "blobs.pt")
     torch.save(torch.zeros(3), work / "submission" / "notes.pt")

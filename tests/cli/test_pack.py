@@ -30,6 +30,7 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     assert "the limit is 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
 
 
+@pytest.mark.slow
 def test_practice_is_packed_and_not_for_upload(letters, work):
     done = CliRunner().invoke(main, ["generate", "--dataset", letters, "--from-real", "first"])
     assert done.exit_code == 0, done.output

@@ -171,6 +171,7 @@ def test_only_the_wanted_track(results):
     assert "Track 1" not in run("--track", "2")[0]
 
 
+@pytest.mark.slow
 def test_the_quality_of_a_set_is_measured_and_its_sheets_written(colors):
     CliRunner().invoke(main, ["generate", "--dataset", colors, "--from-real", "first", "--ipc", "2", "--out", "m/colors.pt"])
     _, errors = run("--quality", "m", "--device", "cpu", status=2)

@@ -128,6 +128,7 @@ def test_epochs_replace_steps(ddkit, tmp_path, dit_folder):
     assert steps_done(tmp_path / "runs" / "colors-minimax") == 6, "10 images, 3 times, 5 a step"
 
 
+@pytest.mark.slow
 def test_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
     done = ddkit("train", "--dataset", "colors", "--init", dit_folder, *QUICK, "--dry-run", "--json", "--quiet")
     assert done.exit_code == 0, done.output

@@ -38,6 +38,7 @@ def visit(pool, images, number, step):
     pool.retire(number, step, pool.update(number, images, draws(step)).item())
 
 
+@pytest.mark.slow
 def test_updates_are_steps_of_the_official_training(spec, images):
     ours = pool(spec, updates=3)
     start = random_network(spec, "anything")

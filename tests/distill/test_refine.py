@@ -77,6 +77,7 @@ def test_refined_images_come_closer_to_real_ones_in_a_network_never_seen(letters
     assert distances[1] < 0.9 * distances[0]
 
 
+@pytest.mark.slow
 def test_a_refinement_that_diverges_stops_and_writes_the_best_set(start, tmp_path):
     before = read(start)
     with pytest.raises(ComputeError, match="diverged at step 1: its pixels"):
@@ -143,6 +144,7 @@ def test_a_finished_refinement_run_again_changes_nothing(start, tmp_path):
     assert (start.read_bytes(), (tmp_path / "run" / RECORDS_FILE).read_text()) == (written, records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective, method", [("dm", "distribution"), ("frepo", "regression"), ("mtt", "trajectory")])
 def test_the_provenance_names_the_method_of_each_objective(start, tmp_path, objective, method):
     before = read(start)
@@ -246,6 +248,7 @@ def test_a_state_from_a_gpu_resumes_on_the_cpu_and_on_another_gpu(start, tmp_pat
         assert run(start, tmp_path / "run", steps, settings, device=device).steps == steps
 
 
+@pytest.mark.slow
 def test_refining_on_a_gpu_that_is_too_small_is_one_message_before_anything_is_written(start, tmp_path, gpu, second_gpu):
     before = start.read_bytes()
     gpu.memory = [(2**20, 4 * 2**30), (70 * 2**30, 80 * 2**30)]

@@ -62,6 +62,7 @@ def distance(spec, images, way, *, steps=1, lr=RATE, seed=0):
     return student(spec, steps).match(images, *way, lr, draws(seed), with_gradient=False).distance
 
 
+@pytest.mark.slow
 def test_the_gradient_of_one_step_predicts_how_the_distance_changes(spec, images, way):
     gradient = student(spec).match(images, *way, RATE, draws()).gradient
     step = 0.1 * gradient / gradient.norm()

@@ -82,6 +82,7 @@ def test_on_track_2_the_time_trains_generators():
     assert "evaluate cifar100" in plan.expected and "random real images cifar100" not in plan.expected
 
 
+@pytest.mark.slow
 def test_on_track_2_the_preset_fits_into_the_gpu(gpu):
     for free, preset in ((2**27, "tiny"), (70 * 2**30, "small")):
         gpu.memory = [(free, 80 * 2**30)]

@@ -88,6 +88,7 @@ def test_the_track_decides_on_rounds_and_epochs():
         assert (settings.number_of_rounds, settings.training.epochs) == (3, epochs)
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_an_evaluation_and_another_does_not():
     first = evaluated(seed=5)
     assert same(first, evaluated(seed=5))
@@ -448,6 +449,7 @@ def test_an_evaluation_on_a_gpu_with_little_memory_computes_in_smaller_chunks(gp
     assert caught.value.remedy == "Choose another --device."
 
 
+@pytest.mark.slow
 def test_tf32_products_are_not_switched_on_and_are_a_deviation(gpu):
     outcome = evaluated(device="cuda", epochs_setting=1, rounds=1)
     assert torch.get_float32_matmul_precision() == "highest" and torch.backends.cudnn.allow_tf32

@@ -42,6 +42,7 @@ def test_sets_are_evaluated_recorded_and_compared(folder, settings, tmp_path):
     assert (reports[-1].done, reports[-1].total) == (4, 4)
 
 
+@pytest.mark.slow
 def test_a_given_name_is_recorded(folder, settings):
     outcome = evaluate_files([folder / "glyphs.pt"], with_(settings, name="mine, 60 steps"))
     assert outcome.results[0].name == "mine, 60 steps"
@@ -60,6 +61,7 @@ def test_a_given_name_that_another_set_has_is_noted(folder, settings):
     assert any("The name 'mine' was used on" in event for event in events)
 
 
+@pytest.mark.slow
 def test_without_files_every_set_of_the_folder_is_evaluated(folder, settings):
     torch.save(torch.zeros(3), folder / "notes.pt")
     events = []

@@ -126,6 +126,7 @@ def test_training_begun_in_float16_continues_on_a_cpu_in_the_precision_that_is_a
         assert train(data, request).facts.steps == steps
 
 
+@pytest.mark.slow
 def test_tracked_training_scores_on_the_gpu_asked_for(gpu, second_gpu, data, config, tmp_path):
     tracking = track_frechet(data.images, lambda: lambda images: images.float().mean((2, 3)), every_steps=2, images=20,
                              sampling=SamplingSettings(steps=2), device=second_gpu)  # fmt: skip
@@ -235,12 +236,14 @@ class TestPlan:
         given = plan_training(data, {"precision": "float32"}, preset_name="tiny", runs=tmp_path, device="cuda")
         assert (given.preset, given.config.precision, given.choices) == ("tiny", "float32", ())
 
+    @pytest.mark.slow
     def test_gpu_with_little_memory_takes_a_smaller_preset(self, gpu, tmp_path):
         data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
         gpu.memory = [(2**29, 2**32)]
         request = plan_training(data, {}, runs=tmp_path, device="cuda")
         assert request.preset in ("mid", "tiny") and f"Preset {request.preset}: " in request.choices[0]
 
+    @pytest.mark.slow
     def test_gpu_that_another_process_has_filled_is_one_message(self, gpu, tmp_path):
         data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
         gpu.memory = [(2**26, 80 * 2**30)]

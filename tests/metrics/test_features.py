@@ -83,6 +83,7 @@ def test_each_precision_has_a_network_of_its_own():
     assert torch.equal(automatic(dataset.images[:8]), features[list(trained).index(automatic.precision)])
 
 
+@pytest.mark.slow
 def test_a_network_of_earlier_versions_which_had_only_float32_is_found():
     dataset, settings = stripes(200, 0), dataclasses.replace(QUICK, precision="float32")
     reference_features(dataset, SPEC, settings)

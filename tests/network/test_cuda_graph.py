@@ -52,6 +52,7 @@ def computed(plan, batches):
     return torch.stack(losses).cpu(), gradients, engine.logits(batches[-1][0].to("cuda")).cpu()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_gpu_plan_computes_what_the_plain_engine_does_on_batches_of_changing_sizes(tolerance, plan):
     batches = [batch(8, 1), batch(8, 2), batch(3, 3), batch(8, 4), batch(3, 5)]

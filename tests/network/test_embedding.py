@@ -56,6 +56,7 @@ def test_in_bfloat16_values_and_gradients_stay_within_its_bounds(size, n, precis
     assert (images.grad - gradient).norm() < 0.25 * gradient.norm()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_not_float32():
     network = build_network("convnet", 10, 16, seed=0)
     images = torch.randn(4, 3, 16, 16, generator=seeded(1))

@@ -124,6 +124,7 @@ def test_bfloat16_without_relus_is_as_near_as_its_rounding(size, n, products, in
             assert relative_error(gradient, exact[2][key]) < 3e-2, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["torch", "own"])
 @pytest.mark.parametrize("size, n", [(32, 7), (64, 3)])
 def test_bfloat16_is_near_and_not_the_same(size, n, products, instructions):

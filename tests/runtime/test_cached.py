@@ -47,6 +47,7 @@ def test_a_cache_that_may_not_be_written_costs_the_computation_each_time(tmp_pat
     assert (tmp_path / "file").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_make_it_once(path):
     program = (
         "import sys, time, torch; from pathlib import Path; from ddkit.runtime.cached import cached_tensors\n"

@@ -201,6 +201,7 @@ def test_a_pickle_of_many_marks_and_values_is_read_in_time_that_grows_with_its_s
     assert opened(rebuilt(saved(0), data_pkl=deep)).value is not None
 
 
+@pytest.mark.slow
 def test_of_a_pickle_too_large_to_read_the_outermost_value_is_known():
     file = opened(saved([[torch.zeros(2), 1] for _ in range(12_000)]))
     assert not file.whole and isinstance(file.value, list)

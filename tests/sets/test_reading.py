@@ -158,6 +158,7 @@ def test_another_value_than_a_tensor_is_named_with_the_line_that_converts_it(ima
     assert torch.equal(converted, images) and findings == []
 
 
+@pytest.mark.slow
 def test_pairs_of_any_size_are_named(images):
     for count, words in ((2000, "a list of 2,000 [image, label] pairs"), (25_000, "[image, label] pairs")):
         tensor, codes, message = read(saved([[images[0, :, :2, :2].clone(), 1] for _ in range(count)]))

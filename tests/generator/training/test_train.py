@@ -87,6 +87,7 @@ class TestResuming:
         assert load_model(tmp_path / "resumed").facts.steps == 6
         assert load_model(tmp_path / "resumed").facts.images_seen == 36
 
+    @pytest.mark.slow
     def test_resumed_bfloat16_training_equals_one_never_stopped(self, data, config, tmp_path):
         config = dataclasses.replace(config, precision="bfloat16")
         train(data, TrainingRequest(with_steps(config, 4), tmp_path / "straight"))
@@ -105,6 +106,7 @@ class TestResuming:
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "resumed"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
 
+    @pytest.mark.slow
     def test_autoencoder_stopped_midway_resumes_bit_for_bit(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path / "straight"))
         short = dataclasses.replace(config, autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=2))
@@ -156,6 +158,7 @@ class TestResuming:
             train(data, TrainingRequest(dataclasses.replace(config, precision="float16"), tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
     def test_truncated_checkpoint_costs_only_the_steps_after_the_one_before(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "straight"))
         for steps in (2, 4):
@@ -210,6 +213,7 @@ class TestDividedBatches:
         assert len(ours) == len(theirs)
         assert [each["loss"] for each in theirs] == pytest.approx([each["loss"] for each in ours], rel=1e-3)
 
+    @pytest.mark.slow
     def test_two_cores_train_like_one_on_the_same_latents(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 1), tmp_path / "one"))
         shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -235,6 +239,7 @@ class TestDividedBatches:
 
 
 class TestLimits:
+    @pytest.mark.slow
     # With many steps to come the loss is no number soon; of a single one it is that of the good weights before it.
     @pytest.mark.parametrize("steps", [60, 3])
     def test_diverging_training_keeps_and_names_the_last_good_checkpoint(self, data, config, tmp_path, steps):
@@ -316,6 +321,7 @@ class TestTracking:
         train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking)
         assert [record["step"] for record in records(tmp_path, "score")] == [1, 2, 3, 4, 5, 6]
 
+    @pytest.mark.slow
     def test_last_step_is_scored_once(self, data, config, tmp_path):
         tracking = Tracking("frechet", lambda model: 1.0, every_steps=4)
         for _ in range(2):
@@ -336,6 +342,7 @@ class TestTracking:
         assert any(not torch.equal(value, seen[0][name]) for name, value in network.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [[0], [0, 0, 0], [0, 1, 2]], ids=["one image", "one class", "one image of each class"])
 def test_the_smallest_datasets_train(config, tmp_path, labels):
     pixels = torch.randint(0, 256, (len(labels), 3, 16, 16), generator=torch.Generator().manual_seed(0))
@@ -360,6 +367,7 @@ def test_failing_start_removes_nothing(data, config, tmp_path):
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == kept
 
 
+@pytest.mark.slow
 def test_training_resumes_in_smaller_parts(data, config, tmp_path):
     train(data, TrainingRequest(with_steps(config, 3), tmp_path / "parts"))
     train(data, TrainingRequest(with_optimizer(config, accumulation=3), tmp_path / "parts"))
