@@ -220,6 +220,7 @@ def test_real_images_in_superclass_order_are_l002(cifar100_store):
     assert torch.equal(wrong[detected_rows(wrong, CIFAR100)], blocks.flatten(0, 1))
 
 
+@pytest.mark.slow
 def test_letters_shifted_by_rows_are_reported_by_rows_and_reordered(tmp_path, glyph_images):
     torch.save(glyph_images.roll(2, 0), tmp_path / "glyphs.pt")
     [finding] = order_findings(glyph_images.roll(2, 0), GLYPHS, "glyphs.pt")

@@ -54,6 +54,7 @@ def test_updates_are_steps_of_the_official_training(spec, images):
     assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(found, ours.state()["parameters"][1], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_networks_learn_the_set(spec, images):
     ours, network = pool(spec, max_age=1000), random_network(spec, "anything")
     losses = []

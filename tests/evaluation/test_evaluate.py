@@ -95,6 +95,7 @@ def test_a_seed_repeats_an_evaluation_and_another_does_not():
     assert first.loss_curves != evaluated(seed=6).loss_curves
 
 
+@pytest.mark.slow
 def test_more_rounds_begin_with_the_same_ones(tmp_path):
     three = evaluated(rounds=3)
     assert evaluated(rounds=2).loss_curves == three.loss_curves[:2]

@@ -33,6 +33,7 @@ def trained(shared_folder) -> ReferenceFeatures:
         return reference_features(stripes(200, 0), SPEC, QUICK)
 
 
+@pytest.mark.slow
 def test_features_tell_the_classes_apart(trained):
     held_out = stripes(60, 1)
     features = trained(held_out.images)
