@@ -56,7 +56,7 @@ def estimate_evaluation(
     settings: EvaluationSettings,
     *,
     state: StateFolder | None = None,
-    tried_seconds: float = 5.0,
+    tried_seconds: float = 3.0,
     progress: Listener = ignore,
 ) -> EvaluationEstimate:
     """Train on a few batches of a set and test on one, on this machine; nothing is kept.

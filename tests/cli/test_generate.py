@@ -62,23 +62,33 @@ def test_refined_set_is_not_replaced_without_the_option(colors, tmp_path, monkey
     assert "first-real" in facts.read_text()
 
 
-@pytest.mark.parametrize("choice", [(), ("--candidates", "4", "--select", "random")], ids=["as they come", "chosen"])
 @pytest.mark.slow
-def test_several_processes_make_the_same_set(colors, colors_model, tmp_path, choice):
-    words = ["generate", "--dataset", colors, "--model", str(colors_model), "--ipc", "3", "--sampling-steps", "2", *choice]
-    alone = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "alone" / "set.pt")])
-    assert alone.exit_code == 0, alone.output
-    # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddkit"]
-    shared = subprocess.run(
-        [*launch, *words, "--out", "shared/set.pt", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False
+def test_several_processes_make_the_same_sets_as_they_come_and_chosen(colors, colors_model, tmp_path):
+    words = ["generate", "--dataset", colors, "--model", str(colors_model), "--ipc", "3", "--sampling-steps", "2"]
+    chosen = [*words, "--candidates", "4", "--select", "random"]
+    for name, command in (("all", words), ("chosen", chosen)):
+        alone = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "alone" / name / "set.pt")])
+        assert alone.exit_code == 0, alone.output
+    both = "from ddkit.cli import main\n" + "".join(
+        f"main({[*command, '--out', f'shared/{name}/set.pt', '--json']}, standalone_mode=False)\n"
+        for name, command in (("all", words), ("chosen", chosen))
     )
+    (tmp_path / "both.py").write_text(both)
+    # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "both.py"]
+    shared = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert shared.returncode == 0, shared.stderr
-    assert json.loads(shared.stdout)["tensor"] == "shared/set.pt", "one of them speaks"
-    sets = [torch.load(tmp_path / name / "set.pt", weights_only=True) for name in ("alone", "shared")]
-    # Each process computes with one thread here, and so rounds differently.
-    assert (sets[0] - sets[1]).abs().max() < 0.05 and sets[0].std() > 0.1
-    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"set.pt", "set.json", "set.png"}
+    decoder, said, place = json.JSONDecoder(), [], 0
+    while place < len(shared.stdout.rstrip()):
+        one, place = decoder.raw_decode(shared.stdout, place)
+        said.append(one["tensor"])
+        place += 1
+    assert said == ["shared/all/set.pt", "shared/chosen/set.pt"], "one of them speaks"
+    for name in ("all", "chosen"):
+        sets = [torch.load(tmp_path / whose / name / "set.pt", weights_only=True) for whose in ("alone", "shared")]
+        # Each process computes with one thread here, and so rounds differently.
+        assert (sets[0] - sets[1]).abs().max() < 0.05 and sets[0].std() > 0.1
+        assert {path.name for path in (tmp_path / "shared" / name).iterdir()} == {"set.pt", "set.json", "set.png"}
 
 
 def test_complete_set_is_not_made_again(colors, colors_model, tmp_path):
