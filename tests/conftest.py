@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,12 +22,6 @@ SHARED_CASES = Path(os.environ.get("DDKIT_TEST_CASES", ROOT.parent / "shared" / 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-files", type=int, default=500, help="mutated files that the fuzz test reads (10,000: thorough)")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with the most slow tests come first, so that the processes end at about the same time."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)
