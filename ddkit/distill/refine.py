@@ -130,7 +130,8 @@ def refine(
                 "Name another file with --out, or delete it.",
             )
         try:
-            original = read_set(state.before.tensor, spec.name).images
+            kept = state.before.tensor
+            original = read_set(kept, spec.name).images if kept.is_file() else None  # somebody may have deleted it
             with Refinement(state, original, settings, holdout, chosen, progress) as refinement:
                 refinement.run(limits, save_every_seconds)
         except (InterruptedRunError, ComputeError, BadFileError):
@@ -200,13 +201,14 @@ def memory_needed(spec: DatasetSpec, ipc: int, settings: RefineSettings, device:
 class Refinement:
     """The loop over steps. A context manager, as a thread prepares the next step.
 
-    original: (N, 3, S, S) the set before its first step, whose real images do not count in validation.
+    original: (N, 3, S, S) the set before its first step, whose real images do not count in validation;
+    None where it is not known.
     """
 
     def __init__(
         self,
         state: RefinementState,
-        original: Tensor,
+        original: Tensor | None,
         settings: RefineSettings,
         holdout: TrainHoldout,
         device: torch.device,

@@ -130,7 +130,9 @@ def plan_entry(
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise BadFileError(f"{folder} cannot be made: you may not write to {there}.", "Choose another folder with --folder.")
+        raise BadFileError(
+            f"{folder} cannot be made: you may not write to {there}, or it is a file.", "Choose another folder with --folder."
+        )
     recipe.require_datasets()
     state = _begin_or_resume(recipe, folder, seconds, device, progress)
     return _Run(state, folder, device, lambda text: None).plan

@@ -46,6 +46,14 @@ def run(path, folder, steps, settings=QUICK, **options):
 
 
 @pytest.mark.slow
+def test_a_refinement_whose_copy_of_the_original_was_deleted_is_resumed(start, tmp_path):
+    before = run(start, tmp_path / "run", 3).before
+    for path in vars(before).values():
+        path.unlink()
+    assert run(start, tmp_path / "run", 4).steps == 4
+
+
+@pytest.mark.slow
 def test_refine_writes_the_set_and_its_provenance_and_keeps_the_original(start, tmp_path):
     before, facts_before = start.read_bytes(), json.loads(start.with_suffix(".json").read_text())
     refined = run(start, tmp_path / "run", 4)
