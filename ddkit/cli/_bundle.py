@@ -86,11 +86,12 @@ def tuned_models(model: BundleModel, out: Path) -> list[BundleModel]:
 def _models(options: dict[str, Any]) -> list[BundleModel]:
     chosen = {name: options[name] for name in _SAMPLING if options[name] is not None}
     sampling = replace(BundleSettings().sampling, **chosen)
-    settings = BundleSettings(sampling, options["bundle_device"], options["half"], options["images_per_class"], options["keep"])
+    keep = BundleSettings().keep if options["keep"] is None else options["keep"]
+    settings = BundleSettings(sampling, options["bundle_device"], options["half"], options["images_per_class"], keep)
     models = [BundleModel(name, folder, settings) for name, folder in models_by_dataset(options["models"]).items()]
     if not options["tuned"]:
         return models
-    if chosen.keys() & {"sampler", "steps", "guidance"} or options["images_per_class"] or options["keep"] != 1:
+    if chosen.keys() & {"sampler", "steps", "guidance"} or options["images_per_class"] or options["keep"]:
         raise UsageError(
             "--tuned sets the sampler, steps, guidance, images per class and the share kept.",
             "Leave out --tuned or those options.",

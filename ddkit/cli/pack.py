@@ -29,7 +29,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
-from ddkit.generator.config import MOST_SAMPLING_STEPS, SamplingSettings, default_guidance
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, MOST_SAMPLING_STEPS
 from ddkit.history import PACKED_FILE, PackedRecords
 from ddkit.runtime.files import sha256_of
 
@@ -41,7 +41,6 @@ _SUBMISSION_FILE = Path("submission.zip")
 _OF_TRACK_1 = ("folder", "strict", "ignore_codes")
 _OF_BOTH = ("track", "out", "name")
 _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
-_DEFAULTS = SamplingSettings(guidance=default_guidance(None))  # as BundleSettings has them
 
 
 class Size(click.ParamType):
@@ -64,19 +63,19 @@ _TRACK_2_OPTIONS = (
                  help="Track 2: bundle the model in this folder, or the one with this id on the Hugging Face hub; repeatable.  "
                  "[default: runs/<dataset> of both datasets]"),
     click.option("--tuned", is_flag=True, help="Track 2: use the best settings that ddkit tune found."),
-    click.option("--sampler", type=SAMPLER, help=f"Track 2: choose the sampler.  [default: {_DEFAULTS.sampler}]"),
+    click.option("--sampler", type=SAMPLER, help=f"Track 2: choose the sampler.  [default: {BUNDLE_SAMPLING.sampler}]"),
     click.option("--sampling-steps", "steps", type=click.IntRange(1, MOST_SAMPLING_STEPS),
-                 help=f"Track 2: sample in this many steps.  [default: {_DEFAULTS.steps}]"),
+                 help=f"Track 2: sample in this many steps.  [default: {BUNDLE_SAMPLING.steps}]"),
     click.option("--guidance", type=click.FloatRange(0),
-                 help=f"Track 2: scale classifier-free guidance; 1 turns it off.  [default: {_DEFAULTS.guidance:g}]"),
+                 help=f"Track 2: scale classifier-free guidance; 1 turns it off.  [default: {BUNDLE_SAMPLING.guidance:g}]"),
     click.option("--images-per-class", type=COUNT, metavar="N",
                  help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),
-    click.option("--keep", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="SHARE",
+    click.option("--keep", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
                  help="Track 2: keep this share of each class's images, those that a classifier trained on the real images is "
-                 "surest of."),
+                 f"surest of; 1 keeps all.  [default: {BUNDLE_KEEP}; 0<x<=1]"),
     click.option("--precision", type=SAMPLING_PRECISION,
                  help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.  "
-                 f"[default: {_DEFAULTS.precision}]"),
+                 f"[default: {BUNDLE_SAMPLING.precision}]"),
     click.option("--bundle-device", type=click.Choice(["auto", "cpu", "cuda"]),
                  default="auto", help="Track 2: run the bundle on this device; cuda requires a GPU."),
     click.option("--half", is_flag=True, help="Track 2: store weights as float16, and print what that changes."),

@@ -24,6 +24,7 @@ from ddkit.cli._options import (
     example,
 )
 from ddkit.cli._output import Output
+from ddkit.generator.config import BUNDLE_KEEP
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -53,7 +54,7 @@ class _ImagesPerClass(click.ParamType):
     help="Tune the model in this folder, or with this id on the Hugging Face hub, such as user/name.  "
     "[default: runs/<dataset>]",
 )
-@click.option("--steps", type=COUNT, multiple=True, default=(4, 8, 16), help="Try this many sampling steps; repeatable.")
+@click.option("--steps", type=COUNT, multiple=True, default=(5, 10), help="Try this many sampling steps; repeatable.")
 @click.option(
     "--guidance", type=click.FloatRange(0), multiple=True, default=(1.0, 2.0), help="Try this scale of guidance; repeatable."
 )
@@ -69,7 +70,7 @@ class _ImagesPerClass(click.ParamType):
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
     multiple=True,
-    default=(1.0,),
+    default=(1.0, BUNDLE_KEEP),
     metavar="SHARE",
     help="Try keeping this share of each class's images, those that a classifier is surest of; repeatable.",
 )

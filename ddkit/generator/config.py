@@ -338,3 +338,8 @@ def _check_choice(config: Any, name: str, known: tuple[str, ...]) -> None:
 
 # Scores during training: few steps and little guidance, as the course of the distance matters and not the best picture.
 TRACKING = SamplingSettings(steps=10, guidance=1.5, precision="float32")
+
+
+# In the time of a track 2 entry, many samples without guidance, of which a classifier chooses, teach more than few with it.
+BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0)
+BUNDLE_KEEP = 0.25

@@ -21,7 +21,7 @@ from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
-from ddkit.generator.config import SamplingSettings, default_guidance
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, SamplingSettings
 from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.samplers import make_scheduler
@@ -42,8 +42,7 @@ _SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py", "classifier.py")
 class BundleSettings:
     """The settings of sampling and storing a bundle's model.
 
-    sampling: sampler, steps, guidance, its interval and the precision are used. Its guidance is less than for ten images
-        a class, because hundreds of images of a class have to differ.
+    sampling: sampler, steps, guidance, its interval and the precision are used.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     images_per_class: stop when there are so many; None makes as many as the time allows.
     keep: share of each class's images that are kept, those that a ConvNet trained on real images is surest of; 1 keeps all.
@@ -51,11 +50,11 @@ class BundleSettings:
     Raises UsageError for a `keep` that is not above 0 and at most 1.
     """
 
-    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(guidance=default_guidance(None)))
+    sampling: SamplingSettings = BUNDLE_SAMPLING
     device: str = "auto"
     half: bool = False
     images_per_class: int | None = None
-    keep: float = 1.0
+    keep: float = BUNDLE_KEEP
     classifier: bool = False
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.timed_script import ScriptEntry
+from ddkit.generator.config import BUNDLE_KEEP
 from ddkit.generator.model_facts import model_hash, read_facts
 from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder, require_share
 from ddkit.results import Scores
@@ -65,10 +66,10 @@ class Search:
     Raises UsageError for values that make no sense.
     """
 
-    steps: tuple[int, ...] = (4, 8, 16)
+    steps: tuple[int, ...] = (5, 10)
     guidance: tuple[float, ...] = (1.0, 2.0)
     images_per_class: tuple[int | None, ...] = (None,)
-    keep: tuple[float, ...] = (1.0,)
+    keep: tuple[float, ...] = (1.0, BUNDLE_KEEP)
     evaluation: EvaluationSettings = field(
         default_factory=lambda: EvaluationSettings(track=2, rounds=2, epochs_setting=20, time_budget=60.0)
     )

@@ -17,7 +17,7 @@ def run(*words, status=0):
 
 @pytest.mark.slow
 def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work):
-    words = (colors, "--model", colors_model, "--steps", 3, "--guidance", 1, "--images", 4, "--time-budget", "10m",
+    words = (colors, "--model", colors_model, "--steps", 3, "--guidance", 1, "--images", 4, "--keep", 1, "--time-budget", "10m",
              "--epochs-setting", 0, "--rounds", 1, "--device", "cpu", "--json")  # fmt: skip
     output, said = run(*words)
     data = json.loads(output)

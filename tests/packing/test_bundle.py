@@ -30,7 +30,7 @@ WEIGHTS = "models/colors/transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def model(colors, colors_model):
-    return BundleModel(colors, colors_model, BundleSettings(SamplingSettings("unipc", steps=6, guidance=1.25)))
+    return BundleModel(colors, colors_model, BundleSettings(SamplingSettings("unipc", steps=6, guidance=1.25), keep=1.0))
 
 
 def test_bundle_holds_scripts_models_requirements_and_a_readme(model, tmp_path):
@@ -68,7 +68,7 @@ def test_the_same_models_make_the_same_zip(model, tmp_path):
 
 
 def test_half_precision_halves_the_weights_and_changes_little(model, tmp_path):
-    half = BundleModel(model.dataset, model.folder, BundleSettings(model.settings.sampling, half=True))
+    half = BundleModel(model.dataset, model.folder, BundleSettings(model.settings.sampling, half=True, keep=1.0))
     weights = load_file(build_folder([half], tmp_path / "half") / WEIGHTS)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     cost = rounding_cost(model, images=8)

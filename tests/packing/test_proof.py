@@ -19,7 +19,7 @@ ENOUGH = ProofSettings(budget=600.0, most=20)
 
 @pytest.fixture
 def model(colors, colors_model):
-    return BundleModel(colors, colors_model, BundleSettings(SamplingSettings(steps=2), "cpu"))
+    return BundleModel(colors, colors_model, BundleSettings(SamplingSettings(steps=2), "cpu", keep=1.0))
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ SAMPLING = SamplingSettings(steps=3, guidance=1.5, batch_size=64)
 @pytest.fixture
 def entry(colors, colors_model, tmp_path):
     """A bundle's folder with an untrained model of two classes and 16 px, sampled in three steps."""
-    return build_folder([BundleModel(colors, colors_model, BundleSettings(SAMPLING, "cpu"))], tmp_path / "entry")
+    return build_folder([BundleModel(colors, colors_model, BundleSettings(SAMPLING, "cpu", keep=1.0))], tmp_path / "entry")
 
 
 def command(entry, out, *words):
@@ -461,7 +461,7 @@ class TestParts:
         config = SamplingSettings(
             sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), batch_size=6, seed=3, precision=precision
         )
-        built = build_folder([BundleModel(colors, folder, BundleSettings(config))], tmp_path / "other")
+        built = build_folder([BundleModel(colors, folder, BundleSettings(config, keep=1.0))], tmp_path / "other")
         facts = json.loads((built / "models" / colors / "entry.json").read_text())
         ours = load("sampling").Sampler(built / "models" / colors, facts, "cpu", 3)([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5])
         sampler = Sampler(load_model(folder), config)

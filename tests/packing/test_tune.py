@@ -47,11 +47,11 @@ def test_the_candidates_are_all_combinations():
 
 def test_each_stage_tries_half_as_many_candidates_with_twice_the_epochs():
     settings = EvaluationSettings(track=2, rounds=3, epochs_setting=20, time_budget=30.0)
-    stages = Search((2, 4, 8), (1.0, 2.0, 3.0), evaluation=settings).stages
+    stages = Search((2, 4, 8), (1.0, 2.0, 3.0), keep=(1.0,), evaluation=settings).stages
     assert [count for count, _ in stages] == [9, 5, 3, 2]
     assert [(s.epochs_setting, s.number_of_rounds) for _, s in stages] == [(2, 1), (5, 1), (10, 1), (20, 3)]
-    assert Search((2,), (1.0,), evaluation=settings).stages == ((1, settings),)
-    assert Search((2, 4, 8), (1.0, 2.0, 3.0), evaluation=settings).longest_generation == (9 + 5 + 3 + 2 * 3) * 30.0
+    assert Search((2,), (1.0,), keep=(1.0,), evaluation=settings).stages == ((1, settings),)
+    assert Search((2, 4, 8), (1.0, 2.0, 3.0), keep=(1.0,), evaluation=settings).longest_generation == (9 + 5 + 3 + 2 * 3) * 30.0
 
 
 def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
@@ -79,7 +79,7 @@ def test_the_best_is_named_with_how_sure_that_is():
 def test_a_search_goes_by_the_trials_that_are_there(colors, colors_model, tmp_path):
     """Nothing is run: the test set, which every trial needs, is none."""
     settings = EvaluationSettings(track=2, rounds=2, epochs_setting=8, time_budget=30.0)
-    search = Search((2, 4, 8, 16), (1.0,), evaluation=settings)
+    search = Search((2, 4, 8, 16), (1.0,), keep=(1.0,), evaluation=settings)
     here = describe_device(resolve_device("auto"))
     known = {"model_sha256": model_hash(colors_model), "budget": 30.0, "device": here, "precision": PRECISION}
     first = [trial(steps, mean, epochs_setting=4, **known) for steps, mean in ((2, 0.1), (4, 0.4), (8, 0.3), (16, 0.2))]
