@@ -21,8 +21,9 @@ from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet
-from ddkit.generator.config import GeneratorConfig
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, GeneratorConfig, SamplingSettings, default_guidance
 from ddkit.generator.presets import preset
+from ddkit.metrics.features import FeatureSettings
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.records import read_record
@@ -49,7 +50,8 @@ class Speeds:
     """Seconds that parts of the work for one dataset take on this machine.
 
     refine: of a refinement. per_epoch, per_test_image: of an evaluation. training: images a second of each stage of the
-    generator's training, in order. sampled: images a second that a generator of that size samples.
+    generator's training, in order. sampled: images a second that a generator of that size samples, with a bundle's
+    settings on track 2.
     """
 
     refine: RefineSpeed
@@ -133,7 +135,7 @@ def make_outline(
     began, chosen = time.monotonic(), resolve_device(device)
     speeds = {}
     for done, each in enumerate(recipe.sets, start=1):
-        speeds[each.dataset] = _measure(each, chosen)
+        speeds[each.dataset] = _measure(each, recipe.track, chosen)
         progress(Progress("Measuring this machine", done, len(recipe.sets), "datasets"))
     return outline_at(speeds, recipe, seconds, spent=spent + time.monotonic() - began, begun=begun)
 
@@ -220,7 +222,9 @@ class _Planner:
             expected[f"prepare {name}"] = 0.0 if is_prepared(name) else unprepared
             if recipe.track == 2:
                 expected[f"evaluate {name}"] = self._generator_seconds(recipe, each)
-                checked += min(_PROOF_SECONDS, _budget(recipe)) + _SECONDS_OF_START
+                classifier = FeatureSettings()  # which chooses among the samples
+                passes = classifier.images * classifier.epochs / rows
+                checked += min(_PROOF_SECONDS, _budget(recipe)) + passes * speeds.per_epoch + _SECONDS_OF_START
                 continue
             checked += _SECONDS_OF_START + _SECONDS_PER_ROW * rows
             expected[f"random real images {name}"] = _SECONDS_OF_START
@@ -238,7 +242,7 @@ class _Planner:
     def _generator_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a generator on track 2."""
         spec, speeds, budget = dataset_spec(each.dataset), self._speeds[each.dataset], _budget(recipe)
-        epoch = speeds.per_epoch * budget * speeds.sampled / (IPC * spec.num_classes)
+        epoch = speeds.per_epoch * budget * speeds.sampled * BUNDLE_KEEP / (IPC * spec.num_classes)
         test = speeds.per_test_image * _test_images(each.dataset)
         return rounds(recipe) * (budget + (epochs_setting(recipe) + 1) * epoch + test)
 
@@ -351,8 +355,8 @@ def _test_images(name: str) -> int:
     return TEST_IMAGES if dataset_spec(name).in_challenge else _TEST_IMAGES_ELSEWHERE
 
 
-def _measure(each: SetRecipe, device: torch.device) -> Speeds:
-    """Measure with made-up images, which take as long as real ones."""
+def _measure(each: SetRecipe, number: int, device: torch.device) -> Speeds:
+    """Measure with made-up images, which take as long as real ones. number: of the track."""
     spec = dataset_spec(each.dataset)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (_REAL_PER_CLASS * spec.num_classes, *spec.image_shape), dtype=torch.uint8, generator=generator)
@@ -378,7 +382,8 @@ def _measure(each: SetRecipe, device: torch.device) -> Speeds:
 
     config = training_config(each)
     training = training_speeds(config, spec, device)
-    return dataclasses.replace(speeds, training=training, sampled=sampling_speed(config, spec, device))
+    sampling = BUNDLE_SAMPLING if number == 2 else SamplingSettings(guidance=default_guidance(IPC))
+    return dataclasses.replace(speeds, training=training, sampled=sampling_speed(config, spec, sampling, device))
 
 
 def _minutes(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import torch
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import class_names, is_prepared
-from ddkit.entering.recipe import IPC, SetRecipe
+from ddkit.entering.recipe import SetRecipe
 from ddkit.generator.autoencoder import build_autoencoder
-from ddkit.generator.config import GeneratorConfig, SamplingSettings, default_guidance
+from ddkit.generator.config import GeneratorConfig, SamplingSettings
 from ddkit.generator.model_facts import ModelFacts
 from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import build_denoiser
@@ -33,7 +34,7 @@ def training_speeds(config: GeneratorConfig, spec: DatasetSpec, device: torch.de
     return tuple(stage.images_per_second or 1.0 for stage in stages)
 
 
-def sampling_speed(config: GeneratorConfig, spec: DatasetSpec, device: torch.device) -> float:
+def sampling_speed(config: GeneratorConfig, spec: DatasetSpec, settings: SamplingSettings, device: torch.device) -> float:
     """Images a second of an untrained generator, which samples as fast as a trained one."""
     shape = config.autoencoder.latent_shape(spec.image_size)
     names = tuple(class_names(spec.name)) if is_prepared(spec.name) else tuple(map(str, range(spec.num_classes)))
@@ -43,7 +44,7 @@ def sampling_speed(config: GeneratorConfig, spec: DatasetSpec, device: torch.dev
         build_autoencoder(config.autoencoder, spec.image_size, seed=0).eval(),
         facts,
     )
-    sampler = Sampler(model, SamplingSettings(guidance=default_guidance(IPC), batch_size=_SAMPLED), device)
+    sampler = Sampler(model, dataclasses.replace(settings, batch_size=_SAMPLED), device)
     labels = torch.arange(_SAMPLED) % spec.num_classes
     began = time.monotonic()
     made = sum(len(images) for images in sampler.images(labels, torch.arange(_SAMPLED)))
