@@ -55,6 +55,7 @@ def wheel(source, tmp_path_factory):
     return build("bdist_wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_data_file(wheel):
     packed = set(zipfile.ZipFile(wheel).namelist())
     ours = {

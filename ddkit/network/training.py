@@ -135,7 +135,7 @@ class TrainingRun:
         release_memory(self._images.device)
 
     def _fastest_plan(self) -> EnginePlan:
-        precision, batch_size = self.settings.precision, self.settings.batch_size
+        precision, batch_size = self.settings.precision, min(self.settings.batch_size, len(self._images))
         if batch_size <= _FEW and precision == "float32":
             return EnginePlan("plain", precision)
         images_left = (self.settings.epochs - self.epochs_done) * len(self._images)

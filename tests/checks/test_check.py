@@ -32,6 +32,7 @@ def test_check_path_judges_a_file_and_a_zip_alike(tmp_path, folder):
     assert codes(check_path(tmp_path / "s.zip"), "error") == ["F010", "F002"]
 
 
+@pytest.mark.slow
 def test_folder_with_one_of_the_challenges_files_is_f003(tmp_path):
     torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "cifar100.pt")
     assert codes(check_path(tmp_path, settings=BARE), "error") == ["F003"]
@@ -39,6 +40,7 @@ def test_folder_with_one_of_the_challenges_files_is_f003(tmp_path):
     assert codes(check_path(tmp_path, settings=BARE)) == []
 
 
+@pytest.mark.slow
 def test_name_in_another_case_is_f011(tmp_path):
     torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "CIFAR100.pt")
     torch.save(torch.randn(2000, 3, 64, 64), tmp_path / "tinyimagenet.pt")

@@ -24,6 +24,7 @@ def test_class_model_is_read_from_the_cache_and_fitted_again_if_that_is_damaged(
     assert len(kept.read_bytes()) == len(whole)
 
 
+@pytest.mark.slow
 def test_class_model_tells_the_progress_of_the_fit_and_nothing_once_it_is_kept(letters):
     told = []
     class_model("glyphs", progress=told.append)
@@ -34,6 +35,7 @@ def test_class_model_tells_the_progress_of_the_fit_and_nothing_once_it_is_kept(l
     assert told == []
 
 
+@pytest.mark.slow
 def test_class_model_is_fitted_if_the_cache_cannot_be_written(letters, own_cache):
     (own_cache / "_checks").write_text("")
     assert class_model("glyphs").weight.isfinite().all()

@@ -257,6 +257,7 @@ def same_images(first, second):
     return {image.numpy().tobytes() for image in first} == {image.numpy().tobytes() for image in second}
 
 
+@pytest.mark.slow
 def test_channels_exchanged_with_the_right_constants_are_judged_by_their_classes(glyph_images):
     """Letters in colors that tell nothing are left alone; the classifier of the real images decides."""
     assert "N006" not in {finding.code for finding in order_findings(glyph_images.flip(1), GLYPHS, "glyphs.pt")}

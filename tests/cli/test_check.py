@@ -61,6 +61,7 @@ def test_check_with_strict_fails_on_warnings(half_submission):
         assert finished.exit_code == status and levels["T005"] == ("error" if strict else "warning")
 
 
+@pytest.mark.slow
 def test_fix_order_writes_the_right_order_to_another_file(letters, work):
     real = load_dataset(letters, "train")
     right = normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS)

@@ -121,6 +121,7 @@ def test_minimax_resumes_without_repeating_its_settings(ddkit, tmp_path, dit_fol
     assert scratch.exit_code == 2 and "folder without a fine-tuning" in said(scratch)
 
 
+@pytest.mark.slow
 def test_epochs_replace_steps(ddkit, tmp_path, dit_folder):
     words = ("--init", dit_folder, "--batch-size", "5", "--epochs", "3")
     done = ddkit("train", "--dataset", "colors", *words)

@@ -144,6 +144,7 @@ class TestImageFolders:
         with pytest.raises(UsageError, match="size of 4"):
             prepare("pets", path, image_size=4)
 
+    @pytest.mark.slow
     def test_large_images_are_read_a_few_at_a_time(self, write_tree, picture, colors):
         files = {f"{s}/{c}/{k}.png": picture((k, 2, 3), side=1024) for s in ("train", "test") for c in "ab" for k in range(3)}
         prepare("large", write_tree(files))

@@ -66,6 +66,7 @@ def test_networks_learn_the_set(spec, images):
     assert losses[1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_ages_are_staggered_and_old_networks_are_replaced(spec, images):
     ours = pool(spec, size=3)
     assert ours.state()["ages"].tolist() == [0, 2, 4]

@@ -164,6 +164,7 @@ def test_the_provenance_names_the_method_of_each_objective(start, tmp_path, obje
     assert facts["objective"] == objective and method in facts["method"]
 
 
+@pytest.mark.slow
 def test_dm_comes_first_and_frepo_follows(start, tmp_path):
     both = dataclasses.replace(QUICK, dm_steps=2)
     folders = {"both": both, "dm": dataclasses.replace(QUICK, objective="dm")}
@@ -267,6 +268,7 @@ def test_refining_on_a_gpu_that_is_too_small_is_one_message_before_anything_is_w
     assert run(start, tmp_path / "run", 4, DM, device=second_gpu).steps == 4
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_while_refining_loses_nothing(start, tmp_path, gpu):
     def take_the_memory(report):
         if report.task == "Refining" and report.done == 3:
@@ -294,6 +296,7 @@ def test_precision_is_chosen_once_and_named_in_the_provenance(start, tmp_path):
     assert read(tmp_path / "auto" / "state.pt")["precision"] in images
 
 
+@pytest.mark.slow
 def test_a_state_that_does_not_name_the_precision_of_its_validations_resumes_with_float32(start, tmp_path):
     settings = dataclasses.replace(RANDOM_NETWORKS, precision="bfloat16", ema=0.0)
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -203,6 +203,7 @@ def as_of_0_1_0(folder):
 VECTORS = ("images", "velocity", "average", "best_images")
 
 
+@pytest.mark.slow
 def test_a_refinement_of_0_1_0_resumes_with_its_settings(start, tmp_path):
     settings = dataclasses.replace(SETTINGS, dm_steps=1, pool=PoolSettings(size=0), precision="float32")
     whole, parts = tmp_path / "whole", tmp_path / "parts"

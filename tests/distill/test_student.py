@@ -71,6 +71,7 @@ def test_the_gradient_of_one_step_predicts_how_the_distance_changes(spec, images
     assert rise > 0
 
 
+@pytest.mark.slow
 def test_the_gradient_leads_down_as_automatic_differentiation_does(spec, images, way):
     """The latter step by step, at the places that the student came by; it does not see where a ReLU sets in."""
     steps = 3
@@ -118,6 +119,7 @@ def test_wrong_settings_raise_usage_error(wrong):
         StudentSettings(**wrong)
 
 
+@pytest.mark.slow
 def test_a_step_along_the_gradient_brings_the_student_nearer(spec, images, way):
     of_four = student(spec, 4)
     before = of_four.match(images, *way, RATE, draws())

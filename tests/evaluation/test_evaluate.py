@@ -148,6 +148,7 @@ def test_a_finished_evaluation_is_not_repeated_and_more_rounds_only_add(tmp_path
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+@pytest.mark.slow
 def test_other_images_settings_or_tests_are_another_evaluation(tmp_path):
     state = StateFolder(tmp_path)
     evaluated(state=state)
@@ -436,6 +437,7 @@ def test_dry_run_of_an_evaluation_measures_the_gpu_asked_for(gpu, second_gpu, co
     assert (found.memory, found.free_memory) == (2 * 2**20, 70 * 2**30) and found.seconds > 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_a_gpu_with_little_memory_computes_in_smaller_chunks(gpu, compute_with, caplog):
     compute_with(EnginePlan("cuda_graph"))
     plenty = evaluated(device="cuda")

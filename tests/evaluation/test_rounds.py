@@ -107,6 +107,7 @@ def test_states_of_version_1_are_continued(tmp_path):
         assert same(read_result(file) or run([job(0, tmp_path)])[0], wanted)
 
 
+@pytest.mark.slow
 def test_interrupted_rounds_are_all_saved_and_each_continues_from_its_epoch(tmp_path):
     wanted = run([job(0), job(1)])
     # Round 0 is ahead when both go on together.
@@ -120,6 +121,7 @@ def test_interrupted_rounds_are_all_saved_and_each_continues_from_its_epoch(tmp_
     assert all(same(read_result(job(index, tmp_path).path), wanted[index]) for index in (0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "cuda_graph"])
 def test_testing_on_a_gpu_waits_no_longer_for_more_batches(gpu, kind):
     network = build_network("convnet", 4, 16, seed=0).to("cuda").eval()

@@ -135,7 +135,8 @@ def test_tracked_training_scores_on_the_gpu_asked_for(gpu, second_gpu, data, con
 
 
 @pytest.mark.parametrize("architecture, prediction, sampler", [
-    *(("uvit", "flow", sampler) for sampler in SAMPLERS), ("uvit", "epsilon", "dpm++"), ("dit", "v", "ddim"),
+    *(("uvit", "flow", sampler) for sampler in SAMPLERS),
+    *(pytest.param(*of, marks=pytest.mark.slow) for of in (("uvit", "epsilon", "dpm++"), ("dit", "v", "ddim"))),
 ])  # fmt: skip
 def test_sampling_waits_once_a_batch(gpu, second_gpu, make_model, architecture, prediction, sampler):
     """For the images, which come back."""
@@ -148,6 +149,7 @@ def test_sampling_waits_once_a_batch(gpu, second_gpu, make_model, architecture, 
     assert (torch.cat(made).int() - on_cpu.int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_mode_guided_sampling_waits_once_a_batch(gpu, second_gpu, make_model, prediction):
     modes = torch.randn(3, 2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -226,6 +228,7 @@ def test_sampling_takes_smaller_batches_where_memory_is_short(gpu, make_model, c
 
 
 class TestPlan:
+    @pytest.mark.slow
     def test_gpu_takes_the_largest_preset_that_fits_and_bfloat16(self, gpu, tmp_path):
         data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
         request = plan_training(data, {}, runs=tmp_path, device="cuda")

@@ -209,6 +209,7 @@ class TestMapping:
         for wnid, (label,) in zip(found.names, found.labels, strict=True):
             assert titles[label] in words[wnid].split(", "), wnid
 
+    @pytest.mark.slow
     def test_imagenet_is_recognized_by_its_size_and_names(self, save_dit, tmp_path):
         from torchvision.models import ResNet18_Weights
 

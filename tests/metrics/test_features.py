@@ -42,11 +42,13 @@ def test_features_tell_the_classes_apart(trained):
     assert frechet_distance(rows, columns) > 5 * frechet_distance(rows[::2], rows[1::2])
 
 
+@pytest.mark.slow
 def test_float_images_have_the_features_of_their_bytes(trained):
     images = stripes(4, 2).images
     torch.testing.assert_close(trained(images), trained(images.float() / 255))
 
 
+@pytest.mark.slow
 def test_no_images_have_no_features(trained):
     assert trained(torch.empty(0, 3, 16, 16, dtype=torch.uint8)).shape == (0, ReferenceFeatures.num_features)
 

@@ -155,6 +155,7 @@ def test_a_network_is_not_compiled_for_a_short_training(gpu, own_cache, monkeypa
         assert choose_plan(on_gpu(), "float32", 8, images_left=images_left).kind in ("plain", "cuda_graph")
 
 
+@pytest.mark.slow
 def test_compiling_is_tried_once_for_a_long_training_and_remembered(gpu, own_cache, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(1) or function)

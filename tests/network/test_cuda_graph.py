@@ -112,6 +112,7 @@ def test_a_plan_of_an_earlier_version_is_read():
     assert EnginePlan.from_dict({"kind": "plain", "chunk": 8}) == EnginePlan("plain", chunk=8)
 
 
+@pytest.mark.slow
 def test_out_of_memory_saved_and_resumed_the_optimizer_gets_momentum_of_the_weights_layout(gpu):
     run = started(GRAPH, 2, size=32)
     losses = losses_of(run, 1)
@@ -127,6 +128,7 @@ def test_out_of_memory_saved_and_resumed_the_optimizer_gets_momentum_of_the_weig
     assert losses == pytest.approx(losses_of(started(EnginePlan(), 2, size=32), 3), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_state_of_a_gpu_is_continued_on_a_cpu(gpu):
     run = started(GRAPH)
     losses = losses_of(run, 2)
@@ -183,6 +185,7 @@ def test_after_a_failed_capture_the_steps_run_on_the_runs_own_stream(gpu, monkey
     assert len(streams) == 6 and len(set(streams)) == 1 and torch.cuda.current_stream() not in streams
 
 
+@pytest.mark.slow
 def test_training_continues_uncompiled_where_compiling_fails(gpu, monkeypatch, caplog):
     def no_compiler(function, **options):
         def fail(*args):
@@ -210,6 +213,7 @@ def test_a_batch_of_a_begun_training_makes_the_host_wait_for_nothing(gpu):
             assert gpu.waits_in_all == 0, gpu.waits
 
 
+@pytest.mark.slow
 def test_uint8_pixels_are_trained_on_like_their_normalized_floats(gpu):
     from ddkit.challenge import GLYPHS
     from ddkit.data.images import normalize

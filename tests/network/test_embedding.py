@@ -64,6 +64,7 @@ def test_bfloat16_is_not_float32():
     assert (rounded - exact).norm() > 1e-3 * exact.norm()
 
 
+@pytest.mark.slow
 def test_auto_takes_float32_on_a_processor_without_bfloat16_instructions(monkeypatch):
     monkeypatch.setattr(autotune, "has_bfloat16", lambda: False)
     network = build_network("convnet", 10, 16, seed=0)

@@ -127,6 +127,7 @@ def test_of_many_sets_the_pictures_of_the_best_are_shown(evaluated):
     assert [bool(view.sheet) for view in views[:3]] == [True] * 3
 
 
+@pytest.mark.slow
 def test_thousands_of_results_make_a_page_that_can_be_sent(result):
     results = [result(f"run-{i % 500}", "letters", i / 5000, epochs_setting=50) for i in range(3000)]
     page = gather(results)

@@ -196,6 +196,7 @@ def test_a_plain_value_is_read_as_pickle_reads_it(protocol):
         assert file.value[:5] + file.value[6:] == value[:5] + value[6:]
 
 
+@pytest.mark.slow
 def test_a_pickle_of_many_marks_and_values_is_read_in_time_that_grows_with_its_size():
     deep = b"\x80\x02" + b"(" * 200_000 + b"t" * 199_999 + b"."
     assert opened(rebuilt(saved(0), data_pkl=deep)).value is not None

@@ -311,6 +311,7 @@ def test_a_storage_shorter_than_the_tensor_claims_is_refused(images):
     assert tensor is None and codes == ["F005"]
 
 
+@pytest.mark.slow
 def test_a_compressed_bomb_in_a_tensor_file_is_refused(images):
     bomb = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(saved(images))) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:

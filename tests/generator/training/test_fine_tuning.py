@@ -87,6 +87,7 @@ def test_fine_tuning_a_pretrained_transformer_gives_a_plain_model(data, tuning, 
     assert sampled(model).shape == (6, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_images_of_another_size_are_resized_for_training_and_sampled_at_their_own(images, tuning, pretrained, tmp_path):
     """Images of 40 px, latents of 8 x 8 as the model's own 16 px have them, pictures of 40 px."""
     pixels = images.images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)[..., :40, :40]

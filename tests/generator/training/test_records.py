@@ -9,6 +9,7 @@ from ddkit.generator.training.records import MetricsLog, Score, read_records
 from ddkit.generator.training.train import Tracking, TrainingRequest, train
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_figure_at_its_step(data, config, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -63,6 +63,7 @@ def test_tracked_training_keeps_the_best_model_and_draws_a_chart(data, config, t
         assert chart.format == "PNG" and chart.width > 2 * chart.height
 
 
+@pytest.mark.slow
 def test_chart_shows_a_fine_tuning(tmp_path):
     draw_chart([], tmp_path / "nothing.png")
     draw_chart([{"stage": "minimax", "step": step, "loss": 1 / step} for step in (1, 2, 3)], tmp_path / "chart.png")

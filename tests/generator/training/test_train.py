@@ -121,6 +121,7 @@ class TestResuming:
         assert_same(state(tmp_path / "straight", "autoencoder"), state(tmp_path / "stopped", "autoencoder"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
 
+    @pytest.mark.slow
     def test_stop_during_the_last_step_of_a_stage_prevents_the_next_stage(self, data, config, tmp_path):
         def stop(report):
             if report.done == report.total:
@@ -133,6 +134,7 @@ class TestResuming:
         train(data, TrainingRequest(config, tmp_path / "straight"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "stopped"))
 
+    @pytest.mark.slow
     def test_finished_training_is_not_repeated(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path))
         before = (tmp_path / "metrics.jsonl").read_text()
@@ -141,6 +143,7 @@ class TestResuming:
         assert (tmp_path / "metrics.jsonl").read_text() == before
         assert reports == []
 
+    @pytest.mark.slow
     def test_model_older_than_the_last_checkpoint_is_written_again(self, data, config, tmp_path):
         """As a kill between the two leaves it."""
         train(data, TrainingRequest(with_steps(config, 2), tmp_path / "run"))
@@ -168,6 +171,7 @@ class TestResuming:
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "damaged"))
         assert_same(state(tmp_path / "straight"), state(tmp_path / "damaged"))
 
+    @pytest.mark.slow
     def test_training_resumes_with_a_lower_learning_rate(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 2), tmp_path))
         train(data, TrainingRequest(with_optimizer(config, learning_rate=1e-4), tmp_path))
@@ -187,6 +191,7 @@ class TestResuming:
         train(data, TrainingRequest(longer, tmp_path / "hurried", seconds=2.0))
         assert records(tmp_path / "hurried", "autoencoder")[-1]["step"] < 4 and "was trained for a short time" in caplog.text
 
+    @pytest.mark.slow
     def test_changed_images_are_encoded_again(self, data, config, tmp_path, caplog):
         train(data, TrainingRequest(config, tmp_path))
         before = load_file(tmp_path / "checkpoints" / "latents.safetensors")["latents"]
@@ -198,11 +203,13 @@ class TestResuming:
 
 
 class TestDividedBatches:
+    @pytest.mark.slow
     def test_accumulated_parts_train_like_the_whole_batch(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path / "whole"))
         train(data, TrainingRequest(with_optimizer(config, accumulation=3), tmp_path / "parts"))
         assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"), atol=1e-4)
 
+    @pytest.mark.slow
     def test_two_cores_train_like_one(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path / "one"))
         torch.set_num_threads(2)  # put back by the fixture that set one
@@ -287,6 +294,7 @@ class TestLimits:
 
 
 class TestTracking:
+    @pytest.mark.slow
     def test_scores_on_other_images_do_not_count(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path), tracking=Tracking("frechet", lambda model: 1.0))
         changed = dataclasses.replace(data, sha256="of-other-pixels")
@@ -294,6 +302,7 @@ class TestTracking:
         facts = read_facts(tmp_path)
         assert (facts.steps, facts.dataset_sha256, dict(facts.metrics)) == (8, "of-other-pixels", {"frechet": 5.0})
 
+    @pytest.mark.slow
     def test_best_model_is_kept_over_several_runs(self, data, config, tmp_path):
         scores = iter([3.0, 1.0, 2.0, 5.0])
         tracking = Tracking("frechet", lambda model: next(scores), every_steps=2)
@@ -309,6 +318,7 @@ class TestTracking:
             (8, 5.0),
         ]
 
+    @pytest.mark.slow
     def test_score_missed_by_a_stop_is_made_on_resuming(self, data, config, tmp_path):
         def stop(report):
             if report.task == "Training the denoiser" and report.done == 3:
