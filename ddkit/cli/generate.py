@@ -79,6 +79,13 @@ _METHODS = (
     help="Set the scale of mode guidance, which steers image i of a class to mode i of its real images early in "
     f"sampling; 0 turns it off, and the paper uses 0.1.  [default: {_DEFAULTS.mode_guidance:g}]",
 )
+@click.option(
+    "--influence-guidance",
+    type=click.FloatRange(0),
+    metavar="SCALE",
+    help="Set the scale of influence guidance, which steers samples early to images that train a classifier as the real images "
+    f"of their class do; 0 turns it off.  [default: {_DEFAULTS.influence_guidance:g}]",
+)
 @click.option("--sampler", type=click.Choice(SAMPLERS), help=f"Choose the sampler.  [default: {_DEFAULTS.sampler}]")
 @click.option(
     "--batch-size",

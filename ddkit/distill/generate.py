@@ -31,7 +31,7 @@ def generate(
     again in any case, even over a refined set, which has cost hours.
     Raises UsageError for fewer than one image a class, another ending than .pt, an unknown dataset, a model of another
     dataset, or a refined set at `out`; InterruptedRunError once asked to stop; and what `load_model`, `open_dataset`,
-    `find_modes` and `save_set` raise.
+    `find_modes`, `find_influence` and `save_set` raise.
     """
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, got {ipc}.", "The challenge asks for --ipc 10.")

@@ -18,6 +18,7 @@ from ddkit.distill.partial_set import PartialSet
 from ddkit.distill.sources import Extract, FromModel, feature_extractor, save
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.generator.config import SamplingSettings
+from ddkit.generator.influence import find_influence
 from ddkit.generator.model_facts import model_hash
 from ddkit.generator.model_folder import Model, load_model
 from ddkit.generator.modes import find_modes
@@ -51,7 +52,8 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
     if needs_features:
         features = resolve_precision(FeatureSettings(precision=source.select_precision), spec, group.device)
         provenance["selected_in"] = features.precision
-    identity = _identity(provenance, ipc, spec, store_hash(dataset, "train") if needs_features else "")
+    looks_at_real = needs_features or settings.influence_guidance > 0
+    identity = _identity(provenance, ipc, spec, store_hash(dataset, "train") if looks_at_real else "")
     classes = group.local_items(range(spec.num_classes))
     partial = PartialSet(out, identity, spec.image_shape)
     request = partial.digest
@@ -63,20 +65,24 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
         return files
     if group.size > 1:  # each process keeps its own
         partial = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)
-    modes = extract = None
+    modes = influence = extract = None
     if settings.mode_guidance:
         real = open_dataset(dataset, "train", progress=progress)
         modes = find_modes(
             source.folder, model, real.labels, ipc, seed=settings.seed, dataset_sha256=store_hash(dataset, "train")
         )
-    if needs_features:
+    if looks_at_real:
         real = open_dataset(dataset, "train", progress=progress)
         if not group.is_main:
-            group.gather([])  # the main process trains the feature network, once
-        extract = feature_extractor(real, dataset, features, group.device, progress)
+            group.gather([])  # the main process trains the networks, once
+        if needs_features:
+            extract = feature_extractor(real, dataset, features, group.device, progress)
+        if settings.influence_guidance:
+            sha256 = store_hash(dataset, "train")
+            influence = find_influence(real, spec, dataset_sha256=sha256, device=group.device, progress=progress)
         if group.is_main:
             group.gather([])
-    sampler = Sampler(model, settings, group.device, modes=modes)
+    sampler = Sampler(model, settings, group.device, modes=modes, influence=influence)
     images = _complete(sampler, classes, ipc, source, extract, partial, progress)
     by_class = group.gather(list(zip(classes, images.unflatten(0, (len(classes), ipc)), strict=True)))
     if group.is_main:
@@ -160,8 +166,9 @@ def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> 
     """The provenance of a model's images."""
     sampling = dataclasses.asdict(settings)
     del sampling["compile"]
-    if not settings.mode_guidance:
-        del sampling["mode_guidance"]
+    for name in ("mode_guidance", "influence_guidance"):
+        if not sampling[name]:
+            del sampling[name]
     return {
         "kind": KIND_GENERATED,
         "model": source_name(source.folder),

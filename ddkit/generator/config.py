@@ -243,6 +243,8 @@ class SamplingSettings:
     guidance_interval: the times, 0 (clean) to 1 (noise), in which guidance acts (Kynkaanniemi et al. 2024,
         arXiv 2404.07724).
     mode_guidance: lambda of mode guidance (Chan-Santiago et al. 2025, arXiv 2505.18963); 0 turns it off.
+    influence_guidance: scale of influence guidance (Chen et al. 2025, ICLR): the length of each guided step relative to that of
+        the noise in the latents; 0 turns it off. `ddkit.generator.influence` says what differs from the paper.
     batch_size: images at once; None for BATCH_ON_GPU on a GPU and BATCH_ELSEWHERE elsewhere.
     precision: "float32", "bfloat16" or "auto", which is bfloat16 on GPUs that have it and float32 elsewhere.
     compile: use torch.compile, which is worth it above a few thousand images.
@@ -253,6 +255,7 @@ class SamplingSettings:
     guidance: float = default_guidance(10)
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     mode_guidance: float = 0.0
+    influence_guidance: float = 0.0
     seed: int = 0
     batch_size: int | None = None
     precision: str = "auto"
@@ -265,7 +268,7 @@ class SamplingSettings:
             raise UsageError(f"Sampling takes 1 to {MOST_SAMPLING_STEPS} steps, got {self.steps}.")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"The batch size must be at least 1, got {self.batch_size}.")
-        for name in ("guidance", "mode_guidance"):
+        for name in ("guidance", "mode_guidance", "influence_guidance"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"SamplingSettings.{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         low, high = self.guidance_interval

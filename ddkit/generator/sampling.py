@@ -21,6 +21,7 @@ from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled_for_inference
 from ddkit.generator.config import BATCH_ELSEWHERE, BATCH_ON_GPU, ObjectiveConfig, SamplingSettings
+from ddkit.generator.influence import Influence
 from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import TIME_SCALE, Objective
@@ -36,6 +37,7 @@ __all__ = ["Sampler", "SamplingSettings", "class_ordered", "resolve_settings"]
 _OTHERS = "Close other programs that use it, or choose another --device."
 _PART = 32  # images that a core computes together; more are not faster
 _MODE_GUIDED = 0.5  # of the steps, from the first on (arXiv 2505.18963, section 4.2: t_stop)
+_INFLUENCE_GUIDED = (0.08, 0.4)  # from which to which share of the steps (IGD's code: steps 5 to 20 of 50)
 
 
 def resolve_settings(settings: SamplingSettings, device: torch.device) -> SamplingSettings:
@@ -52,6 +54,7 @@ class Sampler:
     """A model made ready to sample on one device.
 
     modes: (classes, k, C, s, s), the centers that mode guidance steers to, as `ddkit.generator.modes.find_modes` makes them.
+    influence: what influence guidance raises, as `ddkit.generator.influence.find_influence` makes it.
     Raises UsageError for settings that the model cannot follow.
     """
 
@@ -62,6 +65,7 @@ class Sampler:
         device: torch.device | str = "cpu",
         *,
         modes: Tensor | None = None,
+        influence: Influence | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.settings = resolve_settings(settings or SamplingSettings(), self.device)
@@ -73,6 +77,8 @@ class Sampler:
             )
         if (self.settings.mode_guidance > 0) != (modes is not None):
             raise UsageError("Mode guidance needs both a scale above 0 and the modes of each class.")
+        if (self.settings.influence_guidance > 0) != (influence is not None):
+            raise UsageError("Influence guidance needs both a scale above 0 and the influence of the real images.")
         self._latent_shape = model.latent_shape
         self._null_class = null_class(model.denoiser)
         self._objective = Objective(ObjectiveConfig(model.facts.prediction))
@@ -87,15 +93,19 @@ class Sampler:
         self._part -= self._part % self._decoded_at_once
         self._guided: Callable[..., Tensor] = GuidedDenoiser(model.denoiser)
         self._decoder: Callable[..., Tensor] = Decoder(model)
+        self._differentiable = self._guided, self._decoder  # what is compiled for inference has no gradients
         if self.settings.compile:
             self._guided = compiled_for_inference(GuidedDenoiser(model.denoiser), self.device)
             self._decoder = compiled_for_inference(Decoder(model), self.device)
         self._compiling = self.settings.compile  # until the first part is made
         scheduler = make_scheduler(self.settings.sampler, model.facts.prediction)
-        plan = linear_plan(scheduler, self.settings.steps, shifts=modes is not None)
+        self._shifts = modes is not None or influence is not None
+        plan = linear_plan(scheduler, self.settings.steps, shifts=self._shifts)
         self._times, self._final = plan.times.tolist(), plan.final.to(self.device)
         self._inputs = plan.inputs.to(self.device)
-        self._modes = modes
+        self._modes, self._influence = modes, influence
+        first, end = (round(share * len(self._times)) for share in _INFLUENCE_GUIDED)
+        self._influenced = range(first, max(end, 1)) if influence else range(0)
 
     def images(self, labels: Tensor, indices: Tensor) -> Iterator[Tensor]:
         """Yield images in the order asked for, a batch at a time: (n, 3, S, S) uint8 on the CPU.
@@ -166,25 +176,30 @@ class Sampler:
         whole = self._part if self.settings.compile else count
         filled = [torch.cat([rows, rows[:1].expand(whole - count, *rows.shape[1:])]) for rows in part]
         noise, labels, centers = (upload(rows, self.device) for rows in filled)
-        per_step = 1 if self._modes is None else 2
+        per_step = 1 + self._shifts
         terms = noise.new_zeros(1 + per_step * len(self._times), *noise.shape)  # as LinearPlan orders them
         terms[0] = noise
-        both = torch.cat([labels, torch.full_like(labels, self._null_class)])
-        low, high = self.settings.guidance_interval
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             for i, time in enumerate(self._times):
                 known = 1 + per_step * i
                 point = weighted_sum(self._inputs[i, :known], terms[:known])
-                if self.settings.guidance == 1 or not low <= time / TIME_SCALE <= high:
-                    output = self._guided(point, point.new_full((whole,), time), labels)
+                if i in self._influenced:
+                    terms[known], terms[known + 1] = self._influence_term(point, time, labels)
                 else:
-                    output = self._guided(point, point.new_full((2 * whole,), time), both, self.settings.guidance)
-                terms[known] = output
-                if per_step == 2 and i < _MODE_GUIDED * len(self._times):
-                    terms[known + 1] = self._mode_term(point, output, time, centers)
+                    terms[known] = self._output(self._guided, point, time, labels)
+                if self._modes is not None and i < _MODE_GUIDED * len(self._times):
+                    terms[known + 1] += self._mode_term(point, terms[known], time, centers)
             latents = weighted_sum(self._final, terms)
             made = torch.cat([to_uint8(self._decoder(some)) for some in latents.split(self._decoded_at_once)])
         return made[:count].cpu()
+
+    def _output(self, denoiser: Callable[..., Tensor], point: Tensor, time: float, labels: Tensor) -> Tensor:
+        """(n, C, s, s): the denoiser's output, with classifier-free guidance where the settings want it."""
+        count, (low, high) = len(point), self.settings.guidance_interval
+        if self.settings.guidance == 1 or not low <= time / TIME_SCALE <= high:
+            return denoiser(point, point.new_full((count,), time), labels)
+        both = torch.cat([labels, torch.full_like(labels, self._null_class)])
+        return denoiser(point, point.new_full((2 * count,), time), both, self.settings.guidance)
 
     def _mode_term(self, point: Tensor, output: Tensor, time: float, centers: Tensor) -> Tensor:
         """The term that mode guidance adds after a step: lambda * sigma_t * (mode - predicted clean latents), all (n, C, s, s).
@@ -194,6 +209,33 @@ class Sampler:
         times = point.new_full((len(point),), time)
         _, sigma = self._objective.levels(times, point)
         return self.settings.mode_guidance * sigma * (centers - self._objective.clean(point, output, times))
+
+    def _influence_term(self, point: Tensor, time: float, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The denoiser's output, and the term that influence guidance adds after a step, both (n, C, s, s).
+
+        The term is scale * |sigma_t * predicted noise| * g / |g|, where g is the gradient of the influence of the predicted
+        clean image, through the classifier, the decoder and the denoiser, with respect to the point.
+        Source: Chen et al. 2025 (IGD, ICLR 2025), equations 7 and 9. The authors' code makes the length relative to the noise
+        as well, but by another constant, so its k is not this scale.
+        """
+        assert self._influence is not None
+        (denoiser, decoder), pieces = self._differentiable, self._decoded_at_once
+        times = point.new_full((len(point),), time)
+        slopes = []
+        with torch.enable_grad():
+            point.requires_grad_()
+            output = self._output(denoiser, point, time, labels)
+            clean = self._objective.clean(point, output, times)
+            # In pieces, as the feature maps of the decoder and of several networks take the most memory.
+            for latents, of in zip(clean.detach().split(pieces), labels.split(pieces), strict=True):
+                latents.requires_grad_()
+                slopes += torch.autograd.grad(self._influence(decoder(latents), of).sum(), latents)
+            (gradient,) = torch.autograd.grad(clean, point, torch.cat(slopes))
+        point.requires_grad_(False)
+        signal, _ = self._objective.levels(times, point)
+        noise = (point - signal * clean.detach()).flatten(1).norm(dim=1)
+        length = self.settings.influence_guidance * noise / gradient.flatten(1).norm(dim=1).clamp_min(1e-20)
+        return output.detach(), length.view(-1, 1, 1, 1) * gradient
 
 
 def weighted_sum(coefficients: Tensor, terms: Tensor) -> Tensor:

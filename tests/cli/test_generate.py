@@ -38,6 +38,9 @@ def test_generate_from_real_writes_the_default_files(colors, tmp_path, monkeypat
         (["--dataset", "colors", "--from-real", "k-centers"], 2, "Did you mean 'k-center'?"),
         (["--dataset", "colors", "--candidates", "20", "--select", "hering"], 2, "Did you mean 'herding'?"),
         (["--dataset", "colors", "--guidance-interval", "0.9", "0.1"], 2, "0.9 to 0.1"),
+        (["--dataset", "colors", "--influence-guidance", "inf"], 2, "influence_guidance must be a finite number"),
+        (["--dataset", "colors", "--influence-guidance", "-1"], 2, "--influence-guidance"),
+        (["--dataset", "colors", "--from-real", "first", "--influence-guidance", "1"], 2, "--influence-guidance has no effect"),
     ],
 )
 def test_invalid_options_end_with_one_message(colors, tmp_path, monkeypatch, words, status, said):

@@ -152,6 +152,22 @@ def test_mode_guidance_without_latents_raises_missing_model_error(colors, model_
     assert not (tmp_path / "set.pt").exists()
 
 
+@pytest.mark.slow
+def test_influence_guidance_makes_another_set_and_is_recorded(colors, model_folder, tmp_path):
+    settings = SamplingSettings(steps=3, influence_guidance=0.2)
+    plain = generate(colors, 2, FromModel(model_folder, SamplingSettings(steps=3)), tmp_path / "plain.pt")
+    guided = generate(colors, 2, FromModel(model_folder, settings), tmp_path / "guided.pt")
+    assert not torch.equal(pixels(plain.tensor, colors), pixels(guided.tensor, colors))
+    facts = [json.loads(saved.provenance.read_text()) for saved in (plain, guided)]
+    assert "influence_guidance" not in facts[0] and facts[1]["influence_guidance"] == 0.2
+    reports = []
+    source = FromModel(model_folder, dataclasses.replace(settings, batch_size=1))
+    again = generate(colors, 2, source, tmp_path / "again.pt", progress=reports.append)
+    assert {report.task for report in reports} == {"Sampling"}, "the networks are found in the cache"
+    off = pixels(again.tensor, colors).int() - pixels(guided.tensor, colors).int()
+    assert off.abs().max() <= 1
+
+
 class TestChoosing:
     """Candidates of a model, and all real images, seen by a network trained on the real ones."""
 

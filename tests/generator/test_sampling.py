@@ -220,6 +220,7 @@ def test_weighted_sum_is_float32_under_autocast():
         {"precision": "int8"},
         {"sampler": "euler"},
         {"mode_guidance": -0.1},
+        {"influence_guidance": float("inf")},
     ],
 )
 def test_invalid_settings_raise_usage_error(wrong):

@@ -1,0 +1,195 @@
+"""The influence of a sample on training, which influence guidance raises while the sample is drawn.
+
+Source: Chen et al. 2025, "Influence-Guided Diffusion for Dataset Distillation" (IGD), ICLR 2025, equation 7. The influence of
+an image on its class is the mean, over checkpoints of one training on real images, of the cosine similarity between the
+gradient of the image's loss and the mean gradient of the losses of the class's real images.
+
+Three things differ from the paper:
+- The gradients are those of the last layer, not of all layers. The last layer's gradient is an outer product, so its cosine
+  takes one pass through the network; all layers would need second derivatives.
+- The network is the challenge's ConvNet at 32 pixels at most, trained for 8 epochs on up to 10,000 images, which takes minutes
+  on a CPU. The paper's has six blocks and is trained for 50 epochs on all images.
+- Deviation guidance (equation 8: away from the most similar earlier sample of the class) is left out. With it an image would
+  depend on all earlier ones, and could no longer be made alone, in any batch and by any process. Mode guidance, which can be
+  added, spreads the samples of a class without that.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from ddkit.challenge import DatasetSpec
+from ddkit.data.images import normalize
+from ddkit.data.store import ImageSet
+from ddkit.errors import UsageError
+from ddkit.network.convnet import ConvNet
+from ddkit.network.embedding import Embedder, build_embedder
+from ddkit.network.networks import OFFICIAL_NETWORK, build_network
+from ddkit.network.training import TrainingRun, TrainingSettings
+from ddkit.runtime.cached import cache_key, cached_tensors
+from ddkit.runtime.device import upload
+from ddkit.runtime.files import cache_folder
+from ddkit.runtime.progress import Listener, Progress, ignore
+
+_CACHE_FOLDER = "_influence"  # a dataset cannot have this name
+_VERSION = 1  # counts changes to what is computed
+_SIDE, _SIDE_MULTIPLE = 32, 8  # pixels; larger images are reduced, as the gradients grow with the number of pixels
+_BATCH_SIZE = 64  # as for the features of ddkit.metrics
+_SIMILAR = 0.7  # class gradients that a new checkpoint must differ from by more (the authors' code; the paper's table 6)
+_IMAGES_AT_ONCE = 250
+
+
+class Influence:
+    """Checkpoints of a network, and what the real images of each class would change in the last layer of each.
+
+    networks: K of them, of `spec`'s dataset. gradients: (K, C, C, F + 1); [k, c] is the mean gradient of the cross-entropy of
+    class c's images with respect to the classifier's weight and bias, side by side, in network k.
+    """
+
+    def __init__(self, networks: list[ConvNet], gradients: Tensor, spec: DatasetSpec, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._networks = [network.to(self._device).requires_grad_(False).eval() for network in networks]
+        self._gradients = gradients
+        self._spec = spec
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """(n, 3, S, S) float around [0, 1] and (n,) int64 -> (n,) float32 in [-1, 1], with gradients to the images."""
+        inputs = _resized(normalize(images, self._spec), self._networks[0].image_size)
+        found = []
+        for network, of_classes in zip(self._networks, self._gradients, strict=True):
+            embedding = network.embed(inputs).float()
+            with torch.autocast(self._device.type, enabled=False):
+                found.append(gradient_similarity(embedding, network.classifier(embedding), labels, of_classes))
+        return torch.stack(found).mean(dim=0)
+
+
+def gradient_similarity(embedding: Tensor, logits: Tensor, labels: Tensor, gradients: Tensor) -> Tensor:
+    """(n,) float32 in [-1, 1]: the cosine of each image's gradient in a linear layer and that of its class.
+
+    embedding: (n, F), the layer's input. logits: (n, C), its output. gradients: (C, C, F + 1), those of each class. The
+    cross-entropy's gradient is the outer product of (softmax - one-hot) and (embedding, 1), so its inner product with a matrix
+    and its norm follow without computing it.
+    """
+    errors, inputs = _factors(embedding, logits, labels)
+    products = torch.zeros(len(labels), device=embedding.device)
+    norms = products.clone()
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero()[:, 0]
+        of_class = upload(gradients[label], embedding.device).float()
+        product = ((errors[rows] @ of_class) * inputs[rows]).sum(dim=1)
+        products, norms = products.index_put((rows,), product), norms.index_fill(0, rows, float(of_class.norm()))
+    return products / (errors.norm(dim=1) * inputs.norm(dim=1) * norms).clamp_min(1e-20)
+
+
+def find_influence(
+    dataset: ImageSet,
+    spec: DatasetSpec,
+    *,
+    dataset_sha256: str,
+    images: int = 10_000,
+    epochs: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Listener = ignore,
+) -> Influence:
+    """The influence on a network that is trained on a dataset's real images, once; then it is kept in the cache.
+
+    dataset: the training split. dataset_sha256: its hash. images: how many to train on, as many of each class. epochs: of the
+    training. The untrained network is the first checkpoint; the network after an epoch is another one if its class gradients
+    have a mean cosine below 0.7 with those of the last checkpoint.
+    The cache takes 2 K C^2 (F + 1) bytes, 41 MB a checkpoint for CIFAR-100.
+    Raises UsageError for images below 8 pixels, or a class without images.
+    """
+    if spec.image_size < _SIDE_MULTIPLE:
+        raise UsageError(
+            f"Influence guidance needs images of {_SIDE_MULTIPLE} pixels or more; those of {spec.name} have {spec.image_size}.",
+            "Leave out --influence-guidance.",
+        )
+    side = min(_SIDE, spec.image_size // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
+    network = build_network(OFFICIAL_NETWORK, spec.num_classes, side, seed=seed)
+    assert isinstance(network, ConvNet)
+
+    def train() -> dict[str, Tensor]:
+        rows = _balanced(dataset.labels, spec, images, seed)
+        pixels = _resized(normalize(dataset.images[rows].to(device), spec), side)
+        return _checkpoints(network.to(device), pixels, dataset.labels[rows].to(device), epochs, seed, progress)
+
+    key = cache_key((_VERSION, dataset_sha256, spec.mean, spec.std, images, epochs, seed))
+    path, what = cache_folder() / _CACHE_FOLDER / f"{spec.name}-{key}.safetensors", f"the influence of {spec.name}'s images"
+    kept = cached_tensors(path, ("parameters", "gradients"), what, train)
+    assert kept is not None
+    networks = []
+    for parameters in kept["parameters"]:
+        networks.append(copy.deepcopy(network).cpu())
+        vector_to_parameters(parameters, networks[-1].parameters())
+    return Influence(networks, kept["gradients"], spec, device)
+
+
+def _checkpoints(
+    network: ConvNet, pixels: Tensor, labels: Tensor, epochs: int, seed: int, progress: Listener
+) -> dict[str, Tensor]:
+    """The parameters, (K, P) float32, of each checkpoint of a training, and its gradients, (K, C, C, F + 1) bfloat16."""
+    settings = TrainingSettings(epochs - 1, min(_BATCH_SIZE, len(pixels)), augment=False)
+    run = TrainingRun(network, pixels, labels, settings, torch.Generator().manual_seed(seed))
+    parameters, gradients = [], []
+    last = None
+    while True:
+        present = copy.deepcopy(network).eval()  # the embedder may stop its gradients
+        now = class_gradients(build_embedder(present, settings.batch_size), present.classifier, pixels, labels)
+        if last is None or F.cosine_similarity(last.flatten(1), now.flatten(1)).mean() < _SIMILAR:
+            last = now
+            parameters.append(parameters_to_vector(present.parameters()).detach().cpu())
+            gradients.append(now.bfloat16().cpu())  # half the size; rounding hardly turns so long a vector
+        done, total = run.epochs_done * len(labels), epochs * len(labels)
+        progress(Progress("Training the network of influence guidance (once)", done, total, "images"))
+        if run.finished:
+            run.close()
+            return {"parameters": torch.stack(parameters), "gradients": torch.stack(gradients)}
+        run.epoch()
+
+
+@torch.no_grad()
+def class_gradients(embed: Embedder, classifier: nn.Linear, pixels: Tensor, labels: Tensor) -> Tensor:
+    """(C, C, F + 1) float32: [c] is the mean gradient of the cross-entropy of class c's images in the linear layer.
+
+    embed: makes the layer's input. pixels: (N, 3, S, S), normalized. labels: (N,) int64, with at least one of each class.
+    """
+    classes = classifier.out_features
+    means = torch.zeros(classes, classes, classifier.in_features + 1, device=pixels.device)
+    for label in range(classes):
+        rows = (labels == label).nonzero()[:, 0]
+        for part in rows.split(_IMAGES_AT_ONCE):
+            embedding = embed(pixels[part])
+            errors, inputs = _factors(embedding, classifier(embedding), labels[part])
+            means[label] += errors.T @ inputs / len(rows)
+    return means
+
+
+def _factors(embedding: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of each image's gradient: (n, C), softmax minus one-hot, and (n, F + 1), the embedding and 1."""
+    errors = logits.float().softmax(dim=1) - F.one_hot(labels, logits.shape[1])
+    return errors, F.pad(embedding.float(), (0, 1), value=1.0)
+
+
+def _balanced(labels: Tensor, spec: DatasetSpec, count: int, seed: int) -> Tensor:
+    """Rows of `count` images, as many of each class and at least one, drawn at random and in the store's order."""
+    generator = torch.Generator().manual_seed(seed)
+    each = max(1, count // spec.num_classes)
+    chosen = []
+    for label in range(spec.num_classes):
+        rows = (labels == label).nonzero()[:, 0]
+        if not len(rows):
+            raise UsageError(f"Influence guidance needs training images of every class, and {spec.name} has none of {label}.")
+        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:each]])
+    return torch.cat(chosen).sort().values
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
