@@ -45,7 +45,8 @@ class BundleSettings:
     sampling: sampler, steps, guidance, its interval and the precision are used.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     images_per_class: stop when there are so many; None makes as many as the time allows.
-    keep: share of each class's images that are kept, those that a ConvNet trained on real images is surest of; 1 keeps all.
+    keep: share of the images that are kept, for each class those that a ConvNet trained on real images is surest show it,
+        whatever class they were sampled as; 1 keeps all, each in its class.
     classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
     Raises UsageError for a `keep` that is not above 0 and at most 1.
     """

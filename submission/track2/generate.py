@@ -134,7 +134,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="set the scale of guidance; 1 turns it off  [default: as packed]")
     parser.add_argument(
         "--keep", type=float, metavar="SHARE",
-        help="keep this share of each class's images, those that a classifier is surest of; 1 keeps all  [default: as packed]",
+        help="keep this share of the images, for each class those that a classifier is surest show it; 1 keeps all  "
+        "[default: as packed]",
     )  # fmt: skip
     options = parser.parse_args()
     for name, least in (("time_budget", 1e-9), ("ipc", 1), ("most", 1), ("processes", 1), ("steps", 1), ("guidance", 0)):

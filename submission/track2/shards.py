@@ -1,8 +1,8 @@
 """What the processes of generate.py share: the job, and the folder of shards in which its images gather.
 
 Shard `<worker>-<first>-<end>.safetensors` holds the worker's images number `first` to `end` as bytes, with their labels,
-their indices within their classes and, where only a share is kept, the classifier's confidence in each. `run.json` says
-what they are of, and how much of the budget is spent.
+their indices within their classes and, where only a share is kept, the probabilities that the classifier gives to the
+classes. `run.json` says what they are of, and how much of the budget is spent.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Job:
 
     @property
     def keep(self) -> float:
-        """The share of each class's images that the file gets."""
+        """The share of the images that the file gets."""
         return self.entry.get("keep", 1.0)
 
     def share(self, worker: int) -> int:
@@ -156,14 +156,14 @@ class Shard:
         self.classes: list[int] = []
         self.indices: list[int] = []
         self.images: list[Any] = []
-        self.confidences: list[Any] = []
+        self.probabilities: list[Any] = []
 
     def add(self, sampler: Callable[..., Any], count: int, classifier: Callable[..., Any] | None = None) -> None:
         images = [self.job.image(self.worker, position) for position in range(self.end, self.end + count)]
         classes, indices = [c for c, _ in images], [i for _, i in images]
         pixels = sampler(classes, indices)
         if classifier:
-            self.confidences.append(classifier(pixels, classes))
+            self.probabilities.append(classifier(pixels))
         self.images.append(pixels)
         self.classes += classes
         self.indices += indices
@@ -179,8 +179,8 @@ class Shard:
 
             began = time.monotonic()
             tensors = {"labels": torch.tensor(self.classes), "indices": torch.tensor(self.indices)}
-            if self.confidences:
-                tensors["confidences"] = torch.cat(self.confidences)
+            if self.probabilities:
+                tensors["probabilities"] = torch.cat(self.probabilities)
             with atomic_write(self.job.shards / f"{self.worker}-{self.first}-{self.end}.safetensors") as file:
                 file.write(save({"images": torch.cat(self.images), **tensors}))
             master.send(("written", (self.end - self.first, time.monotonic() - began)))
@@ -201,11 +201,14 @@ def join(job: Job) -> tuple[int, str]:
     indices = torch.cat([tensor_of(shard, "indices").clone() for shard in shards])
     if ipc and len(labels) < (wanted := made_for(ipc, keep) * entry["num_classes"]):
         raise Failure(f"{len(labels):,} of {wanted:,} images were made; run it again to continue.")
-    considered = torch.arange(len(labels))
+    order = (labels * (indices.max() + 1) + indices).argsort()  # the same however many workers made them
+    labels = labels[order]
     if keep < 1:
-        confidences = torch.cat([tensor_of(shard, "confidences").clone() for shard in shards])
-        considered = surest(labels, confidences, entry["num_classes"], keep, ipc)
-    chosen = considered[choose(labels[considered], indices[considered], entry["num_classes"], ipc)]
+        probabilities = torch.cat([tensor_of(shard, "probabilities").clone() for shard in shards])[order]
+        labels = assign(probabilities, ipc or max(1, round(keep * (len(labels) // entry["num_classes"]))))
+    kept = (labels >= 0).nonzero()[:, 0]
+    chosen = kept[choose(labels[kept], entry["num_classes"], ipc)]
+    labels, chosen = labels[chosen], order[chosen]
     shape = (len(chosen), 3, entry["image_size"], entry["image_size"])
     kind = torch.ByteStorage if job.pixels else torch.FloatStorage
     images = Written(kind, shape, gathered(shards, counts, chosen, settings["workers"], None if job.pixels else entry))
@@ -213,9 +216,9 @@ def join(job: Job) -> tuple[int, str]:
         write_set(job, images)
     else:
         constants = {name: whole(torch.tensor(entry[name])) for name in ("mean", "std")} if job.pixels else {}
-        write_set(job, {"images": images, "labels": whole(labels[chosen]), **constants})
+        write_set(job, {"images": images, "labels": whole(labels), **constants})
     shutil.rmtree(job.shards, ignore_errors=True)
-    per_class = torch.bincount(labels[chosen], minlength=entry["num_classes"])
+    per_class = torch.bincount(labels, minlength=entry["num_classes"])
     least, most = int(per_class.min()), int(per_class.max())
     return len(chosen), f"{least}" if least == most else f"{least} or {most}"
 
@@ -322,36 +325,52 @@ def save(content: Any, file: IO[bytes]) -> None:
         archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
 
 
-def choose(labels: Any, indices: Any, classes: int, ipc: int | None) -> Any:
+def choose(labels: Any, classes: int, ipc: int | None) -> Any:
     """Which images make the set, in its order: class by class with --ipc; else class after class in turn, none more
     than one image ahead of the others.
 
-    labels, indices: (N,) int64. Returns (n,) int64, rows of them.
+    labels: (N,) int64. Returns (n,) int64, rows of them.
     """
     import torch
 
-    by_class = (labels * (indices.max() + 1) + indices).argsort()
+    by_class = labels.argsort(stable=True)
     counts = torch.bincount(labels, minlength=classes)
-    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
     if ipc:
         return by_class
+    rank = rank_in_class(labels[by_class], counts)
     kept = rank <= counts.min()
     return by_class[kept][(rank[kept] * classes + labels[by_class][kept]).argsort()]
 
 
-def surest(labels: Any, confidences: Any, classes: int, keep: float, ipc: int | None) -> Any:
-    """The rows of the images that the classifier is surest of: as many of each class, a share `keep` of the fewest.
+def rank_in_class(labels: Any, counts: Any) -> Any:
+    """(N,) int64: the place of each of the sorted labels among those like it. counts: how many there are of each."""
+    import torch
 
-    labels: (N,) int64. confidences: (N,) float32. ipc: with it, so many of each class. Returns (n,) int64, rising.
+    return torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+
+
+def assign(probabilities: Any, wanted: int) -> Any:
+    """Labels by the classifier: for each class the images that it is surest show it, whatever they were sampled as.
+
+    Each image that has no label yet goes to the likeliest of the classes that still want some, and each of these takes the
+    surest that come to it; and so on until all classes have as many as they want.
+    probabilities: (N, C) float16. wanted: images of each class. Returns (N,) int64, -1 for an image that is not kept.
     """
     import torch
 
-    counts = torch.bincount(labels, minlength=classes)
-    kept = ipc or max(1, round(keep * int(counts.min())))
-    by_class = (-confidences).argsort(stable=True)
-    by_class = by_class[labels[by_class].argsort(stable=True)]
-    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
-    return by_class[rank < kept].sort().values
+    labels = torch.full((len(probabilities),), -1)
+    left = torch.full((probabilities.shape[1],), wanted)
+    while left.any() and len(free := (labels < 0).nonzero()[:, 0]):
+        open_classes = left.nonzero()[:, 0]
+        best = [probabilities[rows][:, open_classes].max(1) for rows in free.split(ROWS_AT_ONCE**2)]
+        surest = torch.cat([found.values for found in best]).argsort(descending=True, stable=True)
+        classes = open_classes[torch.cat([found.indices for found in best])[surest]]
+        by_class = classes.argsort(stable=True)
+        counts = torch.bincount(classes, minlength=len(left))
+        taken = by_class[rank_in_class(classes[by_class], counts) < left[classes[by_class]]]
+        labels[free[surest[taken]]] = classes[taken]
+        left -= torch.bincount(classes[taken], minlength=len(left))
+    return labels
 
 
 def shards_of(job: Job, worker: int) -> list[tuple[int, int]]:

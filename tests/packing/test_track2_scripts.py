@@ -20,12 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.data.images import denormalize, normalize
-from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
 from ddkit.errors import UsageError
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
-from ddkit.metrics.features import reference_features
 from ddkit.packing.bundle import BundleModel, BundleSettings, build_folder
 from ddkit.runtime.torch_file import load_tensors
 
@@ -107,40 +105,39 @@ def test_pixels_are_the_bytes_that_the_floats_are_made_of(entry, colors, tmp_pat
 
 @pytest.fixture
 def filtering_entry(colors, colors_model, tmp_path):
-    """The same bundle, which keeps the half of each class that its classifier is surest of."""
+    """The same bundle, which keeps the half of its images, those that its classifier is surest of."""
     settings = BundleSettings(SAMPLING, "cpu", keep=0.5)
     return build_folder([BundleModel(colors, colors_model, settings)], tmp_path / "filtering")
 
 
-def confidences(colors, images, labels):
-    """What the reference network makes of normalized images."""
-    spec = dataset_spec(colors)
-    features = reference_features(open_dataset(colors, "train"), spec)
-    return features.with_confidence((denormalize(images, spec) * 255).round().to(torch.uint8), labels)[1]
+def probabilities(entry, colors, load, images):
+    """What the bundle's classifier makes of normalized images: (N, 2)."""
+    folder = entry / "models" / colors
+    classifier = load("classifier").Classifier(folder / "classifier", json.loads((folder / "entry.json").read_text()), "cpu")
+    return classifier((denormalize(images, dataset_spec(colors)) * 255).round().to(torch.uint8)).float()
 
 
 @pytest.mark.slow
-def test_an_entry_with_a_filter_keeps_the_images_its_classifier_is_surest_of(filtering_entry, colors, tmp_path):
+def test_an_entry_with_a_filter_keeps_the_images_its_classifier_is_surest_of(filtering_entry, colors, load, tmp_path):
     everything, kept = tmp_path / "all.pt", tmp_path / "kept.pt"
     run(filtering_entry, everything, "--time-budget", 600, "--most", 12, "--processes", 2, "--keep", 1)
     run(filtering_entry, kept, "--time-budget", 600, "--most", 6, "--processes", 2)
     made, surest = (torch.load(path, weights_only=True) for path in (everything, kept))
     assert len(made["labels"]) == 12 and surest["labels"].tolist() == [0, 1] * 3
-    confidence = confidences(colors, made["images"], made["labels"])
+    by_class = made["labels"].argsort(stable=True)
+    shown = probabilities(filtering_entry, colors, load, made["images"][by_class])
     for label in (0, 1):
-        images = made["images"][made["labels"] == label]
-        best = confidence[made["labels"] == label].topk(3).indices.sort().values
-        assert torch.equal(surest["images"][surest["labels"] == label], images[best])
+        best = shown[:, label].topk(3).indices.sort().values  # of all images, whatever they were sampled as
+        assert torch.equal(surest["images"][surest["labels"] == label], made["images"][by_class][best])
 
 
 @pytest.mark.slow
-def test_a_fixed_set_of_an_entry_with_a_filter_is_chosen_from_twice_as_many(filtering_entry, colors, tmp_path):
+def test_a_fixed_set_of_an_entry_with_a_filter_is_chosen_from_twice_as_many(filtering_entry, colors, load, tmp_path):
     run(filtering_entry, tmp_path / "all.pt", "--ipc", 4, "--processes", 1, "--keep", 1)
     said = run(filtering_entry, tmp_path / "kept.pt", "--ipc", 2, "--processes", 1)
     made, kept = (torch.load(tmp_path / name, weights_only=True) for name in ("all.pt", "kept.pt"))
-    labels = torch.tensor([0, 1]).repeat_interleave(4)
-    confidence = confidences(colors, made, labels)
-    best = torch.cat([4 * label + confidence[4 * label :][:4].topk(2).indices.sort().values for label in (0, 1)])
+    shown = probabilities(filtering_entry, colors, load, made)
+    best = torch.cat([shown[:, label].topk(2).indices.sort().values for label in (0, 1)])
     assert torch.equal(kept, made[best]) and "4 images, 2 of each class" in said
 
 
@@ -356,12 +353,30 @@ class TestParts:
             assert sum(few.share(worker) for worker in range(workers)) == 6
 
     def test_no_class_is_more_than_one_image_ahead(self, load):
-        labels = torch.tensor([0, 1, 2, 0, 1, 0, 0])
-        indices = torch.tensor([0, 0, 0, 2, 2, 1, 3])
-        chosen = load("shards").choose(labels, indices, 3, None)
-        assert labels[chosen].tolist() == [0, 1, 2, 0, 1] and indices[chosen].tolist() == [0, 0, 0, 1, 2]
-        by_class = load("shards").choose(labels, indices, 3, 4)
-        assert labels[by_class].tolist() == [0, 0, 0, 0, 1, 1, 2] and indices[by_class].tolist() == [0, 1, 2, 3, 0, 2, 0]
+        labels = torch.tensor([0, 0, 1, 2, 1, 0, 0])
+        chosen = load("shards").choose(labels, 3, None)
+        assert labels[chosen].tolist() == [0, 1, 2, 0, 1] and chosen.tolist() == [0, 2, 3, 1, 4]
+        by_class = load("shards").choose(labels, 3, 4)
+        assert labels[by_class].tolist() == [0, 0, 0, 0, 1, 1, 2] and by_class.tolist() == [0, 1, 5, 6, 2, 4, 3]
+
+    def test_each_class_gets_the_images_that_show_it_most_surely_and_each_image_one_class(self, load):
+        shown = torch.tensor(
+            [[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.9, 0.0], [0.5, 0.1, 0.4]]
+        )
+        assign = load("shards").assign
+        assert assign(shown.half(), 1).tolist() == [0, -1, -1, -1, 1, 2]
+        assert assign(shown.half(), 2).tolist() == [0, 0, 2, 1, 1, 2], "what a full class refuses goes to the next likeliest"
+        assert assign(shown[:2].half(), 1).tolist() == [0, 1], "with fewer images than classes every image is kept"
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_assigned_images_fill_every_class_and_no_swap_of_two_would_be_surer(self, load, seed):
+        generator = torch.Generator().manual_seed(seed)
+        shown = (3 * torch.randn(400, 10, generator=generator) + torch.arange(10) / 3).softmax(1).half()
+        labels = load("shards").assign(shown, 10)
+        assert torch.bincount(labels[labels >= 0], minlength=10).tolist() == [10] * 10
+        for label in range(10):
+            unused = shown[labels < 0, label]
+            assert unused.max() <= shown[labels == label, label].min()
 
     def test_shards_that_overlap_are_counted_once(self, load, job):
         folder = job().shards
@@ -490,11 +505,11 @@ class TestOnAPretendedGPU:
 
     @pytest.fixture
     def make_images(self, load, job, build, monkeypatch):
-        """Lets both workers make images in this process; returns what they say, the second one's images with the confidence
-        in each, and the model and its facts. loaded: called when a worker has loaded the model."""
+        """Lets both workers make images in this process; returns what they say, the second one's images with the
+        probabilities of their classes, and the model and its facts. loaded: called when a worker has loaded the model."""
 
         def rows_of(shard):
-            return zip(shard["images"], shard["confidences"].tolist(), strict=True)
+            return zip(shard["images"], shard["probabilities"], strict=True)
 
         def run(loaded=lambda: None):
             model, facts = build()
@@ -511,7 +526,7 @@ class TestOnAPretendedGPU:
             for worker in (0, 1):
                 load("worker").work(shared, worker, SimpleNamespace(value=math.inf), SimpleNamespace(send=hear))
             files = sorted(shared.shards.glob("1-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
-            made = [(image, confidence) for path in files for image, confidence in rows_of(load_file(path))]
+            made = [row for path in files for row in rows_of(load_file(path))]
             return said, made, model, facts
 
         return run
@@ -529,10 +544,10 @@ class TestOnAPretendedGPU:
         assert sum(value[0] for kind, value in said if kind == "written") == 200
         classes, indices = self.places(load)
         wanted = load("sampling").Sampler(model, facts, "cpu", 0)(classes, indices)
-        images, confidences = zip(*made, strict=True)
+        images, shown = zip(*made, strict=True)
         assert (torch.stack(images).int() - wanted.int()).abs().max() <= 1
-        judged = load("classifier").Classifier(model / "classifier", facts, "cpu")(wanted, classes)
-        torch.testing.assert_close(torch.tensor(confidences), judged, atol=0.02, rtol=0)
+        judged = load("classifier").Classifier(model / "classifier", facts, "cpu")(wanted)
+        torch.testing.assert_close(torch.stack(shown), judged, atol=0.02, rtol=0)
 
     @pytest.mark.slow
     def test_worker_halves_its_batches_where_memory_is_short(self, load, gpu, make_images):
@@ -569,7 +584,7 @@ class TestOnAPretendedGPU:
         assert found.dtype == torch.uint8 and (found.int() - wanted.int()).abs().max() <= 1
         classifier = load("classifier").Classifier(model / "classifier", facts, second_gpu)
         gpu.reset()
-        classifier(wanted, places[0])
+        classifier(wanted)
         assert gpu.waits_in_all == 1, gpu.waits
 
     def test_precision_auto_is_bfloat16_where_the_gpu_is_fast_at_it(self, load, gpu):
