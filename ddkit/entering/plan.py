@@ -23,7 +23,7 @@ from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet
 from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, GeneratorConfig, SamplingSettings, default_guidance
 from ddkit.generator.presets import preset
-from ddkit.metrics.features import FeatureSettings
+from ddkit.metrics.features import CLASSIFIER
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.records import read_record
@@ -42,7 +42,7 @@ _REAL_PER_CLASS = 40  # made-up images to measure with
 _SECONDS_OF_PREPARING, _SECONDS_OF_DRAWING = 60.0, 5.0
 _SECONDS_PER_ROW, _SECONDS_OF_START, _SECONDS_OF_REPORT = 0.006, 2.0, 5.0
 _PROOF_SECONDS = 60.0
-_TEST_IMAGES_ELSEWHERE = 1000
+_IMAGES_ELSEWHERE = 1000
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,8 @@ class _Planner:
             expected[f"prepare {name}"] = 0.0 if is_prepared(name) else unprepared
             if recipe.track == 2:
                 expected[f"evaluate {name}"] = self._generator_seconds(recipe, each)
-                classifier = FeatureSettings()  # which chooses among the samples
-                passes = classifier.images * classifier.epochs / rows
-                checked += min(_PROOF_SECONDS, _budget(recipe)) + passes * speeds.per_epoch + _SECONDS_OF_START
+                epochs = CLASSIFIER.epochs * min(CLASSIFIER.images, _images(name, "train")) / rows
+                checked += min(_PROOF_SECONDS, _budget(recipe)) + epochs * speeds.per_epoch + _SECONDS_OF_START
                 continue
             checked += _SECONDS_OF_START + _SECONDS_PER_ROW * rows
             expected[f"random real images {name}"] = _SECONDS_OF_START
@@ -237,13 +236,13 @@ class _Planner:
     def _set_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a set on track 1."""
         speeds, epochs = self._speeds[each.dataset], epochs_setting(recipe) + 1
-        return rounds(recipe) * (epochs * speeds.per_epoch + speeds.per_test_image * _test_images(each.dataset))
+        return rounds(recipe) * (epochs * speeds.per_epoch + speeds.per_test_image * _images(each.dataset, "test"))
 
     def _generator_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a generator on track 2."""
         spec, speeds, budget = dataset_spec(each.dataset), self._speeds[each.dataset], _budget(recipe)
         epoch = speeds.per_epoch * budget * speeds.sampled * BUNDLE_KEEP / (IPC * spec.num_classes)
-        test = speeds.per_test_image * _test_images(each.dataset)
+        test = speeds.per_test_image * _images(each.dataset, "test")
         return rounds(recipe) * (budget + (epochs_setting(recipe) + 1) * epoch + test)
 
     def _choose_evaluation(self, recipe: Recipe, seconds: float) -> Recipe:
@@ -349,10 +348,13 @@ def _budget(recipe: Recipe) -> float:
     return recipe.time_budget or track(2).time_budget_seconds or 0.0
 
 
-def _test_images(name: str) -> int:
+def _images(name: str, split: str) -> int:
+    """How many real images a split has, about where the dataset is not prepared."""
     if is_prepared(name):
-        return store_facts(name).splits["test"].images
-    return TEST_IMAGES if dataset_spec(name).in_challenge else _TEST_IMAGES_ELSEWHERE
+        return store_facts(name).splits[split].images
+    if not dataset_spec(name).in_challenge:
+        return _IMAGES_ELSEWHERE
+    return TEST_IMAGES if split == "test" else CLASSIFIER.images
 
 
 def _measure(each: SetRecipe, number: int, device: torch.device) -> Speeds:

@@ -58,6 +58,10 @@ class FeatureSettings:
             raise UsageError(f"Unknown precision '{self.precision}'.", f"Known: auto, {', '.join(PRECISIONS)}.")
 
 
+# Of a network that labels images, which has to be right more often than features have to.
+CLASSIFIER = FeatureSettings(images=50_000, epochs=6)
+
+
 class ReferenceFeatures:
     """Features of images; call it with images. `num_features` is the number of features.
 

@@ -26,7 +26,7 @@ from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
-from ddkit.metrics.features import reference_features
+from ddkit.metrics.features import CLASSIFIER, reference_features
 from ddkit.packing.pack import PackedFile, packed_files
 from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
 from ddkit.packing.zipping import unpack, write_zip
@@ -260,7 +260,7 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
             target.write_bytes(source.read_bytes())
     if model.settings.classifier or model.settings.keep < 1:
         real = open_dataset(model.dataset, "train", progress=progress)
-        network = reference_features(real, spec, progress=progress).network
+        network = reference_features(real, spec, CLASSIFIER, progress=progress).network
         (folder / "classifier").mkdir()
         save_safetensors(dict(network.state_dict()), folder / "classifier" / "classifier.safetensors")
         write_json(folder / "classifier" / "config.json", {"image_size": network.image_size})
