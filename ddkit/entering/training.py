@@ -25,12 +25,12 @@ from ddkit.generator.training.stages import AutoencoderStage
 from ddkit.generator.training.train import TrainingData, train
 from ddkit.runtime.progress import Listener
 
-_SAMPLED = 64
+_SAMPLED, _SAMPLED_ON_CPU = 64, 16  # images
 
 
 def training_speeds(config: GeneratorConfig, spec: DatasetSpec, device: torch.device) -> tuple[float, ...]:
     """Images a second of each stage of a training, in order."""
-    stages = estimate(config, spec.image_size, spec.num_classes, device, seconds=1.0).stages
+    stages = estimate(config, spec.image_size, spec.num_classes, device).stages
     return tuple(stage.images_per_second or 1.0 for stage in stages)
 
 
@@ -44,10 +44,11 @@ def sampling_speed(config: GeneratorConfig, spec: DatasetSpec, settings: Samplin
         build_autoencoder(config.autoencoder, spec.image_size, seed=0).eval(),
         facts,
     )
-    sampler = Sampler(model, dataclasses.replace(settings, batch_size=_SAMPLED), device)
-    labels = torch.arange(_SAMPLED) % spec.num_classes
+    count = _SAMPLED_ON_CPU if device.type == "cpu" else _SAMPLED
+    sampler = Sampler(model, dataclasses.replace(settings, batch_size=count), device)
+    labels = torch.arange(count) % spec.num_classes
     began = time.monotonic()
-    made = sum(len(images) for images in sampler.images(labels, torch.arange(_SAMPLED)))
+    made = sum(len(images) for images in sampler.images(labels, torch.arange(count)))
     return made / (time.monotonic() - began)
 
 

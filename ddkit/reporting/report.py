@@ -146,11 +146,11 @@ def report(
 
 def _save_sheets(comparisons: Iterable[SetsCompared], folder: Path) -> list[Path]:
     """Write the images of each comparison next to each other, where they are still there."""
-    from ddkit.sets.contact_sheet import save_png
-
     written = []
     for one in comparisons:
         if (sheet := comparison_sheet(one)) is not None:
+            from ddkit.sets.contact_sheet import save_png  # imported late: PyTorch takes seconds
+
             path = folder / f"{one.first.dataset}-{one.first.sha256[:6]}-{one.second.sha256[:6]}.png"
             save_png(sheet, path)
             written.append(path)

@@ -49,32 +49,46 @@ def dogs_and_cats(tmp_path, tinyimagenet_zip):
     return tmp_path / "photographs"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("source, size", [("pictures", 128), ("dogs_and_cats", 256)])
-def test_folder_of_larger_pictures_goes_all_the_way_to_a_score(request, tmp_path, monkeypatch, source, size):
-    folder = request.getfixturevalue(source)
+@pytest.fixture
+def one_thread(tmp_path, monkeypatch):
+    """Threads would only wait for each other. Commands run in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        prepared = ddkit("data", "prepare", "breeds", "--from", str(folder), "--image-size", str(size))
-        assert prepared["image_size"] == size and len(prepared["class_names"]) == CLASSES
+    yield
+    torch.set_num_threads(threads)
 
-        trained = ddkit("train", "--dataset", "breeds", "--preset", "tiny", "--batch-size", "4", "--time", "2s",
-                        "--no-compile", "--track-every", "0")  # fmt: skip
-        assert trained["steps"] >= 1
-        tuned = ddkit("train", "--method", "minimax", "--dataset", "breeds", "--batch-size", "4", "--steps", "2")
-        assert tuned["steps"] == 2
 
-        made = ddkit("generate", "--dataset", "breeds", "--ipc", "1", "--sampling-steps", "2", "--model", tuned["folder"])
-        assert torch.load(made["tensor"], weights_only=True).shape == (CLASSES, 3, size, size)
+def prepare(folder, size):
+    prepared = ddkit("data", "prepare", "breeds", "--from", str(folder), "--image-size", str(size))
+    assert prepared["image_size"] == size and len(prepared["class_names"]) == CLASSES
 
-        words = ("--network", "resnet_ap10", "--epochs-setting", "0", "--rounds", "1")
-        (result,) = ddkit("evaluate", made["tensor"], *words)["results"]
-        assert result["network"] == "resnet_ap10" and result["dataset"] == "breeds" and not result["official"]
-        assert result["accuracies"][0] in [correct / CLASSES for correct in range(CLASSES + 1)]
-    finally:
-        torch.set_num_threads(threads)
+
+def evaluate(made, size):
+    assert torch.load(made["tensor"], weights_only=True).shape == (CLASSES, 3, size, size)
+    words = ("--network", "resnet_ap10", "--epochs-setting", "0", "--rounds", "1")
+    (result,) = ddkit("evaluate", made["tensor"], *words)["results"]
+    assert result["network"] == "resnet_ap10" and result["dataset"] == "breeds" and not result["official"]
+    assert result["accuracies"][0] in [correct / CLASSES for correct in range(CLASSES + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_folder_of_larger_pictures_goes_all_the_way_to_a_score(pictures):
+    prepare(pictures, 128)
+    trained = ddkit("train", "--dataset", "breeds", "--preset", "tiny", "--batch-size", "4", "--time", "1s",
+                    "--no-compile", "--track-every", "0")  # fmt: skip
+    assert trained["steps"] >= 1
+    tuned = ddkit("train", "--method", "minimax", "--dataset", "breeds", "--batch-size", "4", "--steps", "2")
+    assert tuned["steps"] == 2
+    evaluate(ddkit("generate", "--dataset", "breeds", "--ipc", "1", "--sampling-steps", "2", "--model", tuned["folder"]), 128)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_photographs_of_256_pixels_are_prepared_and_evaluated(dogs_and_cats):
+    prepare(dogs_and_cats, 256)
+    evaluate(ddkit("generate", "--dataset", "breeds", "--ipc", "1", "--from-real", "first"), 256)
 
 
 def test_size_that_a_preset_cannot_make_is_refused_before_long_work(pictures, tmp_path, monkeypatch):

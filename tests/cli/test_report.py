@@ -104,9 +104,8 @@ def test_colors_in_a_terminal_unless_no_color_is_set(results, monkeypatch):
     assert "mine" in plain and not any(f"3{color}m" in plain for color in range(1, 7))
 
 
-@pytest.mark.slow
 def test_json_is_the_same_leaderboard(results):
-    output, _ = process("--json")
+    output, _ = run("--json")
     data = json.loads(output)
     official, quick = data["leaderboard"]
     mine = next(row for row in official["rows"] if row["name"] == "mine")

@@ -69,36 +69,46 @@ def test_train_resumes_and_refuses_other_settings(ddkit, colors, tmp_path):
     assert json.loads((folder / "config.json").read_text())["config"]["seed"] == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.slow
-def test_stopped_training_is_saved_and_resumes(ddkit, colors, tmp_path, number):
+def test_training_stopped_and_then_killed_resumes_each_time(ddkit, colors, tmp_path):
     words = ["train", "--dataset", colors, "--preset", "demo", "--save-every", "0.5s"]
     folder = tmp_path / "runs" / "colors"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddkit", *words, "--time", "10h"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        # Small tensors: threads would only wait for each other.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + 600
-    while not list(folder.glob("checkpoints/denoiser-*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    second = ddkit(*words, "--time", "1s")
-    assert second.exit_code == 2 and "Another process trains in runs/colors" in " ".join(second.output.split())
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 130 and "the state is saved" in errors
-    done = (folder / "metrics.jsonl").read_text().splitlines()
-    saved = max(int(path.stem.split("-")[1]) for path in folder.glob("checkpoints/denoiser-*.pt"))
 
+    def saved():
+        return max((int(path.stem.split("-")[1]) for path in folder.glob("checkpoints/denoiser-*.pt")), default=0)
+
+    def records():
+        return (folder / "metrics.jsonl").read_text().splitlines()
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        before = saved()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ddkit", *words, "--time", "10h"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            # Small tensors: threads would only wait for each other.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 600
+        while saved() <= before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        second = ddkit(*words, "--time", "1s")
+        assert second.exit_code == 2 and "Another process trains in runs/colors" in " ".join(second.output.split())
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=300)
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 130 and "the state is saved" in errors
+        assert saved() > before
+
+    done, last = records(), saved()
     spent = sum({record["stage"]: record["seconds"] for record in map(json.loads, done)}.values())
     again = ddkit(*words, "--time", f"{spent + 1:.1f}s")
     assert again.exit_code == 0, again.output
-    first_new = json.loads((folder / "metrics.jsonl").read_text().splitlines()[len(done)])
-    assert first_new["stage"] == "denoiser" and first_new["step"] > saved
-    assert steps_done(folder) > saved
+    steps = [(record["stage"], record["step"]) for record in map(json.loads, records())]
+    denoiser = [step for stage, step in steps if stage == "denoiser"]
+    assert denoiser == sorted(set(denoiser)), "no step was repeated after a signal"
+    assert steps[len(done)][0] == "denoiser" and steps[len(done)][1] > last
+    assert steps_done(folder) > last
 
 
 def test_missing_inception_weights_fail_before_any_work(ddkit, colors, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ class TestParts:
 # Plainly, every batch is a part; chosen from candidates, every class.
 @pytest.mark.parametrize(
     ("ipc", "choice", "how"),
-    [(100, {}, signal.SIGTERM), (20, {"candidates": 100, "select": "random"}, signal.SIGKILL)],
+    [(60, {}, signal.SIGTERM), (20, {"candidates": 100, "select": "random"}, signal.SIGKILL)],
     ids=["plainly", "from candidates"],
 )
 @pytest.mark.slow

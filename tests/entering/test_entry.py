@@ -33,6 +33,7 @@ refine_steps = 3
 batch_real = 2
 val_epochs = 0
 dm_steps = 1
+precision = "float32"
 pool.size = 2
 pool.from_step = 2
 """
@@ -151,7 +152,7 @@ def test_more_time_refines_further_and_other_settings_are_refused(work):
     seconds = 0.0
     for hours in ("2h", "3h"):
         assert stop_at(work, "refine glyphs", signal.SIGKILL, *words, "--time", hours) == -signal.SIGKILL
-        edit_state(work, limits={"refine glyphs": seconds + 2})
+        edit_state(work, limits={"refine glyphs": seconds + 0.7})
         status, _, said = finish(*words, "--time", hours)
         assert status == 0, said
         now = torch.load(work / "entry/runs/glyphs-refine/state.pt", weights_only=True)["seconds"]

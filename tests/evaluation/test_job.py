@@ -7,12 +7,24 @@ import sys
 import pytest
 import torch
 
+from ddkit.data.images import normalize
+from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import JobSettings, evaluate_files
 from ddkit.results import read
+from ddkit.sets.distilled import save_set
 
 QUICK = EvaluationSettings(rounds=2, epochs_setting=1, device="cpu")
+
+
+@pytest.fixture
+def folder(colors, tmp_path):
+    """A submission folder with two images of each class of the small dataset `colors`."""
+    real, spec = load_dataset(colors, "train"), dataset_spec(colors)
+    images = normalize(real.images.unflatten(0, (2, -1))[:, :2].flatten(0, 1), spec)
+    save_set(tmp_path / "submission" / "colors.pt", images, spec, real.class_names, {"method": "first images"})
+    return tmp_path / "submission"
 
 
 @pytest.fixture
@@ -26,32 +38,32 @@ def with_(settings, **changes):
 
 @pytest.mark.slow
 def test_sets_are_evaluated_recorded_and_compared(folder, settings, tmp_path):
-    other = tmp_path / "other" / "glyphs.pt"
+    other = tmp_path / "other" / "colors.pt"
     other.parent.mkdir()
-    torch.save(torch.load(folder / "glyphs.pt", weights_only=True).flip(3).contiguous(), other)
+    torch.save(torch.load(folder / "colors.pt", weights_only=True).flip(3).contiguous(), other)
     events, reports = [], []
-    outcome = evaluate_files([folder / "glyphs.pt", other], settings, progress=reports.append, on_event=events.append)
+    outcome = evaluate_files([folder / "colors.pt", other], settings, progress=reports.append, on_event=events.append)
     assert [result.name for result in outcome.results] == ["submission", "other"]
     assert read(settings.results).results == outcome.results
     ((first, second, comparison),) = outcome.comparisons
     assert (first, second) == outcome.results and comparison.paired
     assert outcome.rankings == () and outcome.scores == {}
     assert [event.split()[0] for event in events if not event.startswith("warning")] == [
-        "Evaluating", str(folder / "glyphs.pt"), "Evaluating", str(other),
+        "Evaluating", str(folder / "colors.pt"), "Evaluating", str(other),
     ]  # fmt: skip
     assert (reports[-1].done, reports[-1].total) == (4, 4)
 
 
 @pytest.mark.slow
 def test_a_given_name_is_recorded(folder, settings):
-    outcome = evaluate_files([folder / "glyphs.pt"], with_(settings, name="mine, 60 steps"))
+    outcome = evaluate_files([folder / "colors.pt"], with_(settings, name="mine, 60 steps"))
     assert outcome.results[0].name == "mine, 60 steps"
     assert read(settings.results).results[0].name == "mine, 60 steps"
 
 
 @pytest.mark.slow
 def test_a_given_name_that_another_set_has_is_noted(folder, settings):
-    path, events = folder / "glyphs.pt", []
+    path, events = folder / "colors.pt", []
     named = with_(settings, name="mine")
     evaluate_files([path], named, on_event=events.append)
     evaluate_files([path], named, on_event=events.append)
@@ -66,20 +78,20 @@ def test_without_files_every_set_of_the_folder_is_evaluated(folder, settings):
     torch.save(torch.zeros(3), folder / "notes.pt")
     events = []
     outcome = evaluate_files([], settings, folder=folder, on_event=events.append)
-    assert [result.source for result in outcome.results] == [str(folder / "glyphs.pt")]
+    assert [result.source for result in outcome.results] == [str(folder / "colors.pt")]
     assert any("ignored" in event and "notes.pt" in event for event in events)
     with pytest.raises(MissingDataError, match=r"no \.pt file"):
         evaluate_files([], settings, folder=folder / "nothing")
 
 
 def test_nothing_is_evaluated_if_one_of_the_sets_is_refused(folder, settings, tmp_path):
-    broken = tmp_path / "broken" / "glyphs.pt"
+    broken = tmp_path / "broken" / "colors.pt"
     broken.parent.mkdir()
-    images = torch.load(folder / "glyphs.pt", weights_only=True)
+    images = torch.load(folder / "colors.pt", weights_only=True)
     images[3, 0, 0, 0] = torch.nan
     torch.save(images, broken)
     with pytest.raises(InvalidSubmissionError, match="ddkit check"):
-        evaluate_files([folder / "glyphs.pt", broken], settings)
+        evaluate_files([folder / "colors.pt", broken], settings)
     assert not settings.results.exists()
 
 
@@ -96,13 +108,13 @@ def test_settings_that_exclude_each_other_raise_usage_error(settings, changes, s
 
 def test_a_tensor_on_track_2_raises_usage_error(folder, settings):
     with pytest.raises(UsageError, match="generators, not tensors"):
-        evaluate_files([folder / "glyphs.pt"], with_(settings, evaluation=EvaluationSettings(track=2)))
+        evaluate_files([folder / "colors.pt"], with_(settings, evaluation=EvaluationSettings(track=2)))
 
 
 @pytest.mark.slow
 def test_a_ranking_evaluates_what_its_scores_need(folder, settings):
     evaluation = EvaluationSettings(rounds=1, epochs_setting=0, device="cpu")
-    outcome = evaluate_files([folder / "glyphs.pt"], with_(settings, evaluation=evaluation, ranking=True))
+    outcome = evaluate_files([folder / "colors.pt"], with_(settings, evaluation=evaluation, ranking=True))
     (ranking,) = outcome.rankings
     assert ranking.missing == () and all(score is not None for score in ranking.scores.values())
     assert {result.kind for result in read(settings.results).results} == {"submission", "random-real", "full-real"}
@@ -124,7 +136,7 @@ print(opened.count(sys.argv[1]))
 @pytest.mark.slow
 def test_a_set_is_opened_once_to_hash_and_once_to_load_it(folder, tmp_path):
     finished = subprocess.run(
-        [sys.executable, "-c", OPENS, str(folder / "glyphs.pt")],
+        [sys.executable, "-c", OPENS, str(folder / "colors.pt")],
         capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr

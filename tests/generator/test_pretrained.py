@@ -130,33 +130,33 @@ class TestInvalidSources:
         with pytest.raises(BadFileError, match="vae cannot be read"):
             load_generator(str(own_dit))
 
-    @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>", b""],
-                             ids=["a portal's page", "a connection that ends"])  # fmt: skip
     @pytest.mark.slow
-    def test_unusable_hub_raises_missing_model_error(self, tmp_path, answer):
-        """Such as a hotel's, or a proxy that lets nothing through."""
-
-        asked = []
+    def test_unusable_hub_raises_missing_model_error(self, tmp_path):
+        """A portal's page, such as a hotel's, and a connection that ends, as of a proxy that lets nothing through."""
+        asked = set()
 
         class Impostor(socketserver.BaseRequestHandler):
             def handle(self):
-                asked.append(self.client_address)
-                self.request.recv(65536)
-                self.request.sendall(answer)
+                ends = b"DiT-XL-2-512" in self.request.recv(65536)
+                asked.add(ends)
+                self.request.sendall(b"" if ends else b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>")
 
+        names = ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512")
         with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Impostor) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            told = self.told_by_a_hub_at(f"http://127.0.0.1:{server.server_address[1]}", tmp_path)
+            told = self.told_by_a_hub_at(f"http://127.0.0.1:{server.server_address[1]}", tmp_path, names)
             server.shutdown()
-        assert asked
-        assert "'facebook/DiT-XL-2-256' is not a folder here, and it cannot be downloaded: " in told
-        assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in told
+        assert asked == {True, False}
+        for name in names:
+            assert f"'{name}' is not a folder here, and it cannot be downloaded: " in told
+            assert f"hf download {name} --local-dir FOLDER" in told
 
-    def told_by_a_hub_at(self, address, tmp_path):
-        """What a process of its own, which looks for its hub there, has to say of a hub's id."""
+    def told_by_a_hub_at(self, address, tmp_path, names):
+        """What a process of its own, which looks for its hub there, has to say of a hub's ids."""
         code = (
             "from ddkit.errors import MissingModelError\nfrom ddkit.generator.pretrained import load_generator\n"
-            "try: load_generator('facebook/DiT-XL-2-256')\nexcept MissingModelError as error: print(error)\n"
+            f"for name in {names!r}:\n"
+            "    try: load_generator(name)\n    except MissingModelError as error: print(error)\n"
         )
         environment = {name: value for name, value in os.environ.items() if not name.lower().endswith(("_proxy", "_offline"))}
         environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}

@@ -133,7 +133,7 @@ def test_a_kill_at_any_moment_keeps_a_whole_zip(tmp_path, folder):
         "while True:\n"
         "    pack(sys.argv[1], sys.argv[2], settings=CheckSettings(meaning=False))\n"
     )
-    for milliseconds in (0, 3, 7, 12, 30):
+    for milliseconds in (0, 7, 30):
         packer = subprocess.Popen([sys.executable, "-c", code, str(folder), str(out)], stdout=subprocess.PIPE)
         assert packer.stdout.readline() == b"ready\n"
         with pytest.raises(subprocess.TimeoutExpired):

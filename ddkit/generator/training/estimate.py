@@ -110,7 +110,7 @@ def estimate(
     device: torch.device,
     *,
     processes: int = 1,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     start: Start | None = None,
 ) -> Estimate:
     """Measure the costs of a training on that device.
