@@ -14,7 +14,6 @@ from ddkit.generator.influence import Influence, class_gradients, find_influence
 from ddkit.generator.objective import Objective
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler, SamplingSettings
-from ddkit.network.convnet import ConvNet
 from ddkit.network.networks import build_network
 
 SPEC = DatasetSpec("colors", 3, 16, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
@@ -142,10 +141,8 @@ class TestFinding:
         again = self.find(images, progress=lambda report: pytest.fail("trained again"))
         unit = images.images.float() / 255
         torch.testing.assert_close(first(unit, images.labels), again(unit, images.labels))
-        assert isinstance(first._networks[0], ConvNet)
         networks = [torch.cat([weights.flatten() for weights in network.parameters()]) for network in first._networks]
-        untrained = build_network("convnet", 3, 16, seed=0)
-        torch.testing.assert_close(networks[0], torch.cat([weights.flatten() for weights in untrained.parameters()]))
+        assert len(torch.stack(networks).unique(dim=0)) == 3, "after 1, 2 and 4 epochs"
 
     def test_class_without_images_raises_usage_error(self, images):
         with pytest.raises(UsageError, match="none of 2"):
