@@ -72,7 +72,7 @@ _TRACK_2_OPTIONS = (
                  help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),
     click.option("--keep", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
                  help="Track 2: keep this share of the images: for each class those that a classifier, trained on the real "
-                 f"images, is surest show it; 1 keeps all.  [default: {BUNDLE_KEEP}; 0<x<=1]"),
+                 f"images, is surest show it; 1 keeps all.  [default: {BUNDLE_KEEP}]"),
     click.option("--precision", type=SAMPLING_PRECISION,
                  help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.  "
                  f"[default: {BUNDLE_SAMPLING.precision}]"),
