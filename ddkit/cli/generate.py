@@ -84,7 +84,7 @@ _METHODS = (
     type=click.FloatRange(0),
     metavar="SCALE",
     help="Set the scale of influence guidance, which steers samples early to images that train a classifier as the real images "
-    f"of their class do; 0 turns it off.  [default: {_DEFAULTS.influence_guidance:g}]",
+    f"of their class do; 0 turns it off, and 0.05 helped on CIFAR-100.  [default: {_DEFAULTS.influence_guidance:g}]",
 )
 @click.option("--sampler", type=click.Choice(SAMPLERS), help=f"Choose the sampler.  [default: {_DEFAULTS.sampler}]")
 @click.option(

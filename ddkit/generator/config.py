@@ -244,7 +244,8 @@ class SamplingSettings:
         arXiv 2404.07724).
     mode_guidance: lambda of mode guidance (Chan-Santiago et al. 2025, arXiv 2505.18963); 0 turns it off.
     influence_guidance: scale of influence guidance (Chen et al. 2025, ICLR): the length of each guided step relative to that of
-        the noise in the latents; 0 turns it off. `ddkit.generator.influence` says what differs from the paper.
+        the noise in the latents; 0 turns it off. `ddkit.generator.influence` says what differs from the paper, and
+        tools/results/generator.md what it is worth.
     batch_size: images at once; None for BATCH_ON_GPU on a GPU and BATCH_ELSEWHERE elsewhere.
     precision: "float32", "bfloat16" or "auto", which is bfloat16 on GPUs that have it and float32 elsewhere.
     compile: use torch.compile, which is worth it above a few thousand images.
