@@ -63,7 +63,7 @@ _METHODS = (
     "--guidance",
     type=click.FloatRange(0),
     help="Set the scale of classifier-free guidance; larger values show the class more strongly, and 1 turns it off.  "
-    f"[default: {default_guidance(10):g}, or {default_guidance(None):g} above {FEW_IMAGES} images per class]",
+    f"[default: {default_guidance(10):g}, or {default_guidance(FEW_IMAGES + 1):g} above {FEW_IMAGES} images per class]",
 )
 @click.option(
     "--guidance-interval",
@@ -84,7 +84,8 @@ _METHODS = (
     type=click.FloatRange(0),
     metavar="SCALE",
     help="Set the scale of influence guidance, which steers samples early to images that train a classifier as the real images "
-    f"of their class do; 0 turns it off, and 0.05 helped on CIFAR-100.  [default: {_DEFAULTS.influence_guidance:g}]",
+    "of their class do, and takes four times as long; 0 turns it off, and 0.05 helped on CIFAR-100.  "
+    f"[default: {_DEFAULTS.influence_guidance:g}]",
 )
 @click.option("--sampler", type=click.Choice(SAMPLERS), help=f"Choose the sampler.  [default: {_DEFAULTS.sampler}]")
 @click.option(

@@ -71,8 +71,8 @@ _TRACK_2_OPTIONS = (
     click.option("--images-per-class", type=COUNT, metavar="N",
                  help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),
     click.option("--keep", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
-                 help="Track 2: keep this share of the images: for each class those that a classifier, trained on the real "
-                 f"images, is surest show it; 1 keeps all.  [default: {BUNDLE_KEEP}]"),
+                 help="Track 2: keep this share of the images. A classifier trained on the real images labels them, and those "
+                 f"that show their class most clearly are kept; 1 keeps all, as they were sampled.  [default: {BUNDLE_KEEP}]"),
     click.option("--precision", type=SAMPLING_PRECISION,
                  help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.  "
                  f"[default: {BUNDLE_SAMPLING.precision}]"),
@@ -138,7 +138,8 @@ def pack(
     `ddkit report --history` lists what was packed, and `ddkit check` recognizes a zip by its hash.
 
     On track 2 the models are bundled with a stand-alone generate.py. Before the zip takes its place, the bundle is
-    unpacked into an empty folder and run there without ddkit, and the images it makes are checked.
+    unpacked into an empty folder and run there without ddkit, and the images it makes are checked. Unless --keep is 1, a
+    classifier is trained on the dataset's real images first, once, in minutes on a CPU.
     """
     _refuse_options_of_the_other_track(ctx, track)
     if track == "2":

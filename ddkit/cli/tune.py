@@ -72,7 +72,7 @@ class _ImagesPerClass(click.ParamType):
     multiple=True,
     default=(1.0, BUNDLE_KEEP),
     metavar="SHARE",
-    help="Try keeping this share of the images, for each class those that a classifier is surest show it; repeatable.",
+    help="Try keeping this share of the images, labeled by a classifier, those that show their class most clearly; repeatable.",
 )
 @click.option("--sampler", type=SAMPLER, default="dpm++", help="Choose the sampler.")
 @click.option(

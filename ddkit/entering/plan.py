@@ -23,7 +23,7 @@ from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet
 from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, GeneratorConfig, SamplingSettings, default_guidance
 from ddkit.generator.presets import preset
-from ddkit.metrics.features import CLASSIFIER
+from ddkit.metrics.features import CLASSIFIER, training_images
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.records import read_record
@@ -222,7 +222,7 @@ class _Planner:
             expected[f"prepare {name}"] = 0.0 if is_prepared(name) else unprepared
             if recipe.track == 2:
                 expected[f"evaluate {name}"] = self._generator_seconds(recipe, each)
-                epochs = CLASSIFIER.epochs * min(CLASSIFIER.images, _images(name, "train")) / rows
+                epochs = CLASSIFIER.epochs * training_images(spec, CLASSIFIER, _images(name, "train")) / rows
                 checked += min(_PROOF_SECONDS, _budget(recipe)) + epochs * speeds.per_epoch + _SECONDS_OF_START
                 continue
             checked += _SECONDS_OF_START + _SECONDS_PER_ROW * rows
@@ -349,7 +349,7 @@ def _budget(recipe: Recipe) -> float:
 
 
 def _images(name: str, split: str) -> int:
-    """How many real images a split has, about where the dataset is not prepared."""
+    """The number of real images in a split, estimated where the dataset is not prepared."""
     if is_prepared(name):
         return store_facts(name).splits[split].images
     if not dataset_spec(name).in_challenge:
@@ -357,8 +357,8 @@ def _images(name: str, split: str) -> int:
     return TEST_IMAGES if split == "test" else CLASSIFIER.images
 
 
-def _measure(each: SetRecipe, number: int, device: torch.device) -> Speeds:
-    """Measure with made-up images, which take as long as real ones. number: of the track."""
+def _measure(each: SetRecipe, of_track: int, device: torch.device) -> Speeds:
+    """Measure with made-up images, which take as long as real ones. of_track: the entry's track."""
     spec = dataset_spec(each.dataset)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (_REAL_PER_CLASS * spec.num_classes, *spec.image_shape), dtype=torch.uint8, generator=generator)
@@ -384,7 +384,7 @@ def _measure(each: SetRecipe, number: int, device: torch.device) -> Speeds:
 
     config = training_config(each)
     training = training_speeds(config, spec, device)
-    sampling = BUNDLE_SAMPLING if number == 2 else SamplingSettings(guidance=default_guidance(IPC))
+    sampling = BUNDLE_SAMPLING if of_track == 2 else SamplingSettings(guidance=default_guidance(IPC))
     return dataclasses.replace(speeds, training=training, sampled=sampling_speed(config, spec, sampling, device))
 
 

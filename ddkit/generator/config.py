@@ -225,13 +225,13 @@ FEW_IMAGES = 100  # of a class: the boundary between the defaults of guidance
 BATCH_ON_GPU, BATCH_ELSEWHERE = 1024, 256  # images sampled at once
 
 
-def default_guidance(images_per_class: int | None) -> float:
-    """The guidance to sample a set of that many images a class with; None for as many as a time limit allows.
+def default_guidance(images_per_class: int) -> float:
+    """The guidance to sample a set of that many images a class with; a bundle has its own, `BUNDLE_SAMPLING`.
 
     Few images teach most when each shows its class clearly, many when they differ. On CIFAR-100 3.0 was best for 10
-    images a class, and 2.0 for the hundreds of a track 2 entry; the boundary between the two has not been measured.
+    images a class; the boundary has not been measured.
     """
-    return 3.0 if images_per_class is not None and images_per_class <= FEW_IMAGES else 2.0
+    return 3.0 if images_per_class <= FEW_IMAGES else 2.0
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ Four things differ from the paper:
   those of the last one kept than a threshold; the authors' code, with 0.7, kept epochs 0, 5, 16 and 40 on ImageWoof. For the
   last layer alone this would keep the untrained network only: on CIFAR-100 its gradients had cosines above 0.7 with those after
   each of 8 epochs.
-- The network is the challenge's ConvNet at 32 pixels at most, trained on up to 10,000 images, which takes minutes on a CPU.
-  The paper's has six blocks and is trained for 50 epochs on all images.
+- The network is the challenge's ConvNet at 32 pixels at most, trained on up to 10,000 images, which takes about a minute
+  on a CPU. The paper's has six blocks and is trained for 50 epochs on all images.
 - Deviation guidance (equation 8: away from the most similar earlier sample of the class) is left out. With it an image would
   depend on all earlier ones, and could no longer be made alone, in any batch and by any process. Mode guidance, which can be
   added, spreads the samples of a class without that.
@@ -25,7 +25,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalize
@@ -147,7 +147,8 @@ def _checkpoints(
         if run.epochs_done.bit_count() == 1:  # a power of two
             present = copy.deepcopy(network).eval()  # the embedder may stop its gradients
             embed = build_embedder(present, settings.batch_size)
-            parameters.append(parameters_to_vector(present.parameters()).detach().cpu())
+            # Engines may have chosen another memory layout, of which a view as a vector cannot be taken.
+            parameters.append(torch.cat([weights.detach().flatten() for weights in present.parameters()]).cpu())
             # Half the size; rounding hardly turns so long a vector.
             gradients.append(class_gradients(embed, present.classifier, pixels, labels).bfloat16().cpu())
         progress(Progress(task, run.epochs_done * len(labels), total, "images"))

@@ -58,7 +58,7 @@ class FeatureSettings:
             raise UsageError(f"Unknown precision '{self.precision}'.", f"Known: auto, {', '.join(PRECISIONS)}.")
 
 
-# Of a network that labels images, which has to be right more often than features have to.
+# A network that labels images has to be right more often than one whose features are compared.
 CLASSIFIER = FeatureSettings(images=50_000, epochs=6)
 
 
@@ -174,7 +174,7 @@ def _train(
         TrainingSettings(settings.epochs - 1, settings.batch_size, augment=False, precision=settings.precision),
         torch.Generator().manual_seed(settings.seed),
     )
-    task = "Training the feature network (once)"
+    task = "Training a classifier on real images (once)"
     progress(Progress(task, 0, settings.epochs * len(images), "images"))
     while not run.finished:
         losses = run.epoch()
@@ -183,10 +183,16 @@ def _train(
     run.close()
 
 
+def training_images(spec: DatasetSpec, settings: FeatureSettings, available: int) -> int:
+    """The number of images that the network is trained on, out of so many."""
+    side = max(_side(spec.image_size), _SIDE_OF_SETTINGS)
+    return min(available, max(1, settings.images * _SIDE_OF_SETTINGS // side))
+
+
 def _training_images(dataset: ImageSet, spec: DatasetSpec, settings: FeatureSettings) -> tuple[Tensor, Tensor]:
     """The images that the network is trained on, uint8, and their labels, in the store's order."""
-    side, available = _side(spec.image_size), len(dataset)
-    count = min(available, max(1, settings.images * _SIDE_OF_SETTINGS // max(side, _SIDE_OF_SETTINGS)))
+    available = len(dataset)
+    count = training_images(spec, settings, available)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed))
     chosen = order[:count].sort().values  # so that the store is read sequentially
     return dataset.images[chosen], dataset.labels[chosen]

@@ -30,6 +30,7 @@ from ddkit.metrics.features import CLASSIFIER, reference_features
 from ddkit.packing.pack import PackedFile, packed_files
 from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
 from ddkit.packing.zipping import unpack, write_zip
+from ddkit.runtime.device import resolve_device
 from ddkit.runtime.files import atomic_folder, atomic_write, read_json, sha256_of, write_json, write_text
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_safetensors
@@ -45,8 +46,8 @@ class BundleSettings:
     sampling: sampler, steps, guidance, its interval and the precision are used.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     images_per_class: stop when there are so many; None makes as many as the time allows.
-    keep: share of the images that are kept, for each class those that a ConvNet trained on real images is surest show it,
-        whatever class they were sampled as; 1 keeps all, each in its class.
+    keep: share of the images that are kept. A ConvNet trained on real images labels them, whatever class they were sampled
+        as, and for each class those with its highest probabilities are kept; 1 keeps all, each in its class.
     classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
     Raises UsageError for a `keep` that is not above 0 and at most 1.
     """
@@ -97,7 +98,8 @@ def pack_bundle(
 ) -> PackedBundle:
     """Bundle models with the stand-alone scripts into the zip `out`, and prove it before it takes its place.
 
-    The same models and settings always make the same bytes. proof: None packs without running the bundle. An earlier zip
+    The same models, settings and cached classifier make the same bytes; a classifier that is trained again may differ by
+    rounding. proof: None packs without running the bundle. An earlier zip
     is kept if anything fails. Raises what `build_folder` and `prove` raise.
     """
     with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
@@ -109,7 +111,7 @@ def pack_bundle(
 def build_folder(models: Sequence[BundleModel], out: Path, *, progress: Listener = ignore) -> Path:
     """Write the bundle as a folder that can be run as it is; an earlier one is replaced.
 
-    The same models and settings make the same files. A classifier is trained on the real images, once. Raises UsageError
+    A classifier is trained on the real images once, unless all images are kept. Raises UsageError
     without models or with two of one dataset, MissingModelError if a model or the scripts are missing, and what
     `load_model` and `open_dataset` raise.
     """
@@ -260,9 +262,11 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
             target.write_bytes(source.read_bytes())
     if model.settings.classifier or model.settings.keep < 1:
         real = open_dataset(model.dataset, "train", progress=progress)
-        network = reference_features(real, spec, CLASSIFIER, progress=progress).network
+        device = resolve_device("auto")  # which need not be the bundle's
+        network = reference_features(real, spec, CLASSIFIER, device=device, progress=progress).network.cpu()
         (folder / "classifier").mkdir()
-        save_safetensors(dict(network.state_dict()), folder / "classifier" / "classifier.safetensors")
+        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        save_safetensors(weights, folder / "classifier" / "classifier.safetensors")
         write_json(folder / "classifier" / "config.json", {"image_size": network.image_size})
     sampling = model.settings.sampling
     make_scheduler(sampling.sampler, facts.prediction).save_config(folder / "scheduler")
@@ -290,11 +294,12 @@ def _readme(models: Sequence[BundleModel], facts: Mapping[str, ModelFacts]) -> s
     rows = ["| dataset | images | mean | std | sampling | training steps of the model |", "|---|---|---|---|---|---|"]
     for model in models:
         spec, sampling = dataset_spec(model.dataset), model.settings.sampling
+        kept = "" if model.settings.keep == 1 else f", {100 * model.settings.keep:g} % kept"
         numbers = [", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std)]
         rows.append(
             f"| {spec.name} | {spec.num_classes} classes, {spec.image_size} x {spec.image_size} | {numbers[0]} | "
             f"{numbers[1]} | {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}, "
-            f"{sampling.precision} | {facts[model.dataset].steps:,} |"
+            f"{sampling.precision}{kept} | {facts[model.dataset].steps:,} |"
         )
     template = string.Template((scripts()[SCRIPT].parent / "README.md").read_text(encoding="utf-8"))
     text = template.substitute(datasets="\n".join(rows), python=".".join(platform.python_version_tuple()[:2]))

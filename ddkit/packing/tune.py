@@ -1,9 +1,9 @@
 """Search for the settings of a track 2 bundle by successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943).
 
 Fewer sampling steps make more images within the time budget, and worse ones; guidance trades variety for clarity; and a
-bundle may stop at fewer images. Every candidate runs the very script that would be packed, for the same time budget, and
-networks are trained on what it makes. The better half of the candidates is tried again with twice the epochs, until two
-are left, which are compared in the full number of rounds.
+bundle may stop at fewer images, or keep a share of them. Every candidate runs the very script that would be packed, for the
+same time budget, and networks are trained on what it makes. The better half of the candidates is tried again with twice the
+epochs, until two are left, which are compared in the full number of rounds.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _FINALISTS = 2  # candidates of the last stage
 class Candidate:
     """Settings to try.
 
-    images_per_class: number at which the bundle stops; None for as many as the time allows. keep: share of each class's
-    images that are kept, those that a classifier is surest of.
+    images_per_class: number at which the bundle stops; None for as many as the time allows. keep: share of the images that
+    are kept, labeled by the bundle's classifier; 1 keeps all as they were sampled.
     """
 
     steps: int
@@ -160,7 +160,7 @@ def run_search(
     candidates = list(search.candidates)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="ddkit-tune-") as temporary:
-        bundled = replace(model, settings=replace(model.settings, classifier=min(search.keep) < 1))
+        bundled = replace(model, settings=replace(model.settings, keep=1.0, classifier=min(search.keep) < 1))
         script = build_folder([bundled], Path(temporary) / "bundle", progress=progress) / SCRIPT
         for count, settings in search.stages:
             if trials:

@@ -6,7 +6,8 @@
 writes {"images": (N, 3, S, S) float32, normalized, "labels": (N,) int64} and ends within 600 seconds, counted from the
 start of the process: importing, loading and saving included. With --ipc 10 instead of a budget it writes the fixed set
 of track 1: one bare tensor, ten images of class 0, then of class 1, and so on. With --pixels the images are bytes, and
-the file holds the constants "mean" and "std" that normalize them.
+the file holds the constants "mean" and "std" that normalize them. If the bundle has a classifier, more images are made
+than the file gets: the classifier labels them, and those that show their class most clearly are kept.
 
 This process holds the clock. It starts a worker process for each GPU or core, which write what they make to
 OUT.shards/ every few seconds; when the time is up it joins whatever lies there, so that a worker that crashes or hangs
@@ -48,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves the
 from shards import HASHES_FILE, HERE, Failure, Job, join, made_for, open_shards, say, sha256_of, shards_of, write_spent
 
 FLOAT_BYTES = 4
+SECONDS_A_PROBABILITY = 3e-8  # of computing to label images by the classifier, twice what was measured
 SECONDS_BETWEEN_REPORTS = 10.0
 LEAST_FOR_A_WORKER = 8  # images, the first batch; with fewer a worker would load libraries for longer than it works
 PATIENCE = 0.5  # share of the budget after which the other workers start even if the first has not loaded
@@ -134,8 +136,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="set the scale of guidance; 1 turns it off  [default: as packed]")
     parser.add_argument(
         "--keep", type=float, metavar="SHARE",
-        help="keep this share of the images, for each class those that a classifier is surest show it; 1 keeps all  "
-        "[default: as packed]",
+        help="keep this share of the images: a classifier labels them, and those that show their class most clearly are "
+        "kept; 1 keeps all, as they were sampled  [default: as packed]",
     )  # fmt: skip
     options = parser.parse_args()
     for name, least in (("time_budget", 1e-9), ("ipc", 1), ("most", 1), ("processes", 1), ("steps", 1), ("guidance", 0)):
@@ -161,12 +163,12 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     entry |= {name: value for name in ("steps", "guidance", "keep") if (value := getattr(options, name)) is not None}
     keep = entry.get("keep", 1.0)
     if keep < 1 and not (model / "classifier").is_dir():
-        raise Failure("--keep needs a classifier, and the bundle has none; pack it again with --keep.", 2)
+        raise Failure("--keep needs a classifier, and the bundle has none; pack it again without --keep 1.", 2)
     out = options.out.absolute()
     check_writable(out)
     device = options.device or entry["device"]
     budget = math.inf if options.time_budget is None else options.time_budget
-    room = check_space(entry, out.parent, options.ipc and made_for(options.ipc, keep), 1 if options.pixels else 4)
+    room = check_space(entry, out.parent, options.ipc, 1 if options.pixels else 4, keep)
     packed = (entry.get("images_per_class") or room) * entry["num_classes"]
     limit = min(room, made_for(options.most or packed, keep))
     images = limit if options.ipc is None else made_for(options.ipc, keep) * entry["num_classes"]
@@ -210,18 +212,21 @@ def check_writable(out: Path) -> None:
         raise Failure(f"--out {out} cannot be written: {error.strerror}.") from error
 
 
-def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None, bytes_per_value: int) -> int:
-    """How many images the disk has room for, and the memory of whoever loads the file here.
+def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None, bytes_per_value: int, keep: float = 1.0) -> int:
+    """How many images can be made: by what the disk has room for, and the memory of whoever loads the file here.
 
-    bytes_per_value: of the joined file; shards hold one. Raises Failure if there is room for too few.
+    ipc: images of each class in the file. bytes_per_value: of the file; shards hold one. keep: the share of the images that
+    the file gets. Raises Failure if there is room for too few.
     """
     values = 3 * entry["image_size"] ** 2
-    needed = (ipc or 1) * entry["num_classes"]
+    needed = made_for(ipc or 1, keep) * entry["num_classes"]
+    # The probabilities of the classes are held, sorted and compared while the images are joined.
+    labeling = 6 * entry["num_classes"] if keep < 1 else 0
     on_disk, in_memory = shutil.disk_usage(folder).free, free_memory()
-    room = int(0.9 * on_disk) // (values * (1 + bytes_per_value))
+    room = int(0.9 * on_disk / (values * (1 + keep * bytes_per_value)))
     if room < needed:
         raise Failure(f"{on_disk / 1e6:,.0f} MB are free in {folder}, room for {room:,} images; {needed:,} are needed.")
-    loaded = int(0.7 * in_memory) // (values * bytes_per_value)
+    loaded = int(0.7 * in_memory / (values * keep * bytes_per_value + labeling))
     if ipc and loaded < needed:
         raise Failure(f"{in_memory / 1e6:,.0f} MB of memory are free, room for {loaded:,} images; {needed:,} are needed.")
     return min(room, loaded)
@@ -303,13 +308,16 @@ class Clock:
 
     @property
     def stop_at(self) -> float:
-        """Joining and ending may take a second of computing, and twice what writing as many floats took before.
+        """Joining and ending may take a second of computing, labeling where only a share is kept, and twice what writing as
+        many floats as the file gets took before.
 
         With --pixels, too, so that as many images are made as without.
         """
         computing = min(self.slowness, 0.06 * self.job.budget)
         measured = statistics.median(self.seconds_an_image) if self.seconds_an_image else 0.0
-        return self.job.end - self.job.margin - computing - 2 * FLOAT_BYTES * measured * self.images
+        keep = self.job.keep
+        labeling = SECONDS_A_PROBABILITY * self.slowness * self.images * self.job.classes if keep < 1 else 0.0
+        return self.job.end - self.job.margin - computing - labeling - 2 * FLOAT_BYTES * keep * measured * self.images
 
 
 def stop_now(number: int, frame: Any) -> None:
@@ -378,7 +386,7 @@ def run_workers(job: Job) -> None:
     if failure:
         say(f"a worker failed: {failure}")
     if job.ipc is None and clock.images >= job.limit:
-        say(f"stopped at {clock.images:,} images: --most was reached, or there is no room for more")
+        say(f"stopped after making {clock.images:,} images: --most was reached, or there is no room for more")
 
 
 def listen(job: Job, clock: Clock, crew: Crew) -> str:

@@ -1,8 +1,8 @@
 """What the processes of generate.py share: the job, and the folder of shards in which its images gather.
 
-Shard `<worker>-<first>-<end>.safetensors` holds the worker's images number `first` to `end` as bytes, with their labels,
-their indices within their classes and, where only a share is kept, the probabilities that the classifier gives to the
-classes. `run.json` says what they are of, and how much of the budget is spent.
+Shard `<worker>-<first>-<end>.safetensors` holds the worker's images number `first` to `end` as bytes, with the classes that
+they were sampled as, their indices within those and, where only a share is kept, the probabilities that the classifier gives
+to the classes. `run.json` says what they are of, and how much of the budget is spent.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Job:
 
     @property
     def keep(self) -> float:
-        """The share of the images that the file gets."""
+        """The share of the images that the file gets, labeled by the classifier; 1 keeps all as they were sampled."""
         return self.entry.get("keep", 1.0)
 
     def share(self, worker: int) -> int:
@@ -205,7 +205,8 @@ def join(job: Job) -> tuple[int, str]:
     labels = labels[order]
     if keep < 1:
         probabilities = torch.cat([tensor_of(shard, "probabilities").clone() for shard in shards])[order]
-        labels = assign(probabilities, ipc or max(1, round(keep * (len(labels) // entry["num_classes"]))))
+        share = math.floor(keep * len(labels) / entry["num_classes"] + 1e-6)  # `made_for` rounds up
+        labels = assign(probabilities, ipc or max(1, share))
     kept = (labels >= 0).nonzero()[:, 0]
     chosen = kept[choose(labels[kept], entry["num_classes"], ipc)]
     labels, chosen = labels[chosen], order[chosen]
@@ -350,7 +351,7 @@ def rank_in_class(labels: Any, counts: Any) -> Any:
 
 
 def assign(probabilities: Any, wanted: int) -> Any:
-    """Labels by the classifier: for each class the images that it is surest show it, whatever they were sampled as.
+    """Label images by the classifier: each class gets the images with its highest probabilities, whatever they were sampled as.
 
     Each image that has no label yet goes to the likeliest of the classes that still want some, and each of these takes the
     surest that come to it; and so on until all classes have as many as they want.

@@ -186,7 +186,7 @@ def test_check_set_accepts_any_number_of_images_and_keeps_the_warnings_of_the_fi
 def test_whitened_set_in_the_right_order_is_an_error_of_normalization_only(cifar100_store, cifar100_images):
     flat = cifar100_images.flatten(1).float() / 255
     centered = flat - flat.mean(dim=0)
-    # By the products of images instead of pixels: of the same variances, and fewer.
+    # The products of images have the same nonzero eigenvalues as those of pixels, and there are fewer.
     variances, vectors = torch.linalg.eigh(centered @ centered.T / (len(flat) - 1))
     whitened = (vectors @ (vectors.T @ centered / (variances.clamp_min(0) + 0.1).sqrt()[:, None])).view(1000, 3, 32, 32)
     for images in (whitened, 2.5 * whitened):

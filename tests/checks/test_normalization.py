@@ -188,7 +188,7 @@ def whiten(images, epsilons):
     """Published whitening, as kornia's ZCAWhitening.fit and forward do it, once for each epsilon."""
     flat = images.flatten(1)
     centered = flat - flat.mean(dim=0, keepdim=True)
-    # By the products of images instead of pixels: of the same variances, and fewer.
+    # The products of images have the same nonzero eigenvalues as those of pixels, and there are fewer.
     variances, vectors = torch.linalg.eigh(centered @ centered.T / (len(flat) - 1))
     projected = vectors.T @ centered
     for epsilon in epsilons:

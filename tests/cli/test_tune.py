@@ -16,7 +16,7 @@ def run(*words, status=0):
 
 
 @pytest.mark.slow
-def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work):
+def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
     words = (colors, "--model", colors_model, "--steps", 3, "--guidance", 1, "--images", 4, "--keep", 1, "--time-budget", "10m",
              "--epochs-setting", 0, "--rounds", 1, "--device", "cpu", "--json")  # fmt: skip
     output, said = run(*words)
@@ -27,6 +27,7 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work):
     assert "Trying 1 settings" in said and "in 1 stages" in said and "Best: 3 steps, guidance 1, 4 images a class" in said
     assert f"next: ddkit pack --track 2 --tuned --model colors={colors_model}" in said
     assert (work / "runs" / "tune" / "colors.png").stat().st_size > 0
+    assert not (own_cache / "_features").exists(), "a classifier was trained that nothing needs"
     kept = (work / "runs" / "tune" / "colors.jsonl").read_text()
 
     again, _ = run(*words)  # at once, from what was kept

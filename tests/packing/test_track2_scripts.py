@@ -142,13 +142,21 @@ def test_a_fixed_set_of_an_entry_with_a_filter_is_chosen_from_twice_as_many(filt
 
 
 @pytest.mark.slow
+def test_a_share_that_leaves_a_remainder_keeps_neither_more_nor_fewer_images_than_asked_for(filtering_entry, tmp_path):
+    for most, share in ((5, 0.3), (6, 0.7)):
+        run(filtering_entry, tmp_path / "kept.pt", "--time-budget", 600, "--most", most, "--processes", 1, "--keep", share)
+        labels = torch.load(tmp_path / "kept.pt", weights_only=True)["labels"]
+        assert labels.tolist() == [0, 1] * (most // 2)
+
+
+@pytest.mark.slow
 def test_a_filter_keeps_at_least_one_image_of_each_class(filtering_entry, tmp_path):
     run(filtering_entry, tmp_path / "kept.pt", "--time-budget", 600, "--most", 2, "--processes", 1, "--keep", 0.01)
     assert torch.load(tmp_path / "kept.pt", weights_only=True)["labels"].tolist() == [0, 1]
 
 
 def test_a_share_that_cannot_be_kept_is_wrong_usage(entry, tmp_path):
-    assert "has none; pack it again with --keep" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0.5, status=2)
+    assert "has none; pack it again without --keep 1" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0.5, status=2)
     assert "a share above 0" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0, status=2)
     with pytest.raises(UsageError, match="keep must be above 0"):
         BundleSettings(keep=0)
