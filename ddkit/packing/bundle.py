@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
-from ddkit.errors import BadFileError, MissingModelError, UsageError
+from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
 from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, SamplingSettings
@@ -261,7 +261,11 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
         else:
             target.write_bytes(source.read_bytes())
     if model.settings.classifier or model.settings.keep < 1:
-        real = open_dataset(model.dataset, "train", progress=progress)
+        try:
+            real = open_dataset(model.dataset, "train", progress=progress)
+        except DDKitError as error:
+            kept = "The bundle's classifier learns from these images; with --keep 1 it has none."
+            raise type(error)(error.message, f"{error.remedy} {kept}".strip()) from error
         device = resolve_device("auto")  # which need not be the bundle's
         network = reference_features(real, spec, CLASSIFIER, device=device, progress=progress).network.cpu()
         (folder / "classifier").mkdir()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddkit.errors import BadFileError, MissingModelError, UsageError
+from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.generator.sampling import SamplingSettings
 from ddkit.packing.bundle import (
     BundleModel,
@@ -117,3 +117,11 @@ def test_paths_that_are_not_bundles_raise(tmp_path):
     for name, error in refused.items():
         with pytest.raises(error), open_bundle(tmp_path / name):
             pass
+
+
+def test_real_images_that_are_missing_are_named_with_the_way_to_pack_without_them(colors, colors_model, own_cache, tmp_path):
+    for path in own_cache.glob(f"{colors}/train*"):
+        path.unlink()
+    with pytest.raises(DDKitError) as caught:
+        build_folder([BundleModel(colors, colors_model)], tmp_path / "entry")
+    assert "with --keep 1 it has none" in str(caught.value.remedy) and not (tmp_path / "entry").exists()
