@@ -46,7 +46,12 @@ _MOST_PROBLEMS = 3
 @click.option("--track", type=TRACK, help="Show only this track; if not given, track 1 and those with results.")
 @click.option("--html", type=FILE, help="Write the HTML page to this file as well.")
 @click.option("--all", "show_all", is_flag=True, help="Show all rows, page by page on a terminal.")
-@click.option("--history", "show_history", is_flag=True, help="Show what was evaluated and packed, in the order of time.")
+@click.option(
+    "--history",
+    "show_history",
+    is_flag=True,
+    help="Show what was evaluated and packed, real images included, in the order of time.",
+)
 @click.option(
     "--compare",
     nargs=2,

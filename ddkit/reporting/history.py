@@ -15,7 +15,7 @@ from rich.text import Text
 from ddkit.history import Packed, find_recipe
 from ddkit.reporting.charts import Tick, accuracy_axis
 from ddkit.reporting.formatting import interval_text, percent
-from ddkit.reporting.leaderboard import settings_title
+from ddkit.reporting.leaderboard import REFERENCE_NAMES, settings_title
 from ddkit.reporting.rows import dataset_title
 from ddkit.results import Result
 from ddkit.statistics import half_width, mean
@@ -32,6 +32,7 @@ class Step:
 
     accuracy: fraction; of a zip the mean over its sets, None unless all were evaluated. half_width: of its 95 % interval.
     is_best: True if no earlier step with the same datasets and settings was better. recipe: a path, or "".
+    kind: that of the evaluated Result; "submission" for a zip.
     """
 
     date: str
@@ -46,6 +47,7 @@ class Step:
     source: str
     recipe: str = ""
     is_best: bool = False
+    kind: str = "submission"
 
     @property
     def when(self) -> str:
@@ -76,23 +78,33 @@ class TimeChart:
 
 @dataclass(frozen=True)
 class History:
-    """steps: oldest first. charts: of datasets and settings with several evaluations, the latest first."""
+    """steps: of the user's own sets, oldest first. charts: of datasets and settings with several evaluations, the latest first.
+
+    references: evaluations of real images, which the steps are compared with, oldest first.
+    """
 
     steps: tuple[Step, ...]
     charts: tuple[TimeChart, ...]
+    references: tuple[Step, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Step, ...]:
+        """Steps and references, oldest first."""
+        return _in_order((*self.references, *self.steps))
 
     def as_data(self) -> list[dict[str, Any]]:
-        """The steps as plain values for JSON."""
-        return [vars(step) for step in self.steps]
+        """The rows as plain values for JSON."""
+        return [vars(step) for step in self.rows]
 
 
 def build_history(results: Sequence[Result], packed: Sequence[Packed], tracks: Iterable[int] | None = None) -> History:
-    """The history of the user's own sets; references are left out. tracks: None means all."""
+    """The history of the user's own sets and of the references that the leaderboard shows. tracks: None means all."""
     wanted = None if tracks is None else set(tracks)
-    ours = [r for r in results if r.kind == "submission" and (wanted is None or r.track in wanted)]
+    evaluated = [r for r in results if wanted is None or r.track in wanted]
+    ours = [r for r in evaluated if r.kind == "submission"]
     steps = [_evaluated(result) for result in ours]
     steps += [_packed(each, ours) for each in packed if wanted is None or each.track in wanted]
-    ordered = sorted(steps, key=lambda step: _seconds(step) or 0.0)  # sorting keeps the order of the records otherwise
+    ordered = _in_order(steps)
     best: dict[tuple[str, ...], float] = {}
     marked = []
     for step in ordered:
@@ -100,14 +112,20 @@ def build_history(results: Sequence[Result], packed: Sequence[Packed], tracks: I
         improves = step.accuracy is not None and step.accuracy > best.get(key, -1.0)
         best[key] = max(best.get(key, -1.0), step.accuracy or 0.0)
         marked.append(replace(step, is_best=improves))
-    return History(tuple(marked), _charts(marked))
+    references = _in_order(_evaluated(result) for result in evaluated if result.kind in REFERENCE_NAMES)
+    return History(tuple(marked), _charts(marked), references)
+
+
+def _in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """The steps by time; those of the same time, or of none, stay in their order."""
+    return tuple(sorted(steps, key=lambda step: _seconds(step) or 0.0))
 
 
 def _evaluated(result: Result) -> Step:
     return Step(
         result.date,
         "evaluated",
-        result.name,
+        REFERENCE_NAMES.get(result.kind, result.name),
         dataset_title(result.dataset),
         settings_title(result),
         result.mean,
@@ -116,6 +134,7 @@ def _evaluated(result: Result) -> Step:
         result.sha256,
         result.source,
         find_recipe(result.source, result.sha256),
+        kind=result.kind,
     )
 
 
@@ -194,7 +213,7 @@ class HistoryView:
         self._history = history
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if not self._history.steps:
+        if not self._history.rows:
             yield Text("Nothing was evaluated or packed yet.")
             return
         columns: list[tuple[str, Callable[[Step], str]]] = [
@@ -208,13 +227,14 @@ class HistoryView:
             ("settings", lambda step: step.settings),
             ("hash", lambda step: step.sha256[:8]),
         ]
-        if any(step.recipe for step in self._history.steps):
+        if any(step.recipe for step in self._history.rows):
             columns.append(("recipe", lambda step: step.recipe))
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
         for heading, _ in columns:
             table.add_column(heading, overflow="fold", justify="right" if heading in ("accuracy", "95 %") else "left")
-        for step in self._history.steps:
-            table.add_row(*(Text(text(step)) for _, text in columns), style="bold" if step.is_best else "")
+        for step in self._history.rows:
+            style = "bold" if step.is_best else "dim" if step.kind in REFERENCE_NAMES else ""
+            table.add_row(*(Text(text(step)) for _, text in columns), style=style)
         yield table
         unicode = options.encoding.lower().startswith("utf")
         for chart in self._history.charts:

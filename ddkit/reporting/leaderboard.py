@@ -15,7 +15,7 @@ from ddkit.results import Result
 from ddkit.statistics import mean
 
 _CHALLENGE_NAMES = tuple(spec.name for spec in CHALLENGE_DATASETS)
-_REFERENCE_NAMES = {
+REFERENCE_NAMES = {
     "random-real": "random real images",
     "first-real": "first real images",
     "full-real": "all real images",
@@ -215,7 +215,7 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
     best_published = max((mean(numbers[name] for name in results) for numbers in comparable), default=None)
     missing = [name for name in expected if name not in results] if draft.key.official else []
     return Row(
-        name=_REFERENCE_NAMES.get(draft.kind, draft.name),
+        name=REFERENCE_NAMES.get(draft.kind, draft.name),
         kind=draft.kind,
         accuracy=accuracy,
         score=mean(accuracy.values()) if all(name in results for name in expected) else None,

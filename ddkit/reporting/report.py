@@ -35,7 +35,7 @@ class Leaderboard:
     rankings: DD-Ranking's scores of the sets for which all needed evaluations are there.
     problems: a line on each line of the file that cannot be used.
     quality: the measured sets. written: the page and the sheets of images.
-    history: of the user's own sets. comparisons: of the two sets that were asked for, by dataset.
+    history: of the user's own sets and of real images. comparisons: of the two sets that were asked for, by dataset.
     """
 
     results: tuple[Result, ...]

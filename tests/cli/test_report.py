@@ -186,6 +186,7 @@ def test_history_lists_evaluations_and_zips_and_json_has_it(results):
     )  # fmt: skip
     shown, _ = run("--history")
     assert "final" in shown and "packed" in shown and "22.50" in shown and "M-DATM" not in shown
+    assert "random real images" in shown and "17.00" in shown
     steps = json.loads(run("--json")[0])["history"]
     assert [step["name"] for step in steps][-1] == "final" and steps[-1]["accuracy"] == pytest.approx(0.225)
 
@@ -204,3 +205,5 @@ def test_page_has_the_history_and_the_comparison(results):
     page = Path("report.html").read_text()
     assert "Two sets side by side" in page and "How you got here" in page and "@media print" in page
     assert "[red]quick[/red] &lt;b&gt;" in page
+    history = page[page.index('id="history"') :]
+    assert history.index("random real images") < history.index("</table>")

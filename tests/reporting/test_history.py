@@ -33,6 +33,16 @@ def test_steps_are_in_order_of_time_without_references(results):
     assert history.steps[0].half_width > 0.05
 
 
+def test_references_are_rows_under_the_leaderboards_names_and_never_the_best(results):
+    history = build_history(results, [])
+    (baseline,) = history.references
+    assert (baseline.name, baseline.kind, baseline.accuracy) == ("random real images", "random-real", pytest.approx(0.155))
+    assert baseline.settings == "E = 50" and not baseline.is_best
+    assert [row.name for row in history.rows] == ["random real images", "first", "second", "worse", "best", "best"]
+    assert [row["kind"] for row in history.as_data()] == ["random-real"] + ["submission"] * 5
+    assert build_history(results, [], [2]).rows == ()
+
+
 def test_zip_has_the_mean_of_its_sets_official_results_first(results):
     quick = results[4].__class__(**{**vars(results[4]), "epochs_setting": 50, "official": False, "date": day(7)})
     files = {"cifar100.pt": results[4].sha256, "tinyimagenet.pt": results[5].sha256}
@@ -72,6 +82,12 @@ def test_view_shows_a_table_and_a_chart_in_any_encoding(results, encoding, best)
     stream.seek(0)
     shown = stream.read()
     assert "worse" in shown and "best so far" in shown and "CIFAR-100, E = 50: accuracy over time" in shown and best in shown
+
+
+def test_view_of_references_alone_shows_them(results):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(HistoryView(build_history(results[:1], [])))
+    assert "random real images" in console.file.getvalue() and "15.50" in console.file.getvalue()
 
 
 def test_view_of_nothing_says_so():
