@@ -183,6 +183,7 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
             _show_costs(output, request, *training.measure_costs(data, request))
         return
     training.require_memory(data, request)
+    training.require_time(data, request)
     verb = "Fine-tuning" if request.start else "Training"
     if has_training(request.folder) and not request.fresh:
         verb = "Continuing to train"

@@ -25,7 +25,7 @@ from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, GeneratorConfig
 from ddkit.generator.presets import preset
 from ddkit.metrics.features import CLASSIFIER, training_images
 from ddkit.runtime.device import resolve_device
-from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.progress import Listener, Progress, ignore, time_option
 from ddkit.runtime.records import read_record
 from ddkit.sets.distilled import class_labels
 
@@ -196,9 +196,9 @@ class _Planner:
             needed = spent + fixed + sum(least.values())
             made = "refining" if recipe.track == 1 else "training"
             raise UsageError(
-                f"--time {_minutes(seconds)} is too short: this entry needs {_minutes(needed)} at least on this machine, "
-                f"{_minutes(sum(least.values()))} for {made} and {_minutes(spent + fixed)} for the rest.",
-                f"Give --time {_minutes(needed)} or more, or a smaller --epochs-setting, --rounds or --datasets.",
+                f"--time {time_option(seconds)} is too short: this entry needs {time_option(needed)} at least on this machine, "
+                f"{time_option(sum(least.values()))} for {made} and {time_option(spent + fixed)} for the rest.",
+                f"Give --time {time_option(needed)} or more, or a smaller --epochs-setting, --rounds or --datasets.",
             )
         shares = self._split(recipe, left)
         flexible = []
@@ -259,7 +259,7 @@ class _Planner:
         if (epochs, count) != _EVALUATIONS[recipe.track][0]:
             self._notes.append(
                 f"The evaluations use E = {epochs} and {count} round{'s' * (count > 1)}, which is not official: official ones "
-                f"would take {_minutes(official or 0)}. Evaluate officially afterwards with ddkit evaluate."
+                f"would take {time_option(official or 0)}. Evaluate officially afterwards with ddkit evaluate."
             )
         return found
 
@@ -386,10 +386,3 @@ def _measure(each: SetRecipe, of_track: int, device: torch.device) -> Speeds:
     training = training_speeds(config, spec, device)
     sampling = BUNDLE_SAMPLING if of_track == 2 else SamplingSettings(guidance=default_guidance(IPC))
     return dataclasses.replace(speeds, training=training, sampled=sampling_speed(config, spec, sampling, device))
-
-
-def _minutes(seconds: float) -> str:
-    """A length of time, rounded up, as --time takes it."""
-    if seconds < 60:
-        return f"{-(-seconds // 1):.0f}s"
-    return f"{-(-seconds // 60):.0f}m" if seconds < 7200 else f"{-(-seconds // 360) / 10:g}h"

@@ -27,10 +27,12 @@ class Preset:
 
     configs: the configurations by the smallest image side each is made for.
     track_every: steps between two scores of the model during training; 0 for never.
+    least_steps: of each network, which a training that a time limits must have time for; 0 takes any time.
     """
 
     configs: Mapping[int, GeneratorConfig]
     track_every: int = 1000
+    least_steps: int = 100  # the shortest warm-up
 
     def config(self, image_size: int) -> GeneratorConfig:
         """The configuration for images of that side, cut into about as many patches as the preset has.
@@ -173,6 +175,7 @@ PRESETS = {
             )
         },
         track_every=0,
+        least_steps=0,  # to try things out
     ),
     "tiny": Preset(_tiny("uvit", 5)),  # two CPU cores, half an hour or more
     "mid": Preset(_mid(), track_every=2500),  # an evening on a laptop, minutes on a GPU
@@ -181,5 +184,5 @@ PRESETS = {
     "dit": Preset(_tiny("dit", 6)),  # like tiny, with the diffusion transformer of diffusers
     # Fine-tuning DiT-XL/2 or another generator. The Frechet distance does not measure what the criteria improve, so
     # the last model is the result.
-    MINIMAX_PRESET: Preset({32: _minimax_paper()}, track_every=0),
+    MINIMAX_PRESET: Preset({32: _minimax_paper()}, track_every=0, least_steps=0),
 }

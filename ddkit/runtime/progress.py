@@ -43,6 +43,13 @@ def span_text(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def time_option(seconds: float) -> str:
+    """A length of time, rounded up, as --time takes it."""
+    if seconds < 60:
+        return f"{-(-seconds // 1):.0f}s"
+    return f"{-(-seconds // 60):.0f}m" if seconds < 7200 else f"{-(-seconds // 360) / 10:g}h"
+
+
 def default_listener() -> Listener:
     """A listener that shows tqdm's bars in a Jupyter notebook, and one that does nothing elsewhere."""
     # A notebook's process has loaded IPython itself.

@@ -76,7 +76,7 @@ def evaluate(made, size):
 @pytest.mark.usefixtures("one_thread")
 def test_folder_of_larger_pictures_goes_all_the_way_to_a_score(pictures):
     prepare(pictures, 128)
-    trained = ddkit("train", "--dataset", "breeds", "--preset", "tiny", "--batch-size", "4", "--time", "1s",
+    trained = ddkit("train", "--dataset", "breeds", "--preset", "demo", "--batch-size", "4", "--time", "1s",
                     "--no-compile", "--track-every", "0")  # fmt: skip
     assert trained["steps"] >= 1
     tuned = ddkit("train", "--method", "minimax", "--dataset", "breeds", "--batch-size", "4", "--steps", "2")

@@ -102,6 +102,16 @@ class Estimate:
             found.append(steps)
         return tuple(found)
 
+    def least_seconds(self, steps: int) -> float:
+        """The seconds of a training in which each stage takes that many steps, or all of its own if these are fewer.
+
+        Stages of unknown speed count nothing.
+        """
+        first, last = AUTOENCODER_SHARE, 1 - AUTOENCODER_SHARE
+        shares = (first, last) if len(self.stages) > 1 else (1.0,)
+        needed = (stage.seconds_for(min(steps, stage.steps)) or 0.0 for stage in self.stages)
+        return max(seconds / share for seconds, share in zip(needed, shares, strict=True))
+
 
 def estimate(
     config: GeneratorConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,18 @@ from ddkit.generator.training.tracking import SCORE_NAMES
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 from ddkit.runtime.device import describe_device, free_memory, own_device, resolve_device, shared_gpus
 from ddkit.runtime.environment import processes
-from ddkit.runtime.progress import Listener, ignore
+from ddkit.runtime.progress import Listener, ignore, span_text, time_option
 
-__all__ = ["SETTINGS", "TrainingData", "measure_costs", "plan_training", "require_memory", "train", "train_generator"]
+__all__ = [
+    "SETTINGS",
+    "TrainingData",
+    "measure_costs",
+    "plan_training",
+    "require_memory",
+    "require_time",
+    "train",
+    "train_generator",
+]
 
 METHODS = ("diffusion", "minimax")
 # The settings that a user gives by name, as --batch-size or batch_size=, and their place in GeneratorConfig.
@@ -51,6 +61,8 @@ SETTINGS = {
     "epochs": "minimax.epochs",
     "class_map": "minimax.class_map",
 }
+_TRIED_SECONDS, _TRIALS = 0.1, 3  # of each network, to see whether a time is too short; the fastest trial counts
+_TIME_MARGIN = 1.5  # of what is suggested instead, so that the next trial does not find it too short again
 _FROM_START = ("prediction", "architecture", "autoencoder")  # what fine-tuning takes from the generator it starts from
 
 
@@ -66,12 +78,13 @@ def train_generator(
     """Train a class-conditional generator on a dataset, or continue its training; returns the trained model.
 
     What `ddkit train` does. options: further arguments of `plan_training`, or settings by their names in SETTINGS, such
-    as steps=2000 or batch_size=64. Raises what `plan_training`, `check_memory` and `train` raise.
+    as steps=2000 or batch_size=64. Raises what `plan_training`, `require_memory`, `require_time` and `train` raise.
     """
     data = TrainingData.open(dataset, progress=progress)
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
     request = plan_training(data, settings, preset_name=preset, folder=folder, device=device, **options)
     require_memory(data, request)
+    require_time(data, request)
     return train(data, request, progress=progress)
 
 
@@ -167,6 +180,31 @@ def require_memory(data: TrainingData, request: TrainingRequest) -> None:
     """Raise ComputeError, saying what would fit, when a training needs more memory than the device has free."""
     subject = (request.config, data.image_size, data.num_classes, resolve_device(request.device))
     check_memory(*subject, processes=processes(), start=request.start)
+
+
+def require_time(data: TrainingData, request: TrainingRequest) -> None:
+    """Raise UsageError, saying the least, when the time of a new training is too short for `Preset.least_steps`.
+
+    Each network is tried for a moment. A training that continues may be of any length, and so may one by
+    several processes, which could disagree.
+    """
+    least = preset(request.preset).least_steps if request.preset else 0
+    continues = has_training(request.folder) and not request.fresh
+    if request.seconds is None or request.start is not None or continues or processes() > 1 or not least:
+        return
+    device = resolve_device(request.device)
+    needed = math.inf
+    for _ in range(_TRIALS):
+        costs = estimate(request.config, data.image_size, data.num_classes, device, seconds=_TRIED_SECONDS)
+        needed = min(needed, costs.least_seconds(least))
+        if request.seconds >= needed:
+            return
+    networks = " and ".join(f"the {stage.stage}" for stage in costs.stages)
+    raise UsageError(
+        f"{span_text(request.seconds)} of training is too short: preset {request.preset} needs at least {least} steps of "
+        f"{networks}, which take about {span_text(needed)} on this machine.",
+        f"Give --time {time_option(_TIME_MARGIN * needed)} or more.",
+    )
 
 
 def measure_costs(data: TrainingData, request: TrainingRequest) -> tuple[Estimate, ComputeError | None]:

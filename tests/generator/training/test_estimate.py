@@ -131,6 +131,19 @@ def test_steps_within_divide_the_time_like_a_training():
     assert Estimate((stage("minimax", 5, None),), free_memory=100).steps_within(100) == (None,)
 
 
+def test_least_seconds_give_each_stage_its_steps_within_its_share():
+    def stage(name, steps, speed):
+        return StageEstimate(name, 1, 10, 1, 1, speed, steps, batch_size=10)
+
+    autoencoder, denoiser = stage("autoencoder", 200, 10.0), stage("denoiser", 500, 1.0)
+    assert Estimate((autoencoder, denoiser), free_memory=100).least_seconds(17) == pytest.approx(170 / 0.85)
+    faster = dataclasses.replace(denoiser, images_per_second=10.0)
+    assert Estimate((autoencoder, faster), free_memory=100).least_seconds(15) == pytest.approx(100)
+    assert Estimate((autoencoder, faster), free_memory=100).least_seconds(10**6) == pytest.approx(200 / 0.15)
+    assert Estimate((denoiser,), free_memory=100).least_seconds(15) == pytest.approx(150)
+    assert Estimate((stage("denoiser", 5, None),), free_memory=100).least_seconds(15) == 0
+
+
 def test_training_that_does_not_fit_raises_compute_error_with_what_would(config, monkeypatch):
     check_memory(config, 16, 3, CPU)
     wanted = estimate(batches_of(config, 64), 16, 3, CPU, seconds=0)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -10,7 +11,7 @@ from ddkit.errors import MissingModelError, UsageError
 from ddkit.generator.config import to_json
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.presets import preset
-from ddkit.generator.training.plan import SETTINGS, plan_training
+from ddkit.generator.training.plan import SETTINGS, plan_training, require_time
 from ddkit.generator.training.run_folder import RunRecord, write_run_record
 
 
@@ -88,6 +89,27 @@ def test_resumed_training_keeps_its_score_unless_options_change_it(plan, begin, 
 def test_training_without_a_preset_resumes(plan, begin, config):
     begin("run", config, preset_name="")
     assert plan("run").config == config and plan("run").track_every == 0
+
+
+def test_time_too_short_for_a_new_training_raises_usage_error_with_a_time(plan, data):
+    with pytest.raises(
+        UsageError, match="of training is too short: preset tiny needs at least 100 steps of the autoencoder and"
+    ):
+        require_time(data, plan(seconds=0.01))
+    with pytest.raises(UsageError) as caught:
+        require_time(data, plan(preset="dit", seconds=0.01, autoencoder="somewhere"))
+    assert "the autoencoder" not in caught.value.message and "100 steps of the denoiser" in caught.value.message
+    assert re.fullmatch(r"Give --time \d+[sm] or more\.", caught.value.remedy)
+    require_time(data, plan(seconds=36_000.0))
+    require_time(data, plan(steps=1))
+    require_time(data, plan(preset="demo", seconds=0.01))  # it is there to try things out
+
+
+def test_training_that_continues_may_be_of_any_length_unless_it_is_started_over(plan, begin, data):
+    begin("begun", preset("tiny").config(16), "tiny")
+    require_time(data, plan("begun", seconds=0.01))
+    with pytest.raises(UsageError, match="too short"):
+        require_time(data, plan("begun", preset="tiny", seconds=0.01, fresh=True))
 
 
 def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config, make_model, data, tmp_path):
