@@ -121,6 +121,7 @@ def refine(
     """
     from ddkit.distill import refine as refining
     from ddkit.distill.estimate import estimate_refinement, expected_accuracy
+    from ddkit.distill.state import original_set
     from ddkit.sets.distilled import dataset_of, read_set
 
     if steps is not None and seconds is not None:
@@ -129,9 +130,10 @@ def refine(
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
     settings = _settings(preset, options, assignments, None if fresh else refining.recorded_settings(folder))
-    expected = expected_accuracy(dataset, read_set(path, dataset).ipc, settings, limits.steps)
+    ipc, start = read_set(path, dataset).ipc, original_set(path, folder)
+    expected = expected_accuracy(dataset, ipc, settings, limits.steps, start=start)
     if dry_run or (expected is not None and limits.seconds is not None):
-        estimate = estimate_refinement(path, dataset, settings, limits, device=device, progress=output.progress)
+        estimate = estimate_refinement(path, dataset, settings, limits, start=start, device=device, progress=output.progress)
         expected = estimate.accuracy
     if dry_run:
         _show_estimate(output, estimate)

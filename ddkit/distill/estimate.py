@@ -24,7 +24,7 @@ from ddkit.errors import UsageError
 from ddkit.runtime.device import free_memory, resolve_device
 from ddkit.runtime.interrupt import StopRequest
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import read_set
+from ddkit.sets.distilled import KIND_REFINED, read_provenance, read_set
 
 _TRIALS = 2  # steps of each kind; the first also allocates memory and measures engines
 
@@ -80,13 +80,19 @@ class RefineEstimate:
     accuracy: float | None
 
 
-def expected_accuracy(dataset: str, ipc: int, settings: RefineSettings, steps: int) -> float | None:
+def expected_accuracy(
+    dataset: str, ipc: int, settings: RefineSettings, steps: int, *, start: Path | None = None
+) -> float | None:
     """Official accuracy after `steps`, interpolated between recorded refinements; never more than the last of them.
 
-    None where none has been recorded for the dataset, the images per class or the objective.
+    start: the set that the refinement starts from; None for one that has not been refined.
+    None where none has been recorded for the dataset, the images per class or the objective, and for a start that has been
+    refined before, since those recorded had not.
     """
     curve = _RECORDED.get((dataset, ipc))
     if curve is None or settings.objective != "frepo":
+        return None
+    if start is not None and read_provenance(start).get("kind") == KIND_REFINED:
         return None
     for (begin, low), (end, high) in zip(curve, curve[1:], strict=False):
         if steps < end:
@@ -101,11 +107,13 @@ def estimate_refinement(
     settings: RefineSettings,
     limits: RefineLimits,
     *,
+    start: Path | None = None,
     device: str = "cpu",
     progress: Listener = ignore,
 ) -> RefineEstimate:
     """Try each kind of step and an epoch of validation for the set at `path`, of which nothing is kept.
 
+    start: the set that the refinement started from if that was another one, as `original_set` finds it.
     Raises UsageError for the objective "mtt", which would have to train its experts first, and all that `refine` raises
     for the set and the device.
     """
@@ -115,7 +123,7 @@ def estimate_refinement(
     real = open_dataset(spec.name, "train", progress=progress)
     speed = measure_refinement(distilled.images, spec, real, settings, device=chosen)
     steps, seconds = speed.within(limits, settings)
-    accuracy = expected_accuracy(spec.name, distilled.ipc, settings, steps)
+    accuracy = expected_accuracy(spec.name, distilled.ipc, settings, steps, start=start or path)
     return RefineEstimate(speed, steps, seconds, speed.validations(settings, steps), needed, free, accuracy)
 
 

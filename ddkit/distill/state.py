@@ -168,6 +168,12 @@ class RefinementState:
         write_text(self.folder / RECORDS_FILE, "".join(f"{json.dumps(validation)}\n" for validation in validations))
 
 
+def original_set(path: Path, folder: Path) -> Path:
+    """The set that a refinement of the one at `path` in `folder` starts from, or has started from."""
+    before = _before(folder)
+    return before if before.is_file() else path
+
+
 def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
     """Discard the refinement in `folder` and restore the original set at `path`.
 

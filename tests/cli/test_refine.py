@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from ddkit.cli import main
 from ddkit.cli.refine import refine
+from ddkit.distill import estimate
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import recorded_settings
 from ddkit.distill.settings import PRESETS, ExpertSettings, RefineSettings
@@ -158,6 +159,18 @@ def test_refine_dry_run_says_what_it_takes_and_changes_nothing(submission, tmp_p
     for said in ("a step of pool", "1,000 in", "GiB are free", "no comparable refinement has been recorded"):
         assert said in " ".join(done.output.replace("│", " ").replace("┃", " ").split())
     assert submission.read_bytes() == before and not (tmp_path / "runs").exists()
+
+
+def test_accuracy_is_expected_of_a_set_that_was_not_refined_before(submission, monkeypatch):
+    monkeypatch.setitem(estimate._RECORDED, ("colors", 2), ((0, 0.2), (100, 0.4)))
+    first = ddkit("submission/colors.pt", "--steps", "1", *QUICK)
+    again = ddkit("submission/colors.pt", "--steps", "100", *QUICK, "--dry-run", "--json")
+    assert "Expected accuracy: about 20.3%" in " ".join(first.output.split())
+    assert json.loads(again.stdout)["accuracy"] == 0.4  # the steps count from the original set
+    other = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--run", "runs/other")
+    assert other.exit_code == 0 and "Expected accuracy" not in other.output, other.output
+    more = ddkit("submission/colors.pt", "--steps", "100", *QUICK, "--run", "runs/other", "--dry-run", "--json")
+    assert json.loads(more.stdout)["accuracy"] is None
 
 
 def test_refine_reports_networks_of_the_pool_that_diverged(submission):
