@@ -24,7 +24,7 @@ from ddkit.evaluation.tracks import images_per_class
 from ddkit.runtime.files import sha256_of
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import DistilledSet, dataset_of
-from ddkit.sets.published import REDUCED_LABELS, LabeledImages, read_published
+from ddkit.sets.published import LabeledImages, read_published
 
 KIND_PUBLISHED = "published"
 _OTHER_ROUNDING, _WHITENED = "N005", "N012"
@@ -106,7 +106,7 @@ def open_published(
         images, notes = _without_zca(read, spec, progress)
     else:
         images, words, notes = _normalized(read, spec, path, conversion.normalization)
-    if REDUCED_LABELS in read.notes:
+    if read.reduced:
         words = ", ".join(filter(None, (words, "soft labels reduced to their largest class")))
     return PublishedSet(
         images,

@@ -34,7 +34,6 @@ _LABEL_KEYS = (
     "y_syn", "labels_train", "train_labels", "y_train", "distilled_labels", "labels_best", "labels_val",
 )  # fmt: skip
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-REDUCED_LABELS = "Its soft labels were reduced to their largest class."  # a note
 _OF_ARGUMENTS = Global("argparse", "Namespace")  # the settings of a program, which many save with their images
 
 
@@ -44,7 +43,8 @@ class LabeledImages:
 
     images: (N, 3, S, S), uint8 or floating point, normalized in whatever way. labels: (N,) int64, in any order.
     layout: what the file holds, in words. notes: a sentence on each choice that was made in reading it.
-    one_file: False for a folder, and if the labels lie in a second file.
+    one_file: False for a folder, and if the labels lie in a second file. reduced: True if the labels were soft ones, which
+    were reduced to their largest class.
     """
 
     images: Tensor
@@ -52,6 +52,7 @@ class LabeledImages:
     layout: str
     notes: tuple[str, ...] = ()
     one_file: bool = True
+    reduced: bool = False
 
 
 def is_published_folder(path: Path) -> bool:
@@ -125,8 +126,9 @@ class _Published:
                 stored = opened.stored_tensor(opened.value) or opened.value
                 if not isinstance(stored, StoredTensor):
                     raise InvalidSubmissionError(f"{neighbor} does not hold the labels of {self.path.name} as one tensor.")
-                labels, notes = self._labels(opened.load(stored), len_of(images))
-            return replace(self._made(images, labels, f"images, with their labels in {neighbor.name}", notes), one_file=False)
+                labels, reduced = self._labels(opened.load(stored), len_of(images))
+            layout = f"images, with their labels in {neighbor.name}"
+            return replace(self._made(images, labels, layout, reduced=reduced), one_file=False)
         count, classes = len_of(images), self.spec.num_classes
         if count == 0 or count % classes:
             raise self._refused(
@@ -138,7 +140,7 @@ class _Published:
     def _of_sequence(self, items: Sequence[Any]) -> LabeledImages | None:
         kind = type(items).__name__
         if len(items) == 2 and (pair := self._pair(*items)) is not None:
-            return self._made(*pair[:2], f"a {kind} of images and labels", pair[2])
+            return self._made(*pair[:2], f"a {kind} of images and labels", reduced=pair[2])
         tensors = [self._tensor(item) for item in items]
         stacks = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) == 4]
         if len(stacks) == len(items) == self.spec.num_classes:
@@ -147,8 +149,8 @@ class _Published:
         if not items or len(pairs) != len(items):
             return None
         if (first := self._pair(*pairs[0])) is not None:
-            more = f"It holds {len(pairs)} sets, of which the first is evaluated."
-            return self._made(*first[:2], f"a {kind} of images and labels", (*first[2], *([more] if len(pairs) > 1 else [])))
+            notes = [f"It holds {len(pairs)} sets, of which the first is evaluated."] if len(pairs) > 1 else []
+            return self._made(*first[:2], f"a {kind} of images and labels", notes, reduced=first[2])
         images = [self._tensor(image) for image, _ in pairs]
         loaded = [self._load(image) for image in images if image is not None and len(image.shape) == 3]
         labels = [self._number(label) for _, label in pairs]
@@ -164,7 +166,7 @@ class _Published:
         images = next((named[key] for key in _IMAGE_KEYS if key in named), None)
         labels = next((named[key] for key in _LABEL_KEYS if key in named), None)
         if images is not None and labels is not None and (pair := self._pair(images, labels)) is not None:
-            return self._made(*pair[:2], "a dict of images and labels", pair[2])
+            return self._made(*pair[:2], "a dict of images and labels", reduced=pair[2])
         numbered = {key: tensor for key, value in entries.items if (tensor := self._tensor(value)) is not None}
         if numbered and all(type(key) is int and len(tensor.shape) == 4 for key, tensor in numbered.items()):
             return self._by_class(numbered, "a dict of a tensor for each class")
@@ -179,8 +181,8 @@ class _Published:
         labels = torch.cat([torch.full((len(tensor),), label) for label, tensor in loaded.items()])
         return self._made(torch.cat(list(loaded.values())), labels, layout)
 
-    def _pair(self, images: Any, labels: Any) -> tuple[StoredTensor, Tensor, tuple[str, ...]] | None:
-        """The images and their labels if that is what the two values are; None otherwise."""
+    def _pair(self, images: Any, labels: Any) -> tuple[StoredTensor, Tensor, bool] | None:
+        """The images, their labels and whether these were reduced, if that is what the two values are; None otherwise."""
         stored = self._tensor(images)
         if stored is None or len(stored.shape) != 4:
             return None
@@ -191,9 +193,9 @@ class _Published:
             return stored, *self._labels(torch.tensor(labels), len_of(stored))
         return None
 
-    def _labels(self, values: Tensor, count: int) -> tuple[Tensor, tuple[str, ...]]:
-        """(N,) int64 from class numbers, one-hot rows or, if they may be reduced, soft labels; with notes."""
-        notes: tuple[str, ...] = ()
+    def _labels(self, values: Tensor, count: int) -> tuple[Tensor, bool]:
+        """(N,) int64 from class numbers, one-hot rows or, if they may be reduced, soft labels; and True for these."""
+        reduced = False
         if len(values) != count:
             raise self._refused(f"It holds {count:,} images and {len(values):,} labels.")
         if values.ndim == 2 and values.shape[1] == 1:
@@ -208,13 +210,13 @@ class _Published:
             one_hot = whole and bool((values.sum(1) == 1).all()) and bool((values.amin(1) == 0).all())
             if not one_hot and not self.argmax:
                 raise self._soft()
-            notes = () if one_hot else (REDUCED_LABELS,)
+            reduced = not one_hot
             values = values.argmax(dim=1)
         elif not whole:
             raise self._refused("Its labels are numbers with fractions, which are not classes.")
         labels = values.long()
         self._require_classes(labels)
-        return labels, notes
+        return labels, reduced
 
     def _soft(self) -> InvalidSubmissionError:
         return InvalidSubmissionError(
@@ -230,8 +232,17 @@ class _Published:
                 f"{self.spec.num_classes - 1}."
             )
 
-    def _made(self, images: StoredTensor | Tensor, labels: Tensor, layout: str, notes: Sequence[str] = ()) -> LabeledImages:
-        values, notes = images if isinstance(images, Tensor) else self._load(images), list(notes)
+    def _made(
+        self,
+        images: StoredTensor | Tensor,
+        labels: Tensor,
+        layout: str,
+        notes: Sequence[str] = (),
+        *,
+        reduced: bool = False,
+    ) -> LabeledImages:
+        values = images if isinstance(images, Tensor) else self._load(images)
+        notes = [*(["Its soft labels were reduced to their largest class."] if reduced else []), *notes]
         side = self.spec.image_size
         if tuple(values.shape[1:]) == (side, side, 3):
             values = values.permute(0, 3, 1, 2)
@@ -249,7 +260,7 @@ class _Published:
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise self._refused("Its images hold values that are NaN or infinite.")
         whole = values if values.dtype == torch.uint8 else values.float()
-        return LabeledImages(whole.contiguous(), labels, layout, tuple(notes))
+        return LabeledImages(whole.contiguous(), labels, layout, tuple(notes), reduced=reduced)
 
     def _tensor(self, value: Any) -> StoredTensor | None:
         return value if isinstance(value, StoredTensor) else self.opened.stored_tensor(value)

@@ -103,6 +103,24 @@ def test_soft_labels_are_refused_or_reduced_when_told_to(save, images):
     assert torch.equal(read.labels, LABELS) and "reduced to their largest class" in " ".join(read.notes)
 
 
+@pytest.mark.parametrize(
+    "layout", [lambda x, y: [x, y], lambda x, y: {"images": x, "labels": y}, lambda x, y: [(x, y), (x, y)]]
+)
+def test_labels_count_as_reduced_if_they_were_soft_in_any_layout(save, images, layout):
+    one_hot = torch.nn.functional.one_hot(LABELS, 10).float()
+    soft = read_published(save(layout(images, 0.5 * one_hot + 0.05)), GLYPHS, argmax=True)
+    hard = [read_published(save(layout(images, labels)), GLYPHS, argmax=True) for labels in (one_hot, LABELS)]
+    assert soft.reduced and not any(read.reduced for read in hard)
+    assert all(torch.equal(read.labels, LABELS) for read in (soft, *hard))
+
+
+def test_soft_labels_in_a_file_of_their_own_count_as_reduced(save, images):
+    path = save(images, "images_best.pt")
+    save(torch.nn.functional.one_hot(LABELS, 10) * 0.5 + 0.05, "labels_best.pt")
+    read = read_published(path, GLYPHS, argmax=True)
+    assert read.reduced and not read.one_file and torch.equal(read.labels, LABELS)
+
+
 @pytest.mark.parametrize("value, said", [
     (lambda x, y: [x, y[:-1]], "7 images and 6 labels"),
     (lambda x, y: [x, y + 1], "run from 1 to 10"),
