@@ -100,8 +100,16 @@ def pack_bundle(
 
     The same models, settings and cached classifier make the same bytes; a classifier that is trained again may differ by
     rounding. proof: None packs without running the bundle. An earlier zip
-    is kept if anything fails. Raises what `build_folder` and `prove` raise.
+    is kept if anything fails. Raises UsageError for a proof of fewer images than a dataset has classes, and what
+    `build_folder` and `prove` raise.
     """
+    if proof and proof.most is not None:
+        classes, name = max(((dataset_spec(model.dataset).num_classes, model.dataset) for model in models), default=(0, ""))
+        if proof.most < classes:
+            raise UsageError(
+                f"--proof-images {proof.most} is less than an image of each of the {classes} classes of {name}.",
+                f"Give --proof-images {classes} or more.",
+            )
     with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
         zip_folder(build_folder(models, Path(temporary) / "bundle", progress=progress), zipped)
         proofs = prove(zipped, proof, progress=progress) if proof else ()

@@ -38,7 +38,8 @@ class ProofSettings:
 
     budget: seconds for each dataset. fresh_venv: install requirements.txt from the package index into the environment,
     instead of letting it use the packages that are installed here. device: None for the one that it was packed with.
-    most: images of each dataset, after which the bundle stops; None for as many as the budget allows.
+    most: images of each dataset, after which the bundle stops, one of each class or more; None for as many as the budget
+    allows.
     """
 
     budget: float = 60.0

@@ -120,7 +120,12 @@ def parse_options() -> argparse.Namespace:
         "--ipc", type=int, metavar="N", help="make exactly this many images of each class, however long it takes"
     )
     amount.add_argument("--join", action="store_true", help="only make the file of what a killed run left in OUT.shards/")
-    parser.add_argument("--most", type=int, metavar="N", help="write no more than this many images, even if there is time left")
+    parser.add_argument(
+        "--most",
+        type=int,
+        metavar="N",
+        help="write no more than this many images, even if there is time left; there must be one of each class",
+    )
     parser.add_argument(
         "--pixels", action="store_true", help="write bytes and the constants, which makes the file a quarter as large"
     )
@@ -164,6 +169,10 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     keep = entry.get("keep", 1.0)
     if keep < 1 and not (model / "classifier").is_dir():
         raise Failure("--keep needs a classifier, and the bundle has none; pack it again without --keep 1.", 2)
+    if options.most and options.most < (classes := entry["num_classes"]):
+        raise Failure(
+            f"--most {options.most} is less than an image of each of the {classes} classes; give {classes} or more.", 2
+        )
     out = options.out.absolute()
     check_writable(out)
     device = options.device or entry["device"]

@@ -30,6 +30,12 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     assert "the limit is 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
 
 
+def test_track_2_refuses_a_test_of_fewer_images_than_classes(colors, colors_model, work):
+    _, said = run("--track", 2, "--model", f"{colors}={colors_model}", "--proof-images", 1, status=2)
+    assert "--proof-images 1 is less than an image of each of the 2 classes of colors." in said
+    assert "Give --proof-images 2 or more." in said and not (work / "track2.zip").exists()
+
+
 @pytest.mark.slow
 def test_practice_is_packed_and_not_for_upload(letters, work):
     done = CliRunner().invoke(main, ["generate", "--dataset", letters, "--from-real", "first"])

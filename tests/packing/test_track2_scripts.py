@@ -155,6 +155,13 @@ def test_a_filter_keeps_at_least_one_image_of_each_class(filtering_entry, tmp_pa
     assert torch.load(tmp_path / "kept.pt", weights_only=True)["labels"].tolist() == [0, 1]
 
 
+def test_fewer_images_than_classes_are_wrong_usage(entry, filtering_entry, tmp_path):
+    for folder in (entry, filtering_entry):
+        said = run(folder, tmp_path / "x.pt", "--time-budget", 60, "--most", 1, status=2)
+        assert said == "generate.py: --most 1 is less than an image of each of the 2 classes; give 2 or more.\n"
+    assert not list(tmp_path.glob("x.pt*"))
+
+
 def test_a_share_that_cannot_be_kept_is_wrong_usage(entry, tmp_path):
     assert "has none; pack it again without --keep 1" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0.5, status=2)
     assert "a share above 0" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0, status=2)
