@@ -122,7 +122,7 @@ def generate(
 
     The same seed gives the same images, whatever the batch size and the number of processes; several GPUs share the
     classes with accelerate launch -m ddkit generate. Selection methods that compare images use a network that is
-    trained on the real images once, in minutes on a CPU.
+    trained on the real images once, in minutes on a CPU; --influence-guidance trains another one.
     """
     from ddkit.data.store import dataset_spec
     from ddkit.distill import generate as making
@@ -154,6 +154,8 @@ def generate(
         source = making.FromModel(folder, settings, device, candidates, how, precision)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
         sampled = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
+        if settings.influence_guidance:
+            sampled += f", influence guidance {settings.influence_guidance:g} by a network trained on the real images once"
         origin = f"with {source_name(folder)}: {sampled}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()

@@ -21,6 +21,18 @@ def test_generate_from_real_writes_the_default_files(colors, tmp_path, monkeypat
     assert "next: ddkit evaluate submission/colors.pt" in done.stderr
 
 
+def test_influence_guidance_is_announced_with_the_training_that_it_begins_with(colors, colors_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "--dataset", colors, "--model", str(colors_model), "--ipc", "1", "--sampling-steps", "2"]
+    plain = CliRunner().invoke(main, [*words, "--out", "plain.pt"])
+    guided = CliRunner().invoke(main, [*words, "--influence-guidance", "0.05"])
+    assert (plain.exit_code, guided.exit_code) == (0, 0), plain.output + guided.output
+    announced = "influence guidance 0.05 by a network trained on the real images once"
+    assert announced in " ".join(guided.stderr.split()) and "influence guidance" not in plain.stderr
+    described = " ".join(CliRunner().invoke(main, ["generate", "--help"]).output.split())
+    assert "in minutes on a CPU; --influence-guidance trains another one." in described
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
