@@ -6,6 +6,7 @@ information; the features here are averages over the four quarters of the last m
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
-from ddkit.errors import UsageError, require_positive
+from ddkit.errors import BadFileError, UsageError, require_positive
 from ddkit.network.autotune import choose_plan
 from ddkit.network.convnet import ConvNet
 from ddkit.network.embedding import build_embedder
@@ -27,6 +28,7 @@ from ddkit.runtime.cached import cache_key, cached_tensors
 from ddkit.runtime.device import upload
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 
 _QUARTERS = 2  # along each side of the last map
 _SIDE_OF_SETTINGS = 32  # pixels; of larger images fewer are used, see FeatureSettings
@@ -122,12 +124,13 @@ def reference_features(
     settings = resolve_precision(settings, spec, device)
     network = _untrained(spec, settings, device)
 
+    path = _cache_path(images, labels, spec, settings)
+
     def train() -> dict[str, Tensor]:
-        _train(network, images, labels, spec, settings, progress)
+        _train(network, images, labels, spec, settings, path.with_suffix(".state"), progress)
         return network.state_dict()
 
-    path, what = _cache_path(images, labels, spec, settings), f"the feature network of {spec.name}"
-    weights = cached_tensors(path, network.state_dict(), what, train)
+    weights = cached_tensors(path, network.state_dict(), f"the feature network of {spec.name}", train)
     if weights is not None:
         network.load_state_dict(weights)
     return ReferenceFeatures(network, spec, settings.precision)
@@ -163,8 +166,10 @@ def _train(
     labels: Tensor,
     spec: DatasetSpec,
     settings: FeatureSettings,
+    state: Path,
     progress: Listener,
 ) -> None:
+    """Train the network; killed, the next training of it continues from the file `state`, written after each epoch."""
     device = next(network.parameters()).device
     run = TrainingRun(
         network,
@@ -175,12 +180,18 @@ def _train(
         torch.Generator().manual_seed(settings.seed),
     )
     task = "Training a classifier on real images (once)"
-    progress(Progress(task, 0, settings.epochs * len(images), "images"))
+    with contextlib.suppress(OSError, UnloadableError):
+        run.load_state_dict(load_restricted(state))
+    progress(Progress(task, run.epochs_done * len(images), settings.epochs * len(images), "images"))
     while not run.finished:
         losses = run.epoch()
         figures = {"loss": sum(losses) / len(losses)}
         progress(Progress(task, run.epochs_done * len(images), settings.epochs * len(images), "images", figures))
+        with contextlib.suppress(BadFileError):  # a cache that may not be written
+            save_torch(run.state_dict(), state)
     run.close()
+    with contextlib.suppress(OSError):
+        state.unlink()
 
 
 def training_images(spec: DatasetSpec, settings: FeatureSettings, available: int) -> int:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from ddkit.errors import UsageError
 from ddkit.metrics.features import FeatureSettings, ReferenceFeatures, _training_images, is_cached, reference_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.files import cache_folder
+from ddkit.runtime.progress import Progress
 
 SPEC = DatasetSpec("stripes", 2, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 QUICK = FeatureSettings(images=120, epochs=3)
@@ -63,6 +67,31 @@ def test_the_network_is_trained_once_and_found_again():
     assert all("loss" in report.figures for report in reports[1:])
     again = reference_features(dataset, SPEC, QUICK, progress=lambda report: pytest.fail("trained again"))
     torch.testing.assert_close(first(dataset.images[:8]), again(dataset.images[:8]))
+
+
+@pytest.mark.slow
+def test_killed_training_continues_and_ends_with_the_network_of_an_unbroken_one(tmp_path, monkeypatch):
+    dataset, reports = stripes(200, 0), []
+    unbroken = reference_features(dataset, SPEC, QUICK)
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path))
+    killed = multiprocessing.get_context("spawn").Process(target=_train_until_killed, args=(dataset, 240))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and not is_cached(dataset, SPEC, QUICK)
+    resumed = reference_features(dataset, SPEC, QUICK, progress=reports.append)
+    assert [report.done for report in reports] == [120, 240, 360]
+    torch.testing.assert_close(resumed(dataset.images[:8]), unbroken(dataset.images[:8]))
+    assert [path.suffix for path in (tmp_path / "_features").iterdir() if not path.name.startswith(".")] == [".safetensors"]
+
+
+def _train_until_killed(dataset: ImageSet, images: int) -> None:
+    """Train the network; the process dies when it has seen that many images."""
+
+    def kill(report: Progress) -> None:
+        if report.done >= images:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    reference_features(dataset, SPEC, QUICK, progress=kill)
 
 
 @pytest.mark.slow
