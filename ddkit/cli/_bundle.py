@@ -91,9 +91,9 @@ def _models(options: dict[str, Any]) -> list[BundleModel]:
     models = [BundleModel(name, folder, settings) for name, folder in models_by_dataset(options["models"]).items()]
     if not options["tuned"]:
         return models
-    if chosen.keys() & {"sampler", "steps", "guidance"} or options["images_per_class"] or options["keep"]:
+    if chosen or options["images_per_class"] or options["keep"]:
         raise UsageError(
-            "--tuned sets the sampler, steps, guidance, images per class and the share kept.",
+            "--tuned sets the sampler, steps, guidance, precision, images per class and the share kept.",
             "Leave out --tuned or those options.",
         )
     return [with_best_settings(model, TRIALS_FOLDER / f"{model.dataset}.jsonl") for model in models]

@@ -259,7 +259,9 @@ def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
             f"{records} has no trials of the model in {model.folder}.", f"Make them: ddkit tune {model.dataset}"
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
-    sampling = replace(model.settings.sampling, sampler=best.sampler, steps=best.steps, guidance=best.guidance)
+    sampling = replace(
+        model.settings.sampling, sampler=best.sampler, steps=best.steps, guidance=best.guidance, precision=best.precision
+    )
     settings = replace(model.settings, sampling=sampling, images_per_class=best.images_per_class, keep=best.keep)
     return replace(model, settings=settings)
 

@@ -74,6 +74,7 @@ def test_pack_tuned_takes_the_best_settings_of_the_search(colors, colors_model, 
     (["--half"], 2, "--half applies to track 2 only"),
     (["--track", "2", "--size-limit", "much"], 2, "not a size"),
     (["--track", "2", "--tuned", "--guidance", "2"], 2, "--tuned sets the sampler"),
+    (["--track", "2", "--tuned", "--precision", "float32"], 2, "--tuned sets the sampler"),
     ([], 3, "There is no submission folder"),
 ])  # fmt: skip
 def test_pack_with_wrong_options_or_missing_files_fails(work, words, status, said):

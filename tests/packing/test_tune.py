@@ -100,13 +100,13 @@ def test_the_best_of_the_latest_conditions_is_packed(colors, colors_model, tmp_p
     with pytest.raises(MissingDataError, match="ddkit tune colors"):
         with_best_settings(model, path)
     sha256 = model_hash(colors_model)
-    for one in (trial(32, 0.9, model_sha256=sha256, budget=600.0), trial(4, 0.3, model_sha256=sha256),
+    for one in (trial(32, 0.9, model_sha256=sha256, budget=600.0), trial(4, 0.3, model_sha256=sha256, precision="bfloat16"),
                 trial(8, 0.5, guidance=1.5, sampler="dpm++", model_sha256=sha256, images_per_class=50,
-                      keep=0.25)):  # fmt: skip
+                      keep=0.25, precision="bfloat16")):  # fmt: skip
         _append(one, path)
     settings = with_best_settings(model, path).settings
     assert (settings.sampling.steps, settings.sampling.guidance) == (8, 1.5)
-    assert (settings.images_per_class, settings.keep) == (50, 0.25)
+    assert (settings.images_per_class, settings.keep, settings.sampling.precision) == (50, 0.25, "bfloat16")
 
 
 def test_a_line_of_an_earlier_version_is_a_trial(tmp_path):
