@@ -112,7 +112,7 @@ def main() -> None:
     Try it:    ddkit demo
     Enter:     ddkit enter --time 8h
     Track 1:   ddkit generate --from-real random, refine, evaluate, check, pack, report
-    Track 2:   ddkit train, tune, evaluate --track 2, pack --track 2
+    Track 2:   ddkit train, tune, pack --track 2, evaluate --track 2
     """
 
 
