@@ -181,6 +181,7 @@ def evaluate(
     seed: int = 0,
     reference: PathLike | None = None,
     results: PathLike = RESULTS_FILE,
+    state: PathLike = Path("runs", "evaluations"),
     device: str = "auto",
     progress: Listener | None = None,
 ) -> Result:
@@ -188,11 +189,11 @@ def evaluate(
 
     name: under which the result is recorded; None takes the name of the file's folder. rounds, epochs_setting: None takes
     the challenge's 3 rounds and E = 1000. reference: the challenge's test file; None takes the prepared test split.
-    results: the file that the result is added to. `Result.mean` is the accuracy, a fraction, and `Result.interval` its
-    95 % confidence interval.
+    results: the file that the result is added to. state: the folder from which an interrupted evaluation continues.
+    `Result.mean` is the accuracy, a fraction, and `Result.interval` its 95 % confidence interval.
     Raises InvalidSubmissionError for a set that `check` refuses.
     """
-    from ddkit.evaluation.evaluate import EvaluationSettings
+    from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.evaluation.job import JobSettings, evaluate_files
 
     settings = JobSettings(
@@ -201,6 +202,7 @@ def evaluate(
         name=name,
         reference=None if reference is None else Path(reference),
         results=Path(results),
+        state=StateFolder(Path(state)),
     )
     (result,) = evaluate_files([Path(path)], settings, progress=progress or default_listener()).results
     return result

@@ -1,7 +1,9 @@
 """The Python interface: `import ddkit` is instant, and a short script does what the commands do."""
 
 import inspect
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 import ddkit
 from ddkit import api
-from ddkit.errors import UsageError
+from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.runtime.progress import Progress
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -83,3 +85,23 @@ def test_train_makes_a_generator_that_generate_samples(letters, tmp_path):
     model = ddkit.train(letters, preset="demo", seconds=2, out=tmp_path / "run", batch_size=8, progress=reports.append)
     made = ddkit.generate("glyphs", ipc=1, model=tmp_path / "run", out=tmp_path / "glyphs.pt")
     assert model.facts.steps > 0 and made.kind == "generated" and len(made.images) == 10 and reports
+
+
+@pytest.mark.slow
+def test_interrupted_evaluate_continues_when_called_again(letters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ddkit.generate("glyphs", ipc=1, from_real="first").path
+    options = {"rounds": 1, "epochs_setting": 5, "device": "cpu"}
+    reports = []
+
+    def stop_after_three_epochs(report):
+        if report.done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError):
+        ddkit.evaluate(path, **options, progress=stop_after_three_epochs)
+    assert not Path("runs/results.jsonl").exists()
+    continued = ddkit.evaluate(path, **options, progress=reports.append)
+    assert reports[0].done >= 3
+    whole = ddkit.evaluate(path, **options, state="other")
+    assert (continued.accuracies, continued.loss_curves) == (whole.accuracies, whole.loss_curves)
