@@ -29,6 +29,20 @@ def test_sources_pass_the_tools_of_contributing(command):
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+@pytest.mark.slow
+def test_every_module_is_imported_where_those_of_unix_do_not_exist():
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "import psutil  # which has a part for each system, and on Unix imports these modules itself\n"
+        "for unix in ('resource', 'fcntl', 'pwd', 'grp', 'termios'): sys.modules[unix] = None\n"
+        "import ddkit\n"
+        "for module in pkgutil.walk_packages(ddkit.__path__, 'ddkit.'):\n"
+        "    if module.name != 'ddkit.__main__': importlib.import_module(module.name)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of the tracked files, since building leaves a build folder behind."""

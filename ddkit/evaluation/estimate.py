@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from ddkit.challenge import BATCH_SIZE
@@ -83,8 +83,8 @@ def estimate_evaluation(
     epoch = per_image * len(images)
     if device.type == "cuda":  # of all networks that train side by side
         memory = torch.cuda.max_memory_allocated(device) * min(rounds, SIDE_BY_SIDE)
-    else:  # of this process so far
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        memory = _peak_memory()
     return EvaluationEstimate(
         source=name,
         dataset=spec.name,
@@ -120,3 +120,12 @@ def _seconds_per_image(training: TrainingRun, device: torch.device, images: int,
         else:
             training.end_epoch()
     return seconds / counted
+
+
+def _peak_memory() -> int:
+    """The most bytes of memory that this process has held so far."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
