@@ -25,7 +25,6 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import vector_to_parameters
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalize
@@ -61,7 +60,10 @@ class Influence:
         self._spec = spec
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """(n, 3, S, S) float around [0, 1] and (n,) int64 -> (n,) float32 in [-1, 1], with gradients to the images."""
+        """(n, 3, S, S) float around [0, 1] -> (n,) float32 in [-1, 1], with gradients to the images.
+
+        labels: (n,) int64 on the CPU, so that a GPU is not waited for.
+        """
         inputs = _resized(normalize(images, self._spec), self._networks[0].image_size)
         found = []
         for network, of_classes in zip(self._networks, self._gradients, strict=True):
@@ -74,19 +76,21 @@ class Influence:
 def gradient_similarity(embedding: Tensor, logits: Tensor, labels: Tensor, gradients: Tensor) -> Tensor:
     """(n,) float32 in [-1, 1]: the cosine of each image's gradient in a linear layer and that of its class.
 
-    embedding: (n, F), the layer's input. logits: (n, C), its output. gradients: (C, C, F + 1), those of each class. The
-    cross-entropy's gradient is the outer product of (softmax - one-hot) and (embedding, 1), so its inner product with a matrix
-    and its norm follow without computing it.
+    embedding: (n, F), the layer's input. logits: (n, C), its output. labels: (n,) int64 on the CPU. gradients:
+    (C, C, F + 1), those of each class. The cross-entropy's gradient is the outer product of (softmax - one-hot) and
+    (embedding, 1), so its inner product with a matrix and its norm follow without computing it.
     """
-    errors, inputs = _factors(embedding, logits, labels)
-    products = torch.zeros(len(labels), device=embedding.device)
-    norms = products.clone()
-    for label in labels.unique().tolist():
-        rows = (labels == label).nonzero()[:, 0]
+    order = labels.argsort(stable=True)
+    present, counts = labels.unique(return_counts=True)
+    ordered, sizes = upload(order, embedding.device), counts.tolist()
+    by_class = zip(present.tolist(), embedding[ordered].split(sizes), logits[ordered].split(sizes), strict=True)
+    found = []
+    for label, some, of_some in by_class:
+        errors, inputs = _factors(some, of_some, label)
         of_class = upload(gradients[label], embedding.device).float()
-        product = ((errors[rows] @ of_class) * inputs[rows]).sum(dim=1)
-        products, norms = products.index_put((rows,), product), norms.index_fill(0, rows, float(of_class.norm()))
-    return products / (errors.norm(dim=1) * inputs.norm(dim=1) * norms).clamp_min(1e-20)
+        product = ((errors @ of_class) * inputs).sum(dim=1)
+        found.append(product / (errors.norm(dim=1) * inputs.norm(dim=1) * of_class.norm()).clamp_min(1e-20))
+    return torch.cat(found)[upload(order.argsort(), embedding.device)]
 
 
 def find_influence(
@@ -112,32 +116,45 @@ def find_influence(
             f"Influence guidance needs images of {_SIDE_MULTIPLE} pixels or more; those of {spec.name} have {spec.image_size}.",
             "Leave out --influence-guidance.",
         )
+    device = torch.device(device)
     side = min(_SIDE, spec.image_size // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
     network = build_network(OFFICIAL_NETWORK, spec.num_classes, side, seed=seed)
     assert isinstance(network, ConvNet)
 
     def train() -> dict[str, Tensor]:
         rows = _balanced(dataset.labels, spec, images, seed)
-        pixels = _resized(normalize(dataset.images[rows].to(device), spec), side)
-        return _checkpoints(network.to(device), pixels, dataset.labels[rows].to(device), epochs, seed, progress)
+        pixels = _resized(normalize(upload(dataset.images[rows], device), spec), side)
+        trained = copy.deepcopy(network).to(device)
+        return _checkpoints(trained, pixels, dataset.labels[rows], epochs, seed, progress)
 
     key = cache_key((_VERSION, dataset_sha256, spec.mean, spec.std, images, epochs, seed))
     path, what = cache_folder() / _CACHE_FOLDER / f"{spec.name}-{key}.safetensors", f"the influence of {spec.name}'s images"
     kept = cached_tensors(path, ("parameters", "gradients"), what, train)
     assert kept is not None
-    networks = []
-    for parameters in kept["parameters"]:
-        networks.append(copy.deepcopy(network).cpu())
-        vector_to_parameters(parameters, networks[-1].parameters())
+    networks = [_with_parameters(network, upload(vector, device)) for vector in kept["parameters"]]
     return Influence(networks, kept["gradients"], spec, device)
+
+
+def _with_parameters(network: ConvNet, vector: Tensor) -> ConvNet:
+    """A copy of the network with these parameters, (P,), on their device."""
+    named = dict(network.named_parameters())
+    pieces = vector.split([weights.numel() for weights in named.values()])
+    copied = copy.deepcopy(network)
+    state = {name: piece.view_as(named[name]) for name, piece in zip(named, pieces, strict=True)}
+    copied.load_state_dict(state, assign=True)
+    return copied
 
 
 def _checkpoints(
     network: ConvNet, pixels: Tensor, labels: Tensor, epochs: int, seed: int, progress: Listener
 ) -> dict[str, Tensor]:
-    """The parameters, (K, P) float32, of each checkpoint of a training, and its gradients, (K, C, C, F + 1) bfloat16."""
+    """The parameters, (K, P) float32, of each checkpoint of a training, and its gradients, (K, C, C, F + 1) bfloat16.
+
+    network, pixels: on the device. labels: on the CPU.
+    """
     settings = TrainingSettings(epochs - 1, min(_BATCH_SIZE, len(pixels)), augment=False)
-    run = TrainingRun(network, pixels, labels, settings, torch.Generator().manual_seed(seed))
+    labels_there = upload(labels, pixels.device)
+    run = TrainingRun(network, pixels, labels_there, settings, torch.Generator().manual_seed(seed))
     parameters, gradients = [], []
     total = epochs * len(labels)
     task = "Training the network of influence guidance (once)"
@@ -147,10 +164,11 @@ def _checkpoints(
         if run.epochs_done.bit_count() == 1:  # a power of two
             present = copy.deepcopy(network).eval()  # the embedder may stop its gradients
             embed = build_embedder(present, settings.batch_size)
-            # Engines may have chosen another memory layout, of which a view as a vector cannot be taken.
+            # Engines may have chosen another memory layout, of which a view as a vector cannot be taken. A GPU is waited for,
+            # because the run's own stream would not wait with its next step for the copy.
             parameters.append(torch.cat([weights.detach().flatten() for weights in present.parameters()]).cpu())
             # Half the size; rounding hardly turns so long a vector.
-            gradients.append(class_gradients(embed, present.classifier, pixels, labels).bfloat16().cpu())
+            gradients.append(class_gradients(embed, present.classifier, pixels, labels).bfloat16())
         progress(Progress(task, run.epochs_done * len(labels), total, "images"))
     run.close()
     return {"parameters": torch.stack(parameters), "gradients": torch.stack(gradients)}
@@ -160,22 +178,25 @@ def _checkpoints(
 def class_gradients(embed: Embedder, classifier: nn.Linear, pixels: Tensor, labels: Tensor) -> Tensor:
     """(C, C, F + 1) float32: [c] is the mean gradient of the cross-entropy of class c's images in the linear layer.
 
-    embed: makes the layer's input. pixels: (N, 3, S, S), normalized. labels: (N,) int64, with at least one of each class.
+    embed: makes the layer's input. pixels: (N, 3, S, S), normalized. labels: (N,) int64 on the CPU, at least one of each
+    class.
     """
     classes = classifier.out_features
     means = torch.zeros(classes, classes, classifier.in_features + 1, device=pixels.device)
     for label in range(classes):
         rows = (labels == label).nonzero()[:, 0]
         for part in rows.split(_IMAGES_AT_ONCE):
-            embedding = embed(pixels[part])
-            errors, inputs = _factors(embedding, classifier(embedding), labels[part])
+            embedding = embed(pixels[upload(part, pixels.device)])
+            errors, inputs = _factors(embedding, classifier(embedding), label)
             means[label] += errors.T @ inputs / len(rows)
     return means
 
 
-def _factors(embedding: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of each image's gradient: (n, C), softmax minus one-hot, and (n, F + 1), the embedding and 1."""
-    errors = logits.float().softmax(dim=1) - F.one_hot(labels, logits.shape[1])
+def _factors(embedding: Tensor, logits: Tensor, label: int) -> tuple[Tensor, Tensor]:
+    """The factors of the gradients of images of a class: (n, C), softmax minus one-hot, and (n, F + 1), the embedding and 1."""
+    target = torch.zeros(logits.shape[1], device=logits.device)
+    target[label] = 1
+    errors = logits.float().softmax(dim=1) - target
     return errors, F.pad(embedding.float(), (0, 1), value=1.0)
 
 

@@ -184,7 +184,7 @@ class Sampler:
                 known = 1 + per_step * i
                 point = weighted_sum(self._inputs[i, :known], terms[:known])
                 if i in self._influenced:
-                    terms[known], terms[known + 1] = self._influence_term(point, time, labels)
+                    terms[known], terms[known + 1] = self._influence_term(point, time, filled[1])
                 else:
                     terms[known] = self._output(self._guided, point, time, labels)
                 if self._modes is not None and i < _MODE_GUIDED * len(self._times):
@@ -216,7 +216,7 @@ class Sampler:
         The term is scale * |sigma_t * predicted noise| * g / |g|, where g is the gradient of the influence of the predicted
         clean image, through the classifier, the decoder and the denoiser, with respect to the point.
         Source: Chen et al. 2025 (IGD, ICLR 2025), equations 7 and 9. The authors' code makes the length relative to the noise
-        as well, but by another constant, so its k is not this scale.
+        as well, but by another constant, so its k is not this scale. labels: on the CPU.
         """
         assert self._influence is not None
         (denoiser, decoder), pieces = self._differentiable, self._decoded_at_once
@@ -224,7 +224,7 @@ class Sampler:
         slopes = []
         with torch.enable_grad():
             point.requires_grad_()
-            output = self._output(denoiser, point, time, labels)
+            output = self._output(denoiser, point, time, upload(labels, self.device))
             clean = self._objective.clean(point, output, times)
             # In pieces, as the feature maps of the decoder and of several networks take the most memory.
             for latents, of in zip(clean.detach().split(pieces), labels.split(pieces), strict=True):

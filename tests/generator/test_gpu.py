@@ -1,20 +1,25 @@
 """The generator on a pretended GPU: no mixed devices, few waits of the host, and defaults for the device."""
 
 import dataclasses
+import itertools
 import threading
 
 import pytest
 import torch
 
+from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.config import PREDICTIONS, SAMPLERS, MinimaxConfig, SamplingSettings
+from ddkit.generator.influence import find_influence
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.sampling import Sampler, class_ordered, resolve_settings
 from ddkit.generator.training.latents import cached_latents
 from ddkit.generator.training.plan import plan_training, require_memory
 from ddkit.generator.training.tracking import track_frechet
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+from ddkit.network.autotune import choose_plan, prescribed_plans, remembered_plans
+from ddkit.network.networks import build_network
 
 CUDA = torch.device("cuda")
 
@@ -159,6 +164,56 @@ def test_mode_guided_sampling_waits_once_a_batch(gpu, second_gpu, make_model, pr
     made = [*ours.images(labels, indices)]
     assert waits_of(gpu, lambda: [*ours.images(labels, indices)]) == 6, gpu.waits
     assert (torch.cat(made).int() - on_cpu.int()).abs().max() <= 1
+
+
+def influence_data(classes=3):
+    """60 images, and what is known of their dataset."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (60, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    names = tuple(map(str, range(classes)))
+    spec = DatasetSpec("noise", classes, 16, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+    return ImageSet(pixels, torch.arange(60) % classes, names), spec
+
+
+def influence_of(device, name, *, classes=3, epochs=2):
+    return find_influence(*influence_data(classes), dataset_sha256=name, epochs=epochs, device=device)
+
+
+@pytest.mark.slow
+def test_influence_guided_sampling_waits_once_a_batch(gpu, second_gpu, make_model):
+    settings = SamplingSettings("ddim", steps=6, batch_size=4, influence_guidance=0.1, precision="float32")
+    labels, indices = class_ordered(8, 3)
+    here, there = influence_of("cpu", "once"), influence_of(second_gpu, "once")  # by the same networks
+    on_cpu = torch.cat([*Sampler(make_model(), settings, influence=here).images(labels, indices)])
+    ours = Sampler(make_model(), settings, second_gpu, influence=there)
+    made = [*ours.images(labels, indices)]
+    assert waits_of(gpu, lambda: [*ours.images(labels, indices)]) == 6, gpu.waits
+    assert (torch.cat(made).int() - on_cpu.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_preparing_influence_waits_once_an_epoch_and_a_checkpoint_for_any_number_of_classes(gpu, second_gpu):
+    influence_of(second_gpu, "first")  # measures engines
+    names = iter(("2 epochs", "4 epochs", "20 classes"))
+    two, four, of_more_classes = (
+        waits_of(gpu, lambda changes=changes: influence_of(second_gpu, next(names), **changes))
+        for changes in ({"epochs": 2}, {"epochs": 4}, {"epochs": 4, "classes": 20})
+    )
+    assert four - two == 2 + 1 and of_more_classes == four, gpu.waits
+    assert waits_of(gpu, lambda: influence_of(second_gpu, "first")) == 0  # from the cache
+
+
+@pytest.mark.slow
+def test_influence_found_on_a_gpu_is_that_of_a_cpu_whatever_engine_trains(gpu, second_gpu):
+    choose_plan(build_network("convnet", 3, 16, seed=0).to(second_gpu), "float32", 60)
+    keys = remembered_plans(torch.device(second_gpu))
+    images, expected = influence_data()[0], influence_of("cpu", "on the CPU")
+    unit = images.images.float() / 255
+    for kind, channels_last in itertools.product(("plain", "cuda_graph"), (False, True)):
+        with prescribed_plans({key: {"kind": kind, "channels_last": channels_last} for key in keys}):
+            influence_of(second_gpu, f"{kind}, {channels_last}")
+        found = influence_of("cpu", f"{kind}, {channels_last}")  # from the cache
+        torch.testing.assert_close(found(unit, images.labels), expected(unit, images.labels), atol=1e-3, rtol=1e-3)
 
 
 def test_noise_of_the_next_batch_is_drawn_while_a_batch_is_sampled(gpu, make_model, monkeypatch):
