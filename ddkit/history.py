@@ -62,11 +62,11 @@ class PackedRecords:
         if writes:
             require_appendable(self.path)
 
-    def choose_name(self, name: str | None, default: str, files: Mapping[str, str] | None = None) -> tuple[str, str]:
+    def choose_name(self, name: str | None, default: str, files: Mapping[str, str]) -> tuple[str, str]:
         """The name for a zip that will hold these files, and a sentence if it is not the one that was to be expected.
 
-        name: that the user gave; None takes `default`, with a number if it is in use. files: name -> SHA-256; None if they
-        are not known yet. Raises UsageError for a name that was given to other files before.
+        name: that the user gave; None takes `default`, with a number if it is in use. files: name -> SHA-256.
+        Raises UsageError for a name that was given to other files before.
         """
         if name is not None and (not name.strip() or not name.isprintable()):
             raise UsageError(f"{name!r} cannot be a name.", "Give it letters: --name my-entry")
@@ -92,10 +92,10 @@ class PackedRecords:
         self.records += (packed,)
         return packed
 
-    def _other(self, name: str, files: Mapping[str, str] | None) -> Packed | None:
+    def _other(self, name: str, files: Mapping[str, str]) -> Packed | None:
         """The latest record of that name with other files than these."""
         same_name = (each for each in reversed(self.records) if each.name == name)
-        return next((each for each in same_name if files is None or dict(each.files) != dict(files)), None)
+        return next((each for each in same_name if dict(each.files) != dict(files)), None)
 
 
 @dataclass(frozen=True)

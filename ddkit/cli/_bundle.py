@@ -43,21 +43,22 @@ def models_by_dataset(values: Sequence[str]) -> dict[str, Path]:
 def pack_track_2(output: Output, out: Path | None, name: str | None, options: dict[str, Any]) -> None:
     """Bundle, zip, prove, record and report, by the options of `ddkit pack`."""
     proof = ProofSettings(options["proof_budget"], options["fresh_venv"], most=options["proof_images"])
-    models = _models(options)
+    packed = pack_models(output, _models(options), out or BUNDLE_FILE, None if options["no_proof"] else proof, name)
+    table = files_table(packed.files, packed.path, packed.sha256)
+    data = {"path": str(packed.path), "sha256": packed.sha256, "bytes": packed.size,
+            "files": [vars(file) for file in packed.files], "proofs": [asdict(proof) for proof in packed.proofs]}  # fmt: skip
+    output.result(data, table)
+    limit = options["size_limit"]
+    if limit is not None and packed.size > limit:
+        output.note(f"[yellow]warning[/yellow] The zip has {packed.size:,} bytes; the limit is {limit:,}. Add --half.")
+    output.finish([packed.path], f"ddkit evaluate --track 2 {packed.path}")
+
+
+def pack_models(
+    output: Output, models: Sequence[BundleModel], out: Path, proof: ProofSettings | None, name: str | None = None
+) -> PackedBundle:
+    """Bundle these models, zip, prove and record, with notes on what is missing and on the proof."""
     records = PackedRecords()
-    if name is not None:
-        records.choose_name(name, "")  # which refuses a name in use before the work begins
-    packed = pack_models(output, models, out or BUNDLE_FILE, None if options["no_proof"] else proof)
-    files = {file.name: file.sha256 for file in packed.files}
-    chosen, remark = records.choose_name(name, packed.path.stem, files)
-    records.add(chosen, packed.path, packed.sha256, 2, files)
-    if remark:
-        output.event(remark)
-    _report(output, packed, options["size_limit"])
-
-
-def pack_models(output: Output, models: Sequence[BundleModel], out: Path, proof: ProofSettings | None) -> PackedBundle:
-    """Bundle these models, zip and prove, with a note on what is missing."""
     names = ", ".join(f"{model.dataset} ({source_name(model.folder)})" for model in models)
     output.note(f"Bundling {escape(names)} into {escape(str(out))}.")
     for spec in CHALLENGE_DATASETS:
@@ -72,7 +73,20 @@ def pack_models(output: Output, models: Sequence[BundleModel], out: Path, proof:
                 f"{escape(model.dataset)}: weights as float16 change the pixels of {cost.images} images by {cost.mean:.4f} "
                 f"steps of 1/255 on average, {cost.largest} at most."
             )
-    return pack_bundle(models, out, proof=proof, progress=output.progress)
+    packed = pack_bundle(
+        models, out, proof=proof, name=name, records=records, on_event=output.event, progress=output.progress
+    )
+    for each in packed.proofs:
+        least, most = each.images_per_class
+        output.note(
+            f"Without ddkit, the bundle made {each.images:,} {escape(each.dataset)} images, {least} to {most} of each class, "
+            f"in {each.seconds:.1f} s of its {each.budget:g} s."
+        )
+        if least == 0:
+            output.note("[yellow]warning[/yellow] Some classes have no image, because the budget is too short on this machine.")
+    if not packed.proofs:
+        output.note("[yellow]warning[/yellow] The bundle was not tested.")
+    return packed
 
 
 def tuned_models(model: BundleModel, out: Path) -> list[BundleModel]:
@@ -97,23 +111,3 @@ def _models(options: dict[str, Any]) -> list[BundleModel]:
             "Leave out --tuned or those options.",
         )
     return [with_best_settings(model, TRIALS_FOLDER / f"{model.dataset}.jsonl") for model in models]
-
-
-def _report(output: Output, packed: PackedBundle, limit: int | None) -> None:
-    table = files_table(packed.files, packed.path, packed.sha256)
-    data = {"path": str(packed.path), "sha256": packed.sha256, "bytes": packed.size,
-            "files": [vars(file) for file in packed.files], "proofs": [asdict(proof) for proof in packed.proofs]}  # fmt: skip
-    output.result(data, table)
-    for proof in packed.proofs:
-        least, most = proof.images_per_class
-        output.note(
-            f"Without ddkit, the bundle made {proof.images:,} {escape(proof.dataset)} images, {least} to {most} of each class, "
-            f"in {proof.seconds:.1f} s of its {proof.budget:g} s."
-        )
-        if least == 0:
-            output.note("[yellow]warning[/yellow] Some classes have no image, because the budget is too short on this machine.")
-    if not packed.proofs:
-        output.note("[yellow]warning[/yellow] The bundle was not tested.")
-    if limit is not None and packed.size > limit:
-        output.note(f"[yellow]warning[/yellow] The zip has {packed.size:,} bytes; the limit is {limit:,}. Add --half.")
-    output.finish([packed.path], f"ddkit evaluate --track 2 {packed.path}")

@@ -91,7 +91,7 @@ class _ImagesPerClass(click.ParamType):
 )
 @click.option("--rounds", type=COUNT, default=2, help="Evaluate the last candidates in this many rounds.")
 @click.option("--out", type=FOLDER, default=TRIALS_FOLDER, help="Write the trials and the chart to this folder.")
-@click.option("--pack", "packs", is_flag=True, help=f"Write {BUNDLE_FILE} with the best settings at the end.")
+@click.option("--pack", "packs", is_flag=True, help=f"Pack {BUNDLE_FILE} with the best settings at the end, and test it.")
 @compute_options
 def tune(
     output: Output,
@@ -126,7 +126,7 @@ def tune(
     trials = tuning.tune(bundled, search, out, state=state, progress=output.progress, on_event=output.event)
     _report(output, trials, tuning.best_of(trials), tuning.evidence(trials))
     if packs:
-        packed = _bundle.pack_models(output, _bundle.tuned_models(bundled, out), BUNDLE_FILE, None)
+        packed = _bundle.pack_models(output, _bundle.tuned_models(bundled, out), BUNDLE_FILE, _bundle.ProofSettings())
         output.finish([records, chart, packed.path], f"ddkit evaluate --track 2 {packed.path}")
     else:
         output.finish([records, chart], _next_command(dataset, model, out))

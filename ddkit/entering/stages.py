@@ -301,7 +301,10 @@ class Workplace:
 
         budget = self._evaluation_settings().budget or 0.0
         models = [BundleModel(name, self._run(name)) for name in self.recipe.datasets]
-        pack_bundle(models, self.zip_file, proof=ProofSettings(min(ProofSettings().budget, budget)), progress=progress)
+        pack_bundle(
+            models, self.zip_file, proof=ProofSettings(min(ProofSettings().budget, budget)),
+            records=PackedRecords(packed_file(self.results_file)), on_event=self._on_event, progress=progress,
+        )  # fmt: skip
 
     def _pack(self, progress: Listener) -> None:
         """Check and pack; a set that the entry is not about may be missing."""

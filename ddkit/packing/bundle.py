@@ -7,7 +7,7 @@ import platform
 import string
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
+from ddkit.history import PackedRecords
 from ddkit.metrics.features import CLASSIFIER, reference_features
 from ddkit.packing.pack import PackedFile, packed_files
 from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
@@ -94,14 +95,22 @@ class PackedBundle:
 
 
 def pack_bundle(
-    models: Sequence[BundleModel], out: Path, *, proof: ProofSettings | None, progress: Listener = ignore
+    models: Sequence[BundleModel],
+    out: Path,
+    *,
+    proof: ProofSettings | None,
+    name: str | None = None,
+    records: PackedRecords | None = None,
+    on_event: Callable[[str], object] = lambda text: None,
+    progress: Listener = ignore,
 ) -> PackedBundle:
     """Bundle models with the stand-alone scripts into the zip `out`, and prove it before it takes its place.
 
     The same models, settings and cached classifier make the same bytes; a classifier that is trained again may differ by
-    rounding. proof: None packs without running the bundle. An earlier zip
-    is kept if anything fails. Raises UsageError for a proof of fewer images than a dataset has classes, and what
-    `build_folder` and `prove` raise.
+    rounding. proof: None packs without running the bundle. records: where the zip is recorded, under `name` or else under
+    that of the file `out`; None records nothing. on_event: called with a sentence if the zip is recorded under another
+    name. An earlier zip is kept if anything fails. Raises UsageError for a proof of fewer images than a dataset has classes
+    or if the records hold the name for other files, and what `build_folder` and `prove` raise.
     """
     if proof and proof.most is not None:
         classes, name = max(((dataset_spec(model.dataset).num_classes, model.dataset) for model in models), default=(0, ""))
@@ -112,8 +121,16 @@ def pack_bundle(
             )
     with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
         zip_folder(build_folder(models, Path(temporary) / "bundle", progress=progress), zipped)
+        files = packed_files(zipped)
+        hashes = {file.name: file.sha256 for file in files}
+        chosen, remark = records.choose_name(name, out.stem, hashes) if records else ("", "")
         proofs = prove(zipped, proof, progress=progress) if proof else ()
-    return PackedBundle(out, sha256_of(out), packed_files(out), proofs)
+    packed = PackedBundle(out, sha256_of(out), files, proofs)
+    if records:
+        records.add(chosen, out, packed.sha256, 2, hashes)
+        if remark:
+            on_event(remark)
+    return packed
 
 
 def build_folder(models: Sequence[BundleModel], out: Path, *, progress: Listener = ignore) -> Path:

@@ -37,6 +37,9 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
     assert json.loads(packed) == data and "next: ddkit evaluate --track 2 track2.zip" in said
     with zipfile.ZipFile("track2.zip") as archive:
         assert json.loads(archive.read("models/colors/entry.json"))["steps"] == 3
+    assert "Without ddkit, the bundle made 8 colors images, 4 to 4 of each class" in said
+    (record,) = (work / "runs" / "packed.jsonl").read_text().splitlines()
+    assert json.loads(record)["path"] == "track2.zip"
 
 
 @pytest.mark.slow

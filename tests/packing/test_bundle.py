@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.generator.sampling import SamplingSettings
+from ddkit.history import PackedRecords
 from ddkit.packing.bundle import (
     BundleModel,
     BundleSettings,
@@ -65,6 +66,24 @@ def test_the_same_models_make_the_same_zip(model, tmp_path):
     assert first.path.read_bytes() == second.path.read_bytes()
     assert first.sha256 == sha256_of(second.path) and first.size == first.path.stat().st_size
     assert "generate.py" in [file.name for file in first.files]
+
+
+def test_a_packed_bundle_is_recorded_and_a_name_of_other_files_leaves_the_earlier_zip(model, tmp_path):
+    out, records, heard = tmp_path / "entry.zip", PackedRecords(tmp_path / "packed.jsonl"), []
+    options = {"proof": None, "records": records, "on_event": heard.append}
+    first = pack_bundle([model], out, name="first", **options)
+    pack_bundle([model], out, name="first", **options)
+    (record,) = PackedRecords(records.path).records
+    assert (record.name, record.path, record.sha256, record.track) == ("first", str(out), first.sha256, 2)
+    assert record.files == {file.name: file.sha256 for file in first.files}
+    half = BundleModel(model.dataset, model.folder, BundleSettings(half=True, keep=1.0))
+    with pytest.raises(UsageError, match="'first' was given to other files"):
+        pack_bundle([half], out, name="first", **options)
+    assert sha256_of(out) == first.sha256
+    pack_bundle([model], out, **options)
+    pack_bundle([half], out, **options)
+    assert [each.name for each in PackedRecords(records.path).records] == ["first", "entry", "entry-2"]
+    assert len(heard) == 1 and "recorded as 'entry-2'" in heard[0]
 
 
 def test_half_precision_halves_the_weights_and_changes_little(model, tmp_path):
