@@ -30,7 +30,7 @@ from ddkit.distill.parameters import flat_parameters, load_flat_parameters, rand
 from ddkit.distill.pool import OnlinePool, pool_memory, require_memory
 from ddkit.distill.settings import OBJECTIVES, RefineLimits, RefineSettings
 from ddkit.distill.spectrum import Spectrum
-from ddkit.distill.state import STATE_FILE, RefinementState, refuse_kept_copy, start_over
+from ddkit.distill.state import STATE_FILE, RefinementState, is_kept_copy, refuse_kept_copy, start_over
 from ddkit.distill.student import Student
 from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, UsageError
 from ddkit.evaluation.rounds import predict
@@ -123,7 +123,7 @@ def refine(
         if (
             target.resolve() != path.resolve()
             and read_provenance(target).get("kind") == KIND_REFINED
-            and not state.made(target)
+            and not (state.made(target) or is_kept_copy(target, folder))
         ):
             raise UsageError(
                 f"{target} holds the result of another refinement, which would be lost.",

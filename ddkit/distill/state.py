@@ -147,7 +147,7 @@ class RefinementState:
 
     def made(self, path: Path) -> bool:
         """True if the set at `path` is a result of this refinement, the present one or an earlier one."""
-        return _is_result(path, self.start_sha256, self.best_images)
+        return _is_result(path, self.start_sha256, self.settings, self.best_images)
 
     def gained_nothing(self) -> bool:
         """True if the best images are those of the original set."""
@@ -184,12 +184,13 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
     """
     before = _before(folder)
     if before.exists():
-        started_with, best = sha256_of(before), None
+        started_with, settings, best = sha256_of(before), {}, None
         with contextlib.suppress(BadFileError):
-            best = _load(folder / STATE_FILE)["best_images"]
+            state = RefinementState.read(folder)
+            settings, best = state.settings, state.best_images
         for file in dict.fromkeys((path, out or path)):
             if file.is_file() and sha256_of(file) != started_with:
-                if _is_result(file, started_with, best):
+                if _is_result(file, started_with, settings, best):
                     _copy_set(file, _given_up(folder))
                 elif file == path:
                     raise UsageError(
@@ -199,6 +200,12 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
         _copy_set(before, path)  # also where a kill halfway has given back the tensor but not its JSON and sheet
     for file in (folder / STATE_FILE, folder / RECORDS_FILE, *vars(set_files(before)).values()):
         file.unlink(missing_ok=True)
+
+
+def is_kept_copy(path: Path, folder: Path) -> bool:
+    """True if the folder keeps the set at `path` as one that --fresh replaced."""
+    kept = _given_up(folder)
+    return kept.is_file() and sha256_of(kept) == sha256_of(path)
 
 
 def refuse_kept_copy(folder: Path, *paths: Path) -> None:
@@ -220,8 +227,13 @@ def _given_up(folder: Path) -> Path:
     return folder / "refined.pt"
 
 
-def _is_result(path: Path, start_sha256: str, best_images: Tensor | None) -> bool:
-    if read_provenance(path).get("refined_from") == start_sha256:
+def _is_result(path: Path, start_sha256: str, settings: Mapping[str, Any], best_images: Tensor | None) -> bool:
+    """True if a refinement from that start with these settings wrote the set, or if it holds these images."""
+    provenance = read_provenance(path)
+    if provenance.get("refined_from") == start_sha256 and (
+        "pool" not in provenance  # ddkit 0.1.0, whose settings had other names
+        or all(provenance.get(name) == value for name, value in settings.items() if name not in _MAY_CHANGE)
+    ):
         return True
     # After a kill between the tensor and its JSON, the JSON does not belong to the tensor.
     return best_images is not None and _holds(path, best_images)

@@ -347,6 +347,18 @@ class TestRefused:
         assert torch.equal(read(other), made)
         run(start, tmp_path / "run", 0, changing, out=other)
 
+    def test_out_with_the_result_of_other_settings(self, start, tmp_path):
+        out, slower = tmp_path / "out.pt", dataclasses.replace(DM, learning_rate=1e-3)
+        run(start, tmp_path / "first", 1, slower, out=out)
+        made = read(out)
+        faster = dataclasses.replace(slower, learning_rate=2e-3)
+        with pytest.raises(UsageError, match="the result of another refinement"):
+            run(start, tmp_path / "second", 1, faster, out=out)
+        assert torch.equal(read(out), made)
+        run(start, tmp_path / "first", 1, faster, out=out, fresh=True)
+        assert not torch.equal(read(out), made)
+        assert torch.equal(read(tmp_path / "first" / "refined.pt"), made)
+
     def test_the_refinement_of_another_set(self, start, colors, tmp_path):
         run(start, tmp_path / "run", 1)
         generate(colors, 2, FromReal("random", seed=5), start, replace=True)
