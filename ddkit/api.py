@@ -1,4 +1,6 @@
-"""The Python interface: one function for each command, also available as `ddkit.train`, `ddkit.generate` and so on.
+"""The Python interface: functions that do what the commands do, also available as `ddkit.train`, `ddkit.generate` and so on.
+
+`ddkit demo`, `tune`, `doctor` and `completion` have no function here, nor have packing and evaluating for track 2.
 
 Files are given as paths, and written where the commands write them. `progress` is called with a
 `ddkit.runtime.progress.Progress` now and then; None shows bars in a Jupyter notebook and nothing elsewhere.
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from ddkit.distill.refine import Refined
     from ddkit.distill.settings import RefineSettings
     from ddkit.entering.entry import Entry
+    from ddkit.generator.config import SamplingSettings
     from ddkit.generator.model_folder import Model
-    from ddkit.generator.sampling import SamplingSettings
     from ddkit.reporting.report import Leaderboard
     from ddkit.sets.distilled import DistilledSet
 
@@ -100,7 +102,7 @@ def generate(
 
     model: the generator's folder, or its id on the Hugging Face hub; None means runs/<dataset>. from_real: a selection
     method of `ddkit.sets.select`, such as "random", to take real images instead. out: the tensor's file; None means
-    submission/<dataset>.pt. sampling: how a generator samples, its seed included; None takes the defaults with `seed`.
+    submission/<dataset>.pt. sampling: how a generator samples, its seed included; None takes the command's defaults.
     candidates, select: how many samples to make of each class, and how to select among them.
     replace: make the set again if it is there.
     Raises MissingModelError if there is no such model, and UsageError for unknown names.
@@ -109,8 +111,8 @@ def generate(
 
     from ddkit.distill.generate import FromModel, FromReal
     from ddkit.distill.generate import generate as generate_set
+    from ddkit.generator.config import SamplingSettings, default_guidance
     from ddkit.generator.model_facts import find_model
-    from ddkit.generator.sampling import SamplingSettings
     from ddkit.sets.distilled import read_set
 
     source: FromModel | FromReal
@@ -118,7 +120,8 @@ def generate(
         source = FromReal(from_real, seed, device)
     else:
         folder = Path("runs", dataset) if model is None else find_model(model)
-        source = FromModel(folder, sampling or SamplingSettings(seed=seed), device, candidates)
+        sampling = sampling or SamplingSettings(guidance=default_guidance(ipc), seed=seed)
+        source = FromModel(folder, sampling, device, candidates)
         source = source if select is None else dataclasses.replace(source, select=select)
     path = Path("submission", f"{dataset}.pt") if out is None else Path(out)
     return read_set(

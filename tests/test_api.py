@@ -87,6 +87,12 @@ def test_train_makes_a_generator_that_generate_samples(letters, tmp_path):
     assert model.facts.steps > 0 and made.kind == "generated" and len(made.images) == 10 and reports
 
 
+@pytest.mark.parametrize(("ipc", "guidance"), [(1, 3.0), (101, 2.0)])
+def test_generate_takes_the_guidance_for_so_many_images_as_the_command_does(colors, colors_model, tmp_path, ipc, guidance):
+    made = ddkit.generate(colors, ipc, model=colors_model, out=tmp_path / "colors.pt")
+    assert made.provenance["guidance"] == guidance
+
+
 @pytest.mark.slow
 def test_interrupted_evaluate_continues_when_called_again(letters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
