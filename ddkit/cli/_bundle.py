@@ -73,9 +73,7 @@ def pack_models(
                 f"{escape(model.dataset)}: weights as float16 change the pixels of {cost.images} images by {cost.mean:.4f} "
                 f"steps of 1/255 on average, {cost.largest} at most."
             )
-    packed = pack_bundle(
-        models, out, proof=proof, name=name, records=records, on_event=output.event, progress=output.progress
-    )
+    packed = pack_bundle(models, out, proof=proof, name=name, records=records, on_event=output.event, progress=output.progress)
     for each in packed.proofs:
         least, most = each.images_per_class
         output.note(

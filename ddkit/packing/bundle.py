@@ -112,12 +112,12 @@ def pack_bundle(
     name. An earlier zip is kept if anything fails. Raises UsageError for a proof of fewer images than a dataset has classes
     or if the records hold the name for other files, and what `build_folder` and `prove` raise.
     """
-    if proof and proof.most is not None:
-        classes, name = max(((dataset_spec(model.dataset).num_classes, model.dataset) for model in models), default=(0, ""))
-        if proof.most < classes:
+    if models and proof and proof.most is not None:
+        largest = max((dataset_spec(model.dataset) for model in models), key=lambda spec: spec.num_classes)
+        if proof.most < (least := largest.num_classes):
             raise UsageError(
-                f"--proof-images {proof.most} is less than an image of each of the {classes} classes of {name}.",
-                f"Give --proof-images {classes} or more.",
+                f"--proof-images {proof.most} is less than an image of each of the {least} classes of {largest.name}.",
+                f"Give --proof-images {least} or more.",
             )
     with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
         zip_folder(build_folder(models, Path(temporary) / "bundle", progress=progress), zipped)

@@ -28,6 +28,8 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     assert (proof["dataset"], proof["images"]) == (colors, 6)
     assert "There is no model for cifar100" in said and "weights as float16 change the pixels of 32 images by" in said
     assert "the limit is 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
+    (record,) = [json.loads(line) for line in (work / "runs" / "packed.jsonl").read_text().splitlines()]
+    assert (record["name"], record["sha256"]) == ("track2", data["sha256"])
 
 
 def test_track_2_refuses_a_test_of_fewer_images_than_classes(colors, colors_model, work):
