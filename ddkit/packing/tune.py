@@ -110,7 +110,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Trial(Scores):
-    """A candidate that was tried. images, seconds, accuracies: of each round; the seconds are the generator's."""
+    """A candidate that was tried. images, seconds, accuracies: of each round; the seconds are the generator's.
+
+    across_classes: a share was kept of all samples together, by the labels of the bundle's classifier. Earlier bundles kept
+    it of each class's own samples, and their trials do not have this field.
+    """
 
     dataset: str
     model_sha256: str
@@ -127,6 +131,7 @@ class Trial(Scores):
     images_per_class: int | None = None
     precision: str = "float32"
     keep: float = 1.0
+    across_classes: bool = True
 
     @property
     def candidate(self) -> Candidate:
@@ -267,15 +272,20 @@ def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
 
 
 def read_trials(records: Path) -> list[Trial]:
-    """The trials in a file, oldest first; none if there is no file. A line that a kill cut short is left out."""
+    """The trials in a file, oldest first; none if there is no file. A line that a kill cut short is left out.
+
+    Trials of a share kept within each class are left out as well, because no bundle chooses so any more.
+    """
     trials = []
     for number, values in read_lines(records):
         try:
-            trials.append(read_record(Trial, values))
-            if not trials[-1].accuracies:
+            trial = read_record(Trial, values)
+            if not trial.accuracies:
                 raise BadFileError("accuracies are missing")
         except BadFileError as error:
             raise BadFileError(f"{records}, line {number}, is not a trial of ddkit tune.", "Name another file.") from error
+        if trial.keep == 1 or values.get("across_classes"):
+            trials.append(trial)
     return trials
 
 
@@ -345,7 +355,8 @@ def _try(
         arguments += ["--device", settings.device]
     generator = ScriptEntry(script, trial.dataset, tuple(arguments), progress=progress)
     candidate = "/".join(f"{value:g}" for value in vars(trial.candidate).values() if value is not None)
-    name = f"tune/{trial.model_sha256}/{trial.sampler}/{trial.precision}/{candidate}"
+    kept = "" if trial.keep == 1 else "/across classes"  # the state of an earlier bundle is not continued
+    name = f"tune/{trial.model_sha256}/{trial.sampler}/{trial.precision}/{candidate}{kept}"
     outcome = evaluate_generator(generator, test_set, settings, name=name, state=state, progress=progress)
     return replace(
         trial,

@@ -118,6 +118,24 @@ def test_a_line_of_an_earlier_version_is_a_trial(tmp_path):
     assert read_trials(path) == [trial(4, 0.2, 0.3)]
 
 
+def test_trials_that_kept_a_share_within_each_class_do_not_count(colors, colors_model, tmp_path):
+    path, model = tmp_path / "trials.jsonl", BundleModel(colors, colors_model)
+    sha256 = model_hash(colors_model)
+    within, whole = trial(4, 0.9, model_sha256=sha256, keep=0.5), trial(4, 0.3, model_sha256=sha256)
+    _append(within, path)
+    _append(whole, path)
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    for values in before:
+        del values["across_classes"]  # as it was recorded then
+    path.write_text("".join(f"{json.dumps(values)}\n" for values in before))
+    assert read_trials(path) == [whole]
+    assert with_best_settings(model, path).settings.keep == 1
+    across = trial(4, 0.6, model_sha256=sha256, keep=0.5)
+    _append(across, path)
+    assert read_trials(path) == [whole, across]
+    assert with_best_settings(model, path).settings.keep == 0.5
+
+
 def test_the_chart_is_a_picture(tmp_path):
     draw_chart([trial(4, 0.2, 0.3), trial(8, 0.4, 0.5), trial(4, 0.1, 0.1, guidance=2.0)], tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
