@@ -131,17 +131,16 @@ def refine(
     limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
     settings = _settings(preset, options, assignments, None if fresh else refining.recorded_settings(folder))
     ipc, start = read_set(path, dataset).ipc, original_set(path, folder)
-    expected = expected_accuracy(dataset, ipc, settings, limits.steps, start=start)
-    if dry_run or (expected is not None and limits.seconds is not None):
-        estimate = estimate_refinement(path, dataset, settings, limits, start=start, device=device, progress=output.progress)
-        expected = estimate.accuracy
     if dry_run:
+        estimate = estimate_refinement(path, dataset, settings, limits, start=start, device=device, progress=output.progress)
         _show_estimate(output, estimate)
         return
     length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} step{'s' * (limits.steps > 1)}"
     output.event(f"Refining {path} for {length}. {folder} keeps the original set.")
-    if expected is not None:
-        output.note(f"Expected accuracy: {_expectation(expected)}.")
+    if limits.seconds is None:  # otherwise the number of steps is not known
+        expected = expected_accuracy(dataset, ipc, settings, limits.steps, start=start)
+        if expected is not None:
+            output.note(f"Expected accuracy: {_expectation(expected)}.")
     refined = refining.refine(
         path, dataset, settings, limits, folder, out=out, fresh=fresh, ignore_codes=ignore_codes, device=device,
         save_every_seconds=save_every_seconds, progress=output.progress,

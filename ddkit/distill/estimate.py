@@ -18,7 +18,7 @@ from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.refine import Refinement, memory_needed
-from ddkit.distill.settings import RefineLimits, RefineSettings
+from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState
 from ddkit.errors import UsageError
 from ddkit.runtime.device import free_memory, resolve_device
@@ -28,9 +28,10 @@ from ddkit.sets.distilled import KIND_REFINED, read_provenance, read_set
 
 _TRIALS = 2  # steps of each kind; the first also allocates memory and measures engines
 
-# Official accuracies (E = 1000) by dataset and images per class, as (steps, fraction), of the preset track1;
+# Settings and official accuracies (E = 1000), as (steps, fraction), by dataset and images per class;
 # tools/results/refine.md, 2026-11-28. Step 0 is the first ten real images of each class.
-_RECORDED = {("cifar100", 10): ((0, 0.1689), (1792, 0.3453))}
+_RECORDED = {("cifar100", 10): (PRESETS["track1"], ((0, 0.1689), (1792, 0.3453)))}
+_MAY_DIFFER = ("seed", "precision", "val_every", "val_epochs", "val_margin")
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,16 @@ class RefineEstimate:
 def expected_accuracy(
     dataset: str, ipc: int, settings: RefineSettings, steps: int, *, start: Path | None = None
 ) -> float | None:
-    """Official accuracy after `steps`, interpolated between recorded refinements; never more than the last of them.
+    """Official accuracy after `steps`, interpolated in the course of a recorded refinement; never more than its last one.
 
     start: the set that the refinement starts from; None for one that has not been refined.
-    None where none has been recorded for the dataset, the images per class or the objective, and for a start that has been
-    refined before, since those recorded had not.
+    None where none has been recorded for the dataset, the images per class and the settings (seed, precision and validation
+    may differ), and for a start that has been refined before, since those recorded had not.
     """
-    curve = _RECORDED.get((dataset, ipc))
-    if curve is None or settings.objective != "frepo":
+    if (dataset, ipc) not in _RECORDED:
+        return None
+    recorded, curve = _RECORDED[dataset, ipc]
+    if settings != dataclasses.replace(recorded, **{name: getattr(settings, name) for name in _MAY_DIFFER}):
         return None
     if start is not None and read_provenance(start).get("kind") == KIND_REFINED:
         return None

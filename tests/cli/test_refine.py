@@ -162,11 +162,14 @@ def test_refine_dry_run_says_what_it_takes_and_changes_nothing(submission, tmp_p
 
 
 def test_accuracy_is_expected_of_a_set_that_was_not_refined_before(submission, monkeypatch):
-    monkeypatch.setitem(estimate._RECORDED, ("colors", 2), ((0, 0.2), (100, 0.4)))
+    settings = RefineSettings(batch_real=2, val_epochs=0)
+    monkeypatch.setitem(estimate._RECORDED, ("colors", 2), (settings, ((0, 0.2), (100, 0.4))))
     first = ddkit("submission/colors.pt", "--steps", "1", *QUICK)
     again = ddkit("submission/colors.pt", "--steps", "100", *QUICK, "--dry-run", "--json")
     assert "Expected accuracy: about 20.3%" in " ".join(first.output.split())
     assert json.loads(again.stdout)["accuracy"] == 0.4  # the steps count from the original set
+    timed = ddkit("submission/colors.pt", "--time", "0.001", *QUICK)
+    assert timed.exit_code == 0 and "Expected accuracy" not in timed.output, "which would need a measurement"
     other = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--run", "runs/other")
     assert other.exit_code == 0 and "Expected accuracy" not in other.output, other.output
     more = ddkit("submission/colors.pt", "--steps", "100", *QUICK, "--run", "runs/other", "--dry-run", "--json")

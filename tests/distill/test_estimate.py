@@ -63,7 +63,20 @@ def test_expected_accuracy_rises_to_the_recorded_one_and_stays_there():
     assert found == sorted(found) and found[0] == 0.1689 and found[3] == found[4] == 0.3453
     assert 0.28 < found[2] < 0.34
     assert expected_accuracy("cifar100", 50, RefineSettings(), 100) is None
-    assert expected_accuracy("cifar100", 10, RefineSettings(objective="dm"), 100) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"objective": "dm"}, False),
+        ({"pool": PoolSettings(size=0)}, False),
+        ({"learning_rate": 0.001}, False),
+        ({"seed": 1, "precision": "float32", "val_every": 10, "val_epochs": 1, "val_margin": 0.0}, True),
+    ],
+)
+def test_accuracy_is_expected_of_the_recorded_settings_only(changes, known):
+    found = expected_accuracy("cifar100", 10, RefineSettings(**changes), 1792)
+    assert found == (0.3453 if known else None)
 
 
 def test_a_refinement_that_does_not_fit_into_memory_is_refused_before_anything_is_computed(start, tmp_path, monkeypatch):

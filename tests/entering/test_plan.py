@@ -6,7 +6,7 @@ import pytest
 
 from ddkit.distill import estimate
 from ddkit.distill.estimate import RefineSpeed
-from ddkit.distill.settings import RefineLimits
+from ddkit.distill.settings import PRESETS, RefineLimits
 from ddkit.entering.plan import MARGIN, Outline, Speeds, draft, make_outline, outline_at, refine_limit
 from ddkit.entering.recipe import Recipe, SetRecipe
 from ddkit.errors import UsageError
@@ -33,7 +33,7 @@ def test_without_a_recorded_curve_the_datasets_get_equal_parts():
 
 
 def test_with_recorded_curves_the_time_goes_where_the_mean_gains_most(monkeypatch):
-    monkeypatch.setitem(estimate._RECORDED, ("tinyimagenet", 10), ((0, 0.05), (2000, 0.06)))
+    monkeypatch.setitem(estimate._RECORDED, ("tinyimagenet", 10), (PRESETS["track1"], ((0, 0.05), (2000, 0.06))))
     plan = outline_at(SPEEDS, draft(BOTH, epochs_setting=50, rounds=1), 2 * 3600)
     assert plan.expected["refine cifar100"] > 2 * plan.expected["refine tinyimagenet"]
     assert any("split by what recorded refinements have gained for the mean: cifar100" in note for note in plan.notes)
