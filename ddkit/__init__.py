@@ -8,7 +8,7 @@
 
 These functions do what the commands of the same names do; see `ddkit.api`. They are loaded when they are first used.
 
-Import ddkit before torch: it sets how OpenMP's threads wait and how many there are (`ddkit.runtime.openmp`), which torch
+Import ddkit before torch: it sets how OpenMP's threads wait and how many there are (`ddkit.runtime.container`), which torch
 reads once, when it is loaded. Environment variables that you have set yourself, such as OMP_NUM_THREADS, are kept.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ddkit.runtime.openmp import set_defaults as _set_openmp_defaults
+from ddkit.runtime.container import set_defaults as _set_openmp_defaults
 
 if TYPE_CHECKING:
     from ddkit.api import check, enter, evaluate, generate, load_dataset, pack, pull, push, read_set, refine, report, train

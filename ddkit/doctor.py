@@ -22,10 +22,10 @@ from ddkit.network.autotune import choose_plan, has_bfloat16
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine
 from ddkit.network.kernels import CompileError, compiler_command
+from ddkit.runtime.container import available_cpus, cpu_quota
 from ddkit.runtime.device import cpu_model, describe_device, usable_gpus, why_no_gpu
 from ddkit.runtime.environment import versions
 from ddkit.runtime.files import cache_folder
-from ddkit.runtime.openmp import available_cpus, cpu_quota
 from ddkit.runtime.progress import span_text
 
 _BATCH = 256  # of the challenge's training

@@ -9,7 +9,7 @@ from PIL import Image
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.prepare import prepare
 from ddkit.doctor import diagnose, examine_datasets
-from ddkit.runtime.openmp import available_cpus
+from ddkit.runtime.container import available_cpus
 
 PARTS = {"Python", "libraries", "processor", "threads", "compiler", "evaluation engine", "memory", "this folder", "cache"}
 

@@ -31,8 +31,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ddkit.data.archives import DamagedFileError, Tree
 from ddkit.data.split_file import SplitFile
 from ddkit.errors import BadFileError, ComputeError
+from ddkit.runtime.container import available_cpus
 from ddkit.runtime.files import explain_os_error
-from ddkit.runtime.openmp import available_cpus
 
 _BLOCK = 256  # the most images that a worker decodes and writes at once; few, so that all workers end together
 _FEW = 2000  # images; with fewer, starting processes costs more than it saves

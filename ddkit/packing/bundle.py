@@ -31,6 +31,7 @@ from ddkit.metrics.features import CLASSIFIER, reference_features
 from ddkit.packing.pack import PackedFile, packed_files
 from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
 from ddkit.packing.zipping import unpack, write_zip
+from ddkit.runtime import container
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.files import atomic_folder, atomic_write, read_json, sha256_of, write_json, write_text
 from ddkit.runtime.progress import Listener, ignore
@@ -218,7 +219,7 @@ def scripts() -> dict[str, Path]:
     for place in (place / "track2" for place in places):
         found = {name: place / name for name in _SCRIPTS}
         if all(path.is_file() for path in found.values()):
-            return {**found, "denoiser.py": Path(denoiser.__file__)}
+            return {**found, "denoiser.py": Path(denoiser.__file__), "container.py": Path(container.__file__)}
     raise MissingModelError(
         f"The scripts of the track 2 bundle were not found in {', '.join(map(str, places))}.",
         "Run ddkit from a checkout: pip install -e .",

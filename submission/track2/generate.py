@@ -41,26 +41,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# OpenMP's threads that wait sleep, which leaves the core to others, instead of spinning. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves the script's own folder out
 
+from container import available_cpus, free_memory, set_defaults
+
 from shards import HASHES_FILE, HERE, Failure, Job, join, made_for, open_shards, say, sha256_of, shards_of, write_spent
+
+set_defaults()  # of OpenMP, before torch is loaded, here and in the workers
 
 FLOAT_BYTES = 4
 SECONDS_A_PROBABILITY = 3e-8  # of computing to label images by the classifier, twice what was measured
 SECONDS_BETWEEN_REPORTS = 10.0
 LEAST_FOR_A_WORKER = 8  # images, the first batch; with fewer a worker would load libraries for longer than it works
 PATIENCE = 0.5  # share of the budget after which the other workers start even if the first has not loaded
-# A container's limit of memory, what is used of it, and which of that are files: by version 2 of control groups, and by 1.
-CONTAINER_MEMORY = tuple(
-    (Path("/sys/fs/cgroup") / limit, Path("/sys/fs/cgroup") / used, files)
-    for limit, used, files in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    )
-)
 
 stop_requested = False
 
@@ -241,24 +234,6 @@ def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None, bytes_p
     return min(room, loaded)
 
 
-def free_memory() -> int:
-    """Bytes of memory that are free without swapping, on the machine and in the container; a lot if neither tells."""
-    found = [sys.maxsize]
-    with contextlib.suppress(OSError):
-        found += [1024 * kilobytes for kilobytes in figures(Path("/proc/meminfo"), "MemAvailable:")]
-    for limit, used, files in CONTAINER_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            # Files that were read lately are counted as used, and given up when memory is short.
-            spare = sum(figures(limit.parent / "memory.stat", files))
-            found.append(int(limit.read_text()) - int(used.read_text()) + spare)
-    return max(0, min(found))
-
-
-def figures(path: Path, name: str) -> list[int]:
-    """The first number after a name that begins a line of a file; none if there is no such line."""
-    return [int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name]]
-
-
 def usual_workers(device: str) -> int:
     """One for each GPU; on a CPU one for each core, up to 8.
 
@@ -267,19 +242,7 @@ def usual_workers(device: str) -> int:
     """
     if device in ("auto", "cuda") and (gpus := gpu_count()):
         return gpus
-    return min(usable_cores(), 8) if device in ("auto", "cpu") else 1
-
-
-def usable_cores() -> int:
-    """Those of the affinity mask, and no more than the quota of the container that this may run in."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    groups = Path("/sys/fs/cgroup")
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # control groups, version 2 and 1
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = map(int, " ".join((groups / name).read_text() for name in files).split())
-            if quota > 0:
-                cores = min(cores, -(-quota // period))
-    return max(1, cores)
+    return min(available_cpus(), 8) if device in ("auto", "cpu") else 1
 
 
 def gpu_count() -> int:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ddkit.runtime.openmp import available_cpus, cpu_quota, set_defaults
+from ddkit.runtime.container import available_cpus, cpu_quota, free_memory, set_defaults
 
 
 @pytest.fixture
@@ -59,6 +59,39 @@ def test_cpu_quota_is_the_smallest_limit_of_the_process_and_the_groups_above(pro
 
 def test_cpu_quota_of_a_system_without_control_groups_is_none(tmp_path):
     assert cpu_quota(tmp_path) is None
+
+
+V1_MEMORY = "34 31 0:31 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+
+
+def v2_memory(group, limit):
+    stat = {"memory.max": limit, "memory.current": "3000000\n", "memory.stat": "anon 7\ninactive_file 1000000\n"}
+    return {f"{group}{name}": text for name, text in stat.items()}
+
+
+@pytest.mark.parametrize(
+    "groups, mounts, files, expected",
+    [
+        ("0::/\n", V2, v2_memory("", "5000000\n"), 3_000_000),
+        ("0::/\n", V2, v2_memory("", "max\n"), 8_192_000),
+        ("0::/\n", V2, v2_memory("", "1000000\n"), 0),
+        ("0::/user/job\n", V2, v2_memory("user/job/", "max\n") | v2_memory("user/", "4000000\n"), 2_000_000),
+        ("0::/\n", V2, {"memory.max": "nonsense\n"}, 8_192_000),
+        ("4:memory:/job\n2:cpu,cpuacct:/\n", V1.format("/") + V1_MEMORY, {
+            "memory/job/memory.limit_in_bytes": "5000000\n", "memory/job/memory.usage_in_bytes": "2500000\n",
+            "memory/job/memory.stat": "inactive_file 9\ntotal_inactive_file 500000\n",
+            "memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/memory.usage_in_bytes": "2500000\n",
+            "memory/memory.stat": "total_inactive_file 500000\n",
+        }, 3_000_000),
+    ],
+)  # fmt: skip
+def test_free_memory_is_the_least_of_the_machine_and_of_the_limits_above(process, tmp_path, groups, mounts, files, expected):
+    (tmp_path / "meminfo").write_text("MemTotal:  16000 kB\nMemAvailable:    8000 kB\n")
+    assert free_memory(process(groups, mounts, files)) == expected
+
+
+def test_free_memory_of_a_system_that_does_not_tell_has_no_limit(tmp_path):
+    assert free_memory(tmp_path / "self") == sys.maxsize
 
 
 @pytest.mark.parametrize(

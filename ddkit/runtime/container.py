@@ -1,4 +1,6 @@
-"""The number of OpenMP's threads and the way they wait for each other, set before torch is loaded, which reads it once.
+"""The CPUs and the memory that a container leaves this process, and OpenMP's threads, set before torch reads them once.
+
+Track 2's bundle carries this file, so it imports nothing of ddkit.
 
 By default a thread of libgomp, the OpenMP of PyTorch's wheels for Linux, spins for milliseconds when it waits for the
 others. If one of those is not running, because another process has its core or because a container's quota is used up,
@@ -10,11 +12,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path, PurePosixPath
 
 _WAIT_POLICY, _NUM_THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
 _THIS_PROCESS = Path("/proc/self")
+# A control group's limit of memory, the memory used, and the part of it that holds files: by version 2, and by version 1.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def set_defaults(environ: MutableMapping[str, str] = os.environ, process: Path = _THIS_PROCESS) -> None:
@@ -40,13 +48,8 @@ def cpu_quota(process: Path = _THIS_PROCESS) -> float | None:
 
     process: its folder under /proc; the limits are found where its files `cgroup` and `mountinfo` say.
     """
-    try:
-        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
-    except OSError:
-        return None
     quotas = []
-    for folder in _cpu_folders(groups, mounts):
+    for folder in _control_folders("cpu", process):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             if (folder / "cpu.max").is_file():  # version 2: "quota period", in microseconds
                 quota, period = (folder / "cpu.max").read_text().split()
@@ -57,17 +60,44 @@ def cpu_quota(process: Path = _THIS_PROCESS) -> float | None:
     return min(quotas, default=None)
 
 
+def free_memory(process: Path = _THIS_PROCESS) -> int:
+    """Bytes of memory that are free without swapping, on the machine and in the container; `sys.maxsize` if neither tells.
+
+    process: its folder under /proc, as for `cpu_quota`.
+    """
+    found = [sys.maxsize]
+    with contextlib.suppress(OSError):
+        found += [1024 * kilobytes for kilobytes in _figures(process.parent / "meminfo", "MemAvailable:")]
+    for folder in _control_folders("memory", process):
+        for limit, used, files in _MEMORY_FILES:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                # Files that were read lately are counted as used, and given up when memory is short.
+                spare = sum(_figures(folder / "memory.stat", files))
+                found.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + spare)
+    return max(0, min(found))
+
+
+def _figures(path: Path, name: str) -> list[int]:
+    """The first number after a name that begins a line of a file; none if there is no such line."""
+    return [int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name]]
+
+
 def _cpus_of_mask() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu_folders(groups: list[list[str]], mounts: list[list[str]]) -> Iterator[Path]:
-    """The folders of the process's CPU control groups and of all those above, whose limits hold as well."""
+def _control_folders(controller: str, process: Path) -> Iterator[Path]:
+    """The folders of the process's control groups of that kind and of all those above, whose limits hold as well."""
+    try:
+        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
+    except OSError:
+        return
     for _, controllers, group in (line for line in groups if len(line) == 3):
         for mount in mounts:
             root, point, kind, options = mount[3], mount[4], mount[mount.index("-") + 1], mount[-1].split(",")
             version_2 = controllers == "" and kind == "cgroup2"
-            if version_2 or kind == "cgroup" and "cpu" in controllers.split(",") and "cpu" in options:
+            if version_2 or kind == "cgroup" and controller in controllers.split(",") and controller in options:
                 # A container may see the host's name of its group, and only that group mounted.
                 inside = PurePosixPath(group.removeprefix(root.rstrip("/")).lstrip("/"))
                 yield from (Path(point) / folder for folder in (inside, *inside.parents) if ".." not in folder.parts)
