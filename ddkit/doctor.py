@@ -23,7 +23,7 @@ from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine
 from ddkit.network.kernels import CompileError, compiler_command
 from ddkit.runtime.container import available_cpus, cpu_quota
-from ddkit.runtime.device import cpu_model, describe_device, usable_gpus, why_no_gpu
+from ddkit.runtime.device import cpu_model, describe_device, free_memory, usable_gpus, why_no_gpu
 from ddkit.runtime.environment import versions
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.progress import span_text
@@ -143,9 +143,9 @@ def _engine(folder: Path) -> Iterator[Diagnosis]:
 
 
 def _memory(folder: Path) -> Iterator[Diagnosis]:
-    memory = psutil.virtual_memory()
-    text = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
-    short = memory.available < _LEAST_MEMORY
+    free = free_memory(torch.device("cpu"))
+    text = f"{free / 2**30:.1f} of {psutil.virtual_memory().total / 2**30:.1f} GiB available"
+    short = free < _LEAST_MEMORY
     yield Diagnosis("slow" if short else "ok", "memory", text, "Close other programs before you train." if short else "")
 
 

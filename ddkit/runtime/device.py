@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from ddkit.errors import ComputeError, UsageError
+from ddkit.runtime import container
 from ddkit.runtime.environment import processes_here
 
 _log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(own_device(device))[0]
-    return psutil.virtual_memory().available // processes_here()
+    return min(psutil.virtual_memory().available, container.free_memory()) // processes_here()
 
 
 def shared_gpus(device: torch.device) -> list[torch.device]:

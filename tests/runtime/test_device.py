@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from ddkit.errors import ComputeError, UsageError
-from ddkit.runtime.device import explain_gpu_error, is_out_of_memory, larger_gpu, release_memory, resolve_device, shared_gpus
+from ddkit.runtime import container
+from ddkit.runtime.device import (
+    explain_gpu_error,
+    free_memory,
+    is_out_of_memory,
+    larger_gpu,
+    release_memory,
+    resolve_device,
+    shared_gpus,
+)
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +54,17 @@ def test_larger_gpu_is_named_where_one_has_enough_memory(gpu, second_gpu):
     assert larger_gpu(torch.device("cuda"), 10 * GIB) == " Try --device cuda:1, which has 24.0 GiB."
     assert larger_gpu(torch.device("cuda"), 30 * GIB) == larger_gpu(torch.device(second_gpu), 10 * GIB) == ""
     assert larger_gpu(torch.device("cpu"), 10 * GIB) == ""
+
+
+def test_free_memory_is_what_the_container_leaves(tmp_path, monkeypatch):
+    files = {"cgroup": "0::/\n", "mountinfo": f"30 23 0:28 / {tmp_path} rw - cgroup2 cgroup2 rw\n", "memory.max": "9000000",
+             "memory.current": "1000000", "memory.stat": "inactive_file 0\n"}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(container.free_memory, "__defaults__", (tmp_path,))
+    assert free_memory(torch.device("cpu")) == 8_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory(torch.device("cpu")) == 4_000_000
 
 
 def test_processes_started_together_share_the_first_gpus(gpu, second_gpu, monkeypatch):
