@@ -45,7 +45,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves the
 
 from container import available_cpus, free_memory, set_defaults
 
-from shards import HASHES_FILE, HERE, Failure, Job, join, made_for, open_shards, say, sha256_of, shards_of, write_spent
+from shards import (
+    HASHES_FILE,
+    HERE,
+    Failure,
+    Job,
+    join,
+    made_for,
+    open_shards,
+    say,
+    sha256_of,
+    shards_folder,
+    shards_of,
+    write_spent,
+)
 
 set_defaults()  # of OpenMP, before torch is loaded, here and in the workers
 
@@ -170,7 +183,7 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     check_writable(out)
     device = options.device or entry["device"]
     budget = math.inf if options.time_budget is None else options.time_budget
-    room = check_space(entry, out.parent, options.ipc, 1 if options.pixels else 4, keep)
+    room = check_space(entry, out, options.ipc, 1 if options.pixels else 4, keep)
     packed = (entry.get("images_per_class") or room) * entry["num_classes"]
     limit = min(room, made_for(options.most or packed, keep))
     images = limit if options.ipc is None else made_for(options.ipc, keep) * entry["num_classes"]
@@ -214,9 +227,10 @@ def check_writable(out: Path) -> None:
         raise Failure(f"--out {out} cannot be written: {error.strerror}.") from error
 
 
-def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None, bytes_per_value: int, keep: float = 1.0) -> int:
+def check_space(entry: Mapping[str, Any], out: Path, ipc: int | None, bytes_per_value: int, keep: float = 1.0) -> int:
     """How many images can be made: by what the disk has room for, and the memory of whoever loads the file here.
 
+    out: the file; the shards that a killed run has left next to it are continued or discarded, so they take no room.
     ipc: images of each class in the file. bytes_per_value: of the file; shards hold one. keep: the share of the images that
     the file gets. Raises Failure if there is room for too few.
     """
@@ -224,10 +238,11 @@ def check_space(entry: Mapping[str, Any], folder: Path, ipc: int | None, bytes_p
     needed = made_for(ipc or 1, keep) * entry["num_classes"]
     # The probabilities of the classes are held, sorted and compared while the images are joined.
     labeling = 6 * entry["num_classes"] if keep < 1 else 0
-    on_disk, in_memory = shutil.disk_usage(folder).free, free_memory()
+    left = sum(path.stat().st_size for path in shards_folder(out).glob("*"))
+    on_disk, in_memory = shutil.disk_usage(out.parent).free + left, free_memory()
     room = int(0.9 * on_disk / (values * (1 + keep * bytes_per_value)))
     if room < needed:
-        raise Failure(f"{on_disk / 1e6:,.0f} MB are free in {folder}, room for {room:,} images; {needed:,} are needed.")
+        raise Failure(f"{on_disk / 1e6:,.0f} MB are free in {out.parent}, room for {room:,} images; {needed:,} are needed.")
     loaded = int(0.7 * in_memory / (values * keep * bytes_per_value + labeling))
     if ipc and loaded < needed:
         raise Failure(f"{in_memory / 1e6:,.0f} MB of memory are free, room for {loaded:,} images; {needed:,} are needed.")

@@ -68,7 +68,7 @@ class Job:
 
     @property
     def shards(self) -> Path:
-        return self.out.with_name(self.out.name + ".shards")
+        return shards_folder(self.out)
 
     @property
     def end(self) -> float:
@@ -105,6 +105,10 @@ class Job:
         """
         turn, place = divmod(position, self.classes)
         return (place + worker * self.classes // self.workers) % self.classes, worker + self.workers * turn
+
+
+def shards_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".shards")
 
 
 def made_for(kept: int, keep: float) -> int:

@@ -303,6 +303,28 @@ def test_a_disk_without_room_is_known_before_the_budget_is_spent(entry, tmp_path
     assert "room for" in done.stderr and "2 are needed" in done.stderr
 
 
+def test_the_images_that_a_killed_run_left_take_no_room_from_the_run_that_continues_it(entry, tmp_path):
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no file system of one's own can be mounted here (unshare -Urm)")
+    small = tmp_path / "small"
+    small.mkdir()
+    code = textwrap.dedent("""
+        import sys; from pathlib import Path
+        sys.path.insert(0, sys.argv[1])
+        import generate
+        out = Path(sys.argv[2], "images.pt")
+        arguments = {"num_classes": 2, "image_size": 16}, out, 11, 4
+        before = generate.check_space(*arguments)
+        (shards := out.with_name("images.pt.shards")).mkdir()
+        (shards / "0-0-52.safetensors").write_bytes(bytes(40960))
+        print(before, generate.check_space(*arguments))
+    """)
+    words = ["sh", "-c", f"mount -t tmpfs -o size=100k none {small} && exec \"$@\"", "sh",
+             sys.executable, "-I", "-c", code, entry, small]  # fmt: skip
+    done = subprocess.run(["unshare", "-Urm", *words], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["24", "24"], done.stderr
+
+
 def limited(size):
     """Of a process: files that would become larger are refused, as by a disk without room."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -468,7 +490,7 @@ class TestParts:
     def test_the_memory_of_whoever_loads_the_file_limits_a_fixed_set_too(
         self, load, tmp_path, monkeypatch, ipc, bytes_per_value, said
     ):
-        generate, shards = load("generate"), load("shards")
+        generate, shards, out = load("generate"), load("shards"), tmp_path / "images.pt"
         files = {"cgroup": "0::/\n", "mountinfo": f"30 23 0:28 / {tmp_path} rw - cgroup2 cgroup2 rw\n", "memory.max": "850000",
                  "memory.current": "0", "memory.stat": "inactive_file 0\n"}  # fmt: skip
         for name, text in files.items():
@@ -477,9 +499,9 @@ class TestParts:
         entry = {"num_classes": 2, "image_size": 32}
         if said:
             with pytest.raises(shards.Failure, match=said):
-                generate.check_space(entry, tmp_path, ipc, bytes_per_value)
+                generate.check_space(entry, out, ipc, bytes_per_value)
         else:
-            assert generate.check_space(entry, tmp_path, ipc, bytes_per_value) == 595_000 // (3072 * bytes_per_value)
+            assert generate.check_space(entry, out, ipc, bytes_per_value) == 595_000 // (3072 * bytes_per_value)
 
     def test_the_process_began_before_it_looked_at_the_clock(self, load):
         assert 0 <= load("generate").process_age() < 10
