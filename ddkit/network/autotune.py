@@ -23,7 +23,7 @@ from ddkit.network.engine import build_engine, close_engine
 from ddkit.network.kernels import CompileError
 from ddkit.network.plan import PRECISIONS, EnginePlan
 from ddkit.runtime.device import cpu_flags, describe_device, release_memory
-from ddkit.runtime.files import cache_folder, read_json, write_json
+from ddkit.runtime.files import cache_folder, one_at_a_time, read_json, write_json
 
 _log = logging.getLogger(__name__)
 _warn_once = functools.cache(_log.warning)  # not again for every network of an evaluation
@@ -152,8 +152,10 @@ def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: i
             _log.info("%s: %.3f ms for each image", plan, 1000 * found[-1].seconds)
     best = min(found, key=lambda each: each.seconds, default=_Measured(plans[0], float("inf")))
     values = asdict(best.plan) | {"seconds": best.seconds, "start": best.start}
+    path = cache_folder() / _MEMORY
     try:
-        write_json(cache_folder() / _MEMORY, {**_memory(), key: values})
+        with one_at_a_time(path.with_name(f".{_MEMORY}.lock"), "remembers a choice of engine"):
+            write_json(path, {**_memory(), key: values})
     except BadFileError as error:
         _log.info("The choice of engine could not be saved: %s", error)
     return best

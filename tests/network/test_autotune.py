@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def test_a_measured_choice_is_remembered(own_cache):
     memory.write_text("{torn")
     assert choose_plan(network, "float32", 8) in candidates(network, "float32", 8)
     assert json.loads(memory.read_text())
+
+
+def test_choices_that_are_made_at_the_same_time_are_all_remembered(own_cache):
+    plan = EnginePlan("cuda_graph", "float32")  # a single one, which is not measured
+    keys = [f"processor {number}" for number in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda key: autotune._best(key, None, [plan], 8), keys))
+    assert sorted(json.loads((own_cache / "_engines.json").read_text())) == sorted(keys)
 
 
 @pytest.mark.slow
