@@ -52,8 +52,12 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
     if needs_features:
         features = resolve_precision(FeatureSettings(precision=source.select_precision), spec, group.device)
         provenance["selected_in"] = features.precision
-    looks_at_real = needs_features or settings.influence_guidance > 0
-    identity = _identity(provenance, ipc, spec, store_hash(dataset, "train") if looks_at_real else "")
+    trains_networks = needs_features or settings.influence_guidance > 0
+    looks_at_real = trains_networks or settings.mode_guidance > 0
+    if looks_at_real:
+        real = open_dataset(dataset, "train", progress=progress)
+    sha256 = store_hash(dataset, "train") if looks_at_real else ""
+    identity = _identity(provenance, ipc, spec, sha256)
     classes = group.local_items(range(spec.num_classes))
     partial = PartialSet(out, identity, spec.image_shape)
     request = partial.digest
@@ -67,18 +71,13 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
         partial = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)
     modes = influence = extract = None
     if settings.mode_guidance:
-        real = open_dataset(dataset, "train", progress=progress)
-        modes = find_modes(
-            source.folder, model, real.labels, ipc, seed=settings.seed, dataset_sha256=store_hash(dataset, "train")
-        )
-    if looks_at_real:
-        real = open_dataset(dataset, "train", progress=progress)
+        modes = find_modes(source.folder, model, real.labels, ipc, seed=settings.seed, dataset_sha256=sha256)
+    if trains_networks:
         if not group.is_main:
             group.gather([])  # the main process trains the networks, once
         if needs_features:
             extract = feature_extractor(real, dataset, features, group.device, progress)
         if settings.influence_guidance:
-            sha256 = store_hash(dataset, "train")
             influence = find_influence(real, spec, dataset_sha256=sha256, device=group.device, progress=progress)
         if group.is_main:
             group.gather([])
