@@ -1,4 +1,4 @@
-"""The plan of an entry: its stages, what each will take on this machine, and how the time is split between the datasets."""
+"""The plan of an entry: its stages, and what each will take on this machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ _SHARE_OF_EVALUATION = 0.5  # of the time, at most, where the plan chooses how t
 _SHARE_OF_VALIDATION = 0.25  # of a refinement's time, at most, where the plan chooses how to validate
 _VAL_EPOCHS = (200, 100, 40, 20, 10)
 _EVALUATIONS = {1: ((1000, 3), (1000, 1), (200, 1), (50, 1)), 2: ((100, 3), (100, 1), (20, 1), (5, 1))}  # E, rounds
-_QUANTA = 40  # parts in which the time is given to the datasets
 _TRIED = 1.0  # seconds of an evaluation's training
 _REAL_PER_CLASS = 40  # made-up images to measure with
 # Assumptions where a measurement would take longer than the stage.
@@ -200,10 +199,8 @@ class _Planner:
                 f"{time_option(sum(least.values()))} for {made} and {time_option(spent + fixed)} for the rest.",
                 f"Give --time {time_option(needed)} or more, or a smaller --epochs-setting, --rounds or --datasets.",
             )
-        shares = self._split(recipe, left)
-        flexible = []
+        share, flexible = left / len(recipe.sets), []
         for each in recipe.sets:
-            share = shares[each.dataset]
             parts = [f"train {each.dataset}"] * bool(each.preset) + [f"refine {each.dataset}"] * (each.refine is not None)
             expected |= dict.fromkeys(parts, share / max(1, len(parts)))
             flexible += parts
@@ -272,42 +269,6 @@ class _Planner:
             seconds += speed.within(RefineLimits(LEAST_STEPS), settings)[1] + speed.validations(settings, LEAST_STEPS)
         return seconds
 
-    def _split(self, recipe: Recipe, seconds: float) -> dict[str, float]:
-        """Seconds for each dataset: where each gains most for the mean, or equal parts."""
-        names = recipe.datasets
-        if len(names) == 1:
-            return {names[0]: seconds}
-        gains = [self._expected(each, 0.0) is not None for each in recipe.sets]
-        if not all(gains):
-            unknown = [name for name, known in zip(names, gains, strict=True) if not known]
-            why = f", because no refinement of {' and '.join(unknown)} has been recorded" if recipe.track == 1 else ""
-            self._notes.append(f"The datasets get equal parts of the time{why}.")
-            return dict.fromkeys(names, seconds / len(names))
-        parts = dict.fromkeys(names, 0)
-        for _ in range(_QUANTA):
-            quantum = seconds / _QUANTA
-            steps = {
-                each.dataset: (self._expected(each, (parts[each.dataset] + 1) * quantum) or 0.0)
-                - (self._expected(each, parts[each.dataset] * quantum) or 0.0)
-                for each in recipe.sets
-            }
-            # Where nothing more is known to be gained, the dataset with the smaller part comes first.
-            best = max(names, key=lambda name: (round(steps[name], 6), -parts[name]))
-            parts[best] += 1
-        self._notes.append(
-            "The time is split by what recorded refinements have gained for the mean: "
-            + ", ".join(f"{name} {100 * parts[name] / _QUANTA:.0f} %" for name in names) + "."
-        )  # fmt: skip
-        return {name: seconds * part / _QUANTA for name, part in parts.items()}
-
-    def _expected(self, each: SetRecipe, seconds: float) -> float | None:
-        """The official accuracy to expect after refining for so long."""
-        if each.refine is None:
-            return None
-        work = (1 - _SHARE_OF_VALIDATION) * seconds
-        steps = self._speeds[each.dataset].refine.within(RefineLimits(seconds=work), each.refine)[0] if work else 0
-        return expected_accuracy(each.dataset, IPC, each.refine, steps)
-
     def _with_validation(self, each: SetRecipe, refine: RefineSettings, seconds: float) -> SetRecipe:
         """The set's recipe with validations that take a part of the refinement's time only."""
         speed = self._speeds[each.dataset].refine
@@ -315,7 +276,8 @@ class _Planner:
             settings = dataclasses.replace(refine, val_epochs=min(epochs, refine.val_epochs))
             if speed.validations(settings, 1) <= _SHARE_OF_VALIDATION * seconds:
                 break
-        if (accuracy := self._expected(dataclasses.replace(each, refine=settings), seconds)) is not None:
+        steps, _ = speed.within(RefineLimits(seconds=(1 - _SHARE_OF_VALIDATION) * seconds), settings)
+        if (accuracy := expected_accuracy(each.dataset, IPC, settings, steps)) is not None:
             self._notes.append(f"Recorded refinements suggest an official accuracy of about {accuracy:.0%} on {each.dataset}.")
         return dataclasses.replace(each, refine=settings)
 
