@@ -14,7 +14,7 @@ from ddkit.data.store import dataset_spec
 from ddkit.distill.state import STATE_FILE
 from ddkit.entering.plan import MARGIN, Outline, make_outline, refine_limit
 from ddkit.entering.recipe import RECIPE_FILE, Recipe, write_recipe
-from ddkit.entering.stages import Stage, Workplace
+from ddkit.entering.stages import PACK, Stage, Workplace
 from ddkit.errors import BadFileError, InterruptedRunError, UsageError
 from ddkit.network.autotune import prescribed_plans, remembered_plans
 from ddkit.network.plan import EnginePlan
@@ -26,7 +26,6 @@ from ddkit.runtime.interrupt import time_is_up, time_limit
 from ddkit.runtime.progress import Listener, Progress, ignore
 
 _STATE_FILE = Path("runs", "entry.json")
-_QUICK = ("check and pack", "report")  # stages that run even if the time is up
 _OVERTIME = 1.1  # of the time; an evaluation that is nearly finished is worth it
 _SECONDS_BETWEEN_SAVES = 10.0
 _LEAST_WORK = 1.0  # seconds, of a stage whose length the time decides
@@ -59,8 +58,12 @@ class Plan:
     notes: tuple[str, ...]
 
     def states(self) -> tuple[StageState, ...]:
-        """What is done, as the files show it."""
-        return tuple(StageState(each.name, "done" if each.is_done() else "to come", each.seconds) for each in self.stages)
+        """What is done, as the files show it. A stage is to come if one is whose files it uses, which may change them."""
+        to_come: set[str] = set()
+        for each in self.stages:
+            if to_come.intersection(each.after) or not each.is_done():
+                to_come.add(each.name)
+        return tuple(StageState(each.name, "to come" if each.name in to_come else "done", each.seconds) for each in self.stages)
 
 
 @dataclass(frozen=True)
@@ -208,22 +211,17 @@ class _Run:
         self._state, self._device, self._on_event = state, device, on_event
         self._place = Workplace(folder, state.recipe, device, self._limit, on_event)
         self._recipe_file = folder / RECIPE_FILE
-        expected = state.outline.expected
-        stages = tuple(
-            Stage(name, expected.get(name, 0.0), *actions, may_wait=name not in _QUICK)
-            for name, actions in self._place.actions().items()
-        )
-        self.plan = Plan(state.recipe, state.outline.seconds, stages, state.outline.notes)
-        self._to_come: list[Stage] = list(stages)
+        outline = state.outline
+        self.plan = Plan(state.recipe, outline.seconds, self._place.stages(outline.expected), outline.notes)
+        self._states: dict[str, StageState] = {}
         self._began = self._saved = time.monotonic()
 
     def carry_out(self, asked: Recipe, progress: Listener, watch: Callable[[Sequence[StageState]], None]) -> Entry:
         """Run every stage that is not done."""
-        state, stages = self._state, self.plan.stages
+        state = self._state
         for note in self.plan.notes:
             self._on_event(note)
-        states = {each.name: each for each in self.plan.states()}
-        self._to_come = [each for each in stages if states[each.name].status != "done"]
+        self._states = states = {each.name: each for each in self.plan.states()}
 
         def set_status(name: str, status: str) -> None:
             states[name] = replace(states[name], status=status, seconds=state.took.get(name))
@@ -232,15 +230,15 @@ class _Run:
         watch(tuple(states.values()))
         before = state.spent
         self._began = time.monotonic() - before  # so that what was spent earlier counts
-        for stage in list(self._to_come):
-            if stage.is_done():  # two stages may share a file
-                set_status(stage.name, "done")
+        for stage in self.plan.stages:
+            if stage.is_done():  # asked now, as an earlier stage may have made another set, or the same one again
+                if states[stage.name].status != "done":
+                    set_status(stage.name, "done")
             elif stage.may_wait and self._left() <= 0:
                 set_status(stage.name, "left out")
             else:
                 set_status(stage.name, "running")
                 set_status(stage.name, "done" if self._run(stage, progress) else "stopped")
-            self._to_come.remove(stage)
         recipe = self._finish(asked)
         leaderboard = self._place.leaderboard
         if leaderboard is None:
@@ -252,7 +250,7 @@ class _Run:
         """Run a stage; False if the time was up before its end."""
         state, began = self._state, time.monotonic()
         earlier = state.took.get(stage.name, 0.0)
-        if stage.name == _QUICK[0]:
+        if stage.name == PACK:
             if not self._place.sets_are_there():
                 raise InterruptedRunError(
                     "The time is up before there was a set to pack; the state is kept.",
@@ -294,8 +292,9 @@ class _Run:
         """The seconds of work in all of a stage that begins now and whose length the time decides."""
         state, outline = self._state, self._state.outline
         if name not in state.limits:
-            flexible = sum(each.seconds for each in self._to_come if each.name in outline.flexible)
-            fixed = sum(each.seconds for each in self._to_come if each.name not in outline.flexible)
+            to_come = [each for each in self._states.values() if each.status in ("to come", "running")]
+            flexible = sum(each.expected for each in to_come if each.name in outline.flexible)
+            fixed = sum(each.expected for each in to_come if each.name not in outline.flexible)
             left = (outline.seconds or 0.0) - (time.monotonic() - self._began) - MARGIN * fixed
             seconds = max(0.0, left) * outline.expected[name] / flexible
             verb, _, dataset = name.rpartition(" ")

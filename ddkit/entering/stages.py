@@ -6,8 +6,9 @@ baseline/  generated/  submission/  runs/  recipe.toml  submission.zip or track2
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.distill.refine import refine
 from ddkit.distill.settings import RefineLimits
 from ddkit.distill.state import STATE_FILE, RefinementState
-from ddkit.entering.plan import epochs_setting, evaluated, rounds
+from ddkit.entering.plan import epochs_setting, rounds
 from ddkit.entering.recipe import IPC, Recipe, SetRecipe
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
@@ -37,6 +38,7 @@ from ddkit.runtime.files import sha256_of
 from ddkit.runtime.progress import Listener
 from ddkit.sets.distilled import KIND_GENERATED, KIND_RANDOM_REAL, read_provenance
 
+PACK, REPORT = "check and pack", "report"  # names of the stages that all others lead to
 _COMPILED_SECONDS = 120.0  # of a training; shorter ones are not worth compiling for
 _MISSING_TENSOR = "F003"
 
@@ -45,12 +47,14 @@ _MISSING_TENSOR = "F003"
 class Stage:
     """A stage of an entry.
 
-    name: unique, such as "refine cifar100". seconds: that it will take, about. is_done: looks at its files. run: does it,
-    or what is left of it. may_wait: True for what the end of the time stops, with its state kept.
+    name: unique, such as "refine cifar100". seconds: that it will take, about. after: names of the earlier stages whose
+    files it uses. is_done: looks at its files. run: does it, or what is left of it. may_wait: True for what the end of the
+    time stops, with its state kept.
     """
 
     name: str
     seconds: float
+    after: tuple[str, ...]
     is_done: Callable[[], bool]
     run: Callable[[Listener], None]
     may_wait: bool = True
@@ -93,37 +97,40 @@ class Workplace:
             return all(has_model(self._run(name)) for name in self.recipe.datasets)
         return all(self.submission(name).exists() for name in self.recipe.datasets)
 
-    def actions(self) -> dict[str, tuple[Callable[[], bool], Callable[[Listener], None]]]:
-        """(is_done, run) of each stage, in order, by its name."""
-        actions: dict[str, tuple[Callable[[], bool], Callable[[Listener], None]]] = {}
+    def stages(self, expected: Mapping[str, float]) -> tuple[Stage, ...]:
+        """The stages that are expected, in order. expected: seconds of each by its name."""
+        stages: list[Stage] = []
 
-        def add(verb: str, name: str, is_done: Callable[[str], bool], run: Callable[[str, Listener], None]) -> None:
-            actions[f"{verb} {name}"] = (lambda: is_done(name), lambda progress: run(name, progress))
+        def add(name: str, after: Iterable[str], is_done: Callable[[], bool], run: Callable[[Listener], None]) -> None:
+            if name in expected:
+                stages.append(Stage(name, expected[name], tuple(after), is_done, run, may_wait=name not in (PACK, REPORT)))
 
-        sets, track = self.recipe.sets, self.recipe.track
-        for each in sets:
-            add("prepare", each.dataset, is_prepared, self._prepare)
-        for each in sets if track == 1 else ():
-            add("random real images", each.dataset, self._has_baseline, self._draw_baseline)
-        for each in sets:
-            if each.preset:
-                add("train", each.dataset, self._is_trained, self._train)
-                if track == 1:
-                    add("generate", each.dataset, self._is_generated, self._generate)
-        for each in sets:
-            if each.refine is not None:
-                add("refine", each.dataset, self._is_refined, self._refine)
-        if track == 2:
-            actions["check and pack"] = (self._is_bundled, self._bundle)
-            for each in sets:
-                add("evaluate", each.dataset, self._is_generator_evaluated, self._evaluate_generator)
+        def add_each(
+            verb: str, after: Sequence[str], is_done: Callable[[str], bool], run: Callable[[str, Listener], None]
+        ) -> None:
+            for name in self.recipe.datasets:
+                add(f"{verb} {name}", (each.format(name) for each in after), partial(is_done, name), partial(run, name))
+
+        add_each("prepare", (), is_prepared, self._prepare)
+        add_each("random real images", ("prepare {}",), self._has_baseline, self._draw_baseline)
+        add_each("train", ("prepare {}",), self._is_trained, self._train)
+        add_each("generate", ("train {}",), self._is_generated, self._generate)
+        add_each("refine", ("random real images {}", "generate {}"), self._is_refined, self._refine)
+        everything = [each.name for each in stages]
+        if self.recipe.track == 2:
+            add(PACK, everything, self._is_bundled, self._bundle)
+            add_each("evaluate", (PACK,), self._is_generator_evaluated, self._evaluate_generator)
         else:
-            for each in sets:
-                for what in evaluated(each):
-                    actions[f"evaluate {what} {each.dataset}"] = self._evaluation(what, each.dataset)
-            actions["check and pack"] = (lambda: False, self._pack)
-        actions["report"] = (lambda: False, self._report)
-        return actions
+            makers = {
+                "submission": ("generate {}", "refine {}"),
+                "generated": ("generate {}",),
+                "baseline": ("random real images {}",),
+            }
+            for what, after in makers.items():
+                add_each(f"evaluate {what}", after, partial(self._is_evaluated, what), partial(self._evaluate_set, what))
+            add(PACK, everything, lambda: False, self._pack)
+        add(REPORT, everything, lambda: False, self._report)
+        return tuple(stages)
 
     def exact_recipe(self) -> Recipe:
         """The recipe that makes the sets that are there again, without those that are not there yet."""
@@ -262,12 +269,12 @@ class Workplace:
             recipe.track, recipe.rounds, recipe.epochs_setting, recipe.seed, device=self._device, time_budget=recipe.time_budget
         )
 
-    def _evaluation(self, what: str, name: str) -> tuple[Callable[[], bool], Callable[[Listener], None]]:
+    def _is_evaluated(self, what: str, name: str) -> bool:
         path = self._tensor(what, name)
-        return (
-            lambda: path.exists() and self._is_recorded(name, sha256_of(path)),
-            lambda progress: self._evaluate([path], name, progress),
-        )
+        return path.exists() and self._is_recorded(name, sha256_of(path))
+
+    def _evaluate_set(self, what: str, name: str, progress: Listener) -> None:
+        self._evaluate([self._tensor(what, name)], name, progress)
 
     def _evaluate(self, files: list[Path | GeneratorFiles], name: str, progress: Listener) -> None:
         settings = JobSettings(

@@ -12,9 +12,13 @@ import torch
 from click.testing import CliRunner
 
 from ddkit.cli import main
+from ddkit.distill.generate import FromReal, generate
 from ddkit.entering.entry import enter, plan_entry
-from ddkit.entering.recipe import read_recipe
+from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe
 from ddkit.errors import UsageError
+from ddkit.evaluation.evaluate import EvaluationSettings
+from ddkit.evaluation.job import JobSettings, evaluate_files
+from ddkit.runtime.files import sha256_of
 
 pytestmark = pytest.mark.slow
 
@@ -162,6 +166,18 @@ def test_more_time_refines_further_and_other_settings_are_refused(work):
     assert other[0] == 2 and "holds an entry with other settings (seed, sets)" in " ".join(other[2].split())
     recipe = finish("--recipe", "real.toml", "--folder", "entry")
     assert recipe[0] == 2 and "holds an entry with other settings" in " ".join(recipe[2].split())
+
+
+def test_a_set_that_takes_the_place_of_an_evaluated_one_is_evaluated_too(work):
+    recipe = Recipe((SetRecipe("glyphs", preset="demo", autoencoder_steps=2, train_steps=2),), epochs_setting=0, rounds=1)
+    entry, earlier = work / "entry", work / "entry/submission/glyphs.pt"
+    generate("glyphs", 10, FromReal("random", 0, "cpu"), earlier)
+    settings = EvaluationSettings(rounds=1, epochs_setting=0, device="cpu")
+    evaluate_files([earlier], JobSettings(settings, results=entry / "runs/results.jsonl"))
+    before = sha256_of(earlier)
+    made = enter(recipe, entry, device="cpu")
+    now = sha256_of(earlier)
+    assert now != before and now in {result.sha256 for result in made.leaderboard.results}
 
 
 def test_plan_entry_writes_nothing(work):

@@ -1,0 +1,64 @@
+"""Stages: their files show what is done, and what is to come once an earlier stage is."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from ddkit.distill.generate import FromReal, generate
+from ddkit.distill.settings import PRESETS
+from ddkit.entering.entry import Plan
+from ddkit.entering.recipe import Recipe, SetRecipe
+from ddkit.entering.stages import PACK, Workplace
+from ddkit.results import Result, append
+from ddkit.runtime.files import sha256_of
+
+STAGES = ("prepare", "random real images", "refine", "evaluate submission", "evaluate baseline", "report")
+DEVIATIONS = (
+    "dataset glyphs, the challenge has cifar100 and tinyimagenet",
+    "1 round instead of 3",
+    "E = 5 instead of 1000",
+)
+
+
+@pytest.fixture
+def place(letters, tmp_path):
+    """An entry that refines, evaluates with E = 5 and one round, and has real images in the place of both its sets."""
+    for name in ("submission", "baseline"):
+        generate("glyphs", 10, FromReal("random", 0, "cpu"), tmp_path / name / "glyphs.pt")
+    recipe = Recipe((SetRecipe("glyphs", refine=PRESETS["track1"]),), epochs_setting=5, rounds=1)
+    return Workplace(tmp_path, recipe, "cpu", lambda name, earlier: 0.0, lambda text: None)
+
+
+def record(place, accuracy=0.5, **changes):
+    """Append the record of the evaluation that the entry prescribes, with changes."""
+    values = {
+        "dataset": "glyphs", "images": 100, "images_per_class": (10, 10), "accuracies": (accuracy,), "name": "submission",
+        "track": 1, "sha256": sha256_of(place.submission("glyphs")), "source": "submission/glyphs.pt", "epochs_setting": 5,
+        "deviations": DEVIATIONS,
+    }  # fmt: skip
+    append(Result(**(values | changes)), place.results_file)
+
+
+def test_an_evaluation_is_to_come_if_its_set_is_to_be_refined_and_that_of_the_baseline_is_not(place):
+    record(place)
+    stages = place.stages({name if name == "report" else f"{name} glyphs": 1.0 for name in STAGES})
+    assert [stage.name for stage in stages if stage.is_done()] == [
+        f"{name} glyphs" for name in STAGES if name not in ("refine", "report")
+    ]
+    states = Plan(place.recipe, None, stages, ()).states()
+    to_come = [state.name for state in states if state.status == "to come"]
+    assert to_come == ["refine glyphs", "evaluate submission glyphs", "report"]
+
+
+def test_on_track_2_a_bundle_and_its_evaluations_are_to_come_if_any_generator_is_to_be_trained(tmp_path):
+    recipe = Recipe(tuple(SetRecipe(name, preset="tiny") for name in ("cifar100", "glyphs")), track=2)
+    place = Workplace(tmp_path, recipe, "cpu", lambda name, earlier: 0.0, lambda text: None)
+    names = [f"{verb} {name}" for verb in ("prepare", "train", "evaluate") for name in recipe.datasets] + [PACK, "report"]
+    stages = [
+        dataclasses.replace(stage, is_done=functools.partial(bool, stage.name != "train glyphs"))
+        for stage in place.stages(dict.fromkeys(names, 1.0))
+    ]
+    states = Plan(recipe, None, tuple(stages), ()).states()
+    to_come = [state.name for state in states if state.status == "to come"]
+    assert to_come == ["train glyphs", PACK, "evaluate cifar100", "evaluate glyphs", "report"]
