@@ -234,7 +234,7 @@ class _Run:
             if stage.is_done():  # asked now, as an earlier stage may have made another set, or the same one again
                 if states[stage.name].status != "done":
                     set_status(stage.name, "done")
-            elif stage.may_wait and self._left() <= 0:
+            elif stage.stoppable and self._left() <= 0:
                 set_status(stage.name, "left out")
             else:
                 set_status(stage.name, "running")
@@ -264,7 +264,7 @@ class _Run:
             progress(report)
 
         try:
-            with time_limit(max(0.0, self._left())) if stage.may_wait else contextlib.nullcontext():
+            with time_limit(max(0.0, self._left())) if stage.stoppable else contextlib.nullcontext():
                 try:
                     stage.run(listener)
                 except InterruptedRunError:

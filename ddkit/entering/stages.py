@@ -38,7 +38,8 @@ from ddkit.runtime.files import sha256_of
 from ddkit.runtime.progress import Listener
 from ddkit.sets.distilled import KIND_GENERATED, KIND_RANDOM_REAL, read_provenance
 
-PACK, REPORT = "check and pack", "report"  # names of the stages that all others lead to
+# Names of the stages that run even if the time is up. On track 2 the first trains a classifier and proves the bundle.
+PACK, REPORT = "check and pack", "report"
 _COMPILED_SECONDS = 120.0  # of a training; shorter ones are not worth compiling for
 _MISSING_TENSOR = "F003"
 
@@ -48,8 +49,8 @@ class Stage:
     """A stage of an entry.
 
     name: unique, such as "refine cifar100". seconds: that it will take, about. after: names of the earlier stages whose
-    files it uses. is_done: looks at its files. run: does it, or what is left of it. may_wait: True for what the end of the
-    time stops, with its state kept.
+    files it uses. is_done: looks at its files. run: does it, or what is left of it. stoppable: True if the end of
+    the time stops it, with its state kept, or leaves it out.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Stage:
     after: tuple[str, ...]
     is_done: Callable[[], bool]
     run: Callable[[Listener], None]
-    may_wait: bool = True
+    stoppable: bool = True
 
 
 class Workplace:
@@ -103,7 +104,7 @@ class Workplace:
 
         def add(name: str, after: Iterable[str], is_done: Callable[[], bool], run: Callable[[Listener], None]) -> None:
             if name in expected:
-                stages.append(Stage(name, expected[name], tuple(after), is_done, run, may_wait=name not in (PACK, REPORT)))
+                stages.append(Stage(name, expected[name], tuple(after), is_done, run, stoppable=name not in (PACK, REPORT)))
 
         def add_each(
             verb: str, after: Sequence[str], is_done: Callable[[str], bool], run: Callable[[str, Listener], None]
