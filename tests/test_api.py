@@ -67,7 +67,7 @@ def test_load_dataset_and_generate_report_their_progress(tmp_path):
     made = ddkit.generate("glyphs", ipc=1, from_real="first", out=tmp_path / "glyphs.pt")
     assert len(dataset) > 0 and dataset.images.shape[1:] == made.images.shape[1:] == (3, 32, 32)
     assert made.ipc == 1 and made.kind == "first-real" and ddkit.read_set(made.path).sha256 == made.sha256
-    assert all(isinstance(one, Progress) for one in reports)
+    assert reports and all(isinstance(one, Progress) for one in reports)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The examination of the machine: a line a part, with a remedy where something is slow or broken."""
 
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.prepare import prepare
 from ddkit.doctor import diagnose, examine_datasets
 from ddkit.runtime.container import available_cpus
+from ddkit.runtime.progress import span_text
 
 PARTS = {"Python", "libraries", "processor", "threads", "compiler", "evaluation engine", "memory", "this folder", "cache"}
 
@@ -46,8 +48,16 @@ def test_prepared_datasets_are_listed_with_their_counts(letters):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_diagnose_measures_the_engine_in_images_a_second(tmp_path):
     (line,) = (line for line in diagnose(tmp_path) if line.what == "evaluation engine")
-    assert "images/s" in line.finding and "score takes about" in line.finding
-    assert line.status == "ok" or line.remedy
+    kind, speed, score = re.fullmatch(
+        r'"(.+)", ([\d,]+) images/s: an official cifar100 score takes about (.+)', line.finding
+    ).groups()
+    speed = int(speed.replace(",", ""))
+    rounded = torch.linspace(-0.5, 0.5, 101).tolist()
+    assert kind != "plain" and score in {span_text(3_003_000 / (speed + rest)) for rest in rounded}
+    if speed > 300:
+        assert (line.status, line.remedy) == ("ok", "")
+    elif speed < 300:
+        assert line.status == "slow" and ("Other processes" in line.remedy) != ("Use more CPUs" in line.remedy)
 
 
 @pytest.mark.slow

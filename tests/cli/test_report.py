@@ -161,7 +161,7 @@ def test_the_page_does_not_replace_the_record(results):
 def test_a_page_that_cannot_be_written_says_why(results):
     Path("file").touch()
     _, errors = run("--html", "file/report.html", status=3)
-    assert "file" in errors and "Traceback" not in errors
+    assert "Error: file: File exists." in errors and "Traceback" not in errors
 
 
 def test_only_the_wanted_track(results):

@@ -109,8 +109,8 @@ def test_minimax_resumes_without_repeating_its_settings(ddkit, tmp_path, dit_fol
     minimax = settings(folder)["minimax"]
     assert (minimax["lambda_r"], minimax["lambda_d"], minimax["memory_size"], minimax["full"]) == (0.5, 0.0, 3, True)
     assert minimax["class_map"] == [["blue", "tench"], ["red", None]]
-    assert all(record["loss"] == pytest.approx(record["mse"] + 0.5 * record["representativeness"], rel=1e-5)
-               for record in records(folder))  # fmt: skip
+    losses = [(record["loss"], record["mse"] + 0.5 * record["representativeness"]) for record in records(folder)]
+    assert losses and all(loss == pytest.approx(expected, rel=1e-5) for loss, expected in losses)
 
     other = ddkit("train", "--dataset", "colors", "--out", folder, *QUICK, "--memory-size", "5")
     assert other.exit_code == 2 and "minimax.memory_size: 3, not 5" in said(other)

@@ -135,7 +135,7 @@ def test_eps_program_is_not_run():
 
 def test_image_of_absurd_size_is_not_decoded():
     header = b"P6\n100000 100000\n255\n"
-    with pytest.raises(BadImageError, match="too many|exceeds limit"):
+    with pytest.raises(BadImageError, match="exceeds limit"):
         read_image(header, 4)
 
 

@@ -48,5 +48,5 @@ def test_estimate_says_what_is_not_official(tests):
 
 def test_estimate_of_images_of_another_shape_raises(tests):
     other = TestSet(tests.images, tests.labels, CIFAR100)
-    with pytest.raises(InvalidSubmissionError, match="shape"):
+    with pytest.raises(InvalidSubmissionError, match=r"of shape \(2, 3, 16, 16\); cifar100 needs"):
         estimate_evaluation(FixedSet(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1])), "a.pt", other, EvaluationSettings())

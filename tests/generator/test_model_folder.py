@@ -104,7 +104,7 @@ class TestInvalidFolders:
     def test_truncated_weights_raise_bad_file_error(self, folder):
         path = folder / "vae" / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(BadFileError, match="vae"):
+        with pytest.raises(BadFileError, match="does not fit its config.json: Error while deserializing"):
             load_model(folder)
 
     @pytest.mark.parametrize("change", ["a tensor more", "a tensor less", "another shape"])
@@ -147,7 +147,7 @@ class TestInvalidFolders:
 
     def test_foreign_ddkit_json_raises_bad_file_error(self, folder):
         (folder / "ddkit.json").write_text('{"format": 99}')
-        with pytest.raises(BadFileError, match="version"):
+        with pytest.raises(BadFileError, match="was not written by this version of ddkit"):
             read_facts(folder)
         (folder / "ddkit.json").write_text('{"format": 1, "dataset": "colors"}')
         with pytest.raises(BadFileError, match="not complete"):

@@ -98,7 +98,7 @@ def test_unknown_and_missing_keys_raise_bad_file_error_that_names_them():
     with pytest.raises(BadFileError, match="ObjectiveConfig has no wieght"):
         from_json(value)
     del value["objective"]["wieght"], value["denoiser"]
-    with pytest.raises(BadFileError, match="denoiser"):
+    with pytest.raises(BadFileError, match="GeneratorConfig is not complete: .*'denoiser'"):
         from_json(value)
 
 

@@ -194,9 +194,9 @@ class TestModeGuidance:
         assert difference(whole, small) <= 1
 
     def test_scale_without_modes_and_modes_without_scale_are_refused(self, make_model):
-        with pytest.raises(UsageError, match="modes"):
+        with pytest.raises(UsageError, match="needs both a scale above 0 and the modes"):
             Sampler(make_model(), SamplingSettings(mode_guidance=0.1))
-        with pytest.raises(UsageError, match="modes"):
+        with pytest.raises(UsageError, match="needs both a scale above 0 and the modes"):
             Sampler(make_model(), SamplingSettings(), modes=self.modes())
 
 

@@ -49,7 +49,7 @@ def test_the_ends_of_the_scale():
     ],
 )
 def test_percentages_are_refused(call):
-    with pytest.raises(UsageError, match="100"):
+    with pytest.raises(UsageError, match="divide percentages by 100"):
         call()
 
 

@@ -149,7 +149,7 @@ def test_fewer_training_images_are_drawn_of_larger_ones(side, available, trained
 
 
 def test_feature_settings_out_of_range_raise_usage_error():
-    with pytest.raises(UsageError, match="epochs"):
+    with pytest.raises(UsageError, match="FeatureSettings.epochs must be positive, got 0"):
         FeatureSettings(epochs=0)
     with pytest.raises(UsageError, match="Unknown precision 'float8'"):
         FeatureSettings(precision="float8")

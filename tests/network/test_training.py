@@ -157,7 +157,7 @@ def test_average_pooling_networks_have_no_strided_convolution_and_the_same_outpu
     images, _ = small_set(2, size=32)
     strided, pooled = (build_network(name, 4, 32, seed=0) for name in ("resnet18", "resnet18_ap"))
     convolutions = [module for module in pooled.modules() if isinstance(module, nn.Conv2d)]
-    assert all(module.stride == (1, 1) for module in convolutions)
+    assert len(convolutions) == 20 and all(module.stride == (1, 1) for module in convolutions)
     x, y = images, images
     for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
         x, y = getattr(strided, stage)(x), getattr(pooled, stage)(y)

@@ -47,7 +47,7 @@ def test_marks_lie_between_the_ends_of_their_intervals_on_one_axis(result):
     once, mine = chart.marks
     assert 0 <= mine.low < mine.position < mine.high < once.position <= 100
     assert (once.low, once.high) == (None, None)
-    assert all(0 <= tick.position <= 100 and tick.label.endswith("%") for tick in chart.ticks)
+    assert chart.ticks and all(0 <= tick.position <= 100 and tick.label.endswith("%") for tick in chart.ticks)
 
 
 def test_a_group_of_both_datasets_has_a_chart_of_the_mean_first(result):

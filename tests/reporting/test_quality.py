@@ -50,7 +50,7 @@ def test_copies_of_real_images_are_counted(spots, tmp_path):
     assert lines[copies]["Frechet distance"] < lines[made]["Frechet distance"]
     one = measured[copies]
     assert one.name == "copies-spots" and one.images == 8
-    assert all(picture.size[0] > 16 for _, _, picture in one.sheets)
+    assert one.sheets and all(picture.size[0] > 16 for _, _, picture in one.sheets)
     assert one.as_data()["lines"][0]["metric"] == "Frechet distance"
 
 

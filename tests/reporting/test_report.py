@@ -38,7 +38,7 @@ def test_report_of_a_results_file_ranks_it_and_writes_the_page(result, tmp_path)
 
 
 def test_report_of_a_missing_file_and_onto_the_results_raises(result, tmp_path):
-    with pytest.raises(MissingDataError, match="elsewhere"):
+    with pytest.raises(MissingDataError, match="There is no results file .*elsewhere.jsonl"):
         report(tmp_path / "elsewhere.jsonl")
     append(result("mine", "glyphs", 0.5), tmp_path / "results.jsonl")
     with pytest.raises(UsageError, match="would replace"):

@@ -186,4 +186,4 @@ def test_shortage_of_the_autoencoder_does_not_suggest_smaller_batches(config, mo
     monkeypatch.setattr(module, "free_memory", lambda device: (autoencoder.memory + denoiser.memory) // 2)
     with pytest.raises(ComputeError) as caught:
         check_memory(config, 16, 3, CPU)
-    assert "preset" in caught.value.remedy and "--accumulation" not in caught.value.remedy
+    assert caught.value.remedy == "No smaller preset fits: close other programs, or use another --device."

@@ -112,7 +112,9 @@ def test_fine_tuning_our_generator_resumes_bit_for_bit(data, tuning, own, tmp_pa
 
 def test_records_hold_the_terms_of_the_loss(data, tuning, own, tmp_path):
     train(data, TrainingRequest(tuning(own, steps=20, lambda_r=0.5, lambda_d=0.25), tmp_path))
-    for record in records(tmp_path):
+    kept = records(tmp_path)
+    assert kept
+    for record in kept:
         expected = record["mse"] + 0.5 * record["representativeness"] + 0.25 * record["diversity"]
         assert record["stage"] == "minimax" and record["loss"] == pytest.approx(expected, rel=1e-5)
         assert record["representativeness"] > 0
