@@ -12,19 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddkit.challenge import CHALLENGE_DATASETS
+from ddkit.challenge import CHALLENGE_DATASETS, TEST_IMAGES, track
 from ddkit.checks.check import Report
 from ddkit.data.prepare import prepare
-from ddkit.data.store import is_prepared, store_hash
+from ddkit.data.store import dataset_spec, is_prepared, store_hash
 from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.distill.refine import refine
 from ddkit.distill.settings import RefineLimits
 from ddkit.distill.state import STATE_FILE, RefinementState
-from ddkit.entering.plan import epochs_setting, rounds
 from ddkit.entering.recipe import IPC, Recipe, SetRecipe
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
-from ddkit.evaluation.tracks import hash_of_folder
+from ddkit.evaluation.tracks import Conditions, deviations, hash_of_folder
 from ddkit.generator.config import SamplingSettings, default_guidance
 from ddkit.generator.model_facts import FACTS_FILE, has_model, model_hash, read_facts
 from ddkit.generator.training.records import read_records
@@ -138,8 +137,8 @@ class Workplace:
         recipe = self.recipe
         for each in recipe.sets:
             recipe = recipe.with_set(self._exact(each))
-        best = {result.dataset: result.mean for result in self._results() if result.sha256 in self._hashes()}
-        return dataclasses.replace(recipe, accuracies=best)
+        found = {name: self._evaluations(name, self._sha256(name)) for name in recipe.datasets}
+        return dataclasses.replace(recipe, accuracies={name: results[-1].mean for name, results in found.items() if results})
 
     def _exact(self, each: SetRecipe) -> SetRecipe:
         changes: dict[str, Any] = {"dataset_sha256": store_hash(each.dataset, "train")} if is_prepared(each.dataset) else {}
@@ -156,11 +155,16 @@ class Workplace:
             changes["refine_steps"] = state.best_step
         return dataclasses.replace(each, **changes)
 
-    def _hashes(self) -> set[str]:
-        paths = [self.submission(name) for name in self.recipe.datasets]
-        if self.recipe.track == 2:
-            return {result.sha256 for result in self._results() if result.track == 2}
-        return {sha256_of(path) for path in paths if path.exists()}
+    def _sha256(self, name: str) -> str:
+        """The hash of what is submitted for a dataset; "" where that has not been made."""
+        if self.recipe.track == 1:
+            return sha256_of(path) if (path := self.submission(name)).exists() else ""
+        if not self._is_bundled():
+            return ""
+        from ddkit.packing.bundle import open_generators  # imports diffusers, which takes seconds
+
+        with open_generators([self.zip_file], name) as (files,):
+            return hash_of_folder(files.folder)
 
     def _tensor(self, folder: str, name: str) -> Path:
         return self.folder / folder / f"{name}.pt"
@@ -252,17 +256,18 @@ class Workplace:
             f"{refined.accuracy:.2%} at step {refined.best_step:,} of {refined.steps:,}."
         )
 
-    def _results(self) -> tuple[Result, ...]:
-        return read(self.results_file).results
-
-    def _is_recorded(self, name: str, sha256: str) -> bool:
-        recipe = self.recipe
-        wanted = (name, sha256, recipe.track, epochs_setting(recipe), rounds(recipe), recipe.seed)
-        return any(
-            (one.dataset, one.sha256, one.track, one.epochs_setting, one.rounds, one.seed) == wanted
-            and (one.time_budget in (None, self._evaluation_settings().budget))
-            for one in self._results()
-        )
+    def _evaluations(self, name: str, sha256: str) -> list[Result]:
+        """The recorded evaluations of a set or a bundle on a dataset that differ from the protocol as the recipe does."""
+        settings = self._evaluation_settings()
+        training = settings.training
+        conditions = Conditions(
+            settings.number_of_rounds, training.epochs_setting, (IPC, IPC), TEST_IMAGES,
+            settings.network, training.augment, training.precision, settings.budget,
+        )  # fmt: skip
+        differences = deviations(track(settings.track), dataset_spec(name), conditions)
+        wanted = (name, sha256, settings.track, settings.seed, differences)
+        results = read(self.results_file).results
+        return [one for one in results if (one.dataset, one.sha256, one.track, one.seed, one.deviations) == wanted]
 
     def _evaluation_settings(self) -> EvaluationSettings:
         recipe = self.recipe
@@ -272,7 +277,7 @@ class Workplace:
 
     def _is_evaluated(self, what: str, name: str) -> bool:
         path = self._tensor(what, name)
-        return path.exists() and self._is_recorded(name, sha256_of(path))
+        return path.exists() and bool(self._evaluations(name, sha256_of(path)))
 
     def _evaluate_set(self, what: str, name: str, progress: Listener) -> None:
         self._evaluate([self._tensor(what, name)], name, progress)
@@ -285,12 +290,7 @@ class Workplace:
         evaluate_files(files, settings, progress=progress, on_event=self._on_event)
 
     def _is_generator_evaluated(self, name: str) -> bool:
-        from ddkit.packing.bundle import open_generators  # imports diffusers, which takes seconds
-
-        if not (self._is_bundled() and self.zip_file.exists()):
-            return False
-        with open_generators([self.zip_file], name) as (files,):
-            return self._is_recorded(name, hash_of_folder(files.folder))
+        return bool(self._evaluations(name, self._sha256(name)))
 
     def _evaluate_generator(self, name: str, progress: Listener) -> None:
         from ddkit.packing.bundle import open_generators  # imports diffusers, which takes seconds

@@ -62,3 +62,23 @@ def test_on_track_2_a_bundle_and_its_evaluations_are_to_come_if_any_generator_is
     states = Plan(recipe, None, tuple(stages), ()).states()
     to_come = [state.name for state in states if state.status == "to come"]
     assert to_come == ["train glyphs", PACK, "evaluate cifar100", "evaluate glyphs", "report"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bfloat16", "deviations": (*DEVIATIONS, "bfloat16 instead of float32")},
+        {"network": "resnet18", "deviations": (*DEVIATIONS, "network resnet18 instead of convnet")},
+        {"augment": False, "deviations": (*DEVIATIONS, "no augmentation")},
+        {"deviations": ("dataset glyphs, the challenge has cifar100 and tinyimagenet", "converted from ZCA", *DEVIATIONS[1:])},
+        {"deviations": (*DEVIATIONS[:2], "E = 7 instead of 1000"), "epochs_setting": 7},
+        {"seed": 1},
+    ],
+)
+def test_a_result_under_other_settings_is_not_the_evaluation_of_the_entry(place, changes):
+    (stage,) = place.stages({"evaluate submission glyphs": 1.0})
+    record(place, 0.9, **changes)
+    assert not stage.is_done() and place.exact_recipe().accuracies == {}
+    record(place, 0.5)
+    record(place, 0.9, **changes)
+    assert stage.is_done() and place.exact_recipe().accuracies == {"glyphs": 0.5}
