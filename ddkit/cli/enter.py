@@ -20,6 +20,7 @@ from ddkit.cli._stages import StageView, stage_table
 from ddkit.entering.recipe import Recipe, read_recipe
 from ddkit.errors import BadFileError, UsageError
 from ddkit.reporting.console import LeaderboardView
+from ddkit.runtime.files import cache_folder
 
 if TYPE_CHECKING:
     from ddkit.entering.entry import Plan
@@ -176,6 +177,8 @@ def _show_plan(output: Output, plan: Plan) -> None:
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
     """Make `folder` the current folder."""
+    if "DDKIT_CACHE" in os.environ:  # a relative one names a folder next to where the command was typed
+        os.environ["DDKIT_CACHE"] = str(cache_folder().absolute())
     before = Path.cwd()
     os.chdir(folder)
     try:

@@ -1,6 +1,7 @@
 """`ddkit enter` as a person runs it: the plan, what it refuses, and the demo that is an entry, too."""
 
 import json
+import os
 
 import pytest
 from click.testing import CliRunner
@@ -8,7 +9,8 @@ from click.testing import CliRunner
 from ddkit.cli import main
 from ddkit.cli.demo import _recipe
 from ddkit.cli.enter import enter
-from ddkit.entering.recipe import Recipe, write_recipe
+from ddkit.distill.settings import RefineSettings
+from ddkit.entering.recipe import Recipe, SetRecipe, write_recipe
 
 pytestmark = pytest.mark.usefixtures("work")
 
@@ -75,6 +77,16 @@ def test_damaged_state_is_named_with_the_folder_of_the_entry(work):
     (work / "entry" / "runs" / "entry.json").write_text("{")
     done = ddkit("--time", "20m", "--datasets", "glyphs", "--folder", "entry")
     assert done.exit_code == 3 and "In entry: runs/entry.json is not JSON" in " ".join(done.output.split())
+
+
+def test_a_relative_cache_folder_lies_where_the_command_was_typed(work, letters, own_cache, monkeypatch):
+    monkeypatch.setenv("DDKIT_CACHE", os.path.relpath(own_cache))
+    recipe = Recipe((SetRecipe(letters, "12" * 32, refine=RefineSettings(), refine_steps=1),))
+    write_recipe(recipe, work / "other.toml")
+    (work / "entry" / "runs").mkdir(parents=True)
+    (work / "entry" / "runs" / "entry.json").write_text("{")  # which ends what does not find the prepared letters
+    done = ddkit("--recipe", "other.toml", "--folder", "entry")
+    assert done.exit_code == 2 and "other training images of 'glyphs'" in " ".join(done.output.split())
 
 
 @pytest.mark.slow
