@@ -187,16 +187,16 @@ class _Planner:
     def within(self, seconds: float, spent: float, *, begun: bool) -> Outline:
         """The plan for a time, which decides the lengths of the trainings and refinements."""
         recipe = self._choose_evaluation(self._recipe, seconds)
-        expected = self._fixed(recipe)
+        least = sum(self._least(recipe, name) for name in recipe.datasets)
+        expected = self._choose_comparisons(recipe, seconds, seconds - spent - least)
         fixed = sum(expected.values()) * MARGIN
-        least = {name: self._least(recipe, name) for name in recipe.datasets}
         left = seconds - spent - fixed
-        if left < sum(least.values()):
-            needed = spent + fixed + sum(least.values())
+        if left < least:
+            needed = spent + fixed + least
             made = "refining" if recipe.track == 1 else "training"
             raise UsageError(
                 f"--time {time_option(seconds)} is too short: this entry needs {time_option(needed)} at least on this machine, "
-                f"{time_option(sum(least.values()))} for {made} and {time_option(spent + fixed)} for the rest.",
+                f"{time_option(least)} for {made} and {time_option(spent + fixed)} for the rest.",
                 f"Give --time {time_option(needed)} or more, or a smaller --epochs-setting, --rounds or --datasets.",
             )
         share, flexible = left / len(recipe.sets), []
@@ -208,8 +208,11 @@ class _Planner:
                 recipe = recipe.with_set(self._with_validation(each, each.refine, expected[parts[-1]]))
         return Outline(recipe, seconds, expected, tuple(flexible), self._speeds, tuple(self._notes))
 
-    def _fixed(self, recipe: Recipe) -> dict[str, float]:
-        """Seconds of the stages whose length the time does not decide, by name."""
+    def _fixed(self, recipe: Recipe, *, comparisons: bool = True) -> dict[str, float]:
+        """Seconds of the stages whose length the time does not decide, by name.
+
+        comparisons: also evaluate the sets on track 1 that the submission is compared with.
+        """
         expected: dict[str, float] = {}
         checked = 0.0
         for each in recipe.sets:
@@ -226,7 +229,8 @@ class _Planner:
             expected[f"random real images {name}"] = _SECONDS_OF_START
             if each.preset:
                 expected[f"generate {name}"] = _SECONDS_OF_START + rows / speeds.sampled
-            for what in evaluated(each):
+            others = ["generated"] * bool(each.preset and each.refine is not None) + ["baseline"]
+            for what in ("submission", *others * comparisons):
                 expected[f"evaluate {what} {name}"] = self._set_seconds(recipe, each) + _SECONDS_PER_ROW * rows
         return expected | {"check and pack": checked, "report": _SECONDS_OF_REPORT}
 
@@ -243,22 +247,37 @@ class _Planner:
         return rounds(recipe) * (budget + (epochs_setting(recipe) + 1) * epoch + test)
 
     def _choose_evaluation(self, recipe: Recipe, seconds: float) -> Recipe:
-        """The most official evaluation that leaves at least half of the time, where none is asked for."""
+        """The most official evaluation of the submission that leaves at least half of the time, where none is asked for."""
         if recipe.epochs_setting is not None or recipe.rounds is not None:
             return recipe
         official = None
         for epochs, count in _EVALUATIONS[recipe.track]:
             found = dataclasses.replace(recipe, epochs_setting=epochs, rounds=count)
-            needed = sum(value for name, value in self._fixed(found).items() if name.startswith("evaluate"))
+            needed = _evaluation_seconds(self._fixed(found, comparisons=False))
             official = needed if official is None else official
             if needed <= _SHARE_OF_EVALUATION * seconds:
                 break
         if (epochs, count) != _EVALUATIONS[recipe.track][0]:
             self._notes.append(
-                f"The evaluations use E = {epochs} and {count} round{'s' * (count > 1)}, which is not official: official ones "
-                f"would take {time_option(official or 0)}. Evaluate officially afterwards with ddkit evaluate."
+                f"The evaluation uses E = {epochs} and {count} round{'s' * (count > 1)}, which is not official: an official "
+                f"one would take {time_option(official or 0)}. Evaluate officially afterwards with ddkit evaluate."
             )
         return found
+
+    def _choose_comparisons(self, recipe: Recipe, seconds: float, room: float) -> dict[str, float]:
+        """What `_fixed` returns, with comparisons if that leaves at least half of the time. room: seconds for these stages."""
+        expected, alone = self._fixed(recipe), self._fixed(recipe, comparisons=False)
+        more = _evaluation_seconds(expected) - _evaluation_seconds(alone)
+        fits = _evaluation_seconds(expected) <= _SHARE_OF_EVALUATION * seconds and MARGIN * sum(expected.values()) <= room
+        if fits or more == 0:
+            return expected
+        files = " ".join(f"baseline/{name}.pt" for name in recipe.datasets)
+        self._notes.append(
+            f"Random real images are not evaluated under the same settings, which would take {time_option(more)} more. To "
+            f"compare the submission with them, type in its folder: ddkit evaluate {files} "
+            f"--epochs-setting {epochs_setting(recipe)} --rounds {rounds(recipe)}"
+        )
+        return alone
 
     def _least(self, recipe: Recipe, name: str) -> float:
         """The least seconds of the stages of a dataset whose length the time decides."""
@@ -282,9 +301,8 @@ class _Planner:
         return dataclasses.replace(each, refine=settings)
 
 
-def evaluated(each: SetRecipe) -> tuple[str, ...]:
-    """The folders of the sets of a dataset that are evaluated on track 1."""
-    return ("submission", *(["generated"] if each.preset and each.refine is not None else []), "baseline")
+def _evaluation_seconds(expected: Mapping[str, float]) -> float:
+    return sum(seconds for name, seconds in expected.items() if name.startswith("evaluate"))
 
 
 def epochs_setting(recipe: Recipe) -> int:

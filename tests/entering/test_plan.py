@@ -43,9 +43,22 @@ def test_the_evaluation_is_official_if_half_of_the_time_suffices_for_it():
     assert (official.epochs_setting, official.rounds) == (1000, 3)
     short = outline_at(SPEEDS, draft(("cifar100",)), 1800)
     assert (short.recipe.epochs_setting, short.recipe.rounds) == (200, 1)
-    assert any("not official: official ones would take 102m." in note for note in short.notes)
+    assert any("not official: an official one would take 51m." in note for note in short.notes)
     asked = outline_at(SPEEDS, draft(("cifar100",), rounds=2), 8 * 3600).recipe
     assert (asked.epochs_setting, asked.rounds) == (None, 2)
+
+
+def test_random_real_images_are_evaluated_under_the_same_settings_if_half_of_the_time_suffices_for_them_too():
+    """On two cores, as tools/results/speed.md has measured them, the submission's official evaluation takes six hours."""
+    speeds = {"cifar100": Speeds(FAST, 1000 / 1229, 0.0005), "tinyimagenet": Speeds(FAST, 2000 / 314, 0.0022)}
+    for hours, compared in ((24, False), (30, True)):
+        plan = outline_at(speeds, draft(BOTH), hours * 3600)
+        assert (plan.recipe.epochs_setting, plan.recipe.rounds) == (1000, 3)
+        assert "evaluate submission cifar100" in plan.expected and ("evaluate baseline cifar100" in plan.expected) == compared
+        command = "ddkit evaluate baseline/cifar100.pt baseline/tinyimagenet.pt --epochs-setting 1000 --rounds 3"
+        assert any(command in note for note in plan.notes) != compared
+    asked = outline_at(speeds, draft(BOTH, epochs_setting=1000, rounds=3), 10 * 3600)
+    assert "evaluate submission cifar100" in asked.expected and "evaluate baseline cifar100" not in asked.expected
 
 
 def test_validation_takes_a_part_of_a_short_refinement_only():
