@@ -109,9 +109,10 @@ def tune(
 ) -> None:
     """Search sampling steps, guidance, images per class and the share kept of a track 2 bundle by successive halving.
 
-    Every candidate generates for the same time budget, and networks are trained on what it made. The better half is
-    tried again with twice the epochs, until two are left. The accuracies tell the settings apart; they are not
-    official. A trial that was made is not repeated: run the same command again to continue.
+    Every candidate generates for the same time budget, and networks are trained on what it made and tested on held-out
+    training images. The test images are never used. The better half is tried again with twice the epochs, until two are
+    left. The accuracies tell the settings apart; they are not official. A trial that was made is not repeated: run the
+    same command again to continue.
     """
     from ddkit.cli import _bundle
     from ddkit.packing import tune as tuning

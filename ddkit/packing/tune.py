@@ -2,8 +2,8 @@
 
 Fewer sampling steps make more images within the time budget, and worse ones; guidance trades variety for clarity; and a
 bundle may stop at fewer images, or keep a share of them. Every candidate runs the very script that would be packed, for the
-same time budget, and networks are trained on what it makes. The better half of the candidates is tried again with twice the
-epochs, until two are left, which are compared in the full number of rounds.
+same time budget, and networks are trained on what it makes and tested on held-out training images. The better half of the
+candidates is tried again with twice the epochs, until two are left, which are compared in the full number of rounds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
+from ddkit.distill.holdout import TrainHoldout
 from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
-from ddkit.evaluation.reference import TestSet, as_test_set
+from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.generator.config import BUNDLE_KEEP
 from ddkit.generator.model_facts import model_hash, read_facts
@@ -35,6 +36,8 @@ from ddkit.runtime.records import read_record
 from ddkit.statistics import Comparison, compare
 
 _FINALISTS = 2  # candidates of the last stage
+_HELD_OUT = 0.1  # share of each class's training images, as in `ddkit.distill.settings`
+_JUDGED_ON = "held-out training images"
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Trial(Scores):
 
     across_classes: a share was kept of all samples together, by the labels of the bundle's classifier. Earlier bundles kept
     it of each class's own samples, and their trials do not have this field.
+    judged_on: the images that the networks were tested on; the trials of earlier versions do not have this field.
     """
 
     dataset: str
@@ -132,6 +136,7 @@ class Trial(Scores):
     precision: str = "float32"
     keep: float = 1.0
     across_classes: bool = True
+    judged_on: str = "test images"
 
     @property
     def candidate(self) -> Candidate:
@@ -142,7 +147,7 @@ class Trial(Scores):
     def conditions(self) -> tuple[Any, ...]:
         """The values that trials must share for their accuracies to be comparable."""
         return (self.dataset, self.model_sha256, self.sampler, self.precision, self.budget, self.epochs_setting, self.seed,
-                self.device, len(self.accuracies))  # fmt: skip
+                self.device, len(self.accuracies), self.judged_on)  # fmt: skip
 
 
 def run_search(
@@ -196,11 +201,14 @@ def tune(
     progress: Listener = ignore,
     on_event: Callable[[str], object] = lambda text: None,
 ) -> tuple[Trial, ...]:
-    """Search as `run_search` does on the test images of the model's dataset, and draw a chart; returns the last stage's trials.
+    """Search as `run_search` does on held-out training images, and draw a chart; returns the last stage's trials.
 
+    The test images are never used, so that the score of the bundle on them tells the truth. The generator, and the bundle's
+    classifier where a share is kept, were trained on the held-out images as well: the accuracies are not those on images
+    that nothing has seen, and serve to compare the candidates only.
     folder: gets <dataset>.jsonl with the trials, and <dataset>.png. on_event: called with a sentence at the beginning and
-    on each trial. Raises UsageError for an unknown dataset, MissingModelError if there is no model, and what
-    `open_dataset` and `run_search` raise.
+    on each trial. Raises UsageError for an unknown dataset or a class of a single training image, MissingModelError if there
+    is no model, and what `open_dataset` and `run_search` raise.
     """
     spec = dataset_spec(model.dataset)
     read_facts(model.folder, dataset=model.dataset)  # a missing model is reported before anything is downloaded
@@ -208,7 +216,8 @@ def tune(
         f"Trying {len(search.candidates)} settings of {source_name(model.folder)} in {len(search.stages)} stages: "
         f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."
     )
-    test_set = as_test_set(open_dataset(model.dataset, "test", progress=progress), spec)
+    real = open_dataset(model.dataset, "train", progress=progress)
+    test_set = TrainHoldout(real, spec, held_out=_HELD_OUT, seed=0).held_out()
     tried: list[Trial] = []
 
     def on_trial(trial: Trial) -> None:
@@ -256,12 +265,16 @@ def evidence(trials: Sequence[Trial]) -> str:
 
 
 def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
-    """The model with the best settings of the last search with it. Raises MissingDataError if there was none."""
+    """The model with the best settings of the last search with it on held-out training images.
+
+    Raises MissingDataError if there was none.
+    """
     sha256 = model_hash(model.folder)
-    ours = [trial for trial in read_trials(records) if trial.model_sha256 == sha256]
+    ours = [trial for trial in read_trials(records) if (trial.model_sha256, trial.judged_on) == (sha256, _JUDGED_ON)]
     if not ours:
         raise MissingDataError(
-            f"{records} has no trials of the model in {model.folder}.", f"Make them: ddkit tune {model.dataset}"
+            f"{records} has no trials of the model in {model.folder} on {_JUDGED_ON}.",
+            f"Make them: ddkit tune {model.dataset}",
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
     sampling = replace(
@@ -306,7 +319,7 @@ def draw_chart(trials: Sequence[Trial], path: Path) -> None:
         )  # fmt: skip
         images.plot(steps, [sum(trial.images) / len(trial.images) for trial in line], marker="o", markersize=3)
     first = trials[0]
-    accuracy.set_title(f"{first.dataset}: accuracy %, E = {first.epochs_setting} (not official)", fontsize=9)
+    accuracy.set_title(f"{first.dataset}: held-out accuracy %, E = {first.epochs_setting} (not official)", fontsize=9)
     images.set_title(f"images made in {first.budget:g} s", fontsize=9)
     for axes in (accuracy, images):
         axes.set_xlabel("sampling steps")
@@ -337,6 +350,7 @@ def _planned(model: BundleModel, candidate: Candidate, settings: EvaluationSetti
         images_per_class=candidate.images_per_class,
         keep=candidate.keep,
         precision=sampling.precision,
+        judged_on=_JUDGED_ON,
     )
 
 

@@ -60,7 +60,8 @@ def test_pack_tuned_takes_the_best_settings_of_the_search(colors, colors_model, 
     _, said = run(*words, status=3)
     assert "ddkit tune colors" in said
     for steps, accuracy in ((4, 0.5), (8, 0.75), (16, 0.25)):
-        trial = Trial(colors, model_hash(colors_model), "ddim", steps, 1.5, 60.0, 20, 0, "", (9,), (59.0,), (accuracy,))
+        trial = Trial(colors, model_hash(colors_model), "ddim", steps, 1.5, 60.0, 20, 0, "", (9,), (59.0,), (accuracy,),
+                      judged_on="held-out training images")  # fmt: skip
         _append(trial, work / "runs" / "tune" / "colors.jsonl")
     _, said = run(*words)
     assert "The bundle was not tested" in said

@@ -23,6 +23,7 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
     data = json.loads(output)
     (trial,) = data["trials"]
     assert data["best"] == trial and (trial["steps"], trial["guidance"], trial["budget"]) == (3, 1.0, 600.0)
+    assert trial["judged_on"] == "held-out training images"
     assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 600 and 0 <= trial["mean"] <= 1
     assert "Trying 1 settings" in said and "in 1 stages" in said and "Best: 3 steps, guidance 1, 4 images a class" in said
     assert f"next: ddkit pack --track 2 --tuned --model colors={colors_model}" in said

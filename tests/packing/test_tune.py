@@ -20,6 +20,7 @@ from ddkit.packing.tune import (
     draw_chart,
     read_trials,
     run_search,
+    tune,
     with_best_settings,
 )
 from ddkit.runtime.device import describe_device, resolve_device
@@ -30,7 +31,7 @@ PRECISION = BundleModel("any", Path()).settings.sampling.precision
 def trial(steps, *accuracies, guidance=1.0, **changes):
     settings = {"dataset": "colors", "model_sha256": "of-it", "sampler": "dpm++", "budget": 60.0, "epochs_setting": 20,
                 "seed": 0, "device": "cpu", "images": (800 // steps,) * len(accuracies),
-                "seconds": (57.0,) * len(accuracies)}  # fmt: skip
+                "seconds": (57.0,) * len(accuracies), "judged_on": "held-out training images"}  # fmt: skip
     return Trial(steps=steps, guidance=guidance, accuracies=accuracies, **(settings | changes))
 
 
@@ -62,6 +63,7 @@ def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
     path.write_text(path.read_text() + '{"dataset": "colo')
     assert read_trials(path) == [trial(4, 0.2, 0.3), trial(8, 0.4, 0.3, guidance=2.0)]
     assert trial(4, 0.2).conditions != trial(4, 0.2, device="another").conditions
+    assert trial(4, 0.2).conditions != trial(4, 0.2, judged_on="test images").conditions
     path.write_text('{"dataset": "colors"}\n')
     with pytest.raises(BadFileError, match="line 1"):
         read_trials(path)
@@ -113,9 +115,29 @@ def test_a_line_of_an_earlier_version_is_a_trial(tmp_path):
     path = tmp_path / "trials.jsonl"
     _append(trial(4, 0.2, 0.3), path)
     values = json.loads(path.read_text())
-    del values["images_per_class"], values["precision"], values["keep"]
+    del values["images_per_class"], values["precision"], values["keep"], values["judged_on"]
     path.write_text(json.dumps(values) + "\n")
-    assert read_trials(path) == [trial(4, 0.2, 0.3)]
+    assert read_trials(path) == [trial(4, 0.2, 0.3, judged_on="test images")]
+
+
+def test_trials_on_test_images_choose_no_settings(colors, colors_model, tmp_path):
+    path, model, sha256 = tmp_path / "trials.jsonl", BundleModel(colors, colors_model), model_hash(colors_model)
+    _append(trial(4, 0.9, model_sha256=sha256, judged_on="test images"), path)
+    with pytest.raises(MissingDataError, match="has no trials .* on held-out training images"):
+        with_best_settings(model, path)
+    _append(trial(8, 0.3, model_sha256=sha256), path)
+    _append(trial(16, 0.8, model_sha256=sha256, judged_on="test images"), path)
+    assert with_best_settings(model, path).settings.sampling.steps == 8
+
+
+def test_tune_works_without_test_images(colors, colors_model, own_cache, tmp_path):
+    (own_cache / colors / "test.safetensors").unlink()
+    settings = EvaluationSettings(track=2, rounds=1, epochs_setting=8, time_budget=30.0)
+    search = Search((2,), (1.0,), keep=(1.0,), evaluation=settings)
+    known = trial(2, 0.5, model_sha256=model_hash(colors_model), budget=30.0, epochs_setting=8, precision=PRECISION,
+                  device=describe_device(resolve_device("auto")))  # fmt: skip
+    _append(known, tmp_path / "colors.jsonl")
+    assert tune(BundleModel(colors, colors_model), search, tmp_path) == (known,)
 
 
 def test_trials_that_kept_a_share_within_each_class_do_not_count(colors, colors_model, tmp_path):
