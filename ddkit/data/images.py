@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ddkit.challenge import DatasetSpec
 
@@ -32,6 +33,13 @@ def denormalize(images: Tensor, spec: DatasetSpec) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """(N, 3, S, S) float in [0, 1] -> uint8, clamped and rounded to the nearest."""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """(N, 3, S, S) float -> (N, 3, side, side), bilinear with antialiasing; the same tensor if it has that size."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddkit.data.images import resize
 from ddkit.generator.config import AutoencoderConfig
 
 _STARTING_LOG_VARIANCE = -5.0
@@ -72,13 +73,13 @@ def encode(autoencoder: AutoencoderKL, pixels: Tensor, latent_side: int) -> Tens
 
     Images of another size than the latent side requires are resized first, which pretrained autoencoders may need.
     """
-    pixels = _resized(pixels, latent_side * pixels_per_latent(autoencoder))
+    pixels = resize(pixels, latent_side * pixels_per_latent(autoencoder))
     return autoencoder.encode(F.pixel_unshuffle(pixels, pixel_patch(autoencoder))).latent_dist.mean
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor, image_size: int) -> Tensor:
     """(N, C, s, s), not scaled -> (N, 3, S, S) around [-1, 1], S = image_size; the inverse of `encode`."""
-    return _resized(F.pixel_shuffle(autoencoder.decode(latents).sample, pixel_patch(autoencoder)), image_size)
+    return resize(F.pixel_shuffle(autoencoder.decode(latents).sample, pixel_patch(autoencoder)), image_size)
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -108,9 +109,3 @@ class AutoencoderLoss(nn.Module):
         # Kingma & Welling 2013, appendix B, as a mean over latents, so that one weight suits every image size.
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return F.l1_loss(decoded, pixels) + squared + self.kl_weight * kl, squared
-
-
-def _resized(pixels: Tensor, side: int) -> Tensor:
-    if pixels.shape[-1] == side:
-        return pixels
-    return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.images import normalize
+from ddkit.data.images import normalize, resize
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.network.convnet import ConvNet
@@ -44,6 +44,7 @@ _VERSION = 2  # counts changes to what is computed
 _SIDE, _SIDE_MULTIPLE = 32, 8  # pixels; larger images are reduced, as the gradients grow with the number of pixels
 _BATCH_SIZE = 64  # as for the features of ddkit.metrics
 _IMAGES_AT_ONCE = 250
+_IMAGES, _SEED = 10_000, 0  # of the training
 
 
 class Influence:
@@ -64,7 +65,7 @@ class Influence:
 
         labels: (n,) int64 on the CPU, so that a GPU is not waited for.
         """
-        inputs = _resized(normalize(images, self._spec), self._networks[0].image_size)
+        inputs = resize(normalize(images, self._spec), self._networks[0].image_size)
         found = []
         for network, of_classes in zip(self._networks, self._gradients, strict=True):
             embedding = network.embed(inputs).float()
@@ -98,16 +99,14 @@ def find_influence(
     spec: DatasetSpec,
     *,
     dataset_sha256: str,
-    images: int = 10_000,
     epochs: int = 4,
-    seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Listener = ignore,
 ) -> Influence:
     """The influence on a network that is trained on a dataset's real images, once; then it is kept in the cache.
 
-    dataset: the training split. dataset_sha256: its hash. images: how many to train on, as many of each class. epochs: of the
-    training; the networks after 1, 2, 4, ... of them are the checkpoints.
+    dataset: the training split, of which at most 10,000 images are taken, as many of each class. dataset_sha256: its hash.
+    epochs: of the training; the networks after 1, 2, 4, ... of them are the checkpoints.
     The cache takes 2 K C^2 (F + 1) bytes, 41 MB a checkpoint for CIFAR-100.
     Raises UsageError for images below 8 pixels, or a class without images.
     """
@@ -118,16 +117,16 @@ def find_influence(
         )
     device = torch.device(device)
     side = min(_SIDE, spec.image_size // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
-    network = build_network(OFFICIAL_NETWORK, spec.num_classes, side, seed=seed)
+    network = build_network(OFFICIAL_NETWORK, spec.num_classes, side, seed=_SEED)
     assert isinstance(network, ConvNet)
 
     def train() -> dict[str, Tensor]:
-        rows = _balanced(dataset.labels, spec, images, seed)
-        pixels = _resized(normalize(upload(dataset.images[rows], device), spec), side)
+        rows = _balanced(dataset.labels, spec)
+        pixels = resize(normalize(upload(dataset.images[rows], device), spec), side)
         trained = copy.deepcopy(network).to(device)
-        return _checkpoints(trained, pixels, dataset.labels[rows], epochs, seed, progress)
+        return _checkpoints(trained, pixels, dataset.labels[rows], epochs, progress)
 
-    key = cache_key((_VERSION, dataset_sha256, spec.mean, spec.std, images, epochs, seed))
+    key = cache_key((_VERSION, dataset_sha256, spec.mean, spec.std, _IMAGES, epochs, _SEED))
     path, what = cache_folder() / _CACHE_FOLDER / f"{spec.name}-{key}.safetensors", f"the influence of {spec.name}'s images"
     kept = cached_tensors(path, ("parameters", "gradients"), what, train)
     assert kept is not None
@@ -145,16 +144,14 @@ def _with_parameters(network: ConvNet, vector: Tensor) -> ConvNet:
     return copied
 
 
-def _checkpoints(
-    network: ConvNet, pixels: Tensor, labels: Tensor, epochs: int, seed: int, progress: Listener
-) -> dict[str, Tensor]:
+def _checkpoints(network: ConvNet, pixels: Tensor, labels: Tensor, epochs: int, progress: Listener) -> dict[str, Tensor]:
     """The parameters, (K, P) float32, of each checkpoint of a training, and its gradients, (K, C, C, F + 1) bfloat16.
 
     network, pixels: on the device. labels: on the CPU.
     """
     settings = TrainingSettings(epochs - 1, min(_BATCH_SIZE, len(pixels)), augment=False)
     labels_there = upload(labels, pixels.device)
-    run = TrainingRun(network, pixels, labels_there, settings, torch.Generator().manual_seed(seed))
+    run = TrainingRun(network, pixels, labels_there, settings, torch.Generator().manual_seed(_SEED))
     parameters, gradients = [], []
     total = epochs * len(labels)
     task = "Training the network of influence guidance (once)"
@@ -200,10 +197,10 @@ def _factors(embedding: Tensor, logits: Tensor, label: int) -> tuple[Tensor, Ten
     return errors, F.pad(embedding.float(), (0, 1), value=1.0)
 
 
-def _balanced(labels: Tensor, spec: DatasetSpec, count: int, seed: int) -> Tensor:
-    """Rows of `count` images, as many of each class and at least one, drawn at random and in the store's order."""
-    generator = torch.Generator().manual_seed(seed)
-    each = max(1, count // spec.num_classes)
+def _balanced(labels: Tensor, spec: DatasetSpec) -> Tensor:
+    """Rows of the images to train on, as many of each class and at least one, drawn at random and in the store's order."""
+    generator = torch.Generator().manual_seed(_SEED)
+    each = max(1, _IMAGES // spec.num_classes)
     chosen = []
     for label in range(spec.num_classes):
         rows = (labels == label).nonzero()[:, 0]
@@ -211,9 +208,3 @@ def _balanced(labels: Tensor, spec: DatasetSpec, count: int, seed: int) -> Tenso
             raise UsageError(f"Influence guidance needs training images of every class, and {spec.name} has none of {label}.")
         chosen.append(rows[torch.randperm(len(rows), generator=generator)[:each]])
     return torch.cat(chosen).sort().values
-
-
-def _resized(images: Tensor, side: int) -> Tensor:
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
-from ddkit.data.images import normalize
+from ddkit.data.images import normalize, resize
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadFileError, UsageError, require_positive
 from ddkit.network.autotune import choose_plan
@@ -100,7 +100,7 @@ class ReferenceFeatures:
     @torch.no_grad()
     def _features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Those of one batch, on the network's device."""
-        batch = _resized(normalize(upload(images, self._device), self._spec), self.network.image_size)
+        batch = resize(normalize(upload(images, self._device), self._spec), self.network.image_size)
         embedding = self._embed(batch)
         logits = self.network.classifier(embedding)
         maps = embedding.view(len(batch), NETWORK_WIDTH, *[self.network.image_size // _SIDE_MULTIPLE] * 2)
@@ -173,7 +173,7 @@ def _train(
     device = next(network.parameters()).device
     run = TrainingRun(
         network,
-        _resized(normalize(images.to(device), spec), network.image_size),
+        resize(normalize(images.to(device), spec), network.image_size),
         labels.to(device),
         # Without augmentation, which would slow learning down; in so few epochs the images are not memorized.
         TrainingSettings(settings.epochs - 1, settings.batch_size, augment=False, precision=settings.precision),
@@ -215,12 +215,6 @@ def _side(image_size: int) -> int:
             f"Images of {image_size} pixels are too small for features.", f"They need {_SIDE_MULTIPLE} pixels or more."
         )
     return min(_LARGEST_SIDE, image_size // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
-
-
-def _resized(images: Tensor, side: int) -> Tensor:
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _cache_path(images: Tensor, labels: Tensor, spec: DatasetSpec, settings: FeatureSettings) -> Path:

@@ -131,7 +131,7 @@ class TestSampling:
 
 class TestFinding:
     def find(self, images, **changes):
-        return find_influence(images, SPEC, dataset_sha256="of-these-pixels", **{"images": 12, "epochs": 4} | changes)
+        return find_influence(images, SPEC, dataset_sha256="of-these-pixels", **changes)
 
     @pytest.mark.slow
     def test_networks_are_trained_once_and_found_again(self, images):
