@@ -184,7 +184,8 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
     """
     before = _before(folder)
     if before.exists():
-        started_with, settings, best = sha256_of(before), {}, None
+        started_with, best = sha256_of(before), None
+        settings: Mapping[str, Any] = {}
         with contextlib.suppress(BadFileError):
             state = RefinementState.read(folder)
             settings, best = state.settings, state.best_images
