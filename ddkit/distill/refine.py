@@ -42,6 +42,7 @@ from ddkit.runtime.environment import versions
 from ddkit.runtime.files import exclusive
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.records import read_record
 from ddkit.runtime.seeds import generator_for, network_seed
 from ddkit.sets.distilled import (
     KIND_REFINED,
@@ -162,7 +163,7 @@ def recorded_settings(folder: Path) -> RefineSettings | None:
     """The settings of the refinement in `folder`, None without one. Raises BadFileError where they cannot be read."""
     if not (folder / STATE_FILE).exists():
         return None
-    return RefineSettings.from_json(RefinementState.read(folder).settings)
+    return read_record(RefineSettings, RefinementState.read(folder).settings)
 
 
 def _begin_or_resume(

@@ -10,6 +10,7 @@ from typing import Any
 from ddkit.challenge import LEARNING_RATE
 from ddkit.errors import UsageError, did_you_mean, require_positive
 from ddkit.network.plan import PRECISIONS
+from ddkit.runtime.records import override
 
 OBJECTIVES = {
     "dm": "distribution matching",
@@ -167,12 +168,6 @@ class RefineSettings:
         late = step >= self.pool.from_step or time_used >= self.pool.from_share
         return self.objective_at(step) == "frepo" and self.pool.size > 0 and late
 
-    @classmethod
-    def from_json(cls, recorded: Mapping[str, Any]) -> RefineSettings:
-        """Settings from what `dataclasses.asdict` made of them."""
-        parts = {"pool": PoolSettings, "experts": ExpertSettings, "student": StudentSettings}
-        return cls(**{name: parts[name](**value) if name in parts else value for name, value in recorded.items()})
-
     def with_changes(self, changes: Mapping[str, Any]) -> RefineSettings:
         """These settings with others by name, those of pool, experts and student as in "pool.size".
 
@@ -185,11 +180,7 @@ class RefineSettings:
             kind = type(flat[name])
             if not isinstance(value, kind if kind is not float else (int, float)) or isinstance(value, bool) != (kind is bool):
                 raise UsageError(f"The setting {name} must be of type {kind.__name__}, got {value!r}.")
-        nested: dict[str, Any] = {}
-        for name, value in (flat | dict(changes)).items():
-            outer, _, inner = name.rpartition(".")
-            (nested.setdefault(outer, {}) if outer else nested)[inner] = value
-        changed = RefineSettings.from_json(nested)
+        changed = override(self, changes)
         for name in changes:  # those that have no effect with the others
             part = name.partition(".")[0]
             wanted = "mtt" if part in ("experts", "student") else "frepo" if part in ("pool", "krr_lambda") else None

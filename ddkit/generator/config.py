@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddkit.errors import BadFileError, UsageError, did_you_mean, require_positive
+from ddkit.errors import UsageError, did_you_mean, require_positive
+from ddkit.runtime.records import read_record
 
 ARCHITECTURES = ("uvit", "dit")
 PREDICTIONS = ("flow", "v", "epsilon")
@@ -277,49 +277,15 @@ class SamplingSettings:
             raise UsageError(f"The guidance interval must lie within 0 and 1, got {low} to {high}.")
 
 
-def override(config: Any, settings: Mapping[str, Any]) -> Any:
-    """A copy of a configuration with some settings changed.
-
-    settings: values by dotted name, such as {"denoiser_optimizer.steps": 500}.
-    Raises UsageError for an unknown name or a value that its class refuses.
-    """
-    known = tuple(f.name for f in dataclasses.fields(config))
-    changes: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
-    for path, value in settings.items():
-        name, _, rest = path.partition(".")
-        if name not in known:
-            raise UsageError(f"{type(config).__name__} has no setting '{name}'.", did_you_mean(name, known))
-        if rest:
-            nested.setdefault(name, {})[rest] = value
-        else:
-            changes[name] = value
-    for name, inner in nested.items():
-        changes[name] = override(changes.get(name, getattr(config, name)), inner)
-    return dataclasses.replace(config, **changes)
-
-
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain values."""
     return dataclasses.asdict(config)
 
 
-def from_json(value: Mapping[str, Any], kind: type = GeneratorConfig) -> Any:
+def from_json(value: Mapping[str, Any]) -> GeneratorConfig:
     """The inverse of `to_json`. Raises BadFileError that names an unknown or missing key."""
-    types = typing.get_type_hints(kind)
-    value = {name.replace("optimiser", "optimizer"): item for name, item in value.items()}  # the spelling of version 0.1.0
-    if unknown := sorted(set(value) - set(types)):
-        raise BadFileError(f"{kind.__name__} has no {', '.join(unknown)}.", "The file was written by another version of ddkit.")
-    known = {}
-    for name, item in value.items():
-        nested = [t for t in (types[name], *typing.get_args(types[name])) if dataclasses.is_dataclass(t)]
-        if isinstance(item, Mapping) and nested:
-            item = from_json(item, typing.cast(type, nested[0]))
-        known[name] = tuple(item) if isinstance(item, list) else item
-    try:
-        return kind(**known)
-    except TypeError as error:
-        raise BadFileError(f"{kind.__name__} is not complete: {error}.") from error
+    # Version 0.1.0 spelled them differently.
+    return read_record(GeneratorConfig, {name.replace("optimiser", "optimizer"): item for name, item in value.items()})
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Records: JSON values as the dataclass that describes them, checked against its type hints."""
+"""Records: JSON values as the dataclass that describes them, checked against its type hints, and changes to its fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from ddkit.errors import BadFileError
+from ddkit.errors import BadFileError, UsageError, did_you_mean
 
 Count = Annotated[int, range(2**63)]
 """A whole number that is not negative; a field's second argument of Annotated holds the values that are allowed."""
@@ -39,7 +39,31 @@ def read_record(kind: type[_Record], value: object) -> _Record:
             found[name] = _converted(hints[name], item)
         except ValueError:
             raise BadFileError(f"{name} cannot be {json.dumps(item):.60}") from None
+        except BadFileError as error:
+            raise BadFileError(f"{name}: {error.message}") from None
     return kind(**found)
+
+
+def override(config: Any, settings: Mapping[str, Any]) -> Any:
+    """A copy of a dataclass with some fields changed, also those of dataclasses in it.
+
+    settings: values by dotted name, such as {"denoiser_optimizer.steps": 500}.
+    Raises UsageError for an unknown name or a value that its class refuses.
+    """
+    known = tuple(f.name for f in dataclasses.fields(config))
+    changes: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for path, value in settings.items():
+        name, _, rest = path.partition(".")
+        if name not in known:
+            raise UsageError(f"{type(config).__name__} has no setting '{name}'.", did_you_mean(name, known))
+        if rest:
+            nested.setdefault(name, {})[rest] = value
+        else:
+            changes[name] = value
+    for name, inner in nested.items():
+        changes[name] = override(changes.get(name, getattr(config, name)), inner)
+    return dataclasses.replace(config, **changes)
 
 
 @functools.cache
@@ -66,7 +90,7 @@ def _converted(hint: Any, value: Any) -> Any:
         return tuple(_converted(each, item) for each, item in zip(kinds, value, strict=True))
     elif origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
         return {key: _converted(arguments[1], item) for key, item in value.items()}
-    elif dataclasses.is_dataclass(hint):
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return read_record(typing.cast(type, hint), value)
     elif hint is Any or (hint is type(None) and value is None):
         return value

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddkit.errors import ComputeError, MissingModelError, UsageError
-from ddkit.generator.config import GeneratorConfig, override
+from ddkit.generator.config import GeneratorConfig
 from ddkit.generator.model_facts import has_model
 from ddkit.generator.model_folder import Model
 from ddkit.generator.presets import DEFAULT_PRESET, GPU_PRESETS, MINIMAX_PRESET, preset
@@ -23,6 +23,7 @@ from ddkit.generator.training.train import TrainingData, TrainingRequest, train
 from ddkit.runtime.device import describe_device, free_memory, own_device, resolve_device, shared_gpus
 from ddkit.runtime.environment import processes
 from ddkit.runtime.progress import Listener, ignore, span_text, time_option
+from ddkit.runtime.records import override
 
 __all__ = [
     "SETTINGS",

@@ -60,13 +60,19 @@ def read_run_record(folder: Path) -> RunRecord | None:
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
         raise BadFileError(f"{path} was not written by a training of ddkit.", "Choose another folder with --out.")
+    try:
+        config = from_json(value["config"])
+    except BadFileError as error:
+        raise BadFileError(
+            f"{path} was written by another version of ddkit: {error.message}.", "Choose another folder with --out."
+        ) from error
     return RunRecord(
         dataset=str(value.get("dataset")),
         dataset_sha256=str(value.get("dataset_sha256")),
         class_names=tuple(value.get("class_names", ())),
         image_size=int(value.get("image_size", 0)),
         preset=str(value.get("preset", "")),
-        config=from_json(value["config"]),
+        config=config,
         track_every=value.get("track_every"),
         score=str(value.get("score", "")),
     )
