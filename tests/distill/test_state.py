@@ -226,3 +226,13 @@ def test_a_refinement_of_0_1_0_with_what_was_removed_says_how_to_start_over(star
     torch.save(state | {"settings": json.dumps(old)}, tmp_path / "run" / "state.pt")
     with pytest.raises(BadFileError, match="attention, which have been removed. Start over with --fresh"):
         recorded_settings(tmp_path / "run")
+
+
+def test_recorded_settings_that_are_unknown_raise_bad_file_error_that_names_them(start, tmp_path):
+    run(start, tmp_path / "run", 1)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    settings = json.loads(state["settings"])
+    settings["pool"]["depth"] = 3
+    torch.save(state | {"settings": json.dumps(settings)}, tmp_path / "run" / "state.pt")
+    with pytest.raises(BadFileError, match="pool: unknown fields depth"):
+        recorded_settings(tmp_path / "run")
