@@ -23,6 +23,7 @@ from ddkit.statistics import half_width, mean
 _MOST_CHARTS = 6
 _MOST_TIME_TICKS = 4
 _DAYS_WITHOUT_HOURS = 4  # from which the ticks of the time are days
+_WIDTH_WITH_HASHES = 100  # columns of a terminal
 _PLOT_SIZE = (60, 8)  # columns and rows of a chart in the terminal
 
 
@@ -216,22 +217,21 @@ class HistoryView:
         if not self._history.rows:
             yield Text("Nothing was evaluated or packed yet.")
             return
+        wide = options.max_width >= _WIDTH_WITH_HASHES
         columns: list[tuple[str, Callable[[Step], str]]] = [
             ("date", lambda step: step.when),
-            ("event", lambda step: step.event),
-            ("name", lambda step: step.name),
+            ("name", lambda step: step.name if step.event == "evaluated" else f"{step.name} ({step.event})"),
             ("dataset", lambda step: step.datasets),
-            ("accuracy", lambda step: percent(step.accuracy)),
-            ("95 %", lambda step: "" if step.accuracy is None else interval_text(step.half_width, step.rounds)),
-            ("", lambda step: "best so far" if step.is_best else ""),
+            ("% ± 95 %", _accuracy_text),
+            ("", lambda step: "best" if step.is_best else ""),
             ("settings", lambda step: step.settings),
-            ("hash", lambda step: step.sha256[:8]),
+            *([("hash", lambda step: step.sha256[:8])] if wide else []),
         ]
         if any(step.recipe for step in self._history.rows):
             columns.append(("recipe", lambda step: step.recipe))
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for heading, _ in columns:
-            table.add_column(heading, overflow="fold", justify="right" if heading in ("accuracy", "95 %") else "left")
+            table.add_column(heading, overflow="fold", no_wrap=heading in ("date", "% ± 95 %", "settings"))
         for step in self._history.rows:
             style = "bold" if step.is_best else "dim" if step.kind in REFERENCE_NAMES else ""
             table.add_row(*(Text(text(step)) for _, text in columns), style=style)
@@ -240,6 +240,13 @@ class HistoryView:
         for chart in self._history.charts:
             yield Text(f"\n{chart.title}: accuracy over time", style="bold")
             yield from _plot(chart, unicode)
+
+
+def _accuracy_text(step: Step) -> str:
+    """In percent, with the half width of the 95 % interval where there is one."""
+    if step.accuracy is None:
+        return ""
+    return percent(step.accuracy) + ("" if step.half_width is None else f" {interval_text(step.half_width, step.rounds)}")
 
 
 def _plot(chart: TimeChart, unicode: bool) -> list[Text]:

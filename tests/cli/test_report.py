@@ -179,14 +179,15 @@ def test_the_quality_of_a_set_is_measured_and_its_sheets_written(colors):
     assert "There is no distilled set at nowhere" in errors and "ddkit generate" in errors
 
 
-def test_history_lists_evaluations_and_zips_and_json_has_it(results):
+def test_history_lists_evaluations_and_zips_and_json_has_it(results, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     Path("runs/packed.jsonl").write_text(
         json.dumps({"name": "final", "path": "s.zip", "sha256": "9" * 64, "track": 1, "date": "2026-07-13T10:00:00+00:00",
                     "files": {"cifar100.pt": "0" * 64, "tinyimagenet.pt": "2" * 64}}) + "\n"
     )  # fmt: skip
     shown, _ = run("--history")
-    assert "final" in shown and "packed" in shown and "22.50" in shown and "M-DATM" not in shown
-    assert "random real images" in shown and "17.00" in shown
+    assert "final (packed)" in shown and "22.50" in shown and "random real" in shown and "M-DATM" not in shown
+    assert "17.00 ± 2.48" in shown
     steps = json.loads(run("--json")[0])["history"]
     assert [step["name"] for step in steps][-1] == "final" and steps[-1]["accuracy"] == pytest.approx(0.225)
 
