@@ -7,6 +7,7 @@ information; the features here are averages over the four quarters of the last m
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ _SIDE_OF_SETTINGS = 32  # pixels; of larger images fewer are used, see FeatureSe
 _LARGEST_SIDE = 64  # pixels; larger images are reduced to it
 _SIDE_MULTIPLE = 8  # the network halves the side three times
 _IMAGES_AT_ONCE = 250
+_SECONDS_BETWEEN_SAVES = 30.0  # of a training's state, between two epochs
 _CACHE_FOLDER = "_features"  # a dataset cannot have this name
 
 
@@ -169,7 +171,7 @@ def _train(
     state: Path,
     progress: Listener,
 ) -> None:
-    """Train the network; killed, the next training of it continues from the file `state`, written after each epoch."""
+    """Train the network; killed, the next training of it continues from the file `state`, written between epochs."""
     device = next(network.parameters()).device
     run = TrainingRun(
         network,
@@ -183,12 +185,15 @@ def _train(
     with contextlib.suppress(OSError, UnloadableError):
         run.load_state_dict(load_restricted(state))
     progress(Progress(task, run.epochs_done * len(images), settings.epochs * len(images), "images"))
+    saved = time.monotonic()
     while not run.finished:
         losses = run.epoch()
         figures = {"loss": sum(losses) / len(losses)}
         progress(Progress(task, run.epochs_done * len(images), settings.epochs * len(images), "images", figures))
-        with contextlib.suppress(BadFileError):  # a cache that may not be written
-            save_torch(run.state_dict(), state)
+        if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
+            with contextlib.suppress(BadFileError):  # a cache that may not be written
+                save_torch(run.state_dict(), state)
+            saved = time.monotonic()
     run.close()
     with contextlib.suppress(OSError):
         state.unlink()
