@@ -312,4 +312,4 @@ TRACKING = SamplingSettings(steps=10, guidance=1.5, precision="float32")
 
 # In the time of a track 2 entry, many samples without guidance, of which a classifier chooses, teach more than few with it.
 BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0)
-BUNDLE_KEEP = 0.25
+BUNDLE_KEEP = 0.5
