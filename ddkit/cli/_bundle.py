@@ -16,7 +16,7 @@ from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, TRIALS_FOLDER
 from ddkit.cli._output import Output
 from ddkit.cli.pack import files_table
-from ddkit.errors import UsageError
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.generator.model_facts import find_model
 from ddkit.history import PackedRecords
 from ddkit.packing.bundle import BundleModel, BundleSettings, PackedBundle, pack_bundle, rounding_cost
@@ -87,12 +87,17 @@ def pack_models(
     return packed
 
 
-def tuned_models(model: BundleModel, out: Path) -> list[BundleModel]:
+def tuned_models(output: Output, model: BundleModel, out: Path) -> list[BundleModel]:
     """The model with its best settings, with those of the challenge's other datasets that were tuned."""
-    others = [spec.name for spec in CHALLENGE_DATASETS if spec.name != model.dataset]
-    models = [model, *(replace(model, dataset=name, folder=RUNS_FOLDER / name) for name in others)]
-    present = [one for one in models if one.folder.is_dir() and (out / f"{one.dataset}.jsonl").is_file()]
-    return [with_best_settings(one, out / f"{one.dataset}.jsonl") for one in present]
+    models = [with_best_settings(model, out / f"{model.dataset}.jsonl")]
+    for name in (spec.name for spec in CHALLENGE_DATASETS if spec.name != model.dataset):
+        other, trials = replace(model, dataset=name, folder=RUNS_FOLDER / name), out / f"{name}.jsonl"
+        if other.folder.is_dir() and trials.is_file():
+            try:
+                models.append(with_best_settings(other, trials))
+            except MissingDataError as error:
+                output.note(f"[yellow]warning[/yellow] {escape(name)} is left out: {escape(str(error))}")
+    return models
 
 
 def _models(options: dict[str, Any]) -> list[BundleModel]:

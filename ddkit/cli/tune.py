@@ -127,7 +127,7 @@ def tune(
     trials = tuning.tune(bundled, search, out, state=state, progress=output.progress, on_event=output.event)
     _report(output, trials, tuning.best_of(trials), tuning.evidence(trials))
     if packs:
-        packed = _bundle.pack_models(output, _bundle.tuned_models(bundled, out), BUNDLE_FILE, _bundle.ProofSettings())
+        packed = _bundle.pack_models(output, _bundle.tuned_models(output, bundled, out), BUNDLE_FILE, _bundle.ProofSettings())
         output.finish([records, chart, packed.path], f"ddkit evaluate --track 2 {packed.path}")
     else:
         output.finish([records, chart], _next_command(dataset, model, out))

@@ -1,6 +1,7 @@
 """`ddkit tune`, as a person calls it."""
 
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -34,7 +35,11 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
     again, _ = run(*words)  # at once, from what was kept
     assert json.loads(again) == data and (work / "runs" / "tune" / "colors.jsonl").read_text() == kept
 
+    # Another model was tuned when trials were still judged on the test images: that must not cost the search its zip.
+    shutil.copytree(colors_model, work / "runs" / "cifar100")
+    (work / "runs" / "tune" / "cifar100.jsonl").write_text(json.dumps({**json.loads(kept), "judged_on": "test images"}) + "\n")
     packed, said = run(*words, "--pack")
+    assert "cifar100 is left out" in said
     assert json.loads(packed) == data and "next: ddkit evaluate --track 2 track2.zip" in said
     with zipfile.ZipFile("track2.zip") as archive:
         assert json.loads(archive.read("models/colors/entry.json"))["steps"] == 3
