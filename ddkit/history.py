@@ -66,10 +66,9 @@ class PackedRecords:
         """The name for a zip that will hold these files, and a sentence if it is not the one that was to be expected.
 
         name: that the user gave; None takes `default`, with a number if it is in use. files: name -> SHA-256.
-        Raises UsageError for a name that was given to other files before.
+        Raises UsageError for a name that cannot be one or was given to other files before.
         """
-        if name is not None and (not name.strip() or not name.isprintable()):
-            raise UsageError(f"{name!r} cannot be a name.", "Give it letters: --name my-entry")
+        require_name(name)
         wanted = default if name is None else name.strip()
         other = self._other(wanted, files)
         if other is None:
@@ -130,6 +129,12 @@ class Known:
         if not texts:
             texts.append(f"{self.file} is in none of the records: it was neither evaluated nor packed as it is.")
         return texts + ([f"{self.file} was made by the recipe {self.recipe}."] if self.recipe else [])
+
+
+def require_name(name: str | None) -> None:
+    """Raise UsageError for what cannot be the name of a zip. None stands for a name that ddkit chooses."""
+    if name is not None and (not name.strip() or not name.isprintable()):
+        raise UsageError(f"{name!r} cannot be a name.", "Give it letters: --name my-entry")
 
 
 def known_files(hashes: Mapping[str, str], results: Sequence[Result], packed: Sequence[Packed]) -> tuple[Known, ...]:

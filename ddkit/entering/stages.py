@@ -20,7 +20,7 @@ from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.distill.refine import refine
 from ddkit.distill.settings import RefineLimits
 from ddkit.distill.state import STATE_FILE, RefinementState
-from ddkit.entering.recipe import IPC, Recipe, SetRecipe
+from ddkit.entering.recipe import IPC, RECIPE_FILE, Recipe, SetRecipe
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
 from ddkit.evaluation.tracks import Conditions, deviations, hash_of_folder
@@ -311,7 +311,8 @@ class Workplace:
         models = [BundleModel(name, self._run(name)) for name in self.recipe.datasets]
         pack_bundle(
             models, self.zip_file, proof=ProofSettings(min(ProofSettings().budget, budget)),
-            records=PackedRecords(packed_file(self.results_file)), on_event=self._on_event, progress=progress,
+            records=PackedRecords(packed_file(self.results_file)), recipe=str(self.folder / RECIPE_FILE),
+            on_event=self._on_event, progress=progress,
         )  # fmt: skip
 
     def _pack(self, progress: Listener) -> None:

@@ -26,7 +26,7 @@ from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
-from ddkit.history import PackedRecords
+from ddkit.history import PackedRecords, require_name
 from ddkit.metrics.features import CLASSIFIER, reference_features
 from ddkit.packing.pack import PackedFile, packed_files
 from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
@@ -102,16 +102,18 @@ def pack_bundle(
     proof: ProofSettings | None,
     name: str | None = None,
     records: PackedRecords | None = None,
+    recipe: str = "",
     on_event: Callable[[str], object] = lambda text: None,
     progress: Listener = ignore,
 ) -> PackedBundle:
     """Bundle models with the stand-alone scripts into the zip `out`, and prove it before it takes its place.
 
     The same models, settings and cached classifier make the same bytes; a classifier that is trained again may differ by
-    rounding. proof: None packs without running the bundle. records: where the zip is recorded, under `name` or else under
-    that of the file `out`; None records nothing. on_event: called with a sentence if the zip is recorded under another
-    name. An earlier zip is kept if anything fails. Raises UsageError for a proof of fewer images than a dataset has classes
-    or if the records hold the name for other files, and what `build_folder` and `prove` raise.
+    rounding. proof: None packs without running the bundle. records: where the zip is recorded, with the path `recipe`, under
+    `name` or else under that of the file `out`; None records nothing. on_event: called with a sentence if it is recorded
+    under another name. An earlier zip is kept if anything fails. Raises UsageError for a proof of fewer images than a
+    dataset has classes, for what cannot be a name or if the records hold the name for other files, and what `build_folder`
+    and `prove` raise.
     """
     if models and proof and proof.most is not None:
         largest = max((dataset_spec(model.dataset) for model in models), key=lambda spec: spec.num_classes)
@@ -120,6 +122,7 @@ def pack_bundle(
                 f"--proof-images {proof.most} is less than an image of each of the {least} classes of {largest.name}.",
                 f"Give --proof-images {least} or more.",
             )
+    require_name(name)
     with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
         zip_folder(build_folder(models, Path(temporary) / "bundle", progress=progress), zipped)
         files = packed_files(zipped)
@@ -128,7 +131,7 @@ def pack_bundle(
         proofs = prove(zipped, proof, progress=progress) if proof else ()
     packed = PackedBundle(out, sha256_of(out), files, proofs)
     if records:
-        records.add(chosen, out, packed.sha256, 2, hashes)
+        records.add(chosen, out, packed.sha256, 2, hashes, recipe)
         if remark:
             on_event(remark)
     return packed

@@ -32,6 +32,11 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     assert (record["name"], record["sha256"]) == ("track2", data["sha256"])
 
 
+def test_track_2_refuses_an_empty_name_before_it_packs(colors, colors_model, work, own_cache):
+    _, said = run("--track", 2, "--model", f"{colors}={colors_model}", "--name", " ", status=2)
+    assert "' ' cannot be a name" in said and not (own_cache / "_features").exists()
+
+
 def test_track_2_refuses_a_test_of_fewer_images_than_classes(colors, colors_model, work):
     _, said = run("--track", 2, "--model", f"{colors}={colors_model}", "--proof-images", 1, status=2)
     assert "--proof-images 1 is less than an image of each of the 2 classes of colors." in said
