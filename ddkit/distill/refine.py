@@ -163,7 +163,14 @@ def recorded_settings(folder: Path) -> RefineSettings | None:
     """The settings of the refinement in `folder`, None without one. Raises BadFileError where they cannot be read."""
     if not (folder / STATE_FILE).exists():
         return None
-    return read_record(RefineSettings, RefinementState.read(folder).settings)
+    recorded = RefinementState.read(folder).settings
+    try:
+        return read_record(RefineSettings, recorded)
+    except BadFileError as error:
+        raise BadFileError(
+            f"{folder / STATE_FILE} has settings of another version of ddkit: {error.message}",
+            "Start over with --fresh, or refine in another folder with --run.",
+        ) from error
 
 
 def _begin_or_resume(

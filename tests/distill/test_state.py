@@ -234,5 +234,6 @@ def test_recorded_settings_that_are_unknown_raise_bad_file_error_that_names_them
     settings = json.loads(state["settings"])
     settings["pool"]["depth"] = 3
     torch.save(state | {"settings": json.dumps(settings)}, tmp_path / "run" / "state.pt")
-    with pytest.raises(BadFileError, match="pool: unknown fields depth"):
+    with pytest.raises(BadFileError, match="state.pt has settings .* pool: unknown fields depth") as raised:
         recorded_settings(tmp_path / "run")
+    assert "--fresh" in raised.value.remedy
