@@ -37,6 +37,7 @@ _LARGEST_SIDE = 64  # pixels; larger images are reduced to it
 _SIDE_MULTIPLE = 8  # the network halves the side three times
 _IMAGES_AT_ONCE = 250
 _SECONDS_BETWEEN_SAVES = 30.0  # of a training's state, between two epochs
+_STATE_VERSION = 1
 _CACHE_FOLDER = "_features"  # a dataset cannot have this name
 
 
@@ -133,6 +134,8 @@ def reference_features(
         return network.state_dict()
 
     weights = cached_tensors(path, network.state_dict(), f"the feature network of {spec.name}", train)
+    with contextlib.suppress(OSError):  # a cache that may not be written
+        path.with_suffix(".state").unlink(missing_ok=True)
     if weights is not None:
         network.load_state_dict(weights)
     return ReferenceFeatures(network, spec, settings.precision)
@@ -183,7 +186,9 @@ def _train(
     )
     task = "Training a classifier on real images (once)"
     with contextlib.suppress(OSError, UnloadableError):
-        run.load_state_dict(load_restricted(state))
+        saved_state = load_restricted(state)
+        if isinstance(saved_state, dict) and saved_state.get("version") == _STATE_VERSION:
+            run.load_state_dict(saved_state["training"])
     progress(Progress(task, run.epochs_done * len(images), settings.epochs * len(images), "images"))
     saved = time.monotonic()
     while not run.finished:
@@ -192,11 +197,9 @@ def _train(
         progress(Progress(task, run.epochs_done * len(images), settings.epochs * len(images), "images", figures))
         if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
             with contextlib.suppress(BadFileError):  # a cache that may not be written
-                save_torch(run.state_dict(), state)
+                save_torch({"version": _STATE_VERSION, "training": run.state_dict()}, state)
             saved = time.monotonic()
     run.close()
-    with contextlib.suppress(OSError):
-        state.unlink()
 
 
 def training_images(spec: DatasetSpec, settings: FeatureSettings, available: int) -> int:
