@@ -144,7 +144,7 @@ def _engine(folder: Path) -> Iterator[Diagnosis]:
 
 def _memory(folder: Path) -> Iterator[Diagnosis]:
     free = free_memory(torch.device("cpu"))
-    text = f"{free / 2**30:.1f} of {psutil.virtual_memory().total / 2**30:.1f} GiB available"
+    text = f"{free / 2**30:.1f} GiB free; the machine has {psutil.virtual_memory().total / 2**30:.1f} GiB"
     short = free < _LEAST_MEMORY
     yield Diagnosis("slow" if short else "ok", "memory", text, "Close other programs before you train." if short else "")
 

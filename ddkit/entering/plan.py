@@ -272,10 +272,11 @@ class _Planner:
         if fits or more == 0:
             return expected
         files = " ".join(f"baseline/{name}.pt" for name in recipe.datasets)
+        seed = f" --seed {recipe.seed}" if recipe.seed else ""
         self._notes.append(
             f"Random real images are not evaluated under the same settings, which would take {time_option(more)} more. To "
             f"compare the submission with them, type in its folder: ddkit evaluate {files} "
-            f"--epochs-setting {epochs_setting(recipe)} --rounds {rounds(recipe)}"
+            f"--epochs-setting {epochs_setting(recipe)} --rounds {rounds(recipe)}{seed}"
         )
         return alone
 
