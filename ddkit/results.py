@@ -77,7 +77,7 @@ class Outcome(Scores):
 class Result(Outcome):
     """The record of one evaluated set: its outcome, and what was evaluated in which way.
 
-    kind: "submission", or a reference that it is compared with: "random-real" (as many real images per class, drawn at
+    kind: "submission", or a baseline of real images: "random-real" (as many real images per class, drawn at
         random), "first-real" (the first ones of each class) or "full-real" (the whole training set).
     sha256: of the evaluated file, or of pixels and labels if there was no file.
     epochs_setting: E of PROTOCOL.md; E + 1 epochs ran.

@@ -9,7 +9,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalize, normalize, to_uint8
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
-from ddkit.evaluation.reference import TestSet
+from ddkit.evaluation.test_sets import TestSet
 from ddkit.runtime.device import is_out_of_memory, upload
 from ddkit.runtime.seeds import Shuffling, derived_seed, generator_for
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet, class_titles, dataset_spec
 from ddkit.generator.config import SamplingSettings
-from ddkit.metrics.features import FeatureSettings, reference_features
+from ddkit.metrics.features import FeatureSettings, convnet_features
 from ddkit.runtime.environment import versions
 from ddkit.runtime.progress import Listener
 from ddkit.sets.distilled import SetFiles, save_set
@@ -60,7 +60,7 @@ def feature_extractor(
     real: ImageSet, dataset: str, settings: FeatureSettings, device: torch.device, progress: Listener
 ) -> Extract:
     """The features and confidences of a network that is trained on the real images."""
-    features = reference_features(real, dataset_spec(dataset), settings, device=device, progress=progress)
+    features = convnet_features(real, dataset_spec(dataset), settings, device=device, progress=progress)
     return lambda images, labels: ImageFeatures(*features.with_confidence(images, labels))
 
 

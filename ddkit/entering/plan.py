@@ -19,8 +19,8 @@ from ddkit.entering.recipe import IPC, Recipe, SetRecipe
 from ddkit.errors import UsageError
 from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings
-from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet
+from ddkit.evaluation.test_sets import TestSet
 from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, GeneratorConfig, SamplingSettings, default_guidance
 from ddkit.generator.presets import preset
 from ddkit.metrics.features import CLASSIFIER, training_images

@@ -11,8 +11,8 @@ import torch
 
 from ddkit.challenge import BATCH_SIZE
 from ddkit.evaluation.evaluate import SIDE_BY_SIDE, EvaluationSettings, StateFolder, expected_deviations, finished_rounds
-from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet, check_training_set
+from ddkit.evaluation.test_sets import TestSet
 from ddkit.network.networks import build_network
 from ddkit.network.training import TrainingRun
 from ddkit.runtime.device import free_memory, resolve_device

@@ -19,9 +19,9 @@ from ddkit import challenge
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.errors import InterruptedRunError, UsageError, did_you_mean
-from ddkit.evaluation.reference import TestSet, as_test_set
 from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, read_result, run_rounds
 from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
+from ddkit.evaluation.test_sets import TestSet, as_test_set
 from ddkit.evaluation.tracks import Conditions, Generate, deviations, images_per_class
 from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.network.training import TrainingSettings

@@ -16,8 +16,8 @@ from ddkit.evaluation.estimate import EvaluationEstimate, estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator, evaluate_source
 from ddkit.evaluation.published import Conversion, PublishedSet, open_published
 from ddkit.evaluation.ranking_runs import RankingJob, complete
-from ddkit.evaluation.reference import TestSet, as_test_set, load_reference
 from ddkit.evaluation.sources import FixedSet
+from ddkit.evaluation.test_sets import TestSet, as_test_set, load_reference
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.evaluation.tracks import hash_of_folder
 from ddkit.metrics.ddranking import MissingEvaluation, Ranking
@@ -25,7 +25,7 @@ from ddkit.results import RESULTS_FILE, Records, Result
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import KIND_SUBMISSION, REFERENCE_KINDS, DistilledSet, read_set
+from ddkit.sets.distilled import BASELINE_KINDS, KIND_SUBMISSION, DistilledSet, read_set
 from ddkit.sets.published import holds_containers, is_published_folder, labels_next_to
 from ddkit.statistics import Comparison, compare
 
@@ -199,7 +199,7 @@ class _Job:
     def _checked_sets(self, paths: Sequence[Path], folder: Path) -> list[DistilledSet | PublishedSet]:
         sets = [self._read(path) for path in paths] or self._sets_in(folder)
         self._open_tests([each.spec.name for each in sets])
-        if self._settings.ranking and all(each.kind in REFERENCE_KINDS for each in sets):
+        if self._settings.ranking and all(each.kind in BASELINE_KINDS for each in sets):
             raise UsageError("--ranking compares sets with real images, and these are real images themselves.")
         if self._settings.ranking and any(isinstance(each, PublishedSet) for each in sets):
             raise UsageError("--ranking needs sets in the challenge's layout, without a conversion.")
@@ -279,7 +279,7 @@ class _Job:
         # Trajectory matching calls the two files of every set images_best.pt and labels_best.pt.
         by_file = published and labels_next_to(path) is None
         name = self._settings.name or (path.resolve().stem if by_file else path.resolve().parent.name)
-        kind = distilled.kind if distilled.kind in REFERENCE_KINDS else KIND_SUBMISSION
+        kind = distilled.kind if distilled.kind in BASELINE_KINDS else KIND_SUBMISSION
         return self._record(evaluation.result(name, distilled.sha256, str(path), kind=kind, made_by=distilled.provenance))
 
     def _note_used_name(self, distilled: DistilledSet | PublishedSet) -> None:

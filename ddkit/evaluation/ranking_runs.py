@@ -10,8 +10,8 @@ from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
-from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet, hash_of
+from ddkit.evaluation.test_sets import TestSet
 from ddkit.metrics.ddranking import MissingEvaluation, Ranking, of_result
 from ddkit.results import Result
 from ddkit.runtime.progress import Listener, ignore

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.errors import ComputeError, InterruptedRunError
-from ddkit.evaluation.reference import TestSet
+from ddkit.evaluation.test_sets import TestSet
 from ddkit.evaluation.tracks import Generated, images_per_class
 from ddkit.network.engine import Engine
 from ddkit.network.networks import build_network

@@ -67,7 +67,7 @@ class FeatureSettings:
 CLASSIFIER = FeatureSettings(images=50_000, epochs=6)
 
 
-class ReferenceFeatures:
+class ConvNetFeatures:
     """Features of images; call it with images. `num_features` is the number of features.
 
     network: trained on real images of `spec`'s dataset, on the device on which features are computed.
@@ -110,14 +110,14 @@ class ReferenceFeatures:
         return F.adaptive_avg_pool2d(maps, _QUARTERS).flatten(1).float(), logits.float()
 
 
-def reference_features(
+def convnet_features(
     dataset: ImageSet,
     spec: DatasetSpec,
     settings: FeatureSettings = FeatureSettings(),
     *,
     device: str | torch.device = "cpu",
     progress: Listener = ignore,
-) -> ReferenceFeatures:
+) -> ConvNetFeatures:
     """Features learned from a dataset's real training images; the network is trained once and kept in the cache.
 
     dataset: the training split. The cached network belongs to the pixels and labels that it was trained on and to the
@@ -138,7 +138,7 @@ def reference_features(
         path.with_suffix(".state").unlink(missing_ok=True)
     if weights is not None:
         network.load_state_dict(weights)
-    return ReferenceFeatures(network, spec, settings.precision)
+    return ConvNetFeatures(network, spec, settings.precision)
 
 
 def is_cached(
@@ -148,7 +148,7 @@ def is_cached(
     *,
     device: str | torch.device = "cpu",
 ) -> bool:
-    """True if `reference_features` would find its network trained."""
+    """True if `convnet_features` would find its network trained."""
     settings = resolve_precision(settings, spec, device)
     return _cache_path(*_training_images(dataset, spec, settings), spec, settings).is_file()
 

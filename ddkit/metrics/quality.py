@@ -10,7 +10,7 @@ from torch import Tensor
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.metrics.coverage import density_and_coverage, nearest, within_class_diversity
-from ddkit.metrics.features import ReferenceFeatures
+from ddkit.metrics.features import ConvNetFeatures
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.progress import Listener, ignore
 
@@ -55,7 +55,7 @@ def measure(
     images: Tensor,
     labels: Tensor,
     dataset: ImageSet,
-    features: ReferenceFeatures,
+    features: ConvNetFeatures,
     *,
     seed: int = 0,
     progress: Listener = ignore,
@@ -69,14 +69,14 @@ def measure(
     """
     if len(images) < 2:
         raise UsageError("Measuring the quality of a set takes two images or more.")
-    stand_in, reference = _split_real(labels, dataset.labels, seed)
-    if len(reference) < 10:
+    stand_in, others = _split_real(labels, dataset.labels, seed)
+    if len(others) < 10:
         raise UsageError("There are too few real images to compare the set with.", "Measure a smaller set.")
-    real = features(dataset.images[reference], progress)
+    real = features(dataset.images[others], progress)
     ours = features(images, progress)
     other = features(dataset.images[stand_in], progress)
     # Copies are looked for among all training images, those that were left out above included.
-    rest = torch.ones(len(dataset.labels), dtype=torch.bool).index_fill_(0, reference, False).nonzero().flatten()
+    rest = torch.ones(len(dataset.labels), dtype=torch.bool).index_fill_(0, others, False).nonzero().flatten()
     everything = torch.cat([real, features(dataset.images[rest], progress)])
     indices, distances = nearest(ours, everything)
     unit = nearest(other, real)[1].median().clamp_min(1e-6)
@@ -84,7 +84,7 @@ def measure(
         images=len(images),
         metrics=_metrics(ours, labels, real, distances / unit),
         real=_metrics(other, dataset.labels[stand_in], real, torch.ones(1)),
-        neighbors=torch.cat([reference, rest])[indices],
+        neighbors=torch.cat([others, rest])[indices],
         distances=distances / unit,
     )
 

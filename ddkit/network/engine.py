@@ -25,7 +25,7 @@ class Engine(Protocol):
 
 
 class PlainEngine:
-    """Autograd over the whole batch or over chunks of it, for any network: the reference for every other engine.
+    """Autograd over the whole batch or over chunks of it, for any network: every other engine must agree with it.
 
     Gradients of chunks add up to the batch's gradient, because the loss is a mean over images and no image's result
     depends on the others. For a network with statistics across images, the plan must have no chunk.

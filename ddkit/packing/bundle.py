@@ -27,7 +27,7 @@ from ddkit.generator.model_folder import load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
 from ddkit.history import PackedRecords, require_name
-from ddkit.metrics.features import CLASSIFIER, reference_features
+from ddkit.metrics.features import CLASSIFIER, convnet_features
 from ddkit.packing.pack import PackedFile, packed_files
 from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
 from ddkit.packing.zipping import unpack, write_zip
@@ -296,7 +296,7 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
             kept = "The bundle's classifier learns from these images; with --keep 1 it has none."
             raise type(error)(error.message, f"{error.remedy} {kept}".strip()) from error
         device = resolve_device("auto")  # which need not be the bundle's
-        network = reference_features(real, spec, CLASSIFIER, device=device, progress=progress).network.cpu()
+        network = convnet_features(real, spec, CLASSIFIER, device=device, progress=progress).network.cpu()
         (folder / "classifier").mkdir()
         weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         save_safetensors(weights, folder / "classifier" / "classifier.safetensors")

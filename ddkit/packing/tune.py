@@ -21,7 +21,7 @@ from ddkit.data.store import dataset_spec
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
-from ddkit.evaluation.reference import TestSet
+from ddkit.evaluation.test_sets import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.generator.config import BUNDLE_KEEP
 from ddkit.generator.model_facts import model_hash, read_facts

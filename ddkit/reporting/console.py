@@ -22,7 +22,7 @@ _NARROW = 78  # below it, a few lines per entry instead of a table
 _CURVE_POINTS = 10
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 _STYLES = {"submission": "bold cyan", "published": ""}
-_REFERENCE_STYLE = "dim"
+_BASELINE_STYLE = "dim"
 
 
 class LeaderboardView:
@@ -72,7 +72,7 @@ def _table(group: Group, width: int, bars: str) -> Table:
         free = title in ("entry", "official")
         table.add_column(title, justify=justify, no_wrap=not free, overflow="fold", min_width=16 if free else None)
     for row in group.rows:
-        table.add_row(*_cells(row, group, width, bars), style=_STYLES.get(row.kind, _REFERENCE_STYLE))
+        table.add_row(*_cells(row, group, width, bars), style=_STYLES.get(row.kind, _BASELINE_STYLE))
     return table
 
 
@@ -110,7 +110,7 @@ def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
     """A few lines per entry, for a narrow terminal."""
     for row in group.rows:
         rank = "" if row.rank is None else f"{row.rank}. "
-        yield Text(f"{rank}{row.name}", style=_STYLES.get(row.kind, _REFERENCE_STYLE), overflow="fold")
+        yield Text(f"{rank}{row.name}", style=_STYLES.get(row.kind, _BASELINE_STYLE), overflow="fold")
         facts = [(dataset_title(name), _accuracy(row, name)) for name in row.accuracy]
         if row.score is not None and len(row.accuracy) > 1:
             facts.append(("mean", Text(f"{percent(row.score)} {half_interval(row)}")))

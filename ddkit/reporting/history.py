@@ -15,7 +15,7 @@ from rich.text import Text
 from ddkit.history import Packed, find_recipe
 from ddkit.reporting.charts import Tick, accuracy_axis
 from ddkit.reporting.formatting import interval_text, percent
-from ddkit.reporting.leaderboard import REFERENCE_NAMES, settings_title
+from ddkit.reporting.leaderboard import BASELINE_NAMES, settings_title
 from ddkit.reporting.rows import dataset_title
 from ddkit.results import Result
 from ddkit.statistics import half_width, mean
@@ -81,17 +81,17 @@ class TimeChart:
 class History:
     """steps: of the user's own sets, oldest first. charts: of datasets and settings with several evaluations, the latest first.
 
-    references: evaluations of real images, which the steps are compared with, oldest first.
+    baselines: evaluations of real images, which the steps are compared with, oldest first.
     """
 
     steps: tuple[Step, ...]
     charts: tuple[TimeChart, ...]
-    references: tuple[Step, ...] = ()
+    baselines: tuple[Step, ...] = ()
 
     @property
     def rows(self) -> tuple[Step, ...]:
-        """Steps and references, oldest first."""
-        return _in_order((*self.references, *self.steps))
+        """Steps and baselines, oldest first."""
+        return _in_order((*self.baselines, *self.steps))
 
     def as_data(self) -> list[dict[str, Any]]:
         """The rows as plain values for JSON."""
@@ -99,7 +99,7 @@ class History:
 
 
 def build_history(results: Sequence[Result], packed: Sequence[Packed], tracks: Iterable[int] | None = None) -> History:
-    """The history of the user's own sets and of the references that the leaderboard shows. tracks: None means all."""
+    """The history of the user's own sets and of the baselines that the leaderboard shows. tracks: None means all."""
     wanted = None if tracks is None else set(tracks)
     evaluated = [r for r in results if wanted is None or r.track in wanted]
     ours = [r for r in evaluated if r.kind == "submission"]
@@ -113,8 +113,8 @@ def build_history(results: Sequence[Result], packed: Sequence[Packed], tracks: I
         improves = step.accuracy is not None and step.accuracy > best.get(key, -1.0)
         best[key] = max(best.get(key, -1.0), step.accuracy or 0.0)
         marked.append(replace(step, is_best=improves))
-    references = _in_order(_evaluated(result) for result in evaluated if result.kind in REFERENCE_NAMES)
-    return History(tuple(marked), _charts(marked), references)
+    baselines = _in_order(_evaluated(result) for result in evaluated if result.kind in BASELINE_NAMES)
+    return History(tuple(marked), _charts(marked), baselines)
 
 
 def _in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
@@ -126,7 +126,7 @@ def _evaluated(result: Result) -> Step:
     return Step(
         result.date,
         "evaluated",
-        REFERENCE_NAMES.get(result.kind, result.name),
+        BASELINE_NAMES.get(result.kind, result.name),
         dataset_title(result.dataset),
         settings_title(result),
         result.mean,
@@ -233,7 +233,7 @@ class HistoryView:
         for heading, _ in columns:
             table.add_column(heading, overflow="fold", no_wrap=heading in ("date", "% ± 95 %", "settings"))
         for step in self._history.rows:
-            style = "bold" if step.is_best else "dim" if step.kind in REFERENCE_NAMES else ""
+            style = "bold" if step.is_best else "dim" if step.kind in BASELINE_NAMES else ""
             table.add_row(*(Text(text(step)) for _, text in columns), style=style)
         yield table
         unicode = options.encoding.lower().startswith("utf")

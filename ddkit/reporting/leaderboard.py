@@ -15,7 +15,7 @@ from ddkit.results import Result
 from ddkit.statistics import mean
 
 _CHALLENGE_NAMES = tuple(spec.name for spec in CHALLENGE_DATASETS)
-REFERENCE_NAMES = {
+BASELINE_NAMES = {
     "random-real": "random real images",
     "first-real": "first real images",
     "full-real": "all real images",
@@ -215,7 +215,7 @@ def _local_row(draft: _Draft, baselines: Mapping[_Conditions, Result], published
     best_published = max((mean(numbers[name] for name in results) for numbers in comparable), default=None)
     missing = [name for name in expected if name not in results] if draft.key.official else []
     return Row(
-        name=REFERENCE_NAMES.get(draft.kind, draft.name),
+        name=BASELINE_NAMES.get(draft.kind, draft.name),
         kind=draft.kind,
         accuracy=accuracy,
         score=mean(accuracy.values()) if all(name in results for name in expected) else None,
@@ -274,7 +274,7 @@ def _generated(results: Mapping[str, Result]) -> tuple[str, ...]:
 
 
 def _ranked(rows: Sequence[Row]) -> list[Row]:
-    """The rows ranked by score, without references. If numbers are not public, the published ranks stay."""
+    """The rows ranked by score, without baselines. If numbers are not public, the published ranks stay."""
     if any(row.kind == "published" and row.score is None for row in rows):
         return list(rows)
     ranked, place = [], 0

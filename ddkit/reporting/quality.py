@@ -13,7 +13,7 @@ from PIL.Image import Image
 from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.store import class_titles, dataset_spec, load_dataset
 from ddkit.errors import MissingDataError
-from ddkit.metrics.features import FeatureSettings, is_cached, reference_features
+from ddkit.metrics.features import FeatureSettings, convnet_features, is_cached
 from ddkit.metrics.quality import Quality, measure
 from ddkit.reporting.rows import dataset_title
 from ddkit.runtime.device import resolve_device
@@ -117,7 +117,7 @@ def quality_of(
     one = read_set(path, dataset)
     spec = one.spec
     real, images = load_dataset(spec.name, "train"), to_uint8(denormalize(one.images, spec))
-    features = reference_features(real, spec, settings or FeatureSettings(), device=device, progress=progress)
+    features = convnet_features(real, spec, settings or FeatureSettings(), device=device, progress=progress)
     quality = measure(images, one.labels, real, features, seed=seed, progress=progress)
     titles = [title.replace("_", " ") for title in class_titles(spec.name)]
     of_each = [titles[label] for label in one.labels.tolist()]

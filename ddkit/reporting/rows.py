@@ -26,13 +26,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: a published entry, one of the user's sets, or a reference that these are compared with.
+    """A row: a published entry, one of the user's sets, or a baseline that these are compared with.
 
     kind: "published", or a Result's kind ("submission", "random-real", "full-real").
     accuracy: dataset -> fraction. score: the mean over both datasets of the challenge, None until both are evaluated;
         for other datasets the accuracy.
     results: the latest evaluation for each dataset; empty for published entries.
-    rank: among official scores; None for references, for incomplete rows, and for those that are not official.
+    rank: among official scores; None for baselines, for incomplete rows, and for those that are not official.
     best_published: the best published mean over the datasets of this row; None if there is none.
     baseline: random real images under the same settings, in the order of `results`; empty if there are none.
     """

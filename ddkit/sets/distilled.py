@@ -45,7 +45,7 @@ KIND_FIRST_REAL = "first-real"  # the first real training images of each class
 KIND_FULL_REAL = "full-real"  # all real training images
 KIND_SUBMISSION = "submission"  # any other set; its maker is not known
 # Real images, with which the results of other sets are compared.
-REFERENCE_KINDS = (KIND_RANDOM_REAL, KIND_FIRST_REAL, KIND_FULL_REAL)
+BASELINE_KINDS = (KIND_RANDOM_REAL, KIND_FIRST_REAL, KIND_FULL_REAL)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset, prepare
 from ddkit.data.store import dataset_spec, load_dataset, store_facts
 from ddkit.errors import BadDataError, BadFileError, MissingDataError, UsageError
-from ddkit.evaluation.reference import as_test_set
+from ddkit.evaluation.test_sets import as_test_set
 
 pytestmark = pytest.mark.empty_cache
 

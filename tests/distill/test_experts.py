@@ -24,13 +24,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def references(colors):
+def holdout(colors):
     return TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.2, seed=0)
 
 
-def experts(references, settings=QUICK, *, sha256="of-these", seed=0, told=None):
+def experts(holdout, settings=QUICK, *, sha256="of-these", seed=0, told=None):
     progress = {} if told is None else {"progress": told.append}
-    ours = Experts(references, sha256, settings, seed=seed, device=CPU, **progress)
+    ours = Experts(holdout, sha256, settings, seed=seed, device=CPU, **progress)
     ours.prepare()
     assert ours.ready
     return ours
@@ -40,11 +40,11 @@ def files(own_cache):
     return sorted((own_cache / "_experts").rglob("*.safetensors"))
 
 
-def test_experts_are_trained_once_and_found_in_the_cache(references, own_cache):
-    first, told = experts(references), []
+def test_experts_are_trained_once_and_found_in_the_cache(holdout, own_cache):
+    first, told = experts(holdout), []
     written = {path: path.stat().st_mtime_ns for path in files(own_cache)}
     assert len(written) == 2
-    again = experts(references, told=told)
+    again = experts(holdout, told=told)
     assert told == [] and {path: path.stat().st_mtime_ns for path in files(own_cache)} == written
     for seed in range(3):
         ours, theirs = (kept.sample_segment(torch.Generator().manual_seed(seed)) for kept in (first, again))
@@ -55,34 +55,34 @@ def test_experts_are_trained_once_and_found_in_the_cache(references, own_cache):
 @pytest.mark.parametrize(
     "changed", [{"sha256": "of-others"}, {"seed": 1}, {"settings": dataclasses.replace(QUICK, batch_size=5)}]
 )
-def test_experts_of_other_images_settings_or_seeds_are_trained_again(references, own_cache, changed):
-    experts(references)
-    experts(references, **changed)
+def test_experts_of_other_images_settings_or_seeds_are_trained_again(holdout, own_cache, changed):
+    experts(holdout)
+    experts(holdout, **changed)
     assert len(files(own_cache)) == 4
 
 
-def test_experts_with_another_holdout_are_trained_again(references, colors, own_cache):
-    experts(references)
+def test_experts_with_another_holdout_are_trained_again(holdout, colors, own_cache):
+    experts(holdout)
     experts(TrainHoldout(load_dataset(colors, "train"), dataset_spec(colors), held_out=0.4, seed=0))
     assert len(files(own_cache)) == 4
 
 
-def test_more_experts_or_longer_spans_reuse_those_in_the_cache(references, own_cache):
-    experts(references)
+def test_more_experts_or_longer_spans_reuse_those_in_the_cache(holdout, own_cache):
+    experts(holdout)
     told = []
-    experts(references, dataclasses.replace(QUICK, count=3, span=4), told=told)
+    experts(holdout, dataclasses.replace(QUICK, count=3, span=4), told=told)
     assert len(files(own_cache)) == 3
     assert [report.done for report in told] == [9, 10, 11, 12], "the third alone"
 
 
-def test_experts_asked_to_stop_keep_the_finished_ones(references, own_cache):
+def test_experts_asked_to_stop_keep_the_finished_ones(holdout, own_cache):
     with pytest.raises(InterruptedRunError), stop_requests() as stop:
 
         def listen(report):
             if report.done == 5 and not stop:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        ours = Experts(references, "of-these", QUICK, seed=0, device=CPU, progress=listen)
+        ours = Experts(holdout, "of-these", QUICK, seed=0, device=CPU, progress=listen)
         ours.prepare(stop)
         assert stop
         raise InterruptedRunError("as whoever asked for them does")
@@ -91,19 +91,19 @@ def test_experts_asked_to_stop_keep_the_finished_ones(references, own_cache):
     assert ours.ready and len(files(own_cache)) == 2
 
 
-def test_only_a_damaged_expert_is_trained_again(references, own_cache):
-    experts(references)
+def test_only_a_damaged_expert_is_trained_again(holdout, own_cache):
+    experts(holdout)
     whole, damaged = files(own_cache)
     before, kept = damaged.read_bytes(), whole.stat().st_mtime_ns
     damaged.write_bytes(before[:100])
-    experts(references)
+    experts(holdout)
     assert damaged.read_bytes() == before and whole.stat().st_mtime_ns == kept
 
 
-def test_segments_come_from_one_trajectory_and_have_the_length_of_the_span(references, own_cache):
+def test_segments_come_from_one_trajectory_and_have_the_length_of_the_span(holdout, own_cache):
     from safetensors.torch import load_file
 
-    kept = experts(references)
+    kept = experts(holdout)
     trajectories = [load_file(path)["parameters"] for path in files(own_cache)]
     assert all(
         trajectory.shape == (5, sum(p.numel() for p in build_network("convnet", 2, 16, seed=0).parameters()))

@@ -16,7 +16,7 @@ from ddkit.generator.model_facts import model_hash
 from ddkit.generator.model_folder import load_model, save_model
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.generator.training.latents import cached_latents, latents_identity
-from ddkit.metrics.features import reference_features
+from ddkit.metrics.features import convnet_features
 from ddkit.runtime.files import sha256_of
 from ddkit.sets.distilled import read_set
 
@@ -197,7 +197,7 @@ class TestChoosing:
         source = FromModel(model_folder, sampling, candidates=5, select="least-confident")
         saved = generate(colors, 2, source, tmp_path / "set.pt")
         train = load_dataset(colors, "train")
-        features = reference_features(train, dataset_spec(colors))
+        features = convnet_features(train, dataset_spec(colors))
         expected = []
         for c in range(2):
             labels = torch.full((5,), c)
@@ -211,7 +211,7 @@ class TestChoosing:
     def test_set_has_the_selected_real_images(self, colors, tmp_path):
         saved = generate(colors, 2, FromReal("most-confident"), tmp_path / "set.pt")
         train = load_dataset(colors, "train")
-        confidence = reference_features(train, dataset_spec(colors)).with_confidence(train.images, train.labels)[1]
+        confidence = convnet_features(train, dataset_spec(colors)).with_confidence(train.images, train.labels)[1]
         rows = [i for c in (0, 1) for i in confidence[5 * c : 5 * c + 5].argsort(descending=True)[:2].add(5 * c).tolist()]
         assert torch.equal(pixels(saved.tensor, colors), train.images[rows])
         assert json.loads(saved.provenance.read_text())["kind"] == "most-confident-real"

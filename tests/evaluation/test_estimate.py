@@ -8,8 +8,8 @@ from ddkit.data.store import load_dataset
 from ddkit.errors import InvalidSubmissionError
 from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
-from ddkit.evaluation.reference import TestSet
 from ddkit.evaluation.sources import FixedSet
+from ddkit.evaluation.test_sets import TestSet
 
 
 @pytest.fixture

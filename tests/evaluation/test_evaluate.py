@@ -20,9 +20,9 @@ from ddkit.data.store import ImageSet
 from ddkit.errors import BadDataError, ComputeError, InterruptedRunError, InvalidSubmissionError, UsageError
 from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, _key, evaluate, evaluate_generator
-from ddkit.evaluation.reference import as_test_set
 from ddkit.evaluation.rounds import RoundSettings
 from ddkit.evaluation.sources import FixedSet
+from ddkit.evaluation.test_sets import as_test_set
 from ddkit.network.autotune import _ENGINES
 from ddkit.network.plan import EnginePlan
 from ddkit.network.training import TrainingRun, TrainingSettings

@@ -12,7 +12,7 @@ from PIL import Image
 from ddkit import challenge
 from ddkit.challenge import CIFAR100, TINYIMAGENET
 from ddkit.data.images import normalize
-from ddkit.evaluation.reference import TestSet
+from ddkit.evaluation.test_sets import TestSet
 
 
 def seeded(seed=0):

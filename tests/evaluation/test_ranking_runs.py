@@ -11,7 +11,7 @@ from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.ranking_runs import RankingJob, complete
-from ddkit.evaluation.reference import as_test_set
+from ddkit.evaluation.test_sets import as_test_set
 from ddkit.metrics.ddranking import MissingEvaluation
 from ddkit.results import Result
 from ddkit.sets.distilled import DistilledSet

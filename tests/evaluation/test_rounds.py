@@ -13,8 +13,8 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import InterruptedRunError
-from ddkit.evaluation.reference import as_test_set
 from ddkit.evaluation.rounds import RoundJob, RoundSettings, predict, read_result, run_rounds
+from ddkit.evaluation.test_sets import as_test_set
 from ddkit.evaluation.tracks import Generated
 from ddkit.network.engine import build_engine
 from ddkit.network.networks import build_network

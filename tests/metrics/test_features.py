@@ -12,7 +12,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.metrics import features
-from ddkit.metrics.features import FeatureSettings, ReferenceFeatures, _training_images, is_cached, reference_features
+from ddkit.metrics.features import ConvNetFeatures, FeatureSettings, _training_images, convnet_features, is_cached
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.progress import Progress
@@ -32,17 +32,17 @@ def stripes(count: int, seed: int, side: int = 16) -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def trained(shared_folder) -> ReferenceFeatures:
+def trained(shared_folder) -> ConvNetFeatures:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDKIT_CACHE", str(shared_folder))
-        return reference_features(stripes(200, 0), SPEC, QUICK)
+        return convnet_features(stripes(200, 0), SPEC, QUICK)
 
 
 @pytest.mark.slow
 def test_features_tell_the_classes_apart(trained):
     held_out = stripes(60, 1)
     features = trained(held_out.images)
-    assert features.shape == (60, ReferenceFeatures.num_features) and features.dtype == torch.float32
+    assert features.shape == (60, ConvNetFeatures.num_features) and features.dtype == torch.float32
     rows, columns = features[held_out.labels == 0], features[held_out.labels == 1]
     assert frechet_distance(rows, columns) > 5 * frechet_distance(rows[::2], rows[1::2])
 
@@ -55,31 +55,31 @@ def test_float_images_have_the_features_of_their_bytes(trained):
 
 @pytest.mark.slow
 def test_no_images_have_no_features(trained):
-    assert trained(torch.empty(0, 3, 16, 16, dtype=torch.uint8)).shape == (0, ReferenceFeatures.num_features)
+    assert trained(torch.empty(0, 3, 16, 16, dtype=torch.uint8)).shape == (0, ConvNetFeatures.num_features)
 
 
 @pytest.mark.slow
 def test_the_network_is_trained_once_and_found_again():
     dataset, reports = stripes(200, 0), []
     assert not is_cached(dataset, SPEC, QUICK)
-    first = reference_features(dataset, SPEC, QUICK, progress=reports.append)
+    first = convnet_features(dataset, SPEC, QUICK, progress=reports.append)
     assert is_cached(dataset, SPEC, QUICK)
     assert [(report.done, report.total) for report in reports] == [(0, 360), (120, 360), (240, 360), (360, 360)]
     assert all("loss" in report.figures for report in reports[1:])
-    again = reference_features(dataset, SPEC, QUICK, progress=lambda report: pytest.fail("trained again"))
+    again = convnet_features(dataset, SPEC, QUICK, progress=lambda report: pytest.fail("trained again"))
     torch.testing.assert_close(first(dataset.images[:8]), again(dataset.images[:8]))
 
 
 @pytest.mark.slow
 def test_killed_training_continues_and_ends_with_the_network_of_an_unbroken_one(tmp_path, monkeypatch):
     dataset, settings, reports = stripes(200, 0), dataclasses.replace(QUICK, precision="float32"), []
-    unbroken = reference_features(dataset, SPEC, settings)
+    unbroken = convnet_features(dataset, SPEC, settings)
     monkeypatch.setenv("DDKIT_CACHE", str(tmp_path))
     killed = multiprocessing.get_context("spawn").Process(target=_train_until_killed, args=(dataset, settings, 240))
     killed.start()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL and not is_cached(dataset, SPEC, settings)
-    resumed = reference_features(dataset, SPEC, settings, progress=reports.append)
+    resumed = convnet_features(dataset, SPEC, settings, progress=reports.append)
     assert [report.done for report in reports] == [120, 240, 360]
     # Another engine may have been chosen in the other cache, which rounds differently.
     torch.testing.assert_close(resumed(dataset.images[:8]), unbroken(dataset.images[:8]), rtol=1e-3, atol=1e-4)
@@ -94,12 +94,12 @@ def _train_until_killed(dataset: ImageSet, settings: FeatureSettings, images: in
             os.kill(os.getpid(), signal.SIGKILL)
 
     features._SECONDS_BETWEEN_SAVES = 0
-    reference_features(dataset, SPEC, settings, progress=kill)
+    convnet_features(dataset, SPEC, settings, progress=kill)
 
 
 @pytest.mark.slow
 def test_other_pixels_or_settings_train_another_network():
-    reference_features(stripes(200, 0), SPEC, QUICK)
+    convnet_features(stripes(200, 0), SPEC, QUICK)
     assert not is_cached(stripes(200, 3), SPEC, QUICK)
     assert not is_cached(stripes(200, 0), SPEC, dataclasses.replace(QUICK, seed=1))
 
@@ -110,18 +110,18 @@ def test_each_precision_has_a_network_of_its_own():
     for precision in ("float32", "bfloat16"):
         settings = dataclasses.replace(QUICK, precision=precision)
         assert not is_cached(dataset, SPEC, settings)
-        trained[precision] = reference_features(dataset, SPEC, settings)
+        trained[precision] = convnet_features(dataset, SPEC, settings)
         assert is_cached(dataset, SPEC, settings) and trained[precision].precision == precision
     features = [network(dataset.images[:8]) for network in trained.values()]
     assert not torch.equal(*features)
-    automatic = reference_features(dataset, SPEC, QUICK, progress=lambda report: pytest.fail("trained again"))
+    automatic = convnet_features(dataset, SPEC, QUICK, progress=lambda report: pytest.fail("trained again"))
     assert torch.equal(automatic(dataset.images[:8]), features[list(trained).index(automatic.precision)])
 
 
 @pytest.mark.slow
 def test_a_network_of_earlier_versions_which_had_only_float32_is_found():
     dataset, settings = stripes(200, 0), dataclasses.replace(QUICK, precision="float32")
-    reference_features(dataset, SPEC, settings)
+    convnet_features(dataset, SPEC, settings)
     (path,) = (cache_folder() / "_features").glob("*.safetensors")
     assert path.name == "stripes-5a0e5d74dcb68161a917.safetensors"
 
@@ -129,19 +129,19 @@ def test_a_network_of_earlier_versions_which_had_only_float32_is_found():
 @pytest.mark.slow
 def test_damaged_cached_network_is_trained_again():
     dataset = stripes(200, 0)
-    reference_features(dataset, SPEC, QUICK)
+    convnet_features(dataset, SPEC, QUICK)
     (path,) = (cache_folder() / "_features").glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     before = path.stat().st_size
-    reference_features(dataset, SPEC, QUICK)
+    convnet_features(dataset, SPEC, QUICK)
     assert path.stat().st_size > before
 
 
 @pytest.mark.slow
 def test_large_images_are_reduced():
     spec = dataclasses.replace(SPEC, image_size=100)
-    features = reference_features(stripes(12, 0, side=100), spec, FeatureSettings(images=8, epochs=1))
-    assert features(stripes(3, 1, side=100).images).shape == (3, ReferenceFeatures.num_features)
+    features = convnet_features(stripes(12, 0, side=100), spec, FeatureSettings(images=8, epochs=1))
+    assert features(stripes(3, 1, side=100).images).shape == (3, ConvNetFeatures.num_features)
 
 
 @pytest.mark.parametrize(("side", "available", "trained_on"), [(32, 200, 100), (64, 200, 50), (32, 60, 60)])

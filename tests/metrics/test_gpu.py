@@ -6,7 +6,7 @@ import torch
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.metrics.coverage import density_and_coverage, nearest, within_class_diversity
-from ddkit.metrics.features import FeatureSettings, reference_features
+from ddkit.metrics.features import FeatureSettings, convnet_features
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.metrics.quality import measure
 
@@ -31,8 +31,8 @@ def waits_of(gpu, run):
 
 @pytest.mark.slow
 def test_feature_network_is_trained_on_the_gpu_asked_for_and_its_features_are_those_of_a_cpu(real, gpu, second_gpu):
-    features = reference_features(real, SPEC, SETTINGS, device=second_gpu)
-    again = reference_features(real, SPEC, SETTINGS)  # from the cache, on the CPU
+    features = convnet_features(real, SPEC, SETTINGS, device=second_gpu)
+    again = convnet_features(real, SPEC, SETTINGS)  # from the cache, on the CPU
     torch.testing.assert_close(features(real.images), again(real.images), atol=1e-4, rtol=1e-4)
     ours, theirs = (each.with_confidence(real.images[:300], real.labels[:300]) for each in (features, again))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -42,7 +42,7 @@ def test_feature_network_is_trained_on_the_gpu_asked_for_and_its_features_are_th
 @pytest.mark.slow
 def test_training_the_feature_network_waits_once_an_epoch(real, gpu, second_gpu):
     def train(epochs):
-        return reference_features(real, SPEC, FeatureSettings(60, epochs, 30, seed=epochs), device=second_gpu)
+        return convnet_features(real, SPEC, FeatureSettings(60, epochs, 30, seed=epochs), device=second_gpu)
 
     train(1)  # measures engines
     few, many = (waits_of(gpu, lambda epochs=epochs: train(epochs))[1] for epochs in (2, 7))
@@ -51,7 +51,7 @@ def test_training_the_feature_network_waits_once_an_epoch(real, gpu, second_gpu)
 
 @pytest.mark.slow
 def test_features_wait_once_whatever_the_number_of_images(real, gpu, second_gpu):
-    features = reference_features(real, SPEC, SETTINGS, device=second_gpu)
+    features = convnet_features(real, SPEC, SETTINGS, device=second_gpu)
     features(real.images)  # fills caches
     for count in (10, 250, 600):
         assert waits_of(gpu, lambda count=count: features(real.images[:count]))[1] == 1
@@ -77,7 +77,7 @@ def test_metrics_of_features_on_a_gpu_are_those_of_a_cpu(gpu, second_gpu):
 def test_quality_of_a_set_measured_on_a_gpu_is_that_of_a_cpu(real, gpu, second_gpu):
     images, labels = real.images[::15], real.labels[::15]
     ours, theirs = (
-        measure(images, labels, real, reference_features(real, SPEC, SETTINGS, device=device)) for device in (second_gpu, "cpu")
+        measure(images, labels, real, convnet_features(real, SPEC, SETTINGS, device=device)) for device in (second_gpu, "cpu")
     )
     assert ours.metrics.frechet == pytest.approx(theirs.metrics.frechet, rel=1e-3)
     assert torch.equal(ours.neighbors, theirs.neighbors)

@@ -25,7 +25,7 @@ def results(result):
     ]
 
 
-def test_steps_are_in_order_of_time_without_references(results):
+def test_steps_are_in_order_of_time_without_baselines(results):
     history = build_history(results, [])
     assert [step.name for step in history.steps] == ["first", "second", "worse", "best", "best"]
     assert [step.is_best for step in history.steps] == [True, True, False, True, True]
@@ -33,9 +33,9 @@ def test_steps_are_in_order_of_time_without_references(results):
     assert history.steps[0].half_width > 0.05
 
 
-def test_references_are_rows_under_the_leaderboards_names_and_never_the_best(results):
+def test_baselines_are_rows_under_the_leaderboards_names_and_never_the_best(results):
     history = build_history(results, [])
-    (baseline,) = history.references
+    (baseline,) = history.baselines
     assert (baseline.name, baseline.kind, baseline.accuracy) == ("random real images", "random-real", pytest.approx(0.155))
     assert baseline.settings == "E = 50" and not baseline.is_best
     assert [row.name for row in history.rows] == ["random real images", "first", "second", "worse", "best", "best"]
@@ -89,7 +89,7 @@ def test_view_shows_a_table_and_a_chart_in_any_encoding(results, encoding, best)
     assert "CIFAR-100, E = 50: accuracy over time" in shown and best in shown
 
 
-def test_view_of_references_alone_shows_them(results):
+def test_view_of_baselines_alone_shows_them(results):
     console = Console(file=io.StringIO(), width=160)
     console.print(HistoryView(build_history(results[:1], [])))
     assert "random real images" in console.file.getvalue() and "15.50" in console.file.getvalue()

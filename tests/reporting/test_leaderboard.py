@@ -144,7 +144,7 @@ def test_datasets_of_ones_own_have_groups_of_their_own(result):
     assert {group.rows[0].score for group in groups[1:]} == {0.6, 0.7}
 
 
-def test_first_real_images_are_a_reference_and_no_entry(result):
+def test_first_real_images_are_a_baseline_and_no_entry(result):
     group = build([result("first", "cifar100", 0.12, epochs_setting=50, kind="first-real")])[1]
     (row,) = group.rows
     assert row.name == "first real images" and not row.is_local

@@ -14,7 +14,7 @@ from ddkit.errors import UsageError
 from ddkit.generator.config import TRACKING, SamplingSettings
 from ddkit.generator.model_folder import Model
 from ddkit.generator.sampling import Sampler
-from ddkit.metrics.features import FeatureSettings, reference_features, resolve_precision
+from ddkit.metrics.features import FeatureSettings, convnet_features, resolve_precision
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.metrics.inception import InceptionFeatures
 from ddkit.runtime.progress import Listener, ignore
@@ -68,12 +68,12 @@ def track_frechet(
     rows = torch.randperm(len(real), generator=generator_for("cpu", "tracking", sampling.seed))[:count]
 
     @functools.cache
-    def reference() -> tuple[Features, Tensor]:
+    def real_features() -> tuple[Features, Tensor]:
         features = make_features()
         return features, features(real.images[rows])
 
     def score(model: Model) -> float:
-        features, of_real = reference()
+        features, of_real = real_features()
         settings = replace(sampling, guidance=1.0) if model.facts.label_dropout == 0 else sampling
         sampler = Sampler(model, settings, device)
         return frechet_distance(of_real, features(torch.cat([*sampler.images(real.labels[rows], torch.arange(count))])))
@@ -103,7 +103,7 @@ def track_frechet_in(
     settings = resolve_precision(FeatureSettings(precision=SCORE_PRECISIONS.get(recorded, "auto")), spec, device)
     return track_frechet(
         real,
-        lambda: reference_features(real, spec, settings, device=device, progress=progress),
+        lambda: convnet_features(real, spec, settings, device=device, progress=progress),
         every_steps=every_steps,
         name=next(name for name, precision in SCORE_PRECISIONS.items() if precision == settings.precision),
         device=device,
