@@ -19,7 +19,7 @@ from ddkit.errors import BadDataError
 from ddkit.runtime.cached import cached_tensors
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.progress import Listener, Progress, ignore
-from ddkit.runtime.threads import cores_for, side_by_side
+from ddkit.runtime.threads import cores_for, parallel_map
 
 _CACHE_FOLDER = "_checks"  # no dataset can have this name
 _VERSION = 2  # of the features and the fit; a classifier of another version is not read
@@ -60,7 +60,7 @@ class ClassModel:
 
 def image_features(images: Tensor) -> Tensor:
     """Colors and edges of (N, 3, S, S) float images in units of [0, 1], as (N, 1024) float32."""
-    return torch.cat(list(side_by_side(_batch_features, images.split(_BATCH), cores_for(images.device))))
+    return torch.cat(list(parallel_map(_batch_features, images.split(_BATCH), cores_for(images.device))))
 
 
 def class_model(name: str, *, progress: Listener = ignore) -> ClassModel:
@@ -99,7 +99,7 @@ def fit_class_model(real: ImageSet, num_classes: int, *, name: str = "", progres
         number, rows = numbered
         return _degraded_features(real.images[rows], number)
 
-    for part in side_by_side(describe, enumerate(chunks), cores_for(torch.device("cpu"))):
+    for part in parallel_map(describe, enumerate(chunks), cores_for(torch.device("cpu"))):
         described.append(part)
         progress(Progress(task, sum(map(len, described)), total, "images"))
     features, held_features = torch.cat(described).split([len(fit_rows), len(held_rows)])

@@ -28,7 +28,7 @@ from ddkit.generator.objective import TIME_SCALE, Objective
 from ddkit.generator.samplers import linear_plan, make_scheduler
 from ddkit.runtime.device import is_out_of_memory, release_memory, shortage_explained, upload
 from ddkit.runtime.seeds import generator_for
-from ddkit.runtime.threads import cores_for, side_by_side
+from ddkit.runtime.threads import cores_for, parallel_map
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Sampler:
                 images = [
                     made
                     for group in (parts[:first], parts[first:])
-                    for made in side_by_side(self._sample_part, group, self._workers)
+                    for made in parallel_map(self._sample_part, group, self._workers)
                 ]
             except RuntimeError as error:
                 if not is_out_of_memory(error):

@@ -40,7 +40,7 @@ from ddkit.challenge import NETWORK_WIDTH
 from ddkit.network.convnet import ConvNet
 from ddkit.network.kernels import load_library
 from ddkit.network.plan import EnginePlan
-from ddkit.runtime.threads import threads
+from ddkit.runtime.threads import thread_pool
 
 _SOURCE = Path(__file__).with_name("winograd.cpp")
 _TILE = 4  # outputs a side
@@ -154,7 +154,7 @@ class WinogradEngine:
             (worker, list(_even_parts(start, end, -(-(end - start) // self._plan.chunk))))
             for worker, (start, end) in zip(self._workers, parts, strict=False)
         ]
-        for future in [threads(self._plan.workers).submit(work, *job) for job in jobs]:
+        for future in [thread_pool(self._plan.workers).submit(work, *job) for job in jobs]:
             future.result()
         return [worker for worker, _ in jobs]
 

@@ -46,8 +46,8 @@ def resolve_device(name: str) -> torch.device:
     if not present.get(device.type, False):
         finding, remedy = f"This machine has no device '{name}' that PyTorch can use.", "Try --device auto."
         if device.type == "cuda" and gpus:
-            finding = f"There is no GPU '{name}': PyTorch can use {gpus} here, from cuda:0 to cuda:{gpus - 1}."
-            finding = f"There is no GPU '{name}': PyTorch can use only cuda:0 here." if gpus == 1 else finding
+            usable = "only cuda:0 here" if gpus == 1 else f"{gpus} here, from cuda:0 to cuda:{gpus - 1}"
+            finding = f"There is no GPU '{name}': PyTorch can use {usable}."
             remedy = "Try --device cuda:0, or check CUDA_VISIBLE_DEVICES."
         elif device.type == "cuda":
             finding, remedy = why_no_gpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -10,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from ddkit.runtime.device import own_device
+from ddkit.runtime.environment import processes
 
 # A process may wait for hours for another one that trains.
 LONGEST_WAIT = timedelta(days=2)
@@ -27,7 +27,7 @@ class ProcessGroup:
         self._wanted = wanted
         self.rank, self.size = 0, 1
         self._state = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if processes() > 1:
             from accelerate import PartialState
 
             # On CPUs accelerate only connects the processes if `cpu` is true.

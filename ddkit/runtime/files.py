@@ -135,12 +135,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     On any error the temporary file is removed and `path` is unchanged.
     The parent folder is created if needed. If `path` is a link, the file that it leads to is replaced.
-    Raises BadFileError if the system refuses, or if `path` is a pipe or a device, which cannot be replaced.
+    Raises BadFileError if the system refuses, or if `path` is a folder, a pipe or a device, which cannot be replaced.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     temporary = _temporary(path)
     try:
-        if path.exists() and not path.is_dir() and (problem := why_not_a_file(path)):
+        if path.exists() and (problem := why_not_a_file(path)):
             raise BadFileError(f"{path} {problem}.", "Name a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
@@ -192,7 +192,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _temporary(path: Path) -> Path:
     """A name next to `path` that nobody else uses; `ddkit.data.prepare` clears away what a kill left under such names."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
 
 
 def _reported_path(error: OSError, path: Path) -> str | os.PathLike[str]:
@@ -218,7 +218,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise explain_os_error(error, path) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of the encoding, of JSON, or of a number with too many digits
         raise BadFileError(f"{path} is not JSON: {error}.") from error
     except RecursionError as error:
         raise BadFileError(f"{path} is nested too deeply.") from error

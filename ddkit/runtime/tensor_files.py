@@ -11,7 +11,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -45,18 +45,14 @@ class UnloadableError(Exception):
     """The restricted loader refused a file. The text says why and is safe to show."""
 
 
-def load_restricted(source: str | os.PathLike[str] | BinaryIO, *, mmap: bool = False) -> Any:
+def load_restricted(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
     """torch.load onto the CPU without executing code. Raises UnloadableError for damaged or hostile files, and OSError."""
-    if not isinstance(source, (str, os.PathLike)):
-        source.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-    except MemoryError:
-        raise
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
             raise
         # The loader raises errors of any kind for bytes that it cannot interpret. The text of an UnpicklingError is not
         # shown, because it advises to load without restrictions.

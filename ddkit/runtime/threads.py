@@ -23,16 +23,16 @@ def cores_for(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part], workers: int) -> Iterator[Result]:
+def parallel_map(work: Callable[[Part], Result], parts: Iterable[Part], workers: int) -> Iterator[Result]:
     """The results of `work` for each part, in order, computed in `workers` threads; in the calling one if that is 1.
 
     `work` itself has to set what PyTorch keeps for each thread, such as inference mode.
     """
-    return map(work, parts) if workers == 1 else threads(workers).map(work, parts)
+    return map(work, parts) if workers == 1 else thread_pool(workers).map(work, parts)
 
 
 @functools.cache
-def threads(workers: int) -> ThreadPoolExecutor:
+def thread_pool(workers: int) -> ThreadPoolExecutor:
     """A pool of threads, in each of which PyTorch computes with a single thread."""
     all_threads = torch.get_num_threads()
 

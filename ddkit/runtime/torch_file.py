@@ -17,7 +17,7 @@ import stat
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -140,26 +140,26 @@ class TorchFile:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        require_zip_of_torch(file)
+        _require_zip_of_torch(file)
         with _damage_named():
             self._archive = zipfile.ZipFile(file)
-            self._members, self._root = _members_of(self._archive)
+            self._members = _members_of(self._archive)
             pickled = self._read("data.pkl")
             self.byte_order = self._read("byteorder").decode("ascii", "replace")[:20] or "little"  # of PyTorch 2.1 and later
-        reader = _PickleReader(pickled, cut_short=self._size_of("data.pkl") > len(pickled))
+        reader = _PickleReader(pickled, cut_short=self._members["data.pkl"].file_size > len(pickled))
         self.whole, self.protocol, self.rest, self.names = reader.whole, reader.protocol, reader.rest, frozenset(reader.names)
-        self.stored_bytes = sum(i.file_size for name, i in self._members.items() if name.startswith(f"{self._root}/data/"))
+        self.stored_bytes = sum(info.file_size for name, info in self._members.items() if name.startswith("data/"))
         self.value = self.stored_tensor(reader.value) or reader.value
 
     def load(self, tensor: StoredTensor) -> Tensor:
         """The numbers: a tensor on the CPU that shares memory with nothing else. Raises TorchFileError."""
-        info = self._members[f"{self._root}/data/{tensor.key}"]
+        info = self._members[f"data/{tensor.key}"]
         numbers, at = bytearray(info.file_size), 0
         with _damage_named(), self._archive.open(info) as member:  # which compares the checksum at the end
             while block := member.read(_BLOCK):
                 numbers[at : at + len(block)] = block
                 at += len(block)
-        if at != info.file_size or len(numbers) != at:
+        if at != info.file_size:
             raise TorchFileError("damaged", f"data/{tensor.key} is cut short")
         flat = torch.frombuffer(numbers, dtype=tensor.dtype) if numbers else torch.empty(0, dtype=tensor.dtype)
         try:
@@ -169,14 +169,10 @@ class TorchFile:
 
     def _read(self, name: str) -> bytes:
         """The first bytes of a member; none if there is no such member."""
-        if self._size_of(name) < 0:
+        if name not in self._members:
             return b""
-        with self._archive.open(self._members[f"{self._root}/{name}"]) as member:
+        with self._archive.open(self._members[name]) as member:
             return member.read(_LARGEST_PICKLE)
-
-    def _size_of(self, name: str) -> int:
-        info = self._members.get(f"{self._root}/{name}")
-        return -1 if info is None else info.file_size
 
     def stored_tensor(self, value: Any) -> StoredTensor | None:
         """The tensor that a part of the file's value describes; None for any other part.
@@ -207,7 +203,8 @@ class TorchFile:
             or not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, count, *shape, *stride))
         ):
             raise TorchFileError("damaged", "its pickle does not describe a tensor")
-        claimed, held = count * dtype.itemsize, max(self._size_of(f"data/{key}"), 0)
+        storage_info = self._members.get(f"data/{key}")
+        claimed, held = count * dtype.itemsize, storage_info.file_size if storage_info else 0
         if claimed != held:
             raise TorchFileError("damaged", f"it describes {claimed:,} bytes and holds {held:,}")
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
@@ -236,7 +233,7 @@ def load_tensors(path: str | os.PathLike[str], *keys: str) -> list[Tensor]:
         return [opened.load(tensor) for tensor in found if tensor is not None]
 
 
-def require_zip_of_torch(file: BinaryIO) -> None:
+def _require_zip_of_torch(file: BinaryIO) -> None:
     """Raise TorchFileError if a file is not a whole zip, naming what it is instead. Only its ends are read."""
     file.seek(0)
     head = file.read(512)
@@ -299,8 +296,8 @@ def names_in_pickle(file: BinaryIO) -> frozenset[Global]:
     return frozenset(_PickleReader(data, cut_short=len(data) == _LARGEST_PICKLE).names)
 
 
-def _members_of(archive: zipfile.ZipFile) -> tuple[Mapping[str, zipfile.ZipInfo], str]:
-    """The members by name, and the folder that holds them all. Raises ValueError for what torch.save never writes."""
+def _members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members by their names in the folder that holds data.pkl. Raises ValueError for what torch.save never writes."""
     infos = archive.infolist()
     if len({info.filename.lower() for info in infos}) != len(infos):
         # PyTorch finds members whatever their case, and so might load another pickle than the one that is read here.
@@ -322,7 +319,8 @@ def _members_of(archive: zipfile.ZipFile) -> tuple[Mapping[str, zipfile.ZipInfo]
             raise ValueError(f"its member {info.filename} claims {info.file_size:,} bytes, more than there are")
         if not is_ordinary(info):
             raise ValueError("a member is marked as a link, a pipe or a device, which torch.save never does")
-    return members, pickles[0].split("/")[0]
+    root = pickles[0].removesuffix("data.pkl")
+    return {name.removeprefix(root): info for name, info in members.items() if name.startswith(root)}
 
 
 def _other(looks_like: str) -> TorchFileError:
@@ -415,8 +413,12 @@ class _PickleReader:
             pairs = target.state if isinstance(target, Call) else target
             if isinstance(pairs, Pairs):
                 pairs.items.extend(_paired(items))
-        elif name in ("POP", "POP_MARK", "DUP"):
-            stack.append(stack[-1]) if name == "DUP" else self._pop(1) if name == "POP" else self._since_mark()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "POP":
+            self._pop(1)
+        elif name == "POP_MARK":
+            self._since_mark()
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             self._memo[len(self._memo) if argument is None else argument] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):

@@ -163,6 +163,20 @@ def test_a_pipe_is_not_replaced(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
+@pytest.mark.parametrize("folder", [".", "/", ".."])
+def test_write_text_to_a_folder_raises_bad_file_error(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadFileError, match="is a folder, not a file"):
+        files.write_text(folder, "text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_read_json_of_a_number_with_thousands_of_digits_raises_bad_file_error(tmp_path):
+    (tmp_path / "x.json").write_text(f'{{"seed": {"1" * 5000}}}')
+    with pytest.raises(BadFileError, match="x.json is not JSON"):
+        files.read_json(tmp_path / "x.json")
+
+
 def test_json_that_is_nested_too_deeply_is_named(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(BadFileError, match="deep.json is nested too deeply"):

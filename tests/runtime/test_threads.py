@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ddkit.runtime.threads import cores_for, side_by_side
+from ddkit.runtime.threads import cores_for, parallel_map
 
 
 @pytest.fixture
@@ -23,12 +23,12 @@ def test_results_come_in_order_from_threads_that_compute_alone(three_threads):
         meeting.wait(timeout=60)  # nobody would come where parts followed one another
         return number, torch.get_num_threads(), threading.current_thread() is threading.main_thread()
 
-    assert list(side_by_side(work, range(4), 2)) == [(number, 1, False) for number in range(4)]
+    assert list(parallel_map(work, range(4), 2)) == [(number, 1, False) for number in range(4)]
     assert torch.get_num_threads() == 3
 
 
 def test_one_worker_is_the_caller():
-    assert list(side_by_side(lambda part: threading.current_thread(), [0], 1)) == [threading.current_thread()]
+    assert list(parallel_map(lambda part: threading.current_thread(), [0], 1)) == [threading.current_thread()]
 
 
 def test_error_in_a_part_reaches_the_caller():
@@ -36,7 +36,7 @@ def test_error_in_a_part_reaches_the_caller():
         raise torch.OutOfMemoryError(f"no room for part {number}")
 
     with pytest.raises(torch.OutOfMemoryError, match="part 0"):
-        list(side_by_side(work, range(3), 2))
+        list(parallel_map(work, range(3), 2))
 
 
 def test_a_cpu_has_as_many_workers_as_threads_and_a_gpu_one(three_threads):

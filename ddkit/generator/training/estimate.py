@@ -22,7 +22,7 @@ from ddkit.generator.training.stages import AutoencoderStage, DenoiserStage, Min
 from ddkit.generator.training.train import AUTOENCODER_SHARE
 from ddkit.generator.training.trainer import cut, workers_for
 from ddkit.runtime.device import free_memory, larger_gpu, own_device, shortage_explained
-from ddkit.runtime.threads import side_by_side
+from ddkit.runtime.threads import parallel_map
 
 # For each trained parameter: weight, gradient, two moments of AdamW, averaged weight, and the temporary copy in which
 # averaging subtracts; all float32. Cores that share a step have their own gradients as well.
@@ -290,7 +290,7 @@ class _Probe:
 
         began = time.perf_counter()
         some = {name: values[:count] for name, values in self._batch.items()}
-        for _ in side_by_side(work, cut(some, workers), workers):
+        for _ in parallel_map(work, cut(some, workers), workers):
             pass
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

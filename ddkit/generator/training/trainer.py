@@ -30,7 +30,7 @@ from ddkit.generator.training.stages import Stage
 from ddkit.runtime.device import is_out_of_memory, shortage_explained
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
-from ddkit.runtime.threads import cores_for, side_by_side
+from ddkit.runtime.threads import cores_for, parallel_map
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ class Trainer:
         first = 1 if self._compiling else 0  # compiles alone; the pieces after it find it done
         values = []
         for group in (pieces[:first], pieces[first:]):
-            for value, gradients in side_by_side(work, group, self._workers):
+            for value, gradients in parallel_map(work, group, self._workers):
                 values.append(value)
                 for parameter, gradient in zip(self._parameters, gradients, strict=True):
                     if parameter.grad is not None and gradient is not None:
