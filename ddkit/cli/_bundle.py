@@ -17,9 +17,10 @@ from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, TRIALS_FOLDER
 from ddkit.cli._output import Output
 from ddkit.cli.pack import files_table
 from ddkit.errors import MissingDataError, UsageError
+from ddkit.generator.config import BundleSettings
 from ddkit.generator.model_facts import find_model
 from ddkit.history import PackedRecords
-from ddkit.packing.bundle import BundleModel, BundleSettings, PackedBundle, pack_bundle, rounding_cost
+from ddkit.packing.bundle import BundleModel, PackedBundle, pack_bundle, rounding_cost
 from ddkit.packing.proof import ProofSettings
 from ddkit.packing.tune import with_best_settings
 from ddkit.runtime.hub import source_name

@@ -313,3 +313,38 @@ TRACKING = SamplingSettings(steps=10, guidance=1.5, precision="float32")
 # In the time of a track 2 entry, many samples without guidance, of which a classifier chooses, teach more than few with it.
 BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0)
 BUNDLE_KEEP = 0.5
+
+
+@dataclass(frozen=True)
+class BundleSettings:
+    """The settings of sampling and storing a bundle's model.
+
+    sampling: sampler, steps, guidance, its interval and the precision are used.
+    device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
+    images_per_class: stop when there are so many; None makes as many as the time allows.
+    keep: share of the images that are kept. A ConvNet trained on real images labels them, whatever class they were sampled
+        as, and for each class those with its highest probabilities are kept; 1 keeps all, each in its class.
+    classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
+    Raises UsageError for a `keep` that is not above 0 and at most 1.
+    """
+
+    sampling: SamplingSettings = BUNDLE_SAMPLING
+    device: str = "auto"
+    half: bool = False
+    images_per_class: int | None = None
+    keep: float = BUNDLE_KEEP
+    classifier: bool = False
+
+    def __post_init__(self) -> None:
+        require_share("keep", self.keep)
+
+    @property
+    def has_classifier(self) -> bool:
+        """True if the bundle has that ConvNet."""
+        return self.classifier or self.keep < 1
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise UsageError unless the value is above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise UsageError(f"{name} must be above 0 and at most 1, got {value:g}.")

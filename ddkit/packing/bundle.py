@@ -21,7 +21,7 @@ from ddkit.data.store import dataset_spec
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
-from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, SamplingSettings
+from ddkit.generator.config import BundleSettings
 from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.samplers import make_scheduler
@@ -39,36 +39,6 @@ from ddkit.runtime.tensor_files import save_safetensors
 
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
 _SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py", "classifier.py")
-
-
-@dataclass(frozen=True)
-class BundleSettings:
-    """The settings of sampling and storing a bundle's model.
-
-    sampling: sampler, steps, guidance, its interval and the precision are used.
-    device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
-    images_per_class: stop when there are so many; None makes as many as the time allows.
-    keep: share of the images that are kept. A ConvNet trained on real images labels them, whatever class they were sampled
-        as, and for each class those with its highest probabilities are kept; 1 keeps all, each in its class.
-    classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
-    Raises UsageError for a `keep` that is not above 0 and at most 1.
-    """
-
-    sampling: SamplingSettings = BUNDLE_SAMPLING
-    device: str = "auto"
-    half: bool = False
-    images_per_class: int | None = None
-    keep: float = BUNDLE_KEEP
-    classifier: bool = False
-
-    def __post_init__(self) -> None:
-        require_share("keep", self.keep)
-
-
-def require_share(name: str, value: float) -> None:
-    """Raise UsageError unless the value is above 0 and at most 1."""
-    if not 0 < value <= 1:
-        raise UsageError(f"{name} must be above 0 and at most 1, got {value:g}.")
 
 
 @dataclass(frozen=True)
@@ -289,7 +259,7 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
             save_safetensors({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
         else:
             target.write_bytes(source.read_bytes())
-    if model.settings.classifier or model.settings.keep < 1:
+    if model.settings.has_classifier:
         try:
             real = open_dataset(model.dataset, "train", progress=progress)
         except DDKitError as error:

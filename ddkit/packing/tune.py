@@ -23,9 +23,9 @@ from ddkit.errors import BadFileError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.evaluation.test_sets import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
-from ddkit.generator.config import BUNDLE_KEEP
+from ddkit.generator.config import BUNDLE_KEEP, require_share
 from ddkit.generator.model_facts import model_hash, read_facts
-from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder, require_share
+from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder
 from ddkit.results import Scores
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.files import atomic_write
