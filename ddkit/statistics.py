@@ -18,18 +18,24 @@ class Comparison:
     differences: the first's accuracy minus the second's, round by round; empty if the rounds are not paired.
     difference: of the means. interval: its 95 % confidence interval.
     p_value: probability of a difference at least as large if there is none in truth.
+    Both are None where the rounds do not vary: a few that agree to the last image do not tell how much others would differ.
     """
 
     difference: float
-    interval: tuple[float, float]
-    p_value: float
+    interval: tuple[float, float] | None
+    p_value: float | None
     paired: bool
     differences: tuple[float, ...]
 
     @property
-    def exceeds_noise(self) -> bool:
-        """True if zero lies outside the interval: the sets differ, with 95 % confidence."""
-        return self.p_value < 1 - CONFIDENCE
+    def half_width(self) -> float | None:
+        """Half the width of the interval."""
+        return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2
+
+    @property
+    def exceeds_noise(self) -> bool | None:
+        """True if zero lies outside the interval: the sets differ, with 95 % confidence. None without an interval."""
+        return None if self.p_value is None else self.p_value < 1 - CONFIDENCE
 
 
 def mean(values: Iterable[float]) -> float:
@@ -85,9 +91,7 @@ def compare(first: Sequence[float], second: Sequence[float], *, paired: bool) ->
     groups = [differences] if paired else [first, second]
     found, half = _standard_error(groups), half_width(groups)
     if found is None or half is None:
-        # A few rounds that agree to the last image do not tell how much others would differ.
-        interval = (0.0, 0.0) if abs(difference) < 1e-12 else (-1.0, 1.0)
-        return Comparison(difference, interval, 1.0, paired, differences)
+        return Comparison(difference, None, None, paired, differences)
     from scipy.special import stdtr
 
     error, freedom = found

@@ -27,8 +27,15 @@ def test_equal_accuracies_are_no_difference_and_constant_ones_prove_nothing():
     assert not compare((0.1, 0.2), (0.1, 0.2), paired=True).exceeds_noise
     for accuracies in (((0.25, 0.5), (0.125, 0.375)), ((0.25, 0.25), (0.125, 0.125))):
         constant = compare(*accuracies, paired=True)
-        assert not constant.exceeds_noise and constant.interval == (-1, 1) and constant.difference == 0.125
-    assert not compare((0.25, 0.25), (0.125, 0.125), paired=False).exceeds_noise
+        assert constant.difference == 0.125
+        assert constant.exceeds_noise is constant.interval is constant.half_width is constant.p_value is None
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_rounds_that_do_not_vary_in_either_group_give_a_difference_without_an_interval(paired):
+    found = compare((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), paired=paired)
+    assert found.difference == 1 and found.interval is found.exceeds_noise is None
+    assert compare((0.2, 0.2, 0.2), (0.1, 0.12, 0.11), paired=paired).exceeds_noise
 
 
 @pytest.mark.parametrize("first, second, paired", [((0.1,), (0.2,), True), ((0.1, 0.2), (0.1, 0.2, 0.3), True)])

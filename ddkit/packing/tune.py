@@ -256,12 +256,14 @@ def evidence(trials: Sequence[Trial]) -> str:
         return (
             "A single round does not show how much of a difference is noise." if len(trials) > 1 else "Nothing else was tried."
         )
-    points, half = 100 * comparison.difference, 50 * (comparison.interval[1] - comparison.interval[0])
-    verdict = "which exceeds the noise" if comparison.exceeds_noise else "which does not exceed the noise; try more --rounds"
-    return (
-        f"It is {points:.2f} ± {half:.2f} points (95 %) better than the next, {verdict}. "
-        f"E = {trials[0].epochs_setting}, not official."
-    )
+    points, half = 100 * comparison.difference, comparison.half_width
+    if half is None:
+        better = f"It is {points:.2f} points better than the next" if points >= 0.005 else "It is as good as the next"
+        found = f"{better} in every round: the difference does not vary, so no interval can be given."
+    else:
+        verdict = "exceeds the noise" if comparison.exceeds_noise else "does not exceed the noise; try more --rounds"
+        found = f"It is {points:.2f} ± {100 * half:.2f} points (95 %) better than the next, which {verdict}."
+    return f"{found} E = {trials[0].epochs_setting}, not official."
 
 
 def with_best_settings(model: BundleModel, records: Path) -> BundleModel:

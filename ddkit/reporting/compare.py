@@ -145,6 +145,9 @@ def _compared(first: Result, second: Result) -> SetsCompared:
     paired = (first.seed, first.rounds) == (second.seed, second.rounds) and first.track == 1
     whole = _estimate(first.accuracies, second.accuracies, paired)
     remarks = []
+    if whole.half_width is None and min(first.rounds, second.rounds) > 1:
+        same = "The difference is the same in every round" if paired else "The rounds do not vary"
+        remarks.append(f"{same}, so no interval can be given: it is not known whether the sets differ by more than the noise.")
     recorded = bool(first.class_rounds and second.class_rounds)
     if first.per_class and second.per_class and not recorded:
         remarks.append(
@@ -177,8 +180,7 @@ def _estimate(first: Sequence[float], second: Sequence[float], paired: bool) -> 
     if min(len(first), len(second)) < 2:
         return Estimate(sum(first) / len(first) - sum(second) / len(second), None)
     found = compare(first, second, paired=paired)
-    half = (found.interval[1] - found.interval[0]) / 2
-    return Estimate(found.difference, half if 0 < half < 1 else None)
+    return Estimate(found.difference, found.half_width)
 
 
 def _extremes(classes: Sequence[ClassDifference], most: int) -> list[ClassDifference]:

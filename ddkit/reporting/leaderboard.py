@@ -58,6 +58,7 @@ def _official_group(track: int, drafts: Sequence[_Draft], baselines: Mapping[_Co
         remarks.append("The published entries of this track have ranks but no public numbers, so nothing else is ranked.")
     elif any(row.is_local for row in rows):
         remarks.append("Ranks count the published entries whose numbers are public.")
+    remarks += _on_equal_rounds(rows)
     return Group(
         track, True, f"Official: E = {facts.epochs_setting}, {facts.rounds} rounds", _CHALLENGE_NAMES,
         tuple(rows), tuple(remarks),
@@ -72,7 +73,15 @@ def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_C
     remarks = [f"Not comparable with the published entries: {'; '.join(shared)}."] if shared else []
     if any(row.is_local for row in rows) and not any(row.kind == "random-real" for row in rows):
         remarks.append("No random real images were evaluated under these settings.")
+    remarks += _on_equal_rounds(rows)
     return Group(key.track, False, key.title(), datasets, tuple(rows), tuple(remarks), shared)
+
+
+def _on_equal_rounds(rows: Iterable[Row]) -> list[str]:
+    """Why a row of several rounds has no interval, if there is one."""
+    if any(row.spread and row.spread.half_width is None and 1 not in row.rounds for row in rows):
+        return ["Where the rounds do not vary, no interval can be given, and it is not known how large the noise is."]
+    return []
 
 
 @dataclass(frozen=True)

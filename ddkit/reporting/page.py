@@ -16,6 +16,7 @@ from ddkit.challenge import PUBLISHED
 from ddkit.reporting.charts import IntervalChart, interval_charts
 from ddkit.reporting.compare import SetsCompared
 from ddkit.reporting.details import SetDetails, SetView
+from ddkit.reporting.formatting import interval_text
 from ddkit.reporting.history import History
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.rows import Estimate, Group, Row, dataset_title, shortened
@@ -149,18 +150,18 @@ def _cards_of_best(group: Group, row: Row) -> list[Card]:
     cards = [Card(f"Best entry: {row.name}", f"{100 * (row.value or 0):.2f} %", f"{interval}{datasets}; {rank}")]
     first = max((e for e in PUBLISHED if e.track == group.track and e.score), key=lambda e: e.score or 0, default=None)
     if row.to_first is not None and first is not None:
-        cards.append(_difference_card(f"To first place ({first.name})", row.to_first))
+        cards.append(_difference_card(f"To first place ({first.name})", row.to_first, row.rounds))
     if row.to_random is not None:
-        cards.append(_difference_card("To random real images", row.to_random))
+        rounds = (*row.rounds, *(each.rounds for each in row.baseline))
+        cards.append(_difference_card("To random real images", row.to_random, rounds))
     return cards
 
 
-def _difference_card(title: str, estimate: Estimate) -> Card:
+def _difference_card(title: str, estimate: Estimate, rounds: Sequence[int]) -> Card:
+    """rounds: of the evaluations that it rests on."""
     tone = ("good" if estimate.value > 0 else "bad") if estimate.is_clear else ""
-    note = "points, without an interval"
-    if estimate.half_width is not None:
-        clear = "more than the noise" if estimate.is_clear else "within the noise"
-        note = f"points, ± {100 * estimate.half_width:.2f}: {clear}"
+    clear = {True: ": more than the noise", False: ": within the noise", None: ""}[estimate.is_clear]
+    note = f"points, interval {interval_text(estimate.half_width, rounds)}{clear}"
     return Card(title, f"{100 * estimate.value:+.2f}", note, tone)
 
 

@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ddkit.cli import main
+from ddkit.cli.evaluate import _verdict
 from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.results import read
+from ddkit.evaluation.job import JobOutcome
+from ddkit.results import Result, read
 from ddkit.sets.distilled import save_set
 
 COLORS = {"blue": (40, 60, 210), "green": (40, 200, 60), "red": (210, 50, 40), "yellow": (200, 190, 40)}
@@ -149,6 +151,21 @@ def test_comparison_says_if_a_difference_exceeds_the_noise(work, mistaken, verdi
     shown = " ".join(run(*options)[0].split())
     better, worse = sorted(options[:2], reverse=comparison["difference"] < 0)
     assert verdict.format(better=better, worse=worse, numbers=numbers) in shown
+
+
+@pytest.mark.parametrize("second, said", [
+    ((0.0, 0.0, 0.0), "a.pt is better than b.pt by 100.00 points in each of 3 paired rounds: the difference does not vary"),
+    ((1.0, 1.0, 1.0), "a.pt is as good as b.pt in each of 3 paired rounds: the difference does not vary"),
+])  # fmt: skip
+def test_verdict_on_rounds_that_do_not_vary_gives_no_interval(second, said):
+    a, b = (
+        Result(name=name, source=f"{name}.pt", dataset="blobs", track=1, sha256=name, images=4, images_per_class=(2, 2),
+               epochs_setting=1, accuracies=accuracies)
+        for name, accuracies in (("a", (1.0, 1.0, 1.0)), ("b", second))
+    )  # fmt: skip
+    ((first, other, comparison),) = JobOutcome((a, b)).comparisons
+    shown = _verdict(first, other, comparison)
+    assert said in shown and "noise" not in shown and "±" not in shown and "[bold]" not in shown
 
 
 def test_all_sets_are_checked_before_the_first_is_trained_on(work):

@@ -18,6 +18,7 @@ from ddkit.packing.tune import (
     best_of,
     compare_best_two,
     draw_chart,
+    evidence,
     read_trials,
     run_search,
     tune,
@@ -76,6 +77,12 @@ def test_the_best_is_named_with_how_sure_that_is():
     assert comparison.difference == pytest.approx(0.1) and comparison.exceeds_noise
     assert best_of([trial(16, 0.3), trial(4, 0.3)]).steps == 4  # as good, and cheaper
     assert compare_best_two([trial(4, 0.3), trial(8, 0.2)]) is None and compare_best_two(trials[:1]) is None
+
+
+def test_evidence_of_rounds_with_the_same_difference_gives_no_interval():
+    assert "10.00 ± " in evidence([trial(4, 0.20, 0.22), trial(8, 0.301, 0.319)])
+    assert "10.00 points better than the next in every round: the" in evidence([trial(4, 0.25, 0.5), trial(8, 0.35, 0.6)])
+    assert "as good as the next in every round" in evidence([trial(4, 0.25, 0.5), trial(8, 0.25, 0.5)])
 
 
 def test_a_search_goes_by_the_trials_that_are_there(colors, colors_model, tmp_path):

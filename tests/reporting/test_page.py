@@ -149,6 +149,17 @@ def test_cards_name_the_best_entry_and_its_differences(result):
     assert titles["Your evaluations"].value == "3" and "1 complete and official entry" in titles["Your evaluations"].note
 
 
+@pytest.mark.parametrize(
+    "accuracies, note, tone",
+    [((0.5, 0.5), "points, interval n/a (equal rounds)", ""), ((0.5,), "points, interval n/a (1 round)", "")],
+)
+def test_card_of_a_difference_without_an_interval_says_why(result, accuracies, note, tone):
+    random = result("random", "glyphs", *(0.1 for _ in accuracies), kind="random-real")
+    cards = {card.title: card for card in gather([result("mine", "glyphs", *accuracies), random]).cards}
+    card = cards["To random real images"]
+    assert (card.value, card.note, card.tone) == ("+40.00", note, tone)
+
+
 def test_no_results_yet_say_what_to_type():
     html = render(gather([]))
     assert "ddkit evaluate" in html and "M-DATM" in html
