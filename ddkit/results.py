@@ -71,6 +71,7 @@ class Outcome(Scores):
     per_class: tuple[float, ...] = ()
     confusions: tuple[tuple[Count, Count, float], ...] = ()
     class_rounds: tuple[tuple[float, ...], ...] = ()  # accuracy of each class in each round; () in old records
+    test_sha256: str = ""  # of the pixels and labels of the test images; "" in old records
 
 
 @dataclass(frozen=True, kw_only=True)

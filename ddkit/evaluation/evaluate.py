@@ -20,7 +20,7 @@ from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.errors import InterruptedRunError, UsageError, did_you_mean
 from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, read_result, run_rounds
-from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set, hash_of
+from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set
 from ddkit.evaluation.test_sets import TestSet, as_test_set
 from ddkit.evaluation.tracks import Conditions, Generate, deviations, images_per_class
 from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
@@ -296,7 +296,7 @@ def _key(source: Source, test_set: TestSet, rounds: RoundSettings) -> str:
     spec = test_set.spec
     decides = {
         "training set": source.identity,
-        "test set": hash_of(test_set.images, test_set.labels),
+        "test set": test_set.sha256,
         "normalisation": [spec.num_classes, spec.mean, spec.std],
         # Which of a machine's GPUs it is does not matter, and depends on the number of processes.
         "settings": dataclasses.asdict(rounds) | {"device": torch.device(rounds.device).type},
@@ -339,6 +339,7 @@ def _summary(
         per_class=_per_class(counts),
         confusions=tuple((place // classes, place % classes, count) for place, count in mistakes if count > 0),
         class_rounds=tuple(_per_class(of_round[None]) for of_round in counts),
+        test_sha256=test_set.sha256,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ddkit.data.images import denormalize, normalize_
 from ddkit.data.store import ImageSet
 from ddkit.errors import BadDataError, UsageError
 from ddkit.evaluation.official_tests import is_official
+from ddkit.evaluation.sources import hash_of
 from ddkit.runtime.device import upload
 from ddkit.runtime.files import explain_os_error, why_not_a_file
 from ddkit.runtime.torch_file import TorchFileError, load_tensors
@@ -42,7 +44,12 @@ class TestSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @functools.cached_property
+    def sha256(self) -> str:
+        """A hash of the images and labels."""
+        return hash_of(self.images, self.labels)
+
+    @functools.cached_property
     def is_official(self) -> bool:
         """True if these are the challenge's test images with their labels: see `ddkit.evaluation.official_tests`."""
         pixels = self.images if self.images.dtype == torch.uint8 else self._pixels()
