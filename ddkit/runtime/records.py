@@ -23,13 +23,13 @@ def read_record(kind: type[_Record], value: object) -> _Record:
 
     Fields may be bool, int, float, str, None, Any, tuples, mappings, other such dataclasses, and unions and Annotated of
     these. Lists become tuples; numbers must fit into 64 bits, and text into UTF-8.
-    Raises BadFileError that names the fields that are unknown, missing or of another type.
+    Raises BadFileError that names the fields that are unknown, offering the nearest name, missing or of another type.
     """
     if not isinstance(value, dict):
         raise BadFileError(f"not a {kind.__name__.lower()} record")
     hints, fields = _hints(typing.cast(Any, kind)), dataclasses.fields(typing.cast(Any, kind))
     if unknown := sorted(value.keys() - hints.keys()):
-        raise BadFileError(f"unknown fields {', '.join(unknown)}")
+        raise BadFileError(f"unknown fields {', '.join(unknown)}", did_you_mean(unknown[0], tuple(hints)))
     required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     if missing := sorted(required - value.keys()):
         raise BadFileError(f"fields missing: {', '.join(missing)}")
@@ -38,9 +38,9 @@ def read_record(kind: type[_Record], value: object) -> _Record:
         try:
             found[name] = _converted(hints[name], item)
         except ValueError:
-            raise BadFileError(f"{name} cannot be {json.dumps(item):.60}") from None
+            raise BadFileError(f"{name} cannot be {json.dumps(item, default=str):.60}") from None
         except BadFileError as error:
-            raise BadFileError(f"{name}: {error.message}") from None
+            raise BadFileError(f"{name}: {error.message}", error.remedy) from None
     return kind(**found)
 
 
