@@ -155,9 +155,8 @@ def make_entry(
         | entry.leaderboard.as_data(),
         LeaderboardView(entry.leaderboard.groups, most_rows=_MOST_ROWS),
     )
-    official = any(group.official and any(row.is_local for row in group.rows) for group in entry.leaderboard.groups)
     evaluate = f"cd {shlex.quote(str(folder))} && ddkit evaluate" + " --track 2" * (recipe.track == 2)
-    output.finish(written, then or ("" if official or entry.unfinished else evaluate))
+    output.finish(written, then or (evaluate if entry.lacks_official and not entry.unfinished else ""))
 
 
 def _show_plan(output: Output, plan: Plan) -> None:

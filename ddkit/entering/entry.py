@@ -71,7 +71,7 @@ class Entry:
     """A finished entry.
 
     files: the zip, the page and the recipe. seconds: of all calls together. unfinished: names of the stages that the end
-    of the time stopped or left out.
+    of the time stopped or left out. lacks_official: True if an official evaluation can be had and was not made.
     """
 
     recipe: Recipe
@@ -79,6 +79,7 @@ class Entry:
     leaderboard: Leaderboard
     files: tuple[Path, ...]
     seconds: float
+    lacks_official: bool
 
     @property
     def unfinished(self) -> tuple[str, ...]:
@@ -244,7 +245,7 @@ class _Run:
         if leaderboard is None:
             raise RuntimeError("the report is the last stage")
         files = (self._place.zip_file, self._place.page, self._recipe_file)
-        return Entry(recipe, tuple(states.values()), leaderboard, files, state.spent)
+        return Entry(recipe, tuple(states.values()), leaderboard, files, state.spent, self._place.lacks_official())
 
     def _run(self, stage: Stage, progress: Listener) -> bool:
         """Run a stage; False if the time was up before its end."""
@@ -267,9 +268,9 @@ class _Run:
             with time_limit(max(0.0, self._left())) if stage.stoppable else contextlib.nullcontext():
                 try:
                     stage.run(listener)
-                except InterruptedRunError:
-                    if not time_is_up():
-                        raise
+                except InterruptedRunError as error:
+                    if not time_is_up():  # what a stage advises speaks of the options of its own command
+                        raise InterruptedRunError(error.message, "Run the same command again to continue.") from error
                     self._on_event(f"The time is up in the stage '{stage.name}'; its state is kept.")
                     return False
             return True
@@ -328,5 +329,6 @@ class _Run:
         for before, now in zip(asked.sets, recipe.sets, strict=True):
             if before.sha256:
                 same = "is the same to the bit as" if before.sha256 == now.sha256 else "differs from"
-                self._on_event(f"The set of {now.dataset} {same} the one that the recipe was made with.")
+                what = "set of" if recipe.track == 1 else "bundle for"
+                self._on_event(f"The {what} {now.dataset} {same} the one that the recipe was made with.")
         return recipe

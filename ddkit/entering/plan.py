@@ -12,7 +12,7 @@ import torch
 
 from ddkit.challenge import TEST_IMAGES, track
 from ddkit.data.images import normalize
-from ddkit.data.store import ImageSet, dataset_spec, is_prepared, store_facts
+from ddkit.data.store import ImageSet, dataset_spec, is_prepared, load_dataset, store_facts
 from ddkit.distill.estimate import RefineSpeed, expected_accuracy, measure_refinement
 from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.entering.recipe import IPC, Recipe, SetRecipe
@@ -21,15 +21,15 @@ from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.sources import FixedSet
 from ddkit.evaluation.test_sets import TestSet
-from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, GeneratorConfig, SamplingSettings, default_guidance
+from ddkit.generator.config import GeneratorConfig, SamplingSettings, default_guidance
 from ddkit.generator.presets import preset
-from ddkit.metrics.features import CLASSIFIER, training_images
+from ddkit.metrics.features import CLASSIFIER, is_cached, training_images
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore, time_option
 from ddkit.runtime.records import read_record
 from ddkit.sets.distilled import class_labels
 
-LEAST_STEPS, _LEAST_TRAINING = 20, 60.0  # of a refinement; seconds of a generator's training
+LEAST_STEPS = 20  # of a refinement; the preset says those of a generator's training
 MARGIN = 1.2  # for what comes after the stages whose length the time decides
 _SHARE_OF_EVALUATION = 0.5  # of the time, at most, where the plan chooses how to evaluate
 _SHARE_OF_VALIDATION = 0.25  # of a refinement's time, at most, where the plan chooses how to validate
@@ -50,7 +50,8 @@ class Speeds:
 
     refine: of a refinement. per_epoch, per_test_image: of an evaluation. training: images a second of each stage of the
     generator's training, in order. sampled: images a second that a generator of that size samples, with a bundle's
-    settings on track 2.
+    settings on track 2. least_training: seconds of the training; `ddkit train` refuses less by the same rule.
+    classifier_is_there: True if an earlier bundle has left the classifier in the cache.
     """
 
     refine: RefineSpeed
@@ -58,6 +59,8 @@ class Speeds:
     per_test_image: float
     training: tuple[float, ...] = ()
     sampled: float = 0.0
+    least_training: float = 0.0
+    classifier_is_there: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,11 +196,11 @@ class _Planner:
         left = seconds - spent - fixed
         if left < least:
             needed = spent + fixed + least
-            made = "refining" if recipe.track == 1 else "training"
+            made, budget = ("refining", "") if recipe.track == 1 else ("training", " or --time-budget")
             raise UsageError(
                 f"--time {time_option(seconds)} is too short: this entry needs {time_option(needed)} at least on this machine, "
                 f"{time_option(least)} for {made} and {time_option(spent + fixed)} for the rest.",
-                f"Give --time {time_option(needed)} or more, or a smaller --epochs-setting, --rounds or --datasets.",
+                f"Give --time {time_option(needed)} or more, smaller --epochs-setting, --rounds{budget}, or fewer --datasets.",
             )
         share, flexible = left / len(recipe.sets), []
         for each in recipe.sets:
@@ -222,8 +225,10 @@ class _Planner:
             expected[f"prepare {name}"] = 0.0 if is_prepared(name) else unprepared
             if recipe.track == 2:
                 expected[f"evaluate {name}"] = self._generator_seconds(recipe, each)
-                epochs = CLASSIFIER.epochs * training_images(spec, CLASSIFIER, _images(name, "train")) / rows
-                checked += min(_PROOF_SECONDS, _budget(recipe)) + epochs * speeds.per_epoch + _SECONDS_OF_START
+                checked += min(_PROOF_SECONDS, _budget(recipe)) + _SECONDS_OF_START
+                if each.bundle_settings.has_classifier and not speeds.classifier_is_there:
+                    images = training_images(spec, CLASSIFIER, _images(name, "train"))
+                    checked += CLASSIFIER.epochs * images / rows * speeds.per_epoch
                 continue
             checked += _SECONDS_OF_START + _SECONDS_PER_ROW * rows
             expected[f"random real images {name}"] = _SECONDS_OF_START
@@ -242,7 +247,10 @@ class _Planner:
     def _generator_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a generator on track 2."""
         spec, speeds, budget = dataset_spec(each.dataset), self._speeds[each.dataset], _budget(recipe)
-        epoch = speeds.per_epoch * budget * speeds.sampled * BUNDLE_KEEP / (IPC * spec.num_classes)
+        images = budget * speeds.sampled * each.bundle_settings.keep
+        if each.bundle_settings.images_per_class is not None:
+            images = min(images, each.bundle_settings.images_per_class * spec.num_classes)
+        epoch = speeds.per_epoch * images / (IPC * spec.num_classes)
         test = speeds.per_test_image * _images(each.dataset, "test")
         return rounds(recipe) * (budget + (epochs_setting(recipe) + 1) * epoch + test)
 
@@ -283,7 +291,7 @@ class _Planner:
     def _least(self, recipe: Recipe, name: str) -> float:
         """The least seconds of the stages of a dataset whose length the time decides."""
         (each,) = (each for each in recipe.sets if each.dataset == name)
-        seconds = _LEAST_TRAINING if each.preset else 0.0
+        seconds = self._speeds[name].least_training
         if each.refine is not None:
             settings, speed = dataclasses.replace(each.refine, val_epochs=_VAL_EPOCHS[-1]), self._speeds[name].refine
             seconds += speed.within(RefineLimits(LEAST_STEPS), settings)[1] + speed.validations(settings, LEAST_STEPS)
@@ -361,9 +369,18 @@ def _measure(each: SetRecipe, of_track: int, device: torch.device) -> Speeds:
     speeds = Speeds(speed, evaluation.seconds_per_epoch, per_test_image)
     if not each.preset:
         return speeds
-    from ddkit.entering.training import sampling_speed, training_speeds
+    from ddkit.entering.training import sampling_speed
+    from ddkit.generator.training.estimate import estimate
 
     config = training_config(each)
-    training = training_speeds(config, spec, device)
-    sampling = BUNDLE_SAMPLING if of_track == 2 else SamplingSettings(guidance=default_guidance(IPC))
-    return dataclasses.replace(speeds, training=training, sampled=sampling_speed(config, spec, sampling, device))
+    costs = estimate(config, spec.image_size, spec.num_classes, device)
+    sampling = each.bundle_settings.sampling if of_track == 2 else SamplingSettings(guidance=default_guidance(IPC))
+    return dataclasses.replace(
+        speeds,
+        training=tuple(stage.images_per_second or 1.0 for stage in costs.stages),
+        least_training=costs.least_seconds(preset(each.preset).least_steps),
+        sampled=sampling_speed(config, spec, sampling, device),
+        classifier_is_there=of_track == 2
+        and is_prepared(spec.name)
+        and is_cached(load_dataset(spec.name, "train"), spec, CLASSIFIER, device=resolve_device("auto")),
+    )

@@ -12,9 +12,11 @@ from typing import Any
 from ddkit import challenge
 from ddkit.data.store import dataset_spec, is_prepared, store_hash
 from ddkit.distill.settings import RefineSettings, flatten
-from ddkit.errors import BadFileError, UsageError, did_you_mean
+from ddkit.errors import BadFileError, UsageError
+from ddkit.generator.config import BundleSettings
 from ddkit.generator.presets import preset as preset_of
 from ddkit.runtime.files import explain_os_error, write_text
+from ddkit.runtime.records import Count, read_record
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,8 +26,7 @@ else:
 RECIPE_FILE = "recipe.toml"
 IPC = 10  # images per class on track 1
 _HEADING = "# Made by ddkit. To make the same entry again: ddkit enter --recipe {name}\n\n"
-# By name of a field, what a recipe may hold there.
-_TYPES: Mapping[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+_UNUSED_BY_BUNDLES = ("mode_guidance", "influence_guidance", "seed", "batch_size", "compile")  # of `SamplingSettings`
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,30 @@ class SetRecipe:
     on track 2, that is packed; "" takes random real images.
     autoencoder_steps, train_steps: lengths of the generator's training; None while a time decides, or for the preset's.
     compile: as in `ddkit.generator.config.GeneratorConfig`. refine: None refines nothing. refine_steps: None while a time
-    decides. sha256: of the set's file that came out; "" if it is not known.
+    decides. bundle: how the generator samples on track 2; None takes this version's defaults. sha256: of the set's file that
+    came out, or on track 2 of the bundle's files, as an evaluation records it; "" if it is not known.
     """
 
     dataset: str
     dataset_sha256: str = ""
     preset: str = ""
-    autoencoder_steps: int | None = None
-    train_steps: int | None = None
+    autoencoder_steps: Count | None = None
+    train_steps: Count | None = None
     compile: bool | None = None
     refine: RefineSettings | None = None
-    refine_steps: int | None = None
+    refine_steps: Count | None = None
+    bundle: BundleSettings | None = None
     sha256: str = ""
 
     def __post_init__(self) -> None:
         dataset_spec(self.dataset)  # raises UsageError for an unknown name
         if self.preset:
             preset_of(self.preset)
-        for name in ("autoencoder_steps", "train_steps", "refine_steps"):
-            if (getattr(self, name) or 0) < 0:
-                raise UsageError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+    @property
+    def bundle_settings(self) -> BundleSettings:
+        """How the generator samples on track 2."""
+        return self.bundle or BundleSettings()
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ class Recipe:
 
     sets: tuple[SetRecipe, ...]
     track: int = 1
-    seed: int = 0
-    epochs_setting: int | None = None
-    rounds: int | None = None
+    seed: Count = 0
+    epochs_setting: Count | None = None
+    rounds: Count | None = None
     time_budget: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -118,10 +123,12 @@ class Recipe:
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
         """A recipe from what `to_json` made of it. Raises UsageError for unknown names and wrong values."""
         sets = values.get("sets")
-        if not isinstance(sets, list) or not all(isinstance(each, Mapping) for each in sets):
+        if not isinstance(sets, list):
             raise UsageError("A recipe has one table [[sets]] for each dataset.")
-        _check_values(cls, values, "a recipe")
-        return cls(sets=tuple(map(_set_from_json, sets)), **{name: value for name, value in values.items() if name != "sets"})
+        try:
+            return read_record(cls, {**values, "sets": [_with_all_of_refine(each) for each in sets]})
+        except BadFileError as error:
+            raise UsageError(f"{error.message}.", error.remedy) from error
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -149,6 +156,10 @@ def _set_to_json(each: SetRecipe) -> dict[str, Any]:
     values = {name: value for name, value in vars(each).items() if value not in (None, "")}
     if each.refine is not None:
         values["refine"] = _refine_to_json(each.refine)
+    if each.bundle is not None:
+        bundle = {name: value for name, value in dataclasses.asdict(each.bundle).items() if value is not None}
+        sampling = {name: value for name, value in bundle.pop("sampling").items() if name not in _UNUSED_BY_BUNDLES}
+        values["bundle"] = bundle | {"sampling": sampling}
     return values
 
 
@@ -163,25 +174,9 @@ def _refine_to_json(settings: RefineSettings) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in unused}
 
 
-def _set_from_json(values: Mapping[str, Any]) -> SetRecipe:
-    _check_values(SetRecipe, values, "a set of a recipe")
-    if "dataset" not in values:
-        raise UsageError("A set of a recipe needs the name of its dataset.")
-    changed = dict(values)
-    if "refine" in changed:
-        if not isinstance(changed["refine"], Mapping):
-            raise UsageError("refine is a table of settings.", "Write it under [sets.refine].")
-        changed["refine"] = RefineSettings().with_changes(flatten(changed["refine"]))
-    return SetRecipe(**changed)
-
-
-def _check_values(cls: Any, values: Mapping[str, Any], what: str) -> None:
-    """Raise UsageError for a name that `cls` does not have, and for a plain value of another type than it has there."""
-    known = {each.name: str(each.type).partition(" ")[0] for each in dataclasses.fields(cls)}
-    for name, value in values.items():
-        if name not in known:
-            raise UsageError(f"'{name}' is not a part of {what}.", did_you_mean(name, tuple(known)))
-        kind = _TYPES.get(known[name])
-        right = isinstance(value, kind) if kind is not None else name in ("sets", "refine") or isinstance(value, Mapping)
-        if not right or (isinstance(value, bool) and kind is not bool):
-            raise UsageError(f"{name} cannot be {value!r}.", f"It is of type {known[name]}.")
+def _with_all_of_refine(values: Any) -> Any:
+    """A set's values with all settings of its refinement, which are checked as those on the command line are."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("refine"), Mapping):
+        return values
+    refine = RefineSettings().with_changes(flatten(values["refine"]))
+    return {**values, "refine": dataclasses.asdict(refine)}

@@ -1,4 +1,4 @@
-"""The generator of an entry: how fast it trains and samples, and its training. This imports diffusers, which takes seconds."""
+"""The generator of an entry: how fast it samples, and its training. This imports diffusers, which takes seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ddkit.generator.model_facts import ModelFacts
 from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import build_denoiser
 from ddkit.generator.sampling import Sampler
-from ddkit.generator.training.estimate import estimate
 from ddkit.generator.training.plan import plan_training, require_memory
 from ddkit.generator.training.records import read_records
 from ddkit.generator.training.run_folder import METRICS_FILE
@@ -26,12 +25,6 @@ from ddkit.generator.training.train import TrainingData, train
 from ddkit.runtime.progress import Listener
 
 _SAMPLED, _SAMPLED_ON_CPU = 64, 16  # images
-
-
-def training_speeds(config: GeneratorConfig, spec: DatasetSpec, device: torch.device) -> tuple[float, ...]:
-    """Images a second of each stage of a training, in order."""
-    stages = estimate(config, spec.image_size, spec.num_classes, device).stages
-    return tuple(stage.images_per_second or 1.0 for stage in stages)
 
 
 def sampling_speed(config: GeneratorConfig, spec: DatasetSpec, settings: SamplingSettings, device: torch.device) -> float:

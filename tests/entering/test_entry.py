@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.job import JobSettings, evaluate_files
+from ddkit.results import read
 from ddkit.runtime.files import sha256_of
 
 pytestmark = pytest.mark.slow
@@ -40,6 +42,24 @@ dm_steps = 1
 precision = "float32"
 pool.size = 2
 pool.from_step = 2
+"""
+BUNDLED = """
+track = 2
+epochs_setting = 0
+rounds = 1
+time_budget = 900
+[[sets]]
+dataset = "glyphs"
+preset = "demo"
+autoencoder_steps = 3
+train_steps = 3
+[sets.bundle]
+images_per_class = 2
+keep = 1
+[sets.bundle.sampling]
+steps = 3
+guidance = 1.5
+precision = "float32"
 """
 REAL = TRAINED.replace('preset = "demo"\nautoencoder_steps = 4\ntrain_steps = 4\n', "")
 
@@ -106,6 +126,26 @@ def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes
     first, second = read_recipe(entry / "recipe.toml"), read_recipe(work / "again/recipe.toml")
     assert first.sets == second.sets and first.accuracies == second.accuracies
     assert (first.sets[0].refine_steps, first.sets[0].train_steps, first.seed) == (3, 4, 3)
+
+
+def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_samples_with(work):
+    (work / "bundled.toml").write_text(BUNDLED)
+    status, output, said = finish("--recipe", "bundled.toml", "--folder", "entry", "--json")
+    assert status == 0, said
+    assert "next:" not in said  # the letters have no official evaluation
+    with zipfile.ZipFile(work / "entry/track2.zip") as bundle:
+        facts = json.loads(bundle.read("models/glyphs/entry.json"))
+    wanted = {"sampler": "dpm++", "steps": 3, "guidance": 1.5, "precision": "float32", "images_per_class": 2, "keep": 1}
+    assert wanted.items() <= facts.items()
+    made = read_recipe(work / "entry/recipe.toml")
+    (result,) = read(work / "entry/runs/results.jsonl").results
+    assert made.sets[0].bundle_settings.sampling.steps == 3 and made.sets[0].sha256 == result.sha256
+    assert made.accuracies == {"glyphs": result.mean} and result.images == 20
+
+    status, _, said = finish("--recipe", "entry/recipe.toml", "--folder", "again")
+    assert status == 0 and "The bundle for glyphs is the same to the bit as the one that" in " ".join(said.split()), said
+    assert (work / "again/track2.zip").read_bytes() == (work / "entry/track2.zip").read_bytes()
+    assert read_recipe(work / "again/recipe.toml").sets == made.sets
 
 
 def test_a_disk_that_fills_up_stops_in_words_and_the_same_command_continues(work):

@@ -1,6 +1,7 @@
 """Plans: the time is used, split and refused as it should be, on machines of made-up speeds."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -9,6 +10,9 @@ from ddkit.distill.settings import RefineLimits
 from ddkit.entering.plan import MARGIN, Outline, Speeds, draft, make_outline, outline_at, refine_limit
 from ddkit.entering.recipe import Recipe, SetRecipe
 from ddkit.errors import UsageError
+from ddkit.generator.config import BundleSettings
+from ddkit.generator.training.plan import TrainingData, plan_training, require_time
+from ddkit.runtime.progress import time_option
 
 BOTH = ("cifar100", "tinyimagenet")
 FAST = RefineSpeed({"dm": 1.0, "random networks": 2.0, "pool": 3.0}, 1.0, 1.0)
@@ -82,6 +86,39 @@ def test_on_track_2_the_time_trains_generators():
     plan = outline_at(SPEEDS, draft(BOTH, track=2, epochs_setting=1, rounds=1, time_budget=10), 3600)
     assert set(plan.flexible) == {"train cifar100", "train tinyimagenet"} and plan.expected["train cifar100"] > 600
     assert "evaluate cifar100" in plan.expected and "random real images cifar100" not in plan.expected
+
+
+def test_on_track_2_the_training_takes_as_long_as_a_training_must():
+    recipe = draft(("cifar100",), track=2, epochs_setting=1, rounds=1, time_budget=10, device="cpu")
+    for least in (5.0, 500.0):
+        speeds = {"cifar100": dataclasses.replace(SPEEDS["cifar100"], least_training=least)}
+        with pytest.raises(UsageError, match=f"{time_option(least)} for training") as refused:
+            outline_at(speeds, recipe, 1)
+        minutes = int(refused.value.remedy.split("--time ")[1].split("m")[0])
+        assert outline_at(speeds, recipe, 60 * minutes).expected["train cifar100"] >= least
+
+
+@pytest.mark.slow
+def test_the_least_training_of_a_plan_is_what_training_itself_accepts(tmp_path, colors):
+    recipe = Recipe((SetRecipe(colors, preset="tiny"),), track=2)
+    least = make_outline(recipe, 10**6, device="cpu").speeds[colors].least_training
+    request = functools.partial(plan_training, TrainingData.open(colors), {}, preset_name="tiny", device="cpu")
+    require_time(TrainingData.open(colors), request(folder=tmp_path / "long", seconds=10 * least))
+    with pytest.raises(UsageError, match="needs at least 100 steps"):
+        require_time(TrainingData.open(colors), request(folder=tmp_path / "short", seconds=least / 10))
+
+
+def test_a_bundle_that_keeps_all_has_no_classifier_and_one_of_few_images_is_evaluated_sooner():
+    recipe = draft(("cifar100",), track=2, epochs_setting=9, rounds=1, time_budget=100, device="cpu")
+    (each,) = recipe.sets
+
+    def expected(**settings):
+        changed = recipe.with_set(dataclasses.replace(each, bundle=BundleSettings(**settings)))
+        return outline_at(SPEEDS, changed, 24 * 3600).expected
+
+    half, all_, few = expected(), expected(keep=1.0), expected(images_per_class=2)
+    assert all_["check and pack"] < half["check and pack"] == few["check and pack"]
+    assert few["evaluate cifar100"] < half["evaluate cifar100"] < all_["evaluate cifar100"]
 
 
 @pytest.mark.slow

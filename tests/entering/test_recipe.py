@@ -8,6 +8,7 @@ import pytest
 from ddkit.distill.settings import PoolSettings, RefineSettings
 from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe, write_recipe
 from ddkit.errors import BadFileError, UsageError
+from ddkit.generator.config import BundleSettings, SamplingSettings
 
 RECIPES = Path(__file__).resolve().parents[2] / "tools" / "recipes"
 RECIPE = Recipe(
@@ -32,6 +33,19 @@ def test_a_recipe_is_read_as_it_was_written(tmp_path):
     assert "ddkit enter --recipe recipe.toml" in (tmp_path / "recipe.toml").read_text().splitlines()[0]
 
 
+def test_a_recipe_of_a_generator_is_read_with_the_settings_of_its_bundle(tmp_path):
+    sampling = SamplingSettings("ddim", steps=7, guidance=1.5, guidance_interval=(0.25, 0.75), precision="bfloat16")
+    bundle = BundleSettings(sampling, images_per_class=20, keep=0.25)
+    recipe = Recipe((SetRecipe("glyphs", preset="demo", train_steps=5, bundle=bundle),), track=2)
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    assert read_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_a_recipe_that_does_not_say_how_its_bundle_samples_takes_defaults(tmp_path):
+    (tmp_path / "old.toml").write_text('track = 2\n[[sets]]\ndataset = "glyphs"\npreset = "demo"\ntrain_steps = 5\n')
+    assert read_recipe(tmp_path / "old.toml").sets[0].bundle_settings == BundleSettings()
+
+
 def test_recorded_recipes_can_be_read_and_have_all_lengths():
     found = {path.stem: read_recipe(path) for path in RECIPES.glob("*.toml")}
     assert len(found) > 1
@@ -52,16 +66,20 @@ def test_a_recipe_of_few_lines_takes_defaults(tmp_path):
         ("seed = 3\n", r"a recipe has one table \[\[sets\]\]"),
         ("sets = 3\n", r"a recipe has one table \[\[sets\]\]"),
         ('[[sets]]\ndataset = "cifar10"\n', "Did you mean 'cifar100'"),
-        ("[[sets]]\nrefine_steps = 3\n", "needs the name of its dataset"),
-        ('sed = 3\n[[sets]]\ndataset = "glyphs"\n', "'sed' is not a part of a recipe.*Did you mean 'seed'"),
-        ('seed = "3"\n[[sets]]\ndataset = "glyphs"\n', "seed cannot be '3'.*of type int"),
-        ('seed = true\n[[sets]]\ndataset = "glyphs"\n', "seed cannot be True"),
+        ("[[sets]]\nrefine_steps = 3\n", "sets: fields missing: dataset"),
+        ('sed = 3\n[[sets]]\ndataset = "glyphs"\n', "unknown fields sed.*Did you mean 'seed'"),
+        ('seed = "3"\n[[sets]]\ndataset = "glyphs"\n', 'seed cannot be "3"'),
+        ('seed = 2020-01-01\n[[sets]]\ndataset = "glyphs"\n', 'seed cannot be "2020-01-01"'),
+        ('seed = true\n[[sets]]\ndataset = "glyphs"\n', "seed cannot be true"),
         ('track = 3\n[[sets]]\ndataset = "glyphs"\n', "Unknown track 3"),
         ('track = 2\n[[sets]]\ndataset = "glyphs"\n', "needs a generator"),
         ('[[sets]]\ndataset = "glyphs"\npreset = "dem"\n', "Did you mean 'demo'"),
-        ('[[sets]]\ndataset = "glyphs"\nrefine_steps = -1\n', "refine_steps must not be negative"),
-        ('[[sets]]\ndataset = "glyphs"\nrefine = 3\n', "refine is a table"),
+        ('[[sets]]\ndataset = "glyphs"\nrefine_steps = -1\n', "sets: refine_steps cannot be -1"),
+        ('[[sets]]\ndataset = "glyphs"\nrefine = 3\n', "sets: refine cannot be 3"),
         ('[[sets]]\ndataset = "glyphs"\n[sets.refine]\nrate = 3\n', "Unknown setting 'rate'"),
+        ('[[sets]]\ndataset = "glyphs"\n[sets.bundle]\nkept = 0.3\n', "sets: bundle: unknown fields kept.*Did you mean 'keep'"),
+        ('[[sets]]\ndataset = "glyphs"\n[sets.bundle]\nkeep = 0\n', "keep must be above 0"),
+        ('[[sets]]\ndataset = "glyphs"\n[sets.bundle.sampling]\nsteps = "9"\n', 'sampling: steps cannot be "9"'),
         ('[[sets]]\ndataset = "glyphs"\n[[sets]]\ndataset = "glyphs"\n', "takes each dataset once"),
     ],
 )

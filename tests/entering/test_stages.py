@@ -4,13 +4,19 @@ import dataclasses
 import functools
 
 import pytest
+import torch
+from PIL import Image
 
+from ddkit.data.class_names import CLASS_NAMES
+from ddkit.data.prepare import prepare
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.settings import PRESETS
 from ddkit.entering.entry import Plan
 from ddkit.entering.recipe import Recipe, SetRecipe
 from ddkit.entering.stages import PACK, Workplace
-from ddkit.results import Result, append
+from ddkit.evaluation.evaluate import EvaluationSettings
+from ddkit.evaluation.job import JobSettings, evaluate_files
+from ddkit.results import Result, append, read
 from ddkit.runtime.files import sha256_of
 
 STAGES = ("prepare", "random real images", "refine", "evaluate submission", "evaluate baseline", "report")
@@ -82,3 +88,36 @@ def test_a_result_under_other_settings_is_not_the_evaluation_of_the_entry(place,
     record(place, 0.5)
     record(place, 0.9, **changes)
     assert stage.is_done() and place.exact_recipe().accuracies == {"glyphs": 0.5}
+
+
+@pytest.mark.slow
+def test_an_evaluation_on_own_test_images_is_done_where_no_official_one_can_be_had(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 10), ("test", 1)):
+        for name in CLASS_NAMES["cifar100"]:
+            folder = tmp_path / "own" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    prepare("cifar100", tmp_path / "own")
+    generate("cifar100", 10, FromReal("random", 0, "cpu"), tmp_path / "submission" / "cifar100.pt")
+    recipe = Recipe((SetRecipe("cifar100", refine=PRESETS["track1"]),), epochs_setting=0, rounds=1)
+    place = Workplace(tmp_path, recipe, "cpu", lambda name, earlier: 0.0, lambda text: None)
+    (stage,) = place.stages({"evaluate submission cifar100": 1.0})
+    settings = EvaluationSettings(rounds=1, epochs_setting=0, device="cpu")
+    evaluate_files([place.submission("cifar100")], JobSettings(settings, results=place.results_file))
+    (found,) = read(place.results_file).results
+    assert "100 test images instead of 10,000" in found.deviations
+    assert stage.is_done() and place.exact_recipe().accuracies == {"cifar100": found.mean} and not place.lacks_official()
+
+    on_official = tuple(each for each in found.deviations if "test images" not in each)
+    for changes, done in (
+        ({"test_sha256": ""}, True),  # the record of an earlier version
+        ({"test_sha256": "ab" * 32}, False),  # other images of the same number
+        ({"test_sha256": "ab" * 32, "deviations": on_official}, True),  # the challenge's, which are better
+        ({"deviations": ("test images or labels that are not the challenge's", *on_official)}, False),
+    ):
+        place.results_file.unlink()
+        append(dataclasses.replace(found, **changes), place.results_file)
+        assert stage.is_done() is done, changes
