@@ -40,7 +40,7 @@ _REAL_PER_CLASS = 40  # made-up images to measure with
 # Assumptions where a measurement would take longer than the stage.
 _SECONDS_OF_PREPARING, _SECONDS_OF_DRAWING = 60.0, 5.0
 _SECONDS_PER_ROW, _SECONDS_OF_START, _SECONDS_OF_REPORT = 0.006, 2.0, 5.0
-_PROOF_SECONDS = 60.0
+_SECONDS_TO_FIRST_IMAGE = 10.0  # of a bundle
 _IMAGES_ELSEWHERE = 1000
 
 
@@ -225,7 +225,8 @@ class _Planner:
             expected[f"prepare {name}"] = 0.0 if is_prepared(name) else unprepared
             if recipe.track == 2:
                 expected[f"evaluate {name}"] = self._generator_seconds(recipe, each)
-                checked += min(_PROOF_SECONDS, _budget(recipe)) + _SECONDS_OF_START
+                proof = _SECONDS_TO_FIRST_IMAGE + spec.num_classes / each.bundle_settings.keep / speeds.sampled
+                checked += min(proof, _budget(recipe)) + _SECONDS_OF_START
                 if each.bundle_settings.has_classifier and not speeds.classifier_is_there:
                     images = training_images(spec, CLASSIFIER, _images(name, "train"))
                     checked += CLASSIFIER.epochs * images / rows * speeds.per_epoch
@@ -247,10 +248,10 @@ class _Planner:
     def _generator_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a generator on track 2."""
         spec, speeds, budget = dataset_spec(each.dataset), self._speeds[each.dataset], _budget(recipe)
-        images = budget * speeds.sampled * each.bundle_settings.keep
-        if each.bundle_settings.images_per_class is not None:
-            images = min(images, each.bundle_settings.images_per_class * spec.num_classes)
-        epoch = speeds.per_epoch * images / (IPC * spec.num_classes)
+        per_second, wanted = speeds.sampled * each.bundle_settings.keep, each.bundle_settings.images_per_class
+        if wanted is not None:
+            budget = min(budget, _SECONDS_TO_FIRST_IMAGE + wanted * spec.num_classes / per_second)
+        epoch = speeds.per_epoch * budget * per_second / (IPC * spec.num_classes)
         test = speeds.per_test_image * _images(each.dataset, "test")
         return rounds(recipe) * (budget + (epochs_setting(recipe) + 1) * epoch + test)
 

@@ -343,8 +343,8 @@ class Workplace:
         proof = ProofSettings(self._evaluation_settings().budget or 0.0, most=most)
         models = [BundleModel(each.dataset, self._run(each.dataset), each.bundle_settings) for each in self.recipe.sets]
         pack_bundle(
-            models, self.zip_file, proof=proof, records=PackedRecords(packed_file(self.results_file)), recipe=str(self.folder / RECIPE_FILE),
-            on_event=self._on_event, progress=progress,
+            models, self.zip_file, proof=proof, records=PackedRecords(packed_file(self.results_file)),
+            recipe=str(self.folder / RECIPE_FILE), on_event=self._on_event, progress=progress,
         )  # fmt: skip
 
     def _pack(self, progress: Listener) -> None:

@@ -62,6 +62,7 @@ class ScriptEntry:
     def _run(self, command: list[str], budget: float, log: Path) -> float:
         """Run the command to its end, with its output in `log`. Returns the seconds that it took."""
         began = time.monotonic()
+        total = None if "--most" in self.arguments else budget  # it may end long before
         # In a new session, so that the processes it starts can be ended with it.
         with log.open("wb") as output, stop_requests() as stop, subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True
@@ -74,7 +75,7 @@ class ScriptEntry:
                     if stop:
                         remedy = "Run the same command again to generate them from the start."
                         raise InterruptedRunError("Interrupted while images were generated.", remedy)
-                    self.progress(Progress(f"generating {self.dataset}", spent, budget, "s"))
+                    self.progress(Progress(f"generating {self.dataset}", spent, total, "s"))
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(_SECONDS_BETWEEN_LOOKS)
             finally:  # end the process and those that it started, if any still run

@@ -147,7 +147,7 @@ def _compared(first: Result, second: Result) -> SetsCompared:
     remarks = []
     if whole.half_width is None and min(first.rounds, second.rounds) > 1:
         same = "The difference is the same in every round" if paired else "The rounds do not vary"
-        remarks.append(f"{same}, so no interval can be given: it is not known whether the sets differ by more than the noise.")
+        remarks.append(f"{same}, so no interval can be given: rounds that agree do not tell how much others would differ.")
     recorded = bool(first.class_rounds and second.class_rounds)
     if first.per_class and second.per_class and not recorded:
         remarks.append(

@@ -80,7 +80,7 @@ def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_C
 def _on_equal_rounds(rows: Iterable[Row]) -> list[str]:
     """Why a row of several rounds has no interval, if there is one."""
     if any(row.spread and row.spread.half_width is None and 1 not in row.rounds for row in rows):
-        return ["Where the rounds do not vary, no interval can be given, and it is not known how large the noise is."]
+        return ["Rounds that do not vary do not tell how much others would differ, so no interval can be given."]
     return []
 
 
