@@ -309,11 +309,6 @@ def is_tar(beginning: bytes) -> bool:
     return beginning[257:262] == b"ustar" or beginning.startswith(tuple(_COMPRESSIONS))
 
 
-def is_zip(beginning: bytes) -> bool:
-    """True if a file that begins so is a zip."""
-    return beginning.startswith(b"PK")
-
-
 def _is_clutter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _CLUTTER or name.endswith(":Zone.Identifier")
 

@@ -5,16 +5,18 @@ Names say which split an array is of (x_train, test_labels, ...), and shapes whe
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from posixpath import join
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddkit.data.archives import READ_ERRORS, Tree
-from ddkit.data.listing import Pixels, Source, choose_splits, numbered_classes, pixel_source, split_word
+from ddkit.data.listing import Pixels, Source, choose_splits, numbered_class, pixel_source, split_word
 from ddkit.errors import BadDataError
 
 _FEWEST_VALUES = 3 * 8 * 8  # of an image; an array with fewer values a row holds labels
@@ -25,37 +27,50 @@ def read_arrays(tree: Tree, folder: str, test_split: str | None) -> Source | Non
 
     Raises IncompleteLayoutError if one of the splits is missing, BadDataError for arrays that do not fit together.
     """
-    prefix = f"{folder}/" if folder else ""
     files = [name for name in tree.folders[folder][1] if name.endswith((".npy", ".npz"))]
     if not any(split_word(name) for name in files):
         return None
     arrays: dict[str, NDArray[Any]] = {}
     for name in files:
         if name.endswith(".npy") or split_word(name):
-            arrays |= _read(tree, prefix + name)
+            arrays |= _read(tree, join(folder, name))
     splits = {word: _pixels(tree.path, word, arrays) for word in {split_word(name) for name in arrays} - {""}}
     found = {word: pixels for word, pixels in splits.items() if pixels is not None}
     train, test, notes = choose_splits(found, test_split, tree.path)
     count = 1 + max(int(pixels.labels.max(initial=0)) for pixels in found.values())
+    if count > len(found[train].labels):
+        message = f"{tree.path}: the labels go up to {count - 1:,}, and there are {len(found[train].labels):,} training images."
+        raise BadDataError(message, "Number the classes from 0 without gaps.")
     texts = [array for name, array in arrays.items() if array.dtype.kind in "US" and not split_word(name)]
     class_names: list[str] = next((array.astype(str).tolist() for array in texts if array.shape == (count,)), [])
-    pixels, names = {"train": found[train], "test": found[test]}, class_names or numbered_classes(count)
+    pixels = {"train": found[train], "test": found[test]}
+    names = class_names or [numbered_class(label, count - 1) for label in range(count)]
     return pixel_source("arrays", tree.path, names, pixels, notes=notes, numbered=not class_names)
 
 
 def _read(tree: Tree, path: str) -> dict[str, NDArray[Any]]:
     """The arrays of a file by name, except those of Python objects, which only code could read. Raises BadDataError."""
-    name = PurePosixPath(path).stem
+    name, arrays = PurePosixPath(path).stem, {}
     try:
-        with tree.open(path) as file:
+        with tree.open(path) as file, _objects_left_out():
             loaded = np.load(io.BytesIO(file.read()), allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {name: loaded}
-        return {f"{name}_{key}": loaded[key] for key in loaded.files}
-    except (*READ_ERRORS, SyntaxError, MemoryError) as error:  # a ValueError is among READ_ERRORS
-        if "allow_pickle" in str(error):
-            return {}
+            if isinstance(loaded, np.ndarray):
+                return {name: loaded}
+            for key in loaded.files:
+                with _objects_left_out():
+                    arrays[f"{name}_{key}"] = loaded[key]
+    except (*READ_ERRORS, SyntaxError, MemoryError) as error:
         raise BadDataError(f"{tree.path}: {path} is damaged: {error}.", "Save or get it again.") from error
+    return arrays
+
+
+@contextlib.contextmanager
+def _objects_left_out() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
 
 
 def _pixels(path: Path, word: str, arrays: Mapping[str, NDArray[Any]]) -> Pixels | None:

@@ -13,6 +13,7 @@ import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from posixpath import join
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,7 @@ def read_cifar(tree: Tree, folder: str, test_split: str | None = None) -> Source
         raise IncompleteLayoutError(
             f"{tree.path} is not a complete cifar-100-python: {missing[0]} is missing.", "Download it again."
         )
-    prefix = f"{folder}/" if folder else ""
-    contents = {name: _load(tree, f"{prefix}{name}", name) for name in FILES}
+    contents = {name: _load(tree, join(folder, name), name) for name in FILES}
     for name, value in contents.items():
         if not isinstance(value, dict):
             raise BadDataError(f"{tree.path}: '{name}' holds a {type(value).__name__}, not the dict of cifar-100-python.")

@@ -73,7 +73,7 @@ def download(archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPol
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists() and _md5(path) == archive.md5:
             return path
-        resumed = part.exists() and part.stat().st_size > 0
+        resumed = _size(part) > 0
         _fetch(archive, part, patience, progress)
         if resumed and _md5(part) != archive.md5:
             _log.warning("An earlier run's part of %s does not match it; downloading all of it again.", path.name)

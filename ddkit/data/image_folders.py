@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from posixpath import join
 
 from ddkit.data.archives import DamagedFileError, Tree
 from ddkit.data.class_names import SPLIT_NAMES, official_names
@@ -41,7 +42,7 @@ def read_image_folder(tree: Tree, top: str, test_split: str | None) -> Source | 
     Raises IncompleteLayoutError if one of the splits is missing or has no labels, and BadDataError for labels that do not
     fit: classes that only one split has, annotations that name missing files, images without a class.
     """
-    spelled = {name.lower(): _join(top, name) for name in tree.folders[top][0]}
+    spelled = {name.lower(): join(top, name) for name in tree.folders[top][0]}
     found = {name: spelled[name] for names in SPLIT_NAMES.values() for name in names if name in spelled}
     for name, folder in found.items():
         folders, loose = tree.folders[folder]
@@ -74,8 +75,8 @@ def _described(
     tree: Tree, top: str, class_names: tuple[str, ...], splits: dict[str, FileSplit], notes: tuple[str, ...]
 ) -> Source:
     """With the titles of words.txt and the order of wnids.txt, where these are there."""
-    here = {name.lower(): _join(top, name) for name in tree.folders[top][1]}
-    annotated = [_annotation_files(tree, top, _join(top, name), name.lower()) for name in tree.folders[top][0]]
+    here = {name.lower(): join(top, name) for name in tree.folders[top][1]}
+    annotated = [_annotation_files(tree, top, join(top, name), name.lower()) for name in tree.folders[top][0]]
     if not any(annotated) and "wnids.txt" not in here:
         return Source("image folder", tree.path, class_names, splits, notes=notes)
     titles = {}
@@ -116,7 +117,7 @@ def _annotation_files(tree: Tree, top: str, folder: str, name: str) -> list[str]
         return []
     inside = [f"{folder}/{file}" for file in tree.folders[folder][1] if file.lower().endswith("annotations.txt")]
     wanted = {f"{name}_annotations.txt", "val_annotations.txt" if name.startswith("val") else ""}
-    return inside + [_join(top, file) for file in tree.folders[top][1] if file.lower() in wanted]
+    return inside + [join(top, file) for file in tree.folders[top][1] if file.lower() in wanted]
 
 
 def _annotate(tree: Tree, split: _Split, loose: Sequence[str], path: str, classes: set[str]) -> None:
@@ -166,7 +167,7 @@ def _class_folders(tree: Tree, split: str, class_names: Sequence[str] = ()) -> d
 def _images_of_class(tree: Tree, folder: str, name: str) -> Iterator[str]:
     """The files of a class except its list of boxes. Raises BadDataError for files that lie deeper than layouts have them."""
     for below in ("", *tree.folders[folder][0]):
-        place = _join(folder, below) if below else folder
+        place = f"{folder}/{below}" if below else folder
         deeper = [f"{place}/{deep}/" for deep in tree.folders[place][0]] if below == _IMAGES else []
         deeper += [f"{place}/"] if below not in ("", _IMAGES) else []
         if misplaced := [path for path in tree.files if deeper and path.startswith(tuple(deeper))]:
@@ -217,7 +218,3 @@ def _lines(tree: Tree, path: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         if line := line.strip():
             yield number, line
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name

@@ -110,9 +110,9 @@ def _blocks(pixels: Pixels, order: list[int]) -> Iterator[NDArray[np.uint8]]:
     return (pixels.rows(order[start : start + _ROWS_AT_ONCE]) for start in range(0, len(order), _ROWS_AT_ONCE))
 
 
-def numbered_classes(count: int) -> tuple[str, ...]:
-    """Names for classes that have only numbers, padded so that their order as strings is that of the numbers."""
-    return tuple(f"{label:0{len(str(count - 1))}}" for label in range(count))
+def numbered_class(label: int, last: int) -> str:
+    """The name of a class that has only a number, padded so that the order of such names is that of the numbers."""
+    return f"{label:0{len(str(last))}}"
 
 
 def split_word(name: str) -> str:

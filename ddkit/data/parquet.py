@@ -13,11 +13,12 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from posixpath import join
 from typing import IO, Any
 
 from ddkit.data.archives import READ_ERRORS, DamagedFileError, FolderTree, PackedTree, Tree
 from ddkit.data.class_names import official_names
-from ddkit.data.listing import Source, choose_splits, file_split, numbered_classes, some, split_word
+from ddkit.data.listing import Source, choose_splits, file_split, numbered_class, some, split_word
 from ddkit.errors import BadDataError, MissingDataError
 from ddkit.runtime.files import explain_os_error
 
@@ -32,13 +33,12 @@ def read_parquet(tree: Tree, folder: str, test_split: str | None, scratch: Path)
     scratch: a folder for the image files, which are copied out of their columns; it must stay as long as they are needed.
     Raises MissingDataError if pyarrow is not installed, and BadDataError for files that are damaged or of something else.
     """
-    prefix = f"{folder}/" if folder else ""
     shards: dict[str, list[str]] = defaultdict(list)
     for below in ("", *(name for name in tree.folders[folder][0] if name.lower() == "data" or split_word(name))):
-        place = prefix + below if below else folder
+        place = join(folder, below) if below else folder
         for name in tree.folders[place][1]:
             if name.lower().endswith(".parquet") and (word := split_word(name.removesuffix("parquet")) or split_word(below)):
-                shards[word].append(f"{place}/{name}" if place else name)
+                shards[word].append(join(place, name))
     if not shards:
         return None
     handle, blob = tempfile.mkstemp(suffix=".images", dir=scratch)
@@ -113,7 +113,7 @@ class _Copy:
     def _columns(self, shard: str, schema: Any) -> tuple[str, str]:
         """The names of the columns of images and of labels. Raises BadDataError."""
         images = [name for name in _IMAGE_COLUMNS if name in schema.names and "binary" in str(schema.field(name).type)]
-        labels = [name for name in _LABEL_COLUMNS if name in schema.names]
+        labels = [name for name in _LABEL_COLUMNS if name in schema.names and not schema.field(name).type.num_fields]
         if not images or not labels:
             kind = "image files" if not images else "labels"
             raise BadDataError(
@@ -127,14 +127,14 @@ def _class_of(path: Path, labels: Mapping[str, Mapping[str, Any]], names: Sequen
     """The class name of each label. Raises BadDataError for labels without a name, and for classes of one split only."""
     found = {split: set(values.values()) for split, values in labels.items()}
     values = found["train"] | found["test"]
-    beyond = [value for value in values if names and isinstance(value, int) and not 0 <= value < len(names)]
-    if unknown := [*(value for value in values if value is None), *beyond]:
+    known = range(len(names)) if names else range(2**63)
+    if unknown := [value for value in values if value is None or (isinstance(value, int) and value not in known)]:
         raise BadDataError(f"{path}: there are rows with the label {unknown[0]!r}, which has no class name.")
     if differing := sorted(map(str, found["train"] ^ found["test"])):
         raise BadDataError(f"{path}: only one of the splits has the classes {some(differing)}.", "Add or remove them.")
     ordered = sorted(values)
-    names = names or numbered_classes(1 + max((value for value in ordered if isinstance(value, int)), default=0))
-    spelled = official_names([names[value] if isinstance(value, int) else str(value) for value in ordered])
+    of_numbers = (names[value] if names else numbered_class(value, ordered[-1]) for value in ordered if isinstance(value, int))
+    spelled = official_names(list(of_numbers) or [str(value) for value in ordered])
     return dict(zip(ordered, spelled, strict=True))
 
 
@@ -147,7 +147,7 @@ def _names_beside(tree: Tree, folder: str, column: str) -> list[str]:
             if file not in tree.folders[place][1]:
                 continue
             with contextlib.suppress(DamagedFileError, UnicodeDecodeError):
-                text = tree.read(f"{place}/{file}" if place else file).decode("utf-8-sig")
+                text = tree.read(join(place, file)).decode("utf-8-sig")
                 for info in _infos(text, file):
                     with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError, StopIteration):
                         if names := _names_in(info["features"], column):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import glob
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -330,9 +330,8 @@ def _measure(file: SplitFile) -> tuple[tuple[float, float, float], tuple[float, 
 
 def _clean_up(folder: Path) -> None:
     """Mend what a preparation left that was killed. Only for the one process that prepares this store."""
-    for path in list(folder.parent.glob(f".{glob.escape(folder.name)}.????????.*")):
-        if path.suffix not in (".tmp", ".old"):
-            continue
+    left = re.compile(rf"\.{re.escape(folder.name)}\.[^.]{{8}}\.(tmp|old)")
+    for path in [path for path in folder.parent.glob(".*") if left.fullmatch(path.name)]:
         if path.suffix == ".old" and not folder.exists():
             # It was killed between setting the earlier store aside and putting the new one in its place.
             path.replace(folder)

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from posixpath import join
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddkit.challenge import CHALLENGE_DATASETS
-from ddkit.data.archives import READ_ERRORS, FolderTree, Tree, ZipTree, first_bytes, is_tar, is_zip, open_tar
+from ddkit.data.archives import READ_ERRORS, FolderTree, Tree, ZipTree, first_bytes, is_tar, open_tar
 from ddkit.data.arrays import read_arrays
 from ddkit.data.cifar_archive import read_cifar
 from ddkit.data.class_names import CLASS_NAMES
@@ -53,7 +54,7 @@ def open_source(path: Path, scratch: Path, *, classes: Sequence[str] = (), test_
     if not path.exists():
         raise MissingDataError(f"{path} does not exist.", "Check the path given to --from.")
     tree = _open_tree(path, path, scratch)
-    if isinstance(tree, ZipTree) and any(name.endswith(("/data.pkl", "data.pkl")) for name in tree.files):
+    if isinstance(tree, ZipTree) and any(name.endswith("data.pkl") for name in tree.files):
         return _read_reference(path)
     search = _Search(scratch, frozenset(classes), test_split)
     saved_to_disk = any(name.endswith(".arrow") for name in tree.files)
@@ -81,7 +82,7 @@ def _open_tree(path: Path, file: Path, scratch: Path) -> Tree:
     if problem := why_not_a_file(file):
         raise BadDataError(f"{path} {problem}.", LAYOUTS)
     beginning = first_bytes(file)
-    if is_zip(beginning):
+    if beginning.startswith(b"PK"):
         return ZipTree(path, file)
     if is_tar(beginning):
         return open_tar(path, scratch, file)
@@ -122,7 +123,7 @@ class _Search:
                     except IncompleteLayoutError as error:
                         problems.append(error)
                 else:  # no layout begins here
-                    below += [f"{folder}/{name}" if folder else name for name in tree.folders[folder][0]]
+                    below += [join(folder, name) for name in tree.folders[folder][0]]
             if any(self.fits(source) for _, source in found):
                 return found
             level = below

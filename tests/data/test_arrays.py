@@ -118,6 +118,14 @@ def test_one_npz_for_each_split_is_read(save, find, tmp_path):
     check(find(tmp_path / "both"))
 
 
+def test_objects_in_an_npz_for_each_split_are_left_out(save, find, tmp_path):
+    (tmp_path / "both").mkdir()
+    objects = np.array([object()] * 2)
+    save({"info": objects, "images": images(TRAIN), "labels": np.array(TRAIN)}, "both/train.npz")
+    save({"images": images(TEST, 50), "labels": np.array(TEST), "info": objects}, "both/test.npz")
+    check(find(tmp_path / "both"))
+
+
 def test_file_names_are_not_taken_for_class_names(save, find):
     check(find(save(arrays(test_filenames=np.array(["b.png", "a.png", "c.png"]), train_features=np.zeros((4, 512))))))
 
@@ -146,6 +154,7 @@ def test_numbered_classes_of_tinyimagenet_are_refused(save):
         ({"x_test": None}, "no labeled images in 'test'"),
         ({"y_train": None}, "no labeled images in 'train'"),
         ({"y_test": np.array([0, 1])}, "x_test has 3 images and y_test 2 labels"),
+        ({"y_test": np.array([0, 1, 10**12])}, "the labels go up to 1,000,000,000,000, and there are 4 training images"),
         ({"y_test": np.array([0, 1, -1])}, "'test' has labels beyond its 3 class names"),
         ({"x_train": np.zeros((4, 8, 9, 3), np.uint8)}, "which is not of square RGB images"),
         ({"x_train": np.random.default_rng(0).normal(size=(4, 8, 8, 3))}, "x_train does not hold 8-bit images"),

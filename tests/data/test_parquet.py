@@ -149,6 +149,11 @@ def test_labels_without_names_are_numbers_in_their_order(write_tree, shard, find
     assert [red for _, red, _ in colors_of(source)] == labels
 
 
+def test_some_labels_of_minus_one_without_names_raise_bad_data_error(write_tree, shard, find):
+    with pytest.raises(BadDataError, match="rows with the label -1, which has no class name"):
+        find(write_tree({"train.parquet": shard([2, -1, 1, 0]), "test.parquet": shard(TEST)}))
+
+
 def test_test_split_with_secret_labels_is_left_for_the_labeled_one(write_tree, shard, find):
     files = {"train.parquet": shard(TRAIN, names=NAMES), "valid.parquet": shard(TEST, names=NAMES)}
     check_named(find(write_tree({**files, "test.parquet": shard([-1, -1], names=NAMES)})))
@@ -199,6 +204,7 @@ def test_unnamed_tinyimagenet_is_refused(write_tree, shard):
         (lambda shard: {"test.parquet": shard([0, 1], names=NAMES)}, "only one of the splits has the classes 2"),
         (lambda shard: {"test.parquet": shard([0, 1, 3], names=NAMES)}, "rows with the label 3, which has no class name"),
         (lambda shard: {"test.parquet": shard([0, None, 2], names=NAMES)}, "rows with the label None"),
+        (lambda shard: {"test.parquet": shard([[1], [0], [2]])}, "test.parquet has no column of labels; it has image, label"),
         (lambda shard: {"test.parquet": shard(TEST, label="x")}, "test.parquet has no column of labels; it has image, x"),
         (lambda shard: {"test.parquet": shard(TEST, image="x")}, "test.parquet has no column of image files"),
     ],

@@ -282,10 +282,12 @@ class TestNothingLost:
         folder, before = pets
         folder.rename(own_cache / ".pets.abcd1234.old")
         (own_cache / ".pets.abcd1234.tmp").mkdir()
-        (own_cache / ".pets.v2.abcd1234.tmp").mkdir()  # of another dataset, perhaps being prepared right now
+        others = [".pets.training.abcd1234.tmp", ".pets.v2.abcd1234.tmp"]  # of other datasets, perhaps being prepared now
+        for other in others:
+            (own_cache / other).mkdir()
         prepare("pets", tmp_path / "earlier")
         assert contents(folder) == before
-        assert in_cache(own_cache) == [".pets.v2.abcd1234.tmp", "pets"]
+        assert in_cache(own_cache) == [*others, "pets"]
 
     @pytest.mark.slow
     def test_two_preparations_at_once_make_one_store(self, write_tree, photos, own_cache):
