@@ -11,10 +11,12 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
 from ddkit.errors import UsageError
 from ddkit.results import RESULTS_FILE, Result
+from ddkit.runtime.files import sha256_of_files
 from ddkit.runtime.jsonl import append_line, parse_lines, require_appendable
 from ddkit.runtime.records import Count, read_record
 
@@ -47,6 +49,14 @@ class Packed:
     date: str
     recipe: str = ""
     format: Count = FORMAT_VERSION
+
+    @property
+    def evaluated_as(self) -> dict[str, str]:
+        """Dataset -> the SHA-256 that evaluations record: of the dataset's tensor, or of all files of a track 2 bundle."""
+        if self.track == 1:
+            return {name.removesuffix(".pt"): sha256 for name, sha256 in self.files.items() if name.endswith(".pt")}
+        whole = sha256_of_files(self.files)
+        return {PurePosixPath(name).parts[1]: whole for name in self.files if fnmatch(name, "models/*/entry.json")}
 
 
 class PackedRecords:

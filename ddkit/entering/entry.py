@@ -14,7 +14,7 @@ from ddkit.data.store import dataset_spec
 from ddkit.distill.state import STATE_FILE
 from ddkit.entering.plan import MARGIN, Outline, make_outline, refine_limit
 from ddkit.entering.recipe import RECIPE_FILE, Recipe, write_recipe
-from ddkit.entering.stages import PACK, Stage, Workplace
+from ddkit.entering.stages import PACK, REPORT, Stage, Workplace
 from ddkit.errors import BadFileError, InterruptedRunError, UsageError
 from ddkit.network.autotune import prescribed_plans, remembered_plans
 from ddkit.network.plan import EnginePlan
@@ -251,13 +251,14 @@ class _Run:
         """Run a stage; False if the time was up before its end."""
         state, began = self._state, time.monotonic()
         earlier = state.took.get(stage.name, 0.0)
-        if stage.name == PACK:
-            if not self._place.sets_are_there():
-                raise InterruptedRunError(
-                    "The time is up before there was a set to pack; the state is kept.",
-                    "Run the same command again with a longer --time.",
-                )
-            self._write_recipe()  # which the record of the zip names
+        if stage.name == PACK and not self._place.sets_are_there():
+            made = "set" if state.recipe.track == 1 else "generator"
+            raise InterruptedRunError(
+                f"The time is up before there was a {made} to pack; the state is kept.",
+                "Run the same command again with a longer --time.",
+            )
+        if stage.name in (PACK, REPORT):
+            self._write_recipe()  # which the record of the zip names, and the page shows
 
         def listener(report: Progress) -> None:
             if time.monotonic() - self._saved >= _SECONDS_BETWEEN_SAVES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from ddkit.challenge import CHALLENGE_DATASETS, TEST_IMAGES, DatasetSpec, Track
 from ddkit.errors import InvalidSubmissionError
 from ddkit.network.networks import OFFICIAL_NETWORK
-from ddkit.runtime.files import sha256_of
+from ddkit.runtime.files import sha256_of, sha256_of_files
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,8 @@ def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
 
 def hash_of_folder(folder: Path) -> str:
     """Hexadecimal SHA-256 of all files below `folder` and their names; identifies an entry with its models."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        digest.update(f"{path.relative_to(folder)}\0{sha256_of(path)}\n".encode())
-    return digest.hexdigest()
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return sha256_of_files({path.relative_to(folder).as_posix(): sha256_of(path) for path in files})
 
 
 def overrun(name: str, what: str, budget: float) -> InvalidSubmissionError:

@@ -133,7 +133,7 @@ class SetDetails:
                 Confusion(class_name(titles, truth), class_name(titles, predicted), count)
                 for truth, predicted, count in result.confusions[:_MOST_CONFUSIONS]
             ),
-            ranking=ddranking.of_result(result, self._results) if result.augment else None,
+            ranking=ddranking.of_result(result, self._results) if result.augment and result.track == 1 else None,
         )
 
 

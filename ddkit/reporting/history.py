@@ -141,12 +141,13 @@ def _evaluated(result: Result) -> Step:
 
 def _packed(packed: Packed, results: Sequence[Result]) -> Step:
     """A zip with the accuracy of its sets: their official results, or the latest ones under the same settings."""
-    datasets = " and ".join(dataset_title(name.removesuffix(".pt")) for name in packed.files if name.endswith(".pt"))
+    wanted = packed.evaluated_as
+    datasets = " and ".join(map(dataset_title, wanted))
     by_settings: dict[str, dict[str, Result]] = {}
     for result in results:
-        if result.sha256 in packed.files.values():
-            by_settings.setdefault(settings_title(result), {})[result.sha256] = result
-    whole = [(title, found) for title, found in by_settings.items() if found.keys() == set(packed.files.values())]
+        if wanted.get(result.dataset) == result.sha256:
+            by_settings.setdefault(settings_title(result), {})[result.dataset] = result
+    whole = [(title, found) for title, found in by_settings.items() if found.keys() == wanted.keys()]
     title, chosen = max(whole, key=lambda each: all(r.official for r in each[1].values()), default=("", {}))
     scores = [result.accuracies for result in chosen.values()]
     return Step(

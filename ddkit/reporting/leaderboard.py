@@ -71,7 +71,7 @@ def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_C
     datasets = tuple(sorted(present, key=_dataset_order))
     shared = tuple(d for d in rows[0].deviations if all(d in row.deviations for row in rows))
     remarks = [f"Not comparable with the published entries: {'; '.join(shared)}."] if shared else []
-    if any(row.is_local for row in rows) and not any(row.kind == "random-real" for row in rows):
+    if key.track == 1 and any(row.is_local for row in rows) and not any(row.kind == "random-real" for row in rows):
         remarks.append("No random real images were evaluated under these settings.")
     remarks += _on_equal_rounds(rows)
     return Group(key.track, False, key.title(), datasets, tuple(rows), tuple(remarks), shared)

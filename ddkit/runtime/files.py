@@ -14,8 +14,8 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import platformdirs
@@ -231,6 +231,14 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
             return sha256_of_stream(file)
     except OSError as error:
         raise explain_os_error(error, path) from error
+
+
+def sha256_of_files(hashes: Mapping[str, str]) -> str:
+    """Hexadecimal SHA-256 of several files, from their names with forward slashes -> SHA-256."""
+    digest = hashlib.sha256()
+    for name in sorted(hashes, key=PurePosixPath):
+        digest.update(f"{name}\0{hashes[name]}\n".encode())
+    return digest.hexdigest()
 
 
 def sha256_of_stream(stream: IO[bytes]) -> str:

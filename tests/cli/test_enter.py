@@ -40,7 +40,7 @@ def test_dry_run_into_a_folder_that_cannot_be_made_is_refused_before_anything_is
 
 @pytest.mark.slow
 def test_dry_run_on_track_2_trains_and_bundles(work):
-    done = ddkit(*PLANNED, "--track", "2", "--time-budget", "5s", "--json", "--quiet")
+    done = ddkit(*PLANNED, "--track", "2", "--time", "20h", "--time-budget", "5s", "--json", "--quiet")
     assert done.exit_code == 0, done.output
     stages = {stage["name"]: stage["expected"] for stage in json.loads(done.output)["stages"]}
     assert list(stages) == ["prepare glyphs", "train glyphs", "check and pack", "evaluate glyphs", "report"]

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from ddkit.history import Packed
 from ddkit.reporting.history import HistoryView, build_history
+from ddkit.runtime.files import sha256_of_files
 
 
 def day(number, hour=10):
@@ -53,6 +54,17 @@ def test_zip_has_the_mean_of_its_sets_official_results_first(results):
     assert step.datasets == "CIFAR-100 and TinyImageNet"
     unknown = Packed("other", "o.zip", "d" * 64, 1, files | {"cifar100.pt": "0" * 64}, day(9))
     assert build_history(results, [unknown]).steps[-1].accuracy is None
+
+
+def test_bundle_has_the_accuracy_of_its_generators(result):
+    files = {f"models/{name}/entry.json": name.encode().hex() for name in ("cifar100", "glyphs")} | {"generate.py": "ab"}
+    packed = Packed("track2", "track2.zip", "c" * 64, 2, files, day(8))
+    whole = sha256_of_files(files)
+    facts = {"track": 2, "sha256": whole, "epochs_setting": 9, "date": day(9)}
+    ours = [result("track2", name, 0.3, **facts) for name in ("glyphs", "cifar100")]
+    step = next(step for step in build_history(ours, [packed]).steps if step.event == "packed")
+    assert (step.accuracy, step.settings, step.datasets) == (pytest.approx(0.3), "E = 9", "CIFAR-100 and glyphs")
+    assert build_history(ours[:1], [packed]).steps[0].accuracy is None
 
 
 def test_chart_is_of_one_dataset_and_settings_with_the_best_so_far(results):

@@ -112,6 +112,12 @@ def test_a_generator_is_shown_without_images(evaluated):
     assert "other images for each round" in view.gone and view.sheet == view.findings == ()
 
 
+def test_page_of_a_generator_does_not_advise_what_only_sets_can_do(evaluated):
+    html = render(gather([evaluated("mine", 0.5, track=2)]))
+    assert "other images for each round" in html
+    assert not any(text in html for text in ("Not checked.", "--ranking</code>", "No random real images were evaluated"))
+
+
 def test_the_same_file_is_shown_and_checked_once(evaluated):
     first = evaluated("mine", 0.5)
     later = dataclasses.replace(first, epochs_setting=9, accuracies=(0.6,))
