@@ -6,8 +6,9 @@ class, two files next to each other, or a folder of `<class>/<image>`. Nothing i
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from ddkit.data.archives import DamagedFileError, FolderTree
 from ddkit.data.class_names import SPLIT_NAMES, plain_name
 from ddkit.data.decoding import BadImageError, WrongSizeError, read_image
 from ddkit.data.store import class_names, class_titles
-from ddkit.errors import DDKitError, InvalidSubmissionError
-from ddkit.runtime.files import explain_os_error
+from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError
+from ddkit.runtime.files import explain_os_error, why_not_a_file
 from ddkit.runtime.torch_file import Global, Pairs, StoredTensor, TorchFile, TorchFileError, as_dict
+from ddkit.sets.distilled import class_labels
 from ddkit.sets.reading import describe_value, foreign_names, runs_code, unreadable
 
 _IMAGE_KEYS = (
@@ -63,25 +65,34 @@ def is_published_folder(path: Path) -> bool:
 def holds_containers(path: Path) -> bool:
     """True for a file of torch.save that holds a list, a tuple or a dict."""
     try:
-        with path.open("rb") as file:
-            value = TorchFile(file).value
-    except (OSError, TorchFileError):
+        with _opened(path) as opened:
+            return isinstance(opened.value, (list, tuple)) or as_dict(opened.value) is not None
+    except DDKitError:
         return False
-    return isinstance(value, (list, tuple)) or as_dict(value) is not None
 
 
 def read_published(path: Path, spec: DatasetSpec, *, argmax: bool = False) -> LabeledImages:
     """Read a published set without executing anything in it.
 
     spec: the dataset that its images are for. argmax: reduce soft labels to their largest class; otherwise they are
-    refused. Raises InvalidSubmissionError, which says what the file holds, and BadFileError if the system refuses it.
+    refused. Raises InvalidSubmissionError, which says what the file holds, UsageError for a pipe or a device, and
+    BadFileError if the system refuses the file.
     """
     if path.is_dir():
         return _read_folder(path, spec)
+    with _opened(path) as opened:
+        return _Published(path, opened, spec, argmax).read()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TorchFile]:
+    """A file of torch.save, whose damage is named by an InvalidSubmissionError, in this context too."""
     try:
+        if problem := why_not_a_file(path):
+            raise UsageError(f"{path} {problem}.", "Name a .pt file.")
         with path.open("rb") as file:
             try:
-                return _Published(path, TorchFile(file), spec, argmax).read()
+                yield TorchFile(file)
             except TorchFileError as error:
                 raise InvalidSubmissionError(f"{path}: {unreadable(error, file, path.name).message}") from error
     except OSError as error:
@@ -121,12 +132,10 @@ class _Published:
 
     def _of_tensor(self, images: StoredTensor) -> LabeledImages:
         if neighbor := labels_next_to(self.path):
-            with neighbor.open("rb") as file:
-                opened = TorchFile(file)
-                stored = opened.stored_tensor(opened.value) or opened.value
-                if not isinstance(stored, StoredTensor):
+            with _opened(neighbor) as opened:
+                if not isinstance(opened.value, StoredTensor):
                     raise InvalidSubmissionError(f"{neighbor} does not hold the labels of {self.path.name} as one tensor.")
-                labels, reduced = self._labels(opened.load(stored), len_of(images))
+                labels, reduced = self._labels(opened.load(opened.value), len_of(images))
             layout = f"images, with their labels in {neighbor.name}"
             return replace(self._made(images, labels, layout, reduced=reduced), one_file=False)
         count, classes = len_of(images), self.spec.num_classes
@@ -135,7 +144,7 @@ class _Published:
                 f"It holds {count:,} images without labels, which is not a multiple of the {classes} classes of "
                 f"{self.spec.name}. Save the labels with them: torch.save([images, labels], PATH)."
             )
-        return self._made(images, torch.arange(classes).repeat_interleave(count // classes), "one tensor, class by class")
+        return self._made(images, class_labels(classes, count // classes), "one tensor, class by class")
 
     def _of_sequence(self, items: Sequence[Any]) -> LabeledImages | None:
         kind = type(items).__name__
@@ -159,7 +168,8 @@ class _Published:
             return None
         if len({(image.shape, image.dtype) for image in loaded}) > 1:
             raise self._refused("Its images differ in shape or type.")
-        return self._made(torch.stack(loaded), torch.tensor(known), f"a {kind} of images with a label each")
+        targets, _ = self._labels(_as_tensor(known), len(loaded))
+        return self._made(torch.stack(loaded), targets, f"a {kind} of images with a label each")
 
     def _of_dict(self, entries: Pairs) -> LabeledImages | None:
         named = {plain_name(key): value for key, value in entries.items if isinstance(key, str)}
@@ -174,7 +184,7 @@ class _Published:
         return self._of_sequence(images) if isinstance(images, (list, tuple)) else None
 
     def _by_class(self, tensors: Mapping[int, StoredTensor], layout: str) -> LabeledImages:
-        self._require_classes(torch.tensor(list(tensors)))
+        self._require_classes(_as_tensor(tensors))
         loaded = {label: self._load(tensors[label]) for label in sorted(tensors)}
         if len({(tensor.shape[1:], tensor.dtype) for tensor in loaded.values()}) > 1:
             raise self._refused("The images of its classes differ in shape or type.")
@@ -190,7 +200,7 @@ class _Published:
         if values is not None and len(values.shape) in (1, 2):
             return stored, *self._labels(self._load(values), len_of(stored))
         if isinstance(labels, (list, tuple)) and labels and all(type(label) is int for label in labels):
-            return stored, *self._labels(torch.tensor(labels), len_of(stored))
+            return stored, *self._labels(_as_tensor(labels), len_of(stored))
         return None
 
     def _labels(self, values: Tensor, count: int) -> tuple[Tensor, bool]:
@@ -200,6 +210,7 @@ class _Published:
             raise self._refused(f"It holds {count:,} images and {len(values):,} labels.")
         if values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]
+        values = values.long() if values.dtype == torch.bool else values
         whole = not values.is_floating_point() or bool((values == values.round()).all())
         if values.ndim == 2:
             if values.shape[1] != self.spec.num_classes:
@@ -210,6 +221,8 @@ class _Published:
             one_hot = whole and bool((values.sum(1) == 1).all()) and bool((values.amin(1) == 0).all())
             if not one_hot and not self.argmax:
                 raise self._soft()
+            if values.isnan().any():
+                raise self._refused("Its soft labels hold values that are NaN.")
             reduced = not one_hot
             values = values.argmax(dim=1)
         elif not whole:
@@ -283,6 +296,12 @@ class _Published:
         return InvalidSubmissionError(f"{self.path}: {reason}")
 
 
+def _as_tensor(labels: Iterable[int]) -> Tensor:
+    """(N,) int64; whole numbers beyond 64 bits, which are no classes, become the nearest that there are."""
+    limits = torch.iinfo(torch.int64)
+    return torch.tensor([min(max(label, limits.min), limits.max) for label in labels])
+
+
 def len_of(stored: StoredTensor) -> int:
     """The size of the first dimension; 0 for a single number."""
     return stored.shape[0] if stored.shape else 0
@@ -330,7 +349,7 @@ def _read_folder(path: Path, spec: DatasetSpec) -> LabeledImages:
 def _labels_of(path: Path, folders: Sequence[str], spec: DatasetSpec) -> dict[str, int]:
     """The label of each folder by the class that its name, title or number says. Raises InvalidSubmissionError."""
     known: dict[str, int] = {}
-    for names in (_known(class_titles, spec.name), _known(class_names, spec.name)):
+    for names in (class_titles(spec.name), class_names(spec.name)):
         known |= {plain_name(name): label for label, name in enumerate(names)}
     by_name = {folder: known[plain_name(folder)] for folder in folders if plain_name(folder) in known}
     if folders and len(by_name) == len(folders):
@@ -343,10 +362,3 @@ def _labels_of(path: Path, folders: Sequence[str], spec: DatasetSpec) -> dict[st
         f"{path}: the folder '{strange}' is not a class of {spec.name}." if strange else f"{path} has no folders of classes.",
         f"Name the folders after the classes, or by their numbers 0 to {spec.num_classes - 1}.",
     )
-
-
-def _known(names: Any, dataset: str) -> tuple[str, ...]:
-    try:
-        return tuple(names(dataset))
-    except DDKitError:
-        return ()  # not prepared

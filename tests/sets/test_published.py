@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ddkit.challenge import CIFAR100, GLYPHS
-from ddkit.errors import BadFileError, InvalidSubmissionError
+from ddkit.errors import BadFileError, InvalidSubmissionError, UsageError
 from ddkit.sets.published import holds_containers, is_published_folder, labels_next_to, read_published
 
 LABELS = torch.tensor([7, 0, 3, 3, 9, 1, 3])  # in no order, with classes that have none, one and three images
@@ -135,10 +135,38 @@ def test_soft_labels_in_a_file_of_their_own_count_as_reduced(save, images):
     (lambda x, y: [], "no images with labels"),
     (lambda x, y: [[x[0], 1], [x[0, :2].clone(), 2]], "differ in shape"),
     (lambda x, y: {3: x, 12: x}, "run from 3 to 12"),
+    (lambda x, y: [x, [2**70] * 7], "run from 9223372036854775807 to"),
+    (lambda x, y: [[image, 10] for image in x], "run from 10 to 10; the classes of glyphs are 0 to 9"),
+    (lambda x, y: [[image, -(2**70)] for image in x], "run from -9223372036854775808 to"),
+    (lambda x, y: {2**70: x}, "run from 9223372036854775807 to"),
 ])  # fmt: skip
 def test_read_published_of_what_does_not_fit_raises_and_says_what_it_is(save, images, value, said):
     with pytest.raises(InvalidSubmissionError, match=said):
         read_published(save(value(images, LABELS)), GLYPHS)
+
+
+def test_read_published_of_one_hot_labels_of_truth_values_reads_their_classes(save, images):
+    read = read_published(save([images, torch.nn.functional.one_hot(LABELS, 10).bool()]), GLYPHS)
+    assert torch.equal(read.labels, LABELS) and not read.reduced
+
+
+def test_read_published_of_soft_labels_that_are_nan_raises(save, images):
+    with pytest.raises(InvalidSubmissionError, match="soft labels hold values that are NaN"):
+        read_published(save([images, torch.full((7, 10), torch.nan)]), GLYPHS, argmax=True)
+
+
+def test_read_published_with_damaged_labels_in_a_second_file_names_that_file(save, images):
+    path, labels = save(images, "images_best.pt"), save(LABELS, "labels_best.pt")
+    labels.write_bytes(labels.read_bytes()[:200])
+    with pytest.raises(InvalidSubmissionError, match=r"/labels_best\.pt: The file is damaged"):
+        read_published(path, GLYPHS)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_read_published_of_a_pipe_raises_usage_error_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "set.pt")
+    with pytest.raises(UsageError, match="is a pipe or a device"):
+        read_published(tmp_path / "set.pt", GLYPHS)
 
 
 class Harmful:
