@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from ddkit.results import Result
 from ddkit.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+_CLASSES = {"cifar100": 100, "tinyimagenet": 200}
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 SHARED_DATA = Path(os.environ.get("DDKIT_TEST_DATA", ROOT.parent / "shared" / "data"))
 SHARED_CASES = Path(os.environ.get("DDKIT_TEST_CASES", ROOT.parent / "shared" / "cases"))
@@ -252,3 +256,30 @@ def folder(tmp_path, glyph_images):
     folder = tmp_path / "submission"
     save_set(folder / "glyphs.pt", glyph_images, GLYPHS, tuple("AEHKLOSTXZ"), {"method": "first images"})
     return folder
+
+
+def make_result(name: str, dataset: str, *accuracies: float, epochs_setting: int = 1000, ipc: int = 10, **fields: Any):
+    """A result as `ddkit evaluate` records it; official with three rounds of E = 1000."""
+    classes = _CLASSES.get(dataset, 4)
+    official = epochs_setting == 1000 and len(accuracies) == 3 and dataset in _CLASSES
+    reasons = () if official else (f"E = {epochs_setting} instead of 1000",)
+    known = {
+        "track": 1,
+        "sha256": hashlib.sha256(f"{name} {dataset} {accuracies}".encode()).hexdigest(),
+        "source": f"{name}/{dataset}.pt",
+        "images": classes * ipc,
+        "images_per_class": (ipc, ipc),
+        "official": official,
+        "deviations": reasons,
+        "date": "2026-07-12T10:00:00+00:00",
+        "loss_curves": ((4.6, 3.0, 2.0, 1.5),) * len(accuracies),
+        "per_class": tuple(c / classes for c in range(classes)),
+        "confusions": ((0, 1, 20.5), (2, 3, 7.0)),
+    }
+    return Result(name=name, dataset=dataset, accuracies=accuracies, epochs_setting=epochs_setting, **(known | fields))
+
+
+@pytest.fixture
+def result() -> Callable[..., Result]:
+    """Makes results: result(name, dataset, accuracy of each round ..., fields of Result)."""
+    return make_result

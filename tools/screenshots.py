@@ -26,7 +26,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from ddkit.reporting.console import LeaderboardView
+from ddkit.cli._views import leaderboard_view
 from ddkit.reporting.html import write_html
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.page import gather
@@ -43,7 +43,7 @@ def save_terminal(folder: Path, path: Path) -> None:
     """`ddkit report` as a terminal shows it."""
     console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True, highlight=False)
     console.print("[bold]$ ddkit report[/bold]")
-    console.print(LeaderboardView(build(read(folder / RESULTS_FILE).results)))
+    console.print(leaderboard_view(build(read(folder / RESULTS_FILE).results), console))
     # Without fonts from elsewhere: a picture asks nobody for anything.
     template = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     write_text(path, console.export_svg(title="ddkit report", code_format=template))

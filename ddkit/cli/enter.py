@@ -17,9 +17,9 @@ from ddkit.challenge import CHALLENGE_DATASETS, TRACKS
 from ddkit.cli._options import COUNT, FILE, FOLDER, TRACK, Duration, device_option, example, output_options
 from ddkit.cli._output import Output, span_text
 from ddkit.cli._stages import StageView, stage_table
+from ddkit.cli._views import leaderboard_view
 from ddkit.entering.recipe import Recipe, read_recipe
 from ddkit.errors import BadFileError, UsageError
-from ddkit.reporting.console import LeaderboardView
 from ddkit.runtime.files import cache_folder
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def make_entry(
             "recipe": entry.recipe.to_json(),
         }
         | entry.leaderboard.as_data(),
-        LeaderboardView(entry.leaderboard.groups, most_rows=_MOST_ROWS),
+        leaderboard_view(entry.leaderboard.groups, output.out, most_rows=_MOST_ROWS),
     )
     evaluate = f"cd {shlex.quote(str(folder))} && ddkit evaluate" + " --track 2" * (recipe.track == 2)
     output.finish(written, then or (evaluate if entry.lacks_official and not entry.unfinished else ""))

@@ -24,7 +24,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._output import Output
 from ddkit.cli._rankings import rankings_table
-from ddkit.reporting.console import LeaderboardView
+from ddkit.cli._views import comparison_view, history_view, leaderboard_view
 from ddkit.results import RESULTS_FILE, Result
 
 if TYPE_CHECKING:
@@ -78,8 +78,6 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
 
     Only official results are ranked. The others follow, in groups of the same settings.
     """
-    from ddkit.reporting.compare import ComparisonView
-    from ddkit.reporting.history import HistoryView
     from ddkit.reporting.report import report as build_report
 
     board = build_report(
@@ -103,14 +101,16 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
     if output.as_json:
         output.result(board.as_data())
     elif show_history or compare:
-        views: list[HistoryView | ComparisonView] = [HistoryView(board.history)] if show_history else []
-        for view in [*views, *(ComparisonView(one, show_all=show_all) for one in board.comparisons)]:
-            output.result(None, view)
+        if show_history:
+            output.result(None, history_view(board.history, output.out))
+        for one in board.comparisons:
+            output.result(None, comparison_view(one, show_all=show_all))
     else:
         if show_all:
-            output.page(LeaderboardView(board.groups))
+            output.page(leaderboard_view(board.groups, output.out))
         else:
-            output.result(None, LeaderboardView(board.groups, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS))
+            shown = leaderboard_view(board.groups, output.out, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS)
+            output.result(None, shown)
         for table in [*([rankings_table(board.rankings)] if board.rankings else []), *map(_quality_table, board.quality)]:
             output.out.print(table)
     output.finish(board.written, _next(board.results, html))

@@ -7,15 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
-
 from ddkit.errors import BadFileError, MissingDataError, UsageError, did_you_mean
 from ddkit.history import find_recipe
 from ddkit.reporting.details import ClassPictures, class_name, class_titles, pictures_of
-from ddkit.reporting.formatting import percent, points
 from ddkit.reporting.leaderboard import conditions, latest_of_most_rounds, settings_title
 from ddkit.reporting.rows import Estimate, dataset_title
 from ddkit.results import Result
@@ -26,7 +20,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _FEWEST_DIGITS = 6  # of a hash that stands for a set
-_MOST_CLASSES = 8  # in the terminal, at either end
 _MOST_PICTURED = 12  # classes with images, at either end
 
 
@@ -171,7 +164,7 @@ def _compared(first: Result, second: Result) -> SetsCompared:
         remarks.append(
             f"{compared.clear} of {len(classes)} classes differ by more than their interval; about {by_chance} would by chance."
         )
-    shown, problems = _pictures(first, second, [each.label for each in _extremes(classes, _MOST_PICTURED)], titles)
+    shown, problems = _pictures(first, second, [each.label for each in extremes(classes, _MOST_PICTURED)], titles)
     return SetsCompared(**{**vars(compared), "remarks": (*remarks, *problems), "pictures": shown})
 
 
@@ -183,8 +176,8 @@ def _estimate(first: Sequence[float], second: Sequence[float], paired: bool) -> 
     return Estimate(found.difference, found.half_width)
 
 
-def _extremes(classes: Sequence[ClassDifference], most: int) -> list[ClassDifference]:
-    """The classes at both ends."""
+def extremes(classes: Sequence[ClassDifference], most: int) -> list[ClassDifference]:
+    """The `most` classes at either end."""
     return list(classes) if len(classes) <= 2 * most else [*classes[:most], *classes[-most:]]
 
 
@@ -222,40 +215,3 @@ def comparison_sheet(compared: SetsCompared) -> Image | None:
     titles = class_titles(compared.first) or [f"class {each.label}" for each in sorted(compared.classes, key=lambda c: c.label)]
     sheets = [(to_uint8(denormalize(images, spec)), labels) for images, labels, spec in found if images is not None]
     return side_by_side(sheets[0], sheets[1], titles, titles=compared.names)
-
-
-class ComparisonView:
-    """A comparison as a rich renderable. show_all: all classes instead of those at both ends."""
-
-    def __init__(self, compared: SetsCompared, *, show_all: bool = False) -> None:
-        self._compared, self._all = compared, show_all
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        one = self._compared
-        names = one.names
-        yield Text(f"\n{one.title}: {names[0]} and {names[1]}, {settings_title(one.first)}", style="bold")
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-        table.add_column("class", overflow="fold")
-        for heading in (*names, "difference"):
-            table.add_column(heading, justify="right", overflow="fold")
-        table.add_row("all", percent(one.first.mean), percent(one.second.mean), _colored(one.difference), end_section=True)
-        shown = one.classes if self._all else _extremes(one.classes, _MOST_CLASSES)
-        for k, each in enumerate(shown):
-            left_out = len(one.classes) - len(shown)
-            table.add_row(Text(each.name), percent(each.first), percent(each.second), _colored(each.estimate))
-            if left_out and k == _MOST_CLASSES - 1:
-                table.add_row(Text(f"... {left_out} more: --all", style="dim"))
-        yield table
-        how = "paired rounds" if one.paired else "Welch's interval"
-        yield Text(f"Differences in points, the first minus the second, with 95 % intervals ({how}).", style="dim")
-        for remark in one.remarks:
-            yield Text(remark, style="dim")
-        for name, recipe in zip(names, one.recipes, strict=True):
-            if recipe:
-                yield Text(f"Recipe of {name}: {recipe}", style="dim")
-
-
-def _colored(estimate: Estimate) -> Text:
-    """A difference, in green or red if zero lies outside its interval."""
-    style = ("green" if estimate.value > 0 else "red") if estimate.is_clear else ""
-    return Text(points(estimate), style=style)

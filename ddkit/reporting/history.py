@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
-
 from ddkit.history import Packed, find_recipe
 from ddkit.reporting.charts import Tick, accuracy_axis
-from ddkit.reporting.formatting import interval_text, percent
 from ddkit.reporting.leaderboard import BASELINE_NAMES, settings_title
 from ddkit.reporting.rows import dataset_title
 from ddkit.results import Result
@@ -23,8 +17,6 @@ from ddkit.statistics import half_width, mean
 _MOST_CHARTS = 6
 _MOST_TIME_TICKS = 4
 _DAYS_WITHOUT_HOURS = 4  # from which the ticks of the time are days
-_WIDTH_WITH_HASHES = 100  # columns of a terminal
-_PLOT_SIZE = (60, 8)  # columns and rows of a chart in the terminal
 
 
 @dataclass(frozen=True)
@@ -206,71 +198,3 @@ def _moment(date: str) -> datetime.datetime | None:
 def _seconds(step: Step) -> float | None:
     moment = _moment(step.date)
     return moment.timestamp() if moment else None
-
-
-class HistoryView:
-    """The history as a rich renderable: a table of steps, and a chart of each dataset and settings over time."""
-
-    def __init__(self, history: History) -> None:
-        self._history = history
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if not self._history.rows:
-            yield Text("Nothing was evaluated or packed yet.")
-            return
-        wide = options.max_width >= _WIDTH_WITH_HASHES
-        columns: list[tuple[str, Callable[[Step], str]]] = [
-            ("date", lambda step: step.when),
-            ("name", lambda step: step.name if step.event == "evaluated" else f"{step.name} ({step.event})"),
-            ("dataset", lambda step: step.datasets),
-            ("% ± 95 %", _accuracy_text),
-            ("", lambda step: "best" if step.is_best else ""),
-            ("settings", lambda step: step.settings),
-            *([("hash", lambda step: step.sha256[:8])] if wide else []),
-        ]
-        if any(step.recipe for step in self._history.rows):
-            columns.append(("recipe", lambda step: step.recipe))
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for heading, _ in columns:
-            table.add_column(heading, overflow="fold", no_wrap=heading in ("date", "% ± 95 %", "settings"))
-        for step in self._history.rows:
-            style = "bold" if step.is_best else "dim" if step.kind in BASELINE_NAMES else ""
-            table.add_row(*(Text(text(step)) for _, text in columns), style=style)
-        yield table
-        unicode = options.encoding.lower().startswith("utf")
-        for chart in self._history.charts:
-            yield Text(f"\n{chart.title}: accuracy over time", style="bold")
-            yield from _plot(chart, unicode)
-
-
-def _accuracy_text(step: Step) -> str:
-    """In percent, with the half width of the 95 % interval where there is one."""
-    if step.accuracy is None:
-        return ""
-    return percent(step.accuracy) + ("" if step.half_width is None else f" {interval_text(step.half_width, step.rounds)}")
-
-
-def _plot(chart: TimeChart, unicode: bool) -> list[Text]:
-    """The chart in letters: a mark for each evaluation, a large one where it is the best so far."""
-    width, height = _PLOT_SIZE
-    best, other, line, edge = ("●", "∙", "─", "┤") if unicode else ("O", ".", "-", "|")
-    grid = [[" "] * width for _ in range(height)]
-
-    def place(x: float, y: float) -> tuple[int, int]:
-        return round(x / 100 * (width - 1)), height - 1 - round(y / 100 * (height - 1))
-
-    for mark, following in zip(chart.marks, chart.marks[1:], strict=False):
-        (start, row), (end, _) = place(mark.x, mark.best_y), place(following.x, 0)
-        for column in range(start, end):
-            grid[row][column] = line
-    for mark in sorted(chart.marks, key=lambda mark: mark.step.is_best):
-        column, row = place(mark.x, mark.y)
-        grid[row][column] = best if mark.step.is_best else other
-    labels = {place(0, tick.position)[1]: tick.label for tick in chart.y_ticks}
-    lines = [Text(f"{labels.get(row, ''):>8} {edge}{''.join(cells)}") for row, cells in enumerate(grid)]
-    axis = [" "] * (width + 12)
-    for k, tick in enumerate(chart.x_ticks):
-        column = round(tick.position / 100 * (width - 1)) - (len(tick.label) * k) // max(1, len(chart.x_ticks) - 1)
-        for offset, letter in enumerate(tick.label):
-            axis[max(0, column + 1) + offset] = letter
-    return [*lines, Text(" " * 9 + "".join(axis).rstrip(), style="dim")]

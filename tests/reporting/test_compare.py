@@ -1,14 +1,12 @@
 """Two evaluated sets side by side, by name, file or hash."""
 
 import dataclasses
-import io
 
 import pytest
 import torch
-from rich.console import Console
 
 from ddkit.errors import MissingDataError, UsageError
-from ddkit.reporting.compare import ComparisonView, compare_sets, comparison_sheet
+from ddkit.reporting.compare import compare_sets, comparison_sheet
 from ddkit.runtime.files import sha256_of
 
 BY_ROUND = ((0.2, 0.5, 0.9, 0.4), (0.3, 0.6, 0.9, 0.4), (0.25, 0.52, 0.93, 0.4))
@@ -101,12 +99,6 @@ def test_official_results_are_preferred(result):
     assert found.first.official and found.second.official
 
 
-def test_view_shows_both_ends_or_all(pair, result):
-    many = [result(name, "cifar100", 0.3 + k, 0.31 + k, 0.32 + k) for k, name in ((0.0, "low"), (0.1, "high"))]
-    console = Console(file=io.StringIO(), width=100)
-    (found,) = compare_sets("high", "low", many)
-    console.print(ComparisonView(found))
-    assert "84 more: --all" in console.file.getvalue() and "+10.00" in console.file.getvalue()
-    console.print(ComparisonView(found, show_all=True))
-    assert console.file.getvalue().count("worm") == 2
+def test_sheet_of_sets_that_are_gone_is_none(pair):
+    (found,) = compare_sets("new", "old", pair)
     assert comparison_sheet(found) is None

@@ -1,12 +1,9 @@
 """The history of a team's sets: what was evaluated and packed, and what was the best so far."""
 
-import io
-
 import pytest
-from rich.console import Console
 
 from ddkit.history import Packed
-from ddkit.reporting.history import HistoryView, build_history
+from ddkit.reporting.history import build_history
 from ddkit.runtime.files import sha256_of_files
 
 
@@ -85,29 +82,3 @@ def test_unknown_date_is_listed_first_and_not_charted(results, result):
 def test_tracks_are_told_apart(results, result):
     ours = [*results, result("track two", "cifar100", 0.2, track=2)]
     assert [step.name for step in build_history(ours, [], [2]).steps] == ["track two"]
-
-
-@pytest.mark.parametrize("encoding, best", [("utf-8", "●"), ("ascii", "O")])
-def test_view_shows_a_table_and_a_chart_in_any_encoding(results, encoding, best):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
-    Console(file=stream, width=120).print(HistoryView(build_history(results, [])))
-    stream.seek(0)
-    shown = stream.read()
-    rows = {
-        name: next(line.replace("|", " ").split() for line in shown.splitlines() if name in line)
-        for name in ("second", "worse")
-    }
-    assert "best" in rows["second"] and "best" not in rows["worse"]
-    assert "CIFAR-100, E = 50: accuracy over time" in shown and best in shown
-
-
-def test_view_of_baselines_alone_shows_them(results):
-    console = Console(file=io.StringIO(), width=160)
-    console.print(HistoryView(build_history(results[:1], [])))
-    assert "random real images" in console.file.getvalue() and "15.50" in console.file.getvalue()
-
-
-def test_view_of_nothing_says_so():
-    console = Console(file=io.StringIO(), width=100)
-    console.print(HistoryView(build_history([], [])))
-    assert "Nothing was evaluated" in console.file.getvalue()

@@ -1,19 +1,22 @@
-"""The leaderboard in a terminal: any width, with and without color, whatever entries are called."""
+"""What the terminal shows of results: at any width, with and without color, whatever entries are called."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from ddkit.reporting.console import LeaderboardView, sparkline
+from ddkit.cli._views import comparison_view, history_view, leaderboard_view, sparkline
+from ddkit.reporting.compare import compare_sets
+from ddkit.reporting.history import build_history
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.rows import shortened
 
 
-def printed(groups, width, *, encoding="utf-8", **options):
+def printed(groups, width, *, encoding="utf-8", most_rows=None, most_groups=None, **options):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding, errors="replace")
-    Console(file=stream, width=width, highlight=False, **options).print(LeaderboardView(groups))
+    console = Console(file=stream, width=width, highlight=False, **options)
+    console.print(leaderboard_view(groups, console, most_rows=most_rows, most_groups=most_groups))
     stream.flush()
     return raw.getvalue().decode(encoding)
 
@@ -65,16 +68,13 @@ def test_long_tables_are_shortened_to_the_best_and_say_so(result):
     (_, group) = build([result(f"run-{i}", "cifar100", i / 100, epochs_setting=50) for i in range(30)])
     short, left_out = shortened(group, 5)
     assert [row.name for row in short.rows] == ["run-29", "run-28", "run-27", "run-26", "run-25"] and left_out == 25
-    raw = io.StringIO()
-    Console(file=raw, width=120).print(LeaderboardView([group], most_rows=5))
-    assert "25 more entries: ddkit report --all" in raw.getvalue() and "run-24" not in raw.getvalue()
+    shown = printed([group], 120, most_rows=5)
+    assert "25 more entries: ddkit report --all" in shown and "run-24" not in shown
 
 
 def test_groups_beyond_the_first_are_counted(result):
     groups = build([result("mine", f"set-{i}", 0.1, epochs_setting=50) for i in range(9)])
-    raw = io.StringIO()
-    Console(file=raw, width=120).print(LeaderboardView(groups, most_groups=4))
-    assert "6 more groups with other settings" in raw.getvalue()
+    assert "6 more groups with other settings" in printed(groups, 120, most_groups=4)
 
 
 @pytest.mark.parametrize("values, bars", [
@@ -87,3 +87,50 @@ def test_sparklines(values, bars):
 def test_a_sparkline_samples_long_curves_ends_included():
     bars = sparkline([0.0, *[1.0] * 500, 2.0], points=10)
     assert len(bars) == 10 and bars[0] == "▁" and bars[-1] == "█"
+
+
+def test_comparison_shows_the_classes_at_both_ends_or_all(result):
+    many = [result(name, "cifar100", 0.3 + k, 0.31 + k, 0.32 + k) for k, name in ((0.0, "low"), (0.1, "high"))]
+    console = Console(file=io.StringIO(), width=100)
+    (found,) = compare_sets("high", "low", many)
+    console.print(comparison_view(found))
+    assert "84 more: --all" in console.file.getvalue() and "+10.00" in console.file.getvalue()
+    console.print(comparison_view(found, show_all=True))
+    assert console.file.getvalue().count("worm") == 2
+
+
+@pytest.fixture
+def results(result):
+    return [
+        result(name, "cifar100", mean - 0.01, mean + 0.01, epochs_setting=50, date=f"2026-07-0{day}T10:00:00+00:00", **more)
+        for day, (name, mean, more) in enumerate([
+            ("baseline", 0.155, {"kind": "random-real"}), ("first", 0.21, {}), ("second", 0.31, {}), ("worse", 0.26, {}),
+        ], start=1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding, best", [("utf-8", "●"), ("ascii", "O")])
+def test_history_shows_a_table_and_a_chart_in_any_encoding(results, encoding, best):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    console = Console(file=stream, width=120)
+    console.print(history_view(build_history(results, []), console))
+    stream.seek(0)
+    shown = stream.read()
+    rows = {
+        name: next(line.replace("|", " ").split() for line in shown.splitlines() if name in line)
+        for name in ("second", "worse")
+    }
+    assert "best" in rows["second"] and "best" not in rows["worse"]
+    assert "CIFAR-100, E = 50: accuracy over time" in shown and best in shown
+
+
+def test_history_of_baselines_alone_shows_them(results):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(history_view(build_history(results[:1], []), console))
+    assert "random real images" in console.file.getvalue() and "15.50" in console.file.getvalue()
+
+
+def test_history_of_nothing_says_so():
+    console = Console(file=io.StringIO(), width=100)
+    console.print(history_view(build_history([], []), console))
+    assert "Nothing was evaluated" in console.file.getvalue()

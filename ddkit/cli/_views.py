@@ -1,0 +1,250 @@
+"""The leaderboard, two compared sets and the history as rich renderables, for the width and the characters of a console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.console import Group as Renderables
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ddkit.challenge import TRACKS
+from ddkit.reporting.charts import sampled_curve
+from ddkit.reporting.compare import SetsCompared, extremes
+from ddkit.reporting.formatting import LEGEND, deviation, half_interval, interval_text, percent, points, rounds
+from ddkit.reporting.history import History, Step, TimeChart
+from ddkit.reporting.leaderboard import BASELINE_NAMES, settings_title
+from ddkit.reporting.rows import Estimate, Group, Row, dataset_title, shortened
+
+_WIDE = 150  # columns that the full table needs
+_MEDIUM = 96  # below it, the interval of the mean is left out
+_NARROW = 78  # below it, a few lines per entry instead of a table
+_CURVE_POINTS = 10
+_BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
+_STYLES = {"submission": "bold cyan", "published": ""}
+_BASELINE_STYLE = "dim"
+_MOST_CLASSES = 8  # of a comparison, at either end
+_WIDTH_WITH_HASHES = 100  # columns
+_PLOT_SIZE = (60, 8)  # columns and rows of a chart
+
+
+def leaderboard_view(
+    groups: Sequence[Group], console: Console, *, most_rows: int | None = None, most_groups: int | None = None
+) -> RenderableType:
+    """A table of each group, or a few lines per entry on a narrow console.
+
+    most_rows, most_groups: how many are shown; None means all.
+    """
+    bars = _BARS if _has_unicode(console) else _ASCII_BARS
+    parts: list[RenderableType] = []
+    track = None
+    for group in groups[:most_groups]:
+        if group.track != track:
+            track = group.track
+            parts.append(Text(f"\nTrack {track} ({TRACKS[track].title})", style="bold"))
+        short, left_out = shortened(group, most_rows)
+        parts.append(Text(f"\n{group.title}", style="bold" if group.official else "bold dim"))
+        parts += _entries(short, bars) if console.width < _NARROW else [_table(short, console.width, bars)]
+        more_entries = [f"{left_out:,} more entries: ddkit report --all"] if left_out else []
+        parts += [Text(remark, style="dim") for remark in [*more_entries, *group.remarks]]
+    if most_groups is not None and (more := len(groups) - most_groups) > 0:
+        parts.append(Text(f"\n{more:,} more groups with other settings: ddkit report --all", style="dim"))
+    return Renderables(*parts, Text(f"\n{LEGEND}", style="dim"))
+
+
+def sparkline(values: Sequence[float], points: int = _CURVE_POINTS, bars: str = _BARS) -> str:
+    """Values as a row of bars; the lowest value is the lowest bar."""
+    sampled = sampled_curve(values, points)
+    if not sampled:
+        return ""
+    low, high = min(sampled), max(sampled)
+    if high == low:
+        return bars[0] * len(sampled)
+    return "".join(bars[round((v - low) / (high - low) * (len(bars) - 1))] for v in sampled)
+
+
+def _table(group: Group, width: int, bars: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for title, justify in _columns(group, width):
+        free = title in ("entry", "official")
+        table.add_column(title, justify=justify, no_wrap=not free, overflow="fold", min_width=16 if free else None)
+    for row in group.rows:
+        table.add_row(*_cells(row, group, width, bars), style=_STYLES.get(row.kind, _BASELINE_STYLE))
+    return table
+
+
+def _columns(group: Group, width: int) -> list[tuple[str, Literal["left", "right"]]]:
+    wide = width >= _WIDE
+    numbers = [*map(dataset_title, group.datasets), *(["mean"] if len(group.datasets) > 1 else [])]
+    numbers += ["95 %"] if width >= _MEDIUM else []
+    if wide:
+        numbers += [*(["to first"] if _has_first(group) else []), "to random real", "rounds"]
+    else:  # both differences in one column, one above the other
+        numbers.append("to first\nto random" if _has_first(group) else "to random")
+    ranks: list[tuple[str, Literal["left", "right"]]] = [("#", "right")] if _has_ranks(group) else []
+    texts = ["loss", "date", "official"] if wide else []
+    return [*ranks, ("entry", "left"), *((title, "right") for title in numbers), *((title, "left") for title in texts)]
+
+
+def _cells(row: Row, group: Group, width: int, bars: str) -> list[Text]:
+    wide = width >= _WIDE
+    name = Text(row.name)
+    differences = [*([_difference(row.to_first)] if _has_first(group) else []), _difference(row.to_random)]
+    curve = Text(_curve(row, bars), style="cyan" if row.is_local else "dim")
+    wide_only = [Text(rounds(row)), curve, Text(row.date), Text("; ".join([group.verdict(row), *row.remarks]))]
+    return [
+        *([Text("" if row.rank is None else str(row.rank))] if _has_ranks(group) else []),
+        name if wide else Text("\n").join([name, Text(_small_print(group, row), style="dim")]),
+        *(_accuracy(row, dataset) for dataset in group.datasets),
+        *([Text(percent(row.score))] if len(group.datasets) > 1 else []),
+        *([Text(half_interval(row))] if width >= _MEDIUM else []),
+        *(differences if wide else [Text("\n").join(differences)]),
+        *(wide_only if wide else []),
+    ]
+
+
+def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
+    """A few lines per entry, for a narrow terminal."""
+    for row in group.rows:
+        rank = "" if row.rank is None else f"{row.rank}. "
+        yield Text(f"{rank}{row.name}", style=_STYLES.get(row.kind, _BASELINE_STYLE), overflow="fold")
+        facts = [(dataset_title(name), _accuracy(row, name)) for name in row.accuracy]
+        if row.score is not None and len(row.accuracy) > 1:
+            facts.append(("mean", Text(f"{percent(row.score)} {half_interval(row)}")))
+        for title, estimate in (("to first", row.to_first), ("to random real", row.to_random)):
+            if estimate is not None:
+                facts.append((title, _difference(estimate)))
+        if curve := _curve(row, bars):
+            facts.append(("loss", Text(curve)))
+        for title, value in facts:
+            yield Text(f"   {title:<16}").append_text(value)
+        yield Padding(Text(_small_print(group, row), style="dim", overflow="fold"), (0, 0, 0, 3))
+
+
+def _small_print(group: Group, row: Row) -> str:
+    count = f"{rounds(row)} {'round' if rounds(row) == '1' else 'rounds'}" if row.results else ""
+    return ", ".join(filter(None, [group.verdict(row), count, row.date, *row.remarks]))
+
+
+def _has_ranks(group: Group) -> bool:
+    return any(row.rank is not None for row in group.rows)
+
+
+def _has_first(group: Group) -> bool:
+    return any(row.to_first is not None for row in group.rows)
+
+
+def _accuracy(row: Row, name: str) -> Text:
+    if name not in row.accuracy:
+        return Text("–", style="dim")
+    return Text(percent(row.accuracy[name])).append(deviation(row, name), style="dim")
+
+
+def _difference(estimate: Estimate | None) -> Text:
+    """A difference, green or red if zero lies outside its interval."""
+    style = ""
+    if estimate is not None and estimate.is_clear:
+        style = "green" if estimate.value > 0 else "red"
+    return Text(points(estimate), style=style)
+
+
+def _curve(row: Row, bars: str) -> str:
+    """The first round's training loss on the first dataset that has a curve."""
+    curves = [r.loss_curves[0] for r in row.results.values() if r.loss_curves]
+    return sparkline(curves[0], bars=bars) if curves else ""
+
+
+def comparison_view(compared: SetsCompared, *, show_all: bool = False) -> RenderableType:
+    """Two sets side by side, class by class. show_all: all classes instead of those at both ends."""
+    names = compared.names
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table.add_column("class", overflow="fold")
+    for heading in (*names, "difference"):
+        table.add_column(heading, justify="right", overflow="fold")
+    first, second = percent(compared.first.mean), percent(compared.second.mean)
+    table.add_row("all", first, second, _difference(compared.difference), end_section=True)
+    shown = compared.classes if show_all else extremes(compared.classes, _MOST_CLASSES)
+    left_out = len(compared.classes) - len(shown)
+    for k, each in enumerate(shown):
+        table.add_row(Text(each.name), percent(each.first), percent(each.second), _difference(each.estimate))
+        if left_out and k == _MOST_CLASSES - 1:
+            table.add_row(Text(f"... {left_out} more: --all", style="dim"))
+    how = "paired rounds" if compared.paired else "Welch's interval"
+    recipes = zip(names, compared.recipes, strict=True)
+    remarks = [
+        f"Differences in points, the first minus the second, with 95 % intervals ({how}).",
+        *compared.remarks,
+        *(f"Recipe of {name}: {recipe}" for name, recipe in recipes if recipe),
+    ]
+    title = f"\n{compared.title}: {names[0]} and {names[1]}, {settings_title(compared.first)}"
+    return Renderables(Text(title, style="bold"), table, *(Text(remark, style="dim") for remark in remarks))
+
+
+def history_view(history: History, console: Console) -> RenderableType:
+    """A table of steps, and a chart of each dataset and settings over time."""
+    if not history.rows:
+        return Renderables(Text("Nothing was evaluated or packed yet."))
+    columns: list[tuple[str, Callable[[Step], str]]] = [
+        ("date", lambda step: step.when),
+        ("name", lambda step: step.name if step.event == "evaluated" else f"{step.name} ({step.event})"),
+        ("dataset", lambda step: step.datasets),
+        ("% ± 95 %", _accuracy_text),
+        ("", lambda step: "best" if step.is_best else ""),
+        ("settings", lambda step: step.settings),
+    ]
+    if console.width >= _WIDTH_WITH_HASHES:
+        columns.append(("hash", lambda step: step.sha256[:8]))
+    if any(step.recipe for step in history.rows):
+        columns.append(("recipe", lambda step: step.recipe))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for heading, _ in columns:
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("date", "% ± 95 %", "settings"))
+    for step in history.rows:
+        style = "bold" if step.is_best else "dim" if step.kind in BASELINE_NAMES else ""
+        table.add_row(*(Text(text(step)) for _, text in columns), style=style)
+    parts: list[RenderableType] = [table]
+    for chart in history.charts:
+        parts.append(Text(f"\n{chart.title}: accuracy over time", style="bold"))
+        parts += _plot(chart, _has_unicode(console))
+    return Renderables(*parts)
+
+
+def _accuracy_text(step: Step) -> str:
+    """In percent, with the half width of the 95 % interval where there is one."""
+    if step.accuracy is None:
+        return ""
+    return percent(step.accuracy) + ("" if step.half_width is None else f" {interval_text(step.half_width, step.rounds)}")
+
+
+def _plot(chart: TimeChart, unicode: bool) -> list[Text]:
+    """The chart in letters: a mark for each evaluation, a large one where it is the best so far."""
+    width, height = _PLOT_SIZE
+    best, other, line, edge = ("●", "∙", "─", "┤") if unicode else ("O", ".", "-", "|")
+    grid = [[" "] * width for _ in range(height)]
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        return round(x / 100 * (width - 1)), height - 1 - round(y / 100 * (height - 1))
+
+    for mark, following in zip(chart.marks, chart.marks[1:], strict=False):
+        (start, row), (end, _) = place(mark.x, mark.best_y), place(following.x, 0)
+        for column in range(start, end):
+            grid[row][column] = line
+    for mark in sorted(chart.marks, key=lambda mark: mark.step.is_best):
+        column, row = place(mark.x, mark.y)
+        grid[row][column] = best if mark.step.is_best else other
+    labels = {place(0, tick.position)[1]: tick.label for tick in chart.y_ticks}
+    lines = [Text(f"{labels.get(row, ''):>8} {edge}{''.join(cells)}") for row, cells in enumerate(grid)]
+    axis = [" "] * (width + 12)
+    for k, tick in enumerate(chart.x_ticks):
+        column = round(tick.position / 100 * (width - 1)) - (len(tick.label) * k) // max(1, len(chart.x_ticks) - 1)
+        for offset, letter in enumerate(tick.label):
+            axis[max(0, column + 1) + offset] = letter
+    return [*lines, Text(" " * 9 + "".join(axis).rstrip(), style="dim")]
+
+
+def _has_unicode(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
