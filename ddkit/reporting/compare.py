@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +164,8 @@ def _compared(first: Result, second: Result) -> SetsCompared:
         remarks.append(
             f"{compared.clear} of {len(classes)} classes differ by more than their interval; about {by_chance} would by chance."
         )
-    shown, problems = _pictures(first, second, [each.label for each in extremes(classes, _MOST_PICTURED)], titles)
-    return SetsCompared(**{**vars(compared), "remarks": (*remarks, *problems), "pictures": shown})
+    pictures, problems = _pictures(first, second, [each.label for each in extremes(classes, _MOST_PICTURED)], titles)
+    return replace(compared, remarks=(*remarks, *problems), pictures=pictures)
 
 
 def _estimate(first: Sequence[float], second: Sequence[float], paired: bool) -> Estimate:
@@ -185,15 +185,13 @@ def _pictures(
     first: Result, second: Result, labels: Sequence[int], titles: Sequence[str]
 ) -> tuple[tuple[tuple[ClassPictures, ClassPictures], ...], list[str]]:
     """The images of these classes of both sets, and why there are none."""
-    sheets, problems = [], []
-    for result in (first, second):
-        sheet, gone = pictures_of(result, titles)
-        sheets.append({each.name: each for each in sheet})
-        problems += [gone] if gone else []
-    names = [class_name(titles, label) for label in labels]
-    empty = ClassPictures("", ())
-    pairs = tuple((sheets[0].get(name, empty._replace(name=name)), sheets[1].get(name, empty)) for name in names)
-    return (pairs if any(sheets) else ()), problems
+    sheets, problems = zip(*(pictures_of(result, titles) for result in (first, second)), strict=True)
+    without = (ClassPictures(class_name(titles, label), ()) for label in labels)
+    pairs = tuple(
+        (sheets[0][label] if sheets[0] else none, sheets[1][label] if sheets[1] else none)
+        for label, none in zip(labels, without, strict=True)
+    )
+    return (pairs if any(sheets) else ()), [problem for problem in problems if problem]
 
 
 def _identity(result: Result, recipe: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ddkit.reporting.compare import SetsCompared, compare_sets, comparison_sheet
 from ddkit.reporting.formatting import percent, points
 from ddkit.reporting.history import History, build_history
 from ddkit.reporting.leaderboard import build
-from ddkit.reporting.rows import Estimate, Group, Row, dataset_title
+from ddkit.reporting.rows import Group, Row, dataset_title
 from ddkit.results import RESULTS_FILE, Result, read
 from ddkit.runtime.html import html_table
 from ddkit.runtime.progress import Listener, ignore
@@ -180,9 +180,9 @@ def _row_data(row: Row) -> dict[str, Any]:
         "official": row.official,
         "accuracy": dict(row.accuracy),
         "score": row.score,
-        "interval": _estimate_data(row.spread),
-        "to_first": _estimate_data(row.to_first),
-        "to_random": _estimate_data(row.to_random),
+        "interval": row.spread and vars(row.spread),
+        "to_first": row.to_first and vars(row.to_first),
+        "to_random": row.to_random and vars(row.to_random),
         "rounds": {name: r.rounds for name, r in row.results.items()},
         "std": {name: r.std for name, r in row.results.items()},
         "sha256": {name: r.sha256 for name, r in row.results.items()},
@@ -191,7 +191,3 @@ def _row_data(row: Row) -> dict[str, Any]:
         "deviations": list(row.deviations),
         "remarks": list(row.remarks),
     }
-
-
-def _estimate_data(estimate: Estimate | None) -> dict[str, float | None] | None:
-    return None if estimate is None else {"value": estimate.value, "half_width": estimate.half_width}

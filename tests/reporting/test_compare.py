@@ -4,10 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
+from ddkit.data.images import normalize
+from ddkit.data.prepare import prepare
+from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import MissingDataError, UsageError
 from ddkit.reporting.compare import compare_sets, comparison_sheet
 from ddkit.runtime.files import sha256_of
+from ddkit.sets.distilled import save_set
 
 BY_ROUND = ((0.2, 0.5, 0.9, 0.4), (0.3, 0.6, 0.9, 0.4), (0.25, 0.52, 0.93, 0.4))
 
@@ -102,3 +107,21 @@ def test_official_results_are_preferred(result):
 def test_sheet_of_sets_that_are_gone_is_none(pair):
     (found,) = compare_sets("new", "old", pair)
     assert comparison_sheet(found) is None
+
+
+def test_classes_of_the_same_title_show_their_own_pictures(result, own_cache, tmp_path):
+    for name, color in (("a b", (200, 0, 0)), ("a_b", (0, 0, 200))):
+        for split in ("train", "test"):
+            path = tmp_path / "pictures" / split / name / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (16, 16), color).save(path)
+    prepare("mine", tmp_path / "pictures")
+    real, spec = load_dataset("mine", "train"), dataset_spec("mine")
+    evaluated = []
+    for name in ("one", "two"):
+        images = (real.images.flip(3) if name == "one" else real.images // 2).contiguous()
+        path = save_set(tmp_path / name / "mine.pt", normalize(images, spec), spec, real.class_names, {}).tensor
+        evaluated.append(result(name, "mine", 0.5, per_class=(0.4, 0.6), source=str(path), sha256=sha256_of(path)))
+    (found,) = compare_sets("one", "two", evaluated)
+    assert [first.name for first, _ in found.pictures] == ["a b", "a b"] and not found.remarks[1:]
+    assert len({pictures.pictures for pair in found.pictures for pictures in pair}) == 4
