@@ -125,7 +125,7 @@ def refine(
     from ddkit.sets.distilled import dataset_of, read_set
 
     if steps is not None and seconds is not None:
-        raise UsageError("--steps and --time exclude each other.")
+        raise UsageError("--steps and --time exclude each other.", "Give one of them.")
     dataset = dataset_of(path, dataset)
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)

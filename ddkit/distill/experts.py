@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ddkit.distill.holdout import TrainHoldout
-from ddkit.distill.parameters import flat_parameters, random_network
 from ddkit.distill.settings import ExpertSettings
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.engine import build_engine
+from ddkit.network.parameters import flat_parameters, random_network
 from ddkit.runtime.cached import cache_key, cached_tensors
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.interrupt import StopRequest

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import BATCH_SIZE, MOMENTUM, WEIGHT_DECAY, DatasetSpec
-from ddkit.distill.parameters import flat_gradients, flat_parameters, load_flat_parameters, random_network
 from ddkit.distill.settings import PoolSettings
 from ddkit.errors import ComputeError
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine
+from ddkit.network.parameters import flat_gradients, flat_parameters, load_flat_parameters, random_network
 from ddkit.runtime.device import upload
 
 _log = logging.getLogger(__name__)

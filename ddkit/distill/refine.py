@@ -26,7 +26,6 @@ from ddkit.data.store import class_titles, store_hash
 from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import dm_loss, frepo_loss, siamese_augment
-from ddkit.distill.parameters import flat_parameters, load_flat_parameters, random_network
 from ddkit.distill.pool import OnlinePool, pool_memory, require_memory
 from ddkit.distill.settings import OBJECTIVES, RefineLimits, RefineSettings
 from ddkit.distill.spectrum import Spectrum
@@ -36,6 +35,7 @@ from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, UsageE
 from ddkit.evaluation.rounds import predict
 from ddkit.network.autotune import choose_plan
 from ddkit.network.embedding import build_embedder
+from ddkit.network.parameters import flat_parameters, load_flat_parameters, random_network
 from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.runtime.device import free_memory, larger_gpu, resolve_device, shortage_explained
 from ddkit.runtime.environment import versions
@@ -300,9 +300,9 @@ class Refinement:
         if self._pool is None and settings.uses_pool_at(step, limits.time_used(self._state.seconds)):
             self._state.pool_start, self._pool = step, self._build_pool()
         draws = generator_for("cpu", "pool", settings.seed, step)
-        number = self._pool.draw(draws) if self._pool else None
+        number = self._pool.draw(draws) if self._pool else 0
         rows, parameters = self._inputs(step)
-        if self._pool and number is not None:
+        if self._pool:
             self._pool.load_into(self._observer, number)
         else:
             load_flat_parameters(self._observer, parameters)
@@ -316,11 +316,11 @@ class Refinement:
         (gradient,) = torch.autograd.grad(loss, images)
         self._update_pixels(gradient, used)
         figures = [loss.detach(), self._images.abs().max()]
-        if self._pool and number is not None:
+        if self._pool:
             figures.append(self._pool.update(number, self._images, draws))
         value, largest_pixel, *largest_weight = torch.stack(figures).tolist()
         self._refuse_divergence(value, largest_pixel)
-        if self._pool and number is not None:
+        if self._pool:
             self._pool.retire(number, step, *largest_weight)
         return value
 

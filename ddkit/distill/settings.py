@@ -207,15 +207,24 @@ PRESETS = {"track1": RefineSettings(), "dm": RefineSettings(objective="dm")}
 
 @dataclass(frozen=True)
 class RefineLimits:
-    """When refinement stops: after `steps` in all, or, where given, after `seconds` of work in all."""
+    """When refinement stops: after `steps` in all, or, where given, after `seconds` of work in all.
+
+    Raises UsageError for negative numbers.
+    """
 
     steps: int = 1200
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "seconds"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise UsageError(f"RefineLimits.{name} must not be negative, got {getattr(self, name)}.")
+
     def time_used(self, seconds: float) -> float:
         """The share of a limit of time that is used; 0 where the steps are limited."""
-        return seconds / self.seconds if self.seconds is not None else 0.0
+        return self.progress(0, seconds) if self.seconds is not None else 0.0
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the limit that is used, 1 or more where it is reached."""
-        return seconds / self.seconds if self.seconds is not None else step / self.steps if self.steps else 1.0
+        used, limit = (step, self.steps) if self.seconds is None else (seconds, self.seconds)
+        return used / limit if limit else 1.0

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from ddkit.challenge import DatasetSpec
 from ddkit.distill.experts import Experts
-from ddkit.distill.parameters import flat_gradients, load_flat_parameters, random_network
 from ddkit.distill.settings import StudentSettings
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.embedding import build_embedder
 from ddkit.network.engine import build_engine
+from ddkit.network.parameters import flat_gradients, load_flat_parameters, random_network
 from ddkit.runtime.device import upload
 from ddkit.runtime.interrupt import StopRequest
 from ddkit.runtime.progress import Listener, Progress, ignore

@@ -33,6 +33,7 @@ from ddkit.errors import UsageError
 from ddkit.network.convnet import ConvNet
 from ddkit.network.embedding import Embedder, build_embedder
 from ddkit.network.networks import OFFICIAL_NETWORK, build_network
+from ddkit.network.parameters import flat_parameters, load_flat_parameters
 from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.runtime.cached import cache_key, cached_tensors
 from ddkit.runtime.device import upload
@@ -130,18 +131,10 @@ def find_influence(
     path, what = cache_folder() / _CACHE_FOLDER / f"{spec.name}-{key}.safetensors", f"the influence of {spec.name}'s images"
     kept = cached_tensors(path, ("parameters", "gradients"), what, train)
     assert kept is not None
-    networks = [_with_parameters(network, upload(vector, device)) for vector in kept["parameters"]]
+    networks = [copy.deepcopy(network).to(device) for _ in kept["parameters"]]
+    for checkpoint, parameters in zip(networks, kept["parameters"], strict=True):
+        load_flat_parameters(checkpoint, parameters)
     return Influence(networks, kept["gradients"], spec, device)
-
-
-def _with_parameters(network: ConvNet, vector: Tensor) -> ConvNet:
-    """A copy of the network with these parameters, (P,), on their device."""
-    named = dict(network.named_parameters())
-    pieces = vector.split([weights.numel() for weights in named.values()])
-    copied = copy.deepcopy(network)
-    state = {name: piece.view_as(named[name]) for name, piece in zip(named, pieces, strict=True)}
-    copied.load_state_dict(state, assign=True)
-    return copied
 
 
 def _checkpoints(network: ConvNet, pixels: Tensor, labels: Tensor, epochs: int, progress: Listener) -> dict[str, Tensor]:
@@ -161,9 +154,8 @@ def _checkpoints(network: ConvNet, pixels: Tensor, labels: Tensor, epochs: int, 
         if run.epochs_done.bit_count() == 1:  # a power of two
             present = copy.deepcopy(network).eval()  # the embedder may stop its gradients
             embed = build_embedder(present, settings.batch_size)
-            # Engines may have chosen another memory layout, of which a view as a vector cannot be taken. A GPU is waited for,
-            # because the run's own stream would not wait with its next step for the copy.
-            parameters.append(torch.cat([weights.detach().flatten() for weights in present.parameters()]).cpu())
+            # A GPU is waited for, because the run's own stream would not wait with its next step for the copy.
+            parameters.append(flat_parameters(present).cpu())
             # Half the size; rounding hardly turns so long a vector.
             gradients.append(class_gradients(embed, present.classifier, pixels, labels).bfloat16())
         progress(Progress(task, run.epochs_done * len(labels), total, "images"))

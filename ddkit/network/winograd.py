@@ -428,18 +428,7 @@ def load(precision: str = "float32", portable: bool = False) -> ctypes.CDLL:
         "last_backward": (pointer, number, number, _NormData, pointer, *planes, pointer),
         "middle_backward": (*planes, number, number, _NormData, pointer, *planes, pointer),
         "first_backward": (*planes, pointer, number, number, pointer, _NormData, pointer, pointer),
-        "first_backward_to_images": (
-            *planes,
-            pointer,
-            number,
-            number,
-            pointer,
-            pointer,
-            _NormData,
-            pointer,
-            pointer,
-            pointer,
-        ),
+        "first_backward_to_images": (*planes, pointer, number, number, pointer, pointer, _NormData, *(pointer,) * 3),
     }
     for name, types in signatures.items():
         getattr(library, name).argtypes = types

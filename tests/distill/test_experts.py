@@ -10,13 +10,13 @@ import torch
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
-from ddkit.distill.parameters import load_flat_parameters
 from ddkit.distill.settings import ExpertSettings
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.evaluation.rounds import predict
 from ddkit.network.autotune import choose_plan
 from ddkit.network.engine import build_engine
 from ddkit.network.networks import build_network
+from ddkit.network.parameters import load_flat_parameters
 from ddkit.runtime.interrupt import stop_requests
 
 QUICK = ExpertSettings(count=2, steps=4, batch_size=4, keep_every=1, span=2)

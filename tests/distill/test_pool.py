@@ -7,10 +7,10 @@ import torch
 
 from ddkit.challenge import DATASETS
 from ddkit.data.store import dataset_spec
-from ddkit.distill.parameters import flat_parameters, load_flat_parameters, random_network
 from ddkit.distill.pool import OnlinePool, require_memory
 from ddkit.distill.settings import PoolSettings
 from ddkit.errors import ComputeError, UsageError
+from ddkit.network.parameters import flat_parameters, load_flat_parameters, random_network
 from ddkit.network.training import TrainingRun, TrainingSettings
 
 LABELS = torch.arange(3).repeat_interleave(2)

@@ -406,3 +406,14 @@ class TestRefused:
     def test_wrong_settings_raise_usage_error(self, wrong):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             dataclasses.replace(QUICK, **wrong)
+
+
+@pytest.mark.parametrize("limits", [{"steps": -1}, {"seconds": -0.5}, {"seconds": float("nan")}])
+def test_limits_that_are_never_reached_raise_usage_error(limits):
+    with pytest.raises(UsageError, match=f"RefineLimits.{[*limits][0]} must not be negative"):
+        RefineLimits(**limits)
+
+
+@pytest.mark.parametrize("limits", [RefineLimits(0), RefineLimits(seconds=0.0)])
+def test_limit_of_nothing_is_reached_before_the_first_step(limits):
+    assert limits.progress(0, 0.0) >= 1

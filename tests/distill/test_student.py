@@ -8,12 +8,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ddkit.data.store import dataset_spec
-from ddkit.distill.parameters import flat_parameters, load_flat_parameters
 from ddkit.distill.settings import StudentSettings
 from ddkit.distill.student import Student
 from ddkit.errors import UsageError
 from ddkit.network.augment import random_augment
 from ddkit.network.networks import build_network
+from ddkit.network.parameters import flat_parameters, load_flat_parameters
 
 CPU, RATE = torch.device("cpu"), 0.02
 
