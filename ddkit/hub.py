@@ -22,7 +22,6 @@ from ddkit import __version__
 from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.store import class_titles
 from ddkit.errors import MissingDataError, UsageError
-from ddkit.generator.config import to_json
 from ddkit.generator.model_facts import FACTS_FILE, INDEX_FILE, PARTS, has_model, model_hash
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.training.run_folder import read_run_record
@@ -223,7 +222,7 @@ def _model_upload(folder: Path, hub_id: str, license: str, recorded: Iterable[Re
     )
     training: dict[str, Any] = {key: value for key, value in asdict(facts).items() if key != "class_names"}
     if record is not None:
-        training["settings"] = to_json(record.config)
+        training["settings"] = asdict(record.config)
     text = f"""# A generator of {name}
 
 A class-conditional latent diffusion model: {len(facts.class_names)} classes of {name}, images of {facts.image_size} x

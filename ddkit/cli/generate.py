@@ -153,7 +153,7 @@ def generate(
         how = select or making.FromModel.select
         source = making.FromModel(folder, settings, device, candidates, how, precision)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
-        sampled = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
+        sampled = f"{settings.sampler}, {settings.steps} step{'s' * (settings.steps > 1)}, guidance {settings.guidance:g}"
         if settings.influence_guidance:
             sampled += f", influence guidance {settings.influence_guidance:g} by a network trained on the real images once"
         origin = f"with {source_name(folder)}: {sampled}{chosen}"

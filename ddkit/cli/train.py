@@ -14,7 +14,7 @@ from rich.table import Table
 from ddkit.cli._options import COUNT, FOLDER, RUNS_FOLDER, Duration, example, resumable_options, save_every_option
 from ddkit.cli._output import Output, span_text
 from ddkit.errors import BadFileError
-from ddkit.generator.config import ARCHITECTURES, PRECISIONS, PREDICTIONS, MinimaxConfig, to_json
+from ddkit.generator.config import ARCHITECTURES, METHODS, PRECISIONS, PREDICTIONS, MinimaxConfig
 from ddkit.generator.presets import DEFAULT_PRESET, PRESETS
 from ddkit.generator.training.run_folder import CHART_FILE, has_training
 from ddkit.runtime.environment import is_main
@@ -49,7 +49,7 @@ def _read_class_map(
 )
 @click.option(
     "--method",
-    type=click.Choice(["diffusion", "minimax"]),
+    type=click.Choice(METHODS),
     help="Train a new generator (diffusion), or fine-tune one by the minimax criteria (minimax).  "
     "[default: train a new one, unless --init or the preset says otherwise]",
 )
@@ -234,7 +234,7 @@ def _show_costs(output: Output, request: TrainingRequest, costs: Estimate, short
         steps: Sequence[int | None] = [stage.steps for stage in costs.stages]
     else:
         steps = costs.steps_within(request.seconds)
-    facts = {"fits": costs.fits, "steps": steps, "config": to_json(request.config), "choices": request.choices}
+    facts = {"fits": costs.fits, "steps": steps, "config": dataclasses.asdict(request.config), "choices": request.choices}
     table = Table("stage", "parameters", "memory", "images/s", "steps", "batch", "time")
     for stage, count in zip(costs.stages, steps, strict=True):
         speed, seconds = stage.images_per_second, stage.seconds_for(count)

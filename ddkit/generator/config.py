@@ -19,6 +19,7 @@ PREDICTIONS = ("flow", "v", "epsilon")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SAMPLERS = ("dpm++", "ddim", "unipc")
 SAMPLING_PRECISIONS = ("auto", "float32", "bfloat16")
+METHODS = ("diffusion", "minimax")  # of training
 MOST_SAMPLING_STEPS = 1000
 
 
@@ -171,8 +172,8 @@ class MinimaxConfig:
     class_map: tuple[tuple[str, str | int | None], ...] = ()
 
     def __post_init__(self) -> None:
-        # JSON turns tuples into lists.
-        object.__setattr__(self, "class_map", tuple((name, label) for name, label in self.class_map))
+        # JSON turns tuples into lists, and people write a dictionary.
+        object.__setattr__(self, "class_map", tuple(dict(self.class_map).items()))
         require_positive(self, "memory_size", "epochs")
         for name in ("lambda_r", "lambda_d"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -277,13 +278,8 @@ class SamplingSettings:
             raise UsageError(f"The guidance interval must lie within 0 and 1, got {low} to {high}.")
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """A configuration as nested dictionaries of plain values."""
-    return dataclasses.asdict(config)
-
-
 def from_json(value: Mapping[str, Any]) -> GeneratorConfig:
-    """The inverse of `to_json`. Raises BadFileError that names an unknown or missing key."""
+    """The inverse of `dataclasses.asdict`. Raises BadFileError that names an unknown or missing key."""
     # Version 0.1.0 spelled them differently.
     return read_record(GeneratorConfig, {name.replace("optimiser", "optimizer"): item for name, item in value.items()})
 

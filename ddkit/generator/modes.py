@@ -18,7 +18,7 @@ from ddkit.generator.model_folder import Model
 from ddkit.generator.training.latents import LATENTS_FILE, latents_identity, read_latents
 from ddkit.generator.training.run_folder import CHECKPOINTS
 from ddkit.runtime.files import sha256_of
-from ddkit.runtime.seeds import derived_seed
+from ddkit.runtime.seeds import network_seed
 
 _KMEANS_ROUNDS = 50
 
@@ -51,6 +51,6 @@ def find_modes(folder: Path, model: Model, labels: Tensor, count: int, *, seed: 
         # A cluster may lose all its images; its center then stays where it was.
         warnings.filterwarnings("ignore", "One of the clusters is empty")
         for label, members in enumerate(by_class):
-            random = derived_seed("modes", seed, label) % 2**32
+            random = network_seed("modes", seed, label)
             centers.append(kmeans2(members, count, iter=_KMEANS_ROUNDS, minit="++", seed=random)[0])
     return torch.stack([torch.from_numpy(each).float() for each in centers]).unflatten(2, latents.shape[1:])

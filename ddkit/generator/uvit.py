@@ -63,11 +63,6 @@ class UViT(ModelMixin, ConfigMixin):
         self.smooth = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self._initialize()
 
-    @property
-    def null_class(self) -> int:
-        """The label that stands for no class in classifier-free guidance."""
-        return self.config.num_classes
-
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         """Predict the objective's target for noisy latents.
 

@@ -9,13 +9,13 @@ from ddkit.errors import BadFileError, UsageError
 from ddkit.generator.config import (
     AutoencoderConfig,
     DenoiserConfig,
+    MinimaxConfig,
     ObjectiveConfig,
     OptimizerConfig,
     SamplingSettings,
     default_guidance,
     differences,
     from_json,
-    to_json,
 )
 from ddkit.generator.presets import MINIMAX_PRESET, PRESETS, preset
 from ddkit.generator.training.plan import SETTINGS
@@ -89,11 +89,11 @@ def test_unknown_preset_raises_usage_error_that_offers_the_nearest():
 @pytest.mark.parametrize("name", PRESETS)
 def test_configuration_survives_json(name):
     config = preset(name).config(32)
-    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    assert from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_unknown_and_missing_keys_raise_bad_file_error_that_names_them():
-    value = to_json(preset("demo").config(32))
+    value = dataclasses.asdict(preset("demo").config(32))
     value["objective"]["wieght"] = 1
     with pytest.raises(BadFileError, match="objective: unknown fields wieght"):
         from_json(value)
@@ -138,3 +138,9 @@ def test_every_named_setting_of_a_training_exists():
 def test_default_guidance_falls_with_the_number_of_images():
     assert default_guidance(1) == default_guidance(10) == SamplingSettings().guidance
     assert default_guidance(1000) < default_guidance(10)
+
+
+def test_class_map_may_be_a_dictionary_or_pairs():
+    pairs = (("bear", "brown bear"), ("ox", 345), ("sky", None))
+    for given in (pairs, dict(pairs), [list(pair) for pair in pairs]):
+        assert MinimaxConfig("runs/own", class_map=given).class_map == pairs

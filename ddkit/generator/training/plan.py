@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ddkit.errors import ComputeError, MissingModelError, UsageError
-from ddkit.generator.config import GeneratorConfig
+from ddkit.errors import ComputeError, MissingModelError, UsageError, did_you_mean
+from ddkit.generator.config import METHODS, GeneratorConfig
 from ddkit.generator.model_facts import has_model
 from ddkit.generator.model_folder import Model
 from ddkit.generator.presets import DEFAULT_PRESET, GPU_PRESETS, MINIMAX_PRESET, preset
@@ -36,7 +37,6 @@ __all__ = [
     "train_generator",
 ]
 
-METHODS = ("diffusion", "minimax")
 # The settings that a user gives by name, as --batch-size or batch_size=, and their place in GeneratorConfig.
 SETTINGS = {
     "steps": "denoiser_optimizer.steps",
@@ -79,8 +79,12 @@ def train_generator(
     """Train a class-conditional generator on a dataset, or continue its training; returns the trained model.
 
     What `ddkit train` does. options: further arguments of `plan_training`, or settings by their names in SETTINGS, such
-    as steps=2000 or batch_size=64. Raises what `plan_training`, `require_memory`, `require_time` and `train` raise.
+    as steps=2000 or batch_size=64. Raises UsageError for an unknown one, and what `plan_training`, `require_memory`,
+    `require_time` and `train` raise.
     """
+    known = (*SETTINGS, *inspect.signature(plan_training).parameters)
+    for name in options.keys() - known:
+        raise UsageError(f"A training has no setting '{name}'.", did_you_mean(name, known))
     data = TrainingData.open(dataset, progress=progress)
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
     request = plan_training(data, settings, preset_name=preset, folder=folder, device=device, **options)
@@ -168,6 +172,8 @@ def plan_training(
         track_every = before.track_every if before else None
     if track_every is None:
         track_every = preset(name).track_every if name else 0
+    if features not in (None, *SCORE_NAMES):
+        raise UsageError(f"Unknown features '{features}'.", did_you_mean(str(features), tuple(SCORE_NAMES)))
     if features and not track_every:
         raise UsageError("--features needs --track-every.", "Give --track-every STEPS.")
     return TrainingRequest(
@@ -226,7 +232,9 @@ def _check_contradictions(given: Mapping[str, Any], *, seconds: float | None, re
 
 
 def _check_method(given: Mapping[str, Any], method: str | None, tunes: bool) -> None:
-    """Raise UsageError when settings of one method are given with the other."""
+    """Raise UsageError for an unknown method, and when settings of one method are given with the other."""
+    if method not in (None, *METHODS):
+        raise UsageError(f"Unknown method '{method}'.", did_you_mean(str(method), METHODS))
     if method == "diffusion" and tunes:
         raise UsageError(
             "--method diffusion trains a new generator.",

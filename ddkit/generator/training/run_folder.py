@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ddkit import __version__
 from ddkit.errors import BadFileError, UsageError
-from ddkit.generator.config import GeneratorConfig, differences, from_json, to_json
+from ddkit.generator.config import GeneratorConfig, differences, from_json
 from ddkit.runtime.files import LOCK_FILE, explain_os_error, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def write_run_record(folder: Path, record: RunRecord) -> None:
             f"{folder} holds a model that was not trained there ({found[0]}), which would be lost.",
             "Choose another folder with --out.",
         )
-    values = {**vars(record), "config": to_json(record.config)}
-    write_json(folder / CONFIG_FILE, {"ddkit_version": __version__, **values})
+    write_json(folder / CONFIG_FILE, {"ddkit_version": __version__, **asdict(record)})
 
 
 def _differences(record: RunRecord, before: RunRecord) -> list[str]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ddkit.errors import ComputeError, UsageError
-from ddkit.generator.config import MinimaxConfig, from_json, to_json
+from ddkit.generator.config import MinimaxConfig, from_json
 from ddkit.generator.model_folder import load_model, save_model
 from ddkit.generator.presets import preset
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
@@ -137,7 +137,7 @@ def test_diverging_loss_leaves_the_last_good_state(data, tuning, own, tmp_path):
     good, model = list_checkpoints(tmp_path / "checkpoints", "minimax"), sampled(load_model(tmp_path))
     wild = tuning(own, steps=400, learning_rate=1.0, lambda_d=1e9, full=True)
     begun = json.loads((tmp_path / "config.json").read_text())
-    begun["config"] = to_json(wild)
+    begun["config"] = dataclasses.asdict(wild)
     (tmp_path / "config.json").write_text(json.dumps(begun))
     with pytest.raises(ComputeError, match="loss of minimax training is (too large|NaN or infinite)") as caught:
         train(data, TrainingRequest(wild, tmp_path))
@@ -166,7 +166,7 @@ def test_two_processes_train_like_one(data, tuning, own, tmp_path):
     config = tuning(own, steps=4, lambda_r=0.5, lambda_d=0.5)
     train(data, TrainingRequest(config, tmp_path / "one"))
     torch.save(dict(vars(data.images)), tmp_path / "images.pt")
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -216,4 +216,4 @@ def test_minimax_preset_has_the_published_settings():
     assert (optimizer.batch_size, optimizer.learning_rate, optimizer.weight_decay) == (8, 1e-3, 0)
     assert optimizer.rate(0) == optimizer.rate(100_000) == 1e-3
     assert config.ema_decay == 0.9999 and not minimax.full and minimax.init == "facebook/DiT-XL-2-256"
-    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    assert from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config

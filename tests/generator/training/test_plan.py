@@ -8,10 +8,9 @@ import re
 import pytest
 
 from ddkit.errors import MissingModelError, UsageError
-from ddkit.generator.config import to_json
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.presets import preset
-from ddkit.generator.training.plan import SETTINGS, plan_training, require_time
+from ddkit.generator.training.plan import SETTINGS, plan_training, require_time, train_generator
 from ddkit.generator.training.run_folder import RunRecord, write_run_record
 
 
@@ -129,7 +128,7 @@ def test_fine_tuning_starts_from_the_datasets_own_generator(plan, begin, config,
     begin("tuned", tuned.config, tuned.preset)
     again = plan("tuned", lambda_r=0.1)
     assert again.config == dataclasses.replace(tuned.config, minimax=dataclasses.replace(minimax, lambda_r=0.1))
-    assert to_json(again.config)["denoiser_optimizer"]["steps"] == tuned.config.denoiser_optimizer.steps
+    assert dataclasses.asdict(again.config)["denoiser_optimizer"]["steps"] == tuned.config.denoiser_optimizer.steps
 
 
 def test_fine_tuning_without_a_start_raises_missing_model_error(plan, tmp_path):
@@ -167,3 +166,15 @@ def test_diffusion_in_the_folder_of_a_fine_tuning_raises_usage_error(plan, begin
     assert plan("tuned", method="diffusion", fresh=True).start is None
     with pytest.raises(MissingModelError):
         plan("tuned", lambda_r=0.1, init="nowhere/at-all")
+
+
+def test_unknown_method_or_features_raise_usage_error_that_offers_the_nearest(plan):
+    with pytest.raises(UsageError, match="Unknown method 'minmax'. Did you mean 'minimax'"):
+        plan(method="minmax")
+    with pytest.raises(UsageError, match="Unknown features 'incepton'. Did you mean 'inception'"):
+        plan(features="incepton", track_every=5)
+
+
+def test_unknown_setting_raises_usage_error_before_the_dataset_is_opened():
+    with pytest.raises(UsageError, match="no setting 'batchsize'. Did you mean 'batch_size'"):
+        train_generator("cifar100", batchsize=5)
