@@ -17,7 +17,7 @@ from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, TRIALS_FOLDER
 from ddkit.cli._output import Output
 from ddkit.cli.pack import files_table
 from ddkit.errors import MissingDataError, UsageError
-from ddkit.generator.config import BundleSettings
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, BundleSettings
 from ddkit.generator.model_facts import find_model
 from ddkit.history import PackedRecords
 from ddkit.packing.bundle import BundleModel, PackedBundle, pack_bundle, rounding_cost
@@ -103,8 +103,8 @@ def tuned_models(output: Output, model: BundleModel, out: Path) -> list[BundleMo
 
 def _models(options: dict[str, Any]) -> list[BundleModel]:
     chosen = {name: options[name] for name in _SAMPLING if options[name] is not None}
-    sampling = replace(BundleSettings().sampling, **chosen)
-    keep = BundleSettings().keep if options["keep"] is None else options["keep"]
+    sampling = replace(BUNDLE_SAMPLING, **chosen)
+    keep = BUNDLE_KEEP if options["keep"] is None else options["keep"]
     settings = BundleSettings(sampling, options["bundle_device"], options["half"], options["images_per_class"], keep)
     models = [BundleModel(name, folder, settings) for name, folder in models_by_dataset(options["models"]).items()]
     if not options["tuned"]:

@@ -15,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ddkit.cli._output import Output, Task, count_text, figures_text, span_text
-from ddkit.runtime.progress import Progress
+from ddkit.cli._output import Output, Task, count_text, figures_text
+from ddkit.runtime.progress import Progress, span_text
 
 if TYPE_CHECKING:
     from ddkit.entering.entry import StageState

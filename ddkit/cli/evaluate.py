@@ -28,10 +28,11 @@ from ddkit.cli._options import (
     results_option,
     save_every_option,
 )
-from ddkit.cli._output import Output, plain_table, span_text
+from ddkit.cli._output import Output, plain_table
 from ddkit.cli._rankings import rankings_table
 from ddkit.network.plan import PRECISIONS
 from ddkit.runtime.environment import is_main
+from ddkit.runtime.progress import span_text
 
 if TYPE_CHECKING:
     from ddkit.evaluation.estimate import EvaluationEstimate

@@ -52,8 +52,8 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b?)", value.strip().lower())
-        if match is None or match[2] not in self._bytes_per:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]b|)", value.strip().lower())
+        if match is None:
             self.fail(f"'{value}' is not a size; write 500MB or 2GB.", param, ctx)
         return int(float(match[1]) * self._bytes_per[match[2]])
 
@@ -159,10 +159,8 @@ def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
         if name in common or (name in _OF_TRACK_1) == (track == "1"):
             continue
         if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
-            raise UsageError(
-                f"{parameter.opts[0]} applies to track {3 - int(track)} only.",
-                f"Leave it out, or add --track {3 - int(track)}.",
-            )
+            given, other = parameter.opts[0] if isinstance(parameter, click.Option) else name.upper(), 3 - int(track)
+            raise UsageError(f"{given} applies to track {other} only.", f"Leave it out, or pack for --track {other}.")
 
 
 def _pack_track_1(

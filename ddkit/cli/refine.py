@@ -22,9 +22,10 @@ from ddkit.cli._options import (
     resumable_options,
     save_every_option,
 )
-from ddkit.cli._output import Output, span_text
+from ddkit.cli._output import Output
 from ddkit.distill.settings import OBJECTIVES, PRESETS, RefineLimits, RefineSettings
 from ddkit.errors import UsageError
+from ddkit.runtime.progress import span_text
 
 if TYPE_CHECKING:
     from ddkit.distill.estimate import RefineEstimate

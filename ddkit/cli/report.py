@@ -130,10 +130,10 @@ def _quality_table(one: SetQuality) -> Table:
 
 
 def _next(results: Sequence[Result], html: Path | None) -> str:
-    ours = [result for result in results if result.kind == "submission"]
-    if not ours:
+    if not any(result.kind == "submission" for result in results):
         return "ddkit evaluate"
-    if not any(result.kind == "random-real" for result in results):
-        name, ipc = ours[-1].dataset, ours[-1].images_per_class[0]
+    sets = [result for result in results if result.kind == "submission" and result.track == 1]
+    if sets and not any(result.kind == "random-real" for result in results):
+        name, ipc = sets[-1].dataset, sets[-1].images_per_class[0]
         return f"ddkit generate --from-real random --dataset {name} --ipc {ipc} --out baseline/{name}.pt"
     return "" if html else "ddkit report --html report.html"

@@ -12,13 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddkit.cli._options import COUNT, FOLDER, RUNS_FOLDER, Duration, example, resumable_options, save_every_option
-from ddkit.cli._output import Output, span_text
+from ddkit.cli._output import Output
 from ddkit.errors import BadFileError
 from ddkit.generator.config import ARCHITECTURES, METHODS, PRECISIONS, PREDICTIONS, MinimaxConfig
 from ddkit.generator.presets import DEFAULT_PRESET, PRESETS
 from ddkit.generator.training.run_folder import CHART_FILE, has_training
 from ddkit.runtime.environment import is_main
 from ddkit.runtime.files import read_json
+from ddkit.runtime.progress import span_text
 
 _FEATURES = ("convnet", "inception")  # the default first
 _MOST_NAMED = 5  # classes

@@ -17,8 +17,6 @@ from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import KIND_REFINED, SetFiles, read_provenance, require_tensor_name
 from ddkit.sets.select import LABEL_METHODS, ImageFeatures, choose
 
-__all__ = ["FromModel", "FromReal", "generate"]
-
 
 def generate(
     dataset: str, ipc: int, source: FromModel | FromReal, out: Path, *, replace: bool = False, progress: Listener = ignore

@@ -32,8 +32,6 @@ from ddkit.runtime.threads import cores_for, parallel_map
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Sampler", "SamplingSettings", "class_ordered", "resolve_settings"]
-
 _OTHERS = "Close other programs that use it, or choose another --device."
 _PART = 32  # images that a core computes together; more are not faster
 _MODE_GUIDED = 0.5  # of the steps, from the first on (arXiv 2505.18963, section 4.2: t_stop)

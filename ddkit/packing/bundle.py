@@ -29,7 +29,7 @@ from ddkit.generator.sampling import Sampler
 from ddkit.history import PackedRecords, require_name
 from ddkit.metrics.features import CLASSIFIER, convnet_features
 from ddkit.packing.pack import PackedFile, packed_files
-from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, prove
+from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, datasets_of, prove
 from ddkit.packing.zipping import unpack, write_zip
 from ddkit.runtime import container
 from ddkit.runtime.device import resolve_device
@@ -173,11 +173,6 @@ def open_generators(paths: Sequence[Path], dataset: str | None = None) -> Iterat
         yield generators
 
 
-def datasets_of(folder: Path) -> list[str]:
-    """The datasets that a bundle has models for; empty for a bundle that another program made."""
-    return sorted(path.parent.name for path in folder.glob("models/*/entry.json"))
-
-
 def read_bundle_settings(folder: Path, dataset: str) -> dict[str, Any]:
     """The sampling settings of a bundle for that dataset; empty for a bundle that another program made."""
     path = folder / "models" / dataset / "entry.json"
@@ -249,8 +244,7 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
             f"{spec.name} has {spec.num_classes} of {spec.image_size} px.",
             "Train a model on the present dataset.",
         )
-    parts = [part for part in ("vae", DENOISER_PART) if (model.folder / part).is_dir()]
-    for part in parts:
+    for part in ("vae", DENOISER_PART):
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_bytes((model.folder / part / "config.json").read_bytes())
         source, target = model.folder / part / WEIGHTS_FILE, folder / part / WEIGHTS_FILE

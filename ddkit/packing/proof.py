@@ -79,10 +79,12 @@ def prove(bundle: Path, settings: ProofSettings | None = None, *, progress: List
         elsewhere.mkdir()
         unpack(bundle, folder)
         python = _environment(Path(temporary) / "environment", folder, settings, progress)
-        return tuple(
-            _prove(folder, name, python, elsewhere, settings, progress)
-            for name in sorted(path.parent.name for path in folder.glob("models/*/entry.json"))
-        )
+        return tuple(_prove(folder, name, python, elsewhere, settings, progress) for name in datasets_of(folder))
+
+
+def datasets_of(folder: Path) -> list[str]:
+    """The datasets that a bundle has models for; empty for a bundle that another program made."""
+    return sorted(path.parent.name for path in folder.glob("models/*/entry.json"))
 
 
 def _prove(folder: Path, name: str, python: Path, elsewhere: Path, settings: ProofSettings, progress: Listener) -> Proof:

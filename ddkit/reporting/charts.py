@@ -71,7 +71,7 @@ def interval_charts(group: Group) -> tuple[IntervalChart, ...]:
         if not found:
             continue
         ends = [end for _, value, half in found for end in (value - (half or 0), value + (half or 0))]
-        ticks, low, high = _axis(max(0.0, min(ends)), min(1.0, max(ends)), most=_MOST_WIDE_TICKS, scale=100, unit=" %")
+        ticks, low, high = accuracy_axis(ends, most=_MOST_WIDE_TICKS)
         marks = tuple(
             IntervalMark(
                 row,
@@ -113,9 +113,9 @@ def line_chart(
     return LineChart(title, x_title, tuple(lines), x_ticks, y_ticks)
 
 
-def accuracy_axis(values: Sequence[float]) -> tuple[tuple[Tick, ...], float, float]:
+def accuracy_axis(values: Sequence[float], *, most: int = _MOST_TICKS) -> tuple[tuple[Tick, ...], float, float]:
     """Ticks in percent for accuracies, which are fractions, and the ends of the axis as fractions."""
-    return _axis(max(0.0, min(values)), min(1.0, max(values)), scale=100, unit=" %")
+    return _axis(max(0.0, min(values)), min(1.0, max(values)), most=most, scale=100, unit=" %")
 
 
 def sampled_curve(values: Sequence[float], points: int) -> tuple[float, ...]:

@@ -132,11 +132,7 @@ def _rows_to_detail(groups: Iterable[Group]) -> list[tuple[Group, Row]]:
 def _cards(groups: Sequence[Group], evaluations: int) -> tuple[Card, ...]:
     rows = [(group, row) for group in groups for row in group.rows if row.is_local]
     official = [(group, row) for group, row in rows if row.official and row.score is not None]
-    cards = []
-    if official:
-        cards += _cards_of_best(*official[0])
-    elif rows:
-        cards += _cards_of_best(*rows[0])
+    cards = [card for group, row in (official or rows)[:1] for card in _cards_of_best(group, row)]
     entries = "entry" if len(official) == 1 else "entries"
     cards.append(Card("Your evaluations", f"{evaluations:,}", f"{len(official):,} complete and official {entries}"))
     return tuple(cards)

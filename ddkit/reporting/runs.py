@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.errors import BadFileError
+from ddkit.generator.training.run_folder import METRICS_FILE
 from ddkit.reporting.charts import LineChart, line_chart
 from ddkit.runtime.jsonl import read_lines
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 _MINIMAX_CRITERIA = ("representativeness", "diversity")
 _SCORES = {
     "frechet": "Frechet distance",

@@ -26,17 +26,6 @@ from ddkit.runtime.environment import processes
 from ddkit.runtime.progress import Listener, ignore, span_text, time_option
 from ddkit.runtime.records import override
 
-__all__ = [
-    "SETTINGS",
-    "TrainingData",
-    "measure_costs",
-    "plan_training",
-    "require_memory",
-    "require_time",
-    "train",
-    "train_generator",
-]
-
 # The settings that a user gives by name, as --batch-size or batch_size=, and their place in GeneratorConfig.
 SETTINGS = {
     "steps": "denoiser_optimizer.steps",
