@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ddkit.challenge import TRACKS
 from ddkit.errors import BadFileError
 from ddkit.runtime.html import html_table
 from ddkit.runtime.jsonl import append_line, parse_lines, require_appendable
@@ -85,7 +86,7 @@ class Result(Outcome):
     """
 
     name: str
-    track: Count
+    track: Annotated[int, TRACKS]
     sha256: str
     source: str
     epochs_setting: Count

@@ -51,6 +51,7 @@ def test_a_torn_last_line_is_kept_and_reported_and_appended_after(file):
     ({"accuracies": [25.0, 26.0]}, "accuracies cannot be"),  # percentages
     ({"images_per_class": 10}, "images_per_class cannot be 10"),
     ({"track": "1"}, "track cannot be"),
+    ({"track": 3}, "track cannot be 3"),
     ({"name": ["mine"]}, "name cannot be"),
     ({"official": 1}, "official cannot be 1"),
     ({"loss_curves": [1.0, 2.0]}, "loss_curves cannot be"),

@@ -84,8 +84,8 @@ _MOST_ROUNDS_SHOWN = 5
     "--normalization",
     default="auto",
     metavar="NAME",
-    help="Convert values that were normalized so: auto (found by their values), challenge, unit ([0, 1]), signed ([-1, 1]), "
-    "bytes, cifar10, cifar100, imagenet, or means and deviations such as 0.5,0.5,0.5/0.2,0.2,0.2.",
+    help="Convert values that were normalized in this way: auto (recognized from the values), challenge, unit ([0, 1]), "
+    "signed ([-1, 1]), bytes, cifar10, cifar100, imagenet, or means and deviations such as 0.5,0.5,0.5/0.2,0.2,0.2.",
 )
 @click.option("--argmax", is_flag=True, help="Reduce soft labels to their largest class; otherwise they are refused.")
 @click.option("--reference", type=PATH, help="Test on the challenge's <dataset>_test.pt.  [default: the prepared test images]")

@@ -149,7 +149,7 @@ def _read_class_map(
     "--track-every",
     type=click.IntRange(0),
     metavar="STEPS",
-    help="Measure the model's Frechet distance each time after so many steps, and keep the best model; 0 turns it off.  "
+    help="Measure the model's Frechet distance every so many steps, and keep the best model; 0 turns it off.  "
     "[default: the preset's]",
 )
 @click.option(

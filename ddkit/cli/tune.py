@@ -72,7 +72,8 @@ class _ImagesPerClass(click.ParamType):
     multiple=True,
     default=(1.0, BUNDLE_KEEP),
     metavar="SHARE",
-    help="Try keeping this share of the images, labeled by a classifier, those that show their class most clearly; repeatable.",
+    help="Try keeping this share of the images: those that show their class most clearly to the classifier that labels them; "
+    "repeatable.",
 )
 @click.option("--sampler", type=SAMPLER, default="dpm++", help="Choose the sampler.")
 @click.option(

@@ -38,8 +38,8 @@ class TrainHoldout:
             rows = (dataset.labels == c).nonzero().flatten()
             if len(rows) < 2:
                 raise UsageError(
-                    f"Class {c} of {spec.name} has {len(rows)} training images, and at least two are needed: "
-                    "one to learn from and one for validation."
+                    f"Class {c} of {spec.name} has {'one training image' if len(rows) else 'no training images'}, and at least "
+                    "two are needed: one to learn from and one for validation."
                 )
             rows = rows[torch.randperm(len(rows), generator=generator_for("cpu", "held out", seed, c))]
             count = min(len(rows) - 1, max(1, round(held_out * len(rows))))

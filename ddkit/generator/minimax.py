@@ -122,7 +122,7 @@ class MinimaxCriteria(nn.Module):
         return torch.bmm(queries, rows.transpose(1, 2))
 
     def _pair(self, place: Tensor, groups: _Groups) -> _Pairs:
-        """From places in flattened (n, memory_size) tables, one a class."""
+        """The pairs at these places in flattened (n, memory_size) tables, one for each class."""
         member = torch.div(place, self.memory_size, rounding_mode="floor")
         return _Pairs(groups.members.gather(1, member[:, None]).squeeze(1), place % self.memory_size)
 

@@ -207,7 +207,7 @@ def remembered_plans(device: torch.device) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def prescribed_plans(plans: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """In this context `choose_plan` takes these plans where they are for its device, so that rounding is the same again."""
+    """Let `choose_plan` take these plans in the context where they are for its device, so that rounding is the same again."""
     token = _prescribed.set(plans)
     try:
         yield

@@ -246,7 +246,7 @@ class FeatureMaps:
         return self.values[0].shape == (len(images), (images.shape[-1] // 2) ** 2 * NETWORK_WIDTH)
 
     def rows(self, start: int, end: int) -> FeatureMaps:
-        """Those of some images, in the same memory."""
+        """The activations of some images, in the same memory."""
         part = object.__new__(FeatureMaps)
         part.values = [values[start:end] for values in self.values]
         part.statistics = self.statistics[:, start:end]
