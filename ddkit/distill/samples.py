@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import class_names, class_titles, dataset_spec, store_hash
+from ddkit.data.store import class_titles, dataset_spec, store_hash
 from ddkit.distill.partial_set import PartialSet
 from ddkit.distill.sources import Extract, FromModel, feature_extractor, save
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.generator.config import SamplingSettings
 from ddkit.generator.influence import find_influence
-from ddkit.generator.model_facts import model_hash
+from ddkit.generator.model_facts import model_hash, require_present_dataset
 from ddkit.generator.model_folder import Model, load_model
 from ddkit.generator.modes import find_modes
 from ddkit.generator.sampling import Sampler, class_ordered, resolve_settings
@@ -42,7 +42,7 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
     group = ProcessGroup(resolve_device(source.device))
     settings = resolve_settings(source.sampling, group.device)
     model = load_model(source.folder, dataset=dataset)
-    _check_model(model, dataset, source.folder)
+    require_present_dataset(model.facts, source.folder)
     if source.candidates is not None and source.candidates < ipc:
         raise UsageError(
             f"{ipc} images of each class cannot be chosen from {source.candidates}.", f"Ask for --candidates {ipc} or more."
@@ -186,23 +186,3 @@ def _identity(provenance: dict[str, Any], ipc: int, spec: DatasetSpec, dataset_s
         del own["selected_in"]  # as before there was another, so that sets of that time are continued
     normalization = [spec.mean, spec.std]
     return {**own, "ipc": ipc, "normalisation": normalization, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
-
-
-def _check_model(model: Model, dataset: str, folder: Path) -> None:
-    """Raise UsageError when the dataset was prepared with other classes or sizes after the model was trained."""
-    known, asked = model.facts.class_names, class_names(dataset)
-    remedy = "Train a model on the present dataset."
-    if len(known) != len(asked):
-        raise UsageError(f"The model in {folder} knows {len(known)} classes, but the dataset has {len(asked)}.", remedy)
-    if known != asked:
-        label = next(label for label in range(len(asked)) if known[label] != asked[label])
-        raise UsageError(
-            f"The model in {folder} was trained on other classes than '{dataset}' has now: class {label} was "
-            f"{known[label]} and is {asked[label]}.",
-            remedy,
-        )
-    size = dataset_spec(dataset).image_size
-    if model.facts.image_size != size:
-        raise UsageError(
-            f"The model in {folder} makes images of {model.facts.image_size} pixels, but '{dataset}' has {size}.", remedy
-        )

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddkit import __version__
-from ddkit.errors import BadFileError, MissingModelError
+from ddkit.data.store import class_names, dataset_spec
+from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.runtime.files import read_json, sha256_of
 from ddkit.runtime.hub import download, is_hub_id
 from ddkit.runtime.records import read_record
@@ -88,6 +89,28 @@ def read_facts(folder: Path, *, dataset: str | None = None) -> ModelFacts:
         return read_record(ModelFacts, value)
     except BadFileError as error:
         raise BadFileError(f"{path} is not complete: {error}.", "Train the model again.") from error
+
+
+def require_present_dataset(facts: ModelFacts, folder: Path) -> None:
+    """Raise UsageError if the model's dataset was prepared with other classes or of another size after its training.
+
+    folder: the model's, for the message. Raises what `dataset_spec` and `class_names` raise.
+    """
+    known, present, size = facts.class_names, class_names(facts.dataset), dataset_spec(facts.dataset).image_size
+    remedy = "Train a model on the present dataset."
+    if len(known) != len(present):
+        raise UsageError(f"The model in {folder} knows {len(known)} classes, but the dataset has {len(present)}.", remedy)
+    for label, (before, now) in enumerate(zip(known, present, strict=True)):
+        if before != now:
+            raise UsageError(
+                f"The model in {folder} was trained on other classes than '{facts.dataset}' has now: class {label} was "
+                f"{before} and is {now}.",
+                remedy,
+            )
+    if facts.image_size != size:
+        raise UsageError(
+            f"The model in {folder} makes images of {facts.image_size} pixels, but '{facts.dataset}' has {size}.", remedy
+        )
 
 
 def model_hash(folder: Path) -> str:

@@ -22,7 +22,7 @@ from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
 from ddkit.generator.config import BundleSettings
-from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts
+from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts, require_present_dataset
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
@@ -238,12 +238,7 @@ def _with_script(folder: Path, path: Path) -> Path:
 def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFacts:
     """Write a model's folder: its parts without what only ddkit reads, its sampler, its classifier, and entry.json."""
     facts, spec = load_model(model.folder, dataset=model.dataset).facts, dataset_spec(model.dataset)
-    if (len(facts.class_names), facts.image_size) != (spec.num_classes, spec.image_size):
-        raise UsageError(
-            f"The model in {model.folder} makes {len(facts.class_names)} classes of {facts.image_size} px; "
-            f"{spec.name} has {spec.num_classes} of {spec.image_size} px.",
-            "Train a model on the present dataset.",
-        )
+    require_present_dataset(facts, model.folder)
     for part in ("vae", DENOISER_PART):
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_bytes((model.folder / part / "config.json").read_bytes())

@@ -306,7 +306,6 @@ def read_trials(records: Path) -> list[Trial]:
 
 def draw_chart(trials: Sequence[Trial], path: Path) -> None:
     """Write a PNG of accuracy and number of images over the steps, a line for each guidance. Raises BadFileError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -330,7 +329,7 @@ def draw_chart(trials: Sequence[Trial], path: Path) -> None:
     images.set_ylim(bottom=0)
     accuracy.legend(fontsize=8)
     with atomic_write(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+        figure.savefig(temporary, format="png")
 
 
 def _planned(model: BundleModel, candidate: Candidate, settings: EvaluationSettings) -> Trial:

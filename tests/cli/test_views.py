@@ -99,6 +99,15 @@ def test_comparison_shows_the_classes_at_both_ends_or_all(result):
     assert console.file.getvalue().count("worm") == 2
 
 
+def test_comparison_of_rounds_that_do_not_vary_has_no_color(result):
+    none, all_ = result("none", "cifar100", 0.0, 0.0, 0.0), result("all", "cifar100", 1.0, 1.0, 1.0)
+    (found,) = compare_sets("all", "none", [none, all_])
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    console.print(comparison_view(found))
+    (line,) = [line for line in console.file.getvalue().splitlines() if "+100.00" in line]
+    assert "\x1b[32m" not in line and "±" not in line
+
+
 @pytest.fixture
 def results(result):
     return [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddkit.data.prepare import prepare
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.generator.sampling import SamplingSettings
 from ddkit.history import PackedRecords
@@ -99,6 +100,11 @@ def test_models_that_cannot_be_bundled_raise(model, colors, tmp_path):
         build_folder([model, model], tmp_path / "entry")
     with pytest.raises(MissingModelError):
         build_folder([BundleModel(colors, tmp_path / "nowhere")], tmp_path / "entry")
+    for split in ("train", "test"):
+        (tmp_path / "pictures" / split / "red").rename(tmp_path / "pictures" / split / "green")
+    prepare(colors, tmp_path / "pictures", force=True)
+    with pytest.raises(UsageError, match="class 1 was red and is green"):
+        build_folder([model], tmp_path / "entry")
     assert not (tmp_path / "entry").exists()
 
 

@@ -75,7 +75,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a PNG with the loss of each stage and each score. Raises BadFileError when it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # A panel for each stage, then one for each score.
@@ -101,4 +100,4 @@ def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set_yscale("log")
             axes.set_title(f"{stage}: loss")
     with atomic_write(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+        figure.savefig(temporary, format="png")
