@@ -93,7 +93,7 @@ def enter(
 
     The plan is made first, from short measurements of this machine. On track 1 random real images are refined; on
     track 2 generators are trained. The datasets get equal parts of the time that the other stages leave. Run the same
-    command again to continue after an interruption, or with more --time to refine further. The folder's recipe.toml
+    command again to continue after an interruption, or with more --time to refine or train further. The folder's recipe.toml
     describes the entry so that it can be made again.
     """
     from ddkit.entering.plan import draft

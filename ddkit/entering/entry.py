@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -282,7 +283,7 @@ class _Run:
     def _left(self) -> float:
         """Seconds until the time is up, overtime included."""
         seconds = self._state.outline.seconds
-        return float("inf") if seconds is None else _OVERTIME * seconds - (time.monotonic() - self._began)
+        return math.inf if seconds is None else _OVERTIME * seconds - (time.monotonic() - self._began)
 
     def _save(self, stage: Stage, took: float) -> None:
         self._saved = time.monotonic()
@@ -291,20 +292,20 @@ class _Run:
         state.save()
 
     def _limit(self, name: str, earlier: float) -> float:
-        """The seconds of work in all of a stage that begins now and whose length the time decides."""
+        """The seconds of work in all of a stage that begins now, or again, and whose length the time decides."""
         state, outline = self._state, self._state.outline
-        if name not in state.limits:
-            to_come = [each for each in self._states.values() if each.status in ("to come", "running")]
-            flexible = sum(each.expected for each in to_come if each.name in outline.flexible)
-            fixed = sum(each.expected for each in to_come if each.name not in outline.flexible)
-            left = (outline.seconds or 0.0) - (time.monotonic() - self._began) - MARGIN * fixed
-            seconds = max(0.0, left) * outline.expected[name] / flexible
-            verb, _, dataset = name.rpartition(" ")
-            settings = next(each for each in state.recipe.sets if each.dataset == dataset).refine
-            if verb == "refine" and settings is not None:
-                seconds = refine_limit(outline.speeds[dataset].refine, settings, seconds)
-            state.limits[name] = earlier + max(_LEAST_WORK, seconds)
-            state.save()
+        to_come = [each for each in self._states.values() if each.status in ("to come", "running")]
+        flexible = sum(each.expected for each in to_come if each.name in outline.flexible)
+        fixed = sum(each.expected for each in to_come if each.name not in outline.flexible)
+        left = (outline.seconds or 0.0) - (time.monotonic() - self._began) - MARGIN * fixed
+        seconds = max(0.0, left) * outline.expected[name] / flexible
+        verb, _, dataset = name.rpartition(" ")
+        settings = next(each for each in state.recipe.sets if each.dataset == dataset).refine
+        if verb == "refine" and settings is not None:
+            seconds = refine_limit(outline.speeds[dataset].refine, settings, seconds)
+        # What a kill has cost shortens the rest; a stage that has begun is never made longer.
+        state.limits[name] = min(state.limits.get(name, math.inf), earlier + max(_LEAST_WORK, seconds))
+        state.save()
         return state.limits[name]
 
     def _write_recipe(self) -> Recipe:

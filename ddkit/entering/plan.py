@@ -267,10 +267,16 @@ class _Planner:
             if needed <= _SHARE_OF_EVALUATION * seconds:
                 break
         if (epochs, count) != _EVALUATIONS[recipe.track][0]:
-            self._notes.append(
-                f"The evaluation uses E = {epochs} and {count} round{'s' * (count > 1)}, which is not official: an official "
-                f"one would take {time_option(official or 0)}. Evaluate officially afterwards with ddkit evaluate."
-            )
+            uses, takes = f"E = {epochs} and {count} round{'s' * (count > 1)}", f"would take {time_option(official or 0)}"
+            if any(dataset_spec(name).in_challenge for name in recipe.datasets):
+                command = "ddkit evaluate" + " --track 2" * (recipe.track == 2)
+                self._notes.append(
+                    f"The evaluation uses {uses}, which is not official: an official one {takes}. Evaluate officially "
+                    f"afterwards: {command}"
+                )
+            else:
+                most = "E = {} and {} rounds".format(*_EVALUATIONS[recipe.track][0])
+                self._notes.append(f"The evaluation uses {uses}; the challenge's {most} {takes}.")
         return found
 
     def _choose_comparisons(self, recipe: Recipe, seconds: float, room: float) -> dict[str, float]:

@@ -295,10 +295,9 @@ class Workplace:
         """True if a set or bundle was not evaluated officially and can be: with the challenge's test images."""
         recorded = read(self.results_file).results
         official = {(one.dataset, one.sha256) for one in recorded if one.official}
-        return any(
-            (name, self._sha256(name)) not in official and (tests := self._test_set(name)) is not None and tests.is_official
-            for name in self.recipe.datasets
-        )
+        names = [name for name in self.recipe.datasets if dataset_spec(name).in_challenge]
+        open_ones = [name for name in names if (name, self._sha256(name)) not in official]
+        return any((tests := self._test_set(name)) is not None and tests.is_official for name in open_ones)
 
     def _evaluation_settings(self) -> EvaluationSettings:
         recipe = self.recipe

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from ddkit.cli import main
 from ddkit.distill.generate import FromReal, generate
 from ddkit.entering.entry import enter, plan_entry
+from ddkit.entering.plan import MARGIN
 from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
@@ -186,6 +187,18 @@ def test_time_that_is_up_inside_a_stage_keeps_its_state_and_packs_what_there_is(
     assert "with a longer --time to finish." in " ".join(said.split()) and "next:" not in said
     assert (work / "entry/submission.zip").is_file() and (work / "entry/report.html").is_file()
     assert list((work / "entry/runs/evaluations").glob("glyphs-*/round-0.pt"))
+
+
+def test_time_that_was_lost_shortens_a_stage_that_had_begun(work):
+    words = ("--datasets", "glyphs", "--epochs-setting", "0", "--rounds", "1", "--folder", "entry", "--time", "3h")
+    assert stop_at(work, "refine glyphs", signal.SIGKILL, *words) == -signal.SIGKILL
+    outline = json.loads((work / "entry/runs/entry.json").read_text())["outline"]
+    fixed = sum(seconds for name, seconds in outline["expected"].items() if name not in outline["flexible"])
+    edit_state(work, limits={"refine glyphs": 9000.0}, spent=3 * 3600 - MARGIN * fixed)
+    status, output, said = finish(*words, "--json")
+    assert status == 0, said
+    assert json.loads(output)["unfinished"] == []
+    assert torch.load(work / "entry/runs/glyphs-refine/state.pt", weights_only=True)["seconds"] < 60
 
 
 def test_more_time_refines_further_and_other_settings_are_refused(work):

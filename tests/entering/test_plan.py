@@ -48,6 +48,9 @@ def test_the_evaluation_is_official_if_half_of_the_time_suffices_for_it():
     short = outline_at(SPEEDS, draft(("cifar100",)), 1800)
     assert (short.recipe.epochs_setting, short.recipe.rounds) == (200, 1)
     assert any("not official: an official one would take 51m." in note for note in short.notes)
+    letters = outline_at({"glyphs": SPEEDS["cifar100"]}, draft(("glyphs",)), 1800)
+    assert any("; the challenge's E = 1000 and 3 rounds would take" in note for note in letters.notes)
+    assert not any("official" in note for note in letters.notes)
     asked = outline_at(SPEEDS, draft(("cifar100",), rounds=2), 8 * 3600).recipe
     assert (asked.epochs_setting, asked.rounds) == (None, 2)
 
