@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 
 
 class DDKitError(Exception):
@@ -74,6 +75,12 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     """A sentence that suggests the known name closest to `name`, or lists the known ones."""
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
+
+
+def first_few(parts: Sequence[str], limit: int = 5, *, joint: str = ", ", kind: str = "") -> str:
+    """The first `limit` parts of a list in a sentence, and how many more there are; kind: what they are."""
+    more = f"{joint.rstrip(', ')} and {len(parts) - limit} more{kind and ' '}{kind}" if len(parts) > limit else ""
+    return joint.join(parts[:limit]) + more
 
 
 def require_positive(settings: object, *names: str) -> None:

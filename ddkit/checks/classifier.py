@@ -71,7 +71,7 @@ def class_model(name: str, *, progress: Listener = ignore) -> ClassModel:
     path = cache_folder() / _CACHE_FOLDER / f"{name}-{store_hash(name, 'train')[:16]}-v{_VERSION}.safetensors"
 
     def fitted() -> dict[str, Tensor]:
-        model = fit_class_model(load_dataset(name, "train"), dataset_spec(name).num_classes, name=name, progress=progress)
+        model = fit_class_model(load_dataset(name, "train"), dataset_spec(name).num_classes, name, progress=progress)
         measures = torch.tensor([model.real_gain, model.real_information])
         return {"weight": model.weight, "bias": model.bias, "measures": measures}
 
@@ -82,7 +82,7 @@ def class_model(name: str, *, progress: Listener = ignore) -> ClassModel:
     return ClassModel(kept["weight"].clone(), kept["bias"].clone(), gain, information)
 
 
-def fit_class_model(real: ImageSet, num_classes: int, *, name: str = "", progress: Listener = ignore) -> ClassModel:
+def fit_class_model(real: ImageSet, num_classes: int, name: str, *, progress: Listener = ignore) -> ClassModel:
     """Fit on some images of each class, half of them degraded as weak generators and optimizers degrade theirs.
 
     name: of the dataset, for the progress. Raises BadDataError if a class has fewer than two images.
@@ -91,14 +91,14 @@ def fit_class_model(real: ImageSet, num_classes: int, *, name: str = "", progres
     fit_rows, held_rows = _choose_rows(real.labels, num_classes, per_class)
     chunks = [*fit_rows.split(_CHUNK), *held_rows.split(_CHUNK)]
     total = len(fit_rows) + len(held_rows)
-    described: list[Tensor] = []
-    task = f"fitting a classifier on real images of {name}, once" if name else "fitting a classifier on real images, once"
+    task = f"fitting a classifier on real images of {name}, once"
     progress(Progress(task, 0, total, "images"))
 
     def describe(numbered: tuple[int, Tensor]) -> Tensor:
         number, rows = numbered
         return _degraded_features(real.images[rows], number)
 
+    described: list[Tensor] = []
     for part in parallel_map(describe, enumerate(chunks), cores_for(torch.device("cpu"))):
         described.append(part)
         progress(Progress(task, sum(map(len, described)), total, "images"))

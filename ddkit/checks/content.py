@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalize, to_uint8
+from ddkit.errors import first_few
 from ddkit.sets.findings import Finding
 
 _BLANK = 0.01  # standard deviation in units of [0, 1]; two and a half 8-bit steps
@@ -21,7 +22,6 @@ _ALIKE = 0.95  # correlation of the images themselves, channels together
 _CLOSE = 0.08  # root mean square difference in units of [0, 1]: two plain skies correlate, but differ in color
 _BATCH = 1000
 _REMARKED = 0.01  # share of the rows up to which near copies are only remarked on
-_NAMED = 5
 
 
 def content_findings(images: Tensor, spec: DatasetSpec, where: str, *, test_images: Tensor | None = None) -> list[Finding]:
@@ -34,9 +34,8 @@ def content_findings(images: Tensor, spec: DatasetSpec, where: str, *, test_imag
     blank = pixels.flatten(2).std(dim=2).amax(dim=1) < _BLANK
     findings = []
     if rows := blank.nonzero().flatten().tolist():
-        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-        named = f"rows {', '.join(map(str, rows[:_NAMED]))}{more}"
-        findings.append(Finding("warning", "C001", f"{len(rows)} images are blank (a single color): {named}.", where))
+        message = f"{len(rows)} images are blank (a single color): rows {first_few([*map(str, rows)])}."
+        findings.append(Finding("warning", "C001", message, where))
     prints = _fingerprints(to_uint8(pixels))
     unlike = (~blank).nonzero().flatten()
     same: dict[bytes, list[int]] = defaultdict(list)
@@ -156,6 +155,5 @@ def _summary(pixels: Tensor, spec: DatasetSpec, where: str) -> Finding:
     return Finding("info", "C008", message, where)
 
 
-def _pair_words(pairs: Sequence[tuple[int, int]], joint: str = " and ") -> str:
-    more = f"; and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else ""
-    return "; ".join(f"{a}{joint}{b}" for a, b in pairs[:_NAMED]) + more
+def _pair_words(pairs: Sequence[tuple[int, int]], between: str = " and ") -> str:
+    return first_few([f"{a}{between}{b}" for a, b in pairs], joint="; ")

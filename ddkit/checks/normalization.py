@@ -113,7 +113,7 @@ def judge_normalization(images: Tensor, spec: DatasetSpec, where: str = "") -> V
 def named_constants(spec: DatasetSpec) -> dict[str, Constants]:
     """The ways to normalize that have a short name: "challenge" is the right one."""
     return {
-        "challenge": Constants(f"{spec.name}'s constants", spec.mean, spec.std, ""),
+        "challenge": _right_constants(spec),
         "unit": _UNIT,
         "signed": _SIGNED,
         "bytes": _BYTES,
@@ -123,9 +123,13 @@ def named_constants(spec: DatasetSpec) -> dict[str, Constants]:
     }
 
 
+def _right_constants(spec: DatasetSpec) -> Constants:
+    return Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
+
+
 def _candidates(spec: DatasetSpec) -> list[Constants]:
     """Named ways to normalize, the right one first, each once."""
-    right = Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
+    right = _right_constants(spec)
     bases = [right, _SIGNED, *_OF_DATASETS, *_OFTEN_GIVEN]
     plain = [right, _UNIT, _SIGNED, _BYTES, *_OF_DATASETS, *_OFTEN_GIVEN]
     named = [*plain, *(variant for base in bases for variant in _variants(base, exchanged="N006" if base is right else "N004"))]
@@ -199,12 +203,12 @@ def _by_lattice(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | None
     if _largest_difference(constants, spec) <= _HARMLESS:
         message = (
             f"Normalized with another rounding of {spec.name}'s constants, {_numbers(constants)}: harmless. "
-            f"The scorer's are {_numbers_of(spec)}."
+            f"The scorer's are {_numbers(_right_constants(spec))}."
         )
         return Verdict(Finding("info", "N005", message, where), constants)
     if found is None and (change := _contrast_change(constants, spec)):
         message = f"{evidence} after {change}. That is fine if you intended it."
-        return Verdict(Finding("info", "N011", message, where), named_constants(spec)["challenge"])
+        return Verdict(Finding("info", "N011", message, where), _right_constants(spec))
     return _wrong_constants(constants, spec, f"{evidence} under {_numbers(constants)}", images, where)
 
 
@@ -306,7 +310,7 @@ def _by_corners(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | None
 
 
 def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | None:
-    """True if the images were whitened (ZCA), with any strength: low frequencies and channels lost their correlations.
+    """The verdict on images that were whitened (ZCA), with any strength: low frequencies and channels are uncorrelated.
 
     Pictures have most of their power at the lowest frequencies, where the channels agree. Whitening divides each
     principal component by the root of its variance plus epsilon, which makes just those components equally strong.
@@ -335,8 +339,8 @@ def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | Non
         f"The images look whitened (ZCA): their power is nearly flat at low frequencies "
         f"({power(0.5, 1.2) / middle:.1f} times as much at one cycle as at four; pictures have 7 and more) and "
         f"the channels are hardly correlated ({correlation:.2f}; in pictures 0.5 to 0.9). The scorer tests on images that "
-        f"are only normalized, with {_numbers_of(spec)}. Undo the whitening with the matrix that it was done with "
-        "(kornia: zca.inverse_transform with compute_inv=True), then normalize, or distill again without ZCA."
+        f"are only normalized, with {_numbers(_right_constants(spec))}. Undo the whitening with the matrix that it was done "
+        "with (kornia: zca.inverse_transform with compute_inv=True), then normalize, or distill again without ZCA."
     )
     return Verdict(Finding("error", "N012", message, where))
 
@@ -344,7 +348,7 @@ def _by_spectrum(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | Non
 def _by_moments(images: Tensor, spec: DatasetSpec, where: str) -> Verdict | None:
     """Constants under which mean and spread are those of the real images, where the right ones are far from it."""
     std, mean = (numbers.double() for numbers in torch.std_mean(images, dim=(0, 2, 3)))
-    right = Constants(f"{spec.name}'s constants", spec.mean, spec.std, "")
+    right = _right_constants(spec)
     slips = list(_variants(right, exchanged="N006"))[:3]
     candidates = [right, _UNIT, _SIGNED, _BYTES, *_OF_DATASETS, *slips]
     distances = [_moment_distance(mean, std, constants, spec) for constants in candidates]
@@ -394,18 +398,13 @@ def _wrong_constants(found: Constants, spec: DatasetSpec, evidence: str, images:
     constants: Constants | None = found
     if found.code == "N006":
         std, mean = (numbers.double() for numbers in torch.std_mean(images, dim=(0, 2, 3)))
-        right = Constants("", spec.mean, spec.std)
-        if _moment_distance(mean.flip(0), std.flip(0), right, spec) < _moment_distance(mean, std, found, spec):
+        if _moment_distance(mean.flip(0), std.flip(0), _right_constants(spec), spec) < _moment_distance(mean, std, found, spec):
             repair, constants = "tensor.flip(1)", None  # the images themselves are BGR, each channel with its own constants
     message = (
-        f"Wrong normalization: {found.title}: {evidence}. The scorer expects (x - mean) / std with {_numbers_of(spec)}. "
-        f"Convert the file's tensor: {repair}"
+        f"Wrong normalization: {found.title}: {evidence}. The scorer expects (x - mean) / std with "
+        f"{_numbers(_right_constants(spec))}. Convert the file's tensor: {repair}"
     )
     return Verdict(Finding("error", found.code, message, where), constants)
-
-
-def _numbers_of(spec: DatasetSpec) -> str:
-    return _numbers(Constants("", spec.mean, spec.std))
 
 
 def _numbers(constants: Constants) -> str:

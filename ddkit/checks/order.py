@@ -26,7 +26,7 @@ from ddkit.checks.classifier import ClassModel, class_information, class_model
 from ddkit.checks.rows import find_row_order
 from ddkit.data.images import denormalize
 from ddkit.data.store import class_titles, store_facts
-from ddkit.errors import BadDataError, InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.errors import BadDataError, InvalidSubmissionError, MissingDataError, UsageError, first_few
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_torch
 from ddkit.sets.distilled import class_labels, read_set
@@ -46,7 +46,6 @@ _FEW_MOVED = 0.1  # of the blocks: up to here the moved ones are named, beyond i
 _FEWEST_IMAGES_HALVED = 4  # per class; below it, half a block tells too little
 _MISPLACED = 0.01  # share of groups that may be misplaced, for the scale of the evidence
 _HALF_PRICE = 4.0  # nats that half a block pays more to be moved, because few images decide
-_NAMED = 5  # blocks listed in a message
 _CHANNEL_ROWS = 1000  # images judged with red and blue exchanged
 _CLEARLY_BETTER = 6.0  # standard errors by which the exchanged channels must show the classes better
 _SCALES = torch.logspace(-2, 0, 21)  # of the evidence of one block
@@ -247,7 +246,7 @@ def _robust_evidence(logp: Tensor) -> Tensor:
 
 
 def _judge_rows(logp: Tensor, right: _Candidate, found: _Candidate, agreement: float) -> OrderVerdict | None:
-    """True if rows are out of step with the right order, or with the wrong order that was found."""
+    """The verdict if rows are out of step with the right order, or with the wrong order that was found; else None."""
     evidence = _centered(_robust_evidence(logp))
     verdicts = []
     for base in dict.fromkeys((right, found)) if right is not found else (right,):
@@ -442,8 +441,7 @@ def _parts_words(labels: Tensor, titles: Sequence[str]) -> str:
             if shown[start] != start // ipc:
                 parts.append(f"rows {start}-{row - 1} show {shown[start]} ({titles[shown[start]]})")
             start = row
-    more = f"; and {len(parts) - _NAMED} more parts" if len(parts) > _NAMED else ""
-    return "; ".join(parts[:_NAMED]) + more
+    return first_few(parts, joint="; ", kind="parts")
 
 
 def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Sequence[str]) -> str:
@@ -453,7 +451,7 @@ def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Se
     moved = [block for block, label in enumerate(shown) if label != block]
     pairs = [(block, shown[block]) for block in moved if shown[shown[block]] == block and block < shown[block]]
     if verdict.code == "L007" and len(pairs) * 2 == len(moved):
-        return "swapped: " + ", ".join(f"{a} ({titles[a]}) and {b} ({titles[b]})" for a, b in pairs[:_NAMED])
+        return "swapped: " + first_few([f"{a} ({titles[a]}) and {b} ({titles[b]})" for a, b in pairs], kind="pairs")
     in_a_row = len(moved) >= 3 and moved[-1] - moved[0] + 1 == len(moved)
     for step, side, run in ((1, "after", moved[:-1]), (-1, "before", moved[1:])):
         # All except one at the end, which shows the class at the other end.
@@ -462,9 +460,8 @@ def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Se
             return f"the blocks from {first} ({titles[first]}) to {last} ({titles[last]}) show the class {side} theirs"
     own = _centered(_group_means(logp, False)).diagonal()
     moved.sort(key=lambda block: float(own[block]))
-    named = [f"{_block_words(b, ipc, titles)} show {shown[b]} ({titles[shown[b]]})" for b in moved[:_NAMED]]
-    more = f"; and {len(moved) - _NAMED} more blocks" if len(moved) > _NAMED else ""
-    return "; ".join(named) + more
+    named = [f"{_block_words(b, ipc, titles)} show {shown[b]} ({titles[shown[b]]})" for b in moved]
+    return first_few(named, joint="; ", kind="blocks")
 
 
 def _block_words(block: int, ipc: int, titles: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ from posixpath import join
 
 from ddkit.data.archives import DamagedFileError, Tree
 from ddkit.data.class_names import SPLIT_NAMES, official_names
-from ddkit.data.listing import LAYOUTS, FileSplit, IncompleteLayoutError, Source, choose_splits, file_split, some
-from ddkit.errors import BadDataError
+from ddkit.data.listing import LAYOUTS, FileSplit, IncompleteLayoutError, Source, choose_splits, file_split
+from ddkit.errors import BadDataError, first_few
 
 _IMAGES = "images"  # TinyImageNet's folder between a class, or a split without classes, and its images
 _NOT_IMAGES = {"", ".txt", ".csv", ".tsv", ".md", ".json", ".xml", ".html"}
@@ -187,20 +187,20 @@ def _refuse_unfit(tree: Tree, train: _Split, test: _Split, class_names: Sequence
             raise BadDataError(f"{path}: the classes '{other}' and '{name}' differ only by case.", "Rename or merge them.")
     if extra := sorted(set(test_folders) - set(class_names)):
         raise BadDataError(
-            f"{path}: {inside(test)} has classes that {inside(train)} does not have: {some(extra)}.", "Add or remove them."
+            f"{path}: {inside(test)} has classes that {inside(train)} does not have: {first_few(extra)}.", "Add or remove them."
         )
     for split in (train, test):
         if split.unlabeled:
-            message = f"{path}: {some(split.unlabeled, 1)} does not have a class."
+            message = f"{path}: {first_few(split.unlabeled, 1)} does not have a class."
             raise BadDataError(message, "Add a line to its annotations, or remove it.")
         filled = set(split.labels.values())
         if missing := [name for name in class_names if name not in filled and name not in split.folders]:
             raise BadDataError(
-                f"{path}: {inside(split)} does not have all the classes of {inside(train)}; missing: {some(missing)}.",
+                f"{path}: {inside(split)} does not have all the classes of {inside(train)}; missing: {first_few(missing)}.",
                 "Add or remove them.",
             )
         if empty := [f"{inside(split)}/{name}" for name in class_names if name not in filled]:
-            raise BadDataError(f"{path}: there are no images in {some(empty)}.", "Add some, or remove it.")
+            raise BadDataError(f"{path}: there are no images in {first_few(empty)}.", "Add some, or remove it.")
 
 
 def _lines(tree: Tree, path: str) -> Iterator[tuple[int, str]]:

@@ -140,9 +140,3 @@ def choose_splits(labeled: Collection[str], test_split: str | None, path: Path) 
         return train, chosen, ()
     note = f"{path} has labeled images in {' and in '.join(tests)}; '{chosen}' became the test split. "
     return train, chosen, (f"{note}To take another one: --test-split {tests[1]} --force",)
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

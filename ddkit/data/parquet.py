@@ -18,8 +18,8 @@ from typing import IO, Any
 
 from ddkit.data.archives import READ_ERRORS, DamagedFileError, FolderTree, PackedTree, Tree
 from ddkit.data.class_names import official_names
-from ddkit.data.listing import Source, choose_splits, file_split, numbered_class, some, split_word
-from ddkit.errors import BadDataError, MissingDataError
+from ddkit.data.listing import Source, choose_splits, file_split, numbered_class, split_word
+from ddkit.errors import BadDataError, MissingDataError, first_few
 from ddkit.runtime.files import explain_os_error
 
 _IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "webp")
@@ -117,7 +117,7 @@ class _Copy:
         if not images or not labels:
             kind = "image files" if not images else "labels"
             raise BadDataError(
-                f"{self._tree.path}: {shard} has no column of {kind}; it has {some(schema.names, 10)}.",
+                f"{self._tree.path}: {shard} has no column of {kind}; it has {first_few(schema.names, 10)}.",
                 "Images are looked for in the columns 'image' and 'img', labels in 'fine_label' and 'label'.",
             )
         return images[0], labels[0]
@@ -131,7 +131,7 @@ def _class_of(path: Path, labels: Mapping[str, Mapping[str, Any]], names: Sequen
     if unknown := [value for value in values if value is None or (isinstance(value, int) and value not in known)]:
         raise BadDataError(f"{path}: there are rows with the label {unknown[0]!r}, which has no class name.")
     if differing := sorted(map(str, found["train"] ^ found["test"])):
-        raise BadDataError(f"{path}: only one of the splits has the classes {some(differing)}.", "Add or remove them.")
+        raise BadDataError(f"{path}: only one of the splits has the classes {first_few(differing)}.", "Add or remove them.")
     ordered = sorted(values)
     of_numbers = (names[value] if names else numbered_class(value, ordered[-1]) for value in ordered if isinstance(value, int))
     spelled = official_names(list(of_numbers) or [str(value) for value in ordered])

@@ -27,11 +27,11 @@ from ddkit.data.archives import DamagedFileError
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.decoding import BadImageError, Problem, decode_split, open_image
 from ddkit.data.download import OFFICIAL, download
-from ddkit.data.listing import PixelSplit, Source, some
+from ddkit.data.listing import PixelSplit, Source
 from ddkit.data.sources import open_source
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
-from ddkit.errors import BadDataError, MissingDataError, UsageError
+from ddkit.errors import BadDataError, MissingDataError, UsageError, first_few
 from ddkit.runtime.files import atomic_folder, cache_folder, explain_os_error, one_at_a_time, sha256_of, write_json
 from ddkit.runtime.progress import Listener, Progress, ignore
 
@@ -193,7 +193,7 @@ def _with_official_classes(name: str, source: Source) -> Source:
         return replace(source, class_names=official, notes=(*source.notes, note))
     missing = [known for known in official if known not in source.class_names]
     extra = [found for found in source.class_names if found not in official]
-    differences = [f"{word} {some(names)}" for word, names in (("without", missing), ("with", extra)) if names]
+    differences = [f"{word} {first_few(names)}" for word, names in (("without", missing), ("with", extra)) if names]
     raise BadDataError(
         f"{source.path} is not '{name}': it has {len(source.class_names)} classes, where {name} has {len(official)}: "
         f"{' and '.join(differences)}.",
@@ -278,9 +278,8 @@ def _fill(
     return file.keep(np.asarray(content.labels)[kept].tolist(), kept), tuple(_readable(problem.name) for problem in problems)
 
 
-def _described(problems: Sequence[Problem], limit: int = 10) -> str:
-    shown = "; ".join(f"{problem.name} ({problem.reason})" for problem in problems[:limit])
-    return shown + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
+def _described(problems: Sequence[Problem]) -> str:
+    return first_few([f"{problem.name} ({problem.reason})" for problem in problems], 10, joint="; ")
 
 
 def _image_size(request: _Request, source: Source) -> int:

@@ -23,9 +23,9 @@ from ddkit.data.arrays import read_arrays
 from ddkit.data.cifar_archive import read_cifar
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.image_folders import read_image_folder
-from ddkit.data.listing import LAYOUTS, IncompleteLayoutError, Pixels, Source, pixel_source, some
+from ddkit.data.listing import LAYOUTS, IncompleteLayoutError, Pixels, Source, pixel_source
 from ddkit.data.parquet import read_parquet
-from ddkit.errors import BadDataError, MissingDataError
+from ddkit.errors import BadDataError, MissingDataError, first_few
 from ddkit.runtime.files import explain_os_error, why_not_a_file
 
 _MAX_DEPTH = 3  # folders above a layout
@@ -66,11 +66,11 @@ def open_source(path: Path, scratch: Path, *, classes: Sequence[str] = (), test_
         found = []
     found = [item for item in found if search.fits(item[1])] or found
     if len(found) > 1:
-        places = some(sorted(place for place, _ in found))
+        places = first_few(sorted(place for place, _ in found))
         raise BadDataError(f"{path} holds several datasets: {places}.", "Give the path of one of them to --from.")
     if not found:
         remedy = _SAVED_TO_DISK.format(path=path) if saved_to_disk else LAYOUTS
-        holds = some(sorted({*tree.folders[""][0], *tree.folders[""][1]})) or "nothing"
+        holds = first_few(sorted({*tree.folders[""][0], *tree.folders[""][1]})) or "nothing"
         raise BadDataError(f"{path} does not have a layout that ddkit knows; it holds {holds}.", remedy)
     return found[0][1]
 

@@ -320,9 +320,8 @@ def _array_shape(value: Any, rest: Sequence[Any]) -> tuple[int, ...] | None:
     function = value.function if isinstance(value, Call) else value
     if not isinstance(function, Global) or function.name not in ("_reconstruct", "_frombuffer", "ndarray", "scalar"):
         return None
-    parts = tuple(rest)
-    if isinstance(value, Call):
-        parts = next((p for p in (value.state, value.arguments) if isinstance(p, tuple)), ()) or parts
+    described = (value.state, tuple(rest), value.arguments) if isinstance(value, Call) else (tuple(rest),)
+    parts = next((parts for parts in described if isinstance(parts, tuple) and parts), ())
     shapes = (part for part in parts if isinstance(part, tuple) and part and all(type(size) is int for size in part))
     return next(shapes, ())
 

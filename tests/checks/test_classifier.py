@@ -63,4 +63,4 @@ def test_class_information_of_certain_and_of_constant_guesses():
 def test_fit_class_model_without_images_of_a_class_raises_bad_data_error():
     real = ImageSet(torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 0, 0, 1, 1, 1]), ("a", "b", "c"))
     with pytest.raises(BadDataError, match="Class 2 has 0 training images"):
-        fit_class_model(real, 3)
+        fit_class_model(real, 3, "glyphs")

@@ -166,6 +166,11 @@ def test_pairs_of_any_size_are_named(images):
     assert "more than" in message
 
 
+def test_array_that_was_not_read_whole_is_named_with_its_shape():
+    _, codes, message = read(saved(torch.zeros(400, 3, 32, 32).numpy()))
+    assert codes == ["T001"] and "a NumPy array of shape (400, 3, 32, 32)" in message
+
+
 def test_array_that_was_not_read_whole_is_not_counted(images):
     _, codes, message = read(saved([torch.zeros(400, 3, 32, 32).numpy(), torch.zeros(400).numpy()]))
     assert codes == ["T001"] and "a list of NumPy arrays" in message
