@@ -183,12 +183,12 @@ def _begin_or_resume(recipe: Recipe, folder: Path, seconds: float | None, device
         return _State(path, asked, outline, outline.recipe, spent=time.monotonic() - began)
     if differences := [name for name in sorted({*asked, *state.asked}) if asked.get(name) != state.asked.get(name)]:
         raise UsageError(
-            f"{folder} holds an entry with other settings ({', '.join(differences)}).",
+            f"{folder.absolute()} holds an entry with other settings ({', '.join(differences)}).",
             "Repeat the command that began it, or choose another folder with --folder.",
         )
     if (seconds is None) != (state.outline.seconds is None):
         raise UsageError(
-            f"{folder} holds an entry that was begun {'with' if seconds is None else 'without'} --time.",
+            f"{folder.absolute()} holds an entry that was begun {'with' if seconds is None else 'without'} --time.",
             "Repeat the command that began it, or choose another folder with --folder.",
         )
     if seconds == state.outline.seconds:

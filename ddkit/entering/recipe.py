@@ -13,7 +13,7 @@ from ddkit import challenge
 from ddkit.data.store import dataset_spec, is_prepared, store_hash
 from ddkit.distill.settings import RefineSettings, flatten
 from ddkit.errors import BadFileError, UsageError
-from ddkit.generator.config import BundleSettings
+from ddkit.generator.config import BUNDLE_SAMPLING, BundleSettings
 from ddkit.generator.presets import preset as preset_of
 from ddkit.runtime.files import explain_os_error, write_text
 from ddkit.runtime.records import Count, read_record
@@ -126,7 +126,7 @@ class Recipe:
         if not isinstance(sets, list):
             raise UsageError("A recipe has one table [[sets]] for each dataset.")
         try:
-            return read_record(cls, {**values, "sets": [_with_all_of_refine(each) for each in sets]})
+            return read_record(cls, {**values, "sets": list(map(_completed, sets))})
         except BadFileError as error:
             raise UsageError(f"{error.message}.", error.remedy) from error
 
@@ -159,6 +159,7 @@ def _set_to_json(each: SetRecipe) -> dict[str, Any]:
     if each.bundle is not None:
         bundle = {name: value for name, value in dataclasses.asdict(each.bundle).items() if value is not None}
         sampling = {name: value for name, value in bundle.pop("sampling").items() if name not in _UNUSED_BY_BUNDLES}
+        sampling["guidance_interval"] = list(each.bundle.sampling.guidance_interval)  # as JSON and TOML have it
         values["bundle"] = bundle | {"sampling": sampling}
     return values
 
@@ -174,9 +175,14 @@ def _refine_to_json(settings: RefineSettings) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in unused}
 
 
-def _with_all_of_refine(values: Any) -> Any:
-    """A set's values with all settings of its refinement, which are checked as those on the command line are."""
-    if not isinstance(values, Mapping) or not isinstance(values.get("refine"), Mapping):
+def _completed(values: Any) -> Any:
+    """A set's values with all settings of its refinement, checked as those on the command line are, and of its sampling."""
+    if not isinstance(values, Mapping):
         return values
-    refine = RefineSettings().with_changes(flatten(values["refine"]))
-    return {**values, "refine": dataclasses.asdict(refine)}
+    found = dict(values)
+    if isinstance(refine := found.get("refine"), Mapping):
+        found["refine"] = dataclasses.asdict(RefineSettings().with_changes(flatten(refine)))
+    bundle = found.get("bundle")
+    if isinstance(bundle, Mapping) and isinstance(sampling := bundle.get("sampling", {}), Mapping):
+        found["bundle"] = {**bundle, "sampling": {**dataclasses.asdict(BUNDLE_SAMPLING), **sampling}}
+    return found

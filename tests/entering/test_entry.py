@@ -142,6 +142,8 @@ def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_sample
     (result,) = read(work / "entry/runs/results.jsonl").results
     assert made.sets[0].bundle_settings.sampling.steps == 3 and made.sets[0].sha256 == result.sha256
     assert made.accuracies == {"glyphs": result.mean} and result.images == 20
+    status, _, said = finish("--recipe", "bundled.toml", "--folder", "entry")
+    assert status == 0 and "prepare glyphs, train glyphs, check and pack, evaluate glyphs." in " ".join(said.split()), said
 
     status, _, said = finish("--recipe", "entry/recipe.toml", "--folder", "again")
     assert status == 0 and "The bundle for glyphs is the same to the bit as the one that" in " ".join(said.split()), said
@@ -216,7 +218,7 @@ def test_more_time_refines_further_and_other_settings_are_refused(work):
         assert now > seconds
         seconds = now
     other = finish(*words, "--time", "3h", "--seed", "1")
-    assert other[0] == 2 and "holds an entry with other settings (seed, sets)" in " ".join(other[2].split())
+    assert other[0] == 2 and f"{work}/entry holds an entry with other settings (seed, sets)" in " ".join(other[2].split())
     recipe = finish("--recipe", "real.toml", "--folder", "entry")
     assert recipe[0] == 2 and "holds an entry with other settings" in " ".join(recipe[2].split())
 
