@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import click
 
 from ddkit.cli import debug_option
 from ddkit.cli._output import Output
+from ddkit.errors import UsageError
 from ddkit.generator.config import SAMPLERS, SAMPLING_PRECISIONS
 from ddkit.results import RESULTS_FILE
 
@@ -106,6 +107,13 @@ class Duration(click.ParamType):
         if match is None or float(match[1]) <= 0:
             self.fail(f"'{value}' is not a length of time. Write 90s, 20m or 1.5h.", param, ctx)
         return float(match[1]) * self._seconds_per[match[2]]
+
+
+def refuse_unused(options: Sequence[str], where: str) -> None:
+    """Raise UsageError if there are options that would do nothing. where: ends the sentence, such as "with --from-real"."""
+    if options:
+        have, them = ("has", "it") if len(options) == 1 else ("have", "them")
+        raise UsageError(f"{', '.join(options)} {have} no effect {where}.", f"Leave {them} out.")
 
 
 def example(text: str) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddkit.challenge import TRACKS
-from ddkit.cli._options import COUNT, FILE, PATH, SUBMISSION_FOLDER, example, ignore_option, output_options
+from ddkit.cli._options import COUNT, FILE, PATH, SUBMISSION_FOLDER, example, ignore_option, output_options, refuse_unused
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 from ddkit.results import RESULTS_FILE
@@ -65,8 +65,8 @@ def check(
         )
     if fix_order is not None:
         unused = {"ipc": "--ipc", "strict": "--strict", "ignore_codes": "--ignore"}
-        if given := [unused[name] for name in unused if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]:
-            raise UsageError(f"--fix-order checks nothing, so {', '.join(given)} has no effect.", "Leave it out.")
+        given = [unused[name] for name in unused if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
+        refuse_unused(given, "with --fix-order, which checks nothing")
         moved = order.reorder_rows(path, fix_order, dataset=dataset)
         output.result({"wrote": str(fix_order), "moved_rows": moved}, f"{moved} rows moved.")
         output.finish([fix_order], f"ddkit check {shlex.quote(str(fix_order))}" + (f" --dataset {dataset}" if dataset else ""))

@@ -7,7 +7,18 @@ from typing import Any
 
 import click
 
-from ddkit.cli._options import COUNT, FILE, FOLDER, RUNS_FOLDER, SUBMISSION_FOLDER, compute_options, example
+from ddkit.cli._options import (
+    COUNT,
+    FILE,
+    FOLDER,
+    RUNS_FOLDER,
+    SAMPLER,
+    SAMPLING_PRECISION,
+    SUBMISSION_FOLDER,
+    compute_options,
+    example,
+    refuse_unused,
+)
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 from ddkit.generator.config import (
@@ -15,8 +26,6 @@ from ddkit.generator.config import (
     BATCH_ON_GPU,
     FEW_IMAGES,
     MOST_SAMPLING_STEPS,
-    SAMPLERS,
-    SAMPLING_PRECISIONS,
     SamplingSettings,
     default_guidance,
 )
@@ -87,7 +96,7 @@ _METHODS = (
     "of their class do, and takes four times as long; 0 turns it off, and 0.05 helped on CIFAR-100.  "
     f"[default: {_DEFAULTS.influence_guidance:g}]",
 )
-@click.option("--sampler", type=click.Choice(SAMPLERS), help=f"Choose the sampler.  [default: {_DEFAULTS.sampler}]")
+@click.option("--sampler", type=SAMPLER, help=f"Choose the sampler.  [default: {_DEFAULTS.sampler}]")
 @click.option(
     "--batch-size",
     type=COUNT,
@@ -95,7 +104,7 @@ _METHODS = (
 )
 @click.option(
     "--precision",
-    type=click.Choice(SAMPLING_PRECISIONS),
+    type=SAMPLING_PRECISION,
     help="Compute in this precision. auto samples in bfloat16 on GPUs that compute it fast, and in float32 elsewhere, and "
     "chooses images in the faster one.  "
     f"[default: {_DEFAULTS.precision}]",
@@ -141,8 +150,7 @@ def generate(
         if from_real not in LABEL_METHODS:
             given.pop("precision", None)  # applies to the features that are compared
         names = [*(["model"] if model else []), *("sampling_steps" if name == "steps" else name for name in given)]
-        if unused := [f"--{name.replace('_', '-')}" for name in names]:
-            raise UsageError(f"{', '.join(unused)} has no effect with --from-real, which samples nothing.", "Leave it out.")
+        refuse_unused([f"--{name.replace('_', '-')}" for name in names], "with --from-real, which samples nothing")
         source = making.FromReal(from_real, seed, device, precision)
         origin = f"from its real training images ({from_real})"
     else:

@@ -25,6 +25,7 @@ from ddkit.cli._options import (
 from ddkit.cli._output import Output
 from ddkit.distill.settings import OBJECTIVES, PRESETS, RefineLimits, RefineSettings
 from ddkit.errors import UsageError
+from ddkit.network.plan import PRECISIONS
 from ddkit.runtime.progress import span_text
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ _DEFAULTS = RefineSettings()
 )
 @click.option(
     "--precision",
-    type=click.Choice(("auto", "float32", "bfloat16")),
+    type=click.Choice(("auto", *PRECISIONS)),
     help=f"Compute in this precision; auto takes the faster one.  [default: {_DEFAULTS.precision}]",
 )
 @click.option(

@@ -144,7 +144,10 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise UsageError(f"OptimizerConfig.weight_decay must not be negative, got {self.weight_decay}.")
         if self.batch_size % self.accumulation:
-            raise UsageError(f"A batch of {self.batch_size} cannot be split into {self.accumulation} equal parts.")
+            raise UsageError(
+                f"A batch of {self.batch_size} cannot be split into {self.accumulation} equal parts.",
+                "Choose another --batch-size or --accumulation.",
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate of the step with this index, counted from 0."""
@@ -275,7 +278,7 @@ class SamplingSettings:
                 raise UsageError(f"SamplingSettings.{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
-            raise UsageError(f"The guidance interval must lie within 0 and 1, got {low} to {high}.")
+            raise UsageError(f"The guidance interval must lie within 0 and 1, its lower end first, got {low} to {high}.")
 
 
 def from_json(value: Mapping[str, Any]) -> GeneratorConfig:

@@ -89,12 +89,12 @@ class Sampler:
         # A part is decoded in pieces of one size, because each size is compiled and tuned separately.
         self._decoded_at_once = min(self._part, images_at_once(model.autoencoder, self._latent_shape[1]))
         self._part -= self._part % self._decoded_at_once
-        self._guided: Callable[..., Tensor] = GuidedDenoiser(model.denoiser)
-        self._decoder: Callable[..., Tensor] = Decoder(model)
-        self._differentiable = self._guided, self._decoder  # what is compiled for inference has no gradients
+        self._differentiable = GuidedDenoiser(model.denoiser), Decoder(model)  # what is compiled for inference has no gradients
+        self._guided: Callable[..., Tensor]
+        self._decoder: Callable[..., Tensor]
+        self._guided, self._decoder = self._differentiable
         if self.settings.compile:
-            self._guided = compiled_for_inference(GuidedDenoiser(model.denoiser), self.device)
-            self._decoder = compiled_for_inference(Decoder(model), self.device)
+            self._guided, self._decoder = (compiled_for_inference(each, self.device) for each in self._differentiable)
         self._compiling = self.settings.compile  # until the first part is made
         scheduler = make_scheduler(self.settings.sampler, model.facts.prediction)
         self._shifts = modes is not None or influence is not None

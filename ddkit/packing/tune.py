@@ -212,8 +212,9 @@ def tune(
     """
     spec = dataset_spec(model.dataset)
     read_facts(model.folder, dataset=model.dataset)  # a missing model is reported before anything is downloaded
+    stages = f"{len(search.stages)} stage{'s' * (len(search.stages) > 1)}"
     on_event(
-        f"Trying {len(search.candidates)} settings of {source_name(model.folder)} in {len(search.stages)} stages: "
+        f"Trying {len(search.candidates)} settings of {source_name(model.folder)} in {stages}: "
         f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."
     )
     real = open_dataset(model.dataset, "train", progress=progress)

@@ -108,6 +108,8 @@ def _differences(record: RunRecord, before: RunRecord) -> list[str]:
         return ["class_names: the dataset had other classes then"]
     if before.image_size != record.image_size:
         return [f"image_size: {before.image_size}, not {record.image_size}"]
+    if (before.config.minimax is None) != (record.config.minimax is None):
+        return [f"method: {'diffusion, not minimax' if before.config.minimax is None else 'minimax, not diffusion'}"]
     found = differences(_comparable(record.config), _comparable(before.config))
     if found and before.preset != record.preset:
         return [f"preset: {before.preset}, not {record.preset}", *found]

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from ddkit.errors import UsageError
+from ddkit.generator.config import MinimaxConfig
 from ddkit.generator.training.run_folder import start_over
 from ddkit.generator.training.train import TrainingRequest, train
 
@@ -22,6 +23,14 @@ def test_another_preset_raises_usage_error_that_lists_the_differences(data, conf
     train(data, TrainingRequest(config, tmp_path, preset="demo"))
     with pytest.raises(UsageError, match="preset: demo, not tiny; seed: 0, not 3"):
         train(data, TrainingRequest(dataclasses.replace(config, seed=3), tmp_path, preset="tiny"))
+
+
+def test_another_method_raises_usage_error_that_names_both(data, config, tmp_path):
+    train(data, TrainingRequest(config, tmp_path / "own"))
+    train(data, TrainingRequest(config, tmp_path / "other"))
+    tuned = dataclasses.replace(config, minimax=MinimaxConfig(str(tmp_path / "own")))
+    with pytest.raises(UsageError, match="with other settings: method: diffusion, not minimax"):
+        train(data, TrainingRequest(tuned, tmp_path / "other"))
 
 
 def test_another_dataset_or_other_classes_raise_usage_error(data, config, tmp_path):
