@@ -114,7 +114,3 @@ def main() -> None:
     Track 1:   ddkit generate --from-real random, refine, evaluate, check, pack, report
     Track 2:   ddkit train, tune, pack --track 2, evaluate --track 2
     """
-
-
-if __name__ == "__main__":
-    sys.exit(main())

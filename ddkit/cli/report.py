@@ -112,7 +112,7 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
             shown = leaderboard_view(board.groups, output.out, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS)
             output.result(None, shown)
         for table in [*([rankings_table(board.rankings)] if board.rankings else []), *map(_quality_table, board.quality)]:
-            output.out.print(table)
+            output.result(None, table)
     output.finish(board.written, _next(board.results, html))
 
 

@@ -329,8 +329,7 @@ class Refinement:
         state, settings = self._state, self._settings
         generator = generator_for("cpu", "refine", settings.seed, state.step)
         segment = self._experts.sample_segment(generator)
-        if state.student_lr is None:
-            raise RuntimeError("_prepare_mtt comes first")
+        assert state.student_lr is not None, "_prepare_mtt comes first"
         match = self._student.match(self._images, *segment, state.student_lr, generator)
         if not math.isfinite(match.best_lr) or match.gradient is None:
             raise self._diverged("its gradients are not finite")

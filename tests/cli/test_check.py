@@ -79,7 +79,7 @@ def test_fix_order_writes_the_right_order_to_another_file(letters, work):
 
 def test_fix_order_with_options_that_judge_is_wrong_usage(work):
     finished = run("check", "glyphs.pt", "--fix-order", "out.pt", "--strict", "--ignore", "L001")
-    assert finished.exit_code == 2 and "--strict, --ignore has no effect" in finished.stderr
+    assert finished.exit_code == 2 and "--strict, --ignore have no effect" in finished.stderr
 
 
 @pytest.mark.slow

@@ -136,21 +136,6 @@ def estimate(
         return Estimate(tuple(probe.estimate(seconds, _RESERVE * free) for probe in probes), free)
 
 
-def check_memory(
-    config: GeneratorConfig,
-    image_size: int,
-    num_classes: int,
-    device: torch.device,
-    *,
-    processes: int = 1,
-    start: Start | None = None,
-) -> None:
-    """Raise ComputeError, saying what would fit, when a training needs more memory than the device has free."""
-    needed = estimate(config, image_size, num_classes, device, processes=processes, seconds=0, start=start)
-    if not needed.fits:
-        raise shortage(needed, config, image_size, num_classes, device, processes=processes)
-
-
 def shortage(
     needed: Estimate,
     config: GeneratorConfig,

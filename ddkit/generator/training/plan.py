@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ddkit.errors import ComputeError, MissingModelError, UsageError, did_you_mean
-from ddkit.generator.config import METHODS, GeneratorConfig
+from ddkit.generator.config import METHODS, GeneratorConfig, MinimaxConfig
 from ddkit.generator.model_facts import has_model
 from ddkit.generator.model_folder import Model
 from ddkit.generator.presets import DEFAULT_PRESET, GPU_PRESETS, MINIMAX_PRESET, preset
 from ddkit.generator.pretrained import Start, start_from
-from ddkit.generator.training.estimate import Estimate, check_memory, estimate, shortage
+from ddkit.generator.training.estimate import Estimate, estimate, shortage
 from ddkit.generator.training.run_folder import has_training, read_run_record
 from ddkit.generator.training.tracking import SCORE_NAMES
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
@@ -155,7 +155,7 @@ def plan_training(
     if config.minimax is not None:
         minimax = config.minimax
         start = start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
-        config = _completed(config, data, given, start, new=before is None)
+        config = _completed(config, minimax, data, given, start, new=before is None)
     score = before.score if before else ""
     if track_every is None:
         track_every = before.track_every if before else None
@@ -174,8 +174,9 @@ def plan_training(
 
 def require_memory(data: TrainingData, request: TrainingRequest) -> None:
     """Raise ComputeError, saying what would fit, when a training needs more memory than the device has free."""
-    subject = (request.config, data.image_size, data.num_classes, resolve_device(request.device))
-    check_memory(*subject, processes=processes(), start=request.start)
+    _, problem = measure_costs(data, request, seconds=0)
+    if problem is not None:
+        raise problem
 
 
 def require_time(data: TrainingData, request: TrainingRequest) -> None:
@@ -203,10 +204,12 @@ def require_time(data: TrainingData, request: TrainingRequest) -> None:
     )
 
 
-def measure_costs(data: TrainingData, request: TrainingRequest) -> tuple[Estimate, ComputeError | None]:
-    """The costs of a training, measured for seconds a stage, and the error that says what would fit if it does not fit."""
+def measure_costs(
+    data: TrainingData, request: TrainingRequest, *, seconds: float = 1.0
+) -> tuple[Estimate, ComputeError | None]:
+    """The costs of a training, and the error that says what would fit if it does not fit. seconds: as `estimate` takes it."""
     subject = (request.config, data.image_size, data.num_classes, resolve_device(request.device))
-    costs = estimate(*subject, processes=processes(), start=request.start)
+    costs = estimate(*subject, processes=processes(), seconds=seconds, start=request.start)
     return costs, None if costs.fits else shortage(costs, *subject, processes=processes())
 
 
@@ -259,12 +262,9 @@ def preset_for(image_size: int, num_classes: int, device_name: str) -> tuple[str
 
 
 def _completed(
-    config: GeneratorConfig, data: TrainingData, given: Mapping[str, Any], start: Start, *, new: bool
+    config: GeneratorConfig, minimax: MinimaxConfig, data: TrainingData, given: Mapping[str, Any], start: Start, *, new: bool
 ) -> GeneratorConfig:
     """The configuration of a fine-tuning with what its start decides. new: the training has not begun yet."""
-    minimax = config.minimax
-    if minimax is None:
-        return config
     changes: dict[str, Any] = {"objective.prediction": start.generator.prediction}
     if "steps" not in given and (new or "epochs" in given):
         batches = minimax.epochs * len(data.images) // config.denoiser_optimizer.batch_size

@@ -13,9 +13,15 @@ from ddkit.generator.networks import build_denoiser
 from ddkit.generator.presets import PRESETS
 from ddkit.generator.pretrained import start_from
 from ddkit.generator.training import estimate as module
-from ddkit.generator.training.estimate import Estimate, StageEstimate, check_memory, estimate
+from ddkit.generator.training.estimate import Estimate, StageEstimate, estimate, shortage
 
 CPU = torch.device("cpu")
+
+
+def check_memory(*subject, start=None):
+    costs = estimate(*subject, seconds=0, start=start)
+    if not costs.fits:
+        raise shortage(costs, *subject)
 
 
 def batches_of(config, size):
