@@ -56,9 +56,9 @@ def leaderboard_view(
     return Renderables(*parts, Text(f"\n{LEGEND}", style="dim"))
 
 
-def sparkline(values: Sequence[float], points: int = _CURVE_POINTS, bars: str = _BARS) -> str:
+def sparkline(values: Sequence[float], bars: str = _BARS) -> str:
     """Values as a row of bars; the lowest value is the lowest bar."""
-    sampled = sampled_curve(values, points)
+    sampled = sampled_curve(values, _CURVE_POINTS)
     if not sampled:
         return ""
     low, high = min(sampled), max(sampled)
@@ -155,7 +155,7 @@ def _difference(estimate: Estimate | None) -> Text:
 def _curve(row: Row, bars: str) -> str:
     """The first round's training loss on the first dataset that has a curve."""
     curves = [r.loss_curves[0] for r in row.results.values() if r.loss_curves]
-    return sparkline(curves[0], bars=bars) if curves else ""
+    return sparkline(curves[0], bars) if curves else ""
 
 
 def comparison_view(compared: SetsCompared, *, show_all: bool = False) -> RenderableType:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddkit.checks.check import CheckSettings, Report, check_path, submission_files
+from ddkit.challenge import TRACKS
+from ddkit.checks.check import Report, check_path, submission_files
 from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.history import PackedRecords, find_recipe
 from ddkit.packing.zipping import write_zip
@@ -45,7 +46,6 @@ def pack(
     *,
     strict: bool = False,
     ignore_codes: Collection[str] = (),
-    settings: CheckSettings = CheckSettings(),
     name: str | None = None,
     records: PackedRecords | None = None,
     on_report: Callable[[Report], object] | None = None,
@@ -68,7 +68,7 @@ def pack(
         raise MissingDataError(f"There is no submission folder {folder}.", "Make a set first: ddkit generate")
     before = {file.name: _hash_of(file) for file in submission_files(folder)[0]}
     chosen, remark = records.choose_name(name, out.stem, before) if records else ("", "")
-    report = check_path(folder, settings=settings, progress=progress).ignoring(ignore_codes)
+    report = check_path(folder, progress=progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     if not report.ok:
         raise RefusedSubmissionError(folder, report)
@@ -85,7 +85,7 @@ def pack(
         written = write_zip({file.name: file for file in files}, temporary)
         if written != before:
             raise BadFileError(f"{folder} changed while it was being packed.", "Run it again.")
-        _verify(temporary, written, folder, settings)
+        _verify(temporary, written, folder)
     if records:
         recipe = next(filter(None, (find_recipe(folder / file, sha256) for file, sha256 in written.items())), "")
         records.add(chosen, out, sha256_of(out), 1, written, recipe)
@@ -112,7 +112,7 @@ def _hash_of(path: Path) -> str:
         return ""
 
 
-def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSettings) -> None:
+def _verify(path: Path, written: dict[str, str], origin: Path) -> None:
     """Unpack the zip as the scorer does and load each tensor.
 
     origin: the folder the tensors come from. Raises BadFileError if anything differs from what was written,
@@ -129,7 +129,7 @@ def _verify(path: Path, written: dict[str, str], origin: Path, settings: CheckSe
                         f"{path}: '{name}' read back differs from what was written.", "Check the disk, and pack again."
                     )
                 try:
-                    read_set(unpacked, unpacked.stem, ipc=settings.ipc)
+                    read_set(unpacked, unpacked.stem, ipc=TRACKS[1].ipc)
                 except InvalidSubmissionError as error:
                     raise InvalidSubmissionError(
                         f"{origin / name} is not packed: the scorer could not use it.",

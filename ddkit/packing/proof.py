@@ -65,14 +65,13 @@ class Proof:
     budget: float
 
 
-def prove(bundle: Path, settings: ProofSettings | None = None, *, progress: Listener = ignore) -> tuple[Proof, ...]:
+def prove(bundle: Path, settings: ProofSettings, *, progress: Listener = ignore) -> tuple[Proof, ...]:
     """Unpack a bundle's zip into an empty folder, run it there for each of its datasets, and check what comes out.
 
     The interpreter is isolated (`python -I`). Only the packages that the bundle requires, and those that these require,
     can be imported; model hubs are offline, and the working folder is another one.
     Raises InvalidSubmissionError, saying what is wrong about the bundle, and ComputeError with the script's last lines.
     """
-    settings = settings or ProofSettings()
     with tempfile.TemporaryDirectory(prefix="ddkit-proof-") as temporary:
         folder, elsewhere = Path(temporary) / "bundle", Path(temporary) / "elsewhere"
         folder.mkdir()

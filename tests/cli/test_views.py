@@ -85,7 +85,7 @@ def test_sparklines(values, bars):
 
 
 def test_a_sparkline_samples_long_curves_ends_included():
-    bars = sparkline([0.0, *[1.0] * 500, 2.0], points=10)
+    bars = sparkline([0.0, *[1.0] * 500, 2.0])
     assert len(bars) == 10 and bars[0] == "▁" and bars[-1] == "█"
 
 
