@@ -14,7 +14,7 @@ from torch import Tensor
 from ddkit.challenge import CHALLENGE_DATASETS, TRACKS, DatasetSpec
 from ddkit.checks.archive import TENSOR_ENDINGS, read_members
 from ddkit.checks.content import content_findings
-from ddkit.checks.normalization import normalization_findings
+from ddkit.checks.normalization import judge_normalization
 from ddkit.checks.order import order_findings
 from ddkit.data.store import dataset_spec, known_names, load_dataset
 from ddkit.errors import DDKitError, InvalidSubmissionError
@@ -241,7 +241,8 @@ def meaning_findings(tensor: Tensor, spec: DatasetSpec, where: str, *, progress:
 
     tensor: (C * ipc, 3, S, S) float32, finite.
     """
-    findings = normalization_findings(tensor, spec, where)
+    verdict = judge_normalization(tensor, spec, where)
+    findings = [verdict.finding] if verdict else []
     if any(finding.level == "error" for finding in findings):
         # Images that are normalized in another way resemble no class, so that their order would be judged wrongly.
         return findings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,9 @@ def content_findings(images: Tensor, spec: DatasetSpec, where: str, *, test_imag
     for row in unlike.tolist():
         same[prints[row]].append(row)
     exact = [(rows[0], row) for rows in same.values() for row in rows[1:]]
-    near = [(int(unlike[a]), int(unlike[b])) for a, b in near_pairs(pixels[unlike])]
-    near = [(a, b) for a, b in near if prints[a] != prints[b]]
+    others = pixels[unlike]
+    pairs = {(int(unlike[a]), int(unlike[b])) for a, b in map(sorted, _near_copies(others, others))}
+    near = sorted((a, b) for a, b in pairs if prints[a] != prints[b])
     ipc = len(images) // spec.num_classes
     findings += _pair_findings(exact, ("C002", "C003"), "the same at 8 bits", 0, ipc, where)
     # Real images hold a few pairs that look alike; many pairs are a mistake.
@@ -70,9 +71,10 @@ def _test_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, test
     """Findings C006 and C007: images that are in the real test set, pixel by pixel or nearly."""
     test_rows = {fingerprint: row for row, fingerprint in enumerate(_fingerprints(test_images))}
     exact = [(row, test_rows[prints[row]]) for row in unlike.tolist() if prints[row] in test_rows]
-    copied = {row for row, _ in exact}
-    near = [(int(unlike[row]), other) for row, other in _near_matches(pixels[unlike], test_images)]
-    near = [pair for pair in near if pair[0] not in copied]
+    nearest: dict[int, int] = {}
+    for row, other in _near_copies(pixels[unlike], test_images):
+        nearest.setdefault(int(unlike[row]), other)
+    near = sorted((row, other) for row, other in nearest.items() if prints[row] not in test_rows)
     findings = []
     if exact:
         message = f"{len(exact)} images are test images, pixel by pixel: {_pair_words(exact, ' is test image ')}."
@@ -84,45 +86,26 @@ def _test_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, test
     return findings
 
 
-def near_pairs(pixels: Tensor) -> list[tuple[int, int]]:
-    """Pairs (a, b), a < b, of images that are nearly the same, or the same mirrored.
+def _near_copies(images: Tensor, others: Tensor) -> Iterator[tuple[int, int]]:
+    """(row, other row) of images that are nearly one of the others, or a mirrored one; of each, the most similar only.
 
-    pixels: (N, 3, S, S) float in units of [0, 1]. Each image is paired with the most similar one only.
+    images: (N, 3, S, S) float in units of [0, 1]. others: the same or uint8, or `images` itself.
     """
-    thumbs, mirrored = _unit_thumbs(pixels), _unit_thumbs(pixels.flip(-1))
-    pairs = set()
-    for start in range(0, len(pixels), _BATCH):
-        for others, mirror in ((thumbs, False), (mirrored, True)):
-            alike = thumbs[start : start + _BATCH] @ others.mT
-            # An image that equals its own mirror image is symmetric, not a pair.
-            alike[torch.arange(len(alike)), torch.arange(start, start + len(alike))] = -1
-            for row, other in _above(alike, start):
-                if _really_alike(pixels[row], pixels[other].flip(-1) if mirror else pixels[other]):
-                    pairs.add((min(row, other), max(row, other)))
-    return sorted(pairs)
+    thumbs = torch.cat([_unit_thumbs(_in_unit(batch)) for batch in others.split(_BATCH)])
+    for candidates in (images, images.flip(-1)):
+        for start, ours in zip(range(0, len(images), _BATCH), _unit_thumbs(candidates).split(_BATCH), strict=False):
+            likeness = ours @ thumbs.mT
+            if others is images:  # an image is no copy of itself, nor of its mirror image if it is symmetric
+                likeness.diagonal(start).fill_(-1)
+            values, columns = likeness.max(dim=1)
+            for row in (values > _THUMB_ALIKE).nonzero().flatten().tolist():
+                other = int(columns[row])
+                if _really_alike(candidates[start + row], _in_unit(others[other])):
+                    yield start + row, other
 
 
-def _near_matches(pixels: Tensor, test_images: Tensor) -> list[tuple[int, int]]:
-    """(row, test row) of images that are nearly a test image, or a mirrored one."""
-    thumbs = torch.cat([_unit_thumbs(batch.float() / 255) for batch in test_images.split(_BATCH)])
-    matches: dict[int, int] = {}
-    for mirror in (False, True):
-        ours = _unit_thumbs(pixels.flip(-1) if mirror else pixels)
-        for start in range(0, len(pixels), _BATCH):
-            for row, other in _above(ours[start : start + _BATCH] @ thumbs.mT, start):
-                image = pixels[row].flip(-1) if mirror else pixels[row]
-                if _really_alike(image, test_images[other].float() / 255):
-                    matches.setdefault(row, other)
-    return sorted(matches.items())
-
-
-def _above(alike: Tensor, start: int) -> Iterable[tuple[int, int]]:
-    """The pairs (row, column of its largest value) of the rows in which that value is above the threshold."""
-    if not alike.numel():
-        return []
-    values, columns = alike.max(dim=1)
-    rows = (values > _THUMB_ALIKE).nonzero().flatten()
-    return zip((rows + start).tolist(), columns[rows].tolist(), strict=True)
+def _in_unit(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def _unit_thumbs(pixels: Tensor) -> Tensor:

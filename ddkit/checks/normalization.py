@@ -84,17 +84,12 @@ class Verdict:
     constants: Constants | None = None
 
 
-def normalization_findings(images: Tensor, spec: DatasetSpec, where: str) -> list[Finding]:
+def judge_normalization(images: Tensor, spec: DatasetSpec, where: str = "") -> Verdict | None:
     """Judge how the values were normalized (codes N001 to N012; a table is in submission/README.md).
 
     images: (N, 3, S, S) float32, finite. The real images are not needed.
+    Returns None if nothing speaks for or against the right constants.
     """
-    verdict = judge_normalization(images, spec, where)
-    return [verdict.finding] if verdict else []
-
-
-def judge_normalization(images: Tensor, spec: DatasetSpec, where: str = "") -> Verdict | None:
-    """Like `normalization_findings`, with the constants; None if nothing speaks for or against the right ones."""
     sample = images[:: max(1, len(images) // _ROWS_COMPARED)]
     count, channels, side, _ = sample.shape
     if _roughness(sample.reshape(count, side, side, channels).permute(0, 3, 1, 2)) < _SMOOTHER * _roughness(sample):

@@ -15,8 +15,7 @@ def normalize(images: Tensor, spec: DatasetSpec) -> Tensor:
     """(N, 3, S, S) uint8 in [0, 255] or float in [0, 1] -> float32, (x - mean) / std per channel."""
     if images.dtype == torch.uint8:
         return normalize_(images.float(), spec)  # one copy of what may be gigabytes
-    unit = images.float()
-    return (unit - _constants(spec.mean, unit.device)) / _constants(spec.std, unit.device)
+    return (images.float() - _constants(spec.mean, images.device)) / _constants(spec.std, images.device)
 
 
 def normalize_(pixels: Tensor, spec: DatasetSpec) -> Tensor:
@@ -26,8 +25,7 @@ def normalize_(pixels: Tensor, spec: DatasetSpec) -> Tensor:
 
 def denormalize(images: Tensor, spec: DatasetSpec) -> Tensor:
     """(N, 3, S, S) normalized float -> float32 in the units of [0, 1]. Values outside are not clamped."""
-    unit = images.float()
-    return unit * _constants(spec.std, unit.device) + _constants(spec.mean, unit.device)
+    return images.float() * _constants(spec.std, images.device) + _constants(spec.mean, images.device)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ class StoreFacts:
     listed_order: tuple[str, ...] = ()
     prepared: str = ""  # ISO 8601, UTC
     ddkit_version: str = ""
-    format: int = field(default=FORMAT_VERSION)
+    format: int = FORMAT_VERSION
 
     @property
     def spec(self) -> DatasetSpec:

@@ -25,8 +25,7 @@ def density_and_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBORS) ->
             f"generated one, but the shapes are {tuple(real.shape)} and {tuple(generated.shape)}."
         )
     held, covered = torch.zeros((2,), dtype=torch.int64, device=real.device)
-    for start in range(0, len(real), _ROWS_AT_ONCE):
-        rows = real[start : start + _ROWS_AT_ONCE]
+    for rows in real.split(_ROWS_AT_ONCE):
         # k + 1, since the nearest one is the image itself.
         radius = _distances(rows, real).kthvalue(k + 1, dim=1).values
         inside = _distances(rows, generated) <= radius[:, None]

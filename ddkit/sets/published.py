@@ -111,9 +111,16 @@ class _Published:
     def read(self) -> LabeledImages:
         if foreign := foreign_names(self.opened.names - {_OF_ARGUMENTS}):
             raise self._refused(runs_code(foreign, self.path.name).message)
-        found = self._of(self.opened.value)
+        value = self.opened.value
+        found = None
+        if isinstance(value, StoredTensor):
+            found = self._of_tensor(value)
+        elif (entries := as_dict(value)) is not None:
+            found = self._of_dict(entries)
+        elif isinstance(value, (list, tuple)):
+            found = self._of_sequence(value)
         if found is None:
-            described, _ = describe_value(self.opened, self.opened.value, self.spec)
+            described, _ = describe_value(self.opened, value, self.spec)
             raise InvalidSubmissionError(
                 f"{self.path} holds {described}. ddkit finds no images with labels in it.",
                 "Save them as a list of two tensors: torch.save([images, labels], PATH).",
@@ -122,23 +129,15 @@ class _Published:
             raise self._refused("It has too many parts to be read. Stack them: torch.save([images, labels], PATH).")
         return found
 
-    def _of(self, value: Any) -> LabeledImages | None:
-        """The set that a part of the file is; None if it is not one."""
-        if (whole := self._tensor(value)) is not None:
-            return self._of_tensor(whole)
-        if (entries := as_dict(value)) is not None:
-            return self._of_dict(entries)
-        return self._of_sequence(value) if isinstance(value, (list, tuple)) else None
-
     def _of_tensor(self, images: StoredTensor) -> LabeledImages:
         if neighbor := labels_next_to(self.path):
             with _opened(neighbor) as opened:
                 if not isinstance(opened.value, StoredTensor):
                     raise InvalidSubmissionError(f"{neighbor} does not hold the labels of {self.path.name} as one tensor.")
-                labels, reduced = self._labels(opened.load(opened.value), len_of(images))
+                labels, reduced = self._labels(opened.load(opened.value), _count(images))
             layout = f"images, with their labels in {neighbor.name}"
             return replace(self._made(images, labels, layout, reduced=reduced), one_file=False)
-        count, classes = len_of(images), self.spec.num_classes
+        count, classes = _count(images), self.spec.num_classes
         if count == 0 or count % classes:
             raise self._refused(
                 f"It holds {count:,} images without labels, which is not a multiple of the {classes} classes of "
@@ -198,9 +197,9 @@ class _Published:
             return None
         values = self._tensor(labels)
         if values is not None and len(values.shape) in (1, 2):
-            return stored, *self._labels(self._load(values), len_of(stored))
+            return stored, *self._labels(self._load(values), _count(stored))
         if isinstance(labels, (list, tuple)) and labels and all(type(label) is int for label in labels):
-            return stored, *self._labels(_as_tensor(labels), len_of(stored))
+            return stored, *self._labels(_as_tensor(labels), _count(stored))
         return None
 
     def _labels(self, values: Tensor, count: int) -> tuple[Tensor, bool]:
@@ -220,7 +219,11 @@ class _Published:
                 )
             one_hot = whole and bool((values.sum(1) == 1).all()) and bool((values.amin(1) == 0).all())
             if not one_hot and not self.argmax:
-                raise self._soft()
+                raise InvalidSubmissionError(
+                    f"{self.path} has soft labels, (N, {self.spec.num_classes}) probabilities or logits. The challenge trains "
+                    "with hard ones.",
+                    "Reduce them to their largest class with --argmax, which loses what the soft labels say.",
+                )
             if values.isnan().any():
                 raise self._refused("Its soft labels hold values that are NaN.")
             reduced = not one_hot
@@ -230,13 +233,6 @@ class _Published:
         labels = values.long()
         self._require_classes(labels)
         return labels, reduced
-
-    def _soft(self) -> InvalidSubmissionError:
-        return InvalidSubmissionError(
-            f"{self.path} has soft labels, (N, {self.spec.num_classes}) probabilities or logits. The challenge trains with "
-            "hard ones.",
-            "Reduce them to their largest class with --argmax, which loses what the soft labels say.",
-        )
 
     def _require_classes(self, labels: Tensor) -> None:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.spec.num_classes:
@@ -302,7 +298,7 @@ def _as_tensor(labels: Iterable[int]) -> Tensor:
     return torch.tensor([min(max(label, limits.min), limits.max) for label in labels])
 
 
-def len_of(stored: StoredTensor) -> int:
+def _count(stored: StoredTensor) -> int:
     """The size of the first dimension; 0 for a single number."""
     return stored.shape[0] if stored.shape else 0
 

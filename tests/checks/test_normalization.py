@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from ddkit.challenge import CIFAR100, TINYIMAGENET
-from ddkit.checks.normalization import normalization_findings
+from ddkit.checks.normalization import judge_normalization
 from ddkit.data.images import denormalize, normalize, to_uint8
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -25,7 +25,8 @@ def with_constants(images, mean, std):
 
 
 def found(images, spec=CIFAR100):
-    return {finding.code: finding.level for finding in normalization_findings(images, spec, "set.pt")}
+    verdict = judge_normalization(images, spec)
+    return {verdict.finding.code: verdict.finding.level} if verdict else {}
 
 
 @pytest.mark.parametrize("spec", [CIFAR100, TINYIMAGENET])
@@ -51,7 +52,7 @@ def test_other_constants_are_named_for_8_bit_and_for_clipped_images(mean, std, c
 
 
 def test_message_gives_the_evidence_and_the_right_constants():
-    [finding] = normalization_findings(with_constants(pictures(), *CIFAR10), CIFAR100, "set.pt")
+    finding = judge_normalization(with_constants(pictures(), *CIFAR10), CIFAR100).finding
     assert "CIFAR-10" in finding.message and "100.0% of the values" in finding.message
     assert "0.5071, 0.4866, 0.4409" in finding.message
 
@@ -151,7 +152,7 @@ def test_any_wrong_constants_of_real_images_are_solved_and_can_be_converted(vari
     spec, mean, std, code = WRONG_8_BIT[variant]
     pixels = request.getfixturevalue(f"{spec.name}_images")
     images = with_constants(pixels, mean, std)
-    [finding] = normalization_findings(images, spec, "set.pt")
+    finding = judge_normalization(images, spec).finding
     assert (finding.level, finding.code) == ("error", code)
     right = converted(images, finding.message)
     torch.testing.assert_close(right, normalize(pixels, spec), rtol=0, atol=1e-3)
@@ -161,7 +162,7 @@ def test_any_wrong_constants_of_real_images_are_solved_and_can_be_converted(vari
 @pytest.mark.slow
 def test_constants_of_real_images_are_found_in_half_precision_and_with_values_changed(cifar100_images):
     images = with_constants(cifar100_images, (0.4321, 0.5432, 0.3217), (0.2123, 0.3087, 0.1955))
-    [half] = normalization_findings(images.half().float(), CIFAR100, "set.pt")
+    half = judge_normalization(images.half().float(), CIFAR100).finding
     assert half.code == "N004" and "mean 0.4321, 0.5432, 0.3217 and std 0.2123, 0.3087, 0.1955" in half.message
     images[::200] = 0  # five blank images
     assert found(images) == {"N004": "error"}
@@ -171,7 +172,7 @@ def test_constants_of_real_images_are_found_in_half_precision_and_with_values_ch
 @pytest.mark.slow
 def test_bgr_images_with_bgr_constants_are_flipped_back(cifar100_images):
     right = normalize(cifar100_images, CIFAR100)
-    [finding] = normalization_findings(right.flip(1), CIFAR100, "set.pt")
+    finding = judge_normalization(right.flip(1), CIFAR100).finding
     assert finding.code == "N006"
     assert torch.equal(converted(right.flip(1), finding.message), right)
 
