@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 import ddkit
@@ -73,7 +74,7 @@ def test_load_dataset_and_generate_report_their_progress(tmp_path):
 @pytest.mark.slow
 def test_the_python_example_of_the_readme_runs(letters, tmp_path):
     (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run("-c", example, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"submission/glyphs\.pt 0\.\d+ \(", done.stdout) and "submission.zip" in done.stdout
     assert Path(tmp_path, "report.html").is_file() and Path(tmp_path, "runs/results.jsonl").is_file()

@@ -1,7 +1,6 @@
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from click.testing import CliRunner
@@ -34,7 +33,7 @@ def test_check_of_an_unacceptable_submission_exits_with_1_and_a_table(half_submi
 
 @pytest.mark.slow
 def test_check_with_json_prints_nothing_else_on_stdout(half_submission):
-    finished = subprocess.run([sys.executable, "-m", "ddkit", "check", "--json"], capture_output=True, text=True)
+    finished = processes.run("-m", "ddkit", "check", "--json")
     report = json.loads(finished.stdout)
     assert report["ok"] is False
     assert {"level", "code", "message", "where"} == set(report["findings"][0])

@@ -1,9 +1,8 @@
 """`ddkit generate` as a person runs it."""
 
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from click.testing import CliRunner
@@ -89,13 +88,12 @@ def test_several_processes_make_the_same_sets_as_they_come_and_chosen(colors, co
         for name, command in (("all", words), ("chosen", chosen))
     )
     (tmp_path / "both.py").write_text(both)
-    # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "both.py"]
-    shared = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert shared.returncode == 0, shared.stderr
+    shared = processes.run_together("both.py", cwd=tmp_path)
+    assert [process.returncode for process in shared] == [0, 0], shared
+    shown = "".join(process.stdout for process in shared)
     decoder, said, place = json.JSONDecoder(), [], 0
-    while place < len(shared.stdout.rstrip()):
-        one, place = decoder.raw_decode(shared.stdout, place)
+    while place < len(shown.rstrip()):
+        one, place = decoder.raw_decode(shown, place)
         said.append(one["tensor"])
         place += 1
     assert said == ["shared/all/set.pt", "shared/chosen/set.pt"], "one of them speaks"

@@ -4,9 +4,8 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from click.testing import CliRunner
@@ -101,8 +100,7 @@ def test_presets_are_those_of_the_library_and_options_change_single_settings(sub
 @pytest.mark.slow
 def test_refine_stopped_while_it_validates_stops_at_once(submission, tmp_path):
     settings = [*VALIDATE, "val_epochs=100000"]
-    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "5", *settings]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = processes.start("-m", "ddkit", "refine", submission, "--steps", "5", *settings)
     for line in process.stderr:
         if "Validating" in line:
             break
@@ -119,9 +117,7 @@ def test_refine_stopped_while_it_validates_stops_at_once(submission, tmp_path):
 def test_refine_stopped_while_it_validates_resumes_with_validation(submission, tmp_path):
     """The length of a validation is a setting of the run, so that this one takes just long enough to be stopped in."""
     words = [str(submission), "--steps", "2", *VALIDATE, "val_epochs=60"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddkit", "refine", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+    process = processes.start("-m", "ddkit", "refine", *words)
     for line in process.stderr:
         if "Validating" in line:
             break
@@ -136,9 +132,8 @@ def test_refine_stopped_while_it_validates_resumes_with_validation(submission, t
 
 @pytest.mark.slow
 def test_refine_stopped_between_steps_saves_and_resumes(submission, tmp_path):
-    command = [sys.executable, "-m", "ddkit", "refine", str(submission), "--steps", "100000", *QUICK]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+    process = processes.start("-m", "ddkit", "refine", submission, "--steps", "100000", *QUICK, env=environment)
     for line in process.stderr:
         if "Refining: " in line:
             break

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 
+import processes
 import pytest
 import safetensors.torch
 import torch
@@ -66,7 +66,7 @@ def test_opening_a_large_store_reads_almost_nothing(tmp_path, pets):
     )
     if not sys.platform.startswith("linux"):
         pytest.skip("reads the memory in use from /proc")
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    finished = processes.run("-c", program)
     assert finished.returncode == 0, finished.stderr
     images, mebibytes = map(int, finished.stdout.split())
     assert images == 64 and mebibytes < 48

@@ -2,10 +2,9 @@
 
 import logging
 import signal
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
 from click.testing import CliRunner
@@ -92,7 +91,7 @@ def test_stopped_or_killed_command_continues(colors, colors_model, tmp_path, ipc
         str(out), "--ipc", str(ipc), "--sampling-steps", "60", "--batch-size", "10",
         *(word for name, value in choice.items() for word in (f"--{name}", str(value))),
     ]  # fmt: skip
-    said = _stopped([sys.executable, "-m", "ddkit", *words], out.parent, how)
+    said = _stopped(("-m", "ddkit", *words), out.parent, how)
     assert ("Run the same command again" in said) == (how is signal.SIGTERM)
     assert not out.exists()
     rows_kept = sum(len(load_file(path)["images"]) for path in part_files(out.parent))
@@ -109,9 +108,9 @@ def test_stopped_or_killed_command_continues(colors, colors_model, tmp_path, ipc
 
 def _stopped(command, folder, how):
     """Start it and send a signal once it has kept something; returns what it said."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = processes.start(*command)
     limit = time.monotonic() + 120
-    while not part_files(folder) and process.poll() is None:
+    while not part_files(folder) and process.returncode is None:
         assert time.monotonic() < limit
         time.sleep(0.02)
     process.send_signal(how)

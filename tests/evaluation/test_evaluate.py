@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -187,14 +188,14 @@ with open({state!r} + os.environ.get("RANK", "0") + ".json", "w") as file:
 """
 
 
-def start(state, epochs_setting, prefix=(sys.executable,)):
-    """A process that evaluates, keeping its state after every epoch, and leaves its outcome beside the state."""
+def write_script(state, epochs_setting):
+    """A program that evaluates, keeping its state after every epoch, and leaves its outcome beside the state."""
     program = PROGRAM.format(
         folder=str(Path(__file__).parent), module=Path(__file__).stem, epochs=epochs_setting, state=str(state)
     )
     script = state.with_suffix(".py")
     script.write_text(program)
-    return subprocess.Popen([*prefix, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=state.parent)
+    return script
 
 
 def read_until(process, done):
@@ -210,7 +211,7 @@ def test_killed_evaluation_continues_to_the_same_bits(tmp_path):
     undisturbed = evaluated(epochs_setting=9)
     state = tmp_path / "state"
     for number, status, done in ((signal.SIGKILL, -signal.SIGKILL, 4), (signal.SIGTERM, 130, 14)):
-        process = start(state, 9)
+        process = processes.start(write_script(state, 9))
         read_until(process, done)  # in the first round, in the second
         process.send_signal(number)
         process.communicate()
@@ -225,10 +226,10 @@ def test_processes_share_the_rounds(tmp_path):
     alone = evaluated()
     # `accelerate launch` starts several processes on GPUs only; on CPUs torchrun sets the same environment.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = start(tmp_path / "state", 3, prefix=launch)
-    reported, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert sorted(map(float, reported.split())) == [1, 1, 2, 2, 3, 3, 4, 4]  # epochs: each did a round of its own
+    script = write_script(tmp_path / "state", 3)
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(map(float, done.stdout.split())) == [1, 1, 2, 2, 3, 3, 4, 4]  # epochs: each did a round of its own
     first, second = (json.loads((tmp_path / f"state{rank}.json").read_text()) for rank in range(2))
     assert first == second  # both know all
     assert len(first[0]) == 2
@@ -489,7 +490,7 @@ print((peak() - before) / made.images.nbytes)
 
 @pytest.mark.slow
 def test_pixels_of_a_generator_take_their_own_size_in_memory(tmp_path):
-    finished = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=False)
+    finished = processes.run("-c", MEASURE, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert float(finished.stdout) < 1.2
 

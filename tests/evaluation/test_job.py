@@ -1,9 +1,6 @@
 """Files evaluated by one call, as a notebook does it."""
 
-import os
-import subprocess
-import sys
-
+import processes
 import pytest
 import torch
 
@@ -135,9 +132,6 @@ print(opened.count(sys.argv[1]))
 
 @pytest.mark.slow
 def test_a_set_is_opened_once_to_hash_and_once_to_load_it(folder, tmp_path):
-    finished = subprocess.run(
-        [sys.executable, "-c", OPENS, str(folder / "colors.pt")],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ,
-    )  # fmt: skip
+    finished = processes.run("-c", OPENS, folder / "colors.pt", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert int(finished.stdout) <= 2

@@ -1,14 +1,14 @@
 """The minimax criteria: recorded values, a plain version beside them, memories, several processes, and bad input."""
 
 import copy
-import socket
 from collections import defaultdict, deque
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn import functional as F
 
 from ddkit.errors import UsageError
@@ -188,10 +188,10 @@ def test_criteria_without_classes_or_places_raise_usage_error(sizes):
         MinimaxCriteria(*sizes)
 
 
-def one_of_two(rank, port, folder):
+def one_of_two(folder):
     """A process of a group of two; each sees half of every batch."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     criteria, results = MinimaxCriteria(CLASSES, MEMORY), []
     for seed in range(4):
         own = [rows.chunk(2)[rank] for rows in batch(8, seed)]
@@ -203,10 +203,12 @@ def one_of_two(rank, port, folder):
 @pytest.mark.slow
 def test_two_processes_compute_the_same_as_one(tmp_path):
     """Values and memories are those of the whole batch; gradients averaged as DistributedDataParallel does as well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    here = Path(__file__)
+    code = (
+        f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem}; {here.stem}.one_of_two({str(tmp_path)!r})"
+    )
+    both = processes.run_together("-c", code)
+    assert [process.returncode for process in both] == [0, 0], both
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = MinimaxCriteria(CLASSES, MEMORY)
     for seed, (one, other) in enumerate(zip(first[0], second[0], strict=True)):

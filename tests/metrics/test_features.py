@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
+import shutil
 import signal
 
+import processes
 import pytest
 import torch
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
-from ddkit.metrics import features
 from ddkit.metrics.features import ConvNetFeatures, FeatureSettings, _training_images, convnet_features, is_cached
 from ddkit.metrics.frechet import frechet_distance
 from ddkit.runtime.files import cache_folder
-from ddkit.runtime.progress import Progress
 
 SPEC = DatasetSpec("stripes", 2, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 QUICK = FeatureSettings(images=120, epochs=3)
@@ -70,31 +68,36 @@ def test_the_network_is_trained_once_and_found_again():
     torch.testing.assert_close(first(dataset.images[:8]), again(dataset.images[:8]))
 
 
+# Train the network, saving its state after each epoch; the process dies when it has seen 240 images.
+TRAIN_UNTIL_KILLED = f"""
+import os, signal, sys, torch
+from ddkit.challenge import DatasetSpec
+from ddkit.data.store import ImageSet
+from ddkit.metrics import features
+def kill(report):
+    if report.done >= 240:
+        os.kill(os.getpid(), signal.SIGKILL)
+features._SECONDS_BETWEEN_SAVES = 0
+dataset, settings = torch.load(sys.argv[1], weights_only=True)
+settings = features.FeatureSettings(**settings)
+features.convnet_features(ImageSet(**dataset), {SPEC!r}, settings, progress=kill)
+"""
+
+
 @pytest.mark.slow
-def test_killed_training_continues_and_ends_with_the_network_of_an_unbroken_one(tmp_path, monkeypatch):
+def test_killed_training_continues_and_ends_with_the_network_of_an_unbroken_one(tmp_path, own_cache, monkeypatch):
     dataset, settings, reports = stripes(200, 0), dataclasses.replace(QUICK, precision="float32"), []
     unbroken = convnet_features(dataset, SPEC, settings)
+    # Without the network, but with the engine that was chosen: another one would round differently.
+    shutil.copytree(own_cache, tmp_path, ignore=shutil.ignore_patterns("_features"), dirs_exist_ok=True)
     monkeypatch.setenv("DDKIT_CACHE", str(tmp_path))
-    killed = multiprocessing.get_context("spawn").Process(target=_train_until_killed, args=(dataset, settings, 240))
-    killed.start()
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL and not is_cached(dataset, SPEC, settings)
+    torch.save((dict(vars(dataset)), dataclasses.asdict(settings)), tmp_path / "given.pt")
+    killed = processes.run("-c", TRAIN_UNTIL_KILLED, tmp_path / "given.pt")
+    assert killed.returncode == -signal.SIGKILL and not is_cached(dataset, SPEC, settings), killed.stderr
     resumed = convnet_features(dataset, SPEC, settings, progress=reports.append)
     assert [report.done for report in reports] == [120, 240, 360]
-    # Another engine may have been chosen in the other cache, which rounds differently.
     torch.testing.assert_close(resumed(dataset.images[:8]), unbroken(dataset.images[:8]), rtol=1e-3, atol=1e-4)
     assert [path.suffix for path in (tmp_path / "_features").iterdir() if not path.name.startswith(".")] == [".safetensors"]
-
-
-def _train_until_killed(dataset: ImageSet, settings: FeatureSettings, images: int) -> None:
-    """Train the network, saving its state after each epoch; the process dies when it has seen that many images."""
-
-    def kill(report: Progress) -> None:
-        if report.done >= images:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    features._SECONDS_BETWEEN_SAVES = 0
-    convnet_features(dataset, SPEC, settings, progress=kill)
 
 
 @pytest.mark.slow

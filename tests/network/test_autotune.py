@@ -4,9 +4,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -32,13 +32,7 @@ def choose_elsewhere(code="", **environment):
         "plan = choose_plan(build_network('convnet', 10, 16, seed=0), 'float32', 8)\n"
         "print(json.dumps(dataclasses.asdict(plan)))\n"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    finished = processes.run("-c", program, env={**os.environ, **environment})
     assert finished.returncode == 0, finished.stderr
     return EnginePlan(**json.loads(finished.stdout)), finished.stderr
 
@@ -219,7 +213,7 @@ def test_with_too_little_memory_chunks_become_smaller():
         "training = run()\n"
         "print(len(training.epoch()), training.state_dict()['plan']['chunk'])\n"
     )
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    finished = processes.run("-c", program)
     assert finished.returncode == 0, finished.stderr
     batches, chunk = map(int, finished.stdout.split())
     assert batches == 1 and 0 < chunk < 24

@@ -1,9 +1,10 @@
 import os
 import resource
-import subprocess
-import sys
+import signal
+import time
 import zipfile
 
+import processes
 import pytest
 import torch
 
@@ -108,12 +109,8 @@ def test_a_full_disk_keeps_the_old_zip(tmp_path, folder):
     out = pack(folder, tmp_path / "submission.zip")
     before = out.read_bytes()
     limit = len(before) // 2
-    finished = subprocess.run(
-        [sys.executable, "-c",
-         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-         "from ddkit.cli import main; main()", "pack", str(folder), "--out", str(out), "--ignore", "C001"],
-        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    words = ("pack", folder, "--out", out, "--ignore", "C001")
+    finished = processes.run("-m", "ddkit", *words, limits={resource.RLIMIT_FSIZE: limit})
     assert finished.returncode == 3, finished.stderr
     assert "File too large" in finished.stderr and "Traceback" not in finished.stderr
     assert out.read_bytes() == before
@@ -134,12 +131,13 @@ def test_a_kill_at_any_moment_keeps_a_whole_zip(tmp_path, folder):
         "    pack(sys.argv[1], sys.argv[2], settings=CheckSettings(meaning=False))\n"
     )
     for milliseconds in (0, 7, 30):
-        packer = subprocess.Popen([sys.executable, "-c", code, str(folder), str(out)], stdout=subprocess.PIPE)
-        assert packer.stdout.readline() == b"ready\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            packer.wait(milliseconds / 1000)
+        packer = processes.start("-c", code, folder, out)
+        assert packer.stdout.readline() == "ready\n"
+        time.sleep(milliseconds / 1000)
+        assert packer.returncode is None
         packer.kill()
-        packer.wait()
+        packer.communicate()
+        assert packer.returncode == -signal.SIGKILL
         assert out.read_bytes() == before
 
 

@@ -1,6 +1,4 @@
-import subprocess
-import sys
-
+import processes
 import pytest
 import torch
 
@@ -54,8 +52,8 @@ def test_two_processes_make_it_once(path):
         "def make():\n    print('made'); time.sleep(0.5); return {'two': torch.ones(2)}\n"
         f"cached_tensors(Path({str(path)!r}), ['two'], 'twos', make)"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert "".join(process.communicate()[0] for process in processes) == "made\n"
+    both = [processes.start("-c", program) for _ in range(2)]
+    assert "".join(process.communicate()[0] for process in both) == "made\n"
 
 
 def test_cache_key_differs_with_any_part():

@@ -1,9 +1,8 @@
 """Tensors on disk: the same bytes for the same tensors, and a full disk is one message."""
 
 import os
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -80,7 +79,7 @@ for name, save in savings.items():
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path):
-    done = subprocess.run([sys.executable, "-B", "-c", FULL_DISK], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = processes.run("-c", FULL_DISK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["torch: 3", "safetensors: 3", "part of a model: 3"]
     assert {file.name for file in tmp_path.iterdir()} == {"torch", "safetensors", "part of a model"}
@@ -109,9 +108,7 @@ for in_memory in (True, False):
 
 @pytest.mark.slow
 def test_save_torch_without_room_raises_bad_file_error_and_leaves_nothing(tmp_path):
-    finished = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path / "kept.pt")], capture_output=True, text=True, check=False
-    )
+    finished = processes.run("-c", FULL, tmp_path / "kept.pt")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("kept.pt") == 2
     assert not list(tmp_path.iterdir())

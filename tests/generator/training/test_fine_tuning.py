@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
 
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -175,16 +174,14 @@ def test_two_processes_train_like_one(data, tuning, own, tmp_path):
             from ddkit.data.store import ImageSet
             from ddkit.generator.config import from_json
             from ddkit.generator.training.train import TrainingData, TrainingRequest, train
-            torch.set_num_threads(1)
             here = Path({str(tmp_path)!r})
             images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
             config = from_json(json.loads((here / "config.json").read_text()))
             train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config, here / "two"))
         """)
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    both = processes.run_together(script)
+    assert [process.returncode for process in both] == [0, 0], both
     same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4, rtol=1e-4)
 
 
