@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,18 @@ def second_gpu(gpu):
     """The name of the second of two pretended GPUs, where what wrongly goes to the first one meets what does not."""
     gpu.memory = [(70 * 2**30, 80 * 2**30)] * 2
     return "cuda:1"
+
+
+@pytest.fixture
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans and dry runs measure for a tenth of a second what they measure for one to three seconds otherwise."""
+    from ddkit.entering import plan
+    from ddkit.evaluation.estimate import estimate_evaluation
+    from ddkit.generator.training.estimate import estimate
+
+    monkeypatch.setattr(plan, "_TRIED", 0.1)
+    monkeypatch.setitem(estimate_evaluation.__kwdefaults__, "tried_seconds", 0.1)
+    monkeypatch.setitem(estimate.__kwdefaults__, "seconds", 0.1)
 
 
 @pytest.fixture(scope="session")
@@ -218,12 +232,14 @@ def save_dit() -> Callable[[Path, Sequence[str]], Path]:
 
 @pytest.fixture(scope="session")
 def glyph_store(shared_folder: Path) -> Path:
-    """A cache folder in which the letters are prepared."""
+    """A cache folder in which the letters are prepared, with fewer test images, as every evaluation looks at all of them."""
+    from ddkit.data import glyphs
     from ddkit.data.prepare import prepare
 
     folder = shared_folder / "glyph-cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDKIT_CACHE", str(folder))
+        patch.setitem(glyphs.PER_CLASS, "test", 20)
         prepare("glyphs")
     return folder
 
@@ -283,3 +299,48 @@ def make_result(name: str, dataset: str, *accuracies: float, epochs_setting: int
 def result() -> Callable[..., Result]:
     """Makes results: result(name, dataset, accuracy of each round ..., fields of Result)."""
     return make_result
+
+
+# Prepares a dataset, and prints the most memory that each of its processes had, in MiB.
+PREPARE_AND_MEASURE = """
+import glob, json, re, sys
+from ddkit.data.prepare import prepare
+
+peaks = {}
+
+def look(progress):
+    children = [pid for path in glob.glob('/proc/self/task/*/children') for pid in open(path).read().split()]
+    for pid in ['self', *children]:
+        try:
+            peaks[pid] = int(re.search(r'VmHWM:\\s+(\\d+)', open(f'/proc/{pid}/status').read())[1]) // 1024
+        except (OSError, TypeError):
+            pass  # it has ended
+
+prepare(*sys.argv[1:], progress=look)
+print(json.dumps(list(peaks.values())))
+"""
+
+
+def _prepare_once(name: str, archive: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prepare a real dataset, whose preparation takes long, for all tests of this run."""
+    monkeypatch.setenv("DDKIT_CACHE", str(shared / "real-cache"))
+    peaks = shared / f"{name}-peaks.json"
+    with FileLock(f"{peaks}.lock"):
+        if not peaks.exists():
+            words = [sys.executable, "-c", PREPARE_AND_MEASURE, name, str(archive)]
+            finished = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert finished.returncode == 0, finished.stderr
+            peaks.write_text(finished.stdout)
+    return json.loads(peaks.read_text())
+
+
+@pytest.fixture
+def cifar100_store(cifar100_zip: Path, shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The real CIFAR-100 is prepared: the most memory that each process had for it, in MiB."""
+    return _prepare_once("cifar100", cifar100_zip, shared_folder, monkeypatch)
+
+
+@pytest.fixture
+def tinyimagenet_store(tinyimagenet_zip: Path, shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The real TinyImageNet is prepared, likewise."""
+    return _prepare_once("tinyimagenet", tinyimagenet_zip, shared_folder, monkeypatch)

@@ -11,8 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ddkit.data.prepare import prepare
-
 
 @functools.cache
 def _first_images(path: Path, per_class: int) -> torch.Tensor:
@@ -37,26 +35,3 @@ def cifar100_images(cifar100_zip) -> torch.Tensor:
 def tinyimagenet_images(tinyimagenet_zip) -> torch.Tensor:
     """(2000, 3, 64, 64) uint8, class by class."""
     return _first_images(tinyimagenet_zip, 10).clone()
-
-
-@pytest.fixture(scope="session")
-def real_cache(shared_folder) -> Path:
-    """A cache folder for the whole datasets, and for the classifiers fitted on them."""
-    return shared_folder / "real-cache"
-
-
-@pytest.fixture
-def cifar100_store(cifar100_zip, real_cache, monkeypatch) -> None:
-    """CIFAR-100 is prepared."""
-    _prepare_once("cifar100", cifar100_zip, real_cache, monkeypatch)
-
-
-@pytest.fixture
-def tinyimagenet_store(tinyimagenet_zip, real_cache, monkeypatch) -> None:
-    """TinyImageNet is prepared."""
-    _prepare_once("tinyimagenet", tinyimagenet_zip, real_cache, monkeypatch)
-
-
-def _prepare_once(name: str, archive: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DDKIT_CACHE", str(cache))
-    prepare(name, archive)

@@ -8,8 +8,8 @@ from ddkit.errors import BadDataError
 
 def test_class_model_knows_images_that_it_was_not_fitted_on(glyph_images):
     test = load_dataset("glyphs", "test")
-    guessed = class_model("glyphs").log_probabilities(test.images[:300].float() / 255).argmax(dim=1)
-    assert (guessed == test.labels[:300]).float().mean() > 0.8
+    guessed = class_model("glyphs").log_probabilities(test.images.float() / 255).argmax(dim=1)
+    assert (guessed == test.labels).float().mean() > 0.8
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from ddkit.cli.enter import enter
 from ddkit.distill.settings import RefineSettings
 from ddkit.entering.recipe import Recipe, SetRecipe, write_recipe
 
-pytestmark = pytest.mark.usefixtures("work")
+pytestmark = pytest.mark.usefixtures("work", "short_measurements")
 
 PLANNED = ("--time", "20m", "--datasets", "glyphs", "--epochs-setting", "2", "--rounds", "1", "--dry-run")
 

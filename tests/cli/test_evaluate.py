@@ -3,9 +3,8 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from click.testing import CliRunner
@@ -69,10 +68,7 @@ def run(*arguments, status=0):
 
 
 def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "ddkit", "evaluate", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return processes.start("-m", "ddkit", "evaluate", *arguments)
 
 
 @pytest.mark.slow
@@ -184,8 +180,8 @@ def test_each_result_is_recorded_before_the_next_set_begins(work):
         if "Evaluating" in line and "b/blobs.pt" in line:
             process.send_signal(signal.SIGTERM)
             break
-    process.stderr.read()
-    assert process.wait() == 130
+    process.communicate()
+    assert process.returncode == 130
     (kept,) = read("runs/results.jsonl").results
     assert kept.source == first
 
@@ -400,7 +396,7 @@ def test_check_and_pack_still_refuse_a_published_set(work):
 
 
 @pytest.mark.slow
-def test_dry_run_says_time_memory_and_if_it_is_official_and_records_nothing(work):
+def test_dry_run_says_time_memory_and_if_it_is_official_and_records_nothing(work, short_measurements):
     path = save(work / "blobs.pt")
     shown, _ = run(path, "--dry-run", *QUICK)
     shown = " ".join(shown.split())

@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
 from click.testing import CliRunner
@@ -71,7 +70,7 @@ def test_train_resumes_and_refuses_other_settings(ddkit, colors, tmp_path):
 
 @pytest.mark.slow
 def test_training_stopped_and_then_killed_resumes_each_time(ddkit, colors, tmp_path):
-    words = ["train", "--dataset", colors, "--preset", "demo", "--save-every", "0.5s"]
+    words = ["train", "--dataset", colors, "--preset", "demo", "--batch-size", "8", "--save-every", "0.5s"]
     folder = tmp_path / "runs" / "colors"
 
     def saved():
@@ -82,11 +81,9 @@ def test_training_stopped_and_then_killed_resumes_each_time(ddkit, colors, tmp_p
 
     for number in (signal.SIGTERM, signal.SIGKILL):
         before = saved()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ddkit", *words, "--time", "10h"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-            # Small tensors: threads would only wait for each other.
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        # Small tensors: threads would only wait for each other.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = processes.start("-m", "ddkit", *words, "--time", "10h", env=environment)
         deadline = time.monotonic() + 600
         while saved() <= before and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -147,7 +144,7 @@ def test_invalid_options_end_with_one_message(ddkit, colors, monkeypatch, words,
 
 
 @pytest.mark.slow
-def test_dry_run_on_a_gpu_says_what_was_chosen_and_why(gpu, ddkit, colors, tmp_path):
+def test_dry_run_on_a_gpu_says_what_was_chosen_and_why(gpu, ddkit, colors, short_measurements, tmp_path):
     gpu.memory = [(200 * 2**20, 4 * 2**30)]
     done = ddkit("train", "--dataset", colors, "--out", str(tmp_path / "run"), "--dry-run", "--json")
     assert done.exit_code == 0, done.output

@@ -4,10 +4,9 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import zipfile
 
+import processes
 import pytest
 import torch
 from click.testing import CliRunner
@@ -66,11 +65,8 @@ REAL = TRAINED.replace('preset = "demo"\nautoencoder_steps = 4\ntrain_steps = 4\
 
 
 def start(work, *words, **options):
-    command = [sys.executable, "-m", "ddkit", "enter", "--device", "cpu", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
+    return processes.start("-m", "ddkit", "enter", "--device", "cpu", *words, cwd=work, env=environment, **options)
 
 
 def finish(*words):
@@ -91,7 +87,7 @@ def stop_at(work, text, number, *words):
 
 
 @pytest.fixture
-def work(letters, tmp_path, monkeypatch):
+def work(letters, short_measurements, tmp_path, monkeypatch):
     """The working folder, with recipes of the letters, which are prepared."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -153,12 +149,8 @@ def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_sample
 
 def test_a_disk_that_fills_up_stops_in_words_and_the_same_command_continues(work):
     words = ("--recipe", "real.toml", "--folder", "entry")
-
-    def small_files():
-        # The tensor of the set has 1.2 MB, the state of a refinement several times as much.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, resource.RLIM_INFINITY))
-
-    process = start(work, *words, preexec_fn=small_files)
+    # The tensor of the set has 1.2 MB, the state of a refinement several times as much.
+    process = start(work, *words, limits={resource.RLIMIT_FSIZE: 2_500_000})
     _, said = process.communicate(timeout=600)
     assert process.returncode == 3 and "state.pt: File too large." in " ".join(said.split()) and "Traceback" not in said
     status, _, said = finish(*words)

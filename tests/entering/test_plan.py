@@ -137,7 +137,7 @@ def test_an_outline_is_read_as_it_was_written():
 
 
 @pytest.mark.slow
-def test_a_recipe_with_lengths_is_planned_on_this_machine_and_takes_some_time():
+def test_a_recipe_with_lengths_is_planned_on_this_machine_and_takes_some_time(short_measurements):
     refinement = dataclasses.replace(draft(("glyphs",)).sets[0].refine, batch_real=2, precision="float32")
     letters = SetRecipe("glyphs", preset="demo", train_steps=2, refine_steps=2, refine=refinement)
     plan = make_outline(Recipe((letters,), epochs_setting=3, rounds=1), None, device="cpu")

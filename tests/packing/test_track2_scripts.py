@@ -173,7 +173,7 @@ def test_a_share_that_cannot_be_kept_is_wrong_usage(entry, tmp_path):
 
 @pytest.mark.slow
 def test_joining_takes_less_memory_than_the_bytes_of_the_images(entry, tmp_path):
-    """Shards of 384 MB are joined in a process of their own, which says what it took beyond loading the libraries."""
+    """Shards of 192 MB are joined in a process of their own, which says what it took beyond loading the libraries."""
     code = """
     import resource, sys
     from pathlib import Path
@@ -186,7 +186,7 @@ def test_joining_takes_less_memory_than_the_bytes_of_the_images(entry, tmp_path)
     job.shards.mkdir()
     pixels = torch.randint(0, 256, (1024, 3, 64, 64), dtype=torch.uint8)
     for worker in range(2):
-        for first in range(0, 16 * 1024, 1024):
+        for first in range(0, 8 * 1024, 1024):
             images = [job.image(worker, position) for position in range(first, first + 1024)]
             labels, indices = (torch.tensor(part) for part in zip(*images))
             path = job.shards / f"{worker}-{first}-{first + 1024}.safetensors"
@@ -200,7 +200,7 @@ def test_joining_takes_less_memory_than_the_bytes_of_the_images(entry, tmp_path)
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.2
-    assert (tmp_path / "images.pt").stat().st_size > 4 * 32 * 1024 * 3 * 64 * 64
+    assert (tmp_path / "images.pt").stat().st_size > 4 * 16 * 1024 * 3 * 64 * 64
 
 
 @pytest.mark.slow

@@ -4,10 +4,9 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,8 +55,8 @@ def assert_same(first, second, **tolerance):
             assert torch.equal(value, second[1][name]), name
 
 
-def in_a_process(here, data, config, folder, before="", *, launcher=()):
-    """A training in the folder of that name by a process of its own, or by those that a launcher starts."""
+def write_script(here, data, config, folder, before=""):
+    """A program that trains in the folder of that name."""
     torch.save(dict(vars(data.images)), here / "images.pt")
     (here / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     script = textwrap.dedent(f"""
@@ -73,8 +72,7 @@ def in_a_process(here, data, config, folder, before="", *, launcher=()):
         train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config, here / {folder!r}))
     """)
     (here / "script.py").write_text(script)
-    command = [sys.executable, *launcher, str(here / "script.py")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return here / "script.py"
 
 
 class TestResuming:
@@ -185,10 +183,10 @@ class TestResuming:
         train(data, TrainingRequest(config, tmp_path, seconds=0.001))
         for path in list_checkpoints(tmp_path / "checkpoints", "denoiser"):
             path.unlink()
-        train(data, TrainingRequest(longer, tmp_path, seconds=2.0))
+        train(data, TrainingRequest(longer, tmp_path, seconds=1.0))
         assert records(tmp_path, "autoencoder")[-1]["step"] == 4 and "short time" not in caplog.text
         train(data, TrainingRequest(longer, tmp_path / "hurried", seconds=0.001))
-        train(data, TrainingRequest(longer, tmp_path / "hurried", seconds=2.0))
+        train(data, TrainingRequest(longer, tmp_path / "hurried", seconds=1.0))
         assert records(tmp_path / "hurried", "autoencoder")[-1]["step"] < 4 and "was trained for a short time" in caplog.text
 
     @pytest.mark.slow
@@ -232,9 +230,8 @@ class TestDividedBatches:
     @pytest.mark.slow
     def test_two_processes_train_like_one(self, data, config, tmp_path):
         train(data, TrainingRequest(config, tmp_path / "one"))
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        done = in_a_process(tmp_path, data, config, "two", launcher=launcher)
-        assert done.returncode == 0, done.stderr
+        both = processes.run_together(write_script(tmp_path, data, config, "two"))
+        assert [process.returncode for process in both] == [0, 0], both
         assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
         ours, theirs = (records(tmp_path / name)[-1] for name in ("one", "two"))
         assert theirs["step"] == ours["step"] == 6 and theirs["images"] == ours["images"]
@@ -270,7 +267,7 @@ class TestLimits:
 
     @pytest.mark.slow
     def test_out_of_memory_says_what_to_try(self, data, config, tmp_path):
-        done = in_a_process(
+        script = write_script(
             tmp_path, data, with_optimizer(config, batch_size=60_000), "run",
             """
             import resource, psutil
@@ -278,6 +275,7 @@ class TestLimits:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             """,
         )  # fmt: skip
+        done = processes.run(script)
         assert "ComputeError: Out of memory during denoiser training with batches of 60000 images on cpu." in done.stderr
 
     @pytest.mark.slow
@@ -401,8 +399,8 @@ class TestPretrainedAutoencoder:
     def test_pretrained_autoencoder_leaves_all_time_to_the_denoiser(self, data, config, tmp_path):
         save_autoencoder(build_autoencoder(config.autoencoder, 16, seed=9), tmp_path / "pretrained")
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "pretrained"))
-        train(data, TrainingRequest(with_steps(config, 10**9), tmp_path / "run", seconds=2.0))
-        assert load_latest(tmp_path / "run" / "checkpoints", "denoiser").seconds >= 2
+        train(data, TrainingRequest(with_steps(config, 10**9), tmp_path / "run", seconds=0.5))
+        assert load_latest(tmp_path / "run" / "checkpoints", "denoiser").seconds >= 0.5
 
     def test_missing_autoencoder_weights_raise_bad_file_error(self, data, config, tmp_path):
         save_autoencoder(build_autoencoder(config.autoencoder, 16, seed=9), tmp_path)
