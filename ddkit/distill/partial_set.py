@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ddkit.errors import BadFileError
 from ddkit.runtime.files import read_json, write_json
+from ddkit.runtime.records import differences
 from ddkit.runtime.tensor_files import save_safetensors
 
 log = logging.getLogger(__name__)
@@ -88,11 +89,4 @@ class PartialSet:
             other = read_json(path)
         except BadFileError:
             return []
-        if not isinstance(other, dict):
-            return []
-        names = sorted(self._identity.keys() | other.keys())
-        return [
-            f"{name}: {other.get(name)}, not {self._identity.get(name)}"
-            for name in names
-            if other.get(name) != self._identity.get(name)
-        ]
+        return differences(self._identity, other) if isinstance(other, dict) else []

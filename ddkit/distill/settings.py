@@ -10,7 +10,7 @@ from typing import Any
 from ddkit.challenge import LEARNING_RATE
 from ddkit.errors import UsageError, did_you_mean, require_positive
 from ddkit.network.plan import PRECISIONS
-from ddkit.runtime.records import override
+from ddkit.runtime.records import flatten, override
 
 OBJECTIVES = {
     "dm": "distribution matching",
@@ -191,14 +191,6 @@ class RefineSettings:
         if changed.objective == "mtt" and changed.dm_steps == 0 and "batch_real" in changes:
             raise UsageError("batch_real applies to dm and frepo, but every step uses mtt.")
         return changed
-
-
-def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted names, such as "pool.size"."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= {f"{name}.{inner}": kept for inner, kept in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
 
 
 # What measured best for ten images a class at E = 1000, and distribution matching alone.

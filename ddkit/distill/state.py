@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddkit.distill.settings import PoolSettings, flatten
+from ddkit.distill.settings import PoolSettings
 from ddkit.errors import BadFileError, UsageError
 from ddkit.runtime.files import atomic_write, sha256_of, write_text
+from ddkit.runtime.records import flatten
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 from ddkit.sets.distilled import SetFiles, read_provenance, set_files
 

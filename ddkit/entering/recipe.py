@@ -11,12 +11,12 @@ from typing import Any
 
 from ddkit import challenge
 from ddkit.data.store import dataset_spec, is_prepared, store_hash
-from ddkit.distill.settings import RefineSettings, flatten
+from ddkit.distill.settings import RefineSettings
 from ddkit.errors import BadFileError, UsageError
 from ddkit.generator.config import BUNDLE_SAMPLING, BundleSettings
 from ddkit.generator.presets import preset as preset_of
 from ddkit.runtime.files import explain_os_error, write_text
-from ddkit.runtime.records import Count, read_record
+from ddkit.runtime.records import Count, flatten, read_record
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,7 +5,6 @@ This module imports no PyTorch, so that the command line can state the choices a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -285,18 +284,6 @@ def from_json(value: Mapping[str, Any]) -> GeneratorConfig:
     """The inverse of `dataclasses.asdict`. Raises BadFileError that names an unknown or missing key."""
     # Version 0.1.0 spelled them differently.
     return read_record(GeneratorConfig, {name.replace("optimiser", "optimizer"): item for name, item in value.items()})
-
-
-def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
-    """Lines such as "objective.prediction: v, not flow" for each setting in which `theirs` differs from `ours`."""
-    lines = []
-    for f in dataclasses.fields(ours):
-        mine, other = getattr(ours, f.name), getattr(theirs, f.name)
-        if dataclasses.is_dataclass(mine) and dataclasses.is_dataclass(other):
-            lines += differences(mine, other, f"{prefix}{f.name}.")
-        elif mine != other:
-            lines.append(f"{prefix}{f.name}: {other}, not {mine}")
-    return lines
 
 
 def _check_choice(config: Any, name: str, known: tuple[str, ...]) -> None:

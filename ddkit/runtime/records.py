@@ -66,6 +66,20 @@ def override(config: Any, settings: Mapping[str, Any]) -> Any:
     return dataclasses.replace(config, **changes)
 
 
+def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted names, such as "pool.size"."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{inner}": kept for inner, kept in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Lines such as "objective.prediction: v, not flow" for each setting in which `theirs` differs from `ours`."""
+    mine, other = flatten(ours), flatten(theirs)
+    return [f"{name}: {other.get(name)}, not {mine.get(name)}" for name in mine | other if mine.get(name) != other.get(name)]
+
+
 @functools.cache
 def _hints(kind: type) -> Mapping[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)

@@ -14,12 +14,11 @@ from ddkit.generator.config import (
     OptimizerConfig,
     SamplingSettings,
     default_guidance,
-    differences,
     from_json,
 )
 from ddkit.generator.presets import MINIMAX_PRESET, PRESETS, preset
 from ddkit.generator.training.plan import SETTINGS
-from ddkit.runtime.records import override
+from ddkit.runtime.records import differences, override
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_differences_are_listed_with_both_values():
     config = preset("demo").config(32)
     objective = dataclasses.replace(config.objective, prediction="epsilon")
     other = dataclasses.replace(config, objective=objective, seed=7)
-    assert differences(config, other) == [
+    assert differences(dataclasses.asdict(config), dataclasses.asdict(other)) == [
         f"objective.prediction: epsilon, not {config.objective.prediction}",
         "seed: 7, not 0",
     ]
@@ -115,7 +114,7 @@ def test_differences_are_listed_with_both_values():
 def test_override_changes_nested_settings_and_keeps_the_rest():
     config = preset("demo").config(32)
     changed = override(config, {"denoiser_optimizer.steps": 7, "objective.prediction": "v", "seed": 3})
-    assert differences(config, changed) == [
+    assert differences(dataclasses.asdict(config), dataclasses.asdict(changed)) == [
         f"denoiser_optimizer.steps: 7, not {config.denoiser_optimizer.steps}", "objective.prediction: v, not flow",
         "seed: 3, not 0",
     ]  # fmt: skip

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ddkit import __version__
 from ddkit.errors import BadFileError, UsageError
-from ddkit.generator.config import GeneratorConfig, differences, from_json
+from ddkit.generator.config import GeneratorConfig, from_json
 from ddkit.runtime.files import LOCK_FILE, explain_os_error, read_json, write_json
+from ddkit.runtime.records import differences
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _differences(record: RunRecord, before: RunRecord) -> list[str]:
         return [f"image_size: {before.image_size}, not {record.image_size}"]
     if (before.config.minimax is None) != (record.config.minimax is None):
         return [f"method: {'diffusion, not minimax' if before.config.minimax is None else 'minimax, not diffusion'}"]
-    found = differences(_comparable(record.config), _comparable(before.config))
+    found = differences(asdict(_comparable(record.config)), asdict(_comparable(before.config)))
     if found and before.preset != record.preset:
         return [f"preset: {before.preset}, not {record.preset}", *found]
     return found
