@@ -129,6 +129,7 @@ def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_sample
     (work / "bundled.toml").write_text(BUNDLED)
     status, output, said = finish("--recipe", "bundled.toml", "--folder", "entry", "--json")
     assert status == 0, said
+    assert "Without ddkit, the bundle made 10 images of glyphs in" in " ".join(said.split())
     assert "next:" not in said  # the letters have no official evaluation
     with zipfile.ZipFile(work / "entry/track2.zip") as bundle:
         facts = json.loads(bundle.read("models/glyphs/entry.json"))

@@ -102,9 +102,11 @@ def test_an_evaluation_on_own_test_images_is_done_where_no_official_one_can_be_h
                 Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
     prepare("cifar100", tmp_path / "own")
     generate("cifar100", 10, FromReal("random", 0, "cpu"), tmp_path / "submission" / "cifar100.pt")
-    recipe = Recipe((SetRecipe("cifar100", refine=PRESETS["track1"]),), epochs_setting=0, rounds=1)
-    place = Workplace(tmp_path, recipe, "cpu", lambda name, earlier: 0.0, lambda text: None)
-    (stage,) = place.stages({"evaluate submission cifar100": 1.0})
+    recipe, events = Recipe((SetRecipe("cifar100", refine=PRESETS["track1"]),), epochs_setting=0, rounds=1), []
+    place = Workplace(tmp_path, recipe, "cpu", lambda name, earlier: 0.0, events.append)
+    stage, packing = place.stages({"evaluate submission cifar100": 1.0, PACK: 1.0})
+    packing.run(lambda report: None)
+    assert events[-1] == "The challenge also wants a set for tinyimagenet; submission.zip has none."
     settings = EvaluationSettings(rounds=1, epochs_setting=0, device="cpu")
     evaluate_files([place.submission("cifar100")], JobSettings(settings, results=place.results_file))
     (found,) = read(place.results_file).results
