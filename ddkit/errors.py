@@ -77,10 +77,15 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
 
 
+def counted(count: int, one: str, more: str) -> str:
+    """A number and the words after it: counted(1, "row is", "rows are") -> "1 row is"."""
+    return f"{count:,} {one if count == 1 else more}"
+
+
 def first_few(parts: Sequence[str], limit: int = 5, *, joint: str = ", ", kind: str = "") -> str:
-    """The first `limit` parts of a list in a sentence, and how many more there are; kind: what they are."""
-    more = f"{joint.rstrip(', ')} and {len(parts) - limit} more{kind and ' '}{kind}" if len(parts) > limit else ""
-    return joint.join(parts[:limit]) + more
+    """The first `limit` parts of a list in a sentence, and how many more there are; kind: one of them, such as "row"."""
+    left_out = counted(len(parts) - limit, f"more {kind}", f"more {kind}s" if kind else "more ").rstrip()
+    return joint.join(parts[:limit]) + (f"{joint.rstrip(', ')} and {left_out}" if len(parts) > limit else "")
 
 
 def require_positive(settings: object, *names: str) -> None:

@@ -17,7 +17,7 @@ from ddkit.checks.content import content_findings
 from ddkit.checks.normalization import judge_normalization
 from ddkit.checks.order import order_findings
 from ddkit.data.store import dataset_spec, known_names, load_dataset
-from ddkit.errors import DDKitError, InvalidSubmissionError
+from ddkit.errors import DDKitError, InvalidSubmissionError, counted
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import DistilledSet, check_command, dataset_of, likely_dataset
 from ddkit.sets.findings import Finding, Report, report_of
@@ -224,7 +224,8 @@ def _findings_on(
     if not finite.all():
         rows = (~finite).nonzero().flatten().tolist()
         named = ", ".join(map(str, rows[:_MOST_ROWS_NAMED])) + (", ..." if len(rows) > _MOST_ROWS_NAMED else "")
-        message = f"{len(rows)} images hold NaN or infinity. A network that trains on them learns nothing."
+        hold = counted(len(rows), "image holds", "images hold")
+        message = f"{hold} NaN or infinity. A network that trains on such values learns nothing."
         return [*findings, Finding("error", "T009", message, f"{where}, rows {named}")]
     if not settings.meaning:
         return findings

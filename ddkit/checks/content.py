@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.images import denormalize, to_uint8
-from ddkit.errors import first_few
+from ddkit.errors import counted, first_few
 from ddkit.sets.findings import Finding
 
 _BLANK = 0.01  # standard deviation in units of [0, 1]; two and a half 8-bit steps
@@ -34,7 +34,8 @@ def content_findings(images: Tensor, spec: DatasetSpec, where: str, *, test_imag
     blank = pixels.flatten(2).std(dim=2).amax(dim=1) < _BLANK
     findings = []
     if rows := blank.nonzero().flatten().tolist():
-        message = f"{len(rows)} images are blank (a single color): rows {first_few([*map(str, rows)])}."
+        images_are = counted(len(rows), "image is", "images are")
+        message = f"{images_are} blank (a single color): rows {first_few([*map(str, rows)])}."
         findings.append(Finding("warning", "C001", message, where))
     prints = _fingerprints(to_uint8(pixels))
     unlike = (~blank).nonzero().flatten()
@@ -62,7 +63,8 @@ def _pair_findings(
     for code, kind, inside in ((codes[0], "one class", True), (codes[1], "different classes", False)):
         chosen = [(a, b) for a, b in pairs if (a // ipc == b // ipc) == inside]
         if chosen:
-            message = f"{len(chosen)} pairs of images of {kind} are {words}: rows {_pair_words(chosen)}."
+            pairs_are = counted(len(chosen), f"pair of images of {kind} is", f"pairs of images of {kind} are")
+            message = f"{pairs_are} {words}: rows {_pair_words(chosen)}."
             findings.append(Finding("warning" if len(chosen) > remarked else "info", code, message, where))
     return findings
 
@@ -77,10 +79,12 @@ def _test_findings(pixels: Tensor, prints: Sequence[bytes], unlike: Tensor, test
     near = sorted((row, other) for row, other in nearest.items() if prints[row] not in test_rows)
     findings = []
     if exact:
-        message = f"{len(exact)} images are test images, pixel by pixel: {_pair_words(exact, ' is test image ')}."
+        are_test_images = counted(len(exact), "image is a test image", "images are test images")
+        message = f"{are_test_images}, pixel by pixel: {_pair_words(exact, ' is test image ')}."
         findings.append(Finding("warning", "C006", message, where))
     if near:
-        message = f"{len(near)} images are nearly test images: {_pair_words(near, ' is like test image ')}."
+        are_nearly = counted(len(near), "image is nearly a test image", "images are nearly test images")
+        message = f"{are_nearly}: {_pair_words(near, ' is like test image ')}."
         level = "warning" if len(near) > _REMARKED * len(pixels) else "info"
         findings.append(Finding(level, "C007", message, where))
     return findings

@@ -441,7 +441,7 @@ def _parts_words(labels: Tensor, titles: Sequence[str]) -> str:
             if shown[start] != start // ipc:
                 parts.append(f"rows {start}-{row - 1} show {shown[start]} ({titles[shown[start]]})")
             start = row
-    return first_few(parts, joint="; ", kind="parts")
+    return first_few(parts, joint="; ", kind="part")
 
 
 def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Sequence[str]) -> str:
@@ -451,7 +451,7 @@ def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Se
     moved = [block for block, label in enumerate(shown) if label != block]
     pairs = [(block, shown[block]) for block in moved if shown[shown[block]] == block and block < shown[block]]
     if verdict.code == "L007" and len(pairs) * 2 == len(moved):
-        return "swapped: " + first_few([f"{a} ({titles[a]}) and {b} ({titles[b]})" for a, b in pairs], kind="pairs")
+        return "swapped: " + first_few([f"{a} ({titles[a]}) and {b} ({titles[b]})" for a, b in pairs], kind="pair")
     in_a_row = len(moved) >= 3 and moved[-1] - moved[0] + 1 == len(moved)
     for step, side, run in ((1, "after", moved[:-1]), (-1, "before", moved[1:])):
         # All except one at the end, which shows the class at the other end.
@@ -461,7 +461,7 @@ def _moved_words(logp: Tensor, verdict: OrderVerdict, labels: Tensor, titles: Se
     own = _centered(_group_means(logp, False)).diagonal()
     moved.sort(key=lambda block: float(own[block]))
     named = [f"{_block_words(b, ipc, titles)} show {shown[b]} ({titles[shown[b]]})" for b in moved]
-    return first_few(named, joint="; ", kind="blocks")
+    return first_few(named, joint="; ", kind="block")
 
 
 def _block_words(block: int, ipc: int, titles: Sequence[str]) -> str:

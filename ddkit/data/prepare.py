@@ -31,7 +31,7 @@ from ddkit.data.listing import PixelSplit, Source
 from ddkit.data.sources import open_source
 from ddkit.data.split_file import SplitFile
 from ddkit.data.store import ImageSet, SplitFacts, StoreFacts
-from ddkit.errors import BadDataError, MissingDataError, UsageError, first_few
+from ddkit.errors import BadDataError, MissingDataError, UsageError, counted, first_few
 from ddkit.runtime.files import atomic_folder, cache_folder, explain_os_error, one_at_a_time, sha256_of, write_json
 from ddkit.runtime.progress import Listener, Progress, ignore
 
@@ -270,7 +270,7 @@ def _fill(
         )
     if not request.skip_bad:
         raise BadDataError(
-            f"{source.path}: {len(problems)} file{'s'[: len(problems) > 1]} cannot be used: {_described(problems)}.",
+            f"{source.path}: {counted(len(problems), 'file', 'files')} cannot be used: {_described(problems)}.",
             "Repair or remove them, or add --skip-bad to leave them out.",
         )
     kept = np.ones(total, bool)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, counted
 from ddkit.results import Result
 
 _WEIGHT = 0.5  # w and gamma of the paper's leaderboard
@@ -166,5 +166,4 @@ def _ranking(subject: Result, index: _Index) -> Ranking:
 
 
 def _conditions(result: Result) -> str:
-    rounds = f"{result.rounds} round{'s' * (result.rounds > 1)}"
-    return f"E = {result.epochs_setting}, {rounds}, {result.precision}"
+    return f"E = {result.epochs_setting}, {counted(result.rounds, 'round', 'rounds')}, {result.precision}"
