@@ -294,15 +294,16 @@ class _Job:
 
     def _evaluate_generator(self, files: GeneratorFiles) -> Result:
         settings, sha256 = self._settings.evaluation, hash_of_folder(files.folder)
+        early = files.provenance.get("images_per_class") is not None
+        within = f"in {'at most ' * early}{settings.budget:g} s"
         self._on_event(
-            f"Evaluating {files.path} on {files.dataset}: {_length(settings)}, "
-            f"each on the images that it makes in {settings.budget:g} s."
+            f"Evaluating {files.path} on {files.dataset}: {_length(settings)}, each on the images that it makes {within}."
         )
         arguments: tuple[str, ...] = () if settings.device == "auto" else ("--device", settings.device)
         if files.provenance.get("pixels"):  # bundles of earlier versions do not know the option
             arguments += ("--pixels",)
         evaluation = evaluate_generator(
-            ScriptEntry(files.script, files.dataset, arguments, progress=self._progress),
+            ScriptEntry(files.script, files.dataset, arguments, may_end_early=early, progress=self._progress),
             self._tests[files.dataset],
             settings,
             name=f"{files.dataset}/{sha256}",

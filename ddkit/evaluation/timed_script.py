@@ -30,6 +30,7 @@ class ScriptEntry:
     The script writes {"images": (N, 3, S, S) float32 normalized or uint8 pixels, "labels": (N,) int64} with torch.save.
     arguments: further arguments of the script. python: the interpreter and its options.
     environment, folder: the script's environment variables and working folder; None takes those of this process.
+    may_end_early: True if it stops at a number of images, so that its budget does not tell how long it will run.
     progress: called with the seconds spent.
     """
 
@@ -39,6 +40,7 @@ class ScriptEntry:
     python: tuple[str, ...] = (sys.executable,)
     environment: Mapping[str, str] | None = None
     folder: Path | None = None
+    may_end_early: bool = False
     progress: Listener = ignore
 
     def __call__(self, seed: int, budget: float) -> Generated:
@@ -62,7 +64,7 @@ class ScriptEntry:
     def _run(self, command: list[str], budget: float, log: Path) -> float:
         """Run the command to its end, with its output in `log`. Returns the seconds that it took."""
         began = time.monotonic()
-        total = None if "--most" in self.arguments else budget  # it may end long before
+        total = None if self.may_end_early else budget
         # In a new session, so that the processes it starts can be ended with it.
         with log.open("wb") as output, stop_requests() as stop, subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True

@@ -97,6 +97,7 @@ def _prove(folder: Path, name: str, python: Path, elsewhere: Path, settings: Pro
         python=(str(python), "-I"),
         environment={**passed_on, "HOME": str(elsewhere), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": cache, "HF_HOME": cache},
         folder=elsewhere,
+        may_end_early=settings.most is not None,
         progress=progress,
     )
     made = generate_within(entry, 0, settings.budget)

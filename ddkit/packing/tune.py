@@ -369,7 +369,8 @@ def _try(
         arguments += ["--most", str(trial.images_per_class * test_set.spec.num_classes)]
     if settings.device != "auto":
         arguments += ["--device", settings.device]
-    generator = ScriptEntry(script, trial.dataset, tuple(arguments), progress=progress)
+    early = trial.images_per_class is not None
+    generator = ScriptEntry(script, trial.dataset, tuple(arguments), may_end_early=early, progress=progress)
     candidate = "/".join(f"{value:g}" for value in vars(trial.candidate).values() if value is not None)
     kept = "" if trial.keep == 1 else "/across classes"  # the state of an earlier bundle is not continued
     name = f"tune/{trial.model_sha256}/{trial.sampler}/{trial.precision}/{candidate}{kept}"

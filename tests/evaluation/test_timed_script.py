@@ -1,5 +1,6 @@
 """Track 2 entries as scripts, in processes of their own and on the clock."""
 
+import dataclasses
 import os
 import signal
 import textwrap
@@ -42,6 +43,9 @@ def test_a_script_is_run_with_dataset_budget_and_seed(tmp_path, capfd):
     assert made.images.unique().tolist() == [7.0] and made.labels.tolist() == [0, 1, 1]
     assert 0 < made.seconds < 60
     assert heard and all(report.total == 60.0 and report.unit == "s" for report in heard)
+    heard.clear()
+    dataclasses.replace(entry, may_end_early=True)(7, 60.0)
+    assert heard and all(report.total is None for report in heard)
     assert capfd.readouterr() == ("", "")  # standard output is for our own result, the other for progress
 
 
