@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ddkit.runtime.archives import member_path
-from ddkit.runtime.files import ZIP_ERRORS, why_not_a_file
-from ddkit.runtime.torch_file import is_ordinary, zip_problem
+from ddkit.runtime.archives import ZIP_ERRORS, is_ordinary, member_path, zip_problem
+from ddkit.runtime.files import why_not_a_file
 from ddkit.sets.findings import Finding
 
 _LEFTOVERS = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddkit.errors import BadDataError
-from ddkit.runtime.archives import member_path
-from ddkit.runtime.files import ZIP_ERRORS, explain_os_error, why_not_a_file
+from ddkit.runtime.archives import ZIP_ERRORS, member_path
+from ddkit.runtime.files import explain_os_error, why_not_a_file
 
 MAX_FILE_BYTES = 256 << 20  # of one image; the largest photographs are far below
 MAX_FILES = 5_000_000

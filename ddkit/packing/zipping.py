@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ddkit.errors import BadFileError
-from ddkit.runtime.archives import member_path
-from ddkit.runtime.files import ZIP_ERRORS, explain_os_error
-from ddkit.runtime.torch_file import is_ordinary
+from ddkit.runtime.archives import ZIP_ERRORS, is_ordinary, member_path
+from ddkit.runtime.files import explain_os_error
 
 _BLOCK = 1 << 20  # bytes
 # The zip format begins in 1980. One date for all, so that the same files make the same zip.

@@ -7,13 +7,10 @@ import errno
 import hashlib
 import json
 import logging
-import lzma
 import os
 import secrets
 import shutil
 import stat
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -28,9 +25,6 @@ LOCK_FILE = ".lock"
 # Errors of file systems on which files cannot be locked. Two processes in one folder are then the user's responsibility.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-# Errors of zipfile for a damaged or hostile zip. RuntimeError: it needs a password; NotImplementedError: a compression or
-# a version that this Python does not have; ValueError: an impossible directory.
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError, ValueError)
 _BLOCK = 1 << 20  # bytes
 
 

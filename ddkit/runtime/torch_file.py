@@ -13,7 +13,6 @@ import io
 import math
 import os
 import pickletools
-import stat
 import struct
 import sys
 import zipfile
@@ -24,16 +23,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ddkit.runtime.files import ZIP_ERRORS, why_not_a_file
+from ddkit.runtime.archives import ZIP_ERRORS, is_ordinary, zip_problem
+from ddkit.runtime.files import why_not_a_file
 
 _MAGIC_OF_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save before PyTorch 1.6
 _LARGEST_PICKLE = 1 << 20  # bytes that are looked at; the pickle of a bare tensor has about 200
 _MOST_INSTRUCTIONS = 300_000
-_LARGEST_DIRECTORY = 16 << 20  # bytes of a zip's list of members; a set of 1,000 tensors in a list has about 80,000
 _BLOCK = 1 << 20  # bytes
-_END_RECORD = struct.Struct("<4s4H2LH")  # APPNOTE.TXT 4.3.16
-_END_RECORD_64 = struct.Struct("<4sQ2H2L4Q")  # APPNOTE.TXT 4.3.14
-_LOCATOR_64 = struct.Struct("<4sLQL")  # APPNOTE.TXT 4.3.15
 _STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -246,47 +242,6 @@ def _require_zip_of_torch(file: BinaryIO) -> None:
         raise _other(kind)
     if problem := zip_problem(file):
         raise TorchFileError("damaged", problem)
-
-
-def zip_problem(file: BinaryIO) -> str:
-    """Why a zip's list of members must not be read, or its end is not where the list says; empty for a sound zip.
-
-    `zipfile` reads the whole list into memory before it looks at it, and ignores bytes before and after it.
-    """
-    size = file.seek(0, os.SEEK_END)
-    start = max(0, size - _END_RECORD.size - 0xFFFF)
-    file.seek(start)
-    tail = file.read()
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < _END_RECORD.size:
-        return "it has no list of members, so it is cut short or not a zip"
-    *_, directory_size, offset, comment_size = _END_RECORD.unpack_from(tail, at)
-    end = start + at
-    at_locator = at - _LOCATOR_64.size
-    if at_locator >= 0 and tail[at_locator : at_locator + 4] == b"PK\x06\x07":
-        # Some programs look where the locator points, others right before it: in an honest file that is one place.
-        end = start + at_locator - _END_RECORD_64.size
-        if _LOCATOR_64.unpack_from(tail, at_locator)[2] != end:
-            return "its list of members is damaged"
-        file.seek(end)
-        record = file.read(_END_RECORD_64.size)
-        if len(record) < _END_RECORD_64.size or record[:4] != b"PK\x06\x06":
-            return "its list of members is damaged"
-        *_, directory_size, offset = _END_RECORD_64.unpack(record)
-    file.seek(0)
-    if directory_size > _LARGEST_DIRECTORY:
-        return f"its list of members claims {directory_size:,} bytes"
-    if offset + directory_size != end:
-        return "its list of members is not where it is said to be"
-    if extra := len(tail) - at - _END_RECORD.size - comment_size:
-        return f"{extra:,} bytes follow its end" if extra > 0 else "it is cut short"
-    return ""
-
-
-def is_ordinary(info: zipfile.ZipInfo) -> bool:
-    """True if a member of a zip is a file or a folder, not marked as a link, a pipe or a device."""
-    mode = stat.S_IFMT(info.external_attr >> 16)
-    return mode in (0, stat.S_IFREG) or (mode == stat.S_IFDIR and info.is_dir())
 
 
 def names_in_pickle(file: BinaryIO) -> frozenset[Global]:
