@@ -17,9 +17,12 @@ import sys
 import types
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import CompletedProcess
+
+import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -34,6 +37,10 @@ class Process:
         (out, to_out), (errors, to_errors) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
         arguments = (words, folder, dict(environment), dict(limits), to_out, to_errors)
         self._process = CONTEXT.Process(target=_become, args=arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            # Libraries look for GPUs when they are imported, after which CUDA refuses to work in forks. NVML does not mind.
+            patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+            forkserver.ensure_running()
         self._process.start()
         self.pid = self._process.pid
         self.stdout, self.stderr = (open(os.dup(pipe.fileno()), encoding="utf-8") for pipe in (out, errors))
