@@ -171,7 +171,7 @@ def test_damaged_state_is_ignored_with_a_warning(tmp_path, caplog):
 
 PROGRAM = """
 import json, os, sys
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 from {module} import SPEC, real_images, training_set
 from ddkit.errors import InterruptedRunError
 from ddkit.evaluation.evaluate import StateFolder, evaluate
@@ -191,7 +191,10 @@ with open({state!r} + os.environ.get("RANK", "0") + ".json", "w") as file:
 def write_script(state, epochs_setting):
     """A program that evaluates, keeping its state after every epoch, and leaves its outcome beside the state."""
     program = PROGRAM.format(
-        folder=str(Path(__file__).parent), module=Path(__file__).stem, epochs=epochs_setting, state=str(state)
+        folders=[str(folder) for folder in Path(__file__).parents[:2]],
+        module=Path(__file__).stem,
+        epochs=epochs_setting,
+        state=str(state),
     )
     script = state.with_suffix(".py")
     script.write_text(program)
