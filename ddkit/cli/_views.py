@@ -29,7 +29,8 @@ _STYLES = {"submission": "bold cyan", "published": ""}
 _BASELINE_STYLE = "dim"
 _MOST_CLASSES = 8  # of a comparison, at either end
 _WIDTH_WITH_HASHES = 100  # columns
-_PLOT_SIZE = (60, 8)  # columns and rows of a chart
+_PLOT_SIZE = (60, 8)  # columns and rows of a chart; its columns are fewer on a narrow console
+_LABELS_OF_PLOT = 10  # columns of the labels to the left of it
 
 
 def leaderboard_view(
@@ -209,7 +210,7 @@ def history_view(history: History, console: Console) -> RenderableType:
     parts: list[RenderableType] = [table]
     for chart in history.charts:
         parts.append(Text(f"\n{chart.title}: accuracy over time", style="bold"))
-        parts += _plot(chart, _has_unicode(console))
+        parts += _plot(chart, console)
     return Renderables(*parts)
 
 
@@ -220,10 +221,10 @@ def _accuracy_text(step: Step) -> str:
     return percent(step.accuracy) + ("" if step.half_width is None else f" {interval_text(step.half_width, step.rounds)}")
 
 
-def _plot(chart: TimeChart, unicode: bool) -> list[Text]:
+def _plot(chart: TimeChart, console: Console) -> list[Text]:
     """The chart in letters: a mark for each evaluation, a large one where it is the best so far."""
-    width, height = _PLOT_SIZE
-    best, other, line, edge = ("●", "∙", "─", "┤") if unicode else ("O", ".", "-", "|")
+    width, height = min(_PLOT_SIZE[0], console.width - _LABELS_OF_PLOT), _PLOT_SIZE[1]
+    best, other, line, edge = ("●", "∙", "─", "┤") if _has_unicode(console) else ("O", ".", "-", "|")
     grid = [[" "] * width for _ in range(height)]
 
     def place(x: float, y: float) -> tuple[int, int]:
@@ -238,12 +239,12 @@ def _plot(chart: TimeChart, unicode: bool) -> list[Text]:
         grid[row][column] = best if mark.step.is_best else other
     labels = {place(0, tick.position)[1]: tick.label for tick in chart.y_ticks}
     lines = [Text(f"{labels.get(row, ''):>8} {edge}{''.join(cells)}") for row, cells in enumerate(grid)]
-    axis = [" "] * (width + 12)
+    axis = ""
     for k, tick in enumerate(chart.x_ticks):
-        column = round(tick.position / 100 * (width - 1)) - (len(tick.label) * k) // max(1, len(chart.x_ticks) - 1)
-        for offset, letter in enumerate(tick.label):
-            axis[max(0, column + 1) + offset] = letter
-    return [*lines, Text(" " * 9 + "".join(axis).rstrip(), style="dim")]
+        column = 1 + round(tick.position / 100 * (width - 1)) - (len(tick.label) * k) // max(1, len(chart.x_ticks) - 1)
+        if column > len(axis):  # on a narrow console some labels have no room
+            axis = axis.ljust(column) + tick.label
+    return [*lines, Text(" " * 9 + axis, style="dim")]
 
 
 def _has_unicode(console: Console) -> bool:

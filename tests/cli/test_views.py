@@ -143,3 +143,11 @@ def test_history_of_nothing_says_so():
     console = Console(file=io.StringIO(), width=100)
     console.print(history_view(build_history([], []), console))
     assert "Nothing was evaluated" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 60, 120])
+def test_history_charts_are_as_wide_as_the_console(results, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(history_view(build_history(results, []), console))
+    chart = console.file.getvalue().split("accuracy over time")[1].splitlines()[1:]
+    assert len(chart) == 9 and max(map(len, chart)) <= width and chart[-1].split()[0] == "07-02"
