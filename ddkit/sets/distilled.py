@@ -213,7 +213,7 @@ def read_provenance(path: str | os.PathLike[str], sha256: str | None = None) -> 
     sha256: of the tensor's file; None hashes it.
     """
     files = set_files(path)
-    if not files.provenance.exists():
+    if not (files.provenance.exists() and files.tensor.exists()):
         return {}
     try:
         provenance = read_json(files.provenance)

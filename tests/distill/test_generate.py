@@ -109,6 +109,12 @@ class TestInvalidRequests:
             generate(**wanted, source=FromReal(), out=path)
         assert path.read_bytes() == before
 
+    def test_set_whose_tensor_was_deleted_is_made_again(self, colors, tmp_path):
+        made = generate(colors, 1, FromReal("first"), tmp_path / "set.pt").tensor
+        before = made.read_bytes()
+        made.unlink()
+        assert generate(colors, 1, FromReal("first"), made).tensor.read_bytes() == before
+
     def test_path_without_pt_ending_raises_usage_error(self, colors, tmp_path):
         with pytest.raises(UsageError, match=".pt"):
             generate(colors, 1, FromReal(), tmp_path / "set.png")

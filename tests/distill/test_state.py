@@ -13,7 +13,7 @@ from ddkit.distill.settings import PoolSettings, RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState, start_over
 from ddkit.errors import BadFileError, DDKitError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.runtime.files import sha256_of
-from ddkit.sets.distilled import set_files
+from ddkit.sets.distilled import read_provenance, set_files
 
 # So slowly that the validations cannot differ, of which the latest then counts.
 SETTINGS = RefineSettings(batch_real=2, val_every=2, val_epochs=0, held_out=0.2, learning_rate=1e-3)
@@ -41,6 +41,13 @@ def test_start_over_restores_the_original_set(start, tmp_path):
     assert contents(start) == before
     assert contents(tmp_path / "run" / "refined.pt") == refined, "what was given up is kept"
     assert run(start, tmp_path / "run", 1).steps == 1
+
+
+def test_refinement_whose_copy_of_the_original_is_gone_resumes(start, tmp_path):
+    run(start, tmp_path / "run", 1)
+    (tmp_path / "run" / "before.pt").unlink()
+    assert run(start, tmp_path / "run", 2).steps == 2
+    assert read_provenance(start)["kind"] == "refined" and read_provenance(start)["before"] == {}
 
 
 def test_a_kill_while_starting_over_loses_neither_set(start, tmp_path):

@@ -65,11 +65,12 @@ def require_tensorboard() -> Any:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics log by step, the last one of each stage, step and score; none when there is no log yet.
 
-    A torn line is left out. Raises BadFileError when the file cannot be read.
+    Lines that are not records, such as a torn one, are left out. Raises BadFileError when the file cannot be read.
     """
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     for _, record in read_lines(path):
-        found[record["stage"], record["step"], record.get("name", "")] = record
+        if isinstance(record, dict) and {"stage", "step"} <= record.keys():
+            found[record["stage"], record["step"], record.get("name", "")] = record
     return sorted(found.values(), key=lambda record: record["step"])
 
 

@@ -24,10 +24,10 @@ def test_tensorboard_has_every_figure_at_its_step(data, config, tmp_path):
     assert {"autoencoder/mse", "denoiser/mse", "denoiser/rate"} <= set(events.Tags()["scalars"])
 
 
-def test_read_records_returns_each_once_and_skips_a_torn_line(tmp_path):
+def test_read_records_returns_each_once_and_skips_what_is_not_a_record(tmp_path):
     log = tmp_path / "metrics.jsonl"
     lines = [{"stage": "denoiser", "step": step, "loss": loss} for step, loss in ((10, 1.0), (20, 0.9), (10, 0.8))]
-    log.write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "den')
+    log.write_text("\n".join(map(json.dumps, [*lines, 5, [], {"step": 3}])) + '\n{"stage": "den')
     assert [(record["step"], record["loss"]) for record in read_records(log)] == [(10, 0.8), (20, 0.9)]
     assert read_records(tmp_path / "none.jsonl") == []
     with pytest.raises(BadFileError):
