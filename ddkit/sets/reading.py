@@ -263,11 +263,13 @@ def _described_dict(opened: TorchFile, entries: Pairs, spec: DatasetSpec) -> tup
             f"a dict with a tensor for each of {len(tensors)} classes",
             "torch.cat([value[label] for label in sorted(value)])",
         )
+    # The line of Python names keys, so that it takes those only that are shown as they are.
+    tensors = {key: tensor for key, tensor in tensors.items() if _is_short(key)}
     images = next((key for key, tensor in tensors.items() if tensor.shape[1:] == spec.image_shape), None)
     if images is None:
         images = next((key for key, tensor in tensors.items() if len(tensor.shape) == 4), None)
     if images is None:
-        arrays = (key for key, value in items if isinstance(key, str) and len(_array_shape(value, []) or ()) == 4)
+        arrays = (key for key, value in items if _is_short(key) and len(_array_shape(value, []) or ()) == 4)
         return described, next((f"torch.from_numpy(value[{_shown_key(key)}]).float()" for key in arrays), "")
     rows = f"value[{_shown_key(images)}]"
     count = tensors[images].shape[:1]
@@ -278,6 +280,8 @@ def _described_dict(opened: TorchFile, entries: Pairs, spec: DatasetSpec) -> tup
 def _described_sequence(opened: TorchFile, value: Sequence[Any], spec: DatasetSpec) -> tuple[str, str]:
     kind, whole = type(value).__name__, opened.whole
     items = list(value) or opened.rest
+    if whole and not items:
+        return f"an empty {kind}", ""
     count = f"{len(items):,}" if whole else f"more than {len(items):,}"
     first = items[0] if items else None
     tensor = _tensor(opened, first)
@@ -345,8 +349,12 @@ def _shape_problem(shape: tuple[int, ...], spec: DatasetSpec, ipc: int | None) -
     return ""
 
 
+def _is_short(key: Any) -> bool:
+    return len(key) <= 40 if isinstance(key, str) else type(key) is int and abs(key) < 10**9
+
+
 def _shown_key(key: Any) -> str:
     """A stranger's key, which may be of any size and depth, in a few letters."""
-    if isinstance(key, str):
-        return f"{key[:40]!r}"
-    return str(key)[:20] if type(key) is int and abs(key) < 10**9 else f"one of type {type(key).__name__}"
+    if _is_short(key):
+        return repr(key)
+    return f"{key[:40]!r}" if isinstance(key, str) else f"one of type {type(key).__name__}"

@@ -166,6 +166,18 @@ def test_pairs_of_any_size_are_named(images):
     assert "more than" in message
 
 
+@pytest.mark.parametrize("key", [10**12, "images of the distilled set, after a thousand steps"])
+def test_dict_with_a_key_that_is_not_shown_whole_is_given_no_line_with_it(images, key):
+    _, codes, message = read(saved({key: images}))
+    assert codes == ["T001"] and "a dict with the keys" in message and "value[" not in message
+
+
+@pytest.mark.parametrize("empty", [[], ()])
+def test_an_empty_sequence_is_named_as_such(empty):
+    _, codes, message = read(saved(empty))
+    assert codes == ["T001"] and f"The file holds an empty {type(empty).__name__};" in message
+
+
 def test_array_that_was_not_read_whole_is_named_with_its_shape():
     _, codes, message = read(saved(torch.zeros(400, 3, 32, 32).numpy()))
     assert codes == ["T001"] and "a NumPy array of shape (400, 3, 32, 32)" in message
