@@ -86,11 +86,10 @@ def start(
     return Process(tuple(map(str, words)), cwd or Path.cwd(), os.environ if env is None else env, limits or {})
 
 
-def run(*words: str | Path, check: bool = False, **options) -> CompletedProcess[str]:
-    """Such a process, run to its end. check: its status must be 0."""
+def run(*words: str | Path, **options) -> CompletedProcess[str]:
+    """Such a process, run to its end."""
     process = start(*words, **options)
     out, errors = process.communicate()
-    assert not check or process.returncode == 0, errors
     return CompletedProcess(words, process.returncode, out, errors)
 
 
