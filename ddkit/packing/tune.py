@@ -299,7 +299,7 @@ def read_trials(records: Path) -> list[Trial]:
             if not trial.accuracies:
                 raise BadFileError("accuracies are missing")
         except BadFileError as error:
-            raise BadFileError(f"{records}, line {number}, is not a trial of ddkit tune.", "Name another file.") from error
+            raise BadFileError(f"{records}, line {number}, is not a trial of ddkit tune.", "Delete that line.") from error
         if trial.keep == 1 or values.get("across_classes"):
             trials.append(trial)
     return trials
