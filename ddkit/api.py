@@ -105,20 +105,28 @@ def generate(
     submission/<dataset>.pt. sampling: how a generator samples, its seed included; None takes the command's defaults.
     candidates, select: how many samples to make of each class, and how to select among them.
     replace: make the set again if it is there.
-    Raises MissingModelError if there is no such model, and UsageError for unknown names.
+    Raises MissingModelError if there is no such model, and UsageError for unknown names and for arguments that would have
+    no effect: those of a generator next to `from_real`, and `select` without `candidates`.
     """
     import dataclasses
 
     from ddkit.distill.generate import FromModel, FromReal
     from ddkit.distill.generate import generate as generate_set
+    from ddkit.errors import UsageError
     from ddkit.generator.config import SamplingSettings, default_guidance
     from ddkit.generator.model_facts import find_model
     from ddkit.sets.distilled import read_set
 
     source: FromModel | FromReal
     if from_real is not None:
+        of_generator = {"model": model, "sampling": sampling, "candidates": candidates, "select": select}
+        unused = [name for name, value in of_generator.items() if value is not None]
+        if unused:
+            raise UsageError(f"{' and '.join(unused)} cannot be combined with from_real, which samples nothing.")
         source = FromReal(from_real, seed, device)
     else:
+        if select is not None and candidates is None:
+            raise UsageError("select needs candidates.", "Give the number of candidates of each class: candidates=100.")
         folder = Path("runs", dataset) if model is None else find_model(model)
         sampling = sampling or SamplingSettings(guidance=default_guidance(ipc), seed=seed)
         source = FromModel(folder, sampling, device, candidates)

@@ -88,6 +88,19 @@ def test_train_makes_a_generator_that_generate_samples(letters, tmp_path):
     assert model.facts.steps > 0 and made.kind == "generated" and len(made.images) == 10 and reports
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"from_real": "random", "model": "run", "candidates": 5}, "model and candidates cannot be combined with from_real"),
+        ({"from_real": "random", "select": "herding"}, "select cannot be combined with from_real"),
+        ({"select": "herding"}, "select needs candidates"),
+    ],
+)
+def test_generate_refuses_arguments_without_effect(tmp_path, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        ddkit.generate("glyphs", out=tmp_path / "glyphs.pt", **arguments)
+
+
 @pytest.mark.parametrize(("ipc", "guidance"), [(1, 3.0), (101, 2.0)])
 def test_generate_takes_the_guidance_for_so_many_images_as_the_command_does(colors, colors_model, tmp_path, ipc, guidance):
     made = ddkit.generate(colors, ipc, model=colors_model, out=tmp_path / "colors.pt")

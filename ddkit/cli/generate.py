@@ -169,8 +169,12 @@ def generate(
     output.quiet = output.quiet or not is_main()
     dataset_spec(dataset)  # refuses an unknown name before anything is announced
     output.event(f"Making {ipc} image{'s' * (ipc > 1)} per class of {dataset} {origin}.")
+    earlier = out.stat() if out.exists() else None
     saved = making.generate(dataset, ipc, source, out, replace=replace, progress=output.progress)
     if not is_main():
         return
-    output.finish([saved.tensor, saved.provenance, saved.sheet], f"ddkit evaluate {saved.tensor}")
+    complete = earlier is not None and saved.tensor.stat().st_mtime_ns == earlier.st_mtime_ns
+    if complete:
+        output.note(f"{out} is complete; nothing was made. --replace makes it again.")
+    output.finish([] if complete else [saved.tensor, saved.provenance, saved.sheet], f"ddkit evaluate {saved.tensor}")
     output.result({"tensor": saved.tensor, "facts": saved.provenance, "sheet": saved.sheet})

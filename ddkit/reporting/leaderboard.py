@@ -25,9 +25,9 @@ BASELINE_NAMES = {
 def build(results: Sequence[Result], tracks: Iterable[int] | None = None) -> tuple[Group, ...]:
     """All groups: for each track the official one with the published entries, then the others, newest first.
 
-    tracks: None means those with results, and track 1.
+    tracks: None means those with results, or track 1 without any.
     """
-    wanted = sorted({1, *(r.track for r in results)} & TRACKS.keys()) if tracks is None else list(tracks)
+    wanted = (sorted({r.track for r in results} & TRACKS.keys()) or [1]) if tracks is None else list(tracks)
     groups: list[Group] = []
     for track in wanted:
         groups += _build_track(track, [r for r in results if r.track == track])

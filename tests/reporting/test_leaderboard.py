@@ -159,7 +159,9 @@ def test_track_2_says_what_was_made_of_the_time(result):
 
 def test_only_the_wanted_tracks(result):
     results = [result("generator", "cifar100", 0.3, track=2, epochs_setting=50)]
-    assert {group.track for group in build(results)} == {1, 2}
+    assert {group.track for group in build(results)} == {2}
+    assert {group.track for group in build([])} == {1}
+    assert {group.track for group in build([*results, result("mine", "cifar100", 0.3)])} == {1, 2}
     assert {group.track for group in build(results, [1])} == {1}
 
 
