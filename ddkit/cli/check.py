@@ -15,7 +15,7 @@ from rich.text import Text
 from ddkit.challenge import TRACKS
 from ddkit.cli._options import COUNT, FILE, PATH, SUBMISSION_FOLDER, example, ignore_option, output_options, refuse_unused
 from ddkit.cli._output import Output
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, counted
 from ddkit.results import RESULTS_FILE
 from ddkit.sets.findings import Report
 
@@ -101,7 +101,7 @@ def _findings_table(report: Report, path: Path) -> RenderableType:
     verdict = Text.assemble(
         ("acceptable", "bold green") if report.ok else ("unacceptable", "bold red"),
         f"  {path}  ",
-        (", ".join(f"{counts[level]} {level}{'s' * (counts[level] != 1)}" for level in ("error", "warning")), "dim"),
+        (", ".join(counted(counts[level], level, level + "s") for level in ("error", "warning")), "dim"),
     )
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     for finding in report.findings:

@@ -30,6 +30,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._output import Output, plain_table
 from ddkit.cli._rankings import rankings_table
+from ddkit.errors import counted
 from ddkit.network.plan import PRECISIONS
 from ddkit.runtime.environment import is_main
 from ddkit.runtime.progress import span_text
@@ -195,7 +196,7 @@ def _estimates_table(estimates: Sequence[EvaluationEstimate]) -> Table:
             escape(each.source),
             escape(each.dataset),
             f"{each.images:,}",
-            f"{each.rounds} of {each.epochs:,} epoch{'s' * (each.epochs > 1)}{done}",
+            f"{each.rounds} of {counted(each.epochs, 'epoch', 'epochs')}{done}",
             f"{each.seconds_per_epoch:.3g} s",
             span_text(each.seconds),
             f"{each.memory / 2**30:.1f} GiB, {each.free_memory / 2**30:.1f} GiB are free",

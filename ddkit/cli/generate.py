@@ -20,7 +20,7 @@ from ddkit.cli._options import (
     refuse_unused,
 )
 from ddkit.cli._output import Output
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, counted
 from ddkit.generator.config import (
     BATCH_ELSEWHERE,
     BATCH_ON_GPU,
@@ -161,14 +161,14 @@ def generate(
         how = select or making.FromModel.select
         source = making.FromModel(folder, settings, device, candidates, how, precision)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
-        sampled = f"{settings.sampler}, {settings.steps} step{'s' * (settings.steps > 1)}, guidance {settings.guidance:g}"
+        sampled = f"{settings.sampler}, {counted(settings.steps, 'step', 'steps')}, guidance {settings.guidance:g}"
         if settings.influence_guidance:
             sampled += f", influence guidance {settings.influence_guidance:g} by a network trained on the real images once"
         origin = f"with {source_name(folder)}: {sampled}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
     dataset_spec(dataset)  # refuses an unknown name before anything is announced
-    output.event(f"Making {ipc} image{'s' * (ipc > 1)} per class of {dataset} {origin}.")
+    output.event(f"Making {counted(ipc, 'image', 'images')} per class of {dataset} {origin}.")
     earlier = out.stat() if out.exists() else None
     saved = making.generate(dataset, ipc, source, out, replace=replace, progress=output.progress)
     if not is_main():

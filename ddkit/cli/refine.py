@@ -24,7 +24,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._output import Output
 from ddkit.distill.settings import OBJECTIVES, PRESETS, RefineLimits, RefineSettings
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, counted
 from ddkit.network.plan import PRECISIONS
 from ddkit.runtime.progress import span_text
 
@@ -137,7 +137,7 @@ def refine(
         estimate = estimate_refinement(path, dataset, settings, limits, start=start, device=device, progress=output.progress)
         _show_estimate(output, estimate)
         return
-    length = span_text(limits.seconds) if limits.seconds is not None else f"{limits.steps:,} step{'s' * (limits.steps > 1)}"
+    length = span_text(limits.seconds) if limits.seconds is not None else counted(limits.steps, "step", "steps")
     output.event(f"Refining {path} for {length}. {folder} keeps the original set.")
     if limits.seconds is None:  # otherwise the number of steps is not known
         expected = expected_accuracy(dataset, ipc, settings, limits.steps, start=start)

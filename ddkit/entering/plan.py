@@ -16,7 +16,7 @@ from ddkit.data.store import ImageSet, dataset_spec, is_prepared, load_dataset, 
 from ddkit.distill.estimate import RefineSpeed, expected_accuracy, measure_refinement
 from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.entering.recipe import IPC, Recipe, SetRecipe
-from ddkit.errors import UsageError
+from ddkit.errors import UsageError, counted
 from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.sources import FixedSet
@@ -267,7 +267,7 @@ class _Planner:
             if needed <= _SHARE_OF_EVALUATION * seconds:
                 break
         if (epochs, count) != _EVALUATIONS[recipe.track][0]:
-            uses, takes = f"E = {epochs} and {count} round{'s' * (count > 1)}", f"would take {time_option(official or 0)}"
+            uses, takes = f"E = {epochs} and {counted(count, 'round', 'rounds')}", f"would take {time_option(official or 0)}"
             if any(dataset_spec(name).in_challenge for name in recipe.datasets):
                 command = "ddkit evaluate" + " --track 2" * (recipe.track == 2)
                 self._notes.append(

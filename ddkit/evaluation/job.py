@@ -11,7 +11,7 @@ from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.checks.check import require_acceptable
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
-from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError, counted
 from ddkit.evaluation.estimate import EvaluationEstimate, estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator, evaluate_source
 from ddkit.evaluation.published import Conversion, PublishedSet, open_published
@@ -350,4 +350,4 @@ def _source_of(each: DistilledSet | PublishedSet) -> FixedSet:
 
 def _length(settings: EvaluationSettings) -> str:
     rounds, epochs = settings.number_of_rounds, settings.training.epochs
-    return f"{rounds} round{'s' * (rounds > 1)} of {epochs:,} epoch{'s' * (epochs > 1)} in {settings.precision}"
+    return f"{counted(rounds, 'round', 'rounds')} of {counted(epochs, 'epoch', 'epochs')} in {settings.precision}"

@@ -19,7 +19,7 @@ from typing import Any
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec
 from ddkit.distill.holdout import TrainHoldout
-from ddkit.errors import BadFileError, MissingDataError, UsageError
+from ddkit.errors import BadFileError, MissingDataError, UsageError, counted
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.evaluation.test_sets import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
@@ -212,7 +212,7 @@ def tune(
     """
     spec = dataset_spec(model.dataset)
     read_facts(model.folder, dataset=model.dataset)  # a missing model is reported before anything is downloaded
-    stages = f"{len(search.stages)} stage{'s' * (len(search.stages) > 1)}"
+    stages = counted(len(search.stages), "stage", "stages")
     on_event(
         f"Trying {len(search.candidates)} settings of {source_name(model.folder)} in {stages}: "
         f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."
