@@ -214,7 +214,7 @@ def tune(
     read_facts(model.folder, dataset=model.dataset)  # a missing model is reported before anything is downloaded
     stages = counted(len(search.stages), "stage", "stages")
     on_event(
-        f"Trying {len(search.candidates)} settings of {source_name(model.folder)} in {stages}: "
+        f"Trying {counted(len(search.candidates), 'candidate', 'candidates')} for {source_name(model.folder)} in {stages}: "
         f"generating takes {span_text(search.longest_generation)} at most, and training takes additional time."
     )
     real = open_dataset(model.dataset, "train", progress=progress)

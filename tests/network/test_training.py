@@ -120,6 +120,7 @@ def test_a_run_continued_within_an_epoch_is_bit_identical():
         next(batches)
     saved = io.BytesIO()
     torch.save(begun.state_dict(), saved)
+    saved.seek(0)
     continued = start()
     continued.load_state_dict(load_restricted(saved))
     assert [continued.epoch(), continued.epoch()] == losses[1:]

@@ -119,16 +119,14 @@ def test_a_full_disk_keeps_the_old_zip(tmp_path, folder):
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_keeps_a_whole_zip(tmp_path, folder):
-    """Packs over and over in a process that is killed at different moments; the zip is always whole."""
+    """Packs over and over in a process that is killed at different moments after the check; the zip is always whole."""
     out = pack(folder, tmp_path / "submission.zip")
     before = out.read_bytes()
     code = (
         "import sys\n"
-        "from ddkit.checks.check import CheckSettings\n"
         "from ddkit.packing.pack import pack\n"
-        "print('ready', flush=True)\n"
         "while True:\n"
-        "    pack(sys.argv[1], sys.argv[2], settings=CheckSettings(meaning=False))\n"
+        "    pack(sys.argv[1], sys.argv[2], on_report=lambda report: print('ready', flush=True))\n"
     )
     for milliseconds in (0, 7, 30):
         packer = processes.start("-c", code, folder, out)
@@ -136,8 +134,8 @@ def test_a_kill_at_any_moment_keeps_a_whole_zip(tmp_path, folder):
         time.sleep(milliseconds / 1000)
         assert packer.returncode is None
         packer.kill()
-        packer.communicate()
-        assert packer.returncode == -signal.SIGKILL
+        _, errors = packer.communicate()
+        assert packer.returncode == -signal.SIGKILL, errors
         assert out.read_bytes() == before
 
 
