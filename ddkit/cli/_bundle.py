@@ -25,7 +25,7 @@ from ddkit.packing.proof import ProofSettings
 from ddkit.packing.tune import with_best_settings
 from ddkit.runtime.hub import source_name
 
-_SAMPLING = ("sampler", "steps", "guidance", "precision")
+_SAMPLING = ("sampler", "steps", "guidance", "mode_guidance", "precision")
 
 
 def models_by_dataset(values: Sequence[str]) -> dict[str, Path]:
@@ -111,7 +111,7 @@ def _models(options: dict[str, Any]) -> list[BundleModel]:
         return models
     if chosen or options["images_per_class"] or options["keep"]:
         raise UsageError(
-            "--tuned sets the sampler, steps, guidance, precision, images per class and the share kept.",
+            "--tuned sets the sampler, steps, guidance, mode guidance, precision, images per class and the share kept.",
             "Leave out --tuned or those options.",
         )
     return [with_best_settings(model, TRIALS_FOLDER / f"{model.dataset}.jsonl") for model in models]

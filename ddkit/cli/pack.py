@@ -68,6 +68,9 @@ _TRACK_2_OPTIONS = (
                  help=f"Track 2: sample in this many steps.  [default: {BUNDLE_SAMPLING.steps}]"),
     click.option("--guidance", type=click.FloatRange(0),
                  help=f"Track 2: scale classifier-free guidance; 1 turns it off.  [default: {BUNDLE_SAMPLING.guidance:g}]"),
+    click.option("--mode-guidance", type=click.FloatRange(0), metavar="SCALE",
+                 help="Track 2: set the scale of mode guidance, which steers each image early in sampling to a mode of its "
+                 f"class's real images; 0 turns it off.  [default: {BUNDLE_SAMPLING.mode_guidance:g}]"),
     click.option("--images-per-class", type=COUNT, metavar="N",
                  help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),
     click.option("--keep", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",

@@ -24,7 +24,7 @@ from ddkit.cli._options import (
     example,
 )
 from ddkit.cli._output import Output
-from ddkit.generator.config import BUNDLE_KEEP
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -57,6 +57,14 @@ class _ImagesPerClass(click.ParamType):
 @click.option("--steps", type=COUNT, multiple=True, default=(5, 10), help="Try this many sampling steps; repeatable.")
 @click.option(
     "--guidance", type=click.FloatRange(0), multiple=True, default=(1.0, 2.0), help="Try this scale of guidance; repeatable."
+)
+@click.option(
+    "--mode-guidance",
+    type=click.FloatRange(0),
+    multiple=True,
+    default=(BUNDLE_SAMPLING.mode_guidance,),
+    metavar="SCALE",
+    help="Try this scale of mode guidance; 0 turns it off; repeatable.",
 )
 @click.option(
     "--images",
@@ -100,6 +108,7 @@ def tune(
     model: Path | None,
     steps: tuple[int, ...],
     guidance: tuple[float, ...],
+    mode_guidance: tuple[float, ...],
     images: tuple[int | str, ...],
     keep: tuple[float, ...],
     sampler: str,
@@ -108,7 +117,7 @@ def tune(
     packs: bool,
     **evaluation: Any,
 ) -> None:
-    """Search sampling steps, guidance, images per class and the share kept of a track 2 bundle by successive halving.
+    """Search for a track 2 bundle's sampling steps, guidance, images per class and share kept by successive halving.
 
     Every candidate generates for the same time budget, and networks are trained on what it made and tested on held-out
     training images. The test images are never used. The better half is tried again with twice the epochs, until two are
@@ -119,7 +128,7 @@ def tune(
     from ddkit.packing import tune as tuning
 
     counts = tuple(None if count == "all" else int(count) for count in images)
-    search = tuning.Search(steps, guidance, counts, keep, tuning.EvaluationSettings(track=2, **evaluation))
+    search = tuning.Search(steps, guidance, counts, keep, mode_guidance, tuning.EvaluationSettings(track=2, **evaluation))
     settings = _bundle.BundleSettings()
     settings = replace(settings, sampling=replace(settings.sampling, sampler=sampler, precision=precision))
     bundled = _bundle.BundleModel(dataset, _bundle.find_model(model) if model else RUNS_FOLDER / dataset, settings)
@@ -147,12 +156,12 @@ def _next_command(dataset: str, model: Path | None, out: Path) -> str:
 
 def _report(output: Output, trials: Sequence[Trial], best: Trial, evidence: str) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("steps", "guidance", "images a class", "kept", "accuracy %", "images", "images/s"):
+    for heading in ("steps", "guidance", "mode guidance", "images a class", "kept", "accuracy %", "images", "images/s"):
         table.add_column(heading, justify="right")
     for trial in sorted(trials, key=lambda trial: -trial.mean):
         spread = f" ± {100 * trial.std:.2f}" if trial.std is not None else ""
         made = sum(trial.images) / len(trial.images)
-        row = (trial.steps, f"{trial.guidance:g}", trial.images_per_class or "all",
+        row = (trial.steps, f"{trial.guidance:g}", f"{trial.mode_guidance:g}", trial.images_per_class or "all",
                f"{100 * trial.keep:g} %", f"{100 * trial.mean:.2f}{spread}",
                f"{made:,.0f}", f"{sum(trial.images) / sum(trial.seconds):,.1f}")  # fmt: skip
         table.add_row(*map(str, row), style="bold" if trial is best else None)

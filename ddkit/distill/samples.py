@@ -71,7 +71,10 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
         partial = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)
     modes = influence = extract = None
     if settings.mode_guidance:
-        modes = find_modes(source.folder, model, real.labels, ipc, seed=settings.seed, dataset_sha256=sha256)
+        modes = find_modes(
+            source.folder, model, real, ipc,
+            dataset_sha256=sha256, seed=settings.seed, device=group.device, progress=progress,
+        )  # fmt: skip
     if trains_networks:
         if not group.is_main:
             group.gather([])  # the main process trains the networks, once

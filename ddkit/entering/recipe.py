@@ -26,7 +26,7 @@ else:
 RECIPE_FILE = "recipe.toml"
 IPC = 10  # images per class on track 1
 _HEADING = "# Made by ddkit. To make the same entry again: ddkit enter --recipe {name}\n\n"
-_UNUSED_BY_BUNDLES = ("mode_guidance", "influence_guidance", "seed", "batch_size", "compile")  # of `SamplingSettings`
+_UNUSED_BY_BUNDLES = ("influence_guidance", "seed", "batch_size", "compile")  # of `SamplingSettings`
 
 
 @dataclass(frozen=True)

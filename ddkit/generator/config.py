@@ -305,13 +305,14 @@ BUNDLE_KEEP = 0.5
 class BundleSettings:
     """The settings of sampling and storing a bundle's model.
 
-    sampling: sampler, steps, guidance, its interval and the precision are used.
+    sampling: sampler, steps, guidance, its interval, mode guidance and the precision are used.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     images_per_class: stop when there are so many; None makes as many as the time allows.
     keep: share of the images that are kept. A ConvNet trained on real images labels them, whatever class they were sampled
         as, and for each class those with its highest probabilities are kept; 1 keeps all, each in its class.
     classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
-    Raises UsageError for a `keep` that is not above 0 and at most 1.
+    modes_per_class: of mode guidance, or fewer where a class has fewer images. Image i is steered to mode i modulo this.
+    Raises UsageError for a `keep` that is not above 0 and at most 1, and for less than one mode.
     """
 
     sampling: SamplingSettings = BUNDLE_SAMPLING
@@ -320,9 +321,12 @@ class BundleSettings:
     images_per_class: int | None = None
     keep: float = BUNDLE_KEEP
     classifier: bool = False
+    modes_per_class: int = 100
 
     def __post_init__(self) -> None:
         require_share("keep", self.keep)
+        if self.modes_per_class < 1:
+            raise UsageError(f"modes_per_class must be at least 1, got {self.modes_per_class}.")
 
     @property
     def has_classifier(self) -> bool:

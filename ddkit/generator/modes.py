@@ -12,45 +12,76 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from ddkit.errors import MissingModelError, UsageError
+from ddkit.data.store import ImageSet
+from ddkit.errors import UsageError
 from ddkit.generator.model_facts import WEIGHTS_FILE
 from ddkit.generator.model_folder import Model
-from ddkit.generator.training.latents import LATENTS_FILE, latents_identity, read_latents
+from ddkit.generator.training.latents import LATENTS_FILE, encoded, latents_identity, read_latents
 from ddkit.generator.training.run_folder import CHECKPOINTS
-from ddkit.runtime.files import sha256_of
+from ddkit.runtime.cached import cache_key, cached_tensors
+from ddkit.runtime.files import cache_folder, sha256_of
+from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.seeds import network_seed
 
+_CACHE_FOLDER = "_modes"  # a dataset cannot have this name
+_VERSION = 1  # counts changes to what is computed
 _KMEANS_ROUNDS = 50
 
 
-def find_modes(folder: Path, model: Model, labels: Tensor, count: int, *, seed: int, dataset_sha256: str) -> Tensor:
+def find_modes(
+    folder: Path,
+    model: Model,
+    images: ImageSet,
+    count: int,
+    *,
+    dataset_sha256: str,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Listener = ignore,
+) -> Tensor:
     """The centers of k-means in each class's latents: (classes, k, C, s, s) float32, scaled as the denoiser sees them.
 
-    folder: the model's folder, whose training has left the latents of its images there. labels: (N,) int64 of those
-    images. count: k, or fewer where a class has fewer images. dataset_sha256: hash of the prepared training split.
-    Raises MissingModelError when the latents are missing or belong to other images or another autoencoder.
+    folder: the model's folder. If its training has left the latents of the images there, they are used; else `images` are
+    encoded on the device. images: the prepared training split. dataset_sha256: its hash. count: k, or fewer where a class
+    has fewer images. The modes are kept in the cache, so the same ones are found only once.
+    Raises UsageError for a class without images.
     """
-    path = folder / CHECKPOINTS / LATENTS_FILE
     autoencoder = sha256_of(folder / "vae" / WEIGHTS_FILE)
-    identities = (latents_identity(dataset_sha256, autoencoder, flips=flips) for flips in (True, False))
-    found = next((found for identity in identities if (found := read_latents(path, labels, identity))), None)
-    if found is None:
-        problem = "belongs to other images or another autoencoder" if path.exists() else "is missing"
-        raise MissingModelError(
-            f"Mode guidance needs the latents of the training images, but {path} {problem}.",
-            f"Train the model in its folder: ddkit train --dataset {model.facts.dataset} --out {folder}. "
-            "Or leave out --mode-guidance.",
-        )
-    latents = found.latents[:, 0].float() * float(model.autoencoder.config.scaling_factor)
-    by_class = [latents[labels == label].flatten(1).numpy() for label in range(len(model.facts.class_names))]
-    if any(not len(members) for members in by_class):
+    scale = float(model.autoencoder.config.scaling_factor)
+    members = images.labels.bincount(minlength=len(model.facts.class_names))
+    if not members.all():
         raise UsageError("Mode guidance needs at least one training image of every class.")
-    count = min(count, *(len(members) for members in by_class))
+    count = min(count, int(members.min()))
+
+    def make() -> dict[str, Tensor]:
+        path = folder / CHECKPOINTS / LATENTS_FILE
+        identities = (latents_identity(dataset_sha256, autoencoder, flips=flips) for flips in (True, False))
+        kept = next((found for each in identities if (found := read_latents(path, images.labels, each))), None)
+        if kept is not None:
+            latents = kept.latents[:, 0]
+        else:
+            side = model.latent_shape[1]
+            network = model.autoencoder.to(device)
+            latents = torch.cat([*encoded(network, images, side, flips=False, progress=progress)])[:, 0]
+        return {"modes": _centers(scale * latents.float(), images.labels, len(members), count, seed, progress)}
+
+    key = cache_key((_VERSION, dataset_sha256, autoencoder, scale, count, seed))
+    name = model.facts.dataset
+    path = cache_folder() / _CACHE_FOLDER / f"{name}-{key}.safetensors"
+    found = cached_tensors(path, ("modes",), f"the modes of {name}'s latents", make)
+    assert found is not None
+    return found["modes"]
+
+
+def _centers(latents: Tensor, labels: Tensor, classes: int, count: int, seed: int, progress: Listener) -> Tensor:
+    """(classes, count, C, s, s) from (N, C, s, s)."""
     centers = []
     with warnings.catch_warnings():
         # A cluster may lose all its images; its center then stays where it was.
         warnings.filterwarnings("ignore", "One of the clusters is empty")
-        for label, members in enumerate(by_class):
+        for label in range(classes):
+            members = latents[labels == label].flatten(1).numpy()
             random = network_seed("modes", seed, label)
-            centers.append(kmeans2(members, count, iter=_KMEANS_ROUNDS, minit="++", seed=random)[0])
-    return torch.stack([torch.from_numpy(each).float() for each in centers]).unflatten(2, latents.shape[1:])
+            centers.append(torch.from_numpy(kmeans2(members, count, iter=_KMEANS_ROUNDS, minit="++", seed=random)[0]))
+            progress(Progress("Finding modes", label + 1, classes, "classes"))
+    return torch.stack(centers).float().unflatten(2, latents.shape[1:])

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ddkit.errors import UsageError, did_you_mean
 from ddkit.generator.config import SAMPLERS
-from ddkit.generator.objective import BETA_SCHEDULES, TIME_SCALE
+from ddkit.generator.objective import BETA_SCHEDULES, TIME_SCALE, Objective
 
+_MODE_GUIDED = 0.5  # of the steps, from the first on (arXiv 2505.18963, section 4.2: t_stop)
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 
 
@@ -30,8 +31,8 @@ _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_pr
 class LinearPlan:
     """A sampler of n steps as numbers.
 
-    Terms are the noise, then the network's output of step 0, 1, ...; with shifts, each output is followed by what is
-    added to the point after that step. Their number is m = 1 + n, or 1 + 2 n with shifts.
+    Terms are the noise, with mode guidance the mode, then the network's output of step 0, 1, ...; with shifts, each output is
+    followed by what is added to the point after that step. Their number is m.
     times: (n,) float32, the time that the network is given at each step.
     inputs: (n, m) float32; row i makes the network's input of step i from the terms.
     final: (m,) float32; makes the clean latents from the terms.
@@ -69,30 +70,44 @@ def make_scheduler(sampler: str, prediction: str) -> SchedulerMixin:
     return kind(**common, use_flow_sigmas=prediction == "flow", final_sigmas_type="zero")
 
 
-def linear_plan(scheduler: SchedulerMixin, steps: int, *, shifts: bool = False) -> LinearPlan:
+def linear_plan(
+    scheduler: SchedulerMixin,
+    steps: int,
+    *,
+    mode_guidance: float = 0.0,
+    objective: Objective | None = None,
+    shifts: bool = False,
+) -> LinearPlan:
     """The coefficients of a deterministic scheduler of `steps` steps.
 
-    shifts: something is added to the point after every step, as guidance by modes does.
+    mode_guidance: lambda; after each step of the first half, lambda * sigma_t * (mode - predicted clean latents) is added to
+    the point, where sigma_t is the noise level (Chan-Santiago et al. 2025, arXiv 2505.18963, section 4.2).
+    objective: of the network, which mode guidance needs.
+    shifts: something else is added to the point after every step, as influence guidance does.
     Raises UsageError unless `steps` is 1 to TIME_SCALE, and for more steps than the sampler can distinguish.
     """
     if not 1 <= steps <= TIME_SCALE:
         raise UsageError(f"Sampling takes 1 to {TIME_SCALE} steps, got {steps}.")
     set_steps(scheduler, steps)
     times = scheduler.timesteps
-    per_step = 1 + shifts
-    count = 1 + per_step * len(times)
+    first, per_step = 1 + (mode_guidance > 0), 1 + shifts
+    count = first + per_step * len(times)
     # Each term is a unit vector; some schedulers require image-like dimensions.
     terms = torch.eye(count, dtype=torch.float64).reshape(count, 1, -1, 1, 1)
     point = terms[0]
     inputs = []
     for i, time in enumerate(times):
         inputs.append(point)
+        output = terms[first + per_step * i]
         try:
-            point = scheduler.step(terms[1 + per_step * i], time, point, return_dict=False)[0].double()
+            after = scheduler.step(output, time, point, return_dict=False)[0].double()
         except AssertionError as error:  # UniPC raises it when two steps fall on one time
             raise UsageError(f"{type(scheduler).__name__} cannot take as many as {steps} steps.", "Ask for fewer.") from error
-        if shifts:
-            point = point + terms[2 + per_step * i]
+        if objective and mode_guidance and i < _MODE_GUIDED * len(times):
+            at = time.float().view(1)
+            _, sigma = objective.levels(at, point)
+            after = after + mode_guidance * sigma * (terms[1] - objective.clean(point, output, at))
+        point = after + terms[first + 1 + per_step * i] if shifts else after
     return LinearPlan(times.float(), torch.stack(inputs).flatten(1).float(), point.flatten().float())
 
 

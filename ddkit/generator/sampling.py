@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 _OTHERS = "Close other programs that use it, or choose another --device."
 _PART = 32  # images that a core computes together; more are not faster
-_MODE_GUIDED = 0.5  # of the steps, from the first on (arXiv 2505.18963, section 4.2: t_stop)
 _INFLUENCE_GUIDED = (0.08, 0.4)  # from which to which share of the steps (IGD's code: steps 5 to 20 of 50)
 
 
@@ -97,8 +96,13 @@ class Sampler:
             self._guided, self._decoder = (compiled_for_inference(each, self.device) for each in self._differentiable)
         self._compiling = self.settings.compile  # until the first part is made
         scheduler = make_scheduler(self.settings.sampler, model.facts.prediction)
-        self._shifts = modes is not None or influence is not None
-        plan = linear_plan(scheduler, self.settings.steps, shifts=self._shifts)
+        plan = linear_plan(
+            scheduler,
+            self.settings.steps,
+            mode_guidance=self.settings.mode_guidance,
+            objective=self._objective,
+            shifts=influence is not None,
+        )
         self._times, self._final = plan.times.tolist(), plan.final.to(self.device)
         self._inputs = plan.inputs.to(self.device)
         self._modes, self._influence = modes, influence
@@ -174,19 +178,19 @@ class Sampler:
         whole = self._part if self.settings.compile else count
         filled = [torch.cat([rows, rows[:1].expand(whole - count, *rows.shape[1:])]) for rows in part]
         noise, labels, centers = (upload(rows, self.device) for rows in filled)
-        per_step = 1 + self._shifts
-        terms = noise.new_zeros(1 + per_step * len(self._times), *noise.shape)  # as LinearPlan orders them
+        terms = noise.new_zeros(len(self._final), *noise.shape)  # as LinearPlan orders them
         terms[0] = noise
+        first, per_step = 1, 1 + (self._influence is not None)
+        if self._modes is not None:
+            terms[1], first = centers, 2
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             for i, time in enumerate(self._times):
-                known = 1 + per_step * i
+                known = first + per_step * i
                 point = weighted_sum(self._inputs[i, :known], terms[:known])
                 if i in self._influenced:
                     terms[known], terms[known + 1] = self._influence_term(point, time, filled[1])
                 else:
                     terms[known] = self._output(self._guided, point, time, labels)
-                if self._modes is not None and i < _MODE_GUIDED * len(self._times):
-                    terms[known + 1] += self._mode_term(point, terms[known], time, centers)
             latents = weighted_sum(self._final, terms)
             made = torch.cat([to_uint8(self._decoder(some)) for some in latents.split(self._decoded_at_once)])
         return made[:count].cpu()
@@ -198,15 +202,6 @@ class Sampler:
             return denoiser(point, point.new_full((count,), time), labels)
         both = torch.cat([labels, torch.full_like(labels, self._null_class)])
         return denoiser(point, point.new_full((2 * count,), time), both, self.settings.guidance)
-
-    def _mode_term(self, point: Tensor, output: Tensor, time: float, centers: Tensor) -> Tensor:
-        """The term that mode guidance adds after a step: lambda * sigma_t * (mode - predicted clean latents), all (n, C, s, s).
-
-        Source: Chan-Santiago et al. 2025, arXiv 2505.18963, section 4.2. sigma_t is the noise level of the objective.
-        """
-        times = point.new_full((len(point),), time)
-        _, sigma = self._objective.levels(times, point)
-        return self.settings.mode_guidance * sigma * (centers - self._objective.clean(point, output, times))
 
     def _influence_term(self, point: Tensor, time: float, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The denoiser's output, and the term that influence guidance adds after a step, both (n, C, s, s).

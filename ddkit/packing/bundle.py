@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import dataset_spec
+from ddkit.data.store import dataset_spec, store_hash
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
 from ddkit.generator.config import BundleSettings
 from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts, require_present_dataset
 from ddkit.generator.model_folder import load_model
+from ddkit.generator.modes import find_modes
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
 from ddkit.history import PackedRecords, require_name
@@ -37,6 +38,7 @@ from ddkit.runtime.files import atomic_folder, atomic_write, read_json, sha256_o
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_safetensors
 
+MODES_FILE = "modes.safetensors"  # as sampling.py reads it
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
 _SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py", "classifier.py")
 
@@ -110,9 +112,9 @@ def pack_bundle(
 def build_folder(models: Sequence[BundleModel], out: Path, *, progress: Listener = ignore) -> Path:
     """Write the bundle as a folder that can be run as it is; an earlier one is replaced.
 
-    A classifier is trained on the real images once, unless all images are kept. Raises UsageError
-    without models or with two of one dataset, MissingModelError if a model or the scripts are missing, and what
-    `load_model` and `open_dataset` raise.
+    A classifier is trained on the real images once, unless all images are kept, and their modes are found once for mode
+    guidance. Raises UsageError without models or with two of one dataset, MissingModelError if a model or the scripts are
+    missing, and what `load_model`, `find_modes` and `open_dataset` raise.
     """
     datasets = [model.dataset for model in models]
     if not datasets or len(set(datasets)) < len(datasets):
@@ -211,14 +213,14 @@ class RoundingCost:
 
 @torch.no_grad()
 def rounding_cost(model: BundleModel, *, images: int = 32) -> RoundingCost:
-    """Sample the same images with the weights as they are and rounded to float16, and compare them."""
+    """Sample the same images with the weights as they are and rounded to float16, without mode guidance, and compare them."""
     original, rounded = load_model(model.folder), load_model(model.folder)
     for network in (rounded.denoiser, rounded.autoencoder):
         for parameter in network.parameters():
             parameter.copy_(parameter.half())
     classes = len(original.facts.class_names)
     labels, indices = torch.arange(images) % classes, torch.arange(images) // classes
-    config = replace(model.settings.sampling, batch_size=images, compile=False)
+    config = replace(model.settings.sampling, mode_guidance=0.0, batch_size=images, compile=False)
     samplers = (Sampler(each, config, "cpu") for each in (original, rounded))
     first, second = (torch.cat([*sampler.images(labels, indices)]) for sampler in samplers)
     difference = (first.int() - second.int()).abs()
@@ -236,8 +238,9 @@ def _with_script(folder: Path, path: Path) -> Path:
 
 
 def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFacts:
-    """Write a model's folder: its parts without what only ddkit reads, its sampler, its classifier, and entry.json."""
-    facts, spec = load_model(model.folder, dataset=model.dataset).facts, dataset_spec(model.dataset)
+    """Write a model's folder: its parts without what only ddkit reads, its sampler, classifier and modes, and entry.json."""
+    loaded, spec = load_model(model.folder, dataset=model.dataset), dataset_spec(model.dataset)
+    facts = loaded.facts
     require_present_dataset(facts, model.folder)
     for part in ("vae", DENOISER_PART):
         (folder / part).mkdir(parents=True)
@@ -248,19 +251,25 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
             save_safetensors({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
         else:
             target.write_bytes(source.read_bytes())
-    if model.settings.has_classifier:
+    sampling, device = model.settings.sampling, resolve_device("auto")  # which need not be the bundle's
+    if model.settings.has_classifier or sampling.mode_guidance:
         try:
             real = open_dataset(model.dataset, "train", progress=progress)
         except DDKitError as error:
-            kept = "The bundle's classifier learns from these images; with --keep 1 it has none."
-            raise type(error)(error.message, f"{error.remedy} {kept}".strip()) from error
-        device = resolve_device("auto")  # which need not be the bundle's
+            needs = "The bundle's classifier and modes come from these images; with --keep 1 --mode-guidance 0 it has neither."
+            raise type(error)(error.message, f"{error.remedy} {needs}".strip()) from error
+    if model.settings.has_classifier:
         network = convnet_features(real, spec, CLASSIFIER, device=device, progress=progress).network.cpu()
         (folder / "classifier").mkdir()
         weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         save_safetensors(weights, folder / "classifier" / "classifier.safetensors")
         write_json(folder / "classifier" / "config.json", {"image_size": network.image_size})
-    sampling = model.settings.sampling
+    if sampling.mode_guidance:
+        modes = find_modes(
+            model.folder, loaded, real, model.settings.modes_per_class,
+            dataset_sha256=store_hash(model.dataset, "train"), device=device, progress=progress,
+        )  # fmt: skip
+        save_safetensors({"modes": modes.half()}, folder / MODES_FILE)
     make_scheduler(sampling.sampler, facts.prediction).save_config(folder / "scheduler")
     entry = {
         "dataset": spec.name,
@@ -272,6 +281,7 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
         "steps": sampling.steps,
         "guidance": sampling.guidance,
         "guidance_interval": sampling.guidance_interval,
+        "mode_guidance": sampling.mode_guidance,
         "precision": sampling.precision,
         "device": model.settings.device,
         "images_per_class": model.settings.images_per_class,
@@ -286,11 +296,12 @@ def _readme(models: Sequence[BundleModel], facts: Mapping[str, ModelFacts]) -> s
     rows = ["| dataset | images | mean | std | sampling | training steps of the model |", "|---|---|---|---|---|---|"]
     for model in models:
         spec, sampling = dataset_spec(model.dataset), model.settings.sampling
+        modes = f", mode guidance {sampling.mode_guidance:g}" if sampling.mode_guidance else ""
         kept = "" if model.settings.keep == 1 else f", {100 * model.settings.keep:g} % kept"
         numbers = [", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std)]
         rows.append(
             f"| {spec.name} | {spec.num_classes} classes, {spec.image_size} x {spec.image_size} | {numbers[0]} | "
-            f"{numbers[1]} | {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}, "
+            f"{numbers[1]} | {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}{modes}, "
             f"{sampling.precision}{kept} | {facts[model.dataset].steps:,} |"
         )
     template = string.Template((scripts()[SCRIPT].parent / "README.md").read_text(encoding="utf-8"))

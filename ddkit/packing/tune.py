@@ -1,9 +1,10 @@
 """Search for the settings of a track 2 bundle by successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943).
 
-Fewer sampling steps make more images within the time budget, and worse ones; guidance trades variety for clarity; and a
-bundle may stop at fewer images, or keep a share of them. Every candidate runs the very script that would be packed, for the
-same time budget, and networks are trained on what it makes and tested on held-out training images. The better half of the
-candidates is tried again with twice the epochs, until two are left, which are compared in the full number of rounds.
+Fewer sampling steps make more images within the time budget, and worse ones; guidance trades variety for clarity; mode
+guidance brings variety; and a bundle may stop at fewer images, or keep a share of them. Every candidate runs the very
+script that would be packed, for the same time budget, and networks are trained on what it makes and tested on held-out
+training images. The better half of the candidates is tried again with twice the epochs, until two are left, which are
+compared in the full number of rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ddkit.errors import BadFileError, MissingDataError, UsageError, counted
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.evaluation.test_sets import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
-from ddkit.generator.config import BUNDLE_KEEP, require_share
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, require_share
 from ddkit.generator.model_facts import model_hash, read_facts
 from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder
 from ddkit.results import Scores
@@ -45,20 +46,22 @@ class Candidate:
     """Settings to try.
 
     images_per_class: number at which the bundle stops; None for as many as the time allows. keep: share of the images that
-    are kept, labeled by the bundle's classifier; 1 keeps all as they were sampled.
+    are kept, labeled by the bundle's classifier; 1 keeps all as they were sampled. mode_guidance: its scale; 0 for none.
     """
 
     steps: int
     guidance: float
     images_per_class: int | None = None
     keep: float = 1.0
+    mode_guidance: float = 0.0
 
     def __str__(self) -> str:
         """The settings in words, such as "8 steps, guidance 2, 50 images a class, the surest 50 %"."""
         steps = f"{self.steps} steps, " if self.steps else ""
         count = "" if self.images_per_class is None else f", {self.images_per_class} images a class"
         kept = "" if self.keep == 1 else f", the surest {100 * self.keep:g} %"
-        return f"{steps}guidance {self.guidance:g}{count}{kept}"
+        modes = f", mode guidance {self.mode_guidance:g}" if self.mode_guidance else ""
+        return f"{steps}guidance {self.guidance:g}{modes}{count}{kept}"
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,14 @@ class Search:
     guidance: tuple[float, ...] = (1.0, 2.0)
     images_per_class: tuple[int | None, ...] = (None,)
     keep: tuple[float, ...] = (1.0, BUNDLE_KEEP)
+    mode_guidance: tuple[float, ...] = (BUNDLE_SAMPLING.mode_guidance,)
     evaluation: EvaluationSettings = field(
         default_factory=lambda: EvaluationSettings(track=2, rounds=2, epochs_setting=20, time_budget=60.0)
     )
 
     def __post_init__(self) -> None:
         counts = [count for count in self.images_per_class if count is not None]
-        if not self.candidates or min((*self.steps, *counts)) < 1 or min(self.guidance) < 0:
+        if not self.candidates or min((*self.steps, *counts)) < 1 or min((*self.guidance, *self.mode_guidance)) < 0:
             raise UsageError("A search needs steps and images per class of 1 or more, and guidance of 0 or more.")
         for share in self.keep:
             require_share("keep", share)
@@ -89,7 +93,7 @@ class Search:
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """Every combination of the values, each once."""
-        combined = itertools.product(self.steps, self.guidance, self.images_per_class, self.keep)
+        combined = itertools.product(self.steps, self.guidance, self.images_per_class, self.keep, self.mode_guidance)
         return tuple(dict.fromkeys(Candidate(*values) for values in combined))
 
     @property
@@ -137,11 +141,12 @@ class Trial(Scores):
     keep: float = 1.0
     across_classes: bool = True
     judged_on: str = "test images"
+    mode_guidance: float = 0.0
 
     @property
     def candidate(self) -> Candidate:
         """The settings that were tried."""
-        return Candidate(self.steps, self.guidance, self.images_per_class, self.keep)
+        return Candidate(self.steps, self.guidance, self.images_per_class, self.keep, self.mode_guidance)
 
     @property
     def conditions(self) -> tuple[Any, ...]:
@@ -170,7 +175,9 @@ def run_search(
     candidates = list(search.candidates)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="ddkit-tune-") as temporary:
-        bundled = replace(model, settings=replace(model.settings, keep=1.0, classifier=min(search.keep) < 1))
+        sampling = replace(model.settings.sampling, mode_guidance=max(search.mode_guidance))  # so that it has the modes
+        packed = replace(model.settings, sampling=sampling, keep=1.0, classifier=min(search.keep) < 1)
+        bundled = replace(model, settings=packed)
         script = build_folder([bundled], Path(temporary) / "bundle", progress=progress) / SCRIPT
         for count, settings in search.stages:
             if trials:
@@ -281,7 +288,12 @@ def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
     sampling = replace(
-        model.settings.sampling, sampler=best.sampler, steps=best.steps, guidance=best.guidance, precision=best.precision
+        model.settings.sampling,
+        sampler=best.sampler,
+        steps=best.steps,
+        guidance=best.guidance,
+        mode_guidance=best.mode_guidance,
+        precision=best.precision,
     )
     settings = replace(model.settings, sampling=sampling, images_per_class=best.images_per_class, keep=best.keep)
     return replace(model, settings=settings)
@@ -353,6 +365,7 @@ def _planned(model: BundleModel, candidate: Candidate, settings: EvaluationSetti
         keep=candidate.keep,
         precision=sampling.precision,
         judged_on=_JUDGED_ON,
+        mode_guidance=candidate.mode_guidance,
     )
 
 
@@ -364,7 +377,10 @@ def _try(
     state: StateFolder | None,
     progress: Listener,
 ) -> Trial:
-    arguments = ["--steps", str(trial.steps), "--guidance", f"{trial.guidance:g}", "--pixels", "--keep", f"{trial.keep:g}"]
+    values = {"--guidance": trial.guidance, "--mode-guidance": trial.mode_guidance, "--keep": trial.keep}
+    arguments = ["--steps", str(trial.steps), "--pixels"]
+    for name, value in values.items():
+        arguments += [name, f"{value:g}"]
     if trial.images_per_class is not None:
         arguments += ["--most", str(trial.images_per_class * test_set.spec.num_classes)]
     if settings.device != "auto":

@@ -146,12 +146,16 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="sample in this many steps  [default: as packed]")
     parser.add_argument("--guidance", type=float, help="set the scale of guidance; 1 turns it off  [default: as packed]")
     parser.add_argument(
+        "--mode-guidance", type=float, help="set the scale of mode guidance; 0 turns it off  [default: as packed]"
+    )
+    parser.add_argument(
         "--keep", type=float, metavar="SHARE",
         help="keep this share of the images: a classifier labels them, and those that show their class most clearly are "
         "kept; 1 keeps all, as they were sampled  [default: as packed]",
     )  # fmt: skip
     options = parser.parse_args()
-    for name, least in (("time_budget", 1e-9), ("ipc", 1), ("most", 1), ("processes", 1), ("steps", 1), ("guidance", 0)):
+    at_least = {"time_budget": 1e-9, "ipc": 1, "most": 1, "processes": 1, "steps": 1, "guidance": 0, "mode_guidance": 0}
+    for name, least in at_least.items():
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             raise Failure(f"--{name.replace('_', '-')} cannot be {value:g}.", 2)
@@ -171,7 +175,10 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
         raise Failure(f"unknown dataset '{options.dataset}'. {nearest_dataset(options.dataset)}", 2)
     check_hashes(model)
     entry = json.loads((model / "entry.json").read_text(encoding="utf-8"))
-    entry |= {name: value for name in ("steps", "guidance", "keep") if (value := getattr(options, name)) is not None}
+    names = ("steps", "guidance", "mode_guidance", "keep")
+    entry |= {name: value for name in names if (value := getattr(options, name)) is not None}
+    if entry["mode_guidance"] and not (model / "modes.safetensors").is_file():
+        raise Failure("--mode-guidance needs modes, and the bundle has none; pack it again with --mode-guidance.", 2)
     keep = entry.get("keep", 1.0)
     if keep < 1 and not (model / "classifier").is_dir():
         raise Failure("--keep needs a classifier, and the bundle has none; pack it again without --keep 1.", 2)

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+MODES_FILE = "modes.safetensors"
+MODE_GUIDED = 0.5  # of the steps, from the first on
 
 
 class Sampler:
     """The networks of a model folder on a device. Call it with classes and indices.
 
-    folder: holds vae/, scheduler/ and transformer/, in diffusers' format.
-    entry: its entry.json, with the steps, the guidance and its interval, and the precision.
+    folder: holds vae/, scheduler/ and transformer/, in diffusers' format, and for mode guidance modes.safetensors.
+    entry: its entry.json, with the steps, the guidance and its interval, the mode guidance, and the precision.
     """
 
     def __init__(self, folder: Path, entry: Mapping[str, Any], device: str, seed: int) -> None:
@@ -35,7 +37,8 @@ class Sampler:
         self._in_bfloat16 = computes_in_bfloat16(entry["precision"], self._device)
         self._denoiser = _load_denoiser(folder).to(self._device)
         self._autoencoder = _load(AutoencoderKL, folder / "vae").to(self._device, memory_format=torch.channels_last)
-        times, inputs, final = _plan(_load_scheduler(folder / "scheduler"), entry["steps"])
+        self._modes = load_file(folder / MODES_FILE)["modes"].float() if entry["mode_guidance"] else None
+        times, inputs, final = _plan(_load_scheduler(folder / "scheduler"), entry["steps"], entry["mode_guidance"])
         self._times, self._inputs, self._final = times.tolist(), inputs.to(self._device), final.to(self._device)
         config = self._denoiser.config
         self._latent_shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -47,9 +50,13 @@ class Sampler:
         The same image for the same seed, class and index, in whatever batch.
         """
         noise = torch.stack([self._noise(c, i) for c, i in zip(classes, indices, strict=True)])
-        noise, labels = upload(noise, self._device), upload(torch.tensor(classes), self._device)
+        given = [upload(noise, self._device)]
+        if self._modes is not None:
+            modes = torch.tensor(indices) % self._modes.shape[1]
+            given.append(upload(self._modes[torch.tensor(classes), modes], self._device))
+        labels = upload(torch.tensor(classes), self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bfloat16):
-            pixels = self._decode(self._latents(noise, labels))
+            pixels = self._decode(self._latents(given, labels))
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
 
     def _noise(self, class_label: int, index: int) -> Tensor:
@@ -58,12 +65,12 @@ class Sampler:
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.randn(self._latent_shape, generator=generator)
 
-    def _latents(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """From noise to clean latents, both (n, C, s, s), along the plan."""
-        known = noise.new_empty(len(self._times) + 1, *noise.shape)  # the noise, and the outputs so far
-        known[0] = noise
-        for step, time in enumerate(self._times):
-            known[step + 1] = self._guided(self._sum(self._inputs[step, : step + 1], known[: step + 1]), time, labels)
+    def _latents(self, given: list[Tensor], labels: Tensor) -> Tensor:
+        """From the noise, and with mode guidance the modes, to clean latents, all (n, C, s, s), along the plan."""
+        known = given[0].new_empty(len(self._final), *given[0].shape)  # what is given, and the outputs so far
+        known[: len(given)] = torch.stack(given)
+        for count, (inputs, time) in enumerate(zip(self._inputs, self._times, strict=True), len(given)):
+            known[count] = self._guided(self._sum(inputs[:count], known[:count]), time, labels)
         return self._sum(self._final, known)
 
     def _sum(self, coefficients: Tensor, known: Tensor) -> Tensor:
@@ -110,23 +117,44 @@ def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16"
 
 
-def _plan(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def _plan(scheduler: Any, steps: int, mode_guidance: float) -> tuple[Tensor, Tensor, Tensor]:
     """What a deterministic scheduler's steps amount to: fixed combinations of the noise and the network's outputs.
 
     Found by letting the scheduler work on vectors of coefficients instead of images. Returns the times (n,), the
-    coefficients of each step's input (n, n + 1), and those of the result (n + 1,); the first is the noise's.
+    coefficients of each step's input (n, m), and those of the result (m,); the first is the noise's and, with mode guidance,
+    the second the mode's. Mode guidance adds lambda * sigma_t * (mode - predicted clean latents) to what comes out of each
+    step of the first half (Chan-Santiago et al. 2025, arXiv 2505.18963, section 4.2).
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
     else:
         scheduler.set_timesteps(steps)
     times = scheduler.timesteps
-    symbols = torch.eye(len(times) + 1, dtype=torch.float64).reshape(len(times) + 1, 1, -1, 1, 1)  # image-like
+    first = 2 if mode_guidance else 1
+    symbols = torch.eye(first + len(times), dtype=torch.float64).reshape(first + len(times), 1, -1, 1, 1)  # image-like
     point, inputs = symbols[0], []
     for step, time in enumerate(times):
         inputs.append(point)
-        point = scheduler.step(symbols[step + 1], time, point, return_dict=False)[0].double()
+        output = symbols[first + step]
+        after = scheduler.step(output, time, point, return_dict=False)[0].double()
+        if mode_guidance and step < MODE_GUIDED * len(times):
+            clean, sigma = _clean(scheduler, point, output, time)
+            after = after + mode_guidance * sigma * (symbols[1] - clean)
+        point = after
     return times.float(), torch.stack(inputs).flatten(1).float(), point.flatten().float()
+
+
+def _clean(scheduler: Any, point: Tensor, output: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """The clean latents that an output for a point implies, and the noise level of the time."""
+    prediction = getattr(scheduler.config, "prediction_type", "flow_prediction")  # Euler's method is for flows alone
+    if prediction == "flow_prediction":
+        sigma = time.float() / 1000
+        return point - sigma * output, sigma
+    power = scheduler.alphas_cumprod[time.long()]
+    signal, sigma = power.sqrt(), (1 - power).sqrt()
+    if prediction == "epsilon":
+        return (point - sigma * output) / signal, sigma
+    return signal * point - sigma * output, sigma
 
 
 def _load_scheduler(folder: Path) -> Any:

@@ -51,15 +51,15 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
 @pytest.mark.slow
 def test_a_search_halves_its_candidates_and_repeats_nothing(colors, colors_model, work):
     words = (colors, "--model", colors_model, "--steps", 2, "--guidance", 1, "--images", 1, "--images", 2, "--images", 3,
-             "--keep", 0.5, "--time-budget", "10m", "--epochs-setting", 1, "--rounds", 1, "--device", "cpu",
-             "--precision", "bfloat16", "--json")  # fmt: skip
+             "--keep", 0.5, "--mode-guidance", 0.2, "--time-budget", "10m", "--epochs-setting", 1, "--rounds", 1,
+             "--device", "cpu", "--precision", "bfloat16", "--json")  # fmt: skip
     output, said = run(*words)
     assert "Trying 3 candidates" in said and "in 2 stages" in said
     assert len(json.loads(output)["trials"]) == 2
     kept = [json.loads(line) for line in (work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()]
     assert [trial["epochs_setting"] for trial in kept] == [0] * 3 + [1] * 2
     assert all(trial["images"] == [2 * trial["images_per_class"]] and trial["precision"] == "bfloat16" for trial in kept)
-    assert {trial["keep"] for trial in kept} == {0.5}
+    assert {(trial["keep"], trial["mode_guidance"]) for trial in kept} == {(0.5, 0.2)}
     again, _ = run(*words)
     assert json.loads(again) == json.loads(output)
     assert len((work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()) == 5

@@ -14,11 +14,10 @@ from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.model_facts import model_hash
 from ddkit.generator.model_folder import load_model, save_model
+from ddkit.generator.modes import find_modes
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
-from ddkit.generator.training.latents import cached_latents, latents_identity
 from ddkit.metrics.features import convnet_features
-from ddkit.runtime.files import sha256_of
-from ddkit.sets.distilled import read_set
+from ddkit.sets.distilled import read_provenance, read_set
 
 
 def pixels(path, name):
@@ -153,29 +152,31 @@ class TestInvalidRequests:
             generate(colors, 1, FromReal(), tmp_path / "file" / "set.pt")
 
 
-def test_mode_guidance_without_latents_raises_missing_model_error(colors, model_folder, tmp_path):
-    source = FromModel(model_folder, SamplingSettings(steps=2, mode_guidance=0.1))
-    with pytest.raises(MissingModelError, match="needs the latents of the training images"):
-        generate(colors, 1, source, tmp_path / "set.pt")
-    assert not (tmp_path / "set.pt").exists()
+def test_mode_guidance_makes_another_set_also_of_a_model_without_latents(colors, model_folder, tmp_path):
+    assert not (model_folder / "checkpoints").exists()
+    sampling = SamplingSettings(steps=2, mode_guidance=0.5)
+    guided = generate(colors, 2, FromModel(model_folder, sampling), tmp_path / "guided.pt")
+    plain = generate(colors, 2, FromModel(model_folder, SamplingSettings(steps=2)), tmp_path / "plain.pt")
+    assert guided.tensor.read_bytes() != plain.tensor.read_bytes()
+    assert read_provenance(guided.tensor)["mode_guidance"] == 0.5
+    model, real = load_model(model_folder), load_dataset(colors, "train")
+    modes = find_modes(model_folder, model, real, 2, dataset_sha256=store_hash(colors, "train"))
+    expected = torch.cat([*Sampler(model, sampling, modes=modes).images(*class_ordered(2, 2))])
+    assert torch.equal(pixels(guided.tensor, colors), expected)
 
 
 def test_mode_guidance_by_images_prepared_since_is_not_taken_for_the_set_that_is_there(colors, model_folder, tmp_path):
-    model, real = load_model(model_folder), load_dataset(colors, "train")
-    weights = sha256_of(model_folder / "vae" / "diffusion_pytorch_model.safetensors")
-    identity = latents_identity(store_hash(colors, "train"), weights, flips=False)
-    path = model_folder / "checkpoints" / "latents.safetensors"
-    cached_latents(path, model.autoencoder, real, 4, flips=False, identity=identity)
     source, out = FromModel(model_folder, SamplingSettings(steps=2, mode_guidance=0.1)), tmp_path / "set.pt"
-    made = generate(colors, 1, source, out).tensor.read_bytes()
-    assert generate(colors, 1, source, out).tensor.read_bytes() == made
+    made = generate(colors, 1, source, out)
+    before, request = made.tensor.read_bytes(), read_provenance(out)["request"]
+    assert generate(colors, 1, source, out).tensor.read_bytes() == before
     first, second = (tmp_path / "pictures" / "train" / "red" / f"{number}.png" for number in (0, 1))
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)  # the constants, which count as well, stay the same
     prepare(colors, tmp_path / "pictures", force=True)
-    with pytest.raises(MissingModelError, match="belongs to other images"):
-        generate(colors, 1, source, out)
+    generate(colors, 1, source, out)
+    assert read_provenance(out)["request"] != request
 
 
 @pytest.mark.slow

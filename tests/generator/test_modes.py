@@ -1,11 +1,11 @@
-"""The modes of each class in latent space: what k-means finds, and what is missing."""
+"""The modes of each class in latent space: what k-means finds, of kept latents and of images."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from ddkit.errors import MissingModelError
+from ddkit.errors import UsageError
 from ddkit.generator.modes import find_modes
 from ddkit.generator.training.train import TrainingRequest, train
 
@@ -17,9 +17,9 @@ def trained(data, config, tmp_path):
     return train(data, TrainingRequest(short, tmp_path / "run")), tmp_path / "run"
 
 
-def modes_of(trained, data, count, seed=0, sha256=None):
+def modes_of(trained, data, count, *, images=None, sha256=None, **options):
     model, folder = trained
-    return find_modes(folder, model, data.images.labels, count, seed=seed, dataset_sha256=sha256 or data.sha256)
+    return find_modes(folder, model, images or data.images, count, dataset_sha256=sha256 or data.sha256, **options)
 
 
 def latents_of(trained, data):
@@ -49,16 +49,32 @@ def test_same_seed_finds_the_same_modes(trained, data):
     assert torch.equal(modes_of(trained, data, 2), modes_of(trained, data, 2))
 
 
-def test_missing_latents_raise_missing_model_error_with_the_command_to_run(trained, data):
+def test_without_latents_the_images_are_encoded(trained, data):
     _, folder = trained
+    of_latents, latents = modes_of(trained, data, 1), latents_of(trained, data)
     (folder / "checkpoints" / "latents.safetensors").unlink()
-    with pytest.raises(
-        MissingModelError, match=r"needs the latents of the training images.*latents.safetensors is missing"
-    ) as caught:
-        modes_of(trained, data, 2)
-    assert "ddkit train --dataset colors" in caught.value.remedy and "--mode-guidance" in caught.value.remedy
+    seen = []
+    of_images = modes_of(trained, data, 1, seed=1, progress=seen.append)
+    torch.testing.assert_close(of_images, of_latents, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(of_images[1, 0], latents[data.images.labels == 1].mean(dim=0), atol=2e-3, rtol=1e-3)
+    assert {(each.task, each.total) for each in seen} == {("Encoding the training set", 12), ("Finding modes", 3)}
 
 
-def test_latents_of_other_images_raise_missing_model_error(trained, data):
-    with pytest.raises(MissingModelError, match="belongs to other images or another autoencoder"):
-        modes_of(trained, data, 2, sha256="of-other-pixels")
+def test_latents_of_other_images_are_not_used(trained, data):
+    others = dataclasses.replace(data.images, images=255 - data.images.images)
+    modes, changed = modes_of(trained, data, 1), modes_of(trained, data, 1, images=others, sha256="of-other-pixels")
+    assert (modes - changed).abs().max() > 0.1
+
+
+def test_modes_that_were_found_are_kept(trained, data):
+    model, folder = trained
+    modes = modes_of(trained, data, 2)
+    (folder / "checkpoints" / "latents.safetensors").unlink()
+    seen = []
+    assert torch.equal(modes_of(trained, data, 2, progress=seen.append), modes) and not seen
+
+
+def test_a_class_without_images_raises_usage_error(trained, data):
+    lacking = dataclasses.replace(data.images, labels=data.images.labels.clamp(max=1))
+    with pytest.raises(UsageError, match="at least one training image of every class"):
+        modes_of(trained, data, 1, images=lacking)

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.data.prepare import prepare
+from ddkit.data.store import load_dataset, store_hash
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
+from ddkit.generator.model_folder import load_model
+from ddkit.generator.modes import find_modes
 from ddkit.generator.sampling import SamplingSettings
 from ddkit.history import PackedRecords
 from ddkit.packing.bundle import (
@@ -52,6 +55,26 @@ def test_bundle_holds_scripts_models_requirements_and_a_readme(model, tmp_path):
     assert "unipc, 6 steps, guidance 1.25" in readme and "--dataset colors" in readme and "$" not in readme
     assert (folder / "requirements.txt").read_text().split() == requirements()
     assert f"torch=={torch.__version__.partition('+')[0]}" in requirements()
+
+
+def test_a_bundle_with_mode_guidance_holds_the_modes_of_the_real_images(model, tmp_path):
+    sampling = SamplingSettings(steps=2, guidance=1.0, mode_guidance=0.25)
+    guided = BundleModel(model.dataset, model.folder, BundleSettings(sampling, keep=1.0, modes_per_class=3))
+    folder = build_folder([guided], tmp_path / "entry")
+    modes = load_file(folder / "models" / "colors" / "modes.safetensors")["modes"]
+    assert modes.shape == (2, 3, 2, 4, 4) and modes.dtype == torch.float16
+    real = load_dataset("colors", "train")
+    wanted = find_modes(model.folder, load_model(model.folder), real, 3, dataset_sha256=store_hash("colors", "train"))
+    assert torch.equal(modes, wanted.half())
+    assert read_bundle_settings(folder, "colors")["mode_guidance"] == 0.25
+    assert "guidance 1, mode guidance 0.25, " in (folder / "README.md").read_text()
+    plain = build_folder([model], tmp_path / "plain")
+    assert not (plain / "models" / "colors" / "modes.safetensors").exists()
+
+
+def test_modes_per_class_below_one_raise_usage_error():
+    with pytest.raises(UsageError, match="modes_per_class must be at least 1, got 0"):
+        BundleSettings(modes_per_class=0)
 
 
 def test_its_hashes_are_those_of_sha256sum(model, tmp_path):
@@ -147,6 +170,9 @@ def test_paths_that_are_not_bundles_raise(tmp_path):
 def test_real_images_that_are_missing_are_named_with_the_way_to_pack_without_them(colors, colors_model, own_cache, tmp_path):
     for path in own_cache.glob(f"{colors}/train*"):
         path.unlink()
-    with pytest.raises(DDKitError) as caught:
-        build_folder([BundleModel(colors, colors_model)], tmp_path / "entry")
-    assert "with --keep 1 it has none" in str(caught.value.remedy) and not (tmp_path / "entry").exists()
+    guided = BundleSettings(SamplingSettings(mode_guidance=0.2), keep=1.0)
+    for settings in (BundleSettings(), guided):
+        with pytest.raises(DDKitError) as caught:
+            build_folder([BundleModel(colors, colors_model, settings)], tmp_path / "entry")
+        assert "with --keep 1 --mode-guidance 0 it has neither" in str(caught.value.remedy)
+        assert not (tmp_path / "entry").exists()

@@ -166,6 +166,9 @@ def test_fewer_images_than_classes_are_wrong_usage(entry, filtering_entry, tmp_p
 
 def test_a_share_that_cannot_be_kept_is_wrong_usage(entry, tmp_path):
     assert "has none; pack it again without --keep 1" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0.5, status=2)
+    assert "has none; pack it again with --mode-guidance" in run(
+        entry, tmp_path / "x.pt", "--ipc", 1, "--mode-guidance", 0.1, status=2
+    )
     assert "a share above 0" in run(entry, tmp_path / "x.pt", "--ipc", 1, "--keep", 0, status=2)
     with pytest.raises(UsageError, match="keep must be above 0"):
         BundleSettings(keep=0)
@@ -506,21 +509,25 @@ class TestParts:
     def test_the_process_began_before_it_looked_at_the_clock(self, load):
         assert 0 <= load("generate").process_age() < 10
 
-    @pytest.mark.parametrize("architecture, prediction, sampler, precision", [
-        ("uvit", "epsilon", "ddim", "float32"), ("dit", "v", "unipc", "float32"), ("uvit", "flow", "ddim", "float32"),
-        ("uvit", "epsilon", "dpm++", "bfloat16"),
+    @pytest.mark.parametrize("architecture, prediction, sampler, precision, mode_guidance", [
+        ("uvit", "epsilon", "ddim", "float32", 0.2), ("dit", "v", "unipc", "float32", 0.0),
+        ("dit", "v", "unipc", "float32", 0.2), ("uvit", "flow", "ddim", "float32", 0.2),
+        ("uvit", "flow", "dpm++", "float32", 0.2), ("uvit", "epsilon", "dpm++", "bfloat16", 0.0),
     ])  # fmt: skip
     def test_every_kind_of_model_samples_as_in_ddkit(
-        self, load, colors, save_colors_model, tmp_path, architecture, prediction, sampler, precision
+        self, load, colors, save_colors_model, tmp_path, architecture, prediction, sampler, precision, mode_guidance
     ):
         folder = save_colors_model(tmp_path / "model", architecture, prediction)
         config = SamplingSettings(
-            sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), batch_size=6, seed=3, precision=precision
-        )
-        built = build_folder([BundleModel(colors, folder, BundleSettings(config, keep=1.0))], tmp_path / "other")
+            sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), mode_guidance=mode_guidance, batch_size=6, seed=3,
+            precision=precision,
+        )  # fmt: skip
+        settings = BundleSettings(config, keep=1.0, modes_per_class=2)
+        built = build_folder([BundleModel(colors, folder, settings)], tmp_path / "other")
         facts = json.loads((built / "models" / colors / "entry.json").read_text())
         ours = load("sampling").Sampler(built / "models" / colors, facts, "cpu", 3)([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5])
-        sampler = Sampler(load_model(folder), config)
+        modes = load_file(built / "models" / colors / "modes.safetensors")["modes"].float() if mode_guidance else None
+        sampler = Sampler(load_model(folder), config, modes=modes)
         theirs = torch.cat([*sampler.images(torch.tensor([0, 1, 1, 0, 1, 0]), torch.arange(6))])
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
         assert torch.equal(ours, theirs)
@@ -537,7 +544,7 @@ class TestOnAPretendedGPU:
 
         def make(architecture="uvit", prediction="flow", sampler="ddim"):
             folder = save_colors_model(tmp_path / "model", architecture, prediction)
-            config = replace(SAMPLING, sampler=sampler, precision="float32", guidance_interval=(0.2, 0.9))
+            config = replace(SAMPLING, sampler=sampler, precision="float32", guidance_interval=(0.2, 0.9), mode_guidance=0.2)
             settings = BundleSettings(config, classifier=True, keep=0.5)
             built = build_folder([BundleModel(colors, folder, settings)], tmp_path / "other")
             return built / "models" / colors, json.loads((built / "models" / colors / "entry.json").read_text())

@@ -41,8 +41,11 @@ def test_the_candidates_are_all_combinations():
     assert len(search.candidates) == 16 and Candidate(2, 3.0, 50, 0.5) in search.candidates
     assert str(Candidate(2, 3.0, 50, 0.5)) == "2 steps, guidance 3, 50 images a class, the surest 50 %"
     assert str(Candidate(2, 3.0)) == "2 steps, guidance 3"
+    guided = Search((2, 4), (1.0,), keep=(1.0,), mode_guidance=(0.0, 0.2))
+    assert len(guided.candidates) == 4 and Candidate(4, 1.0, mode_guidance=0.2) in guided.candidates
+    assert str(Candidate(4, 1.0, mode_guidance=0.2)) == "4 steps, guidance 1, mode guidance 0.2"
     for wrong in ({"steps": ()}, {"steps": (0,)}, {"guidance": (-1.0,)}, {"images_per_class": (0,)}, {"keep": (0.0,)},
-                  {"evaluation": EvaluationSettings(track=1)}):  # fmt: skip
+                  {"mode_guidance": (-0.1,)},                  {"evaluation": EvaluationSettings(track=1)}):  # fmt: skip
         with pytest.raises(UsageError):
             Search(**wrong)
 
@@ -111,10 +114,10 @@ def test_the_best_of_the_latest_conditions_is_packed(colors, colors_model, tmp_p
     sha256 = model_hash(colors_model)
     for one in (trial(32, 0.9, model_sha256=sha256, budget=600.0), trial(4, 0.3, model_sha256=sha256, precision="bfloat16"),
                 trial(8, 0.5, guidance=1.5, sampler="dpm++", model_sha256=sha256, images_per_class=50,
-                      keep=0.25, precision="bfloat16")):  # fmt: skip
+                      keep=0.25, mode_guidance=0.2, precision="bfloat16")):  # fmt: skip
         _append(one, path)
     settings = with_best_settings(model, path).settings
-    assert (settings.sampling.steps, settings.sampling.guidance) == (8, 1.5)
+    assert (settings.sampling.steps, settings.sampling.guidance, settings.sampling.mode_guidance) == (8, 1.5, 0.2)
     assert (settings.images_per_class, settings.keep, settings.sampling.precision) == (50, 0.25, "bfloat16")
 
 
@@ -122,7 +125,7 @@ def test_a_line_of_an_earlier_version_is_a_trial(tmp_path):
     path = tmp_path / "trials.jsonl"
     _append(trial(4, 0.2, 0.3), path)
     values = json.loads(path.read_text())
-    del values["images_per_class"], values["precision"], values["keep"], values["judged_on"]
+    del values["images_per_class"], values["precision"], values["keep"], values["judged_on"], values["mode_guidance"]
     path.write_text(json.dumps(values) + "\n")
     assert read_trials(path) == [trial(4, 0.2, 0.3, judged_on="test images")]
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,26 +70,20 @@ def cached_latents(
     bytes_per_image = torch.float16.itemsize * math.prod(shape)
     name = hashlib.sha256(f"{identity} {shape}".encode()).hexdigest()[:16]
     partial = path.with_name(f"{path.stem}-{name}{_PARTIAL}")
-    count = images_at_once(autoencoder, latent_side)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("ab") as file, stop_requests() as stop:
             # A kill may have cut the last image short.
             done = min(file.tell() // bytes_per_image, len(images))
             file.truncate(done * bytes_per_image)
-            for start in range(done, len(images), count):
-                some = images.images[start : start + count]
-                with torch.inference_mode():
-                    pixels = to_signed(upload(some, autoencoder.device))
-                    views = [pixels, pixels.flip(-1)] if flips else [pixels]
-                    encoded = torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1)
-                file.write(encoded.half().cpu().numpy().tobytes())
+            for some in encoded(autoencoder, images, latent_side, flips=flips, start=done, progress=progress):
+                file.write(some.numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-                progress(Progress("Encoding the training set", start + len(some), len(images), "images"))
+                done += len(some)
                 if stop:
                     raise InterruptedRunError(
-                        f"Stopped after encoding {start + len(some):,} of {len(images):,} images; their latents are kept.",
+                        f"Stopped after encoding {done:,} of {len(images):,} images; their latents are kept.",
                         "Run the same command again, without --fresh, to continue.",
                     )
         values = torch.frombuffer(bytearray(partial.read_bytes()), dtype=torch.float16)
@@ -100,6 +95,26 @@ def cached_latents(
     for earlier in path.parent.glob(f"{path.stem}-*{_PARTIAL}"):
         earlier.unlink(missing_ok=True)
     return read_latents(path, images.labels, identity) or LatentSet(latents, images.labels, std)
+
+
+def encoded(
+    autoencoder: AutoencoderKL,
+    images: ImageSet,
+    latent_side: int,
+    *,
+    flips: bool,
+    start: int = 0,
+    progress: Listener = ignore,
+) -> Iterator[Tensor]:
+    """Yield the latents of the images from number `start` on, as a LatentSet has them, in batches on the CPU."""
+    for some in images.images[start:].split(images_at_once(autoencoder, latent_side)):
+        with torch.inference_mode():
+            pixels = to_signed(upload(some, autoencoder.device))
+            views = [pixels, pixels.flip(-1)] if flips else [pixels]
+            latents = torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1)
+        yield latents.half().cpu()
+        start += len(some)
+        progress(Progress("Encoding the training set", start, len(images), "images"))
 
 
 def latents_identity(dataset_sha256: str, autoencoder_sha256: str, *, flips: bool) -> str:
