@@ -311,8 +311,9 @@ class BundleSettings:
     keep: share of the images that are kept. A ConvNet trained on real images labels them, whatever class they were sampled
         as, and for each class those with its highest probabilities are kept; 1 keeps all, each in its class.
     classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
-    modes_per_class: of mode guidance, or fewer where a class has fewer images. Image i is steered to mode i modulo this.
-    Raises UsageError for a `keep` that is not above 0 and at most 1, and for less than one mode.
+    images_per_mode: real images of the smallest class for each mode of mode guidance, so that a mode is a mean of images and
+        not one of them. Image i of a class is steered to mode i, beginning again after the last.
+    Raises UsageError for a `keep` that is not above 0 and at most 1, and for less than one image a mode.
     """
 
     sampling: SamplingSettings = BUNDLE_SAMPLING
@@ -321,12 +322,12 @@ class BundleSettings:
     images_per_class: int | None = None
     keep: float = BUNDLE_KEEP
     classifier: bool = False
-    modes_per_class: int = 100
+    images_per_mode: int = 5
 
     def __post_init__(self) -> None:
         require_share("keep", self.keep)
-        if self.modes_per_class < 1:
-            raise UsageError(f"modes_per_class must be at least 1, got {self.modes_per_class}.")
+        if self.images_per_mode < 1:
+            raise UsageError(f"images_per_mode must be at least 1, got {self.images_per_mode}.")
 
     @property
     def has_classifier(self) -> bool:

@@ -265,8 +265,9 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
         save_safetensors(weights, folder / "classifier" / "classifier.safetensors")
         write_json(folder / "classifier" / "config.json", {"image_size": network.image_size})
     if sampling.mode_guidance:
+        smallest = int(real.labels.bincount(minlength=spec.num_classes).min())
         modes = find_modes(
-            model.folder, loaded, real, model.settings.modes_per_class,
+            model.folder, loaded, real, max(1, smallest // model.settings.images_per_mode),
             dataset_sha256=store_hash(model.dataset, "train"), device=device, progress=progress,
         )  # fmt: skip
         save_safetensors({"modes": modes.half()}, folder / MODES_FILE)

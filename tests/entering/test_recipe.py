@@ -38,7 +38,7 @@ def test_a_recipe_of_a_generator_is_read_with_the_settings_of_its_bundle(tmp_pat
     sampling = SamplingSettings(
         "ddim", steps=7, guidance=1.5, guidance_interval=(0.25, 0.75), mode_guidance=0.2, precision="bfloat16"
     )
-    bundle = BundleSettings(sampling, images_per_class=20, keep=0.25, modes_per_class=30)
+    bundle = BundleSettings(sampling, images_per_class=20, keep=0.25, images_per_mode=9)
     recipe = Recipe((SetRecipe("glyphs", preset="demo", train_steps=5, bundle=bundle),), track=2)
     assert json.loads(json.dumps(recipe.to_json())) == recipe.to_json()  # an entry that continues compares these
     write_recipe(recipe, tmp_path / "recipe.toml")

@@ -522,7 +522,7 @@ class TestParts:
             sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), mode_guidance=mode_guidance, batch_size=6, seed=3,
             precision=precision,
         )  # fmt: skip
-        settings = BundleSettings(config, keep=1.0, modes_per_class=2)
+        settings = BundleSettings(config, keep=1.0, images_per_mode=2)
         built = build_folder([BundleModel(colors, folder, settings)], tmp_path / "other")
         facts = json.loads((built / "models" / colors / "entry.json").read_text())
         ours = load("sampling").Sampler(built / "models" / colors, facts, "cpu", 3)([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5])
