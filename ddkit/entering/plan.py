@@ -40,7 +40,7 @@ _REAL_PER_CLASS = 40  # made-up images to measure with
 # Assumptions where a measurement would take longer than the stage.
 _SECONDS_OF_PREPARING, _SECONDS_OF_DRAWING = 60.0, 5.0
 _SECONDS_PER_ROW, _SECONDS_OF_START, _SECONDS_OF_REPORT = 0.006, 2.0, 5.0
-_SECONDS_TO_FIRST_IMAGE = 10.0  # of a bundle
+_SECONDS_TO_FIRST_IMAGE, _SECONDS_OF_MODES = 10.0, 5e-4  # of a bundle; the latter for each training image
 _IMAGES_ELSEWHERE = 1000
 
 
@@ -230,6 +230,8 @@ class _Planner:
                 if each.bundle_settings.has_classifier and not speeds.classifier_is_there:
                     images = training_images(spec, CLASSIFIER, _images(name, "train"))
                     checked += CLASSIFIER.epochs * images / rows * speeds.per_epoch
+                if each.bundle_settings.sampling.mode_guidance:
+                    checked += _SECONDS_OF_MODES * _images(name, "train")
                 continue
             checked += _SECONDS_OF_START + _SECONDS_PER_ROW * rows
             expected[f"random real images {name}"] = _SECONDS_OF_START

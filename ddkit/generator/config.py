@@ -296,8 +296,9 @@ def _check_choice(config: Any, name: str, known: tuple[str, ...]) -> None:
 TRACKING = SamplingSettings(steps=10, guidance=1.5, precision="float32")
 
 
-# In the time of a track 2 entry, many samples without guidance, of which a classifier chooses, teach more than few with it.
-BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0)
+# In the time of a track 2 entry, many samples without classifier-free guidance, of which a classifier chooses, teach more than
+# few with it. Mode guidance costs no time; tools/results/track2.md has what its scale is worth.
+BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0, mode_guidance=1.0)
 BUNDLE_KEEP = 0.5
 
 

@@ -80,12 +80,12 @@ def pack_bundle(
 ) -> PackedBundle:
     """Bundle models with the stand-alone scripts into the zip `out`, and prove it before it takes its place.
 
-    The same models, settings and cached classifier make the same bytes; a classifier that is trained again may differ by
-    rounding. proof: None packs without running the bundle. records: where the zip is recorded, with the path `recipe`, under
-    `name` or else under that of the file `out`; None records nothing. on_event: called with a sentence if it is recorded
-    under another name. An earlier zip is kept if anything fails. Raises UsageError for a proof of fewer images than a
-    dataset has classes, for what cannot be a name or if the records hold the name for other files, and what `build_folder`
-    and `prove` raise.
+    The same models, settings, cached classifier and cached modes make the same bytes; a classifier that is trained again may
+    differ by rounding. proof: None packs without running the bundle. records: where the zip is recorded, with the path
+    `recipe`, under `name` or else under that of the file `out`; None records nothing. on_event: called with a sentence if it
+    is recorded under another name. An earlier zip is kept if anything fails. Raises UsageError for a proof of fewer images
+    than a dataset has classes, for what cannot be a name or if the records hold the name for other files, and what
+    `build_folder` and `prove` raise.
     """
     if models and proof and proof.most is not None:
         largest = max((dataset_spec(model.dataset) for model in models), key=lambda spec: spec.num_classes)

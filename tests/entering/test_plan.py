@@ -10,7 +10,7 @@ from ddkit.distill.settings import RefineLimits
 from ddkit.entering.plan import MARGIN, Outline, Speeds, draft, make_outline, outline_at, refine_limit
 from ddkit.entering.recipe import Recipe, SetRecipe
 from ddkit.errors import UsageError
-from ddkit.generator.config import BundleSettings
+from ddkit.generator.config import BundleSettings, SamplingSettings
 from ddkit.generator.training.plan import TrainingData, plan_training, require_time
 from ddkit.runtime.progress import time_option
 
@@ -111,7 +111,7 @@ def test_the_least_training_of_a_plan_is_what_training_itself_accepts(tmp_path, 
         require_time(TrainingData.open(colors), request(folder=tmp_path / "short", seconds=least / 10))
 
 
-def test_a_bundle_that_keeps_all_has_no_classifier_and_one_of_few_images_is_evaluated_sooner():
+def test_a_bundle_takes_time_for_its_classifier_and_its_modes_and_one_of_few_images_is_evaluated_sooner():
     recipe = draft(("cifar100",), track=2, epochs_setting=9, rounds=1, time_budget=100, device="cpu")
     (each,) = recipe.sets
 
@@ -121,6 +121,7 @@ def test_a_bundle_that_keeps_all_has_no_classifier_and_one_of_few_images_is_eval
 
     half, all_, few = expected(), expected(keep=1.0), expected(images_per_class=2)
     assert all_["check and pack"] < half["check and pack"] == few["check and pack"]
+    assert expected(sampling=SamplingSettings(steps=10, guidance=1.0))["check and pack"] < half["check and pack"]
     assert few["evaluate cifar100"] < half["evaluate cifar100"] < all_["evaluate cifar100"]
 
 
