@@ -17,8 +17,8 @@ from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, TRIALS_FOLDER
 from ddkit.cli._output import Output
 from ddkit.cli.pack import files_table
 from ddkit.errors import MissingDataError, UsageError
-from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, BundleSettings
-from ddkit.generator.model_facts import find_model
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, BundleSettings, default_mode_guidance
+from ddkit.generator.model_facts import find_model, read_facts
 from ddkit.history import PackedRecords
 from ddkit.packing.bundle import BundleModel, PackedBundle, pack_bundle, rounding_cost
 from ddkit.packing.proof import ProofSettings
@@ -103,15 +103,18 @@ def tuned_models(output: Output, model: BundleModel, out: Path) -> list[BundleMo
 
 def _models(options: dict[str, Any]) -> list[BundleModel]:
     chosen = {name: options[name] for name in _SAMPLING if options[name] is not None}
-    sampling = replace(BUNDLE_SAMPLING, **chosen)
-    keep = BUNDLE_KEEP if options["keep"] is None else options["keep"]
-    settings = BundleSettings(sampling, options["bundle_device"], options["half"], options["images_per_class"], keep)
-    models = [BundleModel(name, folder, settings) for name, folder in models_by_dataset(options["models"]).items()]
-    if not options["tuned"]:
-        return models
-    if chosen or options["images_per_class"] or options["keep"]:
+    if options["tuned"] and (chosen or options["images_per_class"] or options["keep"]):
         raise UsageError(
             "--tuned sets the sampler, steps, guidance, mode guidance, precision, images per class and the share kept.",
             "Leave out --tuned or those options.",
         )
+    keep = BUNDLE_KEEP if options["keep"] is None else options["keep"]
+    models = []
+    for name, folder in models_by_dataset(options["models"]).items():
+        scale = default_mode_guidance(read_facts(folder, dataset=name).prediction)
+        sampling = replace(BUNDLE_SAMPLING, **{"mode_guidance": scale, **chosen})
+        settings = BundleSettings(sampling, options["bundle_device"], options["half"], options["images_per_class"], keep)
+        models.append(BundleModel(name, folder, settings))
+    if not options["tuned"]:
+        return models
     return [with_best_settings(model, TRIALS_FOLDER / f"{model.dataset}.jsonl") for model in models]

@@ -70,7 +70,7 @@ _TRACK_2_OPTIONS = (
                  help=f"Track 2: scale classifier-free guidance; 1 turns it off.  [default: {BUNDLE_SAMPLING.guidance:g}]"),
     click.option("--mode-guidance", type=click.FloatRange(0), metavar="SCALE",
                  help="Track 2: set the scale of mode guidance, which steers each image early in sampling to a mode of its "
-                 f"class's real images; 0 turns it off.  [default: {BUNDLE_SAMPLING.mode_guidance:g}]"),
+                 "class's real images; 0 turns it off.  [default: 1 for models of flow matching, else 0]"),
     click.option("--images-per-class", type=COUNT, metavar="N",
                  help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),
     click.option("--keep", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
@@ -142,8 +142,9 @@ def pack(
     `ddkit report --history` lists what was packed, and `ddkit check` recognizes a zip by its hash.
 
     On track 2 the models are bundled with a stand-alone generate.py. Before the zip takes its place, the bundle is
-    unpacked into an empty folder and run there without ddkit, and the images it makes are checked. Unless --keep is 1, a
-    classifier is trained on the dataset's real images first, once, in minutes on a CPU.
+    unpacked into an empty folder and run there without ddkit, and the images it makes are checked. Before that, a
+    classifier is trained on the dataset's real images, and their modes are found, once, in minutes on a CPU; a bundle with
+    --keep 1 and --mode-guidance 0 needs neither.
     """
     _refuse_options_of_the_other_track(ctx, track)
     if track == "2":

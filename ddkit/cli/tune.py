@@ -24,7 +24,7 @@ from ddkit.cli._options import (
     example,
 )
 from ddkit.cli._output import Output
-from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING
+from ddkit.generator.config import BUNDLE_KEEP
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -62,9 +62,8 @@ class _ImagesPerClass(click.ParamType):
     "--mode-guidance",
     type=click.FloatRange(0),
     multiple=True,
-    default=(BUNDLE_SAMPLING.mode_guidance,),
     metavar="SCALE",
-    help="Try this scale of mode guidance; 0 turns it off; repeatable.",
+    help="Try this scale of mode guidance; 0 turns it off; repeatable.  [default: 1 for models of flow matching, else 0]",
 )
 @click.option(
     "--images",
@@ -117,21 +116,24 @@ def tune(
     packs: bool,
     **evaluation: Any,
 ) -> None:
-    """Search for a track 2 bundle's sampling steps, guidance, images per class and share kept by successive halving.
+    """Search for the best sampling steps, guidance, mode guidance, images per class and share to keep of a track 2 bundle.
 
-    Every candidate generates for the same time budget, and networks are trained on what it made and tested on held-out
-    training images. The test images are never used. The better half is tried again with twice the epochs, until two are
-    left. The accuracies tell the settings apart; they are not official. A trial that was made is not repeated: run the
-    same command again to continue.
+    The search is by successive halving: every candidate generates for the same time budget, and networks are trained on
+    what it made and tested on held-out training images. The test images are never used. The better half is tried again
+    with twice the epochs, until two are left. The accuracies tell the settings apart; they are not official. A trial that
+    was made is not repeated: run the same command again to continue.
     """
     from ddkit.cli import _bundle
     from ddkit.packing import tune as tuning
 
     counts = tuple(None if count == "all" else int(count) for count in images)
-    search = tuning.Search(steps, guidance, counts, keep, mode_guidance, tuning.EvaluationSettings(track=2, **evaluation))
+    folder = _bundle.find_model(model) if model else RUNS_FOLDER / dataset
+    facts = _bundle.read_facts(folder, dataset=dataset)
+    scales = mode_guidance or (_bundle.default_mode_guidance(facts.prediction),)
+    search = tuning.Search(steps, guidance, counts, keep, scales, tuning.EvaluationSettings(track=2, **evaluation))
     settings = _bundle.BundleSettings()
     settings = replace(settings, sampling=replace(settings.sampling, sampler=sampler, precision=precision))
-    bundled = _bundle.BundleModel(dataset, _bundle.find_model(model) if model else RUNS_FOLDER / dataset, settings)
+    bundled = _bundle.BundleModel(dataset, folder, settings)
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
     state = tuning.StateFolder(RUNS_FOLDER / "evaluations")
     trials = tuning.tune(bundled, search, out, state=state, progress=output.progress, on_event=output.event)

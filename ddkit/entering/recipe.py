@@ -13,7 +13,7 @@ from ddkit import challenge
 from ddkit.data.store import dataset_spec, is_prepared, store_hash
 from ddkit.distill.settings import RefineSettings
 from ddkit.errors import BadFileError, UsageError
-from ddkit.generator.config import BUNDLE_SAMPLING, BundleSettings
+from ddkit.generator.config import BUNDLE_SAMPLING, BundleSettings, default_mode_guidance
 from ddkit.generator.presets import preset as preset_of
 from ddkit.runtime.files import explain_os_error, write_text
 from ddkit.runtime.records import Count, flatten, read_record
@@ -60,7 +60,10 @@ class SetRecipe:
     @property
     def bundle_settings(self) -> BundleSettings:
         """How the generator samples on track 2."""
-        return self.bundle or BundleSettings()
+        if self.bundle is not None or not self.preset:
+            return self.bundle or BundleSettings()
+        prediction = preset_of(self.preset).config(dataset_spec(self.dataset).image_size).objective.prediction
+        return BundleSettings(dataclasses.replace(BUNDLE_SAMPLING, mode_guidance=default_mode_guidance(prediction)))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from ddkit.runtime.files import sha256_of
 from ddkit.runtime.progress import Listener
 from ddkit.sets.distilled import KIND_GENERATED, KIND_RANDOM_REAL, read_provenance
 
-# Names of the stages that run even if the time is up. On track 2 the first trains a classifier and proves the bundle.
+# Names of the stages that run even if the time is up. On track 2 the first makes the classifier and the modes, and
+# proves the bundle.
 PACK, REPORT = "check and pack", "report"
 _COMPILED_SECONDS = 120.0  # of a training; shorter ones are not worth compiling for
 _MISSING_TENSOR = "F003"

@@ -297,24 +297,32 @@ TRACKING = SamplingSettings(steps=10, guidance=1.5, precision="float32")
 
 
 # In the time of a track 2 entry, many samples without classifier-free guidance, of which a classifier chooses, teach more than
-# few with it. Mode guidance costs no time; tools/results/track2.md has what its scale is worth.
-BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0, mode_guidance=1.0)
+# few with it.
+BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0)
 BUNDLE_KEEP = 0.5
+
+
+def default_mode_guidance(prediction: str) -> float:
+    """The scale of mode guidance that a bundle takes for a model with that prediction.
+
+    It was measured with flow matching (tools/results/generator.md). The same scale steers a model that predicts noise several
+    times as far.
+    """
+    return 1.0 if prediction == "flow" else 0.0
 
 
 @dataclass(frozen=True)
 class BundleSettings:
     """The settings of sampling and storing a bundle's model.
 
-    sampling: sampler, steps, guidance, its interval, mode guidance and the precision are used.
+    sampling: sampler, steps, guidance, its interval, mode guidance and the precision are used. With mode guidance image i of a
+        class is steered to mode i of the class, beginning again after the last.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     images_per_class: stop when there are so many; None makes as many as the time allows.
     keep: share of the images that are kept. A ConvNet trained on real images labels them, whatever class they were sampled
         as, and for each class those with its highest probabilities are kept; 1 keeps all, each in its class.
     classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
-    images_per_mode: real images of the smallest class for each mode of mode guidance, so that a mode is a mean of images and
-        not one of them. Image i of a class is steered to mode i, beginning again after the last.
-    Raises UsageError for a `keep` that is not above 0 and at most 1, and for less than one image a mode.
+    Raises UsageError for a `keep` that is not above 0 and at most 1.
     """
 
     sampling: SamplingSettings = BUNDLE_SAMPLING
@@ -323,12 +331,9 @@ class BundleSettings:
     images_per_class: int | None = None
     keep: float = BUNDLE_KEEP
     classifier: bool = False
-    images_per_mode: int = 5
 
     def __post_init__(self) -> None:
         require_share("keep", self.keep)
-        if self.images_per_mode < 1:
-            raise UsageError(f"images_per_mode must be at least 1, got {self.images_per_mode}.")
 
     @property
     def has_classifier(self) -> bool:

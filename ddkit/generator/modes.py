@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
@@ -42,8 +43,8 @@ def find_modes(
     """The centers of k-means in each class's latents: (classes, k, C, s, s) float32, scaled as the denoiser sees them.
 
     folder: the model's folder. If its training has left the latents of the images there, they are used; else `images` are
-    encoded on the device. images: the prepared training split. dataset_sha256: its hash. count: k, or fewer where a class
-    has fewer images. The modes are kept in the cache, so the same ones are found only once.
+    encoded on the device. images: the prepared training split. dataset_sha256: its hash. count: k. The modes of a class with
+    fewer images are the latents of its images, repeated. The modes are kept in the cache, so they are found only once.
     Raises UsageError for a class without images.
     """
     autoencoder = sha256_of(folder / "vae" / WEIGHTS_FILE)
@@ -51,7 +52,6 @@ def find_modes(
     members = images.labels.bincount(minlength=len(model.facts.class_names))
     if not members.all():
         raise UsageError("Mode guidance needs at least one training image of every class.")
-    count = min(count, int(members.min()))
 
     def make() -> dict[str, Tensor]:
         path = folder / CHECKPOINTS / LATENTS_FILE
@@ -60,12 +60,11 @@ def find_modes(
         if kept is not None:
             latents = kept.latents[:, 0]
         else:
-            side = model.latent_shape[1]
-            network = model.autoencoder.to(device)
+            network, side = model.autoencoder.to(device), model.latent_shape[1]
             latents = torch.cat([*encoded(network, images, side, flips=False, progress=progress)])[:, 0]
         return {"modes": _centers(scale * latents.float(), images.labels, len(members), count, seed, progress)}
 
-    key = cache_key((_VERSION, dataset_sha256, autoencoder, scale, count, seed))
+    key = cache_key((_VERSION, dataset_sha256, autoencoder, model.latent_shape, scale, count, seed))
     name = model.facts.dataset
     path = cache_folder() / _CACHE_FOLDER / f"{name}-{key}.safetensors"
     found = cached_tensors(path, ("modes",), f"the modes of {name}'s latents", make)
@@ -76,12 +75,15 @@ def find_modes(
 def _centers(latents: Tensor, labels: Tensor, classes: int, count: int, seed: int, progress: Listener) -> Tensor:
     """(classes, count, C, s, s) from (N, C, s, s)."""
     centers = []
-    with warnings.catch_warnings():
-        # A cluster may lose all its images; its center then stays where it was.
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        # A cluster may lose all its images, or begin at an image that is there twice; its center then stays where it was.
         warnings.filterwarnings("ignore", "One of the clusters is empty")
         for label in range(classes):
-            members = latents[labels == label].flatten(1).numpy()
+            members = latents[labels == label].flatten(1)
             random = network_seed("modes", seed, label)
-            centers.append(torch.from_numpy(kmeans2(members, count, iter=_KMEANS_ROUNDS, minit="++", seed=random)[0]))
+            found = members
+            if count < len(members):
+                found = torch.from_numpy(kmeans2(members.numpy(), count, iter=_KMEANS_ROUNDS, minit="++", seed=random)[0])
+            centers.append(found[torch.arange(count) % len(found)])
             progress(Progress("Finding modes", label + 1, classes, "classes"))
     return torch.stack(centers).float().unflatten(2, latents.shape[1:])

@@ -103,7 +103,8 @@ def linear_plan(
             after = scheduler.step(output, time, point, return_dict=False)[0].double()
         except AssertionError as error:  # UniPC raises it when two steps fall on one time
             raise UsageError(f"{type(scheduler).__name__} cannot take as many as {steps} steps.", "Ask for fewer.") from error
-        if objective and mode_guidance and i < _MODE_GUIDED * len(times):
+        if mode_guidance and i < _MODE_GUIDED * len(times):
+            assert objective is not None
             at = time.float().view(1)
             _, sigma = objective.levels(at, point)
             after = after + mode_guidance * sigma * (terms[1] - objective.clean(point, output, at))

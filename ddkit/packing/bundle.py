@@ -39,6 +39,8 @@ from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_safetensors
 
 MODES_FILE = "modes.safetensors"  # as sampling.py reads it
+# A mode should be the mean of a few images, and not one of them.
+_IMAGES_PER_MODE, _MODES = 5, (20, 100)  # of each class, the fewest and the most modes
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
 _SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py", "classifier.py")
 
@@ -81,11 +83,11 @@ def pack_bundle(
     """Bundle models with the stand-alone scripts into the zip `out`, and prove it before it takes its place.
 
     The same models, settings, cached classifier and cached modes make the same bytes; a classifier that is trained again may
-    differ by rounding. proof: None packs without running the bundle. records: where the zip is recorded, with the path
-    `recipe`, under `name` or else under that of the file `out`; None records nothing. on_event: called with a sentence if it
-    is recorded under another name. An earlier zip is kept if anything fails. Raises UsageError for a proof of fewer images
-    than a dataset has classes, for what cannot be a name or if the records hold the name for other files, and what
-    `build_folder` and `prove` raise.
+    differ by rounding, and modes that are found again on another device by more. proof: None packs without running the
+    bundle. records: where the zip is recorded, with the path `recipe`, under `name` or else under that of the file `out`;
+    None records nothing. on_event: called with a sentence if it is recorded under another name. An earlier zip is kept if
+    anything fails. Raises UsageError for a proof of fewer images than a dataset has classes, for what cannot be a name or if
+    the records hold the name for other files, and what `build_folder` and `prove` raise.
     """
     if models and proof and proof.most is not None:
         largest = max((dataset_spec(model.dataset) for model in models), key=lambda spec: spec.num_classes)
@@ -239,8 +241,7 @@ def _with_script(folder: Path, path: Path) -> Path:
 
 def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFacts:
     """Write a model's folder: its parts without what only ddkit reads, its sampler, classifier and modes, and entry.json."""
-    loaded, spec = load_model(model.folder, dataset=model.dataset), dataset_spec(model.dataset)
-    facts = loaded.facts
+    facts, spec = load_model(model.folder, dataset=model.dataset).facts, dataset_spec(model.dataset)
     require_present_dataset(facts, model.folder)
     for part in ("vae", DENOISER_PART):
         (folder / part).mkdir(parents=True)
@@ -251,8 +252,9 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
             save_safetensors({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
         else:
             target.write_bytes(source.read_bytes())
-    sampling, device = model.settings.sampling, resolve_device("auto")  # which need not be the bundle's
+    sampling = model.settings.sampling
     if model.settings.has_classifier or sampling.mode_guidance:
+        device = resolve_device("auto")  # which need not be the bundle's
         try:
             real = open_dataset(model.dataset, "train", progress=progress)
         except DDKitError as error:
@@ -265,9 +267,9 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
         save_safetensors(weights, folder / "classifier" / "classifier.safetensors")
         write_json(folder / "classifier" / "config.json", {"image_size": network.image_size})
     if sampling.mode_guidance:
-        smallest = int(real.labels.bincount(minlength=spec.num_classes).min())
+        count = min(max(len(real) // spec.num_classes // _IMAGES_PER_MODE, _MODES[0]), _MODES[1])
         modes = find_modes(
-            model.folder, loaded, real, max(1, smallest // model.settings.images_per_mode),
+            model.folder, load_model(model.folder), real, count,
             dataset_sha256=store_hash(model.dataset, "train"), device=device, progress=progress,
         )  # fmt: skip
         save_safetensors({"modes": modes.half()}, folder / MODES_FILE)

@@ -1,10 +1,10 @@
 """Search for the settings of a track 2 bundle by successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943).
 
 Fewer sampling steps make more images within the time budget, and worse ones; guidance trades variety for clarity; mode
-guidance brings variety; and a bundle may stop at fewer images, or keep a share of them. Every candidate runs the very
-script that would be packed, for the same time budget, and networks are trained on what it makes and tested on held-out
-training images. The better half of the candidates is tried again with twice the epochs, until two are left, which are
-compared in the full number of rounds.
+guidance brings samples nearer to the real images of their class; and a bundle may stop at fewer images, or keep a share
+of them. Every candidate runs the very script that would be packed, for the same time budget, and networks are trained
+on what it makes and tested on held-out training images. The better half of the candidates is tried again with twice the
+epochs, until two are left, which are compared in the full number of rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ddkit.errors import BadFileError, MissingDataError, UsageError, counted
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator
 from ddkit.evaluation.test_sets import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
-from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, require_share
+from ddkit.generator.config import BUNDLE_KEEP, require_share
 from ddkit.generator.model_facts import model_hash, read_facts
 from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder
 from ddkit.results import Scores
@@ -76,7 +76,7 @@ class Search:
     guidance: tuple[float, ...] = (1.0, 2.0)
     images_per_class: tuple[int | None, ...] = (None,)
     keep: tuple[float, ...] = (1.0, BUNDLE_KEEP)
-    mode_guidance: tuple[float, ...] = (BUNDLE_SAMPLING.mode_guidance,)
+    mode_guidance: tuple[float, ...] = (0.0,)
     evaluation: EvaluationSettings = field(
         default_factory=lambda: EvaluationSettings(track=2, rounds=2, epochs_setting=20, time_budget=60.0)
     )
@@ -387,7 +387,7 @@ def _try(
         arguments += ["--device", settings.device]
     early = trial.images_per_class is not None
     generator = ScriptEntry(script, trial.dataset, tuple(arguments), may_end_early=early, progress=progress)
-    candidate = "/".join(f"{value:g}" for value in vars(trial.candidate).values() if value is not None)
+    candidate = "/".join(f"{name}={value:g}" for name, value in vars(trial.candidate).items() if value is not None)
     kept = "" if trial.keep == 1 else "/across classes"  # the state of an earlier bundle is not continued
     name = f"tune/{trial.model_sha256}/{trial.sampler}/{trial.precision}/{candidate}{kept}"
     outcome = evaluate_generator(generator, test_set, settings, name=name, state=state, progress=progress)

@@ -146,7 +146,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="sample in this many steps  [default: as packed]")
     parser.add_argument("--guidance", type=float, help="set the scale of guidance; 1 turns it off  [default: as packed]")
     parser.add_argument(
-        "--mode-guidance", type=float, help="set the scale of mode guidance; 0 turns it off  [default: as packed]"
+        "--mode-guidance",
+        type=float,
+        metavar="SCALE",
+        help="set the scale of mode guidance; 0 turns it off  [default: as packed]",
     )
     parser.add_argument(
         "--keep", type=float, metavar="SHARE",

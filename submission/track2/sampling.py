@@ -37,7 +37,7 @@ class Sampler:
         self._in_bfloat16 = computes_in_bfloat16(entry["precision"], self._device)
         self._denoiser = _load_denoiser(folder).to(self._device)
         self._autoencoder = _load(AutoencoderKL, folder / "vae").to(self._device, memory_format=torch.channels_last)
-        self._modes = load_file(folder / MODES_FILE)["modes"].float() if entry["mode_guidance"] else None
+        self._modes = load_file(folder / MODES_FILE)["modes"] if entry["mode_guidance"] else None
         times, inputs, final = _plan(_load_scheduler(folder / "scheduler"), entry["steps"], entry["mode_guidance"])
         self._times, self._inputs, self._final = times.tolist(), inputs.to(self._device), final.to(self._device)
         config = self._denoiser.config
@@ -53,7 +53,7 @@ class Sampler:
         given = [upload(noise, self._device)]
         if self._modes is not None:
             modes = torch.tensor(indices) % self._modes.shape[1]
-            given.append(upload(self._modes[torch.tensor(classes), modes], self._device))
+            given.append(upload(self._modes[torch.tensor(classes), modes].float(), self._device))
         labels = upload(torch.tensor(classes), self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bfloat16):
             pixels = self._decode(self._latents(given, labels))

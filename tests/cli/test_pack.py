@@ -27,6 +27,8 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     (proof,) = data["proofs"]
     assert (proof["dataset"], proof["images"]) == (colors, 6)
     assert "There is no model for cifar100" in said and "weights as float16 change the pixels of 32 images by" in said
+    with zipfile.ZipFile("track2.zip") as archive:
+        assert json.loads(archive.read("models/colors/entry.json"))["mode_guidance"] == 1.0
     assert "the limit is 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
     (record,) = [json.loads(line) for line in (work / "runs" / "packed.jsonl").read_text().splitlines()]
     assert (record["name"], record["sha256"]) == ("track2", data["sha256"])
@@ -72,7 +74,8 @@ def test_pack_tuned_takes_the_best_settings_of_the_search(colors, colors_model, 
     assert "The bundle was not tested" in said
     with zipfile.ZipFile("track2.zip") as archive:
         entry = json.loads(archive.read("models/colors/entry.json"))
-    assert (entry["sampler"], entry["steps"], entry["guidance"]) == ("ddim", 8, 1.5)
+        assert "models/colors/modes.safetensors" not in archive.namelist()
+    assert (entry["sampler"], entry["steps"], entry["guidance"], entry["mode_guidance"]) == ("ddim", 8, 1.5, 0.0)
 
 
 @pytest.mark.parametrize("words, status, said", [
@@ -83,6 +86,7 @@ def test_pack_tuned_takes_the_best_settings_of_the_search(colors, colors_model, 
     (["--track", "2", "--size-limit", "much"], 2, "not a size"),
     (["--track", "2", "--tuned", "--guidance", "2"], 2, "--tuned sets the sampler"),
     (["--track", "2", "--tuned", "--precision", "float32"], 2, "--tuned sets the sampler"),
+    (["--track", "2", "--tuned", "--mode-guidance", "1"], 2, "--tuned sets the sampler"),
     ([], 3, "There is no submission folder"),
 ])  # fmt: skip
 def test_pack_with_wrong_options_or_missing_files_fails(work, words, status, said):

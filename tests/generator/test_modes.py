@@ -8,6 +8,7 @@ import torch
 from ddkit.errors import UsageError
 from ddkit.generator.modes import find_modes
 from ddkit.generator.training.train import TrainingRequest, train
+from ddkit.runtime.files import cache_folder
 
 
 @pytest.fixture
@@ -37,16 +38,21 @@ def test_single_mode_is_the_mean_of_the_scaled_latents_of_its_class(trained, dat
         torch.testing.assert_close(modes[label, 0], latents[data.images.labels == label].mean(dim=0), atol=1e-4, rtol=1e-4)
 
 
-def test_more_modes_than_images_are_the_images(trained, data):
-    modes, latents = modes_of(trained, data, 99), latents_of(trained, data)
-    assert modes.shape == (3, 4, 2, 4, 4)
-    for label in range(3):
-        own = latents[data.images.labels == label].flatten(1)
-        assert torch.cdist(own, modes[label].flatten(1)).min(dim=1).values.max() < 1e-3
+def test_more_modes_than_a_class_has_images_are_its_images_repeated(trained, data):
+    labels = torch.tensor([0] * 7 + [1] * 4 + [2])
+    unequal = dataclasses.replace(data.images, labels=labels)
+    latents, modes = latents_of(trained, data), modes_of(trained, data, 5, images=unequal, sha256=data.sha256)
+    assert modes.shape == (3, 5, 2, 4, 4)
+    torch.testing.assert_close(modes[1], latents[[7, 8, 9, 10, 7]])
+    torch.testing.assert_close(modes[2], latents[[11] * 5])
+    assert torch.cdist(latents[:7].flatten(1), modes[0].flatten(1)).min(dim=1).values.max() > 1e-3  # means of some
 
 
 def test_same_seed_finds_the_same_modes(trained, data):
-    assert torch.equal(modes_of(trained, data, 2), modes_of(trained, data, 2))
+    first = modes_of(trained, data, 2)
+    (kept,) = (cache_folder() / "_modes").glob("*.safetensors")
+    kept.unlink()
+    assert torch.equal(modes_of(trained, data, 2), first)
 
 
 def test_without_latents_the_images_are_encoded(trained, data):

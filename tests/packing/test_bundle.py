@@ -59,22 +59,17 @@ def test_bundle_holds_scripts_models_requirements_and_a_readme(model, tmp_path):
 
 def test_a_bundle_with_mode_guidance_holds_the_modes_of_the_real_images(model, tmp_path):
     sampling = SamplingSettings(steps=2, guidance=1.0, mode_guidance=0.25)
-    guided = BundleModel(model.dataset, model.folder, BundleSettings(sampling, keep=1.0, images_per_mode=2))
+    guided = BundleModel(model.dataset, model.folder, BundleSettings(sampling, keep=1.0))
     folder = build_folder([guided], tmp_path / "entry")
     modes = load_file(folder / "models" / "colors" / "modes.safetensors")["modes"]
-    assert modes.shape == (2, 2, 2, 4, 4) and modes.dtype == torch.float16
+    assert modes.shape == (2, 20, 2, 4, 4) and modes.dtype == torch.float16
     real = load_dataset("colors", "train")
-    wanted = find_modes(model.folder, load_model(model.folder), real, 2, dataset_sha256=store_hash("colors", "train"))
+    wanted = find_modes(model.folder, load_model(model.folder), real, 20, dataset_sha256=store_hash("colors", "train"))
     assert torch.equal(modes, wanted.half())
     assert read_bundle_settings(folder, "colors")["mode_guidance"] == 0.25
     assert "guidance 1, mode guidance 0.25, " in (folder / "README.md").read_text()
     plain = build_folder([model], tmp_path / "plain")
     assert not (plain / "models" / "colors" / "modes.safetensors").exists()
-
-
-def test_less_than_one_image_a_mode_raises_usage_error():
-    with pytest.raises(UsageError, match="images_per_mode must be at least 1, got 0"):
-        BundleSettings(images_per_mode=0)
 
 
 def test_its_hashes_are_those_of_sha256sum(model, tmp_path):

@@ -120,6 +120,17 @@ def probabilities(entry, colors, load, images):
 
 
 @pytest.mark.slow
+def test_mode_guidance_of_an_entry_can_be_turned_off(entry, colors, colors_model, tmp_path):
+    settings = BundleSettings(replace(SAMPLING, mode_guidance=0.5), "cpu", keep=1.0)
+    guided = build_folder([BundleModel(colors, colors_model, settings)], tmp_path / "guided")
+    run(guided, tmp_path / "guided.pt", "--ipc", 2, "--processes", 1)
+    run(guided, tmp_path / "off.pt", "--ipc", 2, "--processes", 1, "--mode-guidance", 0)
+    run(entry, tmp_path / "plain.pt", "--ipc", 2, "--processes", 1)
+    images, off, plain = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("guided", "off", "plain"))
+    assert torch.equal(off, plain) and (images - plain).abs().max() > 0.1
+
+
+@pytest.mark.slow
 def test_an_entry_with_a_filter_keeps_the_images_its_classifier_is_surest_of(filtering_entry, colors, load, tmp_path):
     everything, kept = tmp_path / "all.pt", tmp_path / "kept.pt"
     run(filtering_entry, everything, "--time-budget", 600, "--most", 12, "--processes", 2, "--keep", 1)
@@ -522,7 +533,7 @@ class TestParts:
             sampler, steps=3, guidance=2.0, guidance_interval=(0.2, 0.9), mode_guidance=mode_guidance, batch_size=6, seed=3,
             precision=precision,
         )  # fmt: skip
-        settings = BundleSettings(config, keep=1.0, images_per_mode=2)
+        settings = BundleSettings(config, keep=1.0)
         built = build_folder([BundleModel(colors, folder, settings)], tmp_path / "other")
         facts = json.loads((built / "models" / colors / "entry.json").read_text())
         ours = load("sampling").Sampler(built / "models" / colors, facts, "cpu", 3)([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5])

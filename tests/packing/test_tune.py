@@ -37,7 +37,7 @@ def trial(steps, *accuracies, guidance=1.0, **changes):
 
 
 def test_the_candidates_are_all_combinations():
-    search = Search((2, 4), (1.0, 3.0), (None, 50), (1.0, 0.5), (0.0,))
+    search = Search((2, 4), (1.0, 3.0), (None, 50), (1.0, 0.5))
     assert len(search.candidates) == 16 and Candidate(2, 3.0, 50, 0.5) in search.candidates
     assert str(Candidate(2, 3.0, 50, 0.5)) == "2 steps, guidance 3, 50 images a class, the surest 50 %"
     assert str(Candidate(2, 3.0)) == "2 steps, guidance 3"
@@ -52,10 +52,10 @@ def test_the_candidates_are_all_combinations():
 
 def test_each_stage_tries_half_as_many_candidates_with_twice_the_epochs():
     settings = EvaluationSettings(track=2, rounds=3, epochs_setting=20, time_budget=30.0)
-    stages = Search((2, 4, 8), (1.0, 2.0, 3.0), keep=(1.0,), mode_guidance=(0.0,), evaluation=settings).stages
+    stages = Search((2, 4, 8), (1.0, 2.0, 3.0), keep=(1.0,), evaluation=settings).stages
     assert [count for count, _ in stages] == [9, 5, 3, 2]
     assert [(s.epochs_setting, s.number_of_rounds) for _, s in stages] == [(2, 1), (5, 1), (10, 1), (20, 3)]
-    assert Search((2,), (1.0,), keep=(1.0,), mode_guidance=(0.0,), evaluation=settings).stages == ((1, settings),)
+    assert Search((2,), (1.0,), keep=(1.0,), evaluation=settings).stages == ((1, settings),)
     assert Search((2, 4, 8), (1.0, 2.0, 3.0), keep=(1.0,), evaluation=settings).longest_generation == (9 + 5 + 3 + 2 * 3) * 30.0
 
 
@@ -91,7 +91,7 @@ def test_evidence_of_rounds_with_the_same_difference_gives_no_interval():
 def test_a_search_goes_by_the_trials_that_are_there(colors, colors_model, tmp_path):
     """Nothing is run: the test set, which every trial needs, is none."""
     settings = EvaluationSettings(track=2, rounds=2, epochs_setting=8, time_budget=30.0)
-    search = Search((2, 4, 8, 16), (1.0,), keep=(1.0,), mode_guidance=(0.0,), evaluation=settings)
+    search = Search((2, 4, 8, 16), (1.0,), keep=(1.0,), evaluation=settings)
     here = describe_device(resolve_device("auto"))
     known = {"model_sha256": model_hash(colors_model), "budget": 30.0, "device": here, "precision": PRECISION}
     first = [trial(steps, mean, epochs_setting=4, **known) for steps, mean in ((2, 0.1), (4, 0.4), (8, 0.3), (16, 0.2))]
@@ -143,7 +143,7 @@ def test_trials_on_test_images_choose_no_settings(colors, colors_model, tmp_path
 def test_tune_works_without_test_images(colors, colors_model, own_cache, tmp_path):
     (own_cache / colors / "test.safetensors").unlink()
     settings = EvaluationSettings(track=2, rounds=1, epochs_setting=8, time_budget=30.0)
-    search = Search((2,), (1.0,), keep=(1.0,), mode_guidance=(0.0,), evaluation=settings)
+    search = Search((2,), (1.0,), keep=(1.0,), evaluation=settings)
     known = trial(2, 0.5, model_sha256=model_hash(colors_model), budget=30.0, epochs_setting=8, precision=PRECISION,
                   device=describe_device(resolve_device("auto")))  # fmt: skip
     _append(known, tmp_path / "colors.jsonl")

@@ -107,14 +107,15 @@ def encoded(
     progress: Listener = ignore,
 ) -> Iterator[Tensor]:
     """Yield the latents of the images from number `start` on, as a LatentSet has them, in batches on the CPU."""
-    for some in images.images[start:].split(images_at_once(autoencoder, latent_side)):
+    count = images_at_once(autoencoder, latent_side)
+    for first in range(start, len(images), count):
+        some = images.images[first : first + count]
         with torch.inference_mode():
             pixels = to_signed(upload(some, autoencoder.device))
             views = [pixels, pixels.flip(-1)] if flips else [pixels]
             latents = torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1)
         yield latents.half().cpu()
-        start += len(some)
-        progress(Progress("Encoding the training set", start, len(images), "images"))
+        progress(Progress("Encoding the training set", first + len(some), len(images), "images"))
 
 
 def latents_identity(dataset_sha256: str, autoencoder_sha256: str, *, flips: bool) -> str:
