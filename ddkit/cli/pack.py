@@ -29,7 +29,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
-from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, MOST_SAMPLING_STEPS
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, MOST_SAMPLING_STEPS, default_mode_guidance
 from ddkit.history import PACKED_FILE, PackedRecords
 from ddkit.runtime.files import sha256_of
 
@@ -70,7 +70,9 @@ _TRACK_2_OPTIONS = (
                  help=f"Track 2: scale classifier-free guidance; 1 turns it off.  [default: {BUNDLE_SAMPLING.guidance:g}]"),
     click.option("--mode-guidance", type=click.FloatRange(0), metavar="SCALE",
                  help="Track 2: set the scale of mode guidance, which steers each image early in sampling to a mode of its "
-                 "class's real images; 0 turns it off.  [default: 1 for models of flow matching, else 0]"),
+                 "class's real images; 0 turns it off.  "
+                 f"[default: {default_mode_guidance('flow'):g} for models of flow matching, else "
+                 f"{default_mode_guidance('epsilon'):g}]"),
     click.option("--images-per-class", type=COUNT, metavar="N",
                  help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),
     click.option("--keep", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",

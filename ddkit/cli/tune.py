@@ -24,7 +24,7 @@ from ddkit.cli._options import (
     example,
 )
 from ddkit.cli._output import Output
-from ddkit.generator.config import BUNDLE_KEEP
+from ddkit.generator.config import BUNDLE_KEEP, default_mode_guidance
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -63,7 +63,8 @@ class _ImagesPerClass(click.ParamType):
     type=click.FloatRange(0),
     multiple=True,
     metavar="SCALE",
-    help="Try this scale of mode guidance; 0 turns it off; repeatable.  [default: 1 for models of flow matching, else 0]",
+    help="Try this scale of mode guidance; 0 turns it off; repeatable.  "
+    f"[default: {default_mode_guidance('flow'):g} for models of flow matching, else {default_mode_guidance('epsilon'):g}]",
 )
 @click.option(
     "--images",
@@ -124,12 +125,13 @@ def tune(
     was made is not repeated: run the same command again to continue.
     """
     from ddkit.cli import _bundle
+    from ddkit.data.store import dataset_spec
     from ddkit.packing import tune as tuning
 
     counts = tuple(None if count == "all" else int(count) for count in images)
     folder = _bundle.find_model(model) if model else RUNS_FOLDER / dataset
-    facts = _bundle.read_facts(folder, dataset=dataset)
-    scales = mode_guidance or (_bundle.default_mode_guidance(facts.prediction),)
+    dataset_spec(dataset)  # raises UsageError for an unknown name
+    scales = mode_guidance or (default_mode_guidance(_bundle.read_facts(folder, dataset=dataset).prediction),)
     search = tuning.Search(steps, guidance, counts, keep, scales, tuning.EvaluationSettings(track=2, **evaluation))
     settings = _bundle.BundleSettings()
     settings = replace(settings, sampling=replace(settings.sampling, sampler=sampler, precision=precision))

@@ -114,8 +114,8 @@ def encoded(
             pixels = to_signed(upload(some, autoencoder.device))
             views = [pixels, pixels.flip(-1)] if flips else [pixels]
             latents = torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1)
-        yield latents.half().cpu()
         progress(Progress("Encoding the training set", first + len(some), len(images), "images"))
+        yield latents.half().cpu()
 
 
 def latents_identity(dataset_sha256: str, autoencoder_sha256: str, *, flips: bool) -> str:
