@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from ddkit.cli import main
+from ddkit.generator.config import default_mode_guidance
 from ddkit.packing.tune import Trial
 
 
@@ -28,7 +29,7 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     assert (proof["dataset"], proof["images"]) == (colors, 6)
     assert "There is no model for cifar100" in said and "weights as float16 change the pixels of 32 images by" in said
     with zipfile.ZipFile("track2.zip") as archive:
-        assert json.loads(archive.read("models/colors/entry.json"))["mode_guidance"] == 1.0
+        assert json.loads(archive.read("models/colors/entry.json"))["mode_guidance"] == default_mode_guidance("flow") > 0
     assert "the limit is 1,000" in said and "next: ddkit evaluate --track 2 track2.zip" in said
     (record,) = [json.loads(line) for line in (work / "runs" / "packed.jsonl").read_text().splitlines()]
     assert (record["name"], record["sha256"]) == ("track2", data["sha256"])

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from ddkit.cli import main
+from ddkit.generator.config import default_mode_guidance
 
 
 def run(*words, status=0):
@@ -27,7 +28,7 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
     assert trial["judged_on"] == "held-out training images"
     assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 600 and 0 <= trial["mean"] <= 1
     assert "Trying 1 candidate for" in said and "in 1 stage:" in said
-    assert "Best: 3 steps, guidance 1, mode guidance 1, 4 images a class" in said
+    assert f"Best: 3 steps, guidance 1, mode guidance {default_mode_guidance('flow'):g}, 4 images a class" in said
     assert f"next: ddkit pack --track 2 --tuned --model colors={colors_model}" in said
     assert (work / "runs" / "tune" / "colors.png").stat().st_size > 0
     assert not (own_cache / "_features").exists(), "a classifier was trained that nothing needs"

@@ -9,7 +9,7 @@ import pytest
 from ddkit.distill.settings import PoolSettings, RefineSettings
 from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe, write_recipe
 from ddkit.errors import BadFileError, UsageError
-from ddkit.generator.config import BundleSettings, SamplingSettings
+from ddkit.generator.config import BundleSettings, SamplingSettings, default_mode_guidance
 
 RECIPES = Path(__file__).resolve().parents[2] / "tools" / "recipes"
 RECIPE = Recipe(
@@ -47,7 +47,7 @@ def test_a_recipe_of_a_generator_is_read_with_the_settings_of_its_bundle(tmp_pat
 
 def test_a_recipe_that_does_not_say_how_its_bundle_samples_takes_defaults(tmp_path):
     (tmp_path / "old.toml").write_text('track = 2\n[[sets]]\ndataset = "glyphs"\npreset = "demo"\ntrain_steps = 5\n')
-    sampling = dataclasses.replace(BundleSettings().sampling, mode_guidance=1.0)  # as the preset's generator matches flows
+    sampling = dataclasses.replace(BundleSettings().sampling, mode_guidance=default_mode_guidance("flow"))
     assert read_recipe(tmp_path / "old.toml").sets[0].bundle_settings == BundleSettings(sampling)
     with (tmp_path / "old.toml").open("a") as file:
         file.write("[sets.bundle.sampling]\nsteps = 4\n")
