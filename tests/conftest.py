@@ -172,7 +172,7 @@ def save_colors_model(colors) -> Callable[..., Path]:
     """Writes models of the dataset `colors` with random weights, none of them nought, for any architecture and prediction."""
     import torch
 
-    from ddkit.data.store import load_dataset, store_hash
+    from ddkit.data.store import load_dataset, train_sha256
     from ddkit.generator.autoencoder import build_autoencoder
     from ddkit.generator.config import AutoencoderConfig, DenoiserConfig
     from ddkit.generator.model_facts import ModelFacts
@@ -188,7 +188,7 @@ def save_colors_model(colors) -> Callable[..., Path]:
         with torch.no_grad():
             for parameter in (*denoiser.parameters(), *autoencoder.parameters()):
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        facts = ModelFacts(colors, names, 16, prediction, "none", 0, 0, store_hash(colors, "train"))
+        facts = ModelFacts(colors, names, 16, prediction, "none", 0, 0, train_sha256(colors))
         save_model(Model(denoiser.eval(), autoencoder.eval(), facts), folder)
         return folder
 

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.data.store import dataset_spec, load_dataset, train_sha256
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import refine
 from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
@@ -74,7 +74,7 @@ class Findings:
         """
         free = {"out", "table", *rows}
         deciding = {name: value for name, value in vars(options).items() if name not in free}
-        deciding["training images"] = store_hash(options.dataset, "train")[:12]
+        deciding["training images"] = train_sha256(options.dataset)[:12]
         # Through JSON, as those on disk went.
         asked = json.loads(json.dumps(deciding, default=_with_hash))
         path = self.out / "options.json"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddkit.data.store import ImageSet, dataset_spec, load_dataset, store_hash
+from ddkit.data.store import ImageSet, dataset_spec, load_dataset, train_sha256
 from ddkit.errors import BadDataError
 from ddkit.runtime.cached import cached_tensors
 from ddkit.runtime.files import cache_folder
@@ -68,7 +68,7 @@ def class_model(name: str, *, progress: Listener = ignore) -> ClassModel:
 
     Raises MissingDataError or UsageError if the dataset is not prepared, BadDataError if a class has too few images.
     """
-    path = cache_folder() / _CACHE_FOLDER / f"{name}-{store_hash(name, 'train')[:16]}-v{_VERSION}.safetensors"
+    path = cache_folder() / _CACHE_FOLDER / f"{name}-{train_sha256(name)[:16]}-v{_VERSION}.safetensors"
 
     def fitted() -> dict[str, Tensor]:
         model = fit_class_model(load_dataset(name, "train"), dataset_spec(name).num_classes, name, progress=progress)

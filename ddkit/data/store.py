@@ -146,12 +146,12 @@ def find_classes(name: str, wanted: Sequence[str]) -> list[int]:
     return labels
 
 
-def store_hash(name: str, split: str) -> str:
-    """Hexadecimal SHA-256 of a prepared split's file, as recorded when it was written.
+def train_sha256(name: str) -> str:
+    """Hexadecimal SHA-256 of the prepared training split's file, as recorded when it was written.
 
     Raises what `store_facts` raises, and MissingDataError if that split is not prepared.
     """
-    return _split_facts(name, store_facts(name), split).sha256
+    return _split_facts(name, store_facts(name), "train").sha256
 
 
 def _split_facts(name: str, facts: StoreFacts, split: str) -> SplitFacts:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ddkit.data.store import ImageSet, store_hash
+from ddkit.data.store import ImageSet, train_sha256
 from ddkit.errors import ComputeError
 from ddkit.runtime.cached import cached_tensors
 from ddkit.runtime.device import shortage_explained
@@ -30,7 +30,7 @@ def undo_zca(images: Tensor, dataset: str, train: ImageSet, *, progress: Listene
     kept in the cache: seconds and 38 MB at 32 pixels, minutes, 3 GB of memory and 604 MB of disk at 64.
     Raises ComputeError if memory is short.
     """
-    path = cache_folder() / "_whitening" / f"{dataset}-{store_hash(dataset, 'train')[:16]}.safetensors"
+    path = cache_folder() / "_whitening" / f"{dataset}-{train_sha256(dataset)[:16]}.safetensors"
     task = f"computing the ZCA whitening of {dataset}"
 
     def make() -> Mapping[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import dataset_spec, store_hash
+from ddkit.data.store import dataset_spec, train_sha256
 from ddkit.distill.sources import FromModel, FromReal, feature_extractor, save
 from ddkit.errors import UsageError
 from ddkit.metrics.features import FeatureSettings, resolve_precision
@@ -62,6 +62,6 @@ def _choose_real(dataset: str, ipc: int, source: FromReal, progress: Listener) -
         "selection": source.select,
         **computed,
         "seed": source.seed,
-        "dataset_sha256": store_hash(dataset, "train"),
+        "dataset_sha256": train_sha256(dataset),
     }
     return real.images[rows], provenance

@@ -22,7 +22,7 @@ from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.checks.check import require_acceptable
 from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import class_titles, store_hash
+from ddkit.data.store import class_titles, train_sha256
 from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import dm_loss, frepo_loss, siamese_augment
@@ -176,7 +176,7 @@ def recorded_settings(folder: Path) -> RefineSettings | None:
 def _begin_or_resume(
     distilled: DistilledSet, path: Path, settings: RefineSettings, folder: Path, ignore_codes: Collection[str]
 ) -> RefinementState:
-    spec, dataset_sha256 = distilled.spec, store_hash(distilled.spec.name, "train")
+    spec, dataset_sha256 = distilled.spec, train_sha256(distilled.spec.name)
     if (folder / STATE_FILE).exists():
         state = RefinementState.read(folder)
         state.require(path, dataclasses.asdict(settings), dataset_sha256)

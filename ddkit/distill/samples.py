@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import class_titles, dataset_spec, store_hash
+from ddkit.data.store import class_titles, dataset_spec, train_sha256
 from ddkit.distill.partial_set import PartialSet
 from ddkit.distill.sources import Extract, FromModel, feature_extractor, save
 from ddkit.errors import InterruptedRunError, UsageError
@@ -56,7 +56,7 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
     looks_at_real = trains_networks or settings.mode_guidance > 0
     if looks_at_real:
         real = open_dataset(dataset, "train", progress=progress)
-    sha256 = store_hash(dataset, "train") if looks_at_real else ""
+    sha256 = train_sha256(dataset) if looks_at_real else ""
     identity = _identity(provenance, ipc, spec, sha256)
     classes = group.local_items(range(spec.num_classes))
     partial = PartialSet(out, identity, spec.image_shape)

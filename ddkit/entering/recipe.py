@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddkit import challenge
-from ddkit.data.store import dataset_spec, is_prepared, store_hash
+from ddkit.data.store import dataset_spec, is_prepared, train_sha256
 from ddkit.distill.settings import RefineSettings
 from ddkit.errors import BadFileError, UsageError
 from ddkit.generator.config import BUNDLE_SAMPLING, BundleSettings, default_mode_guidance
@@ -108,7 +108,7 @@ class Recipe:
         for each in self.sets:
             if not each.dataset_sha256 or not is_prepared(each.dataset):
                 continue
-            if (found := store_hash(each.dataset, "train")) != each.dataset_sha256:
+            if (found := train_sha256(each.dataset)) != each.dataset_sha256:
                 raise UsageError(
                     f"The recipe was made with other training images of '{each.dataset}' than those that are prepared: "
                     f"their SHA-256 is {each.dataset_sha256[:12]}..., not {found[:12]}....",

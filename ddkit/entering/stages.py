@@ -15,7 +15,7 @@ from typing import Any
 from ddkit.challenge import CHALLENGE_DATASETS, TEST_IMAGES, track
 from ddkit.checks.check import Report
 from ddkit.data.prepare import prepare
-from ddkit.data.store import dataset_spec, is_prepared, load_dataset, store_hash
+from ddkit.data.store import dataset_spec, is_prepared, load_dataset, train_sha256
 from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.distill.refine import refine
 from ddkit.distill.settings import RefineLimits
@@ -144,7 +144,7 @@ class Workplace:
         return dataclasses.replace(recipe, accuracies={name: results[-1].mean for name, results in found.items() if results})
 
     def _exact(self, each: SetRecipe) -> SetRecipe:
-        changes: dict[str, Any] = {"dataset_sha256": store_hash(each.dataset, "train")} if is_prepared(each.dataset) else {}
+        changes: dict[str, Any] = {"dataset_sha256": train_sha256(each.dataset)} if is_prepared(each.dataset) else {}
         run = self._refine_folder(each.dataset)
         if sha256 := self._sha256(each.dataset):
             changes["sha256"] = sha256
@@ -192,7 +192,7 @@ class Workplace:
         return bool(provenance) and all(provenance.get(key) == value for key, value in facts.items())
 
     def _has_baseline(self, name: str) -> bool:
-        sha256 = store_hash(name, "train") if is_prepared(name) else None
+        sha256 = train_sha256(name) if is_prepared(name) else None
         return self._has(self._tensor("baseline", name), kind=KIND_RANDOM_REAL, seed=self.recipe.seed, dataset_sha256=sha256)
 
     def _draw_baseline(self, name: str, progress: Listener) -> None:

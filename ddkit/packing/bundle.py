@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import dataset_spec, store_hash
+from ddkit.data.store import dataset_spec, train_sha256
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import uvit as denoiser
@@ -270,7 +270,7 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
         count = min(max(len(real) // spec.num_classes // _IMAGES_PER_MODE, _MODES[0]), _MODES[1])
         modes = find_modes(
             model.folder, load_model(model.folder), real, count,
-            dataset_sha256=store_hash(model.dataset, "train"), device=device, progress=progress,
+            dataset_sha256=train_sha256(model.dataset), device=device, progress=progress,
         )  # fmt: skip
         save_safetensors({"modes": modes.half()}, folder / MODES_FILE)
     make_scheduler(sampling.sampler, facts.prediction).save_config(folder / "scheduler")

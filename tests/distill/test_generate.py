@@ -9,7 +9,7 @@ from PIL import Image
 
 from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.prepare import prepare
-from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.data.store import dataset_spec, load_dataset, train_sha256
 from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.errors import BadFileError, MissingModelError, UsageError
 from ddkit.generator.model_facts import model_hash
@@ -31,7 +31,7 @@ def test_real_images_are_saved_exactly_in_class_order(colors, tmp_path):
     assert torch.equal(pixels(saved.tensor, colors), train.images[[0, 1, 5, 6]])
     facts = json.loads(saved.provenance.read_text())
     assert facts["kind"] == "first-real"
-    assert facts["dataset_sha256"] == store_hash(colors, "train")
+    assert facts["dataset_sha256"] == train_sha256(colors)
 
 
 def test_random_real_images_follow_the_seed_and_are_named_so(colors, tmp_path):
@@ -160,7 +160,7 @@ def test_mode_guidance_makes_another_set_also_of_a_model_without_latents(colors,
     assert guided.tensor.read_bytes() != plain.tensor.read_bytes()
     assert read_provenance(guided.tensor)["mode_guidance"] == 0.5
     model, real = load_model(model_folder), load_dataset(colors, "train")
-    modes = find_modes(model_folder, model, real, 2, dataset_sha256=store_hash(colors, "train"))
+    modes = find_modes(model_folder, model, real, 2, dataset_sha256=train_sha256(colors))
     expected = torch.cat([*Sampler(model, sampling, modes=modes).images(*class_ordered(2, 2))])
     assert torch.equal(pixels(guided.tensor, colors), expected)
 

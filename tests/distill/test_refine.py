@@ -10,7 +10,7 @@ import torch
 
 from ddkit.data.images import denormalize, normalize
 from ddkit.data.prepare import prepare
-from ddkit.data.store import dataset_spec, load_dataset, store_hash
+from ddkit.data.store import dataset_spec, load_dataset, train_sha256
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.matching import dm_loss
 from ddkit.distill.refine import refine
@@ -62,7 +62,7 @@ def test_refine_writes_the_set_and_its_provenance_and_keeps_the_original(start, 
     facts = json.loads(refined.files.provenance.read_text())
     assert (facts["kind"], facts["batch_real"], facts["sha256"]) == ("refined", 4, sha256_of(start))
     assert facts["before"] == facts_before
-    assert facts["dataset_sha256"] == store_hash("colors", "train")
+    assert facts["dataset_sha256"] == train_sha256("colors")
     assert refined.files.sheet.exists() and refined.before.sheet.exists()
     records = [json.loads(line) for line in (tmp_path / "run" / RECORDS_FILE).read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 3, 4]

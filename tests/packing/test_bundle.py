@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddkit.data.prepare import prepare
-from ddkit.data.store import load_dataset, store_hash
+from ddkit.data.store import load_dataset, train_sha256
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.modes import find_modes
@@ -64,7 +64,7 @@ def test_a_bundle_with_mode_guidance_holds_the_modes_of_the_real_images(model, t
     modes = load_file(folder / "models" / "colors" / "modes.safetensors")["modes"]
     assert modes.shape == (2, 20, 2, 4, 4) and modes.dtype == torch.float16
     real = load_dataset("colors", "train")
-    wanted = find_modes(model.folder, load_model(model.folder), real, 20, dataset_sha256=store_hash("colors", "train"))
+    wanted = find_modes(model.folder, load_model(model.folder), real, 20, dataset_sha256=train_sha256("colors"))
     assert torch.equal(modes, wanted.half())
     assert read_bundle_settings(folder, "colors")["mode_guidance"] == 0.25
     assert "guidance 1, mode guidance 0.25, " in (folder / "README.md").read_text()

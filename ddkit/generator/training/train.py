@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from diffusers import AutoencoderKL
 
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import ImageSet, store_hash
+from ddkit.data.store import ImageSet, train_sha256
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import GeneratorConfig
@@ -67,7 +67,7 @@ class TrainingData:
     @classmethod
     def open(cls, dataset: str, *, progress: Listener = ignore) -> TrainingData:
         """The training split of a dataset, which is prepared on first use. Raises what `open_dataset` raises."""
-        return cls(dataset, open_dataset(dataset, "train", progress=progress), store_hash(dataset, "train"))
+        return cls(dataset, open_dataset(dataset, "train", progress=progress), train_sha256(dataset))
 
     @property
     def image_size(self) -> int:
