@@ -132,9 +132,10 @@ def refine(
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
     limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
     settings = _settings(preset, options, assignments, None if fresh else refining.recorded_settings(folder))
-    ipc, start = read_set(path, dataset).ipc, original_set(path, folder)
+    start = original_set(path, folder)
+    ipc = read_set(start, dataset).ipc
     if dry_run:
-        estimate = estimate_refinement(path, dataset, settings, limits, start=start, device=device, progress=output.progress)
+        estimate = estimate_refinement(start, dataset, settings, limits, device=device, progress=output.progress)
         _show_estimate(output, estimate)
         return
     length = span_text(limits.seconds) if limits.seconds is not None else counted(limits.steps, "step", "steps")

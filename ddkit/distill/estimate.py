@@ -110,13 +110,12 @@ def estimate_refinement(
     settings: RefineSettings,
     limits: RefineLimits,
     *,
-    start: Path | None = None,
     device: str = "cpu",
     progress: Listener = ignore,
 ) -> RefineEstimate:
     """Try each kind of step and an epoch of validation for the set at `path`, of which nothing is kept.
 
-    start: the set that the refinement started from if that was another one, as `original_set` finds it.
+    path: of the set that the refinement starts from, or has started from, as `original_set` finds it.
     Raises UsageError for the objective "mtt", which would have to train its experts first, and all that `refine` raises
     for the set and the device.
     """
@@ -126,7 +125,7 @@ def estimate_refinement(
     real = open_dataset(spec.name, "train", progress=progress)
     speed = measure_refinement(distilled.images, spec, real, settings, device=chosen)
     steps, seconds = speed.within(limits, settings)
-    accuracy = expected_accuracy(spec.name, distilled.ipc, settings, steps, start=start or path)
+    accuracy = expected_accuracy(spec.name, distilled.ipc, settings, steps, start=path)
     return RefineEstimate(speed, steps, seconds, speed.validations(settings, steps), needed, free, accuracy)
 
 

@@ -29,7 +29,7 @@ from ddkit.distill.matching import dm_loss, frepo_loss, siamese_augment
 from ddkit.distill.pool import OnlinePool, pool_memory, require_memory
 from ddkit.distill.settings import OBJECTIVES, RefineLimits, RefineSettings
 from ddkit.distill.spectrum import Spectrum
-from ddkit.distill.state import STATE_FILE, RefinementState, is_kept_copy, refuse_kept_copy, start_over
+from ddkit.distill.state import STATE_FILE, RefinementState, is_kept_copy, original_set, refuse_kept_copy, start_over
 from ddkit.distill.student import Student
 from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, UsageError
 from ddkit.evaluation.rounds import predict
@@ -49,6 +49,7 @@ from ddkit.sets.distilled import (
     DistilledSet,
     SetFiles,
     class_labels,
+    dataset_of,
     read_provenance,
     read_set,
     require_tensor_name,
@@ -108,9 +109,11 @@ def refine(
     memory is short, InterruptedRunError after a request to stop, and BadFileError where the system refuses a file, in
     these three cases after writing the best set so far; and all that `open_dataset` and `save_set` raise.
     """
-    require_tensor_name(out or path)
-    refuse_kept_copy(folder, path, out or path)
-    chosen, before = resolve_device(device), read_set(path, dataset)
+    target = out or path
+    require_tensor_name(target)
+    refuse_kept_copy(folder, path, target)
+    chosen, dataset = resolve_device(device), dataset_of(path, dataset)
+    before = read_set(original_set(path, folder) if fresh else path, dataset)
     spec = before.spec
     real = open_dataset(spec.name, "train", progress=progress)
     _require_memory(before, settings, chosen)
@@ -118,9 +121,7 @@ def refine(
     with exclusive(folder, "refines", elsewhere="--run"):
         if fresh:
             start_over(path, folder, out)
-            before = read_set(path, spec.name)
         state = _begin_or_resume(before, path, settings, folder, ignore_codes)
-        target = out or path
         if (
             target.resolve() != path.resolve()
             and read_provenance(target).get("kind") == KIND_REFINED
@@ -137,9 +138,9 @@ def refine(
                 refinement.run(limits, save_every_seconds)
         except (InterruptedRunError, ComputeError, BadFileError):
             if state.validations:
-                _write(state, settings, spec, out or path)
+                _write(state, settings, spec, target)
             raise
-        files = _write(state, settings, spec, out or path)
+        files = _write(state, settings, spec, target)
     best, first, diverged = state.best, state.first, int(state.pool.get("diverged", 0))
     return Refined(files, state.before, state.step, best.step, best.accuracy, first.accuracy, state.seconds, diverged)
 

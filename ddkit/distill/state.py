@@ -179,7 +179,7 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
     """Discard the refinement in `folder` and restore the original set at `path`.
 
     out: where the refined set was written; `path` when None. The refined set there is kept in the folder as refined.pt,
-    .json and .png. Only files that a refinement wrote are removed from the folder.
+    .json and .png, and so is a damaged file at `path`. Only files that a refinement wrote are removed from the folder.
     Raises UsageError if the set at `path` is neither the original nor a result of that refinement, because the only copy
     of the original would be lost.
     """
@@ -192,7 +192,7 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
             settings, best = state.settings, state.best_images
         for file in dict.fromkeys((path, out or path)):
             if file.is_file() and sha256_of(file) != started_with:
-                if _is_result(file, started_with, settings, best):
+                if _is_result(file, started_with, settings, best) or (file == path and _loaded(file) is None):
                     _copy_set(file, _given_up(folder))
                 elif file == path:
                     raise UsageError(
@@ -242,11 +242,15 @@ def _is_result(path: Path, start_sha256: str, settings: Mapping[str, Any], best_
 
 
 def _holds(path: Path, images: Tensor) -> bool:
-    try:
-        held = load_restricted(path)
-    except UnloadableError:
-        return False
+    held = _loaded(path)
     return isinstance(held, Tensor) and held.shape == images.shape and torch.equal(held, images)
+
+
+def _loaded(path: Path) -> Any:
+    """What a file of torch.save holds; None if it is damaged."""
+    with contextlib.suppress(UnloadableError):
+        return load_restricted(path)
+    return None
 
 
 def _copy_set(path: Path, to: Path) -> None:

@@ -102,11 +102,22 @@ def test_the_only_copy_of_a_set_is_never_removed(start, colors, tmp_path):
     with pytest.raises(MissingDataError, match="does not exist"):
         run(tmp_path / "nowhere.pt", folder, 1, fresh=True)
     assert contents(start) == other
-    start.write_bytes(b"no tensor")
-    with pytest.raises(InvalidSubmissionError):
-        run(start, folder, 1, fresh=True)
     assert {file: file.read_bytes() for file in folder.iterdir()} == kept
     assert contents(folder / "before.pt") == before
+
+
+def test_a_damaged_set_is_refused_and_starts_over_from_its_original(start, tmp_path):
+    folder, before = tmp_path / "run", contents(start)
+    run(start, folder, 2)
+    start.write_bytes(damaged := start.read_bytes()[:3000])
+    with pytest.raises(InvalidSubmissionError, match="damaged"):
+        run(start, folder, 3)
+    run(start, folder, 0, fresh=True)
+    assert contents(start) == before and (folder / "refined.pt").read_bytes() == damaged
+    (folder / "before.pt").write_bytes(damaged)
+    with pytest.raises(InvalidSubmissionError, match="before.pt"):
+        run(start, folder, 0, fresh=True)
+    assert contents(start) == before
 
 
 def test_start_over_recognizes_its_result_without_provenance(start, tmp_path):
