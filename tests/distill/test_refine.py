@@ -12,9 +12,11 @@ from ddkit.data.images import denormalize, normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset, train_sha256
 from ddkit.distill.generate import FromReal, generate
+from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import dm_loss
 from ddkit.distill.refine import refine
 from ddkit.distill.settings import ExpertSettings, PoolSettings, RefineLimits, RefineSettings, StudentSettings
+from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import RECORDS_FILE
 from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, InvalidSubmissionError, UsageError
 from ddkit.network.embedding import build_embedder
@@ -200,6 +202,26 @@ def test_the_moving_average_of_the_images_is_validated_and_written(start, tmp_pa
     run(start, tmp_path / "alone", 1, alone, out=tmp_path / "alone.pt")
     state = read(tmp_path / "alone" / "state.pt")
     assert torch.equal(state["average"], state["images"])
+
+
+def test_pixels_move_along_weighted_gradients_with_momentum_and_more_slowly_towards_the_end(start, tmp_path):
+    settings = dataclasses.replace(DM, spectrum=0.0, final_rate=0.5, ema=0.0, val_epochs=0, precision="float32")
+    velocities, images = {}, [read(start)]
+    for name, changes in (("plain", {}), ("momentum", {"momentum": 0.0}), ("spectrum", {"spectrum": 1.0})):
+        folder = tmp_path / name
+        for steps in (1, 2):
+            run(start, folder, steps, dataclasses.replace(settings, **changes), out=tmp_path / f"{name}.pt")
+            state = read(folder / "state.pt")
+            velocities[name, steps] = state["velocity"]
+            images += [] if changes else [state["images"]]
+    first, second = velocities["plain", 1], velocities["plain", 2]
+    torch.testing.assert_close(images[0] - images[1], 6.0 * first, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(images[1] - images[2], 6.0 * 0.75 * second, rtol=1e-3, atol=1e-5)  # halfway to half the rate
+    torch.testing.assert_close(second - velocities["momentum", 2], 0.5 * first, rtol=1e-3, atol=1e-5)
+    holdout = TrainHoldout(load_dataset("colors", "train"), dataset_spec("colors"), held_out=0.2, seed=0)
+    weighted = Spectrum(holdout.sample(8000), 1.0).weigh(first)
+    torch.testing.assert_close(velocities["spectrum", 1], weighted, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(weighted, first, rtol=0.1)
 
 
 def test_displayable_keeps_pixels_within_the_range_of_a_picture(start, tmp_path):
