@@ -132,6 +132,8 @@ def read_set(path: str | os.PathLike[str], dataset: str | None = None, *, ipc: i
     sha256 = sha256_of(path)
     provenance = read_provenance(path, sha256)
     spec = dataset_spec(_dataset_name(path, dataset, provenance))
+    if (made_for := provenance.get("dataset", spec.name)) != spec.name:
+        _log.warning("%s was made for %s, as the JSON next to it says, and is read as a set for %s.", path, made_for, spec.name)
     images, findings = read_tensor(path, spec, ipc=ipc)
     if images is None:
         first = next(finding for finding in findings if finding.level == "error")

@@ -1,5 +1,6 @@
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,11 @@ class TestReadSet:
         with pytest.raises(UsageError, match="not named after a known dataset"):
             read_set(files.tensor)
         assert read_set(files.tensor, "glyphs").spec is GLYPHS
+
+    def test_a_set_read_for_another_dataset_than_its_provenance_names_is_warned_of(self, tmp_path, images, caplog):
+        path = save_set(tmp_path / "glyphs.pt", images, replace(GLYPHS, name="letters"), NAMES, {}).tensor
+        assert read_set(path, "glyphs").spec is GLYPHS
+        assert "was made for letters" in caplog.text and "is read as a set for glyphs" in caplog.text
 
     def test_provenance_of_another_tensor_is_ignored(self, tmp_path, images):
         files = save_set(tmp_path / "glyphs.pt", images, GLYPHS, NAMES, {"kind": KIND_GENERATED})
