@@ -12,7 +12,7 @@ import torch
 
 from ddkit.challenge import TEST_IMAGES, track
 from ddkit.data.images import normalize
-from ddkit.data.store import ImageSet, dataset_spec, is_prepared, load_dataset, store_facts
+from ddkit.data.store import ImageSet, dataset_spec, is_prepared, load_dataset
 from ddkit.distill.estimate import RefineSpeed, expected_accuracy, measure_refinement
 from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.entering.recipe import IPC, Recipe, SetRecipe
@@ -132,7 +132,8 @@ def make_outline(
     """Measure this machine briefly, and plan.
 
     seconds: for everything, of which `spent` are used; None where the recipe has all lengths. begun: keep what the recipe
-    says on validation, because refinements have begun with it. Raises UsageError for too little time, saying the least.
+    says on validation, because refinements have begun with it. Raises UsageError for too little time, saying the least, and
+    MissingDataError for a dataset of which only the test split is prepared.
     """
     began, chosen = time.monotonic(), resolve_device(device)
     speeds = {}
@@ -349,7 +350,7 @@ def _budget(recipe: Recipe) -> float:
 def _images(name: str, split: str) -> int:
     """The number of real images in a split, estimated where the dataset is not prepared."""
     if is_prepared(name):
-        return store_facts(name).splits[split].images
+        return len(load_dataset(name, split))
     if not dataset_spec(name).in_challenge:
         return _IMAGES_ELSEWHERE
     return TEST_IMAGES if split == "test" else CLASSIFIER.images
@@ -373,7 +374,7 @@ def _measure(each: SetRecipe, of_track: int, device: torch.device) -> Speeds:
         # How long the experts of "mtt" train cannot be measured briefly.
         settings = RefineSettings(batch_real=each.refine.batch_real) if each.refine.objective == "mtt" else each.refine
         speed = measure_refinement(images, spec, real, settings, device=device)
-        train = store_facts(spec.name).splits["train"].images if is_prepared(spec.name) else len(pixels)
+        train = len(load_dataset(spec.name, "train")) if is_prepared(spec.name) else len(pixels)
         speed = dataclasses.replace(speed, per_test=per_test_image * settings.held_out * train)
     speeds = Speeds(speed, evaluation.seconds_per_epoch, per_test_image)
     if not each.preset:

@@ -4,12 +4,16 @@ import dataclasses
 import functools
 
 import pytest
+import torch
 
+from ddkit.challenge import CIFAR100
+from ddkit.data.images import normalize
+from ddkit.data.prepare import prepare
 from ddkit.distill.estimate import RefineSpeed
 from ddkit.distill.settings import RefineLimits
 from ddkit.entering.plan import MARGIN, Outline, Speeds, draft, make_outline, outline_at, refine_limit
 from ddkit.entering.recipe import Recipe, SetRecipe
-from ddkit.errors import UsageError
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.generator.config import BundleSettings, SamplingSettings
 from ddkit.generator.training.plan import TrainingData, plan_training, require_time
 from ddkit.runtime.progress import time_option
@@ -131,6 +135,14 @@ def test_on_track_2_the_preset_fits_into_the_gpu(gpu):
     for free, preset in ((2**27, "tiny"), (70 * 2**30, "small")):
         gpu.memory = [(free, 80 * 2**30)]
         assert draft(("cifar100",), track=2).sets[0].preset == preset
+
+
+def test_a_dataset_of_which_only_test_images_are_prepared_cannot_be_planned_with(tmp_path):
+    images = normalize(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), CIFAR100)
+    torch.save({"images_val": images, "labels_val": torch.arange(100)}, tmp_path / "cifar100_test.pt")
+    prepare("cifar100", tmp_path / "cifar100_test.pt")
+    with pytest.raises(MissingDataError, match="has no train split"):
+        outline_at(SPEEDS, draft(("cifar100",), track=2, device="cpu"), 24 * 3600)
 
 
 def test_an_outline_is_read_as_it_was_written():
