@@ -125,7 +125,7 @@ def pull(
         shutil.copyfile(folder / tensor, target)
     facts = {"dataset": spec.name, "images_per_class": found_set.ipc, "sha256": sha256, "hub": f"{hub_id}@{folder.name}"}
     write_json(files.provenance, {**provenance, **facts})
-    draw_sheet(found_set.images, spec, class_titles(spec.name), files.sheet)
+    draw_sheet(found_set.images, spec, files.sheet)
     return files
 
 

@@ -270,7 +270,7 @@ def folder(tmp_path, glyph_images):
     from ddkit.sets.distilled import save_set
 
     folder = tmp_path / "submission"
-    save_set(folder / "glyphs.pt", glyph_images, GLYPHS, tuple("AEHKLOSTXZ"), {"method": "first images"})
+    save_set(folder / "glyphs.pt", glyph_images, GLYPHS, {"method": "first images"})
     return folder
 
 

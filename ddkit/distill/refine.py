@@ -22,7 +22,7 @@ from ddkit.challenge import NETWORK_WIDTH, DatasetSpec
 from ddkit.checks.check import require_acceptable
 from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import class_titles, train_sha256
+from ddkit.data.store import train_sha256
 from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import dm_loss, frepo_loss, siamese_augment
@@ -475,4 +475,4 @@ def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, 
         **state.settings,
         "versions": versions(),
     }
-    return save_set(out, state.best_images, spec, class_titles(spec.name), provenance)
+    return save_set(out, state.best_images, spec, provenance)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import class_titles, dataset_spec, train_sha256
+from ddkit.data.store import dataset_spec, train_sha256
 from ddkit.distill.partial_set import PartialSet
 from ddkit.distill.sources import Extract, FromModel, feature_extractor, save
 from ddkit.errors import InterruptedRunError, UsageError
@@ -65,7 +65,7 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
         log.info("%s already holds exactly these images", out)
         files = set_files(out)
         if group.is_main and not files.sheet.exists():
-            draw_sheet(read_set(out, spec.name).images, spec, class_titles(spec.name), files.sheet)
+            draw_sheet(read_set(out, spec.name).images, spec, files.sheet)
         return files
     if group.size > 1:  # each process keeps its own
         partial = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)

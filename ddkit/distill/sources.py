@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddkit.data.images import normalize
-from ddkit.data.store import ImageSet, class_titles, dataset_spec
+from ddkit.data.store import ImageSet, dataset_spec
 from ddkit.generator.config import SamplingSettings
 from ddkit.metrics.features import FeatureSettings, convnet_features
 from ddkit.runtime.environment import versions
@@ -67,4 +67,4 @@ def feature_extractor(
 def save(dataset: str, out: Path, images: Tensor, provenance: dict[str, Any]) -> SetFiles:
     """Write a set of 8-bit images, with its JSON and its contact sheet."""
     spec = dataset_spec(dataset)
-    return save_set(out, normalize(images, spec), spec, class_titles(dataset), {**provenance, "versions": versions()})
+    return save_set(out, normalize(images, spec), spec, {**provenance, "versions": versions()})

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -166,13 +166,11 @@ def save_set(
     path: str | os.PathLike[str],
     images: Tensor,
     spec: DatasetSpec,
-    class_names: Sequence[str],
     provenance: Mapping[str, Any],
 ) -> SetFiles:
     """Write a distilled set: the bare tensor, its provenance as JSON, and its contact sheet.
 
     images: (num_classes * ipc, 3, S, S) float, normalized, rows in the order of `class_labels`.
-    class_names: for people; the sheet shows them.
     provenance: how the set was made. The JSON holds it with the tensor's SHA-256, so that an old JSON next to a new
     tensor, after a kill between the two writes, is recognized.
     Raises InvalidSubmissionError for another shape, BadFileError where the system refuses to write.
@@ -189,18 +187,18 @@ def save_set(
     written = dict(provenance) | {
         "dataset": spec.name,
         "images_per_class": len(images) // spec.num_classes,
-        "class_names": list(class_names),
+        "class_names": list(class_titles(spec.name)),
         "sha256": sha256_of(files.tensor),
     }
     write_json(files.provenance, written)
-    draw_sheet(whole, spec, class_names, files.sheet)
+    draw_sheet(whole, spec, files.sheet)
     return files
 
 
-def draw_sheet(images: Tensor, spec: DatasetSpec, class_names: Sequence[str], path: Path) -> None:
+def draw_sheet(images: Tensor, spec: DatasetSpec, path: Path) -> None:
     """Write the contact sheet of a set, whose images are as `save_set` takes them. Raises BadFileError."""
     labels = class_labels(spec.num_classes, len(images) // spec.num_classes)
-    save_png(contact_sheet(to_uint8(denormalize(images, spec)), labels, class_names), path)
+    save_png(contact_sheet(to_uint8(denormalize(images, spec)), labels, class_titles(spec.name)), path)
 
 
 def check_command(path: str | os.PathLike[str], dataset: str) -> str:

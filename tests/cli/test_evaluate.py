@@ -56,7 +56,7 @@ def save(path, start=0, mistaken=0, **facts):
     chosen = real.images.unflatten(0, (4, -1))[:, start : start + 2].clone()
     chosen[:, :mistaken] = chosen[:, :mistaken].roll(1, 0)
     images = normalize(chosen.flatten(0, 1), spec)
-    save_set(path, images, spec, real.class_names, facts)
+    save_set(path, images, spec, facts)
     return str(path)
 
 

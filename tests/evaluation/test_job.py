@@ -20,7 +20,7 @@ def folder(colors, tmp_path):
     """A submission folder with two images of each class of the small dataset `colors`."""
     real, spec = load_dataset(colors, "train"), dataset_spec(colors)
     images = normalize(real.images.unflatten(0, (2, -1))[:, :2].flatten(0, 1), spec)
-    save_set(tmp_path / "submission" / "colors.pt", images, spec, real.class_names, {"method": "first images"})
+    save_set(tmp_path / "submission" / "colors.pt", images, spec, {"method": "first images"})
     return tmp_path / "submission"
 
 

@@ -116,7 +116,7 @@ def test_classes_of_the_same_title_show_their_own_pictures(result, own_cache, tm
     evaluated = []
     for name in ("one", "two"):
         images = (real.images.flip(3) if name == "one" else real.images // 2).contiguous()
-        path = save_set(tmp_path / name / "mine.pt", normalize(images, spec), spec, real.class_names, {}).tensor
+        path = save_set(tmp_path / name / "mine.pt", normalize(images, spec), spec, {}).tensor
         evaluated.append(result(name, "mine", 0.5, per_class=(0.4, 0.6), source=str(path), sha256=sha256_of(path)))
     (found,) = compare_sets("one", "two", evaluated)
     assert [first.name for first, _ in found.pictures] == ["a b", "a b"] and not found.remarks[1:]

@@ -23,7 +23,7 @@ def evaluated(colors, result, tmp_path, monkeypatch):
     def save(name, *accuracies, first=0, **fields):
         images = normalize(real.images[[first, first + 1, 5 + first, 6 + first]], spec)
         facts = {"kind": "generated", "seed": 3, "sampler": "dpm++", "versions": {"torch": "2.x"}}
-        save_set(f"{name}/colors.pt", images, spec, real.class_names, facts)
+        save_set(f"{name}/colors.pt", images, spec, facts)
         known = {"sha256": sha256_of(f"{name}/colors.pt"), "images": 4, "ipc": 2, "epochs_setting": 3,
                  "per_class": (0.25, 0.75), "confusions": ((0, 1, 1.5),), "made_by": facts}  # fmt: skip
         return result(name, "colors", *accuracies, **(known | fields))

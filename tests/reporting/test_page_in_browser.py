@@ -69,7 +69,7 @@ def _results(folder: Path) -> list:
     real, spec = load_dataset("marked", "train"), dataset_spec("marked")
     noise = torch.randint(-20, 20, real.images.shape, generator=torch.Generator().manual_seed(0))
     images = (real.images + noise).clamp(0, 255).to(torch.uint8)
-    save_set("mine <i>/marked.pt", normalize(images, spec), spec, real.class_names, {"sampler": "dpm++"})
+    save_set("mine <i>/marked.pt", normalize(images, spec), spec, {"sampler": "dpm++"})
 
     def result(name: str, dataset: str, *accuracies: float, **fields: object) -> Result:
         known = {"sha256": name, "source": f"{name}/{dataset}.pt", "images": 30, "images_per_class": (1, 1),

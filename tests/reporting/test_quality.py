@@ -34,7 +34,7 @@ def spots(tmp_path):
 
 def save(path, dataset, images, **facts):
     spec = dataset_spec(dataset)
-    save_set(path, normalize(images, spec), spec, ("blue", "red"), facts)
+    save_set(path, normalize(images, spec), spec, facts)
     return path
 
 
