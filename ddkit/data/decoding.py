@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import math
 import pickle
 import signal
 import struct
@@ -36,7 +35,6 @@ from ddkit.runtime.files import explain_os_error
 
 _BLOCK = 256  # the most images that a worker decodes and writes at once; few, so that all workers end together
 _FEW = 2000  # images; with fewer, starting processes costs more than it saves
-_MAX_PIXELS = 1 << 27  # of one image file; a larger one is taken for a bomb
 
 # EPS is a program that Pillow hands to an outside interpreter; nothing of others' is executed here.
 _REFUSED_FORMATS = {"EPS"}
@@ -73,8 +71,6 @@ def open_image(data: bytes) -> Image.Image:
     """Read the header and decode the first frame, upright. Raises BadImageError."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
-        if math.prod(image.size) > _MAX_PIXELS:
-            raise BadImageError(f"{image.width} x {image.height} pixels, too many for a training image")
         image.load()
         if "exif" in image.info and image.getexif().get(_ORIENTATION_TAG, 1) != 1:
             image = ImageOps.exif_transpose(image)
