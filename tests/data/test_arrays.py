@@ -126,8 +126,9 @@ def test_objects_in_an_npz_for_each_split_are_left_out(save, find, tmp_path):
     check(find(tmp_path / "both"))
 
 
-def test_file_names_are_not_taken_for_class_names(save, find):
-    check(find(save(arrays(test_filenames=np.array(["b.png", "a.png", "c.png"]), train_features=np.zeros((4, 512))))))
+def test_other_arrays_are_not_taken_for_labels_or_class_names(save, find):
+    others = {"train_boxes": np.array([[1, 0, 4, 4]] * 4), "test_filenames": np.array(["b.png", "a.png", "c.png"])}
+    check(find(save({**others, **arrays(train_features=np.zeros((4, 512)))})))
 
 
 def test_numbered_classes_of_cifar100_are_the_official_ones(save, caplog):
