@@ -44,6 +44,13 @@ def test_nearly_equal_and_mirrored_images_are_found(glyph_images):
     assert findings["C004"].level == "info"
 
 
+def test_images_that_differ_in_color_or_in_detail_alone_are_no_copies(glyph_images):
+    glyph_images[12] = glyph_images[11] + 0.8
+    glyph_images[31] *= 0.5
+    glyph_images[32] = glyph_images[31] + (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 0.48 - 0.24
+    assert list(found(glyph_images)) == ["C008"]
+
+
 def test_many_near_copies_are_a_warning(glyph_images):
     random = torch.Generator().manual_seed(0)
     noise = 0.05 * torch.randn(9, 3, 32, 32, generator=random)
