@@ -28,7 +28,6 @@ from ddkit.runtime.archives import ZIP_ERRORS, member_path
 from ddkit.runtime.files import explain_os_error, why_not_a_file
 
 MAX_FILE_BYTES = 256 << 20  # of one image; the largest photographs are far below
-MAX_FILES = 5_000_000
 
 _MAX_DEPTH = 8  # of folders; layouts need seven, and a link to a folder above itself would never end
 _MAX_EXPANSION = 200  # how many times its own size, and a gigabyte, an archive may unpack to
@@ -173,7 +172,6 @@ class ZipTree(Tree):
 
     def _list(self) -> tuple[Iterable[str], Iterable[str]]:
         infos = self._zip.infolist()
-        _refuse_too_many(len(infos), self.path)
         if links := [info.filename for info in infos if stat.S_ISLNK(info.external_attr >> 16)]:
             raise _link_error(links[0], self.path)
         # A name that was added twice means the later file, as it does when the zip is unpacked.
@@ -248,7 +246,6 @@ def open_tar(path: Path, scratch: Path, file: Path | None = None) -> PackedTree:
     try:
         with tarfile.open(plain, "r:") as archive:
             for member in archive:
-                _refuse_too_many(len(index), path)
                 if member.issym() or not (member.isfile() or member.isdir() or member.islnk()) or member.issparse():
                     raise _link_error(member.name, path)
                 name = _member_name(member.name, path)
@@ -320,11 +317,6 @@ def _member_name(name: str, path: Path) -> str:
     except ValueError as error:
         raise BadDataError(f"{path} holds a path that leads out of it: {name!r}.", "Do not trust that file.") from error
     return "" if any(map(_is_clutter, inside.parts)) else inside.as_posix().removeprefix(".")
-
-
-def _refuse_too_many(count: int, path: Path) -> None:
-    if count > MAX_FILES:
-        raise BadDataError(f"{path} lists more than {MAX_FILES:,} files.")
 
 
 def _incomplete(path: Path, kind: str, error: Exception) -> BadDataError:
