@@ -400,6 +400,7 @@ class Refinement:
                 self._progress(Progress(_VALIDATING, run.epochs_done, training.epochs, "epochs"))
         network.eval()
         correct = predict(run.engine, self._held_out, self._device) == self._held_out.labels
+        run.close()
         accuracy = correct.float().mean().item()
         self._keep()
         self._state.record(accuracy)
