@@ -152,7 +152,7 @@ def refine(
 ) -> Refined:
     """Optimize the pixels of the set at `path`, or continue to, and write the version that validates best.
 
-    dataset: None takes its name from the JSON next to the file, else from the file's name. steps: in all; seconds: of
+    dataset: None takes its name from the JSON next to the file, else from the file's name. steps: in all; or seconds: of
     work in all. settings: None takes those that the run was begun with, else the preset "track1" of
     `ddkit.distill.settings`. out: None replaces the set, of which the run folder keeps a copy.
     run: the folder of the state; None means runs/<dataset>-refine. fresh: start over.
@@ -161,13 +161,16 @@ def refine(
     from ddkit.distill.refine import recorded_settings
     from ddkit.distill.refine import refine as refine_set
     from ddkit.distill.settings import PRESETS, RefineLimits
+    from ddkit.errors import UsageError
     from ddkit.sets.distilled import dataset_of
 
+    if steps is not None and seconds is not None:
+        raise UsageError("steps and seconds exclude each other.", "Give one of them.")
     dataset = dataset_of(path, dataset)
     folder = Path("runs", f"{dataset}-refine") if run is None else Path(run)
     if settings is None:
         settings = (None if fresh else recorded_settings(folder)) or PRESETS["track1"]
-    limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
+    limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps)
     target = None if out is None else Path(out)
     return refine_set(
         Path(path),

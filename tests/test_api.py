@@ -55,6 +55,11 @@ def test_load_dataset_of_an_unknown_name_raises_usage_error():
         ddkit.load_dataset("cifar10")
 
 
+def test_refining_for_steps_and_for_seconds_at_once_raises_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="steps and seconds exclude each other"):
+        ddkit.refine(tmp_path / "glyphs.pt", steps=10, seconds=10)
+
+
 @pytest.mark.slow
 def test_what_makes_sets_of_real_images_does_not_import_diffusers():
     code = "import sys, ddkit.distill.generate, ddkit.entering.entry; print('diffusers' in sys.modules)"

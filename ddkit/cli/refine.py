@@ -130,7 +130,7 @@ def refine(
         raise UsageError("--steps and --time exclude each other.", "Give one of them.")
     dataset = dataset_of(path, dataset)
     folder = run or RUNS_FOLDER / f"{dataset}-refine"
-    limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps, seconds)
+    limits = RefineLimits(seconds=seconds) if steps is None else RefineLimits(steps)
     settings = _settings(preset, options, assignments, None if fresh else refining.recorded_settings(folder))
     start = original_set(path, folder)
     ipc = read_set(start, dataset).ipc
