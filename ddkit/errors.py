@@ -73,7 +73,7 @@ class InterruptedRunError(DDKitError):
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     """A sentence that suggests the known name closest to `name`, or lists the known ones."""
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), known, n=1)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
 
 

@@ -19,7 +19,7 @@ from ddkit.checks.order import order_findings
 from ddkit.data.store import dataset_spec, known_names, load_dataset
 from ddkit.errors import DDKitError, InvalidSubmissionError, counted
 from ddkit.runtime.progress import Listener, Progress, ignore
-from ddkit.sets.distilled import DistilledSet, check_command, dataset_of, likely_dataset
+from ddkit.sets.distilled import DistilledSet, check_command, dataset_of, generate_command, likely_dataset
 from ddkit.sets.findings import Finding, Report, report_of
 from ddkit.sets.reading import describe_tensor, read_tensor, read_tensor_bytes
 
@@ -88,7 +88,8 @@ def check_path(
     """
     path = Path(path)
     if not path.exists():
-        return report_of([Finding("error", "F001", f"{path} does not exist. Make it: ddkit generate.", path.name)])
+        command = "ddkit pack" if path.suffix.lower() == ".zip" else generate_command()
+        return report_of([Finding("error", "F001", f"{path} does not exist. Make it: {command}", path.name)])
     if path.suffix.lower() == ".zip" and not path.is_dir():
         return _check_zip(path, settings, progress)
     findings: list[Finding] = []
@@ -163,7 +164,7 @@ def name_findings(names: Sequence[str], where: str) -> list[Finding]:
             findings.append(Finding("warning", "F020", message, name))
     missing = [name for name in _CHALLENGE_NAMES if name not in present]
     if not present & set(known):
-        message = "There is no tensor to submit. The challenge takes cifar100.pt and tinyimagenet.pt: ddkit generate."
+        message = f"There is no tensor to submit. The challenge takes cifar100.pt and tinyimagenet.pt: {generate_command()}"
         findings.append(Finding("error", "F002", message, where))
     elif len(missing) == len(_CHALLENGE_NAMES):
         practice = ", ".join(sorted(present & set(known)))
@@ -171,7 +172,7 @@ def name_findings(names: Sequence[str], where: str) -> list[Finding]:
     elif missing:
         message = (
             f"{missing[0]}.pt is missing; the scorer opens both files of the challenge and stops without it. "
-            f"Make it: ddkit generate --dataset {missing[0]}"
+            f"Make it: {generate_command(missing[0])}"
         )
         findings.append(Finding("error", "F003", message, where))
     return findings

@@ -24,6 +24,8 @@ COMMANDS = (
     "doctor", "completion",
 )  # fmt: skip
 
+_OF_DATA = ("data list", "data prepare", "data show")
+
 _EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h; 1, which Python uses, means an unacceptable submission
 _EXIT_INTERRUPTED = 130
 
@@ -41,7 +43,7 @@ class _Group(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            ctx.fail(f"Unknown command '{args[0]}'. {did_you_mean(args[0], COMMANDS)}")
+            ctx.fail(f"Unknown command '{args[0]}'. {did_you_mean(args[0], (*COMMANDS, *_OF_DATA))}")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -137,9 +137,9 @@ def make_outline(
     """
     began, chosen = time.monotonic(), resolve_device(device)
     speeds = {}
-    for done, each in enumerate(recipe.sets, start=1):
-        speeds[each.dataset] = _measure(each, recipe.track, chosen)
+    for done, each in enumerate(recipe.sets):
         progress(Progress("Measuring this machine", done, len(recipe.sets), "datasets"))
+        speeds[each.dataset] = _measure(each, recipe.track, chosen)
     return outline_at(speeds, recipe, seconds, spent=spent + time.monotonic() - began, begun=begun)
 
 

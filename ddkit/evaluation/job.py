@@ -25,7 +25,7 @@ from ddkit.results import RESULTS_FILE, Records, Result
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import BASELINE_KINDS, KIND_SUBMISSION, DistilledSet, read_set
+from ddkit.sets.distilled import BASELINE_KINDS, KIND_SUBMISSION, DistilledSet, generate_command, read_set
 from ddkit.sets.published import holds_containers, is_published_folder, labels_next_to
 from ddkit.statistics import Comparison, compare
 
@@ -222,9 +222,7 @@ class _Job:
         """The sets of a folder. Files of unknown datasets are reported and ignored, if there are others."""
         paths = sorted(path for path in folder.glob("*.pt") if path.is_file())
         if not paths:
-            raise MissingDataError(
-                f"There is no .pt file in {folder}/.", "Make one: ddkit generate --ipc 10 --dataset cifar100"
-            )
+            raise MissingDataError(f"There is no .pt file in {folder}/.", f"Make one: {generate_command()}")
         sets: list[DistilledSet | PublishedSet] = []
         unknown = []
         for path in paths:

@@ -17,7 +17,7 @@ from ddkit.history import PackedRecords, find_recipe
 from ddkit.packing.zipping import write_zip
 from ddkit.runtime.files import atomic_write, explain_os_error, sha256_of, sha256_of_stream, why_not_a_file
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import check_command, read_set
+from ddkit.sets.distilled import check_command, generate_command, read_set
 
 
 class RefusedSubmissionError(InvalidSubmissionError):
@@ -65,7 +65,7 @@ def pack(
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
-        raise MissingDataError(f"There is no submission folder {folder}.", "Make a set first: ddkit generate")
+        raise MissingDataError(f"There is no submission folder {folder}.", f"Make a set first: {generate_command()}")
     before = {file.name: _hash_of(file) for file in submission_files(folder)[0]}
     chosen, remark = records.choose_name(name, out.stem, before) if records else ("", "")
     report = check_path(folder, progress=progress).ignoring(ignore_codes)
@@ -76,7 +76,7 @@ def pack(
         on_report(report)
     files, _ = submission_files(folder)
     if not files:
-        raise MissingDataError(f"There is no tensor in {folder} to pack.", "Make one: ddkit generate")
+        raise MissingDataError(f"There is no tensor in {folder} to pack.", f"Make one: {generate_command()}")
     if any(out.exists() and out.samefile(file) for file in files):
         raise UsageError(
             f"The zip would replace {out}, which is one of the files to pack.", "Name another file: --out NAME.zip."

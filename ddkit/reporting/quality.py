@@ -19,7 +19,7 @@ from ddkit.reporting.rows import dataset_title
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.contact_sheet import neighbor_sheet, save_png, side_by_side
-from ddkit.sets.distilled import dataset_of, read_set
+from ddkit.sets.distilled import dataset_of, generate_command, read_set
 
 _COPY_DISTANCE = 0.2  # in units of the distance between real images; a nearer image counts as a copy
 
@@ -77,7 +77,7 @@ def sets_at(path: Path) -> list[Path]:
     """The files of sets at `path`: itself, or the .pt files of a folder. Raises MissingDataError if there are none."""
     found = sorted(path.glob("*.pt")) if path.is_dir() else [path] if path.is_file() else []
     if not found:
-        raise MissingDataError(f"There is no distilled set at {path}.", "Make one: ddkit generate")
+        raise MissingDataError(f"There is no distilled set at {path}.", f"Make one: {generate_command()}")
     return found
 
 

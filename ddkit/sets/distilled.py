@@ -207,6 +207,11 @@ def check_command(path: str | os.PathLike[str], dataset: str) -> str:
     return f"ddkit check {shlex.quote(str(path))}{option}"
 
 
+def generate_command(dataset: str = "cifar100") -> str:
+    """A command that makes a set, and needs no generator for it."""
+    return f"ddkit generate --from-real random --dataset {dataset}"
+
+
 def read_provenance(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Any]:
     """The provenance of the set at `path`, from the JSON next to its tensor; {} if there is none that belongs to it.
 
@@ -231,7 +236,7 @@ def _require_tensor_file(path: Path, dataset: str | None) -> None:
         name = dataset or (path.stem if path.stem in known_names() else "NAME")
         raise MissingDataError(
             f"{path} does not exist.",
-            f"Check the path, or make it: ddkit generate --dataset {name} --out {shlex.quote(str(path))}",
+            f"Check the path, or make a set: {generate_command(name)} --out {shlex.quote(str(path.with_suffix('.pt')))}",
         )
     if problem := why_not_a_file(path):
         raise UsageError(f"{path} {problem}.", "Name a .pt file." if not path.is_dir() else "Name the .pt files in it.")

@@ -137,10 +137,11 @@ def test_every_command_ends_its_help_with_an_example(command):
     assert "Example:" in finished.stdout
 
 
-def test_a_misspelt_command_is_wrong_usage_and_offers_the_nearest():
-    finished = run("evalute")
-    assert finished.returncode == 2
-    assert "Did you mean 'evaluate'?" in finished.stderr
+@pytest.mark.parametrize(("typed", "meant"), [("evalute", "evaluate"), ("prepare", "data prepare")])
+def test_a_misspelt_command_is_wrong_usage_and_offers_the_nearest(typed, meant):
+    finished = CliRunner().invoke(main, [typed])
+    assert finished.exit_code == 2
+    assert f"Did you mean '{meant}'?" in finished.stderr
 
 
 def test_a_users_mistake_is_one_message_and_debug_shows_the_traceback(tmp_path):
