@@ -31,6 +31,10 @@ class EnginePlan:
     def needs_gpu(self) -> bool:
         return self.kind in ("cuda_graph", "compiled")
 
+    def suits(self, device_type: str) -> bool:
+        """True if the plan's engine computes on such devices: "cpu", "cuda" or "mps"."""
+        return self.kind == "plain" or device_type == ("cuda" if self.needs_gpu else "cpu")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EnginePlan:
         """The plan of which `dataclasses.asdict` made `values`, in this version or an earlier one.

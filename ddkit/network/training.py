@@ -209,7 +209,7 @@ class TrainingRun:
         self.close()
         # Another engine would round differently: the rest of a run is computed as its beginning was, on the same device.
         self._plan = EnginePlan.from_dict(state["plan"]) if state["plan"] else None
-        if self._plan and self._plan.needs_gpu and not self._images.is_cuda:
+        if self._plan and not self._plan.suits(self._images.device.type):
             self._plan = None
         self._wait_for_others()
 
