@@ -26,7 +26,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ddkit.challenge import BATCH_SIZE
+from ddkit.challenge import BATCH_SIZE, DATASETS
 
 _FILE = Path(__file__).with_name("official_tests.npz")
 _MEANS = 7  # the first so many numbers of an image
@@ -58,9 +58,9 @@ def is_official(dataset: str, pixels: Tensor, labels: Tensor) -> bool:
     """
     with np.load(_FILE) as file:
         official = file[dataset].astype(np.float32)
-    classes = labels.bincount().tolist()
-    per_class = len(official) // len(classes)
-    if len(labels) != len(official) or set(classes) != {per_class}:
+    num_classes = DATASETS[dataset].num_classes
+    per_class = len(official) // num_classes
+    if labels.bincount(minlength=num_classes).tolist() != [per_class] * num_classes:
         return False
     given = fingerprint(pixels, labels).astype(np.float32)
     differences = []

@@ -153,8 +153,9 @@ class TestRealTestSets:
         lambda labels, classes: torch.where(labels == 3, 4, torch.where(labels == 4, 3, labels)),
         lambda labels, classes: torch.randperm(classes, generator=seeded())[labels],
         lambda labels, classes: torch.where(torch.arange(len(labels)) == 5, (labels + 1) % classes, labels),
+        lambda labels, classes: labels // 2,
     ], ids=["reversed", "rotated", "shuffled", "two images", "two classes", "another order of classes",
-            "one image"])  # fmt: skip
+            "one image", "pairs of classes joined"])  # fmt: skip
     def test_wrong_labels_are_not_official(self, real_tests, change):
         pixels, labels, spec = real_tests["cifar100"]
         assert not TestSet(pixels, change(labels, spec.num_classes), spec).is_official
