@@ -9,7 +9,7 @@ from typing import Any
 
 from ddkit.history import Packed, find_recipe
 from ddkit.reporting.charts import Tick, accuracy_axis
-from ddkit.reporting.leaderboard import BASELINE_NAMES, settings_title
+from ddkit.reporting.leaderboard import BASELINE_NAMES, latest_of_most_rounds, settings_title
 from ddkit.reporting.rows import dataset_title
 from ddkit.results import Result
 from ddkit.statistics import half_width, mean
@@ -132,16 +132,16 @@ def _evaluated(result: Result) -> Step:
 
 
 def _packed(packed: Packed, results: Sequence[Result]) -> Step:
-    """A zip with the accuracy of its sets: their official results, or the latest ones under the same settings."""
+    """A zip with the accuracy of its sets: their official results, or the latest ones that share settings."""
     wanted = packed.evaluated_as
     datasets = " and ".join(map(dataset_title, wanted))
-    by_settings: dict[str, dict[str, Result]] = {}
-    for result in results:
-        if wanted.get(result.dataset) == result.sha256:
-            by_settings.setdefault(settings_title(result), {})[result.dataset] = result
+    known = latest_of_most_rounds(((settings_title(r), r.dataset), r) for r in results if wanted.get(r.dataset) == r.sha256)
+    by_settings: dict[str, dict[str, Result]] = {}  # the latest first
+    for (title, dataset), result in reversed(known.items()):
+        by_settings.setdefault(title, {})[dataset] = result
     whole = [(title, found) for title, found in by_settings.items() if found.keys() == wanted.keys()]
     title, chosen = max(whole, key=lambda each: all(r.official for r in each[1].values()), default=("", {}))
-    scores = [result.accuracies for result in chosen.values()]
+    scores = [chosen[name].accuracies for name in wanted if chosen]
     return Step(
         packed.date,
         "packed",

@@ -53,6 +53,17 @@ def test_zip_has_the_mean_of_its_sets_official_results_first(results):
     assert build_history(results, [unknown]).steps[-1].accuracy is None
 
 
+def test_zip_without_official_results_has_those_of_the_latest_settings_and_of_the_most_rounds(result):
+    evaluated = [
+        result("mine", "glyphs", 0.2, 0.3, epochs_setting=20, date=day(1), sha256="ab"),
+        result("mine", "glyphs", 0.5, 0.6, epochs_setting=50, date=day(2), sha256="ab"),
+        result("mine", "glyphs", 0.4, epochs_setting=50, date=day(3), sha256="ab"),  # a quick look
+    ]
+    packed = Packed("final", "submission.zip", "c" * 64, 1, {"glyphs.pt": "ab"}, day(4))
+    step = build_history(evaluated, [packed]).steps[-1]
+    assert (step.settings, step.rounds, step.accuracy) == ("E = 50", (2,), pytest.approx(0.55))
+
+
 def test_bundle_has_the_accuracy_of_its_generators(result):
     files = {f"models/{name}/entry.json": name.encode().hex() for name in ("cifar100", "glyphs")} | {"generate.py": "ab"}
     packed = Packed("track2", "track2.zip", "c" * 64, 2, files, day(8))
