@@ -159,12 +159,13 @@ def pictures_of(result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictu
     images, labels, spec = evaluated_images(result)
     if images is None:
         return (), _why_gone(Path(result.source), result) or "The images of the set cannot be read."
-    pixels = to_uint8(denormalize(images, spec)).permute(0, 2, 3, 1).contiguous().numpy()
     lossless = spec.image_size <= _LARGEST_LOSSLESS
     sheet = []
     for label in range(spec.num_classes):
-        pictures = [data_uri(fromarray(image), lossless) for image in pixels[labels.numpy() == label][:_MOST_PER_CLASS]]
-        sheet.append(ClassPictures(class_name(titles, label), tuple(pictures)))
+        shown = images[(labels == label).nonzero().flatten()[:_MOST_PER_CLASS]]
+        pixels = to_uint8(denormalize(shown, spec)).permute(0, 2, 3, 1).contiguous().numpy()
+        pictures = tuple(data_uri(fromarray(image), lossless) for image in pixels)
+        sheet.append(ClassPictures(class_name(titles, label), pictures))
     return tuple(sheet), ""
 
 
