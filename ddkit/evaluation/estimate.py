@@ -10,9 +10,11 @@ import psutil
 import torch
 
 from ddkit.challenge import BATCH_SIZE
-from ddkit.evaluation.evaluate import SIDE_BY_SIDE, EvaluationSettings, StateFolder, expected_deviations, finished_rounds
+from ddkit.evaluation.evaluate import SIDE_BY_SIDE, EvaluationSettings, StateFolder, deviations_of, finished_rounds
+from ddkit.evaluation.rounds import on_device
 from ddkit.evaluation.sources import FixedSet, check_training_set
 from ddkit.evaluation.test_sets import TestSet
+from ddkit.evaluation.tracks import Generated, images_per_class
 from ddkit.network.networks import build_network
 from ddkit.network.training import TrainingRun
 from ddkit.runtime.device import free_memory, resolve_device
@@ -68,7 +70,7 @@ def estimate_evaluation(
     check_training_set(source.images, source.labels, spec)
     free = free_memory(device)
     network = build_network(settings.network, spec.num_classes, spec.image_size, seed=0).to(device)
-    images, labels = source.images.float().to(device), source.labels.to(device)
+    ((images, labels),) = on_device([Generated(source.images, source.labels, 0.0)], device)
     training = TrainingRun(network, images, labels, settings.training, torch.Generator().manual_seed(0), spec=spec)
     per_image = _seconds_per_image(training, device, len(images), tried_seconds, progress)
     network.eval()
@@ -97,7 +99,7 @@ def estimate_evaluation(
         seconds=(rounds - finished) * (epochs * epoch + test_seconds),
         memory=memory,
         free_memory=free,
-        deviations=expected_deviations(source, test_set, settings, device),
+        deviations=deviations_of(source, test_set, settings, device, images_per_class(source.labels, spec.num_classes)),
     )
 
 

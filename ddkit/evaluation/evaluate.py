@@ -22,7 +22,7 @@ from ddkit.errors import InterruptedRunError, UsageError, did_you_mean
 from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, read_result, run_rounds
 from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set
 from ddkit.evaluation.test_sets import TestSet, as_test_set
-from ddkit.evaluation.tracks import Conditions, Generate, deviations, images_per_class
+from ddkit.evaluation.tracks import Conditions, Generate, deviations
 from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.network.training import TrainingSettings
 from ddkit.results import Outcome, Result
@@ -146,7 +146,7 @@ def evaluate(
 ) -> Evaluation:
     """Train fresh networks on a distilled set as the challenge does, and test them on real images.
 
-    images: (N, 3, S, S) float, normalized. labels: (N,) int64.
+    images: (N, 3, S, S) float, normalized, or uint8 pixels. labels: (N,) int64.
     test_set: an ImageSet of uint8 pixels, the challenge's reference as dict or as (images, labels), normalized, or a
         TestSet, which has its own spec.
     track, rounds, epochs_setting, seed, network, augment, precision, device: see EvaluationSettings.
@@ -174,7 +174,7 @@ def evaluate_generator(
 ) -> Evaluation:
     """Track 2: like `evaluate`, with images that `generate` makes for each round within the time budget.
 
-    generate: (seed, seconds) -> (images, labels) as `evaluate` takes them; the images may also be uint8 pixels.
+    generate: (seed, seconds) -> (images, labels) as `evaluate` takes them.
     name: a hash or name that identifies the entry, under which interrupted evaluations are continued.
     Raises InvalidSubmissionError if the budget is exceeded.
     """
@@ -209,14 +209,6 @@ def evaluate_source(
     # Every process gets all results, and so the same evaluation.
     gathered = sorted(group.gather(results), key=lambda pair: pair[0])
     return _summary([result for _, result in gathered], test_set, settings, source, group.device)
-
-
-def expected_deviations(
-    source: FixedSet, test_set: TestSet, settings: EvaluationSettings, device: torch.device
-) -> tuple[str, ...]:
-    """The differences from PROTOCOL.md that an evaluation of a set would have; nothing is run."""
-    per_class = images_per_class(source.labels, test_set.spec.num_classes)
-    return _deviations(source, test_set, settings, device, settings.number_of_rounds, per_class)
 
 
 def finished_rounds(
@@ -269,7 +261,7 @@ class _Run:
             if stop:
                 raise InterruptedRunError(f"Interrupted before round {index + 1}.", "Run the same command again to continue.")
             made = self.source.for_round(index, self._rounds.seed_for("generation", index), self._folder)
-            check_training_set(made.images, made.labels, self.test_set.spec, pixels=self.source.budget is not None)
+            check_training_set(made.images, made.labels, self.test_set.spec)
             jobs.append(RoundJob(index, made, files[index], self.state.seconds_between_saves))
         ran = run_rounds(jobs, self.test_set, self._rounds, stop=stop, listener=self._report)
         results |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
@@ -316,7 +308,7 @@ def _summary(
     fewest = min(result.images_per_class[0] for result in results)
     most = max(result.images_per_class[1] for result in results)
     budget = source.budget
-    differences = _deviations(source, test_set, settings, device, len(results), (fewest, most))
+    differences = deviations_of(source, test_set, settings, device, (fewest, most))
     counts = torch.stack([result.confusion(test_set.labels, spec.num_classes) for result in results])
     classes = spec.num_classes
     top = counts.double().mean(0).fill_diagonal_(0).flatten().topk(min(_MOST_CONFUSIONS, classes**2))
@@ -343,16 +335,12 @@ def _summary(
     )
 
 
-def _deviations(
-    source: Source,
-    test_set: TestSet,
-    settings: EvaluationSettings,
-    device: torch.device,
-    rounds: int,
-    per_class: tuple[int, int],
+def deviations_of(
+    source: Source, test_set: TestSet, settings: EvaluationSettings, device: torch.device, per_class: tuple[int, int]
 ) -> tuple[str, ...]:
+    """The differences from PROTOCOL.md of an evaluation. per_class: the smallest and largest number of images of a class."""
     conditions = Conditions(
-        rounds=rounds,
+        rounds=settings.number_of_rounds,
         epochs_setting=settings.training.epochs_setting,
         images_per_class=per_class,
         test_images=len(test_set),

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_source
@@ -76,14 +75,13 @@ def complete(
         settings, kind = job.settings_for(need), need.kind
         announce(need, settings)
         name, source, made_by = kind, f"training images of {spec.name}", {}
+        images, labels = real.images, real.labels  # pixels, as all of them in float32 can be gigabytes
         if kind == KIND_SUBMISSION:
             name, source, made_by = subject.name, subject.source, dict(subject.made_by)
             images, labels = job.distilled.images, job.distilled.labels
-        elif kind == KIND_FULL_REAL:
-            images, labels = normalize(real.images, spec), real.labels
-        else:
+        elif kind != KIND_FULL_REAL:
             rows = choose("random", real.labels, job.distilled.ipc, spec.num_classes, seed=job.settings.seed)
-            images, labels = normalize(real.images[rows], spec), real.labels[rows]
+            images, labels = images[rows], labels[rows]
             made_by = {"selection": "random", "seed": job.settings.seed}
         evaluation = evaluate_source(FixedSet(images, labels), job.test_set, settings, state=state, progress=progress)
         sha256 = subject.sha256 if kind == KIND_SUBMISSION else hash_of(images, labels)

@@ -108,7 +108,7 @@ def run_rounds(
     Raises InterruptedRunError, with the states saved, once `stop` is set.
     """
     device = torch.device(settings.device)
-    data = _on_device(jobs, device)
+    data = on_device([job.made for job in jobs], device)
     rounds = [_Round(job, *of_job, test_set.spec, settings) for job, of_job in zip(jobs, data, strict=True)]
     while unfinished := [each for each in rounds if not each.training.finished]:
         _train_epoch(unfinished, stop, listener)
@@ -234,15 +234,14 @@ def _write_state(path: Path | None, state: dict[str, Any]) -> None:
         save_torch({"version": _STATE_VERSION, **state}, path)
 
 
-def _on_device(jobs: Sequence[RoundJob], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Each job's images, (N, 3, S, S) float32 or uint8, and labels there; copied once where several jobs share them."""
+def on_device(sets: Sequence[Generated], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Each set's images, (N, 3, S, S) float32 or uint8, and labels there; copied once where several share them."""
     moved: dict[int, tuple[Tensor, Tensor]] = {}
-    for job in jobs:
-        made = job.made
+    for made in sets:
         if id(made.images) in moved:
             continue
         message = f"There is not enough memory for {len(made.images):,} training images."
         with shortage_explained(functools.partial(ComputeError, message, "Choose another --device.")):
             images = made.images if made.images.dtype == torch.uint8 else made.images.float()
             moved[id(made.images)] = images.to(device), made.labels.to(device)
-    return [moved[id(job.made.images)] for job in jobs]
+    return [moved[id(made.images)] for made in sets]

@@ -20,7 +20,8 @@ from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_to
 class FixedSet:
     """The same images for every round.
 
-    images: (N, 3, S, S) float, normalized. labels: (N,) int64. converted: what they were, if not the challenge's tensor.
+    images: (N, 3, S, S) float, normalized, or uint8 pixels. labels: (N,) int64.
+    converted: what they were, if not the challenge's tensor.
     """
 
     images: Tensor
@@ -87,19 +88,18 @@ def _saved_images(index: int, folder: Path | None) -> Path | None:
     return folder / f"round-{index}-images.pt" if folder else None
 
 
-def check_training_set(images: Tensor, labels: Tensor, spec: DatasetSpec, *, pixels: bool = False) -> None:
-    """Raise InvalidSubmissionError unless networks for `spec` can be trained on these.
+def check_training_set(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:
+    """Raise InvalidSubmissionError unless networks for `spec` can be trained on these normalized floats or uint8 pixels.
 
-    pixels: accept uint8 pixels as well as normalized floats. Raises UsageError if either is not a tensor.
+    Raises UsageError if either is not a tensor.
     """
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise UsageError("Images and labels must be tensors.")
     is_float = images.is_floating_point()
-    right_type = is_float or (pixels and images.dtype == torch.uint8)
-    if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape or not right_type:
+    if images.ndim != 4 or tuple(images.shape[1:]) != spec.image_shape or not (is_float or images.dtype == torch.uint8):
         raise InvalidSubmissionError(
-            f"The images are {images.dtype} of shape {tuple(images.shape)}; "
-            f"{spec.name} needs float32 of shape (N, {', '.join(map(str, spec.image_shape))}), normalized."
+            f"The images are {images.dtype} of shape {tuple(images.shape)}; {spec.name} needs normalized float32, or uint8 "
+            f"pixels, of shape (N, {', '.join(map(str, spec.image_shape))})."
         )
     if labels.dtype != torch.int64 or labels.shape != (len(images),) or len(images) == 0:
         raise InvalidSubmissionError(
