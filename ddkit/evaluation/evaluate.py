@@ -66,7 +66,8 @@ class EvaluationSettings:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
         if self.network not in NETWORKS:
             raise UsageError(f"Unknown network '{self.network}'.", did_you_mean(self.network, tuple(NETWORKS)))
-        _ = self.training  # raises UsageError for an unknown track, and for epochs or a precision that make no sense
+        # These raise UsageError for an unknown track, and for epochs or a precision that make no sense.
+        _ = challenge.track(self.track), self.training
 
     @property
     def number_of_rounds(self) -> int:

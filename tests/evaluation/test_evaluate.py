@@ -508,7 +508,7 @@ def test_generator_on_track_1_raises_usage_error():
 )
 def test_settings_out_of_range_raise_usage_error(options):
     with pytest.raises(UsageError):
-        evaluated(**options)
+        EvaluationSettings(**{"rounds": 2, "epochs_setting": 3, **options})
 
 
 @pytest.mark.parametrize("change, said", [
