@@ -95,6 +95,14 @@ def test_records_are_written_at_once_and_known_ones_not_again(file):
     assert records.results == (RESULT, other) == read(file).results
 
 
+def test_an_old_record_is_written_again_with_the_accuracies_by_class_and_round(file):
+    append(RESULT, file)
+    whole = dataclasses.replace(RESULT, class_rounds=((0.25, 0.25),) * 3)
+    for _ in range(2):
+        Records(file).add(whole)
+    assert read(file).results == (RESULT, whole) and Records(file).results == (whole,)
+
+
 def test_records_that_are_not_to_be_written_are_remembered(file):
     records = Records(file, writes=False)
     records.add(RESULT)

@@ -8,7 +8,7 @@ from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
-from ddkit.evaluation.job import JobSettings, evaluate_files
+from ddkit.evaluation.job import JobOutcome, JobSettings, evaluate_files
 from ddkit.results import read
 from ddkit.sets.distilled import save_set
 
@@ -90,6 +90,17 @@ def test_nothing_is_evaluated_if_one_of_the_sets_is_refused(folder, settings, tm
     with pytest.raises(InvalidSubmissionError, match="ddkit check"):
         evaluate_files([folder / "colors.pt", broken], settings)
     assert not settings.results.exists()
+
+
+def test_the_challenges_score_is_the_mean_of_official_results_on_both_datasets(result):
+    cifar100 = result("mine", "cifar100", 0.3, 0.31, 0.32)
+    assert JobOutcome((cifar100, result("mine", "tinyimagenet", 0.1, 0.12, 0.11))).scores == {"mine": pytest.approx(0.21)}
+    for other in (
+        result("other", "tinyimagenet", 0.1, 0.12, 0.11),
+        result("mine", "tinyimagenet", 0.1, epochs_setting=50),
+        result("mine", "tinyimagenet", 0.1, 0.12, 0.11, kind="random-real"),
+    ):
+        assert JobOutcome((cifar100, other)).scores == {}
 
 
 @pytest.mark.parametrize("changes, said", [

@@ -95,6 +95,17 @@ def test_all_real_images_may_have_other_epochs_which_a_note_says():
     assert "E = 20" in ranking.notes[0] and "E = 50" in ranking.notes[0]
 
 
+def test_all_real_images_under_the_same_settings_are_preferred_to_more_epochs():
+    everything = [SUBJECT, result("full-real", 0.6), result("full-real", 0.7, epochs_setting=90)]
+    (ranking,) = ddranking.from_results(everything)
+    assert ranking.hlr == pytest.approx(0.15) and ranking.notes == ()
+
+
+def test_another_number_of_rounds_is_noted():
+    (ranking,) = ddranking.from_results([SUBJECT, result("random-real", 0.2, accuracies=(0.1, 0.3))])
+    assert ranking.ior == pytest.approx(0.25) and "2 rounds" in ranking.notes[0]
+
+
 def test_the_newest_evaluation_of_a_set_counts():
     again = result("submission", 0.50)
     (ranking,) = ddranking.from_results([*EVERYTHING, again])

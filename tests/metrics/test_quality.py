@@ -37,9 +37,9 @@ def test_real_images_measure_like_real_images():
 
 def test_copies_are_found_with_their_originals():
     dataset = real_set(600)
-    quality = measure(dataset.images[:300], dataset.labels[:300], dataset, Pixels())
+    quality = measure(dataset.images, dataset.labels, dataset, Pixels())  # half of them stand in for a perfect set
     assert (quality.distances < 1e-3).all(), "also those of images that stand in"
-    assert quality.neighbors.tolist() == list(range(300))
+    assert quality.neighbors.tolist() == list(range(600))
 
 
 def test_one_picture_for_each_class_has_no_diversity_and_covers_little():

@@ -90,6 +90,26 @@ def test_sets_of_other_settings_are_not_compared(pair, result):
         compare_sets("new", "quick", [*pair, quick])
 
 
+def test_generators_are_compared_without_pairs_and_only_within_the_same_time(result):
+    facts = {"track": 2, "official": False, "epochs_setting": 100}
+    first, second = (result(name, "mine", *scores, time_budget=600.0, **facts)
+                     for name, scores in (("a", (0.3, 0.31)), ("b", (0.2, 0.22))))  # fmt: skip
+    (found,) = compare_sets("a", "b", [first, second])
+    assert not found.paired
+    with pytest.raises(UsageError, match="not evaluated under the same settings"):
+        compare_sets("a", "b", [first, dataclasses.replace(second, time_budget=60.0)])
+
+
+def test_most_rounds_are_preferred(result):
+    both = [
+        result(name, "cifar100", *accuracies, epochs_setting=setting, date=f"2026-07-0{day}T10:00:00+00:00")
+        for name in ("a", "b")
+        for day, setting, accuracies in ((1, 200, (0.3, 0.31, 0.32)), (2, 50, (0.2,)))
+    ]
+    (found,) = compare_sets("a", "b", both)
+    assert found.first.rounds == found.second.rounds == 3
+
+
 def test_official_results_are_preferred(result):
     both = [
         result(name, "cifar100", *accuracies, epochs_setting=setting)

@@ -67,6 +67,20 @@ def test_the_difference_to_random_real_images_has_welchs_interval(result):
     assert random.to_random is None
 
 
+def test_the_intervals_of_a_score_over_both_datasets_by_hand(result):
+    (group,) = build([
+        result("mine", "cifar100", 0.50, 0.52, 0.51),
+        result("mine", "tinyimagenet", 0.25, 0.26, 0.24),
+        result("random", "cifar100", 0.13, 0.15, 0.14, kind="random-real"),
+        result("random", "tinyimagenet", 0.05, 0.07, 0.06, kind="random-real"),
+    ])  # fmt: skip
+    mine = group.rows[0]
+    # Deviations of 0.01 and three rounds throughout: two means have 4 degrees of freedom, t = 2.7764; four 8, t = 2.3060.
+    assert mine.spread.half_width == pytest.approx(2.7764 * 0.01 * math.sqrt(2 / 3) / 2, rel=1e-4)
+    assert mine.to_random.value == pytest.approx((0.37 + 0.19) / 2)
+    assert mine.to_random.half_width == pytest.approx(2.3060 * 0.01 * math.sqrt(4 / 3) / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("other", [
     {"epochs_setting": 60}, {"network": "resnet18"}, {"augment": False}, {"precision": "bfloat16"}, {"ipc": 50},
     {"track": 2}, {"test_images": 2000},
