@@ -168,10 +168,20 @@ class RefineSettings:
         late = step >= self.pool.from_step or time_used >= self.pool.from_share
         return self.objective_at(step) == "frepo" and self.pool.size > 0 and late
 
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Names of the settings that change nothing with the others as they are."""
+        if self.objective == "dm":
+            return ("dm_steps", "krr_lambda", "pool", "experts", "student")
+        if self.objective == "frepo":
+            return ("experts", "student")
+        return ("krr_lambda", "pool") if self.dm_steps else ("krr_lambda", "pool", "batch_real")
+
     def with_changes(self, changes: Mapping[str, Any]) -> RefineSettings:
         """These settings with others by name, those of pool, experts and student as in "pool.size".
 
-        Raises UsageError for an unknown name, a value of another type, and settings that do not fit together.
+        Raises UsageError for an unknown name, a value of another type, a change without effect, and settings that do not fit
+        together.
         """
         flat = flatten(dataclasses.asdict(self))
         for name, value in changes.items():
@@ -181,15 +191,8 @@ class RefineSettings:
             if not isinstance(value, kind if kind is not float else (int, float)) or isinstance(value, bool) != (kind is bool):
                 raise UsageError(f"The setting {name} must be of type {kind.__name__}, got {value!r}.")
         changed = override(self, changes)
-        for name in changes:  # those that have no effect with the others
-            part = name.partition(".")[0]
-            wanted = "mtt" if part in ("experts", "student") else "frepo" if part in ("pool", "krr_lambda") else None
-            if wanted not in (None, changed.objective):
-                raise UsageError(f"{name} applies to the objective {wanted}, not to {changed.objective}.")
-        if changed.objective == "dm" and "dm_steps" in changes:
-            raise UsageError("dm_steps has no effect, because dm is the objective of every step.")
-        if changed.objective == "mtt" and changed.dm_steps == 0 and "batch_real" in changes:
-            raise UsageError("batch_real applies to dm and frepo, but every step uses mtt.")
+        if idle := [name for name in changes if name.partition(".")[0] in changed.without_effect]:
+            raise UsageError(f"{idle[0]} has no effect on the objective {changed.objective}.", "Leave it out.")
         return changed
 
 

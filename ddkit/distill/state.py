@@ -19,7 +19,7 @@ from torch import Tensor
 from ddkit.distill.settings import PoolSettings
 from ddkit.errors import BadFileError, UsageError
 from ddkit.runtime.files import atomic_write, sha256_of, write_text
-from ddkit.runtime.records import flatten
+from ddkit.runtime.records import differences
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 from ddkit.sets.distilled import SetFiles, read_provenance, set_files
 
@@ -104,13 +104,7 @@ class RefinementState:
         """
         if sha256_of(path) != self.start_sha256 and not self.made(path):
             raise UsageError(f"{self.folder} holds the refinement of a set other than {path}.", _another(self.folder))
-        wanted, recorded = flatten(settings), flatten(self.settings)
-        changed = [
-            f"{name} {recorded.get(name)}, not {value}"
-            for name, value in wanted.items()
-            if recorded.get(name) != value and name not in _MAY_CHANGE
-        ]
-        if changed:
+        if changed := [line for line in differences(settings, self.settings) if not line.startswith(_MAY_CHANGE)]:
             raise UsageError(
                 f"The refinement in {self.folder} was begun with other settings: {'; '.join(changed)}.",
                 f"Omit those options to resume it, or start over with --fresh. {_another(self.folder)}",

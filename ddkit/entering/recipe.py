@@ -158,24 +158,14 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 def _set_to_json(each: SetRecipe) -> dict[str, Any]:
     values = {name: value for name, value in vars(each).items() if value not in (None, "")}
     if each.refine is not None:
-        values["refine"] = _refine_to_json(each.refine)
+        refine = dataclasses.asdict(each.refine)
+        values["refine"] = {name: value for name, value in refine.items() if name not in each.refine.without_effect}
     if each.bundle is not None:
         bundle = {name: value for name, value in dataclasses.asdict(each.bundle).items() if value is not None}
         sampling = {name: value for name, value in bundle.pop("sampling").items() if name not in _UNUSED_BY_BUNDLES}
         sampling["guidance_interval"] = list(each.bundle.sampling.guidance_interval)  # as JSON and TOML have it
         values["bundle"] = bundle | {"sampling": sampling}
     return values
-
-
-def _refine_to_json(settings: RefineSettings) -> dict[str, Any]:
-    """The settings that have an effect with the others."""
-    values = dataclasses.asdict(settings)
-    unused = {"dm": ("dm_steps", "pool", "krr_lambda"), "mtt": ("pool", "krr_lambda"), "frepo": ()}[settings.objective]
-    if settings.objective != "mtt":
-        unused = (*unused, "experts", "student")
-    elif not settings.dm_steps:
-        unused = (*unused, "batch_real")
-    return {name: value for name, value in values.items() if name not in unused}
 
 
 def _completed(values: Any) -> Any:

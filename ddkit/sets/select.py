@@ -35,10 +35,10 @@ class ImageFeatures:
     confidence: Tensor
 
 
-Extract = Callable[[Tensor], ImageFeatures]  # row numbers (n,) int64 of one class -> their features
+ExtractRows = Callable[[Tensor], ImageFeatures]  # row numbers (n,) int64 of one class -> their features
 
 
-def choose(method: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int, extract: Extract | None = None) -> Tensor:
+def choose(method: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int, extract: ExtractRows | None = None) -> Tensor:
     """Row numbers of `ipc` images of every class, class by class: (num_classes * ipc,) int64.
 
     method: "first", the first rows of each class; "random", which depends on (seed, class) alone; or one of

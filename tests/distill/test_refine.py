@@ -346,7 +346,7 @@ def test_sets_of_one_and_of_all_images_per_class_are_refined_through_a_pool(colo
 class TestRefused:
     def test_other_settings_than_those_recorded(self, start, tmp_path):
         run(start, tmp_path / "run", 1)
-        with pytest.raises(UsageError, match="momentum 0.5, not 0.9"):
+        with pytest.raises(UsageError, match="momentum: 0.5, not 0.9"):
             run(start, tmp_path / "run", 2, dataclasses.replace(QUICK, momentum=0.9))
 
     def test_the_copy_that_the_folder_keeps(self, start, tmp_path):

@@ -191,7 +191,7 @@ def test_when_to_validate_may_change_and_how_may_not(start, tmp_path):
     rarely = dataclasses.replace(SETTINGS, val_every=1000, val_margin=0.5)
     assert refine(start, "colors", rarely, RefineLimits(4), tmp_path / "run").steps == 4
     assert recorded_settings(tmp_path / "run") == rarely
-    with pytest.raises(UsageError, match="val_epochs 0, not 1"):
+    with pytest.raises(UsageError, match="val_epochs: 0, not 1"):
         refine(start, "colors", dataclasses.replace(rarely, val_epochs=1), RefineLimits(5), tmp_path / "run")
 
 
