@@ -66,8 +66,10 @@ def test_k_center_takes_a_distant_image():
 
 
 def test_k_medoids_take_the_middle_of_each_cluster():
-    view, clusters = clustered(sizes=(30, 30))
-    for row in chosen("k-medoids", view, 2).tolist():
+    view, clusters = clustered(sizes=(10, 20, 30, 40))
+    rows = chosen("k-medoids", view, 4).tolist()
+    assert clusters[rows].tolist() == [3, 2, 1, 0], "that of the largest cluster first"
+    for row in rows:
         own = view.features[clusters == clusters[row]]
         distances = (own - own.mean(0)).norm(dim=1)
         assert (view.features[row] - own.mean(0)).norm() == distances.min()
