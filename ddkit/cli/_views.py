@@ -203,7 +203,8 @@ def history_view(history: History, console: Console) -> RenderableType:
         columns.append(("recipe", lambda step: step.recipe))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading, _ in columns:
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("date", "% ± 95 %", "settings"))
+        whole = console.width >= _NARROW and heading in ("date", "% ± 95 %")  # else no room is left for the names
+        table.add_column(heading, overflow="fold", no_wrap=whole)
     for step in history.rows:
         style = "bold" if step.is_best else "dim" if step.kind in BASELINE_NAMES else ""
         table.add_row(*(Text(text(step)) for _, text in columns), style=style)

@@ -123,7 +123,7 @@ class _Published:
             described, _ = describe_value(self.opened, value, self.spec)
             raise InvalidSubmissionError(
                 f"{self.path} holds {described}. ddkit finds no images with labels in it.",
-                "Save them as a list of two tensors: torch.save([images, labels], PATH).",
+                "Save them as a list of two tensors: torch.save([torch.as_tensor(images), torch.as_tensor(labels)], PATH).",
             )
         if not self.opened.whole:
             raise self._refused("It has too many parts to be read. Stack them: torch.save([images, labels], PATH).")

@@ -145,9 +145,11 @@ def test_history_of_nothing_says_so():
     assert "Nothing was evaluated" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [40, 60, 120])
-def test_history_charts_are_as_wide_as_the_console(results, width):
+@pytest.mark.parametrize(("width", "names"), [(40, ()), (60, ("first", "second", "worse")), (120, ("second", "worse"))])
+def test_history_is_as_wide_as_the_console_and_shows_every_name(results, width, names):
     console = Console(file=io.StringIO(), width=width)
     console.print(history_view(build_history(results, []), console))
-    chart = console.file.getvalue().split("accuracy over time")[1].splitlines()[1:]
+    table, chart = console.file.getvalue().split("accuracy over time")
+    assert all(name in table for name in names) and max(map(len, table.splitlines())) <= width
+    chart = chart.splitlines()[1:]
     assert len(chart) == 9 and max(map(len, chart)) <= width and chart[-1].split()[0] == "07-02"
