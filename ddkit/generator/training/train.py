@@ -258,12 +258,11 @@ class _Run(Callback):
         if keeper.every and trainer.step and trainer.step % keeper.every == 0:  # stopped before it was scored
             keeper.score_once(trainer)
         trainer.run()
-        if keeper.every:
-            keeper.score_once(trainer)
-        behind = not has_model(self.folder) or (keeper.best is None and read_facts(self.folder).steps != trainer.step)
-        self.accelerator.wait_for_everyone()  # all processes have looked before one writes
-        if behind:  # after a kill between the last checkpoint and its model
-            trainer.save()
+        keeper.score_once(trainer)
+        if self.accelerator.is_main_process and not (
+            has_model(self.folder) and read_facts(self.folder).steps == trainer.step
+        ):
+            keeper.on_save(trainer)  # which a kill between the last checkpoint and its model has left out
 
     def _trainer(self, stage: Stage, steps: int, seconds: float | None, *callbacks: Callback) -> Trainer:
         return Trainer(
@@ -328,14 +327,11 @@ class _ModelKeeper(Callback):
 
     def score_once(self, trainer: Trainer) -> None:
         """Score the model unless that was done at this step."""
-        name = self.run.tracking.name if self.run.tracking else ""
-        wanted = ("score", trainer.step, name)
-        scored = any((r["stage"], r["step"], r.get("name")) == wanted for r in self.run.log.records())
-        accelerator = self.run.accelerator
-        accelerator.wait_for_everyone()  # all processes have looked before one writes
-        if not scored and accelerator.is_main_process:
-            self.on_interval(trainer)
-        accelerator.wait_for_everyone()
+        if self.run.accelerator.is_main_process and self.run.tracking is not None:
+            wanted = ("score", trainer.step, self.run.tracking.name)
+            if all((r["stage"], r["step"], r.get("name")) != wanted for r in self.run.log.records()):
+                self.on_interval(trainer)
+        self.run.accelerator.wait_for_everyone()
 
     def _write_model(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         with trainer.ema_weights() as averaged:

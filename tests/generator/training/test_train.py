@@ -68,8 +68,9 @@ def write_script(here, data, config, folder, before=""):
         here = Path({str(here)!r})
         images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
         config = from_json(json.loads((here / "config.json").read_text()))
+        tracking = None
         exec({textwrap.dedent(before)!r})
-        train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config, here / {folder!r}))
+        train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config, here / {folder!r}), tracking=tracking)
     """)
     (here / "script.py").write_text(script)
     return here / "script.py"
@@ -229,9 +230,18 @@ class TestDividedBatches:
 
     @pytest.mark.slow
     def test_two_processes_train_like_one(self, data, config, tmp_path):
-        train(data, TrainingRequest(config, tmp_path / "one"))
-        both = processes.run_together(write_script(tmp_path, data, config, "two"))
+        tracking = Tracking("score", lambda model: model.facts.steps, every_steps=2)
+        train(data, TrainingRequest(config, tmp_path / "one"), tracking=tracking)
+        script = write_script(
+            tmp_path, data, config, "two",
+            """
+            from ddkit.generator.training.tracking import Tracking
+            tracking = Tracking("score", lambda model: model.facts.steps, every_steps=2)
+            """,
+        )  # fmt: skip
+        both = processes.run_together(script)
         assert [process.returncode for process in both] == [0, 0], both
+        assert read_facts(tmp_path / "two").steps == 2, "the best, which the main process alone has scored"
         assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
         ours, theirs = (records(tmp_path / name)[-1] for name in ("one", "two"))
         assert theirs["step"] == ours["step"] == 6 and theirs["images"] == ours["images"]
