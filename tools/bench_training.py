@@ -118,7 +118,7 @@ class OurTrainer:
         accelerator = Accelerator(mixed_precision=_ACCELERATE[config.precision], cpu=device.type == "cpu")
         self.trainer = Trainer(
             DenoiserStage(config, build(config, images), latents), accelerator, folder, steps=10**6,
-            compile_network=config.compile,
+            compile_after=0 if config.compile else None,
         )  # fmt: skip
         # A turn ends like a training, which would write a checkpoint; they come every few minutes.
         self.trainer.save = lambda: None

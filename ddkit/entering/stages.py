@@ -25,7 +25,7 @@ from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
 from ddkit.evaluation.test_sets import TestSet, as_test_set
 from ddkit.evaluation.tracks import Conditions, deviations, hash_of_folder
-from ddkit.generator.config import SamplingSettings, default_guidance
+from ddkit.generator.config import SECONDS_WORTH_COMPILING, SamplingSettings, default_guidance
 from ddkit.generator.model_facts import FACTS_FILE, has_model, model_hash, read_facts
 from ddkit.generator.training.records import read_records
 from ddkit.generator.training.run_folder import METRICS_FILE
@@ -41,7 +41,6 @@ from ddkit.sets.distilled import KIND_GENERATED, KIND_RANDOM_REAL, read_provenan
 # Names of the stages that run even if the time is up. On track 2 the first makes the classifier and the modes, and
 # proves the bundle.
 PACK, REPORT = "check and pack", "report"
-_COMPILED_SECONDS = 120.0  # of a training; shorter ones are not worth compiling for
 _MISSING_TENSOR = "F003"
 
 
@@ -210,7 +209,7 @@ class Workplace:
             records = read_records(folder / METRICS_FILE)
             stages = {record["stage"]: record.get("seconds", 0.0) for record in records if "seconds" in record}
             seconds = self._limit(f"train {name}", sum(stages.values()))
-            each = dataclasses.replace(each, compile=seconds >= _COMPILED_SECONDS and each.compile is not False)
+            each = dataclasses.replace(each, compile=seconds >= SECONDS_WORTH_COMPILING and each.compile is not False)
         from ddkit.entering.training import train_generator
 
         steps, autoencoder_steps = train_generator(each, self.recipe.seed, folder, seconds, self._device, progress)

@@ -20,6 +20,7 @@ SAMPLERS = ("dpm++", "ddim", "unipc")
 SAMPLING_PRECISIONS = ("auto", "float32", "bfloat16")
 METHODS = ("diffusion", "minimax")  # of training
 MOST_SAMPLING_STEPS = 1000
+SECONDS_WORTH_COMPILING = 300.0  # of a whole training that a time limits
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class GeneratorConfig:
         `autoencoder` counts then.
     ema_width: relative width of the exponential moving average of the weights (sigma_rel of EDM2, Karras et al. 2024).
     ema_decay: a constant decay of that average, instead of `ema_width`.
-    compile: compile the networks with torch.compile.
+    compile: compile the networks with torch.compile, where the training is long enough.
     minimax: fine-tune a generator by these criteria; its two networks replace the ones described here.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, train_sha256
 from ddkit.errors import ComputeError, UsageError
 from ddkit.generator.autoencoder import build_autoencoder
-from ddkit.generator.config import GeneratorConfig
+from ddkit.generator.config import SECONDS_WORTH_COMPILING, GeneratorConfig
 from ddkit.generator.difffit import plain_copy
 from ddkit.generator.model_facts import WEIGHTS_FILE, ModelFacts, has_model, read_facts
 from ddkit.generator.model_folder import Model, load_autoencoder, load_model, save_autoencoder, save_model
@@ -49,7 +50,9 @@ log = logging.getLogger(__name__)
 
 AUTOENCODER_SHARE = 0.15  # of a training time given in seconds
 _NO_LIMIT = 10**9  # steps, when time is the limit
-_STEPS_WORTH_COMPILING, _SECONDS_WORTH_COMPILING = 200, 120.0  # compiling takes up to a minute
+# All trainings compile at the same step: one that a time limits computes the same as one of as many steps, and a resumed
+# one the same as one never stopped. Compiling takes up to a minute.
+_PLAIN_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -259,12 +262,11 @@ class _Run(Callback):
             keeper.score_once(trainer)
         trainer.run()
         keeper.score_once(trainer)
-        if self.accelerator.is_main_process and not (
-            has_model(self.folder) and read_facts(self.folder).steps == trainer.step
-        ):
+        if self.accelerator.is_main_process and not (has_model(self.folder) and read_facts(self.folder).steps == trainer.step):
             keeper.on_save(trainer)  # which a kill between the last checkpoint and its model has left out
 
     def _trainer(self, stage: Stage, steps: int, seconds: float | None, *callbacks: Callback) -> Trainer:
+        compiles = self.config.compile and (self.request.seconds or math.inf) >= SECONDS_WORTH_COMPILING
         return Trainer(
             stage,
             self.accelerator,
@@ -272,19 +274,10 @@ class _Run(Callback):
             steps=steps,
             seconds=seconds,
             save_every_seconds=self.request.save_every_seconds,
-            compile_network=self.config.compile and self._is_worth_compiling(stage, steps, seconds),
+            compile_after=_PLAIN_STEPS if compiles else None,
             progress=self.progress,
             callbacks=(self, *callbacks),
         )
-
-    def _is_worth_compiling(self, stage: Stage, steps: int, seconds: float | None) -> bool:
-        if seconds is not None:
-            return seconds >= _SECONDS_WORTH_COMPILING
-        checkpoints = list_checkpoints(self.folder / CHECKPOINTS, stage.name)
-        # On a CPU the whole length counts, so that a resumed training computes with the same code as one never stopped.
-        on_gpu = self.accelerator.device.type == "cuda"
-        done = int(checkpoints[-1].stem.rpartition("-")[2]) if checkpoints and on_gpu else 0
-        return steps - done >= _STEPS_WORTH_COMPILING
 
     def _autoencoder_records(self) -> list[dict[str, Any]]:
         return [record for record in self.log.records() if record["stage"] == AutoencoderStage.name]

@@ -72,7 +72,7 @@ class Trainer:
     """Trains one stage. Make it, then call `run`; `ema_weights` is the result.
 
     folder: where checkpoints go. steps: of the stage in all. seconds: of training in all, over every run of the stage;
-    None for no limit. compile_network: use torch.compile, as long as it works.
+    None for no limit. compile_after: use torch.compile after that many steps, as long as it works; None for never.
     Raises UsageError when a batch cannot be split among the processes.
     """
 
@@ -85,7 +85,7 @@ class Trainer:
         steps: int,
         seconds: float | None = None,
         save_every_seconds: float = 300.0,
-        compile_network: bool = False,
+        compile_after: int | None = None,
         progress: Listener = ignore,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -110,10 +110,8 @@ class Trainer:
         self._resume()
         self._agreed_step, self._agreed_at = self.step, time.monotonic()
         self._next_agreement = self.step + 1
-        self._plain_loss = self._loss
-        self._compiling = compile_network  # until the first step
-        if self._compiling:
-            self._loss = compiled(self._loss)
+        self._compile_at = None if compile_after is None else max(self.step, compile_after)
+        self._compiling = False
 
     @property
     def seconds(self) -> float:
@@ -179,7 +177,7 @@ class Trainer:
         over = self.finished or self.step >= self.steps or (self.step > 0 and self._out_of_time())
         while not over:
             with shortage_explained(self._shortage):
-                losses.append(self._first_step() if self._compiling else self._train_step())
+                losses.append(self._compiling_step() if self.step == self._compile_at else self._train_step())
             self.step += 1
             stopping, out_of_time, save_due = self._agreed(
                 bool(stop), self._out_of_time(), time.monotonic() - saved > self.save_every_seconds
@@ -215,8 +213,9 @@ class Trainer:
             f"Try --accumulation {2 * optimizer.accumulation}, a smaller --batch-size, or a smaller --preset.",
         )
 
-    def _first_step(self) -> Tensor:
+    def _compiling_step(self) -> Tensor:
         """The step that compiles; without compilation if that fails."""
+        self._compiling, plain, self._loss = True, self._loss, compiled(self._loss)
         memory = None if self.stage.memory is None else copy.deepcopy(self.stage.memory.state_dict())
         try:
             value = self._train_step()
@@ -225,7 +224,7 @@ class Trainer:
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("torch.compile failed, so the training continues without it, more slowly: %s", reason)
-            self._loss = self._plain_loss
+            self._loss = plain
             self._optimizer.zero_grad()
             if memory is not None and self.stage.memory is not None:
                 self.stage.memory.load_state_dict(memory)

@@ -61,7 +61,7 @@ def test_failing_compilation_continues_without_it(data, config, tmp_path, monkey
 
     real_compile = torch.compile
     monkeypatch.setattr(torch, "compile", compile_with_a_broken_backend)
-    monkeypatch.setattr(training, "_STEPS_WORTH_COMPILING", 1)
+    monkeypatch.setattr(training, "_PLAIN_STEPS", 2)
     train(data, TrainingRequest(dataclasses.replace(config, compile=True), tmp_path / "compiled"))
     assert "continues without it" in caplog.text
     train(data, TrainingRequest(dataclasses.replace(config, compile=False), tmp_path / "plain"))
@@ -69,6 +69,8 @@ def test_failing_compilation_continues_without_it(data, config, tmp_path, monkey
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_short_training_is_not_compiled(data, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("plain_steps", "seconds"), [(200, None), (0, 0.1)], ids=["few steps", "little time"])
+def test_short_training_is_not_compiled(data, config, tmp_path, monkeypatch, plain_steps, seconds):
     monkeypatch.setattr(torch, "compile", lambda module, **options: pytest.fail("compiled"))
-    train(data, TrainingRequest(dataclasses.replace(config, compile=True), tmp_path))
+    monkeypatch.setattr(training, "_PLAIN_STEPS", plain_steps)
+    train(data, TrainingRequest(dataclasses.replace(config, compile=True), tmp_path, seconds=seconds))
