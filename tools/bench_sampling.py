@@ -25,11 +25,12 @@ from torch import Tensor
 from ddkit.data.images import to_uint8
 from ddkit.generator.autoencoder import build_autoencoder, decode
 from ddkit.generator.config import SAMPLERS
+from ddkit.generator.linear_plan import set_steps
 from ddkit.generator.model_facts import ModelFacts
 from ddkit.generator.model_folder import Model, load_model
 from ddkit.generator.networks import build_denoiser, null_class, predict
 from ddkit.generator.presets import preset
-from ddkit.generator.samplers import make_scheduler, set_steps
+from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler, SamplingSettings
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.seeds import generator_for

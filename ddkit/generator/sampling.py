@@ -22,10 +22,11 @@ from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled_for_inference
 from ddkit.generator.config import BATCH_ELSEWHERE, BATCH_ON_GPU, ObjectiveConfig, SamplingSettings
 from ddkit.generator.influence import Influence
+from ddkit.generator.linear_plan import weighted_sum
 from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import TIME_SCALE, Objective
-from ddkit.generator.samplers import linear_plan, make_scheduler
+from ddkit.generator.samplers import make_plan
 from ddkit.runtime.device import is_out_of_memory, release_memory, shortage_explained, upload
 from ddkit.runtime.seeds import generator_for
 from ddkit.runtime.threads import cores_for, parallel_map
@@ -95,12 +96,11 @@ class Sampler:
         if self.settings.compile:
             self._guided, self._decoder = (compiled_for_inference(each, self.device) for each in self._differentiable)
         self._compiling = self.settings.compile  # until the first part is made
-        scheduler = make_scheduler(self.settings.sampler, model.facts.prediction)
-        plan = linear_plan(
-            scheduler,
+        plan = make_plan(
+            self.settings.sampler,
+            model.facts.prediction,
             self.settings.steps,
             mode_guidance=self.settings.mode_guidance,
-            objective=self._objective,
             shifts=influence is not None,
         )
         self._times, self._final = plan.times.tolist(), plan.final.to(self.device)
@@ -229,14 +229,6 @@ class Sampler:
         noise = (point - signal * clean.detach()).flatten(1).norm(dim=1)
         length = self.settings.influence_guidance * noise / gradient.flatten(1).norm(dim=1).clamp_min(1e-20)
         return output.detach(), length.view(-1, 1, 1, 1) * gradient
-
-
-def weighted_sum(coefficients: Tensor, terms: Tensor) -> Tensor:
-    """The combination of (k, n, C, s, s) by (k,) coefficients, in float32 even under autocast.
-
-    Coefficients can be a hundred times as large as the sum, so a matrix product is avoided: a GPU may compute it in TF32.
-    """
-    return (coefficients.view(-1, 1, 1, 1, 1) * terms).sum(dim=0)
 
 
 class GuidedDenoiser(nn.Module):

@@ -20,7 +20,7 @@ from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec, train_sha256
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
-from ddkit.generator import uvit as denoiser
+from ddkit.generator import linear_plan, uvit
 from ddkit.generator.config import BundleSettings
 from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts, require_present_dataset
 from ddkit.generator.model_folder import load_model
@@ -191,7 +191,8 @@ def scripts() -> dict[str, Path]:
     for place in (place / "track2" for place in places):
         found = {name: place / name for name in _SCRIPTS}
         if all(path.is_file() for path in found.values()):
-            return {**found, "denoiser.py": Path(denoiser.__file__), "container.py": Path(container.__file__)}
+            shared = {"denoiser.py": uvit, "linear_plan.py": linear_plan, "container.py": container}
+            return found | {name: Path(str(module.__file__)) for name, module in shared.items()}
     raise MissingModelError(
         f"The scripts of the track 2 bundle were not found in {', '.join(map(str, places))}.",
         "Run ddkit from a checkout: pip install -e .",

@@ -1,6 +1,6 @@
 """A model folder made ready to sample: which image of which class in, pixels out.
 
-Needs torch, diffusers and safetensors, and `denoiser.py` next to it if the model is a U-ViT.
+Needs torch, diffusers and safetensors, and `linear_plan.py` next to it, and `denoiser.py` if the model is a U-ViT.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiTTransformer2DModel
+from linear_plan import linear_plan, weighted_sum
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MODES_FILE = "modes.safetensors"
-MODE_GUIDED = 0.5  # of the steps, from the first on
 
 
 class Sampler:
@@ -38,8 +38,8 @@ class Sampler:
         self._denoiser = _load_denoiser(folder).to(self._device)
         self._autoencoder = _load(AutoencoderKL, folder / "vae").to(self._device, memory_format=torch.channels_last)
         self._modes = load_file(folder / MODES_FILE)["modes"] if entry["mode_guidance"] else None
-        times, inputs, final = _plan(_load_scheduler(folder / "scheduler"), entry["steps"], entry["mode_guidance"])
-        self._times, self._inputs, self._final = times.tolist(), inputs.to(self._device), final.to(self._device)
+        plan = linear_plan(_load_scheduler(folder / "scheduler"), entry["steps"], mode_guidance=entry["mode_guidance"])
+        self._times, self._inputs, self._final = plan.times.tolist(), plan.inputs.to(self._device), plan.final.to(self._device)
         config = self._denoiser.config
         self._latent_shape = (config.in_channels, config.sample_size, config.sample_size)
 
@@ -70,13 +70,8 @@ class Sampler:
         known = given[0].new_empty(len(self._final), *given[0].shape)  # what is given, and the outputs so far
         known[: len(given)] = torch.stack(given)
         for count, (inputs, time) in enumerate(zip(self._inputs, self._times, strict=True), len(given)):
-            known[count] = self._guided(self._sum(inputs[:count], known[:count]), time, labels)
-        return self._sum(self._final, known)
-
-    def _sum(self, coefficients: Tensor, known: Tensor) -> Tensor:
-        """In float32 whatever the precision: coefficients can be a hundred times as large as what comes out."""
-        with torch.autocast(self._device.type, enabled=False):
-            return torch.tensordot(coefficients, known, dims=1)
+            known[count] = self._guided(weighted_sum(inputs[:count], known[:count]), time, labels)
+        return weighted_sum(self._final, known)
 
     def _guided(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:
         """The denoiser's output, with classifier-free guidance if the time is within the interval."""
@@ -115,46 +110,6 @@ def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     return precision == "bfloat16"
-
-
-def _plan(scheduler: Any, steps: int, mode_guidance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What a deterministic scheduler's steps amount to: fixed combinations of the noise and the network's outputs.
-
-    Found by letting the scheduler work on vectors of coefficients instead of images. Returns the times (n,), the
-    coefficients of each step's input (n, m), and those of the result (m,); the first is the noise's and, with mode guidance,
-    the second the mode's. Mode guidance adds lambda * sigma_t * (mode - predicted clean latents) to what comes out of each
-    step of the first half (Chan-Santiago et al. 2025, arXiv 2505.18963, section 4.2).
-    """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
-    else:
-        scheduler.set_timesteps(steps)
-    times = scheduler.timesteps
-    first = 2 if mode_guidance else 1
-    symbols = torch.eye(first + len(times), dtype=torch.float64).reshape(first + len(times), 1, -1, 1, 1)  # image-like
-    point, inputs = symbols[0], []
-    for step, time in enumerate(times):
-        inputs.append(point)
-        output = symbols[first + step]
-        after = scheduler.step(output, time, point, return_dict=False)[0].double()
-        if mode_guidance and step < MODE_GUIDED * len(times):
-            clean, sigma = _clean(scheduler, point, output, time)
-            after = after + mode_guidance * sigma * (symbols[1] - clean)
-        point = after
-    return times.float(), torch.stack(inputs).flatten(1).float(), point.flatten().float()
-
-
-def _clean(scheduler: Any, point: Tensor, output: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """The clean latents that an output for a point implies, and the noise level of the time."""
-    prediction = getattr(scheduler.config, "prediction_type", "flow_prediction")  # Euler's method is for flows alone
-    if prediction == "flow_prediction":
-        sigma = time.float() / 1000
-        return point - sigma * output, sigma
-    power = scheduler.alphas_cumprod[time.long()]
-    signal, sigma = power.sqrt(), (1 - power).sqrt()
-    if prediction == "epsilon":
-        return (point - sigma * output) / signal, sigma
-    return signal * point - sigma * output, sigma
 
 
 def _load_scheduler(folder: Path) -> Any:

@@ -11,10 +11,11 @@ from ddkit.errors import UsageError
 from ddkit.generator.autoencoder import decode
 from ddkit.generator.compiling import can_compile
 from ddkit.generator.config import PREDICTIONS, SAMPLERS, ObjectiveConfig
+from ddkit.generator.linear_plan import set_steps, weighted_sum
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import BETA_SCHEDULES, Objective
-from ddkit.generator.samplers import make_scheduler, set_steps
-from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered, weighted_sum
+from ddkit.generator.samplers import make_scheduler
+from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 
 
 def sample_all(sampler, labels, indices):

@@ -3,12 +3,13 @@
 import ast
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from ddkit.generator import uvit as module
+from ddkit.generator import linear_plan, uvit
 from ddkit.generator.config import ARCHITECTURES
 from ddkit.generator.networks import build_denoiser, null_class, predict
 from ddkit.generator.uvit import Block, TanhGELU, UViT, timestep_embedding
@@ -18,14 +19,15 @@ def noisy(count=3):
     return torch.randn(count, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_file_imports_only_torch_and_diffusers():
+@pytest.mark.parametrize("module", [uvit, linear_plan])
+def test_bundled_file_imports_only_torch_and_diffusers(module):
     imported = set()
     for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
-    assert imported == {"__future__", "math", "torch", "diffusers"}
+    assert imported - sys.stdlib_module_names == {"torch", "diffusers"}
 
 
 def test_patching_and_unpatching_are_the_identity():

@@ -41,8 +41,8 @@ def model(colors, colors_model):
 def test_bundle_holds_scripts_models_requirements_and_a_readme(model, tmp_path):
     folder = build_folder([model], tmp_path / "entry")
     assert {path.name for path in folder.iterdir()} == {
-        "generate.py", "shards.py", "worker.py", "sampling.py", "classifier.py", "denoiser.py", "container.py", "models",
-        "requirements.txt", "README.md", "SHA256SUMS",
+        "generate.py", "shards.py", "worker.py", "sampling.py", "classifier.py", "denoiser.py", "linear_plan.py",
+        "container.py", "models", "requirements.txt", "README.md", "SHA256SUMS",
     }  # fmt: skip
     assert datasets_of(folder) == ["colors"]
     facts = read_bundle_settings(folder, "colors")

@@ -368,7 +368,7 @@ def load(entry, monkeypatch):
     import importlib
 
     monkeypatch.syspath_prepend(entry)
-    names = ("generate", "shards", "worker", "sampling", "classifier", "denoiser", "container")
+    names = ("generate", "shards", "worker", "sampling", "classifier", "denoiser", "linear_plan", "container")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
