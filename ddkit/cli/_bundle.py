@@ -60,8 +60,8 @@ def pack_models(
 ) -> PackedBundle:
     """Bundle these models, zip, prove and record, with notes on what is missing and on the proof."""
     records = PackedRecords()
-    names = ", ".join(f"{model.dataset} ({source_name(model.folder)})" for model in models)
-    output.note(f"Bundling {escape(names)} into {escape(str(out))}.")
+    for model in models:
+        output.note(escape(f"Bundling {model.dataset} ({source_name(model.folder)}) into {out}: {model.settings}."))
     for spec in CHALLENGE_DATASETS:
         if spec.name not in [model.dataset for model in models]:
             output.note(

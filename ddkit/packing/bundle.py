@@ -242,7 +242,8 @@ def _with_script(folder: Path, path: Path) -> Path:
 
 def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFacts:
     """Write a model's folder: its parts without what only ddkit reads, its sampler, classifier and modes, and entry.json."""
-    facts, spec = load_model(model.folder, dataset=model.dataset).facts, dataset_spec(model.dataset)
+    loaded, spec = load_model(model.folder, dataset=model.dataset), dataset_spec(model.dataset)
+    facts = loaded.facts
     require_present_dataset(facts, model.folder)
     for part in ("vae", DENOISER_PART):
         (folder / part).mkdir(parents=True)
@@ -270,7 +271,7 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
     if sampling.mode_guidance:
         count = min(max(len(real) // spec.num_classes // _IMAGES_PER_MODE, _MODES[0]), _MODES[1])
         modes = find_modes(
-            model.folder, load_model(model.folder), real, count,
+            model.folder, loaded, real, count,
             dataset_sha256=train_sha256(model.dataset), device=device, progress=progress,
         )  # fmt: skip
         save_safetensors({"modes": modes.half()}, folder / MODES_FILE)
@@ -299,14 +300,11 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
 def _readme(models: Sequence[BundleModel], facts: Mapping[str, ModelFacts]) -> str:
     rows = ["| dataset | images | mean | std | sampling | training steps of the model |", "|---|---|---|---|---|---|"]
     for model in models:
-        spec, sampling = dataset_spec(model.dataset), model.settings.sampling
-        modes = f", mode guidance {sampling.mode_guidance:g}" if sampling.mode_guidance else ""
-        kept = "" if model.settings.keep == 1 else f", {100 * model.settings.keep:g} % kept"
+        spec = dataset_spec(model.dataset)
         numbers = [", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std)]
         rows.append(
             f"| {spec.name} | {spec.num_classes} classes, {spec.image_size} x {spec.image_size} | {numbers[0]} | "
-            f"{numbers[1]} | {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}{modes}, "
-            f"{sampling.precision}{kept} | {facts[model.dataset].steps:,} |"
+            f"{numbers[1]} | {model.settings} | {facts[model.dataset].steps:,} |"
         )
     template = string.Template((scripts()[SCRIPT].parent / "README.md").read_text(encoding="utf-8"))
     text = template.substitute(datasets="\n".join(rows), python=".".join(platform.python_version_tuple()[:2]))
