@@ -18,13 +18,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ddkit.data.images import denormalize, normalize
+from ddkit.data.images import denormalize, normalize, resize
 from ddkit.data.store import dataset_spec
 from ddkit.errors import UsageError
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
+from ddkit.network.networks import build_network
 from ddkit.packing.bundle import BundleModel, BundleSettings, build_folder
 from ddkit.runtime.container import available_cpus
 from ddkit.runtime.torch_file import load_tensors
@@ -519,6 +520,16 @@ class TestParts:
 
     def test_the_process_began_before_it_looked_at_the_clock(self, load):
         assert 0 <= load("generate").process_age() < 10
+
+    def test_classifier_gives_the_probabilities_of_ddkits_network(self, load, tmp_path):
+        network, spec = build_network("convnet", 3, 16, seed=0), dataset_spec("cifar100")
+        save_file(network.state_dict(), tmp_path / "classifier.safetensors")
+        (tmp_path / "config.json").write_text('{"image_size": 16}')
+        pixels = torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        wanted = network(resize(normalize(pixels, spec), 16)).softmax(1)
+        facts = {"num_classes": 3, "mean": spec.mean, "std": spec.std}
+        shown = load("classifier").Classifier(tmp_path, facts, "cpu")(pixels)
+        torch.testing.assert_close(shown.float(), wanted, atol=1e-3, rtol=0)
 
     @pytest.mark.parametrize("architecture, prediction, sampler, precision, mode_guidance", [
         ("uvit", "epsilon", "ddim", "float32", 0.2), ("dit", "v", "unipc", "float32", 0.0),

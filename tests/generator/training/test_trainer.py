@@ -4,14 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from ddkit.generator.compiling import can_compile
+from ddkit.generator.config import OptimizerConfig
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.training import train as training
+from ddkit.generator.training.stages import Stage
 from ddkit.generator.training.train import TrainingRequest, train
-from ddkit.generator.training.trainer import averaging
+from ddkit.generator.training.trainer import Callback, Trainer, averaging
 
 
 def averaged(averages, count, values):
@@ -33,6 +37,65 @@ def test_ema_profile_has_the_relative_width_asked_for(width):
     values = ((float(t), float(t) ** 2) for t in range(1, steps + 1))
     mean, square = averaged(lambda parameters: averaging(parameters, width, None), 2, values)
     assert (square - mean**2) ** 0.5 / steps == pytest.approx(width, rel=0.03)
+
+
+class Slope(Stage):
+    """One weight, whose gradient is 1, then 100, and so on."""
+
+    name = task = "slope"
+    remedy = ""
+    optimizer = OptimizerConfig(steps=9, batch_size=1, learning_rate=0.1, warmup_steps=4, clip_norm=1.0)
+    ema_width = 0.1
+
+    def __init__(self):
+        super().__init__(1, 0)
+        self.network = nn.Linear(1, 1, bias=False)
+        self.loss = SlopeLoss(self.network)
+
+    def draw(self, step, device):
+        return {"slope": torch.tensor([100.0**step], device=device)}
+
+
+class SlopeLoss(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, slope):
+        loss = self.network.weight.sum() * slope.sum()
+        return loss, loss.detach() * 0
+
+
+class Saves(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_save(self, trainer):
+        self.steps.append(trainer.step)
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_steps_have_the_rate_of_their_number_and_clipped_gradients(accelerator, tmp_path):
+    """AdamW moves a weight with equal gradients by the rate; the second would be 100 times the first without clipping."""
+    stage = Slope()
+    before, moved = stage.network.weight.item(), []
+    for steps in (1, 2, 3):
+        Trainer(stage, accelerator, tmp_path, steps=steps).run()
+        moved.append(before - stage.network.weight.item())
+        before = stage.network.weight.item()
+    assert moved == pytest.approx([0.025, 0.05, 0.075], rel=1e-3)
+
+
+def test_state_is_saved_after_so_many_seconds_and_at_the_end(accelerator, tmp_path):
+    for seconds, expected in ((0.0, [1, 2, 3, 3]), (600.0, [3])):
+        saves = Saves()
+        Trainer(Slope(), accelerator, tmp_path / str(seconds), steps=3, save_every_seconds=seconds, callbacks=[saves]).run()
+        assert saves.steps == expected
 
 
 def test_constant_ema_decay_is_the_plain_recursion():
