@@ -51,4 +51,4 @@ def compiled(module: nn.Module, options: Mapping[str, bool] | None = None) -> nn
         return module
     # It warns on machines without a GPU that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return cast(nn.Module, torch.compile(module, options=dict(options) if options else None))
+    return cast(nn.Module, torch.compile(module, dynamic=False, options=dict(options) if options else None))
