@@ -113,6 +113,15 @@ def require_present_dataset(facts: ModelFacts, folder: Path) -> None:
         )
 
 
+def require_label_dropout(facts: ModelFacts, guidance: float) -> None:
+    """Raise UsageError for guidance of a model that has not learned the null class."""
+    if guidance != 1 and facts.label_dropout == 0:
+        raise UsageError(
+            "The model was trained without label dropout, so it cannot be sampled with guidance.",
+            "Turn guidance off with --guidance 1, or train the model again with --label-dropout 0.1.",
+        )
+
+
 def model_hash(folder: Path) -> str:
     """Hexadecimal SHA-256 over the hashes of both networks' weights, which identifies this model."""
     parts = [folder / part / WEIGHTS_FILE for part in ("vae", DENOISER_PART)]

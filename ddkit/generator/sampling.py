@@ -23,6 +23,7 @@ from ddkit.generator.compiling import compiled_for_inference
 from ddkit.generator.config import BATCH_ELSEWHERE, BATCH_ON_GPU, ObjectiveConfig, SamplingSettings
 from ddkit.generator.influence import Influence
 from ddkit.generator.linear_plan import weighted_sum
+from ddkit.generator.model_facts import require_label_dropout
 from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import TIME_SCALE, Objective
@@ -68,11 +69,7 @@ class Sampler:
         self.device = torch.device(device)
         self.settings = resolve_settings(settings or SamplingSettings(), self.device)
         self.facts = model.facts
-        if self.settings.guidance != 1 and self.facts.label_dropout == 0:
-            raise UsageError(
-                "The model was trained without label dropout, so it cannot be sampled with guidance.",
-                "Turn guidance off with --guidance 1, or train the model again with --label-dropout 0.1.",
-            )
+        require_label_dropout(self.facts, self.settings.guidance)
         if (self.settings.mode_guidance > 0) != (modes is not None):
             raise UsageError("Mode guidance needs both a scale above 0 and the modes of each class.")
         if (self.settings.influence_guidance > 0) != (influence is not None):

@@ -16,14 +16,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import dataset_spec, train_sha256
+from ddkit.data.store import ImageSet, dataset_spec, train_sha256
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
 from ddkit.evaluation.job import GeneratorFiles
 from ddkit.generator import linear_plan, uvit
 from ddkit.generator.config import BundleSettings
-from ddkit.generator.model_facts import DENOISER_PART, WEIGHTS_FILE, ModelFacts, require_present_dataset
-from ddkit.generator.model_folder import load_model
+from ddkit.generator.model_facts import (
+    DENOISER_PART,
+    WEIGHTS_FILE,
+    ModelFacts,
+    require_label_dropout,
+    require_present_dataset,
+)
+from ddkit.generator.model_folder import Model, load_model
 from ddkit.generator.modes import find_modes
 from ddkit.generator.samplers import make_scheduler
 from ddkit.generator.sampling import Sampler
@@ -115,8 +122,9 @@ def build_folder(models: Sequence[BundleModel], out: Path, *, progress: Listener
     """Write the bundle as a folder that can be run as it is; an earlier one is replaced.
 
     A classifier is trained on the real images once, unless all images are kept, and their modes are found once for mode
-    guidance. Raises UsageError without models or with two of one dataset, MissingModelError if a model or the scripts are
-    missing, and what `load_model`, `find_modes` and `open_dataset` raise.
+    guidance. Raises UsageError without models, with two of one dataset or for guidance of a model that was trained without
+    label dropout, MissingModelError if a model or the scripts are missing, and what `load_model`, `find_modes` and
+    `open_dataset` raise.
     """
     datasets = [model.dataset for model in models]
     if not datasets or len(set(datasets)) < len(datasets):
@@ -242,59 +250,66 @@ def _with_script(folder: Path, path: Path) -> Path:
 
 def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFacts:
     """Write a model's folder: its parts without what only ddkit reads, its sampler, classifier and modes, and entry.json."""
-    loaded, spec = load_model(model.folder, dataset=model.dataset), dataset_spec(model.dataset)
-    facts = loaded.facts
-    require_present_dataset(facts, model.folder)
+    loaded, settings = load_model(model.folder, dataset=model.dataset), model.settings
+    require_present_dataset(loaded.facts, model.folder)
+    require_label_dropout(loaded.facts, settings.sampling.guidance)
     for part in ("vae", DENOISER_PART):
-        (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_bytes((model.folder / part / "config.json").read_bytes())
-        source, target = model.folder / part / WEIGHTS_FILE, folder / part / WEIGHTS_FILE
-        if model.settings.half:
-            weights = load_file(source)
-            save_safetensors({name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}, target)
-        else:
-            target.write_bytes(source.read_bytes())
-    sampling = model.settings.sampling
-    if model.settings.has_classifier or sampling.mode_guidance:
-        device = resolve_device("auto")  # which need not be the bundle's
+        _copy_part(model.folder / part, folder / part, half=settings.half)
+    make_scheduler(settings.sampling.sampler, loaded.facts.prediction).save_config(folder / "scheduler")
+    if settings.has_classifier or settings.sampling.mode_guidance:
         try:
             real = open_dataset(model.dataset, "train", progress=progress)
         except DDKitError as error:
             needs = "The bundle's classifier and modes come from these images; with --keep 1 --mode-guidance 0 it has neither."
             raise type(error)(error.message, f"{error.remedy} {needs}".strip()) from error
+        _add_classifier_and_modes(model, loaded, real, folder, progress)
+    write_json(folder / "entry.json", _entry(dataset_spec(model.dataset), settings))
+    return loaded.facts
+
+
+def _copy_part(source: Path, target: Path, *, half: bool) -> None:
+    """Copy a part's configuration and weights. half: as float16."""
+    target.mkdir(parents=True)
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    if half:
+        weights = load_file(source / WEIGHTS_FILE)
+        halved = {name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}
+        save_safetensors(halved, target / WEIGHTS_FILE)
+    else:
+        (target / WEIGHTS_FILE).write_bytes((source / WEIGHTS_FILE).read_bytes())
+
+
+def _add_classifier_and_modes(model: BundleModel, loaded: Model, real: ImageSet, folder: Path, progress: Listener) -> None:
+    """Write those of the two that the settings ask for. real: the training images."""
+    device, spec = resolve_device("auto"), dataset_spec(model.dataset)  # the device need not be the bundle's
     if model.settings.has_classifier:
         network = convnet_features(real, spec, CLASSIFIER, device=device, progress=progress).network.cpu()
         (folder / "classifier").mkdir()
         weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         save_safetensors(weights, folder / "classifier" / "classifier.safetensors")
         write_json(folder / "classifier" / "config.json", {"image_size": network.image_size})
-    if sampling.mode_guidance:
+    if model.settings.sampling.mode_guidance:
         count = min(max(len(real) // spec.num_classes // _IMAGES_PER_MODE, _MODES[0]), _MODES[1])
-        modes = find_modes(
-            model.folder, loaded, real, count,
-            dataset_sha256=train_sha256(model.dataset), device=device, progress=progress,
-        )  # fmt: skip
+        sha256 = train_sha256(model.dataset)
+        modes = find_modes(model.folder, loaded, real, count, dataset_sha256=sha256, device=device, progress=progress)
         save_safetensors({"modes": modes.half()}, folder / MODES_FILE)
-    make_scheduler(sampling.sampler, facts.prediction).save_config(folder / "scheduler")
-    entry = {
+
+
+def _entry(spec: DatasetSpec, settings: BundleSettings) -> dict[str, Any]:
+    """The content of entry.json."""
+    names = ("sampler", "steps", "guidance", "guidance_interval", "mode_guidance", "precision")
+    return {
         "dataset": spec.name,
         "num_classes": spec.num_classes,
         "image_size": spec.image_size,
         "mean": spec.mean,
         "std": spec.std,
-        "sampler": sampling.sampler,
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "guidance_interval": sampling.guidance_interval,
-        "mode_guidance": sampling.mode_guidance,
-        "precision": sampling.precision,
-        "device": model.settings.device,
-        "images_per_class": model.settings.images_per_class,
-        "keep": model.settings.keep,
+        **{name: getattr(settings.sampling, name) for name in names},
+        "device": settings.device,
+        "images_per_class": settings.images_per_class,
+        "keep": settings.keep,
         "pixels": True,  # generate.py has the option --pixels
     }
-    write_json(folder / "entry.json", entry)
-    return facts
 
 
 def _readme(models: Sequence[BundleModel], facts: Mapping[str, ModelFacts]) -> str:

@@ -118,6 +118,10 @@ def test_models_that_cannot_be_bundled_raise(model, colors, tmp_path):
         build_folder([model, model], tmp_path / "entry")
     with pytest.raises(MissingModelError):
         build_folder([BundleModel(colors, tmp_path / "nowhere")], tmp_path / "entry")
+    facts = json.loads((model.folder / "ddkit.json").read_text())
+    (model.folder / "ddkit.json").write_text(json.dumps(facts | {"label_dropout": 0.0}))
+    with pytest.raises(UsageError, match="without label dropout"):
+        build_folder([model], tmp_path / "entry")
     for split in ("train", "test"):
         (tmp_path / "pictures" / split / "red").rename(tmp_path / "pictures" / split / "green")
     prepare(colors, tmp_path / "pictures", force=True)
