@@ -120,20 +120,12 @@ def plan_training(
     before_minimax = before.config.minimax if before else None
     tunes = tunes or before_minimax is not None
     _check_method(given, method, tunes)
-    choices: list[str] = []
+    choices: tuple[str, ...] = ()
     if before and preset_name in (None, before.preset):
         name, config = before.preset, before.config
     else:
         name = preset_name or (MINIMAX_PRESET if tunes else "")
-        if not name:
-            name, reason = preset_for(data.image_size, data.num_classes, device)
-            choices.append(reason)
-        config = preset(name).config(data.image_size)
-        if "precision" not in given and config.precision == "float32":
-            used = own_device(resolve_device(device))
-            if used.type == "cuda" and all(torch.cuda.get_device_capability(gpu)[0] >= 8 for gpu in shared_gpus(used)):
-                config = dataclasses.replace(config, precision="bfloat16")
-                choices.append(f"Precision bfloat16: {describe_device(used)} computes it faster than float32.")
+        name, config, choices = _new_config(name, data, device, chooses_precision="precision" not in given)
     if "ema_width" in given:
         config = dataclasses.replace(config, ema_decay=None)
     if given.get("min_snr") == 0:
@@ -168,7 +160,7 @@ def plan_training(
     return TrainingRequest(
         config, folder, name, seconds, device, save_every_seconds, tensorboard, fresh, track_every,
         features=features or next((key for key, value in SCORE_NAMES.items() if value == score), "convnet"),
-        start=start, choices=tuple(choices),
+        start=start, choices=choices,
     )  # fmt: skip
 
 
@@ -259,6 +251,26 @@ def preset_for(image_size: int, num_classes: int, device_name: str) -> tuple[str
     memory = "memory" if len(gpus) > 1 else "free memory"
     needed = f"it needs about {costs.memory / 2**30:.1f} GiB"
     return name, f"Preset {name}: {what} has {free / 2**30:.1f} GiB of {memory}, and {needed}."
+
+
+def _new_config(
+    name: str, data: TrainingData, device_name: str, *, chooses_precision: bool
+) -> tuple[str, GeneratorConfig, tuple[str, ...]]:
+    """The configuration of a new training: the preset's name, its configuration on that device, and what was chosen and why.
+
+    name: "" chooses a preset.
+    """
+    choices = []
+    if not name:
+        name, reason = preset_for(data.image_size, data.num_classes, device_name)
+        choices.append(reason)
+    config = preset(name).config(data.image_size)
+    if chooses_precision and config.precision == "float32":
+        device = own_device(resolve_device(device_name))
+        if device.type == "cuda" and all(torch.cuda.get_device_capability(gpu)[0] >= 8 for gpu in shared_gpus(device)):
+            config = dataclasses.replace(config, precision="bfloat16")
+            choices.append(f"Precision bfloat16: {describe_device(device)} computes it faster than float32.")
+    return name, config, tuple(choices)
 
 
 def _completed(
