@@ -37,21 +37,13 @@ class ProofSettings:
     """The settings of a proof.
 
     budget: seconds for each dataset. fresh_venv: install requirements.txt from the package index into the environment,
-    instead of letting it use the packages that are installed here. device: None for the one that it was packed with.
-    most: images of each dataset, after which the bundle stops, one of each class or more; None for as many as the budget
-    allows.
+    instead of letting it use the packages that are installed here. most: images of each dataset, after which the bundle
+    stops, one of each class or more; None for as many as the budget allows.
     """
 
     budget: float = 60.0
     fresh_venv: bool = False
-    device: str | None = None
     most: int | None = None
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Arguments for generate.py, with those for dataset, budget and seed left out."""
-        device = ("--device", self.device) if self.device else ()
-        return device if self.most is None else (*device, "--most", str(self.most))
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ def _prove(folder: Path, name: str, python: Path, elsewhere: Path, settings: Pro
     entry = ScriptEntry(
         folder / SCRIPT,
         name,
-        settings.arguments,
+        () if settings.most is None else ("--most", str(settings.most)),
         python=(str(python), "-I"),
         environment={**passed_on, "HOME": str(elsewhere), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": cache, "HF_HOME": cache},
         folder=elsewhere,

@@ -98,6 +98,17 @@ def test_state_is_saved_after_so_many_seconds_and_at_the_end(accelerator, tmp_pa
         assert saves.steps == expected
 
 
+def test_training_compiles_at_the_same_step_when_it_is_resumed(accelerator, tmp_path, monkeypatch):
+    if not can_compile():
+        pytest.skip("no C++ compiler with Python's headers")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(trainer.step) or module)
+    for steps in (1, 3, 4):
+        trainer = Trainer(Slope(), accelerator, tmp_path, steps=steps, compile_after=2)
+        trainer.run()
+    assert compiled == [2, 3]
+
+
 def test_constant_ema_decay_is_the_plain_recursion():
     values = [3.0, -1.0, 4.0, 10.0]
     expected = values[0]
