@@ -243,6 +243,7 @@ def test_killed_script_leaves_shards_to_join_or_to_continue(entry, colors_model,
 
     shutil.copytree(tmp_path / "left", shards)
     spent = json.loads((shards / "run.json").read_text())["spent"]
+    assert spent > 0
     left = {path.name for path in shards.iterdir()}
     resumed = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: {path.name for path in shards.glob("0-*.safetensors")} - left)
@@ -459,6 +460,11 @@ class TestParts:
         assert clock.stop_at == pytest.approx(1579.0 - 2 * 4 * 0.002 * 300)
         clock.slowness = 1000.0  # others leave nearly nothing of the machine
         assert clock.stop_at == pytest.approx(1580.0 - 0.06 * 600 - 2 * 4 * 0.002 * 300)
+
+    def test_workers_stop_early_enough_to_label_images_of_which_a_share_is_written(self, load, job):
+        clock = load("generate").Clock(job(began=1000.0, entry={"num_classes": 5, "keep": 0.5}))
+        clock.heard(10**8, 2.0)
+        assert clock.stop_at == pytest.approx(1579.0 - 3e-8 * 5 * 10**8 - 2 * 4 * 0.5 * 2.0)
 
     def test_the_margin_is_there_in_short_budgets_and_not_the_whole_of_them(self, job):
         assert [job(budget=seconds).margin for seconds in (4.0, 20.0, 120.0, 600.0)] == [1.0, 2.0, 4.8, 20.0]

@@ -98,7 +98,7 @@ def test_time_too_short_for_a_new_training_raises_usage_error_with_a_time(plan, 
     with pytest.raises(UsageError) as caught:
         require_time(data, plan(preset="dit", seconds=0.01, autoencoder="somewhere"))
     assert "the autoencoder" not in caught.value.message and "100 steps of the denoiser" in caught.value.message
-    assert re.fullmatch(r"Give --time \d+[sm] or more\.", caught.value.remedy)
+    assert re.fullmatch(r"Give --time [\d.]+[smh] or more\.", caught.value.remedy)
     require_time(data, plan(seconds=36_000.0))
     require_time(data, plan(steps=1))
     require_time(data, plan(preset="demo", seconds=0.01))  # it is there to try things out
