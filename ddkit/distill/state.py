@@ -85,9 +85,18 @@ class RefinementState:
     def begin(
         cls, path: Path, images: Tensor, folder: Path, settings: Mapping[str, Any], dataset_sha256: str
     ) -> RefinementState:
-        """The state before the first step on the set at `path`, which is copied into the folder."""
-        _copy_set(path, _before(folder))
-        return cls(folder, settings, sha256_of(path), dataset_sha256, images, torch.zeros_like(images), images, images)
+        """The state before the first step on the set at `path`, which is copied into the folder.
+
+        Raises UsageError where the folder keeps another set, which would be lost.
+        """
+        before, sha256 = _before(folder), sha256_of(path)
+        if before.exists() and sha256_of(before) != sha256:
+            raise UsageError(
+                f"{before} is the original set of a refinement whose {STATE_FILE} is gone.",
+                f"Start over from it with --fresh. {_another(folder)}",
+            )
+        _copy_set(path, before)
+        return cls(folder, settings, sha256, dataset_sha256, images, torch.zeros_like(images), images, images)
 
     @classmethod
     def read(cls, folder: Path) -> RefinementState:

@@ -120,6 +120,18 @@ def test_a_damaged_set_is_refused_and_starts_over_from_its_original(start, tmp_p
     assert contents(start) == before
 
 
+def test_an_original_whose_state_is_gone_is_not_replaced_and_can_be_started_over_from(start, tmp_path):
+    folder, before = tmp_path / "run", contents(start)
+    run(start, folder, 2)
+    refined = contents(start)
+    (folder / "state.pt").unlink()
+    with pytest.raises(UsageError, match="whose state.pt is gone"):
+        run(start, folder, 3)
+    assert contents(start) == refined and contents(folder / "before.pt") == before
+    run(start, folder, 0, fresh=True)
+    assert contents(start) == before and contents(folder / "refined.pt") == refined
+
+
 def test_start_over_recognizes_its_result_without_provenance(start, tmp_path):
     folder, before = tmp_path / "run", contents(start)
     run(start, folder, 2)
