@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ddkit.challenge import DatasetSpec
-from ddkit.data.store import class_names, is_prepared
+from ddkit.data.store import class_names
 from ddkit.entering.recipe import SetRecipe
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import GeneratorConfig, SamplingSettings
@@ -30,8 +30,9 @@ _SAMPLED, _SAMPLED_ON_CPU = 64, 16  # images
 def sampling_speed(config: GeneratorConfig, spec: DatasetSpec, settings: SamplingSettings, device: torch.device) -> float:
     """Images a second of an untrained generator, which samples as fast as a trained one; mode guidance costs no time."""
     shape = config.autoencoder.latent_shape(spec.image_size)
-    names = tuple(class_names(spec.name)) if is_prepared(spec.name) else tuple(map(str, range(spec.num_classes)))
-    facts = ModelFacts(spec.name, names, spec.image_size, config.objective.prediction, "", 0, 0, "", label_dropout=0.1)
+    facts = ModelFacts(
+        spec.name, class_names(spec.name), spec.image_size, config.objective.prediction, "", 0, 0, "", label_dropout=0.1
+    )
     model = Model(
         build_denoiser(config.denoiser, shape, spec.num_classes, seed=0).eval(),
         build_autoencoder(config.autoencoder, spec.image_size, seed=0).eval(),
