@@ -204,6 +204,7 @@ def test_the_moving_average_of_the_images_is_validated_and_written(start, tmp_pa
     assert torch.equal(state["average"], state["images"])
 
 
+@pytest.mark.slow
 def test_pixels_move_along_weighted_gradients_with_momentum_and_more_slowly_towards_the_end(start, tmp_path):
     settings = dataclasses.replace(DM, spectrum=0.0, final_rate=0.5, ema=0.0, val_epochs=0, precision="float32")
     velocities, images = {}, [read(start)]
