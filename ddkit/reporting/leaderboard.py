@@ -179,10 +179,13 @@ _Conditions = tuple[Any, ...]
 
 
 def conditions(result: Result) -> _Conditions:
-    """The settings that two results must share to be compared: random real images with a set, or one set with another."""
+    """The settings that two results must share to be compared: random real images with a set, or one set with another.
+
+    In track 2 the entries decide on the number of images.
+    """
     return (
         result.dataset, result.track, result.epochs_setting, result.network, result.augment, result.precision,
-        result.images_per_class, result.time_budget, result.test_images or TEST_IMAGES,
+        result.images_per_class if result.track == 1 else None, result.time_budget, result.test_images or TEST_IMAGES,
     )  # fmt: skip
 
 

@@ -92,8 +92,8 @@ def test_sets_of_other_settings_are_not_compared(pair, result):
 
 def test_generators_are_compared_without_pairs_and_only_within_the_same_time(result):
     facts = {"track": 2, "official": False, "epochs_setting": 100}
-    first, second = (result(name, "mine", *scores, time_budget=600.0, **facts)
-                     for name, scores in (("a", (0.3, 0.31)), ("b", (0.2, 0.22))))  # fmt: skip
+    first, second = (result(name, "mine", *scores, ipc=ipc, time_budget=600.0, **facts)
+                     for name, ipc, scores in (("a", 217, (0.3, 0.31)), ("b", 190, (0.2, 0.22))))  # fmt: skip
     (found,) = compare_sets("a", "b", [first, second])
     assert not found.paired
     with pytest.raises(UsageError, match="not evaluated under the same settings"):
