@@ -151,14 +151,13 @@ def test_a_finished_evaluation_is_not_repeated_and_more_rounds_only_add(tmp_path
 
 @pytest.mark.slow
 def test_other_images_settings_or_tests_are_another_evaluation(tmp_path):
-    state = StateFolder(tmp_path)
-    evaluated(state=state)
-    evaluated(state=state, seed=1)
-    evaluated(state=state, augment=False)
-    evaluated(state=state, epochs_setting=2)
-    images, labels = training_set()
-    evaluate(images + 0.01, labels, real_images(), spec=SPEC, epochs_setting=3, rounds=2, state=state)
-    assert len(list(tmp_path.iterdir())) == 5
+    for changes in ({}, {"seed": 1}, {"augment": False}, {"epochs_setting": 2}):
+        evaluated(state=StateFolder(tmp_path), rounds=1, **changes)
+    (images, labels), real = training_set(), real_images()
+    mirrored = ImageSet(real.images.flip(3), real.labels, real.class_names)
+    for trained_on, tests in ((images + 0.01, real), (images, mirrored)):
+        evaluate(trained_on, labels, tests, spec=SPEC, epochs_setting=3, rounds=1, state=StateFolder(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_damaged_state_is_ignored_with_a_warning(tmp_path, caplog):
@@ -260,10 +259,12 @@ def test_track_2_generates_images_for_each_round():
     def generate(seed, budget):
         seeds.append(seed)
         assert budget == 600
-        return made_by_round(seed, budget)
+        images, labels = training_set()
+        every = 3 - len(seeds)  # more in the second round
+        return images[::every], labels[::every]
 
     outcome = track2(generate)()
-    assert len(set(seeds)) == 2 and outcome.images == 10
+    assert len(set(seeds)) == 2 and outcome.generated == (8, 16) and outcome.images_per_class == (2, 4)
     assert len(outcome.generation_seconds) == 2 and all(seconds >= 0 for seconds in outcome.generation_seconds)
     reasons = "; ".join(outcome.deviations)
     assert "per class" not in reasons and "budget" not in reasons and "E = 2 instead of 100" in reasons
