@@ -138,7 +138,8 @@ def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: i
         seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
         return _Measured(EnginePlan.from_dict(values), seconds, start)
     found: list[_Measured] = []
-    # The plain way, by far the slowest on a CPU, comes last and is given up soon.
+    # The plain way, by far the slowest on a CPU, comes last and is given up soon. A single plan is only measured where "auto"
+    # may compare it with the plain way of the other precision.
     for plan in reversed(plans) if len(plans) > 1 or plans[0].kind == "plain" else ():
         least = min((each.seconds for each in found), default=float("inf"))
         try:
