@@ -232,17 +232,17 @@ def _generated(result: Result) -> str:
 
 def _verdict(first: Result, second: Result, comparison: Comparison) -> str:
     better, worse = (first, second) if comparison.difference >= 0 else (second, first)
-    points = abs(100 * comparison.difference)
+    points, rounds = abs(100 * comparison.difference), f"{first.rounds} {'paired ' * comparison.paired}rounds"
     if comparison.half_width is None:
         found = f"is better than {escape(worse.source)} by {points:.2f} points"
         if points < 0.005:
             found = f"is as good as {escape(worse.source)}"
         return (
-            f"{escape(better.source)} {found} in each of {first.rounds} paired rounds: the difference does not vary, so no "
+            f"{escape(better.source)} {found} in each of {rounds}: the difference does not vary, so no "
             "interval can be given. More --rounds may show that it does."
         )
     half = 100 * comparison.half_width
-    numbers = f"{points:.2f} ± {half:.2f} points (95 %, {first.rounds} paired rounds, p = {comparison.p_value:.2g})"
+    numbers = f"{points:.2f} ± {half:.2f} points (95 %, {rounds}, p = {comparison.p_value:.2g})"
     if comparison.exceeds_noise:
         return f"[bold]{escape(better.source)}[/] is better than {escape(worse.source)} by {numbers}."
     return (

@@ -87,7 +87,7 @@ class GeneratorFiles:
 class JobOutcome:
     """The results of `evaluate_files`.
 
-    comparisons: (first set of a dataset, another set of it, how they differ), round by round.
+    comparisons: (first set of a dataset, another set of it, how they differ), round by round on track 1.
     rankings: DD-Ranking's scores of the submissions, where asked for.
     """
 
@@ -99,7 +99,7 @@ class JobOutcome:
         firsts: dict[str, Result] = {}
         pairs = [(firsts.setdefault(result.dataset, result), result) for result in self.results]
         return tuple(
-            (first, other, compare(first.accuracies, other.accuracies, paired=True))
+            (first, other, compare(first.accuracies, other.accuracies, paired=other.track == 1))
             for first, other in pairs
             if first is not other and other.rounds > 1
         )

@@ -92,6 +92,12 @@ def test_nothing_is_evaluated_if_one_of_the_sets_is_refused(folder, settings, tm
     assert not settings.results.exists()
 
 
+def test_generators_are_compared_without_pairs(result):
+    made = (result("a", "cifar100", 0.3, 0.31, track=2), result("b", "cifar100", 0.2, 0.22, track=2))
+    ((*_, comparison),) = JobOutcome(made).comparisons
+    assert not comparison.paired and comparison.half_width > 0
+
+
 def test_the_challenges_score_is_the_mean_of_official_results_on_both_datasets(result):
     cifar100 = result("mine", "cifar100", 0.3, 0.31, 0.32)
     assert JobOutcome((cifar100, result("mine", "tinyimagenet", 0.1, 0.12, 0.11))).scores == {"mine": pytest.approx(0.21)}
