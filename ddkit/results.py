@@ -68,10 +68,10 @@ class Outcome(Scores):
     time_budget: float | None = None  # track 2: seconds for each round; None in old records
     test_images: Count | None = None  # None in old records
     device: str = ""
-    loss_curves: tuple[tuple[float, ...], ...] = ()
-    per_class: tuple[float, ...] = ()
-    confusions: tuple[tuple[Count, Count, float], ...] = ()
-    class_rounds: tuple[tuple[float, ...], ...] = ()  # accuracy of each class in each round; () in old records
+    loss_curves: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    per_class: tuple[float, ...] = field(default=(), repr=False)
+    confusions: tuple[tuple[Count, Count, float], ...] = field(default=(), repr=False)
+    class_rounds: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # by round and class; () in old records
     test_sha256: str = ""  # of the pixels and labels of the test images; "" in old records
 
 
@@ -97,7 +97,7 @@ class Result(Outcome):
     seed: Count = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str = ""  # ISO 8601, UTC, when the evaluation ended
-    made_by: Mapping[str, Any] = field(default_factory=dict)  # the provenance of the evaluated set
+    made_by: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the provenance of the evaluated set
     format: Count = FORMAT_VERSION
 
     def _repr_html_(self) -> str:

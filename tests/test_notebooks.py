@@ -56,9 +56,11 @@ class TestHtml:
     def test_set_shows_its_contact_sheet_and_escapes_its_kind(self, folder):
         provenance = folder / "glyphs.json"
         provenance.write_text(provenance.read_text().replace('"method"', f'"kind": "{HOSTILE}", "method"'))
-        shown = read_set(folder / "glyphs.pt")._repr_html_()
+        read = read_set(folder / "glyphs.pt")
+        shown = read._repr_html_()
         assert "100 images of 32 × 32 pixels, 10 for each of 10 classes" in shown
         assert re.search(r'<img src="data:image/webp;base64,[\w+/=]{1000,}"', shown)
+        assert "glyphs.pt" in repr(read) and "tensor(" not in repr(read)
         assert "<script>" not in shown and "&lt;script&gt;" in shown
 
 

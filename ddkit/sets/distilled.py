@@ -58,10 +58,10 @@ class DistilledSet:
     warnings: what the check of the file itself warns of, without a look at the numbers.
     """
 
-    images: Tensor
+    images: Tensor = field(repr=False)
     spec: DatasetSpec
     sha256: str = ""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     path: Path | None = None
     warnings: tuple[Finding, ...] = ()
 
