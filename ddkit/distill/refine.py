@@ -244,7 +244,7 @@ class Refinement:
                 holdout, state.dataset_sha256, settings.experts, seed=settings.seed, device=device, progress=progress
             )
         count = max(1, _PIXELS_OF_SPECTRUM // self._spec.image_size**2)
-        self._spectrum = Spectrum(holdout.sample(count), settings.spectrum).to(device) if settings.spectrum else None
+        self._spectrum = Spectrum(holdout.sample(count).to(device), settings.spectrum) if settings.spectrum else None
         self._range = _displayable_range(self._spec).to(device)
         self._held_out = holdout.held_out(original)
         self._thread = ThreadPoolExecutor(1, "ddkit-next-step")

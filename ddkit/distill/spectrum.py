@@ -24,7 +24,7 @@ class Spectrum:
     """
 
     def __init__(self, images: Tensor, power: float) -> None:
-        """images: (N, 3, S, S) float, normalized. power: from 0, which leaves gradients as they are, to 1."""
+        """images: (N, 3, S, S) float, normalized, on the gradients' device. power: from 0, which changes nothing, to 1."""
         # (3, 3), orthonormal rows: the principal axes of the images' colors.
         covariance = torch.cov(images.transpose(0, 1).flatten(1), correction=0)
         self._colors = torch.linalg.eigh(covariance)[1].t().contiguous()
@@ -38,11 +38,6 @@ class Spectrum:
         """(N, 3, S, S) -> (N, 3, S, S): each color and frequency times its weight, which is 1 at the mean variance."""
         amplitudes = self._analyze(gradients) * self._weights
         return torch.einsum("ac,nahw->nchw", self._colors, self._waves.t() @ amplitudes @ self._waves)
-
-    def to(self, device: torch.device) -> Spectrum:
-        """This spectrum, moved to the device."""
-        self._colors, self._waves, self._weights = (tensor.to(device) for tensor in (self._colors, self._waves, self._weights))
-        return self
 
     def _analyze(self, images: Tensor) -> Tensor:
         """Images as amplitudes (N, color axis, vertical frequency, horizontal frequency)."""
