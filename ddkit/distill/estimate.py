@@ -53,11 +53,11 @@ class RefineSpeed:
     def within(self, limits: RefineLimits, settings: RefineSettings) -> tuple[int, float]:
         """Steps and seconds until the limit is reached, without validation."""
         step, seconds = 0, 0.0
-        while (used := limits.progress(step, seconds)) < 1:
+        while limits.progress(step, seconds) < 1:
             if settings.objective_at(step) == "dm":
                 kind = "dm"
             else:
-                kind = "pool" if settings.uses_pool_at(step, used if limits.seconds is not None else 0) else "random networks"
+                kind = "pool" if settings.uses_pool_at(step, limits.time_used(seconds)) else "random networks"
             seconds += self.per_step[kind]
             step += 1
         return step, seconds
