@@ -92,7 +92,7 @@ class Pairs:
 class StoredTensor:
     """A tensor as the pickle describes it: all numbers are checked to lie in its storage.
 
-    offset, stride: in elements. stored: how many elements its storage holds. location: of the storage, such as "cpu".
+    offset, stride: in elements. location: of the storage, such as "cpu".
     """
 
     dtype: torch.dtype
@@ -102,7 +102,6 @@ class StoredTensor:
     requires_grad: bool
     key: str
     location: str
-    stored: int
 
     @property
     def numel(self) -> int:
@@ -208,8 +207,8 @@ class TorchFile:
             raise TorchFileError("damaged", f"its tensor reaches to element {last:,} of a storage of {count:,}")
         if self.byte_order != sys.byteorder:
             raise TorchFileError("byte order", f"its numbers are in {self.byte_order!r} byte order", self.byte_order)
-        return StoredTensor(dtype, shape, stride, offset, bool(tracked if requires_grad is None else requires_grad), key,
-                            location, count)  # fmt: skip
+        tracked = tracked if requires_grad is None else requires_grad
+        return StoredTensor(dtype, shape, stride, offset, bool(tracked), key, location)
 
 
 def load_tensors(path: str | os.PathLike[str], *keys: str) -> list[Tensor]:
