@@ -40,6 +40,13 @@ def test_untrained_uvit_outputs_zeros():
     assert torch.equal(predict(network, noisy(), torch.rand(3), torch.tensor([0, 1, 3])), torch.zeros(3, 2, 4, 4))
 
 
+def test_first_half_reaches_the_second_by_long_skip_connections(make_model):
+    network, times, labels = make_model().denoiser, torch.full((3,), 500.0), torch.tensor([0, 1, 2])
+    network.block_middle.forward = torch.zeros_like
+    first, second = (predict(network, sample, times, labels) for sample in (noisy(), -noisy()))
+    assert not torch.allclose(first, second, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", [{"sample_size": 5}, {"hidden_size": 15}, {"depth": 2}])
 def test_sizes_that_do_not_fit_raise_value_error(wrong):
     sizes = {"sample_size": 4, "in_channels": 2, "num_classes": 3, "hidden_size": 16, "depth": 3, "num_heads": 2}

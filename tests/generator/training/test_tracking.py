@@ -7,6 +7,7 @@ from PIL import Image
 
 from ddkit.data.store import load_dataset
 from ddkit.errors import UsageError
+from ddkit.generator.config import TRACKING
 from ddkit.generator.model_facts import read_facts
 from ddkit.generator.sampling import SamplingSettings
 from ddkit.generator.training.records import draw_chart, read_records
@@ -34,6 +35,12 @@ def test_tracking_scores_samples_of_the_same_classes(images, make_model):
     assert first == again > 0
     assert calls == ["made"]
     assert tracking.score(make_model("dit")) != first
+
+
+def test_model_without_a_null_class_is_scored_without_guidance(images, make_model):
+    model = make_model()
+    model = dataclasses.replace(model, facts=dataclasses.replace(model.facts, label_dropout=0.0))
+    assert track_frechet(images, lambda: mean_colors, every_steps=1, sampling=TRACKING).score(model) > 0
 
 
 def test_fewer_than_two_images_raise_usage_error(images):
