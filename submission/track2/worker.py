@@ -10,7 +10,7 @@ import torch
 
 from classifier import Classifier
 from sampling import Sampler
-from shards import Failure, Job, Shard, shards_of
+from shards import Failure, Job, Shard, say, shards_of
 
 FIRST_BATCH, LARGEST_BATCH = 8, 4096  # images
 
@@ -32,6 +32,8 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
         torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
     sampler = Sampler(job.model, job.entry, device, job.seed)
     classifier = Classifier(job.model / "classifier", job.entry, device) if job.keep < 1 else None
+    if worker == 0:
+        say(f"sampling on {device}")  # which need not be the GPU that is there, if PyTorch cannot use it
     master.send(("loaded", time.monotonic() - job.began))
     shard = Shard(job, worker, first=max((end for _, end in shards_of(job, worker)), default=0))
     batch = BatchSize(longest=job.seconds_per_shard / 2)
