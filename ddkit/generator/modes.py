@@ -17,7 +17,7 @@ from ddkit.data.store import ImageSet
 from ddkit.errors import UsageError
 from ddkit.generator.model_facts import WEIGHTS_FILE
 from ddkit.generator.model_folder import Model
-from ddkit.generator.training.latents import LATENTS_FILE, encoded, latents_identity, read_latents
+from ddkit.generator.training.latents import LATENTS_FILE, cached_latents, latents_identity, read_latents
 from ddkit.generator.training.run_folder import CHECKPOINTS
 from ddkit.runtime.cached import cache_key, cached_tensors
 from ddkit.runtime.files import cache_folder, sha256_of
@@ -44,8 +44,8 @@ def find_modes(
 
     folder: the model's folder. If its training has left the latents of the images there, they are used; else `images` are
     encoded on the device. images: the prepared training split. dataset_sha256: its hash. count: k. The modes of a class with
-    fewer images are the latents of its images, repeated. The modes are kept in the cache, so they are found only once.
-    Raises UsageError for a class without images.
+    fewer images are the latents of its images, repeated. Latents that are encoded here are kept in the cache, and so are the
+    modes. Raises UsageError for a class without images, and what `cached_latents` raises.
     """
     autoencoder = sha256_of(folder / "vae" / WEIGHTS_FILE)
     scale = float(model.autoencoder.config.scaling_factor)
@@ -53,21 +53,22 @@ def find_modes(
     if not members.all():
         raise UsageError("Mode guidance needs at least one training image of every class.")
 
+    cache = cache_folder() / _CACHE_FOLDER
+
     def make() -> dict[str, Tensor]:
         path = folder / CHECKPOINTS / LATENTS_FILE
-        identities = (latents_identity(dataset_sha256, autoencoder, flips=flips) for flips in (True, False))
-        kept = next((found for each in identities if (found := read_latents(path, images.labels, each))), None)
-        if kept is not None:
-            latents = kept.latents[:, 0]
-        else:
+        with_flips, identity = (latents_identity(dataset_sha256, autoencoder, flips=flips) for flips in (True, False))
+        kept = read_latents(path, images.labels, with_flips) or read_latents(path, images.labels, identity)
+        if kept is None:
+            own = cache / f"{name}-{cache_key((identity, model.latent_shape))}-{LATENTS_FILE}"
             network, side = model.autoencoder.to(device), model.latent_shape[1]
-            latents = torch.cat([*encoded(network, images, side, flips=False, progress=progress)])[:, 0]
-        return {"modes": _centers(scale * latents.float(), images.labels, len(members), count, seed, progress)}
+            kept = cached_latents(own, network, images, side, flips=False, identity=identity, progress=progress)
+        latents = scale * kept.latents[:, 0].float()
+        return {"modes": _centers(latents, images.labels, len(members), count, seed, progress)}
 
     key = cache_key((_VERSION, dataset_sha256, autoencoder, model.latent_shape, scale, count, seed))
     name = model.facts.dataset
-    path = cache_folder() / _CACHE_FOLDER / f"{name}-{key}.safetensors"
-    found = cached_tensors(path, ("modes",), f"the modes of {name}'s latents", make)
+    found = cached_tensors(cache / f"{name}-{key}.safetensors", ("modes",), f"the modes of {name}'s latents", make)
     assert found is not None
     return found["modes"]
 

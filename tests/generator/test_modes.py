@@ -66,6 +66,15 @@ def test_without_latents_the_images_are_encoded(trained, data):
     assert {(each.task, each.total) for each in seen} == {("Encoding the training set", 12), ("Finding modes", 3)}
 
 
+def test_images_are_encoded_once_for_any_number_of_modes(trained, data):
+    _, folder = trained
+    (folder / "checkpoints" / "latents.safetensors").unlink()
+    seen = []
+    for count in (1, 2):
+        modes_of(trained, data, count, progress=seen.append)
+    assert [each.task for each in seen].count("Encoding the training set") == 1
+
+
 def test_latents_of_other_images_are_not_used(trained, data):
     others = dataclasses.replace(data.images, images=255 - data.images.images)
     modes, changed = modes_of(trained, data, 1), modes_of(trained, data, 1, images=others, sha256="of-other-pixels")

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,17 +69,20 @@ def cached_latents(
     bytes_per_image = torch.float16.itemsize * math.prod(shape)
     name = hashlib.sha256(f"{identity} {shape}".encode()).hexdigest()[:16]
     partial = path.with_name(f"{path.stem}-{name}{_PARTIAL}")
+    count = images_at_once(autoencoder, latent_side)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("ab") as file, stop_requests() as stop:
             # A kill may have cut the last image short.
             done = min(file.tell() // bytes_per_image, len(images))
             file.truncate(done * bytes_per_image)
-            for some in encoded(autoencoder, images, latent_side, flips=flips, start=done, progress=progress):
-                file.write(some.numpy().tobytes())
+            for start in range(done, len(images), count):
+                some = images.images[start : start + count]
+                file.write(_encoded(autoencoder, some, latent_side, flips).numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
                 done += len(some)
+                progress(Progress("Encoding the training set", done, len(images), "images"))
                 if stop:
                     raise InterruptedRunError(
                         f"Stopped after encoding {done:,} of {len(images):,} images; their latents are kept.",
@@ -97,25 +99,12 @@ def cached_latents(
     return read_latents(path, images.labels, identity) or LatentSet(latents, images.labels, std)
 
 
-def encoded(
-    autoencoder: AutoencoderKL,
-    images: ImageSet,
-    latent_side: int,
-    *,
-    flips: bool,
-    start: int = 0,
-    progress: Listener = ignore,
-) -> Iterator[Tensor]:
-    """Yield the latents of the images from number `start` on, as a LatentSet has them, in batches on the CPU."""
-    count = images_at_once(autoencoder, latent_side)
-    for first in range(start, len(images), count):
-        some = images.images[first : first + count]
-        with torch.inference_mode():
-            pixels = to_signed(upload(some, autoencoder.device))
-            views = [pixels, pixels.flip(-1)] if flips else [pixels]
-            latents = torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1)
-        progress(Progress("Encoding the training set", first + len(some), len(images), "images"))
-        yield latents.half().cpu()
+@torch.inference_mode()
+def _encoded(autoencoder: AutoencoderKL, images: Tensor, latent_side: int, flips: bool) -> Tensor:
+    """(n, 3, S, S) uint8 -> (n, V, C, s, s) float16 on the CPU, as a LatentSet has them."""
+    pixels = to_signed(upload(images, autoencoder.device))
+    views = [pixels, pixels.flip(-1)] if flips else [pixels]
+    return torch.stack([encode(autoencoder, view, latent_side) for view in views], dim=1).half().cpu()
 
 
 def latents_identity(dataset_sha256: str, autoencoder_sha256: str, *, flips: bool) -> str:
