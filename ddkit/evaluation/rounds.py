@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.errors import ComputeError, InterruptedRunError
+from ddkit.errors import ComputeError, InterruptedRunError, counted
 from ddkit.evaluation.test_sets import TestSet
 from ddkit.evaluation.tracks import Generated, images_per_class
 from ddkit.network.engine import Engine
@@ -198,7 +198,7 @@ def _train_epoch(rounds: Sequence[_Round], stop: StopRequest, listener: EpochLis
         if stop:
             first = rounds[0]
             raise InterruptedRunError(
-                f"Interrupted after {first.training.epochs_done} epochs of round {first.job.index + 1}.",
+                f"Interrupted after {counted(first.training.epochs_done, 'epoch', 'epochs')} of round {first.job.index + 1}.",
                 "Run the same command again to continue." if first.job.path else "Nothing was saved.",
             )
 

@@ -412,7 +412,8 @@ def listen(job: Job, clock: Clock, crew: Crew) -> str:
             said = time.monotonic()
             say(f"{clock.images:,} images after {said - job.began:.0f} s")
     if not clock.images and crew.hears and not failure:
-        return f"stopped after {time.monotonic() - job.began:.1f} s of a budget of {job.budget:g} s, while {state}."
+        spent = f"{time.monotonic() - job.began:.1f} s of a budget of {job.budget:g} s"
+        return f"stopped after {spent}, while {state}. It needs more time, or a less busy machine."
     return failure
 
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ddkit.errors import ComputeError, InterruptedRunError, UsageError
+from ddkit.errors import ComputeError, InterruptedRunError, UsageError, counted
 from ddkit.generator.compiling import compiled
 from ddkit.generator.config import OptimizerConfig
 from ddkit.generator.training.checkpoints import Checkpoint, list_checkpoints, load_latest, save_checkpoint
@@ -200,7 +200,7 @@ class Trainer:
 
     def _interrupted(self) -> InterruptedRunError:
         return InterruptedRunError(
-            f"Stopped after {self.step} steps of {self.stage.name} training; the state is saved.",
+            f"Stopped after {counted(self.step, 'step', 'steps')} of {self.stage.name} training; the state is saved.",
             "Run the same command again, without --fresh, to continue.",
         )
 
