@@ -15,7 +15,7 @@ def day(number, hour=10):
 def results(result):
     return [
         result("baseline", "cifar100", 0.15, 0.16, epochs_setting=50, kind="random-real", date=day(1)),
-        result("second", "cifar100", 0.30, 0.32, epochs_setting=50, date=day(3)),
+        result("second", "cifar100", 0.40, 0.42, epochs_setting=50, date=day(3)),
         result("first", "cifar100", 0.20, 0.22, epochs_setting=50, date=day(2)),
         result("worse", "cifar100", 0.25, 0.27, epochs_setting=50, date=day(4)),
         result("best", "cifar100", 0.33, 0.34, 0.35, date=day(5)),
@@ -23,12 +23,14 @@ def results(result):
     ]
 
 
-def test_steps_are_in_order_of_time_without_baselines(results):
+def test_steps_are_in_order_of_time_without_baselines(results, result):
     history = build_history(results, [])
     assert [step.name for step in history.steps] == ["first", "second", "worse", "best", "best"]
     assert [step.is_best for step in history.steps] == [True, True, False, True, True]
     assert history.steps[0].settings == "E = 50" and history.steps[3].settings == "official"
     assert history.steps[0].half_width > 0.05
+    between = result("between", "cifar100", 0.3, 0.3, epochs_setting=50, date=day(7))
+    assert not build_history([*results, between], []).steps[-1].is_best
 
 
 def test_baselines_are_rows_under_the_leaderboards_names_and_never_the_best(results):
@@ -48,6 +50,8 @@ def test_zip_has_the_mean_of_its_sets_official_results_first(results):
     step = build_history([*results, quick], [packed]).steps[-1]
     assert (step.event, step.name, step.recipe) == ("packed", "final", "recipe.toml")
     assert step.accuracy == pytest.approx((0.34 + 0.14) / 2) and step.settings == "official"
+    # Deviations of 0.01 and three rounds for both: 4 degrees of freedom.
+    assert step.half_width == pytest.approx(2.7764 * 0.01 * (2 / 3) ** 0.5 / 2, rel=1e-4)
     assert step.datasets == "CIFAR-100 and TinyImageNet"
     unknown = Packed("other", "o.zip", "d" * 64, 1, files | {"cifar100.pt": "0" * 64}, day(9))
     assert build_history(results, [unknown]).steps[-1].accuracy is None

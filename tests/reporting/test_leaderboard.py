@@ -32,6 +32,7 @@ def test_both_datasets_make_one_score_and_a_rank(result):
     assert group.rows[0].score == pytest.approx((0.51 + 0.25) / 2)
     assert group.rows[0].to_first.value == pytest.approx(0.38 - 0.2946)
     assert group.rows[0].to_first.is_clear
+    assert group.rows[2].to_first.value < 0 and group.rows[2].to_first.is_clear
 
 
 def test_one_dataset_alone_has_no_rank_and_says_so(result):
@@ -68,17 +69,19 @@ def test_the_difference_to_random_real_images_has_welchs_interval(result):
 
 
 def test_the_intervals_of_a_score_over_both_datasets_by_hand(result):
-    (group,) = build([
+    results = [
         result("mine", "cifar100", 0.50, 0.52, 0.51),
         result("mine", "tinyimagenet", 0.25, 0.26, 0.24),
         result("random", "cifar100", 0.13, 0.15, 0.14, kind="random-real"),
         result("random", "tinyimagenet", 0.05, 0.07, 0.06, kind="random-real"),
-    ])  # fmt: skip
-    mine = group.rows[0]
+    ]
+    mine, *_, random = build(results)[0].rows
     # Deviations of 0.01 and three rounds throughout: two means have 4 degrees of freedom, t = 2.7764; four 8, t = 2.3060.
     assert mine.spread.half_width == pytest.approx(2.7764 * 0.01 * math.sqrt(2 / 3) / 2, rel=1e-4)
     assert mine.to_random.value == pytest.approx((0.37 + 0.19) / 2)
     assert mine.to_random.half_width == pytest.approx(2.3060 * 0.01 * math.sqrt(4 / 3) / 2, rel=1e-4)
+    assert build(results[:3])[0].rows[0].to_random is None  # random real images of one dataset only
+    assert random.to_random is random.to_first is random.rank is None
 
 
 @pytest.mark.parametrize("other", [
