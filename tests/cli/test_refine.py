@@ -54,7 +54,7 @@ def test_refine_resumes_with_the_recorded_settings(submission):
     assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
     assert json.loads(again.stdout)["steps"] == 2
     other = ddkit("submission/colors.pt", "--steps", "3", "--batch-real", "3")
-    assert other.exit_code == 2 and "batch_real 2, not 3." in " ".join(other.output.split())
+    assert other.exit_code == 2 and "batch_real: 2, not 3." in " ".join(other.output.split())
 
 
 def test_mtt_resumes_with_its_experts(submission, monkeypatch, tmp_path):
@@ -68,7 +68,7 @@ def test_mtt_resumes_with_its_experts(submission, monkeypatch, tmp_path):
     recorded = recorded_settings(tmp_path / "runs" / "colors-refine")
     assert (recorded.experts, recorded.student.steps) == (dataclasses.replace(small.experts, count=1), 2)
     other = ddkit("submission/colors.pt", "--steps", "4", "--set", "experts.count=2")
-    assert other.exit_code == 2 and "with other settings: experts.count 1, not 2" in " ".join(other.output.split())
+    assert other.exit_code == 2 and "with other settings: experts.count: 1, not 2" in " ".join(other.output.split())
 
 
 def test_refine_of_another_set_needs_another_folder(submission):

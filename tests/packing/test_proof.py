@@ -34,7 +34,8 @@ def test_a_bundle_is_run_as_organizers_would(model, tmp_path):
 def test_a_bundle_that_does_not_run_is_not_packed_and_the_old_one_stays(model, tmp_path):
     out = tmp_path / "entry.zip"
     out.write_bytes(b"the old one")
-    with pytest.raises(InvalidSubmissionError, match="its budget of 0.1 s"):
+    # Whoever notices first says so: the script, which keeps its own clock, or the proof.
+    with pytest.raises((InvalidSubmissionError, ComputeError), match="budget of 0.1 s"):
         pack_bundle([model], out, proof=ProofSettings(budget=0.1, most=20))
     assert out.read_bytes() == b"the old one" and {path.suffix for path in tmp_path.iterdir()} <= {".zip", ""}
 
