@@ -86,7 +86,8 @@ _METHODS = (
     type=click.FloatRange(0),
     metavar="SCALE",
     help="Set the scale of mode guidance, which steers image i of a class to mode i of its real images early in "
-    f"sampling; 0 turns it off, and the paper uses 0.1.  [default: {_DEFAULTS.mode_guidance:g}]",
+    "sampling; 0 turns it off, the paper uses 0.1, and 0.3 with --guidance 1 was best for ten images a class of CIFAR-100.  "
+    f"[default: {_DEFAULTS.mode_guidance:g}]",
 )
 @click.option(
     "--influence-guidance",
