@@ -23,7 +23,7 @@ from ddkit.data.decoding import BadImageError, WrongSizeError, read_image
 from ddkit.data.store import class_names, class_titles
 from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError
 from ddkit.runtime.files import explain_os_error, why_not_a_file
-from ddkit.runtime.torch_file import Global, Pairs, StoredTensor, TorchFile, TorchFileError, as_dict
+from ddkit.runtime.torch_file import StoredTensor, TorchFile, TorchFileError, as_dict
 from ddkit.sets.distilled import class_labels
 from ddkit.sets.reading import describe_value, foreign_names, runs_code, unreadable
 
@@ -36,7 +36,7 @@ _LABEL_KEYS = (
     "y_syn", "labels_train", "train_labels", "y_train", "distilled_labels", "labels_best", "labels_val",
 )  # fmt: skip
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_OF_ARGUMENTS = Global("argparse", "Namespace")  # the settings of a program, which many save with their images
+_OF_ARGUMENTS = ("argparse", "Namespace")  # the settings of a program, which many save with their images
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,6 @@ class _Published:
                 f"{self.path} holds {described}. ddkit finds no images with labels in it.",
                 "Save them as a list of two tensors: torch.save([torch.as_tensor(images), torch.as_tensor(labels)], PATH).",
             )
-        if not self.opened.whole:
-            raise self._refused("It has too many parts to be read. Stack them: torch.save([images, labels], PATH).")
         return found
 
     def _of_tensor(self, images: StoredTensor) -> LabeledImages:
@@ -170,13 +168,13 @@ class _Published:
         targets, _ = self._labels(_as_tensor(known), len(loaded))
         return self._made(torch.stack(loaded), targets, f"a {kind} of images with a label each")
 
-    def _of_dict(self, entries: Pairs) -> LabeledImages | None:
-        named = {plain_name(key): value for key, value in entries.items if isinstance(key, str)}
+    def _of_dict(self, entries: Mapping[Any, Any]) -> LabeledImages | None:
+        named = {plain_name(key): value for key, value in entries.items() if isinstance(key, str)}
         images = next((named[key] for key in _IMAGE_KEYS if key in named), None)
         labels = next((named[key] for key in _LABEL_KEYS if key in named), None)
         if images is not None and labels is not None and (pair := self._pair(images, labels)) is not None:
             return self._made(*pair[:2], "a dict of images and labels", reduced=pair[2])
-        numbered = {key: tensor for key, value in entries.items if (tensor := self._tensor(value)) is not None}
+        numbered = {key: tensor for key, value in entries.items() if (tensor := self._tensor(value)) is not None}
         if numbered and all(type(key) is int and len(tensor.shape) == 4 for key, tensor in numbered.items()):
             return self._by_class(numbered, "a dict of a tensor for each class")
         # In the code of dataset condensation, the images and labels of several runs lie under "data".
