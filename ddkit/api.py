@@ -113,8 +113,8 @@ def generate(
     from ddkit.distill.generate import FromModel, FromReal
     from ddkit.distill.generate import generate as generate_set
     from ddkit.errors import UsageError
-    from ddkit.generator.config import SamplingSettings, default_guidance
-    from ddkit.generator.model_facts import find_model
+    from ddkit.generator.config import default_sampling
+    from ddkit.generator.model_facts import find_model, read_facts
     from ddkit.sets.distilled import read_set
 
     source: FromModel | FromReal
@@ -128,7 +128,7 @@ def generate(
         if select is not None and candidates is None:
             raise UsageError("select needs candidates.", "Give the number of candidates of each class: candidates=100.")
         folder = Path("runs", dataset) if model is None else find_model(model)
-        sampling = sampling or SamplingSettings(guidance=default_guidance(ipc), seed=seed)
+        sampling = sampling or default_sampling(read_facts(folder, dataset=dataset).prediction, seed=seed)
         source = FromModel(folder, sampling, device, candidates)
         source = source if select is None else dataclasses.replace(source, select=select)
     path = Path("submission", f"{dataset}.pt") if out is None else Path(out)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import processes
 import pytest
+from click.testing import CliRunner
 
 import ddkit
 from ddkit import api
+from ddkit.cli import main
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.runtime.progress import Progress
 
@@ -106,10 +108,12 @@ def test_generate_refuses_arguments_without_effect(tmp_path, arguments, message)
         ddkit.generate("glyphs", out=tmp_path / "glyphs.pt", **arguments)
 
 
-@pytest.mark.parametrize(("ipc", "guidance"), [(1, 3.0), (101, 2.0)])
-def test_generate_takes_the_guidance_for_so_many_images_as_the_command_does(colors, colors_model, tmp_path, ipc, guidance):
-    made = ddkit.generate(colors, ipc, model=colors_model, out=tmp_path / "colors.pt")
-    assert made.provenance["guidance"] == guidance
+def test_generate_makes_the_images_that_the_command_does(colors, colors_model, tmp_path):
+    made = ddkit.generate(colors, 2, model=colors_model, out=tmp_path / "colors.pt")
+    assert made.provenance["guidance"] == 1 and made.provenance["mode_guidance"] > 0
+    words = ["generate", "--dataset", colors, "--ipc", "2", "--model", str(colors_model), "--out", str(tmp_path / "again.pt")]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert (tmp_path / "again.pt").read_bytes() == made.path.read_bytes()
 
 
 @pytest.mark.slow

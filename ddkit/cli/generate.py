@@ -24,10 +24,10 @@ from ddkit.errors import UsageError, counted
 from ddkit.generator.config import (
     BATCH_ELSEWHERE,
     BATCH_ON_GPU,
-    FEW_IMAGES,
     MOST_SAMPLING_STEPS,
     SamplingSettings,
-    default_guidance,
+    default_mode_guidance,
+    default_sampling,
 )
 from ddkit.runtime.environment import is_main
 
@@ -72,7 +72,7 @@ _METHODS = (
     "--guidance",
     type=click.FloatRange(0),
     help="Set the scale of classifier-free guidance; larger values show the class more strongly, and 1 turns it off.  "
-    f"[default: {default_guidance(10):g}, or {default_guidance(FEW_IMAGES + 1):g} above {FEW_IMAGES} images per class]",
+    f"[default: 1 with mode guidance, else {_DEFAULTS.guidance:g}]",
 )
 @click.option(
     "--guidance-interval",
@@ -86,8 +86,8 @@ _METHODS = (
     type=click.FloatRange(0),
     metavar="SCALE",
     help="Set the scale of mode guidance, which steers image i of a class to mode i of its real images early in "
-    "sampling; 0 turns it off, the paper uses 0.1, and 0.3 with --guidance 1 was best for ten images a class of CIFAR-100.  "
-    f"[default: {_DEFAULTS.mode_guidance:g}]",
+    f"sampling; 0 turns it off.  [default: {default_mode_guidance('flow'):g} for models of flow matching without --guidance, "
+    f"else {default_mode_guidance('epsilon'):g}]",
 )
 @click.option(
     "--influence-guidance",
@@ -136,10 +136,11 @@ def generate(
     """
     from ddkit.data.store import dataset_spec
     from ddkit.distill import generate as making
-    from ddkit.generator.model_facts import find_model
+    from ddkit.generator.model_facts import find_model, read_facts
     from ddkit.runtime.hub import source_name
     from ddkit.sets.select import LABEL_METHODS
 
+    dataset_spec(dataset)  # refuses an unknown name before anything is announced
     given = {name: value for name, value in sampling.items() if value is not None}
     precision = given.get("precision", "auto")
     source: making.FromModel | making.FromReal
@@ -157,18 +158,19 @@ def generate(
     else:
         if select and candidates is None:
             raise UsageError("--select needs --candidates.", "Give the number of candidates of each class: --candidates 100.")
-        settings = SamplingSettings(**{"seed": seed, "guidance": default_guidance(ipc)} | given)
         folder = find_model(model) if model else RUNS_FOLDER / dataset
+        settings = default_sampling(read_facts(folder, dataset=dataset).prediction, seed=seed, **given)
         how = select or making.FromModel.select
         source = making.FromModel(folder, settings, device, candidates, how, precision)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
         sampled = f"{settings.sampler}, {counted(settings.steps, 'step', 'steps')}, guidance {settings.guidance:g}"
+        if settings.mode_guidance:
+            sampled += f", mode guidance {settings.mode_guidance:g}"
         if settings.influence_guidance:
             sampled += f", influence guidance {settings.influence_guidance:g} by a network trained on the real images once"
         origin = f"with {source_name(folder)}: {sampled}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
-    dataset_spec(dataset)  # refuses an unknown name before anything is announced
     output.event(f"Making {counted(ipc, 'image', 'images')} per class of {dataset} {origin}.")
     earlier = out.stat() if out.exists() else None
     saved = making.generate(dataset, ipc, source, out, replace=replace, progress=output.progress)

@@ -21,7 +21,7 @@ from ddkit.evaluation.estimate import estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.sources import FixedSet
 from ddkit.evaluation.test_sets import TestSet
-from ddkit.generator.config import GeneratorConfig, SamplingSettings, default_guidance
+from ddkit.generator.config import GeneratorConfig
 from ddkit.generator.presets import preset
 from ddkit.metrics.features import CLASSIFIER, is_cached, training_images
 from ddkit.runtime.device import resolve_device
@@ -237,7 +237,8 @@ class _Planner:
             checked += _SECONDS_OF_START + _SECONDS_PER_ROW * rows
             expected[f"random real images {name}"] = _SECONDS_OF_START
             if each.preset:
-                expected[f"generate {name}"] = _SECONDS_OF_START + rows / speeds.sampled
+                modes = _SECONDS_OF_MODES * _images(name, "train") if each.sampling_settings.mode_guidance else 0.0
+                expected[f"generate {name}"] = _SECONDS_OF_START + rows / speeds.sampled + modes
             others = ["generated"] * bool(each.preset and each.refine is not None) + ["baseline"]
             for what in ("submission", *others * comparisons):
                 expected[f"evaluate {what} {name}"] = self._set_seconds(recipe, each) + _SECONDS_PER_ROW * rows
@@ -384,7 +385,7 @@ def _measure(each: SetRecipe, of_track: int, device: torch.device) -> Speeds:
 
     config = training_config(each)
     costs = estimate(config, spec.image_size, spec.num_classes, device)
-    sampling = each.bundle_settings.sampling if of_track == 2 else SamplingSettings(guidance=default_guidance(IPC))
+    sampling = each.bundle_settings.sampling if of_track == 2 else each.sampling_settings
     return dataclasses.replace(
         speeds,
         training=tuple(stage.images_per_second or 1.0 for stage in costs.stages),

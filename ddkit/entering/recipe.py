@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,13 @@ from ddkit import challenge
 from ddkit.data.store import dataset_spec, is_prepared, train_sha256
 from ddkit.distill.settings import RefineSettings
 from ddkit.errors import BadFileError, UsageError
-from ddkit.generator.config import BUNDLE_SAMPLING, BundleSettings, default_mode_guidance
+from ddkit.generator.config import (
+    BUNDLE_SAMPLING,
+    BundleSettings,
+    SamplingSettings,
+    default_mode_guidance,
+    default_sampling,
+)
 from ddkit.generator.presets import preset as preset_of
 from ddkit.runtime.files import explain_os_error, write_text
 from ddkit.runtime.records import Count, flatten, read_record
@@ -26,7 +32,8 @@ else:
 RECIPE_FILE = "recipe.toml"
 IPC = 10  # images per class on track 1
 _HEADING = "# Made by ddkit. To make the same entry again: ddkit enter --recipe {name}\n\n"
-_UNUSED_BY_BUNDLES = ("influence_guidance", "seed", "batch_size", "compile")  # of `SamplingSettings`
+_UNUSED_BY_RECIPES = ("seed", "batch_size", "compile")  # of `SamplingSettings`
+_UNUSED_BY_BUNDLES = ("influence_guidance", *_UNUSED_BY_RECIPES)
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class SetRecipe:
     on track 2, that is packed; "" takes random real images.
     autoencoder_steps, train_steps: lengths of the generator's training; None while a time decides, or for the preset's.
     compile: as in `ddkit.generator.config.GeneratorConfig`. refine: None refines nothing. refine_steps: None while a time
-    decides. bundle: how the generator samples on track 2; None takes this version's defaults. sha256: of the set's file that
-    came out, or on track 2 of the bundle's files, as an evaluation records it; "" if it is not known.
+    decides. sampling: how the generator samples on track 1, and bundle: how it does on track 2; None takes this version's
+    defaults. sha256: of the set's file that came out, or on track 2 of the bundle's files, as an evaluation records it; ""
+    if it is not known.
     """
 
     dataset: str
@@ -49,6 +57,7 @@ class SetRecipe:
     compile: bool | None = None
     refine: RefineSettings | None = None
     refine_steps: Count | None = None
+    sampling: SamplingSettings | None = None
     bundle: BundleSettings | None = None
     sha256: str = ""
 
@@ -62,8 +71,16 @@ class SetRecipe:
         """How the generator samples on track 2."""
         if self.bundle is not None or not self.preset:
             return self.bundle or BundleSettings()
-        prediction = preset_of(self.preset).config(dataset_spec(self.dataset).image_size).objective.prediction
-        return BundleSettings(dataclasses.replace(BUNDLE_SAMPLING, mode_guidance=default_mode_guidance(prediction)))
+        return BundleSettings(dataclasses.replace(BUNDLE_SAMPLING, mode_guidance=default_mode_guidance(self._prediction)))
+
+    @property
+    def sampling_settings(self) -> SamplingSettings:
+        """How the generator of a preset samples on track 1; the seed is the recipe's."""
+        return self.sampling or default_sampling(self._prediction)
+
+    @property
+    def _prediction(self) -> str:
+        return preset_of(self.preset).config(dataset_spec(self.dataset).image_size).objective.prediction
 
 
 @dataclass(frozen=True)
@@ -161,11 +178,16 @@ def _set_to_json(each: SetRecipe) -> dict[str, Any]:
         refine = dataclasses.asdict(each.refine)
         values["refine"] = {name: value for name, value in refine.items() if name not in each.refine.without_effect}
     if each.bundle is not None:
-        bundle = {name: value for name, value in dataclasses.asdict(each.bundle).items() if value is not None}
-        sampling = {name: value for name, value in bundle.pop("sampling").items() if name not in _UNUSED_BY_BUNDLES}
-        sampling["guidance_interval"] = list(each.bundle.sampling.guidance_interval)  # as JSON and TOML have it
-        values["bundle"] = bundle | {"sampling": sampling}
+        bundle = {name: value for name, value in vars(each.bundle).items() if value is not None}
+        values["bundle"] = bundle | {"sampling": _sampling_to_json(each.bundle.sampling, _UNUSED_BY_BUNDLES)}
+    if each.sampling is not None:
+        values["sampling"] = _sampling_to_json(each.sampling, _UNUSED_BY_RECIPES)
     return values
+
+
+def _sampling_to_json(settings: SamplingSettings, unused: Container[str]) -> dict[str, Any]:
+    values = {name: value for name, value in vars(settings).items() if name not in unused}
+    return values | {"guidance_interval": list(settings.guidance_interval)}  # as JSON and TOML have it
 
 
 def _completed(values: Any) -> Any:
@@ -175,6 +197,8 @@ def _completed(values: Any) -> Any:
     found = dict(values)
     if isinstance(refine := found.get("refine"), Mapping):
         found["refine"] = dataclasses.asdict(RefineSettings().with_changes(flatten(refine)))
+    if isinstance(sampling := found.get("sampling"), Mapping):
+        found["sampling"] = {**dataclasses.asdict(SamplingSettings()), **sampling}
     bundle = found.get("bundle")
     if isinstance(bundle, Mapping) and isinstance(sampling := bundle.get("sampling", {}), Mapping):
         found["bundle"] = {**bundle, "sampling": {**dataclasses.asdict(BUNDLE_SAMPLING), **sampling}}

@@ -25,7 +25,7 @@ from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
 from ddkit.evaluation.test_sets import TestSet, as_test_set
 from ddkit.evaluation.tracks import Conditions, deviations, hash_of_folder
-from ddkit.generator.config import SECONDS_WORTH_COMPILING, SamplingSettings, default_guidance
+from ddkit.generator.config import SECONDS_WORTH_COMPILING
 from ddkit.generator.model_facts import FACTS_FILE, has_model, model_hash, read_facts
 from ddkit.generator.training.records import read_records
 from ddkit.generator.training.run_folder import METRICS_FILE
@@ -149,6 +149,8 @@ class Workplace:
             changes["sha256"] = sha256
         if self.recipe.track == 2:
             changes["bundle"] = each.bundle_settings
+        elif each.preset:
+            changes["sampling"] = each.sampling_settings
         if each.refine is not None and (run / STATE_FILE).exists():
             state = RefinementState.read(run)
             pool = each.refine.pool
@@ -230,7 +232,7 @@ class Workplace:
         return self._has(self._generated(name), kind=KIND_GENERATED, model_sha256=model_hash(folder), seed=self.recipe.seed)
 
     def _generate(self, name: str, progress: Listener) -> None:
-        sampling = SamplingSettings(seed=self.recipe.seed, guidance=default_guidance(IPC))
+        sampling = dataclasses.replace(self._recipe_of(name).sampling_settings, seed=self.recipe.seed)
         source = FromModel(self._run(name), sampling, self._device)
         generate(name, IPC, source, self._generated(name), progress=progress)
 

@@ -225,17 +225,7 @@ class GeneratorConfig:
             raise UsageError(f"GeneratorConfig.ema_decay must be in [0, 1), got {self.ema_decay}.")
 
 
-FEW_IMAGES = 100  # of a class: the boundary between the defaults of guidance
 BATCH_ON_GPU, BATCH_ELSEWHERE = 1024, 256  # images sampled at once
-
-
-def default_guidance(images_per_class: int) -> float:
-    """The guidance to sample a set of that many images a class with; a bundle has its own, `BUNDLE_SAMPLING`.
-
-    Few images teach most when each shows its class clearly, many when they differ. On CIFAR-100 3.0 was best for 10
-    images a class; the boundary has not been measured.
-    """
-    return 3.0 if images_per_class <= FEW_IMAGES else 2.0
 
 
 @dataclass(frozen=True)
@@ -243,7 +233,7 @@ class SamplingSettings:
     """The settings of sampling.
 
     guidance: w of classifier-free guidance, null + w * (class - null); 1 turns it off (Ho & Salimans 2022,
-        arXiv 2207.12598). `default_guidance` has the default for other numbers of images than ten a class.
+        arXiv 2207.12598).
     guidance_interval: the times, 0 (clean) to 1 (noise), in which guidance acts (Kynkaanniemi et al. 2024,
         arXiv 2404.07724).
     mode_guidance: lambda of mode guidance (Chan-Santiago et al. 2025, arXiv 2505.18963); 0 turns it off.
@@ -257,7 +247,7 @@ class SamplingSettings:
 
     sampler: str = "dpm++"
     steps: int = 20
-    guidance: float = default_guidance(10)
+    guidance: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     mode_guidance: float = 0.0
     influence_guidance: float = 0.0
@@ -304,12 +294,25 @@ BUNDLE_KEEP = 0.5
 
 
 def default_mode_guidance(prediction: str) -> float:
-    """The scale of mode guidance that a bundle takes for a model with that prediction.
+    """The scale of mode guidance for a model with that prediction.
 
-    It was measured with flow matching (tools/results/track2.md): hundreds of images a class want less of it than fifty. The
-    same scale steers a model that predicts noise several times as far.
+    It was measured with flow matching (tools/results): hundreds of images a class want less of it than fifty. The same
+    scale steers a model that predicts noise several times as far.
     """
     return 0.5 if prediction == "flow" else 0.0
+
+
+def default_sampling(prediction: str, **given: Any) -> SamplingSettings:
+    """The settings of sampling a set with a model of that prediction, where only `given` is chosen.
+
+    Mode guidance takes the place of classifier-free guidance, with which the same images take twice as long and teach
+    less (tools/results/generator.md), unless `given` has the guidance or its interval.
+    """
+    if not given.keys() & {"guidance", "guidance_interval"}:
+        given = {"mode_guidance": default_mode_guidance(prediction)} | given
+        if given["mode_guidance"]:
+            given["guidance"] = 1.0
+    return SamplingSettings(**given)
 
 
 @dataclass(frozen=True)

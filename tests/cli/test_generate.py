@@ -47,9 +47,6 @@ def test_influence_guidance_is_announced_with_the_training_that_it_begins_with(c
         (["--dataset", "colors", "--from-real", "first", "--candidates", "5"], 2, "chooses from all real ones"),
         (["--dataset", "colors", "--from-real", "first", "--select", "herding"], 2, "chooses from all real ones"),
         (["--dataset", "colors", "--from-real", "k-centers"], 2, "Did you mean 'k-center'?"),
-        (["--dataset", "colors", "--candidates", "20", "--select", "hering"], 2, "Did you mean 'herding'?"),
-        (["--dataset", "colors", "--guidance-interval", "0.9", "0.1"], 2, "0.9 to 0.1"),
-        (["--dataset", "colors", "--influence-guidance", "inf"], 2, "influence_guidance must be a finite number"),
         (["--dataset", "colors", "--influence-guidance", "-1"], 2, "--influence-guidance"),
         (["--dataset", "colors", "--from-real", "first", "--influence-guidance", "1"], 2, "--influence-guidance has no effect"),
     ],
@@ -59,6 +56,21 @@ def test_invalid_options_end_with_one_message(colors, tmp_path, monkeypatch, wor
     done = CliRunner().invoke(main, ["generate", *words])
     assert done.exit_code == status, done.output
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output
+    assert not (tmp_path / "submission").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--candidates", "20", "--select", "hering"], "Did you mean 'herding'?"),
+        (["--guidance-interval", "0.9", "0.1"], "0.9 to 0.1"),
+        (["--influence-guidance", "inf"], "influence_guidance must be a finite number"),
+    ],
+)
+def test_invalid_sampling_ends_with_one_message(colors, colors_model, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["generate", "--dataset", colors, "--model", str(colors_model), *words])
+    assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
     assert not (tmp_path / "submission").exists()
 
 

@@ -123,6 +123,7 @@ def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes
     first, second = read_recipe(entry / "recipe.toml"), read_recipe(work / "again/recipe.toml")
     assert first.sets == second.sets and first.accuracies == second.accuracies
     assert (first.sets[0].refine_steps, first.sets[0].train_steps, first.seed) == (3, 4, 3)
+    assert first.sets[0].sampling.mode_guidance > 0
 
 
 def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_samples_with(work):

@@ -45,6 +45,16 @@ def test_a_recipe_of_a_generator_is_read_with_the_settings_of_its_bundle(tmp_pat
     assert read_recipe(tmp_path / "recipe.toml") == recipe
 
 
+def test_a_recipe_of_a_generator_is_read_with_the_sampling_of_its_set(tmp_path):
+    sampling = SamplingSettings(steps=7, guidance=1.5, guidance_interval=(0.25, 0.75), influence_guidance=0.05)
+    recipe = Recipe((SetRecipe("glyphs", preset="demo", train_steps=5, sampling=sampling),))
+    assert json.loads(json.dumps(recipe.to_json())) == recipe.to_json()
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    assert read_recipe(tmp_path / "recipe.toml") == recipe
+    silent = SetRecipe("glyphs", preset="demo", train_steps=5)
+    assert silent.sampling_settings.mode_guidance == default_mode_guidance("flow")
+
+
 def test_a_recipe_that_does_not_say_how_its_bundle_samples_takes_defaults(tmp_path):
     (tmp_path / "old.toml").write_text('track = 2\n[[sets]]\ndataset = "glyphs"\npreset = "demo"\ntrain_steps = 5\n')
     sampling = dataclasses.replace(BundleSettings().sampling, mode_guidance=default_mode_guidance("flow"))

@@ -12,8 +12,8 @@ from ddkit.generator.config import (
     MinimaxConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    SamplingSettings,
-    default_guidance,
+    default_mode_guidance,
+    default_sampling,
     from_json,
 )
 from ddkit.generator.presets import MINIMAX_PRESET, PRESETS, preset
@@ -134,9 +134,22 @@ def test_every_named_setting_of_a_training_exists():
             value = getattr(value, name)
 
 
-def test_default_guidance_falls_with_the_number_of_images():
-    assert default_guidance(1) == default_guidance(10) == SamplingSettings().guidance
-    assert default_guidance(1000) < default_guidance(10)
+@pytest.mark.parametrize(
+    ("prediction", "given", "guidance", "mode_guidance"),
+    [
+        ("flow", {}, 1.0, default_mode_guidance("flow")),
+        ("epsilon", {}, 3.0, 0.0),
+        ("v", {}, 3.0, 0.0),
+        ("flow", {"guidance": 2.0}, 2.0, 0.0),
+        ("flow", {"guidance_interval": (0.2, 0.8)}, 3.0, 0.0),
+        ("flow", {"mode_guidance": 0.0}, 3.0, 0.0),
+        ("epsilon", {"mode_guidance": 0.1}, 1.0, 0.1),
+        ("flow", {"guidance": 2.0, "mode_guidance": 0.1}, 2.0, 0.1),
+    ],
+)
+def test_modes_guide_samples_unless_guidance_is_chosen(prediction, given, guidance, mode_guidance):
+    settings = default_sampling(prediction, steps=7, **given)
+    assert (settings.guidance, settings.mode_guidance, settings.steps) == (guidance, mode_guidance, 7)
 
 
 def test_class_map_may_be_a_dictionary_or_pairs():
