@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_code_and_no_other_is_explained_in_the_readme():
     sources = "".join(
-        path.read_text(encoding="utf-8") for room in ("checks", "sets") for path in (ROOT / "ddkit" / room).glob("*.py")
+        path.read_text(encoding="utf-8") for package in ("checks", "sets") for path in (ROOT / "ddkit" / package).glob("*.py")
     )
     used = set(re.findall(r'"([FTLNC]\d{3})"', sources))
     readme = (ROOT / "submission" / "README.md").read_text(encoding="utf-8")
