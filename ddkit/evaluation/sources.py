@@ -70,8 +70,8 @@ class TimedGenerator:
                 saved.unlink()
         made = generate_within(self.generate, seed, self.budget)
         if saved:
-            # The images can be gigabytes: they are saved without a copy in memory, and then read as they are needed.
-            save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, saved, in_memory=False)
+            save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, saved)
+            # The images can be gigabytes, and are read as they are needed.
             made = Generated(**load_restricted(saved, mmap=True))
         return made
 

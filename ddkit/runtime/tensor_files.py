@@ -1,12 +1,7 @@
-"""Tensors on disk, written atomically.
-
-The bytes are made in memory first, since PyTorch and safetensors report a full disk by errors of their own, which look
-like a mistake in the program. Tensors of gigabytes are written straight to the file.
-"""
+"""Tensors on disk, written atomically. A full disk is a BadFileError, whatever the library that writes raises."""
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import warnings
@@ -17,28 +12,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ddkit.errors import BadFileError
 from ddkit.runtime.files import atomic_write
 
 
-def save_torch(value: Any, path: str | os.PathLike[str], *, in_memory: bool = True) -> None:
-    """torch.save, whose bytes do not depend on the file's name. Raises BadFileError if the system refuses.
-
-    in_memory: False writes without a copy in memory; the bytes then depend on the file's name.
-    """
-    with atomic_write(path) as temporary:
-        if in_memory:
-            buffer = io.BytesIO()
-            torch.save(value, buffer)
-            temporary.write_bytes(buffer.getbuffer())
-            return
+def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
+    """torch.save, whose bytes do not depend on the file's name. Raises BadFileError if the system refuses."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(value, temporary)
-        except RuntimeError as error:
-            # The writer's check of its position fails where the system wrote less.
-            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-                raise
-            raise BadFileError(f"{path} cannot be written.", "The disk may be full: free some space there.") from error
+            torch.save(value, file)
+        except RuntimeError as error:  # of PyTorch's writer, while it closes a file that the system did not write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 class UnloadableError(Exception):
@@ -65,6 +50,6 @@ def save_safetensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Save contiguous CPU tensors by name as a safetensors file. Raises BadFileError if the system refuses."""
-    data = save(dict(tensors), dict(metadata) if metadata else None)
+    data = save(dict(tensors), dict(metadata) if metadata else None)  # its own writer reports a full disk as a mistake
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)

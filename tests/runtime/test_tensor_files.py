@@ -83,32 +83,3 @@ def test_a_full_disk_is_one_message_and_the_old_file_stays(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["torch: 3", "safetensors: 3", "part of a model: 3"]
     assert {file.name for file in tmp_path.iterdir()} == {"torch", "safetensors", "part of a model"}
-
-
-def test_save_torch_straight_to_the_file_is_read_back(tmp_path):
-    value = {"images": torch.arange(12, dtype=torch.uint8).view(3, 4), "seconds": 1.5}
-    save_torch(value, tmp_path / "kept.pt", in_memory=False)
-    again = load_restricted(tmp_path / "kept.pt", mmap=True)
-    assert torch.equal(again["images"], value["images"]) and again["seconds"] == 1.5
-
-
-FULL = """
-import resource, signal, sys, torch
-from ddkit.errors import BadFileError
-from ddkit.runtime.tensor_files import save_torch
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for in_memory in (True, False):
-    try:
-        save_torch(torch.zeros(1_000_000), sys.argv[1], in_memory=in_memory)
-    except BadFileError as error:
-        print(error.message)
-"""
-
-
-@pytest.mark.slow
-def test_save_torch_without_room_raises_bad_file_error_and_leaves_nothing(tmp_path):
-    finished = processes.run("-c", FULL, tmp_path / "kept.pt")
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("kept.pt") == 2
-    assert not list(tmp_path.iterdir())
