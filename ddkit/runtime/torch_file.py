@@ -24,7 +24,6 @@ from ddkit.runtime.files import why_not_a_file
 from ddkit.runtime.pickles import Call, Storage, read_pickle
 
 _MAGIC_OF_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save before PyTorch 1.6
-_BLOCK = 1 << 20  # bytes
 _STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -104,19 +103,16 @@ class TorchFile:
             self.byte_order = self._read("byteorder").decode("ascii", "replace")[:20] or "little"  # of PyTorch 2.1 and later
             value, self.names = read_pickle(pickled)
         self.protocol = pickled[1] if pickled.startswith(b"\x80") else 0
+        self._storages: dict[str, bytearray] = {}
         self.stored_bytes = sum(info.file_size for name, info in self._members.items() if name.startswith("data/"))
         self.value = self.stored_tensor(value) or value
 
     def load(self, tensor: StoredTensor) -> Tensor:
-        """The numbers: a tensor on the CPU that shares memory with nothing else. Raises TorchFileError."""
-        info = self._members[f"data/{tensor.key}"]
-        numbers, at = bytearray(info.file_size), 0
-        with _damage_named(), self._archive.open(info) as member:  # which compares the checksum at the end
-            while block := member.read(_BLOCK):
-                numbers[at : at + len(block)] = block
-                at += len(block)
-        if at != info.file_size:
-            raise TorchFileError("damaged", f"data/{tensor.key} is cut short")
+        """The numbers, as a tensor on the CPU; tensors of one storage share it. Raises TorchFileError."""
+        if tensor.key not in self._storages:
+            with _damage_named():
+                self._storages[tensor.key] = bytearray(self._archive.read(self._members[f"data/{tensor.key}"]))
+        numbers = self._storages[tensor.key]
         flat = torch.frombuffer(numbers, dtype=tensor.dtype) if numbers else torch.empty(0, dtype=tensor.dtype)
         try:
             return flat.as_strided(tensor.shape, tensor.stride, tensor.offset)

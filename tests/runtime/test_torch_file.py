@@ -82,6 +82,14 @@ def test_a_view_is_read_with_its_strides_and_offset(view):
     assert file.value.is_contiguous() == expected.is_contiguous()
 
 
+def test_tensors_that_share_a_storage_are_read_once():
+    whole = torch.arange(6.0)
+    file = opened(saved([whole[:2], whole[3:]]))
+    first, second = (file.load(file.stored_tensor(part)) for part in file.value)
+    assert first.tolist() == [0, 1] and second.tolist() == [3, 4, 5]
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
