@@ -17,6 +17,7 @@ from ddkit.sets.findings import Finding
 _LEFTOVERS = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 _BUNDLE_FILES = {"generate.py", "SHA256SUMS"}  # at the root of a zip that ddkit pack --track 2 wrote
 _MOST_MEMBERS = 1000
+_LARGEST = 1 << 30  # bytes of a member; an honest one of TinyImageNet has a tenth
 TENSOR_ENDINGS = (".pt", ".pth")  # of files that are meant to be tensors
 
 
@@ -29,7 +30,7 @@ class Member:
 
 
 def read_members(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool], *, largest_bytes: int
+    path: str | os.PathLike[str], wanted: Callable[[str], bool], *, largest_bytes: int = _LARGEST
 ) -> Iterator[Member | Finding]:
     """Yield the files at a zip's root, one in memory at a time, and findings F004, F005 and F009-F019.
 
@@ -122,7 +123,7 @@ def _member_finding(info: zipfile.ZipInfo) -> Finding | None:
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, largest_bytes: int) -> Iterator[Member | Finding]:
     if info.file_size > largest_bytes:
-        message = f"The member claims {info.file_size:,} bytes; a submission has at most {largest_bytes // 2:,}."
+        message = f"The member claims {info.file_size:,} bytes, far more than a submission has."
         yield Finding("error", "F016", message, name)
         yield Member(name, None)
         return

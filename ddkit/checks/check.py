@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -179,14 +178,10 @@ def name_findings(names: Sequence[str], where: str) -> list[Finding]:
 
 
 def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Report:
-    known, ipc, largest = {f"{name}.pt" for name in known_names()}, settings.ipc or TRACKS[1].ipc or 1, 0
-    for name in known_names():
-        with contextlib.suppress(DDKitError):  # a damaged store is not the submission's fault
-            spec = dataset_spec(name)
-            largest = max(largest, 4 * ipc * spec.num_classes * 3 * spec.image_size**2)
+    known = {f"{name}.pt" for name in known_names()}
     findings: list[Finding] = []
     names: list[str] = []
-    for member in read_members(path, known.__contains__, largest_bytes=2 * largest):
+    for member in read_members(path, known.__contains__):
         if isinstance(member, Finding):
             findings.append(member)
             continue

@@ -15,8 +15,6 @@ from ddkit.runtime.files import sha256_of, why_not_a_file
 
 log = logging.getLogger(__name__)
 
-_LARGEST = 1 << 30  # bytes of a zip's member
-
 
 def recorded_files(path: str | os.PathLike[str], results: str | os.PathLike[str] = RESULTS_FILE) -> tuple[Known, ...]:
     """What the records say about a submission folder's tensors, one file, or a zip and its members.
@@ -47,7 +45,7 @@ def _hashes(path: Path) -> dict[str, str]:
     except (OSError, BadFileError):
         return {}
     if path.suffix.lower() == ".zip":
-        for member in read_members(path, lambda name: name.endswith(TENSOR_ENDINGS), largest_bytes=_LARGEST):
+        for member in read_members(path, lambda name: name.endswith(TENSOR_ENDINGS)):
             if isinstance(member, Member) and member.data is not None:
                 hashes[member.name] = hashlib.sha256(member.data).hexdigest()
     return hashes

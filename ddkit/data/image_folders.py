@@ -179,13 +179,7 @@ def _images_of_class(tree: Tree, folder: str, name: str) -> Iterator[str]:
 def _refuse_unfit(tree: Tree, train: _Split, test: _Split, class_names: Sequence[str]) -> None:
     """Raise BadDataError for whatever would shift or lose labels."""
     path, inside = tree.path, lambda split: PurePosixPath(split.folder).name
-    seen: dict[str, str] = {}
-    test_folders = _class_folders(tree, test.folder, class_names)
-    for name in sorted({*class_names, *test_folders}):
-        # Two names that differ only by case are one folder on some systems.
-        if (other := seen.setdefault(name.lower(), name)) != name:
-            raise BadDataError(f"{path}: the classes '{other}' and '{name}' differ only by case.", "Rename or merge them.")
-    if extra := sorted(set(test_folders) - set(class_names)):
+    if extra := sorted(_class_folders(tree, test.folder, class_names).keys() - set(class_names)):
         raise BadDataError(
             f"{path}: {inside(test)} has classes that {inside(train)} does not have: {first_few(extra)}.", "Add or remove them."
         )

@@ -67,7 +67,7 @@ class _Request:
     @property
     def origin(self) -> dict[str, Any]:
         """Where a store comes from, as meta.json keeps it."""
-        path = None if self.source is None else _readable(str(self.source.resolve()))
+        path = None if self.source is None else str(self.source.resolve())
         return {"path": path, "image_size": self.image_size, "test_split": self.test_split, "skip_bad": self.skip_bad}
 
 
@@ -158,9 +158,6 @@ def _obtain(request: _Request, scratch: Path, progress: Listener) -> Source:
     if path is None:
         path = download(OFFICIAL[request.name], _downloads(), progress=progress)
     source = open_source(path, scratch, classes=CLASS_NAMES.get(request.name, ()), test_split=request.test_split)
-    for class_name in source.class_names:  # before anything is decoded
-        if (shown := _readable(class_name)) != class_name:
-            raise BadDataError(f"{path}: the name of the class '{shown}' is not UTF-8.", "Rename its folder.")
     source = _with_official_classes(request.name, source)
     for note in source.notes:
         _log.warning("%s", note)
@@ -275,7 +272,7 @@ def _fill(
         )
     kept = np.ones(total, bool)
     kept[[problem.row for problem in problems]] = False
-    return file.keep(np.asarray(content.labels)[kept].tolist(), kept), tuple(_readable(problem.name) for problem in problems)
+    return file.keep(np.asarray(content.labels)[kept].tolist(), kept), tuple(problem.name for problem in problems)
 
 
 def _described(problems: Sequence[Problem]) -> str:
@@ -304,11 +301,6 @@ def _image_size(request: _Request, source: Source) -> int:
                 )
             return width
     raise BadDataError(f"{path}: none of its {len(content.names)} training files is an image.")
-
-
-def _readable(name: str) -> str:
-    """A file's name as text that can be written; names are bytes to some systems, and not always UTF-8."""
-    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _measure(file: SplitFile) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -15,7 +15,7 @@ from ddkit.metrics import ddranking
 from ddkit.reporting.charts import LineChart, line_chart
 from ddkit.reporting.rows import dataset_title
 from ddkit.results import Result
-from ddkit.runtime.files import read_json, sha256_of
+from ddkit.runtime.files import sha256_of
 from ddkit.runtime.html import data_uri
 from ddkit.sets.findings import Finding
 
@@ -229,17 +229,7 @@ def class_titles(result: Result) -> tuple[str, ...]:
 
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:
-    """The origin of the set (from the result, else from the JSON next to an unchanged file) and how it was evaluated."""
-    made_by: Any = result.made_by
-    source = Path(result.source)
-    if not made_by:
-        provenance = source.with_suffix(".json")
-        try:
-            if source.is_file() and provenance.is_file() and sha256_of(source) == result.sha256:
-                made_by = read_json(provenance)
-        except (DDKitError, OSError) as error:
-            log.warning("%s", error)
-    known = list(_flat(made_by)) if isinstance(made_by, Mapping) else []
+    """The origin of the set and how it was evaluated."""
     low, high = result.images_per_class
     settings = [f"E = {result.epochs_setting}", result.network, result.precision, f"seed {result.seed}"]
     evaluation = [
@@ -251,7 +241,7 @@ def _facts(result: Result) -> tuple[tuple[str, str], ...]:
         ("took", f"{result.seconds:,.0f} s on {result.device or 'an unnamed device'}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
     ]
-    return (*known, *((name, value) for name, value in evaluation if value))
+    return (*_flat(result.made_by), *((name, value) for name, value in evaluation if value))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -153,9 +153,7 @@ def dataset_of(path: str | os.PathLike[str], dataset: str | None = None) -> str:
 
 def likely_dataset(file_name: str) -> str:
     """The known dataset that a tensor's file was probably meant for, such as "cifar100" for `CIFAR-100 (1).pth`; or ""."""
-    stem = re.sub(r"(\.(pt|pth|tar|zip|bin|ckpt|npy))+$", "", file_name.strip().lower())
-    stem = re.sub(r"([ _-]*\(\d+\)|[ _-]+(copy|kopie|final|v?\d{1,2}))+$", "", stem)
-    plain = re.sub(r"[^a-z0-9]", "", stem)
+    plain = re.sub(r"[^a-z0-9]", "", Path(file_name.lower()).stem)
     by_plain_name = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in known_names()}
     within = sorted((name for name in by_plain_name if name in plain), key=len)  # the whole name, if it is one, comes last
     likely = within[-1:] or difflib.get_close_matches(plain, by_plain_name, n=1, cutoff=0.75)

@@ -20,7 +20,6 @@ from ddkit.runtime.seeds import generator_for
 
 DEFAULT_METHOD = "most-confident"
 LABEL_METHODS = ("random", "first")
-_FORMER_NAMES = {"easy": "most-confident", "middling": "median", "hard": "least-confident", "spread": "stratified"}
 _KMEANS_ROUNDS = 50
 
 
@@ -83,7 +82,7 @@ def check_method(method: str) -> None:
     """Raise UsageError for an unknown selection method."""
     known = (*LABEL_METHODS, *FEATURE_METHODS)
     if method not in known:
-        raise UsageError(f"Unknown selection method '{method}'.", did_you_mean(_FORMER_NAMES.get(method, method), known))
+        raise UsageError(f"Unknown selection method '{method}'.", did_you_mean(method, known))
 
 
 def herding(images: ImageFeatures, ipc: int) -> Tensor:

@@ -101,7 +101,7 @@ def test_features_are_extracted_one_class_at_a_time():
         ("first", 3, "Class 2 has 2 images"),
         ("random", 0, "at least one"),
         ("rnadom", 1, "Did you mean 'random'"),
-        ("easy", 1, "Did you mean 'most-confident'"),
+        ("confident", 1, "Did you mean 'most-confident'"),
         ("k-centers", 1, "Did you mean 'k-center'"),
         ("herding", 1, "needs the images' features"),
     ],
