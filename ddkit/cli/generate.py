@@ -72,7 +72,7 @@ _METHODS = (
     "--guidance",
     type=click.FloatRange(0),
     help="Set the scale of classifier-free guidance; larger values show the class more strongly, and 1 turns it off.  "
-    f"[default: 1 with mode guidance, else {_DEFAULTS.guidance:g}]",
+    f"[default: {default_sampling('flow').guidance:g} with mode guidance, else {_DEFAULTS.guidance:g}]",
 )
 @click.option(
     "--guidance-interval",
