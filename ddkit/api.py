@@ -128,7 +128,7 @@ def generate(
         if select is not None and candidates is None:
             raise UsageError("select needs candidates.", "Give the number of candidates of each class: candidates=100.")
         folder = Path("runs", dataset) if model is None else find_model(model)
-        sampling = sampling or default_sampling(read_facts(folder, dataset=dataset).prediction, seed=seed)
+        sampling = sampling or default_sampling(read_facts(folder, dataset=dataset).prediction, ipc, seed=seed)
         source = FromModel(folder, sampling, device, candidates)
         source = source if select is None else dataclasses.replace(source, select=select)
     path = Path("submission", f"{dataset}.pt") if out is None else Path(out)

@@ -24,6 +24,7 @@ from ddkit.errors import UsageError, counted
 from ddkit.generator.config import (
     BATCH_ELSEWHERE,
     BATCH_ON_GPU,
+    FEW_IMAGES,
     MOST_SAMPLING_STEPS,
     SamplingSettings,
     default_mode_guidance,
@@ -72,7 +73,7 @@ _METHODS = (
     "--guidance",
     type=click.FloatRange(0),
     help="Set the scale of classifier-free guidance; larger values show the class more strongly, and 1 turns it off.  "
-    f"[default: {default_sampling('flow').guidance:g} with mode guidance, else {_DEFAULTS.guidance:g}]",
+    f"[default: {default_sampling('flow', 1).guidance:g} with mode guidance, else {_DEFAULTS.guidance:g}]",
 )
 @click.option(
     "--guidance-interval",
@@ -86,8 +87,9 @@ _METHODS = (
     type=click.FloatRange(0),
     metavar="SCALE",
     help="Set the scale of mode guidance, which steers image i of a class to mode i of its real images early in "
-    f"sampling; 0 turns it off.  [default: {default_mode_guidance('flow'):g} for models of flow matching without --guidance, "
-    f"else {default_mode_guidance('epsilon'):g}]",
+    f"sampling; 0 turns it off.  [default: {default_mode_guidance('flow', FEW_IMAGES):g} for models of flow matching, "
+    f"{default_mode_guidance('flow'):g} for more than {FEW_IMAGES} images per class of them, "
+    f"and {default_mode_guidance('epsilon'):g} with --guidance or other models]",
 )
 @click.option(
     "--influence-guidance",
@@ -159,7 +161,7 @@ def generate(
         if select and candidates is None:
             raise UsageError("--select needs --candidates.", "Give the number of candidates of each class: --candidates 100.")
         folder = find_model(model) if model else RUNS_FOLDER / dataset
-        settings = default_sampling(read_facts(folder, dataset=dataset).prediction, seed=seed, **given)
+        settings = default_sampling(read_facts(folder, dataset=dataset).prediction, ipc, seed=seed, **given)
         how = select or making.FromModel.select
         source = making.FromModel(folder, settings, device, candidates, how, precision)
         chosen = f", chosen from {candidates} by {source.select}" if candidates else ""

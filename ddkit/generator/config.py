@@ -225,6 +225,7 @@ class GeneratorConfig:
             raise UsageError(f"GeneratorConfig.ema_decay must be in [0, 1), got {self.ema_decay}.")
 
 
+FEW_IMAGES = 100  # of a class: the most for which mode guidance is strong
 BATCH_ON_GPU, BATCH_ELSEWHERE = 1024, 256  # images sampled at once
 
 
@@ -293,23 +294,25 @@ BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0)
 BUNDLE_KEEP = 0.5
 
 
-def default_mode_guidance(prediction: str) -> float:
-    """The scale of mode guidance for a model with that prediction.
+def default_mode_guidance(prediction: str, images_per_class: int | None = None) -> float:
+    """The scale of mode guidance for so many images of a model with that prediction; None is as many as a bundle can make.
 
-    It was measured with flow matching (tools/results): hundreds of images a class want less of it than fifty. The same
-    scale steers a model that predicts noise several times as far.
+    It was measured with flow matching on CIFAR-100 (tools/results/generator.md): 1 is best for 10 and 50 images a class, and
+    0.5 for 200. The same scale steers a model that predicts noise several times as far.
     """
-    return 0.5 if prediction == "flow" else 0.0
+    if prediction != "flow":
+        return 0.0
+    return 0.5 if images_per_class is None or images_per_class > FEW_IMAGES else 1.0
 
 
-def default_sampling(prediction: str, **given: Any) -> SamplingSettings:
-    """The settings of sampling a set with a model of that prediction, where only `given` is chosen.
+def default_sampling(prediction: str, images_per_class: int, **given: Any) -> SamplingSettings:
+    """The settings of sampling so many images a class with a model of that prediction, where only `given` is chosen.
 
     Mode guidance takes the place of classifier-free guidance, with which the same images take twice as long and teach
     less (tools/results/generator.md), unless `given` has the guidance or its interval.
     """
     if not given.keys() & {"guidance", "guidance_interval"}:
-        given = {"mode_guidance": default_mode_guidance(prediction)} | given
+        given = {"mode_guidance": default_mode_guidance(prediction, images_per_class)} | given
         if given["mode_guidance"]:
             given["guidance"] = 1.0
     return SamplingSettings(**given)
