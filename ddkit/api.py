@@ -230,9 +230,9 @@ def check(
     dataset: of one file; None finds it from the JSON next to the file or from its name. ipc: the images per class that
     there must be; None accepts any number. `Report.ok` is the verdict, `Report.findings` the reasons.
     """
-    from ddkit.checks.check import CheckSettings, check_path
+    from ddkit.checks.check import check_path
 
-    return check_path(path, dataset=dataset, settings=CheckSettings(ipc=ipc), progress=progress or default_listener())
+    return check_path(path, dataset=dataset, ipc=ipc, progress=progress or default_listener())
 
 
 def enter(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,24 +27,10 @@ _CHALLENGE_NAMES = tuple(spec.name for spec in CHALLENGE_DATASETS)
 _MOST_ROWS_NAMED = 5
 
 
-@dataclass(frozen=True)
-class CheckSettings:
-    """Settings of a check.
-
-    ipc: the images per class that there must be; None accepts any whole number.
-    meaning: also judge the numbers: their normalization, the order of the rows, copies of test images.
-    """
-
-    ipc: int | None = TRACKS[1].ipc
-    meaning: bool = True
-
-
-def check_set(
-    distilled: DistilledSet, *, settings: CheckSettings = CheckSettings(ipc=None), progress: Listener = ignore
-) -> Report:
+def check_set(distilled: DistilledSet, *, ipc: int | None = None, progress: Listener = ignore) -> Report:
     """Check a distilled set that was read with `read_set`, or made in memory.
 
-    settings: by default, any number of images per class is accepted.
+    ipc: the images per class that there must be; None accepts any whole number.
     progress: hears of the classifier that is fitted on the real images of a dataset once.
     """
     where = distilled.path.name if distilled.path else "tensor"
@@ -57,27 +42,25 @@ def check_set(
         return report_of([Finding("error", "T008", message, where)])
     findings = [*distilled.warnings]
     known = {finding.code for finding in findings}
-    findings += [each for each in describe_tensor(tensor, spec, where, ipc=settings.ipc) if each.code not in known]
+    findings += [each for each in describe_tensor(tensor, spec, where, ipc=ipc) if each.code not in known]
     refused = any(finding.level == "error" for finding in findings)
-    return report_of(_findings_on(None if refused else tensor, findings, spec, settings, where, progress))
+    return report_of(_findings_on(None if refused else tensor, findings, spec, where, progress))
 
 
-def check_tensor(
-    tensor: Tensor, dataset: str, *, settings: CheckSettings = CheckSettings(), progress: Listener = ignore
-) -> Report:
+def check_tensor(tensor: Tensor, dataset: str, *, ipc: int | None = TRACKS[1].ipc, progress: Listener = ignore) -> Report:
     """Check a tensor in memory.
 
-    tensor: should be (num_classes * 10, 3, S, S) float32, normalized, with its rows class by class.
+    tensor: should be (num_classes * ipc, 3, S, S) float32, normalized, with its rows class by class.
     dataset: the name of a built-in or prepared dataset. Raises UsageError for any other name.
     """
-    return check_set(DistilledSet(tensor, dataset_spec(dataset)), settings=settings, progress=progress)
+    return check_set(DistilledSet(tensor, dataset_spec(dataset)), ipc=ipc, progress=progress)
 
 
 def check_path(
     path: str | os.PathLike[str],
     *,
     dataset: str | None = None,
-    settings: CheckSettings = CheckSettings(),
+    ipc: int | None = TRACKS[1].ipc,
     progress: Listener = ignore,
 ) -> Report:
     """Check a submission folder, one `.pt` file, or a submission zip, without executing anything in it.
@@ -90,7 +73,7 @@ def check_path(
         command = "ddkit pack" if path.suffix.lower() == ".zip" else generate_command()
         return report_of([Finding("error", "F001", f"{path} does not exist. Make it: {command}", path.name)])
     if path.suffix.lower() == ".zip" and not path.is_dir():
-        return _check_zip(path, settings, progress)
+        return _check_zip(path, ipc, progress)
     findings: list[Finding] = []
     if path.is_dir():
         files, findings = submission_files(path)
@@ -99,8 +82,8 @@ def check_path(
         files, specs = [path], [dataset_spec(dataset or (path.stem if path.stem in known_names() else dataset_of(path)))]
     for done, (file, spec) in enumerate(zip(files, specs, strict=True)):
         progress(Progress(f"checking {path.name}", done, len(files), "files"))
-        read = read_tensor(file, spec, ipc=settings.ipc)
-        findings += _findings_on(*read, spec, settings, file.name, progress)
+        read = read_tensor(file, spec, ipc=ipc)
+        findings += _findings_on(*read, spec, file.name, progress)
     if files:
         progress(Progress(f"checking {path.name}", len(files), len(files), "files"))
     return report_of(findings)
@@ -177,7 +160,7 @@ def name_findings(names: Sequence[str], where: str) -> list[Finding]:
     return findings
 
 
-def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Report:
+def _check_zip(path: Path, ipc: int | None, progress: Listener) -> Report:
     known = {f"{name}.pt" for name in known_names()}
     findings: list[Finding] = []
     names: list[str] = []
@@ -189,8 +172,8 @@ def _check_zip(path: Path, settings: CheckSettings, progress: Listener) -> Repor
         if member.data is not None:
             progress(Progress(f"checking {member.name}", len(names), None, "files"))
             spec = dataset_spec(Path(member.name).stem)
-            read = read_tensor_bytes(member.data, member.name, spec, ipc=settings.ipc)
-            findings += _findings_on(*read, spec, settings, member.name, progress)
+            read = read_tensor_bytes(member.data, member.name, spec, ipc=ipc)
+            findings += _findings_on(*read, spec, member.name, progress)
     if not any(finding.code in ("F005", "F018") for finding in findings):
         tensors = [name for name in names if name.lower().endswith(TENSOR_ENDINGS)]
         of_challenge = [name for name in tensors if name.lower().removesuffix(".pt") in _CHALLENGE_NAMES]
@@ -205,7 +188,6 @@ def _findings_on(
     tensor: Tensor | None,
     findings: list[Finding],
     spec: DatasetSpec,
-    settings: CheckSettings,
     where: str,
     progress: Listener,
 ) -> list[Finding]:
@@ -223,8 +205,6 @@ def _findings_on(
         hold = counted(len(rows), "image holds", "images hold")
         message = f"{hold} NaN or infinity. A network that trains on such values learns nothing."
         return [*findings, Finding("error", "T009", message, f"{where}, rows {named}")]
-    if not settings.meaning:
-        return findings
     try:
         test_images = load_dataset(spec.name, "test").images
     except DDKitError:

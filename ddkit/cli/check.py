@@ -72,8 +72,7 @@ def check(
         output.finish([fix_order], f"ddkit check {shlex.quote(str(fix_order))}" + (f" --dataset {dataset}" if dataset else ""))
         return
     output.event(f"Checking {path}.")
-    settings = checks.CheckSettings(ipc=ipc)
-    report = checks.check_path(path, dataset=dataset, settings=settings, progress=output.progress).ignoring(ignore_codes)
+    report = checks.check_path(path, dataset=dataset, ipc=ipc, progress=output.progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     known = recorded.recorded_files(path, results)
     shown = Group(_findings_table(report, path), *(Text(text) for each in known for text in each.sentences()))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.checks.check import CheckSettings, check_set
+from ddkit.checks.check import check_set
 from ddkit.checks.normalization import Constants, judge_normalization, named_constants
 from ddkit.data.images import normalize
 from ddkit.data.prepare import open_dataset
@@ -82,7 +82,7 @@ class PublishedSet:
             return
         order = self.labels.argsort(stable=True)
         ordered = DistilledSet(self.images[order].contiguous(), self.spec, path=self.path)
-        report = check_set(ordered, settings=CheckSettings(ipc=None), progress=progress).ignoring(ignore_codes)
+        report = check_set(ordered, progress=progress).ignoring(ignore_codes)
         if not report.ok:
             first = report.findings[0]
             raise InvalidSubmissionError(

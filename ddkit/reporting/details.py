@@ -208,10 +208,10 @@ def _recipe(path: str) -> RecipeView | None:
 
 
 def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
-    from ddkit.checks.check import CheckSettings, check_path
+    from ddkit.checks.check import check_path
 
     try:
-        report = check_path(path, dataset=result.dataset, settings=CheckSettings(ipc=None))
+        report = check_path(path, dataset=result.dataset, ipc=None)
     except DDKitError as error:
         return (Finding("error", "–", error.message),)
     return tuple(report.findings)

@@ -3,12 +3,10 @@ import zipfile
 import pytest
 import torch
 
-from ddkit.checks.check import CheckSettings, check_path, check_set, check_tensor
+from ddkit.checks.check import check_path, check_set, check_tensor
 from ddkit.errors import UsageError
 from ddkit.sets.distilled import read_set
 from ddkit.sets.findings import Finding, report_of
-
-BARE = CheckSettings(meaning=False)
 
 
 def codes(report, level=None):
@@ -35,16 +33,16 @@ def test_check_path_judges_a_file_and_a_zip_alike(tmp_path, folder):
 @pytest.mark.slow
 def test_folder_with_one_of_the_challenges_files_is_f003(tmp_path):
     torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "cifar100.pt")
-    assert codes(check_path(tmp_path, settings=BARE), "error") == ["F003"]
+    assert codes(check_path(tmp_path), "error") == ["F003"]
     torch.save(torch.randn(2000, 3, 64, 64), tmp_path / "tinyimagenet.pt")
-    assert codes(check_path(tmp_path, settings=BARE)) == []
+    assert codes(check_path(tmp_path)) == []
 
 
 @pytest.mark.slow
 def test_name_in_another_case_is_f011(tmp_path):
     torch.save(torch.randn(1000, 3, 32, 32), tmp_path / "CIFAR100.pt")
     torch.save(torch.randn(2000, 3, 64, 64), tmp_path / "tinyimagenet.pt")
-    assert codes(check_path(tmp_path, settings=BARE), "error") == ["F011"]
+    assert codes(check_path(tmp_path), "error") == ["F011"]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +59,7 @@ def test_the_right_name_is_offered_for_a_wrong_one(tmp_path, name, right):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.write(folder / name, name)
     for path in (folder, tmp_path / "s.zip"):
-        report = check_path(path, settings=BARE)
+        report = check_path(path)
         assert not report.ok and any(f.code == "F020" and f"rename it to {right}" in f.message for f in report.findings)
     if (folder / name).stem + ".pt" != right:  # of a file alone the stem is enough
         with pytest.raises(UsageError, match=f"rename it to {right}"):
@@ -72,7 +70,7 @@ def test_zip_with_names_that_begin_with_a_dot_is_judged_like_any_other(tmp_path,
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.mkdir("./") if hasattr(archive, "mkdir") else archive.writestr("./", b"")
         archive.write(folder / "glyphs.pt", "./glyphs.pt")
-    assert check_path(tmp_path / "s.zip", settings=BARE).ok
+    assert check_path(tmp_path / "s.zip").ok
 
 
 @pytest.mark.parametrize("extra", [b"\0", b"more" * 1000])
@@ -81,7 +79,7 @@ def test_a_zip_with_bytes_after_its_end_is_refused(tmp_path, folder, extra):
         archive.write(folder / "glyphs.pt", "glyphs.pt")
     with (tmp_path / "s.zip").open("ab") as file:
         file.write(extra)
-    (first, *_) = check_path(tmp_path / "s.zip", settings=BARE).findings
+    (first, *_) = check_path(tmp_path / "s.zip").findings
     assert first.code == "F018" and "bytes follow its end" in first.message
 
 
@@ -102,10 +100,10 @@ def test_file_of_an_unknown_dataset_raises_usage_error(tmp_path):
 def test_links_in_a_circle_and_to_nowhere_are_findings(tmp_path):
     (tmp_path / "cifar100.pt").symlink_to("tinyimagenet.pt")
     (tmp_path / "tinyimagenet.pt").symlink_to("cifar100.pt")
-    assert codes(check_path(tmp_path, settings=BARE)) == ["F004", "F004"]
+    assert codes(check_path(tmp_path)) == ["F004", "F004"]
     (tmp_path / "tinyimagenet.pt").unlink()
     (tmp_path / "tinyimagenet.pt").symlink_to(tmp_path / "absent")
-    assert codes(check_path(tmp_path, settings=BARE)) == ["F001", "F001"]
+    assert codes(check_path(tmp_path)) == ["F001", "F001"]
 
 
 def test_damaged_store_of_another_dataset_does_not_stop_the_check_of_a_zip(tmp_path, own_cache):
@@ -114,12 +112,12 @@ def test_damaged_store_of_another_dataset_does_not_stop_the_check_of_a_zip(tmp_p
         (own_cache / name / "meta.json").write_text("{}")
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.writestr("notes.txt", b"")
-    assert "F002" in codes(check_path(tmp_path / "s.zip", settings=BARE))
+    assert "F002" in codes(check_path(tmp_path / "s.zip"))
 
 
 def test_practice_next_to_the_challenge_is_a_warning(folder):
     torch.save(torch.zeros(1000, 3, 32, 32), folder / "cifar100.pt")
-    left_aside = [f.where for f in check_path(folder, settings=BARE).findings if f.code == "F020"]
+    left_aside = [f.where for f in check_path(folder).findings if f.code == "F020"]
     assert left_aside == ["glyphs.pt"]
 
 
@@ -130,7 +128,7 @@ def test_zip_with_more_than_the_challenges_tensors_is_f009(tmp_path, folder, oth
         with archive.open("cifar100.pt", "w") as member:
             torch.save(torch.zeros(1000, 3, 32, 32), member)
         archive.write(folder / "glyphs.pt", other)
-    found = [(f.level, f.code) for f in check_path(tmp_path / "s.zip", settings=BARE).findings if f.where == other]
+    found = [(f.level, f.code) for f in check_path(tmp_path / "s.zip").findings if f.where == other]
     assert found == [("error", "F009")]
 
 
@@ -139,7 +137,7 @@ def test_control_characters_in_names_are_shown_as_escapes(tmp_path):
         archive.writestr("\x1b[2J\ncifar100.pt", b"")
     for path in (tmp_path / "s.zip", tmp_path / "folder"):
         path.suffix or (path.mkdir(), (path / "\x1b[2J\ncifar100.pt").write_bytes(b""))
-        (finding,) = (f for f in check_path(path, settings=BARE).findings if f.code == "F020")
+        (finding,) = (f for f in check_path(path).findings if f.code == "F020")
         assert "\\x1b[2J\\ncifar100.pt" in finding.message and (finding.message + finding.where).isprintable()
 
 
@@ -153,8 +151,8 @@ def test_nan_and_infinity_are_an_error_with_their_rows(glyph_images, value):
 
 def test_another_number_of_images_per_class_is_t003_unless_any_is_accepted(glyph_images):
     five = glyph_images.unflatten(0, (10, 10))[:, :5].flatten(0, 1)
-    assert codes(check_tensor(five, "glyphs", settings=BARE), "error") == ["T003"]
-    assert check_tensor(five, "glyphs", settings=CheckSettings(ipc=None)).ok
+    assert codes(check_tensor(five, "glyphs"), "error") == ["T003"]
+    assert check_tensor(five, "glyphs", ipc=None).ok
 
 
 def test_check_tensor_judges_type_layout_and_device(glyph_images):
@@ -173,7 +171,7 @@ def test_report_sorts_findings_by_level_and_can_ignore_or_harden_them():
 
 def test_check_set_judges_a_set_that_was_read_like_its_file(folder):
     distilled = read_set(folder / "glyphs.pt")
-    assert check_set(distilled, settings=CheckSettings()).findings == check_path(folder / "glyphs.pt").findings
+    assert check_set(distilled, ipc=10).findings == check_path(folder / "glyphs.pt").findings
     assert {finding.where for finding in check_set(distilled).findings} == {"glyphs.pt"}
 
 
