@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -93,11 +93,7 @@ class Output:
         if self.quiet:
             return
         now = time.monotonic()
-        task = self._tasks.get(progress.task)
-        if task is None or progress.done < task.done:  # a new task, or the same one from the start: the next round
-            task = self._begin(progress.task, Task(now, progress.done))
-        task.advance(now, progress.done, resumed=self._latest != progress.task)
-        self._latest = progress.task
+        task = self.track(progress, now)
         if self.err.is_terminal and not self.err.is_dumb_terminal:
             self._show_bar(task, progress, now)
         elif _is_finished(progress) or now - task.shown >= _SECONDS_BETWEEN_LINES:
@@ -105,6 +101,15 @@ class Output:
             parts = [f"{progress.task}: {count_text(progress)}", task.pace(now, progress)]
             line = f"{', '.join(filter(None, parts))}  {figures_text(progress)}"
             self.err.print(escape(line.rstrip()), soft_wrap=True)
+
+    def track(self, progress: Progress, now: float) -> Task:
+        """The task that a report is of, after taking note of it."""
+        task = self._tasks.get(progress.task)
+        if task is None or progress.done < task.done:  # a new task, or the same one from the start: the next round
+            task = self._begin(progress.task, Task(now, progress.done))
+        task.advance(now, progress.done, resumed=self._latest != progress.task)
+        self._latest = progress.task
+        return task
 
     def result(self, data: Any, shown: RenderableType | None = None) -> None:
         """Print the command's result on standard output: `data` as JSON, or `shown`, which rich renders."""
@@ -172,11 +177,11 @@ class Output:
         self._bars, self._tasks = None, {}
 
 
-def plain_table(*headings: str) -> Table:
-    """A table without lines, in which long cells are folded."""
+def plain_table(*headings: str, right: Collection[str] = ()) -> Table:
+    """A table without lines, in which long cells are folded. right: headings of columns of numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
     return table
 
 

@@ -35,7 +35,7 @@ class StageView:
         self._states: tuple[StageState, ...] = ()
         self._began = time.monotonic()  # of the stage that runs
         self._report: Progress | None = None
-        self._tasks: dict[str, Task] = {}  # of the stage that runs
+        self._task: Task | None = None  # that the report is of
         self._live: Live | None = None
         if output.err.is_terminal and not output.err.is_dumb_terminal and not output.quiet:
             self._live = Live(
@@ -57,7 +57,7 @@ class StageView:
         before, self._states = self._states, tuple(states)
         running = {state.name for state in before if state.status == "running"}
         if any(state.status == "running" and state.name not in running for state in states):
-            self._began, self._report, self._tasks = time.monotonic(), None, {}
+            self._began, self._report = time.monotonic(), None
         if self._live is None:
             self._print_changes({state.name: state.status for state in before})
 
@@ -66,12 +66,7 @@ class StageView:
         if self._live is None:
             self._output.progress(report)
             return
-        now = time.monotonic()
-        task = self._tasks.get(report.task)
-        if task is None or report.done < task.done:
-            task = self._tasks[report.task] = Task(now, report.done)
-        task.advance(now, report.done, resumed=self._report is not None and self._report.task != report.task)
-        self._report = report
+        self._task, self._report = self._output.track(report, time.monotonic()), report
 
     def _print_changes(self, before: dict[str, str]) -> None:
         if not before and (done := [state.name for state in self._states if state.status == "done"]):
@@ -98,12 +93,15 @@ class StageView:
             return Text("" if self._report is None else f"{self._report.task}: {count_text(self._report)}")
         table = stage_table(self._states, self._output, running=time.monotonic() - self._began)
         parts: list[RenderableType] = [table]
-        if self._report is not None:
+        if self._task is not None and self._report is not None:
             line = Table.grid(padding=(0, 1))
-            cells = [Text(self._report.task), Text(count_text(self._report), style="progress.percentage")]
-            cells += [Text(self._tasks[self._report.task].pace(time.monotonic(), self._report), style="progress.remaining")]
-            bar = ProgressBar(self._report.total, self._report.done, width=24) if self._report.total else Text()
-            line.add_row(cells[0], bar, *cells[1:], Text(figures_text(self._report)))
+            line.add_row(
+                Text(self._report.task),
+                ProgressBar(self._report.total, self._report.done, width=24) if self._report.total else Text(),
+                Text(count_text(self._report), style="progress.percentage"),
+                Text(self._task.pace(time.monotonic(), self._report), style="progress.remaining"),
+                Text(figures_text(self._report)),
+            )
             parts.append(line)
         if any(state.status in ("to come", "running") for state in self._states):
             parts.append(Text(f"about {span_text(self._left())} left", style="dim"))

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ddkit.challenge import TRACKS
 from ddkit.cli._options import COUNT, FILE, PATH, SUBMISSION_FOLDER, example, ignore_option, output_options, refuse_unused
-from ddkit.cli._output import Output
+from ddkit.cli._output import Output, plain_table
 from ddkit.errors import UsageError, counted
 from ddkit.results import RESULTS_FILE
 from ddkit.sets.findings import Report
@@ -102,7 +101,8 @@ def _findings_table(report: Report, path: Path) -> RenderableType:
         f"  {path}  ",
         (", ".join(counted(counts[level], level, level + "s") for level in ("error", "warning")), "dim"),
     )
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table = plain_table("", "", "", "")
+    table.show_header = False
     for finding in report.findings:
         level = Text(finding.level, style=_COLORS[finding.level])
         table.add_row(level, finding.code, Text(finding.where), Text(finding.message))

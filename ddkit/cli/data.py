@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
-from rich.table import Table
 
 from ddkit.challenge import DATASETS
 from ddkit.cli._options import COUNT, FILE, PATH, example, output_options
-from ddkit.cli._output import Output
+from ddkit.cli._output import Output, plain_table
 from ddkit.data import store
 from ddkit.data.class_names import SPLIT_NAMES
 from ddkit.errors import BadDataError, MissingDataError
@@ -44,9 +43,8 @@ def data() -> None:
 def list_datasets(output: Output) -> None:
     """List the built-in and the prepared datasets."""
     rows = [_row(name) for name in store.known_names()]
-    table = Table(box=None, pad_edge=False)
-    for heading in ("dataset", "classes", "pixels", "train", "test", "from"):
-        table.add_column(heading, justify="right" if heading in ("classes", "pixels", "train", "test") else "left")
+    numbers = ("classes", "pixels", "train", "test")
+    table = plain_table("dataset", *numbers, "from", right=numbers)
     for row in rows:
         counts = [f"{row[split]:,}" if row[split] else "-" for split in ("train", "test")]
         table.add_row(row["name"], str(row["classes"] or "-"), str(row["image_size"] or "-"), *counts, escape(row["state"]))

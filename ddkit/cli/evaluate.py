@@ -32,6 +32,7 @@ from ddkit.cli._output import Output, plain_table
 from ddkit.cli._rankings import rankings_table
 from ddkit.errors import counted
 from ddkit.network.plan import PRECISIONS
+from ddkit.reporting.formatting import interval_text
 from ddkit.runtime.environment import is_main
 from ddkit.runtime.progress import span_text
 
@@ -209,8 +210,7 @@ def _table(results: Sequence[Result]) -> Table:
     table = plain_table("set", "dataset", "accuracy", "95 % interval", "rounds", "official")
     for result in results:
         accuracy = _percent(result.mean) + (f" ± {100 * result.std:.2f}" if result.std is not None else "")
-        why_not = "1 round" if result.rounds == 1 else "equal rounds"
-        interval = " to ".join(map(_percent, result.interval)) if result.interval else f"n/a ({why_not})"
+        interval = " to ".join(map(_percent, result.interval)) if result.interval else interval_text(None, [result.rounds])
         official = "yes" if result.official else f"no: {'; '.join(result.deviations)}"
         rounds = " ".join(map(_percent, result.accuracies[:_MOST_ROUNDS_SHOWN]))
         rounds += " ..." * (result.rounds > _MOST_ROUNDS_SHOWN)

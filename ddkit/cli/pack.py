@@ -27,7 +27,7 @@ from ddkit.cli._options import (
     ignore_option,
     output_options,
 )
-from ddkit.cli._output import Output
+from ddkit.cli._output import Output, plain_table
 from ddkit.errors import UsageError
 from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, FEW_IMAGES, MOST_SAMPLING_STEPS, default_mode_guidance
 from ddkit.history import PACKED_FILE, PackedRecords
@@ -208,9 +208,7 @@ def _pack_track_1(
 
 def files_table(files: Sequence[PackedFile], path: Path, sha256: str) -> Table:
     """The files in a zip, and the zip itself, with sizes and hashes."""
-    table = Table("in the zip", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("bytes", justify="right")
-    table.add_column("SHA-256")
+    table = plain_table("in the zip", "bytes", "SHA-256", right=("bytes",))
     for file in files:
         table.add_row(escape(file.name), f"{file.size:,}", file.sha256)
     table.add_row(f"[bold]{escape(path.name)}[/]", f"{path.stat().st_size:,}", sha256)

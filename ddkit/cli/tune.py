@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
 from ddkit.challenge import CHALLENGE_DATASETS, CIFAR100
 from ddkit.cli._options import (
@@ -23,7 +22,7 @@ from ddkit.cli._options import (
     compute_options,
     example,
 )
-from ddkit.cli._output import Output
+from ddkit.cli._output import Output, plain_table
 from ddkit.generator.config import BUNDLE_KEEP, default_mode_guidance
 
 if TYPE_CHECKING:
@@ -159,9 +158,8 @@ def _next_command(dataset: str, model: Path | None, out: Path) -> str:
 
 
 def _report(output: Output, trials: Sequence[Trial], best: Trial, evidence: str) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("steps", "guidance", "mode guidance", "images a class", "kept", "accuracy %", "images", "images/s"):
-        table.add_column(heading, justify="right")
+    headings = ("steps", "guidance", "mode guidance", "images a class", "kept", "accuracy %", "images", "images/s")
+    table = plain_table(*headings, right=headings)
     for trial in sorted(trials, key=lambda trial: -trial.mean):
         spread = f" ± {100 * trial.std:.2f}" if trial.std is not None else ""
         made = sum(trial.images) / len(trial.images)
