@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ddkit.errors import InterruptedRunError, UsageError, did_you_mean
 from ddkit.evaluation.rounds import RoundJob, RoundResult, RoundSettings, read_result, run_rounds
 from ddkit.evaluation.sources import FixedSet, Source, TimedGenerator, check_training_set
 from ddkit.evaluation.test_sets import TestSet, as_test_set
-from ddkit.evaluation.tracks import Conditions, Generate, deviations
+from ddkit.evaluation.tracks import Conditions, Generated, deviations
 from ddkit.network.networks import NETWORKS, OFFICIAL_NETWORK
 from ddkit.network.training import TrainingSettings
 from ddkit.results import Outcome, Result
@@ -165,7 +165,7 @@ def evaluate(
 
 
 def evaluate_generator(
-    generate: Generate,
+    generate: Callable[[int, float], Generated],
     test_set: TestSet,
     settings: EvaluationSettings,
     *,
@@ -175,9 +175,9 @@ def evaluate_generator(
 ) -> Evaluation:
     """Track 2: like `evaluate`, with images that `generate` makes for each round within the time budget.
 
-    generate: (seed, seconds) -> (images, labels) as `evaluate` takes them.
+    generate: (seed, seconds) -> images and labels as `evaluate` takes them; raises InvalidSubmissionError if it needs longer.
     name: a hash or name that identifies the entry, under which interrupted evaluations are continued.
-    Raises InvalidSubmissionError if the budget is exceeded.
+    Raises UsageError for settings of track 1.
     """
     if settings.budget is None:
         raise UsageError("Generators are evaluated on track 2.", "Add --track 2, or give a time budget.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ddkit.challenge import BATCH_SIZE, DatasetSpec
 from ddkit.errors import InvalidSubmissionError, UsageError
-from ddkit.evaluation.tracks import Generate, Generated, generate_within
+from ddkit.evaluation.tracks import Generated
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
 
 
@@ -46,10 +47,11 @@ class FixedSet:
 class TimedGenerator:
     """A track 2 entry, run again for each round.
 
-    name: identifies the entry across processes; a hash of its files where it has files. budget: seconds for a round.
+    generate: (seed, seconds that it may take) -> images and labels. name: identifies the entry across processes; a hash of
+    its files where it has files. budget: seconds for a round.
     """
 
-    generate: Generate
+    generate: Callable[[int, float], Generated]
     name: str
     budget: float
     converted = ""
@@ -68,7 +70,7 @@ class TimedGenerator:
                 return Generated(**load_restricted(saved, mmap=True))
             except (UnloadableError, TypeError):
                 saved.unlink()
-        made = generate_within(self.generate, seed, self.budget)
+        made = self.generate(seed, self.budget)
         if saved:
             save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, saved)
             # The images can be gigabytes, and are read as they are needed.

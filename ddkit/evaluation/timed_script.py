@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionError
-from ddkit.evaluation.tracks import Generated, overrun
+from ddkit.evaluation.tracks import Generated
 from ddkit.runtime.interrupt import stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.torch_file import TorchFileError, load_tensors
@@ -73,7 +73,7 @@ class ScriptEntry:
                 while process.poll() is None:
                     spent = time.monotonic() - began
                     if spent > budget:
-                        raise overrun(str(self.script), "was still running", budget)
+                        raise self._overrun("was still running", budget)
                     if stop:
                         remedy = "Run the same command again to generate them from the start."
                         raise InterruptedRunError("Interrupted while images were generated.", remedy)
@@ -90,4 +90,12 @@ class ScriptEntry:
                 f"{self.script} ended with status {process.returncode} after {seconds:.0f} s of a budget of {budget:g} s.",
                 "Its last output: " + " | ".join(lines) if lines else "",
             )
+        if seconds > budget:
+            raise self._overrun(f"ended after {seconds:.1f} s,", budget)
         return seconds
+
+    def _overrun(self, what: str, budget: float) -> InvalidSubmissionError:
+        return InvalidSubmissionError(
+            f"{self.script} {what} after its budget of {budget:g} s.",
+            "In the challenge an entry that overruns its time scores nothing.",
+        )

@@ -1,9 +1,7 @@
-"""The rules that make an evaluation official, and track 2 entries: images made within a time budget."""
+"""The rules that make an evaluation official, and the images that a track 2 entry makes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import CHALLENGE_DATASETS, TEST_IMAGES, DatasetSpec, Track
-from ddkit.errors import InvalidSubmissionError
 from ddkit.network.networks import OFFICIAL_NETWORK
 from ddkit.runtime.files import sha256_of, sha256_of_files
 
@@ -82,34 +79,10 @@ class Generated:
     seconds: float
 
 
-Generate = Callable[[int, float], "tuple[Tensor, Tensor] | Generated"]
-"""A track 2 entry: (seed, seconds it may take) -> (N, 3, S, S) images, normalized or uint8, and (N,) int64 labels; or both as
-Generated, if it knows better than its caller how long it took."""
-
-
-def generate_within(generate: Generate, seed: int, budget: float) -> Generated:
-    """Run a track 2 entry on the clock. Raises InvalidSubmissionError if it takes longer than `budget` seconds."""
-    began = time.monotonic()
-    made = generate(seed, budget)
-    if not isinstance(made, Generated):
-        made = Generated(*made, time.monotonic() - began)
-    if made.seconds > budget:
-        raise overrun("The generator", f"ended after {made.seconds:.1f} s,", budget)
-    return made
-
-
 def hash_of_folder(folder: Path) -> str:
     """Hexadecimal SHA-256 of all files below `folder` and their names; identifies an entry with its models."""
     files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return sha256_of_files({path.relative_to(folder).as_posix(): sha256_of(path) for path in files})
-
-
-def overrun(name: str, what: str, budget: float) -> InvalidSubmissionError:
-    """The error for an entry that took too long."""
-    return InvalidSubmissionError(
-        f"{name} {what} after its budget of {budget:g} s.",
-        "In the challenge an entry that overruns its time scores nothing.",
-    )
 
 
 def images_per_class(labels: Tensor, num_classes: int) -> tuple[int, int]:

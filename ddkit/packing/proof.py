@@ -23,7 +23,7 @@ from ddkit.data.store import dataset_spec
 from ddkit.errors import ComputeError, InvalidSubmissionError
 from ddkit.evaluation.sources import check_training_set
 from ddkit.evaluation.timed_script import ScriptEntry
-from ddkit.evaluation.tracks import generate_within, images_per_class
+from ddkit.evaluation.tracks import images_per_class
 from ddkit.packing.zipping import unpack
 from ddkit.runtime.progress import Listener, Progress, ignore
 
@@ -92,7 +92,7 @@ def _prove(folder: Path, name: str, python: Path, elsewhere: Path, settings: Pro
         may_end_early=settings.most is not None,
         progress=progress,
     )
-    made = generate_within(entry, 0, settings.budget)
+    made = entry(0, settings.budget)
     spec = dataset_spec(name)
     check_made(made.images, made.labels, spec)
     if left := sorted(path.name for path in elsewhere.iterdir()):

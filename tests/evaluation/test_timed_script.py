@@ -12,7 +12,6 @@ import pytest
 
 from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionError
 from ddkit.evaluation.timed_script import ScriptEntry
-from ddkit.evaluation.tracks import generate_within
 
 
 def script(folder, body):
@@ -39,7 +38,7 @@ torch.save({"images": images, "labels": torch.tensor([0, 1, 1])}, arguments.out)
 def test_a_script_is_run_with_dataset_budget_and_seed(tmp_path, capfd):
     heard = []
     entry = ScriptEntry(script(tmp_path, SAVES), "cifar100", progress=heard.append)
-    made = generate_within(entry, 7, 60.0)
+    made = entry(7, 60.0)
     assert made.images.unique().tolist() == [7.0] and made.labels.tolist() == [0, 1, 1]
     assert 0 < made.seconds < 60
     assert heard and all(report.total == 60.0 and report.unit == "s" for report in heard)
@@ -49,10 +48,11 @@ def test_a_script_is_run_with_dataset_budget_and_seed(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # standard output is for our own result, the other for progress
 
 
-def test_script_over_its_budget_is_stopped(tmp_path):
-    entry = ScriptEntry(script(tmp_path, "time.sleep(60)"), "cifar100")
-    with pytest.raises(InvalidSubmissionError, match="still running"):
-        generate_within(entry, 0, 0.5)
+@pytest.mark.parametrize("seconds, budget, said", [(60, 0.5, "still running"), (0.3, 0.2, "after its budget of 0.2 s")])
+def test_script_over_its_budget_is_refused(tmp_path, seconds, budget, said):
+    entry = ScriptEntry(script(tmp_path, f"time.sleep({seconds})"), "cifar100")
+    with pytest.raises(InvalidSubmissionError, match=said):
+        entry(0, budget)
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_script_over_its_budget_is_stopped(tmp_path):
 ])  # fmt: skip
 def test_failing_script_raises_with_the_reason(tmp_path, body, error, said):
     with pytest.raises(error, match=said):
-        generate_within(ScriptEntry(script(tmp_path, body), "cifar100"), 0, 60.0)
+        ScriptEntry(script(tmp_path, body), "cifar100")(0, 60.0)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_a_script_cannot_smuggle_in_code(tmp_path):
     torch.save({"images": Smuggled(), "labels": 0}, arguments.out)
     """
     with pytest.raises(InvalidSubmissionError):
-        generate_within(ScriptEntry(script(tmp_path, body), "cifar100"), 0, 60.0)
+        ScriptEntry(script(tmp_path, body), "cifar100")(0, 60.0)
 
 
 @pytest.mark.slow
