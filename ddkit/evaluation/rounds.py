@@ -28,7 +28,6 @@ from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_to
 _log = logging.getLogger(__name__)
 
 _STATE_VERSION = 2
-_BETWEEN_EPOCHS = 1  # the version whose states were all saved between two epochs
 
 EpochListener = Callable[[int, int, float], None]  # round, its epochs done, mean loss of the last
 
@@ -219,10 +218,6 @@ def _read_state(path: Path | None) -> dict[str, Any]:
     except (OSError, UnloadableError) as error:
         _log.warning("%s cannot be read (%s). The round starts over.", path, error)
         return {}
-    if isinstance(state, dict) and state.get("version") == _BETWEEN_EPOCHS:
-        state |= {"version": _STATE_VERSION}
-        if "training" in state:
-            state["training"] |= {"order": None, "losses": []}
     if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
         _log.warning("%s was saved by another version of ddkit. The round starts over.", path)
         return {}

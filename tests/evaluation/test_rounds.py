@@ -95,20 +95,6 @@ def test_a_signal_does_not_wait_for_the_end_of_an_epoch(tmp_path):
     assert same(run_one(StopRequest(), tmp_path), run_one(StopRequest()))
 
 
-def test_states_of_version_1_are_continued(tmp_path):
-    (wanted,) = run([job(0)])
-    with pytest.raises(InterruptedRunError), stop_requests() as stop:
-        run([job(0, tmp_path)], stop, stopping_after(2))
-    file = job(0, tmp_path).path
-    for _ in range(2):  # a state, then a result
-        kept = torch.load(file, weights_only=True)
-        kept["version"] = 1
-        if "training" in kept:
-            del kept["training"]["order"], kept["training"]["losses"]
-        torch.save(kept, file)
-        assert same(read_result(file) or run([job(0, tmp_path)])[0], wanted)
-
-
 @pytest.mark.slow
 def test_interrupted_rounds_are_all_saved_and_each_continues_from_its_epoch(tmp_path):
     wanted = run([job(0), job(1)])
