@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ddkit.runtime.environment import versions
 from ddkit.runtime.files import exclusive, read_json, write_json
 from ddkit.runtime.interrupt import time_is_up, time_limit
 from ddkit.runtime.progress import Listener, Progress, ignore
+from ddkit.runtime.records import read_record
 
 _STATE_FILE = Path("runs", "entry.json")
 _OVERTIME = 1.1  # of the time; an evaluation that is nearly finished is worth it
@@ -95,7 +96,6 @@ class _State:
     stages whose length the time decided, once they have begun. spent: seconds of all calls. took: seconds by stage.
     """
 
-    path: Path
     asked: dict[str, Any]
     outline: Outline
     recipe: Recipe
@@ -104,24 +104,21 @@ class _State:
     took: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> _State | None:
+    def read(cls, folder: Path) -> _State | None:
         """None where no entry has begun. Raises BadFileError for a damaged file."""
+        path = folder / _STATE_FILE
         if not path.exists():
             return None
         values = read_json(path)
         try:
-            return cls(
-                path, values["asked"], Outline.from_json(values["outline"]), Recipe.from_json(values["recipe"]),
-                values["limits"], values["spent"], values["took"],
-            )  # fmt: skip
-        except (KeyError, TypeError, UsageError, BadFileError) as error:
+            return read_record(cls, values)
+        except (UsageError, BadFileError) as error:
             raise BadFileError(
                 f"{path} is not the state of an entry by this version of ddkit.", "Delete it to plan again."
             ) from error
 
-    def save(self) -> None:
-        values = {name: value for name, value in vars(self).items() if name != "path"}
-        write_json(self.path, values | {"outline": self.outline.to_json(), "recipe": self.recipe.to_json()})
+    def save(self, folder: Path) -> None:
+        write_json(folder / _STATE_FILE, asdict(self))
 
 
 def plan_entry(
@@ -170,17 +167,16 @@ def enter(
     recipe.require_datasets()
     with exclusive(folder, "makes an entry", elsewhere="--folder"), prescribed_plans(recipe.engines):
         state = _begin_or_resume(recipe, folder, seconds, device, progress)
-        state.save()
+        state.save(folder)
         return _Run(state, folder, device, on_event).carry_out(recipe, progress, watch)
 
 
 def _begin_or_resume(recipe: Recipe, folder: Path, seconds: float | None, device: str, progress: Listener) -> _State:
-    path, asked = folder / _STATE_FILE, recipe.to_json()
-    state = _State.read(path)
+    asked, state = recipe.to_json(), _State.read(folder)
     began = time.monotonic()
     if state is None:
         outline = make_outline(recipe, seconds, device=device, progress=progress)
-        return _State(path, asked, outline, outline.recipe, spent=time.monotonic() - began)
+        return _State(asked, outline, outline.recipe, spent=time.monotonic() - began)
     if differences := [name for name in sorted({*asked, *state.asked}) if asked.get(name) != state.asked.get(name)]:
         raise UsageError(
             f"{folder.absolute()} holds an entry with other settings ({', '.join(differences)}).",
@@ -210,9 +206,8 @@ class _Run:
     """One call of `enter`."""
 
     def __init__(self, state: _State, folder: Path, device: str, on_event: Callable[[str], None]) -> None:
-        self._state, self._device, self._on_event = state, device, on_event
+        self._state, self._folder, self._device, self._on_event = state, folder, device, on_event
         self._place = Workplace(folder, state.recipe, device, self._limit, on_event)
-        self._recipe_file = folder / RECIPE_FILE
         outline = state.outline
         self.plan = Plan(state.recipe, outline.seconds, self._place.stages(outline.expected), outline.notes)
         self._states: dict[str, StageState] = {}
@@ -245,7 +240,7 @@ class _Run:
         leaderboard = self._place.leaderboard
         if leaderboard is None:
             raise RuntimeError("the report is the last stage")
-        files = (self._place.zip_file, self._place.page, self._recipe_file)
+        files = (self._place.zip_file, self._place.page, self._folder / RECIPE_FILE)
         return Entry(recipe, tuple(states.values()), leaderboard, files, state.spent, self._place.lacks_official())
 
     def _run(self, stage: Stage, progress: Listener) -> bool:
@@ -289,7 +284,7 @@ class _Run:
         self._saved = time.monotonic()
         state = self._state
         state.recipe, state.spent, state.took[stage.name] = self._place.recipe, self._saved - self._began, took
-        state.save()
+        state.save(self._folder)
 
     def _limit(self, name: str, earlier: float) -> float:
         """The seconds of work in all of a stage that begins now, or again, and whose length the time decides."""
@@ -305,7 +300,7 @@ class _Run:
             seconds = refine_limit(outline.speeds[dataset].refine, settings, seconds)
         # What a kill has cost shortens the rest; a stage that has begun is never made longer.
         state.limits[name] = min(state.limits.get(name, math.inf), earlier + max(_LEAST_WORK, seconds))
-        state.save()
+        state.save(self._folder)
         return state.limits[name]
 
     def _write_recipe(self) -> Recipe:
@@ -322,7 +317,7 @@ class _Run:
             if any(size in key for size in sizes)
         }
         recipe = replace(recipe, versions={**versions(), "device": describe_device(device)}, engines=engines)
-        write_recipe(recipe, self._recipe_file)
+        write_recipe(recipe, self._folder / RECIPE_FILE)
         return recipe
 
     def _finish(self, asked: Recipe) -> Recipe:

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -26,7 +25,6 @@ from ddkit.generator.presets import preset
 from ddkit.metrics.features import CLASSIFIER, is_cached, training_images
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore, time_option
-from ddkit.runtime.records import read_record
 from ddkit.sets.distilled import class_labels
 
 LEAST_STEPS = 20  # of a refinement; the preset says those of a generator's training
@@ -78,25 +76,6 @@ class Outline:
     flexible: tuple[str, ...] = ()
     speeds: Mapping[str, Speeds] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "recipe": self.recipe.to_json(),
-            "seconds": self.seconds,
-            "expected": dict(self.expected),
-            "flexible": list(self.flexible),
-            "speeds": {name: dataclasses.asdict(speeds) for name, speeds in self.speeds.items()},
-            "notes": list(self.notes),
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Outline:
-        """An outline from what `to_json` made of it."""
-        return cls(
-            Recipe.from_json(values["recipe"]), values["seconds"], values["expected"], tuple(values["flexible"]),
-            {name: read_record(Speeds, speeds) for name, speeds in values["speeds"].items()}, tuple(values["notes"]),
-        )  # fmt: skip
 
 
 def draft(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ddkit.errors import MissingDataError, UsageError
 from ddkit.generator.config import BundleSettings, SamplingSettings
 from ddkit.generator.training.plan import TrainingData, plan_training, require_time
 from ddkit.runtime.progress import time_option
+from ddkit.runtime.records import read_record
 
 BOTH = ("cifar100", "tinyimagenet")
 FAST = RefineSpeed({"dm": 1.0, "random networks": 2.0, "pool": 3.0}, 1.0, 1.0)
@@ -147,7 +149,7 @@ def test_a_dataset_of_which_only_test_images_are_prepared_cannot_be_planned_with
 
 def test_an_outline_is_read_as_it_was_written():
     plan = outline_at(SPEEDS, draft(BOTH), 24 * 3600)
-    assert Outline.from_json(plan.to_json()) == plan
+    assert read_record(Outline, json.loads(json.dumps(dataclasses.asdict(plan)))) == plan
 
 
 @pytest.mark.slow
