@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddkit.challenge import CHALLENGE_DATASETS, TEST_IMAGES, track
+from ddkit.challenge import CHALLENGE_DATASETS, track
 from ddkit.checks.check import Report
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, is_prepared, load_dataset, train_sha256
@@ -263,29 +263,20 @@ class Workplace:
         )
 
     def _evaluations(self, name: str, sha256: str) -> list[Result]:
-        """The recorded evaluations of a set or a bundle on a dataset than which the recipe's own can be no better.
-
-        They differ from the protocol as the recipe does: on the challenge's test images or, if others are prepared, on those.
-        """
-        settings, spec = self._evaluation_settings(), dataset_spec(name)
+        """The recorded evaluations of a set or a bundle on the prepared test images that count as the recipe's own."""
+        settings, tests = self._evaluation_settings(), self._test_set(name)
         wanted = (name, sha256, settings.track, settings.seed)
         recorded = read(self.results_file).results
         ours = [one for one in recorded if (one.dataset, one.sha256, one.track, one.seed) == wanted]
-
-        def alike(test_images: int, official_tests: bool) -> list[Result]:
-            training = settings.training
-            conditions = Conditions(
-                settings.number_of_rounds, training.epochs_setting, (IPC, IPC), test_images,
-                settings.network, training.augment, training.precision, settings.budget, official_tests,
-            )  # fmt: skip
-            differences = deviations(track(settings.track), spec, conditions)
-            return [one for one in ours if one.deviations == differences]
-
-        best = alike(TEST_IMAGES, True)
-        if not ours or (best and spec.in_challenge) or (tests := self._test_set(name)) is None:
-            return best
-        # Records of earlier versions do not say which test images they used.
-        return [one for one in alike(len(tests), tests.is_official) if one.test_sha256 in ("", tests.sha256)]
+        if not ours or tests is None:
+            return []
+        training = settings.training
+        conditions = Conditions(
+            settings.number_of_rounds, training.epochs_setting, (IPC, IPC), len(tests),
+            settings.network, training.augment, training.precision, settings.budget, tests.is_official,
+        )  # fmt: skip
+        differences = deviations(track(settings.track), tests.spec, conditions)
+        return [one for one in ours if (one.deviations, one.test_sha256) == (differences, tests.sha256)]
 
     def _test_set(self, name: str) -> TestSet | None:
         """The prepared test images of a dataset; None if it is not prepared."""
