@@ -217,7 +217,7 @@ def finished_rounds(
 ) -> int:
     """The number of rounds that an earlier call has finished, which are not repeated."""
     run = _Run(source, test_set, settings, device, state, ignore, settings.number_of_rounds)
-    return run.finished()
+    return sum(read_result(run.file(index)) is not None for index in range(settings.number_of_rounds))
 
 
 @dataclass
@@ -253,7 +253,7 @@ class _Run:
 
     def rounds(self, indices: Sequence[int], stop: StopRequest) -> list[RoundResult]:
         """The results of these rounds, trained side by side where they are not finished already."""
-        files = {index: self._file(index) for index in indices}
+        files = {index: self.file(index) for index in indices}
         results = {index: result for index, file in files.items() if (result := read_result(file))}
         for index, result in results.items():
             self._report(index, self.settings.training.epochs, result.losses[-1])
@@ -270,11 +270,8 @@ class _Run:
             self.source.forget(index, self._folder)
         return [results[index] for index in indices]
 
-    def finished(self) -> int:
-        """The number of rounds that have a result."""
-        return sum(read_result(self._file(index)) is not None for index in range(self.number_of_rounds))
-
-    def _file(self, index: int) -> Path | None:
+    def file(self, index: int) -> Path | None:
+        """Where the state and the result of a round are kept."""
         return self._folder and self._folder / f"round-{index}.pt"
 
     def _report(self, index: int, epochs_done: int, loss: float) -> None:
