@@ -9,6 +9,7 @@ epochs, until two are left, which are compared in the full number of rounds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import tempfile
@@ -38,7 +39,6 @@ from ddkit.statistics import Comparison, compare
 
 _FINALISTS = 2  # candidates of the last stage
 _HELD_OUT = 0.1  # share of each class's training images, as in `ddkit.distill.settings`
-_JUDGED_ON = "held-out training images"
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Trial(Scores):
-    """A candidate that was tried. images, seconds, accuracies: of each round; the seconds are the generator's.
-
-    across_classes: a share was kept of all samples together, by the labels of the bundle's classifier. Earlier bundles kept
-    it of each class's own samples, and their trials do not have this field.
-    judged_on: the images that the networks were tested on; the trials of earlier versions do not have this field.
-    """
+    """A candidate that was tried. images, seconds, accuracies: of each round; the seconds are the generator's."""
 
     dataset: str
     model_sha256: str
@@ -136,12 +131,10 @@ class Trial(Scores):
     images: tuple[int, ...]
     seconds: tuple[float, ...]
     accuracies: tuple[float, ...]
-    images_per_class: int | None = None
-    precision: str = "float32"
-    keep: float = 1.0
-    across_classes: bool = True
-    judged_on: str = "test images"
-    mode_guidance: float = 0.0
+    images_per_class: int | None
+    precision: str
+    keep: float
+    mode_guidance: float
 
     @property
     def candidate(self) -> Candidate:
@@ -152,7 +145,7 @@ class Trial(Scores):
     def conditions(self) -> tuple[Any, ...]:
         """The values that trials must share for their accuracies to be comparable."""
         return (self.dataset, self.model_sha256, self.sampler, self.precision, self.budget, self.epochs_setting, self.seed,
-                self.device, len(self.accuracies), self.judged_on)  # fmt: skip
+                self.device, len(self.accuracies))  # fmt: skip
 
 
 def run_search(
@@ -275,16 +268,15 @@ def evidence(trials: Sequence[Trial]) -> str:
 
 
 def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
-    """The model with the best settings of the last search with it on held-out training images.
+    """The model with the best settings of the last search with it.
 
     Raises MissingDataError if there was none.
     """
     sha256 = model_hash(model.folder)
-    ours = [trial for trial in read_trials(records) if (trial.model_sha256, trial.judged_on) == (sha256, _JUDGED_ON)]
+    ours = [trial for trial in read_trials(records) if trial.model_sha256 == sha256]
     if not ours:
         raise MissingDataError(
-            f"{records} has no trials of the model in {model.folder} on {_JUDGED_ON}.",
-            f"Make them: ddkit tune {model.dataset}",
+            f"{records} has no trials of the model in {model.folder}.", f"Make them: ddkit tune {model.dataset}"
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
     sampling = replace(
@@ -300,20 +292,15 @@ def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
 
 
 def read_trials(records: Path) -> list[Trial]:
-    """The trials in a file, oldest first; none if there is no file. A line that a kill cut short is left out.
+    """The trials in a file, oldest first; none if there is no file.
 
-    Trials of a share kept within each class are left out as well, because no bundle chooses so any more.
+    Lines that a kill cut short are left out, and trials of other versions, which other bundles made or which were judged on
+    test images.
     """
     trials = []
-    for number, values in read_lines(records):
-        try:
-            trial = read_record(Trial, values)
-            if not trial.accuracies:
-                raise BadFileError("accuracies are missing")
-        except BadFileError as error:
-            raise BadFileError(f"{records}, line {number}, is not a trial of ddkit tune.", "Delete that line.") from error
-        if trial.keep == 1 or values.get("across_classes"):
-            trials.append(trial)
+    for _, values in read_lines(records):
+        with contextlib.suppress(BadFileError):
+            trials.append(read_record(Trial, values))
     return trials
 
 
@@ -364,7 +351,6 @@ def _planned(model: BundleModel, candidate: Candidate, settings: EvaluationSetti
         images_per_class=candidate.images_per_class,
         keep=candidate.keep,
         precision=sampling.precision,
-        judged_on=_JUDGED_ON,
         mode_guidance=candidate.mode_guidance,
     )
 
@@ -388,8 +374,7 @@ def _try(
     early = trial.images_per_class is not None
     generator = ScriptEntry(script, trial.dataset, tuple(arguments), may_end_early=early, progress=progress)
     candidate = "/".join(f"{name}={value:g}" for name, value in vars(trial.candidate).items() if value is not None)
-    kept = "" if trial.keep == 1 else "/across classes"  # the state of an earlier bundle is not continued
-    name = f"tune/{trial.model_sha256}/{trial.sampler}/{trial.precision}/{candidate}{kept}"
+    name = f"tune/{trial.model_sha256}/{trial.sampler}/{trial.precision}/{candidate}"
     outcome = evaluate_generator(generator, test_set, settings, name=name, state=state, progress=progress)
     return replace(
         trial,

@@ -69,7 +69,7 @@ def test_pack_tuned_takes_the_best_settings_of_the_search(colors, colors_model, 
     assert "ddkit tune colors" in said
     for steps, accuracy in ((4, 0.5), (8, 0.75), (16, 0.25)):
         trial = Trial(colors, model_hash(colors_model), "ddim", steps, 1.5, 60.0, 20, 0, "", (9,), (59.0,), (accuracy,),
-                      judged_on="held-out training images")  # fmt: skip
+                      None, "float32", 1.0, 0.0)  # fmt: skip
         _append(trial, work / "runs" / "tune" / "colors.jsonl")
     _, said = run(*words)
     assert "The bundle was not tested" in said and "8 steps, guidance 1.5, no mode guidance, float32, 100 % kept" in said

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ddkit.errors import BadFileError, MissingDataError, UsageError
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.generator.model_facts import model_hash
 from ddkit.packing.bundle import BundleModel
@@ -32,7 +32,8 @@ PRECISION = BundleModel("any", Path()).settings.sampling.precision
 def trial(steps, *accuracies, guidance=1.0, **changes):
     settings = {"dataset": "colors", "model_sha256": "of-it", "sampler": "dpm++", "budget": 60.0, "epochs_setting": 20,
                 "seed": 0, "device": "cpu", "images": (800 // steps,) * len(accuracies),
-                "seconds": (57.0,) * len(accuracies), "judged_on": "held-out training images"}  # fmt: skip
+                "seconds": (57.0,) * len(accuracies), "images_per_class": None, "precision": "float32", "keep": 1.0,
+                "mode_guidance": 0.0}  # fmt: skip
     return Trial(steps=steps, guidance=guidance, accuracies=accuracies, **(settings | changes))
 
 
@@ -67,10 +68,6 @@ def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
     path.write_text(path.read_text() + '{"dataset": "colo')
     assert read_trials(path) == [trial(4, 0.2, 0.3), trial(8, 0.4, 0.3, guidance=2.0)]
     assert trial(4, 0.2).conditions != trial(4, 0.2, device="another").conditions
-    assert trial(4, 0.2).conditions != trial(4, 0.2, judged_on="test images").conditions
-    path.write_text('{"dataset": "colors"}\n')
-    with pytest.raises(BadFileError, match="line 1"):
-        read_trials(path)
 
 
 def test_the_best_is_named_with_how_sure_that_is():
@@ -121,25 +118,6 @@ def test_the_best_of_the_latest_conditions_is_packed(colors, colors_model, tmp_p
     assert (settings.images_per_class, settings.keep, settings.sampling.precision) == (50, 0.25, "bfloat16")
 
 
-def test_a_line_of_an_earlier_version_is_a_trial(tmp_path):
-    path = tmp_path / "trials.jsonl"
-    _append(trial(4, 0.2, 0.3), path)
-    values = json.loads(path.read_text())
-    del values["images_per_class"], values["precision"], values["keep"], values["judged_on"], values["mode_guidance"]
-    path.write_text(json.dumps(values) + "\n")
-    assert read_trials(path) == [trial(4, 0.2, 0.3, judged_on="test images")]
-
-
-def test_trials_on_test_images_choose_no_settings(colors, colors_model, tmp_path):
-    path, model, sha256 = tmp_path / "trials.jsonl", BundleModel(colors, colors_model), model_hash(colors_model)
-    _append(trial(4, 0.9, model_sha256=sha256, judged_on="test images"), path)
-    with pytest.raises(MissingDataError, match="has no trials .* on held-out training images"):
-        with_best_settings(model, path)
-    _append(trial(8, 0.3, model_sha256=sha256), path)
-    _append(trial(16, 0.8, model_sha256=sha256, judged_on="test images"), path)
-    assert with_best_settings(model, path).settings.sampling.steps == 8
-
-
 def test_tune_works_without_test_images(colors, colors_model, own_cache, tmp_path):
     (own_cache / colors / "test.safetensors").unlink()
     settings = EvaluationSettings(track=2, rounds=1, epochs_setting=8, time_budget=30.0)
@@ -150,39 +128,19 @@ def test_tune_works_without_test_images(colors, colors_model, own_cache, tmp_pat
     assert tune(BundleModel(colors, colors_model), search, tmp_path) == (known,)
 
 
-def test_trials_that_kept_a_share_within_each_class_do_not_count(colors, colors_model, tmp_path):
-    path, model = tmp_path / "trials.jsonl", BundleModel(colors, colors_model)
-    sha256 = model_hash(colors_model)
-    within, whole = trial(4, 0.9, model_sha256=sha256, keep=0.5), trial(4, 0.3, model_sha256=sha256)
-    _append(within, path)
-    _append(whole, path)
-    before = [json.loads(line) for line in path.read_text().splitlines()]
-    for values in before:
-        del values["across_classes"]  # as it was recorded then
-    path.write_text("".join(f"{json.dumps(values)}\n" for values in before))
-    assert read_trials(path) == [whole]
-    assert with_best_settings(model, path).settings.keep == 1
-    across = trial(4, 0.6, model_sha256=sha256, keep=0.5)
-    _append(across, path)
-    assert read_trials(path) == [whole, across]
-    assert with_best_settings(model, path).settings.keep == 0.5
-
-
 def test_the_chart_is_a_picture(tmp_path):
     draw_chart([trial(4, 0.2, 0.3), trial(8, 0.4, 0.5), trial(4, 0.1, 0.1, guidance=2.0)], tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         assert picture.format == "PNG" and picture.width > 400 and len(picture.convert("L").getcolors()) > 10
 
 
-@pytest.mark.parametrize("line", [b'{"accuracies": []}', b'{"steps": "two"}', b"[1]"])
-def test_lines_that_are_not_trials_raise_bad_file_error(tmp_path, line):
+@pytest.mark.parametrize("change", [{"steps": "two"}, {"judged_on": "test images"}])
+def test_lines_that_are_not_trials_of_this_version_are_left_out(tmp_path, change):
     path = tmp_path / "trials.jsonl"
     _append(trial(4, 0.2, 0.3), path)
-    whole = json.loads(path.read_text())
-    change = json.loads(line)
-    path.write_text(json.dumps(whole | change if isinstance(change, dict) else change) + "\n")
-    with pytest.raises(BadFileError, match="line 1"):
-        read_trials(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
+    _append(trial(8, 0.5), path)
+    assert read_trials(path) == [trial(8, 0.5)]
 
 
 def test_a_line_torn_within_a_letter_is_left_out(tmp_path):
