@@ -1,4 +1,4 @@
-"""The settings of the generator, its training and its sampling, as frozen dataclasses, and their conversion to JSON and back.
+"""The settings of the generator, its training and its sampling, as frozen dataclasses.
 
 This module imports no PyTorch, so that the command line can state the choices and defaults in its help.
 """
@@ -6,12 +6,10 @@ This module imports no PyTorch, so that the command line can state the choices a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ddkit.errors import UsageError, did_you_mean, require_positive
-from ddkit.runtime.records import read_record
 
 ARCHITECTURES = ("uvit", "dit")
 PREDICTIONS = ("flow", "v", "epsilon")
@@ -270,12 +268,6 @@ class SamplingSettings:
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise UsageError(f"The guidance interval must lie within 0 and 1, its lower end first, got {low} to {high}.")
-
-
-def from_json(value: Mapping[str, Any]) -> GeneratorConfig:
-    """The inverse of `dataclasses.asdict`. Raises BadFileError that names an unknown or missing key."""
-    # Version 0.1.0 spelled them differently.
-    return read_record(GeneratorConfig, {name.replace("optimiser", "optimizer"): item for name, item in value.items()})
 
 
 def _check_choice(config: Any, name: str, known: tuple[str, ...]) -> None:

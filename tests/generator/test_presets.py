@@ -9,16 +9,16 @@ from ddkit.errors import BadFileError, UsageError
 from ddkit.generator.config import (
     AutoencoderConfig,
     DenoiserConfig,
+    GeneratorConfig,
     MinimaxConfig,
     ObjectiveConfig,
     OptimizerConfig,
     default_mode_guidance,
     default_sampling,
-    from_json,
 )
 from ddkit.generator.presets import MINIMAX_PRESET, PRESETS, preset
 from ddkit.generator.training.plan import SETTINGS
-from ddkit.runtime.records import differences, override
+from ddkit.runtime.records import differences, override, read_record
 
 
 @pytest.mark.parametrize(
@@ -88,17 +88,17 @@ def test_unknown_preset_raises_usage_error_that_offers_the_nearest():
 @pytest.mark.parametrize("name", PRESETS)
 def test_configuration_survives_json(name):
     config = preset(name).config(32)
-    assert from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert read_record(GeneratorConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_unknown_and_missing_keys_raise_bad_file_error_that_names_them():
     value = dataclasses.asdict(preset("demo").config(32))
     value["objective"]["wieght"] = 1
     with pytest.raises(BadFileError, match="objective: unknown fields wieght"):
-        from_json(value)
+        read_record(GeneratorConfig, value)
     del value["objective"]["wieght"], value["denoiser"]
     with pytest.raises(BadFileError, match="fields missing: denoiser"):
-        from_json(value)
+        read_record(GeneratorConfig, value)
 
 
 def test_differences_are_listed_with_both_values():

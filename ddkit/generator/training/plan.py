@@ -150,9 +150,7 @@ def plan_training(
         config = _completed(config, minimax, data, given, start, new=before is None)
     score = before.score if before else ""
     if track_every is None:
-        track_every = before.track_every if before else None
-    if track_every is None:
-        track_every = preset(name).track_every if name else 0
+        track_every = before.track_every if before else preset(name).track_every
     if features not in (None, *SCORE_NAMES):
         raise UsageError(f"Unknown features '{features}'.", did_you_mean(str(features), tuple(SCORE_NAMES)))
     if features and not track_every:

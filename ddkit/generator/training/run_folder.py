@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ddkit import __version__
 from ddkit.errors import BadFileError, UsageError
-from ddkit.generator.config import GeneratorConfig, from_json
+from ddkit.generator.config import GeneratorConfig
 from ddkit.runtime.files import LOCK_FILE, explain_os_error, read_json, write_json
-from ddkit.runtime.records import differences
+from ddkit.runtime.records import differences, read_record
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ class RunRecord:
     """The record of a training in its folder: its dataset, its configuration and its score.
 
     dataset_sha256: hash of the prepared training split. preset: the name that the configuration came from, or "".
-    track_every: steps between two scores of the model, 0 for never, None in records by versions that did not say.
-    score: the name of the score.
+    track_every: steps between two scores of the model, 0 for never. score: the name of the score.
     """
 
     dataset: str
@@ -44,8 +43,9 @@ class RunRecord:
     image_size: int
     preset: str
     config: GeneratorConfig
-    track_every: int | None = 0
+    track_every: int = 0
     score: str = ""
+    ddkit_version: str = __version__
 
 
 def has_training(folder: Path) -> bool:
@@ -61,22 +61,14 @@ def read_run_record(folder: Path) -> RunRecord | None:
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
         raise BadFileError(f"{path} was not written by a training of ddkit.", "Choose another folder with --out.")
+    # Version 0.1.0 spelled them differently.
+    config = {name.replace("optimiser", "optimizer"): item for name, item in value["config"].items()}
     try:
-        config = from_json(value["config"])
+        return read_record(RunRecord, value | {"config": config})
     except BadFileError as error:
         raise BadFileError(
             f"{path} was written by another version of ddkit: {error.message}.", "Choose another folder with --out."
         ) from error
-    return RunRecord(
-        dataset=str(value.get("dataset")),
-        dataset_sha256=str(value.get("dataset_sha256")),
-        class_names=tuple(value.get("class_names", ())),
-        image_size=int(value.get("image_size", 0)),
-        preset=str(value.get("preset", "")),
-        config=config,
-        track_every=value.get("track_every"),
-        score=str(value.get("score", "")),
-    )
 
 
 def write_run_record(folder: Path, record: RunRecord) -> None:
@@ -99,7 +91,7 @@ def write_run_record(folder: Path, record: RunRecord) -> None:
             f"{folder} holds a model that was not trained there ({found[0]}), which would be lost.",
             "Choose another folder with --out.",
         )
-    write_json(folder / CONFIG_FILE, {"ddkit_version": __version__, **asdict(record)})
+    write_json(folder / CONFIG_FILE, asdict(record))
 
 
 def _differences(record: RunRecord, before: RunRecord) -> list[str]:

@@ -12,12 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ddkit.errors import ComputeError, UsageError
-from ddkit.generator.config import MinimaxConfig, from_json
+from ddkit.generator.config import GeneratorConfig, MinimaxConfig
 from ddkit.generator.model_folder import load_model, save_model
 from ddkit.generator.presets import preset
 from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.generator.training.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+from ddkit.runtime.records import read_record
 
 
 @pytest.fixture
@@ -172,11 +173,12 @@ def test_two_processes_train_like_one(data, tuning, own, tmp_path):
             import json, torch
             from pathlib import Path
             from ddkit.data.store import ImageSet
-            from ddkit.generator.config import from_json
+            from ddkit.generator.config import GeneratorConfig
             from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+            from ddkit.runtime.records import read_record
             here = Path({str(tmp_path)!r})
             images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
-            config = from_json(json.loads((here / "config.json").read_text()))
+            config = read_record(GeneratorConfig, json.loads((here / "config.json").read_text()))
             train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config, here / "two"))
         """)
     )
@@ -213,4 +215,4 @@ def test_minimax_preset_has_the_published_settings():
     assert (optimizer.batch_size, optimizer.learning_rate, optimizer.weight_decay) == (8, 1e-3, 0)
     assert optimizer.rate(0) == optimizer.rate(100_000) == 1e-3
     assert config.ema_decay == 0.9999 and not minimax.full and minimax.init == "facebook/DiT-XL-2-256"
-    assert from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert read_record(GeneratorConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -63,11 +63,12 @@ def write_script(here, data, config, folder, before=""):
         import json, torch
         from pathlib import Path
         from ddkit.data.store import ImageSet
-        from ddkit.generator.config import from_json
+        from ddkit.generator.config import GeneratorConfig
         from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+        from ddkit.runtime.records import read_record
         here = Path({str(here)!r})
         images = ImageSet(**torch.load(here / "images.pt", weights_only=True))
-        config = from_json(json.loads((here / "config.json").read_text()))
+        config = read_record(GeneratorConfig, json.loads((here / "config.json").read_text()))
         tracking = None
         exec({textwrap.dedent(before)!r})
         train(TrainingData("colors", images, "of-these-pixels"), TrainingRequest(config, here / {folder!r}), tracking=tracking)
