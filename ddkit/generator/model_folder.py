@@ -115,11 +115,6 @@ def _save_part(part: Any, folder: Path) -> None:
 def _load_part(folder: Path, kinds: Mapping[str, type[ModelMixin]]) -> ModelMixin:
     """Build a part from its config.json and load its weights, every key of which must fit."""
     config_path, weights_path = folder / "config.json", folder / WEIGHTS_FILE
-    if (folder.parent / "unet").is_dir() and not folder.exists():
-        raise BadFileError(
-            f"{folder.parent} holds a U-Net, which this version of ddkit does not read.",
-            "Train the model again; the architecture uvit is faster and better.",
-        )
     for path in (config_path, weights_path):
         if not path.is_file():
             raise MissingModelError(f"{path} is missing.", "Train the model again, or give another folder.")

@@ -24,9 +24,8 @@ METRICS_FILE = "metrics.jsonl"
 CHART_FILE = "training.png"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
-# What a model consists of; "unet" is a part of models by version 0.1.0.
 _MODEL_FILES = ("ddkit.json", "model_index.json")
-_MODEL_PARTS = ("vae", "transformer", "unet")
+_MODEL_PARTS = ("vae", "transformer")
 
 
 @dataclass(frozen=True)
