@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from ddkit.network.convnet import ConvNet
 from ddkit.network.winograd import FeatureMaps, WinogradEngine
 
 Embedder = Callable[[Tensor], Tensor]
-_Seen = TypeVar("_Seen", Tensor, tuple[Tensor, ...])
 _LARGEST_MAP = 2**27  # floats of the first block's output, of which half a dozen as large are kept: 512 MiB each
 
 
@@ -40,22 +39,14 @@ def build_embedder(network: ConvNet, batch_size: int, precision: str = "float32"
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             return network.embed(images).float()
 
-    return lambda images: in_parts(embed, images)
+    def embed_in_parts(images: Tensor) -> Tensor:
+        at_once = max(1, _LARGEST_MAP // (NETWORK_WIDTH * images.shape[-1] ** 2))
+        if len(images) <= at_once:
+            return embed(images)
+        # The backward pass computes the activations again instead of keeping them (gradient checkpointing).
+        return torch.cat([checkpoint(embed, part, use_reentrant=False) for part in images.split(at_once)])
 
-
-def in_parts(look: Callable[[Tensor], _Seen], images: Tensor) -> _Seen:
-    """Apply `look` to images (N, 3, S, S) in parts that fit into memory, and join the results.
-
-    `look` returns a tensor, or a tuple of tensors, of N rows. With more than one part, the backward pass computes the
-    activations again instead of keeping them (gradient checkpointing).
-    """
-    at_once = max(1, _LARGEST_MAP // (NETWORK_WIDTH * images.shape[-1] ** 2))
-    if len(images) <= at_once:
-        return look(images)
-    seen = [checkpoint(look, part, use_reentrant=False) for part in images.split(at_once)]
-    if isinstance(seen[0], Tensor):
-        return torch.cat(seen)
-    return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
+    return embed_in_parts
 
 
 class _EngineEmbedder:

@@ -127,7 +127,6 @@ class WinogradEngine:
             weights = self._weights.read(self._network, backward=False)
         else:
             keep.weights = weights = (keep.weights or _Weights(self._plan)).read(self._network, backward=True)
-            keep.filled = True
         embedding = torch.empty(len(images), self._network.classifier.in_features)
         self._share_out(len(images), lambda worker, ranges: worker.embed(images, embedding, ranges, weights, keep))
         return embedding
@@ -140,9 +139,8 @@ class WinogradEngine:
         gradients is computed.
         """
         images, embedding_gradients = images.float().contiguous(), embedding_gradients.float().contiguous()
-        weights, filled, kept.filled = kept.weights, kept.filled, False
-        if weights is None or not filled:
-            raise ValueError("These feature maps were not filled by embed, or already used.")
+        weights = kept.weights
+        assert weights is not None, "embed has filled the maps"
         gradients, of_batch = torch.empty_like(images), (images, embedding_gradients)
         self._share_out(len(images), lambda worker, ranges: worker.differentiate(*of_batch, gradients, ranges, weights, kept))
         return gradients
@@ -239,7 +237,6 @@ class FeatureMaps:
         self.values = [torch.empty(n, (side // shrunk) ** 2 * NETWORK_WIDTH) for shrunk in (2, 4)]
         self.statistics = torch.empty(3, n, 2, NETWORK_WIDTH)
         self.weights: _Weights | None = None  # by which they were computed
-        self.filled = False
 
     def fit(self, images: Tensor) -> bool:
         """True if the maps were made for as many images of this size."""
