@@ -74,7 +74,6 @@ class OnlinePool:
         return int(torch.randint(self._settings.size, (1,), generator=generator))
 
     def load_into(self, network: ConvNet, number: int) -> None:
-        """Give `network` the parameters of network `number`."""
         load_flat_parameters(network, self._parameters[number])
 
     def update(self, number: int, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -129,12 +129,10 @@ class RefinementState:
 
     @property
     def first(self) -> Validation:
-        """The validation of the original set."""
         return self.validations[0]
 
     @property
     def best(self) -> Validation:
-        """The validation of `best_images`."""
         return next(validation for validation in self.validations if validation.step == self.best_step)
 
     @property
@@ -159,12 +157,10 @@ class RefinementState:
         return self.best.step == 0 and before.is_file() and _holds(before, self.best_images)
 
     def give_back(self, to: Path) -> SetFiles:
-        """Write the original set."""
         _copy_set(self.before.tensor, to)
         return set_files(to)
 
     def save(self) -> None:
-        """Write everything, atomically."""
         kept = {name: value for name, value in vars(self).items() if name != "folder"}
         validations = [asdict(validation) for validation in self.validations]
         kept |= {"version": _VERSION, "settings": json.dumps(self.settings), "validations": validations}

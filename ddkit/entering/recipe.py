@@ -68,7 +68,6 @@ class SetRecipe:
 
     @property
     def bundle_settings(self) -> BundleSettings:
-        """How the generator samples on track 2."""
         if self.bundle is not None or not self.preset:
             return self.bundle or BundleSettings()
         return BundleSettings(dataclasses.replace(BUNDLE_SAMPLING, mode_guidance=default_mode_guidance(self._prediction)))
@@ -112,11 +111,9 @@ class Recipe:
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """The names of the datasets."""
         return tuple(each.dataset for each in self.sets)
 
     def with_set(self, changed: SetRecipe) -> Recipe:
-        """This recipe with another one of its sets."""
         sets = tuple(changed if each.dataset == changed.dataset else each for each in self.sets)
         return dataclasses.replace(self, sets=sets)
 

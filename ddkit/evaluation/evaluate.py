@@ -80,7 +80,6 @@ class EvaluationSettings:
 
     @property
     def training(self) -> TrainingSettings:
-        """The settings with which each network is trained."""
         epochs = self.epochs_setting
         if epochs is None:
             epochs = challenge.track(self.track).epochs_setting

@@ -134,8 +134,6 @@ def predict(engine: Engine, test_set: TestSet, device: torch.device) -> Tensor:
 
 
 class _Round:
-    """A round that runs."""
-
     def __init__(self, job: RoundJob, images: Tensor, labels: Tensor, spec: DatasetSpec, settings: RoundSettings) -> None:
         self.job = job
         self._device = torch.device(settings.device)

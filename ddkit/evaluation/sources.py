@@ -36,7 +36,6 @@ class FixedSet:
         return hash_of(self.images, self.labels)
 
     def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
-        """The images and labels of round `index`."""
         return Generated(self.images, self.labels, 0.0)
 
     def forget(self, index: int, folder: Path | None) -> None:

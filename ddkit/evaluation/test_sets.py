@@ -46,7 +46,6 @@ class TestSet:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """A hash of the images and labels."""
         return hash_of(self.images, self.labels)
 
     @functools.cached_property

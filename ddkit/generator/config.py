@@ -345,7 +345,6 @@ class BundleSettings:
 
     @property
     def has_classifier(self) -> bool:
-        """True if the bundle has that ConvNet."""
         return self.classifier or self.keep < 1
 
 

@@ -47,7 +47,6 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(torch.ones_like(layer.weight[:, 0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, scaled."""
         return self.layer(x) * self.scale
 
     @torch.no_grad()

@@ -4,18 +4,15 @@ Source: Chen et al. 2025, "Influence-Guided Diffusion for Dataset Distillation" 
 an image on its class is the mean, over checkpoints of one training on real images, of the cosine similarity between the
 gradient of the image's loss and the mean gradient of the losses of the class's real images.
 
-Four things differ from the paper:
-- The gradients are those of the last layer, not of all layers. The last layer's gradient is an outer product, so its cosine
-  takes one pass through the network; all layers would need second derivatives.
-- The checkpoints are those after 1, 2 and 4 epochs. The paper keeps a checkpoint if its class gradients are less similar to
-  those of the last one kept than a threshold; the authors' code, with 0.7, kept epochs 0, 5, 16 and 40 on ImageWoof. For the
-  last layer alone this would keep the untrained network only: on CIFAR-100 its gradients had cosines above 0.7 with those after
-  each of 8 epochs.
+These differ from the paper:
+- The gradients are those of the last layer: outer products, whose cosines take one pass through the network. Those of all
+  layers would need second derivatives.
+- The checkpoints are those after 1, 2 and 4 epochs. The paper keeps a checkpoint if the cosines between its class gradients
+  and those of the last one kept are below 0.7; for the last layer alone they never are.
 - The network is the challenge's ConvNet at 32 pixels at most, trained on up to 10,000 images, which takes about a minute
   on a CPU. The paper's has six blocks and is trained for 50 epochs on all images.
-- Deviation guidance (equation 8: away from the most similar earlier sample of the class) is left out. With it an image would
-  depend on all earlier ones, and could no longer be made alone, in any batch and by any process. Mode guidance, which can be
-  added, spreads the samples of a class without that.
+- Deviation guidance (equation 8: away from the most similar earlier sample of the class) is left out, because an image would
+  depend on all earlier ones. Mode guidance, which can be added, spreads the samples of a class without that.
 """
 
 from __future__ import annotations

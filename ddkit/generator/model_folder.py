@@ -46,7 +46,6 @@ class Model:
         return (self.denoiser.config.in_channels, self.denoiser.config.sample_size, self.denoiser.config.sample_size)
 
     def to(self, device: torch.device | str) -> Model:
-        """The same model, moved to that device."""
         return dataclasses.replace(self, denoiser=self.denoiser.to(device), autoencoder=self.autoencoder.to(device))
 
 

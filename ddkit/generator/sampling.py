@@ -253,7 +253,6 @@ class Decoder(nn.Module):
         self.image_size = model.facts.image_size
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Decode."""
         latents = (latents / self.scale).contiguous(memory_format=torch.channels_last)
         return decode(self.autoencoder, latents, self.image_size).float() / 2 + 0.5
 

@@ -157,7 +157,6 @@ class TanhGELU(nn.Module):
     """GELU approximated by tanh (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: of any shape -> the same shape."""
         if not torch.compiler.is_compiling():
             return F.gelu(x, approximate="tanh")
         # The same, (1 + tanh(u)) / 2 = sigmoid(2 u), which a compiler makes several times as fast on a CPU.

@@ -200,7 +200,6 @@ class TrainingRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave."""
         self.epochs_done, self._order = state["epochs_done"], state["order"]
         self._losses = [torch.tensor(loss, device=self._images.device) for loss in state["losses"]]
         self.network.load_state_dict(state["network"])

@@ -296,7 +296,6 @@ def _add_classifier_and_modes(model: BundleModel, loaded: Model, real: ImageSet,
 
 
 def _entry(spec: DatasetSpec, settings: BundleSettings) -> dict[str, Any]:
-    """The content of entry.json."""
     names = ("sampler", "steps", "guidance", "guidance_interval", "mode_guidance", "precision")
     return {
         "dataset": spec.name,

@@ -138,7 +138,6 @@ class Trial(Scores):
 
     @property
     def candidate(self) -> Candidate:
-        """The settings that were tried."""
         return Candidate(self.steps, self.guidance, self.images_per_class, self.keep, self.mode_guidance)
 
     @property

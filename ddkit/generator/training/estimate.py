@@ -267,7 +267,6 @@ class _Probe:
         return images / (time.perf_counter() - began)
 
     def _seconds(self, count: int, workers: int) -> float:
-        """The time of one pass over so many images."""
         trained = [parameter for parameter in self._stage.loss.parameters() if parameter.requires_grad]
 
         def work(piece: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,6 @@ class MetricsLog:
         self._writer = require_tensorboard()(folder / TENSORBOARD) if tensorboard else None
 
     def records(self) -> list[dict[str, Any]]:
-        """The records so far, as `read_records` returns them."""
         return read_records(self._path)
 
     def write(self, record: Any) -> None:
@@ -48,7 +47,6 @@ class MetricsLog:
                     self._writer.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
     def close(self) -> None:
-        """Write TensorBoard's file to its end."""
         if self._writer is not None:
             self._writer.close()
 

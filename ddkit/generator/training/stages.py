@@ -181,7 +181,6 @@ class DenoiserLoss(nn.Module):
         return self.errors(output, clean, noise, times)
 
     def errors(self, output: Tensor, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """The two errors of a network's output."""
         errors = (output - self.objective.target(clean, noise, times)).square().flatten(1).mean(dim=1)  # (B,)
         return (self.objective.weight(times) * errors).mean(), errors.mean()
 

@@ -283,7 +283,6 @@ class _Run(Callback):
         return [record for record in self.log.records() if record["stage"] == AutoencoderStage.name]
 
     def _autoencoder_seconds(self) -> float:
-        """The time spent on training the autoencoder."""
         return max((record["seconds"] for record in self._autoencoder_records()), default=0.0)
 
 

@@ -138,7 +138,6 @@ class Trainer:
                 raise self._interrupted()
 
     def save(self) -> None:
-        """Write a checkpoint now."""
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
                 step=self.step,
@@ -378,7 +377,6 @@ def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
 
 
 def cut(part: Mapping[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
-    """A part as that many equal pieces."""
     chunks = {name: values.chunk(pieces) for name, values in part.items()}
     return [{name: values[k] for name, values in chunks.items()} for k in range(pieces)]
 
