@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ddkit.errors import BadFileError, MissingModelError, UsageError, did_you_mean
 from ddkit.generator.autoencoder import pixel_patch
 from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
-from ddkit.generator.model_facts import FACTS_FILE, INDEX_FILE
+from ddkit.generator.model_facts import FACTS_FILE, INDEX_FILE, WEIGHTS_FILE
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.networks import class_setting, disable_label_dropout, null_class
 from ddkit.runtime.files import read_json
-from ddkit.runtime.hub import HUB_ERRORS, download, is_hub_id, reason_of
+from ddkit.runtime.hub import download, is_hub_id
 
 _WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.json")
 _IMAGENET_CLASSES = 1000
@@ -105,7 +105,7 @@ def load_generator(source: str) -> Pretrained:
     Raises MissingModelError when there is none or it cannot be downloaded, BadFileError when it is damaged or not a
     diffusion transformer.
     """
-    folder = _folder_of(source)
+    folder = _folder_of(source, [FACTS_FILE, INDEX_FILE, "transformer/*", "vae/*", "scheduler/*"], _KNOWN)
     if (folder / FACTS_FILE).is_file():
         model = load_model(folder)
         names = tuple((name,) for name in model.facts.class_names)
@@ -156,33 +156,15 @@ def imagenet_wnids() -> tuple[str, ...]:
     return tuple(read_json(_WNIDS_FILE))
 
 
-def _folder_of(source: str) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if not is_hub_id(source):
-        raise MissingModelError(f"There is no folder {source} to start from.", _KNOWN)
-    return download(source, "model", [FACTS_FILE, INDEX_FILE, "transformer/*", "vae/*", "scheduler/*"])
-
-
 def load_pretrained_autoencoder(source: str) -> AutoencoderKL:
-    """A pretrained autoencoder from a hub id or a folder: its own, or that of a pipeline, with the part in `vae`.
+    """A pretrained autoencoder from a folder or a hub id: its own, or that of a pipeline, with the part in `vae`.
 
-    Raises MissingModelError when there is none or it cannot be downloaded, BadFileError when its weights do not fit it
-    or it does not encode color images.
+    Raises MissingModelError when there is none or it cannot be downloaded, BadFileError when it is damaged or does not
+    encode color images.
     """
     remedy = "Give a folder in diffusers' format with safetensors weights, or the hub id of one."
-    folder = Path(source).expanduser()
-    if not folder.is_dir() and not is_hub_id(source):
-        raise MissingModelError(f"There is no folder '{source}' to load an autoencoder from.", remedy)
-    where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source}
-    if (folder / "vae").is_dir():
-        where["subfolder"] = "vae"
-    try:
-        autoencoder, found = AutoencoderKL.from_pretrained(**where, use_safetensors=True, output_loading_info=True)
-    except HUB_ERRORS as error:
-        raise MissingModelError(f"No autoencoder could be loaded from '{source}': {reason_of(error)}", remedy) from error
-    _refuse_misfits(found, source)
+    folder = _folder_of(source, ["config.json", WEIGHTS_FILE, "vae/*"], remedy)
+    autoencoder = _read_part(AutoencoderKL, folder / "vae" if (folder / "vae").is_dir() else folder, ("AutoencoderKL",), remedy)
     channels = autoencoder.config.in_channels
     if channels != 3 * pixel_patch(autoencoder) ** 2:
         raise BadFileError(
@@ -191,15 +173,14 @@ def load_pretrained_autoencoder(source: str) -> AutoencoderKL:
     return autoencoder
 
 
-def _refuse_misfits(found: Mapping[str, Sequence[Any]], source: object) -> None:
-    """Raise BadFileError when diffusers' loading info lists weights that are missing, unknown or of another shape.
-
-    diffusers would continue with random ones in their places.
-    """
-    if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
-        raise BadFileError(
-            f"The weights in {source} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete."
-        )
+def _folder_of(source: str, patterns: Sequence[str], remedy: str) -> Path:
+    """The folder `source`, or where the files of that hub id are downloaded to."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(source):
+        raise MissingModelError(f"There is no folder {source} to start from.", remedy)
+    return download(source, "model", patterns)
 
 
 def _read_dit_pipeline(folder: Path) -> Pretrained:
@@ -219,17 +200,21 @@ def _read_dit_pipeline(folder: Path) -> Pretrained:
     return Pretrained(disable_label_dropout(_noise_only(transformer)), autoencoder.eval(), names, "epsilon")
 
 
-def _read_part(kind: type[ModelMixin], folder: Path, classes: Sequence[str]) -> ModelMixin:
+def _read_part(kind: type[ModelMixin], folder: Path, classes: Sequence[str], remedy: str = _KNOWN) -> ModelMixin:
     """A network and its weights, every key of which must fit. Nothing in the folder is executed."""
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in classes:
-        raise BadFileError(f"{folder} holds a {name}, not a {classes[0]}.", _KNOWN)
+        raise BadFileError(f"{folder} holds a {name}, not a {classes[0]}.", remedy)
     try:
         network, found = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise BadFileError(f"{folder} cannot be read: {str(error).splitlines()[0]}", "The folder is damaged.") from error
-    _refuse_misfits(found, folder)
+    # diffusers would continue with random weights in their places.
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
+        raise BadFileError(
+            f"The weights in {folder} do not fit its config.json: {wrong[0]}.", "They are damaged or incomplete."
+        )
     # The folder on this machine must not be saved with the fine-tuned network.
     network.register_to_config(_name_or_path="")
     return network

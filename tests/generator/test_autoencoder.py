@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ddkit.errors import InterruptedRunError, MissingModelError, UsageError
+from ddkit.errors import BadFileError, InterruptedRunError, MissingModelError, UsageError
 from ddkit.generator.autoencoder import (
     AutoencoderLoss,
     build_autoencoder,
@@ -104,10 +104,10 @@ class TestPretrained:
         assert latents.shape == (1, 4, 8, 8)
         assert decode(autoencoder, latents, 16).shape == (1, 3, 16, 16)
 
-    def test_missing_pretrained_autoencoder_raises_missing_model_error(self, tmp_path):
-        with pytest.raises(MissingModelError, match="No autoencoder could be loaded"):
+    def test_missing_pretrained_autoencoder_is_refused(self, tmp_path):
+        with pytest.raises(BadFileError, match="config.json"):
             load_pretrained_autoencoder(str(tmp_path))
-        with pytest.raises(MissingModelError, match="no folder 'nowhere'"):
+        with pytest.raises(MissingModelError, match="no folder nowhere"):
             load_pretrained_autoencoder("nowhere")
 
 

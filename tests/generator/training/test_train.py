@@ -423,7 +423,7 @@ class TestPretrainedAutoencoder:
 
     def test_missing_autoencoder_raises_missing_model_error(self, data, config, tmp_path):
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
-        with pytest.raises(MissingModelError, match="no folder '.*/nowhere' to load an autoencoder from"):
+        with pytest.raises(MissingModelError, match="no folder .*/nowhere to start from"):
             train(data, TrainingRequest(config, tmp_path / "run"))
 
 
