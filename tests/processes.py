@@ -2,7 +2,8 @@
 
 `start("-m", "ddkit", "train")` is what `subprocess.Popen([sys.executable, "-m", "ddkit", "train"])` would be, without the two
 to six seconds of processor time that the imports take: a process with an environment, a folder, limits and an end of its own.
-Tests of what is imported, or of what the environment does to an import, start Python itself.
+The processes that a script starts are forked from it in turn, and not spawned. Tests of what is imported, or of what the
+environment does to an import, start Python itself.
 """
 
 from __future__ import annotations
@@ -138,5 +139,7 @@ def _become(
         sys.modules["__main__"] = types.ModuleType("__main__")
         exec(rest[0], vars(sys.modules["__main__"]))
     else:
+        contexts = multiprocessing.context._concrete_contexts
+        contexts["spawn"] = contexts["fork"]
         sys.argv, sys.path[:0] = list(words), [str((folder / first).parent)]
         runpy.run_path(first, run_name="__main__")

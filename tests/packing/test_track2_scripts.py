@@ -1,4 +1,4 @@
-"""The stand-alone track 2 entry, run as organizers run it: real processes, real kills, nothing of ddkit on its path."""
+"""The stand-alone track 2 entry in real processes, some of them as organizers start it: nothing of ddkit on its path."""
 
 import functools
 import json
@@ -13,9 +13,10 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
+import processes
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,13 +40,25 @@ def entry(colors, colors_model, tmp_path):
     return build_folder([BundleModel(colors, colors_model, BundleSettings(SAMPLING, "cpu", keep=1.0))], tmp_path / "entry")
 
 
+def script(entry, out, *words):
+    return [str(entry / "generate.py"), "--dataset", "colors", "--out", str(out), *map(str, words)]
+
+
 def command(entry, out, *words):
-    return [sys.executable, "-I", str(entry / "generate.py"), "--dataset", "colors", "--out", str(out), *map(str, words)]
+    return [sys.executable, "-I", *script(entry, out, *words)]
 
 
 def run(entry, out, *words, status=0, **settings):
-    """The entry run to its end: what it said."""
-    done = subprocess.run(command(entry, out, *words), capture_output=True, text=True, check=False, **settings)
+    """The entry run to its end as organizers run it: what it said."""
+    return said_by(subprocess.run(command(entry, out, *words), capture_output=True, text=True, **settings), status)
+
+
+def make(entry, out, *words, status=0, **settings):
+    """The same without the seconds that the libraries take to import, in each of its processes."""
+    return said_by(processes.run(*script(entry, out, *words), **settings), status)
+
+
+def said_by(done, status):
     assert done.returncode == status, done.stderr
     assert done.stdout == "" and "Traceback" not in done.stderr
     return done.stderr
@@ -66,16 +79,9 @@ def wait_for(condition):
     raise AssertionError("it never came about")
 
 
-def running(words):
-    """Processes that have this among their arguments, or whose parent had it."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if words.encode() in path.read_bytes() and "Z" not in (path.parent / "stat").read_text().split(")")[1][:3]:
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
+def is_gone(process):
+    """No process that a parent has yet to ask for its status counts."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow
@@ -92,11 +98,10 @@ def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colors_model, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by Linux's /proc")
 def test_pixels_are_the_bytes_that_the_floats_are_made_of(entry, colors, tmp_path):
     spec = dataset_spec(colors)
-    run(entry, tmp_path / "floats.pt", "--time-budget", 60, "--most", 9, "--processes", 1)
-    run(entry, tmp_path / "bytes.pt", "--time-budget", 60, "--most", 9, "--processes", 1, "--pixels")
+    make(entry, tmp_path / "floats.pt", "--time-budget", 60, "--most", 9, "--processes", 1)
+    make(entry, tmp_path / "bytes.pt", "--time-budget", 60, "--most", 9, "--processes", 1, "--pixels")
     floats, made = (torch.load(tmp_path / name, weights_only=True) for name in ("floats.pt", "bytes.pt"))
     assert made["images"].dtype == torch.uint8 and torch.equal(made["labels"], floats["labels"])
     assert made["mean"].tolist() == pytest.approx(spec.mean) and made["std"].tolist() == pytest.approx(spec.std)
@@ -124,9 +129,9 @@ def probabilities(entry, colors, load, images):
 def test_mode_guidance_of_an_entry_can_be_turned_off(entry, colors, colors_model, tmp_path):
     settings = BundleSettings(replace(SAMPLING, mode_guidance=0.5), "cpu", keep=1.0)
     guided = build_folder([BundleModel(colors, colors_model, settings)], tmp_path / "guided")
-    run(guided, tmp_path / "guided.pt", "--ipc", 2, "--processes", 1)
-    run(guided, tmp_path / "off.pt", "--ipc", 2, "--processes", 1, "--mode-guidance", 0)
-    run(entry, tmp_path / "plain.pt", "--ipc", 2, "--processes", 1)
+    make(guided, tmp_path / "guided.pt", "--ipc", 2, "--processes", 1)
+    make(guided, tmp_path / "off.pt", "--ipc", 2, "--processes", 1, "--mode-guidance", 0)
+    make(entry, tmp_path / "plain.pt", "--ipc", 2, "--processes", 1)
     images, off, plain = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("guided", "off", "plain"))
     assert torch.equal(off, plain) and (images - plain).abs().max() > 0.1
 
@@ -134,8 +139,8 @@ def test_mode_guidance_of_an_entry_can_be_turned_off(entry, colors, colors_model
 @pytest.mark.slow
 def test_an_entry_with_a_filter_keeps_the_images_its_classifier_is_surest_of(filtering_entry, colors, load, tmp_path):
     everything, kept = tmp_path / "all.pt", tmp_path / "kept.pt"
-    run(filtering_entry, everything, "--time-budget", 600, "--most", 12, "--processes", 2, "--keep", 1)
-    run(filtering_entry, kept, "--time-budget", 600, "--most", 6, "--processes", 2)
+    make(filtering_entry, everything, "--time-budget", 600, "--most", 12, "--processes", 2, "--keep", 1)
+    make(filtering_entry, kept, "--time-budget", 600, "--most", 6, "--processes", 2)
     made, surest = (torch.load(path, weights_only=True) for path in (everything, kept))
     assert len(made["labels"]) == 12 and surest["labels"].tolist() == [0, 1] * 3
     by_class = made["labels"].argsort(stable=True)
@@ -147,8 +152,8 @@ def test_an_entry_with_a_filter_keeps_the_images_its_classifier_is_surest_of(fil
 
 @pytest.mark.slow
 def test_a_fixed_set_of_an_entry_with_a_filter_is_chosen_from_twice_as_many(filtering_entry, colors, load, tmp_path):
-    run(filtering_entry, tmp_path / "all.pt", "--ipc", 4, "--processes", 1, "--keep", 1)
-    said = run(filtering_entry, tmp_path / "kept.pt", "--ipc", 2, "--processes", 1)
+    make(filtering_entry, tmp_path / "all.pt", "--ipc", 4, "--processes", 1, "--keep", 1)
+    said = make(filtering_entry, tmp_path / "kept.pt", "--ipc", 2, "--processes", 1)
     made, kept = (torch.load(tmp_path / name, weights_only=True) for name in ("all.pt", "kept.pt"))
     shown = probabilities(filtering_entry, colors, load, made)
     best = torch.cat([shown[:, label].topk(2).indices.sort().values for label in (0, 1)])
@@ -158,14 +163,14 @@ def test_a_fixed_set_of_an_entry_with_a_filter_is_chosen_from_twice_as_many(filt
 @pytest.mark.slow
 def test_a_share_that_leaves_a_remainder_keeps_neither_more_nor_fewer_images_than_asked_for(filtering_entry, tmp_path):
     for most, share in ((5, 0.3), (6, 0.7)):
-        run(filtering_entry, tmp_path / "kept.pt", "--time-budget", 600, "--most", most, "--processes", 1, "--keep", share)
+        make(filtering_entry, tmp_path / "kept.pt", "--time-budget", 600, "--most", most, "--processes", 1, "--keep", share)
         labels = torch.load(tmp_path / "kept.pt", weights_only=True)["labels"]
         assert labels.tolist() == [0, 1] * (most // 2)
 
 
 @pytest.mark.slow
 def test_a_filter_keeps_at_least_one_image_of_each_class(filtering_entry, tmp_path):
-    run(filtering_entry, tmp_path / "kept.pt", "--time-budget", 600, "--most", 2, "--processes", 1, "--keep", 0.01)
+    make(filtering_entry, tmp_path / "kept.pt", "--time-budget", 600, "--most", 2, "--processes", 1, "--keep", 0.01)
     assert torch.load(tmp_path / "kept.pt", weights_only=True)["labels"].tolist() == [0, 1]
 
 
@@ -221,19 +226,19 @@ def test_joining_takes_less_memory_than_the_bytes_of_the_images(entry, tmp_path)
 @pytest.mark.slow
 def test_killed_script_leaves_shards_to_join_or_to_continue(entry, colors_model, tmp_path):
     out, shards = tmp_path / "out" / "images.pt", tmp_path / "out" / "images.pt.shards"
-    words = command(entry, out, "--time-budget", 200, "--processes", 1)
-    mark = f"DDKIT_TEST_MARK={tmp_path}"
-    environment = dict(os.environ, DDKIT_TEST_MARK=str(tmp_path))
+    words = "--time-budget", 200, "--processes", 1
 
-    killed = subprocess.Popen(words, stderr=subprocess.PIPE, env=environment)
+    killed = subprocess.Popen(command(entry, out, *words), stderr=subprocess.PIPE)
     wait_for(lambda: len(list(shards.glob("0-*.safetensors"))) >= 2)
+    workers = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()
     killed.communicate()
-    wait_for(lambda: not running(mark))  # the worker ends by itself
+    assert workers
+    wait_for(lambda: all(map(is_gone, workers)))  # each ends by itself
     assert not out.exists()
     shutil.copytree(shards, tmp_path / "left")
 
-    run(entry, out, "--join")
+    make(entry, out, "--join")
     joined = torch.load(out, weights_only=True)
     step = 1 / 255 / min(dataset_spec("colors").std)
     rows = torch.linspace(0, len(joined["labels"]) - 1, 32).long()
@@ -245,7 +250,7 @@ def test_killed_script_leaves_shards_to_join_or_to_continue(entry, colors_model,
     spent = json.loads((shards / "run.json").read_text())["spent"]
     assert spent > 0
     left = {path.name for path in shards.iterdir()}
-    resumed = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    resumed = processes.start(*script(entry, out, *words))
     wait_for(lambda: {path.name for path in shards.glob("0-*.safetensors")} - left)
     resumed.send_signal(signal.SIGTERM)
     _, said = resumed.communicate()
@@ -266,7 +271,7 @@ def test_a_budget_that_is_too_short_fails_before_it_is_over(entry, tmp_path):
 
 @pytest.mark.slow
 def test_no_gpu_where_one_is_asked_for(entry, tmp_path):
-    said = run(entry, tmp_path / "images.pt", "--time-budget", 600, "--device", "cuda:77", status=3)
+    said = make(entry, tmp_path / "images.pt", "--time-budget", 600, "--device", "cuda:77", status=3)
     assert "there is no GPU 'cuda:77'" in said.splitlines()[-1]
     assert not (tmp_path / "images.pt").exists()
 
@@ -343,23 +348,23 @@ def test_the_images_that_a_killed_run_left_take_no_room_from_the_run_that_contin
 
 def limited(size):
     """Of a process: files that would become larger are refused, as by a disk without room."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return {resource.RLIMIT_FSIZE: size}
 
 
 @pytest.mark.slow
 def test_no_room_for_the_joined_file_costs_no_image(entry, tmp_path):
     out = tmp_path / "images.pt"
     # 80 images of 768 bytes in a shard, of 3,072 joined.
-    said = run(entry, out, "--ipc", 40, "--processes", 1, status=3, preexec_fn=limited(150_000))
+    said = make(entry, out, "--ipc", 40, "--processes", 1, status=3, limits=limited(150_000))
     assert "File too large" in said and "--join" in said
     assert [path.name for path in tmp_path.glob("*images.pt*")] == ["images.pt.shards"]
-    run(entry, out, "--join")
+    make(entry, out, "--join")
     assert torch.load(out, weights_only=True).shape == (80, 3, 16, 16)
 
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_write_says_why(entry, tmp_path):
-    said = run(entry, tmp_path / "images.pt", "--ipc", 400, "--processes", 1, status=3, preexec_fn=limited(100_000))
+    said = make(entry, tmp_path / "images.pt", "--ipc", 400, "--processes", 1, status=3, limits=limited(100_000))
     assert "File too large" in said
     assert not (tmp_path / "images.pt").exists()
 
