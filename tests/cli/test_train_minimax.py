@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
@@ -190,12 +189,12 @@ def test_invalid_options_end_with_one_message(ddkit, save_dit, tmp_path, words, 
 
 
 @pytest.mark.slow
-def test_hub_id_without_a_network_exits_with_status_3(colors, tmp_path):
-    """In a process of its own, whose hub is a port where nobody listens."""
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    words = [sys.executable, "-m", "ddkit", "train", "--init", "facebook/DiT-XL-2-256", "--dataset", colors]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    told = " ".join(done.stderr.split())
-    assert done.returncode == 3 and "Traceback" not in told
+def test_hub_id_without_a_network_exits_with_status_3(ddkit, colors, tmp_path, monkeypatch):
+    """The hub is a port where nobody listens."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    done = ddkit("train", "--init", "facebook/DiT-XL-2-256", "--dataset", colors)
+    told = said(done)
+    assert done.exit_code == 3 and "Traceback" not in told
     assert "'facebook/DiT-XL-2-256' is not a folder here, and it cannot be downloaded" in told
     assert "hf download facebook/DiT-XL-2-256 --local-dir FOLDER" in told

@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import socketserver
-import subprocess
-import sys
 import threading
 import zipfile
 
+import processes
 import pytest
 import torch
 from diffusers import DiTPipeline
@@ -154,15 +153,14 @@ class TestInvalidSources:
     def told_by_a_hub_at(self, address, tmp_path, names):
         """What a process of its own, which looks for its hub there, has to say of a hub's ids."""
         code = (
+            "from huggingface_hub import constants\n"
+            f"constants.ENDPOINT, constants.HF_HUB_CACHE = {address!r}, {str(tmp_path)!r}\n"
             "from ddkit.errors import MissingModelError\nfrom ddkit.generator.pretrained import load_generator\n"
             f"for name in {names!r}:\n"
             "    try: load_generator(name)\n    except MissingModelError as error: print(error)\n"
         )
         environment = {name: value for name, value in os.environ.items() if not name.lower().endswith(("_proxy", "_offline"))}
-        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        done = processes.run("-c", code, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
