@@ -16,7 +16,7 @@ from ddkit.challenge import TRACKS
 from ddkit.reporting.charts import sampled_curve
 from ddkit.reporting.compare import SetsCompared, extremes
 from ddkit.reporting.formatting import LEGEND, deviation, half_interval, interval_text, percent, points, rounds
-from ddkit.reporting.history import History, Step, TimeChart
+from ddkit.reporting.history import History, Step
 from ddkit.reporting.leaderboard import BASELINE_NAMES, settings_title
 from ddkit.reporting.rows import Estimate, Group, Row, dataset_title, shortened
 
@@ -29,8 +29,6 @@ _STYLES = {"submission": "bold cyan", "published": ""}
 _BASELINE_STYLE = "dim"
 _MOST_CLASSES = 8  # of a comparison, at either end
 _WIDTH_WITH_HASHES = 100  # columns
-_PLOT_SIZE = (60, 8)  # columns and rows of a chart; its columns are fewer on a narrow console
-_LABELS_OF_PLOT = 10  # columns of the labels to the left of it
 
 
 def leaderboard_view(
@@ -186,9 +184,9 @@ def comparison_view(compared: SetsCompared, *, show_all: bool = False) -> Render
 
 
 def history_view(history: History, console: Console) -> RenderableType:
-    """A table of steps, and a chart of each dataset and settings over time."""
+    """A table of steps."""
     if not history.rows:
-        return Renderables(Text("Nothing was evaluated or packed yet."))
+        return Text("Nothing was evaluated or packed yet.")
     columns: list[tuple[str, Callable[[Step], str]]] = [
         ("date", lambda step: step.when),
         ("name", lambda step: step.name if step.event == "evaluated" else f"{step.name} ({step.event})"),
@@ -208,11 +206,7 @@ def history_view(history: History, console: Console) -> RenderableType:
     for step in history.rows:
         style = "bold" if step.is_best else "dim" if step.kind in BASELINE_NAMES else ""
         table.add_row(*(Text(text(step)) for _, text in columns), style=style)
-    parts: list[RenderableType] = [table]
-    for chart in history.charts:
-        parts.append(Text(f"\n{chart.title}: accuracy over time", style="bold"))
-        parts += _plot(chart, console)
-    return Renderables(*parts)
+    return table
 
 
 def _accuracy_text(step: Step) -> str:
@@ -220,32 +214,6 @@ def _accuracy_text(step: Step) -> str:
     if step.accuracy is None:
         return ""
     return percent(step.accuracy) + ("" if step.half_width is None else f" {interval_text(step.half_width, step.rounds)}")
-
-
-def _plot(chart: TimeChart, console: Console) -> list[Text]:
-    """The chart in letters: a mark for each evaluation, a large one where it is the best so far."""
-    width, height = min(_PLOT_SIZE[0], console.width - _LABELS_OF_PLOT), _PLOT_SIZE[1]
-    best, other, line, edge = ("●", "∙", "─", "┤") if _has_unicode(console) else ("O", ".", "-", "|")
-    grid = [[" "] * width for _ in range(height)]
-
-    def place(x: float, y: float) -> tuple[int, int]:
-        return round(x / 100 * (width - 1)), height - 1 - round(y / 100 * (height - 1))
-
-    for mark, following in zip(chart.marks, chart.marks[1:], strict=False):
-        (start, row), (end, _) = place(mark.x, mark.best_y), place(following.x, 0)
-        for column in range(start, end):
-            grid[row][column] = line
-    for mark in sorted(chart.marks, key=lambda mark: mark.step.is_best):
-        column, row = place(mark.x, mark.y)
-        grid[row][column] = best if mark.step.is_best else other
-    labels = {place(0, tick.position)[1]: tick.label for tick in chart.y_ticks}
-    lines = [Text(f"{labels.get(row, ''):>8} {edge}{''.join(cells)}") for row, cells in enumerate(grid)]
-    axis = ""
-    for k, tick in enumerate(chart.x_ticks):
-        column = 1 + round(tick.position / 100 * (width - 1)) - (len(tick.label) * k) // max(1, len(chart.x_ticks) - 1)
-        if column > len(axis):  # on a narrow console some labels have no room
-            axis = axis.ljust(column) + tick.label
-    return [*lines, Text(" " * 9 + axis, style="dim")]
 
 
 def _has_unicode(console: Console) -> bool:

@@ -118,19 +118,12 @@ def results(result):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("encoding, best", [("utf-8", "●"), ("ascii", "O")])
-def test_history_shows_a_table_and_a_chart_in_any_encoding(results, encoding, best):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
-    console = Console(file=stream, width=120)
+def test_history_says_which_steps_were_the_best_so_far(results):
+    console = Console(file=io.StringIO(), width=120)
     console.print(history_view(build_history(results, []), console))
-    stream.seek(0)
-    shown = stream.read()
-    rows = {
-        name: next(line.replace("|", " ").split() for line in shown.splitlines() if name in line)
-        for name in ("second", "worse")
-    }
+    shown = console.file.getvalue().splitlines()
+    rows = {name: next(line.split() for line in shown if name in line) for name in ("second", "worse")}
     assert "best" in rows["second"] and "best" not in rows["worse"]
-    assert "CIFAR-100, E = 50: accuracy over time" in shown and best in shown
 
 
 def test_history_of_baselines_alone_shows_them(results):
@@ -149,7 +142,5 @@ def test_history_of_nothing_says_so():
 def test_history_is_as_wide_as_the_console_and_shows_every_name(results, width, names):
     console = Console(file=io.StringIO(), width=width)
     console.print(history_view(build_history(results, []), console))
-    table, chart = console.file.getvalue().split("accuracy over time")
+    table = console.file.getvalue()
     assert all(name in table for name in names) and max(map(len, table.splitlines())) <= width
-    chart = chart.splitlines()[1:]
-    assert len(chart) == 9 and max(map(len, chart)) <= width and chart[-1].split()[0] == "07-02"
