@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import safetensors
 
@@ -23,7 +23,6 @@ from ddkit.runtime.records import read_record
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
 SPLITS = ("train", "test")
 META_FILE = "meta.json"
 
@@ -74,7 +73,7 @@ class StoreFacts:
     listed_order: tuple[str, ...] = ()
     prepared: str = ""  # ISO 8601, UTC
     ddkit_version: str = ""
-    format: int = FORMAT_VERSION
+    format: Annotated[int, (1,)] = 1
 
     @property
     def spec(self) -> DatasetSpec:
@@ -211,12 +210,6 @@ def store_facts(name: str) -> StoreFacts:
         value = read_json(folder / META_FILE)
     except BadFileError as error:
         raise _damaged(name, error.message) from error
-    version = value.get("format") if isinstance(value, dict) else None
-    if version != FORMAT_VERSION:
-        raise BadDataError(
-            f"The prepared '{name}' in {folder} has format version {version}; this ddkit reads {FORMAT_VERSION}.",
-            f"Prepare it again: {_command(name, force=True)}",
-        )
     try:
         return read_record(StoreFacts, value)
     except BadFileError as error:

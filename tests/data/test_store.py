@@ -137,13 +137,13 @@ def exchange_splits(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_version, "format version 99; this ddkit reads 1"),
+        (damage_version, "format cannot be 99"),
         (damage_fields, "meta.json does not have the expected contents"),
         (exchange_splits, r"holds \(4, 3, 8, 8\), meta.json says \(6, 3, 8, 8\)"),
         (lambda folder: (folder / "train.safetensors").unlink(), "damaged: train.safetensors"),
         (lambda folder: (folder / "train.safetensors").write_bytes(b"short"), "damaged: train.safetensors"),
         (lambda folder: (folder / "meta.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "meta.json").write_text("[]"), "format version None"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "not a storefacts record"),
     ],
 )
 def test_damaged_store_names_the_command_that_mends_it(pets, damage, message):
