@@ -27,14 +27,9 @@ from ddkit.runtime.torch_file import StoredTensor, TorchFile, TorchFileError, as
 from ddkit.sets.distilled import class_labels
 from ddkit.sets.reading import describe_value, foreign_names, runs_code, unreadable
 
-_IMAGE_KEYS = (
-    "images", "image", "data", "x", "imgs", "img", "image_syn", "images_syn", "syn_images", "syn_data", "synthetic_images",
-    "x_syn", "images_train", "train_images", "x_train", "distilled_images", "images_best", "images_val",
-)  # fmt: skip
-_LABEL_KEYS = (
-    "labels", "label", "targets", "target", "y", "lbls", "label_syn", "labels_syn", "syn_labels", "synthetic_labels",
-    "y_syn", "labels_train", "train_labels", "y_train", "distilled_labels", "labels_best", "labels_val",
-)  # fmt: skip
+_IMAGE_KEYS = {"images", "image", "imgs", "img", "data", "x"}
+_LABEL_KEYS = {"labels", "label", "lbls", "targets", "target", "y"}
+_AFFIXES = {"syn", "synthetic", "distilled", "train", "best", "val"}  # of those keys
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _OF_ARGUMENTS = ("argparse", "Namespace")  # the settings of a program, which many save with their images
 _DEEPEST = 3  # containers, in the code of dataset condensation
@@ -176,9 +171,9 @@ class _Published:
         return self._made(torch.stack(images), targets, f"a {kind} of images with a label each")
 
     def _of_dict(self, entries: Mapping[Any, Any]) -> LabeledImages | None:
-        named = {plain_name(key): value for key, value in entries.items() if isinstance(key, str)}
-        images = next((named[key] for key in _IMAGE_KEYS if key in named), None)
-        labels = next((named[key] for key in _LABEL_KEYS if key in named), None)
+        plain = {key: set(plain_name(key).split("_")) - _AFFIXES for key in entries if isinstance(key, str)}
+        images = next((entries[key] for key, words in plain.items() if len(words) == 1 and words <= _IMAGE_KEYS), None)
+        labels = next((entries[key] for key, words in plain.items() if len(words) == 1 and words <= _LABEL_KEYS), None)
         if (pair := self._pair(images, labels)) is not None:
             return self._made(*pair[:2], "a dict of images and labels", reduced=pair[2])
         numbered = {key: value for key, value in entries.items() if isinstance(value, Tensor)}

@@ -201,13 +201,9 @@ def _not_a_tensor(opened: TorchFile, where: str, spec: DatasetSpec) -> Finding:
     """T001 or T008: what the file holds, with the line of Python that converts it."""
     value = opened.value
     name = value.name if isinstance(value, Call) else ""
-    if name == "_rebuild_tensor_v3":
-        return Finding("error", "T002", "The tensor is of a type that is not float32. Save tensor.float().", where)
     for word, kind, plain in (
         ("_rebuild_sparse_tensor", "sparse", "tensor.to_dense()"),
         ("_rebuild_qtensor", "quantized", "tensor.dequantize()"),
-        ("_rebuild_nested_tensor", "nested", "tensor.to_padded_tensor(0.0)"),
-        ("_rebuild_meta_tensor_no_storage", "on the device 'meta', without numbers", "the computed tensor"),
     ):
         if name == word:
             message = f'The tensor is {kind}. Save a plain one: torch.save({plain}, "{where}").'
