@@ -49,9 +49,6 @@ def pack_track_2(output: Output, out: Path | None, name: str | None, options: di
     data = {"path": str(packed.path), "sha256": packed.sha256, "bytes": packed.size,
             "files": [vars(file) for file in packed.files], "proofs": [asdict(proof) for proof in packed.proofs]}  # fmt: skip
     output.result(data, table)
-    limit = options["size_limit"]
-    if limit is not None and packed.size > limit:
-        output.note(f"[yellow]warning[/yellow] The zip has {packed.size:,} bytes; the limit is {limit:,}. Add --half.")
     output.finish([packed.path], f"ddkit evaluate --track 2 {packed.path}")
 
 

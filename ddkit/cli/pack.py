@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -43,21 +42,6 @@ _OF_BOTH = ("track", "out", "name")
 _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
 
 
-class Size(click.ParamType):
-    """A size such as 500MB or 2GB; becomes bytes, an int."""
-
-    name = "size"
-    _bytes_per: ClassVar[dict[str, int]] = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]b|)", value.strip().lower())
-        if match is None:
-            self.fail(f"'{value}' is not a size; write 500MB or 2GB.", param, ctx)
-        return int(float(match[1]) * self._bytes_per[match[2]])
-
-
 _TRACK_2_OPTIONS = (
     click.option("--model", "models", multiple=True, metavar="DATASET=FOLDER",
                  help="Track 2: bundle the model in this folder, or the one with this id on the Hugging Face hub; repeatable.  "
@@ -85,7 +69,6 @@ _TRACK_2_OPTIONS = (
     click.option("--bundle-device", type=click.Choice(["auto", "cpu", "cuda"]),
                  default="auto", help="Track 2: run the bundle on this device; cuda requires a GPU."),
     click.option("--half", is_flag=True, help="Track 2: store weights as float16, and print what that changes."),
-    click.option("--size-limit", type=Size(), metavar="SIZE", help="Track 2: warn if the zip is larger, such as 2GB."),
     click.option("--proof-budget", type=Duration(), default="60s",
                  help="Track 2: test the bundle by running it for this long on each dataset."),
     click.option("--proof-images", type=COUNT, metavar="N",

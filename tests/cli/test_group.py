@@ -82,7 +82,7 @@ def test_defaults_in_help_are_those_that_are_used(name, command, context):
 # Without these, the command does not do what they ask for, so that there is no default to show.
 _ADDITIONS = {
     "--time", "--recipe", "--classes", "--class-map", "--ema-decay", "--autoencoder", "--candidates", "--from-real",
-    "--compile", "--set", "--ignore", "--dataset", "--fix-order", "--size-limit", "--html", "--compare", "--quality",
+    "--compile", "--set", "--ignore", "--dataset", "--fix-order", "--html", "--compare", "--quality",
 }  # fmt: skip
 
 
