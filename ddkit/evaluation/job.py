@@ -15,7 +15,7 @@ from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError, c
 from ddkit.evaluation.estimate import EvaluationEstimate, estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator, evaluate_source
 from ddkit.evaluation.published import Conversion, PublishedSet, open_published
-from ddkit.evaluation.ranking_runs import RankingJob, complete
+from ddkit.evaluation.ranking_runs import complete
 from ddkit.evaluation.sources import FixedSet
 from ddkit.evaluation.test_sets import TestSet, as_test_set, load_reference
 from ddkit.evaluation.timed_script import ScriptEntry
@@ -326,15 +326,13 @@ class _Job:
 
         name = distilled.spec.name
         return complete(
-            RankingJob(
-                result,
-                distilled,
-                open_dataset(name, "train", progress=self._progress),
-                self._tests[name],
-                self._settings.evaluation,
-                self._settings.full_epochs_setting,
-            ),
+            result,
+            distilled,
+            open_dataset(name, "train", progress=self._progress),
+            self._tests[name],
+            self._settings.evaluation,
             self._records.results,
+            full_epochs_setting=self._settings.full_epochs_setting,
             record=self._records.add,
             announce=announce,
             state=self._settings.state,

@@ -8,9 +8,8 @@ import pytest
 
 from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
-from ddkit.evaluation.ranking_runs import RankingJob, complete
+from ddkit.evaluation.ranking_runs import complete, settings_for
 from ddkit.evaluation.test_sets import as_test_set
 from ddkit.metrics.ddranking import MissingEvaluation
 from ddkit.results import Result
@@ -20,7 +19,7 @@ SETTINGS = EvaluationSettings(rounds=2, epochs_setting=3, device="cpu")
 
 
 @pytest.fixture
-def job(colors) -> RankingJob:
+def job(colors):
     """The first two pictures of each color, as if they had been evaluated."""
     spec, real = dataset_spec(colors), load_dataset(colors, "train")
     rows = [0, 1, 5, 6]
@@ -30,7 +29,7 @@ def job(colors) -> RankingJob:
         images_per_class=(2, 2), epochs_setting=3, accuracies=(0.75, 1.0), made_by={"kind": "generated"},
     )  # fmt: skip
     test_set = as_test_set(load_dataset(colors, "test"), spec)
-    return RankingJob(subject, distilled, real, test_set, SETTINGS)
+    return subject, distilled, real, test_set, SETTINGS
 
 
 @pytest.mark.slow
@@ -38,7 +37,7 @@ def test_missing_evaluations_are_run_and_recorded_once(job, tmp_path):
     recorded, announced = [], []
     state = StateFolder(tmp_path / "state")
     ranking = complete(
-        job, [job.subject], record=recorded.append, state=state,
+        *job, [job[0]], record=recorded.append, state=state,
         announce=lambda need, settings: announced.append(need),
     )  # fmt: skip
     assert ranking.missing == ()
@@ -50,27 +49,21 @@ def test_missing_evaluations_are_run_and_recorded_once(job, tmp_path):
     images = {r.kind: (r.images, r.images_per_class) for r in recorded}
     assert images == {"full-real": (10, (5, 5)), "random-real": (4, (2, 2)), "submission": (4, (2, 2))}
     (plain,) = (r for r in recorded if r.kind == "submission")
-    assert (plain.sha256, plain.name, plain.made_by) == (job.subject.sha256, "mine", {"kind": "generated"})
+    assert (plain.sha256, plain.name, plain.made_by) == (job[0].sha256, "mine", {"kind": "generated"})
     # The random real images are the same with and without augmentation.
     assert len({r.sha256 for r in recorded if r.kind == "random-real"}) == 1
 
     again = []
-    assert complete(job, [job.subject, *recorded], record=again.append).scores == ranking.scores and again == []
+    assert complete(*job, [job[0], *recorded], record=again.append).scores == ranking.scores and again == []
     # Without the records, the finished evaluations are read back from their state.
-    complete(job, [job.subject], record=again.append, state=state)
+    complete(*job, [job[0]], record=again.append, state=state)
     assert [r.seconds for r in again] == [r.seconds for r in recorded]
 
 
-def test_all_real_images_get_their_own_epochs_and_one_round(job):
+def test_all_real_images_get_their_own_epochs_and_one_round():
     need = MissingEvaluation("full-real", True)
-    assert job.settings_for(need).training.epochs_setting == 3
-    long = dataclasses.replace(job, settings=EvaluationSettings())
-    assert (long.settings_for(need).training.epochs_setting, long.settings_for(need).rounds) == (40, 1)
-    asked = dataclasses.replace(job, full_epochs_setting=7)
-    assert asked.settings_for(need).training.epochs_setting == 7
-    assert job.settings_for(MissingEvaluation("random-real", False)) == dataclasses.replace(SETTINGS, augment=False)
-
-
-def test_evaluation_without_augmentation_cannot_be_ranked(job):
-    with pytest.raises(UsageError, match="augmentation"):
-        dataclasses.replace(job, settings=dataclasses.replace(SETTINGS, augment=False))
+    assert settings_for(need, SETTINGS).training.epochs_setting == 3
+    long = settings_for(need, EvaluationSettings())
+    assert (long.training.epochs_setting, long.rounds) == (40, 1)
+    assert settings_for(need, SETTINGS, 7).training.epochs_setting == 7
+    assert settings_for(MissingEvaluation("random-real", False), SETTINGS) == dataclasses.replace(SETTINGS, augment=False)
