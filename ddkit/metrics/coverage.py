@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddkit.errors import UsageError
-
 NEIGHBORS = 5  # k of Naeem et al. 2020
 _ROWS_AT_ONCE = 256  # of a distance matrix, so that memory is bounded
 
@@ -17,13 +15,8 @@ def density_and_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBORS) ->
     A real image's neighborhood is the ball around it that reaches its k-th nearest other real image. Density is the mean
     number of real neighborhoods that hold a generated image, divided by k; it can exceed 1. Coverage is the fraction of
     real images whose neighborhood holds a generated image, 0 to 1.
-    real: (N, D) features with N > k. generated: (M, D) features. Raises UsageError for sets too small or of another D.
+    real: (N, D) features with N > k. generated: (M, D) features, M > 0.
     """
-    if len(real) <= k or len(generated) == 0 or real.shape[1] != generated.shape[1]:
-        raise UsageError(
-            f"Density and coverage with k = {k} need features of the same size of more than {k} real images and of a "
-            f"generated one, but the shapes are {tuple(real.shape)} and {tuple(generated.shape)}."
-        )
     held, covered = torch.zeros((2,), dtype=torch.int64, device=real.device)
     for rows in real.split(_ROWS_AT_ONCE):
         # k + 1, since the nearest one is the image itself.
@@ -34,19 +27,17 @@ def density_and_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBORS) ->
     return int(held) / (k * len(generated)), int(covered) / len(real)
 
 
-def within_class_diversity(features: Tensor, labels: Tensor) -> float:
-    """Mean distance between two images of the same class, averaged over the classes with two or more.
+def within_class_diversity(features: Tensor, labels: Tensor) -> float | None:
+    """Mean distance between two images of the same class, averaged over the classes with two or more; None without one.
 
-    features: (N, D). labels: (N,) int64. Raises UsageError if no class has two images.
+    features: (N, D). labels: (N,) int64.
     """
     means = []
     for label in labels.unique():
         members = features[labels == label]
         if len(members) > 1:
             means.append(torch.nn.functional.pdist(members.float()).mean())
-    if not means:
-        raise UsageError("Diversity within classes needs a class with two images or more.")
-    return float(torch.stack(means).mean())
+    return float(torch.stack(means).mean()) if means else None
 
 
 def nearest(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

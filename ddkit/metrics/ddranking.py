@@ -1,7 +1,7 @@
 """The scores of DD-Ranking (arXiv 2505.13300): a set compared with random real images and with all real images.
 
 All labels are hard here, as in the challenge, so that "any" and "hard" accuracy of the paper are the same.
-Accuracies are fractions. On percentages the formulas would leave [0, 1] without an error.
+Accuracies are fractions.
 """
 
 from __future__ import annotations
@@ -11,41 +11,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ddkit.errors import UsageError, counted
+from ddkit.errors import counted
 from ddkit.results import Result
 
 _WEIGHT = 0.5  # w and gamma of the paper's leaderboard
 
 
-def hard_label_recovery(full_real: float, synthetic: float) -> float:
-    """HLR: how much lower the set's accuracy is than that of all real images; smaller is better."""
-    return _within(full_real, 0) - _within(synthetic, 0)
-
-
-def improvement_over_random(synthetic: float, random_real: float) -> float:
-    """IOR: how much higher the set's accuracy is than that of as many random real images; larger is better."""
-    return _within(synthetic, 0) - _within(random_real, 0)
-
-
 def label_robust_score(hlr: float, ior: float) -> float:
-    """LRS in [0, 1] from a = w IOR - (1 - w) HLR; HLR 0.20 and IOR 0.25 give 0.280."""
-    return _to_unit(_WEIGHT * _within(ior, -1) - (1 - _WEIGHT) * _within(hlr, -1))
+    """LRS in [0, 1] from a = w IOR - (1 - w) HLR; HLR 0.20 and IOR 0.25 give 0.280.
+
+    HLR (hard label recovery): how much lower the set's accuracy is than that of all real images; smaller is better.
+    IOR (improvement over random): how much higher it is than that of as many random real images; larger is better.
+    """
+    return _to_unit(_WEIGHT * ior - (1 - _WEIGHT) * hlr)
 
 
 def augmentation_robust_score(gain_augmented: float, gain_plain: float) -> float:
     """ARS in [0, 1] from the improvements over random images with and without augmentation."""
-    return _to_unit(_WEIGHT * _within(gain_augmented, -1) + (1 - _WEIGHT) * _within(gain_plain, -1))
+    return _to_unit(_WEIGHT * gain_augmented + (1 - _WEIGHT) * gain_plain)
 
 
 def _to_unit(value: float) -> float:
     """(exp(a) - exp(-1)) / (e - exp(-1)): -1 becomes 0 and 1 becomes 1."""
     return (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
-
-
-def _within(value: float, low: int) -> float:
-    if not low <= value <= 1:
-        raise UsageError(f"{value:g} does not lie between {low} and 1.", "Give fractions: divide percentages by 100.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -139,11 +127,11 @@ def _ranking(subject: Result, index: _Index) -> Ranking:
     full_real = max(all_real, key=lambda r: (_settings(r) == _settings(subject), r.epochs_setting), default=None)
     random_real = newest("random-real", augment=True)
     plain, random_plain = newest("submission", augment=False), newest("random-real", augment=False)
-    hlr = hard_label_recovery(full_real.mean, subject.mean) if full_real else None
-    ior = improvement_over_random(subject.mean, random_real.mean) if random_real else None
+    hlr = full_real.mean - subject.mean if full_real else None
+    ior = subject.mean - random_real.mean if random_real else None
     ars = None
     if ior is not None and plain and random_plain:
-        ars = augmentation_robust_score(ior, improvement_over_random(plain.mean, random_plain.mean))
+        ars = augmentation_robust_score(ior, plain.mean - random_plain.mean)
     found = {
         MissingEvaluation("full-real", True): full_real,
         MissingEvaluation("random-real", True): random_real,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddkit.errors import ComputeError, UsageError
+from ddkit.errors import ComputeError
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -13,22 +13,15 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
     |mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 sqrt(cov_a cov_b)) (Heusel et al. 2017, equation 6).
     features_a: (N, D), features_b: (M, D), any float type; computed in float64. With fewer than D + 1
-    images the covariances are singular and the distance is biased upwards, so compare equal N and M only.
-    Raises UsageError for other shapes or fewer than two images, ComputeError for values that are not finite.
+    images, two or more, the covariances are singular and the distance is biased upwards, so compare equal N and M only.
+    Raises ComputeError for values that are not finite.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # imported late: it takes a second
 
     features_a, features_b = features_a.detach().cpu(), features_b.detach().cpu()
     for features in (features_a, features_b):
-        if features.ndim != 2 or len(features) < 2:
-            raise UsageError(f"The Frechet distance needs (N, D) features of at least two images, not {tuple(features.shape)}.")
         if not torch.isfinite(features).all():
             raise ComputeError("The features hold values that are NaN or infinite.", "Look at the images that they come from.")
-    if features_a.shape[1] != features_b.shape[1]:
-        raise UsageError(
-            f"Features of {features_a.shape[1]} and {features_b.shape[1]} dimensions cannot be compared.",
-            "Take both from the same network.",
-        )
     metric = FrechetInceptionDistance(feature=_Unchanged(features_a.shape[1])).set_dtype(torch.float64)
     metric.update(features_a.double(), real=True)
     metric.update(features_b.double(), real=False)

@@ -91,12 +91,11 @@ def measure(
 
 def _metrics(features: Tensor, labels: Tensor, real: Tensor, distances: Tensor) -> ImageMetrics:
     density, coverage = density_and_coverage(real[:: -(-len(real) // _MOST_NEIGHBORHOODS)], features)
-    several = bool((labels.bincount() > 1).any())
     return ImageMetrics(
         frechet=frechet_distance(real, features),
         density=density,
         coverage=coverage,
-        diversity=within_class_diversity(features, labels) if several else None,
+        diversity=within_class_diversity(features, labels),
         nearest=float(distances.median()),
     )
 

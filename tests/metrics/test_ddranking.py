@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from ddkit.errors import UsageError
 from ddkit.metrics import ddranking
 from ddkit.metrics.ddranking import MissingEvaluation
 from ddkit.results import Result
@@ -36,21 +35,6 @@ def test_the_ends_of_the_scale():
     assert ddranking.label_robust_score(hlr=1, ior=-1) == pytest.approx(0)
     assert ddranking.label_robust_score(hlr=-1, ior=1) == pytest.approx(1)
     assert ddranking.augmentation_robust_score(1, 1) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: ddranking.hard_label_recovery(65, 45),
-        lambda: ddranking.improvement_over_random(0.45, 20),
-        lambda: ddranking.label_robust_score(20, 25),
-        lambda: ddranking.augmentation_robust_score(25, 0.2),
-        lambda: ddranking.hard_label_recovery(-0.1, 0.2),
-    ],
-)
-def test_percentages_are_refused(call):
-    with pytest.raises(UsageError, match="divide percentages by 100"):
-        call()
 
 
 def test_all_scores_from_the_results_at_hand():
