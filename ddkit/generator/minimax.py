@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from ddkit.errors import UsageError
-
 _COPIED_AT_MOST = 1 / 8  # of a memory; copying its rows takes about eight times as long as multiplying with them
 
 
@@ -39,8 +37,6 @@ class MinimaxCriteria(nn.Module):
 
     def __init__(self, num_classes: int, memory_size: int) -> None:
         super().__init__()
-        if num_classes < 1 or memory_size < 1:
-            raise UsageError(f"Minimax memories need at least one class and one place, got {num_classes} and {memory_size}.")
         self.num_classes = num_classes
         self.memory_size = memory_size
         self.register_buffer("real", torch.empty(num_classes, memory_size, 0))
@@ -56,12 +52,8 @@ class MinimaxCriteria(nn.Module):
         Returns two float32 scalars: representativeness, which is 1 minus the least cosine between a prediction and a
         remembered real latent of its class, and diversity, the greatest cosine between a prediction and a remembered
         prediction of its class; both summed over the classes of the batch that have memories and divided by the number
-        of classes in the batch. Raises UsageError when the three do not fit together, a label is out of range, or
-        latents have another size than before; the memories do not change then.
+        of classes in the batch.
         """
-        if predicted.shape != real.shape or labels.shape != predicted.shape[:1] or not len(labels):
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predicted, real, labels))
-            raise UsageError(f"Predictions, real latents and labels of shapes {shapes} do not make a batch.")
         # Low precision would choose other pairs, and round the differences that matter.
         with torch.autocast(predicted.device.type, enabled=False):
             own = predicted.flatten(1).float()
@@ -81,17 +73,10 @@ class MinimaxCriteria(nn.Module):
         return values
 
     def _group(self, labels: Tensor) -> _Groups:
-        """The batch by class. Raises UsageError for a label out of range.
-
-        The host waits for the device once, because the sizes of tensors depend on the labels.
-        """
-        inside = labels.clamp(0, self.num_classes - 1)
+        """The batch by class. The host waits for the device once, because the sizes of tensors depend on the labels."""
         counts = torch.zeros(self.num_classes, dtype=torch.int64, device=labels.device)
-        counts.index_add_(0, inside, torch.ones_like(labels))
-        # After gathering, so that all processes stop together.
-        least, greatest, most, present = torch.stack([*labels.aminmax(), counts.max(), (counts > 0).sum()]).tolist()
-        if least < 0 or greatest >= self.num_classes:
-            raise UsageError(f"Labels {least} to {greatest} are not within 0 to {self.num_classes - 1}.")
+        counts.index_add_(0, labels, torch.ones_like(labels))
+        most, present = torch.stack([counts.max(), (counts > 0).sum()]).tolist()
         order = torch.argsort(labels, stable=True)
         starts = counts.cumsum(0) - counts
         rank = torch.empty_like(order)
@@ -151,13 +136,10 @@ class MinimaxCriteria(nn.Module):
         self.seen.index_add_(0, labels, torch.ones_like(labels))
 
     def _allocate(self, latents: Tensor) -> None:
-        size, held = latents.shape[1], self.real.shape[2]
-        if held == 0:
+        if self.real.shape[2] == 0:
             self.seen = self.seen.to(latents.device)
-            self.real = latents.new_zeros(self.num_classes, self.memory_size, size)
+            self.real = latents.new_zeros(self.num_classes, self.memory_size, latents.shape[1])
             self.predicted = torch.zeros_like(self.real)
-        elif held != size:
-            raise UsageError(f"The memories hold latents of {held} numbers, the batch has latents of {size}.")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take the size of latents from the loaded memories; everything else must fit."""

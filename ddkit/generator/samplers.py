@@ -10,8 +10,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ddkit.errors import UsageError, did_you_mean
-from ddkit.generator.config import SAMPLERS
+from ddkit.errors import UsageError
 from ddkit.generator.linear_plan import LinearPlan, linear_plan
 from ddkit.generator.objective import BETA_SCHEDULES, TIME_SCALE
 
@@ -19,13 +18,10 @@ _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_pr
 
 
 def make_scheduler(sampler: str, prediction: str) -> SchedulerMixin:
-    """diffusers' scheduler of that name for a network with that prediction.
+    """diffusers' scheduler for a sampler, one of SAMPLERS, and a network with that prediction.
 
     On a flow "ddim" is Euler's method (`FlowMatchEulerDiscreteScheduler`), which takes the same steps.
-    Raises UsageError that offers the nearest name.
     """
-    if sampler not in SAMPLERS:
-        raise UsageError(f"Unknown sampler '{sampler}'.", did_you_mean(sampler, SAMPLERS))
     if sampler == "ddim" and prediction == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIME_SCALE)
     common = {
@@ -44,7 +40,7 @@ def make_scheduler(sampler: str, prediction: str) -> SchedulerMixin:
 def make_plan(sampler: str, prediction: str, steps: int, *, mode_guidance: float = 0.0, shifts: bool = False) -> LinearPlan:
     """`linear_plan` of the sampler of that name for a network with that prediction.
 
-    Raises UsageError for an unknown name, and for more steps than the sampler can distinguish.
+    Raises UsageError for more steps than the sampler can distinguish.
     """
     scheduler = make_scheduler(sampler, prediction)
     try:

@@ -42,12 +42,6 @@ class UViT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        if sample_size % patch_size:
-            raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
-        if depth % 2 == 0:
-            raise ValueError(f"depth {depth} is even; a U needs a middle block")
         self.patches_per_side = sample_size // patch_size
         patch_values = in_channels * patch_size**2
         self.patch_in = nn.Linear(patch_values, hidden_size)

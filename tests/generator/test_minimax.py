@@ -1,6 +1,5 @@
-"""The minimax criteria: recorded values, a plain version beside them, memories, several processes, and bad input."""
+"""The minimax criteria: recorded values, a plain version beside them, memories, and several processes."""
 
-import copy
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 from torch import distributed
 from torch.nn import functional as F
 
-from ddkit.errors import UsageError
 from ddkit.generator.minimax import MinimaxCriteria
 
 GOLDENS = Path(__file__).parents[1] / "fixtures" / "goldens" / "minimax.safetensors"
@@ -160,32 +158,6 @@ def test_state_of_other_sizes_raises():
     criteria(*batch())
     with pytest.raises(RuntimeError, match="size mismatch"):
         MinimaxCriteria(CLASSES, MEMORY + 1).load_state_dict(criteria.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p, r, y: (p, r, y - CLASSES), "not within 0 to 3"),
-        (lambda p, r, y: (p, r, y + CLASSES), "not within 0 to 3"),
-        (lambda p, r, y: (p, r[:, :1], y), "do not make a batch"),
-        (lambda p, r, y: (p, r, y[:-1]), "do not make a batch"),
-        (lambda p, r, y: (p[:0], r[:0], y[:0]), "do not make a batch"),
-        (lambda p, r, y: (p[:, :1], r[:, :1], y), "hold latents of 6 numbers, the batch has latents of 3"),
-    ],
-)
-def test_invalid_batch_raises_usage_error_and_keeps_the_memories(change, message):
-    criteria = MinimaxCriteria(CLASSES, MEMORY)
-    criteria(*batch())
-    before = copy.deepcopy(criteria.state_dict())
-    with pytest.raises(UsageError, match=message):
-        criteria(*change(*batch(seed=1)))
-    assert all(torch.equal(before[name], value) for name, value in criteria.state_dict().items())
-
-
-@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
-def test_criteria_without_classes_or_places_raise_usage_error(sizes):
-    with pytest.raises(UsageError):
-        MinimaxCriteria(*sizes)
 
 
 def one_of_two(folder):

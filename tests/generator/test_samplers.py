@@ -77,8 +77,3 @@ def test_very_many_steps_make_a_finite_plan_or_raise_usage_error(sampler, predic
         assert (sampler, prediction) == ("unipc", "flow") and "cannot take as many as 999 steps" in error.message
     else:
         assert plan.inputs.isfinite().all() and plan.final.isfinite().all()
-
-
-def test_unknown_sampler_raises_usage_error_that_offers_the_nearest():
-    with pytest.raises(UsageError, match="Did you mean 'dpm\\+\\+'"):
-        make_scheduler("dpmpp", "flow")

@@ -47,13 +47,6 @@ def test_first_half_reaches_the_second_by_long_skip_connections(make_model):
     assert not torch.allclose(first, second, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [{"sample_size": 5}, {"hidden_size": 15}, {"depth": 2}])
-def test_sizes_that_do_not_fit_raise_value_error(wrong):
-    sizes = {"sample_size": 4, "in_channels": 2, "num_classes": 3, "hidden_size": 16, "depth": 3, "num_heads": 2}
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        UViT(**(sizes | wrong))
-
-
 def test_timestep_embedding_has_cosines_and_sines_of_falling_frequency():
     embedded = timestep_embedding(torch.tensor([0.0, 2.0]), 4)
     assert embedded[0].tolist() == [1, 1, 0, 0]

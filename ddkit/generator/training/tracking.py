@@ -60,11 +60,8 @@ def track_frechet(
     make_features: called when the first score is due, because making features can mean training a network. name: the
     distance's name in the records; distances in other features or of other numbers of images should have other names.
     Every score samples from the same noise, so that only the model differs.
-    Raises UsageError for fewer than two images.
     """
     count = min(images, len(real))
-    if count < 2:
-        raise UsageError(f"The Frechet distance needs at least two images, got {count}.")
     rows = torch.randperm(len(real), generator=generator_for("cpu", "tracking", sampling.seed))[:count]
 
     @functools.cache
