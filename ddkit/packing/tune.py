@@ -35,7 +35,7 @@ from ddkit.runtime.hub import source_name
 from ddkit.runtime.jsonl import append_line, read_lines
 from ddkit.runtime.progress import Listener, ignore, span_text
 from ddkit.runtime.records import read_record
-from ddkit.statistics import Comparison, compare
+from ddkit.statistics import compare
 
 _FINALISTS = 2  # candidates of the last stage
 _HELD_OUT = 0.1  # share of each class's training images, as in `ddkit.distill.settings`
@@ -240,22 +240,15 @@ def best_of(trials: Sequence[Trial]) -> Trial:
     return min(trials, key=_rank)
 
 
-def compare_best_two(trials: Sequence[Trial]) -> Comparison | None:
-    """The comparison of the best with the second best, round by round; None without a second one or with a single round."""
-    best = best_of(trials)
-    others = [trial for trial in trials if trial is not best]
-    if not others or len(best.accuracies) < 2:
-        return None
-    return compare(best.accuracies, best_of(others).accuracies, paired=True)
-
-
 def evidence(trials: Sequence[Trial]) -> str:
     """A sentence on whether the best of the last stage is clearly better than the next."""
-    comparison = compare_best_two(trials)
-    if comparison is None:
-        return (
-            "A single round does not show how much of a difference is noise." if len(trials) > 1 else "Nothing else was tried."
-        )
+    best = best_of(trials)
+    others = [trial for trial in trials if trial is not best]
+    if not others:
+        return "Nothing else was tried."
+    if best.rounds < 2:
+        return "A single round does not show how much of a difference is noise."
+    comparison = compare(best.accuracies, best_of(others).accuracies, paired=True)
     points, half = 100 * comparison.difference, comparison.half_width
     if half is None:
         better = f"It is {points:.2f} points better than the next" if points >= 0.005 else "It is as good as the next"

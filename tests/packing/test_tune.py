@@ -16,7 +16,6 @@ from ddkit.packing.tune import (
     Trial,
     _append,
     best_of,
-    compare_best_two,
     draw_chart,
     evidence,
     read_trials,
@@ -73,10 +72,9 @@ def test_trials_are_kept_line_by_line_and_a_torn_one_is_left_out(tmp_path):
 def test_the_best_is_named_with_how_sure_that_is():
     trials = [trial(4, 0.20, 0.22), trial(8, 0.40, 0.42), trial(16, 0.301, 0.319)]
     assert best_of(trials).steps == 8
-    comparison = compare_best_two(trials)
-    assert comparison.difference == pytest.approx(0.1) and comparison.exceeds_noise
+    assert "10.00 ± " in evidence(trials) and "exceeds the noise" in evidence(trials)
     assert best_of([trial(16, 0.3), trial(4, 0.3)]).steps == 4  # as good, and cheaper
-    assert compare_best_two([trial(4, 0.3), trial(8, 0.2)]) is None and compare_best_two(trials[:1]) is None
+    assert "single round" in evidence([trial(4, 0.3), trial(8, 0.2)]) and "Nothing else" in evidence(trials[:1])
 
 
 def test_evidence_of_rounds_with_the_same_difference_gives_no_interval():
