@@ -121,12 +121,12 @@ def open_published(
 
 
 def _dataset(path: Path, dataset: str | None) -> str:
-    if dataset is None and path.is_dir():
-        name = path.resolve().name.lower()
-        if name not in known_names():
-            raise UsageError(f"{path} is not named after a known dataset.", "Add --dataset NAME.")
-        return name
-    return dataset_of(path, dataset) if path.is_file() or not path.exists() else str(dataset)
+    if not path.is_dir():
+        return dataset_of(path, dataset)
+    name = dataset or path.resolve().name.lower()
+    if not dataset and name not in known_names():
+        raise UsageError(f"{path} is not named after a known dataset.", "Add --dataset NAME.")
+    return name
 
 
 def _without_zca(read: LabeledImages, spec: DatasetSpec, progress: Listener) -> tuple[Tensor, list[str]]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+# For each class looked at, (K,): the index of an image in the batch, and a place in the memory.
+_Pairs = tuple[Tensor, Tensor]
 _COPIED_AT_MOST = 1 / 8  # of a memory; copying its rows takes about eight times as long as multiplying with them
 
 
@@ -109,7 +111,7 @@ class MinimaxCriteria(nn.Module):
     def _pair(self, place: Tensor, groups: _Groups) -> _Pairs:
         """The pairs at these places in flattened (n, memory_size) tables, one for each class."""
         member = torch.div(place, self.memory_size, rounding_mode="floor")
-        return _Pairs(groups.members.gather(1, member[:, None]).squeeze(1), place % self.memory_size)
+        return groups.members.gather(1, member[:, None]).squeeze(1), place % self.memory_size
 
     def _values(self, predicted: Tensor, groups: _Groups, farthest: _Pairs, nearest: _Pairs) -> tuple[Tensor, Tensor]:
         """Both criteria, from the chosen pairs alone: nothing else of the batch has a gradient."""
@@ -121,8 +123,9 @@ class MinimaxCriteria(nn.Module):
 
     def _cosines_of(self, pairs: _Pairs, predicted: Tensor, memory: Tensor, groups: _Groups) -> Tensor:
         """The cosines of the chosen pairs, with gradients: (K,)."""
-        places = groups.classes * self.memory_size + pairs.place
-        images = predicted.index_select(0, pairs.image)
+        image, place = pairs
+        places = groups.classes * self.memory_size + place
+        images = predicted.index_select(0, image)
         return F.cosine_similarity(images, memory.flatten(0, 1).index_select(0, places))
 
     def _remember(self, predicted: Tensor, real: Tensor, labels: Tensor, groups: _Groups) -> None:
@@ -165,14 +168,6 @@ class _Groups:
     members: Tensor
     exists: Tensor
     rank: Tensor
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """One pair for each class looked at. image: (K,) its index in the batch. place: (K,) its place in the memory."""
-
-    image: Tensor
-    place: Tensor
 
 
 def _processes() -> int:
