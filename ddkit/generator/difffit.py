@@ -14,7 +14,6 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from ddkit.errors import UsageError
 from ddkit.generator.uvit import UViT
 
 _FACTOR_LAYERS = (
@@ -58,19 +57,15 @@ class Scaled(nn.Module):
         return self.layer
 
 
-def apply_difffit(denoiser: nn.Module) -> ParameterCounts:
+def apply_difffit(denoiser: UViT | DiTTransformer2DModel) -> ParameterCounts:
     """Prepare a denoiser for DiffFit, in place; its output stays the same.
 
     Its state dictionary has other keys until `merge_difffit`.
-    denoiser: a UViT or a DiTTransformer2DModel. Raises UsageError for any other network.
     """
     if isinstance(denoiser, DiTTransformer2DModel):
         first_half = denoiser.transformer_blocks[: len(denoiser.transformer_blocks) // 2]
-    elif isinstance(denoiser, UViT):
-        first_half = denoiser.blocks_in
     else:
-        kind = type(denoiser).__name__
-        raise UsageError(f"DiffFit does not know the blocks of a {kind}.", "Train all parameters instead, with --full.")
+        first_half = denoiser.blocks_in
     for block in first_half:
         layers = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
         for name, layer in layers:

@@ -106,13 +106,8 @@ def find_influence(
     dataset: the training split, of which at most 10,000 images are taken, as many of each class. dataset_sha256: its hash.
     epochs: of the training; the networks after 1, 2, 4, ... of them are the checkpoints.
     The cache takes 2 K C^2 (F + 1) bytes, 41 MB a checkpoint for CIFAR-100.
-    Raises UsageError for images below 8 pixels, or a class without images.
+    Raises UsageError for a class without images.
     """
-    if spec.image_size < _SIDE_MULTIPLE:
-        raise UsageError(
-            f"Influence guidance needs images of {_SIDE_MULTIPLE} pixels or more; those of {spec.name} have {spec.image_size}.",
-            "Leave out --influence-guidance.",
-        )
     device = torch.device(device)
     side = min(_SIDE, spec.image_size // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
     network = build_network(OFFICIAL_NETWORK, spec.num_classes, side, seed=_SEED)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.data.images import to_uint8
-from ddkit.errors import ComputeError, UsageError
+from ddkit.errors import ComputeError
 from ddkit.generator.autoencoder import decode, images_at_once
 from ddkit.generator.compiling import compiled_for_inference
 from ddkit.generator.config import BATCH_ELSEWHERE, BATCH_ON_GPU, ObjectiveConfig, SamplingSettings
@@ -70,10 +70,8 @@ class Sampler:
         self.settings = resolve_settings(settings or SamplingSettings(), self.device)
         self.facts = model.facts
         require_label_dropout(self.facts, self.settings.guidance)
-        if (self.settings.mode_guidance > 0) != (modes is not None):
-            raise UsageError("Mode guidance needs both a scale above 0 and the modes of each class.")
-        if (self.settings.influence_guidance > 0) != (influence is not None):
-            raise UsageError("Influence guidance needs both a scale above 0 and the influence of the real images.")
+        assert (self.settings.mode_guidance > 0) == (modes is not None)
+        assert (self.settings.influence_guidance > 0) == (influence is not None)
         self._latent_shape = model.latent_shape
         self._null_class = null_class(model.denoiser)
         self._objective = Objective(ObjectiveConfig(model.facts.prediction))
@@ -109,12 +107,9 @@ class Sampler:
     def images(self, labels: Tensor, indices: Tensor) -> Iterator[Tensor]:
         """Yield images in the order asked for, a batch at a time: (n, 3, S, S) uint8 on the CPU.
 
-        labels, indices: (N,) int64, the class of each image and its number within the class. Raises UsageError for
-        labels that the model does not know, and ComputeError where memory is too little for one image.
+        labels, indices: (N,) int64, the class of each image and its number within the class. Raises ComputeError where
+        memory is too little for one image.
         """
-        classes = len(self.facts.class_names)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise UsageError(f"The model knows classes 0 to {classes - 1}, got {labels.min()} to {labels.max()}.")
         size = self.settings.batch_size or 1
         batches = list(zip(labels.split(size), indices.split(size), strict=True)) if len(labels) else []
         with ThreadPoolExecutor(1, "ddkit-noise") as ahead:

@@ -218,10 +218,6 @@ def _training_images(dataset: ImageSet, spec: DatasetSpec, settings: FeatureSett
 
 
 def _side(image_size: int) -> int:
-    if image_size < _SIDE_MULTIPLE:
-        raise UsageError(
-            f"Images of {image_size} pixels are too small for features.", f"They need {_SIDE_MULTIPLE} pixels or more."
-        )
     return min(_LARGEST_SIDE, image_size // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
 
 

@@ -7,7 +7,6 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from ddkit.errors import UsageError
 from ddkit.generator.config import DenoiserConfig
 from ddkit.generator.difffit import (
     Scaled,
@@ -149,8 +148,3 @@ def test_share_conditioning_is_undone_by_merging():
     assert count_parameters(network).total == apart
     assert torch.equal(answer(network), before)
     assert not share_conditioning(build("uvit"))
-
-
-def test_apply_difffit_to_another_network_raises_usage_error():
-    with pytest.raises(UsageError, match="blocks of a Linear.*--full"):
-        apply_difffit(nn.Linear(2, 2))

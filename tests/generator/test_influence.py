@@ -122,12 +122,6 @@ class TestSampling:
         made = [sampler.from_noise(random(4, 2, 4, 4), LABELS, INDICES).float() / 255 for sampler in (alone, both)]
         assert (influence(made[1], LABELS) > influence(made[0], LABELS)).all()
 
-    def test_scale_without_influence_and_influence_without_scale_are_refused(self, make_model, influence):
-        with pytest.raises(UsageError, match="Influence guidance needs both"):
-            Sampler(make_model(), SamplingSettings(influence_guidance=0.1))
-        with pytest.raises(UsageError, match="Influence guidance needs both"):
-            Sampler(make_model(), SamplingSettings(), influence=influence)
-
 
 class TestFinding:
     def find(self, images, **changes):
@@ -147,7 +141,3 @@ class TestFinding:
     def test_class_without_images_raises_usage_error(self, images):
         with pytest.raises(UsageError, match="none of 2"):
             self.find(dataclasses.replace(images, labels=images.labels.clamp(max=1)))
-
-    def test_images_below_8_pixels_raise_usage_error(self, images):
-        with pytest.raises(UsageError, match="8 pixels or more; those of colors have 4"):
-            find_influence(images, dataclasses.replace(SPEC, image_size=4), dataset_sha256="any")

@@ -194,12 +194,6 @@ class TestModeGuidance:
         )  # fmt: skip
         assert difference(whole, small) <= 1
 
-    def test_scale_without_modes_and_modes_without_scale_are_refused(self, make_model):
-        with pytest.raises(UsageError, match="needs both a scale above 0 and the modes"):
-            Sampler(make_model(), SamplingSettings(mode_guidance=0.1))
-        with pytest.raises(UsageError, match="needs both a scale above 0 and the modes"):
-            Sampler(make_model(), SamplingSettings(), modes=self.modes())
-
 
 def test_weighted_sum_is_float32_under_autocast():
     coefficients = torch.tensor([100.0, -100.0, 1.0])
@@ -227,11 +221,6 @@ def test_weighted_sum_is_float32_under_autocast():
 def test_invalid_settings_raise_usage_error(wrong):
     with pytest.raises(UsageError):
         SamplingSettings(**wrong)
-
-
-def test_unknown_class_raises_usage_error(make_model):
-    with pytest.raises(UsageError, match="classes 0 to 2"):
-        sample_all(Sampler(make_model(), SamplingSettings(steps=1)), torch.tensor([3]), torch.tensor([0]))
 
 
 def test_no_labels_yield_no_images(make_model):
