@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.environment import versions
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
-
-log = logging.getLogger(__name__)
 
 _MOST_CONFUSIONS = 30
 _POINTS_OF_CURVE = 101
@@ -236,19 +233,6 @@ class _Run:
         self._rounds = RoundSettings(settings.network, settings.training, settings.seed, str(self.device))
         self._folder = self.state.path and Path(self.state.path) / _key(self.source, self.test_set, self._rounds)
         self._epochs_done: dict[int, int] = {}
-        self._say_if_begun_on_another_device()
-
-    def _say_if_begun_on_another_device(self) -> None:
-        """Warn where a state of this evaluation is left as it is: on another device the rest would round differently."""
-        if self._folder is None or self._folder.exists() or not self._folder.parent.is_dir():
-            return
-        for other in {"cpu", "cuda"} - {self.device.type}:
-            begun = self._folder.with_name(_key(self.source, self.test_set, dataclasses.replace(self._rounds, device=other)))
-            if any(read_result(path) is None for path in begun.glob("round-?.pt")):
-                log.warning(
-                    "This evaluation was begun with --device %s. With %s it starts over; %s keeps what was done, and the same "
-                    "command with --device %s continues it.", other, self.device.type, begun, other,
-                )  # fmt: skip
 
     def rounds(self, indices: Sequence[int], stop: StopRequest) -> list[RoundResult]:
         """The results of these rounds, trained side by side where they are not finished already."""

@@ -366,24 +366,6 @@ def stop_after(epochs):
     return listen
 
 
-@pytest.mark.parametrize("first, second", [("cuda", "cpu"), ("cpu", "cuda")])
-def test_an_evaluation_begun_on_another_device_is_kept_and_named(compute_with, tmp_path, caplog, first, second):
-    compute_with(EnginePlan())
-    options = {"state": StateFolder(tmp_path / "state", 0.0), "rounds": 1}
-    with pytest.raises(InterruptedRunError):
-        evaluated(device=first, progress=stop_after(2), **options)
-    (kept,) = (tmp_path / "state").iterdir()
-    before = {path: path.read_bytes() for path in kept.iterdir()}
-    with caplog.at_level("WARNING"):
-        evaluated(device=second, **options)
-        assert caplog.text.count(f"was begun with --device {first}") == 1 and str(kept) in caplog.text
-        assert {path: path.read_bytes() for path in kept.iterdir()} == before
-        caplog.clear()
-        reports = []
-        evaluated(device=first, progress=reports.append, **options)
-    assert reports[0].done == 3 and "was begun" not in caplog.text
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [
     EnginePlan(), EnginePlan("cuda_graph", channels_last=True), EnginePlan("cuda_graph", chunk=6),
