@@ -20,7 +20,7 @@ from ddkit.evaluation.sources import FixedSet
 from ddkit.evaluation.test_sets import TestSet, as_test_set, load_reference
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.evaluation.tracks import hash_of_folder
-from ddkit.metrics.ddranking import MissingEvaluation, Ranking
+from ddkit.metrics.ddranking import Ranking
 from ddkit.results import RESULTS_FILE, Records, Result
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
@@ -320,10 +320,6 @@ class _Job:
 
     def _rank(self, distilled: DistilledSet, result: Result) -> Ranking:
         """DD-Ranking's scores of an evaluated set, after the evaluations that they need."""
-
-        def announce(missing: MissingEvaluation, settings: EvaluationSettings) -> None:
-            self._on_event(f"For DD-Ranking, evaluating {missing}: {_length(settings)}.")
-
         name = distilled.spec.name
         return complete(
             result,
@@ -334,7 +330,7 @@ class _Job:
             self._records.results,
             full_epochs_setting=self._settings.full_epochs_setting,
             record=self._records.add,
-            announce=announce,
+            announce=lambda missing, of: self._on_event(f"For DD-Ranking, evaluating {missing}: {_length(of)}."),
             state=self._settings.state,
             progress=self._progress,
         )

@@ -1,20 +1,19 @@
 """Recognizes the challenge's own test sets by their pixels and labels.
 
-`official_tests.npz` holds ten numbers of each official test image: the means of its four quadrants over all channels, the
-means of its three channels over all pixels, and the three values of one pixel, at row 10/64 and column 13/64 of the image's
-side. Rows lie in the order of the classes, so that a row's place tells its label. A test set is official if all of this holds:
+`official_tests.npz` holds ten numbers of each official test image, in the order of the classes: the means of its four
+quadrants over all channels, those of its three channels over all pixels, and the three values of the pixel at row 10/64 and
+column 13/64 of the image's side. A test set is official if all of this holds:
 
-1. It has 10,000 images, and as many of each class as the official one.
+1. It has as many images of each class as the official one.
 2. In each class its images can be paired with the official ones so that in every pair all seven means differ by at most
-   3 of 255. Images of different content do not: one changed or exchanged image, or two exchanged labels, are found.
+   3 of 255. One changed or exchanged image, or two exchanged labels, are found.
 3. Over all pairs, the values of the single pixels differ by at most 1.9 on average, and by 1.5 when signs count. This finds
    test sets that were shifted, blurred, made brighter by two steps or compressed again with visible losses.
 4. Floats lie within 0.05 of whole numbers once the dataset's constants are taken back: other constants are found.
 
-The order of the images does not matter. The bounds come from decoding Tiny ImageNet's 10,000 test images in four ways with
-libjpeg-turbo (exact or fast transform, smooth or plain upsampling of colors): compared with Pillow's pixels, means differ by
-up to 3, single pixels by 1.5 on average, and by 1.3 where signs count. The single pixel lies inside of a JPEG block, where
-decoders differ least. CIFAR-100 is stored without loss, and has the same bounds.
+The bounds come from decoding Tiny ImageNet's 10,000 test images in four ways with libjpeg-turbo (exact or fast transform,
+smooth or plain upsampling of colors): compared with Pillow's pixels, means differ by up to 3, single pixels by 1.5 on
+average, and by 1.3 where signs count. The single pixel lies inside of a JPEG block, where decoders differ least.
 """
 
 from __future__ import annotations
