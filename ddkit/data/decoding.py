@@ -143,7 +143,7 @@ def decode_split(
         workers = 0 if len(names) < _FEW or not sys.executable else min(available_cpus(), len(blocks))
     problems: list[Problem] = []
     done = 0
-    with contextlib.closing(_decoded(_Job(tree, target, resize), blocks, workers)) as parts:
+    with contextlib.closing(_decoded(functools.partial(_fill, tree, target, resize), blocks, workers)) as parts:
         for count, found in parts:
             done += count
             problems += found
@@ -153,49 +153,41 @@ def decode_split(
     return sorted(problems, key=lambda problem: problem.row)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The tree, the target and the option that all blocks of a split share."""
-
-    tree: Tree
-    target: SplitFile
-    resize: bool
-
-    def decode(self, start: int, names: Sequence[str]) -> list[Problem]:
-        """Fill the rows from `start` on; the problems met. Raises BadFileError."""
-        side = self.target.image_size
-        rows = np.zeros((len(names), 3, side, side), np.uint8)
-        problems = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, on odd files, would fall between the lines of the progress
-            for k, name in enumerate(names):
-                try:
-                    rows[k] = read_image(self.tree.read(name), side, resize=self.resize)
-                except (WrongSizeError, BadImageError, DamagedFileError) as error:
-                    problems.append(Problem(start + k, name, str(error), isinstance(error, WrongSizeError)))
-        try:
-            self.target.write(start, rows)
-        except OSError as error:
-            raise explain_os_error(error, self.target.path) from error
-        return problems
-
-
-_job: _Job  # of a process that decodes; its tree may take long to open
 _Block = tuple[int, Sequence[str]]  # its first row, and the names of its files
+_Fill = Callable[[int, Sequence[str]], list[Problem]]  # what is done with a block
+_fill_here: _Fill  # of a process that decodes
 
 
-def _decoded(job: _Job, blocks: list[_Block], workers: int) -> Generator[tuple[int, list[Problem]], None, None]:
+def _fill(tree: Tree, target: SplitFile, resize: bool, start: int, names: Sequence[str]) -> list[Problem]:
+    """Decode the named files into the rows from `start` on; the problems met. Raises BadFileError."""
+    rows = np.zeros((len(names), 3, target.image_size, target.image_size), np.uint8)
+    problems = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on odd files, would fall between the lines of the progress
+        for k, name in enumerate(names):
+            try:
+                rows[k] = read_image(tree.read(name), target.image_size, resize=resize)
+            except (WrongSizeError, BadImageError, DamagedFileError) as error:
+                problems.append(Problem(start + k, name, str(error), isinstance(error, WrongSizeError)))
+    try:
+        target.write(start, rows)
+    except OSError as error:
+        raise explain_os_error(error, target.path) from error
+    return problems
+
+
+def _decoded(fill: _Fill, blocks: list[_Block], workers: int) -> Generator[tuple[int, list[Problem]], None, None]:
     """The number of files and the problems of each block, decoded in this process or in `workers` others."""
     if workers < 1:
-        yield from ((len(names), job.decode(start, names)) for start, names in blocks)
+        yield from ((len(names), fill(start, names)) for start, names in blocks)
         return
     # Not forked, as torch may have threads here, and without the user's program, which would need a guard for `__main__`.
     program = sys.modules["__main__"]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_work, (job,))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_work, (fill,))
     try:
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
-            futures = {pool.submit(_decode, *block): len(block[1]) for block in blocks}
+            futures = {pool.submit(_fill_block, *block): len(block[1]) for block in blocks}
         finally:
             sys.modules["__main__"] = program
         yield from ((futures[future], future.result()) for future in as_completed(futures))
@@ -206,15 +198,15 @@ def _decoded(job: _Job, blocks: list[_Block], workers: int) -> Generator[tuple[i
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_work(job: _Job) -> None:
-    global _job
-    _job = job
+def _begin_work(fill: _Fill) -> None:
+    global _fill_here  # kept, as its tree may take long to open
+    _fill_here = fill
     # Ctrl-C reaches every process of a terminal; the one that started this process decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _decode(start: int, names: Sequence[str]) -> list[Problem]:
-    return _job.decode(start, names)
+def _fill_block(start: int, names: Sequence[str]) -> list[Problem]:
+    return _fill_here(start, names)
 
 
 @functools.cache
