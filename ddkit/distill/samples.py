@@ -31,7 +31,7 @@ from ddkit.runtime.hub import source_name
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress
 from ddkit.sets.distilled import KIND_GENERATED, SetFiles, draw_sheet, read_provenance, read_set, set_files
-from ddkit.sets.select import LABEL_METHODS, choose_in_class
+from ddkit.sets.select import LABEL_METHODS, choose_for_each_mode, choose_in_class
 
 log = logging.getLogger(__name__)
 
@@ -160,8 +160,10 @@ def _missing_rows(
                 return
         candidates = torch.cat(made)
         features = extract(candidates, labels) if extract else None
+        # The best of all would show only the modes that are easiest to tell.
+        choose = choose_for_each_mode if sampler.settings.mode_guidance else choose_in_class
         seed = sampler.settings.seed
-        yield candidates[choose_in_class(source.select, len(labels), ipc, seed=seed, label=label, features=features)]
+        yield candidates[choose(source.select, len(labels), ipc, seed=seed, label=label, features=features)]
 
 
 def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> dict[str, Any]:

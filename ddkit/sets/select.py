@@ -78,6 +78,18 @@ def choose_in_class(
     return FEATURE_METHODS[method](ImageFeatures(features.features.cpu(), features.confidence.cpu()), ipc)
 
 
+def choose_for_each_mode(
+    method: str, count: int, modes: int, *, seed: int, label: int, features: ImageFeatures | None = None
+) -> Tensor:
+    """(modes,) int64: for each mode i the one that `choose_in_class` takes of the images i, i + modes, i + 2 * modes, ..."""
+    chosen = []
+    for mode in range(modes):
+        rows = torch.arange(mode, count, modes)
+        alike = features and ImageFeatures(features.features[rows], features.confidence[rows])
+        chosen.append(rows[choose_in_class(method, len(rows), 1, seed=seed, label=label, features=alike)])
+    return torch.cat(chosen)
+
+
 def check_method(method: str) -> None:
     """Raise UsageError for an unknown selection method."""
     known = (*LABEL_METHODS, *FEATURE_METHODS)

@@ -214,6 +214,16 @@ class TestChoosing:
         facts = json.loads(saved.provenance.read_text())
         assert (facts["selection"], facts["candidates"]) == ("least-confident", 5)
 
+    def test_with_mode_guidance_one_candidate_of_each_mode_is_selected(self, colors, model_folder, tmp_path):
+        sampling = SamplingSettings("ddim", steps=2, mode_guidance=0.5)
+        saved = generate(colors, 2, FromModel(model_folder, sampling, candidates=7, select="random"), tmp_path / "set.pt")
+        model, real = load_model(model_folder), load_dataset(colors, "train")
+        modes = find_modes(model_folder, model, real, 2, dataset_sha256=train_sha256(colors))
+        images = torch.cat([*Sampler(model, sampling, modes=modes).images(torch.zeros(7, dtype=torch.int64), torch.arange(7))])
+        first = pixels(saved.tensor, colors)[:2]
+        found = [[torch.equal(one, candidate) for candidate in images].index(True) for one in first]
+        assert [index % 2 for index in found] == [0, 1] and max(found) > 1
+
     @pytest.mark.slow
     def test_set_has_the_selected_real_images(self, colors, tmp_path):
         saved = generate(colors, 2, FromReal("most-confident"), tmp_path / "set.pt")

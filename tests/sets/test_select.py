@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from ddkit.errors import UsageError
-from ddkit.sets.select import FEATURE_METHODS, LABEL_METHODS, ImageFeatures, choose, choose_in_class
+from ddkit.sets.select import (
+    FEATURE_METHODS,
+    LABEL_METHODS,
+    ImageFeatures,
+    choose,
+    choose_for_each_mode,
+    choose_in_class,
+)
 
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 2, 2])
 
@@ -109,3 +116,11 @@ def test_features_are_extracted_one_class_at_a_time():
 def test_invalid_choice_raises_usage_error(how, ipc, said):
     with pytest.raises(UsageError, match=said):
         choose(how, LABELS, ipc, 3, seed=0)
+
+
+def test_one_image_is_chosen_for_each_mode():
+    confidence = torch.tensor([0.9, 0.1, 0.8, 0.3, 0.95])  # images 0, 2 and 4 share a mode, and 1 and 3
+    features = ImageFeatures(torch.zeros(5, 2), confidence)
+    found = choose_for_each_mode("most-confident", 5, 2, seed=0, label=0, features=features)
+    assert found.tolist() == [4, 3]
+    assert choose_for_each_mode("first", 5, 2, seed=0, label=0).tolist() == [0, 1]
