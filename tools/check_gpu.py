@@ -85,9 +85,7 @@ def steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     yield tool(f"training, preset {preset}", 90, line, r".*images/s$|ratio: *[\d.]+")
     few = " --steps 1 --classes 4 --memory 4 --batch 8" if small else ""
     yield tool("minimax criteria", 30, f"bench_minimax.py{few}", r".*ms a step|.*times as fast")
-    if small:
-        yield Step("letters", 60, (sys.executable, "-m", "ddkit", "data", "prepare", "glyphs"))
-    else:
+    if not small:
         demo = ("demo", "--folder", str(folder / "demo"))
         yield Step("the whole way on built-in letters", 150, (sys.executable, "-m", "ddkit", *demo, *device))
 
