@@ -49,7 +49,7 @@ epochs_setting = 0
 rounds = 1
 time_budget = 900
 [[sets]]
-dataset = "glyphs"
+dataset = "colors"
 preset = "demo"
 autoencoder_steps = 3
 train_steps = 3
@@ -126,25 +126,25 @@ def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes
     assert first.sets[0].sampling.mode_guidance > 0
 
 
-def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_samples_with(work):
+def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_samples_with(work, colors):
     (work / "bundled.toml").write_text(BUNDLED)
     status, output, said = finish("--recipe", "bundled.toml", "--folder", "entry", "--json")
     assert status == 0, said
-    assert "Without ddkit, the bundle made 10 images of glyphs in" in " ".join(said.split())
-    assert "next:" not in said  # the letters have no official evaluation
+    assert "Without ddkit, the bundle made 2 images of colors in" in " ".join(said.split())
+    assert "next:" not in said  # these colors have no official evaluation
     with zipfile.ZipFile(work / "entry/track2.zip") as bundle:
-        facts = json.loads(bundle.read("models/glyphs/entry.json"))
+        facts = json.loads(bundle.read("models/colors/entry.json"))
     wanted = {"sampler": "dpm++", "steps": 3, "guidance": 1.5, "precision": "float32", "images_per_class": 2, "keep": 1}
     assert wanted.items() <= facts.items()
     made = read_recipe(work / "entry/recipe.toml")
     (result,) = read(work / "entry/runs/results.jsonl").results
     assert made.sets[0].bundle_settings.sampling.steps == 3 and made.sets[0].sha256 == result.sha256
-    assert made.accuracies == {"glyphs": result.mean} and result.images == 20
+    assert made.accuracies == {"colors": result.mean} and result.images == 4
     status, _, said = finish("--recipe", "bundled.toml", "--folder", "entry")
-    assert status == 0 and "prepare glyphs, train glyphs, check and pack, evaluate glyphs." in " ".join(said.split()), said
+    assert status == 0 and "prepare colors, train colors, check and pack, evaluate colors." in " ".join(said.split()), said
 
     status, _, said = finish("--recipe", "entry/recipe.toml", "--folder", "again")
-    assert status == 0 and "The bundle for glyphs is the same to the bit as the one that" in " ".join(said.split()), said
+    assert status == 0 and "The bundle for colors is the same to the bit as the one that" in " ".join(said.split()), said
     assert (work / "again/track2.zip").read_bytes() == (work / "entry/track2.zip").read_bytes()
     assert read_recipe(work / "again/recipe.toml").sets == made.sets
 
