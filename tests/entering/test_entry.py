@@ -43,6 +43,7 @@ precision = "float32"
 pool.size = 2
 pool.from_step = 2
 """
+SAMPLED = TRAINED + "[sets.sampling]\nsteps = 2\nguidance = 3.0\n"
 BUNDLED = """
 track = 2
 epochs_setting = 0
@@ -92,7 +93,7 @@ def work(letters, short_measurements, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes have that are killed
-    (tmp_path / "trained.toml").write_text(TRAINED)
+    (tmp_path / "trained.toml").write_text(SAMPLED)
     (tmp_path / "real.toml").write_text(REAL)
     yield tmp_path
     torch.set_num_threads(threads)
@@ -123,7 +124,7 @@ def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes
     first, second = read_recipe(entry / "recipe.toml"), read_recipe(work / "again/recipe.toml")
     assert first.sets == second.sets and first.accuracies == second.accuracies
     assert (first.sets[0].refine_steps, first.sets[0].train_steps, first.seed) == (3, 4, 3)
-    assert first.sets[0].sampling.mode_guidance > 0
+    assert (first.sets[0].sampling.steps, first.sets[0].sampling.guidance) == (2, 3.0)
 
 
 def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_samples_with(work, colors):
