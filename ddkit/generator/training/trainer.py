@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 # Images, latents and targets have a variance of about one or two, so predicting zeros costs at most that much.
 _LARGEST_ERROR = 20.0
 _RECORD_EVERY, _RECORD_EVERY_ON_GPU = 10, 50  # steps; reading a loss makes the host wait for the GPU
-_AGREE_EVERY = 10  # steps, after which several processes agree on stopping; asking makes the host wait for the GPU
+_AGREE_EVERY_SECONDS, _AGREE_EVERY_STEPS = 1.0, 100  # several processes agree on stopping, at most so far apart
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class Trainer:
         self._workers = workers_for(stage, accelerator.device, accelerator.num_processes)
         self._ema = averaging(self._parameters, stage.ema_width, stage.ema_decay)
         self._resume()
+        self._agreed_step, self._agreed_at = self.step, time.monotonic()
+        self._next_agreement = self.step + 1
         self._compile_at = None if compile_after is None else max(self.step, compile_after)
         self._compiling = False
 
@@ -133,7 +135,7 @@ class Trainer:
                 self.finished = True
                 self.save()
             # A request during the last step must not be forgotten, or the next stage would begin.
-            (stopping,) = self._agreed(bool(stop))
+            (stopping,) = self._vote(bool(stop))
             if stopping:
                 raise self._interrupted()
 
@@ -176,11 +178,9 @@ class Trainer:
             with shortage_explained(self._shortage):
                 losses.append(self._compiling_step() if self.step == self._compile_at else self._train_step())
             self.step += 1
-            stopping = out_of_time = save_due = False
-            if self.accelerator.num_processes == 1 or self.step % _AGREE_EVERY == 0 or self.step >= self.steps:
-                stopping, out_of_time, save_due = self._agreed(
-                    bool(stop), self._out_of_time(), time.monotonic() - saved > self.save_every_seconds
-                )
+            stopping, out_of_time, save_due = self._agreed(
+                bool(stop), self._out_of_time(), time.monotonic() - saved > self.save_every_seconds
+            )
             over = out_of_time or self.step >= self.steps
             due = [callback for callback in self._callbacks if callback.every and self.step % callback.every == 0]
             if over or stopping or save_due or due or self.step % record_every == 0:
@@ -316,11 +316,24 @@ class Trainer:
         return self.limit_seconds is not None and self.seconds >= self.limit_seconds
 
     def _agreed(self, *requests: bool) -> tuple[bool, ...]:
-        """True for each request that any process has."""
+        """True for each request that any process has. Several processes ask each other only about once a second."""
         if self.accelerator.num_processes == 1:
             return requests
-        votes = torch.tensor(requests, dtype=torch.float32, device=self.accelerator.device)
-        return tuple(count > 0 for count in self.accelerator.reduce(votes, reduction="sum").tolist())
+        if self.step < self._next_agreement and self.step < self.steps:
+            return (False,) * len(requests)
+        per_step = (time.monotonic() - self._agreed_at) / max(1, self.step - self._agreed_step)
+        *agreed, longest = self._vote(*requests, per_step)
+        # All processes know the same sum of times, and so choose the same step to ask again.
+        self._next_agreement = self.step + max(1, min(_AGREE_EVERY_STEPS, int(_AGREE_EVERY_SECONDS / max(longest, 1e-4))))
+        self._agreed_step, self._agreed_at = self.step, time.monotonic()
+        return tuple(value > 0 for value in agreed)
+
+    def _vote(self, *values: float) -> tuple[float, ...]:
+        """The sums of each value over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        votes = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        return tuple(self.accelerator.reduce(votes, reduction="sum").tolist())
 
     def _show(self, record: StepRecord) -> None:
         figures = {"loss": record.loss, **record.figures}
