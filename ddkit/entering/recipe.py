@@ -45,8 +45,8 @@ class SetRecipe:
     autoencoder_steps, train_steps: lengths of the generator's training; None while a time decides, or for the preset's.
     compile: as in `ddkit.generator.config.GeneratorConfig`. refine: None refines nothing. refine_steps: None while a time
     decides. sampling: how the generator samples on track 1, and bundle: how it does on track 2; None takes this version's
-    defaults. sha256: of the set's file that came out, or on track 2 of the bundle's files, as an evaluation records it; ""
-    if it is not known.
+    defaults, and names that their tables leave out those of `SamplingSettings`, without mode guidance. sha256: of the set's
+    file that came out, or on track 2 of the bundle's files, as an evaluation records it; "" if it is not known.
     """
 
     dataset: str

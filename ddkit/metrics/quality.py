@@ -70,7 +70,7 @@ def measure(
     if len(images) < 2:
         raise UsageError("Measuring the quality of a set takes two images or more.")
     stand_in, others = _split_real(labels, dataset.labels, seed)
-    if len(others) < 10:
+    if len(others) < 10 or len(stand_in) < 2:
         raise UsageError("There are too few real images to compare the set with.", "Measure a smaller set.")
     real = features(dataset.images[others], progress)
     ours = features(images, progress)

@@ -66,3 +66,10 @@ def test_a_tiny_dataset_is_refused():
     dataset = real_set(12)
     with pytest.raises(UsageError, match="too few real images"):
         measure(dataset.images, dataset.labels, dataset, Pixels())
+
+
+def test_a_single_image_of_each_class_is_refused():
+    pictures = real_set(36).images
+    dataset = ImageSet(pictures[:12], torch.arange(12), tuple("abcdefghijkl"))
+    with pytest.raises(UsageError, match="too few real images"):
+        measure(pictures[12:24], torch.arange(12), dataset, Pixels())

@@ -79,6 +79,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT_VERSION:
         raise BadFileError(f"{path} is not a checkpoint of this version of ddkit.", remedy)
     try:
-        return Checkpoint(**value)
+        # Version 0.1.0 spelled it differently.
+        return Checkpoint(**{name.replace("optimiser", "optimizer"): item for name, item in value.items()})
     except TypeError as error:
         raise BadFileError(f"{path} is not complete: {error}.", remedy) from error

@@ -35,6 +35,13 @@ def test_saved_checkpoint_loads_unchanged(folder):
     assert load_latest(folder, "tuning") is None
 
 
+def test_checkpoint_of_version_0_1_is_read(folder):
+    newest = list_checkpoints(folder, "denoiser")[-1]
+    value = torch.load(newest, weights_only=True)
+    torch.save({name.replace("optimizer", "optimiser"): item for name, item in value.items()}, newest)
+    assert load_latest(folder, "denoiser").optimizer == {"state": {}}
+
+
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_truncated_newest_checkpoint_is_skipped(folder, kept, caplog):
     newest = list_checkpoints(folder, "denoiser")[-1]
