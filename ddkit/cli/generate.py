@@ -91,9 +91,10 @@ _METHODS = (
     type=click.FloatRange(0),
     metavar="SCALE",
     help="Set the scale of mode guidance, which steers image i of a class to mode i of its real images early in "
-    f"sampling; 0 turns it off.  [default: {default_mode_guidance('flow', FEW_IMAGES):g} for models of flow matching, "
+    "sampling and needs these images; 0 turns it off.  "
+    f"[default: {default_mode_guidance('flow', FEW_IMAGES):g} for models of flow matching, "
     f"{default_mode_guidance('flow'):g} for more than {FEW_IMAGES} images per class of them, "
-    f"and {default_mode_guidance('epsilon'):g} with --guidance or other models]",
+    f"and {default_mode_guidance('epsilon'):g} with --guidance, --guidance-interval or other models]",
 )
 @click.option(
     "--influence-guidance",

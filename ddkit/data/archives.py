@@ -150,11 +150,16 @@ class FolderTree(Tree):
 
 
 class ZipTree(Tree):
-    """The files of a zip. file: where it lies, if that is not `path`. Raises BadDataError if that is not a whole zip."""
+    """The files of a zip.
 
-    def __init__(self, path: Path, file: Path | None = None) -> None:
+    file: where it lies, if that is not `path`. renamed: the zip's own names of the files that are listed under another one;
+    found out when None. Raises BadDataError for a file that is not a whole zip.
+    """
+
+    def __init__(self, path: Path, file: Path | None = None, renamed: Mapping[str, str] | None = None) -> None:
         super().__init__(path)
         self._file = file or path
+        self._renamed = renamed
         try:
             self._zip = zipfile.ZipFile(self._file)
         except OSError as error:
@@ -163,27 +168,23 @@ class ZipTree(Tree):
             raise _incomplete(path, "zip file", error) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ZipTree, (self.path, self._file)
+        return ZipTree, (self.path, self._file, self._renamed)
 
-    @functools.cached_property
-    def _own_names(self) -> Mapping[str, str]:
-        """The names in the zip by the plain ones. One that was added twice means the later file, as in unpacking."""
+    def _list(self) -> tuple[Iterable[str], Iterable[str]]:
         infos = self._zip.infolist()
         if links := [info.filename for info in infos if stat.S_ISLNK(info.external_attr >> 16)]:
             raise _link_error(links[0], self.path)
+        # A name that was added twice means the later file, as it does when the zip is unpacked.
         names = {_member_name(info.filename, self.path): info.filename for info in infos}
         names.pop("", None)
-        return names
-
-    def _list(self) -> tuple[Iterable[str], Iterable[str]]:
-        folders = {name for name, own in self._own_names.items() if own.endswith(("/", "\\"))}
-        return self._own_names.keys() - folders, folders
+        folders = {name for name, own in names.items() if own.endswith(("/", "\\"))}
+        self._renamed = {name: own for name, own in names.items() if name != own and name not in folders}
+        return names.keys() - folders, folders
 
     def _info(self, name: str) -> zipfile.ZipInfo:
-        try:
-            return self._zip.getinfo(name)
-        except KeyError:  # only then all names are looked at, which takes a second for TinyImageNet
-            return self._zip.getinfo(self._own_names[name])
+        if self._renamed is None:
+            _ = self.files
+        return self._zip.getinfo((self._renamed or {}).get(name, name))
 
     def size(self, name: str) -> int:
         return self._info(name).file_size
@@ -209,10 +210,27 @@ class PackedTree(Tree):
         return self._index[name][1]
 
     def open(self, name: str) -> IO[bytes]:
-        begin, size = self._index[name]
-        with self._file.open("rb") as file:
-            file.seek(begin)
-            return io.BytesIO(file.read(size))
+        return io.BufferedReader(_Part(self._file, *self._index[name]))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a separate file, to be read from front to back."""
+
+    def __init__(self, path: Path, begin: int, size: int) -> None:
+        self._file, self._left = path.open("rb", buffering=0), size
+        self._file.seek(begin)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        self._left -= count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def open_tar(path: Path, scratch: Path, file: Path | None = None) -> PackedTree:

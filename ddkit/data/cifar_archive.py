@@ -1,14 +1,16 @@
 """`cifar-100-python`: the pickles in which CIFAR-100 is distributed, read without executing anything.
 
 torchvision reads them too, but only unpacked, under one folder name, and with an unpickler that runs whatever code a pickle
-asks for. Here a pickle may hold arrays of integers, numbers, texts, lists and dicts, and is refused for anything else;
+asks for. Here a pickle may build arrays of integers, numbers, texts, lists and dicts, and is refused for anything else;
 torchvision's checksums tell the official files from others, which are read with a warning.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from posixpath import join
@@ -20,7 +22,6 @@ from numpy.typing import NDArray
 from ddkit.data.archives import READ_ERRORS, Tree
 from ddkit.data.listing import IncompleteLayoutError, Pixels, Source, pixel_source
 from ddkit.errors import BadDataError
-from ddkit.runtime.pickles import Call, read_pickle
 
 FILES = ("train", "test", "meta")
 # As torchvision.datasets.CIFAR100 states them; importing it for three numbers would take seconds.
@@ -60,17 +61,16 @@ def _load(tree: Tree, path: str, name: str) -> Any:
     """The contents of a pickle. Raises BadDataError."""
     try:
         if (size := tree.size(path)) > _MAX_BYTES:
-            raise ValueError(f"it has {size:,} bytes")
+            raise pickle.UnpicklingError(f"it has {size:,} bytes")
         with tree.open(path) as file:
             data = file.read()
         if hashlib.md5(data, usedforsecurity=False).hexdigest() != OFFICIAL_MD5[name]:
             _log.warning("%s: '%s' is not the official file; its checksum differs.", tree.path, name)
-        value, named = read_pickle(data)
-        for module, called in sorted(named):
-            if module.partition(".")[0] != "numpy" and (module, called) != ("_codecs", "encode"):
-                raise ValueError(f"it asks to run {module}.{called}")
-        return value
-    except (*READ_ERRORS, MemoryError) as error:
+        # Written by Python 2, whose texts and pixels are both byte strings to us.
+        return _DataUnpickler(io.BytesIO(data), encoding="bytes").load()
+    except (
+        *READ_ERRORS, pickle.UnpicklingError, LookupError, AttributeError, TypeError, ImportError, OverflowError, MemoryError,
+    ) as error:  # fmt: skip
         raise BadDataError(f"{tree.path}: '{name}' is not a data pickle: {error}.", "Download the archive again.") from error
 
 
@@ -90,11 +90,36 @@ def _pixels(value: dict[str, Any]) -> Pixels:
     return Pixels(images.__getitem__, labels, names if len(names) == len(labels) else ())
 
 
+class _DataUnpickler(pickle.Unpickler):
+    """Builds Python's plain types; of arrays it notes what a pickle says, and refuses every other class or function by name.
+
+    None of numpy's own functions is handed out: called with what a pickle chooses, they make objects of any address.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype"):
+            return type(name, (_Noted,), {})
+        if (module, name) == ("_codecs", "encode"):
+            return str.encode  # how Python 3 writes bytes in the older pickle formats
+        raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
+
+
+class _Noted:
+    """A call with its arguments, and the state given to what it would have made."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
 def _array(value: Any) -> NDArray[Any]:
-    """The array that a pickle describes, or that a list holds. Raises ValueError or TypeError for anything but integers."""
-    if not isinstance(value, Call):
+    """The array that was noted, or that a list holds. Raises ValueError or TypeError for anything but integers."""
+    if not isinstance(value, _Noted):
         array = np.asarray(value)
-    elif value.name == "_frombuffer":  # protocol 5
+    elif type(value).__name__ == "_frombuffer":  # protocol 5
         data, numbers, shape, order = value.arguments
         array = np.frombuffer(data, _dtype(numbers)).reshape(shape, order=order)
     else:
@@ -105,11 +130,11 @@ def _array(value: Any) -> NDArray[Any]:
     return array
 
 
-def _dtype(described: Call) -> np.dtype[Any]:
-    dtype = np.dtype(_text(described.arguments[0]))
+def _dtype(noted: _Noted) -> np.dtype[Any]:
+    dtype = np.dtype(_text(noted.arguments[0]))
     if dtype.kind not in "ui":
         raise ValueError(f"it holds numbers of type {dtype}")
-    order = _text(described.state[1]) if described.state else "="
+    order = _text(noted.state[1]) if noted.state else "="
     return dtype.newbyteorder(">") if order == ">" else dtype
 
 

@@ -1,7 +1,8 @@
 """Image files to (3, S, S) uint8 pixels, on all cores, straight into the file that will hold them.
 
-Decoding small images is mostly Python's own work, so threads do not help; `decode_split` starts processes instead, which
-import this module only, without torch.
+Decoding small images is mostly Python's own work, so threads do not help; `decode_split` starts processes instead.
+Those of `concurrent.futures` would either be forked from a process in which torch has threads, or import the user's
+program, which would then need a `__main__` guard. These import this module only, without torch.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import multiprocessing
+import pickle
 import signal
 import struct
+import subprocess
 import sys
-import types
+import threading
 import warnings
 import zlib
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddkit.data.archives import DamagedFileError, Tree
 from ddkit.data.split_file import SplitFile
-from ddkit.errors import ComputeError
+from ddkit.errors import BadFileError, ComputeError
 from ddkit.runtime.container import available_cpus
 from ddkit.runtime.files import explain_os_error
 
@@ -143,7 +145,7 @@ def decode_split(
         workers = 0 if len(names) < _FEW or not sys.executable else min(available_cpus(), len(blocks))
     problems: list[Problem] = []
     done = 0
-    with contextlib.closing(_decoded(functools.partial(_fill, tree, target, resize), blocks, workers)) as parts:
+    with contextlib.closing(_decoded(_Job(tree, target, resize), blocks, workers)) as parts:
         for count, found in parts:
             done += count
             problems += found
@@ -153,60 +155,108 @@ def decode_split(
     return sorted(problems, key=lambda problem: problem.row)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """The tree, the target and the option that all blocks of a split share."""
+
+    tree: Tree
+    target: SplitFile
+    resize: bool
+
+    def decode(self, start: int, names: Sequence[str]) -> list[Problem]:
+        """Fill the rows from `start` on; the problems met. Raises BadFileError."""
+        side = self.target.image_size
+        rows = np.zeros((len(names), 3, side, side), np.uint8)
+        problems = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on odd files, would fall between the lines of the progress
+            for k, name in enumerate(names):
+                try:
+                    rows[k] = read_image(self.tree.read(name), side, resize=self.resize)
+                except (WrongSizeError, BadImageError, DamagedFileError) as error:
+                    problems.append(Problem(start + k, name, str(error), isinstance(error, WrongSizeError)))
+        try:
+            self.target.write(start, rows)
+        except OSError as error:
+            raise explain_os_error(error, self.target.path) from error
+        return problems
+
+
 _Block = tuple[int, Sequence[str]]  # its first row, and the names of its files
-_Fill = Callable[[int, Sequence[str]], list[Problem]]  # what is done with a block
-_fill_here: _Fill  # of a process that decodes
 
 
-def _fill(tree: Tree, target: SplitFile, resize: bool, start: int, names: Sequence[str]) -> list[Problem]:
-    """Decode the named files into the rows from `start` on; the problems met. Raises BadFileError."""
-    rows = np.zeros((len(names), 3, target.image_size, target.image_size), np.uint8)
-    problems = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on odd files, would fall between the lines of the progress
-        for k, name in enumerate(names):
-            try:
-                rows[k] = read_image(tree.read(name), target.image_size, resize=resize)
-            except (WrongSizeError, BadImageError, DamagedFileError) as error:
-                problems.append(Problem(start + k, name, str(error), isinstance(error, WrongSizeError)))
-    try:
-        target.write(start, rows)
-    except OSError as error:
-        raise explain_os_error(error, target.path) from error
-    return problems
-
-
-def _decoded(fill: _Fill, blocks: list[_Block], workers: int) -> Generator[tuple[int, list[Problem]], None, None]:
+def _decoded(job: _Job, blocks: list[_Block], workers: int) -> Generator[tuple[int, list[Problem]], None, None]:
     """The number of files and the problems of each block, decoded in this process or in `workers` others."""
     if workers < 1:
-        yield from ((len(names), fill(start, names)) for start, names in blocks)
+        yield from ((len(names), job.decode(start, names)) for start, names in blocks)
         return
-    # Not forked, as torch may have threads here, and without the user's program, which would need a guard for `__main__`.
-    program = sys.modules["__main__"]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_work, (fill,))
-    try:
-        sys.modules["__main__"] = types.ModuleType("__main__")
+    own = threading.local()
+    with contextlib.ExitStack() as processes:
+
+        def decode(block: _Block) -> tuple[int, list[Problem]]:
+            if not hasattr(own, "process"):  # started by the thread that uses it, so that all start at once
+                own.process = processes.enter_context(_worker(job))
+            return len(block[1]), _ask(own.process, block)
+
+        pool = ThreadPoolExecutor(workers)
         try:
-            futures = {pool.submit(_fill_block, *block): len(block[1]) for block in blocks}
+            yield from (future.result() for future in as_completed([pool.submit(decode, block) for block in blocks]))
         finally:
-            sys.modules["__main__"] = program
-        yield from ((futures[future], future.result()) for future in as_completed(futures))
-    except BrokenProcessPool as error:
-        remedy = "It may have been killed for lack of memory: close other programs and try again."
-        raise ComputeError("A process that decodes images has ended before its work.", remedy) from error
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _worker(job: _Job) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that decodes, killed at the context's end."""
+    # Isolated from the working folder and from variables, and then given the packages of this process.
+    program = f"import sys; sys.path[:] = {[entry for entry in sys.path if entry]!r}; import {__name__} as it; it._work()"
+    process = subprocess.Popen([sys.executable, "-I", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None  # both pipes were asked for
+    try:
+        with contextlib.suppress(BrokenPipeError):  # `_ask` will report it
+            _send(job, process.stdin)
+        yield process
     finally:
-        pool.shutdown(cancel_futures=True)
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
-def _begin_work(fill: _Fill) -> None:
-    global _fill_here  # kept, as its tree may take long to open
-    _fill_here = fill
+def _ask(process: subprocess.Popen[bytes], block: _Block) -> list[Problem]:
+    """Have one block decoded, and wait. Raises what `_Job.decode` raises, and ComputeError if the process dies."""
+    assert process.stdout is not None  # `_worker` asked for the pipe
+    try:
+        _send(block, process.stdin)
+        answer = pickle.load(process.stdout)
+    except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+        status = process.wait()
+        remedy = "It may have been killed for lack of memory: close other programs and try again." if status < 0 else ""
+        raise ComputeError(f"A process that decodes images ended with status {status}.", remedy) from error
+    if isinstance(answer, BadFileError):
+        raise answer
+    return answer
+
+
+def _work() -> None:
+    """Run a worker: read a job and then blocks from standard input, and answer each block on standard output."""
     # Ctrl-C reaches every process of a terminal; the one that started this process decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    job: _Job = pickle.load(requests)
+    with contextlib.suppress(EOFError):
+        while True:
+            try:
+                _send(job.decode(*pickle.load(requests)), answers)
+            except BadFileError as error:
+                _send(error, answers)
 
 
-def _fill_block(start: int, names: Sequence[str]) -> list[Problem]:
-    return _fill_here(start, names)
+def _send(value: object, pipe: IO[bytes] | None) -> None:
+    assert pipe is not None
+    pickle.dump(value, pipe)
+    pipe.flush()
 
 
 @functools.cache

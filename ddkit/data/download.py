@@ -9,6 +9,8 @@ import hashlib
 import http.client
 import logging
 import os
+import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddkit import __version__
-from ddkit.errors import BadDataError, DDKitError, MissingDataError
+from ddkit.errors import BadDataError, BadFileError, DDKitError, MissingDataError
 from ddkit.runtime.files import explain_os_error
 from ddkit.runtime.progress import Listener, Progress, ignore
 
@@ -117,11 +119,22 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
     try:
         # `urlopen` would keep the proxies that were set when it was first called.
         with urllib.request.build_opener().open(request, timeout=timeout) as response:
-            begin = have if response.status == 206 else 0  # a server that ignores the range sends everything again
+            begin = 0
+            if response.status == 206:
+                match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+                if match is None:
+                    raise _BrokenTransferError("the server answered with part of the file and did not say which")
+                begin = int(match[1])
             length = response.headers.get("Content-Length")
             total = begin + int(length) if length is not None else None
+            free = shutil.disk_usage(part.parent).free
+            if total is not None and total - have > free:
+                raise BadFileError(
+                    f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are missing and {free / _MEGABYTE:,.0f} MB are free.",
+                    "Free some space there, or set DDKIT_CACHE to another place.",
+                )
             with part.open("ab") as file:
-                file.truncate(begin)
+                file.truncate(begin)  # a server that ignores the range sends everything again
                 while block := response.read(_BLOCK):
                     try:
                         file.write(block)
@@ -134,8 +147,12 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
                 if total is not None and file.tell() < total:
                     raise _BrokenTransferError(f"the connection ended after {file.tell():,} of {total:,} bytes")
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            return  # the file has no byte after those in `part`; its checksum tells if they are of that file
+        if error.code == 416:  # the file has no byte after those in `part`: either it is complete, or they are of another file
+            size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
+            if size and int(size[1]) == have:
+                return
+            part.unlink()
+            raise _BrokenTransferError("the part that was downloaded before is longer than the file") from error
         if error.code < 500 and error.code != 429:
             raise _unreachable(archive, error) from error
         raise _BrokenTransferError(str(error)) from error

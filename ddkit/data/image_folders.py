@@ -166,14 +166,14 @@ def _class_folders(tree: Tree, split: str, class_names: Sequence[str] = ()) -> d
 
 def _images_of_class(tree: Tree, folder: str, name: str) -> Iterator[str]:
     """The files of a class except its list of boxes. Raises BadDataError for files that lie deeper than layouts have them."""
-    folders, files = tree.folders[folder]
-    for below in folders:
-        deeper, inside = tree.folders[f"{folder}/{below}"]
-        if misplaced := deeper + (inside if below != _IMAGES else []):
-            message = f"{tree.path}: {folder}/{below}/{misplaced[0]} lies deeper than <split>/<class>/<image>."
-            raise BadDataError(message, LAYOUTS)
-        files = files + [f"{below}/{file}" for file in inside]
-    yield from (f"{folder}/{file}" for file in files if file != f"{name}_boxes.txt")
+    for below in ("", *tree.folders[folder][0]):
+        place = f"{folder}/{below}" if below else folder
+        deeper = [f"{place}/{deep}/" for deep in tree.folders[place][0]] if below == _IMAGES else []
+        deeper += [f"{place}/"] if below not in ("", _IMAGES) else []
+        if misplaced := [path for path in tree.files if deeper and path.startswith(tuple(deeper))]:
+            raise BadDataError(f"{tree.path}: {misplaced[0]} lies deeper than <split>/<class>/<image>.", LAYOUTS)
+        if below in ("", _IMAGES):
+            yield from (f"{place}/{file}" for file in tree.folders[place][1] if file != f"{name}_boxes.txt")
 
 
 def _refuse_unfit(tree: Tree, train: _Split, test: _Split, class_names: Sequence[str]) -> None:

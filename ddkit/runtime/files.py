@@ -142,6 +142,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise explain_os_error(error, _reported_path(error, path)) from error
     finally:
@@ -176,6 +177,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(aside, path)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+        _sync_folder(path.parent)
     except OSError as error:
         raise explain_os_error(error, _reported_path(error, path)) from error
     finally:
@@ -239,3 +241,13 @@ def sha256_of_stream(stream: IO[bytes]) -> str:
     while block := stream.read(_BLOCK):
         digest.update(block)
     return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable on systems that can open folders."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems refuse to sync folders, but the rename has happened
+        os.fsync(handle)
+    os.close(handle)

@@ -1,19 +1,23 @@
 """Reading what `torch.save` wrote without PyTorch's loader, so that a file from somebody else cannot do harm.
 
-Such a file is a zip of one pickle, `data.pkl`, and of the raw numbers of each storage, `data/<key>`. Nothing that the pickle
-names is imported or called. The numbers are taken from the zip only when shape, strides and offset stay within their storage.
+Such a file is a zip of one pickle, `data.pkl`, and of the raw numbers of each storage, `data/<key>`. The pickle's
+instructions are carried out here on inert values: what would call a function becomes a `Call` that says so, and nothing
+is imported or run. The numbers are taken from the zip only when shape, strides and offset stay within their storage.
+Source of the instructions' meaning: CPython's Lib/pickletools.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
+import pickletools
 import struct
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import torch
@@ -21,9 +25,11 @@ from torch import Tensor
 
 from ddkit.runtime.archives import ZIP_ERRORS, is_ordinary, zip_problem
 from ddkit.runtime.files import why_not_a_file
-from ddkit.runtime.pickles import Call, Storage, read_pickle
 
 _MAGIC_OF_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save before PyTorch 1.6
+_LARGEST_PICKLE = 1 << 20  # bytes that are looked at; the pickle of a bare tensor has about 200
+_MOST_INSTRUCTIONS = 300_000
+_BLOCK = 1 << 20  # bytes
 _STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -49,6 +55,37 @@ class TorchFileError(Exception):
     def __init__(self, kind: str, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.kind, self.detail = kind, detail
+
+
+@dataclass(frozen=True)
+class Global:
+    """A function or a class that a pickle names."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}".replace("__builtin__.", "builtins.")
+
+
+@dataclass(eq=False)
+class Call:
+    """A call that a pickle asks for and that was not made. state: would then be set on the result."""
+
+    function: Any
+    arguments: Any
+    state: Any = None
+
+
+@dataclass(eq=False)
+class Pairs:
+    """A dict of a pickle. Nothing is hashed: a key of a few bytes can unfold into 2 ** 40 parts."""
+
+    items: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def get(self, key: str) -> Any:
+        """The last value of a text key; None if there is none."""
+        return next((value for name, value in reversed(self.items) if isinstance(name, str) and name == key), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +127,11 @@ class StoredTensor:
 class TorchFile:
     """An opened file of `torch.save`, whose pickle was read and whose numbers were not.
 
-    value: what it holds, as `read_pickle` gives it; a `StoredTensor` for a tensor. names: as `read_pickle` gives them.
-    protocol: of the pickle. stored_bytes: of all storages together. Raises TorchFileError.
+    value: what it holds, of plain values, lists, tuples, `Pairs`, `Global`, `Call` and `StoredTensor`; the outermost
+    part of a large pickle only. whole: whether that is everything. names: all that the pickle refers to.
+    protocol: of the pickle. stored_bytes: of all storages together.
+    rest: parts of the value that a pickle which was not read to its end left unconnected.
+    Raises TorchFileError.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -101,18 +141,21 @@ class TorchFile:
             self._members = _members_of(self._archive)
             pickled = self._read("data.pkl")
             self.byte_order = self._read("byteorder").decode("ascii", "replace")[:20] or "little"  # of PyTorch 2.1 and later
-            value, self.names = read_pickle(pickled)
-        self.protocol = pickled[1] if pickled.startswith(b"\x80") else 0
-        self._storages: dict[str, bytearray] = {}
+        reader = _PickleReader(pickled, cut_short=self._members["data.pkl"].file_size > len(pickled))
+        self.whole, self.protocol, self.rest, self.names = reader.whole, reader.protocol, reader.rest, frozenset(reader.names)
         self.stored_bytes = sum(info.file_size for name, info in self._members.items() if name.startswith("data/"))
-        self.value = self.stored_tensor(value) or value
+        self.value = self.stored_tensor(reader.value) or reader.value
 
     def load(self, tensor: StoredTensor) -> Tensor:
-        """The numbers, as a tensor on the CPU; tensors of one storage share it. Raises TorchFileError."""
-        if tensor.key not in self._storages:
-            with _damage_named():
-                self._storages[tensor.key] = bytearray(self._archive.read(self._members[f"data/{tensor.key}"]))
-        numbers = self._storages[tensor.key]
+        """The numbers: a tensor on the CPU that shares memory with nothing else. Raises TorchFileError."""
+        info = self._members[f"data/{tensor.key}"]
+        numbers, at = bytearray(info.file_size), 0
+        with _damage_named(), self._archive.open(info) as member:  # which compares the checksum at the end
+            while block := member.read(_BLOCK):
+                numbers[at : at + len(block)] = block
+                at += len(block)
+        if at != info.file_size:
+            raise TorchFileError("damaged", f"data/{tensor.key} is cut short")
         flat = torch.frombuffer(numbers, dtype=tensor.dtype) if numbers else torch.empty(0, dtype=tensor.dtype)
         try:
             return flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
@@ -120,8 +163,11 @@ class TorchFile:
             raise TorchFileError("damaged", _first_line(error)) from error
 
     def _read(self, name: str) -> bytes:
-        """The bytes of a member; none if there is no such member."""
-        return self._archive.read(self._members[name]) if name in self._members else b""
+        """The first bytes of a member; none if there is no such member."""
+        if name not in self._members:
+            return b""
+        with self._archive.open(self._members[name]) as member:
+            return member.read(_LARGEST_PICKLE)
 
     def stored_tensor(self, value: Any) -> StoredTensor | None:
         """The tensor that a part of the file's value describes; None for any other part.
@@ -129,25 +175,24 @@ class TorchFile:
         Raises TorchFileError if the description contradicts itself or the storage, and for another byte order.
         """
         requires_grad = None
-        if is_call(value, "torch._utils", "_rebuild_parameter", "_rebuild_parameter_with_state") and value.arguments:
+        if calls(value, "torch._utils", "_rebuild_parameter", "_rebuild_parameter_with_state") and value.arguments:
             requires_grad = len(value.arguments) < 2 or value.arguments[1] is True
             value = value.arguments[0]
-        if not is_call(value, "torch._utils", "_rebuild_tensor_v2"):
+        if not calls(value, "torch._utils", "_rebuild_tensor_v2"):
             return None
         if self.protocol < 2:  # such a pickle holds the text of a storage's name only, and PyTorch does not read it either
             raise TorchFileError("protocol", f"it was saved with pickle_protocol={self.protocol}", str(self.protocol))
         try:
             storage, offset, shape, stride, tracked, *_ = value.arguments
-            ((word, kind, key, location, count),) = storage.arguments
+            (word, kind, key, location, count), called = storage.arguments, storage.function
         except (AttributeError, TypeError, ValueError):
             raise TorchFileError("damaged", "its pickle does not describe a tensor") from None
-        of_torch = isinstance(kind, type) and issubclass(kind, Call) and kind.module == "torch"
-        dtype = _STORAGES.get(kind.name) if of_torch else None
-        if dtype is None and of_torch and kind.name.endswith("Storage"):
+        dtype = _STORAGES.get(kind.name) if isinstance(kind, Global) and kind.module == "torch" else None
+        if dtype is None and isinstance(kind, Global) and kind.module == "torch" and kind.name.endswith("Storage"):
             return None  # of a type that is not for images, such as quantized numbers
         if (
             dtype is None
-            or not (isinstance(storage, Storage) and word == "storage")
+            or (called, word) != (None, "storage")
             or not (isinstance(key, str) and isinstance(location, str))
             or not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 64)
             or not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, count, *shape, *stride))
@@ -175,7 +220,7 @@ def load_tensors(path: str | os.PathLike[str], *keys: str) -> list[Tensor]:
         raise TorchFileError("other", f"it {problem}")
     with open(path, "rb") as file:
         opened = TorchFile(file)
-        held = as_dict(opened.value) or {}
+        held = as_dict(opened.value) or Pairs()
         found = [opened.stored_tensor(held.get(key)) for key in keys]
         missing = [key for key, tensor in zip(keys, found, strict=True) if tensor is None]
         if missing:
@@ -196,6 +241,13 @@ def _require_zip_of_torch(file: BinaryIO) -> None:
         raise _other(kind)
     if problem := zip_problem(file):
         raise TorchFileError("damaged", problem)
+
+
+def names_in_pickle(file: BinaryIO) -> frozenset[Global]:
+    """All that a bare pickle refers to, without running it. Raises TorchFileError."""
+    file.seek(0)
+    data = file.read(_LARGEST_PICKLE)
+    return frozenset(_PickleReader(data, cut_short=len(data) == _LARGEST_PICKLE).names)
 
 
 def _members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -229,16 +281,22 @@ def _other(looks_like: str) -> TorchFileError:
     return TorchFileError("other", f"it looks like {looks_like}" if looks_like else "torch.save did not write it", looks_like)
 
 
-def as_dict(value: Any) -> dict[Any, Any] | None:
+def as_dict(value: Any) -> Pairs | None:
     """The entries of a dict of a pickle, an OrderedDict included; None for any other value."""
-    if is_call(value, "collections", "OrderedDict", "defaultdict"):
-        value = value.entries
-    return value if isinstance(value, dict) else None
+    if calls(value, "collections", "OrderedDict", "defaultdict"):
+        value = value.state or Pairs()
+    return value if isinstance(value, Pairs) else None
 
 
-def is_call(value: Any, module: str, *names: str) -> bool:
+def calls(value: Any, module: str, *names: str) -> bool:
     """True if a value of a pickle is a call of one of these functions or classes."""
-    return isinstance(value, Call) and value.module == module and value.name in names
+    return (
+        isinstance(value, Call)
+        and isinstance(value.function, Global)
+        and value.function.module == module
+        and value.function.name in names
+        and isinstance(value.arguments, tuple)
+    )
 
 
 @contextlib.contextmanager
@@ -252,3 +310,111 @@ def _damage_named() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).split("\n")[0] or type(error).__name__)[:200]
+
+
+_MARK = object()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+
+
+class _PickleReader:
+    """Carries out a pickle's instructions on inert values. Raises TorchFileError for a damaged pickle."""
+
+    def __init__(self, data: bytes, *, cut_short: bool) -> None:
+        self.names: set[Global] = set()
+        self.protocol = 0
+        self.whole = False
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        try:
+            for count, (instruction, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+                if count == _MOST_INSTRUCTIONS:
+                    break
+                self._carry_out(instruction.name, argument)
+            else:
+                self.whole = True
+        except (ValueError, IndexError, KeyError, TypeError, StopIteration, struct.error, OverflowError) as error:
+            if not (cut_short and self._stack):
+                raise TorchFileError("damaged", f"its pickle is damaged: {_first_line(error)}") from error
+        # A pickle begins with what holds everything else, so that is at hand even where the rest was not read.
+        self.value, *self.rest = [value for value in self._stack if value is not _MARK] or [None]
+
+    def _carry_out(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name == "PROTO":
+            self.protocol = argument
+        elif name == "STOP":
+            stack[:] = self._pop(1)  # whatever else is there is of no use
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT"):
+            stack.append(() if name == "EMPTY_TUPLE" else Pairs() if name == "EMPTY_DICT" else [])
+        elif name in ("TUPLE", "LIST", "FROZENSET", "DICT"):
+            items = self._since_mark()
+            stack.append(tuple(items) if name == "TUPLE" else Pairs(list(_paired(items))) if name == "DICT" else items)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(self._pop(int(name[-1]))))
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = self._pop(1) if name == "APPEND" else self._since_mark()
+            if isinstance(stack[-1], list):  # of any other object it would call a method
+                stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._pop(2) if name == "SETITEM" else self._since_mark()
+            target = stack[-1]
+            if isinstance(target, Call) and target.state is None:
+                target.state = Pairs()  # of an OrderedDict, for one
+            pairs = target.state if isinstance(target, Call) else target
+            if isinstance(pairs, Pairs):
+                pairs.items.extend(_paired(items))
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "POP":
+            self._pop(1)
+        elif name == "POP_MARK":
+            self._since_mark()
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._memo[len(self._memo) if argument is None else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self._memo[argument])
+        elif name in ("GLOBAL", "STACK_GLOBAL", "INST"):
+            module, called = str(argument).split(" ", 1) if argument else self._pop(2)
+            if not isinstance(module, str) or not isinstance(called, str):
+                raise ValueError("it names a function by something that is not text")
+            self.names.add(found := Global(module, called))
+            stack.append(Call(found, tuple(self._since_mark())) if name == "INST" else found)
+        elif name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
+            function, *arguments = self._pop(3 if name == "NEWOBJ_EX" else 2)
+            stack.append(Call(function, arguments[0]))
+        elif name == "OBJ":
+            function, *arguments = self._since_mark()
+            stack.append(Call(function, tuple(arguments)))
+        elif name == "BUILD":
+            (state,) = self._pop(1)
+            if isinstance(stack[-1], Call) and stack[-1].state is None:
+                stack[-1].state = state
+        elif name in ("BINPERSID", "PERSID"):
+            stack.append(Call(None, argument if name == "PERSID" else self._pop(1)[0]))
+        elif name == "FRAME":
+            pass
+        elif name.startswith("EXT") or name.endswith("BUFFER"):
+            raise ValueError(f"it holds the instruction {name}")
+        else:
+            stack.append(argument)  # a number, a text or bytes
+
+    def _pop(self, count: int) -> list[Any]:
+        items = self._stack[-count:]
+        if len(items) < count or any(item is _MARK for item in items):
+            raise ValueError("it takes more from its stack than there is")
+        del self._stack[-count:]
+        return items
+
+    def _since_mark(self) -> list[Any]:
+        at = next(i for i in range(len(self._stack) - 1, -1, -1) if self._stack[i] is _MARK)
+        items = self._stack[at + 1 :]
+        del self._stack[at:]
+        return items
+
+
+def _paired(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(items[::2], items[1::2], strict=True)

@@ -23,16 +23,20 @@ from ddkit.data.decoding import BadImageError, WrongSizeError, read_image
 from ddkit.data.store import class_names, class_titles
 from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError
 from ddkit.runtime.files import explain_os_error, why_not_a_file
-from ddkit.runtime.torch_file import StoredTensor, TorchFile, TorchFileError, as_dict
+from ddkit.runtime.torch_file import Global, Pairs, StoredTensor, TorchFile, TorchFileError, as_dict
 from ddkit.sets.distilled import class_labels
 from ddkit.sets.reading import describe_value, foreign_names, runs_code, unreadable
 
-_IMAGE_KEYS = {"images", "image", "imgs", "img", "data", "x"}
-_LABEL_KEYS = {"labels", "label", "lbls", "targets", "target", "y"}
-_AFFIXES = {"syn", "synthetic", "distilled", "train", "best", "val"}  # of those keys
+_IMAGE_KEYS = (
+    "images", "image", "data", "x", "imgs", "img", "image_syn", "images_syn", "syn_images", "syn_data", "synthetic_images",
+    "x_syn", "images_train", "train_images", "x_train", "distilled_images", "images_best", "images_val",
+)  # fmt: skip
+_LABEL_KEYS = (
+    "labels", "label", "targets", "target", "y", "lbls", "label_syn", "labels_syn", "syn_labels", "synthetic_labels",
+    "y_syn", "labels_train", "train_labels", "y_train", "distilled_labels", "labels_best", "labels_val",
+)  # fmt: skip
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_OF_ARGUMENTS = ("argparse", "Namespace")  # the settings of a program, which many save with their images
-_DEEPEST = 3  # containers, in the code of dataset condensation
+_OF_ARGUMENTS = Global("argparse", "Namespace")  # the settings of a program, which many save with their images
 
 
 @dataclass(frozen=True)
@@ -107,42 +111,33 @@ class _Published:
     def read(self) -> LabeledImages:
         if foreign := foreign_names(self.opened.names - {_OF_ARGUMENTS}):
             raise self._refused(runs_code(foreign, self.path.name).message)
-        value, found = self._loaded(self.opened.value), None
-        if isinstance(value, Tensor):
+        value = self.opened.value
+        found = None
+        if isinstance(value, StoredTensor):
             found = self._of_tensor(value)
-        elif isinstance(value, dict):
-            found = self._of_dict(value)
+        elif (entries := as_dict(value)) is not None:
+            found = self._of_dict(entries)
         elif isinstance(value, (list, tuple)):
             found = self._of_sequence(value)
         if found is None:
-            described, _ = describe_value(self.opened, self.opened.value, self.spec)
+            described, _ = describe_value(self.opened, value, self.spec)
             raise InvalidSubmissionError(
                 f"{self.path} holds {described}. ddkit finds no images with labels in it.",
                 "Save them as a list of two tensors: torch.save([torch.as_tensor(images), torch.as_tensor(labels)], PATH).",
             )
+        if not self.opened.whole:
+            raise self._refused("It has too many parts to be read. Stack them: torch.save([images, labels], PATH).")
         return found
 
-    def _loaded(self, value: Any, depth: int = 0) -> Any:
-        """The value with tensors in the place of what describes them, as deep as any layout has them."""
-        if (stored := value if isinstance(value, StoredTensor) else self.opened.stored_tensor(value)) is not None:
-            if stored.overlaps():  # a few bytes could claim to be any number of images
-                raise self._refused("A tensor in it is expanded from fewer numbers. Save tensor.clone().")
-            return self.opened.load(stored)
-        if depth < _DEEPEST and (entries := as_dict(value)) is not None:
-            return {key: self._loaded(item, depth + 1) for key, item in entries.items()}
-        if depth < _DEEPEST and isinstance(value, (list, tuple)):
-            return type(value)(self._loaded(item, depth + 1) for item in value)
-        return value
-
-    def _of_tensor(self, images: Tensor) -> LabeledImages:
-        count, classes = len(images) if images.ndim else 0, self.spec.num_classes
+    def _of_tensor(self, images: StoredTensor) -> LabeledImages:
         if neighbor := labels_next_to(self.path):
             with _opened(neighbor) as opened:
                 if not isinstance(opened.value, StoredTensor):
                     raise InvalidSubmissionError(f"{neighbor} does not hold the labels of {self.path.name} as one tensor.")
-                labels, reduced = self._labels(opened.load(opened.value), count)
+                labels, reduced = self._labels(opened.load(opened.value), _count(images))
             layout = f"images, with their labels in {neighbor.name}"
             return replace(self._made(images, labels, layout, reduced=reduced), one_file=False)
+        count, classes = _count(images), self.spec.num_classes
         if count == 0 or count % classes:
             raise self._refused(
                 f"It holds {count:,} images without labels, which is not a multiple of the {classes} classes of "
@@ -154,49 +149,57 @@ class _Published:
         kind = type(items).__name__
         if len(items) == 2 and (pair := self._pair(*items)) is not None:
             return self._made(*pair[:2], f"a {kind} of images and labels", reduced=pair[2])
-        if len(items) == self.spec.num_classes and all(map(_is_stack, items)):
-            return self._by_class(dict(enumerate(items)), f"a {kind} of a tensor for each class")
-        if not items or not all(isinstance(item, (list, tuple)) and len(item) == 2 for item in items):
+        tensors = [self._tensor(item) for item in items]
+        stacks = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) == 4]
+        if len(stacks) == len(items) == self.spec.num_classes:
+            return self._by_class(dict(enumerate(stacks)), f"a {kind} of a tensor for each class")
+        pairs = [item for item in items if isinstance(item, (list, tuple)) and len(item) == 2]
+        if not items or len(pairs) != len(items):
             return None
-        if (first := self._pair(*items[0])) is not None:
-            notes = [f"It holds {len(items)} sets, of which the first is evaluated."] if len(items) > 1 else []
+        if (first := self._pair(*pairs[0])) is not None:
+            notes = [f"It holds {len(pairs)} sets, of which the first is evaluated."] if len(pairs) > 1 else []
             return self._made(*first[:2], f"a {kind} of images and labels", notes, reduced=first[2])
-        images, labels = [image for image, _ in items], [self._number(label) for _, label in items]
+        images = [self._tensor(image) for image, _ in pairs]
+        loaded = [self._load(image) for image in images if image is not None and len(image.shape) == 3]
+        labels = [self._number(label) for _, label in pairs]
         known = [label for label in labels if label is not None]
-        if not all(isinstance(image, Tensor) and image.ndim == 3 for image in images) or len(known) != len(labels):
+        if len(loaded) != len(pairs) or len(known) != len(pairs):
             return None
-        if len({(image.shape, image.dtype) for image in images}) > 1:
+        if len({(image.shape, image.dtype) for image in loaded}) > 1:
             raise self._refused("Its images differ in shape or type.")
-        targets, _ = self._labels(_as_tensor(known), len(images))
-        return self._made(torch.stack(images), targets, f"a {kind} of images with a label each")
+        targets, _ = self._labels(_as_tensor(known), len(loaded))
+        return self._made(torch.stack(loaded), targets, f"a {kind} of images with a label each")
 
-    def _of_dict(self, entries: Mapping[Any, Any]) -> LabeledImages | None:
-        plain = {key: set(plain_name(key).split("_")) - _AFFIXES for key in entries if isinstance(key, str)}
-        images = next((entries[key] for key, words in plain.items() if len(words) == 1 and words <= _IMAGE_KEYS), None)
-        labels = next((entries[key] for key, words in plain.items() if len(words) == 1 and words <= _LABEL_KEYS), None)
-        if (pair := self._pair(images, labels)) is not None:
+    def _of_dict(self, entries: Pairs) -> LabeledImages | None:
+        named = {plain_name(key): value for key, value in entries.items if isinstance(key, str)}
+        images = next((named[key] for key in _IMAGE_KEYS if key in named), None)
+        labels = next((named[key] for key in _LABEL_KEYS if key in named), None)
+        if images is not None and labels is not None and (pair := self._pair(images, labels)) is not None:
             return self._made(*pair[:2], "a dict of images and labels", reduced=pair[2])
-        numbered = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-        if numbered and all(type(key) is int and _is_stack(value) for key, value in numbered.items()):
+        numbered = {key: tensor for key, value in entries.items if (tensor := self._tensor(value)) is not None}
+        if numbered and all(type(key) is int and len(tensor.shape) == 4 for key, tensor in numbered.items()):
             return self._by_class(numbered, "a dict of a tensor for each class")
         # In the code of dataset condensation, the images and labels of several runs lie under "data".
         return self._of_sequence(images) if isinstance(images, (list, tuple)) else None
 
-    def _by_class(self, tensors: Mapping[int, Tensor], layout: str) -> LabeledImages:
+    def _by_class(self, tensors: Mapping[int, StoredTensor], layout: str) -> LabeledImages:
         self._require_classes(_as_tensor(tensors))
-        if len({(tensor.shape[1:], tensor.dtype) for tensor in tensors.values()}) > 1:
+        loaded = {label: self._load(tensors[label]) for label in sorted(tensors)}
+        if len({(tensor.shape[1:], tensor.dtype) for tensor in loaded.values()}) > 1:
             raise self._refused("The images of its classes differ in shape or type.")
-        labels = torch.cat([torch.full((len(tensors[label]),), label) for label in sorted(tensors)])
-        return self._made(torch.cat([tensors[label] for label in sorted(tensors)]), labels, layout)
+        labels = torch.cat([torch.full((len(tensor),), label) for label, tensor in loaded.items()])
+        return self._made(torch.cat(list(loaded.values())), labels, layout)
 
-    def _pair(self, images: Any, labels: Any) -> tuple[Tensor, Tensor, bool] | None:
+    def _pair(self, images: Any, labels: Any) -> tuple[StoredTensor, Tensor, bool] | None:
         """The images, their labels and whether these were reduced, if that is what the two values are; None otherwise."""
-        if not _is_stack(images):
+        stored = self._tensor(images)
+        if stored is None or len(stored.shape) != 4:
             return None
-        if isinstance(labels, Tensor) and labels.ndim in (1, 2):
-            return images, *self._labels(labels, len(images))
+        values = self._tensor(labels)
+        if values is not None and len(values.shape) in (1, 2):
+            return stored, *self._labels(self._load(values), _count(stored))
         if isinstance(labels, (list, tuple)) and labels and all(type(label) is int for label in labels):
-            return images, *self._labels(_as_tensor(labels), len(images))
+            return stored, *self._labels(_as_tensor(labels), _count(stored))
         return None
 
     def _labels(self, values: Tensor, count: int) -> tuple[Tensor, bool]:
@@ -240,13 +243,14 @@ class _Published:
 
     def _made(
         self,
-        values: Tensor,
+        images: StoredTensor | Tensor,
         labels: Tensor,
         layout: str,
         notes: Sequence[str] = (),
         *,
         reduced: bool = False,
     ) -> LabeledImages:
+        values = images if isinstance(images, Tensor) else self._load(images)
         notes = [*(["Its soft labels were reduced to their largest class."] if reduced else []), *notes]
         side = self.spec.image_size
         if tuple(values.shape[1:]) == (side, side, 3):
@@ -267,11 +271,22 @@ class _Published:
         whole = values if values.dtype == torch.uint8 else values.float()
         return LabeledImages(whole.contiguous(), labels, layout, tuple(notes), reduced=reduced)
 
-    def _number(self, label: Any) -> int | None:
+    def _tensor(self, value: Any) -> StoredTensor | None:
+        return value if isinstance(value, StoredTensor) else self.opened.stored_tensor(value)
+
+    def _load(self, stored: StoredTensor) -> Tensor:
+        if stored.overlaps():  # a few bytes could claim to be any number of images
+            raise self._refused("A tensor in it is expanded from fewer numbers. Save tensor.clone().")
+        return self.opened.load(stored)
+
+    def _number(self, value: Any) -> int | None:
         """The class that a label of one image says; None if it is no whole number."""
-        if isinstance(label, Tensor) and label.numel() == 1:
-            return int(self._labels(label.reshape(1), 1)[0])
-        return label if type(label) is int else None
+        if type(value) is int:
+            return value
+        stored = self._tensor(value)
+        if stored is None or stored.numel != 1:
+            return None
+        return int(self._labels(self._load(stored).reshape(1), 1)[0])
 
     def _refused(self, reason: str) -> InvalidSubmissionError:
         return InvalidSubmissionError(f"{self.path}: {reason}")
@@ -283,9 +298,9 @@ def _as_tensor(labels: Iterable[int]) -> Tensor:
     return torch.tensor([min(max(label, limits.min), limits.max) for label in labels])
 
 
-def _is_stack(value: Any) -> bool:
-    """True for a tensor of images, (N, 3, S, S) or (N, S, S, 3)."""
-    return isinstance(value, Tensor) and value.ndim == 4
+def _count(stored: StoredTensor) -> int:
+    """The size of the first dimension; 0 for a single number."""
+    return stored.shape[0] if stored.shape else 0
 
 
 def labels_next_to(path: Path) -> Path | None:

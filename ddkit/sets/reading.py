@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,8 +13,17 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.runtime.files import why_not_a_file
-from ddkit.runtime.pickles import Call, Storage, read_pickle
-from ddkit.runtime.torch_file import StoredTensor, TorchFile, TorchFileError, as_dict, is_call
+from ddkit.runtime.torch_file import (
+    Call,
+    Global,
+    Pairs,
+    StoredTensor,
+    TorchFile,
+    TorchFileError,
+    as_dict,
+    calls,
+    names_in_pickle,
+)
 from ddkit.sets.findings import Finding
 
 _READABLE_PROTOCOLS = (2, 3)  # of pickle, by PyTorch's loader as it is called since version 2.6
@@ -160,12 +169,11 @@ def _of_other_protocol(protocol: str, where: str) -> Finding:
 
 
 def _bare_pickle(file: BinaryIO, where: str) -> Finding:
-    file.seek(0)
     try:
-        _, names = read_pickle(file.read())
-    except ValueError as error:
-        return Finding("error", "F006", f"The file is a bare pickle, and {error}. Use torch.save.", where)
-    if foreign := foreign_names(names):
+        foreign = foreign_names(names_in_pickle(file))
+    except TorchFileError as error:
+        return Finding("error", "F006", f"The file is a bare pickle, and damaged: {error}. Use torch.save.", where)
+    if foreign:
         return runs_code(foreign, where)
     message = (
         "The file was written by pickle.dump, and torch.load does not read it. If you trust it, convert it: "
@@ -182,28 +190,34 @@ def runs_code(foreign: Sequence[str], where: str) -> Finding:
     return Finding("error", "F006", message, where)
 
 
-def foreign_names(names: Iterable[tuple[str, str]]) -> list[str]:
+def foreign_names(names: Sequence[Global] | frozenset[Global]) -> list[str]:
     """Those of a pickle's names that neither a tensor nor a plain container of tensors and arrays needs."""
-    return sorted(f"{module}.{name}" for module, name in names if not _is_of_data(module, name))
+    return sorted(str(name) for name in names if not _is_of_data(name))
 
 
-def _is_of_data(module: str, name: str) -> bool:
+def _is_of_data(name: Global) -> bool:
+    module, called = name.module, name.name
     return (
-        name in _OF_DATA.get(module, "").split()
-        or (module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)))
-        or (module == "torch._utils" and name.startswith("_rebuild_"))
-        or (module.startswith("PIL.") and name.endswith(("Image", "ImageFile")))
-        or (module.startswith(("torch.nn.modules.", "torchvision.tv_tensors.", "numpy.dtypes")) and name.isidentifier())
+        called in _OF_DATA.get(module, "").split()
+        or (module == "torch" and (called.endswith("Storage") or isinstance(getattr(torch, called, None), torch.dtype)))
+        or (module == "torch._utils" and called.startswith("_rebuild_"))
+        or (module.startswith("PIL.") and called.endswith(("Image", "ImageFile")))
+        or (module.startswith(("torch.nn.modules.", "torchvision.tv_tensors.", "numpy.dtypes")) and called.isidentifier())
     )
 
 
 def _not_a_tensor(opened: TorchFile, where: str, spec: DatasetSpec) -> Finding:
     """T001 or T008: what the file holds, with the line of Python that converts it."""
     value = opened.value
-    name = value.name if isinstance(value, Call) else ""
+    of_call = value.function if isinstance(value, Call) else value
+    name = of_call.name if isinstance(of_call, Global) else ""
+    if name == "_rebuild_tensor_v3":
+        return Finding("error", "T002", "The tensor is of a type that is not float32. Save tensor.float().", where)
     for word, kind, plain in (
         ("_rebuild_sparse_tensor", "sparse", "tensor.to_dense()"),
         ("_rebuild_qtensor", "quantized", "tensor.dequantize()"),
+        ("_rebuild_nested_tensor", "nested", "tensor.to_padded_tensor(0.0)"),
+        ("_rebuild_meta_tensor_no_storage", "on the device 'meta', without numbers", "the computed tensor"),
     ):
         if name == word:
             message = f'The tensor is {kind}. Save a plain one: torch.save({plain}, "{where}").'
@@ -216,28 +230,28 @@ def _not_a_tensor(opened: TorchFile, where: str, spec: DatasetSpec) -> Finding:
 
 def describe_value(opened: TorchFile, value: Any, spec: DatasetSpec) -> tuple[str, str]:
     """A value in words, and the expression that makes the challenge's tensor of it; "" if there is none."""
-    if (shape := _array_shape(value)) is not None:
+    if (shape := _array_shape(value, opened.rest)) is not None:
         return "a NumPy array" + (f" of shape {shape[:6]}" if shape else ""), "torch.as_tensor(value).float().contiguous()"
-    if is_call(value, "torch._tensor", "_rebuild_from_type_v2"):
+    if calls(value, "torch._tensor", "_rebuild_from_type_v2"):
         return "a subclass of torch.Tensor, or a tensor with attributes", "value.as_subclass(torch.Tensor).detach().clone()"
     if (entries := as_dict(value)) is not None:
         return _described_dict(opened, entries, spec)
     if isinstance(value, (list, tuple)):
         return _described_sequence(opened, value, spec)
-    if isinstance(value, Storage):
-        return "a bare storage", "torch.tensor(value).reshape(SHAPE)"
     if isinstance(value, Call):
-        if value.module.startswith("torch.nn.modules."):
-            return f"a PyTorch module ({value.name}), which is a network and not images", ""
-        return f"an object made by {value.module}.{value.name}"[:100], ""
-    if isinstance(value, type) and issubclass(value, Call):
-        return f"the name {value.module}.{value.name}"[:100], ""
+        if isinstance(value.function, Global) and value.function.module.startswith("torch.nn.modules."):
+            return f"a PyTorch module ({value.function.name}), which is a network and not images", ""
+        if value.function is None:
+            return "a bare storage", "torch.tensor(value).reshape(SHAPE)"
+        return f"an object made by {value.function}"[:100], ""
+    if isinstance(value, Global):
+        return f"the name {value}"[:100], ""
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" if value is not None else "nothing (None)", ""
 
 
-def _described_dict(opened: TorchFile, entries: Mapping[Any, Any], spec: DatasetSpec) -> tuple[str, str]:
-    items = list(entries.items())
+def _described_dict(opened: TorchFile, entries: Pairs, spec: DatasetSpec) -> tuple[str, str]:
+    items = entries.items or list(zip(opened.rest[::2], opened.rest[1::2], strict=False))
     tensors = {key: t for key, value in items if isinstance(key, (str, int)) and (t := _tensor(opened, value)) is not None}
     keys = ", ".join(_shown_key(key) for key, _ in items[:5]) + (", ..." if len(items) > 5 else "")
     described = f"a dict with {'the keys ' + keys if keys else 'no keys'}"
@@ -255,7 +269,7 @@ def _described_dict(opened: TorchFile, entries: Mapping[Any, Any], spec: Dataset
     if images is None:
         images = next((key for key, tensor in tensors.items() if len(tensor.shape) == 4), None)
     if images is None:
-        arrays = (key for key, value in items if _is_short(key) and len(_array_shape(value) or ()) == 4)
+        arrays = (key for key, value in items if _is_short(key) and len(_array_shape(value, []) or ()) == 4)
         return described, next((f"torch.from_numpy(value[{_shown_key(key)}]).float()" for key in arrays), "")
     rows = f"value[{_shown_key(images)}]"
     count = tensors[images].shape[:1]
@@ -264,22 +278,25 @@ def _described_dict(opened: TorchFile, entries: Mapping[Any, Any], spec: Dataset
 
 
 def _described_sequence(opened: TorchFile, value: Sequence[Any], spec: DatasetSpec) -> tuple[str, str]:
-    kind, count = type(value).__name__, f"{len(value):,}"
-    if not value:
+    kind, whole = type(value).__name__, opened.whole
+    items = list(value) or opened.rest
+    if whole and not items:
         return f"an empty {kind}", ""
-    first = value[0]
+    count = f"{len(items):,}" if whole else f"more than {len(items):,}"
+    first = items[0] if items else None
     tensor = _tensor(opened, first)
-    second = _tensor(opened, value[1]) if len(value) == 2 else None
+    second = _tensor(opened, items[1]) if len(items) == 2 else None
     if tensor is not None and second is not None and len(tensor.shape) == 4 and tensor.shape[:1] == second.shape:
         return f"a {kind} of images and labels", "value[0][value[1].argsort(stable=True)]"
     if tensor is not None and len(tensor.shape) in (3, 4):
         return f"a {kind} of {count} tensors", f"torch.{'stack' if len(tensor.shape) == 3 else 'cat'}(value)"
     if tensor is not None:
         return f"a {kind} of {count} tensors, the first of shape {tensor.shape[:6]}", ""
-    if _array_shape(first) is not None:
-        return f"a {kind} of {count} NumPy arrays", "torch.stack([torch.from_numpy(image) for image in value]).float()"
+    if _array_shape(first, []) is not None:
+        arrays = f"{count} NumPy arrays" if whole else "NumPy arrays"  # the parts of one are not connected, and not counted
+        return f"a {kind} of {arrays}", "torch.stack([torch.from_numpy(image) for image in value]).float()"
     if isinstance(first, (list, tuple)) and len(first) == 2:
-        array, tensor = _array_shape(first[0]), _tensor(opened, first[0])
+        array, tensor = _array_shape(first[0], []), _tensor(opened, first[0])
         image = "torch.as_tensor(image)" if array is not None else "image" if tensor is not None else ""
         if image:
             by_class = "sorted(value, key=lambda pair: int(pair[1]))"
@@ -299,11 +316,16 @@ def _tensor(opened: TorchFile, value: Any) -> StoredTensor | None:
         return None
 
 
-def _array_shape(value: Any) -> tuple[int, ...] | None:
-    """The shape of a NumPy array or number, () if it is not known; None for anything else."""
-    if not isinstance(value, Call) or value.name not in ("_reconstruct", "_frombuffer", "ndarray", "scalar"):
+def _array_shape(value: Any, rest: Sequence[Any]) -> tuple[int, ...] | None:
+    """The shape of a NumPy array or number, () if it is not known; None for anything else.
+
+    rest: of a pickle that was not read to its end, which the bytes of an array of a usual size are not.
+    """
+    function = value.function if isinstance(value, Call) else value
+    if not isinstance(function, Global) or function.name not in ("_reconstruct", "_frombuffer", "ndarray", "scalar"):
         return None
-    parts = value.state if isinstance(value.state, tuple) else value.arguments
+    described = (value.state, tuple(rest), value.arguments) if isinstance(value, Call) else (tuple(rest),)
+    parts = next((parts for parts in described if isinstance(parts, tuple) and parts), ())
     shapes = (part for part in parts if isinstance(part, tuple) and part and all(type(size) is int for size in part))
     return next(shapes, ())
 

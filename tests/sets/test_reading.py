@@ -159,9 +159,11 @@ def test_another_value_than_a_tensor_is_named_with_the_line_that_converts_it(ima
 
 
 @pytest.mark.slow
-def test_pairs_of_any_number_are_named(images):
-    tensor, codes, message = read(saved([[images[0, :, :2, :2].clone(), 1] for _ in range(25_000)]))
-    assert tensor is None and codes == ["T001"] and "a list of 25,000 [image, label] pairs" in message
+def test_pairs_of_any_size_are_named(images):
+    for count, words in ((2000, "a list of 2,000 [image, label] pairs"), (25_000, "[image, label] pairs")):
+        tensor, codes, message = read(saved([[images[0, :, :2, :2].clone(), 1] for _ in range(count)]))
+        assert tensor is None and codes == ["T001"] and words in message
+    assert "more than" in message
 
 
 @pytest.mark.parametrize("key", [10**12, "images of the distilled set, after a thousand steps"])
@@ -174,6 +176,16 @@ def test_dict_with_a_key_that_is_not_shown_whole_is_given_no_line_with_it(images
 def test_an_empty_sequence_is_named_as_such(empty):
     _, codes, message = read(saved(empty))
     assert codes == ["T001"] and f"The file holds an empty {type(empty).__name__};" in message
+
+
+def test_array_that_was_not_read_whole_is_named_with_its_shape():
+    _, codes, message = read(saved(torch.zeros(400, 3, 32, 32).numpy()))
+    assert codes == ["T001"] and "a NumPy array of shape (400, 3, 32, 32)" in message
+
+
+def test_array_that_was_not_read_whole_is_not_counted(images):
+    _, codes, message = read(saved([torch.zeros(400, 3, 32, 32).numpy(), torch.zeros(400).numpy()]))
+    assert codes == ["T001"] and "a list of NumPy arrays" in message
 
 
 def test_tensors_of_a_strange_shape_are_named_with_it(images):
@@ -327,6 +339,25 @@ def test_a_compressed_bomb_in_a_tensor_file_is_refused(images):
     assert tensor is None and codes == ["F005"] and "compressed" in message
 
 
+def test_a_directory_that_claims_too_much_is_not_read(images):
+    data = bytearray(saved(images))
+    at = data.rfind(b"PK\x06\x06")  # the record that counts, in the 64-bit form that torch.save writes
+    data[at + 40 : at + 48] = struct.pack("<Q", 2_000_000_000)
+    tensor, codes, message = read(bytes(data))
+    assert tensor is None and codes == ["F005"] and "2,000,000,000 bytes" in message
+
+
+def test_directory_at_another_place_than_stated_is_not_read(images):
+    data = bytearray(saved(images))
+    at = data.rfind(b"PK\x06\x06")
+    decoy = bytes(data[at : at + 56])
+    struct.pack_into("<Q", data, at + 40, 2_000_000_000)  # where some programs look
+    struct.pack_into("<Q", data, at + 56 + 8, at)
+    moved = bytes(data[:at]) + decoy + bytes(data[at:])  # and where others do
+    tensor, codes, message = read(moved)
+    assert tensor is None and codes == ["F005"] and "list of members is damaged" in message
+
+
 def test_a_refusal_never_advises_to_load_without_restrictions():
     broken = io.BytesIO()
     with zipfile.ZipFile(broken, "w") as archive:
@@ -334,6 +365,20 @@ def test_a_refusal_never_advises_to_load_without_restrictions():
         archive.writestr("archive/version", b"3\n")
     tensor, codes, message = read(broken.getvalue())
     assert tensor is None and codes == ["F005"] and "weights_only" not in message
+
+
+def test_a_dict_with_a_key_of_nested_tuples_is_named_without_hashing_it():
+    """A dict whose key has 2 ** 40 parts: the restricted loader alone would hash it for days."""
+    pickled = b"\x80\x02}q\x00K\x01K\x01\x86q\x01"
+    for level in range(1, 40):
+        pickled += b"h%ch%c\x86q%c" % (level, level, level + 1)
+    laughs = io.BytesIO()
+    with zipfile.ZipFile(laughs, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled + b"h\x00h\x28K\x01s.")
+        archive.writestr("archive/data/0", b"")
+        archive.writestr("archive/version", b"3\n")
+    tensor, codes, message = read(laughs.getvalue())
+    assert tensor is None and codes == ["T001"] and "one of type tuple" in message
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
