@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddkit.challenge import BATCH_SIZE, MOMENTUM, WEIGHT_DECAY, DatasetSpec
 from ddkit.distill.settings import PoolSettings
+from ddkit.errors import ComputeError
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan
 from ddkit.network.convnet import ConvNet
@@ -24,6 +25,7 @@ from ddkit.runtime.device import upload
 _log = logging.getLogger(__name__)
 
 _LARGEST_WEIGHT = 1e3  # networks that train well stay within ten
+_MEMORY_SHARE = 0.5  # of the free memory, which a step needs as well
 
 
 class OnlinePool:
@@ -113,3 +115,14 @@ def pool_memory(settings: PoolSettings, spec: DatasetSpec) -> int:
     """Bytes of the parameters and momenta of a pool."""
     parameters = flat_parameters(random_network(spec, "size"))
     return settings.size * 2 * parameters.numel() * parameters.element_size()
+
+
+def require_memory(settings: PoolSettings, spec: DatasetSpec, free: int) -> None:
+    """Raise ComputeError where parameters and momenta of the pool need more than half of `free` bytes."""
+    needed = pool_memory(settings, spec)
+    if needed > _MEMORY_SHARE * free:
+        raise ComputeError(
+            f"A pool of {settings.size:,} networks for {spec.name} needs {needed / 2**30:,.1f} GiB; half of the "
+            f"{free / 2**30:,.1f} GiB of free memory are available to it.",
+            f"Use --pool {int(settings.size * _MEMORY_SHARE * free / needed)}.",
+        )

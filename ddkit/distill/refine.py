@@ -26,7 +26,7 @@ from ddkit.data.store import train_sha256
 from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import dm_loss, frepo_loss, siamese_augment
-from ddkit.distill.pool import OnlinePool, pool_memory
+from ddkit.distill.pool import OnlinePool, pool_memory, require_memory
 from ddkit.distill.settings import OBJECTIVES, RefineLimits, RefineSettings
 from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import STATE_FILE, RefinementState, is_kept_copy, original_set, refuse_kept_copy, start_over
@@ -148,12 +148,14 @@ def refine(
 def _require_memory(distilled: DistilledSet, settings: RefineSettings, device: torch.device) -> None:
     """Raise ComputeError where the refinement will not fit, before anything is computed or discarded."""
     spec, free = distilled.spec, free_memory(device)
+    if settings.objective == "frepo":
+        require_memory(settings.pool, spec, free)
     needed = memory_needed(spec, distilled.ipc, settings, device)
     if needed > free:
         raise ComputeError(
             f"Refining {len(distilled.images):,} images of {spec.name} needs about {needed / 2**30:,.1f} GiB of memory, and "
             f"{free / 2**30:,.1f} GiB are free.",
-            "Close other programs, use a smaller --batch-real or --pool, or refine a set with fewer images per class."
+            "Close other programs, use a smaller --batch-real, or refine a set with fewer images per class."
             + larger_gpu(device, needed),
         )
 

@@ -199,7 +199,7 @@ def test_refine_reports_networks_of_the_pool_that_diverged(submission):
             2,
             "batch_real has no effect on the objective mtt",
         ),
-        (["submission/colors.pt", "--pool", "100000000"], 3, "smaller --batch-real or --pool"),
+        (["submission/colors.pt", "--pool", "100000000"], 3, "A pool of 100,000,000 networks for colors needs"),
         (["submission/colors.pt", "--out", "refined.json"], 2, "does not end in .pt"),
     ],
 )

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from ddkit.challenge import DATASETS
 from ddkit.data.store import dataset_spec
-from ddkit.distill.pool import OnlinePool
+from ddkit.distill.pool import OnlinePool, require_memory
 from ddkit.distill.settings import PoolSettings
-from ddkit.errors import UsageError
+from ddkit.errors import ComputeError, UsageError
 from ddkit.network.parameters import flat_parameters, load_flat_parameters, random_network
 from ddkit.network.training import TrainingRun, TrainingSettings
 
@@ -102,6 +103,16 @@ def test_a_pool_resumes_from_its_state_to_the_same_bits(spec, images):
         visit(resumed, images, step % 2, step)
     for name, kept in whole.state().items():
         assert torch.equal(kept, resumed.state()[name]), name
+
+
+def test_a_pool_that_does_not_fit_is_refused_with_the_size_that_does():
+    spec, free = DATASETS["tinyimagenet"], 2**30
+    with pytest.raises(ComputeError, match="A pool of 100 networks for tinyimagenet") as refused:
+        require_memory(PoolSettings(size=100), spec, free)
+    fitting = int(refused.value.remedy.rpartition(" ")[2].rstrip("."))
+    require_memory(PoolSettings(size=fitting), spec, free)
+    network = random_network(spec, "anything")
+    assert 0.45 * free < fitting * 2 * 4 * flat_parameters(network).numel() <= 0.5 * free
 
 
 @pytest.mark.parametrize(
