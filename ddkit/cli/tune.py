@@ -23,7 +23,7 @@ from ddkit.cli._options import (
     example,
 )
 from ddkit.cli._output import Output, plain_table
-from ddkit.generator.config import BUNDLE_KEEP, default_mode_guidance
+from ddkit.generator.config import BUNDLE_KEEP, FEW_IMAGES, default_mode_guidance
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -63,7 +63,9 @@ class _ImagesPerClass(click.ParamType):
     multiple=True,
     metavar="SCALE",
     help="Try this scale of mode guidance; 0 turns it off; repeatable.  "
-    f"[default: {default_mode_guidance('flow'):g} for models of flow matching, else {default_mode_guidance('epsilon'):g}]",
+    f"[default: {default_mode_guidance('flow'):g} for models of flow matching, "
+    f"{default_mode_guidance('flow', FEW_IMAGES):g} for at most {FEW_IMAGES} --images of them, "
+    f"else {default_mode_guidance('epsilon'):g}]",
 )
 @click.option(
     "--images",
@@ -130,8 +132,10 @@ def tune(
     counts = tuple(None if count == "all" else int(count) for count in images)
     folder = _bundle.find_model(model) if model else RUNS_FOLDER / dataset
     dataset_spec(dataset)  # raises UsageError for an unknown name
-    scales = mode_guidance or (default_mode_guidance(_bundle.read_facts(folder, dataset=dataset).prediction),)
-    search = tuning.Search(steps, guidance, counts, keep, scales, tuning.EvaluationSettings(track=2, **evaluation))
+    if not mode_guidance:
+        prediction = _bundle.read_facts(folder, dataset=dataset).prediction
+        mode_guidance = tuple(dict.fromkeys(default_mode_guidance(prediction, count) for count in counts))
+    search = tuning.Search(steps, guidance, counts, keep, mode_guidance, tuning.EvaluationSettings(track=2, **evaluation))
     settings = _bundle.BundleSettings()
     settings = replace(settings, sampling=replace(settings.sampling, sampler=sampler, precision=precision))
     bundled = _bundle.BundleModel(dataset, folder, settings)
