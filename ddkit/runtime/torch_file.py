@@ -145,22 +145,32 @@ class TorchFile:
         self.whole, self.protocol, self.rest, self.names = reader.whole, reader.protocol, reader.rest, frozenset(reader.names)
         self.stored_bytes = sum(info.file_size for name, info in self._members.items() if name.startswith("data/"))
         self.value = self.stored_tensor(reader.value) or reader.value
+        self._viewed: dict[str, bytearray] = {}
 
     def load(self, tensor: StoredTensor) -> Tensor:
         """The numbers: a tensor on the CPU that shares memory with nothing else. Raises TorchFileError."""
-        info = self._members[f"data/{tensor.key}"]
+        numbers = self._viewed.pop(tensor.key, None) or self._storage(tensor.key)
+        flat = torch.frombuffer(numbers, dtype=tensor.dtype) if numbers else torch.empty(0, dtype=tensor.dtype)
+        try:
+            view = flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
+        except RuntimeError as error:  # of shapes without elements that torch does not take
+            raise TorchFileError("damaged", _first_line(error)) from error
+        if view.nbytes == len(numbers):
+            return view
+        # A list of the images of one tensor has a thousand views of one storage, which follow each other.
+        self._viewed = {tensor.key: numbers}
+        return view.clone()
+
+    def _storage(self, key: str) -> bytearray:
+        info = self._members[f"data/{key}"]
         numbers, at = bytearray(info.file_size), 0
         with _damage_named(), self._archive.open(info) as member:  # which compares the checksum at the end
             while block := member.read(_BLOCK):
                 numbers[at : at + len(block)] = block
                 at += len(block)
         if at != info.file_size:
-            raise TorchFileError("damaged", f"data/{tensor.key} is cut short")
-        flat = torch.frombuffer(numbers, dtype=tensor.dtype) if numbers else torch.empty(0, dtype=tensor.dtype)
-        try:
-            return flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
-        except RuntimeError as error:  # of shapes without elements that torch does not take
-            raise TorchFileError("damaged", _first_line(error)) from error
+            raise TorchFileError("damaged", f"data/{key} is cut short")
+        return numbers
 
     def _read(self, name: str) -> bytes:
         """The first bytes of a member; none if there is no such member."""

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import sys
+import tracemalloc
 import zipfile
 
 import pytest
@@ -79,6 +80,19 @@ def test_a_view_is_read_with_its_strides_and_offset(view):
     file = opened(saved(expected))
     assert torch.equal(file.load(file.value), expected)
     assert file.value.is_contiguous() == expected.is_contiguous()
+
+
+def test_the_images_of_one_tensor_take_its_memory_once():
+    images = torch.arange(300 * 3072, dtype=torch.uint8).view(300, 3, 32, 32)
+    file = opened(saved([*images, images]))
+    tracemalloc.start()  # which counts storages, and not what PyTorch allocates
+    *read, whole = [file.load(file.stored_tensor(value)) for value in file.value]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 * images.nbytes
+    assert torch.equal(torch.stack(read), images) and torch.equal(whole, images)
+    whole.zero_()
+    assert torch.equal(torch.stack(read), images), "they share memory"
 
 
 @pytest.mark.parametrize(
