@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from ddkit.runtime.torch_file import TorchFileError, load_tensors
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _LINES_OF_OUTPUT = 3  # that are quoted if a script fails
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,14 @@ class ScriptEntry:
         """Run the command to its end, with its output in `log`. Returns the seconds that it took."""
         began = time.monotonic()
         total = None if self.may_end_early else budget
+        # If this process is killed, the script must not go on beside the next run, whose time it would take.
+        killed_too = None
+        if sys.platform == "linux":
+            killed_too = functools.partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, int(signal.SIGKILL))
         # In a new session, so that the processes it starts can be ended with it.
         with log.open("wb") as output, stop_requests() as stop, subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True,
+            preexec_fn=killed_too,
         ) as process:  # fmt: skip
             try:
                 while process.poll() is None:

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionError
@@ -116,6 +117,25 @@ def test_stop_request_ends_the_script_and_its_children(tmp_path):
         entry(0, 600.0)
     thread.join()
     wait_for(lambda: not is_running(int(child.read_text())))
+
+
+@pytest.mark.slow
+def test_script_ends_with_a_process_that_is_killed(tmp_path):
+    body = """
+    open("script.new", "w").write(str(os.getpid()))
+    os.rename("script.new", "script")
+    time.sleep(600)
+    """
+    path = script(tmp_path, body)
+    code = f"""
+from pathlib import Path
+from ddkit.evaluation.timed_script import ScriptEntry
+ScriptEntry(Path({str(path)!r}), "cifar100", folder=Path({str(tmp_path)!r}))(0, 600.0)
+"""
+    process = processes.start("-c", code)
+    wait_for((tmp_path / "script").exists)
+    process.kill()
+    wait_for(lambda: not is_running(int((tmp_path / "script").read_text())))
 
 
 def is_running(pid):
