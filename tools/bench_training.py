@@ -1,7 +1,7 @@
 """Training images per second: a plain diffusers training loop and ddkit's trainer, with the same model and batch.
 
     python tools/bench_training.py [--preset NAME] [--image-size N] [--classes N] [--batch-size N] [--steps N]
-        [--turns N] [--workers N] [--precision NAME] [--no-compile] [--cpu-time] [--device NAME]
+        [--turns N] [--images N] [--workers N] [--precision NAME] [--no-compile] [--cpu-time] [--device NAME]
 
 The plain loop follows diffusers' own examples: images from a DataLoader whose workers flip and normalize them one by
 one, an autoencoder that encodes every batch, diffusers' scheduler for the noise, mean squared error, accelerate, clipped
@@ -41,7 +41,6 @@ from ddkit.generator.training.stages import DenoiserStage
 from ddkit.generator.training.trainer import Trainer
 from ddkit.runtime.device import describe_device, resolve_device
 
-_IMAGES = 2000  # that both train on; random pixels, as speed does not depend on them
 _ACCELERATE = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -168,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="the preset's")
     parser.add_argument("--steps", type=int, default=10, help="of a turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--images", type=int, default=2000, help="of random pixels, which change no speed")
     parser.add_argument("--workers", type=int, default=2, help="processes of the plain loop's DataLoader")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--no-compile", action="store_true")
@@ -192,7 +192,7 @@ def configure(options: argparse.Namespace) -> GeneratorConfig:
 def main() -> None:
     options = parse()
     device, config = resolve_device(options.device), configure(options)
-    images = random_images(_IMAGES, options.image_size, options.classes)
+    images = random_images(options.images, options.image_size, options.classes)
     clock = computed_seconds if options.cpu_time else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
         ways = {

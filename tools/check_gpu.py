@@ -80,7 +80,7 @@ def steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     few = "--steps 2 --batch-size 4 --batches 1 --no-compile" if small else "--steps 20 --batch-size 1024 --batches 3"
     line = f"bench_sampling.py --preset {preset} --precision {precision} {few}"
     yield tool(f"sampling, preset {preset}", 90, line, r".*images/s$|ratio: *[\d.]+")
-    few = "--steps 1 --turns 1 --batch-size 8 --no-compile" if small else "--steps 30 --turns 2"
+    few = "--steps 1 --turns 1 --images 32 --batch-size 8 --no-compile" if small else "--steps 30 --turns 2"
     line = f"bench_training.py --preset {preset} --precision {precision} {few}"
     yield tool(f"training, preset {preset}", 90, line, r".*images/s$|ratio: *[\d.]+")
     few = " --steps 1 --classes 4 --memory 4 --batch 8" if small else ""

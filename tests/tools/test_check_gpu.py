@@ -1,11 +1,13 @@
 """The check of a GPU: steps that fail or hang do not stop it, and a table ends it."""
 
 import json
-import subprocess
+import re
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 
@@ -28,7 +30,8 @@ def test_step_that_fails_is_reported_with_its_output(tool):
 def test_figures_of_a_step_are_in_its_row_of_the_table(tool):
     command = (sys.executable, "-c", "print(' ddkit:  12.5 images/s\\nnoise\\nratio:   2.00    and more')")
     found = tool.run(tool.Step("sampling", 60, command, r".*images/s$|ratio: *[\d.]+"), 60)
-    assert tool.table([found]).splitlines()[-1].endswith("| ddkit: 12.5 images/s, ratio: 2.00 |")
+    row = tool.table([found]).splitlines()[-1]
+    assert row.startswith("| sampling | ok |") and row.endswith("| ddkit: 12.5 images/s, ratio: 2.00 |")
 
 
 @pytest.mark.slow
@@ -52,12 +55,22 @@ def test_step_that_hangs_is_killed_with_its_children(tool, tmp_path):
 
 
 @pytest.mark.slow
-def test_small_check_on_a_cpu_writes_a_line_for_each_step(tmp_path):
+def test_every_step_of_the_small_check_runs_on_a_cpu(tool, tmp_path):
+    found = {}
+    for step in tool.steps(Namespace(small=True, device="cpu", official=None), tmp_path):
+        done = processes.run(*step.command[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found[step.title] = re.findall(step.figures, done.stdout, re.MULTILINE)
+    assert list(found) == ["machine", "sampling, preset tiny", "training, preset tiny", "minimax criteria"]
+    assert "images/s" in found["sampling, preset tiny"][0] and "images/s" in found["training, preset tiny"][0]
+
+
+def test_steps_without_time_left_are_in_the_file_and_in_the_table(tool, tmp_path, monkeypatch, capsys):
     out = tmp_path / "gpu.jsonl"
-    command = [sys.executable, str(TOOL), "--device", "cpu", "--small", "--seconds", "400", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    words = ["--device", "cpu", "--small", "--seconds", "0", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *words])
+    assert tool.main() == 1
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["step"] for line in lines[:2]] == ["machine", "sampling, preset tiny"] and len(lines) == 4
-    assert done.returncode == 0, done.stdout
-    assert all(line["status"] == 0 for line in lines) and "| machine | ok |" in done.stdout
-    assert "images/s" in done.stdout.splitlines()[-3]
+    assert {line["status"] for line in lines} == {"no time left"}
+    assert "| machine | no time left | 0.0 |  |" in capsys.readouterr().out
