@@ -86,7 +86,7 @@ def is_gone(process):
 
 @pytest.mark.slow
 def test_a_fixed_set_is_that_of_ddkits_own_sampler(entry, colors_model, tmp_path):
-    said = run(entry, tmp_path / "colors.pt", "--ipc", 3, "--seed", 5, "--processes", 2)
+    said = make(entry, tmp_path / "colors.pt", "--ipc", 3, "--seed", 5, "--processes", 2)
     images = torch.load(tmp_path / "colors.pt", weights_only=True)
     sampler = Sampler(load_model(colors_model), SamplingSettings(steps=3, guidance=1.5, batch_size=64, seed=5))
     wanted = normalize(torch.cat([*sampler.images(*class_ordered(3, 2))]), dataset_spec("colors"))
@@ -228,7 +228,7 @@ def test_killed_script_leaves_shards_to_join_or_to_continue(entry, colors_model,
     out, shards = tmp_path / "out" / "images.pt", tmp_path / "out" / "images.pt.shards"
     words = "--time-budget", 200, "--processes", 1
 
-    killed = subprocess.Popen(command(entry, out, *words), stderr=subprocess.PIPE)
+    killed = processes.start(*script(entry, out, *words))
     wait_for(lambda: len(list(shards.glob("0-*.safetensors"))) >= 2)
     workers = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()
