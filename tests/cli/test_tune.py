@@ -53,19 +53,20 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
 def test_a_search_halves_its_candidates_and_repeats_nothing(colors, colors_model, work):
     words = (colors, "--model", colors_model, "--steps", 2, "--guidance", 1, "--keep", 0.5, "--mode-guidance", 0.2,
              "--time-budget", "10m", "--rounds", 1, "--device", "cpu", "--precision", "bfloat16", "--json")  # fmt: skip
-    run(*words, "--images", 1, "--epochs-setting", 0)
-    (first,) = (work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()
-    # Two of the candidates to come were tried in the first stage, too: one is the best there can be, and one the worst.
-    for images, accuracy in ((2, 1.0), (3, 0.0)):
+    words += ("--epochs-setting", 1)
+    run(*words, "--images", 1)
+    (last,) = (work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()
+    # The candidates were tried in the first stage, too: one is the best there can be, and one the worst.
+    for images, accuracy in ((1, 0.5), (2, 1.0), (3, 0.0)):
         with (work / "runs" / "tune" / "colors.jsonl").open("a") as records:
-            known = {**json.loads(first), "images_per_class": images, "images": [2 * images], "accuracies": [accuracy]}
-            records.write(json.dumps(known) + "\n")
-    words += ("--images", 1, "--images", 2, "--images", 3, "--epochs-setting", 1)
+            known = {"images_per_class": images, "images": [2 * images], "accuracies": [accuracy], "epochs_setting": 0}
+            records.write(json.dumps({**json.loads(last), **known}) + "\n")
+    words += ("--images", 1, "--images", 2, "--images", 3)
     output, said = run(*words)
     assert "Trying 3 candidates" in said and "in 2 stages" in said
     assert [trial["images_per_class"] for trial in json.loads(output)["trials"]] == [1, 2]
     kept = [json.loads(line) for line in (work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()]
-    assert [trial["epochs_setting"] for trial in kept] == [0] * 3 + [1] * 2
+    assert [trial["epochs_setting"] for trial in kept] == [1] + [0] * 3 + [1]
     assert all(trial["images"] == [2 * trial["images_per_class"]] and trial["precision"] == "bfloat16" for trial in kept)
     assert {(trial["keep"], trial["mode_guidance"]) for trial in kept} == {(0.5, 0.2)}
     again, _ = run(*words)
