@@ -26,7 +26,8 @@ def test_track_2_bundles_proves_and_reports(colors, colors_model, work):
     data = json.loads(output)
     assert data["path"] == "track2.zip" and data["bytes"] == (work / "track2.zip").stat().st_size
     (proof,) = data["proofs"]
-    assert (proof["dataset"], proof["images"]) == (colors, 6)
+    assert (proof["dataset"], proof["images"], proof["images_per_class"]) == (colors, 6, [3, 3])
+    assert 0 < proof["seconds"] < proof["budget"] == 600
     assert "There is no model for cifar100" in said and "weights as float16 change the pixels of 32 images by" in said
     with zipfile.ZipFile("track2.zip") as archive:
         assert json.loads(archive.read("models/colors/entry.json"))["mode_guidance"] == default_mode_guidance("flow") > 0

@@ -23,14 +23,6 @@ def model(colors, colors_model):
 
 
 @pytest.mark.slow
-def test_a_bundle_is_run_as_organizers_would(model, tmp_path):
-    packed = pack_bundle([model], tmp_path / "entry.zip", proof=ENOUGH)
-    (proof,) = packed.proofs
-    assert (proof.dataset, proof.images, proof.images_per_class) == ("colors", 8, (4, 4))
-    assert 0 < proof.seconds < proof.budget
-
-
-@pytest.mark.slow
 def test_a_bundle_that_does_not_run_is_not_packed_and_the_old_one_stays(model, tmp_path):
     out = tmp_path / "entry.zip"
     out.write_bytes(b"the old one")
