@@ -76,7 +76,7 @@ def test_refine_writes_the_set_and_its_provenance_and_keeps_the_original(start, 
 @pytest.mark.slow
 def test_refined_images_come_closer_to_real_ones_in_a_network_never_seen(letters, tmp_path):
     start = generate(letters, 1, FromReal("random"), tmp_path / "glyphs.pt").tensor
-    settings = dataclasses.replace(QUICK, batch_real=16, val_every=1000, val_epochs=0)
+    settings = dataclasses.replace(QUICK, batch_real=16, val_every=1000, val_epochs=0, held_out=0.01)
     before = read(start)
     refine(start, letters, settings, RefineLimits(steps=10), tmp_path / "run")
     after = read(tmp_path / "run" / "state.pt")["images"]
