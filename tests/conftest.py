@@ -102,14 +102,10 @@ def second_gpu(gpu):
 
 @pytest.fixture
 def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans and dry runs measure for a tenth of a second what they measure for one to three seconds otherwise."""
-    from ddkit.entering import plan
-    from ddkit.evaluation.estimate import estimate_evaluation
-    from ddkit.generator.training.estimate import estimate
+    """Plans and dry runs measure for a moment what they measure for seconds otherwise."""
+    from measuring import shorten
 
-    monkeypatch.setattr(plan, "_TRIED", 0.1)
-    monkeypatch.setitem(estimate_evaluation.__kwdefaults__, "tried_seconds", 0.1)
-    monkeypatch.setitem(estimate.__kwdefaults__, "seconds", 0.1)
+    shorten(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.job import JobSettings, evaluate_files
-from ddkit.results import read
+from ddkit.results import append, read
 from ddkit.runtime.files import sha256_of
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ REAL = TRAINED.replace('preset = "demo"\nautoencoder_steps = 4\ntrain_steps = 4\
 
 def start(work, *words, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return processes.start("-m", "ddkit", "enter", "--device", "cpu", *words, cwd=work, env=environment, **options)
+    return processes.start("-m", "measuring", "enter", "--device", "cpu", *words, cwd=work, env=environment, **options)
 
 
 def finish(*words):
@@ -144,10 +144,13 @@ def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_sample
     status, _, said = finish("--recipe", "bundled.toml", "--folder", "entry")
     assert status == 0 and "prepare colors, train colors, check and pack, evaluate colors." in " ".join(said.split()), said
 
+    # What was evaluated, by its hash, is not evaluated again.
+    append(result, work / "again/runs/results.jsonl")
     status, _, said = finish("--recipe", "entry/recipe.toml", "--folder", "again")
     assert status == 0 and "The bundle for colors is the same to the bit as the one that" in " ".join(said.split()), said
     assert (work / "again/track2.zip").read_bytes() == (work / "entry/track2.zip").read_bytes()
     assert read_recipe(work / "again/recipe.toml").sets == made.sets
+    assert read(work / "again/runs/results.jsonl").results == (result,)
 
 
 def test_a_disk_that_fills_up_stops_in_words_and_the_same_command_continues(work):
@@ -166,7 +169,7 @@ def edit_state(work, **changes):
     path = work / "entry/runs/entry.json"
     values = json.loads(path.read_text()) | changes
     for recipe in (values["recipe"], values["outline"]["recipe"]):
-        recipe["sets"][0]["refine"] |= {"val_epochs": 0, "batch_real": 2}
+        recipe["sets"][0]["refine"] |= {"val_epochs": 0, "batch_real": 2, "held_out": 0.01}
     path.write_text(json.dumps(values))
 
 
