@@ -87,8 +87,9 @@ def test_training_stopped_and_then_killed_resumes_each_time(ddkit, colors, tmp_p
         deadline = time.monotonic() + 600
         while saved() <= before and time.monotonic() < deadline:
             time.sleep(0.05)
-        second = ddkit(*words, "--time", "1s")
-        assert second.exit_code == 2 and "Another process trains in runs/colors" in " ".join(second.output.split())
+        if number == signal.SIGTERM:
+            second = ddkit(*words, "--time", "1s")
+            assert second.exit_code == 2 and "Another process trains in runs/colors" in " ".join(second.output.split())
         process.send_signal(number)
         _, errors = process.communicate(timeout=300)
         if number == signal.SIGKILL:
