@@ -102,10 +102,14 @@ def second_gpu(gpu):
 
 @pytest.fixture
 def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans and dry runs measure for a moment what they measure for seconds otherwise."""
-    from measuring import shorten
+    """Plans and dry runs measure for a tenth of a second what they measure for one to three seconds otherwise."""
+    from ddkit.entering import plan
+    from ddkit.evaluation.estimate import estimate_evaluation
+    from ddkit.generator.training.estimate import estimate
 
-    shorten(monkeypatch)
+    monkeypatch.setattr(plan, "_TRIED", 0.1)
+    monkeypatch.setitem(estimate_evaluation.__kwdefaults__, "tried_seconds", 0.1)
+    monkeypatch.setitem(estimate.__kwdefaults__, "seconds", 0.1)
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ REAL = TRAINED.replace('preset = "demo"\nautoencoder_steps = 4\ntrain_steps = 4\
 
 def start(work, *words, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return processes.start("-m", "measuring", "enter", "--device", "cpu", *words, cwd=work, env=environment, **options)
+    return processes.start("-m", "ddkit", "enter", "--device", "cpu", *words, cwd=work, env=environment, **options)
 
 
 def finish(*words):
