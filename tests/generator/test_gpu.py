@@ -48,25 +48,25 @@ def waits_of(gpu, run):
 
 
 def waits_a_step(gpu, data, folder, configs):
-    """Waits of each step, from trainings of 3 and of 13 steps; both begin with the first step."""
+    """Waits of each step, from trainings of 3 and of 6 steps; both begin with the first step."""
     few, many = (
         waits_of(gpu, lambda name=name, config=config: train(data, TrainingRequest(config, folder / name, device="cuda")))
         for name, config in zip(("few", "many"), configs, strict=True)
     )
-    return (many - few) / 10
+    return (many - few) / 3
 
 
 @pytest.mark.parametrize("precision, prediction", [("float32", "flow"), *(("bfloat16", each) for each in PREDICTIONS)])
 @pytest.mark.slow
 def test_denoiser_step_never_waits(gpu, data, config, tmp_path, precision, prediction):
     config = dataclasses.replace(config, precision=precision)
-    configs = [with_steps(config, denoiser=steps, prediction=prediction) for steps in (3, 13)]
+    configs = [with_steps(config, denoiser=steps, prediction=prediction) for steps in (3, 6)]
     assert waits_a_step(gpu, data, tmp_path, configs) == 0
 
 
 @pytest.mark.slow
 def test_autoencoder_step_never_waits(gpu, data, config, tmp_path):
-    configs = [with_steps(config, autoencoder=steps) for steps in (3, 13)]
+    configs = [with_steps(config, autoencoder=steps) for steps in (3, 6)]
     assert waits_a_step(gpu, data, tmp_path, configs) == 0
 
 
@@ -74,7 +74,7 @@ def test_autoencoder_step_never_waits(gpu, data, config, tmp_path):
 def test_minimax_step_waits_once(gpu, data, config, make_model, tmp_path):
     save_model(make_model(), tmp_path / "start")
     minimax = MinimaxConfig(str(tmp_path / "start"), memory_size=3)
-    configs = [dataclasses.replace(with_steps(config, denoiser=steps), minimax=minimax) for steps in (3, 13)]
+    configs = [dataclasses.replace(with_steps(config, denoiser=steps), minimax=minimax) for steps in (3, 6)]
     assert waits_a_step(gpu, data, tmp_path, configs) == 1
 
 
