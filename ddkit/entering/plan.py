@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ddkit.challenge import TEST_IMAGES, track
+from ddkit.challenge import TEST_IMAGES
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet, dataset_spec, is_prepared, load_dataset
 from ddkit.distill.estimate import RefineSpeed, expected_accuracy, measure_refinement
@@ -112,8 +112,9 @@ def make_outline(
 
     seconds: for everything, of which `spent` are used; None where the recipe has all lengths. begun: keep what the recipe
     says on validation, because refinements have begun with it. Raises UsageError for too little time, saying the least, and
-    MissingDataError for a dataset of which only the test split is prepared.
+    for evaluations that make no sense, and MissingDataError for a dataset of which only the test split is prepared.
     """
+    _ = evaluation_settings(recipe)  # refused before anything is measured
     began, chosen = time.monotonic(), resolve_device(device)
     speeds = {}
     for done, each in enumerate(recipe.sets):
@@ -206,7 +207,7 @@ class _Planner:
             if recipe.track == 2:
                 expected[f"evaluate {name}"] = self._generator_seconds(recipe, each)
                 proof = _SECONDS_TO_FIRST_IMAGE + spec.num_classes / each.bundle_settings.keep / speeds.sampled
-                checked += min(proof, _budget(recipe)) + _SECONDS_OF_START
+                checked += min(proof, evaluation_settings(recipe).budget or 0.0) + _SECONDS_OF_START
                 if each.bundle_settings.has_classifier and not speeds.classifier_is_there:
                     images = training_images(spec, CLASSIFIER, _images(name, "train"))
                     checked += CLASSIFIER.epochs * images / rows * speeds.per_epoch
@@ -225,18 +226,20 @@ class _Planner:
 
     def _set_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a set on track 1."""
-        speeds, epochs = self._speeds[each.dataset], epochs_setting(recipe) + 1
-        return rounds(recipe) * (epochs * speeds.per_epoch + speeds.per_test_image * _images(each.dataset, "test"))
+        speeds, settings = self._speeds[each.dataset], evaluation_settings(recipe)
+        training = (settings.training.epochs_setting + 1) * speeds.per_epoch
+        return settings.number_of_rounds * (training + speeds.per_test_image * _images(each.dataset, "test"))
 
     def _generator_seconds(self, recipe: Recipe, each: SetRecipe) -> float:
         """Seconds of one evaluation of a generator on track 2."""
-        spec, speeds, budget = dataset_spec(each.dataset), self._speeds[each.dataset], _budget(recipe)
+        spec, speeds, settings = dataset_spec(each.dataset), self._speeds[each.dataset], evaluation_settings(recipe)
+        budget = settings.budget or 0.0
         per_second, wanted = speeds.sampled * each.bundle_settings.keep, each.bundle_settings.images_per_class
         if wanted is not None:
             budget = min(budget, _SECONDS_TO_FIRST_IMAGE + wanted * spec.num_classes / per_second)
         epoch = speeds.per_epoch * budget * per_second / (IPC * spec.num_classes)
         test = speeds.per_test_image * _images(each.dataset, "test")
-        return rounds(recipe) * (budget + (epochs_setting(recipe) + 1) * epoch + test)
+        return settings.number_of_rounds * (budget + (settings.training.epochs_setting + 1) * epoch + test)
 
     def _choose_evaluation(self, recipe: Recipe, seconds: float) -> Recipe:
         """The most official evaluation of the submission that leaves at least half of the time, where none is asked for."""
@@ -270,11 +273,11 @@ class _Planner:
         if fits or more == 0:
             return expected
         files = " ".join(f"baseline/{name}.pt" for name in recipe.datasets)
-        seed = f" --seed {recipe.seed}" if recipe.seed else ""
+        settings, seed = evaluation_settings(recipe), f" --seed {recipe.seed}" if recipe.seed else ""
         self._notes.append(
             f"Random real images are not evaluated under the same settings, which would take {time_option(more)} more. To "
             f"compare the submission with them, type in its folder: ddkit evaluate {files} "
-            f"--epochs-setting {epochs_setting(recipe)} --rounds {rounds(recipe)}{seed}"
+            f"--epochs-setting {settings.training.epochs_setting} --rounds {settings.number_of_rounds}{seed}"
         )
         return alone
 
@@ -304,14 +307,11 @@ def _evaluation_seconds(expected: Mapping[str, float]) -> float:
     return sum(seconds for name, seconds in expected.items() if name.startswith("evaluate"))
 
 
-def epochs_setting(recipe: Recipe) -> int:
-    """E of the recipe's evaluations."""
-    return track(recipe.track).epochs_setting if recipe.epochs_setting is None else recipe.epochs_setting
-
-
-def rounds(recipe: Recipe) -> int:
-    """The rounds of each of the recipe's evaluations."""
-    return recipe.rounds or track(recipe.track).rounds
+def evaluation_settings(recipe: Recipe, device: str = "auto") -> EvaluationSettings:
+    """How a recipe's sets or bundles are evaluated. Raises UsageError for values that make no sense."""
+    return EvaluationSettings(
+        recipe.track, recipe.rounds, recipe.epochs_setting, recipe.seed, device=device, time_budget=recipe.time_budget
+    )
 
 
 def training_config(each: SetRecipe) -> GeneratorConfig:
@@ -321,10 +321,6 @@ def training_config(each: SetRecipe) -> GeneratorConfig:
     first = first if each.autoencoder_steps is None else dataclasses.replace(first, steps=each.autoencoder_steps)
     last = last if each.train_steps is None else dataclasses.replace(last, steps=each.train_steps)
     return dataclasses.replace(config, autoencoder_optimizer=first, denoiser_optimizer=last)
-
-
-def _budget(recipe: Recipe) -> float:
-    return recipe.time_budget or track(2).time_budget_seconds or 0.0
 
 
 def _images(name: str, split: str) -> int:

@@ -20,8 +20,9 @@ from ddkit.distill.generate import FromModel, FromReal, generate
 from ddkit.distill.refine import refine
 from ddkit.distill.settings import RefineLimits
 from ddkit.distill.state import STATE_FILE, RefinementState
+from ddkit.entering.plan import evaluation_settings
 from ddkit.entering.recipe import IPC, RECIPE_FILE, Recipe, SetRecipe
-from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
+from ddkit.evaluation.evaluate import StateFolder
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
 from ddkit.evaluation.test_sets import TestSet, as_test_set
 from ddkit.evaluation.tracks import Conditions, deviations, hash_of_folder
@@ -264,7 +265,7 @@ class Workplace:
 
     def _evaluations(self, name: str, sha256: str) -> list[Result]:
         """The recorded evaluations of a set or a bundle on the prepared test images that count as the recipe's own."""
-        settings, tests = self._evaluation_settings(), self._test_set(name)
+        settings, tests = evaluation_settings(self.recipe), self._test_set(name)
         wanted = (name, sha256, settings.track, settings.seed)
         recorded = read(self.results_file).results
         ours = [one for one in recorded if (one.dataset, one.sha256, one.track, one.seed) == wanted]
@@ -292,12 +293,6 @@ class Workplace:
         open_ones = [name for name in names if (name, self._sha256(name)) not in official]
         return any((tests := self._test_set(name)) is not None and tests.is_official for name in open_ones)
 
-    def _evaluation_settings(self) -> EvaluationSettings:
-        recipe = self.recipe
-        return EvaluationSettings(
-            recipe.track, recipe.rounds, recipe.epochs_setting, recipe.seed, device=self._device, time_budget=recipe.time_budget
-        )
-
     def _is_evaluated(self, what: str, name: str) -> bool:
         path = self._tensor(what, name)
         return path.exists() and bool(self._evaluations(name, sha256_of(path)))
@@ -307,7 +302,7 @@ class Workplace:
 
     def _evaluate(self, files: list[Path | GeneratorFiles], name: str, progress: Listener) -> None:
         settings = JobSettings(
-            self._evaluation_settings(), dataset=name, results=self.results_file,
+            evaluation_settings(self.recipe, self._device), dataset=name, results=self.results_file,
             state=StateFolder(self.folder / "runs" / "evaluations"),
         )  # fmt: skip
         evaluate_files(files, settings, progress=progress, on_event=self._on_event)
@@ -332,7 +327,7 @@ class Workplace:
 
         # The whole budget, as on a slow or busy machine the first images take long; a few prove as much as many.
         most = max(dataset_spec(name).num_classes for name in self.recipe.datasets)
-        settings = ProofSettings(self._evaluation_settings().budget or 0.0, most=most)
+        settings = ProofSettings(evaluation_settings(self.recipe).budget or 0.0, most=most)
         models = [BundleModel(each.dataset, self._run(each.dataset), each.bundle_settings) for each in self.recipe.sets]
         packed = pack_bundle(
             models, self.zip_file, proof=settings, records=PackedRecords(packed_file(self.results_file)),

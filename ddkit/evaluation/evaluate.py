@@ -61,6 +61,8 @@ class EvaluationSettings:
             raise UsageError(f"The number of rounds must be positive, got {self.rounds}.")
         if self.time_budget is not None and self.time_budget <= 0:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
+        if self.time_budget is not None and self.track == 1:
+            raise UsageError("--time-budget needs --track 2.", "On track 1 nothing is generated during the evaluation.")
         if self.network not in NETWORKS:
             raise UsageError(f"Unknown network '{self.network}'.", did_you_mean(self.network, tuple(NETWORKS)))
         # These raise UsageError for an unknown track, and for epochs or a precision that make no sense.

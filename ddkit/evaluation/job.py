@@ -62,8 +62,6 @@ class JobSettings:
             raise UsageError("--zca, --argmax and --normalization need --track 1.")
         if self.ranking and (not evaluation.augment or evaluation.track != 1):
             raise UsageError("--ranking needs --track 1 and augmentation.")
-        if evaluation.time_budget is not None and evaluation.track == 1:
-            raise UsageError("--time-budget needs --track 2.", "On track 1 nothing is generated during the evaluation.")
         if self.full_epochs_setting is not None and not self.ranking:
             raise UsageError("--full-epochs-setting needs --ranking.")
 

@@ -473,7 +473,8 @@ def test_generator_on_track_1_raises_usage_error():
 
 
 @pytest.mark.parametrize(
-    "options", [{"rounds": 0}, {"epochs_setting": -1}, {"network": "convent"}, {"precision": "float16"}, {"track": 3}]
+    "options",
+    [{"rounds": 0}, {"epochs_setting": -1}, {"network": "convent"}, {"precision": "float16"}, {"track": 3}, {"time_budget": 5}],
 )
 def test_settings_out_of_range_raise_usage_error(options):
     with pytest.raises(UsageError):

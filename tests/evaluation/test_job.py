@@ -112,7 +112,6 @@ def test_the_challenges_score_is_the_mean_of_official_results_on_both_datasets(r
 @pytest.mark.parametrize("changes, said", [
     ({"evaluation": EvaluationSettings(augment=False), "ranking": True}, "--ranking needs"),
     ({"evaluation": EvaluationSettings(track=2), "ranking": True}, "--ranking needs"),
-    ({"evaluation": EvaluationSettings(time_budget=5.0)}, "--time-budget needs --track 2"),
     ({"full_epochs_setting": 3}, "--full-epochs-setting needs --ranking"),
 ])  # fmt: skip
 def test_settings_that_exclude_each_other_raise_usage_error(settings, changes, said):
