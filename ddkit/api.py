@@ -243,6 +243,7 @@ def enter(
     track: int = 1,
     epochs_setting: int | None = None,
     rounds: int | None = None,
+    time_budget: float | None = None,
     seed: int = 0,
     folder: PathLike = "ddkit-entry",
     device: str = "auto",
@@ -251,8 +252,9 @@ def enter(
     """Go the whole way to an entry: prepare data, make sets, refine, evaluate, check, pack and report.
 
     seconds: for everything, evaluations included; what is not needed for them goes to refining or training. recipe: a
-    recipe.toml to make again instead, which decides everything except `folder` and `device`. folder: where everything is
-    written. The same call continues after an interruption, and with more seconds it refines further.
+    recipe.toml to make again instead, which decides everything except `folder` and `device`. time_budget: seconds of each
+    round that a track 2 generator has, 600 if None. folder: where everything is written. The same call continues after an
+    interruption, and with more seconds it refines or trains further.
     Raises UsageError for too little time, saying the least, and what the other functions raise.
     """
     from ddkit.entering.entry import enter as enter_challenge
@@ -265,7 +267,10 @@ def enter(
     if recipe is not None:
         wanted = read_recipe(Path(recipe))
     else:
-        wanted = draft(tuple(datasets), track=track, epochs_setting=epochs_setting, rounds=rounds, seed=seed, device=device)
+        wanted = draft(
+            tuple(datasets), track=track, epochs_setting=epochs_setting, rounds=rounds, time_budget=time_budget,
+            seed=seed, device=device,
+        )  # fmt: skip
     return enter_challenge(wanted, Path(folder), seconds=seconds, device=device, progress=progress or default_listener())
 
 

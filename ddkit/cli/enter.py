@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
@@ -78,16 +78,12 @@ _MOST_ROWS = 12
 def enter(
     output: Output,
     seconds: float | None,
-    track: str | None,
     datasets: str | None,
     recipe_file: Path | None,
     dry_run: bool,
     folder: Path,
-    rounds: int | None,
-    epochs_setting: int | None,
-    time_budget: float | None,
     device: str,
-    seed: int | None,
+    **options: Any,
 ) -> None:
     """Go the whole way to an entry: prepare data, make sets, refine, evaluate, check, pack and report.
 
@@ -98,24 +94,18 @@ def enter(
     """
     from ddkit.entering.plan import draft
 
-    asked = {
-        "--time": seconds, "--track": track, "--datasets": datasets, "--rounds": rounds,
-        "--epochs-setting": epochs_setting, "--time-budget": time_budget, "--seed": seed,
-    }  # fmt: skip
+    asked = {name: value for name, value in options.items() if value is not None}
     if recipe_file is not None:
-        if given := [name for name, value in asked.items() if value is not None]:
-            raise UsageError(f"The recipe decides what {', '.join(given)} would.", "Leave it out, or change the recipe.")
+        given = [name for name, value in (("time", seconds), ("datasets", datasets), *asked.items()) if value is not None]
+        if given:
+            unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"The recipe decides what {unused} would.", "Leave it out, or change the recipe.")
         recipe = read_recipe(recipe_file)
     elif seconds is None:
         raise UsageError("--time is missing.", "Say how long everything may take, such as --time 8h, or name a --recipe.")
     else:
-        if time_budget is not None and track != "2":
-            raise UsageError("--time-budget needs --track 2.", "On track 1 nothing is generated during the evaluation.")
         names = [spec.name for spec in CHALLENGE_DATASETS] if datasets is None else datasets.split(",")
-        recipe = draft(
-            [name.strip() for name in names], track=int(track or 1), epochs_setting=epochs_setting, rounds=rounds,
-            time_budget=time_budget, seed=seed or 0, device=device,
-        )  # fmt: skip
+        recipe = draft([name.strip() for name in names], track=int(asked.pop("track", 1)), **asked, device=device)
     make_entry(output, recipe, folder, seconds, device, dry_run=dry_run)
 
 
