@@ -21,14 +21,13 @@ _KEPT = 2  # checkpoints of a stage
 class Checkpoint:
     """The state of a stage after `step` steps.
 
-    seconds: time spent on them over all runs. finished: the stage has reached its limit.
+    seconds: time spent on them over all runs.
     network, ema, optimizer, memory, scaler: state dictionaries of tensors and plain values; memory belongs to what the
     stage's loss keeps from step to step, and scaler to the loss scale of float16.
     """
 
     step: int
     seconds: float
-    finished: bool
     network: dict[str, Any]
     ema: dict[str, Any]
     optimizer: dict[str, Any]
@@ -78,6 +77,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise BadFileError(f"{path} is damaged or not a checkpoint.", remedy) from error
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT_VERSION:
         raise BadFileError(f"{path} is not a checkpoint of this version of ddkit.", remedy)
+    value.pop("finished", None)  # of earlier versions
     try:
         # Version 0.1.0 spelled it differently.
         return Checkpoint(**{name.replace("optimiser", "optimizer"): item for name, item in value.items()})

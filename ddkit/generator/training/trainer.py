@@ -92,7 +92,7 @@ class Trainer:
         self.stage, self.accelerator, self.folder = stage, accelerator, folder
         self.steps, self.limit_seconds, self.save_every_seconds = steps, seconds, save_every_seconds
         self._progress, self._callbacks = progress, callbacks
-        self.step, self.finished = 0, False
+        self.step = 0
         self._seconds_before, self._began = 0.0, time.monotonic()
         require_even_parts(stage.optimizer, accelerator.num_processes)
         stage.network.to(accelerator.device)
@@ -131,9 +131,6 @@ class Trainer:
                     for callback in self._callbacks:
                         callback.on_record(self, record)
                     self._show(record)
-            if not self.finished:
-                self.finished = True
-                self.save()
             # A request during the last step must not be forgotten, or the next stage would begin.
             (stopping,) = self._vote(bool(stop))
             if stopping:
@@ -144,7 +141,6 @@ class Trainer:
             checkpoint = Checkpoint(
                 step=self.step,
                 seconds=self.seconds,
-                finished=self.finished,
                 network=self.stage.network.state_dict(),
                 ema=self._ema.state_dict(),
                 optimizer=self._optimizer.state_dict(),
@@ -173,7 +169,7 @@ class Trainer:
         on_gpu = self.accelerator.device.type == "cuda"
         record_every = _RECORD_EVERY_ON_GPU if on_gpu else _RECORD_EVERY
         # However short the time, a stage takes at least one step, or there would be nothing to continue from.
-        over = self.finished or self.step >= self.steps or (self.step > 0 and self._out_of_time())
+        over = self.step >= self.steps or (self.step > 0 and self._out_of_time())
         while not over:
             with shortage_explained(self._shortage):
                 losses.append(self._compiling_step() if self.step == self._compile_at else self._train_step())
@@ -186,7 +182,7 @@ class Trainer:
             if over or stopping or save_due or due or self.step % record_every == 0:
                 yield self._record(losses)
                 losses = []
-            if stopping or save_due:  # before callbacks, which may take minutes
+            if over or stopping or save_due:  # before callbacks, which may take minutes
                 self.save()
                 saved = time.monotonic()
             if stopping and not over:
@@ -357,8 +353,6 @@ class Trainer:
         if self.accelerator.scaler is not None and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.step, self._seconds_before, self._began = checkpoint.step, checkpoint.seconds, time.monotonic()
-        # Limits may have grown since.
-        self.finished = checkpoint.finished and (self.step >= self.steps or self._out_of_time())
         log.info("Continuing %s training after %d steps", self.stage.name, self.step)
 
     def _diverged(self, what: str, how: str) -> ComputeError:

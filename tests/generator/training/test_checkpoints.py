@@ -12,7 +12,7 @@ from ddkit.generator.training.checkpoints import Checkpoint, list_checkpoints, l
 
 
 def checkpoint(step):
-    return Checkpoint(step, 1.5, False, {"weight": torch.full((3,), float(step))}, {"decay": 1.0}, {"state": {}}, {})
+    return Checkpoint(step, 1.5, {"weight": torch.full((3,), float(step))}, {"decay": 1.0}, {"state": {}}, {})
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_save_checkpoint_keeps_the_newest_two_of_each_stage(folder):
 
 def test_saved_checkpoint_loads_unchanged(folder):
     latest = load_latest(folder, "denoiser")
-    assert (latest.step, latest.seconds, latest.finished) == (15, 1.5, False)
+    assert (latest.step, latest.seconds) == (15, 1.5)
     assert torch.equal(latest.network["weight"], torch.full((3,), 15.0))
     assert load_latest(folder, "tuning") is None
 
@@ -38,7 +38,8 @@ def test_saved_checkpoint_loads_unchanged(folder):
 def test_checkpoint_of_version_0_1_is_read(folder):
     newest = list_checkpoints(folder, "denoiser")[-1]
     value = torch.load(newest, weights_only=True)
-    torch.save({name.replace("optimizer", "optimiser"): item for name, item in value.items()}, newest)
+    value = {name.replace("optimizer", "optimiser"): item for name, item in value.items()}
+    torch.save({**value, "finished": True}, newest)
     assert load_latest(folder, "denoiser").optimizer == {"state": {}}
 
 
