@@ -254,13 +254,20 @@ def test_batch_on_a_gpu_decodes_in_pieces_of_one_size(gpu, make_model, monkeypat
     assert set(decoded[:4]) == {256} and sum(decoded) == 1200
 
 
-def test_out_of_memory_says_what_to_try(gpu, data, config, make_model, tmp_path):
+def test_out_of_memory_says_what_to_try(gpu, data, config, tmp_path):
     optimizer = dataclasses.replace(config.denoiser_optimizer, batch_size=120)
     config = dataclasses.replace(with_steps(config, denoiser=1), denoiser_optimizer=optimizer)
+    few = dataclasses.replace(
+        data, images=ImageSet(*(rows[:12] for rows in (data.images.images, data.images.labels)), tuple("abc"))
+    )
     gpu.largest_tensor = 50_000
-    with pytest.raises(ComputeError, match="Out of memory .* on cuda") as caught:
-        train(data, TrainingRequest(config, tmp_path, device="cuda"))
-    assert caught.value.remedy == "Try --accumulation 2, a smaller --batch-size, or a smaller --preset."
+    for images, stage, said in (
+        (few, "denoiser", "Try --accumulation 2, a smaller --batch-size, or a smaller --preset."),
+        (data, "autoencoder", "The preset decides its size: choose a smaller --preset, or another --device."),
+    ):
+        with pytest.raises(ComputeError, match=f"Out of memory during {stage} training .* on cuda") as caught:
+            train(images, TrainingRequest(config, tmp_path / stage, device="cuda"))
+        assert caught.value.remedy == said
 
 
 @pytest.mark.parametrize("size", [None, 64])

@@ -34,6 +34,7 @@ class Stage(ABC):
     task: str  # in progress reports
     figures: tuple[str, ...] = ("mse",)  # names of the values after the loss; the first is a squared error
     remedy: str  # advice when the loss diverges
+    smaller: str  # advice when memory runs out, perhaps with {accumulation}: twice as many parts as now
     network: nn.Module
     loss: nn.Module
     memory: nn.Module | None = None
@@ -68,6 +69,7 @@ class AutoencoderStage(Stage):
     name = "autoencoder"
     task = "Training the autoencoder"
     remedy = "The preset decides its learning rate: choose another --preset, or a pretrained --autoencoder."
+    smaller = "The preset decides its size: choose a smaller --preset, or another --device."
 
     def __init__(self, config: GeneratorConfig, network: AutoencoderKL, images: ImageSet) -> None:
         super().__init__(len(images), config.seed)
@@ -97,6 +99,7 @@ class DenoiserStage(Stage):
     name = "denoiser"
     task = "Training the denoiser"
     remedy = "Try a lower --lr."
+    smaller = "Try --accumulation {accumulation}, a smaller --batch-size, or a smaller --preset."
 
     def __init__(self, config: GeneratorConfig, network: nn.Module, latents: LatentSet) -> None:
         super().__init__(len(latents), config.seed)
@@ -139,6 +142,7 @@ class MinimaxStage(DenoiserStage):
     task = "Fine-tuning the denoiser"
     figures = ("mse", "representativeness", "diversity")
     remedy = "Try a lower --lr, --lambda-r or --lambda-d."
+    smaller = "Start over with a smaller --batch-size or without --full, or use another --device."
 
     def __init__(
         self, config: GeneratorConfig, minimax: MinimaxConfig, network: nn.Module, latents: LatentSet, num_classes: int

@@ -205,7 +205,7 @@ class Trainer:
         return ComputeError(
             f"Out of memory during {self.stage.name} training with batches of {optimizer.batch_size} images{parts} "
             f"on {self.accelerator.device}.",
-            f"Try --accumulation {2 * optimizer.accumulation}, a smaller --batch-size, or a smaller --preset.",
+            self.stage.smaller.format(accumulation=2 * optimizer.accumulation),
         )
 
     def _compiling_step(self) -> Tensor:

@@ -43,7 +43,7 @@ class Slope(Stage):
     """One weight, whose gradient is 1, then 100, and so on."""
 
     name = task = "slope"
-    remedy = ""
+    remedy = smaller = ""
     optimizer = OptimizerConfig(steps=9, batch_size=1, learning_rate=0.1, warmup_steps=4, clip_norm=1.0)
     ema_width = 0.1
 
