@@ -20,7 +20,7 @@ from ddkit.generator.model_folder import Model
 from ddkit.generator.training.latents import LATENTS_FILE, cached_latents, latents_identity, read_latents
 from ddkit.generator.training.run_folder import CHECKPOINTS
 from ddkit.runtime.cached import cache_key, cached_tensors
-from ddkit.runtime.files import cache_folder, sha256_of
+from ddkit.runtime.files import cache_folder, one_at_a_time, sha256_of
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.seeds import network_seed
 
@@ -62,7 +62,9 @@ def find_modes(
         if kept is None:
             own = cache / f"{name}-{cache_key((identity, model.latent_shape))}-{LATENTS_FILE}"
             network, side = model.autoencoder.to(device), model.latent_shape[1]
-            kept = cached_latents(own, network, images, side, flips=False, identity=identity, progress=progress)
+            # Another process that finds another number of modes writes to the same file.
+            with one_at_a_time(own.with_name(f".{own.name}.lock"), f"encodes the images of {name}"):
+                kept = cached_latents(own, network, images, side, flips=False, identity=identity, progress=progress)
         latents = scale * kept.latents[:, 0].float()
         return {"modes": _centers(latents, images.labels, len(members), count, seed, progress)}
 

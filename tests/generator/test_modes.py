@@ -1,6 +1,7 @@
 """The modes of each class in latent space: what k-means finds, of kept latents and of images."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -73,6 +74,25 @@ def test_images_are_encoded_once_for_any_number_of_modes(trained, data):
     for count in (1, 2):
         modes_of(trained, data, count, progress=seen.append)
     assert [each.task for each in seen].count("Encoding the training set") == 1
+
+
+def test_two_searches_at_the_same_time_do_not_encode_into_one_file(trained, data):
+    """The second begins when the first has encoded all images and not yet read them."""
+    _, folder = trained
+    expected = [modes_of(trained, data, count) for count in (1, 2)]
+    for path in (folder / "checkpoints" / "latents.safetensors", *(cache_folder() / "_modes").glob("*.safetensors")):
+        path.unlink()
+    found, second = {}, threading.Thread(target=lambda: found.update(two=modes_of(trained, data, 2)))
+
+    def begin_the_second(report):
+        if report.task == "Encoding the training set":
+            second.start()
+            second.join(0.3)  # it has to wait
+
+    found["one"] = modes_of(trained, data, 1, progress=begin_the_second)
+    second.join()
+    for modes, name in zip(expected, ("one", "two"), strict=True):
+        torch.testing.assert_close(found[name], modes, atol=2e-3, rtol=1e-3)
 
 
 def test_latents_of_other_images_are_not_used(trained, data):
