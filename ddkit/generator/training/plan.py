@@ -148,6 +148,8 @@ def plan_training(
         minimax = config.minimax
         start = start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
         config = _completed(config, minimax, data, given, start, new=before is None)
+    if settings.get("min_snr") is not None and config.objective.prediction == "flow":
+        raise UsageError("--min-snr has no effect with the prediction flow.", "Leave it out, or add --prediction v or epsilon.")
     score = before.score if before else ""
     if track_every is None:
         track_every = before.track_every if before else preset(name).track_every

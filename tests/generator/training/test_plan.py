@@ -50,9 +50,12 @@ def test_new_training_is_the_preset_with_the_given_settings(plan):
 
 
 def test_settings_of_the_objective_and_of_averaging_are_applied(plan):
-    config = plan(preset="demo", label_dropout=0.3, min_snr=7.0, ema_width=0.05).config
+    config = plan(preset="demo", label_dropout=0.3, prediction="v", min_snr=7.0, ema_width=0.05).config
     assert (config.objective.label_dropout, config.objective.min_snr_gamma, config.ema_width) == (0.3, 7.0, 0.05)
-    assert plan(preset="demo", min_snr=0.0).config.objective.min_snr_gamma is None
+    assert plan(preset="demo", prediction="epsilon", min_snr=0.0).config.objective.min_snr_gamma is None
+    for gamma in (0.0, 7.0):
+        with pytest.raises(UsageError, match="--min-snr has no effect with the prediction flow"):
+            plan(preset="demo", min_snr=gamma)
     assert plan(preset="demo", ema_decay=0.9).config.ema_decay == 0.9
     with pytest.raises(UsageError, match="contradict"):
         plan(preset="demo", ema_width=0.05, ema_decay=0.9)
