@@ -186,6 +186,8 @@ ddkit evaluate submission/{name}.pt
 or without ddkit:
 
 ```python
+import torch
+
 images = torch.load("{name}.pt", weights_only=True)  # {tuple(one.images.shape)} float32
 labels = torch.arange({spec.num_classes}).repeat_interleave({one.ipc})
 ```

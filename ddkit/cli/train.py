@@ -144,7 +144,12 @@ def _read_class_map(
 )
 @click.option("--resume", is_flag=True, help="Fail if there is no training to continue.")
 @click.option("--fresh", is_flag=True, help="Remove the training in the folder, and start over.")
-@click.option("--out", "folder", type=FOLDER, help="Write the training to this folder.  [default: runs/<dataset>]")
+@click.option(
+    "--out",
+    "folder",
+    type=FOLDER,
+    help="Write the training to this folder.  [default: runs/<dataset>, or runs/<dataset>-minimax]",
+)
 @click.option(
     "--track-every",
     type=click.IntRange(0),

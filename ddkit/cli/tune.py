@@ -130,8 +130,8 @@ def tune(
     from ddkit.packing import tune as tuning
 
     counts = tuple(None if count == "all" else int(count) for count in images)
+    dataset_spec(dataset)  # refuses an unknown name before a model is downloaded
     folder = _bundle.find_model(model) if model else RUNS_FOLDER / dataset
-    dataset_spec(dataset)  # raises UsageError for an unknown name
     if not mode_guidance:
         prediction = _bundle.read_facts(folder, dataset=dataset).prediction
         mode_guidance = tuple(dict.fromkeys(default_mode_guidance(prediction, count) for count in counts))

@@ -84,7 +84,7 @@ def load_model(folder: Path, *, dataset: str | None = None) -> Model:
     if dataset is not None and facts.dataset != dataset:
         raise UsageError(
             f"The model in {folder} was trained on '{facts.dataset}', not on '{dataset}'.",
-            f"Give a model of '{dataset}' with --model, or ask for --dataset {facts.dataset}.",
+            f"Give a model of '{dataset}' with --model, or name '{facts.dataset}' as the dataset.",
         )
     denoiser = _load_part(folder / DENOISER_PART, _DENOISERS)
     autoencoder = load_autoencoder(folder / "vae")

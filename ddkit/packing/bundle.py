@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shutil
 import string
 import sysconfig
 import tempfile
@@ -131,7 +132,7 @@ def build_folder(models: Sequence[BundleModel], out: Path, *, progress: Listener
         raise UsageError(f"A bundle takes one model for each dataset, not {', '.join(datasets) or 'none'}.")
     with atomic_folder(out) as folder:
         for name, source in scripts().items():
-            (folder / name).write_bytes(source.read_bytes())
+            shutil.copyfile(source, folder / name)
         (folder / SCRIPT).chmod(0o755)
         facts = {model.dataset: _add_model(model, folder / "models" / model.dataset, progress) for model in models}
         write_text(folder / "requirements.txt", "".join(f"{line}\n" for line in requirements()))
@@ -270,13 +271,13 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
 def _copy_part(source: Path, target: Path, *, half: bool) -> None:
     """Copy a part's configuration and weights. half: as float16."""
     target.mkdir(parents=True)
-    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    shutil.copyfile(source / "config.json", target / "config.json")
     if half:
         weights = load_file(source / WEIGHTS_FILE)
         halved = {name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}
         save_safetensors(halved, target / WEIGHTS_FILE)
     else:
-        (target / WEIGHTS_FILE).write_bytes((source / WEIGHTS_FILE).read_bytes())
+        shutil.copyfile(source / WEIGHTS_FILE, target / WEIGHTS_FILE)
 
 
 def _add_classifier_and_modes(model: BundleModel, loaded: Model, real: ImageSet, folder: Path, progress: Listener) -> None:

@@ -297,7 +297,7 @@ def read_trials(records: Path) -> list[Trial]:
 
 
 def draw_chart(trials: Sequence[Trial], path: Path) -> None:
-    """Write a PNG of accuracy and number of images over the steps, a line for each guidance. Raises BadFileError."""
+    """Write a PNG of accuracy and number of images over the steps, a line for each choice of the rest. Raises BadFileError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
