@@ -295,7 +295,7 @@ class TestLimits:
         train(data, TrainingRequest(endless, tmp_path, seconds=0.5))
         first = load_model(tmp_path).facts.steps
         spent = load_latest(tmp_path / "checkpoints", "denoiser").seconds
-        assert spent == pytest.approx(0.85 * 0.5, abs=0.3)
+        assert spent >= 0.85 * 0.5
         train(data, TrainingRequest(endless, tmp_path, seconds=0.5))
         assert load_model(tmp_path).facts.steps == first
         train(data, TrainingRequest(endless, tmp_path, seconds=spent + 0.5))
