@@ -108,13 +108,9 @@ def generate(
     Raises MissingModelError if there is no such model, and UsageError for unknown names and for arguments that would have
     no effect: those of a generator next to `from_real`, and `select` without `candidates`.
     """
-    import dataclasses
-
     from ddkit.distill.generate import FromModel, FromReal
     from ddkit.distill.generate import generate as generate_set
     from ddkit.errors import UsageError
-    from ddkit.generator.config import default_sampling
-    from ddkit.generator.model_facts import find_model, read_facts
     from ddkit.sets.distilled import read_set
 
     source: FromModel | FromReal
@@ -125,12 +121,9 @@ def generate(
             raise UsageError(f"{' and '.join(unused)} cannot be combined with from_real, which samples nothing.")
         source = FromReal(from_real, seed, device)
     else:
-        if select is not None and candidates is None:
-            raise UsageError("select needs candidates.", "Give the number of candidates of each class: candidates=100.")
-        folder = Path("runs", dataset) if model is None else find_model(model)
-        sampling = sampling or default_sampling(read_facts(folder, dataset=dataset).prediction, ipc, seed=seed)
-        source = FromModel(folder, sampling, device, candidates)
-        source = source if select is None else dataclasses.replace(source, select=select)
+        source = FromModel.find(
+            dataset, ipc, model, device=device, candidates=candidates, select=select, sampling=sampling, seed=seed
+        )
     path = Path("submission", f"{dataset}.pt") if out is None else Path(out)
     return read_set(
         generate_set(dataset, ipc, source, path, replace=replace, progress=progress or default_listener()).tensor, dataset

@@ -11,7 +11,6 @@ from ddkit.cli._options import (
     COUNT,
     FILE,
     FOLDER,
-    RUNS_FOLDER,
     SAMPLER,
     SAMPLING_PRECISION,
     SUBMISSION_FOLDER,
@@ -144,39 +143,35 @@ def generate(
     """
     from ddkit.data.store import dataset_spec
     from ddkit.distill import generate as making
-    from ddkit.generator.model_facts import find_model, read_facts
     from ddkit.runtime.hub import source_name
     from ddkit.sets.select import LABEL_METHODS
 
     dataset_spec(dataset)  # refuses an unknown name before anything is announced
     given = {name: value for name, value in sampling.items() if value is not None}
-    precision = given.get("precision", "auto")
     source: making.FromModel | making.FromReal
     if from_real:
         if select or candidates is not None:
             raise UsageError(
                 "--candidates and --select apply to a model's images.", "--from-real METHOD chooses from all real ones."
             )
-        if from_real not in LABEL_METHODS:
-            given.pop("precision", None)  # applies to the features that are compared
+        # That of the features that other methods compare.
+        precision = given.pop("precision", "auto") if from_real not in LABEL_METHODS else "auto"
         names = [*(["model"] if model else []), *("sampling_steps" if name == "steps" else name for name in given)]
         refuse_unused([f"--{name.replace('_', '-')}" for name in names], "with --from-real, which samples nothing")
         source = making.FromReal(from_real, seed, device, precision)
         origin = f"from its real training images ({from_real})"
     else:
-        if select and candidates is None:
-            raise UsageError("--select needs --candidates.", "Give the number of candidates of each class: --candidates 100.")
-        folder = find_model(model) if model else RUNS_FOLDER / dataset
-        settings = default_sampling(read_facts(folder, dataset=dataset).prediction, ipc, seed=seed, **given)
-        how = select or making.FromModel.select
-        source = making.FromModel(folder, settings, device, candidates, how, precision)
-        chosen = f", chosen from {candidates} by {source.select}" if candidates else ""
+        source = making.FromModel.find(
+            dataset, ipc, model, candidates=candidates, select=select, device=device, seed=seed, **given
+        )
+        settings = source.sampling
+        chosen = f", chosen from {candidates} by {source.method}" if candidates else ""
         sampled = f"{settings.sampler}, {counted(settings.steps, 'step', 'steps')}, guidance {settings.guidance:g}"
         if settings.mode_guidance:
             sampled += f", mode guidance {settings.mode_guidance:g}"
         if settings.influence_guidance:
             sampled += f", influence guidance {settings.influence_guidance:g} by a network trained on the real images once"
-        origin = f"with {source_name(folder)}: {sampled}{chosen}"
+        origin = f"with {source_name(source.folder)}: {sampled}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
     output.event(f"Making {counted(ipc, 'image', 'images')} per class of {dataset} {origin}.")

@@ -47,10 +47,10 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
         raise UsageError(
             f"{ipc} images of each class cannot be chosen from {source.candidates}.", f"Ask for --candidates {ipc} or more."
         )
-    needs_features = source.candidates is not None and source.select not in LABEL_METHODS
+    needs_features = source.candidates is not None and source.method not in LABEL_METHODS
     provenance = _provenance(model, source, settings)
     if needs_features:
-        features = resolve_precision(FeatureSettings(precision=source.select_precision), spec, group.device)
+        features = resolve_precision(FeatureSettings(precision=source.sampling.precision), spec, group.device)
         provenance["selected_in"] = features.precision
     trains_networks = needs_features or settings.influence_guidance > 0
     looks_at_real = trains_networks or settings.mode_guidance > 0
@@ -163,7 +163,7 @@ def _missing_rows(
         # The best of all would show only the modes that are easiest to tell.
         choose = choose_for_each_mode if sampler.settings.mode_guidance else choose_in_class
         seed = sampler.settings.seed
-        yield candidates[choose(source.select, len(labels), ipc, seed=seed, label=label, features=features)]
+        yield candidates[choose(source.method, len(labels), ipc, seed=seed, label=label, features=features)]
 
 
 def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> 
         "model": source_name(source.folder),
         "model_sha256": model_hash(source.folder),
         "model_steps": model.facts.steps,
-        "selection": "none" if source.candidates is None else source.select,
+        "selection": "none" if source.candidates is None else source.method,
         **({} if source.candidates is None else {"candidates": source.candidates}),
         **sampling,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from ddkit.data.images import normalize
 from ddkit.data.store import ImageSet, dataset_spec
-from ddkit.generator.config import SamplingSettings
+from ddkit.errors import UsageError
+from ddkit.generator.config import SamplingSettings, default_sampling
+from ddkit.generator.model_facts import find_model, read_facts
 from ddkit.metrics.features import FeatureSettings, convnet_features
 from ddkit.runtime.environment import versions
 from ddkit.runtime.progress import Listener
@@ -27,25 +31,43 @@ class FromModel:
     """Images of a trained generator.
 
     folder: the model's. device: a name for `resolve_device`. candidates: images of each class to choose from; None
-    takes the samples as they come. select: the selection method, one of `ddkit.sets.select`. select_precision: in which
-    it computes features, "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster.
+    takes the samples as they come. select: the selection method, one of `ddkit.sets.select`; None takes DEFAULT_METHOD.
+    Features that it compares are computed in the precision of `sampling`, where "auto" takes the faster one.
+    Raises UsageError for an unknown method, and for one without candidates.
     """
 
     folder: Path
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     device: str = "cpu"
     candidates: int | None = None
-    select: str = DEFAULT_METHOD
-    select_precision: str = "auto"
+    select: str | None = None
 
     def __post_init__(self) -> None:
-        check_method(self.select)
+        check_method(self.method)
+        if self.select is not None and self.candidates is None:
+            raise UsageError("--select needs --candidates.", "Give the number of candidates of each class: --candidates 100.")
+
+    @property
+    def method(self) -> str:
+        return self.select or DEFAULT_METHOD
+
+    @classmethod
+    def find(
+        cls, dataset: str, ipc: int, model: str | os.PathLike[str] | None, *, device: str, candidates: int | None,
+        select: str | None, sampling: SamplingSettings | None = None, **given: Any,
+    ) -> FromModel:  # fmt: skip
+        """model: the folder, or an id on the Hugging Face hub; None means runs/<dataset>. sampling: None takes that of
+        `default_sampling` for `ipc` images per class and the settings that are given. Raises MissingModelError."""
+        found = cls(Path("runs", dataset), device=device, candidates=candidates, select=select)  # refuses before a download
+        folder = found.folder if model is None else find_model(model)
+        sampling = sampling or default_sampling(read_facts(folder, dataset=dataset).prediction, ipc, **given)
+        return dataclasses.replace(found, folder=folder, sampling=sampling)
 
 
 @dataclass(frozen=True)
 class FromReal:
     """Real training images. select: the selection method, one of `ddkit.sets.select`. device, select_precision: where and
-    in which precision it computes features, as FromModel takes them."""
+    in which precision it computes features, "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster."""
 
     select: str = "random"
     seed: int = 0

@@ -239,9 +239,8 @@ class TestChoosing:
         for precision in ("float32", "bfloat16"):
             real = generate(colors, 1, FromReal("median", select_precision=precision), tmp_path / "real.pt")
             assert json.loads(real.provenance.read_text())["selected_in"] == precision
-            source = FromModel(
-                model_folder, SamplingSettings("ddim", steps=2), candidates=5, select="median", select_precision=precision
-            )
+            sampling = SamplingSettings("ddim", steps=2, precision=precision)
+            source = FromModel(model_folder, sampling, candidates=5, select="median")
             facts[precision] = json.loads(generate(colors, 1, source, tmp_path / "set.pt").provenance.read_text())
             assert facts[precision]["selected_in"] == precision
         assert facts["float32"]["request"] != facts["bfloat16"]["request"]
