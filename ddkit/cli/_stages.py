@@ -85,8 +85,9 @@ class StageView:
     def _left(self) -> float:
         """Seconds that the stages to come and the rest of the one that runs will take, about."""
         left = sum(state.expected for state in self._states if state.status == "to come")
-        elapsed = time.monotonic() - self._began
-        return left + sum(max(0.0, state.expected - elapsed) for state in self._states if state.status == "running")
+        running = time.monotonic() - self._began
+        rests = (each.expected - (each.seconds or 0.0) - running for each in self._states if each.status == "running")
+        return left + sum(max(0.0, rest) for rest in rests)
 
     def _shown(self) -> RenderableType:
         if not self._states:  # while the machine is measured
@@ -109,7 +110,7 @@ class StageView:
 
 
 def stage_table(states: Sequence[StageState], output: Output, *, running: float | None = None) -> Table:
-    """Stages with what they take. running: seconds since the stage that runs began, if one does."""
+    """Stages with what they take. running: seconds of the stage that runs in this call, if one does."""
     marks = _MARKS if output.err.encoding.lower().startswith("utf") else _ASCII_MARKS
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("")
@@ -119,7 +120,7 @@ def stage_table(states: Sequence[StageState], output: Output, *, running: float 
     for state in states:
         took = state.seconds
         if state.status == "running" and running is not None:
-            took = max(running, took or 0.0)
+            took = running + (took or 0.0)
         if state.status == "to come":
             shown = f"about {span_text(state.expected)}"
         elif state.status == "running" and took is not None:

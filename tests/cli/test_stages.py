@@ -66,6 +66,15 @@ def test_elsewhere_lines_say_what_begins_and_ends(written):
     assert "[3/4] evaluate submission cifar100: left out." in lines
 
 
+def test_a_stage_that_is_continued_has_its_earlier_time_too(written):
+    output = output_to(written, terminal=True)
+    continued = (dataclasses.replace(STATES[1], seconds=240.0),)
+    output.err.print(stage_table(continued, output, running=60.0))
+    with StageView(output) as view:
+        view.watch(continued)
+    assert "5 min of about 10 min" in written.getvalue() and "about 6 min left" in written.getvalue()
+
+
 def test_quiet_shows_nothing(written):
     show(output_to(written, terminal=True, quiet=True))
     assert written.getvalue() == ""
