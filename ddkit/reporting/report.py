@@ -108,6 +108,7 @@ def report(
     if not path.is_file() and path != RESULTS_FILE:
         raise MissingDataError(f"There is no results file {path}.", "Make one: ddkit evaluate --results PATH")
     reading = read(path)
+    shown = tuple(result for result in reading.results if tracks is None or result.track in tracks)
     measured: list[SetQuality] = []
     written: list[Path] = []
     if quality is not None:
@@ -116,8 +117,8 @@ def report(
         measured = measure_sets(Path(quality), seed=seed, device=device, on_event=on_event, progress=progress)
         written = [file for one in measured for file in one.save_sheets(Path(runs_folder, "quality"))]
     packed = PackedRecords(packed_file(path), writes=False)
-    history = build_history(reading.results, packed.records, tracks)
-    comparisons = compare_sets(*compare, reading.results) if compare else ()
+    history = build_history(shown, packed.records, tracks)
+    comparisons = compare_sets(*compare, shown) if compare else ()
     written += _save_sheets(comparisons, Path(runs_folder, "compare"))
     problems = (*reading.problems, *packed.problems)
     if html is not None:
@@ -126,7 +127,7 @@ def report(
 
         on_event(f"Checking the sets that {html} shows. This takes seconds for each.")
         page = gather(
-            reading.results,
+            shown,
             problems=problems,
             tracks=tracks,
             runs_folder=Path(runs_folder),
@@ -137,8 +138,8 @@ def report(
         )
         write_html(page, html)
         written.insert(0, Path(html))
-    rankings = tuple(ranking for ranking in ddranking.from_results(reading.results) if ranking.lrs is not None)
-    groups = build(reading.results, tracks)
+    rankings = tuple(ranking for ranking in ddranking.from_results(shown) if ranking.lrs is not None)
+    groups = build(shown, tracks)
     return Leaderboard(
         reading.results, groups, rankings, problems, tuple(measured), tuple(written), history, tuple(comparisons)
     )

@@ -1,6 +1,7 @@
 """The report of a results file, and its plain values."""
 
 import json
+import re
 
 import pytest
 
@@ -35,6 +36,16 @@ def test_report_of_a_results_file_ranks_it_and_writes_the_page(result, tmp_path)
     assert [row.name for group in board.groups for row in group.rows] == ["M-DATM", "mine"]
     assert board.as_data()["leaderboard"][1]["rows"][0]["accuracy"] == {"glyphs": pytest.approx(0.55)}
     assert "mine" in page.read_text(encoding="utf-8") and board.problems == ()
+
+
+def test_report_of_one_track_counts_and_compares_its_results_only(result, tmp_path):
+    path, page = tmp_path / "results.jsonl", tmp_path / "report.html"
+    for name, accuracy in (("a", 0.3), ("b", 0.2)):
+        append(result(name, "cifar100", accuracy, accuracy, accuracy), path)
+        append(result(name, "cifar100", accuracy, track=2, official=False, epochs_setting=100), path)
+    board = report(path, tracks=[2], compare=("a", "b"), html=page, runs_folder=tmp_path)
+    assert [one.first.track for one in board.comparisons] == [2] and len(board.results) == 4
+    assert re.search(r"Your evaluations</h2>\s*<p class=\"value \">2</p>", page.read_text(encoding="utf-8"))
 
 
 def test_report_of_a_missing_file_and_onto_the_results_raises(result, tmp_path):
