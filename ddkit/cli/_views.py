@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ddkit.challenge import TRACKS
+from ddkit.errors import counted
 from ddkit.reporting.charts import sampled_curve
 from ddkit.reporting.compare import SetsCompared, extremes
-from ddkit.reporting.formatting import LEGEND, deviation, half_interval, interval_text, percent, points, rounds
+from ddkit.reporting.formatting import deviation, half_interval, interval_text, percent, points, rounds
 from ddkit.reporting.history import History, Step
 from ddkit.reporting.leaderboard import BASELINE_NAMES, settings_title
 from ddkit.reporting.rows import Estimate, Group, Row, dataset_title, shortened
@@ -27,6 +28,10 @@ _CURVE_POINTS = 10
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 _STYLES = {"submission": "bold cyan", "published": ""}
 _BASELINE_STYLE = "dim"
+_LEGEND = (
+    "Accuracy in % ± standard deviation over the rounds; 95\u00a0%: half the interval of the mean; differences in points, "
+    "with 95\u00a0% intervals."
+)
 _MOST_CLASSES = 8  # of a comparison, at either end
 _WIDTH_WITH_HASHES = 100  # columns
 
@@ -48,11 +53,12 @@ def leaderboard_view(
         short, left_out = shortened(group, most_rows)
         parts.append(Text(f"\n{group.title}", style="bold" if group.official else "bold dim"))
         parts += _entries(short, bars) if console.width < _NARROW else [_table(short, console.width, bars)]
-        more_entries = [f"{left_out:,} more entries: ddkit report --all"] if left_out else []
+        more_entries = [f"{counted(left_out, 'more entry', 'more entries')}: ddkit report --all"] if left_out else []
         parts += [Text(remark, style="dim") for remark in [*more_entries, *group.remarks]]
     if most_groups is not None and (more := len(groups) - most_groups) > 0:
-        parts.append(Text(f"\n{more:,} more groups with other settings: ddkit report --all", style="dim"))
-    return Renderables(*parts, Text(f"\n{LEGEND}", style="dim"))
+        groups_are = counted(more, "more group", "more groups")
+        parts.append(Text(f"\n{groups_are} with other settings: ddkit report --all", style="dim"))
+    return Renderables(*parts, Text(f"\n{_LEGEND}", style="dim"))
 
 
 def sparkline(values: Sequence[float], bars: str = _BARS) -> str:
@@ -113,7 +119,7 @@ def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
         yield Text(f"{rank}{row.name}", style=_STYLES.get(row.kind, _BASELINE_STYLE), overflow="fold")
         facts = [(dataset_title(name), _accuracy(row, name)) for name in row.accuracy]
         if row.score is not None and len(row.accuracy) > 1:
-            facts.append(("mean", Text(f"{percent(row.score)} {half_interval(row)}")))
+            facts.append(("mean, 95\u00a0%", Text(f"{percent(row.score)} {half_interval(row)}")))
         for title, estimate in (("to first", row.to_first), ("to random real", row.to_random)):
             if estimate is not None:
                 facts.append((title, _difference(estimate)))

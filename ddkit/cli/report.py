@@ -25,6 +25,7 @@ from ddkit.cli._options import (
 from ddkit.cli._output import Output
 from ddkit.cli._rankings import rankings_table
 from ddkit.cli._views import comparison_view, history_view, leaderboard_view
+from ddkit.errors import counted
 from ddkit.results import RESULTS_FILE, Result
 
 if TYPE_CHECKING:
@@ -93,11 +94,13 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
         progress=output.progress,
     )
     if not board.results:
-        output.note(f"No results in {escape(str(results))} yet. These are the published entries.")
+        published = "" if show_history else " These are the published entries."
+        output.note(f"No results in {escape(str(results))} yet.{published}")
     for problem in board.problems[:_MOST_PROBLEMS]:
         output.note(f"[yellow]not used:[/yellow] {escape(problem)}")
     if len(board.problems) > _MOST_PROBLEMS:
-        output.note(f"[yellow]not used:[/yellow] {len(board.problems) - _MOST_PROBLEMS} more lines; --json lists them all")
+        more = counted(len(board.problems) - _MOST_PROBLEMS, "more line", "more lines")
+        output.note(f"[yellow]not used:[/yellow] {more}; --json lists them all")
     if output.as_json:
         output.result(board.as_data())
     elif show_history or compare:

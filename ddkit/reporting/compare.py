@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import BadFileError, MissingDataError, UsageError, did_you_mean
+from ddkit.errors import MissingDataError, UsageError, did_you_mean
 from ddkit.history import find_recipe
 from ddkit.reporting.details import ClassPictures, class_name, class_titles, pictures_of
 from ddkit.reporting.leaderboard import conditions, latest_of_most_rounds, settings_title
@@ -88,8 +88,8 @@ def compare_sets(first: str, second: str, results: Sequence[Result]) -> tuple[Se
 
     first, second: each the name of a result, a set's file, or the beginning of its SHA-256. Of several evaluations the
     official one is taken, else the latest of those with the most rounds.
-    Raises UsageError for names that nothing was recorded under, and for two sets without common settings, and
-    MissingDataError for a file that was not evaluated.
+    Raises UsageError for names that nothing was recorded under, and for two sets without common settings,
+    MissingDataError for a file that was not evaluated, and BadFileError for one that cannot be read.
     """
     ours, theirs = (
         latest_of_most_rounds((conditions(each), each) for each in _named(word, results)) for word in (first, second)
@@ -112,10 +112,7 @@ def _named(word: str, results: Sequence[Result]) -> list[Result]:
     """The results that a word on the command line means."""
     path = Path(word)
     if path.is_file():
-        try:
-            sha256 = sha256_of(path)
-        except BadFileError as error:
-            raise MissingDataError(error.message, error.remedy) from error
+        sha256 = sha256_of(path)
         if found := [each for each in results if each.sha256 == sha256]:
             return found
         raise MissingDataError(f"{word} was not evaluated as it is.", f"Evaluate it: ddkit evaluate {word}")

@@ -6,11 +6,6 @@ from collections.abc import Sequence
 
 from ddkit.reporting.rows import Estimate, Row
 
-LEGEND = (
-    "Accuracy in % ± standard deviation over the rounds; 95\u00a0%: half the interval of the mean; differences in points, "
-    "with 95\u00a0% intervals."
-)
-
 
 def percent(value: float | None) -> str:
     """A fraction in percent with two decimals, or a dash."""

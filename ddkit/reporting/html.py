@@ -7,7 +7,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from ddkit.reporting.formatting import LEGEND, percent, points
+from ddkit.errors import counted
+from ddkit.reporting.formatting import percent, points
 from ddkit.reporting.page import Page
 from ddkit.reporting.rows import dataset_title
 from ddkit.runtime.files import write_text
@@ -28,6 +29,7 @@ def render(page: Page) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
+        counted=counted,
         percent=percent,
         points=points,
         dataset_title=dataset_title,
@@ -38,7 +40,6 @@ def render(page: Page) -> str:
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
         page=page,
-        legend=LEGEND,
         script=script,
         # Only this script runs, even if a class name or a JSON file holds another.
         script_hash=f"'sha256-{script_hash}'",

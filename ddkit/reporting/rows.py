@@ -28,7 +28,7 @@ class Estimate:
 class Row:
     """A row: a published entry, one of the user's sets, or a baseline that these are compared with.
 
-    kind: "published", or a Result's kind ("submission", "random-real", "full-real").
+    kind: "published", or a Result's kind ("submission", "random-real", "first-real", "full-real").
     accuracy: dataset -> fraction. score: the mean over both datasets of the challenge, None until both are evaluated;
         for other datasets the accuracy.
     results: the latest evaluation for each dataset; empty for published entries.
