@@ -145,8 +145,8 @@ def refine(
 ) -> Refined:
     """Optimize the pixels of the set at `path`, or continue to, and write the version that validates best.
 
-    dataset: None takes its name from the JSON next to the file, else from the file's name. steps: in all; or seconds: of
-    work in all. settings: None takes those that the run was begun with, else the preset "track1" of
+    dataset: None takes its name from the JSON next to the file, else from the file's name. steps: in all, 1200 if neither
+    is given; or seconds: of work in all. settings: None takes those that the run was begun with, else the preset "track1" of
     `ddkit.distill.settings`. out: None replaces the set, of which the run folder keeps a copy.
     run: the folder of the state; None means runs/<dataset>-refine. fresh: start over.
     Raises UsageError for a state of other settings, and ComputeError if the optimization diverges or memory is short.

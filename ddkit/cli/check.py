@@ -63,7 +63,7 @@ def check(
             "--dataset applies to a single file.", "In a folder or a zip, the names of the files give the dataset."
         )
     if fix_order is not None:
-        unused = {"ipc": "--ipc", "strict": "--strict", "ignore_codes": "--ignore"}
+        unused = {"ipc": "--ipc", "strict": "--strict", "ignore_codes": "--ignore", "results": "--results"}
         given = [unused[name] for name in unused if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
         refuse_unused(given, "with --fix-order, which checks nothing")
         moved = order.reorder_rows(path, fix_order, dataset=dataset)
