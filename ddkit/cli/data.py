@@ -98,8 +98,10 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     if source is None:
         store.dataset_spec(name)  # an unknown name is refused before anything is said
     made_before = _date_of(name)
-    origin = "(drawn here)" if name == "glyphs" else "(downloaded from its official address)"
-    output.event(f"Preparing {name} {origin if source is None else f'from {source}'} in {folder}.")
+    origin = f" from {source}" if source else ""
+    if source is None and made_before is None and name in DATASETS:
+        origin = " (drawn here)" if name == "glyphs" else " (downloaded from its official address)"
+    output.event(f"Preparing {name}{origin} in {folder}.")
     prepare_dataset(name, source, force=force, progress=output.progress, **options)
     facts = store.store_facts(name)
     for split, split_facts in facts.splits.items():
