@@ -179,7 +179,7 @@ def evaluate_generator(
     """
     if settings.budget is None:
         raise UsageError("Generators are evaluated on track 2.", "Add --track 2, or give a time budget.")
-    source = TimedGenerator(generate, name, settings.budget)
+    source = TimedGenerator(generate, name, settings.budget, test_set.spec)
     return evaluate_source(source, test_set, settings, state=state, progress=progress)
 
 
@@ -247,7 +247,6 @@ class _Run:
             if stop:
                 raise InterruptedRunError(f"Interrupted before round {index + 1}.", "Run the same command again to continue.")
             made = self.source.for_round(index, self._rounds.seed_for("generation", index), self._folder)
-            check_training_set(made.images, made.labels, self.test_set.spec)
             jobs.append(RoundJob(index, made, files[index], self.state.seconds_between_saves))
         ran = run_rounds(jobs, self.test_set, self._rounds, stop=stop, listener=self._report)
         results |= {job.index: result for job, result in zip(jobs, ran, strict=True)}

@@ -47,12 +47,13 @@ class TimedGenerator:
     """A track 2 entry, run again for each round.
 
     generate: (seed, seconds that it may take) -> images and labels. name: identifies the entry across processes; a hash of
-    its files where it has files. budget: seconds for a round.
+    its files where it has files. budget: seconds for a round. spec: the dataset that the images are for.
     """
 
     generate: Callable[[int, float], Generated]
     name: str
     budget: float
+    spec: DatasetSpec
     converted = ""
 
     @property
@@ -61,7 +62,10 @@ class TimedGenerator:
         return f"{self.name}/{self.budget:g}"
 
     def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
-        """The images and labels of round `index`; those saved in `folder` if the round was begun before."""
+        """The images and labels of round `index`; those saved in `folder` if the round was begun before.
+
+        Raises InvalidSubmissionError, and saves nothing, if networks cannot be trained on what was made.
+        """
         saved = _saved_images(index, folder)
         if saved and saved.exists():
             # A continued round must train on the images that it began with.
@@ -70,6 +74,7 @@ class TimedGenerator:
             except (UnloadableError, TypeError):
                 saved.unlink()
         made = self.generate(seed, self.budget)
+        check_training_set(made.images, made.labels, self.spec)
         if saved:
             save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, saved)
             # The images can be gigabytes, and are read as they are needed.

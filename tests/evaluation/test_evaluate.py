@@ -296,6 +296,16 @@ def test_continued_round_trains_on_the_images_that_it_began_with(tmp_path):
     assert not list(tmp_path.rglob("*-images.pt")), "a finished round has no use for them"
 
 
+def test_images_that_cannot_be_trained_on_are_refused_and_not_kept(tmp_path):
+    def generate(seed, budget):
+        made = made_by_round(seed, budget)
+        return dataclasses.replace(made, labels=made.labels.float())
+
+    with pytest.raises(InvalidSubmissionError, match="float32 labels"):
+        track2(generate)(StateFolder(tmp_path))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def pixels_by_round(seed, budget):
     return Generated(*blobs(12, seed=seed % 1000), 1.0)
 
@@ -433,7 +443,7 @@ MEASURE = """
 import resource, sys, torch
 from pathlib import Path
 from ddkit.challenge import TINYIMAGENET
-from ddkit.evaluation.sources import TimedGenerator, check_training_set
+from ddkit.evaluation.sources import TimedGenerator
 from ddkit.evaluation.tracks import Generated
 from ddkit.network.networks import build_network
 from ddkit.network.plan import EnginePlan
@@ -453,8 +463,7 @@ def generate(seed, budget):
     return Generated(torch.full((20_000, 3, 64, 64), 7, dtype=torch.uint8), torch.arange(20_000) % 200, 1.0)
 folder = Path(sys.argv[1])
 for _ in range(2):  # made, and continued with
-    made = TimedGenerator(generate, "entry", 600.0).for_round(0, 0, folder)
-    check_training_set(made.images, made.labels, TINYIMAGENET)
+    made = TimedGenerator(generate, "entry", 600.0, TINYIMAGENET).for_round(0, 0, folder)
     train(made.images, made.labels)
 print((peak() - before) / made.images.nbytes)
 """
