@@ -143,8 +143,8 @@ def estimate_files(
 ) -> tuple[EvaluationEstimate, ...]:
     """The time that `evaluate_files` would take for these sets, and which results would be official; nothing is recorded.
 
-    Raises what `evaluate_files` raises before its first evaluation, and UsageError for track 2, where the time depends on
-    the images that a generator makes.
+    Raises what `evaluate_files` raises before its first evaluation, and UsageError with ranking, whose evaluations are not
+    measured, and for track 2, where the time depends on the images that a generator makes.
     """
     return _Job(settings or JobSettings(), progress, on_event).estimate(files, folder)
 
@@ -182,6 +182,8 @@ class _Job:
     def estimate(self, files: Sequence[Path], folder: Path) -> tuple[EvaluationEstimate, ...]:
         if self._settings.evaluation.track == 2:
             raise UsageError("--dry-run needs --track 1.", "On track 2 the time depends on how many images are generated.")
+        if self._settings.ranking:
+            raise UsageError("--dry-run does not measure the evaluations that --ranking adds.", "Leave --ranking out.")
         return tuple(
             estimate_evaluation(
                 _source_of(each),

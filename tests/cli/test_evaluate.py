@@ -406,6 +406,8 @@ def test_dry_run_says_time_memory_and_if_it_is_official_and_records_nothing(work
     assert not (work / "runs" / "results.jsonl").exists()
     _, errors = run(path, "--dry-run", "--track", "2", status=2)
     assert "--dry-run needs --track 1" in errors
+    _, errors = run(path, "--dry-run", "--ranking", status=2)
+    assert "Leave --ranking out" in errors
 
 
 def test_tensor_on_track_2_exits_with_status_2(work):
