@@ -16,9 +16,9 @@ _INITIALIZING = threading.Lock()
 
 
 def build_network(name: str, num_classes: int, image_size: int, *, seed: int) -> nn.Module:
-    """The network `name` (one of NETWORKS) with PyTorch's default initialization drawn from `seed`.
+    """The network `name` (one of NETWORKS) with random weights drawn from `seed`.
 
-    Raises UsageError that offers the nearest name if there is no such network.
+    The initialization is PyTorch's default; in the blocks of residual networks it is torchvision's. Raises UsageError that offers the nearest name if there is no such network.
     """
     if name not in NETWORKS:
         raise UsageError(f"Unknown network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
@@ -63,7 +63,7 @@ def _resnet(blocks: list[int], pooling: bool = False) -> Callable[[int, int], nn
 
 
 class _AlexNet(nn.Module):
-    """The small-image AlexNet of arXiv 2006.05929: 5 convolutions with instance norm, three 2x2 max poolings."""
+    """The small-image AlexNet of the code of arXiv 2006.05929, with instance norm, which that code does not have."""
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
