@@ -18,7 +18,8 @@ _INITIALIZING = threading.Lock()
 def build_network(name: str, num_classes: int, image_size: int, *, seed: int) -> nn.Module:
     """The network `name` (one of NETWORKS) with random weights drawn from `seed`.
 
-    The initialization is PyTorch's default; in the blocks of residual networks it is torchvision's. Raises UsageError that offers the nearest name if there is no such network.
+    The initialization is PyTorch's default; in the blocks of residual networks it is torchvision's.
+    Raises UsageError that offers the nearest name if there is no such network.
     """
     if name not in NETWORKS:
         raise UsageError(f"Unknown network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
