@@ -79,15 +79,17 @@ def datasets_of(folder: Path) -> list[str]:
 
 
 def _prove(folder: Path, name: str, python: Path, elsewhere: Path, settings: ProofSettings, progress: Listener) -> Proof:
-    # Our variables without those that steer Python or ddkit, an empty home, and no network for model hubs.
+    # Our variables without those that steer Python or ddkit, an empty home, where libraries and drivers may keep what they
+    # compile, and no network for model hubs.
     passed_on = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DDKIT_", "HF_"))}
-    cache = str(elsewhere.parent / "cache")
+    home = elsewhere.with_name("home")
+    home.mkdir(exist_ok=True)
     entry = ScriptEntry(
         folder / SCRIPT,
         name,
         () if settings.most is None else ("--most", str(settings.most)),
         python=(str(python), "-I"),
-        environment={**passed_on, "HOME": str(elsewhere), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": cache, "HF_HOME": cache},
+        environment={**passed_on, "HF_HUB_OFFLINE": "1", **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "HF_HOME"), str(home))},
         folder=elsewhere,
         may_end_early=settings.most is not None,
         progress=progress,
