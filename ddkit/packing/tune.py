@@ -26,7 +26,7 @@ from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_
 from ddkit.evaluation.test_sets import TestSet
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.generator.config import BUNDLE_KEEP, require_share
-from ddkit.generator.model_facts import model_hash, read_facts
+from ddkit.generator.model_facts import model_hash, read_facts, require_label_dropout
 from ddkit.packing.bundle import SCRIPT, BundleModel, build_folder
 from ddkit.results import Scores
 from ddkit.runtime.device import describe_device, resolve_device
@@ -206,11 +206,13 @@ def tune(
     classifier where a share is kept, were trained on the held-out images as well: the accuracies are not those on images
     that nothing has seen, and serve to compare the candidates only.
     folder: gets <dataset>.jsonl with the trials, and <dataset>.png. on_event: called with a sentence at the beginning and
-    on each trial. Raises UsageError for an unknown dataset or a class of a single training image, MissingModelError if there
-    is no model, and what `open_dataset` and `run_search` raise.
+    on each trial. Raises UsageError for an unknown dataset, a class of a single training image or guidance of a model that
+    was trained without label dropout, MissingModelError if there is no model, and what `open_dataset` and `run_search` raise.
     """
     spec = dataset_spec(model.dataset)
-    read_facts(model.folder, dataset=model.dataset)  # a missing model is reported before anything is downloaded
+    facts = read_facts(model.folder, dataset=model.dataset)  # a missing model is reported before anything is downloaded
+    for guidance in search.guidance:
+        require_label_dropout(facts, guidance)
     stages = counted(len(search.stages), "stage", "stages")
     on_event(
         f"Trying {counted(len(search.candidates), 'candidate', 'candidates')} for {source_name(model.folder)} in {stages}: "

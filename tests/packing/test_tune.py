@@ -83,6 +83,13 @@ def test_evidence_of_rounds_with_the_same_difference_gives_no_interval():
     assert "as good as the next in every round" in evidence([trial(4, 0.25, 0.5), trial(8, 0.25, 0.5)])
 
 
+def test_guidance_of_a_model_without_label_dropout_is_not_tried(colors, colors_model, tmp_path):
+    facts = json.loads((colors_model / "ddkit.json").read_text())
+    (colors_model / "ddkit.json").write_text(json.dumps(facts | {"label_dropout": 0.0}))
+    with pytest.raises(UsageError, match="without label dropout.*--guidance 1"):
+        tune(BundleModel(colors, colors_model), Search(guidance=(1.0, 2.0)), tmp_path)
+
+
 def test_a_search_goes_by_the_trials_that_are_there(colors, colors_model, tmp_path):
     """Nothing is run: the test set, which every trial needs, is none."""
     settings = EvaluationSettings(track=2, rounds=2, epochs_setting=8, time_budget=30.0)
