@@ -124,7 +124,6 @@ class OurTrainer:
 
     def __call__(self, steps: int) -> None:
         self.trainer.steps = self.trainer.step + steps
-        self.trainer.finished = False
         self.trainer.run()
 
 

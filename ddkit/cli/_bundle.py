@@ -46,7 +46,7 @@ def pack_track_2(output: Output, out: Path | None, name: str | None, options: di
     proof = ProofSettings(options["proof_budget"], options["fresh_venv"], most=options["proof_images"])
     packed = pack_models(output, _models(options), out or BUNDLE_FILE, None if options["no_proof"] else proof, name)
     table = files_table(packed.files, packed.path, packed.sha256)
-    data = {"path": str(packed.path), "sha256": packed.sha256, "bytes": packed.size,
+    data = {"path": str(packed.path), "sha256": packed.sha256, "bytes": packed.path.stat().st_size,
             "files": [vars(file) for file in packed.files], "proofs": [asdict(proof) for proof in packed.proofs]}  # fmt: skip
     output.result(data, table)
     output.finish([packed.path], f"ddkit evaluate --track 2 {packed.path}")

@@ -71,11 +71,6 @@ class PackedBundle:
     files: tuple[PackedFile, ...]
     proofs: tuple[Proof, ...]
 
-    @property
-    def size(self) -> int:
-        """Bytes of the zip."""
-        return self.path.stat().st_size
-
 
 def pack_bundle(
     models: Sequence[BundleModel],

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
@@ -88,7 +89,7 @@ def cached_latents(
                         f"Stopped after encoding {done:,} of {len(images):,} images; their latents are kept.",
                         "Run the same command again, without --fresh, to continue.",
                     )
-        values = torch.frombuffer(bytearray(partial.read_bytes()), dtype=torch.float16)
+        values = torch.from_numpy(np.fromfile(partial, dtype=np.float16))
     except OSError as error:
         raise explain_os_error(error, partial) from error
     latents = values.view(len(images), *shape)

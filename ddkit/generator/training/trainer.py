@@ -318,9 +318,10 @@ class Trainer:
         if self.step < self._next_agreement and self.step < self.steps:
             return (False,) * len(requests)
         per_step = (time.monotonic() - self._agreed_at) / max(1, self.step - self._agreed_step)
-        *agreed, longest = self._vote(*requests, per_step)
-        # All processes know the same sum of times, and so choose the same step to ask again.
-        self._next_agreement = self.step + max(1, min(_AGREE_EVERY_STEPS, int(_AGREE_EVERY_SECONDS / max(longest, 1e-4))))
+        *agreed, total = self._vote(*requests, per_step)
+        # All processes know the same mean time of a step, and so choose the same step to ask again.
+        mean = max(total / self.accelerator.num_processes, 1e-4)
+        self._next_agreement = self.step + max(1, min(_AGREE_EVERY_STEPS, int(_AGREE_EVERY_SECONDS / mean)))
         self._agreed_step, self._agreed_at = self.step, time.monotonic()
         return tuple(value > 0 for value in agreed)
 
