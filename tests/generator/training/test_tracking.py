@@ -68,9 +68,3 @@ def test_chart_shows_a_fine_tuning(tmp_path):
     draw_chart([], tmp_path / "nothing.png")
     draw_chart([{"stage": "minimax", "step": step, "loss": 1 / step} for step in (1, 2, 3)], tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes() != (tmp_path / "nothing.png").read_bytes()
-
-
-def test_chart_without_records_is_a_picture(tmp_path):
-    draw_chart([], tmp_path / "chart.png")
-    with Image.open(tmp_path / "chart.png") as chart:
-        assert chart.format == "PNG"

@@ -211,21 +211,13 @@ class TestDividedBatches:
 
     @pytest.mark.slow
     def test_two_cores_train_like_one(self, data, config, tmp_path):
-        train(data, TrainingRequest(config, tmp_path / "one"))
-        torch.set_num_threads(2)  # put back by the fixture that set one
-        train(data, TrainingRequest(config, tmp_path / "two"))
-        assert_same(state(tmp_path / "one", "autoencoder"), state(tmp_path / "two", "autoencoder"), atol=1e-4)
-        # The second stage learns latents that were rounded to half precision, and may have been the other way.
-        ours, theirs = (records(tmp_path / name) for name in ("one", "two"))
-        assert len(ours) == len(theirs)
-        assert [each["loss"] for each in theirs] == pytest.approx([each["loss"] for each in ours], rel=1e-3)
-
-    @pytest.mark.slow
-    def test_two_cores_train_like_one_on_the_same_latents(self, data, config, tmp_path):
         train(data, TrainingRequest(with_steps(config, 1), tmp_path / "one"))
+        # The second stage learns latents that are rounded to half precision, which two cores may round the other way.
         shutil.copytree(tmp_path / "one", tmp_path / "two")
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "one"))
         torch.set_num_threads(2)  # put back by the fixture that set one
+        train(data, TrainingRequest(with_steps(config, 1), tmp_path / "again"))
+        assert_same(state(tmp_path / "one", "autoencoder"), state(tmp_path / "again", "autoencoder"), atol=1e-4)
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "two"))
         assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
 
@@ -419,11 +411,6 @@ class TestPretrainedAutoencoder:
         save_file({name: value for name, value in load_file(weights).items() if "decoder" not in name}, weights)
         config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path))
         with pytest.raises(BadFileError, match="do not fit its config.json: decoder"):
-            train(data, TrainingRequest(config, tmp_path / "run"))
-
-    def test_missing_autoencoder_raises_missing_model_error(self, data, config, tmp_path):
-        config = dataclasses.replace(config, pretrained_autoencoder=str(tmp_path / "nowhere"))
-        with pytest.raises(MissingModelError, match="no folder .*/nowhere to start from"):
             train(data, TrainingRequest(config, tmp_path / "run"))
 
 
