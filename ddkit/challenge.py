@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddkit.errors import UsageError, did_you_mean
+from ddkit.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,3 @@ def track(number: int) -> Track:
     if number not in TRACKS:
         raise UsageError(f"Unknown track {number}.", "The challenge has tracks 1 and 2.")
     return TRACKS[number]
-
-
-def dataset(name: str) -> DatasetSpec:
-    """The built-in dataset of that name; `ddkit.data.store.dataset_spec` knows those that a user has prepared as well.
-
-    Raises UsageError, which suggests the nearest name.
-    """
-    if name not in DATASETS:
-        raise UsageError(f"There is no dataset '{name}'.", did_you_mean(name, tuple(DATASETS)))
-    return DATASETS[name]

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddkit import challenge
-from ddkit.challenge import CIFAR100, TINYIMAGENET
+from ddkit.challenge import CIFAR100, DATASETS, TEST_IMAGES, TINYIMAGENET
 from ddkit.data.images import normalize
 from ddkit.evaluation.test_sets import TestSet
 
@@ -20,8 +19,8 @@ def seeded(seed=0):
 
 
 def noise(spec):
-    pixels = torch.randint(0, 256, (challenge.TEST_IMAGES, *spec.image_shape), dtype=torch.uint8, generator=seeded())
-    return pixels, torch.arange(challenge.TEST_IMAGES) % spec.num_classes
+    pixels = torch.randint(0, 256, (TEST_IMAGES, *spec.image_shape), dtype=torch.uint8, generator=seeded())
+    return pixels, torch.arange(TEST_IMAGES) % spec.num_classes
 
 
 def decoded(files):
@@ -78,7 +77,7 @@ def archives(cifar100_zip, tinyimagenet_zip):
 
 @pytest.fixture
 def real_tests(archives):
-    return {name: read_tests(path, challenge.dataset(name)) for name, path in archives.items()}
+    return {name: read_tests(path, DATASETS[name]) for name, path in archives.items()}
 
 
 def exchanged(labels, first, second):
