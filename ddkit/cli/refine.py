@@ -92,7 +92,7 @@ _DEFAULTS = RefineSettings()
 )
 @click.option("--fresh", is_flag=True, help="Start over from the original set.")
 @click.option(
-    "--dry-run", is_flag=True, help="Only print the steps, time and memory that it would need, and the accuracy to expect."
+    "--dry-run", is_flag=True, help="Only print the steps, time and memory that it needs in all, and the accuracy to expect."
 )
 @ignore_option("Refine in spite of findings with this code by ddkit check; repeatable.")
 @save_every_option("2m")
@@ -163,7 +163,7 @@ def refine(
 def _show_estimate(output: Output, estimate: RefineEstimate) -> None:
     rows = [(f"a step of {kind}", f"{seconds:.2f} s") for kind, seconds in estimate.speed.per_step.items()]
     rows += [
-        ("steps", f"{estimate.steps:,} in {span_text(estimate.seconds)}"),
+        ("steps in all", f"{estimate.steps:,} in {span_text(estimate.seconds)}"),
         ("validation", span_text(estimate.validation_seconds)),
         ("memory", f"about {estimate.memory / 2**30:.1f} GiB, {estimate.free_memory / 2**30:.1f} GiB are free"),
         ("accuracy", _expectation(estimate.accuracy)),
