@@ -26,6 +26,7 @@ Its results are those of `ConvNet` with autograd, apart from rounding, although 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -133,7 +134,7 @@ class WinogradEngine:
 
     @torch.no_grad()
     def image_gradients(self, images: Tensor, embedding_gradients: Tensor, kept: FeatureMaps) -> Tensor:
-        """The way back of `embed` to the images: (N, F) gradients of embeddings -> (N, 3, S, S) of images.
+        """The backward pass of `embed`: (N, F) gradients of embeddings -> (N, 3, S, S) gradients of images.
 
         kept: by `embed` of the same images; overwritten, so usable once. The weights are those of that call; none of their
         gradients is computed.
@@ -169,7 +170,7 @@ class _Weights:
 
     def __init__(self, plan: EnginePlan) -> None:
         self._plan = plan
-        # For blocks 2 and 3: what the inputs' tiles are multiplied by, and on the way back the gradients' tiles.
+        # For blocks 2 and 3: what the inputs' tiles are multiplied by, and in the backward pass the gradients' tiles.
         self.tiles: list[Tensor] = []
         self.tiles_back: list[Tensor] = []
 
@@ -244,7 +245,7 @@ class FeatureMaps:
 
     def rows(self, start: int, end: int) -> FeatureMaps:
         """The activations of some images, in the same memory."""
-        part = object.__new__(FeatureMaps)
+        part = copy.copy(self)
         part.values = [values[start:end] for values in self.values]
         part.statistics = self.statistics[:, start:end]
         return part

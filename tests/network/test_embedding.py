@@ -1,4 +1,4 @@
-"""Embeddings and their way back to the images: by the fast engine the same as by autograd."""
+"""Embeddings and their gradients with respect to the images: by the fast engine the same as by autograd."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_a_network_trained_on_is_seen_as_it_now_is():
     assert not torch.allclose(embed(images), before)
 
 
-def test_the_way_back_can_be_gone_twice():
+def test_the_backward_pass_can_be_run_twice():
     network = build_network("convnet", 10, 16, seed=0)
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
     embedding = build_embedder(network, MANY)(images)
@@ -94,7 +94,7 @@ def test_the_way_back_can_be_gone_twice():
     assert torch.equal(first, second)
 
 
-def test_calls_whose_ways_back_come_later_do_not_disturb_each_other():
+def test_calls_whose_backward_passes_come_later_do_not_disturb_each_other():
     embed = build_embedder(build_network("convnet", 10, 16, seed=0), MANY)
     draws = torch.Generator().manual_seed(1)
     sets = [torch.randn(n, 3, 16, 16, generator=draws, requires_grad=True) for n in (3, 3, 5)]
