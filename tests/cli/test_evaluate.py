@@ -83,15 +83,6 @@ def test_without_arguments_the_sets_in_submission_are_evaluated(work):
     assert list(kept.accuracies) == result["accuracies"]
 
 
-@pytest.mark.slow
-def test_file_of_an_unknown_dataset_is_ignored_with_a_note(work):
-    save(work / "submission" / "blobs.pt")
-    torch.save(torch.zeros(3), work / "submission" / "notes.pt")
-    output, errors = run("--json", *QUICK)
-    assert [result["dataset"] for result in json.loads(output)["results"]] == ["blobs"]
-    assert "ignored: submission/notes.pt" in errors
-
-
 def test_second_run_repeats_nothing_and_records_nothing_twice(work):
     path = save(work / "blobs.pt")
     first, _ = run(path, *QUICK, "--json")

@@ -52,14 +52,7 @@ def test_sets_are_evaluated_recorded_and_compared(folder, settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_given_name_is_recorded(folder, settings):
-    outcome = evaluate_files([folder / "colors.pt"], with_(settings, name="mine, 60 steps"))
-    assert outcome.results[0].name == "mine, 60 steps"
-    assert read(settings.results).results[0].name == "mine, 60 steps"
-
-
-@pytest.mark.slow
-def test_a_given_name_that_another_set_has_is_noted(folder, settings):
+def test_a_given_name_is_recorded_and_noted_if_another_set_has_it(folder, settings):
     path, events = folder / "colors.pt", []
     named = with_(settings, name="mine")
     evaluate_files([path], named, on_event=events.append)
@@ -68,6 +61,7 @@ def test_a_given_name_that_another_set_has_is_noted(folder, settings):
     torch.save(torch.load(path, weights_only=True).flip(3).contiguous(), path)
     evaluate_files([path], named, on_event=events.append)
     assert any("The name 'mine' was used on" in event for event in events)
+    assert {result.name for result in read(settings.results).results} == {"mine"}
 
 
 @pytest.mark.slow

@@ -94,17 +94,3 @@ def test_the_newest_evaluation_of_a_set_counts():
     again = result("submission", 0.50)
     (ranking,) = ddranking.from_results([*EVERYTHING, again])
     assert ranking.subject is again
-
-
-def test_missing_evaluations_are_run_and_counted():
-    ran = []
-
-    def evaluate(need: MissingEvaluation) -> Result:
-        ran.append(need)
-        return next(r for r in EVERYTHING if (r.kind, r.augment) == (need.kind, need.augment))
-
-    (before,) = ddranking.from_results(EVERYTHING[:3])
-    after = ddranking.of_result(before.subject, [*EVERYTHING[:3], *map(evaluate, before.missing)])
-    assert ran == [MissingEvaluation("submission", False), MissingEvaluation("random-real", False)]
-    assert after.missing == ()
-    assert after.ars is not None
