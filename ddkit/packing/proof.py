@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from torch import Tensor
 
-from ddkit.challenge import DatasetSpec
+from ddkit.challenge import BATCH_SIZE, DatasetSpec
 from ddkit.data.images import denormalize
 from ddkit.data.store import dataset_spec
 from ddkit.errors import ComputeError, InvalidSubmissionError
@@ -107,13 +107,16 @@ def check_made(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:
     check_training_set(images, labels, spec)
     if images.dtype != torch.float32:
         raise InvalidSubmissionError(f"The images are {images.dtype}, not float32.")
-    bytes_ = denormalize(images, spec) * 255
-    if float((bytes_ - bytes_.round().clamp(0, 255)).abs().max()) > _ROUNDING:
-        raise InvalidSubmissionError(f"The images are not 8-bit pixels normalized with the constants of {spec.name}.")
+    alike = len(images) > 1
+    for part in images.split(BATCH_SIZE):  # the images of a GPU can be gigabytes
+        bytes_ = denormalize(part, spec) * 255
+        if float((bytes_ - bytes_.round().clamp(0, 255)).abs().max()) > _ROUNDING:
+            raise InvalidSubmissionError(f"The images are not 8-bit pixels normalized with the constants of {spec.name}.")
+        alike = alike and bool((part == images[0]).all())
     least, most = images_per_class(labels, spec.num_classes)
     if most - least > 1:
         raise InvalidSubmissionError(f"The classes have {least} to {most} images.")
-    if len(images) > 1 and bool((images == images[0]).all()):
+    if alike:
         raise InvalidSubmissionError("All images are the same.")
 
 
