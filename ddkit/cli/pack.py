@@ -25,6 +25,7 @@ from ddkit.cli._options import (
     example,
     ignore_option,
     output_options,
+    refuse_unused,
 )
 from ddkit.cli._output import Output, plain_table
 from ddkit.errors import UsageError
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _SUBMISSION_FILE = Path("submission.zip")
 _OF_TRACK_1 = ("folder", "strict", "ignore_codes")
 _OF_BOTH = ("track", "out", "name")
+_OF_THE_PROOF = ("proof_budget", "proof_images", "fresh_venv")
 _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
 
 
@@ -133,6 +135,9 @@ def pack(
     --keep 1 and --mode-guidance 0 needs neither.
     """
     _refuse_options_of_the_other_track(ctx, track)
+    if options["no_proof"]:
+        given = [name for name in _OF_THE_PROOF if _is_given(ctx, name)]
+        refuse_unused([f"--{name.replace('_', '-')}" for name in given], "with --no-proof")
     if track == "2":
         from ddkit.cli._bundle import pack_track_2
 
@@ -148,9 +153,13 @@ def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
         name = str(parameter.name)
         if name in common or (name in _OF_TRACK_1) == (track == "1"):
             continue
-        if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
+        if _is_given(ctx, name):
             given, other = parameter.opts[0] if isinstance(parameter, click.Option) else name.upper(), 3 - int(track)
             raise UsageError(f"{given} applies to track {other} only.", f"Leave it out, or pack for --track {other}.")
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
 
 def _pack_track_1(
