@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import shutil
@@ -49,24 +48,24 @@ class Diagnosis:
     remedy: str = ""
 
 
-def diagnose(folder: Path = Path()) -> list[Diagnosis]:
-    """Examine Python, PyTorch, the GPU, the processor and its engine, memory, disk, the cache and its datasets.
+def diagnose() -> list[Diagnosis]:
+    """Examine Python, PyTorch, the GPU, the processor and its engine, memory, this folder, the cache and its datasets.
 
-    folder: where commands would write `runs/` and `submission/`. The evaluation engine is measured, which takes some
-    seconds at first use and is remembered. A part whose examination fails becomes a "broken" line; nothing is raised.
+    The evaluation engine is measured, which takes some seconds at first use and is remembered. A part whose examination
+    fails becomes a "broken" line; nothing is raised.
     """
     lines: list[Diagnosis] = []
     for what, examine in _PARTS.items():
         try:
-            lines += examine(folder)
-        except (DDKitError, OSError, RuntimeError) as error:
-            remedy = error.remedy if isinstance(error, DDKitError) else ""
-            message = error.message if isinstance(error, DDKitError) else f"{type(error).__name__}: {error}"
-            lines.append(Diagnosis("broken", what, message, remedy))
+            lines += examine()
+        except DDKitError as error:
+            lines.append(Diagnosis("broken", what, error.message, error.remedy))
+        except (OSError, RuntimeError) as error:
+            lines.append(Diagnosis("broken", what, f"{type(error).__name__}: {error}"))
     return lines
 
 
-def _software(folder: Path) -> Iterator[Diagnosis]:
+def _software() -> Iterator[Diagnosis]:
     found = versions()
     yield Diagnosis("ok", "Python", f"{found['python']}, ddkit {found['ddkit']}, {platform.system()} {platform.machine()}")
     missing = [name for name, version in found.items() if version == "(not installed)"]
@@ -76,7 +75,7 @@ def _software(folder: Path) -> Iterator[Diagnosis]:
     yield Diagnosis("broken" if missing else "ok", "libraries", text, remedy)
 
 
-def _gpu(folder: Path) -> Iterator[Diagnosis]:
+def _gpu() -> Iterator[Diagnosis]:
     if not usable_gpus():
         if torch.cuda.device_count() or shutil.which("nvidia-smi"):
             yield Diagnosis("broken", "GPU", *why_no_gpu())
@@ -94,7 +93,7 @@ def _gpu(folder: Path) -> Iterator[Diagnosis]:
         yield Diagnosis("slow" if busy else "ok", f"GPU {index}", text, remedy)
 
 
-def _processor(folder: Path) -> Iterator[Diagnosis]:
+def _processor() -> Iterator[Diagnosis]:
     cpus, quota = available_cpus(), cpu_quota()
     text = f"{cpu_model()}, {cpus} usable CPUs" + (f" by the container's quota of {quota:g}" if quota else "")
     text += ", with bfloat16 instructions" if has_bfloat16() else ""
@@ -109,14 +108,14 @@ def _processor(folder: Path) -> Iterator[Diagnosis]:
     yield Diagnosis("slow" if remedy else "ok", "threads", text, remedy)
 
 
-def _compiler(folder: Path) -> Iterator[Diagnosis]:
+def _compiler() -> Iterator[Diagnosis]:
     try:
         yield Diagnosis("ok", "compiler", " ".join(compiler_command()))
     except CompileError as error:  # everything works without one
         yield Diagnosis("slow", "compiler", f"{error.message} Evaluating on a CPU is several times slower.", error.remedy)
 
 
-def _engine(folder: Path) -> Iterator[Diagnosis]:
+def _engine() -> Iterator[Diagnosis]:
     spec = CHALLENGE_DATASETS[0]
     network = ConvNet(spec.num_classes, spec.image_size).to("cuda" if usable_gpus() else "cpu")
     plan = choose_plan(network, "float32", _BATCH)
@@ -142,15 +141,15 @@ def _engine(folder: Path) -> Iterator[Diagnosis]:
     yield Diagnosis("slow" if slow else "ok", "evaluation engine", text, remedy)
 
 
-def _memory(folder: Path) -> Iterator[Diagnosis]:
+def _memory() -> Iterator[Diagnosis]:
     free = free_memory(torch.device("cpu"))
     text = f"{free / 2**30:.1f} GiB free; the machine has {psutil.virtual_memory().total / 2**30:.1f} GiB"
     short = free < _LEAST_MEMORY
     yield Diagnosis("slow" if short else "ok", "memory", text, "Close other programs before you train." if short else "")
 
 
-def _folders(folder: Path) -> Iterator[Diagnosis]:
-    for what, path in (("this folder", folder.absolute()), ("cache", cache_folder().absolute())):
+def _folders() -> Iterator[Diagnosis]:
+    for what, path in (("this folder", Path.cwd()), ("cache", cache_folder().absolute())):
         there = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(there).free
         status, remedy, permission = "ok", "", "writable"
@@ -184,7 +183,7 @@ def examine_datasets() -> Iterator[Diagnosis]:
             yield Diagnosis("slow", f"dataset {name}", "not prepared yet", f"{command}, or the next command prepares it.")
 
 
-_PARTS: dict[str, Callable[[Path], Iterator[Diagnosis]]] = {
+_PARTS: dict[str, Callable[[], Iterator[Diagnosis]]] = {
     "libraries": _software,
     "GPU": _gpu,
     "processor": _processor,
@@ -192,10 +191,5 @@ _PARTS: dict[str, Callable[[Path], Iterator[Diagnosis]]] = {
     "evaluation engine": _engine,
     "memory": _memory,
     "folders": _folders,
-    "datasets": lambda folder: examine_datasets(),
+    "datasets": examine_datasets,
 }
-
-
-def to_json(lines: list[Diagnosis]) -> list[dict[str, str]]:
-    """The lines as dictionaries, for programs."""
-    return [dataclasses.asdict(line) for line in lines]

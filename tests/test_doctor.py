@@ -21,8 +21,8 @@ def statuses(lines):
 
 
 @pytest.mark.slow
-def test_diagnose_names_every_part_once_with_a_status(tmp_path):
-    lines = diagnose(tmp_path)
+def test_diagnose_names_every_part_once_with_a_status():
+    lines = diagnose()
     found = statuses(lines)
     assert found.keys() >= PARTS | {"dataset cifar100", "dataset tinyimagenet"} and len(found) == len(lines)
     assert set(found.values()) <= {"ok", "slow", "broken"}
@@ -33,9 +33,9 @@ def test_diagnose_names_every_part_once_with_a_status(tmp_path):
 
 
 @pytest.mark.slow
-def test_diagnose_without_a_compiler_says_what_to_install(monkeypatch, tmp_path):
+def test_diagnose_without_a_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    (line,) = (line for line in diagnose(tmp_path) if line.what == "compiler")
+    (line,) = (line for line in diagnose() if line.what == "compiler")
     assert line.status == "slow" and "no-such-compiler" in line.finding and "g++" in line.remedy
 
 
@@ -46,8 +46,8 @@ def test_prepared_datasets_are_listed_with_their_counts(letters):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_diagnose_measures_the_engine_in_images_a_second(tmp_path):
-    (line,) = (line for line in diagnose(tmp_path) if line.what == "evaluation engine")
+def test_diagnose_measures_the_engine_in_images_a_second():
+    (line,) = (line for line in diagnose() if line.what == "evaluation engine")
     kind, speed, score = re.fullmatch(
         r'"(.+)", ([\d,]+) images/s: an official cifar100 score takes about (.+)', line.finding
     ).groups()
@@ -62,12 +62,12 @@ def test_diagnose_measures_the_engine_in_images_a_second(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(available_cpus() < 2, reason="needs two CPUs")
-def test_diagnose_warns_of_unused_cpus(monkeypatch, tmp_path):
+def test_diagnose_warns_of_unused_cpus(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        (line,) = (line for line in diagnose(tmp_path) if line.what == "threads")
+        (line,) = (line for line in diagnose() if line.what == "threads")
     finally:
         torch.set_num_threads(before)
     assert line.status == "slow" and "OMP_NUM_THREADS=1 leaves CPUs unused" in line.remedy

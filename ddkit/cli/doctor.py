@@ -20,7 +20,7 @@ def doctor(ctx: click.Context, output: Output) -> None:
     Each line is ok, slow (it works, and something would make it faster) or broken, with what to do about it. Paste the
     output into a bug report. The status is 3 if a line is broken.
     """
-    from ddkit.doctor import diagnose, to_json
+    from ddkit.doctor import diagnose
 
     lines = diagnose()
     table = plain_table("", "part", "finding")
@@ -28,6 +28,6 @@ def doctor(ctx: click.Context, output: Output) -> None:
         color = _COLORS[line.status]
         finding = escape(line.finding) + (f"\n[{color}]{escape(line.remedy)}[/]" if line.remedy else "")
         table.add_row(f"[{color}]{line.status}[/]", escape(line.what), finding)
-    output.result(to_json(lines), table)
+    output.result([vars(line) for line in lines], table)
     if any(line.status == "broken" for line in lines):
         ctx.exit(3)

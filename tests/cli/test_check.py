@@ -104,12 +104,6 @@ def test_pack_of_what_check_refuses_exits_with_1_and_writes_nothing(half_submiss
     assert not (half_submission / "submission.zip").exists()
 
 
-def test_pack_without_a_folder_exits_with_3(work):
-    finished = run("pack")
-    assert finished.exit_code == 3
-    assert "ddkit generate" in finished.stderr
-
-
 def test_pack_names_the_zip_and_its_hashes(half_submission):
     finished = run("pack", "--ignore", "F003", "--json")
     assert finished.exit_code == 0, finished.stderr
