@@ -172,8 +172,13 @@ def enter(
 
 
 def _begin_or_resume(recipe: Recipe, folder: Path, seconds: float | None, device: str, progress: Listener) -> _State:
-    asked, state = recipe.to_json(), _State.read(folder)
-    began = time.monotonic()
+    began, state = time.monotonic(), _State.read(folder)
+    if state is not None and seconds is not None and state.recipe.track == recipe.track:
+        # The presets were chosen for the memory that was free when it began.
+        presets = {each.dataset: each.preset for each in state.recipe.sets}
+        sets = tuple(replace(each, preset=presets.get(each.dataset, each.preset)) for each in recipe.sets)
+        recipe = replace(recipe, sets=sets)
+    asked = recipe.to_json()
     if state is None:
         outline = make_outline(recipe, seconds, device=device, progress=progress)
         return _State(asked, outline, outline.recipe, spent=time.monotonic() - began)

@@ -12,14 +12,16 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.settings import PRESETS
-from ddkit.entering.entry import Plan
+from ddkit.entering.entry import Plan, plan_entry
+from ddkit.entering.plan import Outline
 from ddkit.entering.recipe import Recipe, SetRecipe
 from ddkit.entering.stages import PACK, Workplace
+from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.job import JobSettings, evaluate_files
 from ddkit.evaluation.test_sets import as_test_set
 from ddkit.results import Result, append, read
-from ddkit.runtime.files import sha256_of
+from ddkit.runtime.files import sha256_of, write_json
 
 STAGES = ("prepare", "random real images", "refine", "evaluate submission", "evaluate baseline", "report")
 DEVIATIONS = (
@@ -71,6 +73,17 @@ def test_on_track_2_a_bundle_and_its_evaluations_are_to_come_if_any_generator_is
     states = Plan(recipe, None, tuple(stages), ()).states()
     to_come = [state.name for state in states if state.status == "to come"]
     assert to_come == ["train glyphs", PACK, "evaluate cifar100", "evaluate glyphs", "report"]
+
+
+def test_an_entry_keeps_its_presets_where_others_would_be_chosen_now(tmp_path):
+    """As on a GPU with more or less free memory than when it began."""
+    begun, now = (Recipe((SetRecipe("glyphs", preset=preset),), track=2) for preset in ("small", "mid"))
+    outline = Outline(begun, 3600.0, {})
+    state = {"asked": begun.to_json(), "outline": dataclasses.asdict(outline), "recipe": dataclasses.asdict(begun)}
+    write_json(tmp_path / "runs" / "entry.json", state)
+    assert plan_entry(now, tmp_path, seconds=3600.0).recipe == begun
+    with pytest.raises(UsageError, match=r"other settings \(seed\)"):
+        plan_entry(dataclasses.replace(now, seed=1), tmp_path, seconds=3600.0)
 
 
 @pytest.mark.parametrize(
