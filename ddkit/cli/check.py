@@ -57,6 +57,7 @@ def check(
     """
     from ddkit.checks import check as checks
     from ddkit.checks import order, recorded
+    from ddkit.sets.distilled import check_command, dataset_of
 
     if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
         raise UsageError(
@@ -68,7 +69,7 @@ def check(
         refuse_unused(given, "with --fix-order, which checks nothing")
         moved = order.reorder_rows(path, fix_order, dataset=dataset)
         output.result({"wrote": str(fix_order), "moved_rows": moved}, f"{moved} rows moved.")
-        output.finish([fix_order], f"ddkit check {shlex.quote(str(fix_order))}" + (f" --dataset {dataset}" if dataset else ""))
+        output.finish([fix_order], check_command(fix_order, dataset_of(path, dataset)))
         return
     output.event(f"Checking {path}.")
     report = checks.check_path(path, dataset=dataset, ipc=ipc, progress=output.progress).ignoring(ignore_codes)

@@ -68,7 +68,7 @@ def test_fix_order_writes_the_right_order_to_another_file(letters, work):
     finished = run("check", "glyphs.pt")
     assert finished.exit_code == 1 and "L006" in finished.stdout and "--fix-order" in " ".join(finished.stdout.split())
     finished = run("check", "glyphs.pt", "--fix-order", "fixed.pt")
-    assert finished.exit_code == 0 and "next: ddkit check fixed.pt" in finished.stderr, finished.stderr
+    assert finished.exit_code == 0 and "next: ddkit check fixed.pt --dataset glyphs" in finished.stderr, finished.stderr
     finished = run("check", "fixed.pt", "--dataset", "glyphs", "--json")
     assert "L001" in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
     (work / "submission").mkdir()
