@@ -153,7 +153,7 @@ def _normalized(read: LabeledImages, spec: DatasetSpec, path: Path, given: str) 
     if given != "auto":
         found = _given(given, spec)
         title = found.title
-        notes = [f"Taken as normalized with {found.title}, as --normalization says."]
+        notes = [f"Normalization, as --normalization says: {found.title}."]
     else:
         verdict = judge_normalization(read.images, spec)
         if verdict is None:

@@ -19,7 +19,7 @@ def build_network(name: str, num_classes: int, image_size: int, *, seed: int) ->
     """The network `name` (one of NETWORKS) with random weights drawn from `seed`.
 
     The initialization is PyTorch's default; in the blocks of residual networks it is torchvision's.
-    Raises UsageError that offers the nearest name if there is no such network.
+    Raises UsageError that offers the nearest name if there is no such network, and for an image size that it cannot take.
     """
     if name not in NETWORKS:
         raise UsageError(f"Unknown network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
@@ -82,7 +82,12 @@ class _AlexNet(nn.Module):
 
 
 def _vgg11(num_classes: int, image_size: int) -> nn.Module:
-    """VGG-11's convolutions from torchvision with instance norm, and one linear layer after global average pooling."""
+    """VGG-11's convolutions from torchvision with instance norm, and one linear layer after global average pooling.
+
+    Raises UsageError for images below 32 pixels, which its five poolings leave nothing of.
+    """
+    if image_size < 32:
+        raise UsageError(f"vgg11 needs images of 32 pixels or more, got {image_size}.", "Choose another --network.")
     from torchvision.models.vgg import cfgs, make_layers
 
     features = make_layers(cfgs["A"], batch_norm=True)

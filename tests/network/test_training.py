@@ -197,6 +197,11 @@ def test_an_unknown_network_raises_with_the_nearest_name():
         build_network("resnet-18", 10, 32, seed=0)
 
 
+def test_vgg11_of_images_that_are_too_small_raises_usage_error():
+    with pytest.raises(UsageError, match="32 pixels or more, got 16"):
+        build_network("vgg11", 10, 16, seed=0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"epochs_setting": -1}, {"epochs_setting": 1, "batch_size": 0}, {"epochs_setting": 1, "precision": "x"}],
