@@ -10,7 +10,7 @@ import click
 from rich.markup import escape
 
 from ddkit.challenge import DATASETS
-from ddkit.cli._options import COUNT, FILE, PATH, example, output_options
+from ddkit.cli._options import COUNT, FILE, PATH, example, output_options, refuse_unused
 from ddkit.cli._output import Output, plain_table
 from ddkit.data import store
 from ddkit.data.class_names import SPLIT_NAMES
@@ -97,6 +97,8 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     folder = store.store_folder(name)
     if source is None:
         store.dataset_spec(name)  # an unknown name is refused before anything is said
+        if name not in DATASETS:
+            refuse_unused([f"--{option.replace('_', '-')}" for option, value in options.items() if value], "without --from")
     made_before = _date_of(name)
     origin = f" from {source}" if source else ""
     if source is None and made_before is None and name in DATASETS:

@@ -47,6 +47,8 @@ def test_prepared_dataset_is_listed_and_shown(photos, work, own_cache):
     again = run("prepare", "pets", "--from", str(photos), "--json")
     assert again.exit_code == 0 and "prepared already" in again.stderr and "wrote" not in again.stderr
     assert "downloaded" not in run("prepare", "pets").stderr
+    refused = run("prepare", "pets", "--image-size", "32")
+    assert refused.exit_code == 2 and "--image-size has no effect without --from" in refused.stderr
     facts = json.loads(again.stdout)
     assert facts["class_names"] == ["cat", "dog"] and facts["source"]["path"] == str(photos)
 
