@@ -172,7 +172,8 @@ def examine_datasets() -> Iterator[Diagnosis]:
             facts = store_facts(name)
             counts = ", ".join(f"{split.images:,} {key} images" for key, split in facts.splits.items())
             complete = TRAIN_IMAGES_PER_CLASS * facts.spec.num_classes
-            if facts.spec.in_challenge and "train" in facts.splits and facts.splits["train"].images < complete:
+            train = facts.splits["train"].images if "train" in facts.splits else 0
+            if facts.spec.in_challenge and train < complete:
                 counts += f"; the complete dataset has {complete:,} train images"
                 remedy = f"Sets get better with all of them: ddkit data prepare {name} --from PATH --force"
                 yield Diagnosis("slow", f"dataset {name}", counts, remedy)

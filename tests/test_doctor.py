@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ddkit.challenge import CIFAR100
 from ddkit.data.class_names import CLASS_NAMES
+from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
 from ddkit.doctor import diagnose, examine_datasets
 from ddkit.runtime.container import available_cpus
@@ -83,3 +85,11 @@ def test_a_dataset_of_the_challenge_without_all_its_training_images_is_called_in
     (line,) = (line for line in examine_datasets() if line.what == "dataset cifar100")
     assert line.status == "slow" and "100 train images" in line.finding and "50,000" in line.finding
     assert line.remedy.endswith("ddkit data prepare cifar100 --from PATH --force")
+
+
+def test_a_dataset_of_the_challenge_with_test_images_only_is_called_incomplete(tmp_path):
+    images = normalize(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), CIFAR100)
+    torch.save({"images_val": images, "labels_val": torch.arange(100)}, tmp_path / "cifar100_test.pt")
+    prepare("cifar100", tmp_path / "cifar100_test.pt")
+    (line,) = (line for line in examine_datasets() if line.what == "dataset cifar100")
+    assert line.status == "slow" and line.finding == "100 test images; the complete dataset has 50,000 train images"

@@ -99,7 +99,7 @@ def enter(
         given = [name for name, value in (("time", seconds), ("datasets", datasets), *asked.items()) if value is not None]
         if given:
             unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UsageError(f"The recipe decides what {unused} would.", "Leave it out, or change the recipe.")
+            raise UsageError(f"The recipe decides what {unused} would.", "Change the recipe instead.")
         recipe = read_recipe(recipe_file)
     elif seconds is None:
         raise UsageError("--time is missing.", "Say how long everything may take, such as --time 8h, or name a --recipe.")
