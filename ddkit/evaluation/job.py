@@ -58,8 +58,8 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         evaluation = self.evaluation
-        if self.conversion != Conversion() and evaluation.track != 1:
-            raise UsageError("--zca, --argmax and --normalization need --track 1.")
+        if (self.ignore_codes or self.conversion != Conversion()) and evaluation.track != 1:
+            raise UsageError("--zca, --argmax, --normalization and --ignore need --track 1.")
         if self.ranking and (not evaluation.augment or evaluation.track != 1):
             raise UsageError("--ranking needs --track 1 and augmentation.")
         if self.full_epochs_setting is not None and not self.ranking:

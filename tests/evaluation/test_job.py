@@ -9,6 +9,7 @@ from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import JobOutcome, JobSettings, evaluate_files
+from ddkit.evaluation.published import Conversion
 from ddkit.results import read
 from ddkit.sets.distilled import save_set
 
@@ -107,6 +108,8 @@ def test_the_challenges_score_is_the_mean_of_official_results_on_both_datasets(r
     ({"evaluation": EvaluationSettings(augment=False), "ranking": True}, "--ranking needs"),
     ({"evaluation": EvaluationSettings(track=2), "ranking": True}, "--ranking needs"),
     ({"full_epochs_setting": 3}, "--full-epochs-setting needs --ranking"),
+    ({"evaluation": EvaluationSettings(track=2), "conversion": Conversion(argmax=True)}, "--argmax.* need --track 1"),
+    ({"evaluation": EvaluationSettings(track=2), "ignore_codes": ("C001",)}, "--ignore need --track 1"),
 ])  # fmt: skip
 def test_settings_that_exclude_each_other_raise_usage_error(settings, changes, said):
     with pytest.raises(UsageError, match=said):
