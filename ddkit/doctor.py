@@ -176,6 +176,7 @@ def examine_datasets() -> Iterator[Diagnosis]:
             if facts.spec.in_challenge and train < complete:
                 counts += f"; the complete dataset has {complete:,} train images"
                 remedy = f"Sets get better with all of them: ddkit data prepare {name} --from PATH --force"
+                remedy = remedy if train else f"No set can be made without them: ddkit data prepare {name}"
                 yield Diagnosis("slow", f"dataset {name}", counts, remedy)
             else:
                 yield Diagnosis("ok", f"dataset {name}", counts)

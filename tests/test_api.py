@@ -100,7 +100,7 @@ def test_train_makes_a_generator_that_generate_samples(letters, tmp_path):
     [
         ({"from_real": "random", "model": "run", "candidates": 5}, "model and candidates cannot be combined with from_real"),
         ({"from_real": "random", "select": "herding"}, "select cannot be combined with from_real"),
-        ({"select": "herding"}, "select needs --candidates"),
+        ({"select": "herding"}, "Selecting by herding needs candidates"),
     ],
 )
 def test_generate_refuses_arguments_without_effect(tmp_path, arguments, message):

@@ -93,3 +93,4 @@ def test_a_dataset_of_the_challenge_with_test_images_only_is_called_incomplete(t
     prepare("cifar100", tmp_path / "cifar100_test.pt")
     (line,) = (line for line in examine_datasets() if line.what == "dataset cifar100")
     assert line.status == "slow" and line.finding == "100 test images; the complete dataset has 50,000 train images"
+    assert line.remedy == "No set can be made without them: ddkit data prepare cifar100"

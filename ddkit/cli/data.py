@@ -101,7 +101,7 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
             refuse_unused([f"--{option.replace('_', '-')}" for option, value in options.items() if value], "without --from")
     made_before = _date_of(name)
     origin = f" from {source}" if source else ""
-    if source is None and made_before is None and name in DATASETS:
+    if source is None and name in DATASETS and (force or made_before is None):
         origin = " (drawn here)" if name == "glyphs" else " (downloaded from its official address)"
     output.event(f"Preparing {name}{origin} in {folder}.")
     prepare_dataset(name, source, force=force, progress=output.progress, **options)

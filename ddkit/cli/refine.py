@@ -148,10 +148,7 @@ def refine(
         path, dataset, settings, limits, folder, out=out, fresh=fresh, ignore_codes=ignore_codes, device=device,
         save_every_seconds=save_every_seconds, progress=output.progress,
     )  # fmt: skip
-    found = f"{refined.accuracy:.2%} at step {refined.best_step:,} of {refined.steps:,}"
-    if refined.best_step == 0:
-        found = f"and no better in {counted(refined.steps, 'step', 'steps')}, so that the set stays as it was"
-    output.note(f"Accuracy on held-out training images: {refined.accuracy_before:.2%} before, {found}.")
+    output.note(f"Accuracy on held-out training images: {refined.gain}.")
     if refined.diverged:
         output.note(f"{refined.diverged:,} networks of the pool diverged and were replaced.")
     files = refined.files

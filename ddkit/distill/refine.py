@@ -31,7 +31,7 @@ from ddkit.distill.settings import OBJECTIVES, RefineLimits, RefineSettings
 from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import STATE_FILE, RefinementState, is_kept_copy, original_set, refuse_kept_copy, start_over
 from ddkit.distill.student import Student
-from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, UsageError
+from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, UsageError, counted
 from ddkit.evaluation.rounds import predict
 from ddkit.network.autotune import choose_plan
 from ddkit.network.embedding import build_embedder
@@ -80,6 +80,14 @@ class Refined:
     accuracy_before: float
     seconds: float
     diverged: int
+
+    @property
+    def gain(self) -> str:
+        """Both accuracies in words."""
+        if self.best_step == 0:
+            steps = counted(self.steps, "step", "steps")
+            return f"{self.accuracy_before:.2%} before, and no better in {steps}, so that the original set is kept"
+        return f"{self.accuracy_before:.2%} before, {self.accuracy:.2%} at step {self.best_step:,} of {self.steps:,}"
 
 
 def refine(

@@ -45,7 +45,7 @@ class FromModel:
     def __post_init__(self) -> None:
         check_method(self.method)
         if self.select is not None and self.candidates is None:
-            raise UsageError("--select needs --candidates.", "Give the number of candidates of each class: --candidates 100.")
+            raise UsageError(f"Selecting by {self.select} needs candidates.", "Give their number for each class, such as 100.")
 
     @property
     def method(self) -> str:

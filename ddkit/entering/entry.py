@@ -127,8 +127,9 @@ def plan_entry(
     """The plan of an entry in `folder`, which an earlier call may have begun; nothing is written.
 
     recipe: what to make, for example from `ddkit.entering.plan.draft`. seconds: for everything; None for a recipe that has
-    all lengths. Raises UsageError for too little time, for a folder with another entry, and for a recipe that was made
-    with other images than those that are prepared; BadFileError for a folder that cannot be made.
+    all lengths. An entry that was begun within a time keeps its presets of training. Raises UsageError for too little
+    time, for a folder with another entry, and for a recipe that was made with other images than those that are prepared;
+    BadFileError for a folder that cannot be made.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

@@ -90,7 +90,8 @@ def draft(
 ) -> Recipe:
     """The best known way for a track, with lengths that the time will decide.
 
-    Track 1: random real images, refined. Track 2: a generator. Raises UsageError for an unknown dataset or track.
+    Track 1: random real images, refined. Track 2: a generator. Raises UsageError for an unknown dataset or track, and for
+    evaluations that make no sense.
     """
     refining = dataclasses.replace(PRESETS["track1"], seed=seed)
 
@@ -102,7 +103,9 @@ def draft(
         spec = dataset_spec(name)
         return SetRecipe(name, preset=preset_for(spec.image_size, spec.num_classes, device)[0])
 
-    return Recipe(tuple(map(draft_set, datasets)), track, seed, epochs_setting, rounds, time_budget)
+    recipe = Recipe(tuple(map(draft_set, datasets)), track, seed, epochs_setting, rounds, time_budget)
+    _ = evaluation_settings(recipe)
+    return recipe
 
 
 def make_outline(

@@ -258,10 +258,7 @@ class Workplace:
             out=self.submission(name), device=self._device, save_every_seconds=60, progress=progress,
         )  # fmt: skip
         self.recipe = self.recipe.with_set(dataclasses.replace(each, refine_steps=refined.steps))
-        self._on_event(
-            f"Accuracy on held-out training images of {name}: {refined.accuracy_before:.2%} before, "
-            f"{refined.accuracy:.2%} at step {refined.best_step:,} of {refined.steps:,}."
-        )
+        self._on_event(f"Accuracy on held-out training images of {name}: {refined.gain}.")
 
     def _evaluations(self, name: str, sha256: str) -> list[Result]:
         """The recorded evaluations of a set or a bundle on the prepared test images that count as the recipe's own."""

@@ -62,7 +62,7 @@ class EvaluationSettings:
         if self.time_budget is not None and self.time_budget <= 0:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
         if self.time_budget is not None and self.track == 1:
-            raise UsageError("--time-budget needs --track 2.", "On track 1 nothing is generated during the evaluation.")
+            raise UsageError("A time budget needs track 2.", "On track 1 nothing is generated during the evaluation.")
         if self.network not in NETWORKS:
             raise UsageError(f"Unknown network '{self.network}'.", did_you_mean(self.network, tuple(NETWORKS)))
         # These raise UsageError for an unknown track, and for epochs or a precision that make no sense.
@@ -178,7 +178,7 @@ def evaluate_generator(
     Raises UsageError for settings of track 1.
     """
     if settings.budget is None:
-        raise UsageError("Generators are evaluated on track 2.", "Add --track 2, or give a time budget.")
+        raise UsageError("Generators are evaluated on track 2.", "Add --track 2.")
     source = TimedGenerator(generate, name, settings.budget, test_set.spec)
     return evaluate_source(source, test_set, settings, state=state, progress=progress)
 

@@ -61,15 +61,17 @@ def test_dry_run_shows_a_table_for_people(work):
         ([], 2, "--time is missing. Say how long everything may take"),
         (["--time", "8h", "--datasets", "cifar100,cifar10"], 2, "Unknown dataset 'cifar10'. Did you mean 'cifar100'?"),
         (["--time", "8h", "--datasets", "glyphs,glyphs"], 2, "An entry takes each dataset once"),
-        (["--time", "8h", "--time-budget", "1m"], 2, "--time-budget needs --track 2."),
+        (["--time", "8h", "--time-budget", "1m"], 2, "A time budget needs track 2."),
         (["--recipe", "nowhere.toml"], 3, "nowhere.toml: No such file or directory."),
         (["--recipe", "a.toml", "--time", "8h", "--seed", "3"], 2, "The recipe decides what --time, --seed would."),
     ],
 )
-def test_enter_refuses_in_one_message(words, status, said):
+def test_enter_refuses_in_one_message(words, status, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     done = ddkit(*words)
     assert done.exit_code == status, done.output
     assert said in " ".join(done.output.split()) and "Traceback" not in done.output
+    assert not list(tmp_path.glob("ddkit-entry/*"))
 
 
 def test_damaged_state_is_named_with_the_folder_of_the_entry(work):

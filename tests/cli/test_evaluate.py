@@ -180,7 +180,7 @@ def test_each_result_is_recorded_before_the_next_set_begins(work):
 def test_contradicting_options_exit_with_status_2_before_training(work):
     real = save(work / "blobs.pt", kind="random-real")
     _, errors = run(real, *QUICK, "--time-budget", "30s", status=2)
-    assert "--time-budget needs --track 2" in errors
+    assert "A time budget needs track 2" in errors
     _, errors = run(real, *QUICK, "--ranking", status=2)
     assert "real images themselves" in " ".join(errors.split())
     torch.save(torch.zeros(1000, 3, 32, 32), "cifar100.pt")

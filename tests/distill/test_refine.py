@@ -14,7 +14,7 @@ from ddkit.data.store import dataset_spec, load_dataset, train_sha256
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.matching import dm_loss
-from ddkit.distill.refine import refine
+from ddkit.distill.refine import Refined, refine
 from ddkit.distill.settings import ExpertSettings, PoolSettings, RefineLimits, RefineSettings, StudentSettings
 from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import RECORDS_FILE
@@ -22,6 +22,7 @@ from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, Invali
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import build_network
 from ddkit.runtime.files import sha256_of
+from ddkit.sets.distilled import set_files
 
 QUICK = RefineSettings(
     batch_real=4, val_every=3, val_epochs=1, held_out=0.2,
@@ -45,6 +46,12 @@ def read(path):
 
 def run(path, folder, steps, settings=QUICK, **options):
     return refine(path, "colors", settings, RefineLimits(steps), folder, **options)
+
+
+def test_gain_says_if_no_step_was_better(tmp_path):
+    there = set_files(tmp_path / "colors.pt")
+    assert Refined(there, there, 30, 20, 0.25, 0.2, 1.0, 0).gain == "20.00% before, 25.00% at step 20 of 30"
+    assert Refined(there, there, 30, 0, 0.2, 0.2, 1.0, 0).gain.startswith("20.00% before, and no better in 30 steps")
 
 
 @pytest.mark.slow

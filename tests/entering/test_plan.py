@@ -168,7 +168,7 @@ def test_a_recipe_without_a_length_is_refused_where_no_time_decides():
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"rounds": 0}, "rounds must be"), ({"time_budget": 5.0}, "needs --track 2"), ({"epochs_setting": -1}, "epochs")],
+    [({"rounds": 0}, "rounds must be"), ({"time_budget": 5.0}, "needs track 2"), ({"epochs_setting": -1}, "epochs")],
 )
 def test_an_evaluation_that_makes_no_sense_is_refused_before_anything_is_measured(wrong, said):
     with pytest.raises(UsageError, match=said):

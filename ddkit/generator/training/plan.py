@@ -149,7 +149,9 @@ def plan_training(
         start = start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
         config = _completed(config, minimax, data, given, start, new=before is None)
     if settings.get("min_snr") is not None and config.objective.prediction == "flow":
-        raise UsageError("--min-snr has no effect with the prediction flow.", "Leave it out, or add --prediction v or epsilon.")
+        new = before is None and config.minimax is None
+        remedy = "Leave it out, or add --prediction v or epsilon." if new else "Leave it out."
+        raise UsageError("--min-snr has no effect with the prediction flow.", remedy)
     score = before.score if before else ""
     if track_every is None:
         track_every = before.track_every if before else preset(name).track_every
