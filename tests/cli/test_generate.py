@@ -41,7 +41,7 @@ def test_influence_guidance_is_announced_with_the_training_that_it_begins_with(c
         (["--dataset", "colors", "--out", "set.zip", "--from-real", "first"], 2, ".pt"),
         (["--dataset", "colors", "--from-real", "first", "--ipc", "6"], 2, "--ipc 5"),
         (["--dataset", "colors", "--sampler", "heun"], 2, "heun"),
-        (["--dataset", "colors", "--select", "herding"], 2, "--candidates"),
+        (["--dataset", "colors", "--select", "herding"], 2, "Selecting by herding needs candidates."),
         (["--dataset", "colors", "--from-real", "random", "--guidance", "3"], 2, "--guidance has no effect with --from-real"),
         (["--dataset", "colors", "--from-real", "first", "--precision", "float32"], 2, "--precision has no effect with"),
         (["--dataset", "colors", "--from-real", "first", "--candidates", "5"], 2, "chooses from all real ones"),

@@ -133,12 +133,14 @@ class TestInvalidSources:
     def test_unusable_hub_raises_missing_model_error(self, tmp_path):
         """A portal's page, such as a hotel's, and a connection that ends, as of a proxy that lets nothing through."""
         asked = set()
+        # Without the line on the connection, the next request may come by this one while it ends, and so be lost.
+        page = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 13\r\n\r\n<html></html>"
 
         class Impostor(socketserver.BaseRequestHandler):
             def handle(self):
                 ends = b"DiT-XL-2-512" in self.request.recv(65536)
                 asked.add(ends)
-                self.request.sendall(b"" if ends else b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>")
+                self.request.sendall(b"" if ends else page)
 
         names = ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512")
         with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Impostor) as server:

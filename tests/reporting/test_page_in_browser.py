@@ -182,7 +182,7 @@ def test_everything_is_there_and_markup_is_text(look):
     scores = [text for text in texts(browser, "#entries details[open] .scores dd") if text != "–"]
     assert len(scores) == 4 and all(abs(float(score)) <= 1 for score in scores)
     assert not browser.find_elements(By.CSS_SELECTOR, "b, i, red")
-    assert texts(browser, ".problems summary") == ["1 line of the results file could not be used"]
+    assert texts(browser, ".problems summary") == ["1 line of the records could not be used"]
 
 
 def test_pictures_are_really_drawn(look):
