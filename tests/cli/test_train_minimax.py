@@ -141,6 +141,16 @@ def test_dry_run_leaves_nothing(ddkit, tmp_path, dit_folder):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_diverging_loss_exits_with_status_3(ddkit, tmp_path, dit_folder):
+    folder = tmp_path / "runs" / "colors-minimax"
+    wild = ("--init", dit_folder, "--full", "--lambda-d", "1e20", "--lr", "1")
+    done = ddkit("train", "--dataset", "colors", "--batch-size", "4", "--steps", "2000", "--no-compile", *wild)
+    assert done.exit_code == 3, done.output
+    assert "loss of minimax training is" in said(done) and "--lambda-d" in said(done)
+    assert not (folder / "ddkit.json").exists(), "a broken model is not kept"
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

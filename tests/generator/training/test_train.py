@@ -220,6 +220,9 @@ class TestDividedBatches:
         assert_same(state(tmp_path / "one", "autoencoder"), state(tmp_path / "again", "autoencoder"), atol=1e-4)
         train(data, TrainingRequest(with_steps(config, 6), tmp_path / "two"))
         assert_same(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-4)
+        ours, theirs = (records(tmp_path / name) for name in ("one", "two"))
+        assert len(ours) == len(theirs)
+        assert [each["loss"] for each in theirs] == pytest.approx([each["loss"] for each in ours], rel=1e-3)
 
     @pytest.mark.slow
     def test_two_processes_train_like_one(self, data, config, tmp_path):
