@@ -246,17 +246,22 @@ class _Run:
         for index in sorted(files.keys() - results.keys()):
             if stop:
                 raise InterruptedRunError(f"Interrupted before round {index + 1}.", "Run the same command again to continue.")
-            made = self.source.for_round(index, self._rounds.seed_for("generation", index), self._folder)
+            made = self.source.for_round(self._rounds.seed_for("generation", index), self._images_file(index))
             jobs.append(RoundJob(index, made, files[index], self.state.seconds_between_saves))
         ran = run_rounds(jobs, self.test_set, self._rounds, stop=stop, listener=self._report)
         results |= {job.index: result for job, result in zip(jobs, ran, strict=True)}
         for index in indices:
-            self.source.forget(index, self._folder)
+            if images := self._images_file(index):
+                images.unlink(missing_ok=True)
         return [results[index] for index in indices]
 
     def file(self, index: int) -> Path | None:
         """Where the state and the result of a round are kept."""
         return self._folder and self._folder / f"round-{index}.pt"
+
+    def _images_file(self, index: int) -> Path | None:
+        """Where the images that a generator made for a round are kept until the round is finished."""
+        return self._folder and self._folder / f"round-{index}-images.pt"
 
     def _report(self, index: int, epochs_done: int, loss: float) -> None:
         self._epochs_done[index] = epochs_done

@@ -35,11 +35,8 @@ class FixedSet:
         """A hash of everything that decides on the images of all rounds."""
         return hash_of(self.images, self.labels)
 
-    def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
+    def for_round(self, seed: int, kept: Path | None) -> Generated:
         return Generated(self.images, self.labels, 0.0)
-
-    def forget(self, index: int, folder: Path | None) -> None:
-        """Do nothing: no images were saved."""
 
 
 @dataclass(frozen=True)
@@ -61,37 +58,27 @@ class TimedGenerator:
         """The name of everything that decides on the images of all rounds."""
         return f"{self.name}/{self.budget:g}"
 
-    def for_round(self, index: int, seed: int, folder: Path | None) -> Generated:
-        """The images and labels of round `index`; those saved in `folder` if the round was begun before.
+    def for_round(self, seed: int, kept: Path | None) -> Generated:
+        """The images and labels of a round; those in the file `kept` if the round was begun before.
 
-        Raises InvalidSubmissionError, and saves nothing, if networks cannot be trained on what was made.
+        Raises InvalidSubmissionError, and keeps nothing, if networks cannot be trained on what was made.
         """
-        saved = _saved_images(index, folder)
-        if saved and saved.exists():
+        if kept and kept.exists():
             # A continued round must train on the images that it began with.
             try:
-                return Generated(**load_restricted(saved, mmap=True))
+                return Generated(**load_restricted(kept, mmap=True))
             except (UnloadableError, TypeError):
-                saved.unlink()
+                kept.unlink()
         made = self.generate(seed, self.budget)
         check_training_set(made.images, made.labels, self.spec)
-        if saved:
-            save_torch({"images": made.images, "labels": made.labels, "seconds": made.seconds}, saved)
+        if kept:
+            save_torch(vars(made), kept)
             # The images can be gigabytes, and are read as they are needed.
-            made = Generated(**load_restricted(saved, mmap=True))
+            made = Generated(**load_restricted(kept, mmap=True))
         return made
-
-    def forget(self, index: int, folder: Path | None) -> None:
-        """Remove the saved images of round `index`, which is finished."""
-        if saved := _saved_images(index, folder):
-            saved.unlink(missing_ok=True)
 
 
 Source = FixedSet | TimedGenerator
-
-
-def _saved_images(index: int, folder: Path | None) -> Path | None:
-    return folder / f"round-{index}-images.pt" if folder else None
 
 
 def check_training_set(images: Tensor, labels: Tensor, spec: DatasetSpec) -> None:

@@ -461,9 +461,9 @@ train(torch.zeros(32, 3, 64, 64, dtype=torch.uint8), torch.arange(32))
 before = peak()
 def generate(seed, budget):
     return Generated(torch.full((20_000, 3, 64, 64), 7, dtype=torch.uint8), torch.arange(20_000) % 200, 1.0)
-folder = Path(sys.argv[1])
+kept = Path(sys.argv[1], "images.pt")
 for _ in range(2):  # made, and continued with
-    made = TimedGenerator(generate, "entry", 600.0, TINYIMAGENET).for_round(0, 0, folder)
+    made = TimedGenerator(generate, "entry", 600.0, TINYIMAGENET).for_round(0, kept)
     train(made.images, made.labels)
 print((peak() - before) / made.images.nbytes)
 """
