@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddkit.challenge import CHALLENGE_DATASETS, track
+from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.checks.check import Report
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, is_prepared, load_dataset, train_sha256
@@ -22,10 +22,10 @@ from ddkit.distill.settings import RefineLimits
 from ddkit.distill.state import STATE_FILE, RefinementState
 from ddkit.entering.plan import evaluation_settings
 from ddkit.entering.recipe import IPC, RECIPE_FILE, Recipe, SetRecipe
-from ddkit.evaluation.evaluate import StateFolder
+from ddkit.evaluation.evaluate import StateFolder, deviations_of
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
 from ddkit.evaluation.test_sets import TestSet, as_test_set
-from ddkit.evaluation.tracks import Conditions, deviations, hash_of_folder
+from ddkit.evaluation.tracks import hash_of_folder
 from ddkit.generator.config import SECONDS_WORTH_COMPILING
 from ddkit.generator.model_facts import FACTS_FILE, has_model, model_hash, read_facts
 from ddkit.generator.training.records import read_records
@@ -35,6 +35,7 @@ from ddkit.packing.pack import pack
 from ddkit.packing.proof import ProofSettings
 from ddkit.reporting.report import Leaderboard, report
 from ddkit.results import Result, read
+from ddkit.runtime.device import resolve_device
 from ddkit.runtime.files import sha256_of
 from ddkit.runtime.progress import Listener
 from ddkit.sets.distilled import KIND_GENERATED, KIND_RANDOM_REAL, read_provenance
@@ -268,12 +269,8 @@ class Workplace:
         ours = [one for one in recorded if (one.dataset, one.sha256, one.track, one.seed) == wanted]
         if not ours or tests is None:
             return []
-        training = settings.training
-        conditions = Conditions(
-            settings.number_of_rounds, training.epochs_setting, (IPC, IPC), len(tests),
-            settings.network, training.augment, training.precision, settings.budget, tests.is_official,
-        )  # fmt: skip
-        differences = deviations(track(settings.track), tests.spec, conditions)
+        device = resolve_device(self._device)
+        differences = deviations_of(settings, tests, (IPC, IPC), device, budget=settings.budget)
         return [one for one in ours if (one.deviations, one.test_sha256) == (differences, tests.sha256)]
 
     def _test_set(self, name: str) -> TestSet | None:

@@ -81,6 +81,7 @@ def estimate_evaluation(
     test_seconds = (time.monotonic() - began) / len(batch) * len(test_set)
     training.close()
     rounds, epochs = settings.number_of_rounds, settings.training.epochs
+    per_class = images_per_class(source.labels, spec.num_classes)
     finished = finished_rounds(source, test_set, settings, device, state or StateFolder())
     epoch = per_image * len(images)
     if device.type == "cuda":  # of all networks that train side by side
@@ -99,7 +100,7 @@ def estimate_evaluation(
         seconds=(rounds - finished) * (epochs * epoch + test_seconds),
         memory=memory,
         free_memory=free,
-        deviations=deviations_of(source, test_set, settings, device, images_per_class(source.labels, spec.num_classes)),
+        deviations=deviations_of(settings, test_set, per_class, device, converted=source.converted),
     )
 
 

@@ -295,7 +295,7 @@ def _summary(
     fewest = min(result.images_per_class[0] for result in results)
     most = max(result.images_per_class[1] for result in results)
     budget = source.budget
-    differences = deviations_of(source, test_set, settings, device, (fewest, most))
+    differences = deviations_of(settings, test_set, (fewest, most), device, budget=budget, converted=source.converted)
     counts = torch.stack([result.confusion(test_set.labels, spec.num_classes) for result in results])
     classes = spec.num_classes
     top = counts.double().mean(0).fill_diagonal_(0).flatten().topk(min(_MOST_CONFUSIONS, classes**2))
@@ -323,9 +323,18 @@ def _summary(
 
 
 def deviations_of(
-    source: Source, test_set: TestSet, settings: EvaluationSettings, device: torch.device, per_class: tuple[int, int]
+    settings: EvaluationSettings,
+    test_set: TestSet,
+    per_class: tuple[int, int],
+    device: torch.device,
+    *,
+    budget: float | None = None,
+    converted: str = "",
 ) -> tuple[str, ...]:
-    """The differences from PROTOCOL.md of an evaluation. per_class: the smallest and largest number of images of a class."""
+    """The differences from PROTOCOL.md of an evaluation.
+
+    per_class: the smallest and largest number of images of a class. budget, converted: as in the source of the images.
+    """
     conditions = Conditions(
         rounds=settings.number_of_rounds,
         epochs_setting=settings.training.epochs_setting,
@@ -334,9 +343,9 @@ def deviations_of(
         network=settings.network,
         augment=settings.augment,
         precision=settings.precision,
-        time_budget=source.budget,
+        time_budget=budget,
         official_tests=test_set.is_official,
-        converted=source.converted,
+        converted=converted,
         tf32_products=device.type == "cuda" and torch.get_float32_matmul_precision() != "highest",
     )
     return deviations(challenge.track(settings.track), test_set.spec, conditions)
