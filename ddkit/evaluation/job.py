@@ -15,17 +15,17 @@ from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError, c
 from ddkit.evaluation.estimate import EvaluationEstimate, estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator, evaluate_source
 from ddkit.evaluation.published import Conversion, PublishedSet, open_published
-from ddkit.evaluation.ranking_runs import complete
+from ddkit.evaluation.ranking_runs import evaluate_missing, settings_for
 from ddkit.evaluation.sources import FixedSet
 from ddkit.evaluation.test_sets import TestSet, as_test_set, load_reference
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.evaluation.tracks import hash_of_folder
-from ddkit.metrics.ddranking import Ranking
+from ddkit.metrics.ddranking import MissingEvaluation, Ranking, of_result
 from ddkit.results import RESULTS_FILE, Records, Result
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import BASELINE_KINDS, KIND_SUBMISSION, DistilledSet, generate_command, read_set
+from ddkit.sets.distilled import BASELINE_KINDS, KIND_FULL_REAL, KIND_SUBMISSION, DistilledSet, generate_command, read_set
 from ddkit.sets.published import holds_containers, is_published_folder, labels_next_to
 from ddkit.statistics import Comparison, compare
 
@@ -320,20 +320,25 @@ class _Job:
 
     def _rank(self, distilled: DistilledSet, result: Result) -> Ranking:
         """DD-Ranking's scores of an evaluated set, after the evaluations that they need."""
-        name = distilled.spec.name
-        return complete(
-            result,
-            distilled,
-            open_dataset(name, "train", progress=self._progress),
-            self._tests[name],
-            self._settings.evaluation,
-            self._records.results,
-            full_epochs_setting=self._settings.full_epochs_setting,
-            record=self._records.add,
-            announce=lambda missing, of: self._on_event(f"For DD-Ranking, evaluating {missing}: {_length(of)}."),
-            state=self._settings.state,
-            progress=self._progress,
-        )
+        settings, name = self._settings, distilled.spec.name
+        real = open_dataset(name, "train", progress=self._progress)
+
+        def settings_of(need: MissingEvaluation) -> EvaluationSettings:
+            return settings_for(need, settings.evaluation, settings.full_epochs_setting)
+
+        full_epochs = settings_of(MissingEvaluation(KIND_FULL_REAL, True)).training.epochs_setting
+        known = [each for each in self._records.results if each.kind != KIND_FULL_REAL or each.epochs_setting >= full_epochs]
+        for need in of_result(result, known).missing:
+            changed = settings_of(need)
+            self._on_event(f"For DD-Ranking, evaluating {need}: {_length(changed)}.")
+            known.append(
+                evaluate_missing(
+                    need, changed, result, distilled, real, self._tests[name],
+                    state=settings.state, progress=self._progress,
+                )
+            )  # fmt: skip
+            self._records.add(known[-1])
+        return of_result(result, known)
 
 
 def _source_of(each: DistilledSet | PublishedSet) -> FixedSet:
