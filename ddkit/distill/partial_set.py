@@ -32,17 +32,21 @@ _IDENTITY_FILE = "identity.json"
 _PART = re.compile(r"rows-(\d+)\.safetensors")
 
 
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits of the hash of plain values."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
 class PartialSet:
     """The rows of one set, from the first one on without a gap.
 
-    path: the path of the set. identity: plain values, everything that its images depend on; digest: their hash.
+    path: the path of the set. identity: plain values, everything that its images depend on.
     shape: (3, S, S), the shape of an image.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         self._identity, self._shape = json.loads(json.dumps(identity)), shape
-        self.digest = digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:12]
-        self._folder = path.parent / f".{path.stem}.parts-{digest}"
+        self._folder = path.parent / f".{path.stem}.parts-{digest_of(identity)}"
         for folder in path.parent.glob(f".{glob.escape(path.stem)}.parts-*"):
             if folder != self._folder and (changes := self._differences(folder / _IDENTITY_FILE)):
                 log.warning(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import dataset_spec, train_sha256
-from ddkit.distill.partial_set import PartialSet
+from ddkit.distill.partial_set import PartialSet, digest_of
 from ddkit.distill.sources import Extract, FromModel, feature_extractor, save
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.generator.config import SamplingSettings
@@ -52,38 +52,31 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
     if needs_features:
         features = resolve_precision(FeatureSettings(precision=source.sampling.precision), spec, group.device)
         provenance["selected_in"] = features.precision
-    trains_networks = needs_features or settings.influence_guidance > 0
-    looks_at_real = trains_networks or settings.mode_guidance > 0
+    looks_at_real = needs_features or settings.mode_guidance > 0 or settings.influence_guidance > 0
     if looks_at_real:
         real = open_dataset(dataset, "train", progress=progress)
     sha256 = train_sha256(dataset) if looks_at_real else ""
     identity = _identity(provenance, ipc, spec, sha256)
     classes = group.local_items(range(spec.num_classes))
-    partial = PartialSet(out, identity, spec.image_shape)
-    request = partial.digest
+    request = digest_of(identity)
     if not replace and read_provenance(out).get("request") == request:
         log.info("%s already holds exactly these images", out)
         files = set_files(out)
         if group.is_main and not files.sheet.exists():
             draw_sheet(read_set(out, spec.name).images, spec, files.sheet)
         return files
-    if group.size > 1:  # each process keeps its own
-        partial = PartialSet(out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}"), identity, spec.image_shape)
+    own = out if group.size == 1 else out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}")
+    partial = PartialSet(own, identity, spec.image_shape)
     modes = influence = extract = None
     if settings.mode_guidance:
         modes = find_modes(
             source.folder, model, real, ipc,
             dataset_sha256=sha256, seed=settings.seed, device=group.device, progress=progress,
         )  # fmt: skip
-    if trains_networks:
-        if not group.is_main:
-            group.gather([])  # the main process trains the networks, once
-        if needs_features:
-            extract = feature_extractor(real, dataset, features, group.device, progress)
-        if settings.influence_guidance:
-            influence = find_influence(real, spec, dataset_sha256=sha256, device=group.device, progress=progress)
-        if group.is_main:
-            group.gather([])
+    if needs_features:
+        extract = feature_extractor(real, dataset, features, group.device, progress)
+    if settings.influence_guidance:
+        influence = find_influence(real, spec, dataset_sha256=sha256, device=group.device, progress=progress)
     sampler = Sampler(model, settings, group.device, modes=modes, influence=influence)
     images = _complete(sampler, classes, ipc, source, extract, partial, progress)
     by_class = group.gather(list(zip(classes, images.unflatten(0, (len(classes), ipc)), strict=True)))
