@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ddkit.errors import BadFileError, MissingModelError, UsageError, did_you_mean
 from ddkit.generator.autoencoder import pixel_patch
+from ddkit.generator.config import MinimaxConfig
 from ddkit.generator.difffit import ParameterCounts, apply_difffit, count_parameters, share_conditioning
 from ddkit.generator.model_facts import FACTS_FILE, INDEX_FILE, WEIGHTS_FILE
 from ddkit.generator.model_folder import load_model
@@ -40,8 +41,6 @@ _SCHEDULE = {
     "prediction_type": "epsilon",
 }
 _KNOWN = "Give a DiTPipeline, such as facebook/DiT-XL-2-256, or a generator that ddkit trained."
-
-ClassChoices = Mapping[str, "str | int | None"]
 
 
 @dataclass(frozen=True)
@@ -83,18 +82,17 @@ class Start:
     parameters: ParameterCounts
 
 
-def start_from(source: str, class_names: Sequence[str], *, full: bool = False, chosen: ClassChoices | None = None) -> Start:
-    """Read a generator and make it ready for a dataset.
+def start_from(config: MinimaxConfig, class_names: Sequence[str]) -> Start:
+    """Read the generator that a fine-tuning starts from and make it ready for a dataset.
 
-    full: train all its parameters, not only those of DiffFit. chosen: as `map_classes` takes it. Raises what
-    `load_generator` and `map_classes` raise.
+    Raises what `load_generator` and `map_classes` raise.
     """
-    found = load_generator(source)
-    classes = map_classes(class_names, found.class_names, chosen)
+    found = load_generator(config.init)
+    classes = map_classes(class_names, found.class_names, dict(config.class_map))
     ready = with_classes(found, classes)
     share_conditioning(ready.denoiser)
-    parameters = count_parameters(ready.denoiser) if full else apply_difffit(ready.denoiser)
-    return Start(source, ready, classes, parameters)
+    parameters = count_parameters(ready.denoiser) if config.full else apply_difffit(ready.denoiser)
+    return Start(config.init, ready, classes, parameters)
 
 
 def load_generator(source: str) -> Pretrained:
@@ -127,7 +125,9 @@ def with_classes(pretrained: Pretrained, classes: ClassMap) -> Pretrained:
     return replace(pretrained, denoiser=rebuilt, class_names=tuple((name,) for name in classes.names))
 
 
-def map_classes(names: Sequence[str], known: Sequence[Sequence[str]], chosen: ClassChoices | None = None) -> ClassMap:
+def map_classes(
+    names: Sequence[str], known: Sequence[Sequence[str]], chosen: Mapping[str, str | int | None] | None = None
+) -> ClassMap:
     """Find the model's labels for a dataset's classes, by name.
 
     names: the dataset's classes; wnids ("n01443537") match exactly. known: the names of each of the model's labels.

@@ -145,9 +145,8 @@ def plan_training(
     config = override(config, {SETTINGS.get(name, name): value for name, value in given.items()})
     start = None
     if config.minimax is not None:
-        minimax = config.minimax
-        start = start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
-        config = _completed(config, minimax, data, given, start, new=before is None)
+        start = start_from(config.minimax, data.images.class_names)
+        config = _completed(config, config.minimax, data, given, start, new=before is None)
     if settings.get("min_snr") is not None and config.objective.prediction == "flow":
         new = before is None and config.minimax is None
         remedy = "Leave it out, or add --prediction v or epsilon." if new else "Leave it out."

@@ -123,9 +123,7 @@ def train(
     if config.minimax is not None:
         if Path(config.minimax.init).expanduser().resolve() == folder.resolve():
             raise UsageError(f"{folder} holds the generator that fine-tuning starts from.", "Choose another folder with --out.")
-        minimax = config.minimax
-        if start is None:
-            start = start_from(minimax.init, data.images.class_names, full=minimax.full, chosen=dict(minimax.class_map))
+        start = start or start_from(config.minimax, data.images.class_names)
         if start.generator.prediction != config.objective.prediction:
             raise UsageError(
                 f"{start.source} predicts '{start.generator.prediction}', not '{config.objective.prediction}'.",

@@ -99,7 +99,7 @@ def test_fine_tuning_that_does_not_fit_raises_compute_error_with_a_remedy(config
     save_model(make_model(), tmp_path)
     tuned = dataclasses.replace(batches_of(config, 64), minimax=MinimaxConfig(init=str(tmp_path)))
     tuned = dataclasses.replace(tuned, denoiser_optimizer=dataclasses.replace(tuned.denoiser_optimizer, accumulation=4))
-    start = start_from(str(tmp_path), ["red", "green", "blue"])
+    start = start_from(tuned.minimax, ["red", "green", "blue"])
     (stage,) = estimate(tuned, 16, 3, CPU, seconds=0, start=start).stages
     monkeypatch.setattr(module, "free_memory", lambda device: (stage.memory + stage.fixed_memory) // 2)
     with pytest.raises(ComputeError) as caught:
