@@ -99,7 +99,7 @@ def fit_class_model(real: ImageSet, num_classes: int, name: str, *, progress: Li
         return _degraded_features(real.images[rows], number)
 
     described: list[Tensor] = []
-    for part in parallel_map(describe, enumerate(chunks), cores_for(torch.device("cpu"))):
+    for part in parallel_map(describe, list(enumerate(chunks)), cores_for(torch.device("cpu"))):
         described.append(part)
         progress(Progress(task, sum(map(len, described)), total, "images"))
     features, held_features = torch.cat(described).split([len(fit_rows), len(held_rows)])

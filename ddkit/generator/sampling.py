@@ -140,13 +140,8 @@ class Sampler:
             centers = self._modes[labels, indices % self._modes.shape[1]]
         while True:
             parts = list(zip(*(rows.split(self._part) for rows in (noise, labels, centers)), strict=True))
-            first = 1 if self._compiling else 0  # compiles alone; the parts after it find it done
             try:
-                images = [
-                    made
-                    for group in (parts[:first], parts[first:])
-                    for made in parallel_map(self._sample_part, group, self._workers)
-                ]
+                images = list(parallel_map(self._sample_part, parts, self._workers, first_alone=self._compiling))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

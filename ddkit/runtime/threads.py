@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,12 +23,17 @@ def cores_for(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def parallel_map(work: Callable[[Part], Result], parts: Iterable[Part], workers: int) -> Iterator[Result]:
+def parallel_map(
+    work: Callable[[Part], Result], parts: Sequence[Part], workers: int, *, first_alone: bool = False
+) -> Iterator[Result]:
     """The results of `work` for each part, in order, computed in `workers` threads; in the calling one if that is 1.
 
+    first_alone: begin with the others when the first part is done, such as one that compiles for all.
     `work` itself has to set what PyTorch keeps for each thread, such as inference mode.
     """
-    return map(work, parts) if workers == 1 else thread_pool(workers).map(work, parts)
+    begin = 1 if first_alone else 0
+    for group in (parts[:begin], parts[begin:]):
+        yield from map(work, group) if workers == 1 else thread_pool(workers).map(work, group)
 
 
 @functools.cache

@@ -27,6 +27,18 @@ def test_results_come_in_order_from_threads_that_compute_alone(three_threads):
     assert torch.get_num_threads() == 3
 
 
+def test_the_first_part_is_done_before_the_others_begin(three_threads):
+    done = []
+
+    def work(number):
+        before = tuple(done)
+        done.append(number)
+        return before
+
+    first, *others = parallel_map(work, range(4), 2, first_alone=True)
+    assert first == () and all(before[0] == 0 for before in others)
+
+
 def test_one_worker_is_the_caller():
     assert list(parallel_map(lambda part: threading.current_thread(), [0], 1)) == [threading.current_thread()]
 

@@ -269,17 +269,15 @@ class Trainer:
             gradients = torch.autograd.grad(loss / len(pieces), self._parameters, allow_unused=True)
             return _detached(loss, *figures), gradients
 
-        first = 1 if self._compiling else 0  # compiles alone; the pieces after it find it done
         values = []
-        for group in (pieces[:first], pieces[first:]):
-            for value, gradients in parallel_map(work, group, self._workers):
-                values.append(value)
-                for parameter, gradient in zip(self._parameters, gradients, strict=True):
-                    if parameter.grad is not None and gradient is not None:
-                        parameter.grad.add_(gradient)
-                    elif gradient is not None:
-                        # In the layout of the parameter, which fused AdamW requires: those of linear layers come transposed.
-                        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        for value, gradients in parallel_map(work, pieces, self._workers, first_alone=self._compiling):
+            values.append(value)
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                if parameter.grad is not None and gradient is not None:
+                    parameter.grad.add_(gradient)
+                elif gradient is not None:
+                    # In the layout of the parameter, which fused AdamW requires: those of linear layers come transposed.
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
         return values
 
     def _record(self, losses: list[Tensor]) -> StepRecord:
