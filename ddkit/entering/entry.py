@@ -301,7 +301,7 @@ class _Run:
         left = (outline.seconds or 0.0) - (time.monotonic() - self._began) - MARGIN * fixed
         seconds = max(0.0, left) * outline.expected[name] / flexible
         verb, _, dataset = name.rpartition(" ")
-        settings = next(each for each in state.recipe.sets if each.dataset == dataset).refine
+        settings = state.recipe.set_of(dataset).refine
         if verb == "refine" and settings is not None:
             seconds = refine_limit(outline.speeds[dataset].refine, settings, seconds)
         # What a kill has cost shortens the rest; a stage that has begun is never made longer.
@@ -314,12 +314,12 @@ class _Run:
         recipe = self._place.exact_recipe()
         device = resolve_device(self._device)
         sizes = {f", {dataset_spec(name).image_size} pixels," for name in recipe.datasets}
-        measured = {key: dict(values) for key, values in self._state.recipe.engines.items()}
-        measured |= {key: dict(values) for key, values in remembered_plans(device).items() if key not in measured}
+        # The recipe's own plans count more than what has been measured since.
+        plans = {**remembered_plans(device), **self._state.recipe.engines}
         names = EnginePlan.__dataclass_fields__
         engines = {
-            key: {name: value for name, value in values.items() if name in names}
-            for key, values in measured.items()
+            key: {name: value for name, value in plan.items() if name in names}
+            for key, plan in plans.items()
             if any(size in key for size in sizes)
         }
         recipe = replace(recipe, versions={**versions(), "device": describe_device(device)}, engines=engines)

@@ -174,7 +174,7 @@ class _Planner:
     def within(self, seconds: float, spent: float, *, begun: bool) -> Outline:
         """The plan for a time, which decides the lengths of the trainings and refinements."""
         recipe = self._choose_evaluation(self._recipe, seconds)
-        least = sum(self._least(recipe, name) for name in recipe.datasets)
+        least = sum(map(self._least, recipe.sets))
         expected = self._choose_comparisons(recipe, seconds, seconds - spent - least)
         fixed = sum(expected.values()) * MARGIN
         left = seconds - spent - fixed
@@ -284,12 +284,11 @@ class _Planner:
         )
         return alone
 
-    def _least(self, recipe: Recipe, name: str) -> float:
-        """The least seconds of the stages of a dataset whose length the time decides."""
-        (each,) = (each for each in recipe.sets if each.dataset == name)
-        seconds = self._speeds[name].least_training
+    def _least(self, each: SetRecipe) -> float:
+        """The least seconds of the stages of a set whose length the time decides."""
+        speed, seconds = self._speeds[each.dataset].refine, self._speeds[each.dataset].least_training
         if each.refine is not None:
-            settings, speed = dataclasses.replace(each.refine, val_epochs=_VAL_EPOCHS[-1]), self._speeds[name].refine
+            settings = dataclasses.replace(each.refine, val_epochs=_VAL_EPOCHS[-1])
             seconds += speed.within(RefineLimits(LEAST_STEPS), settings)[1] + speed.validations(settings, LEAST_STEPS)
         return seconds
 

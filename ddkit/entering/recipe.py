@@ -113,6 +113,9 @@ class Recipe:
     def datasets(self) -> tuple[str, ...]:
         return tuple(each.dataset for each in self.sets)
 
+    def set_of(self, dataset: str) -> SetRecipe:
+        return next(each for each in self.sets if each.dataset == dataset)
+
     def with_set(self, changed: SetRecipe) -> Recipe:
         sets = tuple(changed if each.dataset == changed.dataset else each for each in self.sets)
         return dataclasses.replace(self, sets=sets)

@@ -98,7 +98,7 @@ class Workplace:
     def sets_are_there(self) -> bool:
         """True if everything that is packed has been made."""
         if self.recipe.track == 2:
-            return all(has_model(self._run(name)) for name in self.recipe.datasets)
+            return all(has_model(self._model_folder(name)) for name in self.recipe.datasets)
         return all(self.submission(name).exists() for name in self.recipe.datasets)
 
     def stages(self, expected: Mapping[str, float]) -> tuple[Stage, ...]:
@@ -177,14 +177,11 @@ class Workplace:
     def _tensor(self, folder: str, name: str) -> Path:
         return self.folder / folder / f"{name}.pt"
 
-    def _run(self, name: str) -> Path:
+    def _model_folder(self, name: str) -> Path:
         return self.folder / "runs" / name
 
     def _refine_folder(self, name: str) -> Path:
         return self.folder / "runs" / f"{name}-refine"
-
-    def _recipe_of(self, name: str) -> SetRecipe:
-        return next(each for each in self.recipe.sets if each.dataset == name)
 
     def _prepare(self, name: str, progress: Listener) -> None:
         prepare(name, progress=progress)
@@ -203,11 +200,11 @@ class Workplace:
         generate(name, IPC, source, self._tensor("baseline", name), replace=True, progress=progress)
 
     def _is_trained(self, name: str) -> bool:
-        folder, steps = self._run(name), self._recipe_of(name).train_steps
+        folder, steps = self._model_folder(name), self.recipe.set_of(name).train_steps
         return steps is not None and has_model(folder) and read_facts(folder).steps >= steps
 
     def _train(self, name: str, progress: Listener) -> None:
-        each, folder = self._recipe_of(name), self._run(name)
+        each, folder = self.recipe.set_of(name), self._model_folder(name)
         seconds = None
         if each.train_steps is None:
             records = read_records(folder / METRICS_FILE)
@@ -222,31 +219,31 @@ class Workplace:
 
     def _started_from(self, name: str) -> Path:
         """The set that is refined."""
-        return self._tensor("generated" if self._recipe_of(name).preset else "baseline", name)
+        return self._tensor("generated" if self.recipe.set_of(name).preset else "baseline", name)
 
     def _generated(self, name: str) -> Path:
-        return self._started_from(name) if self._recipe_of(name).refine is not None else self.submission(name)
+        return self._started_from(name) if self.recipe.set_of(name).refine is not None else self.submission(name)
 
     def _is_generated(self, name: str) -> bool:
-        folder = self._run(name)
-        if not (self._is_trained(name) and has_model(folder)):
+        if not self._is_trained(name):
             return False
-        return self._has(self._generated(name), kind=KIND_GENERATED, model_sha256=model_hash(folder), seed=self.recipe.seed)
+        facts = {"model_sha256": model_hash(self._model_folder(name)), "seed": self.recipe.seed}
+        return self._has(self._generated(name), kind=KIND_GENERATED, **facts)
 
     def _generate(self, name: str, progress: Listener) -> None:
-        sampling = dataclasses.replace(self._recipe_of(name).sampling_settings, seed=self.recipe.seed)
-        source = FromModel(self._run(name), sampling, self._device)
+        sampling = dataclasses.replace(self.recipe.set_of(name).sampling_settings, seed=self.recipe.seed)
+        source = FromModel(self._model_folder(name), sampling, self._device)
         generate(name, IPC, source, self._generated(name), progress=progress)
 
     def _is_refined(self, name: str) -> bool:
-        steps, folder, out = self._recipe_of(name).refine_steps, self._refine_folder(name), self.submission(name)
+        steps, folder, out = self.recipe.set_of(name).refine_steps, self._refine_folder(name), self.submission(name)
         if steps is None or not out.exists() or not (folder / STATE_FILE).exists():
             return False
         state = RefinementState.read(folder)
         return state.step >= steps and state.validated and (state.made(out) or state.gained_nothing())
 
     def _refine(self, name: str, progress: Listener) -> None:
-        each, folder = self._recipe_of(name), self._refine_folder(name)
+        each, folder = self.recipe.set_of(name), self._refine_folder(name)
         if each.refine is None:
             return
         if each.refine_steps is None:
@@ -311,7 +308,7 @@ class Workplace:
             self._evaluate(list(generators), name, progress)
 
     def _is_bundled(self) -> bool:
-        models = [self._run(name) / FACTS_FILE for name in self.recipe.datasets]
+        models = [self._model_folder(name) / FACTS_FILE for name in self.recipe.datasets]
         if not self.zip_file.exists() or not all(path.exists() for path in models):
             return False
         return all(self.zip_file.stat().st_mtime > path.stat().st_mtime for path in models)
@@ -322,7 +319,9 @@ class Workplace:
         # The whole budget, as on a slow or busy machine the first images take long; a few prove as much as many.
         most = max(dataset_spec(name).num_classes for name in self.recipe.datasets)
         settings = ProofSettings(evaluation_settings(self.recipe).budget or 0.0, most=most)
-        models = [BundleModel(each.dataset, self._run(each.dataset), each.bundle_settings) for each in self.recipe.sets]
+        models = [
+            BundleModel(each.dataset, self._model_folder(each.dataset), each.bundle_settings) for each in self.recipe.sets
+        ]
         packed = pack_bundle(
             models, self.zip_file, proof=settings, records=PackedRecords(packed_file(self.results_file)),
             recipe=str(self.folder / RECIPE_FILE), on_event=self._on_event, progress=progress,
