@@ -71,7 +71,8 @@ def train_generator(
     as steps=2000 or batch_size=64. Raises UsageError for an unknown one, and what `plan_training`, `require_memory`,
     `require_time` and `train` raise.
     """
-    known = (*SETTINGS, *inspect.signature(plan_training).parameters)
+    _data, _settings, _preset, *others = inspect.signature(plan_training).parameters
+    known = (*SETTINGS, *others)
     for name in options.keys() - known:
         raise UsageError(f"A training has no setting '{name}'.", did_you_mean(name, known))
     data = TrainingData.open(dataset, progress=progress)
@@ -126,11 +127,6 @@ def plan_training(
     else:
         name = preset_name or (MINIMAX_PRESET if tunes else "")
         name, config, choices = _new_config(name, data, device, chooses_precision="precision" not in given)
-    if "ema_width" in given:
-        config = dataclasses.replace(config, ema_decay=None)
-    if given.get("min_snr") == 0:
-        config = override(config, {SETTINGS["min_snr"]: None})
-        del given["min_snr"]
     if tunes and config.minimax is None:
         minimax = before_minimax or preset(MINIMAX_PRESET).config(data.image_size).minimax
         config = dataclasses.replace(config, minimax=minimax)
@@ -142,7 +138,12 @@ def plan_training(
                 f"--init {config.minimax.init if config.minimax else ''} for a pretrained one (gigabytes).",
             )
         given["init"] = str(own)
-    config = override(config, {SETTINGS.get(name, name): value for name, value in given.items()})
+    changes = {SETTINGS.get(name, name): value for name, value in given.items()}
+    if "ema_width" in given:
+        changes["ema_decay"] = None
+    if given.get("min_snr") == 0:
+        changes[SETTINGS["min_snr"]] = None
+    config = override(config, changes)
     start = None
     if config.minimax is not None:
         start = start_from(config.minimax, data.images.class_names)

@@ -182,3 +182,5 @@ def test_unknown_method_or_features_raise_usage_error_that_offers_the_nearest(pl
 def test_unknown_setting_raises_usage_error_before_the_dataset_is_opened():
     with pytest.raises(UsageError, match="no setting 'batchsize'. Did you mean 'batch_size'"):
         train_generator("cifar100", batchsize=5)
+    with pytest.raises(UsageError, match="no setting 'settings'"):
+        train_generator("cifar100", settings={"batch_size": 5})
