@@ -87,8 +87,9 @@ def expected_accuracy(
     """Official accuracy after `steps`, interpolated in the course of a recorded refinement; never more than its last one.
 
     start: the set that the refinement starts from; None for one that has not been refined.
-    None where none has been recorded for the dataset, the images per class and the settings (seed, precision and validation
-    may differ), and for a start that has been refined before, since those recorded had not.
+    Returns None unless a refinement of that dataset, with as many images per class and the same settings, has been recorded;
+    seed, precision and validation may differ. Returns None for a refined start as well: the recorded ones started from real
+    images.
     """
     if (dataset, ipc) not in _RECORDED:
         return None

@@ -111,11 +111,12 @@ def refine(
     fresh: start over from the original set. The refined set at `out` is kept in the folder as refined.pt.
     ignore_codes: codes of findings of `check` that are not to stop the refinement.
     A set that does not improve is left as it is.
-    Raises InvalidSubmissionError for a set that `check` refuses; UsageError for an `out` that does not end in .pt or holds
-    the result of another refinement, for the copies that the folder keeps, and where the folder belongs to another set,
-    other settings or other real images, or another process refines in it; ComputeError where the refinement diverges or
-    memory is short, InterruptedRunError after a request to stop, and BadFileError where the system refuses a file, in
-    these three cases after writing the best set so far; and all that `open_dataset` and `save_set` raise.
+    Raises InvalidSubmissionError for a set that `check` refuses, and what `open_dataset` and `save_set` raise.
+    Raises UsageError if `out` does not end in .pt or holds the result of another refinement; if `path` or `out` is a copy
+    that the folder keeps; if the folder belongs to another set, other settings or other real images; and while another
+    process refines in it.
+    After writing the best set so far, raises InterruptedRunError once asked to stop, ComputeError if the refinement diverges
+    or memory is short, and BadFileError if the system refuses a file.
     """
     target = out or path
     require_tensor_name(target)

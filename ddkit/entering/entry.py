@@ -293,7 +293,7 @@ class _Run:
         state.save(self._folder)
 
     def _limit(self, name: str, earlier: float) -> float:
-        """The seconds of work in all of a stage that begins now, or again, and whose length the time decides."""
+        """How many seconds a stage may work, over all calls, where the time decides; asked when it begins or continues."""
         state, outline = self._state, self._state.outline
         to_come = [each for each in self._states.values() if each.status in ("to come", "running")]
         flexible = sum(each.expected for each in to_come if each.name in outline.flexible)

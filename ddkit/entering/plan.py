@@ -245,7 +245,7 @@ class _Planner:
         return settings.number_of_rounds * (budget + (settings.training.epochs_setting + 1) * epoch + test)
 
     def _choose_evaluation(self, recipe: Recipe, seconds: float) -> Recipe:
-        """The most official evaluation of the submission that leaves at least half of the time, where none is asked for."""
+        """The recipe with the first of _EVALUATIONS that takes at most half of the time, unless it says how to evaluate."""
         if recipe.epochs_setting is not None or recipe.rounds is not None:
             return recipe
         official = None
@@ -269,7 +269,7 @@ class _Planner:
         return found
 
     def _choose_comparisons(self, recipe: Recipe, seconds: float, room: float) -> dict[str, float]:
-        """What `_fixed` returns, with comparisons if that leaves at least half of the time. room: seconds for these stages."""
+        """What `_fixed` returns, with comparisons if they fit: all evaluations into half of the time, and all into `room`."""
         expected, alone = self._fixed(recipe), self._fixed(recipe, comparisons=False)
         more = _evaluation_seconds(expected) - _evaluation_seconds(alone)
         fits = _evaluation_seconds(expected) <= _SHARE_OF_EVALUATION * seconds and MARGIN * sum(expected.values()) <= room

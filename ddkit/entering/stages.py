@@ -66,9 +66,9 @@ class Stage:
 class Workplace:
     """An entry's folder, and the functions that its stages run there.
 
-    recipe: as far as it is known; a stage whose length a time decided writes it in. limit: called by such a stage when it
-    begins, with its name and its earlier seconds of work; returns its seconds of work in all. on_event: called with a
-    sentence on each warning and result.
+    recipe: a stage whose length the time decides writes that length in when it is done. limit: such a stage calls it at its
+    beginning with its name and the seconds that earlier calls worked; returns the seconds that all calls may work.
+    on_event: called with a sentence on each warning and result.
     """
 
     def __init__(

@@ -44,8 +44,8 @@ def find_modes(
 
     folder: the model's folder. If its training has left the latents of the images there, they are used; else `images` are
     encoded on the device. images: the prepared training split. dataset_sha256: its hash. count: k. The modes of a class with
-    fewer images are the latents of its images, repeated. Latents that are encoded here are kept in the cache, and so are the
-    modes. Raises UsageError for a class without images, and what `cached_latents` raises.
+    fewer images are the latents of its images, repeated. The cache keeps the modes, and the latents that were encoded.
+    Raises UsageError for a class without images, and what `cached_latents` raises.
     """
     autoencoder = sha256_of(folder / "vae" / WEIGHTS_FILE)
     scale = float(model.autoencoder.config.scaling_factor)
