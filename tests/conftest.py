@@ -50,6 +50,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return cache
 
 
+@pytest.fixture(autouse=True)
+def few_images_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are compared on as few images as they can be: which one is the fastest decides nothing that a test looks at."""
+    from ddkit.network import autotune
+
+    monkeypatch.setattr(autotune, "_LEAST_IMAGES", 1)
+    monkeypatch.setattr(autotune, "_REPEATS", 1)
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of this run of the tests share."""
@@ -232,7 +241,11 @@ def save_dit() -> Callable[[Path, Sequence[str]], Path]:
 
 @pytest.fixture(scope="session")
 def glyph_store(shared_folder: Path) -> Path:
-    """A cache folder in which the letters are prepared, with fewer test images, as every evaluation looks at all of them."""
+    """A cache folder in which the letters are prepared, with fewer test images, as every evaluation looks at all of them.
+
+    The classifier that judges the order of rows is there too.
+    """
+    from ddkit.checks.classifier import class_model
     from ddkit.data import glyphs
     from ddkit.data.prepare import prepare
 
@@ -241,13 +254,15 @@ def glyph_store(shared_folder: Path) -> Path:
         patch.setenv("DDKIT_CACHE", str(folder))
         patch.setitem(glyphs.PER_CLASS, "test", 20)
         prepare("glyphs")
+        class_model("glyphs")
     return folder
 
 
 @pytest.fixture
 def letters(glyph_store: Path, own_cache: Path) -> str:
-    """The name of the drawn letters, which are prepared in the test's own cache."""
-    shutil.copytree(glyph_store / "glyphs", own_cache / "glyphs")
+    """The name of the drawn letters, which are prepared in the test's own cache, with their classifier."""
+    for name in ("glyphs", "_checks"):
+        shutil.copytree(glyph_store / name, own_cache / name)
     return "glyphs"
 
 

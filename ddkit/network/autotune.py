@@ -85,6 +85,9 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_l
     if precision == "auto":
         # Each is measured and remembered by itself, as what follows asks for the one that was taken.
         return min((_fastest(network, each, batch_size) for each in PRECISIONS), key=lambda each: each[1].seconds)[1].plan
+    plans = candidates(network, precision, batch_size)
+    if len(plans) == 1:
+        return plans[0]
     key, best = _fastest(network, precision, batch_size)
     if device.type != "cuda" or images_left * best.seconds * _MOST_SAVED_BY_COMPILING < _SECONDS_OF_COMPILING:
         return best.plan
@@ -138,8 +141,8 @@ def _best(key: str, network: ConvNet, plans: Sequence[EnginePlan], batch_size: i
         seconds, start = values.pop("seconds", 0.0), values.pop("start", 0.0)
         return _Measured(EnginePlan.from_dict(values), seconds, start)
     found: list[_Measured] = []
-    # The plain way, by far the slowest on a CPU, comes last and is given up soon. A single plan is only measured where "auto"
-    # may compare it with the plain way of the other precision.
+    # The plain way, by far the slowest on a CPU, comes last and is given up soon. Where it is the only one, "auto" compares it
+    # with that of the other precision.
     for plan in reversed(plans) if len(plans) > 1 or plans[0].kind == "plain" else ():
         least = min((each.seconds for each in found), default=float("inf"))
         try:

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -25,7 +27,8 @@ def test_class_model_is_read_from_the_cache_and_fitted_again_if_that_is_damaged(
 
 
 @pytest.mark.slow
-def test_class_model_tells_the_progress_of_the_fit_and_nothing_once_it_is_kept(letters):
+def test_class_model_tells_the_progress_of_the_fit_and_nothing_once_it_is_kept(letters, own_cache):
+    shutil.rmtree(own_cache / "_checks")
     told = []
     class_model("glyphs", progress=told.append)
     assert told[0].done == 0 and told[-1].done == told[-1].total == 2000
@@ -37,6 +40,7 @@ def test_class_model_tells_the_progress_of_the_fit_and_nothing_once_it_is_kept(l
 
 @pytest.mark.slow
 def test_class_model_is_fitted_if_the_cache_cannot_be_written(letters, own_cache):
+    shutil.rmtree(own_cache / "_checks")
     (own_cache / "_checks").write_text("")
     assert class_model("glyphs").weight.isfinite().all()
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import processes
 import pytest
@@ -82,7 +83,8 @@ def test_fix_order_with_options_that_judge_is_wrong_usage(work):
 
 
 @pytest.mark.slow
-def test_first_check_reports_the_progress_of_fitting_the_classifier(letters, work):
+def test_first_check_reports_the_progress_of_fitting_the_classifier(letters, own_cache, work):
+    shutil.rmtree(own_cache / "_checks")
     real = load_dataset(letters, "train")
     torch.save(normalize(real.images.unflatten(0, (10, -1))[:, :10].flatten(0, 1), GLYPHS), work / "glyphs.pt")
     first = run("check", "glyphs.pt")
