@@ -73,14 +73,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_chart(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a PNG with the loss of each stage and each score. Raises BadFileError when it cannot be written."""
+    """Write a PNG with the loss of each stage and each score, unless no stage has two losses and there is no score.
+
+    Raises BadFileError when it cannot be written.
+    """
+    stages = [record["stage"] for record in records]
+    if "score" not in stages and len(set(stages)) == len(stages):
+        return
     from matplotlib.figure import Figure
 
     # A panel for each stage, then one for each score.
     by_panel: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["stage"] == "score"):
         by_panel.setdefault((record["stage"], record.get("name", "")), []).append(record)
-    panels = max(1, len(by_panel))
+    panels = len(by_panel)
     figure = Figure(figsize=(4 * panels, 3), layout="constrained")
     for axes, ((stage, _), shown) in zip(figure.subplots(1, panels, squeeze=False)[0], by_panel.items(), strict=False):
         steps = [record["step"] for record in shown]

@@ -64,7 +64,9 @@ def test_tracked_training_keeps_the_best_model_and_draws_a_chart(data, config, t
 
 
 @pytest.mark.slow
-def test_chart_shows_a_fine_tuning(tmp_path):
-    draw_chart([], tmp_path / "nothing.png")
-    draw_chart([{"stage": "minimax", "step": step, "loss": 1 / step} for step in (1, 2, 3)], tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes() != (tmp_path / "nothing.png").read_bytes()
+def test_chart_shows_a_fine_tuning_that_has_two_losses(tmp_path):
+    losses = [{"stage": "minimax", "step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    for name, shown in (("nothing", []), ("one", losses[:1]), ("two", losses[:2]), ("three", losses)):
+        draw_chart(shown, tmp_path / f"{name}.png")
+    assert {path.stem for path in tmp_path.iterdir()} == {"two", "three"}
+    assert (tmp_path / "two.png").read_bytes() != (tmp_path / "three.png").read_bytes()
