@@ -13,7 +13,8 @@ What a real GPU's kernels, allocator and streams do is not tested by this.
 from __future__ import annotations
 
 import contextlib
-import traceback
+import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -136,12 +137,15 @@ _gpu: PretendedGPU  # the present one
 
 def _place() -> str:
     """The two innermost lines of ddkit or of the track 2 scripts."""
-    lines = [
-        f"{frame.filename.rpartition('/ddkit/')[2] or frame.filename}:{frame.lineno}"
-        for frame in reversed(traceback.extract_stack())
-        if any(folder in frame.filename for folder in ("/ddkit/", "/track2/", "/entry/"))
-    ]
-    return " < ".join(lines[:2]) or "the test"
+    lines: list[str] = []
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        file = frame.f_code.co_filename
+        if any(folder in file for folder in ("/ddkit/", "/track2/", "/entry/")):
+            lines.append(f"{file.rpartition('/ddkit/')[2] or file}:{frame.f_lineno}")
+        if len(lines) == 2:
+            break
+    return " < ".join(lines) or "the test"
 
 
 def _is_gpu(device: Any) -> bool:
@@ -231,18 +235,21 @@ class PretendedTensor(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
+_name = functools.cache(str)  # of an operation
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation below autograd with at least one tensor on the pretended GPU."""
-    name = str(func)
+    name = _name(func)
     tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     # A tensor of one number on the CPU may be in any operation: it is passed as a number.
     others = [tensor for tensor in tensors if not isinstance(tensor, PretendedTensor) and tensor.dim() > 0]
-    devices = sorted({str(tensor.device) for tensor in (*ours, *others)}, reverse=True)
-    if len(devices) > 1 and (name not in _MAY_MIX or (name.startswith(_INDEXING) and not others)):
+    places = {*(f"cuda:{tensor.index}" for tensor in ours), *(str(tensor.device) for tensor in others)}
+    if len(places) > 1 and (name not in _MAY_MIX or (name.startswith(_INDEXING) and not others)):
+        first, second, *_ = sorted(places, reverse=True)
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {devices[0]} and {devices[1]}! "
-            f"({name})"
+            f"Expected all tensors to be on the same device, but found at least two devices, {first} and {second}! ({name})"
         )
     if others and name.startswith(_INDEXING):
         _gpu.wait("indices from the CPU")
@@ -366,11 +373,12 @@ class _Mode(TorchFunctionMode):
         if func is torch.Tensor.to:
             return _moved(first, args[1:], kwargs)
         generator, device = kwargs.get("generator"), kwargs.get("device")
-        like_ours = any(isinstance(leaf, PretendedTensor) for leaf in _leaves(args))
-        on_gpu = _is_gpu(device) or (device is None and like_ours)
-        if generator is not None and isinstance(generator, PretendedGenerator) != on_gpu:
-            places = ("cuda", "cpu") if on_gpu else ("cpu", "cuda")
-            raise RuntimeError("Expected a '{}' device type for generator but found '{}'".format(*places))
+        if generator is not None:
+            like_ours = any(isinstance(leaf, PretendedTensor) for leaf in _leaves(args))
+            on_gpu = _is_gpu(device) or (device is None and like_ours)
+            if isinstance(generator, PretendedGenerator) != on_gpu:
+                places = ("cuda", "cpu") if on_gpu else ("cpu", "cuda")
+                raise RuntimeError("Expected a '{}' device type for generator but found '{}'".format(*places))
         if not _is_gpu(device):
             return func(*args, **kwargs)
         return self._factory(func, name, args, kwargs | {"device": torch.device("cpu")}, _index(device))
