@@ -28,7 +28,7 @@ from ddkit.runtime.threads import parallel_map
 # averaging subtracts; all float32. Cores that share a step have their own gradients as well.
 _COPIES_OF_PARAMETERS = 6
 _BYTES_PER_VALUE = 4
-_PROBE_BATCH = 4  # images for which memory is measured
+_PROBE_BATCH = 2  # images for which memory is measured
 _RESERVE = 0.9  # of the free memory may be planned for
 _SMALLER = "Choose a smaller --preset, or another --device."
 _PASSES = 4  # at least as many are timed if images are slow
