@@ -124,7 +124,7 @@ def test_segments_come_from_one_trajectory_and_have_the_length_of_the_span(holdo
 def test_experts_learn_to_classify_held_out_images(letters):
     spec = dataset_spec(letters)
     real = TrainHoldout(load_dataset(letters, "train"), spec, held_out=0.1, seed=0)
-    settings = ExpertSettings(count=1, steps=40, batch_size=64, keep_every=40, span=40)
+    settings = ExpertSettings(count=1, steps=30, batch_size=32, keep_every=30, span=30)
     start, end = experts(real, settings).sample_segment(torch.Generator().manual_seed(0))
     accuracies = []
     for place in (start, end):

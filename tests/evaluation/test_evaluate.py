@@ -335,13 +335,13 @@ def test_a_gpus_memory_is_free_before_the_next_generator_runs(gpu):
 
 @pytest.mark.slow
 def test_an_evaluation_on_a_gpu_gives_the_accuracies_of_a_cpu_and_is_continued(gpu, tmp_path):
-    whole = evaluated(device="cpu", epochs_setting=12, rounds=3)
+    whole = evaluated(device="cpu", epochs_setting=5)
 
     def stop_halfway(report):
-        if report.done == 15:
+        if report.done == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    options = {"device": "cuda", "epochs_setting": 12, "rounds": 3, "state": StateFolder(tmp_path, 0.0)}
+    options = {"device": "cuda", "epochs_setting": 5, "state": StateFolder(tmp_path, 0.0)}
     with pytest.raises(InterruptedRunError):
         evaluated(progress=stop_halfway, **options)
     outcome = evaluated(**options)

@@ -158,11 +158,11 @@ def test_sampling_waits_once_a_batch(gpu, second_gpu, make_model, architecture, 
 def test_mode_guided_sampling_waits_once_a_batch(gpu, second_gpu, make_model, prediction):
     modes = torch.randn(3, 2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     settings = SamplingSettings("ddim", steps=4, batch_size=4, mode_guidance=0.1, precision="float32")
-    labels, indices = class_ordered(8, 3)
+    labels, indices = class_ordered(4, 3)
     on_cpu = torch.cat([*Sampler(make_model(prediction=prediction), settings, modes=modes).images(labels, indices)])
     ours = Sampler(make_model(prediction=prediction), settings, second_gpu, modes=modes)
     made = [*ours.images(labels, indices)]
-    assert waits_of(gpu, lambda: [*ours.images(labels, indices)]) == 6, gpu.waits
+    assert waits_of(gpu, lambda: [*ours.images(labels, indices)]) == 3, gpu.waits
     assert (torch.cat(made).int() - on_cpu.int()).abs().max() <= 1
 
 
@@ -181,13 +181,13 @@ def influence_of(device, name, *, classes=3, epochs=2):
 
 @pytest.mark.slow
 def test_influence_guided_sampling_waits_once_a_batch(gpu, second_gpu, make_model):
-    settings = SamplingSettings("ddim", steps=6, batch_size=4, influence_guidance=0.1, precision="float32")
-    labels, indices = class_ordered(8, 3)
+    settings = SamplingSettings("ddim", steps=4, batch_size=4, influence_guidance=0.1, precision="float32")
+    labels, indices = class_ordered(4, 3)
     here, there = influence_of("cpu", "once"), influence_of(second_gpu, "once")  # by the same networks
     on_cpu = torch.cat([*Sampler(make_model(), settings, influence=here).images(labels, indices)])
     ours = Sampler(make_model(), settings, second_gpu, influence=there)
     made = [*ours.images(labels, indices)]
-    assert waits_of(gpu, lambda: [*ours.images(labels, indices)]) == 6, gpu.waits
+    assert waits_of(gpu, lambda: [*ours.images(labels, indices)]) == 3, gpu.waits
     assert (torch.cat(made).int() - on_cpu.int()).abs().max() <= 1
 
 
