@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,28 @@ def second_gpu(gpu):
     return "cuda:1"
 
 
-@pytest.fixture
-def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans and dry runs measure for a tenth of a second what they measure for one to three seconds otherwise."""
+def shorten_measurements(patch: pytest.MonkeyPatch) -> None:
+    """Measure for a tenth of a second what is measured for one to three otherwise, and refine by default with few images."""
+    from ddkit.distill.settings import PRESETS
     from ddkit.entering import plan
     from ddkit.evaluation.estimate import estimate_evaluation
     from ddkit.generator.training.estimate import estimate
+    from ddkit.generator.training.plan import measure_costs
 
-    monkeypatch.setattr(plan, "_TRIED", 0.1)
-    monkeypatch.setitem(estimate_evaluation.__kwdefaults__, "tried_seconds", 0.1)
-    monkeypatch.setitem(estimate.__kwdefaults__, "seconds", 0.1)
+    patch.setattr(plan, "_TRIED", 0.1)
+    patch.setattr(plan, "_REAL_PER_CLASS", 12)
+    patch.setitem(estimate_evaluation.__kwdefaults__, "tried_seconds", 0.1)
+    for measure in (estimate, measure_costs):
+        patch.setitem(measure.__kwdefaults__, "seconds", 0.1)
+    pool = replace(PRESETS["track1"].pool, size=2)
+    few = replace(PRESETS["track1"], batch_real=2, val_epochs=0, held_out=0.02, dm_steps=1, pool=pool)
+    patch.setitem(PRESETS, "track1", few)
+
+
+@pytest.fixture
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans and dry runs take a moment."""
+    shorten_measurements(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -239,9 +252,8 @@ def save_dit() -> Callable[[Path, Sequence[str]], Path]:
     return save
 
 
-@pytest.fixture(scope="session")
-def glyph_store(shared_folder: Path) -> Path:
-    """A cache folder in which the letters are prepared, with fewer test images, as every evaluation looks at all of them.
+def _prepare_letters(cache: Path, **per_class: int) -> Path:
+    """Prepare the letters in that cache folder, with so many images of each class in the splits that are named.
 
     The classifier that judges the order of rows is there too.
     """
@@ -249,13 +261,25 @@ def glyph_store(shared_folder: Path) -> Path:
     from ddkit.data import glyphs
     from ddkit.data.prepare import prepare
 
-    folder = shared_folder / "glyph-cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDKIT_CACHE", str(folder))
-        patch.setitem(glyphs.PER_CLASS, "test", 20)
+        patch.setenv("DDKIT_CACHE", str(cache))
+        for split, count in per_class.items():
+            patch.setitem(glyphs.PER_CLASS, split, count)
         prepare("glyphs")
         class_model("glyphs")
-    return folder
+    return cache
+
+
+@pytest.fixture(scope="session")
+def glyph_store(shared_folder: Path) -> Path:
+    """A cache folder in which the letters are prepared, with fewer test images, as every evaluation looks at all of them."""
+    return _prepare_letters(shared_folder / "glyph-cache", test=20)
+
+
+@pytest.fixture(scope="session")
+def few_glyphs_store(shared_folder: Path) -> Path:
+    """A cache folder in which a few of the letters are prepared."""
+    return _prepare_letters(shared_folder / "few-glyphs-cache", train=60, test=10)
 
 
 @pytest.fixture
@@ -263,6 +287,14 @@ def letters(glyph_store: Path, own_cache: Path) -> str:
     """The name of the drawn letters, which are prepared in the test's own cache, with their classifier."""
     for name in ("glyphs", "_checks"):
         shutil.copytree(glyph_store / name, own_cache / name)
+    return "glyphs"
+
+
+@pytest.fixture
+def few_letters(few_glyphs_store: Path, own_cache: Path) -> str:
+    """The same of 600 letters and 100 test images."""
+    for name in ("glyphs", "_checks"):
+        shutil.copytree(few_glyphs_store / name, own_cache / name)
     return "glyphs"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 
 import pytest
 from click.testing import CliRunner
@@ -9,12 +10,19 @@ from click.testing import CliRunner
 from ddkit.cli import main
 from ddkit.cli.demo import _recipe
 from ddkit.cli.enter import enter
+from ddkit.distill.estimate import RefineSpeed
 from ddkit.distill.settings import RefineSettings
-from ddkit.entering.recipe import Recipe, SetRecipe, write_recipe
+from ddkit.entering.plan import Speeds, draft, outline_at
+from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe, write_recipe
+from ddkit.entering.stages import Workplace
+from ddkit.runtime.files import write_json
 
 pytestmark = pytest.mark.usefixtures("work", "short_measurements")
 
 PLANNED = ("--time", "20m", "--datasets", "glyphs", "--epochs-setting", "2", "--rounds", "1", "--dry-run")
+
+
+SPEEDS = Speeds(RefineSpeed({"dm": 1.0, "random networks": 1.0, "pool": 1.0}, 0.1, 0.1), 0.1, 0.001, (100.0, 100.0), 50.0)
 
 
 def ddkit(*words):
@@ -22,12 +30,13 @@ def ddkit(*words):
 
 
 @pytest.mark.slow
-def test_dry_run_prints_every_stage_and_writes_nothing(work):
+def test_dry_run_prints_every_stage_and_writes_nothing(work, few_letters):
     done = ddkit(*PLANNED, "--json", "--quiet")
     assert done.exit_code == 0, done.output
     plan = json.loads(done.output)
     names = ["prepare", "random real images", "refine", "evaluate submission", "evaluate baseline"]
     assert [stage["name"] for stage in plan["stages"]] == [f"{name} glyphs" for name in names] + ["check and pack", "report"]
+    assert [stage["status"] for stage in plan["stages"]] == ["done"] + ["to come"] * 6  # the letters are prepared
     assert plan["stages"][2]["expected"] > 600 and plan["seconds"] == 1200
     assert not list(work.iterdir())
 
@@ -47,8 +56,11 @@ def test_dry_run_on_track_2_trains_and_bundles(work):
     assert stages["train glyphs"] > 600 and stages["evaluate glyphs"] > 5 and not list(work.iterdir())
 
 
-@pytest.mark.slow
-def test_dry_run_shows_a_table_for_people(work):
+def test_dry_run_of_an_entry_that_was_begun_shows_a_table_for_people(work):
+    recipe = draft(["glyphs"], epochs_setting=2, rounds=1)
+    outline = outline_at({"glyphs": SPEEDS}, recipe, 1200.0)
+    state = {"asked": recipe.to_json(), "outline": asdict(outline), "recipe": asdict(outline.recipe)}
+    write_json(work / "ddkit-entry" / "runs" / "entry.json", state)
     done = ddkit(*PLANNED)
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
@@ -91,14 +103,14 @@ def test_a_relative_cache_folder_lies_where_the_command_was_typed(work, letters,
     assert done.exit_code == 2 and "other training images of 'glyphs'" in " ".join(done.output.split())
 
 
-@pytest.mark.slow
 def test_the_demo_is_an_entry_with_a_recipe_of_its_own(work):
     recipe = _recipe(5)
     assert recipe.datasets == ("glyphs",) and recipe.sets[0].preset and recipe.sets[0].refine.seed == recipe.seed == 5
     write_recipe(recipe, work / "demo.toml")
-    done = ddkit("--recipe", "demo.toml", "--dry-run", "--json", "--quiet")
-    assert done.exit_code == 0, done.output
-    verbs = [stage["name"].removesuffix(" glyphs") for stage in json.loads(done.output)["stages"]]
+    assert read_recipe(work / "demo.toml") == recipe
+    outline = outline_at({"glyphs": SPEEDS}, recipe, None)
+    place = Workplace(work, outline.recipe, "cpu", lambda name, earlier: 0.0, print)
+    verbs = [stage.name.removesuffix(" glyphs") for stage in place.stages(outline.expected)]
     assert verbs == [
         "prepare", "random real images", "train", "generate", "refine", "evaluate submission", "evaluate generated",
         "evaluate baseline", "check and pack", "report",

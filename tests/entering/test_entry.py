@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import zipfile
+from dataclasses import asdict
+from pathlib import Path
 
 import processes
 import pytest
@@ -12,15 +14,16 @@ import torch
 from click.testing import CliRunner
 
 from ddkit.cli import main
+from ddkit.distill.estimate import RefineSpeed
 from ddkit.distill.generate import FromReal, generate
 from ddkit.entering.entry import enter, plan_entry
-from ddkit.entering.plan import MARGIN
+from ddkit.entering.plan import MARGIN, Speeds, draft, outline_at
 from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe
 from ddkit.errors import UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings
 from ddkit.evaluation.job import JobSettings, evaluate_files
 from ddkit.results import append, read
-from ddkit.runtime.files import sha256_of
+from ddkit.runtime.files import sha256_of, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -65,9 +68,8 @@ precision = "float32"
 REAL = TRAINED.replace('preset = "demo"\nautoencoder_steps = 4\ntrain_steps = 4\n', "")
 
 
-def start(work, *words, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return processes.start("-m", "ddkit", "enter", "--device", "cpu", *words, cwd=work, env=environment, **options)
+# `ddkit enter`, in a process that measures shortly.
+ENTER = "import conftest, pytest, ddkit.cli; conftest.shorten_measurements(pytest.MonkeyPatch()); ddkit.cli.main()"
 
 
 def finish(*words):
@@ -78,7 +80,8 @@ def finish(*words):
 
 def stop_at(work, text, number, *words):
     """Run until a line of standard error holds the text, then send the signal. Returns the exit status."""
-    process = start(work, *words)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = processes.start("-c", ENTER, "enter", "--device", "cpu", *words, cwd=work, env=environment)
     for line in process.stderr:
         if text in line:
             break
@@ -87,9 +90,34 @@ def stop_at(work, text, number, *words):
     return process.returncode
 
 
+def begin(folder, recipe, seconds=None, **state):
+    """An entry as it is once it has been planned, on a machine of made-up speeds. state: what else it has kept."""
+    refining = RefineSpeed({"dm": 1.0, "random networks": 1.0, "pool": 1.0}, 0.1, 0.1)
+    outline = outline_at({"glyphs": Speeds(refining, 0.1, 0.001, (100.0, 100.0), 50.0)}, recipe, seconds)
+    kept = {"asked": recipe.to_json(), "outline": asdict(outline), "recipe": asdict(outline.recipe)}
+    write_json(folder / "runs" / "entry.json", kept | state)
+    return outline
+
+
+class BrokenOff(Exception):
+    pass
+
+
+def break_off(folder, recipe, seconds, stage):
+    """Continue an entry in this process until the stage begins, where it ends without a word, as a kill would end it."""
+
+    def look(states):
+        if (stage, "running") in [(state.name, state.status) for state in states]:
+            raise BrokenOff
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BrokenOff):
+        patch.chdir(folder)
+        enter(recipe, Path(), seconds=seconds, device="cpu", watch=look)
+
+
 @pytest.fixture
-def work(letters, short_measurements, tmp_path, monkeypatch):
-    """The working folder, with recipes of the letters, which are prepared."""
+def place(short_measurements, tmp_path, monkeypatch):
+    """The working folder, with recipes of the letters."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes have that are killed
@@ -99,7 +127,20 @@ def work(letters, short_measurements, tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes_it_again(work):
+@pytest.fixture
+def work(place, few_letters):
+    """The working folder, where a few letters are prepared."""
+    return place
+
+
+@pytest.fixture
+def work_with_letters(place, letters):
+    """The same with as many as a check needs for sets that a generator made."""
+    return place
+
+
+def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes_it_again(work_with_letters):
+    work = work_with_letters
     words = ("--recipe", "trained.toml", "--folder", "entry")
     assert stop_at(work, "train glyphs", signal.SIGKILL, *words) == -signal.SIGKILL
     assert stop_at(work, "evaluate submission", signal.SIGTERM, *words) == 130
@@ -155,30 +196,32 @@ def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_sample
 
 def test_a_disk_that_fills_up_stops_in_words_and_the_same_command_continues(work):
     words = ("--recipe", "real.toml", "--folder", "entry")
+    begin(work / "entry", read_recipe(work / "real.toml"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # The tensor of the set has 1.2 MB, the state of a refinement several times as much.
-    process = start(work, *words, limits={resource.RLIMIT_FSIZE: 2_500_000})
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 3 and "state.pt: File too large." in " ".join(said.split()) and "Traceback" not in said
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, before[1]))
+    try:
+        status, _, said = finish(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 3 and "state.pt: File too large." in " ".join(said.split()) and "Traceback" not in said
     status, _, said = finish(*words)
     assert status == 0 and "Done already: prepare glyphs, random real images glyphs." in said
     assert (work / "entry/submission.zip").is_file()
 
 
 def edit_state(work, **changes):
-    """Change what an entry has kept, as on another machine. A refinement that has not begun validates shortly."""
+    """Change what an entry has kept, as if the time had gone by in another way."""
     path = work / "entry/runs/entry.json"
-    values = json.loads(path.read_text()) | changes
-    for recipe in (values["recipe"], values["outline"]["recipe"]):
-        recipe["sets"][0]["refine"] |= {"val_epochs": 0, "batch_real": 2, "held_out": 0.01}
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_time_that_is_up_inside_a_stage_keeps_its_state_and_packs_what_there_is(work):
+    recipe, seconds = draft(["glyphs"], epochs_setting=300, rounds=1, device="cpu"), 3 * 3600.0
+    begin(work / "entry", recipe, seconds, limits={"refine glyphs": 0.5})
+    break_off(work / "entry", recipe, seconds, "evaluate submission glyphs")
+    edit_state(work, spent=1.1 * seconds - 4)
     words = ("--datasets", "glyphs", "--epochs-setting", "300", "--rounds", "1", "--folder", "entry", "--time", "3h")
-    assert stop_at(work, "refine glyphs", signal.SIGKILL, *words) == -signal.SIGKILL
-    edit_state(work, limits={"refine glyphs": 1.0})
-    assert stop_at(work, "evaluate submission", signal.SIGKILL, *words) == -signal.SIGKILL
-    edit_state(work, spent=1.1 * 3 * 3600 - 4)
     status, output, said = finish(*words, "--json")
     assert status == 0, said
     found = json.loads(output)
@@ -190,11 +233,11 @@ def test_time_that_is_up_inside_a_stage_keeps_its_state_and_packs_what_there_is(
 
 
 def test_time_that_was_lost_shortens_a_stage_that_had_begun(work):
+    recipe, seconds = draft(["glyphs"], epochs_setting=0, rounds=1, device="cpu"), 3 * 3600.0
+    outline = begin(work / "entry", recipe, seconds, limits={"refine glyphs": 9000.0})
+    fixed = sum(seconds for name, seconds in outline.expected.items() if name not in outline.flexible)
+    edit_state(work, spent=seconds - MARGIN * fixed)
     words = ("--datasets", "glyphs", "--epochs-setting", "0", "--rounds", "1", "--folder", "entry", "--time", "3h")
-    assert stop_at(work, "refine glyphs", signal.SIGKILL, *words) == -signal.SIGKILL
-    outline = json.loads((work / "entry/runs/entry.json").read_text())["outline"]
-    fixed = sum(seconds for name, seconds in outline["expected"].items() if name not in outline["flexible"])
-    edit_state(work, limits={"refine glyphs": 9000.0}, spent=3 * 3600 - MARGIN * fixed)
     status, output, said = finish(*words, "--json")
     assert status == 0, said
     assert json.loads(output)["unfinished"] == []
@@ -206,37 +249,38 @@ def test_more_time_refines_further_and_other_settings_are_refused(work):
     least = finish(*words, "--time", "1s")
     assert least[0] == 2 and "--time 1s is too short: this entry needs" in " ".join(least[2].split())
     assert not (work / "entry/runs").exists()
-    seconds = 0.0
-    for hours in ("2h", "3h"):
-        assert stop_at(work, "refine glyphs", signal.SIGKILL, *words, "--time", hours) == -signal.SIGKILL
-        edit_state(work, limits={"refine glyphs": seconds + 0.7})
-        status, _, said = finish(*words, "--time", hours)
-        assert status == 0, said
-        now = torch.load(work / "entry/runs/glyphs-refine/state.pt", weights_only=True)["seconds"]
-        assert now > seconds
-        seconds = now
+
+    def refined():
+        return torch.load(work / "entry/runs/glyphs-refine/state.pt", weights_only=True)["seconds"]
+
+    recipe = draft(["glyphs"], epochs_setting=0, rounds=1, device="cpu")
+    begin(work / "entry", recipe, 2 * 3600.0, limits={"refine glyphs": 0.3})
+    status, _, said = finish(*words, "--time", "2h")
+    assert status == 0, said
+    before = refined()
+    break_off(work / "entry", recipe, 3 * 3600.0, "refine glyphs")
+    edit_state(work, limits={"refine glyphs": before + 0.3})
+    status, _, said = finish(*words, "--time", "3h")
+    assert status == 0, said
+    assert refined() > before > 0
     other = finish(*words, "--time", "3h", "--seed", "1")
     assert other[0] == 2 and f"{work}/entry holds an entry with other settings (seed, sets)" in " ".join(other[2].split())
-    recipe = finish("--recipe", "real.toml", "--folder", "entry")
-    assert recipe[0] == 2 and "holds an entry with other settings" in " ".join(recipe[2].split())
+    real = finish("--recipe", "real.toml", "--folder", "entry")
+    assert real[0] == 2 and "holds an entry with other settings" in " ".join(real[2].split())
 
 
-def test_a_set_that_takes_the_place_of_an_evaluated_one_is_evaluated_too(work):
+def test_a_set_that_takes_the_place_of_an_evaluated_one_is_evaluated_too(work_with_letters):
     recipe = Recipe((SetRecipe("glyphs", preset="demo", autoencoder_steps=2, train_steps=2),), epochs_setting=0, rounds=1)
-    entry, earlier = work / "entry", work / "entry/submission/glyphs.pt"
+    entry = work_with_letters / "entry"
+    earlier = entry / "submission/glyphs.pt"
     generate("glyphs", 10, FromReal("random", 0, "cpu"), earlier)
     settings = EvaluationSettings(rounds=1, epochs_setting=0, device="cpu")
     evaluate_files([earlier], JobSettings(settings, results=entry / "runs/results.jsonl"))
     before = sha256_of(earlier)
+    begin(entry, recipe)
     made = enter(recipe, entry, device="cpu")
     now = sha256_of(earlier)
     assert now != before and now in {result.sha256 for result in made.leaderboard.results}
-
-
-def test_plan_entry_writes_nothing(work):
-    plan = plan_entry(read_recipe(work / "real.toml"), work / "entry", device="cpu")
-    assert [state.status for state in plan.states()] == ["done"] + ["to come"] * (len(plan.stages) - 1)  # prepared
-    assert not (work / "entry").exists()
 
 
 def test_a_recipe_of_other_images_is_refused_before_anything_is_made(work):

@@ -108,7 +108,7 @@ def test_on_track_2_the_training_takes_as_long_as_a_training_must():
 
 
 @pytest.mark.slow
-def test_the_least_training_of_a_plan_is_what_training_itself_accepts(tmp_path, colors):
+def test_the_least_training_of_a_plan_is_what_training_itself_accepts(tmp_path, colors, short_measurements):
     recipe = Recipe((SetRecipe(colors, preset="tiny"),), track=2)
     least = make_outline(recipe, 10**6, device="cpu").speeds[colors].least_training
     request = functools.partial(plan_training, TrainingData.open(colors), {}, preset_name="tiny", device="cpu")
