@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import ddkit
 from ddkit import api
 from ddkit.cli import main
+from ddkit.data.glyphs import PER_CLASS
 from ddkit.errors import InterruptedRunError, UsageError
 from ddkit.runtime.progress import Progress
 
@@ -69,7 +70,9 @@ def test_what_makes_sets_of_real_images_does_not_import_diffusers():
 
 
 @pytest.mark.slow
-def test_load_dataset_and_generate_report_their_progress(tmp_path):
+def test_load_dataset_and_generate_report_their_progress(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        monkeypatch.setitem(PER_CLASS, split, 5)
     reports = []
     dataset = ddkit.load_dataset("glyphs", "test", progress=reports.append)
     made = ddkit.generate("glyphs", ipc=1, from_real="first", out=tmp_path / "glyphs.pt")
@@ -79,7 +82,7 @@ def test_load_dataset_and_generate_report_their_progress(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_python_example_of_the_readme_runs(letters, tmp_path):
+def test_the_python_example_of_the_readme_runs(few_letters, tmp_path):
     (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     done = processes.run("-c", example, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -88,9 +91,9 @@ def test_the_python_example_of_the_readme_runs(letters, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_makes_a_generator_that_generate_samples(letters, tmp_path):
+def test_train_makes_a_generator_that_generate_samples(few_letters, tmp_path):
     reports = []
-    model = ddkit.train(letters, preset="demo", seconds=2, out=tmp_path / "run", batch_size=8, progress=reports.append)
+    model = ddkit.train(few_letters, preset="demo", seconds=0.5, out=tmp_path / "run", batch_size=8, progress=reports.append)
     made = ddkit.generate("glyphs", ipc=1, model=tmp_path / "run", out=tmp_path / "glyphs.pt")
     assert model.facts.steps > 0 and made.kind == "generated" and len(made.images) == 10 and reports
 
@@ -117,7 +120,7 @@ def test_generate_makes_the_images_that_the_command_does(colors, colors_model, t
 
 
 @pytest.mark.slow
-def test_interrupted_evaluate_continues_when_called_again(letters, tmp_path, monkeypatch):
+def test_interrupted_evaluate_continues_when_called_again(few_letters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = ddkit.generate("glyphs", ipc=1, from_real="first").path
     options = {"rounds": 1, "epochs_setting": 5, "device": "cpu"}

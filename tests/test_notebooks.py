@@ -79,7 +79,7 @@ class TestQuickstart:
         assert not re.search(r"/(home|root|Users|work|tmp|opt|usr|var)/", without_pictures)
 
     @pytest.mark.slow
-    def test_notebook_runs_from_zero_to_a_packed_set(self, letters, tmp_path):
+    def test_notebook_runs_from_zero_to_a_packed_set(self, few_letters, tmp_path):
         nbclient = pytest.importorskip("nbclient", reason="needs nbclient: pip install '.[test]'")
         pytest.importorskip("ipykernel", reason="needs ipykernel: pip install '.[test]'")
         notebook = self.read()
