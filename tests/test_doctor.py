@@ -11,7 +11,7 @@ from ddkit.challenge import CIFAR100
 from ddkit.data.class_names import CLASS_NAMES
 from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
-from ddkit.doctor import diagnose, examine_datasets
+from ddkit.doctor import _compiler, _engine, _processor, diagnose, examine_datasets
 from ddkit.runtime.container import available_cpus
 from ddkit.runtime.progress import span_text
 
@@ -34,10 +34,9 @@ def test_diagnose_names_every_part_once_with_a_status():
     assert "ddkit data prepare cifar100" in dataset.remedy
 
 
-@pytest.mark.slow
 def test_diagnose_without_a_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    (line,) = (line for line in diagnose() if line.what == "compiler")
+    (line,) = _compiler()
     assert line.status == "slow" and "no-such-compiler" in line.finding and "g++" in line.remedy
 
 
@@ -49,7 +48,7 @@ def test_prepared_datasets_are_listed_with_their_counts(letters):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_diagnose_measures_the_engine_in_images_a_second():
-    (line,) = (line for line in diagnose() if line.what == "evaluation engine")
+    (line,) = _engine()
     kind, speed, score = re.fullmatch(
         r'"(.+)", ([\d,]+) images/s: an official cifar100 score takes about (.+)', line.finding
     ).groups()
@@ -62,14 +61,13 @@ def test_diagnose_measures_the_engine_in_images_a_second():
         assert line.status == "slow" and ("Other processes" in line.remedy) != ("Use more CPUs" in line.remedy)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(available_cpus() < 2, reason="needs two CPUs")
 def test_diagnose_warns_of_unused_cpus(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        (line,) = (line for line in diagnose() if line.what == "threads")
+        (line,) = (line for line in _processor() if line.what == "threads")
     finally:
         torch.set_num_threads(before)
     assert line.status == "slow" and "OMP_NUM_THREADS=1 leaves CPUs unused" in line.remedy

@@ -1,11 +1,14 @@
 """The check of a GPU: steps that fail or hang do not stop it, and a table ends it."""
 
+import argparse
 import json
-import subprocess
+import os
+import re
 import sys
 import time
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 
@@ -41,8 +44,8 @@ def test_step_that_hangs_is_killed_with_its_children(tool, tmp_path):
         f"pathlib.Path({str(started)!r}).write_text(str(child.pid))\n"
         "time.sleep(600)\n"
     )
-    found = tool.run(tool.Step("hangs", 5, (sys.executable, "-c", code)), 5)
-    assert found["status"] == "stopped after 5 s"
+    found = tool.run(tool.Step("hangs", 3, (sys.executable, "-c", code)), 3)
+    assert found["status"] == "stopped after 3 s"
     child = int(started.read_text())
     for _ in range(100):
         if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
@@ -53,15 +56,31 @@ def test_step_that_hangs_is_killed_with_its_children(tool, tmp_path):
 
 
 @pytest.mark.slow
-def test_small_check_on_a_cpu_writes_a_line_for_each_step(tmp_path):
+def test_every_command_of_a_small_check_works_on_a_cpu_and_prints_its_figures(tool, tmp_path):
+    options = argparse.Namespace(small=True, device="cpu", official=None)
+    environment = os.environ | {"PYTHONPATH": str(tool.ROOT), "OMP_NUM_THREADS": "1"}
+    titles = []
+    for step in tool.steps(options, tmp_path):
+        done = processes.run(*step.command[1:], cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert re.findall(step.figures, done.stdout, re.MULTILINE), done.stdout
+        titles.append(step.title)
+    assert titles == ["machine", "sampling, preset tiny", "training, preset tiny", "minimax criteria"]
+
+
+@pytest.mark.parametrize(("code", "status", "said"), [("print('9 images/s')", 0, "ok"), ("raise SystemExit(3)", 1, "3")])
+def test_check_writes_a_line_for_each_step_and_its_status_says_if_one_failed(
+    tool, tmp_path, monkeypatch, capsys, code, status, said
+):
+    chosen = [tool.Step(title, 60, (sys.executable, "-c", words)) for title, words in (("works", ""), ("other", code))]
+    monkeypatch.setattr(tool, "steps", lambda options, folder: iter(chosen))
     out = tmp_path / "gpu.jsonl"
-    command = [sys.executable, str(TOOL), "--device", "cpu", "--small", "--seconds", "400", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(TOOL), "--seconds", "400", "--out", str(out)])
+    assert tool.main() == status
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["step"] for line in lines[:2]] == ["machine", "sampling, preset tiny"] and len(lines) == 4
-    assert done.returncode == 0, done.stdout
-    assert all(line["status"] == 0 for line in lines) and "| machine | ok |" in done.stdout
-    assert "images/s" in done.stdout.splitlines()[-3]
+    assert [(line["step"], line["status"]) for line in lines] == [("works", 0), ("other", 3 * status)]
+    shown = capsys.readouterr().out
+    assert "| works | ok |" in shown and f"| other | {said} |" in shown.splitlines()[-1]
 
 
 def test_steps_without_time_left_are_in_the_file_and_in_the_table(tool, tmp_path, monkeypatch, capsys):
