@@ -193,10 +193,10 @@ class Shard:
 
 def join(job: Job) -> tuple[int, str]:
     """Make the file of what lies in the shards, and remove them. Returns how many images, in all and of each class."""
-    import torch
-
     if not (settings := read_run(job).get("settings")):
         raise Failure(f"there is nothing to join in {job.shards}.")
+    import torch
+
     entry, ipc = settings["entry"], settings["ipc"]
     keep = entry.get("keep", 1.0)
     shards = shard_files(job, settings["workers"])

@@ -3,12 +3,16 @@
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
 from ddkit.cli import main
 from ddkit.generator.config import default_mode_guidance
+from ddkit.generator.model_facts import model_hash
+from ddkit.packing.tune import Trial, _append
+from ddkit.runtime.device import describe_device, resolve_device
 
 
 def run(*words, status=0):
@@ -54,19 +58,18 @@ def test_a_search_halves_its_candidates_and_repeats_nothing(colors, colors_model
     words = (colors, "--model", colors_model, "--steps", 2, "--guidance", 1, "--keep", 0.5, "--mode-guidance", 0.2,
              "--time-budget", "10m", "--rounds", 1, "--device", "cpu", "--precision", "bfloat16", "--json")  # fmt: skip
     words += ("--epochs-setting", 1)
-    run(*words, "--images", 1)
-    (last,) = (work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()
-    # The candidates were tried in the first stage, too: one is the best there can be, and one the worst.
-    for images, accuracy in ((1, 0.5), (2, 1.0), (3, 0.0)):
-        with (work / "runs" / "tune" / "colors.jsonl").open("a") as records:
-            known = {"images_per_class": images, "images": [2 * images], "accuracies": [accuracy], "epochs_setting": 0}
-            records.write(json.dumps({**json.loads(last), **known}) + "\n")
+    # All but one trial were made before: in the first stage one candidate is the best there can be, and one the worst.
+    known = Trial(colors, model_hash(colors_model), "dpm++", 2, 1.0, 600.0, 0, 0, describe_device(resolve_device("cpu")), (2,),
+                  (9.0,), (0.5,), 1, "bfloat16", 0.5, 0.2)  # fmt: skip
+    for images, accuracy, epochs in ((1, 0.5, 0), (2, 1.0, 0), (3, 0.0, 0), (1, 0.5, 1)):
+        made = {"images_per_class": images, "images": (2 * images,), "accuracies": (accuracy,), "epochs_setting": epochs}
+        _append(replace(known, **made), work / "runs" / "tune" / "colors.jsonl")
     words += ("--images", 1, "--images", 2, "--images", 3)
     output, said = run(*words)
     assert "Trying 3 candidates" in said and "in 2 stages" in said
     assert [trial["images_per_class"] for trial in json.loads(output)["trials"]] == [1, 2]
     kept = [json.loads(line) for line in (work / "runs" / "tune" / "colors.jsonl").read_text().splitlines()]
-    assert [trial["epochs_setting"] for trial in kept] == [1] + [0] * 3 + [1]
+    assert [trial["epochs_setting"] for trial in kept] == [0, 0, 0, 1, 1]
     assert all(trial["images"] == [2 * trial["images_per_class"]] and trial["precision"] == "bfloat16" for trial in kept)
     assert {(trial["keep"], trial["mode_guidance"]) for trial in kept} == {(0.5, 0.2)}
     again, _ = run(*words)
