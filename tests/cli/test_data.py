@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ddkit.cli import main
+from ddkit.data.download import RetryPolicy, download
 
 
 def run(*arguments):
@@ -114,6 +115,7 @@ def test_wrong_usage_is_one_message(arguments, status, message, work):
 def test_prepare_without_a_network_names_what_to_give_instead(own_cache, monkeypatch):
     for name, value in (("http_proxy", "http://127.0.0.1:9"), ("https_proxy", "http://127.0.0.1:9"), ("no_proxy", "")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setitem(download.__kwdefaults__, "patience", RetryPolicy(pause=0.01))
     finished = run("prepare", "tinyimagenet")
     said = " ".join(finished.stderr.split())
     assert finished.exit_code == 3
