@@ -64,8 +64,13 @@ def test_refining_for_steps_and_for_seconds_at_once_raises_usage_error(tmp_path)
 
 
 @pytest.mark.slow
-def test_what_makes_sets_of_real_images_does_not_import_diffusers():
-    code = "import sys, ddkit.distill.generate, ddkit.entering.entry; print('diffusers' in sys.modules)"
+def test_what_makes_and_evaluates_sets_of_real_images_does_not_import_diffusers():
+    code = (
+        "import sys, ddkit.distill.generate, ddkit.entering.entry\n"
+        "from ddkit.cli import main\n"
+        "try: main(['evaluate', 'nothing.pt'])\n"
+        "except SystemExit: print('diffusers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -140,7 +141,6 @@ def evaluate(
     Several GPUs share the rounds of track 1: accelerate launch -m ddkit evaluate.
     """
     from ddkit.evaluation import job
-    from ddkit.packing.bundle import open_generators
 
     of_job = ("dataset", "name", "reference", "ranking", "full_epochs_setting", "ignore_codes", "results")
     given = {name: options.pop(name) for name in of_job}
@@ -153,14 +153,13 @@ def evaluate(
         estimates = job.estimate_files(sets, settings, folder=SUBMISSION_FOLDER, **events)
         output.result([{**asdict(each), "official": each.official} for each in estimates], _estimates_table(estimates))
         return
-    with open_generators((sets or (BUNDLE_FILE,)) if track == "2" else (), settings.dataset) as generators:
-        outcome = job.evaluate_files(
-            generators or sets,
-            settings,
-            folder=SUBMISSION_FOLDER,
-            progress=output.progress,
-            on_event=output.event,
-        )
+    with contextlib.ExitStack() as opened:
+        files: Sequence[Path | job.GeneratorFiles] = sets
+        if track == "2":
+            from ddkit.packing.bundle import open_generators  # imports diffusers, which takes seconds
+
+            files = opened.enter_context(open_generators(sets or (BUNDLE_FILE,), settings.dataset))
+        outcome = job.evaluate_files(files, settings, folder=SUBMISSION_FOLDER, progress=output.progress, on_event=output.event)
     if is_main():
         shown = _shown(outcome)
         output.result(_as_data(outcome), Group(shown, rankings_table(outcome.rankings)) if outcome.rankings else shown)
