@@ -311,7 +311,7 @@ class TestPlan:
     def test_gpu_that_another_process_has_filled_is_one_message(self, gpu, tmp_path):
         data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
         gpu.memory = [(2**26, 80 * 2**30)]
-        request = plan_training(data, {}, runs=tmp_path, device="cuda")
+        request = plan_training(data, {}, preset_name="tiny", runs=tmp_path, device="cuda")
         with pytest.raises(ComputeError, match="cuda:0 has 0.1 GiB free") as caught:
             require_memory(data, request)
         assert caught.value.remedy and not any(tmp_path.iterdir())
@@ -319,8 +319,8 @@ class TestPlan:
     @pytest.mark.slow
     def test_larger_gpu_is_named_where_the_first_is_too_small(self, gpu, tmp_path):
         data = TrainingData("any", ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcd")), "")
-        gpu.memory = [(2**31, 2**32), (70 * 2**30, 80 * 2**30)]
-        request = plan_training(data, {"batch_size": 4096}, preset_name="small", runs=tmp_path, device="cuda")
+        gpu.memory = [(2**27, 2**32), (70 * 2**30, 80 * 2**30)]
+        request = plan_training(data, {"batch_size": 4096}, preset_name="tiny", runs=tmp_path, device="cuda")
         with pytest.raises(ComputeError, match="Try --device cuda:1, which has 80.0 GiB."):
             require_memory(data, request)
         require_memory(data, dataclasses.replace(request, device="cuda:1"))
