@@ -120,7 +120,7 @@ _METHODS = (
 )
 @click.option("--compile/--no-compile", default=None, help="Compile the networks first; worth it above a few thousand images.")
 @click.option("--out", type=FILE, help="Write the set to this file.  [default: submission/<dataset>.pt]")
-@click.option("--replace", is_flag=True, help="Make the set again, even if it is complete or has been refined.")
+@click.option("--replace", is_flag=True, help="Make the set again, even if it is complete, refined or your own.")
 @compute_options
 def generate(
     output: Output,

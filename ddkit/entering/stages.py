@@ -233,7 +233,7 @@ class Workplace:
     def _generate(self, name: str, progress: Listener) -> None:
         sampling = dataclasses.replace(self.recipe.set_of(name).sampling_settings, seed=self.recipe.seed)
         source = FromModel(self._model_folder(name), sampling, self._device)
-        generate(name, IPC, source, self._generated(name), progress=progress)
+        generate(name, IPC, source, self._generated(name), replace=True, progress=progress)
 
     def _is_refined(self, name: str) -> bool:
         steps, folder, out = self.recipe.set_of(name).refine_steps, self._refine_folder(name), self.submission(name)

@@ -87,6 +87,13 @@ def test_refined_set_behind_a_link_raises_usage_error(colors, tmp_path):
         generate(colors, 2, FromReal("random"), tmp_path / "set.pt")
 
 
+def test_set_that_it_did_not_make_raises_usage_error(colors, tmp_path):
+    own = generate(colors, 2, FromReal("first"), tmp_path / "set.pt")
+    own.provenance.unlink()
+    with pytest.raises(UsageError, match="did not make"):
+        generate(colors, 2, FromReal("random"), own.tensor)
+
+
 class TestInvalidRequests:
     @pytest.fixture
     def earlier(self, colors, tmp_path):
