@@ -73,7 +73,7 @@ def describe_tensor(tensor: Tensor | StoredTensor, spec: DatasetSpec, where: str
     findings = []
     if tensor.dtype != torch.float32:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        message = f"The tensor is {dtype}; the scorer takes normalized float32 values."
+        message = f"The tensor is {dtype}; the scorer takes normalized float32 values. Save tensor.float()."
         findings.append(Finding("error", "T002", message, where))
     if problem := _shape_problem(tuple(tensor.shape), spec, ipc):
         findings.append(Finding("error", "T003", problem, where))
@@ -252,8 +252,11 @@ def describe_value(opened: TorchFile, value: Any, spec: DatasetSpec) -> tuple[st
 
 def _described_dict(opened: TorchFile, entries: Pairs, spec: DatasetSpec) -> tuple[str, str]:
     items = entries.items or list(zip(opened.rest[::2], opened.rest[1::2], strict=False))
+    if not opened.whole:  # the pickle may have ended within an array, whose parts are no keys
+        ends = [place for place, (_, value) in enumerate(items, 1) if _array_shape(value, []) is not None]
+        items = items[: ends[0]] if ends else items
     tensors = {key: t for key, value in items if isinstance(key, (str, int)) and (t := _tensor(opened, value)) is not None}
-    keys = ", ".join(_shown_key(key) for key, _ in items[:5]) + (", ..." if len(items) > 5 else "")
+    keys = ", ".join(_shown_key(key) for key, _ in items[:5]) + (", ..." if len(items) > 5 or not opened.whole else "")
     described = f"a dict with {'the keys ' + keys if keys else 'no keys'}"
     weights = [key for key in tensors if isinstance(key, str) and key.rpartition(".")[2] in ("weight", "bias", "running_mean")]
     if weights:
@@ -273,8 +276,12 @@ def _described_dict(opened: TorchFile, entries: Pairs, spec: DatasetSpec) -> tup
         return described, next((f"torch.from_numpy(value[{_shown_key(key)}]).float()" for key in arrays), "")
     rows = f"value[{_shown_key(images)}]"
     count = tensors[images].shape[:1]
-    labels = next((k for k, t in tensors.items() if k != images and t.shape == count and not t.dtype.is_floating_point), None)
-    return described, rows + (f"[value[{_shown_key(labels)}].argsort(stable=True)]" if labels is not None else "")
+    for key, tensor in tensors.items():
+        if key != images and (tensor.shape == count and not tensor.dtype.is_floating_point):
+            return described, f"{rows}[value[{_shown_key(key)}].argsort(stable=True)]"
+        if key != images and tensor.shape == (*count, spec.num_classes):
+            return described, f"{rows}[value[{_shown_key(key)}].argmax(1).argsort(stable=True)]"
+    return described, rows
 
 
 def _described_sequence(opened: TorchFile, value: Sequence[Any], spec: DatasetSpec) -> tuple[str, str]:

@@ -117,6 +117,9 @@ OTHER_CONTENT = {
         lambda t: {"images": t, "labels": torch.arange(20) // 2},
         "a dict with the keys 'images', 'labels'", "value['images'][value['labels']",
     ),
+    "soft labels": (
+        lambda t: {"x": t, "y": torch.eye(10)[torch.arange(20) // 2]}, "a dict with the keys 'x', 'y'", "argmax(1).argsort",
+    ),
     "one key": (lambda t: {"data": t}, "a dict with the keys 'data'", "value['data']"),
     "OrderedDict": (lambda t: collections.OrderedDict(x=t), "a dict with the keys 'x'", "value['x']"),
     "dict of arrays": (lambda t: {"x": t.numpy()}, "a dict with the keys 'x'", "torch.from_numpy(value['x'])"),
@@ -186,6 +189,11 @@ def test_array_that_was_not_read_whole_is_named_with_its_shape():
 def test_array_that_was_not_read_whole_is_not_counted(images):
     _, codes, message = read(saved([torch.zeros(400, 3, 32, 32).numpy(), torch.zeros(400).numpy()]))
     assert codes == ["T001"] and "a list of NumPy arrays" in message
+
+
+def test_dict_that_was_not_read_whole_is_named_with_the_keys_that_were():
+    _, codes, message = read(saved({"x": torch.zeros(400, 3, 32, 32).numpy(), "y": 1}))
+    assert codes == ["T001"] and "a dict with the keys 'x', ...;" in message
 
 
 def test_tensors_of_a_strange_shape_are_named_with_it(images):
