@@ -14,7 +14,7 @@ from ddkit.cli._options import COUNT, FILE, PATH, example, output_options, refus
 from ddkit.cli._output import Output, plain_table
 from ddkit.data import store
 from ddkit.data.class_names import SPLIT_NAMES
-from ddkit.errors import BadDataError, MissingDataError
+from ddkit.errors import BadDataError, MissingDataError, counted
 from ddkit.runtime.files import cache_folder
 
 if TYPE_CHECKING:
@@ -170,4 +170,4 @@ def _summary(facts: StoreFacts) -> str:
         f"{split.images:,} {name} images ({' to '.join(map(str, dict.fromkeys(split.per_class)))} a class)"
         for name, split in facts.splits.items()
     )
-    return escape(f"{facts.name}: {len(facts.class_names)} classes, {facts.image_size} pixels, {counts}")
+    return escape(f"{facts.name}: {counted(len(facts.class_names), 'class', 'classes')}, {facts.image_size} pixels, {counts}")

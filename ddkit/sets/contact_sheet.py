@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ def contact_sheet(images: Tensor, labels: Tensor, class_names: Sequence[str], *,
     side = images.shape[-1] * factor
     font = ImageFont.load_default(size=_NAME_HEIGHT - 3)
     present = sorted(set(labels.tolist()))
-    names = {c: _shorten(class_names[c] if c < len(class_names) else str(c)) for c in present}
+    names = {c: _shorten(class_names[c] if c < len(class_names) else "") or str(c) for c in present}
     name_width = int(max((font.getlength(name) for name in names.values()), default=0)) + 10
     longest_row = min(per_class, max((int((labels == c).sum()) for c in present), default=1))
     column_width = name_width + longest_row * (side + _GAP) + 12
@@ -106,4 +107,6 @@ def _picture(image: Tensor, side: int) -> Image.Image:
 
 
 def _shorten(name: str, limit: int = 18) -> str:
+    """What of a name can be drawn: Pillow's own font has no letters beyond ASCII."""
+    name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().strip()
     return name if len(name) <= limit else name[: limit - 1] + "…"
