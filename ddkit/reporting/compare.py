@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ddkit.errors import MissingDataError, UsageError, did_you_mean
 from ddkit.history import find_recipe
 from ddkit.reporting.details import ClassPictures, class_name, class_titles, pictures_of
-from ddkit.reporting.leaderboard import conditions, latest_of_most_rounds, settings_title
+from ddkit.reporting.leaderboard import BASELINE_NAMES, conditions, latest_of_most_rounds, settings_title
 from ddkit.reporting.rows import Estimate, dataset_title
 from ddkit.results import Result
 from ddkit.runtime.files import sha256_of
@@ -116,14 +116,19 @@ def _named(word: str, results: Sequence[Result]) -> list[Result]:
         if found := [each for each in results if each.sha256 == sha256]:
             return found
         raise MissingDataError(f"{word} was not evaluated as it is.", f"Evaluate it: ddkit evaluate {word}")
-    found = [each for each in results if each.name == word]
+    found = [each for each in results if word in _names(each)]
     if not found and len(word) >= _FEWEST_DIGITS:
         found = [each for each in results if each.sha256.startswith(word.lower())]
     if not found:
-        known = tuple(dict.fromkeys(each.name for each in results))
+        known = tuple(dict.fromkeys(name for each in results for name in _names(each)))
         remedy = did_you_mean(word, known) if known else "Evaluate a set first: ddkit evaluate"
         raise UsageError(f"Nothing was recorded under the name '{word}', and there is no such file.", remedy)
     return found
+
+
+def _names(result: Result) -> tuple[str, ...]:
+    """The name that it was recorded under, and the leaderboard's for real images."""
+    return tuple(filter(None, (result.name, BASELINE_NAMES.get(result.kind))))
 
 
 def _settings(results: dict[tuple[Any, ...], Result]) -> str:

@@ -76,6 +76,12 @@ def test_sets_are_named_by_file_and_by_hash(pair, tmp_path):
         compare_sets(str(path), "old", [old, new])
 
 
+def test_real_images_are_named_as_on_the_leaderboard(pair):
+    old, new = pair
+    (found,) = compare_sets("new", "random real images", [dataclasses.replace(old, kind="random-real"), new])
+    assert found.names == ("new", "old")
+
+
 @pytest.mark.parametrize("words, said", [
     (("nwe", "old"), "Did you mean 'new'"), (("new", "new"), "are the same"), (("abc", "old"), "Nothing was recorded"),
 ])  # fmt: skip
