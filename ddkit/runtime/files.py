@@ -58,8 +58,10 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFileErr
         errno.EEXIST: "A file is in the way of that folder: choose another place.",
         errno.ENOTDIR: "A file is in the way of a folder: choose another place.",
     }
-    reason = error.strerror or str(error)
-    return BadFileError(f"{path}: {reason}.", remedies.get(error.errno or 0, ""))
+    reason, remedy = error.strerror or str(error), remedies.get(error.errno or 0, "")
+    if "another place" in remedy and cache_folder() in Path(path).parents:
+        remedy += " For ddkit's cache: export DDKIT_CACHE=FOLDER"
+    return BadFileError(f"{path}: {reason}.", remedy)
 
 
 @contextlib.contextmanager

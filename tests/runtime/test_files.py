@@ -257,6 +257,13 @@ def test_exclusive_on_a_file_system_without_locks_continues_and_other_refusals_r
     assert len(begun) == (not refused)
 
 
+def test_refusal_in_the_cache_names_the_variable_that_moves_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path))
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    assert "export DDKIT_CACHE" in files.explain_os_error(refused, tmp_path / "glyphs" / "meta.json").remedy
+    assert "DDKIT_CACHE" not in files.explain_os_error(refused, "submission/glyphs.pt").remedy
+
+
 def test_one_at_a_time_where_no_file_can_be_made_does_not_lock(tmp_path):
     (tmp_path / "file").write_text("in the way of the folder")
     begun = []
