@@ -423,8 +423,8 @@ def test_training_learns(data, config, tmp_path):
     from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 
     config = dataclasses.replace(
-        with_optimizer(config, steps=300, learning_rate=1e-2, batch_size=24),
-        autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=150, learning_rate=1e-2),
+        with_optimizer(config, steps=200, learning_rate=1e-2, batch_size=24),
+        autoencoder_optimizer=dataclasses.replace(config.autoencoder_optimizer, steps=100, learning_rate=1e-2),
     )
     model = train(data, TrainingRequest(config, tmp_path))
     labels, indices = class_ordered(8, 3)
