@@ -79,7 +79,7 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_l
     if device.type == "cpu":
         try:
             winograd.load()
-        except (CompileError, BadFileError) as error:
+        except CompileError as error:
             _warn_once("No fast engine works here, so the network computes several times more slowly: %s", str(error))
             return _plan_without_measuring(network, precision)
     if precision == "auto":

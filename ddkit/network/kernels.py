@@ -10,9 +10,10 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
-from ddkit.errors import DDKitError
+from ddkit.errors import BadFileError, DDKitError
 from ddkit.runtime.device import cpu_flags, cpu_model
 from ddkit.runtime.files import atomic_write, cache_folder
 
@@ -32,7 +33,8 @@ def load_library(source: Path, *flags: str) -> ctypes.CDLL:
     """The shared library made from `source`; compiled when this machine has not done so before, and tried once.
 
     flags: for the compiler, next to those that all libraries get.
-    Raises CompileError, and BadFileError when the cache cannot be written.
+    Where the cache cannot be written, the library serves this process alone.
+    Raises CompileError.
     """
     loaded = _tried(source, flags)
     if isinstance(loaded, DDKitError):
@@ -53,14 +55,23 @@ def _tried(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | DDKitError:
         fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:16]
         path = cache_folder() / _CACHE_FOLDER / f"{source.stem}-{fingerprint}.so"
         if not path.exists():
-            with atomic_write(path) as temporary:
-                _compile(compiler, flags, source, temporary)
+            try:
+                with atomic_write(path) as temporary:
+                    _compile(compiler, flags, source, temporary)
+            except BadFileError:  # such as a cache that others share for reading
+                path = Path(_folder_of_this_process().name, path.name)
+                _compile(compiler, flags, source, path)
     except DDKitError as error:
         return error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         return CompileError(f"{path} cannot be loaded: {error}.", "Delete it; ddkit then compiles it again.")
+
+
+@functools.cache
+def _folder_of_this_process() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="ddkit-kernels-", ignore_cleanup_errors=True)
 
 
 def compiler_command() -> list[str]:

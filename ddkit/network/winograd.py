@@ -411,7 +411,7 @@ class _Worker:
 def load(precision: str = "float32", portable: bool = False) -> ctypes.CDLL:
     """winograd.cpp, compiled for a precision, with the types of its functions' arguments declared.
 
-    portable: without the processor's instructions for bfloat16. Raises CompileError, or BadFileError.
+    portable: without the processor's instructions for bfloat16. Raises CompileError.
     """
     flags = (["-DBFLOAT16"] if precision == "bfloat16" else []) + (["-DPORTABLE"] if portable else [])
     library = load_library(_SOURCE, *flags)
