@@ -112,7 +112,7 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     output.result({"folder": str(folder), **dataclasses.asdict(facts)}, _summary(facts))
     if facts.prepared == made_before:
         output.note(f"It was prepared already, in {escape(str(folder))}; --force prepares it again.")
-    output.finish([folder] if facts.prepared != made_before else [], f"ddkit train --dataset {name}")
+    output.finish([folder] if facts.prepared != made_before else [], f"ddkit generate --dataset {name} --from-real random")
 
 
 @data.command(
@@ -139,7 +139,7 @@ def show(output: Output, name: str, split: str, per_class: int, classes: str | N
     out = out or Path(f"{name}-{split}.png")
     save_png(sheet, out)
     output.result({"out": str(out), "classes": [images.class_names[label] for label in chosen]})
-    output.finish([out], f"ddkit train --dataset {name}")
+    output.finish([out], f"ddkit generate --dataset {name} --from-real random")
 
 
 def _row(name: str) -> dict[str, Any]:

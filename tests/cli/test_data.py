@@ -43,7 +43,7 @@ def test_prepared_dataset_is_listed_and_shown(photos, work, own_cache):
     said = "pets: 2 classes, 16 pixels, 6 train images (3 a class), 4 test images (2 a class)"
     assert " ".join(finished.stdout.split()) == said
     assert f"wrote {own_cache}/pets" in finished.stderr.replace("\n", "")
-    assert "next: ddkit train --dataset pets" in finished.stderr
+    assert "next: ddkit generate --dataset pets --from-real random" in finished.stderr
 
     again = run("prepare", "pets", "--from", str(photos), "--json")
     assert again.exit_code == 0 and "prepared already" in again.stderr and "wrote" not in again.stderr
