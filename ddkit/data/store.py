@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,19 +27,23 @@ SPLITS = ("train", "test")
 META_FILE = "meta.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageSet:
     """Real images with labels.
 
     images: (N, 3, S, S) uint8. labels: (N,) int64, indices into class_names.
     """
 
-    images: Tensor = field(repr=False)
-    labels: Tensor = field(repr=False)
+    images: Tensor
+    labels: Tensor
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        side = self.images.shape[-1]
+        return f"ImageSet({len(self):,} images of {side} x {side} pixels, {len(self.class_names)} classes)"
 
 
 @dataclass(frozen=True)

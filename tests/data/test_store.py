@@ -34,6 +34,7 @@ def pets(write_tree, photos):
 def test_loaded_split_has_images_labels_and_names(pets, colors):
     train, test = load_dataset("pets", "train"), load_dataset("pets", "test")
     assert (len(train), len(test), train.class_names) == (6, 4, ("cat", "dog"))
+    assert repr(train).startswith("ImageSet(6 images of ") and repr(train).endswith(" pixels, 2 classes)")
     assert (train.images.dtype, train.labels.dtype) == (torch.uint8, torch.int64)
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert colors(train.images) == [(0, 0, 7), (0, 1, 7), (0, 2, 7), (100, 0, 7), (100, 1, 7), (100, 2, 7)]
