@@ -59,19 +59,19 @@ def _tried(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | DDKitError:
                 with atomic_write(path) as temporary:
                     _compile(compiler, flags, source, temporary)
             except BadFileError:  # such as a cache that others share for reading
-                path = Path(_folder_of_this_process().name, path.name)
-                _compile(compiler, flags, source, path)
+                with tempfile.TemporaryDirectory(prefix="ddkit-kernels-", ignore_cleanup_errors=True) as folder:
+                    _compile(compiler, flags, source, Path(folder, path.name))
+                    return _loaded(Path(folder, path.name))  # which does not need the file any more
+        return _loaded(path)
     except DDKitError as error:
         return error
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        return CompileError(f"{path} cannot be loaded: {error}.", "Delete it; ddkit then compiles it again.")
-
-
-@functools.cache
-def _folder_of_this_process() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="ddkit-kernels-", ignore_cleanup_errors=True)
+        raise CompileError(f"{path} cannot be loaded: {error}.", "Delete it; ddkit then compiles it again.") from error
 
 
 def compiler_command() -> list[str]:
