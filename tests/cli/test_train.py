@@ -39,9 +39,10 @@ def test_train_resumes_and_refuses_other_settings(ddkit, colors, tmp_path):
         "images_seen": 8 * steps_done(folder),
         "metrics": {},
     }
-    assert {path.name for path in folder.iterdir()} == {
-        ".lock", "checkpoints", "config.json", "ddkit.json", "metrics.jsonl", "model_index.json", "scheduler", "training.png",
-        "transformer", "vae",
+    # There is a chart once a network has two losses, for which half a second may be too short.
+    assert {path.name for path in folder.iterdir()} - {"training.png"} == {
+        ".lock", "checkpoints", "config.json", "ddkit.json", "metrics.jsonl", "model_index.json", "scheduler", "transformer",
+        "vae",
     }  # fmt: skip
 
     before = steps_done(folder)
