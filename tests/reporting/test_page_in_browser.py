@@ -21,6 +21,7 @@ from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +136,8 @@ def look(chrome, page_file):
         for kind in ("browser", "performance"):
             chrome.get_log(kind)
         chrome.get(page_file.as_uri())
+        if script:  # on a busy machine `get` may return while the page is still read
+            WebDriverWait(chrome, 60).until(lambda each: each.execute_script("return document.readyState") == "complete")
         return chrome
 
     yield opened
