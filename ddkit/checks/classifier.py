@@ -136,10 +136,9 @@ def _edge_features(images: Tensor) -> Tensor:
     padded = F.pad(smooth, (1, 1, 1, 1), mode="replicate")
     across = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
     down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-    squared = across**2 + down**2
-    strongest = squared.argmax(dim=1, keepdim=True)  # for each pixel the channel with the clearest edge
+    squared, strongest = (across**2 + down**2).max(dim=1, keepdim=True)  # for each pixel the channel with the clearest edge
     across, down = across.gather(1, strongest), down.gather(1, strongest)
-    magnitude = squared.gather(1, strongest).sqrt()
+    magnitude = squared.sqrt()
     angles = (torch.arange(_ORIENTATIONS) * math.pi / _ORIENTATIONS).view(1, -1, 1, 1)
     # An edge counts for the nearest orientations: soft bins without an arctangent.
     along = (across * angles.cos()).addcmul_(down, angles.sin()).abs_()
