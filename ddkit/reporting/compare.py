@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,16 +83,18 @@ class SetsCompared:
         }
 
 
-def compare_sets(first: str, second: str, results: Sequence[Result]) -> tuple[SetsCompared, ...]:
+def compare_sets(
+    first: str, second: str, results: Sequence[Result], tracks: Collection[int] | None = None
+) -> tuple[SetsCompared, ...]:
     """Compare two evaluated sets on each dataset on which both were evaluated under the same settings.
 
-    first, second: each the name of a result, a set's file, or the beginning of its SHA-256. Of several evaluations the
-    official one is taken, else the latest of those with the most rounds.
-    Raises UsageError for names that nothing was recorded under, and for two sets without common settings,
+    first, second: each the name of a result, a set's file, or the beginning of its SHA-256. tracks: whose results are
+    compared; None means all. Of several evaluations the official one is taken, else the latest of those with the most rounds.
+    Raises UsageError for names that nothing was recorded under on these tracks, and for two sets without common settings,
     MissingDataError for a file that was not evaluated, and BadFileError for one that cannot be read.
     """
     ours, theirs = (
-        latest_of_most_rounds((conditions(each), each) for each in _named(word, results)) for word in (first, second)
+        latest_of_most_rounds((conditions(each), each) for each in _named(word, results, tracks)) for word in (first, second)
     )
     common = [key for key in ours if key in theirs and ours[key] != theirs[key]]
     if not common:
@@ -108,8 +110,18 @@ def compare_sets(first: str, second: str, results: Sequence[Result]) -> tuple[Se
     return tuple(_compared(*chosen[name]) for name in sorted(chosen))
 
 
-def _named(word: str, results: Sequence[Result]) -> list[Result]:
-    """The results that a word on the command line means."""
+def _named(word: str, results: Sequence[Result], tracks: Collection[int] | None) -> list[Result]:
+    """The results on these tracks that a word on the command line means."""
+    found = _recorded(word, results)
+    wanted = [each for each in found if tracks is None or each.track in tracks]
+    if not wanted:
+        track = found[-1].track
+        raise UsageError(f"'{word}' was evaluated on track {track} only.", f"Compare it with --track {track}.")
+    return wanted
+
+
+def _recorded(word: str, results: Sequence[Result]) -> list[Result]:
+    """The results of any track that a word means, one or more."""
     path = Path(word)
     if path.is_file():
         sha256 = sha256_of(path)

@@ -118,7 +118,7 @@ def report(
         written = [file for one in measured for file in one.save_sheets(Path(runs_folder, "quality"))]
     packed = PackedRecords(packed_file(path), writes=False)
     history = build_history(shown, packed.records, tracks)
-    comparisons = compare_sets(*compare, shown) if compare else ()
+    comparisons = compare_sets(*compare, reading.results, tracks) if compare else ()
     written += _save_sheets(comparisons, Path(runs_folder, "compare"))
     problems = (*reading.problems, *packed.problems)
     if html is not None:

@@ -90,6 +90,11 @@ def test_names_that_cannot_be_compared_are_refused(pair, words, said):
         compare_sets(*words, pair)
 
 
+def test_sets_of_another_track_are_refused_with_the_track_to_name(pair):
+    with pytest.raises(UsageError, match=r"'new' was evaluated on track 1 only\. Compare it with --track 1"):
+        compare_sets("new", "old", pair, tracks=[2])
+
+
 def test_sets_of_other_settings_are_not_compared(pair, result):
     quick = result("quick", "mine", 0.1, 0.2, epochs_setting=5)
     with pytest.raises(UsageError, match="not evaluated under the same settings: mine, E = 1000.* and mine, E = 5"):
