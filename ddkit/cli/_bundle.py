@@ -44,7 +44,7 @@ def models_by_dataset(values: Sequence[str]) -> dict[str, Path]:
 def pack_track_2(output: Output, out: Path | None, name: str | None, options: dict[str, Any]) -> None:
     """Bundle, zip, prove, record and report, by the options of `ddkit pack`."""
     proof = ProofSettings(options["proof_budget"], options["fresh_venv"], most=options["proof_images"])
-    packed = pack_models(output, _models(options), out or BUNDLE_FILE, None if options["no_proof"] else proof, name)
+    packed = pack_models(output, _models(output, options), out or BUNDLE_FILE, None if options["no_proof"] else proof, name)
     table = files_table(packed.files, packed.path, packed.sha256)
     data = {"path": str(packed.path), "sha256": packed.sha256, "bytes": packed.path.stat().st_size,
             "files": [vars(file) for file in packed.files], "proofs": [asdict(proof) for proof in packed.proofs]}  # fmt: skip
@@ -87,18 +87,27 @@ def pack_models(
 
 def tuned_models(output: Output, model: BundleModel, out: Path) -> list[BundleModel]:
     """The model with its best settings, with those of the challenge's other datasets that were tuned."""
-    models = [with_best_settings(model, out / f"{model.dataset}.jsonl")]
+    models = [_tuned(output, model, out)]
     for name in (spec.name for spec in CHALLENGE_DATASETS if spec.name != model.dataset):
-        other, trials = replace(model, dataset=name, folder=RUNS_FOLDER / name), out / f"{name}.jsonl"
-        if other.folder.is_dir() and trials.is_file():
+        other = replace(model, dataset=name, folder=RUNS_FOLDER / name)
+        if other.folder.is_dir() and (out / f"{name}.jsonl").is_file():
             try:
-                models.append(with_best_settings(other, trials))
+                models.append(_tuned(output, other, out))
             except MissingDataError as error:
                 output.note(f"[yellow]warning[/yellow] {escape(name)} is left out: {escape(str(error))}")
     return models
 
 
-def _models(options: dict[str, Any]) -> list[BundleModel]:
+def _tuned(output: Output, model: BundleModel, trials: Path) -> BundleModel:
+    """The model with its best settings by the trials in that folder, with a warning if the search is unfinished."""
+
+    def warn(text: str) -> None:
+        output.note(f"[yellow]warning[/yellow] {escape(text)}")
+
+    return with_best_settings(model, trials / f"{model.dataset}.jsonl", on_event=warn)
+
+
+def _models(output: Output, options: dict[str, Any]) -> list[BundleModel]:
     chosen = {name: options[name] for name in _SAMPLING if options[name] is not None}
     if options["tuned"] and (chosen or options["images_per_class"] or options["keep"]):
         raise UsageError(
@@ -114,4 +123,4 @@ def _models(options: dict[str, Any]) -> list[BundleModel]:
         models.append(BundleModel(name, folder, settings))
     if not options["tuned"]:
         return models
-    return [with_best_settings(model, TRIALS_FOLDER / f"{model.dataset}.jsonl") for model in models]
+    return [_tuned(output, model, TRIALS_FOLDER) for model in models]

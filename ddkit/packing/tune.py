@@ -117,7 +117,10 @@ class Search:
 
 @dataclass(frozen=True)
 class Trial(Scores):
-    """A candidate that was tried. images, seconds, accuracies: of each round; the seconds are the generator's."""
+    """A candidate that was tried. images, seconds, accuracies: of each round; the seconds are the generator's.
+
+    trials_left: how many its search still had to make, by which an unfinished one is known.
+    """
 
     dataset: str
     model_sha256: str
@@ -135,6 +138,7 @@ class Trial(Scores):
     precision: str
     keep: float
     mode_guidance: float
+    trials_left: int = field(default=0, compare=False)
 
     @property
     def candidate(self) -> Candidate:
@@ -165,6 +169,7 @@ def run_search(
     """
     known = {(trial.conditions, trial.candidate): trial for trial in read_trials(records)}
     candidates = list(search.candidates)
+    left = sum(count for count, _ in search.stages)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="ddkit-tune-") as temporary:
         sampling = replace(model.settings.sampling, mode_guidance=max(search.mode_guidance))  # so that it has the modes
@@ -177,7 +182,8 @@ def run_search(
                 candidates = [trial.candidate for trial in trials if trial in best]
             trials = []
             for candidate in candidates:
-                wanted = _planned(model, candidate, settings)
+                left -= 1
+                wanted = replace(_planned(model, candidate, settings), trials_left=left)
                 trial = known.get((wanted.conditions, candidate))
                 if trial is None:
                     trial = _try(wanted, script, test_set, settings, state, progress)
@@ -185,9 +191,10 @@ def run_search(
                 trials.append(trial)
                 if on_trial:
                     on_trial(trial)
-    if read_trials(records)[-1].conditions != trials[-1].conditions:
-        for trial in trials:  # appended again, because `with_best_settings` goes by the conditions of the last one
-            _append(trial, records)
+    last = read_trials(records)[-1]
+    if last.conditions != trials[-1].conditions or last.trials_left:
+        for trial in trials:  # appended again, because `with_best_settings` goes by the last one
+            _append(replace(trial, trials_left=0), records)
     return tuple(trials)
 
 
@@ -261,9 +268,12 @@ def evidence(trials: Sequence[Trial]) -> str:
     return f"{found} E = {trials[0].epochs_setting}, not official."
 
 
-def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
+def with_best_settings(
+    model: BundleModel, records: Path, *, on_event: Callable[[str], object] = lambda text: None
+) -> BundleModel:
     """The model with the best settings of the last search with it.
 
+    on_event: called with a sentence if that search is unfinished, so that they are only the best so far.
     Raises MissingDataError if there was none.
     """
     sha256 = model_hash(model.folder)
@@ -271,6 +281,11 @@ def with_best_settings(model: BundleModel, records: Path) -> BundleModel:
     if not ours:
         raise MissingDataError(
             f"{records} has no trials of the model in {model.folder}.", f"Make them: ddkit tune {model.dataset}"
+        )
+    if left := ours[-1].trials_left:
+        on_event(
+            f"The search for {model.dataset} is unfinished, with {counted(left, 'trial', 'trials')} left: the best settings so "
+            "far are taken. Run the same ddkit tune again to finish it."
         )
     best = best_of([trial for trial in ours if trial.conditions == ours[-1].conditions])
     sampling = replace(

@@ -123,6 +123,19 @@ def test_the_best_of_the_latest_conditions_is_packed(colors, colors_model, tmp_p
     assert (settings.images_per_class, settings.keep, settings.sampling.precision) == (50, 0.25, "bfloat16")
 
 
+def test_the_best_of_an_unfinished_search_is_taken_with_a_word(colors, colors_model, tmp_path):
+    path, model, heard = tmp_path / "trials.jsonl", BundleModel(colors, colors_model), []
+    settings = EvaluationSettings(track=2, rounds=1, epochs_setting=8, time_budget=30.0)
+    made = {"model_sha256": model_hash(colors_model), "budget": 30.0, "epochs_setting": 8, "precision": PRECISION,
+            "device": describe_device(resolve_device("auto"))}  # fmt: skip
+    _append(trial(4, 0.5, **made, trials_left=1), path)
+    assert with_best_settings(model, path, on_event=heard.append).settings.sampling.steps == 4
+    assert len(heard) == 1 and "1 trial left" in heard[0] and "ddkit tune again" in heard[0]
+    run_search(model, None, Search((4,), (1.0,), keep=(1.0,), evaluation=settings), path)  # a smaller one, which is finished
+    with_best_settings(model, path, on_event=heard.append)
+    assert len(heard) == 1
+
+
 def test_tune_works_without_test_images(colors, colors_model, own_cache, tmp_path):
     (own_cache / colors / "test.safetensors").unlink()
     settings = EvaluationSettings(track=2, rounds=1, epochs_setting=8, time_budget=30.0)
