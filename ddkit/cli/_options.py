@@ -95,17 +95,15 @@ class FindingCode(click.ParamType):
 
 
 class Duration(click.ParamType):
-    """A length of time such as 90, 90s, 20m or 1.5h, converted to seconds as a float."""
+    """A length of time such as 90s, 20m or 1.5h, converted to seconds as a float. A number alone is refused."""
 
     name = "duration"
-    _seconds_per = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+    _seconds_per = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", value.strip().lower())
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", str(value).strip().lower())
         if match is None or float(match[1]) <= 0:
-            self.fail(f"'{value}' is not a length of time. Write 90s, 20m or 1.5h.", param, ctx)
+            self.fail(f"'{value}' is not a length of time with a unit. Write 90s, 20m or 1.5h.", param, ctx)
         return float(match[1]) * self._seconds_per[match[2]]
 
 

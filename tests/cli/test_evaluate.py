@@ -277,7 +277,7 @@ def test_torn_line_of_results_is_kept_reported_and_followed(work):
 @pytest.mark.slow
 def test_interrupted_command_continues_when_run_again(work):
     path = save(work / "blobs.pt")
-    arguments = (path, "--epochs-setting", "30", "--rounds", "2", "--save-every", "0.01", "--state", "states")
+    arguments = (path, "--epochs-setting", "30", "--rounds", "2", "--save-every", "0.01s", "--state", "states")
     process = start(*arguments)
     for line in process.stderr:
         if "training on blobs" in line:

@@ -163,7 +163,7 @@ def test_accuracy_is_expected_of_a_set_that_was_not_refined_before(submission, m
     again = ddkit("submission/colors.pt", "--steps", "100", *QUICK, "--dry-run", "--json")
     assert "Expected accuracy: about 20.3%" in " ".join(first.output.split())
     assert json.loads(again.stdout)["accuracy"] == 0.4  # the steps count from the original set
-    timed = ddkit("submission/colors.pt", "--time", "0.001", *QUICK)
+    timed = ddkit("submission/colors.pt", "--time", "0.001s", *QUICK)
     assert timed.exit_code == 0 and "Expected accuracy" not in timed.output, "which would need a measurement"
     other = ddkit("submission/colors.pt", "--steps", "1", *QUICK, "--run", "runs/other")
     assert other.exit_code == 0 and "Expected accuracy" not in other.output, other.output
