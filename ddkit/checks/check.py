@@ -209,8 +209,10 @@ def _findings_on(
         test_images = load_dataset(spec.name, "test").images
     except DDKitError:
         test_images = None  # not prepared, or damaged, which is not the submission's fault
-    findings = findings + meaning_findings(tensor, spec, where, progress=progress)
-    return findings + content_findings(tensor, spec, where, test_images=test_images)
+    constants, found = _judge_meaning(tensor, spec, where, progress)
+    if constants:  # what the images show is judged as they were normalized, even where that is wrong
+        spec = replace(spec, mean=constants.mean, std=constants.std)
+    return [*findings, *found, *content_findings(tensor, spec, where, test_images=test_images)]
 
 
 def meaning_findings(tensor: Tensor, spec: DatasetSpec, where: str, *, progress: Listener = ignore) -> list[Finding]:

@@ -114,10 +114,15 @@ def fit_class_model(real: ImageSet, num_classes: int, name: str, *, progress: Li
     return ClassModel(weight / temperature, bias / temperature, float(gain), class_information(logp))
 
 
-def class_information(logp: Tensor) -> float:
-    """The variety of the predicted classes of (N, C) log-probabilities: H(mean p) - mean H(p), in nats."""
+def class_variety(logp: Tensor) -> float:
+    """The entropy of the mean of (N, C) predicted probabilities, in nats: log C if all classes are predicted alike often."""
     mean = torch.logsumexp(logp, dim=0) - math.log(len(logp))
-    return float(-(mean.exp() * mean).sum() + (logp.exp() * logp).sum(dim=1).mean())
+    return float(-(mean.exp() * mean).sum())
+
+
+def class_information(logp: Tensor) -> float:
+    """How much (N, C) log-probabilities tell of different classes: H(mean p) - mean H(p), in nats."""
+    return class_variety(logp) + float((logp.exp() * logp).sum(dim=1).mean())
 
 
 def _batch_features(images: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
-from ddkit.checks.classifier import ClassModel, class_information, class_model
+from ddkit.checks.classifier import ClassModel, class_information, class_model, class_variety
 from ddkit.checks.rows import find_row_order
 from ddkit.data.images import denormalize
 from ddkit.data.store import class_titles, store_facts
@@ -38,6 +38,8 @@ _BETTER = 3.0  # by which a named wrong order must beat the right one
 _UNKNOWN_TELLING = 5.0  # for an order found by assignment, on the images that it was not found on
 _SHARE_OF_REAL = 0.25  # of the log-probability that real images gain, for such an order
 _INFORMATIVE = 0.5  # of real images' information, from which rows that fit no order are called shuffled
+_BY_CHANCE = 2.5  # standard deviations above random permutations, from which rows are not called shuffled
+_EVEN = 0.94  # of the largest variety of classes, from which images are called shuffled; blobs of color reach 0.91 at most
 _UNLIKE = 0.3  # share of images that are taken not to resemble their class, for the evidence about single blocks and rows
 _PAIRS_ODDS = 0.05  # of a false alarm among all pairs of classes, by a bound that measured ones stay far below
 _FEW_IMAGES = 4.0  # nats a moved block pays more, divided by its number of images
@@ -337,6 +339,10 @@ def _verdict_of(candidate: _Candidate, rows: int, agreement: float) -> OrderVerd
 def _judge_unknown(logp: Tensor, model: ClassModel, agreement: float) -> OrderVerdict:
     """No named order fits: the classes are shuffled, the rows are shuffled, or the images show no classes."""
     classes = logp.shape[1]
+    unknown = OrderVerdict("L010", "unknown", None, agreement)
+    # A shuffled set still has as many images of one class as of another. A weak generator's may look like some classes only.
+    if class_variety(logp) < _EVEN * math.log(classes):
+        return unknown
     for interleaved in (False, True):
         found = _cross_checked(logp, interleaved)
         if found is None or found[0] < _UNKNOWN_TELLING or found[1] < _SHARE_OF_REAL * model.real_gain:
@@ -345,9 +351,10 @@ def _judge_unknown(logp: Tensor, model: ClassModel, agreement: float) -> OrderVe
         words = "shuffled" + (" and image by image, the classes in turn" if interleaved else ", class by class")
         candidate = _Candidate("L008", words, shown, interleaved)
         return _verdict_of(candidate, len(logp), found[0])
-    if len(logp) > classes and class_information(logp) >= _INFORMATIVE * model.real_information:
+    informative = class_information(logp) >= _INFORMATIVE * model.real_information
+    if len(logp) > classes and informative and agreement < _BY_CHANCE:
         return OrderVerdict("L009", "shuffled image by image", None, agreement)
-    return OrderVerdict("L010", "unknown", None, agreement)
+    return unknown
 
 
 def _cross_checked(logp: Tensor, interleaved: bool) -> tuple[float, float] | None:

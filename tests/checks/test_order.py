@@ -149,6 +149,15 @@ def test_shuffled_rows_are_l009_and_equal_rows_l010():
     assert judged(same.expand(400, -1)).code == "L010"
 
 
+@pytest.mark.parametrize("images_alike", [1, 10])
+def test_rows_that_look_like_a_few_classes_only_are_not_called_shuffled(images_alike):
+    random = torch.Generator().manual_seed(4)
+    logits = torch.randn(400, CLASSES, generator=random)
+    shown = torch.randint(15, (400 // images_alike,), generator=random).repeat_interleave(images_alike)
+    logits[torch.arange(400), shown] += 5
+    assert judged(torch.log_softmax(logits, dim=1)).code == "L010"
+
+
 @pytest.mark.slow
 def test_right_orders_with_weak_evidence_are_l001():
     codes = [judged(scores(evidence=1.0, seed=seed).flatten(0, 1)).code for seed in range(100)]
