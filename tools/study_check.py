@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from ddkit.challenge import CIFAR100, TINYIMAGENET, DatasetSpec
-from ddkit.checks.check import meaning_findings
 from ddkit.checks.classifier import class_model
-from ddkit.checks.order import judge_order, known_orders
+from ddkit.checks.normalization import judge_normalization
+from ddkit.checks.order import judge_order, known_orders, order_findings
 from ddkit.data.images import denormalize, normalize
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.sets.distilled import read_set
@@ -210,7 +210,11 @@ def study_values(name: str, kind: str, pool: Tensor, ipc: int, trials: int, trie
 
     def codes(make: Callable[[Tensor], Tensor]) -> set[str]:
         tensor = make(draw(pool, ipc, generator).flatten(0, 1))
-        return {finding.code for finding in meaning_findings(tensor, spec, name) if finding.level != "info"}
+        verdict = judge_normalization(tensor, spec)
+        found = [verdict.finding] if verdict else []
+        if not any(finding.level == "error" for finding in found):
+            found += order_findings(tensor, spec, name)
+        return {finding.code for finding in found if finding.level != "info"}
 
     alarms = Counter(code for _ in range(trials) for code in codes(lambda images: normalize(images, spec)))
     row = {"images": kind, "ipc": str(ipc), "right sets": str(trials)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -209,20 +210,11 @@ def _findings_on(
         test_images = load_dataset(spec.name, "test").images
     except DDKitError:
         test_images = None  # not prepared, or damaged, which is not the submission's fault
-    constants, found = _judge_meaning(tensor, spec, where, progress)
-    if constants:  # what the images show is judged as they were normalized, even where that is wrong
-        spec = replace(spec, mean=constants.mean, std=constants.std)
-    return [*findings, *found, *content_findings(tensor, spec, where, test_images=test_images)]
-
-
-def meaning_findings(tensor: Tensor, spec: DatasetSpec, where: str, *, progress: Listener = ignore) -> list[Finding]:
-    """Judge how the values were normalized, and the order of rows and channels (codes N and L).
-
-    tensor: (C * ipc, 3, S, S) float32, finite.
-    """
     verdict = judge_normalization(tensor, spec, where)
-    findings = [verdict.finding] if verdict else []
-    if any(finding.level == "error" for finding in findings):
-        # Images that are normalized in another way resemble no class, so that their order would be judged wrongly.
-        return findings
-    return findings + order_findings(tensor, spec, where, progress=progress)
+    findings = [*findings, *([verdict.finding] if verdict else [])]
+    if verdict is None or verdict.finding.level != "error":
+        findings += order_findings(tensor, spec, where, progress=progress)
+    elif verdict.constants:
+        # Under wrong constants images resemble no class, so that their order is not judged. Their content is, under their own.
+        spec = replace(spec, mean=verdict.constants.mean, std=verdict.constants.std)
+    return findings + content_findings(tensor, spec, where, test_images=test_images)

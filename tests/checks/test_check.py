@@ -3,7 +3,9 @@ import zipfile
 import pytest
 import torch
 
+from ddkit.challenge import GLYPHS
 from ddkit.checks.check import check_path, check_set, check_tensor
+from ddkit.data.images import denormalize
 from ddkit.errors import UsageError
 from ddkit.sets.distilled import read_set
 from ddkit.sets.findings import Finding, report_of
@@ -147,6 +149,12 @@ def test_nan_and_infinity_are_an_error_with_their_rows(glyph_images, value):
     (finding,) = check_tensor(glyph_images, "glyphs").findings
     assert (finding.level, finding.code) == ("error", "T009")
     assert "rows 3, 42" in finding.where
+
+
+def test_content_of_wrongly_normalized_images_is_described_as_they_were_normalized(glyph_images):
+    (right,) = (f for f in check_tensor(glyph_images, "glyphs").findings if f.code == "C008")
+    report = check_tensor(denormalize(glyph_images, GLYPHS), "glyphs")
+    assert codes(report, "error") == ["N001"] and right in report.findings
 
 
 def test_another_number_of_images_per_class_is_t003_unless_any_is_accepted(glyph_images):
