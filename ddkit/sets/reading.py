@@ -72,9 +72,7 @@ def describe_tensor(tensor: Tensor | StoredTensor, spec: DatasetSpec, where: str
     """Findings T002, T003, T005 and T007 on a tensor's type, shape and layout. The values are not looked at."""
     findings = []
     if tensor.dtype != torch.float32:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        message = f"The tensor is {dtype}; the scorer takes normalized float32 values. Save tensor.float()."
-        findings.append(Finding("error", "T002", message, where))
+        findings.append(_not_float32(tensor.dtype, spec, where))
     if problem := _shape_problem(tuple(tensor.shape), spec, ipc):
         findings.append(Finding("error", "T003", problem, where))
     if tensor.requires_grad:
@@ -84,6 +82,15 @@ def describe_tensor(tensor: Tensor | StoredTensor, spec: DatasetSpec, where: str
         message = "The tensor's memory is not in the order of its dimensions. Save tensor.contiguous()."
         findings.append(Finding("warning", "T007", message, where))
     return findings
+
+
+def _not_float32(dtype: torch.dtype, spec: DatasetSpec, where: str) -> Finding:
+    advice = "Save tensor.float()."
+    if not (dtype.is_floating_point or dtype.is_complex):
+        mean, std = (f"torch.tensor({list(values)}).view(3, 1, 1)" for values in (spec.mean, spec.std))
+        advice = f"Normalize the pixels, with 255 for white: (tensor.float() / 255 - {mean}) / {std}"
+    name = str(dtype).removeprefix("torch.")
+    return Finding("error", "T002", f"The tensor is {name}; the scorer takes normalized float32 values. {advice}", where)
 
 
 def _read(file: BinaryIO, where: str, spec: DatasetSpec, ipc: int | None) -> tuple[Tensor | None, list[Finding]]:
@@ -211,8 +218,9 @@ def _not_a_tensor(opened: TorchFile, where: str, spec: DatasetSpec) -> Finding:
     value = opened.value
     of_call = value.function if isinstance(value, Call) else value
     name = of_call.name if isinstance(of_call, Global) else ""
-    if name == "_rebuild_tensor_v3":
-        return Finding("error", "T002", "The tensor is of a type that is not float32. Save tensor.float().", where)
+    if name == "_rebuild_tensor_v3":  # of a type that came late, such as uint16, which the pickle names
+        named = [getattr(torch, each.name, None) for each in opened.names if each.module == "torch"]
+        return _not_float32(next((each for each in named if isinstance(each, torch.dtype)), torch.uint16), spec, where)
     for word, kind, plain in (
         ("_rebuild_sparse_tensor", "sparse", "tensor.to_dense()"),
         ("_rebuild_qtensor", "quantized", "tensor.dequantize()"),

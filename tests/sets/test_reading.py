@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ddkit.challenge import GLYPHS
+from ddkit.data.images import denormalize, normalize, to_uint8
 from ddkit.sets.reading import read_tensor, read_tensor_bytes
 
 IPC = 2
@@ -63,6 +64,7 @@ def test_a_bare_tensor_is_read_as_it_was_saved(images):
         (lambda t: t.double(), "T002", "float64"),
         (lambda t: t.half(), "T002", "float16"),
         (lambda t: t.to(torch.complex64), "T002", "complex64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "T002", "float8_e4m3fn"),
         (lambda t: t[:-1].clone(), "T003", "19 rows"),
         (lambda t: t[:10].clone(), "T003", "10 rows (1 a class)"),
         (lambda t: t.permute(0, 2, 3, 1).contiguous(), "T003", "channels last"),
@@ -78,6 +80,15 @@ def test_file_that_is_not_a_submission_is_refused_and_named(images, make, code, 
     tensor, codes, message = read(saved(make(images)))
     assert tensor is None
     assert code in codes and words in message
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
+def test_pixels_as_whole_numbers_are_refused_with_the_line_that_normalizes_them(images, dtype):
+    pixels = to_uint8(denormalize(images, GLYPHS))
+    _, codes, message = read(saved(pixels.to(dtype)))
+    assert codes == ["T002"] and str(dtype).removeprefix("torch.") in message
+    converted = eval(message.partition("for white: ")[2], {"torch": torch, "tensor": pixels.to(dtype)})
+    assert torch.equal(converted, normalize(pixels, GLYPHS))
 
 
 @pytest.mark.parametrize(
