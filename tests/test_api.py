@@ -109,9 +109,10 @@ def test_train_makes_a_generator_that_generate_samples(few_letters, tmp_path):
         ({"from_real": "random", "model": "run", "candidates": 5}, "model and candidates cannot be combined with from_real"),
         ({"from_real": "random", "select": "herding"}, "select cannot be combined with from_real"),
         ({"select": "herding"}, "Selecting by herding needs candidates"),
+        ({"from_real": True}, "Unknown selection method 'True'. Known: random, first"),
     ],
 )
-def test_generate_refuses_arguments_without_effect(tmp_path, arguments, message):
+def test_generate_refuses_arguments_that_it_cannot_use(tmp_path, arguments, message):
     with pytest.raises(UsageError, match=message):
         ddkit.generate("glyphs", out=tmp_path / "glyphs.pt", **arguments)
 

@@ -94,7 +94,7 @@ def check_method(method: str) -> None:
     """Raise UsageError for an unknown selection method."""
     known = (*LABEL_METHODS, *FEATURE_METHODS)
     if method not in known:
-        raise UsageError(f"Unknown selection method '{method}'.", did_you_mean(method, known))
+        raise UsageError(f"Unknown selection method '{method}'.", did_you_mean(str(method), known))
 
 
 def herding(images: ImageFeatures, ipc: int) -> Tensor:
