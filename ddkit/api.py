@@ -2,8 +2,9 @@
 
 `ddkit demo`, `tune`, `doctor` and `completion` have no function here, nor have packing and evaluating for track 2.
 
-Files are given as paths, and written where the commands write them. `progress` is called with a
-`ddkit.runtime.progress.Progress` now and then; None shows bars in a Jupyter notebook and nothing elsewhere.
+Files are given as paths, and written where the commands write them; `evaluate` and `check` also take a set in memory.
+`progress` is called with a `ddkit.runtime.progress.Progress` now and then; None shows bars in a Jupyter notebook and nothing
+elsewhere.
 All functions raise `ddkit.errors.DDKitError` for what the user can correct.
 Ctrl-C saves the state of a long computation; the same call then continues it.
 """
@@ -19,6 +20,8 @@ from ddkit.results import RESULTS_FILE, Result
 from ddkit.runtime.progress import Listener, default_listener
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ddkit.checks.check import Report
     from ddkit.data.store import ImageSet
     from ddkit.distill.refine import Refined
@@ -179,7 +182,7 @@ def refine(
 
 
 def evaluate(
-    path: PathLike,
+    path: PathLike | DistilledSet | Tensor,
     *,
     dataset: str | None = None,
     name: str | None = None,
@@ -194,6 +197,9 @@ def evaluate(
 ) -> Result:
     """Train fresh networks on a distilled set as track 1 of the challenge does, test them on real images, and record it.
 
+    path: of the set's file; or the set itself, as `read_set` returns it or as the tensor that its file would hold, which
+    gives the same numbers: (C * ipc, 3, S, S) float32, normalized, class by class. dataset: of a tensor in memory; for a
+    file, None takes it from the JSON next to it, else from the file's name.
     name: under which the result is recorded; None takes the name of the file's folder. rounds, epochs_setting: None takes
     the challenge's 3 rounds and E = 1000. reference: the challenge's test file; None takes the prepared test split.
     results: the file that the result is added to. state: the folder from which an interrupted evaluation continues.
@@ -211,21 +217,48 @@ def evaluate(
         results=Path(results),
         state=StateFolder(Path(state)),
     )
-    (result,) = evaluate_files([Path(path)], settings, progress=progress or default_listener()).results
+    (result,) = evaluate_files([_given_set(path, dataset)], settings, progress=progress or default_listener()).results
     return result
 
 
 def check(
-    path: PathLike = "submission", *, dataset: str | None = None, ipc: int | None = 10, progress: Listener | None = None
+    path: PathLike | DistilledSet | Tensor = "submission",
+    *,
+    dataset: str | None = None,
+    ipc: int | None = 10,
+    progress: Listener | None = None,
 ) -> Report:
-    """Check a submission folder, one tensor's file or a zip, without executing anything in it.
+    """Check a submission folder, one tensor's file or a zip, without executing anything in it, or a set in memory.
 
-    dataset: of one file; None finds it from the JSON next to the file or from its name. ipc: the images per class that
-    there must be; None accepts any number. `Report.ok` is the verdict, `Report.findings` the reasons.
+    path: of one of these; or the set itself, as `read_set` returns it or as the tensor that is to be saved.
+    dataset: of a tensor in memory; for one file, None finds it from the JSON next to the file or from its name. ipc: the
+    images per class that there must be; None accepts any number. `Report.ok` is the verdict, `Report.findings` the reasons.
     """
-    from ddkit.checks.check import check_path
+    from ddkit.checks.check import check_path, check_set
 
-    return check_path(path, dataset=dataset, ipc=ipc, progress=progress or default_listener())
+    given, progress = _given_set(path, dataset), progress or default_listener()
+    if isinstance(given, Path):
+        return check_path(given, dataset=dataset, ipc=ipc, progress=progress)
+    return check_set(given, ipc=ipc, progress=progress)
+
+
+def _given_set(given: PathLike | DistilledSet | Tensor, dataset: str | None) -> Path | DistilledSet:
+    """A path, or the set that was given itself. Raises UsageError for a tensor without a dataset, and for another dataset."""
+    from torch import Tensor
+
+    from ddkit.data.store import dataset_spec
+    from ddkit.errors import UsageError
+    from ddkit.sets.distilled import DistilledSet
+
+    if isinstance(given, Tensor):
+        if dataset is None:
+            raise UsageError("A tensor does not tell which dataset it is for.", 'Name it, such as dataset="cifar100".')
+        return DistilledSet(given, dataset_spec(dataset))
+    if not isinstance(given, DistilledSet):
+        return Path(given)
+    if dataset not in (None, given.spec.name):
+        raise UsageError(f"The set is for {given.spec.name}, not for {dataset}.", "Leave out dataset.")
+    return given
 
 
 def enter(

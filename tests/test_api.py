@@ -16,7 +16,7 @@ import ddkit
 from ddkit import api
 from ddkit.cli import main
 from ddkit.data.glyphs import PER_CLASS
-from ddkit.errors import InterruptedRunError, UsageError
+from ddkit.errors import InterruptedRunError, InvalidSubmissionError, UsageError
 from ddkit.runtime.progress import Progress
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -35,7 +35,7 @@ def test_every_function_has_typed_parameters_and_a_docstring():
     assert set(ddkit.__all__) == {
         name
         for name, value in vars(api).items()
-        if getattr(value, "__module__", "") == "ddkit.api" and inspect.isfunction(value)
+        if getattr(value, "__module__", "") == "ddkit.api" and inspect.isfunction(value) and not name.startswith("_")
     }
     for name in ddkit.__all__:
         function = getattr(ddkit, name)
@@ -123,6 +123,30 @@ def test_generate_makes_the_images_that_the_command_does(colors, colors_model, t
     words = ["generate", "--dataset", colors, "--ipc", "2", "--model", str(colors_model), "--out", str(tmp_path / "again.pt")]
     assert CliRunner().invoke(main, words).exit_code == 0
     assert (tmp_path / "again.pt").read_bytes() == made.path.read_bytes()
+
+
+@pytest.mark.slow
+def test_evaluate_of_a_set_in_memory_gives_the_numbers_of_its_file(few_letters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read = ddkit.generate("glyphs", ipc=1, from_real="first")
+    evaluations = [
+        ddkit.evaluate(given, dataset="glyphs", rounds=1, epochs_setting=1, state=f"state{number}")
+        for number, given in enumerate((read.path, read, read.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)))
+    ]
+    assert len({(result.accuracies, result.loss_curves) for result in evaluations}) == 1
+    assert evaluations[1].sha256 == evaluations[0].sha256 and evaluations[2].source == "tensor in memory"
+    with pytest.raises(InvalidSubmissionError, match="tensor in memory: The tensor has 9 rows"):
+        ddkit.evaluate(read.images[:9], dataset="glyphs")
+
+
+def test_check_takes_a_set_in_memory(folder):
+    read = ddkit.read_set(folder / "glyphs.pt")
+    assert ddkit.check(read) == ddkit.check(read.path)
+    assert [f.code for f in ddkit.check(read.images[:9], dataset="glyphs").findings] == ["T003"]
+    with pytest.raises(UsageError, match="which dataset"):
+        ddkit.check(read.images)
+    with pytest.raises(UsageError, match="for glyphs, not for cifar100"):
+        ddkit.check(read, dataset="cifar100")
 
 
 @pytest.mark.slow

@@ -97,9 +97,10 @@ def require_acceptable(distilled: DistilledSet, *, ignore_codes: Collection[str]
     """
     report = check_set(distilled, progress=progress).ignoring(ignore_codes)
     if not report.ok:
-        path = distilled.path or Path("set.pt")
+        path = distilled.path
+        all_of_it = f": {check_command(path, distilled.spec.name)}" if path else ", give it to ddkit.check."
         raise InvalidSubmissionError(
-            f"{path}: {report.findings[0].message}", f"To see everything: {check_command(path, distilled.spec.name)}"
+            f"{path or 'tensor in memory'}: {report.findings[0].message}", f"To see everything{all_of_it}"
         )
     return report
 

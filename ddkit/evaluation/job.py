@@ -16,7 +16,7 @@ from ddkit.evaluation.estimate import EvaluationEstimate, estimate_evaluation
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder, evaluate_generator, evaluate_source
 from ddkit.evaluation.published import Conversion, PublishedSet, open_published
 from ddkit.evaluation.ranking_runs import evaluate_missing, settings_for
-from ddkit.evaluation.sources import FixedSet
+from ddkit.evaluation.sources import FixedSet, hash_of
 from ddkit.evaluation.test_sets import TestSet, as_test_set, load_reference
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.evaluation.tracks import hash_of_folder
@@ -113,7 +113,7 @@ class JobOutcome:
 
 
 def evaluate_files(
-    files: Sequence[Path | GeneratorFiles],
+    files: Sequence[Path | DistilledSet | GeneratorFiles],
     settings: JobSettings | None = None,
     *,
     folder: Path = Path("submission"),
@@ -122,8 +122,8 @@ def evaluate_files(
 ) -> JobOutcome:
     """Evaluate distilled sets or track 2 entries as `ddkit evaluate` does, and record each result at once.
 
-    files: sets for track 1, in the challenge's layout or one that others publish; GeneratorFiles for track 2. If there are
-    none, every set in `folder` is evaluated.
+    files: sets for track 1, in the challenge's layout or one that others publish, or in memory; GeneratorFiles for track 2.
+    If there are none, every set in `folder` is evaluated.
     All files are read and checked before the first evaluation, which can take hours.
     on_event: called with a sentence on each warning, and at the beginning and end of each evaluation.
     Processes that were launched together share the rounds; the main one records.
@@ -163,7 +163,7 @@ class _Job:
         for problem in self._records.problems:
             on_event(f"ignored: {problem}")
 
-    def run(self, files: Sequence[Path | GeneratorFiles], folder: Path) -> JobOutcome:
+    def run(self, files: Sequence[Path | DistilledSet | GeneratorFiles], folder: Path) -> JobOutcome:
         generators = [file for file in files if isinstance(file, GeneratorFiles)]
         if self._settings.evaluation.track == 2:
             if len(generators) < max(1, len(files)):
@@ -172,7 +172,7 @@ class _Job:
             return JobOutcome(tuple(self._evaluate_generator(file) for file in generators))
         if generators:
             raise UsageError("Track 1 evaluates tensors, not generators.", "Add --track 2.")
-        sets = self._checked_sets([file for file in files if isinstance(file, Path)], folder)
+        sets = self._checked_sets([file for file in files if not isinstance(file, GeneratorFiles)], folder)
         results = [self._evaluate_set(each) for each in sets]
         pairs = [(each, result) for each, result in zip(sets, results, strict=True) if isinstance(each, DistilledSet)]
         ranked = [pair for pair in pairs if pair[1].kind == KIND_SUBMISSION]
@@ -196,8 +196,8 @@ class _Job:
             for each in self._checked_sets(files, folder)
         )
 
-    def _checked_sets(self, paths: Sequence[Path], folder: Path) -> list[DistilledSet | PublishedSet]:
-        sets = [self._read(path) for path in paths] or self._sets_in(folder)
+    def _checked_sets(self, files: Sequence[Path | DistilledSet], folder: Path) -> list[DistilledSet | PublishedSet]:
+        sets = [file if isinstance(file, DistilledSet) else self._read(file) for file in files] or self._sets_in(folder)
         self._open_tests([each.spec.name for each in sets])
         if self._settings.ranking and all(each.kind in BASELINE_KINDS for each in sets):
             raise UsageError("--ranking compares sets with real images, and these are real images themselves.")
@@ -263,8 +263,9 @@ class _Job:
                 self._on_event(f"warning {finding.code}: {finding.message}")
 
     def _evaluate_set(self, distilled: DistilledSet | PublishedSet) -> Result:
-        settings, path = self._settings.evaluation, distilled.path or Path("set.pt")
-        self._note_used_name(distilled)
+        settings, path = self._settings.evaluation, distilled.path or Path("tensor in memory")
+        sha256 = distilled.sha256 or hash_of(distilled.images, distilled.labels)
+        self._note_used_name(distilled.spec.name, sha256)
         self._on_event(f"Evaluating {path} on {distilled.spec.name}: {_length(settings)}.")
         evaluation = evaluate_source(
             _source_of(distilled),
@@ -278,13 +279,13 @@ class _Job:
         by_file = published and labels_next_to(path) is None
         name = self._settings.name or (path.resolve().stem if by_file else path.resolve().parent.name)
         kind = distilled.kind if distilled.kind in BASELINE_KINDS else KIND_SUBMISSION
-        return self._record(evaluation.result(name, distilled.sha256, str(path), kind=kind, made_by=distilled.provenance))
+        return self._record(evaluation.result(name, sha256, str(path), kind=kind, made_by=distilled.provenance))
 
-    def _note_used_name(self, distilled: DistilledSet | PublishedSet) -> None:
+    def _note_used_name(self, dataset: str, sha256: str) -> None:
         """Say so if the name that the user gave is recorded for another set of the dataset."""
-        name, dataset = self._settings.name, distilled.spec.name
+        name = self._settings.name
         others = [each for each in self._records.results if (each.name, each.dataset) == (name, dataset)]
-        if name is not None and others and all(each.sha256 != distilled.sha256 for each in others):
+        if name is not None and others and all(each.sha256 != sha256 for each in others):
             self._on_event(
                 f"The name '{name}' was used on {others[-1].date[:10] or 'an earlier day'} for another set of {dataset}. The "
                 "leaderboard tells the two apart by how they were made or by their hashes."
@@ -342,7 +343,8 @@ class _Job:
 
 
 def _source_of(each: DistilledSet | PublishedSet) -> FixedSet:
-    return FixedSet(each.images, each.labels, each.converted if isinstance(each, PublishedSet) else "")
+    # A tensor in memory may be a view, or part of a graph.
+    return FixedSet(each.images.detach().contiguous(), each.labels, each.converted if isinstance(each, PublishedSet) else "")
 
 
 def _length(settings: EvaluationSettings) -> str:
