@@ -116,17 +116,17 @@ def _in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
 
 def _evaluated(result: Result) -> Step:
     return Step(
-        result.date,
-        "evaluated",
-        BASELINE_NAMES.get(result.kind, result.name),
-        dataset_title(result.dataset),
-        settings_title(result),
-        result.mean,
-        half_width([result.accuracies]),
-        (result.rounds,),
-        result.sha256,
-        result.source,
-        find_recipe(result.source, result.sha256),
+        date=result.date,
+        event="evaluated",
+        name=BASELINE_NAMES.get(result.kind, result.name),
+        datasets=dataset_title(result.dataset),
+        settings=settings_title(result),
+        accuracy=result.mean,
+        half_width=half_width([result.accuracies]),
+        rounds=(result.rounds,),
+        sha256=result.sha256,
+        source=result.source,
+        recipe=find_recipe(result.source, result.sha256),
         kind=result.kind,
     )
 
@@ -143,18 +143,18 @@ def _packed(packed: Packed, results: Sequence[Result]) -> Step:
     title, chosen = max(whole, key=lambda each: all(r.official for r in each[1].values()), default=("", {}))
     scores = [chosen[name].accuracies for name in wanted if chosen]
     return Step(
-        packed.date,
-        "packed",
-        packed.name,
-        datasets or f"track {packed.track}",
-        title,
-        mean(map(mean, scores)) if scores else None,
-        half_width(scores, 1 / len(scores)) if scores else None,
-        tuple(map(len, scores)),
-        packed.sha256,
-        packed.path,
+        date=packed.date,
+        event="packed",
+        name=packed.name,
+        datasets=datasets or f"track {packed.track}",
+        settings=title,
+        accuracy=mean(map(mean, scores)) if scores else None,
+        half_width=half_width(scores, 1 / len(scores)) if scores else None,
+        rounds=tuple(map(len, scores)),
+        sha256=packed.sha256,
+        source=packed.path,
         # A recipe may be written after the zip that it made.
-        packed.recipe or next(filter(None, (find_recipe(r.source, r.sha256) for r in chosen.values())), ""),
+        recipe=packed.recipe or next(filter(None, (find_recipe(r.source, r.sha256) for r in chosen.values())), ""),
     )
 
 

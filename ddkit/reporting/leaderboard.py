@@ -171,8 +171,9 @@ def _dataset_order(name: str) -> tuple[int, str]:
 
 
 def settings_title(result: Result) -> str:
-    """The settings of an evaluation in words: "official", or such as "E = 50, no augmentation"."""
-    return "official" if result.official else _GroupKey.of(result).title().partition(": ")[2]
+    """The settings of an evaluation in words: "official", or such as "E = 50, no augmentation"; first the track, if it is 2."""
+    settings = "official" if result.official else _GroupKey.of(result).title().partition(": ")[2]
+    return settings if result.track == 1 else f"track {result.track}, {settings}"
 
 
 _Conditions = tuple[Any, ...]

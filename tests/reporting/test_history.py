@@ -33,6 +33,13 @@ def test_steps_are_in_order_of_time_without_baselines(results, result):
     assert not build_history([*results, between], []).steps[-1].is_best
 
 
+def test_a_set_and_a_generator_are_not_the_best_of_one_another(results, result):
+    generator = result("track2", "cifar100", 0.30, 0.31, 0.32, track=2, official=True, date=day(8))
+    history = build_history([*results, generator], [])
+    assert history.steps[-1].is_best and history.steps[-1].settings == "track 2, official"
+    assert [chart.title for chart in history.charts] == ["CIFAR-100, E = 50"]
+
+
 def test_baselines_are_rows_under_the_leaderboards_names_and_never_the_best(results):
     history = build_history(results, [])
     (baseline,) = history.baselines
@@ -75,7 +82,7 @@ def test_bundle_has_the_accuracy_of_its_generators(result):
     facts = {"track": 2, "sha256": whole, "epochs_setting": 9, "date": day(9)}
     ours = [result("track2", name, 0.3, **facts) for name in ("glyphs", "cifar100")]
     step = next(step for step in build_history(ours, [packed]).steps if step.event == "packed")
-    assert (step.accuracy, step.settings, step.datasets) == (pytest.approx(0.3), "E = 9", "CIFAR-100 and glyphs")
+    assert (step.accuracy, step.settings, step.datasets) == (pytest.approx(0.3), "track 2, E = 9", "CIFAR-100 and glyphs")
     assert build_history(ours[:1], [packed]).steps[0].accuracy is None
 
 
