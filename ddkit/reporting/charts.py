@@ -64,11 +64,14 @@ class LineChart:
 
 
 def interval_charts(group: Group) -> tuple[IntervalChart, ...]:
-    """A chart for each dataset with accuracies, and one of the mean if there are several."""
+    """A chart for each dataset that was evaluated here, and one of the mean if there are several.
+
+    Published entries have no intervals, so that a chart of them alone would not show anything.
+    """
     charts = []
     for dataset in (*([None] if len(group.datasets) > 1 else []), *group.datasets):
         found = [(row, *known) for row in group.rows if (known := row.value_and_interval(dataset)) is not None]
-        if not found:
+        if not any(row.results for row, *_ in found):
             continue
         ends = [end for _, value, half in found for end in (value - (half or 0), value + (half or 0))]
         ticks, low, high = accuracy_axis(ends, most=_MOST_WIDE_TICKS)

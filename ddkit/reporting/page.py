@@ -97,11 +97,7 @@ def gather(
     groups = build(results, tracks)
     chosen = _rows_to_detail(groups)
     entries = _entry_views(chosen[:_MOST_ENTRIES], SetDetails(results), progress)
-    tables = []
-    for group in groups:
-        # Published entries have no intervals; without others a chart would not show anything.
-        charted = shortened(group, _MOST_MARKS)[0] if any(row.results for row in group.rows) else None
-        tables.append(GroupView(*shortened(group, _MOST_ROWS), interval_charts(charted) if charted else ()))
+    tables = (GroupView(*shortened(group, _MOST_ROWS), interval_charts(shortened(group, _MOST_MARKS)[0])) for group in groups)
     return Page(
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z").strip(),
         version=__version__,

@@ -55,3 +55,8 @@ def test_a_group_of_both_datasets_has_a_chart_of_the_mean_first(result):
     charts = interval_charts(group)
     assert [chart.dataset for chart in charts] == [None, "cifar100", "tinyimagenet"]
     assert [mark.value for mark in charts[0].marks] == pytest.approx([0.35, 0.2946])
+
+
+def test_published_numbers_alone_have_no_chart(result):
+    (group,) = build([result("mine", "cifar100", 0.5, 0.5, 0.5)])
+    assert [chart.dataset for chart in interval_charts(group)] == ["cifar100"]
