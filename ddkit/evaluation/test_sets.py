@@ -97,7 +97,7 @@ def as_test_set(
     if spec is None:
         # A reference file names no classes; the challenge's test sets hold images of every one.
         spec = _spec_like(int(labels.max()) + 1 if labels.numel() else 0, images.shape[-1])
-    return _checked(TestSet(images, labels.long(), spec), "the reference")
+    return _checked(TestSet(images, labels.long().cpu(), spec), "the reference")
 
 
 def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:

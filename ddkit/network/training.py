@@ -101,7 +101,7 @@ class TrainingRun:
         self.epochs_done = 0
         self._order: Tensor | None = None  # of the images in the epoch that was begun, (N,) int64 on the CPU
         self._losses: list[Tensor] = []  # of its batches so far
-        self._images, self._labels = images, labels
+        self._images, self._labels = images.detach(), labels  # which may be parameters of somebody's optimization
         self._spec = spec
         self._generator = generator
         self._plan = plan

@@ -351,6 +351,13 @@ def test_an_evaluation_on_a_gpu_gives_the_accuracies_of_a_cpu_and_is_continued(g
     assert outcome.device == "NVIDIA Pretended"
 
 
+@pytest.mark.slow
+def test_tensors_that_lie_on_a_gpu_are_evaluated_there(gpu):
+    tests = normalize(real_images().images, SPEC), real_images().labels
+    here, there = [t.cuda() for t in training_set()], tuple(t.cuda() for t in tests)
+    assert evaluate(*here, there, spec=SPEC, epochs_setting=1, rounds=1, device="cuda").test_images == len(tests[1])
+
+
 @pytest.fixture
 def compute_with(gpu, own_cache, tmp_path, monkeypatch):
     """Makes evaluations on the pretended GPU take a plan, as if it had been measured to be the fastest."""

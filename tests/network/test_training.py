@@ -77,6 +77,12 @@ def test_batches_of_few_images_are_computed_plainly_and_whole_and_nothing_is_mea
     assert not (tmp_path / "_engines.json").exists()
 
 
+def test_training_leaves_no_gradients_in_images_that_are_being_optimized():
+    images, labels = small_set(n=4)
+    train_network(build_network("convnet", 4, 16, seed=0), images.requires_grad_(), labels, epochs_setting=0)
+    assert images.grad is None
+
+
 def test_momentum_starts_again_from_zero_after_epoch_e_half_plus_1():
     images, labels = small_set()
     settings = TrainingSettings(4, batch_size=12)
