@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ddkit.errors import MissingDataError, UsageError
 from ddkit.runtime.device import upload
-from ddkit.runtime.progress import Listener, Progress, ignore
 
 _IMAGES_AT_ONCE = 50  # enlarged to 299 px
 
@@ -42,11 +41,6 @@ class InceptionFeatures:
         self._network = network.to(self._device)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, progress: Listener = ignore) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, 2048) float32 on the CPU."""
-        features = []
-        for start in range(0, len(images), _IMAGES_AT_ONCE):
-            features.append(self._network(upload(images[start : start + _IMAGES_AT_ONCE], self._device)).float())
-            done = min(start + _IMAGES_AT_ONCE, len(images))
-            progress(Progress("Computing features", done, len(images), "images"))
-        return torch.cat(features).cpu() if features else torch.empty(0, self.num_features)
+        return torch.cat([self._network(upload(part, self._device)).float() for part in images.split(_IMAGES_AT_ONCE)]).cpu()
