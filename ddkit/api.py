@@ -369,8 +369,8 @@ def report(
 ) -> Leaderboard:
     """Rank the results in a file next to the published entries and random real images.
 
-    tracks: None means those with results, and track 1. html: also write the page to this file; it shows the training logs
-    in `runs_folder`. quality: also measure the images of this set, or of the sets in this folder.
+    tracks: None means those with results, or track 1 without any. html: also write the page to this file; it shows the
+    training logs in `runs_folder`. quality: also measure the images of this set, or of the sets in this folder.
     Raises MissingDataError for a missing file.
     """
     from ddkit.reporting.report import report as rank

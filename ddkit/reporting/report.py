@@ -93,12 +93,12 @@ def report(
     """Read a results file and rank the sets in it next to the published entries and random real images.
 
     results: the file that evaluations are recorded in; the default one may be missing. tracks: whose results are ranked,
-    compared and shown; None means those with results, and track 1. html: also write the page to this file. runs_folder: the
-    folder of generators' run folders, whose logs are shown on the page. quality: also measure the images of this set, or of
-    the sets in this folder, as `ddkit.reporting.quality.quality_of` does with the seed and the device, and write two sheets
-    of images of each into `runs_folder`/quality. compare: two sets, as `ddkit.reporting.compare.compare_sets` takes them,
-    to be compared; their images are written next to each other into `runs_folder`/compare. on_event: called with a sentence
-    before a part that takes long.
+    compared and shown; None means those with results, or track 1 without any. html: also write the page to this file.
+    runs_folder: the folder of generators' run folders, whose logs are shown on the page. quality: also measure the images of
+    this set, or of the sets in this folder, as `ddkit.reporting.quality.quality_of` does with the seed and the device, and
+    write two sheets of images of each into `runs_folder`/quality. compare: two sets, as
+    `ddkit.reporting.compare.compare_sets` takes them, to be compared; their images are written next to each other into
+    `runs_folder`/compare. on_event: called with a sentence before a part that takes long.
     Raises MissingDataError for a missing file, BadFileError if the system refuses a file, UsageError if the page would
     replace the results, and what `quality_of` raises.
     """
