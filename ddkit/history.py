@@ -21,7 +21,7 @@ from ddkit.runtime.jsonl import append_line, parse_lines, require_appendable
 from ddkit.runtime.records import Count, read_record
 
 FORMAT_VERSION = 1
-_RECIPE_FILE = "recipe.toml"
+RECIPE_FILE = "recipe.toml"
 _LARGEST_RECIPE = 1 << 20  # bytes
 
 
@@ -166,7 +166,7 @@ def find_recipe(source: str | os.PathLike[str], sha256: str) -> str:
     It lies next to the set, under the set's own name or as recipe.toml, or one folder above, and names the set's hash.
     """
     path = Path(source)
-    places = (path.with_suffix(".toml"), path.parent / _RECIPE_FILE, path.parent.parent / _RECIPE_FILE)
+    places = (path.with_suffix(".toml"), path.parent / RECIPE_FILE, path.parent.parent / RECIPE_FILE)
     return next((str(place) for place in places if sha256 and _names_hash(place, sha256)), "")
 
 

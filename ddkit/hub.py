@@ -25,7 +25,7 @@ from ddkit.errors import MissingDataError, UsageError
 from ddkit.generator.model_facts import FACTS_FILE, INDEX_FILE, PARTS, has_model, model_hash
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.training.run_folder import read_run_record
-from ddkit.history import find_recipe
+from ddkit.history import RECIPE_FILE, find_recipe
 from ddkit.results import RESULTS_FILE, Result, read
 from ddkit.runtime import hub
 from ddkit.runtime.files import atomic_write, read_json, sha256_of, write_json
@@ -33,7 +33,6 @@ from ddkit.sets.contact_sheet import contact_sheet
 from ddkit.sets.distilled import DistilledSet, SetFiles, draw_sheet, read_set, require_tensor_name, set_files
 
 _CARD = "README.md"
-_RECIPE = "recipe.toml"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _UNKNOWN_LICENSE = "unknown"
 
@@ -68,10 +67,10 @@ def plan_upload(
     Raises UsageError for an impossible id, and what `load_model` or `read_set` raise.
     """
     hub.require_hub_id(hub_id)
-    recorded = read(results).results
+    recorded, license = read(results).results, license or _UNKNOWN_LICENSE
     if Path(path).is_dir():
-        return _model_upload(Path(path), hub_id, license or _UNKNOWN_LICENSE, recorded)
-    return _set_upload(read_set(path), hub_id, license or _UNKNOWN_LICENSE, recorded)
+        return _model_upload(Path(path), hub_id, license, recorded)
+    return _set_upload(read_set(path), hub_id, license, recorded)
 
 
 def push(planned: Upload, *, private: bool = False) -> str:
@@ -159,7 +158,7 @@ def _set_upload(one: DistilledSet, hub_id: str, license: str, recorded: Iterable
     )
     made = {key: value for key, value in provenance.items() if key not in ("class_names", "request")}
     recipe = find_recipe(one.path, one.sha256)
-    again = f"\n`ddkit enter --recipe {_RECIPE}` makes it again, with the `{_RECIPE}` of this repository.\n" if recipe else ""
+    again = f"\n`ddkit enter --recipe {RECIPE_FILE}` makes it again, with that file of this repository.\n" if recipe else ""
     text = f"""# {name} in {one.ipc} images a class
 
 A distilled set: {images}, {one.ipc} for each of the {spec.num_classes} classes of {name}. A network that trains on these
@@ -197,14 +196,13 @@ are in the order of the classes. SHA-256 of `{name}.pt`: `{one.sha256}`
 """
     files: dict[str, Path | bytes] = {
         f"{name}.pt": one.path,
-        f"{name}.json": (json.dumps(provenance, indent=2, ensure_ascii=False) + "\n").encode(),
         f"{name}.png": sheet.getvalue(),
         _CARD: _card(data, text),
     }
-    if not one.provenance:
-        del files[f"{name}.json"]
+    if provenance:
+        files[f"{name}.json"] = (json.dumps(provenance, indent=2, ensure_ascii=False) + "\n").encode()
     if recipe:
-        files[_RECIPE] = Path(recipe)
+        files[RECIPE_FILE] = Path(recipe)
     return Upload(hub_id, "dataset", files, f"ddkit pull {hub_id}")
 
 
@@ -250,7 +248,7 @@ The autoencoder loads with diffusers as well: `AutoencoderKL.from_pretrained("{h
 safetensors. The class labels are 0 to {len(facts.class_names) - 1} in the order of `class_names` in `{FACTS_FILE}`;
 {len(facts.class_names)} stands for no class.
 """
-    files: dict[str, Path | bytes] = {name: folder / name for name in (INDEX_FILE, FACTS_FILE)}
+    files: dict[str, Path | bytes] = {file: folder / file for file in (INDEX_FILE, FACTS_FILE)}
     for part in PARTS:
         for file in sorted((folder / part).glob("*")):
             if file.suffix in (".json", ".safetensors"):
