@@ -221,9 +221,9 @@ def comparison_sheet(compared: SetsCompared) -> Image | None:
     from ddkit.reporting.details import evaluated_images
     from ddkit.sets.contact_sheet import side_by_side
 
-    found = [evaluated_images(result) for result in (compared.first, compared.second)]
-    if any(images is None for images, _, _ in found):
+    found = [sheet for result in (compared.first, compared.second) if (sheet := evaluated_images(result))]
+    if len(found) < 2:
         return None
     titles = class_titles(compared.first) or [f"class {each.label}" for each in sorted(compared.classes, key=lambda c: c.label)]
-    sheets = [(to_uint8(denormalize(images, spec)), labels) for images, labels, spec in found if images is not None]
-    return side_by_side(sheets[0], sheets[1], titles, titles=compared.names)
+    first, second = ((to_uint8(denormalize(images, spec)), labels) for images, labels, spec in found)
+    return side_by_side(first, second, titles, titles=compared.names)

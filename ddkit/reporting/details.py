@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ddkit.challenge import CIFAR100, DATASETS, DatasetSpec
+from ddkit.challenge import DatasetSpec
 from ddkit.errors import DDKitError
 from ddkit.history import find_recipe
 from ddkit.metrics import ddranking
@@ -98,18 +98,7 @@ class SetDetails:
         path = Path(result.source)
         published = result.made_by.get("kind") == "published"
         changed = _why_gone(path, result)
-        gone = "" if published else changed
-        sheet: tuple[ClassPictures, ...] = ()
-        shown = self._shown.setdefault(result.dataset, set())
-        if gone:
-            pass
-        elif result.sha256 in shown:
-            gone = "The images are shown with an entry above."
-        elif len(shown) >= _MOST_SHEETS:
-            gone = f"Images are shown for at most {_MOST_SHEETS} sets of each dataset."
-        else:
-            shown.add(result.sha256)
-            sheet, gone = pictures_of(result, titles)
+        sheet, gone = ((), changed) if changed and not published else self._pictures(result, titles)
         checked = not changed and not published
         if checked and result.sha256 not in self._findings:
             self._findings[result.sha256] = _findings(path, result)  # of `ddkit check`, which takes seconds
@@ -136,6 +125,16 @@ class SetDetails:
             ranking=ddranking.of_result(result, self._results) if result.augment and result.track == 1 else None,
         )
 
+    def _pictures(self, result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictures, ...], str]:
+        """The images of the set, or why they are not shown."""
+        shown = self._shown.setdefault(result.dataset, set())
+        if result.sha256 in shown:
+            return (), "The images are shown with an entry above."
+        if len(shown) >= _MOST_SHEETS:
+            return (), f"Images are shown for at most {_MOST_SHEETS} sets of each dataset."
+        shown.add(result.sha256)
+        return pictures_of(result, titles)
+
 
 def _why_gone(path: Path, result: Result) -> str:
     if result.track == 2:
@@ -156,9 +155,10 @@ def pictures_of(result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictu
 
     from ddkit.data.images import denormalize, to_uint8
 
-    images, labels, spec = evaluated_images(result)
-    if images is None:
+    evaluated = evaluated_images(result)
+    if evaluated is None:
         return (), _why_gone(Path(result.source), result) or "The images of the set cannot be read."
+    images, labels, spec = evaluated
     lossless = spec.image_size <= _LARGEST_LOSSLESS
     sheet = []
     for label in range(spec.num_classes):
@@ -169,13 +169,11 @@ def pictures_of(result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictu
     return tuple(sheet), ""
 
 
-def evaluated_images(result: Result) -> tuple[Tensor | None, Tensor, DatasetSpec]:
+def evaluated_images(result: Result) -> tuple[Tensor, Tensor, DatasetSpec] | None:
     """The images (N, 3, S, S) that were evaluated, normalized, and their labels; None if the file cannot be read as it was.
 
     A published set is read and converted as it was for the evaluation.
     """
-    import torch
-
     from ddkit.data.store import dataset_spec
     from ddkit.evaluation.published import KIND_PUBLISHED, Conversion, open_published
     from ddkit.sets.distilled import read_set
@@ -192,8 +190,7 @@ def evaluated_images(result: Result) -> tuple[Tensor | None, Tensor, DatasetSpec
             return one.images, one.labels, spec
     except (DDKitError, TypeError) as error:
         log.warning("%s", error)
-        spec = DATASETS.get(result.dataset, CIFAR100)
-    return None, torch.empty(0, dtype=torch.int64), spec
+    return None
 
 
 def _recipe(path: str) -> RecipeView | None:

@@ -66,7 +66,7 @@ class Row:
     @property
     def to_random(self) -> Estimate | None:
         """Difference to random real images, over the datasets of this row."""
-        return difference(tuple(self.results.values()), self.baseline) if self.baseline else None
+        return _difference(tuple(self.results.values()), self.baseline) if self.baseline else None
 
     def value_and_interval(self, dataset: str | None) -> tuple[float, float | None] | None:
         """The accuracy on a dataset, or the score (None), with half its interval if there is one; None if it is unknown."""
@@ -151,7 +151,7 @@ def shortened(group: Group, most_rows: int | None) -> tuple[Group, int]:
     return replace(group, rows=tuple(kept)), len(group.rows) - len(kept)
 
 
-def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Estimate:
+def _difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Estimate:
     """Mean accuracy of `ours` minus that of `theirs`, with Welch's interval (Welch 1947).
 
     Both hold the same datasets in the same order, which count equally.
