@@ -23,7 +23,7 @@ from ddkit.cli._options import (
     example,
 )
 from ddkit.cli._output import Output, plain_table
-from ddkit.generator.config import BUNDLE_KEEP, FEW_IMAGES, default_mode_guidance
+from ddkit.generator.config import BUNDLE_KEEP, FEW_IMAGES, BundleSettings, default_mode_guidance
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -127,24 +127,28 @@ def tune(
     """
     from ddkit.cli import _bundle
     from ddkit.data.store import dataset_spec
+    from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
+    from ddkit.generator.model_facts import find_model, read_facts
     from ddkit.packing import tune as tuning
+    from ddkit.packing.bundle import BundleModel
+    from ddkit.packing.proof import ProofSettings
 
     counts = tuple(None if count == "all" else int(count) for count in images)
     dataset_spec(dataset)  # refuses an unknown name before a model is downloaded
-    folder = _bundle.find_model(model) if model else RUNS_FOLDER / dataset
+    folder = find_model(model) if model else RUNS_FOLDER / dataset
     if not mode_guidance:
-        prediction = _bundle.read_facts(folder, dataset=dataset).prediction
+        prediction = read_facts(folder, dataset=dataset).prediction
         mode_guidance = tuple(dict.fromkeys(default_mode_guidance(prediction, count) for count in counts))
-    search = tuning.Search(steps, guidance, counts, keep, mode_guidance, tuning.EvaluationSettings(track=2, **evaluation))
-    settings = _bundle.BundleSettings()
+    search = tuning.Search(steps, guidance, counts, keep, mode_guidance, EvaluationSettings(track=2, **evaluation))
+    settings = BundleSettings()
     settings = replace(settings, sampling=replace(settings.sampling, sampler=sampler, precision=precision))
-    bundled = _bundle.BundleModel(dataset, folder, settings)
+    bundled = BundleModel(dataset, folder, settings)
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
-    state = tuning.StateFolder(RUNS_FOLDER / "evaluations")
+    state = StateFolder(RUNS_FOLDER / "evaluations")
     trials = tuning.tune(bundled, search, out, state=state, progress=output.progress, on_event=output.event)
     _report(output, trials, tuning.best_of(trials), tuning.evidence(trials))
     if packs:
-        packed = _bundle.pack_models(output, _bundle.tuned_models(output, bundled, out), BUNDLE_FILE, _bundle.ProofSettings())
+        packed = _bundle.pack_models(output, _bundle.tuned_models(output, bundled, out), BUNDLE_FILE, ProofSettings())
         output.finish([records, chart, packed.path], f"ddkit evaluate --track 2 {packed.path}")
     else:
         output.finish([records, chart], _next_command(dataset, model, out))
