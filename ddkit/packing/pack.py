@@ -60,8 +60,7 @@ def pack(
     anything is written. on_event: called with a sentence if the zip is recorded under another name.
     Raises MissingDataError without a folder or a tensor in it, RefusedSubmissionError (an InvalidSubmissionError) for what
     `check` refuses, UsageError if `out` is one of the tensors or the records hold the name for other files, and BadFileError
-    where the system refuses. An earlier zip
-    stays as it was in each case.
+    where the system refuses. An earlier zip stays as it was in each case.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():

@@ -57,8 +57,8 @@ class Candidate:
 
     def __str__(self) -> str:
         """The settings in words, such as "8 steps, guidance 2, 50 images a class, the surest 50 %"."""
-        steps = f"{self.steps} steps, " if self.steps else ""
-        count = "" if self.images_per_class is None else f", {self.images_per_class} images a class"
+        steps = f"{counted(self.steps, 'step', 'steps')}, " if self.steps else ""
+        count = "" if self.images_per_class is None else f", {counted(self.images_per_class, 'image', 'images')} a class"
         kept = "" if self.keep == 1 else f", the surest {100 * self.keep:g} %"
         modes = f", mode guidance {self.mode_guidance:g}" if self.mode_guidance else ""
         return f"{steps}guidance {self.guidance:g}{modes}{count}{kept}"
