@@ -95,8 +95,8 @@ def judge_normalization(images: Tensor, spec: DatasetSpec, where: str = "") -> V
     if _roughness(sample.reshape(count, side, side, channels).permute(0, 3, 1, 2)) < _SMOOTHER * _roughness(sample):
         message = (
             "The images were stored channels last, (rows, S, S, 3), and then reshaped: read that way they are smooth, and "
-            "in the present shape they are not. Use tensor.reshape(rows, S, S, 3).permute(0, 3, 1, 2) on this file, "
-            "or permute instead of reshape when you make it."
+            "in the present shape they are not. Use tensor.reshape(rows, S, S, 3).permute(0, 3, 1, 2).contiguous() on this "
+            "file, or permute instead of reshape when you make it."
         )
         return Verdict(Finding("error", "N007", message, where))
     for judge in (_by_lattice, _by_corners, _by_spectrum, _by_moments):

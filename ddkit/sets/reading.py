@@ -347,20 +347,17 @@ def _array_shape(value: Any, rest: Sequence[Any]) -> tuple[int, ...] | None:
 
 def _shape_problem(shape: tuple[int, ...], spec: DatasetSpec, ipc: int | None) -> str:
     side, classes = spec.image_size, spec.num_classes
-    rows = f"{ipc * classes:,}" if ipc else f"a multiple of {classes}"
+    rows = f"{ipc * classes:,}" if ipc is not None else f"a multiple of {classes}"
     wanted = f"({rows}, 3, {side}, {side})"
     if len(shape) == 4 and shape[1:] == (side, side, 3):
-        return f"The shape is {shape}: channels last. The scorer takes {wanted}: save tensor.permute(0, 3, 1, 2)."
+        return f"The shape is {shape}: channels last. The scorer takes {wanted}: save tensor.permute(0, 3, 1, 2).contiguous()."
     if len(shape) != 4 or shape[1:] != spec.image_shape:
         return f"The shape is {shape}; for {spec.name} it must be {wanted}."
     if ipc is None and (shape[0] == 0 or shape[0] % classes):
         return f"The tensor has {shape[0]:,} rows, which is not a multiple of the {classes} classes of {spec.name}."
     if ipc is not None and shape[0] != ipc * classes:
         per_class = f" ({shape[0] // classes} a class)" if shape[0] % classes == 0 else ""
-        return (
-            f"The tensor has {shape[0]:,} rows{per_class}; track 1 takes {ipc} images for each of "
-            f"{classes} classes, {ipc * classes:,} rows."
-        )
+        return f"The tensor has {shape[0]:,} rows{per_class}; it must have {rows}, {ipc} for each of {classes} classes."
     return ""
 
 
