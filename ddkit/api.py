@@ -22,7 +22,6 @@ from ddkit.runtime.progress import Listener, default_listener
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ddkit.checks.check import Report
     from ddkit.data.store import ImageSet
     from ddkit.distill.refine import Refined
     from ddkit.distill.settings import RefineSettings
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from ddkit.generator.model_folder import Model
     from ddkit.reporting.report import Leaderboard
     from ddkit.sets.distilled import DistilledSet
+    from ddkit.sets.findings import Report
 
 PathLike = str | os.PathLike[str]
 

@@ -22,8 +22,6 @@ from ddkit.sets.distilled import DistilledSet, check_command, dataset_of, genera
 from ddkit.sets.findings import Finding, Report, report_of
 from ddkit.sets.reading import describe_tensor, read_tensor, read_tensor_bytes
 
-__all__ = ["Finding", "Report", "check_path", "check_set", "check_tensor", "require_acceptable", "submission_files"]
-
 _CHALLENGE_NAMES = tuple(spec.name for spec in CHALLENGE_DATASETS)
 _MOST_ROWS_NAMED = 5
 
@@ -41,9 +39,7 @@ def check_set(distilled: DistilledSet, *, ipc: int | None = None, progress: List
     if tensor.layout != torch.strided or tensor.is_quantized:
         message = "The tensor is sparse or quantized. The scorer expects a dense float32 tensor."
         return report_of([Finding("error", "T008", message, where)])
-    findings = [*distilled.warnings]
-    known = {finding.code for finding in findings}
-    findings += [each for each in describe_tensor(tensor, spec, where, ipc=ipc) if each.code not in known]
+    findings = [*distilled.warnings, *describe_tensor(tensor, spec, where, ipc=ipc)]
     refused = any(finding.level == "error" for finding in findings)
     return report_of(_findings_on(None if refused else tensor, findings, spec, where, progress))
 
@@ -112,7 +108,7 @@ def submission_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[F
     """
     folder = Path(folder)
     tensors = sorted(path for path in folder.iterdir() if path.suffix.lower() in TENSOR_ENDINGS)
-    findings = name_findings([path.name for path in tensors], folder.name or str(folder))
+    findings = _name_findings([path.name for path in tensors], folder.name or str(folder))
     usable = [path for path in tensors if path.suffix == ".pt" and path.stem in known_names()]
     if any(path.stem in _CHALLENGE_NAMES for path in usable):
         for path in usable:
@@ -129,7 +125,7 @@ def submission_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[F
     return usable, findings
 
 
-def name_findings(names: Sequence[str], where: str) -> list[Finding]:
+def _name_findings(names: Sequence[str], where: str) -> list[Finding]:
     """Findings F002, F003, F011, F020 and F021 on the names of the tensors in a folder or at a zip's root."""
     findings = []
     known = known_names()
@@ -182,7 +178,7 @@ def _check_zip(path: Path, ipc: int | None, progress: Listener) -> Report:
         if of_challenge:  # a zip is scored whole, so that nothing can be left out of it
             message = "The zip must hold the challenge's two tensors only. Pack with ddkit pack."
             findings += [Finding("error", "F009", message, name) for name in tensors if name not in of_challenge]
-        findings += name_findings(of_challenge or tensors, path.name)
+        findings += _name_findings(of_challenge or tensors, path.name)
     return report_of(findings)
 
 

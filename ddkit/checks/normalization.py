@@ -170,12 +170,12 @@ class _Lattice:
 
     def fits(self, constants: Constants) -> bool:
         """True if normalizing 8-bit pixels with these constants gives this lattice."""
-        step = 1 / (255 * np.array(constants.std))
-        darkest = (self.lowest - step * 255 * -np.array(constants.mean)) / step
-        off = np.abs(darkest - darkest.round()), np.abs(darkest + self.span * self.step / step - (darkest + self.span).round())
-        tolerance = _SAME_LATTICE + 3 * self.rounding
-        inside = (darkest.round() >= 0) & (darkest.round() + self.span <= 255)
-        return bool((np.stack(off) <= tolerance).all() and inside.all())
+        mean, std = np.array(constants.mean), np.array(constants.std)
+        darkest, brightest = (255 * (end * std + mean) for end in (self.lowest, self.lowest + self.step * self.span))
+        pixel = darkest.round()
+        off = np.abs([darkest - pixel, brightest - (pixel + self.span)])
+        inside = (pixel >= 0) & (pixel + self.span <= 255)
+        return bool((off <= _SAME_LATTICE + 3 * self.rounding).all() and inside.all())
 
     def solved(self, spec: DatasetSpec) -> Constants:
         """The constants themselves. Where black or white does not occur, the mean nearest to the right one."""

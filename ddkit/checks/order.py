@@ -51,6 +51,8 @@ _HALF_PRICE = 4.0  # nats that half a block pays more to be moved, because few i
 _CHANNEL_ROWS = 1000  # images judged with red and blue exchanged
 _CLEARLY_BETTER = 6.0  # standard errors by which the exchanged channels must show the classes better
 _SCALES = torch.logspace(-2, 0, 21)  # of the evidence of one block
+# Wrong orders of all classes, believed only where the evidence for that very order is strong.
+_NAMED_ORDERS = frozenset({"L002", "L003", "L004", "L005", "L006", "L012"})
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def order_findings(images: Tensor, spec: DatasetSpec, where: str, *, progress: L
         model, logp, verdict = _judge(images, spec, progress)
     except (MissingDataError, UsageError, BadDataError) as error:
         return [Finding("info", "L011", f"The order of the rows was not compared with real images: {error}", where)]
-    if verdict.code not in NAMED_ORDERS and (exchanged := _exchanged_channels(images, logp, model, spec, verdict, where)):
+    if verdict.code not in _NAMED_ORDERS and (exchanged := _exchanged_channels(images, logp, model, spec, verdict, where)):
         # With wrong colors, images resemble few classes, so that the seeming order says nothing.
         return [exchanged]
     return [_finding(logp, verdict, spec, where)]
@@ -170,9 +172,6 @@ def known_orders(spec: DatasetSpec) -> dict[str, Tensor]:
     }
     return {code: order for code, order in orders.items() if not torch.equal(order, torch.arange(len(names)))}
 
-
-# Wrong orders of all classes, believed only where the evidence for that very order is strong.
-NAMED_ORDERS = frozenset({"L002", "L003", "L004", "L005", "L006", "L012"})
 
 _WORDS = {
     "L001": "class by class, as the labels imply",

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.challenge import CHALLENGE_DATASETS
-from ddkit.checks.check import Report
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, is_prepared, load_dataset, train_sha256
 from ddkit.distill.generate import FromModel, FromReal, generate
@@ -39,6 +38,7 @@ from ddkit.runtime.device import resolve_device
 from ddkit.runtime.files import sha256_of
 from ddkit.runtime.progress import Listener
 from ddkit.sets.distilled import KIND_GENERATED, KIND_RANDOM_REAL, read_provenance
+from ddkit.sets.findings import Report
 
 # Names of the stages that run even if the time is up. On track 2 the first makes the classifier and the modes, and
 # proves the bundle.

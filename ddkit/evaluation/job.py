@@ -343,8 +343,8 @@ class _Job:
 
 
 def _source_of(each: DistilledSet | PublishedSet) -> FixedSet:
-    # A tensor in memory may be a view, or part of a graph.
-    return FixedSet(each.images.detach().contiguous(), each.labels, each.converted if isinstance(each, PublishedSet) else "")
+    # A tensor in memory may be a view.
+    return FixedSet(each.images.contiguous(), each.labels, each.converted if isinstance(each, PublishedSet) else "")
 
 
 def _length(settings: EvaluationSettings) -> str:

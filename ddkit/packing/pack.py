@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddkit.challenge import TRACKS
-from ddkit.checks.check import Report, check_path, submission_files
+from ddkit.checks.check import check_path, submission_files
 from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.history import PackedRecords, find_recipe
 from ddkit.packing.zipping import write_zip
 from ddkit.runtime.files import atomic_write, explain_os_error, sha256_of, sha256_of_stream, why_not_a_file
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import check_command, generate_command, read_set
+from ddkit.sets.findings import Report
 
 
 class RefusedSubmissionError(InvalidSubmissionError):
