@@ -19,7 +19,7 @@ from ddkit.reporting.details import SetDetails, SetView
 from ddkit.reporting.formatting import interval_text
 from ddkit.reporting.history import History
 from ddkit.reporting.leaderboard import build
-from ddkit.reporting.rows import Estimate, Group, Row, dataset_title, shortened
+from ddkit.reporting.rows import DATASET_TITLES, Estimate, Group, Row, dataset_title, shortened
 from ddkit.reporting.runs import RunView, training_runs
 from ddkit.results import Result
 from ddkit.runtime.progress import Listener, Progress, ignore
@@ -127,16 +127,24 @@ def _rows_to_detail(groups: Iterable[Group]) -> list[tuple[Group, Row]]:
 
 def _cards(groups: Sequence[Group], evaluations: int) -> tuple[Card, ...]:
     rows = [(group, row) for group in groups for row in group.rows if row.is_local]
-    official = [(group, row) for group, row in rows if row.official and row.score is not None]
-    cards = [card for group, row in (official or rows)[:1] for card in _cards_of_best(group, row)]
-    entries = "entry" if len(official) == 1 else "entries"
-    cards.append(Card("Your evaluations", f"{evaluations:,}", f"{len(official):,} complete and official {entries}"))
+    best = max(rows, key=_precedence, default=None)
+    cards = _cards_of_best(*best) if best else []
+    official = sum(row.official and row.score is not None for _, row in rows)
+    entries = "entry" if official == 1 else "entries"
+    cards.append(Card("Your evaluations", f"{evaluations:,}", f"{official:,} complete and official {entries}"))
     return tuple(cards)
+
+
+def _precedence(place: tuple[Group, Row]) -> tuple[bool, bool, int, float]:
+    """What makes a row the best one: official, on the challenge's datasets, on both of them; only then its accuracy."""
+    _, row = place
+    return row.official, row.accuracy.keys() <= DATASET_TITLES.keys(), len(row.accuracy), row.value or 0
 
 
 def _cards_of_best(group: Group, row: Row) -> list[Card]:
     datasets = " and ".join(dataset_title(name) for name in row.accuracy)
-    rank = f"rank {row.rank} among the entries with public numbers" if row.rank else group.verdict(row)
+    status = f"{'official' if row.official else 'not official'}: {group.title.partition(': ')[2]}"
+    rank = f"rank {row.rank} among the entries with public numbers" if row.rank else status
     half_width = row.spread.half_width if row.spread else None
     interval = "" if half_width is None else f"± {100 * half_width:.2f}; "
     cards = [Card(f"Best entry: {row.name}", f"{100 * (row.value or 0):.2f} %", f"{interval}{datasets}; {rank}")]

@@ -155,6 +155,15 @@ def test_cards_name_the_best_entry_and_its_differences(result):
     assert titles["Your evaluations"].value == "3" and "1 complete and official entry" in titles["Your evaluations"].note
 
 
+def test_the_best_entry_is_official_or_else_of_the_highest_accuracy_on_the_challenges_datasets(result):
+    strong, weak = result("strong", "cifar100", 0.36, epochs_setting=50), result("weak", "cifar100", 0.34, epochs_setting=25)
+    letters = result("letters", "glyphs", 0.95, epochs_setting=50)
+    (best, *_) = gather([weak, strong, letters]).cards
+    assert (best.title, best.value, best.note) == ("Best entry: strong", "36.00 %", "CIFAR-100; not official: E = 50")
+    (best, *_) = gather([weak, strong, letters, result("true", "cifar100", 0.30, 0.31, 0.32)]).cards
+    assert best.title == "Best entry: true" and best.note.endswith("CIFAR-100; official: E = 1000, 3 rounds")
+
+
 @pytest.mark.parametrize(
     "accuracies, note, tone",
     [((0.5, 0.5), "points, interval n/a (equal rounds)", ""), ((0.5,), "points, interval n/a (1 round)", "")],
