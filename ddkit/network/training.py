@@ -276,11 +276,12 @@ def train_network(
 ) -> list[float]:
     """Train `network` in place as the protocol does, for E + 1 epochs; returns every batch's mean loss in order.
 
-    images: (N, 3, S, S) float, normalized. labels: (N,) int64, below the network's number of classes.
+    images: (N, 3, S, S) float, normalized. labels: (N,) int64, below the network's number of classes. Both on any device.
     epochs_setting: E of PROTOCOL.md. generator: on the CPU; one seeded with 0 when None.
     Raises UsageError for settings that make no sense, ComputeError if a loss is NaN or infinite.
     """
     settings = TrainingSettings(epochs_setting, batch_size, augment, shuffle, precision)
+    images, labels = (tensor.to(next(network.parameters()).device) for tensor in (images, labels))
     run = TrainingRun(network, images, labels, settings, generator or torch.Generator().manual_seed(0))
     losses: list[float] = []
     while not run.finished:

@@ -83,6 +83,14 @@ def test_training_leaves_no_gradients_in_images_that_are_being_optimized():
     assert images.grad is None
 
 
+def test_a_network_on_a_gpu_is_trained_on_images_that_lie_elsewhere(gpu):
+    losses = [
+        train_network(build_network("convnet", 4, 16, seed=0).to(device), *small_set(n=4), epochs_setting=0)
+        for device in ("cuda", "cpu")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_momentum_starts_again_from_zero_after_epoch_e_half_plus_1():
     images, labels = small_set()
     settings = TrainingSettings(4, batch_size=12)
