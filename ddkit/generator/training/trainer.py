@@ -125,12 +125,13 @@ class Trainer:
         diverges or memory runs out.
         """
         self._began = time.monotonic()
+        self._show({})  # even if nothing is left to do
         with stop_requests() as stop:
             for record in self._train(stop):
                 if self.accelerator.is_main_process:
                     for callback in self._callbacks:
                         callback.on_record(self, record)
-                    self._show(record)
+                self._show({"loss": record.loss, **record.figures})
             # A request during the last step must not be forgotten, or the next stage would begin.
             (stopping,) = self._vote(bool(stop))
             if stopping:
@@ -330,13 +331,12 @@ class Trainer:
         votes = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return tuple(self.accelerator.reduce(votes, reduction="sum").tolist())
 
-    def _show(self, record: StepRecord) -> None:
-        figures = {"loss": record.loss, **record.figures}
+    def _show(self, figures: Mapping[str, float]) -> None:
         if self.limit_seconds is None:
-            self._progress(Progress(self.stage.task, record.step, self.steps, "steps", figures))
+            self._progress(Progress(self.stage.task, self.step, self.steps, "steps", figures))
         else:
-            seconds = min(record.seconds, self.limit_seconds)
-            figures = {"step": record.step, **figures}
+            seconds = min(self.seconds, self.limit_seconds)
+            figures = {"step": self.step, **figures}
             self._progress(Progress(self.stage.task, round(seconds), round(self.limit_seconds), "s", figures))
 
     def _resume(self) -> None:
