@@ -23,7 +23,6 @@ from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.store import class_titles
 from ddkit.errors import MissingDataError, UsageError
 from ddkit.generator.model_facts import FACTS_FILE, INDEX_FILE, PARTS, has_model, model_hash
-from ddkit.generator.model_folder import load_model
 from ddkit.generator.training.run_folder import read_run_record
 from ddkit.history import RECIPE_FILE, find_recipe
 from ddkit.results import RESULTS_FILE, Result, read
@@ -207,6 +206,8 @@ are in the order of the classes. SHA-256 of `{name}.pt`: `{one.sha256}`
 
 
 def _model_upload(folder: Path, hub_id: str, license: str, recorded: Iterable[Result]) -> Upload:
+    from ddkit.generator.model_folder import load_model  # imports diffusers, which takes seconds and no set needs
+
     if not has_model(folder):
         raise UsageError(
             f"{folder} holds no generator: it has no {FACTS_FILE}.", "Name the folder of a generator, or the .pt file of a set."
