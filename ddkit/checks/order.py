@@ -49,7 +49,7 @@ _FEWEST_IMAGES_HALVED = 4  # per class; below it, half a block tells too little
 _MISPLACED = 0.01  # share of groups that may be misplaced, for the scale of the evidence
 _HALF_PRICE = 4.0  # nats that half a block pays more to be moved, because few images decide
 _CHANNEL_ROWS = 1000  # images judged with red and blue exchanged
-_CLEARLY_BETTER = 6.0  # standard errors by which the exchanged channels must show the classes better
+_CLEARLY_BETTER = 4.5  # standard errors by which the exchanged channels must show the classes better
 _SCALES = torch.logspace(-2, 0, 21)  # of the evidence of one block
 # Wrong orders of all classes, believed only where the evidence for that very order is strong.
 _NAMED_ORDERS = frozenset({"L002", "L003", "L004", "L005", "L006", "L012"})
@@ -250,7 +250,7 @@ def _judge_rows(logp: Tensor, right: _Candidate, found: _Candidate, agreement: f
     """The verdict if rows are out of step with the right order, or with the wrong order that was found; else None."""
     evidence = _centered(_robust_evidence(logp))
     verdicts = []
-    for base in dict.fromkeys((right, found)) if right is not found else (right,):
+    for base in (right,) if found is right else (right, found):
         labels = _row_labels(base, len(logp))
         if order := find_row_order(evidence, labels):
             words = order.words if base is right else f"{base.words}, and {order.words}"
@@ -383,8 +383,10 @@ def _exchanged_channels(
     # In units in which exchanging channels is exchanging colors.
     exchanged = model.log_probabilities(denormalize(images[rows], spec).flip(1))
     gains = [_centered(scores).gather(1, labels[rows, None]).flatten() for scores in (exchanged, logp[rows])]
-    better = gains[0] - gains[1]
-    errors = float(better.mean() / (better.std() / len(better) ** 0.5).clamp_min(1e-9)) if len(better) > 1 else 0.0
+    # By class, because the images of one class may be alike, as a weak generator's are.
+    sums = torch.zeros(spec.num_classes).index_add_(0, labels[rows], gains[0] - gains[1])
+    better = sums / labels[rows].bincount(minlength=spec.num_classes).clamp_min(1)
+    errors = float(better.mean() / (better.std() / len(better) ** 0.5).clamp_min(1e-9))
     if errors < _CLEARLY_BETTER:
         return None
     message = (

@@ -4,6 +4,7 @@ from importlib import resources
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ddkit.challenge import CIFAR100, DATASETS, GLYPHS
 from ddkit.checks.classifier import ClassModel
@@ -268,6 +269,15 @@ def same_images(first, second):
 def test_channels_exchanged_with_the_right_constants_are_judged_by_their_classes(glyph_images):
     """Letters in colors that tell nothing are left alone; the classifier of the real images decides."""
     assert "N006" not in {finding.code for finding in order_findings(glyph_images.flip(1), GLYPHS, "glyphs.pt")}
+
+
+@pytest.mark.slow
+def test_blobs_that_are_alike_within_each_class_are_accused_of_nothing(glyph_images):
+    random = torch.Generator().manual_seed(76)  # as images of their own, these are clearer with red and blue exchanged
+    blobs = F.interpolate(torch.rand(10, 3, 4, 4, generator=random), size=32, mode="bilinear").repeat_interleave(10, 0)
+    images = normalize(blobs + 0.02 * torch.randn(100, 3, 32, 32, generator=random), GLYPHS)
+    [finding] = order_findings(images, GLYPHS, "glyphs.pt")
+    assert (finding.level, finding.code) == ("warning", "L010")
 
 
 @pytest.mark.slow
