@@ -16,7 +16,7 @@ import torch
 
 from ddkit.challenge import CHALLENGE_DATASETS, TRAIN_IMAGES_PER_CLASS
 from ddkit.data.store import list_prepared, store_facts
-from ddkit.errors import DDKitError
+from ddkit.errors import DDKitError, counted
 from ddkit.network.autotune import choose_plan, has_bfloat16
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine
@@ -95,7 +95,8 @@ def _gpu() -> Iterator[Diagnosis]:
 
 def _processor() -> Iterator[Diagnosis]:
     cpus, quota = available_cpus(), cpu_quota()
-    text = f"{cpu_model()}, {cpus} usable CPUs" + (f" by the container's quota of {quota:g}" if quota else "")
+    text = f"{cpu_model()}, {counted(cpus, 'usable CPU', 'usable CPUs')}"
+    text += f" by the container's quota of {quota:g}" if quota else ""
     text += ", with bfloat16 instructions" if has_bfloat16() else ""
     yield Diagnosis("ok", "processor", text)
     threads = torch.get_num_threads()
@@ -170,7 +171,7 @@ def examine_datasets() -> Iterator[Diagnosis]:
     for name in dict.fromkeys([spec.name for spec in CHALLENGE_DATASETS] + list(prepared)):
         if name in prepared:
             facts = store_facts(name)
-            counts = ", ".join(f"{split.images:,} {key} images" for key, split in facts.splits.items())
+            counts = ", ".join(counted(split.images, f"{key} image", f"{key} images") for key, split in facts.splits.items())
             complete = TRAIN_IMAGES_PER_CLASS * facts.spec.num_classes
             train = facts.splits["train"].images if "train" in facts.splits else 0
             if facts.spec.in_challenge and train < complete:

@@ -173,7 +173,8 @@ def evaluate_generator(
 ) -> Evaluation:
     """Track 2: like `evaluate`, with images that `generate` makes for each round within the time budget.
 
-    generate: (seed, seconds) -> images and labels as `evaluate` takes them; raises InvalidSubmissionError if it needs longer.
+    generate: (seed, seconds) -> Generated, as `evaluate` takes images and labels; raises InvalidSubmissionError if it needs
+    longer.
     name: a hash or name that identifies the entry, under which interrupted evaluations are continued.
     Raises UsageError for settings of track 1.
     """

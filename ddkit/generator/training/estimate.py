@@ -214,11 +214,11 @@ class _Probe:
         of_some = self._bytes_kept_of(some)
         per_image: float = of_some if some == 1 else (of_some - self._bytes_kept_of(1)) / (some - 1)
         kept_once = max(0, round(of_some - some * per_image))
-        # The workers are counted now, because a first batch has allocated the minimax memories.
         workers = workers_for(stage, self._device, self._processes)
         # Processes that share a batch hold the gradients a second time, in the buckets that are sent around.
         copies = _COPIES_OF_PARAMETERS - 1 + (workers if workers > 1 else 0) + (self._processes > 1)
         fixed = _BYTES_PER_VALUE * (counts.total + copies * counts.trainable)
+        # The batch above has allocated the minimax memories, which are buffers.
         fixed += kept_once + sum(buffer.nbytes for buffer in stage.loss.buffers())
         found = StageEstimate(
             stage=stage.name,
