@@ -22,7 +22,7 @@ _IMAGES = "images"  # TinyImageNet's folder between a class, or a split without 
 _NOT_IMAGES = {"", ".txt", ".csv", ".tsv", ".md", ".json", ".xml", ".html"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Split:
     """One split folder. labels: class names by file; empty if it is not labeled.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ddkit.runtime.files import atomic_write
 _PAPER = (250, 250, 248)
 _INK = (40, 40, 40)
 _GAP = 2  # pixels between pictures
+_LEAST_SIDE = 48  # pixels of a picture
 _NAME_HEIGHT = 15  # pixels of the largest class name
 _MAX_ROWS_PER_COLUMN = 50
 _PER_CLASS_SIDE_BY_SIDE = 6
@@ -27,8 +29,7 @@ def contact_sheet(images: Tensor, labels: Tensor, class_names: Sequence[str], *,
     images: (N, 3, S, S) uint8. labels: (N,) int64. More than 50 classes are laid out in several columns.
     Pictures are enlarged by a whole factor to at least 48 pixels.
     """
-    factor = max(1, -(-48 // images.shape[-1]))
-    side = images.shape[-1] * factor
+    side = _enlarged(images.shape[-1])
     font = ImageFont.load_default(size=_NAME_HEIGHT - 3)
     present = sorted(set(labels.tolist()))
     names = {c: _shorten(class_names[c] if c < len(class_names) else "") or str(c) for c in present}
@@ -79,7 +80,7 @@ def neighbor_sheet(
     generated, neighbors: (N, 3, S, S) uint8. distances: (N,) float, in units in which real images lie about 1
     from one another. names: of the N generated images. At most `most` pairs are shown.
     """
-    side = generated.shape[-1] * max(1, -(-48 // generated.shape[-1]))
+    side = _enlarged(generated.shape[-1])
     cell_width, cell_height = 2 * side + _GAP + 14, side + _NAME_HEIGHT + 6
     order = distances.argsort()[:most].tolist()
     columns = min(6, len(order)) or 1
@@ -98,6 +99,11 @@ def save_png(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG, atomically."""
     with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def _enlarged(side: int) -> int:
+    """The side of a picture on a sheet: a multiple of the image's, at least 48 pixels."""
+    return side * math.ceil(_LEAST_SIDE / side)
 
 
 def _picture(image: Tensor, side: int) -> Image.Image:
