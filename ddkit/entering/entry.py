@@ -14,9 +14,10 @@ from typing import Any
 from ddkit.data.store import dataset_spec
 from ddkit.distill.state import STATE_FILE
 from ddkit.entering.plan import MARGIN, Outline, make_outline, refine_limit
-from ddkit.entering.recipe import RECIPE_FILE, Recipe, write_recipe
+from ddkit.entering.recipe import Recipe, write_recipe
 from ddkit.entering.stages import PACK, REPORT, Stage, Workplace
 from ddkit.errors import BadFileError, InterruptedRunError, UsageError
+from ddkit.history import RECIPE_FILE
 from ddkit.network.autotune import prescribed_plans, remembered_plans
 from ddkit.network.plan import EnginePlan
 from ddkit.reporting.report import Leaderboard

@@ -29,7 +29,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-RECIPE_FILE = "recipe.toml"
 IPC = 10  # images per class on track 1
 _HEADING = "# Made by ddkit. To make the same entry again: ddkit enter --recipe {name}\n\n"
 _UNUSED_BY_RECIPES = ("seed", "batch_size", "compile")  # of `SamplingSettings`

@@ -20,7 +20,7 @@ from ddkit.distill.refine import refine
 from ddkit.distill.settings import RefineLimits
 from ddkit.distill.state import STATE_FILE, RefinementState
 from ddkit.entering.plan import evaluation_settings
-from ddkit.entering.recipe import IPC, RECIPE_FILE, Recipe, SetRecipe
+from ddkit.entering.recipe import IPC, Recipe, SetRecipe
 from ddkit.evaluation.evaluate import StateFolder, deviations_of
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
 from ddkit.evaluation.test_sets import TestSet, as_test_set
@@ -29,7 +29,7 @@ from ddkit.generator.config import SECONDS_WORTH_COMPILING
 from ddkit.generator.model_facts import FACTS_FILE, has_model, model_hash, read_facts
 from ddkit.generator.training.records import read_records
 from ddkit.generator.training.run_folder import METRICS_FILE
-from ddkit.history import PackedRecords, packed_file
+from ddkit.history import RECIPE_FILE, PackedRecords, packed_file
 from ddkit.packing.pack import pack
 from ddkit.packing.proof import ProofSettings
 from ddkit.reporting.report import Leaderboard, report
