@@ -16,7 +16,7 @@ from ddkit.checks.content import content_findings
 from ddkit.checks.normalization import judge_normalization
 from ddkit.checks.order import order_findings
 from ddkit.data.store import dataset_spec, known_names, load_dataset
-from ddkit.errors import DDKitError, InvalidSubmissionError, counted
+from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError, counted
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import DistilledSet, check_command, dataset_of, generate_command, likely_dataset
 from ddkit.sets.findings import Finding, Report, report_of
@@ -63,9 +63,12 @@ def check_path(
     """Check a submission folder, one `.pt` file, or a submission zip, without executing anything in it.
 
     dataset: of a single file; None takes it from the file's name, or from the JSON next to it.
-    Raises UsageError if the dataset of a single file is unknown.
+    Raises UsageError if the dataset of a single file is unknown, and if one is given for a folder or a zip.
     """
     path = Path(path)
+    if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
+        remedy = "In a folder or a zip, the names of the files give the dataset."
+        raise UsageError("--dataset applies to a single file.", remedy)
     if not path.exists():
         command = "ddkit pack" if path.suffix.lower() == ".zip" else generate_command()
         return report_of([Finding("error", "F001", f"{path} does not exist. Make it: {command}", path.name)])

@@ -14,7 +14,7 @@ from rich.text import Text
 from ddkit.challenge import TRACKS
 from ddkit.cli._options import COUNT, FILE, PATH, SUBMISSION_FOLDER, example, ignore_option, output_options, refuse_unused
 from ddkit.cli._output import Output, plain_table
-from ddkit.errors import UsageError, counted
+from ddkit.errors import counted
 from ddkit.results import RESULTS_FILE
 from ddkit.sets.findings import Report
 
@@ -59,10 +59,6 @@ def check(
     from ddkit.checks import order, recorded
     from ddkit.sets.distilled import check_command, dataset_of
 
-    if dataset is not None and (path.is_dir() or path.suffix.lower() == ".zip"):
-        raise UsageError(
-            "--dataset applies to a single file.", "In a folder or a zip, the names of the files give the dataset."
-        )
     if fix_order is not None:
         unused = {"ipc": "--ipc", "strict": "--strict", "ignore_codes": "--ignore", "results": "--results"}
         given = [unused[name] for name in unused if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]

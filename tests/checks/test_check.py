@@ -99,6 +99,11 @@ def test_file_of_an_unknown_dataset_raises_usage_error(tmp_path):
         check_path(tmp_path / "mine.pt", dataset="cifar10")
 
 
+def test_the_dataset_of_a_folder_cannot_be_given(folder):
+    with pytest.raises(UsageError, match="applies to a single file"):
+        check_path(folder, dataset="glyphs")
+
+
 def test_links_in_a_circle_and_to_nowhere_are_findings(tmp_path):
     (tmp_path / "cifar100.pt").symlink_to("tinyimagenet.pt")
     (tmp_path / "tinyimagenet.pt").symlink_to("cifar100.pt")
