@@ -292,7 +292,7 @@ def _moved_halves(logp: Tensor, evidence: Tensor) -> Tensor | None:
     labels = own.repeat_interleave(ipc).view(classes, ipc)
     for half in (slice(0, ipc // 2), slice(ipc // 2, None)):
         part = blocks[:, half].flatten(0, 1)
-        if _agreement(_standardized(_group_means(part, False)), own) >= _TELLING:
+        if _agreement(_standardized(_group_means(part, False)), own) >= _BY_CHANCE:
             continue
         found = _cross_checked(part, False)
         if found is not None and found[0] >= _UNKNOWN_TELLING:
