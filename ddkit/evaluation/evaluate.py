@@ -347,7 +347,7 @@ def deviations_of(
         time_budget=budget,
         official_tests=test_set.is_official,
         converted=converted,
-        tf32_products=device.type == "cuda" and torch.get_float32_matmul_precision() != "highest",
+        tf32_products=device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32",
     )
     return deviations(challenge.track(settings.track), test_set.spec, conditions)
 
