@@ -434,13 +434,17 @@ def test_an_evaluation_on_a_gpu_with_little_memory_computes_in_smaller_chunks(gp
 
 
 @pytest.mark.slow
-def test_tf32_products_are_not_switched_on_and_are_a_deviation(gpu, monkeypatch):
+def test_tf32_products_are_not_switched_on_and_are_a_deviation(gpu):
     outcome = evaluated(device="cuda", epochs_setting=1, rounds=1)
     assert torch.get_float32_matmul_precision() == "highest" and torch.backends.cudnn.allow_tf32
     assert not any("TF32" in deviation for deviation in outcome.deviations)
     # PyTorch's newer way to switch them on; what it says of the older way is an error then.
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    outcome = evaluated(device="cuda", epochs_setting=1, rounds=1)
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        outcome = evaluated(device="cuda", epochs_setting=1, rounds=1)
+    finally:
+        products.fp32_precision = before
     assert "matrix products in TF32 instead of float32" in outcome.deviations
 
 
