@@ -39,6 +39,7 @@ class PlainEngine:
         self._plan = plan
         self._loss = _loss_of(network, plan)
 
+    @torch.enable_grad()  # even inside torch.no_grad, where people evaluate
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the batch, a scalar; leaves its gradients, new tensors, in the parameters' `.grad`."""
         self._network.zero_grad(set_to_none=True)

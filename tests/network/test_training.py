@@ -83,6 +83,13 @@ def test_training_leaves_no_gradients_in_images_that_are_being_optimized():
     assert images.grad is None
 
 
+def test_a_network_is_trained_inside_a_function_without_gradients():
+    within, outside = (build_network("convnet", 4, 16, seed=0) for _ in range(2))
+    with torch.no_grad():
+        losses = train_network(within, *small_set(n=4), epochs_setting=1)
+    assert losses == train_network(outside, *small_set(n=4), epochs_setting=1)
+
+
 def test_a_network_on_a_gpu_is_trained_on_images_that_lie_elsewhere(gpu):
     losses = [
         train_network(build_network("convnet", 4, 16, seed=0).to(device), *small_set(n=4), epochs_setting=0)
