@@ -44,7 +44,7 @@ _MOST_PROBLEMS = 3
     ),
 )
 @click.option("--results", type=FILE, default=RESULTS_FILE, help="Read results from this file.")
-@click.option("--track", type=TRACK, help="Show only this track.  [default: those with results, else track 1]")
+@click.option("--track", type=TRACK, help="Show only this track.  [default: those with results, else the first]")
 @click.option("--html", type=FILE, help="Write the HTML page to this file as well.")
 @click.option("--all", "show_all", is_flag=True, help="Show all rows, page by page on a terminal.")
 @click.option(
