@@ -378,15 +378,13 @@ def _exchanged_channels(
     images: Tensor, logp: Tensor, model: ClassModel, spec: DatasetSpec, verdict: OrderVerdict, where: str
 ) -> Finding | None:
     """N006 if the images show the classes of their rows clearly better with red and blue exchanged."""
-    labels = class_labels(spec.num_classes, len(images) // spec.num_classes) if verdict.labels is None else verdict.labels
     rows = torch.arange(0, len(images), max(1, len(images) // _CHANNEL_ROWS))
     # In units in which exchanging channels is exchanging colors.
-    exchanged = model.log_probabilities(denormalize(images[rows], spec).flip(1))
-    gains = [_centered(scores).gather(1, labels[rows, None]).flatten() for scores in (exchanged, logp[rows])]
-    # By class, because the images of one class may be alike, as a weak generator's are.
-    sums = torch.zeros(spec.num_classes).index_add_(0, labels[rows], gains[0] - gains[1])
-    better = sums / labels[rows].bincount(minlength=spec.num_classes).clamp_min(1)
-    errors = float(better.mean() / (better.std() / len(better) ** 0.5).clamp_min(1e-9))
+    exchanged = _centered(model.log_probabilities(denormalize(images[rows], spec).flip(1)))
+    better = exchanged - _centered(logp[rows])
+    # As the rows stand, and as the verdict has them: wrong colors can make a class resemble another one.
+    right = class_labels(spec.num_classes, len(images) // spec.num_classes)
+    errors = max(_class_errors(better, labels[rows]) for labels in (right, verdict.labels) if labels is not None)
     if errors < _CLEARLY_BETTER:
         return None
     message = (
@@ -395,6 +393,17 @@ def _exchanged_channels(
         "undo the normalization, use pixels.flip(1), and normalize again."
     )
     return Finding("error", "N006", message, where)
+
+
+def _class_errors(gains: Tensor, labels: Tensor) -> float:
+    """The mean of (N, C) gains at the labels, over classes, in standard errors.
+
+    By class, because the images of one class may be alike, as a weak generator's are.
+    """
+    classes = gains.shape[1]
+    sums = torch.zeros(classes).index_add_(0, labels, gains.gather(1, labels[:, None]).flatten())
+    means = sums / labels.bincount(minlength=classes).clamp_min(1)
+    return float(means.mean() / (means.std() / classes**0.5).clamp_min(1e-9))
 
 
 def _finding(logp: Tensor, verdict: OrderVerdict, spec: DatasetSpec, where: str) -> Finding:

@@ -282,8 +282,11 @@ def test_blobs_that_are_alike_within_each_class_are_accused_of_nothing(glyph_ima
 
 @pytest.mark.slow
 def test_bgr_images_of_cifar100_are_found_by_their_classes(cifar100_store, cifar100_images):
-    [finding] = order_findings(normalize(cifar100_images.flip(1), CIFAR100), CIFAR100, "cifar100.pt")
-    assert (finding.level, finding.code) == ("error", "N006")
+    # Of the test images, one class with wrong colors resembles another one.
+    test_images = load_dataset("cifar100", "test").images.unflatten(0, (100, 100))[:, :10].flatten(0, 1)
+    for images in (cifar100_images, test_images):
+        [finding] = order_findings(normalize(images.flip(1), CIFAR100), CIFAR100, "cifar100.pt")
+        assert (finding.level, finding.code) == ("error", "N006")
 
 
 def test_reorder_rows_writes_a_swapped_pair_to_another_file(tmp_path, folder, glyph_images):
