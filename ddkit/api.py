@@ -198,8 +198,9 @@ def evaluate(
     """Train fresh networks on a distilled set as track 1 of the challenge does, test them on real images, and record it.
 
     path: of the set's file; or the set itself, as `read_set` returns it or as the tensor that its file would hold, which
-    gives the same numbers: (C * ipc, 3, S, S) float32, normalized, class by class. dataset: of a tensor in memory; for a
-    file, None takes it from the JSON next to it, else from the file's name.
+    gives the same numbers: (C * ipc, 3, S, S) float32, normalized, class by class. Images that are not those of a file are
+    recorded with a hash of their own. dataset: of a tensor in memory; for a file, None takes it from the JSON next to it,
+    else from the file's name.
     name: under which the result is recorded; None takes the name of the file's folder. rounds, epochs_setting: None takes
     the challenge's 3 rounds and E = 1000. reference: the challenge's test file; None takes the prepared test split.
     results: the file that the result is added to. state: the folder from which an interrupted evaluation continues.
@@ -209,6 +210,7 @@ def evaluate(
     from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
     from ddkit.evaluation.job import JobSettings, evaluate_files
 
+    given, dataset = _given_set(path, dataset)
     settings = JobSettings(
         EvaluationSettings(rounds=rounds, epochs_setting=epochs_setting, seed=seed, device=device),
         dataset=dataset,
@@ -217,7 +219,7 @@ def evaluate(
         results=Path(results),
         state=StateFolder(Path(state)),
     )
-    (result,) = evaluate_files([_given_set(path, dataset)], settings, progress=progress or default_listener()).results
+    (result,) = evaluate_files([given], settings, progress=progress or default_listener()).results
     return result
 
 
@@ -236,29 +238,35 @@ def check(
     """
     from ddkit.checks.check import check_path, check_set
 
-    given, progress = _given_set(path, dataset), progress or default_listener()
+    (given, dataset), progress = _given_set(path, dataset), progress or default_listener()
     if isinstance(given, Path):
         return check_path(given, dataset=dataset, ipc=ipc, progress=progress)
     return check_set(given, ipc=ipc, progress=progress)
 
 
-def _given_set(given: PathLike | DistilledSet | Tensor, dataset: str | None) -> Path | DistilledSet:
-    """A path, or the set that was given itself. Raises UsageError for a tensor without a dataset, and for another dataset."""
+def _given_set(given: PathLike | DistilledSet | Tensor, dataset: str | None) -> tuple[Path | DistilledSet, str | None]:
+    """The file to read, also for a set that still is what its file holds, or a set in memory; and the dataset, if known.
+
+    Raises UsageError for a tensor without a dataset, and for another dataset than the set's.
+    """
     from torch import Tensor
 
     from ddkit.data.store import dataset_spec
     from ddkit.errors import UsageError
-    from ddkit.sets.distilled import DistilledSet
+    from ddkit.sets.distilled import DistilledSet, read_set
 
     if isinstance(given, Tensor):
         if dataset is None:
             raise UsageError("A tensor does not tell which dataset it is for.", 'Name it, such as dataset="cifar100".')
-        return DistilledSet(given, dataset_spec(dataset))
+        return DistilledSet(given, dataset_spec(dataset)), dataset
     if not isinstance(given, DistilledSet):
-        return Path(given)
+        return Path(given), dataset
     if dataset not in (None, given.spec.name):
         raise UsageError(f"The set is for {given.spec.name}, not for {dataset}.", "Leave out dataset.")
-    return given
+    # Its hash and its provenance are those of the file, and would be wrong for images that were changed since.
+    if given.path and given.path.is_file() and read_set(given.path, given.spec.name).images.equal(given.images):
+        return given.path, given.spec.name
+    return DistilledSet(given.images, given.spec), given.spec.name
 
 
 def enter(
