@@ -11,6 +11,8 @@ from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.errors import MissingDataError, UsageError
 from ddkit.reporting.compare import compare_sets, comparison_sheet
+from ddkit.reporting.html import render
+from ddkit.reporting.page import gather
 from ddkit.runtime.files import sha256_of
 from ddkit.sets.distilled import save_set
 
@@ -74,6 +76,14 @@ def test_sets_are_named_by_file_and_by_hash(pair, tmp_path):
     torch.save(torch.ones(4), path)
     with pytest.raises(MissingDataError, match="was not evaluated as it is.*ddkit evaluate"):
         compare_sets(str(path), "old", [old, new])
+
+
+def test_page_names_the_set_that_a_recipe_is_of(pair, tmp_path):
+    recipe, old = tmp_path / "recipe.toml", pair[0]
+    recipe.write_text(f'sha256 = "{old.sha256}"')
+    (found,) = compare_sets("new", "old", [dataclasses.replace(old, source=str(tmp_path / "mine.pt")), pair[1]])
+    html = render(gather([], comparisons=[found]))
+    assert found.recipes == ("", str(recipe)) and "Recipe of old:" in html and "Recipe of new:" not in html
 
 
 def test_real_images_are_named_as_on_the_leaderboard(pair):
