@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,8 @@ class SetsCompared:
     paired: bool
     classes: tuple[ClassDifference, ...]
     remarks: tuple[str, ...]
-    pictures: tuple[tuple[ClassPictures, ClassPictures], ...] = ()
-    recipes: tuple[str, str] = ("", "")
+    pictures: tuple[tuple[ClassPictures, ClassPictures], ...]
+    recipes: tuple[str, str]
 
     @property
     def names(self) -> tuple[str, str]:
@@ -62,11 +62,6 @@ class SetsCompared:
         if first.source != second.source:
             return first.source, second.source
         return f"{first.name}, {first.sha256[:6]}", f"{second.name}, {second.sha256[:6]}"
-
-    @property
-    def clear(self) -> int:
-        """How many classes differ by more than their interval."""
-        return sum(bool(each.estimate.is_clear) for each in self.classes)
 
     def as_data(self) -> dict[str, Any]:
         """Plain values for JSON; accuracies and differences are fractions."""
@@ -169,17 +164,16 @@ def _compared(first: Result, second: Result) -> SetsCompared:
             estimate = _estimate(by_round[0], by_round[1], paired)
         classes.append(ClassDifference(label, class_name(titles, label), ours, theirs, estimate))
     classes.sort(key=lambda each: -each.estimate.value)
-    compared = SetsCompared(
-        first, second, dataset_title(first.dataset), whole, paired, tuple(classes), (),
-        recipes=(find_recipe(first.source, first.sha256), find_recipe(second.source, second.sha256)),
-    )  # fmt: skip
     if any(each.estimate.half_width is not None for each in classes):
-        by_chance = round((1 - CONFIDENCE) * len(classes))
+        clear, by_chance = sum(bool(each.estimate.is_clear) for each in classes), round((1 - CONFIDENCE) * len(classes))
         remarks.append(
-            f"{compared.clear} of {len(classes)} classes differ by more than their interval; about {by_chance} would by chance."
+            f"{clear} of {len(classes)} classes differ by more than their interval; about {by_chance} would by chance."
         )
     pictures, problems = _pictures(first, second, [each.label for each in extremes(classes, _MOST_PICTURED)], titles)
-    return replace(compared, remarks=(*remarks, *problems), pictures=pictures)
+    return SetsCompared(
+        first, second, dataset_title(first.dataset), whole, paired, tuple(classes), (*remarks, *problems), pictures,
+        recipes=(find_recipe(first.source, first.sha256), find_recipe(second.source, second.sha256)),
+    )  # fmt: skip
 
 
 def _estimate(first: Sequence[float], second: Sequence[float], paired: bool) -> Estimate:
@@ -199,12 +193,9 @@ def _pictures(
     first: Result, second: Result, labels: Sequence[int], titles: Sequence[str]
 ) -> tuple[tuple[tuple[ClassPictures, ClassPictures], ...], list[str]]:
     """The images of these classes of both sets, and why there are none."""
-    sheets, problems = zip(*(pictures_of(result, titles) for result in (first, second)), strict=True)
-    without = (ClassPictures(class_name(titles, label), ()) for label in labels)
-    pairs = tuple(
-        (sheets[0][label] if sheets[0] else none, sheets[1][label] if sheets[1] else none)
-        for label, none in zip(labels, without, strict=True)
-    )
+    sheets, problems = zip(*(pictures_of(result, titles, labels) for result in (first, second)), strict=True)
+    without = tuple(ClassPictures(class_name(titles, label), ()) for label in labels)
+    pairs = tuple(zip(sheets[0] or without, sheets[1] or without, strict=True))
     return (pairs if any(sheets) else ()), [problem for problem in problems if problem]
 
 

@@ -77,10 +77,9 @@ class SetView:
 
 
 class RecipeView(NamedTuple):
-    """The recipe that made a set: its path, its address for a link, and what it says."""
+    """The recipe that made a set: its path, and what it says."""
 
     path: str
-    address: str
     text: str
 
 
@@ -149,8 +148,10 @@ def _why_gone(path: Path, result: Result) -> str:
     return ""
 
 
-def pictures_of(result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictures, ...], str]:
-    """The images of an evaluated set class by class, or why they cannot be shown."""
+def pictures_of(
+    result: Result, titles: Sequence[str], classes: Sequence[int] | None = None
+) -> tuple[tuple[ClassPictures, ...], str]:
+    """The images of these classes of an evaluated set, or of all (None), or why they cannot be shown."""
     from PIL.Image import fromarray
 
     from ddkit.data.images import denormalize, to_uint8
@@ -161,7 +162,7 @@ def pictures_of(result: Result, titles: Sequence[str]) -> tuple[tuple[ClassPictu
     images, labels, spec = evaluated
     lossless = spec.image_size <= _LARGEST_LOSSLESS
     sheet = []
-    for label in range(spec.num_classes):
+    for label in range(spec.num_classes) if classes is None else classes:
         shown = images[(labels == label).nonzero().flatten()[:_MOST_PER_CLASS]]
         pixels = to_uint8(denormalize(shown, spec)).permute(0, 2, 3, 1).contiguous().numpy()
         pictures = tuple(data_uri(fromarray(image), lossless) for image in pixels)
@@ -201,7 +202,7 @@ def _recipe(path: str) -> RecipeView | None:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return RecipeView(path, Path(path).resolve().as_uri(), text[:_LARGEST_RECIPE])
+    return RecipeView(path, text[:_LARGEST_RECIPE])
 
 
 def _findings(path: Path, result: Result) -> tuple[Finding, ...]:
