@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._options import BUNDLE_FILE, RUNS_FOLDER, TRIALS_FOLDER
 from ddkit.cli._output import Output
@@ -58,30 +56,28 @@ def pack_models(
     """Bundle these models, zip, prove and record, with notes on what is missing and on the proof."""
     records = PackedRecords()
     for model in models:
-        output.note(escape(f"Bundling {model.dataset} ({source_name(model.folder)}) into {out}: {model.settings}."))
+        output.note(f"Bundling {model.dataset} ({source_name(model.folder)}) into {out}: {model.settings}.")
     for spec in CHALLENGE_DATASETS:
         if spec.name not in [model.dataset for model in models]:
-            output.note(
-                f"[yellow]warning[/yellow] There is no model for {spec.name}, but the score is the mean of both datasets."
-            )
+            output.note(f"There is no model for {spec.name}, but the score is the mean of both datasets.", label="warning")
     for model in models:
         if model.settings.half:
             cost = rounding_cost(model)
             output.note(
-                f"{escape(model.dataset)}: weights as float16 change the pixels of {cost.images} images by {cost.mean:.4f} "
+                f"{model.dataset}: weights as float16 change the pixels of {cost.images} images by {cost.mean:.4f} "
                 f"steps of 1/255 on average, {cost.largest} at most."
             )
-    packed = pack_bundle(models, out, proof=proof, name=name, records=records, on_event=output.event, progress=output.progress)
+    packed = pack_bundle(models, out, proof=proof, name=name, records=records, on_event=output.note, progress=output.progress)
     for each in packed.proofs:
         least, most = each.images_per_class
         output.note(
-            f"Without ddkit, the bundle made {each.images:,} {escape(each.dataset)} images, {least} to {most} of each class, "
+            f"Without ddkit, the bundle made {each.images:,} {each.dataset} images, {least} to {most} of each class, "
             f"in {each.seconds:.1f} s of its {each.budget:g} s."
         )
         if least == 0:
-            output.note("[yellow]warning[/yellow] Some classes have no image, because the budget is too short on this machine.")
+            output.note("Some classes have no image, because the budget is too short on this machine.", label="warning")
     if not packed.proofs:
-        output.note("[yellow]warning[/yellow] The bundle was not tested.")
+        output.note("The bundle was not tested.", label="warning")
     return packed
 
 
@@ -94,17 +90,14 @@ def tuned_models(output: Output, model: BundleModel, out: Path) -> list[BundleMo
             try:
                 models.append(_tuned(output, other, out))
             except MissingDataError as error:
-                output.note(f"[yellow]warning[/yellow] {escape(name)} is left out: {escape(str(error))}")
+                output.note(f"{name} is left out: {error}", label="warning")
     return models
 
 
 def _tuned(output: Output, model: BundleModel, trials: Path) -> BundleModel:
     """The model with its best settings by the trials in that folder, with a warning if the search is unfinished."""
-
-    def warn(text: str) -> None:
-        output.note(f"[yellow]warning[/yellow] {escape(text)}")
-
-    return with_best_settings(model, trials / f"{model.dataset}.jsonl", on_event=warn)
+    records = trials / f"{model.dataset}.jsonl"
+    return with_best_settings(model, records, on_event=lambda text: output.note(text, label="warning"))
 
 
 def _models(output: Output, options: dict[str, Any]) -> list[BundleModel]:

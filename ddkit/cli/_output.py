@@ -21,7 +21,6 @@ import click
 from rich import box
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
@@ -78,15 +77,11 @@ class Output:
         for logger, level in self._levels.items():
             logger.setLevel(level)
 
-    def note(self, text: str) -> None:
-        """Print a note on standard error. `text` may hold rich's markup; escape what comes from elsewhere."""
+    def note(self, text: str, *, label: str = "") -> None:
+        """Print a note on standard error. label: what it begins with in yellow, such as "warning"."""
         if not self.quiet:
             # A line of a log stays one line, however long it is.
-            self.err.print(text, soft_wrap=not self.err.is_terminal)
-
-    def event(self, text: str) -> None:
-        """Print a note of a library function: plain text, in which nothing is markup."""
-        self.note(escape(text))
+            self.err.print(Text.assemble((f"{label} " if label else "", "yellow"), text), soft_wrap=not self.err.is_terminal)
 
     def progress(self, progress: Progress) -> None:
         """Show how far a long computation is: as a bar on a terminal, otherwise as a line every few seconds."""
@@ -100,7 +95,7 @@ class Output:
             task.shown = now
             parts = [f"{progress.task}: {count_text(progress)}", task.pace(now, progress)]
             line = f"{', '.join(filter(None, parts))}  {figures_text(progress)}"
-            self.err.print(escape(line.rstrip()), soft_wrap=True)
+            self.err.print(line.rstrip(), soft_wrap=True)
 
     def track(self, progress: Progress, now: float) -> Task:
         """The task that a report is of, after taking note of it."""
@@ -142,9 +137,9 @@ class Output:
             self.err.print(_summary(time.monotonic() - self._began, outputs, next_command))
             return
         for output in outputs:
-            self.note(f"wrote {escape(str(output))}")
+            self.note(f"wrote {output}")
         if next_command:
-            self.note(f"next: {escape(next_command)}")
+            self.note(f"next: {next_command}")
 
     def _begin(self, name: str, task: Task) -> Task:
         earlier = self._tasks.get(name)
@@ -161,14 +156,14 @@ class Output:
             self._bars = _bars(self.err)
             self._bars.start()
         if task.bar is None:
-            task.bar = self._bars.add_task(escape(progress.task), total=progress.total, count="", pace="", figures="")
+            task.bar = self._bars.add_task(progress.task, total=progress.total, count="", pace="", figures="")
         self._bars.update(
             task.bar,
             completed=progress.done,
             total=progress.total,
             count=count_text(progress),
             pace=task.pace(now, progress),
-            figures=escape(figures_text(progress)),
+            figures=figures_text(progress),
         )
 
     def _stop_bars(self) -> None:
@@ -190,7 +185,8 @@ def _console(*, stderr: bool) -> Console:
     if isinstance(stream, io.TextIOWrapper):
         # A character that the encoding does not have must not cost the result.
         stream.reconfigure(errors="replace")
-    console = Console(stderr=stderr, highlight=False)
+    # Names of files and sets may look like markup. Where something is styled, it is a Text.
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_WITHOUT_TERMINAL
     return console
@@ -250,7 +246,7 @@ class Task:
 
 def _bars(console: Console) -> Bars:
     def column(field: str, style: str = "none", ratio: int | None = None) -> TextColumn:
-        return TextColumn(field, style=style, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=ratio))
+        return TextColumn(field, style=style, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=ratio))
 
     count, pace = column("{task.fields[count]}", "progress.percentage"), column("{task.fields[pace]}", "progress.remaining")
     if console.width < _NARROW:

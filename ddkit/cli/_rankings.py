@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from ddkit.cli._output import plain_table
@@ -25,7 +24,7 @@ def rankings_table(rankings: Sequence[Ranking]) -> RenderableType:
     for ranking in rankings:
         subject = ranking.subject
         scores = ["–" if score is None else f"{score:.3f}" for score in ranking.scores.values()]
-        table.add_row(escape(subject.source), escape(subject.dataset), str(subject.epochs_setting), *scores)
+        table.add_row(subject.source, subject.dataset, str(subject.epochs_setting), *scores)
     missing = dict.fromkeys(str(evaluation) for ranking in rankings for evaluation in ranking.missing)
     notes = [f"Missing: {'; '.join(missing)}. Run them with ddkit evaluate --ranking."] if missing else []
     notes += dict.fromkeys(note for ranking in rankings for note in ranking.notes)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -70,11 +69,11 @@ class StageView:
 
     def _print_changes(self, before: dict[str, str]) -> None:
         if not before and (done := [state.name for state in self._states if state.status == "done"]):
-            self._output.note(f"Done already: {escape(', '.join(done))}.")
+            self._output.note(f"Done already: {', '.join(done)}.")
         for number, state in enumerate(self._states, start=1):
             if state.status in ("to come", before.get(state.name)) or not before and state.status == "done":
                 continue
-            place = f"\\[{number}/{len(self._states)}] {escape(state.name)}"
+            place = f"[{number}/{len(self._states)}] {state.name}"
             if state.status == "running":
                 self._output.note(f"{place}: about {span_text(state.expected)}, {span_text(self._left())} left in all.")
             elif state.seconds is not None and state.status != "left out":
@@ -127,5 +126,5 @@ def stage_table(states: Sequence[StageState], output: Output, *, running: float 
             shown = f"{span_text(took)} of about {span_text(state.expected)}"
         else:
             shown = "" if took is None else span_text(took)
-        table.add_row(marks[state.status], escape(state.name), state.status, shown, style=_STYLES[state.status])
+        table.add_row(marks[state.status], state.name, state.status, shown, style=_STYLES[state.status])
     return table

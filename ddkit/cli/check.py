@@ -67,7 +67,7 @@ def check(
         output.result({"wrote": str(fix_order), "moved_rows": moved}, f"{moved} rows moved.")
         output.finish([fix_order], check_command(fix_order, dataset_of(path, dataset)))
         return
-    output.event(f"Checking {path}.")
+    output.note(f"Checking {path}.")
     report = checks.check_path(path, dataset=dataset, ipc=ipc, progress=output.progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     known = recorded.recorded_files(path, results)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 
 from ddkit.challenge import DATASETS
 from ddkit.cli._options import COUNT, FILE, PATH, example, output_options, refuse_unused
@@ -47,8 +46,8 @@ def list_datasets(output: Output) -> None:
     table = plain_table("dataset", *numbers, "from", right=numbers)
     for row in rows:
         counts = [f"{row[split]:,}" if row[split] else "-" for split in ("train", "test")]
-        table.add_row(row["name"], str(row["classes"] or "-"), str(row["image_size"] or "-"), *counts, escape(row["state"]))
-    output.note(f"Prepared datasets are kept in {escape(str(cache_folder()))}.")
+        table.add_row(row["name"], str(row["classes"] or "-"), str(row["image_size"] or "-"), *counts, row["state"])
+    output.note(f"Prepared datasets are kept in {cache_folder()}.")
     output.result(rows, table)
 
 
@@ -103,15 +102,15 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     origin = f" from {source}" if source else ""
     if source is None and name in DATASETS and (force or made_before is None):
         origin = " (drawn here)" if name == "glyphs" else " (downloaded from its official address)"
-    output.event(f"Preparing {name}{origin} in {folder}.")
+    output.note(f"Preparing {name}{origin} in {folder}.")
     prepare_dataset(name, source, force=force, progress=output.progress, **options)
     facts = store.store_facts(name)
     for split, split_facts in facts.splits.items():
         if split_facts.skipped:
-            output.note(f"[yellow]warning[/yellow] These {split} files were left out: {escape(', '.join(split_facts.skipped))}")
+            output.note(f"These {split} files were left out: {', '.join(split_facts.skipped)}", label="warning")
     output.result({"folder": str(folder), **dataclasses.asdict(facts)}, _summary(facts))
     if facts.prepared == made_before:
-        output.note(f"It was prepared already, in {escape(str(folder))}; --force prepares it again.")
+        output.note(f"It was prepared already, in {folder}; --force prepares it again.")
     output.finish([folder] if facts.prepared != made_before else [], f"ddkit generate --dataset {name} --from-real random")
 
 
@@ -130,7 +129,7 @@ def show(output: Output, name: str, split: str, per_class: int, classes: str | N
     from ddkit.data.prepare import open_dataset
     from ddkit.sets.contact_sheet import contact_sheet, save_png
 
-    output.event(f"Drawing the first {per_class} {split} images of each class of {name}.")
+    output.note(f"Drawing the first {per_class} {split} images of each class of {name}.")
     images = open_dataset(name, split, progress=output.progress)
     titles = store.class_titles(name)
     chosen = store.find_classes(name, classes.split(",")) if classes else range(len(titles))
@@ -170,4 +169,4 @@ def _summary(facts: StoreFacts) -> str:
         f"{split.images:,} {name} images ({' to '.join(map(str, dict.fromkeys(split.per_class)))} a class)"
         for name, split in facts.splits.items()
     )
-    return escape(f"{facts.name}: {counted(len(facts.class_names), 'class', 'classes')}, {facts.image_size} pixels, {counts}")
+    return f"{facts.name}: {counted(len(facts.class_names), 'class', 'classes')}, {facts.image_size} pixels, {counts}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.markup import escape
 
 from ddkit.cli._options import FOLDER, compute_options, example
 from ddkit.cli._output import Output
@@ -31,7 +30,7 @@ def demo(output: Output, folder: Path, device: str, seed: int) -> None:
     It takes minutes on a laptop's CPU and downloads nothing. If it is interrupted, run it again to continue. It is
     `ddkit enter` with a built-in recipe.
     """
-    output.note(f"Running every step on built-in images of letters, in {escape(str(folder))}. This takes minutes on two cores.")
+    output.note(f"Running every step on built-in images of letters, in {folder}. This takes minutes on two cores.")
     make_entry(output, _recipe(seed), folder, None, device, then="ddkit enter --time 8h")
 
 

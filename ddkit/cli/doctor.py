@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import click
-from rich.markup import escape
+from rich.text import Text
 
 from ddkit.cli._options import example, output_options
 from ddkit.cli._output import Output, plain_table
@@ -26,8 +26,8 @@ def doctor(ctx: click.Context, output: Output) -> None:
     table = plain_table("", "part", "finding")
     for line in lines:
         color = _COLORS[line.status]
-        finding = escape(line.finding) + (f"\n[{color}]{escape(line.remedy)}[/]" if line.remedy else "")
-        table.add_row(f"[{color}]{line.status}[/]", escape(line.what), finding)
+        finding = Text(line.finding).append(f"\n{line.remedy}" if line.remedy else "", style=color)
+        table.add_row(Text(line.status, style=color), line.what, finding)
     output.result([vars(line) for line in lines], table)
     if any(line.status == "broken" for line in lines):
         ctx.exit(3)

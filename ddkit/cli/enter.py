@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 
 from ddkit.challenge import CHALLENGE_DATASETS, TRACKS
 from ddkit.cli._options import COUNT, FILE, FOLDER, TRACK, Duration, device_option, example, output_options
@@ -124,14 +123,14 @@ def make_entry(
     with _inside(folder), StageView(output) as view:
         entry = entering.enter(
             recipe, Path(), seconds=seconds, device=device,
-            progress=view.progress, watch=view.watch, on_event=lambda text: output.note(escape(text)),
+            progress=view.progress, watch=view.watch, on_event=output.note,
         )  # fmt: skip
     sheets = [Path("submission", f"{name}.png") for name in entry.recipe.datasets]
     written = [folder / path for path in (*sheets, *entry.files) if (folder / path).exists()]
     if entry.unfinished:
         output.note(
-            f"[yellow]warning[/yellow] The time was up before {escape(', '.join(entry.unfinished))}. Run the same command with "
-            "a longer --time to finish."
+            f"The time was up before {', '.join(entry.unfinished)}. Run the same command with a longer --time to finish.",
+            label="warning",
         )
     output.note(f"All stages together took {span_text(entry.seconds)}.")
     output.result(
@@ -153,7 +152,7 @@ def _show_plan(output: Output, plan: Plan) -> None:
     states = plan.states()
     total = sum(state.expected for state in states if state.status != "done")
     for note in plan.notes:
-        output.note(escape(note))
+        output.note(note)
     data = {
         "seconds": plan.seconds, "expected": total, "notes": plan.notes,
         "stages": [dataclasses.asdict(state) for state in states], "recipe": plan.recipe.to_json(),

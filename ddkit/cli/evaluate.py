@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
 from ddkit.challenge import TRACKS
@@ -149,7 +148,7 @@ def evaluate(
     settings = job.JobSettings(evaluation, **given, state=job.StateFolder(state, save_every_seconds))
     output.quiet = output.quiet or not is_main()
     if dry_run:
-        events: dict[str, Any] = {"progress": output.progress, "on_event": output.event}
+        events: dict[str, Any] = {"progress": output.progress, "on_event": output.note}
         estimates = job.estimate_files(sets, settings, folder=SUBMISSION_FOLDER, **events)
         output.result([{**asdict(each), "official": each.official} for each in estimates], _estimates_table(estimates))
         return
@@ -159,7 +158,7 @@ def evaluate(
             from ddkit.packing.bundle import open_generators  # imports diffusers, which takes seconds
 
             files = opened.enter_context(open_generators(sets or (BUNDLE_FILE,), settings.dataset))
-        outcome = job.evaluate_files(files, settings, folder=SUBMISSION_FOLDER, progress=output.progress, on_event=output.event)
+        outcome = job.evaluate_files(files, settings, folder=SUBMISSION_FOLDER, progress=output.progress, on_event=output.note)
     if is_main():
         shown = _shown(outcome)
         output.result(_as_data(outcome), Group(shown, rankings_table(outcome.rankings)) if outcome.rankings else shown)
@@ -184,7 +183,7 @@ def _shown(outcome: JobOutcome) -> Group:
     lines = [_generated(result) for result in outcome.results if result.generated]
     lines += [_verdict(*comparison) for comparison in outcome.comparisons]
     for name, score in outcome.scores.items():
-        lines.append(f"The challenge's score of {escape(name)}, the mean of both datasets: [bold]{_percent(score)}[/]")
+        lines.append(f"The challenge's score of {name}, the mean of both datasets: {_percent(score)}")
     return Group(_table(outcome.results), *lines)
 
 
@@ -193,14 +192,14 @@ def _estimates_table(estimates: Sequence[EvaluationEstimate]) -> Table:
     for each in estimates:
         done = f", {each.finished_rounds} done" if each.finished_rounds else ""
         table.add_row(
-            escape(each.source),
-            escape(each.dataset),
+            each.source,
+            each.dataset,
             f"{each.images:,}",
             f"{each.rounds} of {counted(each.epochs, 'epoch', 'epochs')}{done}",
             f"{each.seconds_per_epoch:.3g} s",
             span_text(each.seconds),
             f"{each.memory / 2**30:.1f} GiB, {each.free_memory / 2**30:.1f} GiB are free",
-            escape("yes" if each.official else f"no: {'; '.join(each.deviations)}"),
+            "yes" if each.official else f"no: {'; '.join(each.deviations)}",
         )
     return table
 
@@ -213,7 +212,7 @@ def _table(results: Sequence[Result]) -> Table:
         official = "yes" if result.official else f"no: {'; '.join(result.deviations)}"
         rounds = " ".join(map(_percent, result.accuracies[:_MOST_ROUNDS_SHOWN]))
         rounds += " ..." * (result.rounds > _MOST_ROUNDS_SHOWN)
-        table.add_row(*map(escape, (result.source, result.dataset, accuracy, interval, rounds, official)))
+        table.add_row(result.source, result.dataset, accuracy, interval, rounds, official)
     return table
 
 
@@ -224,7 +223,7 @@ def _generated(result: Result) -> str:
     speed = sum(result.generated) / sum(result.generation_seconds)
     least, most = result.images_per_class
     return (
-        f"{escape(result.source)} on {escape(result.dataset)} made {counts} images in {seconds} s: "
+        f"{result.source} on {result.dataset} made {counts} images in {seconds} s: "
         f"{speed:,.1f} images/s, {least:,} to {most:,} per class."
     )
 
@@ -233,19 +232,19 @@ def _verdict(first: Result, second: Result, comparison: Comparison) -> str:
     better, worse = (first, second) if comparison.difference >= 0 else (second, first)
     points, rounds = abs(100 * comparison.difference), f"{first.rounds} {'paired ' * comparison.paired}rounds"
     if comparison.half_width is None:
-        found = f"is better than {escape(worse.source)} by {points:.2f} points"
+        found = f"is better than {worse.source} by {points:.2f} points"
         if points < 0.005:
-            found = f"is as good as {escape(worse.source)}"
+            found = f"is as good as {worse.source}"
         return (
-            f"{escape(better.source)} {found} in each of {rounds}: the difference does not vary, so no "
+            f"{better.source} {found} in each of {rounds}: the difference does not vary, so no "
             "interval can be given. More --rounds may show that it does."
         )
     half = 100 * comparison.half_width
     numbers = f"{points:.2f} ± {half:.2f} points (95 %, {rounds}, p = {comparison.p_value:.2g})"
     if comparison.exceeds_noise:
-        return f"[bold]{escape(better.source)}[/] is better than {escape(worse.source)} by {numbers}."
+        return f"{better.source} is better than {worse.source} by {numbers}."
     return (
-        f"{escape(better.source)} and {escape(worse.source)} differ by {numbers}, which does not exceed the noise. "
+        f"{better.source} and {worse.source} differ by {numbers}, which does not exceed the noise. "
         "More --rounds would detect smaller differences."
     )
 

@@ -175,7 +175,7 @@ def generate(
         origin = f"with {source_name(source.folder)}: {sampled}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
     output.quiet = output.quiet or not is_main()
-    output.event(f"Making {counted(ipc, 'image', 'images')} per class of {dataset} {origin}.")
+    output.note(f"Making {counted(ipc, 'image', 'images')} per class of {dataset} {origin}.")
     earlier = out.stat() if out.exists() else None
     saved = making.generate(dataset, ipc, source, out, replace=replace, progress=output.progress)
     if not is_main():

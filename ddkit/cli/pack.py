@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ddkit.challenge import CHALLENGE_DATASETS
 from ddkit.cli._options import (
@@ -167,14 +167,14 @@ def _pack_track_1(
 ) -> None:
     from ddkit.packing import pack as packing
 
-    output.event(f"Checking {folder} and packing it into {out}.")
+    output.note(f"Checking {folder} and packing it into {out}.")
     findings: list[Finding] = []
 
     def on_report(report: Report) -> None:
         findings.extend(report.findings)
         for finding in report.findings:
             if finding.level == "warning" or finding.code == _ORDER_NOT_COMPARED:
-                output.note(f"[yellow]{finding.level}[/yellow] {escape(f'{finding.code}: {finding.message}')}")
+                output.note(f"{finding.code}: {finding.message}", label=finding.level)
 
     path = packing.pack(
         folder,
@@ -184,7 +184,7 @@ def _pack_track_1(
         name=name,
         records=PackedRecords(),
         on_report=on_report,
-        on_event=output.event,
+        on_event=output.note,
         progress=output.progress,
     )
     files = packing.packed_files(path)
@@ -194,7 +194,7 @@ def _pack_track_1(
     output.result(data, files_table(files, path, sha256))
     scored = any(file.name == f"{spec.name}.pt" for file in files for spec in CHALLENGE_DATASETS)
     use = f"Upload {path}." if scored else "For practice only: the challenge does not score these datasets."
-    output.event(f"The zip was read back and verified. {use}")
+    output.note(f"The zip was read back and verified. {use}")
     output.finish([path], "ddkit report")
 
 
@@ -202,6 +202,6 @@ def files_table(files: Sequence[PackedFile], path: Path, sha256: str) -> Table:
     """The files in a zip, and the zip itself, with sizes and hashes."""
     table = plain_table("in the zip", "bytes", "SHA-256", right=("bytes",))
     for file in files:
-        table.add_row(escape(file.name), f"{file.size:,}", file.sha256)
-    table.add_row(f"[bold]{escape(path.name)}[/]", f"{path.stat().st_size:,}", sha256)
+        table.add_row(file.name, f"{file.size:,}", file.sha256)
+    table.add_row(Text(path.name, style="bold"), f"{path.stat().st_size:,}", sha256)
     return table

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.markup import escape
 
 from ddkit.cli._options import FILE, example, output_options
 from ddkit.cli._output import Output
@@ -46,12 +45,12 @@ def push(output: Output, path: Path, hub_id: str, license: str | None, private: 
     planned = hub.plan_upload(path, hub_id, license=license, results=results)
     data = {"hub_id": hub_id, "kind": planned.kind, "files": sorted(planned.files), "card": planned.card}
     if dry_run:
-        output.result(data, escape(planned.card))
-        output.event(f"It would upload {', '.join(planned.files)}.")
+        output.result(data, planned.card)
+        output.note(f"It would upload {', '.join(planned.files)}.")
         return
     if not license:
-        output.note("[yellow]warning[/yellow] The card says that the license is unknown. Add --license ID, such as cc-by-4.0.")
-    output.event(f"Uploading {len(planned.files)} files to the {planned.kind} {hub_id}.")
+        output.note("The card says that the license is unknown. Add --license ID, such as cc-by-4.0.", label="warning")
+    output.note(f"Uploading {len(planned.files)} files to the {planned.kind} {hub_id}.")
     url = hub.push(planned, private=private)
-    output.result({**data, "url": url}, escape(url))
+    output.result({**data, "url": url}, url)
     output.finish([url], planned.command)

@@ -139,7 +139,7 @@ def refine(
         _show_estimate(output, estimate)
         return
     length = span_text(limits.seconds) if limits.seconds is not None else counted(limits.steps, "step", "steps")
-    output.event(f"Refining {path} for {length}. {folder} keeps the original set.")
+    output.note(f"Refining {path} for {length}. {folder} keeps the original set.")
     if limits.seconds is None:  # otherwise the number of steps is not known
         expected = expected_accuracy(dataset, ipc, settings, limits.steps, start=start)
         if expected is not None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -90,17 +89,17 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
         compare=compare,
         seed=seed,
         device=device,
-        on_event=output.event,
+        on_event=output.note,
         progress=output.progress,
     )
     if not board.results:
         published = "" if show_history else " These are the published entries."
-        output.note(f"No results in {escape(str(results))} yet.{published}")
+        output.note(f"No results in {results} yet.{published}")
     for problem in board.problems[:_MOST_PROBLEMS]:
-        output.note(f"[yellow]not used:[/yellow] {escape(problem)}")
+        output.note(problem, label="not used:")
     if len(board.problems) > _MOST_PROBLEMS:
         more = counted(len(board.problems) - _MOST_PROBLEMS, "more line", "more lines")
-        output.note(f"[yellow]not used:[/yellow] {more}; --json lists them all")
+        output.note(f"{more}; --json lists them all", label="not used:")
     if output.as_json:
         output.result(board.as_data())
     elif show_history or compare:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from ddkit.cli._options import COUNT, FOLDER, RUNS_FOLDER, Duration, example, resumable_options, save_every_option
@@ -180,9 +179,9 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     settings = {name: options.pop(name) for name in training.SETTINGS}
     request = training.plan_training(data, settings, runs=RUNS_FOLDER, **options)
     for choice in request.choices:
-        output.event(choice)
+        output.note(choice)
     if request.start is not None:
-        output.event(_described(request.start))
+        output.note(_described(request.start))
     if dry_run:
         if is_main():
             output.note("Measuring each stage for a few seconds; nothing is kept.")
@@ -197,7 +196,7 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     config = request.config
     before = "" if config.minimax or config.pretrained_autoencoder else f"{config.autoencoder_optimizer.steps:,} + "
     length = f"{before}{config.denoiser_optimizer.steps:,} steps" if request.seconds is None else span_text(request.seconds)
-    output.event(f"{verb} a generator on {dataset}, preset {request.preset}, {length}, in {folder}.")
+    output.note(f"{verb} a generator on {dataset}, preset {request.preset}, {length}, in {folder}.")
     model = training.train(data, request, progress=output.progress)
     if not is_main():
         return
@@ -235,7 +234,7 @@ def _start_facts(request: TrainingRequest) -> dict[str, Any]:
 
 def _show_costs(output: Output, request: TrainingRequest, costs: Estimate, shortage: Exception | None) -> None:
     if shortage is not None:
-        output.note(f"[yellow]{escape(str(shortage))}[/]")
+        output.note(str(shortage), label="warning")
     if request.seconds is None:
         steps: Sequence[int | None] = [stage.steps for stage in costs.stages]
     else:

@@ -145,7 +145,7 @@ def tune(
     bundled = BundleModel(dataset, folder, settings)
     records, chart = out / f"{dataset}.jsonl", out / f"{dataset}.png"
     state = StateFolder(RUNS_FOLDER / "evaluations")
-    trials = tuning.tune(bundled, search, out, state=state, progress=output.progress, on_event=output.event)
+    trials = tuning.tune(bundled, search, out, state=state, progress=output.progress, on_event=output.note)
     _report(output, trials, tuning.best_of(trials), tuning.evidence(trials))
     if packs:
         packed = _bundle.pack_models(output, _bundle.tuned_models(output, bundled, out), BUNDLE_FILE, ProofSettings())

@@ -152,7 +152,7 @@ def test_verdict_on_rounds_that_do_not_vary_gives_no_interval(second, said):
     )  # fmt: skip
     ((first, other, comparison),) = JobOutcome((a, b)).comparisons
     shown = _verdict(first, other, comparison)
-    assert said in shown and "noise" not in shown and "±" not in shown and "[bold]" not in shown
+    assert said in shown and "noise" not in shown and "±" not in shown
 
 
 def test_all_sets_are_checked_before_the_first_is_trained_on(work):

@@ -20,13 +20,13 @@ from ddkit.cli._output import Output
 from ddkit.runtime.progress import Progress
 
 with Output({options}) as output:
-    output.note("About to train.")
+    output.note("About to train [b].")
     for step in range(40, 101, 20):
         output.progress(Progress("Training [b]", step, 100, "images", {{"loss": 2.5 - step / 100}}))
         time.sleep(0.02)
     output.progress(Progress("Looking", 7, None, "files"))
     output.finish(["out/[x].pt", "out/" + "long" * 50], "ddkit check")
-    output.result({{"accuracy": 0.25}}, "[bold]0.25[/bold]")
+    output.result({{"accuracy": 0.25}}, "0.25 [b]")
 """
 
 
@@ -62,13 +62,13 @@ def visible(text: str) -> str:
 
 def test_results_and_progress_never_mix():
     ran = run()
-    assert ran.stdout == "0.25\n"
-    assert "About to train." in ran.stderr and "Training [b]" in ran.stderr
+    assert ran.stdout == "0.25 [b]\n"
+    assert "About to train [b]." in ran.stderr and "Training [b]" in ran.stderr
 
 
 def test_a_log_has_whole_lines_without_color():
     lines = run().stderr.splitlines()
-    assert lines[0] == "About to train."
+    assert lines[0] == "About to train [b]."
     assert lines[1] == "Training [b]: 40/100 images  loss 2.1"
     assert re.fullmatch(r"Training \[b\]: 100/100 images, in [\d.]+ m?s  loss 1.5", lines[2])
     assert lines[3:] == ["Looking: 7 files", "wrote out/[x].pt", "wrote out/" + "long" * 50, "next: ddkit check"]
@@ -81,7 +81,7 @@ def test_json_is_all_of_the_output():
 def test_quiet_says_nothing():
     ran = run("quiet=True")
     assert ran.stderr == ""
-    assert ran.stdout == "0.25\n"
+    assert ran.stdout == "0.25 [b]\n"
 
 
 def test_a_terminal_shows_what_how_far_how_fast_and_the_summary():
