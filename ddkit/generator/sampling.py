@@ -98,8 +98,8 @@ class Sampler:
             mode_guidance=self.settings.mode_guidance,
             shifts=influence is not None,
         )
-        self._times, self._final = plan.times.tolist(), plan.final.to(self.device)
-        self._inputs = plan.inputs.to(self.device)
+        self._plan, self._times = plan, plan.times.tolist()
+        self._inputs, self._final = plan.inputs.to(self.device), plan.final.to(self.device)
         self._modes, self._influence = modes, influence
         first, end = (round(share * len(self._times)) for share in _INFLUENCE_GUIDED)
         self._influenced = range(first, max(end, 1)) if influence else range(0)
@@ -175,9 +175,10 @@ class Sampler:
                 known = first + per_step * i
                 point = weighted_sum(self._inputs[i, :known], terms[:known])
                 if i in self._influenced:
-                    terms[known], terms[known + 1] = self._influence_term(point, time, filled[1])
+                    output, terms[known + 1] = self._influence_term(point, time, filled[1])
                 else:
-                    terms[known] = self._output(self._guided, point, time, labels)
+                    output = self._output(self._guided, point, time, labels)
+                terms[known] = self._plan.term(i, point, output)
             latents = weighted_sum(self._final, terms)
             made = torch.cat([to_uint8(self._decoder(some)) for some in latents.split(self._decoded_at_once)])
         return made[:count].cpu()

@@ -39,7 +39,8 @@ class Sampler:
         self._autoencoder = _load(AutoencoderKL, folder / "vae").to(self._device, memory_format=torch.channels_last)
         self._modes = load_file(folder / MODES_FILE)["modes"] if entry["mode_guidance"] else None
         plan = linear_plan(_load_scheduler(folder / "scheduler"), entry["steps"], mode_guidance=entry["mode_guidance"])
-        self._times, self._inputs, self._final = plan.times.tolist(), plan.inputs.to(self._device), plan.final.to(self._device)
+        self._plan, self._times = plan, plan.times.tolist()
+        self._inputs, self._final = plan.inputs.to(self._device), plan.final.to(self._device)
         config = self._denoiser.config
         self._latent_shape = (config.in_channels, config.sample_size, config.sample_size)
 
@@ -67,10 +68,12 @@ class Sampler:
 
     def _latents(self, given: list[Tensor], labels: Tensor) -> Tensor:
         """From the noise, and with mode guidance the modes, to clean latents, all (n, C, s, s), along the plan."""
-        known = given[0].new_empty(len(self._final), *given[0].shape)  # what is given, and the outputs so far
+        known = given[0].new_empty(len(self._final), *given[0].shape)  # what is given, and the terms of the steps so far
         known[: len(given)] = torch.stack(given)
-        for count, (inputs, time) in enumerate(zip(self._inputs, self._times, strict=True), len(given)):
-            known[count] = self._guided(weighted_sum(inputs[:count], known[:count]), time, labels)
+        for step, (inputs, time) in enumerate(zip(self._inputs, self._times, strict=True)):
+            count = len(given) + step
+            point = weighted_sum(inputs[:count], known[:count])
+            known[count] = self._plan.term(step, point, self._guided(point, time, labels))
         return weighted_sum(self._final, known)
 
     def _guided(self, noisy: Tensor, time: float, labels: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from ddkit.errors import UsageError
-from ddkit.generator.config import PREDICTIONS, SAMPLERS
+from ddkit.generator.config import PREDICTIONS, SAMPLERS, ObjectiveConfig
 from ddkit.generator.linear_plan import linear_plan, set_steps
+from ddkit.generator.objective import Objective
 from ddkit.generator.samplers import make_plan, make_scheduler
 
 
@@ -51,6 +52,39 @@ def test_linear_plan_follows_a_straight_flow_exactly_in_any_number_of_steps(samp
         plan = make_plan(sampler, "flow", steps)
         known = torch.stack([noise, *[noise - clean] * steps])
         assert torch.allclose(torch.tensordot(plan.final, known, dims=1), clean, atol=2e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_mode_guidance_in_many_steps_agrees_with_one_step_after_another(sampler, prediction):
+    """The paper's 50 steps and its scale, and a network that knows that latents have a mean of 1 and a deviation of 0.5."""
+    steps, scale, mode, objective = 50, 0.1, -0.5, Objective(ObjectiveConfig(prediction))
+
+    def network(point, time):
+        signal, spread = objective.levels(time.expand(len(point)), point)
+        clean = 1 + 0.25 * signal / (0.25 * signal**2 + spread**2) * (point - signal)
+        noise = (point - signal * clean) / spread
+        return objective.target(clean, noise, time.expand(len(point)))
+
+    noise = torch.randn(16, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    scheduler, point = make_scheduler(sampler, prediction), noise.double()
+    set_steps(scheduler, steps)
+    scheduler.disable_corrector = range(steps // 2)  # of UniPC, as it would take back what is added
+    for i, time in enumerate(scheduler.timesteps):
+        output, times = network(point, time.float()), time.float().expand(len(point))
+        added = scale * objective.levels(times, point)[1] * (mode - objective.clean(point, output, times))
+        point = scheduler.step(output, time, point, return_dict=False)[0] + (added if i < steps / 2 else 0)
+
+    plan, terms = make_plan(sampler, prediction, steps, mode_guidance=scale), [noise, torch.full_like(noise, mode)]
+    for i, time in enumerate(plan.times):
+        at = torch.tensordot(plan.inputs[i, : len(terms)], torch.stack(terms), dims=1)
+        terms.append(plan.term(i, at, network(at, time)))
+    torch.testing.assert_close(torch.tensordot(plan.final, torch.stack(terms), dims=1).double(), point, atol=1e-4, rtol=0)
+
+
+def test_unipc_is_steered_to_the_mode_as_far_as_other_samplers():
+    shares = [make_plan(sampler, "flow", 10, mode_guidance=0.5).final[1] for sampler in SAMPLERS]
+    assert max(shares) - min(shares) < 0.05
 
 
 @pytest.mark.parametrize("steps", [3, 10])
