@@ -102,17 +102,19 @@ def _is_labels(array: NDArray[Any]) -> bool:
 
 def _as_uint8(path: Path, name: str, images: NDArray[Any]) -> NDArray[np.uint8]:
     """(N, 3, S, S) uint8 from (N, 3, S, S), (N, S, S, 3) or (N, 3 S S), of 8-bit values or of these as [0, 1]."""
-    rounded = images
+    whole = images
     if images.dtype.kind == "f":
         images = images * 255 if images.max() <= 1 else images
-        rounded = images.round()
-    if images.dtype.kind not in "uif" or images.min() < 0 or images.max() > 255 or not np.allclose(images, rounded, atol=0.01):
+        whole = images.round()
+    unfit = images.dtype.kind not in "uif" or images.min() < 0 or images.max() > 255
+    # What is whole already is not compared with itself, which would take many times its memory.
+    if unfit or (whole is not images and not np.abs(images - whole).max() <= 0.01):
         raise BadDataError(f"{path}: {name} does not hold 8-bit images.", "Save them as uint8, without normalization.")
     if images.ndim == 2:  # as CIFAR-100 has them: all red values, all green, all blue
         side = round((images.shape[1] / 3) ** 0.5)
-        rounded = rounded.reshape(len(images), 3, side, side) if 3 * side**2 == images.shape[1] else rounded
-    if rounded.ndim == 4 and rounded.shape[-1] == 3:
-        rounded = rounded.transpose(0, 3, 1, 2)
-    if rounded.ndim != 4 or rounded.shape[1] != 3 or rounded.shape[2] != rounded.shape[3]:
+        whole = whole.reshape(len(images), 3, side, side) if 3 * side**2 == images.shape[1] else whole
+    if whole.ndim == 4 and whole.shape[-1] == 3:
+        whole = whole.transpose(0, 3, 1, 2)
+    if whole.ndim != 4 or whole.shape[1] != 3 or whole.shape[2] != whole.shape[3]:
         raise BadDataError(f"{path}: {name} has the shape {images.shape}, which is not of square RGB images.")
-    return rounded.astype(np.uint8)
+    return whole.astype(np.uint8, copy=False)

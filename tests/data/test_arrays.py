@@ -1,6 +1,7 @@
 """Numpy arrays as sources: which of them hold what, and which order the classes come out in."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -147,6 +148,16 @@ def test_numbered_classes_of_tinyimagenet_are_refused(save):
     values, labels = np.zeros((200, 64, 64, 3), np.uint8), np.arange(200)
     with pytest.raises(BadDataError, match="tinyimagenet is numbered in more than one way"):
         prepare("tinyimagenet", save({"x_train": values, "y_train": labels, "x_test": values, "y_test": labels}))
+
+
+def test_pixels_take_a_few_times_their_own_memory(save, find):
+    pixels, labels = np.zeros((2000, 32, 32, 3), np.uint8), np.arange(2000) % 10
+    path = save({"x_train": pixels, "y_train": labels, "x_test": pixels[:10], "y_test": labels[:10]})
+    tracemalloc.start()
+    find(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 5 * pixels.nbytes
 
 
 @pytest.mark.parametrize(
