@@ -166,14 +166,13 @@ def _class_folders(tree: Tree, split: str, class_names: Sequence[str] = ()) -> d
 
 def _images_of_class(tree: Tree, folder: str, name: str) -> Iterator[str]:
     """The files of a class except its list of boxes. Raises BadDataError for files that lie deeper than layouts have them."""
-    for below in ("", *tree.folders[folder][0]):
-        place = f"{folder}/{below}" if below else folder
-        deeper = [f"{place}/{deep}/" for deep in tree.folders[place][0]] if below == _IMAGES else []
-        deeper += [f"{place}/"] if below not in ("", _IMAGES) else []
-        if misplaced := [path for path in tree.files if deeper and path.startswith(tuple(deeper))]:
-            raise BadDataError(f"{tree.path}: {misplaced[0]} lies deeper than <split>/<class>/<image>.", LAYOUTS)
-        if below in ("", _IMAGES):
-            yield from (f"{place}/{file}" for file in tree.folders[place][1] if file != f"{name}_boxes.txt")
+    images = f"{folder}/{_IMAGES}"
+    for place in (folder, images):
+        below, files = tree.folders.get(place, ([], []))
+        yield from (f"{place}/{file}" for file in files if file != f"{name}_boxes.txt")
+        for deeper in (f"{place}/{each}" for each in below):
+            if deeper != images and (misplaced := [path for path in tree.files if path.startswith(f"{deeper}/")]):
+                raise BadDataError(f"{tree.path}: {misplaced[0]} lies deeper than <split>/<class>/<image>.", LAYOUTS)
 
 
 def _refuse_unfit(tree: Tree, train: _Split, test: _Split, class_names: Sequence[str]) -> None:
