@@ -99,14 +99,15 @@ def _opened(path: Path) -> Iterator[TorchFile]:
         raise explain_os_error(error, path) from error
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Published:
-    """A file of torch.save that holds a published set. Fields as in `read_published`."""
+    """A file of torch.save that holds a published set. Fields as in `read_published` and, once it is read, `LabeledImages`."""
 
     path: Path
     opened: TorchFile
     spec: DatasetSpec
     argmax: bool
+    reduced: bool = False
 
     def read(self) -> LabeledImages:
         if foreign := foreign_names(self.opened.names - {_OF_ARGUMENTS}):
@@ -134,9 +135,8 @@ class _Published:
             with _opened(neighbor) as opened:
                 if not isinstance(opened.value, StoredTensor):
                     raise InvalidSubmissionError(f"{neighbor} does not hold the labels of {self.path.name} as one tensor.")
-                labels, reduced = self._labels(opened.load(opened.value), _count(images))
-            layout = f"images, with their labels in {neighbor.name}"
-            return replace(self._made(images, labels, layout, reduced=reduced), one_file=False)
+                labels = self._labels(opened.load(opened.value), _count(images))
+            return replace(self._made(images, labels, f"images, with their labels in {neighbor.name}"), one_file=False)
         count, classes = _count(images), self.spec.num_classes
         if count == 0 or count % classes:
             raise self._refused(
@@ -147,8 +147,8 @@ class _Published:
 
     def _of_sequence(self, items: Sequence[Any]) -> LabeledImages | None:
         kind = type(items).__name__
-        if len(items) == 2 and (pair := self._pair(*items)) is not None:
-            return self._made(*pair[:2], f"a {kind} of images and labels", reduced=pair[2])
+        if len(items) == 2 and (pair := self._pair(*items)):
+            return self._made(*pair, f"a {kind} of images and labels")
         tensors = [self._tensor(item) for item in items]
         stacks = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) == 4]
         if len(stacks) == len(items) == self.spec.num_classes:
@@ -156,9 +156,9 @@ class _Published:
         pairs = [item for item in items if isinstance(item, (list, tuple)) and len(item) == 2]
         if not items or len(pairs) != len(items):
             return None
-        if (first := self._pair(*pairs[0])) is not None:
+        if first := self._pair(*pairs[0]):
             notes = [f"It holds {len(pairs)} sets, of which the first is evaluated."] if len(pairs) > 1 else []
-            return self._made(*first[:2], f"a {kind} of images and labels", notes, reduced=first[2])
+            return self._made(*first, f"a {kind} of images and labels", notes)
         images = [self._tensor(image) for image, _ in pairs]
         loaded = [self._load(image) for image in images if image is not None and len(image.shape) == 3]
         labels = [self._number(label) for _, label in pairs]
@@ -167,15 +167,15 @@ class _Published:
             return None
         if len({(image.shape, image.dtype) for image in loaded}) > 1:
             raise self._refused("Its images differ in shape or type.")
-        targets, _ = self._labels(_as_tensor(known), len(loaded))
+        targets = self._labels(_as_tensor(known), len(loaded))
         return self._made(torch.stack(loaded), targets, f"a {kind} of images with a label each")
 
     def _of_dict(self, entries: Pairs) -> LabeledImages | None:
         named = {plain_name(key): value for key, value in entries.items if isinstance(key, str)}
         images = next((named[key] for key in _IMAGE_KEYS if key in named), None)
         labels = next((named[key] for key in _LABEL_KEYS if key in named), None)
-        if images is not None and labels is not None and (pair := self._pair(images, labels)) is not None:
-            return self._made(*pair[:2], "a dict of images and labels", reduced=pair[2])
+        if pair := self._pair(images, labels):
+            return self._made(*pair, "a dict of images and labels")
         numbered = {key: tensor for key, value in entries.items if (tensor := self._tensor(value)) is not None}
         if numbered and all(type(key) is int and len(tensor.shape) == 4 for key, tensor in numbered.items()):
             return self._by_class(numbered, "a dict of a tensor for each class")
@@ -190,21 +190,20 @@ class _Published:
         labels = torch.cat([torch.full((len(tensor),), label) for label, tensor in loaded.items()])
         return self._made(torch.cat(list(loaded.values())), labels, layout)
 
-    def _pair(self, images: Any, labels: Any) -> tuple[StoredTensor, Tensor, bool] | None:
-        """The images, their labels and whether these were reduced, if that is what the two values are; None otherwise."""
+    def _pair(self, images: Any, labels: Any) -> tuple[StoredTensor, Tensor] | None:
+        """The images and their labels, if that is what the two values are; None otherwise."""
         stored = self._tensor(images)
         if stored is None or len(stored.shape) != 4:
             return None
         values = self._tensor(labels)
         if values is not None and len(values.shape) in (1, 2):
-            return stored, *self._labels(self._load(values), _count(stored))
+            return stored, self._labels(self._load(values), _count(stored))
         if isinstance(labels, (list, tuple)) and labels and all(type(label) is int for label in labels):
-            return stored, *self._labels(_as_tensor(labels), _count(stored))
+            return stored, self._labels(_as_tensor(labels), _count(stored))
         return None
 
-    def _labels(self, values: Tensor, count: int) -> tuple[Tensor, bool]:
-        """(N,) int64 from class numbers, one-hot rows or, if they may be reduced, soft labels; and True for these."""
-        reduced = False
+    def _labels(self, values: Tensor, count: int) -> Tensor:
+        """(N,) int64 from class numbers, one-hot rows or, if they may be reduced, soft labels."""
         if len(values) != count:
             raise self._refused(f"It holds {count:,} images and {len(values):,} labels.")
         if values.ndim == 2 and values.shape[1] == 1:
@@ -226,13 +225,13 @@ class _Published:
                 )
             if values.isnan().any():
                 raise self._refused("Its soft labels hold values that are NaN.")
-            reduced = not one_hot
+            self.reduced = not one_hot
             values = values.argmax(dim=1)
         elif not whole:
             raise self._refused("Its labels are numbers with fractions, which are not classes.")
         labels = values.long()
         self._require_classes(labels)
-        return labels, reduced
+        return labels
 
     def _require_classes(self, labels: Tensor) -> None:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.spec.num_classes:
@@ -241,17 +240,9 @@ class _Published:
                 f"{self.spec.num_classes - 1}."
             )
 
-    def _made(
-        self,
-        images: StoredTensor | Tensor,
-        labels: Tensor,
-        layout: str,
-        notes: Sequence[str] = (),
-        *,
-        reduced: bool = False,
-    ) -> LabeledImages:
+    def _made(self, images: StoredTensor | Tensor, labels: Tensor, layout: str, notes: Sequence[str] = ()) -> LabeledImages:
         values = images if isinstance(images, Tensor) else self._load(images)
-        notes = [*(["Its soft labels were reduced to their largest class."] if reduced else []), *notes]
+        notes = [*(["Its soft labels were reduced to their largest class."] if self.reduced else []), *notes]
         side = self.spec.image_size
         if tuple(values.shape[1:]) == (side, side, 3):
             values = values.permute(0, 3, 1, 2)
@@ -269,7 +260,7 @@ class _Published:
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise self._refused("Its images hold values that are NaN or infinite.")
         whole = values if values.dtype == torch.uint8 else values.float()
-        return LabeledImages(whole.contiguous(), labels, layout, tuple(notes), reduced=reduced)
+        return LabeledImages(whole.contiguous(), labels, layout, tuple(notes), reduced=self.reduced)
 
     def _tensor(self, value: Any) -> StoredTensor | None:
         return value if isinstance(value, StoredTensor) else self.opened.stored_tensor(value)
@@ -286,7 +277,7 @@ class _Published:
         stored = self._tensor(value)
         if stored is None or stored.numel != 1:
             return None
-        return int(self._labels(self._load(stored).reshape(1), 1)[0])
+        return int(self._labels(self._load(stored).reshape(1), 1))
 
     def _refused(self, reason: str) -> InvalidSubmissionError:
         return InvalidSubmissionError(f"{self.path}: {reason}")
