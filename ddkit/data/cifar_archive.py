@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddkit.data.archives import READ_ERRORS, Tree
-from ddkit.data.listing import IncompleteLayoutError, Pixels, Source, pixel_source
+from ddkit.data.listing import IncompleteLayoutError, Pixels, Source, choose_splits, pixel_source
 from ddkit.errors import BadDataError
 
 FILES = ("train", "test", "meta")
@@ -36,10 +36,11 @@ _MAX_BYTES = 1 << 30  # of one pickle; the official training one has 155 MB
 _log = logging.getLogger(__name__)
 
 
-def read_cifar(tree: Tree, folder: str, test_split: str | None = None) -> Source | None:
-    """CIFAR-100 if `folder` has the files train, test and meta; it has one test split only.
+def read_cifar(tree: Tree, folder: str, test_split: str | None) -> Source | None:
+    """CIFAR-100 if `folder` has the files train, test and meta.
 
-    Raises IncompleteLayoutError if one of them is missing, BadDataError for what is damaged or hostile.
+    Raises IncompleteLayoutError if one of them is missing, UsageError for another test split than "test", BadDataError for
+    what is damaged or hostile.
     """
     present = [name for name in FILES if name in tree.folders[folder][1]]
     if len(present) < 2:
@@ -48,6 +49,7 @@ def read_cifar(tree: Tree, folder: str, test_split: str | None = None) -> Source
         raise IncompleteLayoutError(
             f"{tree.path} is not a complete cifar-100-python: {missing[0]} is missing.", "Download it again."
         )
+    choose_splits(("train", "test"), test_split, tree.path)
     contents = {name: _load(tree, join(folder, name), name) for name in FILES}
     for name, value in contents.items():
         if not isinstance(value, dict):
