@@ -70,7 +70,7 @@ def test_records_that_cannot_be_used_are_reported_and_skipped(file, change, said
     append(RESULT, file)
     reading = read(file)
     assert reading.results == (RESULT,)
-    assert said in reading.problems[0] and "not a result record" in reading.problems[1]
+    assert said in reading.problems[0] and "not a JSON object" in reading.problems[1]
 
 
 def test_mean_spread_and_interval_are_students():

@@ -16,14 +16,13 @@ from ddkit.checks.content import content_findings
 from ddkit.checks.normalization import judge_normalization
 from ddkit.checks.order import order_findings
 from ddkit.data.store import dataset_spec, known_names, load_dataset
-from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError, counted
+from ddkit.errors import DDKitError, InvalidSubmissionError, UsageError, counted, first_few
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.sets.distilled import DistilledSet, check_command, dataset_of, generate_command, likely_dataset
 from ddkit.sets.findings import Finding, Report, report_of
 from ddkit.sets.reading import describe_tensor, read_tensor, read_tensor_bytes
 
 _CHALLENGE_NAMES = tuple(spec.name for spec in CHALLENGE_DATASETS)
-_MOST_ROWS_NAMED = 5
 
 
 def check_set(distilled: DistilledSet, *, ipc: int | None = None, progress: Listener = ignore) -> Report:
@@ -202,10 +201,9 @@ def _findings_on(
     finite = torch.isfinite(tensor).flatten(1).all(dim=1)
     if not finite.all():
         rows = (~finite).nonzero().flatten().tolist()
-        named = ", ".join(map(str, rows[:_MOST_ROWS_NAMED])) + (", ..." if len(rows) > _MOST_ROWS_NAMED else "")
         hold = counted(len(rows), "image holds", "images hold")
         message = f"{hold} NaN or infinity. A network that trains on such values learns nothing."
-        return [*findings, Finding("error", "T009", message, f"{where}, rows {named}")]
+        return [*findings, Finding("error", "T009", message, f"{where}, rows {first_few([*map(str, rows)])}")]
     try:
         test_images = load_dataset(spec.name, "test").images
     except DDKitError:

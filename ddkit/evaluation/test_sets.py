@@ -83,10 +83,10 @@ def as_test_set(
     Raises BadDataError for other sizes, values that are not normalized, labels out of range.
     """
     if isinstance(data, TestSet):
-        return _checked(data, "the test set")
+        return _checked(data, "The test set")
     if isinstance(data, ImageSet):
         spec = spec or _spec_like(len(data.class_names), data.images.shape[-1])
-        return _checked(TestSet(data.images, data.labels, spec), "the test set")
+        return _checked(TestSet(data.images, data.labels, spec), "The test set")
     pair: Any = (data.get(_IMAGES_KEY), data.get(_LABELS_KEY)) if isinstance(data, Mapping) else data
     if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(item, Tensor) for item in pair):
         raise BadDataError(
@@ -97,7 +97,7 @@ def as_test_set(
     if spec is None:
         # A reference file names no classes; the challenge's test sets hold images of every one.
         spec = _spec_like(int(labels.max()) + 1 if labels.numel() else 0, images.shape[-1])
-    return _checked(TestSet(images, labels.long().cpu(), spec), "the reference")
+    return _checked(TestSet(images, labels.long().cpu(), spec), "The reference")
 
 
 def load_reference(path: str | os.PathLike[str], spec: DatasetSpec) -> TestSet:

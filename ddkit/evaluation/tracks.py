@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import CHALLENGE_DATASETS, TEST_IMAGES, DatasetSpec, Track
+from ddkit.errors import counted
 from ddkit.network.networks import OFFICIAL_NETWORK
 from ddkit.runtime.files import sha256_of, sha256_of_files
 
@@ -44,15 +45,15 @@ def deviations(track: Track, spec: DatasetSpec, conditions: Conditions) -> tuple
         found.append(f"converted from {conditions.converted}")
     if track.ipc is not None and conditions.images_per_class != (track.ipc, track.ipc):
         fewest, most = conditions.images_per_class
-        number = f"{fewest} to {most}" if fewest != most else f"{fewest}"
-        found.append(f"{number} image{'s'[: most != 1]} per class instead of {track.ipc}")
+        number = f"{fewest:,} to {most:,} images" if fewest != most else counted(most, "image", "images")
+        found.append(f"{number} per class instead of {track.ipc}")
     budget, official = conditions.time_budget, track.time_budget_seconds
     if budget is None and official is not None:
         found.append(f"images not generated within {official:g} s for each round")
     elif budget is not None and budget != official:
         found.append(f"a time budget of {budget:g} s" + (f" instead of {official:g} s" if official else ""))
     if conditions.rounds != track.rounds:
-        found.append(f"{conditions.rounds} round{'s'[: conditions.rounds != 1]} instead of {track.rounds}")
+        found.append(f"{counted(conditions.rounds, 'round', 'rounds')} instead of {track.rounds}")
     if conditions.epochs_setting != track.epochs_setting:
         found.append(f"E = {conditions.epochs_setting} instead of {track.epochs_setting}")
     if conditions.network != OFFICIAL_NETWORK:

@@ -26,7 +26,7 @@ def read_record(kind: type[_Record], value: object) -> _Record:
     Raises BadFileError that names the fields that are unknown, offering the nearest name, missing or of another type.
     """
     if not isinstance(value, dict):
-        raise BadFileError(f"not a {kind.__name__.lower()} record")
+        raise BadFileError("not a JSON object")
     hints, fields = _hints(typing.cast(Any, kind)), dataclasses.fields(typing.cast(Any, kind))
     if unknown := sorted(value.keys() - hints.keys()):
         raise BadFileError(f"unknown fields {', '.join(unknown)}", did_you_mean(unknown[0], tuple(hints)))

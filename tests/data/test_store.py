@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 
 import processes
@@ -143,8 +144,9 @@ def exchange_splits(folder):
         (exchange_splits, r"holds \(4, 3, 8, 8\), meta.json says \(6, 3, 8, 8\)"),
         (lambda folder: (folder / "train.safetensors").unlink(), "damaged: train.safetensors"),
         (lambda folder: (folder / "train.safetensors").write_bytes(b"short"), "damaged: train.safetensors"),
+        (lambda folder: os.truncate(folder / "train.safetensors", 1000), "damaged: train.safetensors"),
         (lambda folder: (folder / "meta.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "meta.json").write_text("[]"), "not a storefacts record"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "not a JSON object"),
     ],
 )
 def test_damaged_store_names_the_command_that_mends_it(pets, damage, message):
@@ -152,13 +154,6 @@ def test_damaged_store_names_the_command_that_mends_it(pets, damage, message):
     with pytest.raises(BadDataError, match=message) as caught:
         load_dataset("pets", "train")
     assert "ddkit data prepare pets --from PATH --force" in caught.value.remedy
-
-
-def test_truncated_split_is_damaged(pets):
-    path = pets / "train.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(BadDataError, match="damaged"):
-        load_dataset("pets", "train")
 
 
 @pytest.mark.slow
