@@ -190,12 +190,6 @@ def test_tinyimagenet_has_the_official_order_whatever_the_numbers(write_tree, sh
     assert [shuffled[red] for red in test.images[:, 0, 0, 0].tolist()] == [test.class_names[label] for label in test.labels]
 
 
-def test_unnamed_tinyimagenet_is_refused(write_tree, shard):
-    files = {f"data/{s}-0.parquet": shard(list(range(200)), side=64) for s in ("train", "valid")}
-    with pytest.raises(BadDataError, match="numbers its classes without naming them"):
-        prepare("tinyimagenet", write_tree(files))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

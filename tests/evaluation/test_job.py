@@ -121,15 +121,6 @@ def test_a_tensor_on_track_2_raises_usage_error(folder, settings):
         evaluate_files([folder / "colors.pt"], with_(settings, evaluation=EvaluationSettings(track=2)))
 
 
-@pytest.mark.slow
-def test_a_ranking_evaluates_what_its_scores_need(folder, settings):
-    evaluation = EvaluationSettings(rounds=1, epochs_setting=0, device="cpu")
-    outcome = evaluate_files([folder / "colors.pt"], with_(settings, evaluation=evaluation, ranking=True))
-    (ranking,) = outcome.rankings
-    assert ranking.missing == () and all(score is not None for score in ranking.scores.values())
-    assert {result.kind for result in read(settings.results).results} == {"submission", "random-real", "full-real"}
-
-
 OPENS = """
 import sys
 from pathlib import Path

@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import struct
-import sys
 import tracemalloc
 import zipfile
 
@@ -126,19 +125,16 @@ def test_the_pickle_of_these_tests_is_one_that_pytorch_reads():
     assert opened(data).load(opened(data).value).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-@pytest.mark.parametrize("order", [b"big", b"", b"middle", b"\xff" * 100])
+@pytest.mark.parametrize("order", [b"big", b"middle", b"\xff" * 100])
 def test_another_byte_order_is_refused_by_its_name(order):
-    data = rebuilt(saved(torch.zeros(3)), byteorder=order)
-    if not order:
-        assert opened(data).value.shape == (3,)
-        return
     with pytest.raises(TorchFileError) as caught:
-        opened(data)
+        opened(rebuilt(saved(torch.zeros(3)), byteorder=order))
     assert caught.value.kind == "byte order" and (caught.value.detail == "big") == (order == b"big")
 
 
-def test_a_file_that_names_no_byte_order_is_read_as_older_ones_are():
-    assert opened(rebuilt(saved(torch.ones(3)), byteorder=None)).value.shape == (3,)
+@pytest.mark.parametrize("order", [None, b""])
+def test_a_file_that_names_no_byte_order_is_read_as_older_ones_are(order):
+    assert opened(rebuilt(saved(torch.ones(3)), byteorder=order)).value.shape == (3,)
 
 
 def test_numbers_that_changed_on_the_disk_are_refused():
@@ -254,11 +250,3 @@ def test_tensors_of_a_dict_are_loaded_by_their_keys(tmp_path):
     torch.save([1], tmp_path / "x.pt")
     with pytest.raises(TorchFileError, match="has no images and labels"):
         load_tensors(tmp_path / "x.pt", "images", "labels")
-
-
-@pytest.mark.skipif(sys.byteorder != "little", reason="the file would not be of another byte order")
-def test_a_key_of_another_byte_order_is_refused_by_its_name(tmp_path):
-    (tmp_path / "x.pt").write_bytes(rebuilt(saved({"images": torch.zeros(3)}), byteorder=b"big"))
-    with pytest.raises(TorchFileError) as caught:
-        load_tensors(tmp_path / "x.pt", "images")
-    assert caught.value.kind == "byte order"
