@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ddkit.cli import debug_option
 from ddkit.cli._output import Output
@@ -107,11 +108,21 @@ class Duration(click.ParamType):
         return float(match[1]) * self._seconds_per[match[2]]
 
 
-def refuse_unused(options: Sequence[str], where: str) -> None:
-    """Raise UsageError if there are options that would do nothing. where: ends the sentence, such as "with --from-real"."""
-    if options:
-        have, them = ("has", "it") if len(options) == 1 else ("have", "them")
-        raise UsageError(f"{', '.join(options)} {have} no effect {where}.", f"Leave {them} out.")
+def given_options(parameters: Iterable[str]) -> list[str]:
+    """Those of these parameters of the running command that the user gave, as they are typed; an argument in capitals."""
+    ctx, names = click.get_current_context(), set(parameters)
+    return [
+        parameter.opts[0] if isinstance(parameter, click.Option) else parameter.opts[0].upper()
+        for parameter in ctx.command.params
+        if parameter.name in names and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+
+
+def refuse_unused(parameters: Iterable[str], where: str) -> None:
+    """Raise UsageError if one of these was given, where it does nothing. where: ends the sentence: "with --from-real"."""
+    if unused := given_options(parameters):
+        have, them = ("has", "it") if len(unused) == 1 else ("have", "them")
+        raise UsageError(f"{', '.join(unused)} {have} no effect {where}.", f"Leave {them} out.")
 
 
 def example(text: str) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -60,9 +59,7 @@ def check(
     from ddkit.sets.distilled import check_command, dataset_of
 
     if fix_order is not None:
-        unused = {"ipc": "--ipc", "strict": "--strict", "ignore_codes": "--ignore", "results": "--results"}
-        given = [unused[name] for name in unused if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
-        refuse_unused(given, "with --fix-order, which checks nothing")
+        refuse_unused(("ipc", "strict", "ignore_codes", "results"), "with --fix-order, which checks nothing")
         moved = order.reorder_rows(path, fix_order, dataset=dataset)
         output.result({"wrote": str(fix_order), "moved_rows": moved}, f"{moved} rows moved.")
         output.finish([fix_order], check_command(fix_order, dataset_of(path, dataset)))

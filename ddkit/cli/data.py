@@ -97,7 +97,7 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
     if source is None:
         store.dataset_spec(name)  # an unknown name is refused before anything is said
         if name not in DATASETS:
-            refuse_unused([f"--{option.replace('_', '-')}" for option, value in options.items() if value], "without --from")
+            refuse_unused(options, "without --from")
     made_before = _date_of(name)
     origin = f" from {source}" if source else ""
     if source is None and name in DATASETS and (force or made_before is None):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddkit.challenge import CHALLENGE_DATASETS, TRACKS
-from ddkit.cli._options import COUNT, FILE, FOLDER, TRACK, Duration, device_option, example, output_options
+from ddkit.cli._options import COUNT, FILE, FOLDER, TRACK, Duration, device_option, example, given_options, output_options
 from ddkit.cli._output import Output, span_text
 from ddkit.cli._stages import StageView, stage_table
 from ddkit.cli._views import leaderboard_view
@@ -93,16 +93,14 @@ def enter(
     """
     from ddkit.entering.plan import draft
 
-    asked = {name: value for name, value in options.items() if value is not None}
     if recipe_file is not None:
-        given = [name for name, value in (("time", seconds), ("datasets", datasets), *asked.items()) if value is not None]
-        if given:
-            unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UsageError(f"The recipe decides what {unused} would.", "Change the recipe instead.")
+        if given := given_options(("seconds", "datasets", *options)):
+            raise UsageError(f"The recipe decides what {', '.join(given)} would.", "Change the recipe instead.")
         recipe = read_recipe(recipe_file)
     elif seconds is None:
         raise UsageError("--time is missing.", "Say how long everything may take, such as --time 8h, or name a --recipe.")
     else:
+        asked = {name: value for name, value in options.items() if value is not None}
         names = [spec.name for spec in CHALLENGE_DATASETS] if datasets is None else datasets.split(",")
         recipe = draft([name.strip() for name in names], track=int(asked.pop("track", 1)), **asked, device=device)
     make_entry(output, recipe, folder, seconds, device, dry_run=dry_run)

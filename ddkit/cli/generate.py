@@ -148,20 +148,20 @@ def generate(
     from ddkit.sets.select import LABEL_METHODS
 
     dataset_spec(dataset)  # refuses an unknown name before anything is announced
-    given = {name: value for name, value in sampling.items() if value is not None}
     source: making.FromModel | making.FromReal
     if from_real:
         if select or candidates is not None:
             raise UsageError(
                 "--candidates and --select apply to a model's images.", "--from-real METHOD chooses from all real ones."
             )
-        # That of the features that other methods compare.
-        precision = given.pop("precision", "auto") if from_real not in LABEL_METHODS else "auto"
-        names = [*(["model"] if model else []), *("sampling_steps" if name == "steps" else name for name in given)]
-        refuse_unused([f"--{name.replace('_', '-')}" for name in names], "with --from-real, which samples nothing")
+        precision = sampling["precision"] or "auto"
+        if from_real not in LABEL_METHODS:
+            del sampling["precision"]  # that of the features that these methods compare
+        refuse_unused(("model", *sampling), "with --from-real, which samples nothing")
         source = making.FromReal(from_real, seed, device, precision)
         origin = f"from its real training images ({from_real})"
     else:
+        given = {name: value for name, value in sampling.items() if value is not None}
         source = making.FromModel.find(
             dataset, ipc, model, candidates=candidates, select=select, device=device, seed=seed, **given
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +22,7 @@ from ddkit.cli._options import (
     TRACK,
     Duration,
     example,
+    given_options,
     ignore_option,
     output_options,
     refuse_unused,
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from ddkit.sets.findings import Finding, Report
 
 _SUBMISSION_FILE = Path("submission.zip")
-_OF_TRACK_1 = ("folder", "strict", "ignore_codes")
-_OF_BOTH = ("track", "out", "name")
-_OF_THE_PROOF = ("proof_budget", "proof_images", "fresh_venv")
 _ORDER_NOT_COMPARED = "L011"  # a note that nobody should miss before the upload
 
 
@@ -111,9 +108,7 @@ def _bundle_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @ignore_option("Ignore findings with this code; repeatable.")
 @_bundle_options
 @output_options
-@click.pass_context
 def pack(
-    ctx: click.Context,
     output: Output,
     folder: Path,
     track: str,
@@ -134,32 +129,17 @@ def pack(
     classifier is trained on the dataset's real images, and their modes are found, once, in minutes on a CPU; a bundle with
     --keep 1 and --mode-guidance 0 needs neither.
     """
-    _refuse_options_of_the_other_track(ctx, track)
+    if given := given_options(options if track == "1" else ("folder", "strict", "ignore_codes")):
+        other = 3 - int(track)
+        raise UsageError(f"{given[0]} applies to track {other} only.", f"Leave it out, or pack for --track {other}.")
     if options["no_proof"]:
-        given = [name for name in _OF_THE_PROOF if _is_given(ctx, name)]
-        refuse_unused([f"--{name.replace('_', '-')}" for name in given], "with --no-proof")
+        refuse_unused(("proof_budget", "proof_images", "fresh_venv"), "with --no-proof")
     if track == "2":
         from ddkit.cli._bundle import pack_track_2
 
         pack_track_2(output, out, name, options)
     else:
         _pack_track_1(output, folder, out or _SUBMISSION_FILE, name, strict, ignore_codes)
-
-
-def _refuse_options_of_the_other_track(ctx: click.Context, track: str) -> None:
-    """Raise UsageError for an option that would do nothing."""
-    common = {*_OF_BOTH, "as_json", "quiet", "verbose", "debug", "help"}
-    for parameter in ctx.command.params:
-        name = str(parameter.name)
-        if name in common or (name in _OF_TRACK_1) == (track == "1"):
-            continue
-        if _is_given(ctx, name):
-            given, other = parameter.opts[0] if isinstance(parameter, click.Option) else name.upper(), 3 - int(track)
-            raise UsageError(f"{given} applies to track {other} only.", f"Leave it out, or pack for --track {other}.")
-
-
-def _is_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
 
 def _pack_track_1(
