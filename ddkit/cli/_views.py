@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -41,23 +42,22 @@ def leaderboard_view(
 ) -> RenderableType:
     """A table of each group, or a few lines per entry on a narrow console.
 
-    most_rows, most_groups: how many are shown; None means all.
+    most_rows: of each kind in a group. most_groups: of each track. None means all.
     """
     bars = _BARS if _has_unicode(console) else _ASCII_BARS
     parts: list[RenderableType] = []
-    track = None
-    for group in groups[:most_groups]:
-        if group.track != track:
-            track = group.track
-            parts.append(Text(f"\nTrack {track} ({TRACKS[track].title})", style="bold"))
-        short, left_out = shortened(group, most_rows)
-        parts.append(Text(f"\n{group.title}", style="bold" if group.official else "bold dim"))
-        parts += _entries(short, bars) if console.width < _NARROW else [_table(short, console.width, bars)]
-        more_entries = [f"{counted(left_out, 'more entry', 'more entries')}: ddkit report --all"] if left_out else []
-        parts += [Text(remark, style="dim") for remark in [*more_entries, *group.remarks]]
-    if most_groups is not None and (more := len(groups) - most_groups) > 0:
-        groups_are = counted(more, "more group", "more groups")
-        parts.append(Text(f"\n{groups_are} with other settings: ddkit report --all", style="dim"))
+    for track, of_track in itertools.groupby(groups, key=lambda group: group.track):
+        members = list(of_track)
+        parts.append(Text(f"\nTrack {track} ({TRACKS[track].title})", style="bold"))
+        for group in members[:most_groups]:
+            short, left_out = shortened(group, most_rows)
+            parts.append(Text(f"\n{group.title}", style="bold" if group.official else "bold dim"))
+            parts += _entries(short, bars) if console.width < _NARROW else [_table(short, console.width, bars)]
+            more_entries = [f"{counted(left_out, 'more entry', 'more entries')}: ddkit report --all"] if left_out else []
+            parts += [Text(remark, style="dim") for remark in [*more_entries, *group.remarks]]
+        if more := len(members) - len(members[:most_groups]):
+            more_groups = f"{counted(more, 'more group', 'more groups')} with other settings"
+            parts.append(Text(f"\n{more_groups}: ddkit report --all", style="dim"))
     return Renderables(*parts, Text(f"\n{_LEGEND}", style="dim"))
 
 

@@ -72,9 +72,14 @@ def test_long_tables_are_shortened_to_the_best_and_say_so(result):
     assert "25 more entries: ddkit report --all" in shown and "run-24" not in shown
 
 
-def test_groups_beyond_the_first_are_counted(result):
-    groups = build([result("mine", f"set-{i}", 0.1, epochs_setting=50) for i in range(9)])
-    assert "6 more groups with other settings" in printed(groups, 120, most_groups=4)
+def test_groups_of_a_track_beyond_the_first_are_counted(result):
+    groups = build([
+        *(result("mine", f"set-{i}", 0.1, epochs_setting=50) for i in range(9)),
+        result("generator", "cifar100", 0.3, track=2, epochs_setting=50),
+    ])  # fmt: skip
+    shown = printed(groups, 120, most_groups=4)
+    assert shown.count("more group") == 1 and "6 more groups with other settings" in shown.partition("Track 2")[0]
+    assert "generator" in shown
 
 
 @pytest.mark.parametrize("values, bars", [
