@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -74,42 +75,45 @@ def sparkline(values: Sequence[float], bars: str = _BARS) -> str:
 
 def _table(group: Group, width: int, bars: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-    for title, justify in _columns(group, width):
-        free = title in ("entry", "official")
+    cells: list[Callable[[Row], Text]] = []
+
+    def add(
+        title: str, cell: Callable[[Row], Text], justify: Literal["left", "right"] = "right", *, free: bool = False
+    ) -> None:
         table.add_column(title, justify=justify, no_wrap=not free, overflow="fold", min_width=16 if free else None)
-    for row in group.rows:
-        table.add_row(*_cells(row, group, width, bars), style=_STYLES.get(row.kind, _BASELINE_STYLE))
-    return table
+        cells.append(cell)
 
+    def two_lines(first: Text, second: Text) -> Text:
+        return Text("\n").join([first, second])
 
-def _columns(group: Group, width: int) -> list[tuple[str, Literal["left", "right"]]]:
-    wide = width >= _WIDE
-    numbers = [*map(dataset_title, group.datasets), *(["mean"] if len(group.datasets) > 1 else [])]
-    numbers += ["95 %"] if width >= _MEDIUM else []
+    wide, has_first = width >= _WIDE, any(row.to_first is not None for row in group.rows)
+    if any(row.rank is not None for row in group.rows):
+        add("#", lambda row: Text("" if row.rank is None else str(row.rank)))
     if wide:
-        numbers += [*(["to first"] if _has_first(group) else []), "to random real", "rounds"]
-    else:  # both differences in one column, one above the other
-        numbers.append("to first\nto random" if _has_first(group) else "to random")
-    ranks: list[tuple[str, Literal["left", "right"]]] = [("#", "right")] if _has_ranks(group) else []
-    texts = ["loss", "date", "official"] if wide else []
-    return [*ranks, ("entry", "left"), *((title, "right") for title in numbers), *((title, "left") for title in texts)]
-
-
-def _cells(row: Row, group: Group, width: int, bars: str) -> list[Text]:
-    wide = width >= _WIDE
-    name = Text(row.name)
-    differences = [*([_difference(row.to_first)] if _has_first(group) else []), _difference(row.to_random)]
-    curve = Text(_curve(row, bars), style="cyan" if row.is_local else "dim")
-    wide_only = [Text(rounds(row)), curve, Text(row.date), Text("; ".join([group.verdict(row), *row.remarks]))]
-    return [
-        *([Text("" if row.rank is None else str(row.rank))] if _has_ranks(group) else []),
-        name if wide else Text("\n").join([name, Text(_small_print(group, row), style="dim")]),
-        *(_accuracy(row, dataset) for dataset in group.datasets),
-        *([Text(percent(row.score))] if len(group.datasets) > 1 else []),
-        *([Text(half_interval(row))] if width >= _MEDIUM else []),
-        *(differences if wide else [Text("\n").join(differences)]),
-        *(wide_only if wide else []),
-    ]
+        add("entry", lambda row: Text(row.name), "left", free=True)
+    else:
+        add("entry", lambda row: two_lines(Text(row.name), Text(_small_print(group, row), style="dim")), "left", free=True)
+    for name in group.datasets:
+        add(dataset_title(name), functools.partial(_accuracy, name))
+    if len(group.datasets) > 1:
+        add("mean", lambda row: Text(percent(row.score)))
+    if width >= _MEDIUM:
+        add("95 %", lambda row: Text(half_interval(row)))
+    if not wide and has_first:
+        add("to first\nto random", lambda row: two_lines(_difference(row.to_first), _difference(row.to_random)))
+    elif not wide:
+        add("to random", lambda row: _difference(row.to_random))
+    else:
+        if has_first:
+            add("to first", lambda row: _difference(row.to_first))
+        add("to random real", lambda row: _difference(row.to_random))
+        add("rounds", lambda row: Text(rounds(row)))
+        add("loss", lambda row: Text(_curve(row, bars), style="cyan" if row.is_local else "dim"), "left")
+        add("date", lambda row: Text(row.date), "left")
+        add("official", lambda row: Text("; ".join([group.verdict(row), *row.remarks])), "left", free=True)
+    for row in group.rows:
+        table.add_row(*(cell(row) for cell in cells), style=_STYLES.get(row.kind, _BASELINE_STYLE))
+    return table
 
 
 def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
@@ -117,7 +121,7 @@ def _entries(group: Group, bars: str) -> Iterable[RenderableType]:
     for row in group.rows:
         rank = "" if row.rank is None else f"{row.rank}. "
         yield Text(f"{rank}{row.name}", style=_STYLES.get(row.kind, _BASELINE_STYLE), overflow="fold")
-        facts = [(dataset_title(name), _accuracy(row, name)) for name in row.accuracy]
+        facts = [(dataset_title(name), _accuracy(name, row)) for name in row.accuracy]
         if row.score is not None and len(row.accuracy) > 1:
             facts.append(("mean, 95\u00a0%", Text(f"{percent(row.score)} {half_interval(row)}")))
         for title, estimate in (("to first", row.to_first), ("to random real", row.to_random)):
@@ -135,15 +139,7 @@ def _small_print(group: Group, row: Row) -> str:
     return ", ".join(filter(None, [group.verdict(row), count, row.date, *row.remarks]))
 
 
-def _has_ranks(group: Group) -> bool:
-    return any(row.rank is not None for row in group.rows)
-
-
-def _has_first(group: Group) -> bool:
-    return any(row.to_first is not None for row in group.rows)
-
-
-def _accuracy(row: Row, name: str) -> Text:
+def _accuracy(name: str, row: Row) -> Text:
     if name not in row.accuracy:
         return Text("–", style="dim")
     return Text(percent(row.accuracy[name])).append(deviation(row, name), style="dim")
