@@ -277,7 +277,8 @@ class _Job:
         published = isinstance(distilled, PublishedSet)
         # Trajectory matching calls the two files of every set images_best.pt and labels_best.pt.
         by_file = published and labels_next_to(path) is None
-        name = self._settings.name or (path.resolve().stem if by_file else path.resolve().parent.name)
+        place = path.resolve()
+        name = self._settings.name or (_name_of(place) if by_file else place.parent.name)
         kind = distilled.kind if distilled.kind in BASELINE_KINDS else KIND_SUBMISSION
         return self._record(evaluation.result(name, sha256, str(path), kind=kind, made_by=distilled.provenance))
 
@@ -310,7 +311,7 @@ class _Job:
             progress=self._progress,
         )
         path = files.path.resolve()
-        name = self._settings.name or (path.parent.name if path.suffix == ".py" else path.stem)
+        name = self._settings.name or (path.parent.name if path.suffix == ".py" else _name_of(path))
         return self._record(evaluation.result(name, sha256, str(files.path), made_by=files.provenance))
 
     def _record(self, result: Result) -> Result:
@@ -345,6 +346,11 @@ class _Job:
 def _source_of(each: DistilledSet | PublishedSet) -> FixedSet:
     # A tensor in memory may be a view.
     return FixedSet(each.images.contiguous(), each.labels, each.converted if isinstance(each, PublishedSet) else "")
+
+
+def _name_of(path: Path) -> str:
+    """The name of a folder, which may have a dot in it, or that of a file without its ending."""
+    return path.name if path.is_dir() else path.stem
 
 
 def _length(settings: EvaluationSettings) -> str:

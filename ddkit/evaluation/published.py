@@ -174,7 +174,7 @@ def _normalized(read: LabeledImages, spec: DatasetSpec, path: Path, given: str) 
         return read.images, "", notes
     theirs_mean, theirs_std = (torch.tensor(values).view(3, 1, 1) for values in (found.mean, found.std))
     unit = read.images * theirs_std + theirs_mean
-    return normalize(unit, spec), f"normalized again from {title}", [*notes, "They were converted to the challenge's."]
+    return normalize(unit, spec), f"normalized again from {title}", [*notes, "Its values were converted to the challenge's."]
 
 
 _SAY = "If they were normalized otherwise, say how: --normalization NAME"

@@ -363,12 +363,12 @@ def test_published_set_with_unequal_classes_is_evaluated(work):
 def test_folder_of_images_is_evaluated(work):
     real = load_dataset("blobs", "train")
     for row in range(0, 48, 6):
-        folder = work / "theirs" / real.class_names[int(real.labels[row])]
+        folder = work / "theirs-0.1" / real.class_names[int(real.labels[row])]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(real.images[row].permute(1, 2, 0).numpy()).save(folder / f"{row}.png")
-    output, errors = run("theirs", "--dataset", "blobs", *QUICK, "--json")
+    output, errors = run("theirs-0.1", "--dataset", "blobs", *QUICK, "--json")
     (result,) = json.loads(output)["results"]
-    assert result["images"] == 8 and result["name"] == "theirs"
+    assert result["images"] == 8 and result["name"] == "theirs-0.1"
     assert "converted from a folder of <class>/<image>" in result["deviations"] and "8-bit pixels" in errors
 
 
