@@ -6,7 +6,7 @@ import torch
 
 from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.errors import InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.evaluation.evaluate import EvaluationSettings, StateFolder
 from ddkit.evaluation.job import JobOutcome, JobSettings, evaluate_files
 from ddkit.evaluation.published import Conversion
@@ -35,24 +35,6 @@ def with_(settings, **changes):
 
 
 @pytest.mark.slow
-def test_sets_are_evaluated_recorded_and_compared(folder, settings, tmp_path):
-    other = tmp_path / "other" / "colors.pt"
-    other.parent.mkdir()
-    torch.save(torch.load(folder / "colors.pt", weights_only=True).flip(3).contiguous(), other)
-    events, reports = [], []
-    outcome = evaluate_files([folder / "colors.pt", other], settings, progress=reports.append, on_event=events.append)
-    assert [result.name for result in outcome.results] == ["submission", "other"]
-    assert read(settings.results).results == outcome.results
-    ((first, second, comparison),) = outcome.comparisons
-    assert (first, second) == outcome.results and comparison.paired
-    assert outcome.rankings == () and outcome.scores == {}
-    assert [event.split()[0] for event in events if not event.startswith("warning")] == [
-        "Evaluating", str(folder / "colors.pt"), "Evaluating", str(other),
-    ]  # fmt: skip
-    assert (reports[-1].done, reports[-1].total) == (4, 4)
-
-
-@pytest.mark.slow
 def test_a_given_name_is_recorded_and_noted_if_another_set_has_it(folder, settings):
     path, events = folder / "colors.pt", []
     named = with_(settings, name="mine")
@@ -74,17 +56,6 @@ def test_without_files_every_set_of_the_folder_is_evaluated(folder, settings):
     assert any("ignored" in event and "notes.pt" in event for event in events)
     with pytest.raises(MissingDataError, match=r"no \.pt file"):
         evaluate_files([], settings, folder=folder / "nothing")
-
-
-def test_nothing_is_evaluated_if_one_of_the_sets_is_refused(folder, settings, tmp_path):
-    broken = tmp_path / "broken" / "colors.pt"
-    broken.parent.mkdir()
-    images = torch.load(folder / "colors.pt", weights_only=True)
-    images[3, 0, 0, 0] = torch.nan
-    torch.save(images, broken)
-    with pytest.raises(InvalidSubmissionError, match="ddkit check"):
-        evaluate_files([folder / "colors.pt", broken], settings)
-    assert not settings.results.exists()
 
 
 def test_generators_are_compared_without_pairs(result):
@@ -114,11 +85,6 @@ def test_the_challenges_score_is_the_mean_of_official_results_on_both_datasets(r
 def test_settings_that_exclude_each_other_raise_usage_error(settings, changes, said):
     with pytest.raises(UsageError, match=said):
         with_(settings, **changes)
-
-
-def test_a_tensor_on_track_2_raises_usage_error(folder, settings):
-    with pytest.raises(UsageError, match="generators, not tensors"):
-        evaluate_files([folder / "colors.pt"], with_(settings, evaluation=EvaluationSettings(track=2)))
 
 
 OPENS = """
