@@ -166,9 +166,12 @@ def _speed(arguments: argparse.Namespace, dataset: str) -> dict[str, float]:
     epoch()  # compiling, choosing and the first touch of all memory are not part of it
     now = time.process_time if arguments.processor_time else time.perf_counter
     epochs, began = 0, now()
-    while (seconds := now() - began) < SECONDS:
+    while now() - began < SECONDS:
         epoch()
         epochs += 1
+    if arguments.device.startswith("cuda"):
+        torch.cuda.synchronize(arguments.device)  # embeddings are only queued
+    seconds = now() - began
     return {"images_per_second": epochs * count / seconds}
 
 
@@ -268,7 +271,7 @@ def _official_evaluation(arguments: argparse.Namespace, submission: Path, datase
         torch.nn.CrossEntropyLoss(),
         aug=False,
         dsa_param=None,
-        device="cpu",
+        device=arguments.device,
     )
 
 
