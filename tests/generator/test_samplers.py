@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from ddkit.errors import UsageError
 from ddkit.generator.config import PREDICTIONS, SAMPLERS, ObjectiveConfig
-from ddkit.generator.linear_plan import linear_plan, set_steps
+from ddkit.generator.linear_plan import set_steps
 from ddkit.generator.objective import Objective
 from ddkit.generator.samplers import make_plan, make_scheduler
 
@@ -85,20 +84,6 @@ def test_mode_guidance_in_many_steps_agrees_with_one_step_after_another(sampler,
 def test_unipc_is_steered_to_the_mode_as_far_as_other_samplers():
     shares = [make_plan(sampler, "flow", 10, mode_guidance=0.5).final[1] for sampler in SAMPLERS]
     assert max(shares) - min(shares) < 0.05
-
-
-@pytest.mark.parametrize("steps", [3, 10])
-def test_ddim_equals_euler_on_a_variance_preserving_model(steps):
-    """So diffusers' Euler, whose numbers begin at 20,000, is not needed."""
-    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    euler = EulerDiscreteScheduler(beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing")
-    ddim = DDIMScheduler(beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
-    euler.set_timesteps(steps)
-    point = noise * euler.init_noise_sigma
-    for time in euler.timesteps:
-        point = euler.step(network(euler.scale_model_input(point, time), time), time, point, return_dict=False)[0]
-    plan = linear_plan(ddim, steps)
-    assert torch.allclose(by_plan(plan, noise), point, atol=0.02)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
