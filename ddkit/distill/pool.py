@@ -74,6 +74,7 @@ class OnlinePool:
         return int(torch.randint(self._settings.size, (1,), generator=generator))
 
     def load_into(self, network: ConvNet, number: int) -> None:
+        """Copy the parameters of network `number` into another one's memory."""
         load_flat_parameters(network, self._parameters[number])
 
     def update(self, number: int, images: Tensor, generator: torch.Generator) -> Tensor:

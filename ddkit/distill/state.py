@@ -157,10 +157,12 @@ class RefinementState:
         return self.best.step == 0 and before.is_file() and _holds(before, self.best_images)
 
     def give_back(self, to: Path) -> SetFiles:
+        """Copy the original set to that path."""
         _copy_set(self.before.tensor, to)
         return set_files(to)
 
     def save(self) -> None:
+        """Write the state and the validations into the folder. Raises BadFileError."""
         kept = {name: value for name, value in vars(self).items() if name != "folder"}
         validations = [asdict(validation) for validation in self.validations]
         kept |= {"version": _VERSION, "settings": json.dumps(self.settings), "validations": validations}

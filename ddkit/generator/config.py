@@ -231,8 +231,8 @@ BATCH_ON_GPU, BATCH_ELSEWHERE = 1024, 256  # images sampled at once
 class SamplingSettings:
     """The settings of sampling.
 
-    guidance: w of classifier-free guidance, null + w * (class - null); 1 turns it off (Ho & Salimans 2022,
-        arXiv 2207.12598).
+    guidance: scale w of classifier-free guidance, null + w * (class - null); 1 turns it off. It is one more than the w of
+        Ho & Salimans 2022 (arXiv 2207.12598).
     guidance_interval: the times, 0 (clean) to 1 (noise), in which guidance acts (Kynkaanniemi et al. 2024,
         arXiv 2404.07724).
     mode_guidance: lambda of mode guidance (Chan-Santiago et al. 2025, arXiv 2505.18963); 0 turns it off.

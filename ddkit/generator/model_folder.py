@@ -46,6 +46,7 @@ class Model:
         return (self.denoiser.config.in_channels, self.denoiser.config.sample_size, self.denoiser.config.sample_size)
 
     def to(self, device: torch.device | str) -> Model:
+        """The model on the device, to which its networks themselves are moved."""
         return dataclasses.replace(self, denoiser=self.denoiser.to(device), autoencoder=self.autoencoder.to(device))
 
 

@@ -200,6 +200,7 @@ class TrainingRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, on this or another kind of device, with the same settings and images."""
         self.epochs_done, self._order = state["epochs_done"], state["order"]
         self._losses = [torch.tensor(loss, device=self._images.device) for loss in state["losses"]]
         self.network.load_state_dict(state["network"])

@@ -185,6 +185,7 @@ class DenoiserLoss(nn.Module):
         return self.errors(output, clean, noise, times)
 
     def errors(self, output: Tensor, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """The two that `forward` returns, scalars. output: (B, C, s, s), the network's."""
         errors = (output - self.objective.target(clean, noise, times)).square().flatten(1).mean(dim=1)  # (B,)
         return (self.objective.weight(times) * errors).mean(), errors.mean()
 

@@ -138,6 +138,7 @@ class Trainer:
                 raise self._interrupted()
 
     def save(self) -> None:
+        """Write a checkpoint and call the callbacks, on the main process; the others wait. Raises BadFileError."""
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
                 step=self.step,
@@ -383,6 +384,7 @@ def workers_for(stage: Stage, device: torch.device, processes: int = 1) -> int:
 
 
 def cut(part: Mapping[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
+    """The part in equal pieces along the first dimension of its tensors, which has to be a multiple of their number."""
     chunks = {name: values.chunk(pieces) for name, values in part.items()}
     return [{name: values[k] for name, values in chunks.items()} for k in range(pieces)]
 
