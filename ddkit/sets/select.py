@@ -48,13 +48,13 @@ def choose(method: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int
     check_method(method)
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, got {ipc}.")
+    counts = labels.bincount(minlength=num_classes).tolist()
+    if (fewest := min(counts)) < ipc:
+        label = counts.index(fewest)
+        raise UsageError(f"Class {label} has {fewest} images, but {ipc} were asked for.", f"Ask for --ipc {fewest} at most.")
     chosen = []
     for label in range(num_classes):
         rows = (labels == label).nonzero().flatten()
-        if len(rows) < ipc:
-            raise UsageError(
-                f"Class {label} has {len(rows)} images, but {ipc} were asked for.", f"Ask for --ipc {len(rows)} at most."
-            )
         features = extract(rows) if extract and method not in LABEL_METHODS else None
         chosen.append(rows[choose_in_class(method, len(rows), ipc, seed=seed, label=label, features=features)])
     return torch.cat(chosen)
