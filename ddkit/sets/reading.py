@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
+from ddkit.errors import first_few
 from ddkit.runtime.files import why_not_a_file
 from ddkit.runtime.torch_file import (
     Call,
@@ -191,7 +192,7 @@ def _bare_pickle(file: BinaryIO, where: str) -> Finding:
 
 def runs_code(foreign: Sequence[str], where: str) -> Finding:
     message = (
-        f"The file is a pickle that refers to {', '.join(foreign[:5])}, so loading it without restrictions may run code. "
+        f"The file is a pickle that refers to {first_few(foreign)}, so loading it without restrictions may run code. "
         f'It was not executed. Save only the tensor: torch.save(tensor, "{where}").'
     )
     return Finding("error", "F006", message, where)

@@ -90,10 +90,6 @@ class TestPlaces:
         assert find(path).class_names == ("cat", "dog")
         assert find(path, classes=("owl",)).class_names == ("owl",)
 
-    def test_incomplete_layout_is_named_where_there_is_no_other(self, write_tree, photos, find):
-        with pytest.raises(BadDataError, match="no labeled images in 'test'"):
-            find(write_tree({f"a/{path}": data for path, data in photos.items() if "train" in path}, "x.zip"))
-
     def test_damaged_archive_inside_a_folder_is_named(self, write_tree, photos, find):
         data = write_tree(photos, "photos.tar.gz").read_bytes()
         with pytest.raises(BadDataError, match=r"photos.tar.gz is not a whole archive"):

@@ -52,11 +52,6 @@ def test_float_images_have_the_features_of_their_bytes(trained):
 
 
 @pytest.mark.slow
-def test_no_images_have_no_features(trained):
-    assert trained(torch.empty(0, 3, 16, 16, dtype=torch.uint8)).shape == (0, ConvNetFeatures.num_features)
-
-
-@pytest.mark.slow
 def test_the_network_is_trained_once_and_found_again():
     dataset, reports = stripes(200, 0), []
     assert not is_cached(dataset, SPEC, QUICK)

@@ -276,12 +276,6 @@ def test_a_file_of_another_library_is_named_with_the_line_that_converts_it(conte
     assert tensor is None and codes == ["T001"] and words in message
 
 
-def test_a_zip_of_numpy_arrays_is_named():
-    arrays = io.BytesIO()
-    numpy.savez(arrays, images=numpy.zeros(3))
-    assert read(arrays.getvalue())[1] == ["T001"]
-
-
 def test_a_program_of_torchscript_is_named():
     program = io.BytesIO()
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), program)
