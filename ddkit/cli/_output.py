@@ -27,6 +27,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
+from ddkit.runtime.environment import is_main
 from ddkit.runtime.progress import Progress, span_text
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, if standard error is not a terminal
@@ -40,13 +41,14 @@ _NARROW = 80  # columns; narrower terminals show counts without a bar
 class Output:
     """Prints a command's results, notes and progress, for the person or the program that called it.
 
+    Of processes that were launched together the main one prints, and the others print errors only.
     as_json: print results as JSON. quiet: print nothing but errors on standard error.
     verbosity: 1 for ddkit's own log, 2 for those of the libraries as well.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False, verbosity: int = 0) -> None:
         self.as_json = as_json
-        self.quiet = quiet
+        self.quiet = quiet or not is_main()
         self.verbosity = verbosity
         self.out = _console(stderr=False)
         self.err = _console(stderr=True)
@@ -109,6 +111,8 @@ class Output:
     def result(self, data: Any, shown: RenderableType | None = None) -> None:
         """Print the command's result on standard output: `data` as JSON, or `shown`, which rich renders."""
         self._stop_bars()
+        if not is_main():
+            return
         if self.as_json:
             click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
         elif shown is not None:

@@ -33,7 +33,6 @@ from ddkit.cli._rankings import rankings_table
 from ddkit.errors import counted
 from ddkit.network.plan import PRECISIONS
 from ddkit.reporting.formatting import interval_text
-from ddkit.runtime.environment import is_main
 from ddkit.runtime.progress import span_text
 
 if TYPE_CHECKING:
@@ -146,7 +145,6 @@ def evaluate(
     given["conversion"] = job.Conversion(**{name: options.pop(name) for name in ("zca", "argmax", "normalization")})
     evaluation = job.EvaluationSettings(track=int(track), augment=not options.pop("no_augment"), **options)
     settings = job.JobSettings(evaluation, **given, state=job.StateFolder(state, save_every_seconds))
-    output.quiet = output.quiet or not is_main()
     if dry_run:
         events: dict[str, Any] = {"progress": output.progress, "on_event": output.note}
         estimates = job.estimate_files(sets, settings, folder=SUBMISSION_FOLDER, **events)
@@ -159,10 +157,9 @@ def evaluate(
 
             files = opened.enter_context(open_generators(sets or (BUNDLE_FILE,), settings.dataset))
         outcome = job.evaluate_files(files, settings, folder=SUBMISSION_FOLDER, progress=output.progress, on_event=output.note)
-    if is_main():
-        shown = _shown(outcome)
-        output.result(_as_data(outcome), Group(shown, rankings_table(outcome.rankings)) if outcome.rankings else shown)
-        output.finish([settings.results], "ddkit report")
+    shown = _shown(outcome)
+    output.result(_as_data(outcome), Group(shown, rankings_table(outcome.rankings)) if outcome.rankings else shown)
+    output.finish([settings.results], "ddkit report")
 
 
 def _as_data(outcome: JobOutcome) -> dict[str, Any]:

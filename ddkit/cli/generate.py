@@ -174,7 +174,6 @@ def generate(
             sampled += f", influence guidance {settings.influence_guidance:g} by a network trained on the real images once"
         origin = f"with {source_name(source.folder)}: {sampled}{chosen}"
     out = out or SUBMISSION_FOLDER / f"{dataset}.pt"
-    output.quiet = output.quiet or not is_main()
     output.note(f"Making {counted(ipc, 'image', 'images')} per class of {dataset} {origin}.")
     earlier = out.stat() if out.exists() else None
     saved = making.generate(dataset, ipc, source, out, replace=replace, progress=output.progress)

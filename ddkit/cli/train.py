@@ -174,7 +174,6 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     """
     from ddkit.generator.training import plan as training
 
-    output.quiet = output.quiet or not is_main()
     data = training.TrainingData.open(dataset, progress=output.progress)
     settings = {name: options.pop(name) for name in training.SETTINGS}
     request = training.plan_training(data, settings, runs=RUNS_FOLDER, **options)
@@ -198,8 +197,6 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     length = f"{before}{config.denoiser_optimizer.steps:,} steps" if request.seconds is None else span_text(request.seconds)
     output.note(f"{verb} a generator on {dataset}, preset {request.preset}, {length}, in {folder}.")
     model = training.train(data, request, progress=output.progress)
-    if not is_main():
-        return
     model_option = "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
     output.finish([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {dataset}{model_option}")
     output.result(

@@ -84,6 +84,11 @@ def test_quiet_says_nothing():
     assert ran.stdout == "0.25 [b]\n"
 
 
+def test_of_processes_launched_together_the_main_one_speaks():
+    ran = run(RANK="1", WORLD_SIZE="2")
+    assert (ran.stdout, ran.stderr) == ("", "")
+
+
 def test_a_terminal_shows_what_how_far_how_fast_and_the_summary():
     shown = visible(run_on_terminal(110))
     assert re.search(r"Training \[b\] +━+ +100/100 images +in [\d.]+ s +loss 1.5", shown)
