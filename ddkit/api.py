@@ -270,7 +270,7 @@ def _given_set(given: PathLike | DistilledSet | Tensor, dataset: str | None) -> 
 
 
 def enter(
-    datasets: Iterable[str] = ("cifar100", "tinyimagenet"),
+    datasets: str | Iterable[str] = ("cifar100", "tinyimagenet"),
     *,
     seconds: float | None = None,
     recipe: PathLike | None = None,
@@ -285,10 +285,10 @@ def enter(
 ) -> Entry:
     """Go the whole way to an entry: prepare data, make sets, refine, evaluate, check, pack and report.
 
-    seconds: for everything, evaluations included; what is not needed for them goes to refining or training. recipe: a
-    recipe.toml to make again instead, which decides everything except `folder` and `device`. time_budget: seconds of each
-    round that a track 2 generator has, 600 if None. folder: where everything is written. The same call continues after an
-    interruption, and with more seconds it refines or trains further.
+    datasets: a name, or several. seconds: for everything, evaluations included; what is not needed for them goes to refining
+    or training. recipe: a recipe.toml to make again instead, which decides everything except `folder` and `device`.
+    time_budget: seconds of each round that a track 2 generator has, 600 if None. folder: where everything is written. The
+    same call continues after an interruption, and with more seconds it refines or trains further.
     Raises UsageError for too little time, saying the least, and what the other functions raise.
     """
     from ddkit.entering.entry import enter as enter_challenge
@@ -301,10 +301,10 @@ def enter(
     if recipe is not None:
         wanted = read_recipe(Path(recipe))
     else:
+        names = (datasets,) if isinstance(datasets, str) else tuple(datasets)
         wanted = draft(
-            tuple(datasets), track=track, epochs_setting=epochs_setting, rounds=rounds, time_budget=time_budget,
-            seed=seed, device=device,
-        )  # fmt: skip
+            names, track=track, epochs_setting=epochs_setting, rounds=rounds, time_budget=time_budget, seed=seed, device=device
+        )
     return enter_challenge(wanted, Path(folder), seconds=seconds, device=device, progress=progress or default_listener())
 
 

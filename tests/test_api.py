@@ -58,6 +58,11 @@ def test_load_dataset_of_an_unknown_name_raises_usage_error():
         ddkit.load_dataset("cifar10")
 
 
+def test_enter_with_a_single_name_takes_it_as_a_dataset():
+    with pytest.raises(UsageError, match="Unknown dataset 'cifar10'"):
+        ddkit.enter("cifar10", seconds=3600)
+
+
 def test_refining_for_steps_and_for_seconds_at_once_raises_usage_error(tmp_path):
     with pytest.raises(UsageError, match="steps and seconds exclude each other"):
         ddkit.refine(tmp_path / "glyphs.pt", steps=10, seconds=10)
