@@ -24,18 +24,17 @@ from ddkit.entering.recipe import IPC, Recipe, SetRecipe
 from ddkit.evaluation.evaluate import StateFolder, deviations_of
 from ddkit.evaluation.job import GeneratorFiles, JobSettings, evaluate_files
 from ddkit.evaluation.test_sets import TestSet, as_test_set
-from ddkit.evaluation.tracks import hash_of_folder
 from ddkit.generator.config import SECONDS_WORTH_COMPILING
 from ddkit.generator.model_facts import FACTS_FILE, has_model, model_hash, read_facts
 from ddkit.generator.training.records import read_records
 from ddkit.generator.training.run_folder import METRICS_FILE
 from ddkit.history import RECIPE_FILE, PackedRecords, packed_file
-from ddkit.packing.pack import pack
+from ddkit.packing.pack import pack, packed_files
 from ddkit.packing.proof import ProofSettings
 from ddkit.reporting.report import Leaderboard, report
 from ddkit.results import Result, read
 from ddkit.runtime.device import resolve_device
-from ddkit.runtime.files import sha256_of
+from ddkit.runtime.files import sha256_of, sha256_of_files
 from ddkit.runtime.progress import Listener
 from ddkit.sets.distilled import KIND_GENERATED, KIND_RANDOM_REAL, read_provenance
 from ddkit.sets.findings import Report
@@ -169,10 +168,7 @@ class Workplace:
             return sha256_of(path) if (path := self.submission(name)).exists() else ""
         if not self._is_bundled():
             return ""
-        from ddkit.packing.bundle import open_generators  # imports diffusers, which takes seconds
-
-        with open_generators([self.zip_file], name) as (files,):
-            return hash_of_folder(files.folder)
+        return sha256_of_files({file.name: file.sha256 for file in packed_files(self.zip_file)})
 
     def _tensor(self, folder: str, name: str) -> Path:
         return self.folder / folder / f"{name}.pt"
