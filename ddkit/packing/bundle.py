@@ -139,9 +139,7 @@ def build_folder(models: Sequence[BundleModel], out: Path, *, progress: Listener
 
 def zip_folder(folder: Path, out: Path) -> Path:
     """The bundle as a zip, its files at the root; the same files make the same bytes."""
-    members = {name: folder / name for name in sorted(_names(folder))}
-    with atomic_write(out) as temporary:
-        write_zip(members, temporary)
+    write_zip({name: folder / name for name in sorted(_names(folder))}, out)
     return out
 
 

@@ -21,17 +21,6 @@ from ddkit.sets.distilled import check_command, generate_command, read_set
 from ddkit.sets.findings import Report
 
 
-class RefusedSubmissionError(InvalidSubmissionError):
-    """`check` found errors, so nothing was packed. report: its findings."""
-
-    def __init__(self, folder: Path, report: Report) -> None:
-        errors = [finding for finding in report.findings if finding.level == "error"]
-        named = "; ".join(f"{finding.where}: {finding.message}" for finding in errors[:3])
-        more = f" And {len(errors) - 3} more." if len(errors) > 3 else ""
-        super().__init__(f"{folder} was not packed: {named}{more}", f"See all: ddkit check {shlex.quote(str(folder))}")
-        self.report = report
-
-
 @dataclass(frozen=True)
 class PackedFile:
     """A member of a packed zip."""
@@ -59,22 +48,26 @@ def pack(
     strict: refuse warnings too. ignore_codes: findings that do not count. records: where the zip is recorded, under `name`
     or else under that of the file `out`; None records nothing. on_report: called with what the check found, before
     anything is written. on_event: called with a sentence if the zip is recorded under another name.
-    Raises MissingDataError without a folder or a tensor in it, RefusedSubmissionError (an InvalidSubmissionError) for what
-    `check` refuses, UsageError if `out` is one of the tensors or the records hold the name for other files, and BadFileError
-    where the system refuses. An earlier zip stays as it was in each case.
+    Raises MissingDataError without a folder or a tensor in it, InvalidSubmissionError for what `check` refuses, UsageError
+    if `out` is one of the tensors or the records hold the name for other files, and BadFileError where the system refuses.
+    An earlier zip stays as it was in each case.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise MissingDataError(f"There is no submission folder {folder}.", f"Make a set first: {generate_command()}")
-    before = {file.name: _hash_of(file) for file in submission_files(folder)[0]}
+    files, _ = submission_files(folder)
+    before = {file.name: _hash_of(file) for file in files}
     chosen, remark = records.choose_name(name, out.stem, before) if records else ("", "")
     report = check_path(folder, progress=progress).ignoring(ignore_codes)
     report = report.strict() if strict else report
     if not report.ok:
-        raise RefusedSubmissionError(folder, report)
+        errors = [f"{finding.where}: {finding.message}" for finding in report.findings if finding.level == "error"]
+        more = f" And {len(errors) - 3} more." if len(errors) > 3 else ""
+        raise InvalidSubmissionError(
+            f"{folder} was not packed: {'; '.join(errors[:3])}{more}", f"See all: ddkit check {shlex.quote(str(folder))}"
+        )
     if on_report:
         on_report(report)
-    files, _ = submission_files(folder)
     if not files:
         raise MissingDataError(f"There is no tensor in {folder} to pack.", f"Make one: {generate_command()}")
     if any(out.exists() and out.samefile(file) for file in files):
