@@ -47,7 +47,7 @@ def pack_track_2(output: Output, out: Path | None, name: str | None, options: di
     data = {"path": str(packed.path), "sha256": packed.sha256, "bytes": packed.path.stat().st_size,
             "files": [vars(file) for file in packed.files], "proofs": [asdict(proof) for proof in packed.proofs]}  # fmt: skip
     output.result(data, table)
-    output.finish([packed.path], f"ddkit evaluate --track 2 {packed.path}")
+    output.finish([packed.path], "ddkit evaluate --track 2", packed.path)
 
 
 def pack_models(

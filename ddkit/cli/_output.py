@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from collections import deque
@@ -132,9 +133,13 @@ class Output:
         else:
             click.echo_via_pager(text)
 
-    def finish(self, outputs: Sequence[object], next_command: str = "") -> None:
-        """Print at a command's end how long it took, which files it wrote, and what to type next."""
+    def finish(self, outputs: Sequence[object], next_command: str = "", *arguments: object) -> None:
+        """Print at a command's end how long it took, which files it wrote, and what to type next.
+
+        arguments: of the next command, such as a path, which are quoted for the shell where that is needed.
+        """
         self._stop_bars()
+        next_command = " ".join([next_command, *(shlex.quote(str(each)) for each in arguments)])
         if self.quiet:
             return
         if self.err.is_terminal and outputs:
@@ -257,6 +262,10 @@ def _bars(console: Console) -> Bars:
         return Bars(column("{task.description}", ratio=1), count, pace, console=console)
     bar = BarColumn(bar_width=30)
     return Bars(column("{task.description}"), bar, count, pace, column("{task.fields[figures]}"), console=console)
+
+
+def has_unicode(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
 
 
 def _is_finished(progress: Progress) -> bool:

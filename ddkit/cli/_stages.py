@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ddkit.cli._output import Output, Task, count_text, figures_text
+from ddkit.cli._output import Output, Task, count_text, figures_text, has_unicode
 from ddkit.runtime.progress import Progress, span_text
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class StageView:
 
 def stage_table(states: Sequence[StageState], output: Output, *, running: float | None = None) -> Table:
     """Stages with what they take. running: seconds of the stage that runs in this call, if one does."""
-    marks = _MARKS if output.err.encoding.lower().startswith("utf") else _ASCII_MARKS
+    marks = _MARKS if has_unicode(output.err) else _ASCII_MARKS
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("")
     table.add_column("stage", overflow="fold")

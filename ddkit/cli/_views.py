@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddkit.challenge import TRACKS
+from ddkit.cli._output import has_unicode
 from ddkit.errors import counted
 from ddkit.reporting.charts import sampled_curve
 from ddkit.reporting.compare import SetsCompared, extremes
@@ -45,7 +46,7 @@ def leaderboard_view(
 
     most_rows: of each kind in a group. most_groups: of each track. None means all.
     """
-    bars = _BARS if _has_unicode(console) else _ASCII_BARS
+    bars = _BARS if has_unicode(console) else _ASCII_BARS
     parts: list[RenderableType] = []
     for track, of_track in itertools.groupby(groups, key=lambda group: group.track):
         members = list(of_track)
@@ -216,7 +217,3 @@ def _accuracy_text(step: Step) -> str:
     if step.accuracy is None:
         return ""
     return percent(step.accuracy) + ("" if step.half_width is None else f" {interval_text(step.half_width, step.rounds)}")
-
-
-def _has_unicode(console: Console) -> bool:
-    return console.encoding.lower().startswith("utf")

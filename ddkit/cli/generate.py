@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,5 @@ def generate(
     complete = earlier is not None and saved.tensor.stat().st_mtime_ns == earlier.st_mtime_ns
     if complete:
         output.note(f"{out} is complete; nothing was made. --replace makes it again.")
-    output.finish(
-        [] if complete else [saved.tensor, saved.provenance, saved.sheet], f"ddkit evaluate {shlex.quote(str(saved.tensor))}"
-    )
+    output.finish([] if complete else [saved.tensor, saved.provenance, saved.sheet], "ddkit evaluate", saved.tensor)
     output.result({"tensor": saved.tensor, "facts": saved.provenance, "sheet": saved.sheet})

@@ -29,4 +29,4 @@ def pull(output: Output, hub_id: str, dataset: str | None, out: Path | None, rep
 
     files = download(hub_id, out, dataset=dataset, replace=replace)
     output.result({"tensor": files.tensor, "facts": files.provenance, "sheet": files.sheet})
-    output.finish([files.tensor, files.provenance, files.sheet], f"ddkit evaluate {files.tensor}")
+    output.finish([files.tensor, files.provenance, files.sheet], "ddkit evaluate", files.tensor)

@@ -153,7 +153,7 @@ def refine(
         output.note(f"{refined.diverged:,} networks of the pool diverged and were replaced.")
     files = refined.files
     written = (files.tensor, files.provenance, files.sheet, refined.before.tensor, refined.before.sheet)
-    output.finish([file for file in written if file.exists()], f"ddkit evaluate {files.tensor}")
+    output.finish([file for file in written if file.exists()], "ddkit evaluate", files.tensor)
     output.result(dataclasses.asdict(refined))
 
 

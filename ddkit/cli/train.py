@@ -197,8 +197,8 @@ def train(output: Output, dataset: str, dry_run: bool, **options: Any) -> None:
     length = f"{before}{config.denoiser_optimizer.steps:,} steps" if request.seconds is None else span_text(request.seconds)
     output.note(f"{verb} a generator on {dataset}, preset {request.preset}, {length}, in {folder}.")
     model = training.train(data, request, progress=output.progress)
-    model_option = "" if folder == RUNS_FOLDER / dataset else f" --model {folder}"
-    output.finish([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {dataset}{model_option}")
+    model_option = () if folder == RUNS_FOLDER / dataset else ("--model", folder)
+    output.finish([folder, folder / CHART_FILE], f"ddkit generate --ipc 10 --dataset {dataset}", *model_option)
     output.result(
         {"folder": str(folder), "steps": model.facts.steps, "images_seen": model.facts.images_seen}
         | {"metrics": dict(model.facts.metrics)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -149,7 +150,7 @@ def tune(
     _report(output, trials, tuning.best_of(trials), tuning.evidence(trials))
     if packs:
         packed = _bundle.pack_models(output, _bundle.tuned_models(output, bundled, out), BUNDLE_FILE, ProofSettings())
-        output.finish([records, chart, packed.path], f"ddkit evaluate --track 2 {packed.path}")
+        output.finish([records, chart, packed.path], "ddkit evaluate --track 2", packed.path)
     else:
         output.finish([records, chart], _next_command(dataset, model, out))
 
@@ -160,7 +161,7 @@ def _next_command(dataset: str, model: Path | None, out: Path) -> str:
     if out != TRIALS_FOLDER:
         return ""  # packing looks for trials in that folder only
     if model is not None or dataset not in names:
-        return f"ddkit pack --track 2 --tuned --model {dataset}={model or RUNS_FOLDER / dataset}"
+        return f"ddkit pack --track 2 --tuned --model {shlex.quote(f'{dataset}={model or RUNS_FOLDER / dataset}')}"
     missing = [name for name in names if not (out / f"{name}.jsonl").is_file()]
     return f"ddkit tune {missing[0]}" if missing else "ddkit pack --track 2 --tuned"
 

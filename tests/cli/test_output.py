@@ -25,7 +25,7 @@ with Output({options}) as output:
         output.progress(Progress("Training [b]", step, 100, "images", {{"loss": 2.5 - step / 100}}))
         time.sleep(0.02)
     output.progress(Progress("Looking", 7, None, "files"))
-    output.finish(["out/[x].pt", "out/" + "long" * 50], "ddkit check")
+    output.finish(["out/[x].pt", "out/" + "long" * 50], "ddkit check", "my set.pt")
     output.result({{"accuracy": 0.25}}, "0.25 [b]")
 """
 
@@ -71,7 +71,7 @@ def test_a_log_has_whole_lines_without_color():
     assert lines[0] == "About to train [b]."
     assert lines[1] == "Training [b]: 40/100 images  loss 2.1"
     assert re.fullmatch(r"Training \[b\]: 100/100 images, in [\d.]+ m?s  loss 1.5", lines[2])
-    assert lines[3:] == ["Looking: 7 files", "wrote out/[x].pt", "wrote out/" + "long" * 50, "next: ddkit check"]
+    assert lines[3:] == ["Looking: 7 files", "wrote out/[x].pt", "wrote out/" + "long" * 50, "next: ddkit check 'my set.pt'"]
 
 
 def test_json_is_all_of_the_output():
