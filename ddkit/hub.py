@@ -33,7 +33,6 @@ from ddkit.sets.distilled import DistilledSet, SetFiles, draw_sheet, read_set, r
 
 _CARD = "README.md"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-_UNKNOWN_LICENSE = "unknown"
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def plan_upload(
     Raises UsageError for an impossible id, and what `load_model` or `read_set` raise.
     """
     hub.require_hub_id(hub_id)
-    recorded, license = read(results).results, license or _UNKNOWN_LICENSE
+    recorded, license = read(results).results, license or "unknown"
     if Path(path).is_dir():
         return _model_upload(Path(path), hub_id, license, recorded)
     return _set_upload(read_set(path), hub_id, license, recorded)
@@ -146,14 +145,13 @@ def _set_upload(one: DistilledSet, hub_id: str, license: str, recorded: Iterable
     contact_sheet(to_uint8(denormalize(one.images, spec)), one.labels, titles).save(sheet, format="PNG")
     provenance = _without_folders(one.provenance)
     images = f"{len(one.images):,} images of {spec.image_size} x {spec.image_size} pixels"
-    tags = ["dataset-distillation", "ddkit", name]
     data = DatasetCardData(
         license=license,
         pretty_name=f"{name}, {one.ipc} images a class",
         task_categories=["image-classification"],
         size_categories=[next((title for most, title in _SIZES if len(one.images) < most), "n>1M")],
         source_datasets=[f"extended|{name}"],
-        tags=tags,
+        tags=["dataset-distillation", "ddkit", name],
     )
     made = {key: value for key, value in provenance.items() if key not in ("class_names", "request")}
     recipe = find_recipe(one.path, one.sha256)
@@ -270,20 +268,11 @@ def _scores(results: Iterable[Result]) -> str:
     for one in results:
         interval = "–" if one.interval is None else " to ".join(f"{100 * end:.2f} %" for end in one.interval)
         official = "yes" if one.official else f"no: {'; '.join(one.deviations)}"
-        cells = (
-            one.dataset,
-            one.track,
-            f"{100 * one.mean:.2f} %",
-            interval,
-            one.rounds,
-            one.epochs_setting,
-            official,
-            one.date[:10],
-        )
+        mean, date = f"{100 * one.mean:.2f} %", one.date[:10]
+        cells = (one.dataset, one.track, mean, interval, one.rounds, one.epochs_setting, official, date)
         # The texts may come from elsewhere.
-        rows.append(
-            "| " + " | ".join(html.escape(str(cell)).replace("|", "&#124;").replace("\n", " ") for cell in cells) + " |"
-        )
+        plain = (html.escape(str(cell)).replace("|", "&#124;").replace("\n", " ") for cell in cells)
+        rows.append(f"| {' | '.join(plain)} |")
     if len(rows) == 2:
         return "No evaluation of it is recorded."
     return "\n".join(rows) + "\n\nE is the challenge's epochs setting: E + 1 epochs ran."

@@ -53,7 +53,7 @@ class _Group(click.Group):
         except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
             raise  # click handles these; the last one ends quietly, since nobody reads the output any more
         except Exception as error:
-            if wants_traceback(ctx):
+            if ctx.find_root().meta.get("ddkit.debug"):
                 raise
             explained = _explained(error)
             bug = f"This is a bug in ddkit. {type(error).__name__}: {error}"
@@ -83,17 +83,12 @@ def _explained(error: Exception) -> DDKitError | None:
     return explain_broken_install(error)
 
 
-def wants_traceback(ctx: click.Context) -> bool:
-    """True if --debug was given, before or after the command's name."""
-    return bool(ctx.find_root().meta.get("ddkit.debug"))
-
-
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
+    if value:  # it may be given before or after the command's name
         ctx.find_root().meta["ddkit.debug"] = True
 
 

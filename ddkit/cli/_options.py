@@ -15,7 +15,6 @@ from ddkit.cli import debug_option
 from ddkit.cli._output import Output
 from ddkit.errors import UsageError
 from ddkit.generator.config import SAMPLERS, SAMPLING_PRECISIONS
-from ddkit.results import RESULTS_FILE
 
 SUBMISSION_FOLDER = Path("submission")
 BUNDLE_FILE = Path("track2.zip")
@@ -76,11 +75,6 @@ def save_every_option(default: str) -> Callable[..., Any]:
     """Add --save-every DURATION; the command receives `save_every_seconds`."""
     text = "Save the state this often; a kill loses at most this."
     return click.option("--save-every", "save_every_seconds", type=Duration(), default=default, help=text)
-
-
-results_option = click.option(
-    "--results", type=FILE, default=RESULTS_FILE, help="Read results from this file, and add new ones to it."
-)
 
 
 class FindingCode(click.ParamType):

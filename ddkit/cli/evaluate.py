@@ -16,6 +16,7 @@ from ddkit.challenge import TRACKS
 from ddkit.cli._options import (
     BUNDLE_FILE,
     COUNT,
+    FILE,
     FOLDER,
     PATH,
     RUNS_FOLDER,
@@ -25,7 +26,6 @@ from ddkit.cli._options import (
     compute_options,
     example,
     ignore_option,
-    results_option,
     save_every_option,
 )
 from ddkit.cli._output import Output, plain_table
@@ -33,12 +33,12 @@ from ddkit.cli._rankings import rankings_table
 from ddkit.errors import counted
 from ddkit.network.plan import PRECISIONS
 from ddkit.reporting.formatting import interval_text
+from ddkit.results import RESULTS_FILE, Result
 from ddkit.runtime.progress import span_text
 
 if TYPE_CHECKING:
     from ddkit.evaluation.estimate import EvaluationEstimate
     from ddkit.evaluation.job import JobOutcome
-    from ddkit.results import Result
     from ddkit.statistics import Comparison
 
 _MOST_ROUNDS_SHOWN = 5
@@ -115,7 +115,7 @@ _MOST_ROUNDS_SHOWN = 5
     help="Only measure a few batches, print the time and memory needed, and say if it would be official.",
 )
 @save_every_option("30s")
-@results_option
+@click.option("--results", type=FILE, default=RESULTS_FILE, help="Read results from this file, and add new ones to it.")
 @compute_options
 def evaluate(
     output: Output,

@@ -232,8 +232,7 @@ class _Run:
             watch(tuple(states.values()))
 
         watch(tuple(states.values()))
-        before = state.spent
-        self._began = time.monotonic() - before  # so that what was spent earlier counts
+        self._began = time.monotonic() - state.spent  # so that what was spent earlier counts
         for stage in self.plan.stages:
             if stage.is_done():  # asked now, as an earlier stage may have made another set, or the same one again
                 if states[stage.name].status != "done":
@@ -245,8 +244,7 @@ class _Run:
                 set_status(stage.name, "done" if self._run(stage, progress) else "stopped")
         recipe = self._finish(asked)
         leaderboard = self._place.leaderboard
-        if leaderboard is None:
-            raise RuntimeError("the report is the last stage")
+        assert leaderboard is not None  # the report is the last stage
         files = (self._place.zip_file, self._place.page, self._folder / RECIPE_FILE)
         return Entry(recipe, tuple(states.values()), leaderboard, files, state.spent, self._place.lacks_official())
 

@@ -90,6 +90,9 @@ class History:
         return [vars(step) for step in self.rows]
 
 
+NO_HISTORY = History((), ())
+
+
 def build_history(results: Sequence[Result], packed: Sequence[Packed], tracks: Iterable[int] | None = None) -> History:
     """The history of the user's own sets and of the baselines that the leaderboard shows. tracks: None means all."""
     wanted = None if tracks is None else set(tracks)
@@ -111,7 +114,7 @@ def build_history(results: Sequence[Result], packed: Sequence[Packed], tracks: I
 
 def _in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
     """The steps by time; those of the same time, or of none, stay in their order."""
-    return tuple(sorted(steps, key=lambda step: _seconds(step) or 0.0))
+    return tuple(sorted(steps, key=lambda step: _seconds(step)))
 
 
 def _evaluated(result: Result) -> Step:
@@ -169,7 +172,7 @@ def _charts(steps: Sequence[Step]) -> tuple[TimeChart, ...]:
 
 
 def _chart(title: str, steps: Sequence[Step]) -> TimeChart:
-    times, values = [_seconds(step) or 0.0 for step in steps], [step.accuracy or 0.0 for step in steps]
+    times, values = [_seconds(step) for step in steps], [step.accuracy or 0.0 for step in steps]
     y_ticks, low, high = accuracy_axis(values)
     start, length = times[0], (times[-1] - times[0]) or 1.0
     marks, best = [], 0.0
@@ -195,6 +198,6 @@ def _moment(date: str) -> datetime.datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
 
 
-def _seconds(step: Step) -> float | None:
+def _seconds(step: Step) -> float:
     moment = _moment(step.date)
-    return moment.timestamp() if moment else None
+    return moment.timestamp() if moment else 0.0

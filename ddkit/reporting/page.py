@@ -17,7 +17,7 @@ from ddkit.reporting.charts import IntervalChart, interval_charts
 from ddkit.reporting.compare import SetsCompared
 from ddkit.reporting.details import SetDetails, SetView
 from ddkit.reporting.formatting import interval_text
-from ddkit.reporting.history import History
+from ddkit.reporting.history import NO_HISTORY, History
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.rows import DATASET_TITLES, Estimate, Group, Row, dataset_title, shortened
 from ddkit.reporting.runs import RunView, training_runs
@@ -73,9 +73,9 @@ class Page:
     entries_left_out: int
     runs: tuple[RunView, ...]
     problems: tuple[str, ...]
-    quality: tuple[SetQuality, ...] = ()
-    history: History | None = None
-    comparisons: tuple[SetsCompared, ...] = ()
+    quality: tuple[SetQuality, ...]
+    history: History
+    comparisons: tuple[SetsCompared, ...]
 
 
 def gather(
@@ -85,7 +85,7 @@ def gather(
     tracks: Iterable[int] | None = None,
     runs_folder: Path = Path("runs"),
     quality: Sequence[SetQuality] = (),
-    history: History | None = None,
+    history: History = NO_HISTORY,
     comparisons: Sequence[SetsCompared] = (),
     progress: Listener = ignore,
 ) -> Page:

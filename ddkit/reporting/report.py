@@ -42,10 +42,10 @@ class Leaderboard:
     groups: tuple[Group, ...]
     rankings: tuple[ddranking.Ranking, ...]
     problems: tuple[str, ...]
-    quality: tuple[SetQuality, ...] = ()
-    written: tuple[Path, ...] = ()
-    history: History = History((), ())
-    comparisons: tuple[SetsCompared, ...] = ()
+    quality: tuple[SetQuality, ...]
+    written: tuple[Path, ...]
+    history: History
+    comparisons: tuple[SetsCompared, ...]
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
