@@ -53,11 +53,6 @@ def test_unknown_attribute_raises_attribute_error():
         _ = ddkit.distil
 
 
-def test_load_dataset_of_an_unknown_name_raises_usage_error():
-    with pytest.raises(UsageError, match="cifar10"):
-        ddkit.load_dataset("cifar10")
-
-
 def test_enter_with_a_single_name_takes_it_as_a_dataset():
     with pytest.raises(UsageError, match="Unknown dataset 'cifar10'"):
         ddkit.enter("cifar10", seconds=3600)

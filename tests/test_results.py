@@ -27,10 +27,6 @@ def test_appended_results_are_read_back(file):
     assert read(file).results == (RESULT, other) and read(file).problems == ()
 
 
-def test_a_missing_file_reads_as_empty(file):
-    assert read(file).results == ()
-
-
 def test_a_torn_last_line_is_kept_and_reported_and_appended_after(file):
     append(RESULT, file)
     torn = file.read_bytes() + b'{"name": "to'
@@ -107,13 +103,6 @@ def test_records_that_are_not_to_be_written_are_remembered(file):
     records = Records(file, writes=False)
     records.add(RESULT)
     assert records.results == (RESULT,) and not file.exists()
-
-
-def test_a_line_that_is_nested_too_deeply_is_reported(file):
-    append(RESULT, file)
-    file.write_text("[" * 100_000 + "\n" + file.read_text())
-    reading = read(file)
-    assert reading.results == (RESULT,) and "line 1: nested too deeply" in reading.problems[0]
 
 
 def test_a_file_that_cannot_be_written_is_known_before_anything_is_computed(tmp_path):

@@ -41,11 +41,6 @@ def test_check_with_json_prints_nothing_else_on_stdout(half_submission):
     assert "Checking" in finished.stderr
 
 
-def test_check_with_ignore_leaves_out_the_code(half_submission):
-    finished = run("check", "--ignore", "F003", "--json")
-    assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}
-
-
 def test_ignored_code_may_be_in_lower_case_and_must_be_a_code(half_submission):
     finished = run("check", "--ignore", "f003", "--json")
     assert "F003" not in {finding["code"] for finding in json.loads(finished.stdout)["findings"]}

@@ -9,7 +9,6 @@ from click.testing import CliRunner
 
 from ddkit.cli import main
 from ddkit.cli.demo import _recipe
-from ddkit.cli.enter import enter
 from ddkit.distill.estimate import RefineSpeed
 from ddkit.distill.settings import RefineSettings
 from ddkit.entering.plan import Speeds, draft, outline_at
@@ -115,9 +114,3 @@ def test_the_demo_is_an_entry_with_a_recipe_of_its_own(work):
         "prepare", "random real images", "train", "generate", "refine", "evaluate submission", "evaluate generated",
         "evaluate baseline", "check and pack", "report",
     ]  # fmt: skip
-
-
-def test_options_of_enter_name_what_a_recipe_decides():
-    """What can be asked for is what a recipe holds, apart from where and on what it is made."""
-    options = {parameter.name for parameter in enter.params} & set(Recipe.__dataclass_fields__)
-    assert options == {"track", "seed", "epochs_setting", "rounds", "time_budget"}

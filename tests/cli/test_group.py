@@ -167,29 +167,6 @@ def test_a_bug_exits_with_70_and_debug_shows_its_traceback(fault):
         assert f"{fault}: no such thing" in finished.stderr and ("Traceback" in finished.stderr) == traceback
 
 
-def test_computation_does_not_know_the_terminal():
-    """No module outside the command line imports click or the command line; only the console report draws with rich."""
-    package = Path(ddkit.cli.__file__).parent.parent
-    for path in package.rglob("*.py"):
-        place = path.relative_to(package)
-        if place.parts[0] == "cli" or place.name == "__main__.py":
-            continue
-        imported = _imports(path)
-        imported |= {name.split(".")[0] for name in imported}
-        forbidden = {"click", "ddkit.cli"} | (set() if place.parts[0] == "reporting" else {"rich"})
-        assert not imported & forbidden, place
-
-
-def _imports(path):
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
-
-
 def test_completion_prints_a_script_for_the_shell():
     finished = run("completion", "bash")
     assert finished.returncode == 0

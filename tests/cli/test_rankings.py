@@ -55,12 +55,6 @@ def _mean(kind):
     return result.mean
 
 
-@pytest.mark.parametrize("more", [("--no-augment",), ("--track", "2")])
-def test_ranking_without_augmentation_or_on_track_2_is_wrong_usage(mine, more):
-    _, errors = run("evaluate", mine, *QUICK, "--ranking", *more, status=2)
-    assert "--ranking needs --track 1" in errors
-
-
 @pytest.mark.slow
 def test_random_real_images_are_not_ranked(mine, colors):
     run("generate", "--dataset", colors, "--from-real", "random", "--ipc", "2", "--out", "random/colors.pt")

@@ -159,10 +159,3 @@ def test_lines_that_are_not_trials_of_this_version_are_left_out(tmp_path, change
     path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
     _append(trial(8, 0.5), path)
     assert read_trials(path) == [trial(8, 0.5)]
-
-
-def test_a_line_torn_within_a_letter_is_left_out(tmp_path):
-    path = tmp_path / "trials.jsonl"
-    _append(trial(4, 0.2, 0.3), path)
-    path.write_bytes(path.read_bytes() + b"\xff\xfe")
-    assert read_trials(path) == [trial(4, 0.2, 0.3)]

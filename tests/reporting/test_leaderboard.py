@@ -50,11 +50,6 @@ def test_the_interval_of_a_mean_by_hand(result):
     assert row.spread.half_width == pytest.approx(12.7062 * 0.01, rel=1e-4)
 
 
-def test_a_single_round_has_no_interval(result):
-    group = build([result("mine", "cifar100", 0.5, epochs_setting=50)])[1]
-    assert group.rows[0].spread.half_width is None and group.rows[0].spread.is_clear is None
-
-
 def test_the_difference_to_random_real_images_has_welchs_interval(result):
     group = build([
         result("mine", "cifar100", 0.20, 0.22, 0.21, epochs_setting=50),

@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from ddkit.errors import MissingDataError, UsageError
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.report import as_data, report
 from ddkit.results import append
@@ -46,11 +45,3 @@ def test_report_of_one_track_counts_and_compares_its_results_only(result, tmp_pa
     board = report(path, tracks=[2], compare=("a", "b"), html=page, runs_folder=tmp_path)
     assert [one.first.track for one in board.comparisons] == [2] and len(board.results) == 4
     assert re.search(r"Your evaluations</h2>\s*<p class=\"value \">2</p>", page.read_text(encoding="utf-8"))
-
-
-def test_report_of_a_missing_file_and_onto_the_results_raises(result, tmp_path):
-    with pytest.raises(MissingDataError, match="There is no results file .*elsewhere.jsonl"):
-        report(tmp_path / "elsewhere.jsonl")
-    append(result("mine", "glyphs", 0.5), tmp_path / "results.jsonl")
-    with pytest.raises(UsageError, match="would replace"):
-        report(tmp_path / "results.jsonl", html=tmp_path / "results.jsonl")
