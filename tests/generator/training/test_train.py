@@ -21,6 +21,7 @@ from ddkit.generator.training.checkpoints import list_checkpoints, load_latest
 from ddkit.generator.training.run_folder import read_run_record
 from ddkit.generator.training.tracking import Tracking
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+from ddkit.generator.training.trainer import require_even_parts
 
 
 def with_steps(config, steps):
@@ -243,9 +244,9 @@ class TestDividedBatches:
         assert theirs["step"] == ours["step"] == 6 and theirs["images"] == ours["images"]
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
 
-    def test_batch_that_does_not_split_evenly_raises_usage_error(self, data, config, tmp_path):
-        with pytest.raises(UsageError, match="4 equal parts"):
-            train(data, TrainingRequest(with_optimizer(config, accumulation=4), tmp_path))
+    def test_batch_that_does_not_split_evenly_among_processes_raises_usage_error(self, config):
+        with pytest.raises(UsageError, match=r"6 cannot be split evenly into 4 parts \(4 processes, 1 accumulated\)"):
+            require_even_parts(config.denoiser_optimizer, 4)
 
 
 class TestLimits:
