@@ -23,7 +23,6 @@ from ddkit.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 _CLASSES = {"cifar100": 100, "tinyimagenet": 200}
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
 SHARED_DATA = Path(os.environ.get("DDKIT_TEST_DATA", ROOT.parent / "shared" / "data"))
 SHARED_CASES = Path(os.environ.get("DDKIT_TEST_CASES", ROOT.parent / "shared" / "cases"))
 
@@ -132,11 +131,6 @@ def shorten_measurements(patch: pytest.MonkeyPatch) -> None:
 def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans and dry runs take a moment."""
     shorten_measurements(monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def fixtures() -> Path:
-    return FIXTURES
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pickle
 import re
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy
 import PIL.Image
@@ -19,7 +18,6 @@ from ddkit.data.images import denormalize, normalize, to_uint8
 from ddkit.sets.reading import read_tensor, read_tensor_bytes
 
 IPC = 2
-CASES = Path(__file__).parents[1] / "fixtures" / "cases"
 SHAPE = (IPC * GLYPHS.num_classes, *GLYPHS.image_shape)
 
 
@@ -233,13 +231,6 @@ def test_a_tensor_of_a_protocol_that_the_scorer_does_not_read_is_named(images, t
 def test_a_protocol_that_pytorch_cannot_load_at_all_is_named(images):
     tensor, codes, message = read(saved(images, pickle_protocol=0))
     assert tensor is None and codes == ["T010"] and "torch.save(tensor," in message
-
-
-@pytest.mark.parametrize("name", ["glyphs.pt", "parameter.pt"])
-def test_published_files_of_protocol_4_are_named_as_that(name):
-    tensor, findings = read_tensor(CASES / "pickle-protocol-4" / name, GLYPHS, ipc=1)
-    assert tensor is None and [f.code for f in findings if f.level == "error"] == ["T010"]
-    assert [f.code for f in findings if f.level == "warning"] == (["T005"] if name == "parameter.pt" else [])
 
 
 def test_a_class_of_the_authors_own_is_code(images):
