@@ -76,7 +76,6 @@ def class_model(name: str, *, progress: Listener = ignore) -> ClassModel:
         return {"weight": model.weight, "bias": model.bias, "measures": measures}
 
     kept = cached_tensors(path, ("weight", "bias", "measures"), f"the classifier of {name}", fitted)
-    assert kept is not None  # fitting cannot be stopped
     gain, information = kept["measures"].tolist()
     # Copied out of the mapped file, which another process may replace or damage.
     return ClassModel(kept["weight"].clone(), kept["bias"].clone(), gain, information)

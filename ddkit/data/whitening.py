@@ -41,7 +41,6 @@ def undo_zca(images: Tensor, dataset: str, train: ImageSet, *, progress: Listene
             return _fit(train.images, task, progress)
 
     found = cached_tensors(path, ("mean", "root"), f"the ZCA whitening of {dataset}", make)
-    assert found is not None  # `make` is never stopped
     return torch.addmm(found["mean"], images.flatten(1).float(), found["root"]).view(images.shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -22,6 +23,10 @@ from ddkit.runtime.seeds import generator_for
 _CACHE_FOLDER = "_experts"  # no dataset can have this name
 _KEY = "parameters"
 _VERSION = 1  # counts changes to how an expert is trained
+
+
+class _StoppedError(Exception):
+    """The training was asked to stop."""
 
 
 class Experts:
@@ -55,13 +60,12 @@ class Experts:
 
     def prepare(self, stop: StopRequest | None = None) -> None:
         """Train the experts that the cache does not hold. Returns early when asked to stop."""
-        for number in range(len(self._trajectories), self._settings.count):
-            path = self._folder / f"{number:03d}.safetensors"
-            train = functools.partial(self._train, number, stop)
-            kept = cached_tensors(path, (_KEY,), f"expert {number + 1} of {self._settings.count}", train)
-            if kept is None:
-                return
-            self._trajectories.append(kept[_KEY])
+        with contextlib.suppress(_StoppedError):
+            for number in range(len(self._trajectories), self._settings.count):
+                path = self._folder / f"{number:03d}.safetensors"
+                train = functools.partial(self._train, number, stop)
+                kept = cached_tensors(path, (_KEY,), f"expert {number + 1} of {self._settings.count}", train)
+                self._trajectories.append(kept[_KEY])
 
     def sample_segment(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two checkpoints of one expert, `span` steps apart: parameters as (P,) float32 on the CPU."""
@@ -70,8 +74,8 @@ class Experts:
         begin = int(torch.randint(len(trajectory) - stride, (1,), generator=generator))
         return trajectory[begin].clone(), trajectory[begin + stride].clone()
 
-    def _train(self, number: int, stop: StopRequest | None) -> dict[str, Tensor] | None:
-        """The trajectory, (steps / keep_every + 1, P) float32 on the CPU: the start, then every checkpoint. None if stopped."""
+    def _train(self, number: int, stop: StopRequest | None) -> dict[str, Tensor]:
+        """The trajectory, (steps / keep_every + 1, P) float32 on the CPU: the start, then every checkpoint."""
         settings, spec = self._settings, self._holdout.spec
         network = random_network(spec, "expert", self._seed, number).to(self._device)
         engine = build_engine(network, choose_plan(network, "float32", settings.batch_size))
@@ -87,5 +91,5 @@ class Experts:
             done, total = number * settings.steps + step, settings.count * settings.steps
             self._progress(Progress("Training experts (once)", done, total, "steps"))
             if stop and step < settings.steps:
-                return None
+                raise _StoppedError
         return {_KEY: torch.stack(kept)}

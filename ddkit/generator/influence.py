@@ -122,7 +122,6 @@ def find_influence(
     key = cache_key((_VERSION, dataset_sha256, spec.mean, spec.std, _IMAGES, epochs, _SEED))
     path, what = cache_folder() / _CACHE_FOLDER / f"{spec.name}-{key}.safetensors", f"the influence of {spec.name}'s images"
     kept = cached_tensors(path, ("parameters", "gradients"), what, train)
-    assert kept is not None
     networks = [copy.deepcopy(network).to_empty(device=device) for _ in kept["parameters"]]
     for checkpoint, parameters in zip(networks, kept["parameters"], strict=True):
         load_flat_parameters(checkpoint, parameters)

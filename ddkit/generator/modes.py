@@ -70,9 +70,7 @@ def find_modes(
 
     key = cache_key((_VERSION, dataset_sha256, autoencoder, model.latent_shape, scale, count, seed))
     name = model.facts.dataset
-    found = cached_tensors(cache / f"{name}-{key}.safetensors", ("modes",), f"the modes of {name}'s latents", make)
-    assert found is not None
-    return found["modes"]
+    return cached_tensors(cache / f"{name}-{key}.safetensors", ("modes",), f"the modes of {name}'s latents", make)["modes"]
 
 
 def _centers(latents: Tensor, labels: Tensor, classes: int, count: int, seed: int, progress: Listener) -> Tensor:

@@ -136,8 +136,7 @@ def convnet_features(
     weights = cached_tensors(path, network.state_dict(), f"the feature network of {spec.name}", train)
     with contextlib.suppress(OSError):  # a cache that may not be written
         path.with_suffix(".state").unlink(missing_ok=True)
-    if weights is not None:
-        network.load_state_dict(weights)
+    network.load_state_dict(weights)
     return ConvNetFeatures(network, spec, settings.precision)
 
 

@@ -27,15 +27,13 @@ def cache_key(made_of: Any, tensors: Iterable[Tensor] = ()) -> str:
     return digest.hexdigest()[:20]
 
 
-def cached_tensors(
-    path: Path, names: Iterable[str], what: str, make: Callable[[], Mapping[str, Tensor] | None]
-) -> dict[str, Tensor] | None:
+def cached_tensors(path: Path, names: Iterable[str], what: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors in the safetensors file `path`; made and kept there first if they are not.
 
     names: of the tensors; a file with other ones, or a damaged one, is made again.
-    what: they are, for messages ("the feature network of cifar100"). make: returns them, or None if it was stopped; then
-    nothing is kept, and None is returned. Only one process at a time makes them; the others wait and find them.
-    In a cache that may not be written they are made each time.
+    what: they are, for messages ("the feature network of cifar100"). make: returns them; if it raises, nothing is kept.
+    Only one process at a time makes them; the others wait and find them. In a cache that may not be written they are made
+    each time.
     """
     wanted = set(names)
     if (found := _load(path, wanted)) is not None:
@@ -44,10 +42,7 @@ def cached_tensors(
         if (found := _load(path, wanted)) is not None:
             return found
         log.info("Computing %s, to be kept in %s", what, path)
-        made = make()
-        if made is None:
-            return None
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in made.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
         try:
             save_safetensors(tensors, path)
         except BadFileError as error:

@@ -32,8 +32,9 @@ def test_a_file_that_is_damaged_or_holds_other_tensors_is_made_again(path, conte
     assert set(cached_tensors(path, ["two"], "twos", unwanted)) == {"two"}
 
 
-def test_nothing_is_kept_of_a_computation_that_was_stopped(path):
-    assert cached_tensors(path, ["two"], "twos", lambda: None) is None
+def test_nothing_is_kept_of_a_computation_that_raises(path):
+    with pytest.raises(ZeroDivisionError):
+        cached_tensors(path, ["two"], "twos", lambda: {"two": torch.ones(1 // 0)})
     assert not path.exists()
 
 
