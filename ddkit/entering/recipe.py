@@ -67,9 +67,10 @@ class SetRecipe:
 
     @property
     def bundle_settings(self) -> BundleSettings:
-        if self.bundle is not None or not self.preset:
-            return self.bundle or BundleSettings()
-        return BundleSettings(dataclasses.replace(BUNDLE_SAMPLING, mode_guidance=default_mode_guidance(self._prediction)))
+        """How the generator of a preset samples on track 2."""
+        return self.bundle or BundleSettings(
+            dataclasses.replace(BUNDLE_SAMPLING, mode_guidance=default_mode_guidance(self._prediction))
+        )
 
     @property
     def sampling_settings(self) -> SamplingSettings:

@@ -75,20 +75,10 @@ class Workplace:
     ) -> None:
         self.folder, self.recipe = folder, recipe
         self._device, self._limit, self._on_event = device, limit, on_event
+        self.results_file, self.page = folder / "runs" / "results.jsonl", folder / "report.html"
+        self.zip_file = folder / ("submission.zip" if recipe.track == 1 else "track2.zip")
         self._test_sets: dict[str, TestSet] = {}
         self.leaderboard: Leaderboard | None = None
-
-    @property
-    def results_file(self) -> Path:
-        return self.folder / "runs" / "results.jsonl"
-
-    @property
-    def page(self) -> Path:
-        return self.folder / "report.html"
-
-    @property
-    def zip_file(self) -> Path:
-        return self.folder / ("submission.zip" if self.recipe.track == 1 else "track2.zip")
 
     def submission(self, name: str) -> Path:
         """The tensor of a dataset's set."""
@@ -184,8 +174,8 @@ class Workplace:
         self.recipe.require_datasets()
 
     def _has(self, path: Path, **facts: Any) -> bool:
-        provenance = read_provenance(path) if path.exists() else {}
-        return bool(provenance) and all(provenance.get(key) == value for key, value in facts.items())
+        provenance = read_provenance(path)
+        return all(provenance.get(key) == value for key, value in facts.items())
 
     def _has_baseline(self, name: str) -> bool:
         sha256 = train_sha256(name) if is_prepared(name) else None
