@@ -109,29 +109,26 @@ class Output:
         self._latest = progress.task
         return task
 
-    def result(self, data: Any, shown: RenderableType | None = None) -> None:
-        """Print the command's result on standard output: `data` as JSON, or `shown`, which rich renders."""
+    def result(self, data: Any, shown: RenderableType | None = None, *, paged: bool = False) -> None:
+        """Print the command's result on standard output: `data` as JSON, or `shown`, which rich renders.
+
+        paged: through the user's pager if it is longer than the screen of a terminal.
+        """
         self._stop_bars()
         if not is_main():
             return
         if self.as_json:
             click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+        elif paged and self.out.is_terminal:
+            with self.out.capture() as captured:
+                self.out.print(shown)
+            text = captured.get()
+            if text.count("\n") < self.out.height:
+                click.echo(text, nl=False)
+            else:
+                click.echo_via_pager(text)
         elif shown is not None:
             self.out.print(shown)
-
-    def page(self, shown: RenderableType) -> None:
-        """Print a result that may be longer than the screen: on a terminal through the user's pager if it is."""
-        self._stop_bars()
-        if not self.out.is_terminal:
-            self.out.print(shown)
-            return
-        with self.out.capture() as captured:
-            self.out.print(shown)
-        text = captured.get()
-        if text.count("\n") < self.out.height:
-            click.echo(text, nl=False)
-        else:
-            click.echo_via_pager(text)
 
     def finish(self, outputs: Sequence[object], next_command: str = "", *arguments: object) -> None:
         """Print at a command's end how long it took, which files it wrote, and what to type next.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -100,21 +101,14 @@ def report(output: Output, results: Path, track: str | None, html: Path | None, 
     if len(board.problems) > _MOST_PROBLEMS:
         more = counted(len(board.problems) - _MOST_PROBLEMS, "more line", "more lines")
         output.note(f"{more}; --json lists them all", label="not used:")
-    if output.as_json:
-        output.result(board.as_data())
-    elif show_history or compare:
-        if show_history:
-            output.result(None, history_view(board.history, output.out))
-        for one in board.comparisons:
-            output.result(None, comparison_view(one, show_all=show_all))
-    else:
-        if show_all:
-            output.page(leaderboard_view(board.groups, output.out))
-        else:
-            shown = leaderboard_view(board.groups, output.out, most_rows=_MOST_ROWS, most_groups=_MOST_GROUPS)
-            output.result(None, shown)
-        for table in [*([rankings_table(board.rankings)] if board.rankings else []), *map(_quality_table, board.quality)]:
-            output.result(None, table)
+    shown = [history_view(board.history, output.out)] if show_history else []
+    shown += [comparison_view(one, show_all=show_all) for one in board.comparisons]
+    if not shown:
+        most_rows, most_groups = (None, None) if show_all else (_MOST_ROWS, _MOST_GROUPS)
+        shown.append(leaderboard_view(board.groups, output.out, most_rows=most_rows, most_groups=most_groups))
+        shown += [rankings_table(board.rankings)] if board.rankings else []
+    shown += map(_quality_table, board.quality)
+    output.result(board.as_data(), Group(*shown), paged=show_all)
     output.finish(board.written, _next(board.results, html))
 
 
