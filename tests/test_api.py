@@ -109,6 +109,7 @@ def test_train_makes_a_generator_that_generate_samples(few_letters, tmp_path):
         ({"from_real": "random", "model": "run", "candidates": 5}, "model and candidates cannot be combined with from_real"),
         ({"from_real": "random", "select": "herding"}, "select cannot be combined with from_real"),
         ({"select": "herding"}, "Selecting by herding needs candidates"),
+        ({"from_real": "random", "ipc": 0}, "at least one image per class, got 0"),
         ({"from_real": True}, "Unknown selection method 'True'. Known: random, first"),
     ],
 )

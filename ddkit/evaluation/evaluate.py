@@ -50,7 +50,7 @@ class EvaluationSettings:
     rounds: int | None = None
     epochs_setting: int | None = None
     seed: int = 0
-    network: str = "convnet"
+    network: str = OFFICIAL_NETWORK
     augment: bool = True
     precision: str = "float32"
     device: str = "auto"

@@ -43,11 +43,8 @@ def choose(method: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int
     method: "first", the first rows of each class; "random", which depends on (seed, class) alone; or one of
     FEATURE_METHODS. labels: (N,) int64 of the images to choose from. extract: gives the features of one class at a
     time, so that memory holds only one; LABEL_METHODS do not need it.
-    Raises UsageError for an unknown method, an ipc below one, or a class with fewer images than that.
+    Raises UsageError for a class with fewer images, and what `choose_in_class` raises.
     """
-    check_method(method)
-    if ipc < 1:
-        raise UsageError(f"A set needs at least one image per class, got {ipc}.")
     counts = labels.bincount(minlength=num_classes).tolist()
     if (fewest := min(counts)) < ipc:
         label = counts.index(fewest)
@@ -55,7 +52,7 @@ def choose(method: str, labels: Tensor, ipc: int, num_classes: int, *, seed: int
     chosen = []
     for label in range(num_classes):
         rows = (labels == label).nonzero().flatten()
-        features = extract(rows) if extract and method not in LABEL_METHODS else None
+        features = extract(rows) if extract else None
         chosen.append(rows[choose_in_class(method, len(rows), ipc, seed=seed, label=label, features=features)])
     return torch.cat(chosen)
 
