@@ -87,6 +87,11 @@ def test_settings_that_exclude_each_other_raise_usage_error(settings, changes, s
         with_(settings, **changes)
 
 
+def test_a_tensor_on_track_2_raises_usage_error(folder, settings):
+    with pytest.raises(UsageError, match="generators, not tensors"):
+        evaluate_files([folder / "colors.pt"], with_(settings, evaluation=EvaluationSettings(track=2)))
+
+
 OPENS = """
 import sys
 from pathlib import Path
