@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import zipfile
 from collections import Counter
@@ -62,8 +63,9 @@ def _members(
         return
     counts = Counter(_name_of(info) for info in infos)
     if _BUNDLE_FILES <= counts.keys():
-        message = "The zip is a track 2 bundle, not two tensors. Evaluate it: ddkit evaluate --track 2."
-        yield Finding("error", "F009", message, zip_name)
+        evaluate = f"ddkit evaluate --track 2 {shlex.quote(str(archive.filename))}"
+        message = f"The zip is a track 2 bundle; only the tensors of track 1 are checked. Evaluate it: {evaluate}"
+        yield Finding("error", "F018", message, zip_name)
         return
     for name in sorted(name for name, count in counts.items() if count > 1):
         message = f"'{name}' is in the zip {counts[name]} times; which one is scored depends on the program."

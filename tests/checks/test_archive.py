@@ -135,9 +135,3 @@ def test_named_pipe_is_refused_without_waiting(tmp_path):
 def test_too_many_members_are_not_listed(tmp_path):
     path = write(tmp_path / "s.zip", *((f"{k}.pt", b"") for k in range(1500)))
     assert read(path) == ({}, ["F009"])
-
-
-def test_track_2_bundle_is_one_finding(tmp_path):
-    path = write(tmp_path / "s.zip", *((name, b"") for name in ("generate.py", "SHA256SUMS", "models/cifar100/vae/x", "y.py")))
-    (finding,) = read_members(path, lambda name: name.endswith(".pt"), largest_bytes=LARGEST)
-    assert finding.code == "F009" and "ddkit evaluate --track 2" in finding.message

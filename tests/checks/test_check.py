@@ -122,6 +122,15 @@ def test_damaged_store_of_another_dataset_does_not_stop_the_check_of_a_zip(tmp_p
     assert "F002" in codes(check_path(tmp_path / "s.zip"))
 
 
+def test_track_2_bundle_is_named_with_the_command_that_takes_it_and_nothing_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "my track2.zip", "w") as archive:
+        for name in ("SHA256SUMS", "generate.py", "models/cifar100/entry.json"):
+            archive.writestr(name, b"")
+    (finding,) = check_path(tmp_path / "my track2.zip").findings
+    assert finding.code == "F018" and "is a track 2 bundle" in finding.message
+    assert finding.message.endswith(f"ddkit evaluate --track 2 '{tmp_path}/my track2.zip'")
+
+
 def test_practice_next_to_the_challenge_is_a_warning(folder):
     torch.save(torch.zeros(1000, 3, 32, 32), folder / "cifar100.pt")
     left_aside = [f.where for f in check_path(folder).findings if f.code == "F020"]
