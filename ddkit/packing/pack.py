@@ -15,6 +15,7 @@ from ddkit.checks.check import check_path, submission_files
 from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.history import PackedRecords, find_recipe
 from ddkit.packing.zipping import write_zip
+from ddkit.runtime.archives import ZIP_ERRORS
 from ddkit.runtime.files import atomic_write, explain_os_error, sha256_of, sha256_of_stream, why_not_a_file
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import check_command, generate_command, read_set
@@ -88,12 +89,15 @@ def pack(
 
 
 def packed_files(path: str | os.PathLike[str]) -> tuple[PackedFile, ...]:
-    """The members of a zip that `pack` wrote, with sizes and hashes of their bytes."""
+    """The members of a zip that ddkit packed, with sizes and hashes of their bytes. Raises BadFileError for a damaged one."""
     files = []
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            with archive.open(info) as member:
-                files.append(PackedFile(info.filename, info.file_size, sha256_of_stream(member)))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                with archive.open(info) as member:
+                    files.append(PackedFile(info.filename, info.file_size, sha256_of_stream(member)))
+    except ZIP_ERRORS as error:
+        raise BadFileError(f"{path} is damaged: {error}.", "Delete it, and pack again.") from error
     return tuple(files)
 
 

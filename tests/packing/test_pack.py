@@ -40,6 +40,12 @@ def test_what_check_refuses_is_not_packed_and_the_old_zip_stays(tmp_path, folder
     assert out.read_bytes() == before
 
 
+def test_files_of_a_zip_that_is_cut_short_raise_bad_file_error(tmp_path, folder):
+    os.truncate(pack(folder, tmp_path / "s.zip"), 1000)
+    with pytest.raises(BadFileError, match=r"s\.zip is damaged"):
+        packed_files(tmp_path / "s.zip")
+
+
 def test_warnings_refuse_only_where_strict(tmp_path, folder):
     images = torch.load(folder / "glyphs.pt", weights_only=True)
     torch.save(images.requires_grad_(), folder / "glyphs.pt")
