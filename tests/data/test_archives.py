@@ -76,7 +76,7 @@ def test_links_in_a_folder_are_followed_and_loops_end(write_tree):
 @pytest.mark.parametrize(
     "name", ["../outside", "a/../../outside", "/etc/passwd", "C:/windows", "..\\outside", "\\\\host\\x", "c:x"]
 )
-@pytest.mark.parametrize("archive", ["hostile.zip", "hostile.tar"])
+@pytest.mark.parametrize("archive", ["hostile.zip", "hostile.tar", "hostile.tgz"])
 def test_archive_with_paths_that_lead_out_is_refused(write_tree, tree_of, archive, name):
     with pytest.raises(BadDataError, match="leads out of it"):
         _ = tree_of(write_tree({**FILES, name: b"x"}, archive)).files

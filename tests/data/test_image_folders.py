@@ -47,10 +47,11 @@ class TestImageFolders:
         source = find(write_tree({**files, unlabeled: picture()}))
         assert source.splits["test"].names[0] == "val/cat/0.png" and source.notes == ()
 
-    def test_unlabeled_test_alone_is_named(self, write_tree, photos, picture, find):
+    @pytest.mark.parametrize("split", ["test", "val"])
+    def test_unlabeled_test_alone_is_named(self, write_tree, photos, picture, find, split):
         files = {path: data for path, data in photos.items() if path.startswith("train")}
         with pytest.raises(BadDataError, match=r"no labeled images in 'test' \(or 'val'\)"):
-            find(write_tree({**files, "test/images/1.png": picture()}))
+            find(write_tree({**files, f"{split}/images/1.png": picture()}))
 
     def test_images_may_lie_in_a_folder_of_the_class(self, write_tree, photos, find):
         moved = {"/images/".join(path.rsplit("/", 1)): data for path, data in photos.items()}

@@ -138,6 +138,7 @@ def test_a_finished_evaluation_is_not_repeated_and_more_rounds_only_add(tmp_path
     assert evaluated(state=state) == first
     three = evaluated(state=state, rounds=3)
     assert three.loss_curves[:2] == first.loss_curves
+    assert three.loss_curves == evaluated(rounds=3).loss_curves  # as of three rounds from the beginning
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 

@@ -49,6 +49,7 @@ def test_features_tell_the_classes_apart(trained):
 def test_float_images_have_the_features_of_their_bytes(trained):
     images = stripes(4, 2).images
     torch.testing.assert_close(trained(images), trained(images.float() / 255))
+    assert trained(images[:0]).shape == (0, ConvNetFeatures.num_features)
 
 
 @pytest.mark.slow
