@@ -125,7 +125,7 @@ def generate(
         source = FromReal(from_real, seed, device)
     else:
         source = FromModel.find(
-            dataset, ipc, model, device=device, candidates=candidates, select=select, sampling=sampling, seed=seed
+            dataset, model, device=device, candidates=candidates, select=select, sampling=sampling, seed=seed
         )
     path = Path("submission", f"{dataset}.pt") if out is None else Path(out)
     return read_set(

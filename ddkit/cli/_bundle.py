@@ -110,7 +110,7 @@ def _models(output: Output, options: dict[str, Any]) -> list[BundleModel]:
     keep = BUNDLE_KEEP if options["keep"] is None else options["keep"]
     models = []
     for name, folder in models_by_dataset(options["models"]).items():
-        scale = default_mode_guidance(read_facts(folder, dataset=name).prediction, options["images_per_class"])
+        scale = default_mode_guidance(read_facts(folder, dataset=name).prediction)
         sampling = replace(BUNDLE_SAMPLING, **{"mode_guidance": scale, **chosen})
         settings = BundleSettings(sampling, options["bundle_device"], options["half"], options["images_per_class"], keep)
         models.append(BundleModel(name, folder, settings))

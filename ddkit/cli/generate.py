@@ -23,7 +23,6 @@ from ddkit.errors import UsageError, counted
 from ddkit.generator.config import (
     BATCH_ELSEWHERE,
     BATCH_ON_GPU,
-    FEW_IMAGES,
     MOST_SAMPLING_STEPS,
     SamplingSettings,
     default_mode_guidance,
@@ -76,7 +75,7 @@ _METHODS = (
     "--guidance",
     type=click.FloatRange(0),
     help="Set the scale of classifier-free guidance; larger values show the class more strongly, and 1 turns it off.  "
-    f"[default: {default_sampling('flow', 1).guidance:g} with mode guidance, else {_DEFAULTS.guidance:g}]",
+    f"[default: {default_sampling('flow').guidance:g} with mode guidance, else {_DEFAULTS.guidance:g}]",
 )
 @click.option(
     "--guidance-interval",
@@ -91,8 +90,7 @@ _METHODS = (
     metavar="SCALE",
     help="Set the scale of mode guidance, which steers image i of a class to mode i of its real images early in "
     "sampling and needs these images; 0 turns it off.  "
-    f"[default: {default_mode_guidance('flow', FEW_IMAGES):g} for models of flow matching, "
-    f"{default_mode_guidance('flow'):g} for more than {FEW_IMAGES} images per class of them, "
+    f"[default: {default_mode_guidance('flow'):g} for models of flow matching, "
     f"and {default_mode_guidance('epsilon'):g} with --guidance, --guidance-interval or other models]",
 )
 @click.option(
@@ -161,9 +159,7 @@ def generate(
         origin = f"from its real training images ({from_real})"
     else:
         given = {name: value for name, value in sampling.items() if value is not None}
-        source = making.FromModel.find(
-            dataset, ipc, model, candidates=candidates, select=select, device=device, seed=seed, **given
-        )
+        source = making.FromModel.find(dataset, model, candidates=candidates, select=select, device=device, seed=seed, **given)
         settings = source.sampling
         chosen = f", chosen from {candidates} by {source.method}" if candidates else ""
         sampled = f"{settings.sampler}, {counted(settings.steps, 'step', 'steps')}, guidance {settings.guidance:g}"

@@ -29,7 +29,7 @@ from ddkit.cli._options import (
 )
 from ddkit.cli._output import Output, plain_table
 from ddkit.errors import UsageError
-from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, FEW_IMAGES, MOST_SAMPLING_STEPS, default_mode_guidance
+from ddkit.generator.config import BUNDLE_KEEP, BUNDLE_SAMPLING, MOST_SAMPLING_STEPS, default_mode_guidance
 from ddkit.history import PACKED_FILE, PackedRecords
 from ddkit.runtime.files import sha256_of
 
@@ -54,8 +54,7 @@ _TRACK_2_OPTIONS = (
     click.option("--mode-guidance", type=click.FloatRange(0), metavar="SCALE",
                  help="Track 2: set the scale of mode guidance, which steers each image early in sampling to a mode of its "
                  "class's real images; 0 turns it off.  "
-                 f"[default: {default_mode_guidance('flow'):g} for models of flow matching, "
-                 f"{default_mode_guidance('flow', FEW_IMAGES):g} for at most {FEW_IMAGES} --images-per-class of them, else "
+                 f"[default: {default_mode_guidance('flow'):g} for models of flow matching, else "
                  f"{default_mode_guidance('epsilon'):g}]"),
     click.option("--images-per-class", type=COUNT, metavar="N",
                  help="Track 2: stop at N images of each class.  [default: as many as the time allows]"),

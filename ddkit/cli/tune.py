@@ -24,7 +24,7 @@ from ddkit.cli._options import (
     example,
 )
 from ddkit.cli._output import Output, plain_table
-from ddkit.generator.config import BUNDLE_KEEP, FEW_IMAGES, BundleSettings, default_mode_guidance
+from ddkit.generator.config import BUNDLE_KEEP, BundleSettings, default_mode_guidance
 
 if TYPE_CHECKING:
     from ddkit.packing.tune import Trial
@@ -64,9 +64,7 @@ class _ImagesPerClass(click.ParamType):
     multiple=True,
     metavar="SCALE",
     help="Try this scale of mode guidance; 0 turns it off; repeatable.  "
-    f"[default: {default_mode_guidance('flow'):g} for models of flow matching, "
-    f"{default_mode_guidance('flow', FEW_IMAGES):g} for at most {FEW_IMAGES} --images of them, "
-    f"else {default_mode_guidance('epsilon'):g}]",
+    f"[default: {default_mode_guidance('flow'):g} for models of flow matching, else {default_mode_guidance('epsilon'):g}]",
 )
 @click.option(
     "--images",
@@ -137,9 +135,7 @@ def tune(
     counts = tuple(None if count == "all" else int(count) for count in images)
     dataset_spec(dataset)  # refuses an unknown name before a model is downloaded
     folder = find_model(model) if model else RUNS_FOLDER / dataset
-    if not mode_guidance:
-        prediction = read_facts(folder, dataset=dataset).prediction
-        mode_guidance = tuple(dict.fromkeys(default_mode_guidance(prediction, count) for count in counts))
+    mode_guidance = mode_guidance or (default_mode_guidance(read_facts(folder, dataset=dataset).prediction),)
     search = tuning.Search(steps, guidance, counts, keep, mode_guidance, EvaluationSettings(track=2, **evaluation))
     settings = BundleSettings()
     settings = replace(settings, sampling=replace(settings.sampling, sampler=sampler, precision=precision))

@@ -53,14 +53,14 @@ class FromModel:
 
     @classmethod
     def find(
-        cls, dataset: str, ipc: int, model: str | os.PathLike[str] | None, *, device: str, candidates: int | None,
+        cls, dataset: str, model: str | os.PathLike[str] | None, *, device: str, candidates: int | None,
         select: str | None, sampling: SamplingSettings | None = None, **given: Any,
     ) -> FromModel:  # fmt: skip
         """model: the folder, or an id on the Hugging Face hub; None means runs/<dataset>. sampling: None takes that of
-        `default_sampling` for `ipc` images per class and the settings that are given. Raises MissingModelError."""
+        `default_sampling` for the model and the settings that are given. Raises MissingModelError."""
         found = cls(Path("runs", dataset), device=device, candidates=candidates, select=select)  # refuses before a download
         folder = found.folder if model is None else find_model(model)
-        sampling = sampling or default_sampling(read_facts(folder, dataset=dataset).prediction, ipc, **given)
+        sampling = sampling or default_sampling(read_facts(folder, dataset=dataset).prediction, **given)
         return dataclasses.replace(found, folder=folder, sampling=sampling)
 
 

@@ -75,7 +75,7 @@ class SetRecipe:
     @property
     def sampling_settings(self) -> SamplingSettings:
         """How the generator of a preset samples on track 1; the seed is the recipe's."""
-        return self.sampling or default_sampling(self._prediction, IPC)
+        return self.sampling or default_sampling(self._prediction)
 
     @property
     def _prediction(self) -> str:

@@ -223,7 +223,6 @@ class GeneratorConfig:
             raise UsageError(f"GeneratorConfig.ema_decay must be in [0, 1), got {self.ema_decay}.")
 
 
-FEW_IMAGES = 100  # of a class: the most for which mode guidance is strong
 BATCH_ON_GPU, BATCH_ELSEWHERE = 1024, 256  # images sampled at once
 
 
@@ -284,28 +283,26 @@ TRACKING = SamplingSettings(steps=10, guidance=1.5, precision="float32")
 # In the time of a track 2 entry, many samples without classifier-free guidance, of which a classifier chooses, teach more than
 # few with it.
 BUNDLE_SAMPLING = SamplingSettings(steps=10, guidance=1.0)
-BUNDLE_KEEP = 0.5
+BUNDLE_KEEP = 0.75
 
 
-def default_mode_guidance(prediction: str, images_per_class: int | None = None) -> float:
-    """The scale of mode guidance for so many images of a model with that prediction; None is as many as a bundle can make.
+def default_mode_guidance(prediction: str) -> float:
+    """The scale of mode guidance for a model with that prediction.
 
-    It was measured with flow matching on CIFAR-100 in 10 and 20 steps (tools/results/generator.md): 1 is best for 10 and 50
-    images a class, and 0.5 for 200. The same scale steers a model that predicts noise further, in 50 steps four times as far.
+    It was measured with flow matching on CIFAR-100 in 10 and 20 steps (tools/results/generator.md, track2.md), for 10 to 185
+    images a class and as many modes. The same scale steers a model that predicts noise further, in 50 steps four times as far.
     """
-    if prediction != "flow":
-        return 0.0
-    return 0.5 if images_per_class is None or images_per_class > FEW_IMAGES else 1.0
+    return 1.0 if prediction == "flow" else 0.0
 
 
-def default_sampling(prediction: str, images_per_class: int, **given: Any) -> SamplingSettings:
-    """The settings of sampling so many images a class with a model of that prediction, where only `given` is chosen.
+def default_sampling(prediction: str, **given: Any) -> SamplingSettings:
+    """The settings of sampling a model of that prediction, where only `given` is chosen.
 
     Mode guidance takes the place of classifier-free guidance, with which the same images take twice as long and teach
     less (tools/results/generator.md), unless `given` has the guidance or its interval.
     """
     if not given.keys() & {"guidance", "guidance_interval"}:
-        given = {"mode_guidance": default_mode_guidance(prediction, images_per_class)} | given
+        given = {"mode_guidance": default_mode_guidance(prediction)} | given
         if given["mode_guidance"]:
             given["guidance"] = 1.0
     return SamplingSettings(**given)
@@ -319,8 +316,9 @@ class BundleSettings:
         class is steered to mode i of the class, beginning again after the last.
     device: "auto" takes what there is; "cuda" refuses to run without a GPU. half: store the weights as float16.
     images_per_class: stop when there are so many; None makes as many as the time allows.
-    keep: share of the images that are kept. A ConvNet trained on real images labels them, whatever class they were sampled
-        as, and for each class those with its highest probabilities are kept; 1 keeps all, each in its class.
+    keep: share of the images that are kept. A ConvNet trained on real images labels them; with mode guidance, the class that
+        an image was sampled as counts ten times. For each class those with its highest probabilities are kept; 1 keeps all,
+        each in its class.
     classifier: bundle that ConvNet even if `keep` is 1, for generate.py's option --keep.
     Raises UsageError for a `keep` that is not above 0 and at most 1.
     """

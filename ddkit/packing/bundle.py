@@ -47,8 +47,7 @@ from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_safetensors
 
 MODES_FILE = "modes.safetensors"  # as sampling.py reads it
-# A mode should be the mean of a few images, and not one of them.
-_IMAGES_PER_MODE, _MODES = 5, (20, 100)  # of each class, the fewest and the most modes
+_MODES = 500  # of each class, at most; where a class has fewer images, each of them is a mode
 HASHES_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
 _SCRIPTS = (SCRIPT, "shards.py", "worker.py", "sampling.py", "classifier.py")
 
@@ -283,7 +282,7 @@ def _add_classifier_and_modes(model: BundleModel, loaded: Model, real: ImageSet,
         save_safetensors(weights, folder / "classifier" / "classifier.safetensors")
         write_json(folder / "classifier" / "config.json", {"image_size": network.image_size})
     if model.settings.sampling.mode_guidance:
-        count = min(max(len(real) // spec.num_classes // _IMAGES_PER_MODE, _MODES[0]), _MODES[1])
+        count = min(len(real) // spec.num_classes, _MODES)
         sha256 = train_sha256(model.dataset)
         modes = find_modes(model.folder, loaded, real, count, dataset_sha256=sha256, device=device, progress=progress)
         save_safetensors({"modes": modes.half()}, folder / MODES_FILE)

@@ -210,8 +210,9 @@ def tune(
     """Search as `run_search` does on held-out training images, and draw a chart; returns the last stage's trials.
 
     The test images are never used, so that the score of the bundle on them tells the truth. The generator, and the bundle's
-    classifier where a share is kept, were trained on the held-out images as well: the accuracies are not those on images
-    that nothing has seen, and serve to compare the candidates only.
+    classifier where a share is kept, were trained on the held-out images as well, and with mode guidance samples are steered
+    to them: the accuracies are not those on images that nothing has seen, serve to compare the candidates only, and flatter
+    those that stay near the real images.
     folder: gets <dataset>.jsonl with the trials, and <dataset>.png. on_event: called with a sentence at the beginning and
     on each trial. Raises UsageError for an unknown dataset, a class of a single training image or guidance of a model that
     was trained without label dropout, MissingModelError if there is no model, and what `open_dataset` and `run_search` raise.

@@ -31,7 +31,7 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
     assert data["best"] == trial and (trial["steps"], trial["guidance"], trial["budget"]) == (3, 1.0, 600.0)
     assert trial["images"][0] > 0 and 0 < trial["seconds"][0] <= 600 and 0 <= trial["mean"] <= 1
     assert "Trying 1 candidate for" in said and "in 1 stage:" in said
-    assert f"Best: 3 steps, guidance 1, mode guidance {default_mode_guidance('flow', 4):g}, 4 images a class" in said
+    assert f"Best: 3 steps, guidance 1, mode guidance {default_mode_guidance('flow'):g}, 4 images a class" in said
     assert f"next: ddkit pack --track 2 --tuned --model colors={colors_model}" in said
     assert (work / "runs" / "tune" / "colors.png").stat().st_size > 0
     assert not (own_cache / "_features").exists(), "a classifier was trained that nothing needs"

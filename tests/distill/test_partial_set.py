@@ -101,7 +101,7 @@ def test_stopped_or_killed_command_continues(colors, colors_model, tmp_path, ipc
     assert f"Continuing after {rows_kept} of {2 * ipc} images" in " ".join(done.stderr.split())
     assert {path.name for path in out.parent.iterdir()} == {"set.pt", "set.json", "set.png"}
 
-    source = FromModel(colors_model, default_sampling("flow", ipc, steps=60, batch_size=10), **choice)
+    source = FromModel(colors_model, default_sampling("flow", steps=60, batch_size=10), **choice)
     at_once = generate(colors, ipc, source, tmp_path / "at-once.pt")
     assert torch.equal(*(torch.load(path, weights_only=True) for path in (out, at_once.tensor)))
 

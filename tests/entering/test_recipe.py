@@ -52,7 +52,7 @@ def test_a_recipe_of_a_generator_is_read_with_the_sampling_of_its_set(tmp_path):
     write_recipe(recipe, tmp_path / "recipe.toml")
     assert read_recipe(tmp_path / "recipe.toml") == recipe
     silent = SetRecipe("glyphs", preset="demo", train_steps=5)
-    assert silent.sampling_settings.mode_guidance == default_mode_guidance("flow", 10)
+    assert silent.sampling_settings.mode_guidance == default_mode_guidance("flow")
 
 
 def test_a_recipe_that_does_not_say_how_its_bundle_samples_takes_defaults(tmp_path):

@@ -62,9 +62,9 @@ def test_a_bundle_with_mode_guidance_holds_the_modes_of_the_real_images(model, t
     guided = BundleModel(model.dataset, model.folder, BundleSettings(sampling, keep=1.0))
     folder = build_folder([guided], tmp_path / "entry")
     modes = load_file(folder / "models" / "colors" / "modes.safetensors")["modes"]
-    assert modes.shape == (2, 20, 2, 4, 4) and modes.dtype == torch.float16
+    assert modes.shape == (2, 5, 2, 4, 4) and modes.dtype == torch.float16
     real = load_dataset("colors", "train")
-    wanted = find_modes(model.folder, load_model(model.folder), real, 20, dataset_sha256=train_sha256("colors"))
+    wanted = find_modes(model.folder, load_model(model.folder), real, 5, dataset_sha256=train_sha256("colors"))
     assert torch.equal(modes, wanted.half())
     assert read_bundle_settings(folder, "colors")["mode_guidance"] == 0.25
     assert "guidance 1, mode guidance 0.25, " in (folder / "README.md").read_text()

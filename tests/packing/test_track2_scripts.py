@@ -432,6 +432,14 @@ class TestParts:
         assert assign(shown.half(), 2).tolist() == [0, 0, 2, 1, 1, 2], "what a full class refuses goes to the next likeliest"
         assert assign(shown[:2].half(), 1).tolist() == [0, 1], "with fewer images than classes every image is kept"
 
+    def test_the_class_of_an_images_mode_is_favored_as_a_prior_by_bayes_rule(self, load):
+        shards, shown = load("shards"), torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.9, 0.0], [0.98, 0.01, 0.01]])
+        favored = shown.half()
+        shards.favor(favored, torch.tensor([1, 1, 2]))
+        joint = shown * torch.tensor([[1, shards.OWN_CLASS, 1], [1, shards.OWN_CLASS, 1], [1, 1, shards.OWN_CLASS]])
+        assert torch.allclose(favored.float(), joint / joint.sum(1, keepdim=True), atol=1e-3)
+        assert shards.assign(favored, 1).tolist() == [2, 1, 0]
+
     @pytest.mark.parametrize("seed", range(3))
     def test_assigned_images_fill_every_class_and_no_swap_of_two_would_be_surer(self, load, seed):
         generator = torch.Generator().manual_seed(seed)
