@@ -18,9 +18,8 @@ def siamese_augment(images: Tensor, real: Tensor, generator: torch.Generator) ->
     images, real: (N, 3, S, S) and (M, 3, S, S) normalized. Source: Zhao & Bilen 2021, arXiv 2102.08259, section 3.2.
     """
     strategy = augment.draw_strategy(generator)
-    drawn = [
-        parameter.to(images.device, non_blocking=True) for parameter in augment.draw(strategy, 1, images.shape[-1], generator)
-    ]
+    parameters = augment.draw(strategy, 1, images.shape[-1], generator)
+    drawn = [parameter.to(images.device, non_blocking=images.is_cuda) for parameter in parameters]
 
     def applied(to: Tensor) -> Tensor:
         return augment.apply(strategy, to, [parameter.expand(len(to)) for parameter in drawn])

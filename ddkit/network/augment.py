@@ -102,7 +102,7 @@ def random_augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """
     strategy = draw_strategy(generator)
     parameters = draw(strategy, len(images), images.shape[-1], generator)
-    return apply(strategy, images, [p.to(images.device, non_blocking=True) for p in parameters])
+    return apply(strategy, images, [p.to(images.device, non_blocking=images.is_cuda) for p in parameters])
 
 
 def draw_strategy(generator: torch.Generator) -> str:

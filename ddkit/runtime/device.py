@@ -144,10 +144,11 @@ def larger_gpu(device: torch.device, needed: int) -> str:
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device, without waiting for a GPU; the tensor itself where it is there already."""
+    """The tensor on the device, without waiting for a CUDA GPU; the tensor itself where it is there already."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    # MPS would read memory that is freed meanwhile (PyTorch issue 189690), and the CPU what has not arrived.
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def describe_device(device: torch.device) -> str:

@@ -19,6 +19,7 @@ from ddkit.runtime.device import (
     release_memory,
     resolve_device,
     shared_gpus,
+    upload,
 )
 
 GIB = 2**30
@@ -195,3 +196,7 @@ def test_cached_memory_of_a_gpu_is_released(gpu):
     assert gpu.released == 0
     release_memory(torch.device("cuda", 0))
     assert gpu.released == 1
+
+
+def test_what_is_copied_from_a_gpu_to_the_cpu_is_complete(gpu):
+    assert upload(torch.arange(3.0, device="cuda"), torch.device("cpu")).tolist() == [0, 1, 2]
