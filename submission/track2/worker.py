@@ -37,7 +37,6 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
     master.send(("loaded", time.monotonic() - job.began))
     shard = Shard(job, worker, first=max((end for _, end in shards_of(job, worker)), default=0))
     batch = BatchSize(longest=job.seconds_per_shard / 2)
-    is_warm = False
     while (left := job.share(worker) - shard.end) > 0 and time.monotonic() + batch.expected < stop_at.value:
         began = time.monotonic()
         try:
@@ -51,12 +50,7 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()
             continue
-        seconds = time.monotonic() - began
-        if is_warm:
-            batch.learn(seconds)
-        else:
-            batch.expect(seconds)  # the first batch on a GPU takes longer, because it loads libraries
-        is_warm = True
+        batch.learn(time.monotonic() - began)
         if time.monotonic() - shard.began > job.seconds_per_shard:
             shard = shard.written(master)
     shard.written(master)
@@ -85,13 +79,13 @@ class BatchSize:
         self.size = self._fastest_size = FIRST_BATCH
         self.expected = 0.0  # seconds that the next batch may take
         self._longest, self._fastest, self._growing = longest, 0.0, True
-
-    def expect(self, seconds: float) -> None:
-        """Expect of the next batch what this one took, and judge nothing by it."""
-        self.expected = 1.5 * seconds
+        self._met = 0  # the size of the last batch
 
     def learn(self, seconds: float) -> None:
-        """Judge the present size by a batch of it."""
+        """Judge the present size by a batch of it; not by the first, for which a GPU loads libraries and plans convolutions."""
+        if self.size != self._met:
+            self._met, self.expected = self.size, 1.5 * seconds
+            return
         self.expected = max(1.5 * seconds, 0.8 * self.expected if self._fastest else 0.0)
         if not self._growing:
             return

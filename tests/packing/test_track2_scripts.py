@@ -491,17 +491,20 @@ class TestParts:
         batch = BatchSize(longest=3.0)
         for seconds in (0.5, 0.2, 0.2, 0.3, 0.7):  # 8, 16, 32, 64 images, and 128, which are slower each
             batch.learn(seconds)
+            batch.learn(seconds)
         assert batch.size == 64
         short = BatchSize(longest=1.0)
-        short.learn(0.9)
+        for _ in range(2):
+            short.learn(0.9)
         assert short.size == 8
 
-    def test_a_first_batch_that_loads_libraries_does_not_end_the_growth_of_batches(self, load):
+    def test_first_batches_of_their_size_which_a_gpu_prepares_for_do_not_end_the_growth_of_batches(self, load):
         batch = load("worker").BatchSize(longest=1.0)
-        batch.expect(1.6)  # as a GPU takes for its first 8 images
-        assert batch.size == 8 and batch.expected == pytest.approx(2.4)
-        for _ in range(9):
-            batch.learn(0.02 + batch.size / 10_000)
+        for size in (8 << n for n in range(10)):
+            assert batch.size == size
+            batch.learn(1.6)
+            assert batch.expected == pytest.approx(2.4)
+            batch.learn(0.02 + size / 10_000)
         assert batch.size == 4096 and batch.expected < 4.0
 
     @pytest.mark.parametrize(
