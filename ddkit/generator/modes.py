@@ -25,7 +25,7 @@ from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.seeds import network_seed
 
 _CACHE_FOLDER = "_modes"  # a dataset cannot have this name
-_VERSION = 1  # counts changes to what is computed
+_VERSION = 2  # counts changes to what is computed
 _KMEANS_ROUNDS = 50
 
 
@@ -44,7 +44,8 @@ def find_modes(
 
     folder: the model's folder. If its training has left the latents of the images there, they are used; else `images` are
     encoded on the device. images: the prepared training split. dataset_sha256: its hash. count: k. The modes of a class with
-    fewer images are the latents of its images, repeated. The cache keeps the modes, and the latents that were encoded.
+    no more images are the latents of its images in random order, repeated. The cache keeps the modes, and the latents that
+    were encoded.
     Raises UsageError for a class without images, and what `cached_latents` raises.
     """
     autoencoder = sha256_of(folder / "vae" / WEIGHTS_FILE)
@@ -82,7 +83,9 @@ def _centers(latents: Tensor, labels: Tensor, classes: int, count: int, seed: in
         for label in range(classes):
             members = latents[labels == label].flatten(1)
             random = network_seed("modes", seed, label)
-            found = members
+            # A store has a class's images by file name, which in CIFAR-100 begins with their kind; where fewer samples are made
+            # than there are modes, these have to show all kinds.
+            found = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(random))]
             if count < len(members):
                 found = torch.from_numpy(kmeans2(members.numpy(), count, iter=_KMEANS_ROUNDS, minit="++", seed=random)[0])
             centers.append(found[torch.arange(count) % len(found)])
