@@ -55,8 +55,8 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
     looks_at_real = needs_features or settings.mode_guidance > 0 or settings.influence_guidance > 0
     if looks_at_real:
         real = open_dataset(dataset, "train", progress=progress)
-    sha256 = train_sha256(dataset) if looks_at_real else ""
-    identity = _identity(provenance, ipc, spec, sha256)
+        sha256 = provenance["dataset_sha256"] = train_sha256(dataset)
+    identity = _identity(provenance, ipc, spec)
     classes = group.local_items(range(spec.num_classes))
     request = digest_of(identity)
     if not replace and read_provenance(out).get("request") == request:
@@ -177,10 +177,10 @@ def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> 
     }
 
 
-def _identity(provenance: dict[str, Any], ipc: int, spec: DatasetSpec, dataset_sha256: str) -> dict[str, Any]:
+def _identity(provenance: dict[str, Any], ipc: int, spec: DatasetSpec) -> dict[str, Any]:
     """Everything that decides the set's bytes: neither the model folder's name nor the batch size does."""
     own = {name: value for name, value in provenance.items() if name not in ("model", "batch_size")}
     if own.get("selected_in") == "float32":
         del own["selected_in"]  # as before there was another, so that sets of that time are continued
     normalization = [spec.mean, spec.std]
-    return {**own, "ipc": ipc, "normalisation": normalization, "dataset_sha256": dataset_sha256, "ddkit": versions()["ddkit"]}
+    return {"dataset_sha256": "", **own, "ipc": ipc, "normalisation": normalization, "ddkit": versions()["ddkit"]}

@@ -165,7 +165,8 @@ def test_mode_guidance_makes_another_set_also_of_a_model_without_latents(colors,
     guided = generate(colors, 2, FromModel(model_folder, sampling), tmp_path / "guided.pt")
     plain = generate(colors, 2, FromModel(model_folder, SamplingSettings(steps=2)), tmp_path / "plain.pt")
     assert guided.tensor.read_bytes() != plain.tensor.read_bytes()
-    assert read_provenance(guided.tensor)["mode_guidance"] == 0.5
+    facts = read_provenance(guided.tensor)
+    assert (facts["mode_guidance"], facts["dataset_sha256"]) == (0.5, train_sha256(colors))
     model, real = load_model(model_folder), load_dataset(colors, "train")
     modes = find_modes(model_folder, model, real, 2, dataset_sha256=train_sha256(colors))
     expected = torch.cat([*Sampler(model, sampling, modes=modes).images(*class_ordered(2, 2))])
