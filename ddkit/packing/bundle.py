@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, dataset_spec, train_sha256
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
@@ -28,6 +27,7 @@ from ddkit.generator.model_facts import (
     DENOISER_PART,
     WEIGHTS_FILE,
     ModelFacts,
+    model_hash,
     require_label_dropout,
     require_present_dataset,
 )
@@ -249,14 +249,15 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
     for part in ("vae", DENOISER_PART):
         _copy_part(model.folder / part, folder / part, half=settings.half)
     make_scheduler(settings.sampling.sampler, loaded.facts.prediction).save_config(folder / "scheduler")
+    modes = 0
     if settings.has_classifier or settings.sampling.mode_guidance:
         try:
             real = open_dataset(model.dataset, "train", progress=progress)
         except DDKitError as error:
             needs = "The bundle's classifier and modes come from these images; with --keep 1 --mode-guidance 0 it has neither."
             raise type(error)(error.message, f"{error.remedy} {needs}".strip()) from error
-        _add_classifier_and_modes(model, loaded, real, folder, progress)
-    write_json(folder / "entry.json", _entry(dataset_spec(model.dataset), settings))
+        modes = _add_classifier_and_modes(model, loaded, real, folder, progress)
+    write_json(folder / "entry.json", _entry(model, modes))
     return loaded.facts
 
 
@@ -272,8 +273,8 @@ def _copy_part(source: Path, target: Path, *, half: bool) -> None:
         shutil.copyfile(source / WEIGHTS_FILE, target / WEIGHTS_FILE)
 
 
-def _add_classifier_and_modes(model: BundleModel, loaded: Model, real: ImageSet, folder: Path, progress: Listener) -> None:
-    """Write those of the two that the settings ask for. real: the training images."""
+def _add_classifier_and_modes(model: BundleModel, loaded: Model, real: ImageSet, folder: Path, progress: Listener) -> int:
+    """Write those of the two that the settings ask for; returns the number of modes of a class. real: the training images."""
     device, spec = resolve_device("auto"), dataset_spec(model.dataset)  # the device need not be the bundle's
     if model.settings.has_classifier:
         network = convnet_features(real, spec, CLASSIFIER, device=device, progress=progress).network.cpu()
@@ -286,17 +287,22 @@ def _add_classifier_and_modes(model: BundleModel, loaded: Model, real: ImageSet,
         sha256 = train_sha256(model.dataset)
         modes = find_modes(model.folder, loaded, real, count, dataset_sha256=sha256, device=device, progress=progress)
         save_safetensors({"modes": modes.half()}, folder / MODES_FILE)
+        return count
+    return 0
 
 
-def _entry(spec: DatasetSpec, settings: BundleSettings) -> dict[str, Any]:
+def _entry(model: BundleModel, modes: int) -> dict[str, Any]:
+    spec, settings = dataset_spec(model.dataset), model.settings
     names = ("sampler", "steps", "guidance", "guidance_interval", "mode_guidance", "precision")
     return {
         "dataset": spec.name,
+        "model_sha256": model_hash(model.folder),
         "num_classes": spec.num_classes,
         "image_size": spec.image_size,
         "mean": spec.mean,
         "std": spec.std,
         **{name: getattr(settings.sampling, name) for name in names},
+        "modes": modes,
         "device": settings.device,
         "images_per_class": settings.images_per_class,
         "keep": settings.keep,

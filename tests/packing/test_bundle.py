@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from ddkit.data.prepare import prepare
 from ddkit.data.store import load_dataset, train_sha256
 from ddkit.errors import BadFileError, DDKitError, MissingModelError, UsageError
+from ddkit.generator.model_facts import model_hash
 from ddkit.generator.model_folder import load_model
 from ddkit.generator.modes import find_modes
 from ddkit.generator.sampling import SamplingSettings
@@ -66,7 +67,8 @@ def test_a_bundle_with_mode_guidance_holds_the_modes_of_the_real_images(model, t
     real = load_dataset("colors", "train")
     wanted = find_modes(model.folder, load_model(model.folder), real, 5, dataset_sha256=train_sha256("colors"))
     assert torch.equal(modes, wanted.half())
-    assert read_bundle_settings(folder, "colors")["mode_guidance"] == 0.25
+    facts = read_bundle_settings(folder, "colors")
+    assert (facts["mode_guidance"], facts["modes"], facts["model_sha256"]) == (0.25, 5, model_hash(model.folder))
     assert "guidance 1, mode guidance 0.25, " in (folder / "README.md").read_text()
     plain = build_folder([model], tmp_path / "plain")
     assert not (plain / "models" / "colors" / "modes.safetensors").exists()
