@@ -20,7 +20,7 @@ from ddkit.network.training import TrainingRun
 from ddkit.runtime.device import free_memory, resolve_device
 from ddkit.runtime.progress import Listener, Progress, ignore
 
-_FEWEST_BATCHES = 3  # besides the first, which also allocates memory
+_FEWEST_BATCHES = 3  # besides the first of each size
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def estimate_evaluation(
 ) -> EvaluationEstimate:
     """Train on a few batches of a set and test on one, on this machine; nothing is kept.
 
-    name: of the set's file. tried_seconds: of training, at least; four batches in any case.
+    name: of the set's file. tried_seconds: of training, at least.
     Raises what `evaluate` raises for the set and the device.
     """
     spec, device = test_set.spec, resolve_device(settings.device)
@@ -107,6 +107,7 @@ def estimate_evaluation(
 def _seconds_per_image(training: TrainingRun, device: torch.device, images: int, tried: float, progress: Listener) -> float:
     """The time that one image takes in training, in batches as they will be."""
     seconds, counted, batches = 0.0, 0, 0
+    met: set[int] = set()  # sizes of batches: for the first of each, memory is allocated, and a GPU records or compiles
     while batches < _FEWEST_BATCHES or seconds < tried:
         sizes = [min(BATCH_SIZE, images - start) for start in range(0, images, BATCH_SIZE)]
         began = time.monotonic()
@@ -114,11 +115,12 @@ def _seconds_per_image(training: TrainingRun, device: torch.device, images: int,
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             now = time.monotonic()
-            if batches:
-                seconds, counted = seconds + now - began, counted + size
-            began, batches = now, batches + 1
+            if size in met:
+                seconds, counted, batches = seconds + now - began, counted + size, batches + 1
+            met.add(size)
+            began = now
             progress(Progress("measuring batches", min(seconds, tried), tried, "s"))
-            if batches > _FEWEST_BATCHES and seconds >= tried:
+            if batches >= _FEWEST_BATCHES and seconds >= tried:
                 break
         else:
             training.end_epoch()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddkit.challenge import CIFAR100, GLYPHS
+from ddkit.challenge import CIFAR100, GLYPHS, DatasetSpec
 from ddkit.data.store import load_dataset
 from ddkit.errors import InvalidSubmissionError
 from ddkit.evaluation.estimate import estimate_evaluation
@@ -44,6 +44,17 @@ def test_estimate_says_what_is_not_official(tests):
     )
     assert not estimate.official
     assert "converted from a list" in estimate.deviations and "1 round instead of 3" in estimate.deviations
+
+
+def test_first_batch_of_each_size_which_a_gpu_may_compile_does_not_count():
+    spec = DatasetSpec("dots", 2, 8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    images, labels = torch.randn(258, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(258) % 2
+    reports = []
+    estimate_evaluation(
+        FixedSet(images, labels), "a.pt", TestSet(images, labels, spec), EvaluationSettings(device="cpu"),
+        tried_seconds=1e-9, progress=reports.append,
+    )  # fmt: skip
+    assert [report.done > 0 for report in reports] == [False, False, True, True, True]
 
 
 def test_estimate_of_images_of_another_shape_raises(tests):
