@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.store import ImageSet
@@ -14,10 +15,12 @@ from ddkit.generator.config import PREDICTIONS, SAMPLERS, MinimaxConfig, Samplin
 from ddkit.generator.influence import find_influence
 from ddkit.generator.model_folder import save_model
 from ddkit.generator.sampling import Sampler, class_ordered, resolve_settings
+from ddkit.generator.training.estimate import estimate
 from ddkit.generator.training.latents import cached_latents
 from ddkit.generator.training.plan import plan_training, require_memory
 from ddkit.generator.training.tracking import track_frechet
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
+from ddkit.generator.uvit import UViT
 from ddkit.network.autotune import choose_plan, prescribed_plans, remembered_plans
 from ddkit.network.networks import build_network
 
@@ -214,6 +217,19 @@ def test_influence_found_on_a_gpu_is_that_of_a_cpu_whatever_engine_trains(gpu, s
             influence_of(second_gpu, f"{kind}, {channels_last}")
         found = influence_of("cpu", f"{kind}, {channels_last}")  # from the cache
         torch.testing.assert_close(found(unit, images.labels), expected(unit, images.labels), atol=1e-3, rtol=1e-3)
+
+
+def test_speed_of_a_training_on_a_gpu_is_that_of_whole_batches(gpu, config):
+    """For each smaller one a GPU would prepare anew, which takes it longer than the batch."""
+    sizes = set()
+
+    def note(module, args):
+        if isinstance(module, UViT):
+            sizes.add(len(args[0]))
+
+    with register_module_forward_pre_hook(note):
+        estimate(config, 16, 3, CUDA, seconds=1e-9)
+    assert sizes == {1, 2, config.denoiser_optimizer.batch_size}  # by the first two the memory is found
 
 
 def test_noise_of_the_next_batch_is_drawn_while_a_batch_is_sampled(gpu, make_model, monkeypatch):

@@ -254,9 +254,10 @@ class _Probe:
     def _speed(self, workers: int, seconds: float, most: int) -> float:
         """Images per second of forward and backward passes, not compiled, shared by as many cores as in training.
 
-        most: images of a pass, as in training; fewer are measured if they take long enough.
+        most: images of a pass, as in training; on a CPU, fewer are measured if they take long enough.
         """
-        count = workers
+        # A GPU prepares for each size anew, which takes as long as many images do.
+        count = most if self._device.type == "cuda" else workers
         self._seconds(count, workers)  # the first pass is slower
         while self._seconds(count, workers) <= seconds / _PASSES and count < most:
             count = min(2 * count, most)
