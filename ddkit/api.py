@@ -109,7 +109,7 @@ def generate(
     candidates, select: how many samples to make of each class, and how to select among them.
     replace: make the set again if it is there.
     Raises MissingModelError if there is no such model, and UsageError for unknown names and for arguments that would have
-    no effect: those of a generator next to `from_real`, and `select` without `candidates`.
+    no effect: those of a generator next to `from_real`, `seed` next to `sampling`, and `select` without `candidates`.
     """
     from ddkit.distill.generate import FromModel, FromReal
     from ddkit.distill.generate import generate as generate_set
@@ -124,6 +124,8 @@ def generate(
             raise UsageError(f"{' and '.join(unused)} cannot be combined with from_real, which samples nothing.")
         source = FromReal(from_real, seed, device)
     else:
+        if sampling is not None and seed:
+            raise UsageError("seed has no effect next to sampling, which has its own.", f"Give SamplingSettings(seed={seed}).")
         source = FromModel.find(
             dataset, model, device=device, candidates=candidates, select=select, sampling=sampling, seed=seed
         )

@@ -17,6 +17,7 @@ from ddkit import api
 from ddkit.cli import main
 from ddkit.data.glyphs import PER_CLASS
 from ddkit.errors import InterruptedRunError, InvalidSubmissionError, UsageError
+from ddkit.generator.config import SamplingSettings
 from ddkit.runtime.progress import Progress
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -109,6 +110,7 @@ def test_train_makes_a_generator_that_generate_samples(few_letters, tmp_path):
         ({"from_real": "random", "model": "run", "candidates": 5}, "model and candidates cannot be combined with from_real"),
         ({"from_real": "random", "select": "herding"}, "select cannot be combined with from_real"),
         ({"select": "herding"}, "Selecting by herding needs candidates"),
+        ({"sampling": SamplingSettings(steps=2), "seed": 1}, "seed has no effect next to sampling"),
         ({"from_real": "random", "ipc": 0}, "at least one image per class, got 0"),
         ({"from_real": True}, "Unknown selection method 'True'. Known: random, first"),
     ],
