@@ -52,7 +52,10 @@ class Objective:
         return signal * clean + spread * noise
 
     def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The tensor that the denoiser's output is compared with."""
+        """The tensor that the denoiser's output is compared with. clean, noise: (N, ...) of the same shape.
+
+        It is the noise, for "v" a(t) noise - s(t) z_0 (Salimans & Ho 2022, arXiv 2202.00512), and for "flow" noise - z_0.
+        """
         if self.config.prediction == "epsilon":
             return noise
         if self.config.prediction == "flow":
@@ -61,7 +64,7 @@ class Objective:
         return signal * noise - spread * clean
 
     def clean(self, noisy: Tensor, output: Tensor, times: Tensor) -> Tensor:
-        """The prediction of z_0 that a denoiser's output for z_t implies."""
+        """The prediction of z_0 that a denoiser's output for z_t implies. noisy, output: (N, ...) of the same shape."""
         signal, spread = self.levels(times, noisy)
         if self.config.prediction == "epsilon":
             return (noisy - spread * output) / signal

@@ -38,7 +38,8 @@ class ImageMetrics:
 
 @dataclass(frozen=True)
 class Quality:
-    """The metrics of a set of `images` images, and those of as many other real images of the same classes.
+    """The metrics of a set of `images` images, and those of as many other real images of the same classes, but of no more than
+    half of a class: where a set has more, its Frechet distance is biased upwards less than theirs.
 
     neighbors: (N,) index of the real training image that is nearest to each image.
     distances: (N,) to it, in units of the median distance from a real image to the nearest other one.

@@ -21,7 +21,10 @@ class Engine(Protocol):
     """Computes with one network."""
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""
+        """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`.
+
+        images: (N, 3, S, S) float, normalized. labels: (N,) int64. Both on the network's device.
+        """
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, num_classes) float32, without gradients; the network in its present mode."""
