@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run ddkit on a GPU, the most valuable measurements first, and print the table for the documents.
+"""Run ddkit on a GPU, first what shows whether it works, then what shows how fast, and print the table for the documents.
 
     python tools/check_gpu.py --seconds 480 --out gpu.jsonl [--official PATH]
 
@@ -8,8 +8,9 @@ reported, and the next one begins. Every step writes one JSON line at once; the 
 step failed. Steps on real CIFAR-100 and TinyImageNet run if these are prepared in $DDKIT_CACHE; the others use built-in
 or random images. The steps that need diffusers fail alone where it is missing; to bring it to a machine without a network:
 
-    pip download --no-deps --only-binary=:all: -d .whl diffusers platformdirs importlib_metadata filelock
-    pip install --no-index --no-deps --target site .whl/*.whl && export PYTHONPATH=site:.
+    names="diffusers platformdirs importlib_metadata filelock pytest pluggy iniconfig"
+    pip download --no-deps --only-binary=:all: -d .whl $names
+    pip install --no-index --no-deps --target site-packages .whl/*.whl && export PYTHONPATH=$PWD/site-packages
 
 `--device cpu --small` tries the script itself where there is no GPU.
 """
@@ -60,10 +61,21 @@ def steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
         name, *words = shlex.split(line)
         return Step(title, limit, (sys.executable, str(TOOLS / name), *words, *device), figures)
 
-    yield Step("machine", 60, (sys.executable, "-m", "ddkit", "doctor"))
+    yield Step("machine", 60, (sys.executable, "-m", "ddkit", "doctor", "--json"), r'[\d,]+ images/s[^"]*')
+    if not small:
+        # Without the plugins that the whole suite needs.
+        line = f"{shlex.quote(str(ROOT / 'tests/network/test_engine.py'))} -o addopts=--import-mode=importlib -k real -v"
+        test = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *shlex.split(line))
+        yield Step("engines next to the plain one", 120, test, r"\d+ (?:pass|fail)ed")
+        demo = shlex.quote(str(folder / "demo"))
+        line = f"demo --folder {demo}"
+        yield Step("the whole way on built-in letters", 150, (sys.executable, "-m", "ddkit", *shlex.split(line), *device))
+        line = f"pack --track 2 --model glyphs={demo}/runs/glyphs --proof-budget 30s --json"
+        yield Step("track 2 on built-in letters", 100, (sys.executable, "-m", "ddkit", *shlex.split(line)), r'"images": \d+')
     if options.official:
+        official = shlex.quote(str(options.official.resolve()))
         for dataset in ("cifar100", "tinyimagenet"):
-            line = f"bench_evaluate.py --official {shlex.quote(str(options.official))} --dataset {dataset} --repeats 1"
+            line = f"bench_evaluate.py --official {official} --dataset {dataset} --repeats 1"
             yield tool(f"evaluation next to the official code, {dataset}", 60, line, r"^\| ([^-].*) \|$")
     for dataset in [name for name in ("cifar100", "tinyimagenet") if is_prepared(name)] if not small else []:
         real, refined = folder / "real" / f"{dataset}.pt", folder / "refined" / f"{dataset}.pt"
@@ -79,15 +91,12 @@ def steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     preset, precision = ("tiny", "float32") if small else ("small", "bfloat16")
     few = "--steps 2 --batch-size 4 --batches 1 --no-compile" if small else "--steps 20 --batch-size 1024 --batches 3"
     line = f"bench_sampling.py --preset {preset} --precision {precision} {few}"
-    yield tool(f"sampling, preset {preset}", 90, line, r".*images/s$|ratio: *[\d.]+")
+    yield tool(f"sampling, preset {preset}", 120, line, r".*images/s$|ratio: *[\d.]+")
     few = "--steps 1 --turns 1 --images 32 --batch-size 8 --no-compile" if small else "--steps 30 --turns 2"
     line = f"bench_training.py --preset {preset} --precision {precision} {few}"
-    yield tool(f"training, preset {preset}", 90, line, r".*images/s$|ratio: *[\d.]+")
+    yield tool(f"training, preset {preset}", 120, line, r".*images/s$|ratio: *[\d.]+")
     few = " --steps 1 --classes 4 --memory 4 --batch 8" if small else ""
     yield tool("minimax criteria", 30, f"bench_minimax.py{few}", r".*ms a step|.*times as fast")
-    if not small:
-        demo = ("demo", "--folder", str(folder / "demo"))
-        yield Step("the whole way on built-in letters", 150, (sys.executable, "-m", "ddkit", *demo, *device))
 
 
 def is_prepared(name: str) -> bool:
@@ -96,13 +105,13 @@ def is_prepared(name: str) -> bool:
     return name in list_prepared()
 
 
-def run(step: Step, seconds: float) -> dict[str, Any]:
-    """Run one step for at most so many seconds. Everything that it started ends with it."""
+def run(step: Step, seconds: float, folder: Path | None = None) -> dict[str, Any]:
+    """Run one step for at most so many seconds, in that working folder. Everything that it started ends with it."""
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
-            step.command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+            step.command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status: int | str = process.wait(timeout=seconds)
@@ -145,7 +154,7 @@ def main() -> int:
             if left < _LEAST_SECONDS:
                 one: dict[str, Any] = {"step": step.title, "status": "no time left", "seconds": 0.0, "figures": ""}
             else:
-                one = run(step, min(step.limit, left))
+                one = run(step, min(step.limit, left), Path(folder))
             found.append(one)
             out.write(json.dumps(one) + "\n")
             out.flush()
