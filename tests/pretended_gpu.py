@@ -52,13 +52,15 @@ class PretendedGPU:
     waits: how often the host waited for the GPU, by kind and by the lines of ddkit that asked for it.
     kernels: operations by name. released: calls of torch.cuda.empty_cache.
     largest_tensor: bytes; an operation that would make a larger one raises torch.OutOfMemoryError. None for no limit.
-    memory: free and total bytes of each GPU. capability: of all. driver: "ok"; or "too old", with which the GPUs are
-    counted and cannot be used; or "busy", with which a GPU raises what it does when another process has it for itself.
+    memory: free and total bytes of each GPU. kept: bytes that PyTorch keeps for later on each. capability: of all.
+    driver: "ok"; or "too old", with which the GPUs are counted and cannot be used; or "busy", with which a GPU raises what it
+    does when another process has it for itself.
     """
 
     def __init__(self) -> None:
         self.largest_tensor: int | None = None
         self.memory = [(70 * 2**30, 80 * 2**30)]
+        self.kept = 0
         self.capability = (9, 0)
         self.driver = "ok"
         self.current = 0  # the number of the current GPU
@@ -604,6 +606,8 @@ def pretend_gpu() -> Iterator[PretendedGPU]:
         "is_bf16_supported": lambda *args, **options: _gpu.capability[0] >= 8,
         "mem_get_info": lambda device=None: (_gpu.require(device), _gpu.memory[_index(device)])[1],
         "max_memory_allocated": lambda device=None: 2**20,
+        "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: _gpu.kept,
         "synchronize": lambda device=None: _gpu.wait("synchronize"),
         "empty_cache": lambda: _gpu._release(),
         "Stream": PretendedStream,

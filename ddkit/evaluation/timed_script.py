@@ -15,8 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ddkit.errors import ComputeError, InterruptedRunError, InvalidSubmissionError
 from ddkit.evaluation.tracks import Generated
+from ddkit.runtime.device import release_memory
 from ddkit.runtime.interrupt import stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.torch_file import TorchFileError, load_tensors
@@ -52,6 +55,7 @@ class ScriptEntry:
         Raises InvalidSubmissionError if it exceeds its budget or leaves no readable file, ComputeError with its last lines
         of output if it fails, InterruptedRunError once asked to stop.
         """
+        release_memory(torch.device("cuda"))  # which the script may need, on the same GPU
         with tempfile.TemporaryDirectory(prefix="ddkit-entry-") as temporary:
             out = Path(temporary) / "images.pt"
             command = [*self.python, str(self.script.resolve()), "--dataset", self.dataset, "--out", str(out)]

@@ -122,7 +122,9 @@ def own_device(device: torch.device) -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate there."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(own_device(device))[0]
+        device = own_device(device)
+        kept_for_later = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_for_later
     return min(psutil.virtual_memory().available, container.free_memory()) // processes_here()
 
 

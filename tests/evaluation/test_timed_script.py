@@ -69,6 +69,12 @@ def test_failing_script_raises_with_the_reason(tmp_path, body, error, said):
         ScriptEntry(script(tmp_path, body), "cifar100")(0, 60.0)
 
 
+def test_memory_that_pytorch_keeps_on_a_gpu_is_free_for_the_script(gpu, tmp_path):
+    with pytest.raises(ComputeError, match="status 4"):
+        ScriptEntry(script(tmp_path, "sys.exit(4)"), "cifar100")(0, 60.0)
+    assert gpu.released == 1
+
+
 def test_a_script_that_saves_anything_else_is_refused(tmp_path):
     with pytest.raises(InvalidSubmissionError, match="has no images and labels"):
         ScriptEntry(script(tmp_path, copies(tmp_path, torch.zeros(3))), "cifar100")(0, 60.0)

@@ -200,3 +200,8 @@ def test_cached_memory_of_a_gpu_is_released(gpu):
 
 def test_what_is_copied_from_a_gpu_to_the_cpu_is_complete(gpu):
     assert upload(torch.arange(3.0, device="cuda"), torch.device("cpu")).tolist() == [0, 1, 2]
+
+
+def test_memory_that_pytorch_keeps_for_later_is_free(gpu, second_gpu):
+    gpu.kept = 3 * GIB
+    assert free_memory(torch.device(second_gpu)) == 73 * GIB
