@@ -1,10 +1,10 @@
 """Mutated submissions: no traceback, no hang, no growth, nothing executed. More of them: pytest --fuzz-files N."""
 
 import io
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,13 +22,7 @@ SPEC = DatasetSpec("tiny", 2, 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 def test_mutated_files_do_no_harm(tmp_path, pytestconfig):
     count = pytestconfig.getoption("--fuzz-files")
     canary = tmp_path / "canary"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(seed), str(count // 2), str(canary)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for seed in (1, 2)
-    ]  # fmt: skip
+    workers = [processes.start(WORKER, str(seed), str(count // 2), canary) for seed in (1, 2)]
     for worker in workers:
         output, errors = worker.communicate()
         assert worker.returncode == 0, f"ended with {worker.returncode}: {errors[-2000:]}"

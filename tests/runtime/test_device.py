@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -88,7 +89,7 @@ def old_driver(tmp_path_factory):
         "libnvidia-ml.so.1": "int nvmlInit(void) { return 0; }\nint nvmlDeviceGetCount_v2(unsigned *n) { *n = 1; return 0; }\n",
     }
     for name, source in sources.items():
-        command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / name)]
+        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", str(folder / name)]
         subprocess.run(command, input=source, text=True, check=True)
     return folder
 
@@ -106,10 +107,16 @@ main(["evaluate", "any.pt", "--device", "cuda:0"])
 """
 
 
-def choose(**environment):
+# What LD_LIBRARY_PATH does for a process that Python itself starts, as it must to look for GPUs in earnest.
+LOAD_DRIVER = """
+import ctypes, sys
+for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+    ctypes.CDLL(f"{sys.argv[1]}/{name}", ctypes.RTLD_GLOBAL)
+"""
+
+
+def choice(done):
     """The devices that a process takes, what it says, and what it says where a GPU is asked for; there it ends with 3."""
-    command = [sys.executable, "-c", CHOOSE]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, cwd=ROOT)
     assert done.returncode == 3, done.stderr
     *said, error, remedy = done.stderr.splitlines()
     return done.stdout.split(), said, f"{error} {remedy}"
@@ -117,7 +124,9 @@ def choose(**environment):
 
 @pytest.mark.slow
 def test_driver_older_than_the_build_is_said_once_with_a_remedy(old_driver):
-    devices, said, error = choose(LD_LIBRARY_PATH=str(old_driver))
+    environment = os.environ | {"LD_LIBRARY_PATH": str(old_driver)}
+    done = subprocess.run([sys.executable, "-c", CHOOSE], capture_output=True, text=True, env=environment, cwd=ROOT)
+    devices, said, error = choice(done)
     assert devices == ["cpu"] * 4
     reason = (
         "PyTorch cannot use the GPU: the NVIDIA driver is for CUDA 11 at most, and this PyTorch is built for CUDA "
@@ -130,7 +139,8 @@ def test_driver_older_than_the_build_is_said_once_with_a_remedy(old_driver):
 
 @pytest.mark.slow
 def test_hidden_gpus_are_said_only_where_one_is_asked_for(old_driver):
-    devices, said, error = choose(LD_LIBRARY_PATH=str(old_driver), CUDA_VISIBLE_DEVICES="")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    devices, said, error = choice(processes.run("-c", LOAD_DRIVER + CHOOSE, old_driver, env=environment, cwd=ROOT))
     assert devices == ["cpu"] * 4 and not said
     assert error == (
         "Error: PyTorch finds no GPU, and CUDA_VISIBLE_DEVICES is set to '', which may hide it. "
