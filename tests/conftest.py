@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +108,17 @@ def second_gpu(gpu):
     """The name of the second of two pretended GPUs, where what wrongly goes to the first one meets what does not."""
     gpu.memory = [(70 * 2**30, 80 * 2**30)] * 2
     return "cuda:1"
+
+
+@pytest.fixture
+def forked_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts on the clock are forked from a process that has imported what each of theirs would import for ten seconds."""
+    import processes
+
+    from ddkit.evaluation import timed_script
+
+    starting = SimpleNamespace(Popen=processes.Script, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(timed_script, "subprocess", starting)
 
 
 def shorten_measurements(patch: pytest.MonkeyPatch) -> None:

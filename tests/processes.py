@@ -22,6 +22,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import IO
 
 import pytest
 
@@ -72,6 +73,29 @@ class Process:
         self.stdout.close()
         self.stderr.close()
         return out, errors
+
+
+class Script(Process):
+    """What `subprocess.Popen` is to a script on the clock. Options of the interpreter have no effect; it speaks at its end."""
+
+    def __init__(
+        self, command: list[str], cwd: Path | None, env: Mapping[str, str] | None, stdout: IO[bytes], **options: object
+    ) -> None:
+        script = next(place for place, word in enumerate(command) if word.endswith(".py"))
+        super().__init__(tuple(command[script:]), cwd or Path.cwd(), os.environ if env is None else env, {})
+        self._log = stdout
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float) -> None:
+        self._process.join(timeout)
+
+    def __enter__(self) -> Script:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._log.write("".join(self.communicate()).encode())
 
 
 def start(

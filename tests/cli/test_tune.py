@@ -22,7 +22,7 @@ def run(*words, status=0):
 
 
 @pytest.mark.slow
-def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
+def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache, forked_scripts):
     words = (colors, "--model", colors_model, "--steps", 3, "--guidance", 1, "--images", 4, "--keep", 1, "--time-budget", "10m",
              "--epochs-setting", 0, "--rounds", 1, "--device", "cpu", "--json")  # fmt: skip
     output, said = run(*words)
@@ -54,7 +54,7 @@ def test_a_trial_is_run_kept_and_drawn(colors, colors_model, work, own_cache):
 
 
 @pytest.mark.slow
-def test_a_search_halves_its_candidates_and_repeats_nothing(colors, colors_model, work):
+def test_a_search_halves_its_candidates_and_repeats_nothing(colors, colors_model, work, forked_scripts):
     words = (colors, "--model", colors_model, "--steps", 2, "--guidance", 1, "--keep", 0.5, "--mode-guidance", 0.2,
              "--time-budget", "10m", "--rounds", 1, "--device", "cpu", "--precision", "bfloat16", "--json")  # fmt: skip
     words += ("--epochs-setting", 1)

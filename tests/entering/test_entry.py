@@ -168,7 +168,7 @@ def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes
     assert (first.sets[0].sampling.steps, first.sets[0].sampling.guidance) == (2, 3.0)
 
 
-def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_samples_with(work, colors):
+def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_samples_with(work, colors, forked_scripts):
     (work / "bundled.toml").write_text(BUNDLED)
     status, output, said = finish("--recipe", "bundled.toml", "--folder", "entry", "--json")
     assert status == 0, said
