@@ -80,7 +80,7 @@ class TestParts:
 # Plainly, every batch is a part; chosen from candidates, every class.
 @pytest.mark.parametrize(
     ("ipc", "choice", "how"),
-    [(60, {}, signal.SIGTERM), (20, {"candidates": 100, "select": "random"}, signal.SIGKILL)],
+    [(40, {}, signal.SIGTERM), (10, {"candidates": 40, "select": "random"}, signal.SIGKILL)],
     ids=["plainly", "from candidates"],
 )
 @pytest.mark.slow
