@@ -73,7 +73,7 @@ class RefinementState:
     best_images: Tensor
     best_step: int = 0
     precision: str = "float32"
-    validation_precision: str = "float32"  # states before this field existed were validated in float32, and still are
+    validation_precision: str = "float32"
     step: int = 0
     seconds: float = 0.0
     pool_start: int | None = None

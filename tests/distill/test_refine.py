@@ -31,6 +31,7 @@ QUICK = RefineSettings(
 )  # fmt: skip
 DM = dataclasses.replace(QUICK, objective="dm")
 RANDOM_NETWORKS = dataclasses.replace(QUICK, dm_steps=1, pool=PoolSettings(size=0))
+IN_BFLOAT16 = dataclasses.replace(RANDOM_NETWORKS, precision="bfloat16")
 WITH_POOL = dataclasses.replace(QUICK, dm_steps=1)
 MTT = dataclasses.replace(QUICK, objective="mtt", dm_steps=1)
 
@@ -96,7 +97,7 @@ def test_a_refinement_that_diverges_stops_and_writes_the_best_set(start, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [DM, RANDOM_NETWORKS, WITH_POOL, MTT])
+@pytest.mark.parametrize("settings", [DM, IN_BFLOAT16, WITH_POOL, MTT])
 def test_a_resumed_refinement_has_the_same_bits_as_one_without_a_stop(start, tmp_path, settings):
     copy = tmp_path / "other" / "colors.pt"
     copy.parent.mkdir()
@@ -310,22 +311,6 @@ def test_precision_is_chosen_once_and_named_in_the_provenance(start, tmp_path):
     automatic = dataclasses.replace(RANDOM_NETWORKS, precision="auto")
     run(start, tmp_path / "auto", 1, automatic, out=tmp_path / "auto.pt")
     assert read(tmp_path / "auto" / "state.pt")["precision"] in images
-
-
-@pytest.mark.slow
-def test_a_state_that_does_not_name_the_precision_of_its_validations_resumes_with_float32(start, tmp_path):
-    settings = dataclasses.replace(RANDOM_NETWORKS, precision="bfloat16", ema=0.0)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(start, whole, 5, settings, out=tmp_path / "whole.pt")
-    run(start, parts, 2, settings, out=tmp_path / "parts.pt")
-    state = read(parts / "state.pt")
-    assert state.pop("validation_precision") == "bfloat16"
-    torch.save(state, parts / "state.pt")
-    run(start, parts, 5, settings, out=tmp_path / "parts.pt")
-    state = read(parts / "state.pt")
-    assert (state["precision"], state["validation_precision"]) == ("bfloat16", "float32")
-    assert torch.equal(state["images"], read(whole / "state.pt")["images"])
-    assert len(state["validations"]) == 4 and len({str(each) for each in state["validations"]}) == 4
 
 
 @pytest.mark.slow
