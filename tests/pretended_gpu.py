@@ -66,6 +66,7 @@ class PretendedGPU:
         self.current = 0  # the number of the current GPU
         self.streams: dict[int, PretendedStream] = {}  # the current one of each GPU
         self.graph: PretendedGraph | None = None  # the one that is recorded at present
+        self.capture_failed = False
         self._pinned: dict[int, torch.Tensor] = {}  # pages that a GPU can copy from by itself, by address
         self._arriving: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host that it has not waited for
         self.reset()
@@ -132,6 +133,8 @@ class PretendedGPU:
 
     def _release(self) -> None:
         self.released += 1
+        if self.capture_failed:  # up to PyTorch 2.12
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
 
 _gpu: PretendedGPU  # the present one
@@ -568,6 +571,7 @@ class _Capture:
     def __exit__(self, kind: Any, error: Any, where: Any) -> None:
         _gpu.graph = None
         if error is not None:
+            _gpu.capture_failed = not isinstance(error, torch.OutOfMemoryError)  # which ends the capture properly
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         _gpu.streams[self._index] = self._before
 

@@ -186,8 +186,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory(device: torch.device) -> None:
     """Give memory that PyTorch keeps for later back to the GPU, where other processes may need it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    # Up to 2.12, PyTorch refuses after a CUDA graph that could not be recorded (its pull request 180395).
+    with contextlib.suppress(RuntimeError):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

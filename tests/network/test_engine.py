@@ -199,6 +199,19 @@ def test_after_a_failed_capture_the_steps_run_on_the_runs_own_stream(gpu, monkey
 
 
 @pytest.mark.slow
+def test_training_continues_without_a_graph_where_a_gpu_cannot_record_one(gpu, monkeypatch, caplog):
+    def refuse(*recorded):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "record", refuse)
+    run = started(EnginePlan("cuda_graph"))
+    losses = losses_of(run, 6)
+    run.close()
+    assert losses == pytest.approx(losses_of(started(EnginePlan()), 6), abs=1e-4)
+    assert "A CUDA graph does not work here" in caplog.text and run.state_dict()["plan"]["kind"] == "plain"
+
+
+@pytest.mark.slow
 def test_training_continues_uncompiled_where_compiling_fails(gpu, monkeypatch, caplog):
     def no_compiler(function, **options):
         def fail(*args):
