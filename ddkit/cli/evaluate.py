@@ -49,7 +49,9 @@ _MOST_ROUNDS_SHOWN = 5
     epilog=example("ddkit evaluate submission/cifar100.pt --rounds 5 --epochs-setting 50"),
 )
 @click.argument("sets", nargs=-1, type=PATH)
-@click.option("--dataset", help="Name the sets' dataset.  [default: from the JSON next to a set, or its file name]")
+@click.option(
+    "--dataset", metavar="NAME", help="Name the sets' dataset.  [default: from the JSON next to a set, or its file name]"
+)
 @click.option(
     "--name",
     help="Record the results under this name.  [default: the name of the set's folder, or of the "
@@ -128,9 +130,9 @@ def evaluate(
 ) -> None:
     """Train fresh networks on distilled SETS and test them on real images, which gives the challenge's score.
 
-    Without SETS, this evaluates every set in submission/, or track2.zip on track 2. Several sets of one dataset are
-    compared, and the output says if their difference exceeds the noise. An interrupted evaluation continues when the
-    command is run again.
+    Without SETS, this evaluates every set in submission/, or only that of --dataset; on track 2 it evaluates track2.zip.
+    Several sets of one dataset are compared, and the output says if their difference exceeds the noise. An interrupted
+    evaluation continues when the command is run again.
 
     A set that others have published may be a .pt file of images and labels in almost any arrangement, or a folder of
     <class>/<image>, with any number of images per class. ddkit says what it holds and how its values are normalized,
@@ -148,7 +150,8 @@ def evaluate(
     if dry_run:
         events: dict[str, Any] = {"progress": output.progress, "on_event": output.note}
         estimates = job.estimate_files(sets, settings, folder=SUBMISSION_FOLDER, **events)
-        output.result([{**asdict(each), "official": each.official} for each in estimates], _estimates_table(estimates))
+        shown = Group(_estimates_table(estimates), *_not_official(estimates))
+        output.result([{**asdict(each), "official": each.official} for each in estimates], shown)
         return
     with contextlib.ExitStack() as opened:
         files: Sequence[Path | job.GeneratorFiles] = sets
@@ -159,7 +162,8 @@ def evaluate(
         outcome = job.evaluate_files(files, settings, folder=SUBMISSION_FOLDER, progress=output.progress, on_event=output.note)
     shown = _shown(outcome)
     output.result(_as_data(outcome), Group(shown, rankings_table(outcome.rankings)) if outcome.rankings else shown)
-    output.finish([settings.results], "ddkit report")
+    entered = track == "1" and any(Path(result.source).parent == SUBMISSION_FOLDER for result in outcome.results)
+    output.finish([settings.results], "ddkit check" if entered else "ddkit report")
 
 
 def _as_data(outcome: JobOutcome) -> dict[str, Any]:
@@ -177,15 +181,16 @@ def _as_data(outcome: JobOutcome) -> dict[str, Any]:
 
 
 def _shown(outcome: JobOutcome) -> Group:
-    lines = [_generated(result) for result in outcome.results if result.generated]
+    lines = _not_official(outcome.results)
+    lines += [_generated(result) for result in outcome.results if result.generated]
     lines += [_verdict(*comparison) for comparison in outcome.comparisons]
     for name, score in outcome.scores.items():
-        lines.append(f"The challenge's score of {name}, the mean of both datasets: {_percent(score)}")
+        lines.append(f"The challenge's score of {name}, the mean of both datasets: {_number(score)} %")
     return Group(_table(outcome.results), *lines)
 
 
 def _estimates_table(estimates: Sequence[EvaluationEstimate]) -> Table:
-    table = plain_table("set", "dataset", "images", "rounds", "an epoch", "still to come", "memory", "official")
+    table = plain_table("set", "dataset", "images", "rounds", "an epoch", "still to come", "GiB of memory", "official")
     for each in estimates:
         done = f", {each.finished_rounds} done" if each.finished_rounds else ""
         table.add_row(
@@ -195,22 +200,35 @@ def _estimates_table(estimates: Sequence[EvaluationEstimate]) -> Table:
             f"{each.rounds} of {counted(each.epochs, 'epoch', 'epochs')}{done}",
             f"{each.seconds_per_epoch:.3g} s",
             span_text(each.seconds),
-            f"{each.memory / 2**30:.1f} GiB, {each.free_memory / 2**30:.1f} GiB are free",
-            "yes" if each.official else f"no: {'; '.join(each.deviations)}",
+            f"{each.memory / 2**30:.1f} of {each.free_memory / 2**30:.1f} free",
+            "yes" if each.official else "no",
         )
     return table
 
 
 def _table(results: Sequence[Result]) -> Table:
-    table = plain_table("set", "dataset", "accuracy", "95 % interval", "rounds", "official")
+    table = plain_table("set", "dataset", "accuracy, %", "95 % interval", "rounds, %", "official")
+    for column in table.columns[2:4]:
+        column.no_wrap = True
     for result in results:
-        accuracy = _percent(result.mean) + (f" ± {100 * result.std:.2f}" if result.std is not None else "")
-        interval = " to ".join(map(_percent, result.interval)) if result.interval else interval_text(None, [result.rounds])
-        official = "yes" if result.official else f"no: {'; '.join(result.deviations)}"
-        rounds = " ".join(map(_percent, result.accuracies[:_MOST_ROUNDS_SHOWN]))
+        accuracy = _number(result.mean) + (f" ± {100 * result.std:.2f}" if result.std is not None else "")
+        interval = " to ".join(map(_number, result.interval)) if result.interval else interval_text(None, [result.rounds])
+        rounds = " ".join(map(_number, result.accuracies[:_MOST_ROUNDS_SHOWN]))
         rounds += " ..." * (result.rounds > _MOST_ROUNDS_SHOWN)
-        table.add_row(result.source, result.dataset, accuracy, interval, rounds, official)
+        table.add_row(result.source, result.dataset, accuracy, interval, rounds, "yes" if result.official else "no")
     return table
+
+
+def _not_official(results: Sequence[Result | EvaluationEstimate]) -> list[str]:
+    """Why results are not official, once for all that have the same reasons."""
+    by_reasons: dict[str, list[str]] = {}
+    for result in results:
+        by_reasons.setdefault("; ".join(result.deviations), []).append(result.source)
+    lines = []
+    for reasons, sources in by_reasons.items():
+        which = f" ({', '.join(dict.fromkeys(sources))})" if len(by_reasons) > 1 else ""
+        lines += [f"Not official{which}: {reasons}."] if reasons else []
+    return lines
 
 
 def _generated(result: Result) -> str:
@@ -246,5 +264,5 @@ def _verdict(first: Result, second: Result, comparison: Comparison) -> str:
     )
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
+def _number(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"

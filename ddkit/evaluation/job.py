@@ -123,7 +123,7 @@ def evaluate_files(
     """Evaluate distilled sets or track 2 entries as `ddkit evaluate` does, and record each result at once.
 
     files: sets for track 1, in the challenge's layout or one that others publish, or in memory; GeneratorFiles for track 2.
-    If there are none, every set in `folder` is evaluated.
+    If there are none, every set in `folder` is evaluated, or that of the dataset in the settings.
     All files are read and checked before the first evaluation, which can take hours.
     on_event: called with a sentence on each warning, and at the beginning and end of each evaluation.
     Processes that were launched together share the rounds; the main one records.
@@ -219,10 +219,12 @@ class _Job:
         return open_published(path, dataset, conversion, progress=self._progress)
 
     def _sets_in(self, folder: Path) -> list[DistilledSet | PublishedSet]:
-        """The sets of a folder. Files of unknown datasets are reported and ignored, if there are others."""
-        paths = sorted(path for path in folder.glob("*.pt") if path.is_file())
+        """The set of the dataset that was named, else all of a folder. Unknown names are reported, if there are others."""
+        name = dataset_spec(self._settings.dataset).name if self._settings.dataset else ""
+        paths = sorted(path for path in folder.glob(f"{name or '*'}.pt") if path.is_file())
         if not paths:
-            raise MissingDataError(f"There is no .pt file in {folder}/.", f"Make one: {generate_command()}")
+            command = generate_command(name or CHALLENGE_DATASETS[0].name)
+            raise MissingDataError(f"There is no {f'{name}.pt' if name else '.pt file'} in {folder}/.", f"Make one: {command}")
         sets: list[DistilledSet | PublishedSet] = []
         unknown = []
         for path in paths:

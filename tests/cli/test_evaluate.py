@@ -78,9 +78,12 @@ def test_without_arguments_the_sets_in_submission_are_evaluated(work):
     (result,) = json.loads(output)["results"]
     assert (result["name"], result["dataset"], len(result["accuracies"])) == ("submission", "blobs", 2)
     assert result["kind"] == "submission" and result["official"] is False and len(result["per_class"]) == 4
-    assert "2 rounds of 5 epochs" in errors and "10/10 epochs" in errors and "next: ddkit report" in errors
+    assert "2 rounds of 5 epochs" in errors and "10/10 epochs" in errors and "next: ddkit check" in errors
     (kept,) = read(work / "runs" / "results.jsonl").results
     assert list(kept.accuracies) == result["accuracies"]
+    (work / "submission" / "cifar100.pt").write_bytes(b"not a set")
+    output, _ = run("--json", *QUICK, "--dataset", "blobs")
+    assert [each["dataset"] for each in json.loads(output)["results"]] == ["blobs"]
 
 
 def test_second_run_repeats_nothing_and_records_nothing_twice(work):
@@ -189,9 +192,10 @@ def test_contradicting_options_exit_with_status_2_before_training(work):
 
 @pytest.mark.slow
 def test_the_reasons_for_not_being_official_are_shown(work):
-    shown, _ = run(save(work / "blobs.pt"), *QUICK, "--no-augment", "--precision", "bfloat16")
+    shown, errors = run(save(work / "blobs.pt"), *QUICK, "--no-augment", "--precision", "bfloat16")
     shown = " ".join(shown.split())
-    assert "no augmentation" in shown and "bfloat16 instead of float32" in shown
+    assert "Not official: " in shown and "no augmentation" in shown and "bfloat16 instead of float32" in shown
+    assert "next: ddkit report" in errors  # it is not in the submission folder
 
 
 def test_dataset_option_names_the_dataset_of_any_file(work):
@@ -245,6 +249,8 @@ def test_set_that_check_refuses_is_refused_with_the_same_message(work):
 
 @pytest.mark.parametrize("arguments, status, said", [
     ((), 3, "There is no .pt file in submission/"),
+    (("--dataset", "blobs"), 3, "There is no blobs.pt in submission/"),
+    (("--dataset", "blob"), 2, "Did you mean 'blobs'?"),
     (("missing.pt",), 3, "missing.pt does not exist"),
     (("blobs.pt", "missing.pt"), 3, "missing.pt does not exist"),
     ((".",), 2, ". is a folder"),
