@@ -38,7 +38,9 @@ _DEFAULTS = RefineSettings()
     short_help="Optimize the pixels of a distilled set.", epilog=example("ddkit refine submission/cifar100.pt --time 30m")
 )
 @click.argument("path", type=PATH)
-@click.option("--dataset", help="Name the set's dataset.  [default: from the JSON next to it, or its file name]")
+@click.option(
+    "--dataset", metavar="NAME", help="Name the set's dataset.  [default: from the JSON next to it, or its file name]"
+)
 @click.option("--steps", type=COUNT, help=f"Refine until this many steps are done in all.  [default: {RefineLimits().steps}]")
 @click.option(
     "--time",
@@ -148,6 +150,8 @@ def refine(
         path, dataset, settings, limits, folder, out=out, fresh=fresh, ignore_codes=ignore_codes, device=device,
         save_every_seconds=save_every_seconds, progress=output.progress,
     )  # fmt: skip
+    if refined.steps == refined.earlier_steps:
+        output.note("These steps were done before. More --steps or --time refine further.")
     output.note(f"Accuracy on held-out training images: {refined.gain}.")
     if refined.diverged:
         output.note(f"{refined.diverged:,} networks of the pool diverged and were replaced.")
@@ -158,7 +162,8 @@ def refine(
 
 
 def _show_estimate(output: Output, estimate: RefineEstimate) -> None:
-    rows = [(f"a step of {kind}", f"{seconds:.2f} s") for kind, seconds in estimate.speed.per_step.items()]
+    kinds = {"dm": "dm", "random networks": "frepo, random networks", "pool": "frepo, pool"}
+    rows = [(f"a step of {kinds[kind]}", f"{seconds:.2f} s") for kind, seconds in estimate.speed.per_step.items()]
     rows += [
         ("steps in all", f"{estimate.steps:,} in {span_text(estimate.seconds)}"),
         ("validation", span_text(estimate.validation_seconds)),

@@ -70,6 +70,7 @@ class Refined:
 
     files, before: the refined set and the original. accuracy, accuracy_before: their validation accuracies on
     held-out training images, fractions. diverged: networks of the pool that diverged and were replaced.
+    earlier_steps: those of the steps that were done before this call.
     """
 
     files: SetFiles
@@ -80,6 +81,7 @@ class Refined:
     accuracy_before: float
     seconds: float
     diverged: int
+    earlier_steps: int = 0
 
     @property
     def gain(self) -> str:
@@ -131,6 +133,7 @@ def refine(
         if fresh:
             start_over(path, folder, out)
         state = _begin_or_resume(before, path, settings, folder, ignore_codes)
+        earlier = state.step
         if (
             target.resolve() != path.resolve()
             and read_provenance(target).get("kind") == KIND_REFINED
@@ -151,7 +154,7 @@ def refine(
             raise
         files = _write(state, settings, spec, target)
     best, first, diverged = state.best, state.first, int(state.pool.get("diverged", 0))
-    return Refined(files, state.before, state.step, best.step, best.accuracy, first.accuracy, state.seconds, diverged)
+    return Refined(files, state.before, state.step, best.step, best.accuracy, first.accuracy, state.seconds, diverged, earlier)
 
 
 def _require_memory(distilled: DistilledSet, settings: RefineSettings, device: torch.device) -> None:

@@ -53,6 +53,7 @@ def test_refine_resumes_with_the_recorded_settings(submission):
     again = ddkit("submission/colors.pt", "--steps", "2", "--quiet", "--json")
     assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
     assert json.loads(again.stdout)["steps"] == 2
+    assert "More --steps or --time" in ddkit("submission/colors.pt", "--steps", "2").stderr
     other = ddkit("submission/colors.pt", "--steps", "3", "--batch-real", "3")
     assert other.exit_code == 2 and "batch_real: 2, not 3." in " ".join(other.output.split())
 
