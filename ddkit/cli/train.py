@@ -41,11 +41,12 @@ def _read_class_map(
 
 
 @click.command(short_help="Train a generator.", epilog=example("ddkit train --dataset cifar100 --preset tiny --time 30m"))
-@click.option("--dataset", required=True, help="Train on this dataset, which `ddkit data list` shows.")
+@click.option("--dataset", required=True, metavar="NAME", help="Train on this dataset, which `ddkit data list` shows.")
 @click.option(
     "--preset",
     "preset_name",
-    help=f"Choose sizes and settings: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}, or what fits into the GPU's memory]",
+    type=click.Choice(tuple(PRESETS)),
+    help=f"Choose sizes and settings.  [default: {DEFAULT_PRESET}, or what fits into the GPU's memory]",
 )
 @click.option(
     "--method",
@@ -139,7 +140,7 @@ def _read_class_map(
     "--compile/--no-compile", default=None, help="Compile the networks if the training is long enough.  [default: the preset's]"
 )
 @click.option(
-    "--autoencoder", metavar="HUB_ID_OR_FOLDER", help="Use a pretrained autoencoder, such as stabilityai/sd-vae-ft-mse."
+    "--autoencoder", metavar="FOLDER_OR_HUB_ID", help="Use a pretrained autoencoder, such as stabilityai/sd-vae-ft-mse."
 )
 @click.option("--resume", is_flag=True, help="Fail if there is no training to continue.")
 @click.option("--fresh", is_flag=True, help="Remove the training in the folder, and start over.")

@@ -128,7 +128,7 @@ def test_missing_inception_weights_fail_before_any_work(ddkit, colors, tmp_path,
     ("words", "status", "said"),
     [
         (["--dataset", "colours"], 2, "Did you mean 'colors'?"),
-        (["--dataset", "colors", "--preset", "tinny"], 2, "Did you mean 'tiny'?"),
+        (["--dataset", "cifar100", "--preset", "tinny"], 2, "'tinny' is not one of"),
         (["--dataset", "colors", "--resume"], 3, "no training in runs/colors"),
         (["--dataset", "colors", "--resume", "--fresh"], 2, "contradict"),
         (["--dataset", "colors", "--steps", "9", "--time", "9s"], 2, "contradict"),
