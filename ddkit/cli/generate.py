@@ -41,18 +41,20 @@ _METHODS = (
 @click.command(
     short_help="Make a distilled set.", epilog=example("ddkit generate --ipc 10 --dataset cifar100 --candidates 100")
 )
-@click.option("--dataset", required=True, help="Make a set for this dataset, which `ddkit data list` shows.")
+@click.option("--dataset", required=True, metavar="NAME", help="Make a set for this dataset, which `ddkit data list` shows.")
 @click.option("--ipc", type=COUNT, default=10, help="Make this many images per class; the challenge asks for 10.")
 @click.option(
     "--model",
     type=FOLDER,
+    metavar="FOLDER_OR_HUB_ID",
     help="Sample the model in this folder, or the one with this id on the Hugging Face hub, such as user/name.  "
     "[default: runs/<dataset>]",
 )
 @click.option(
     "--candidates",
     type=COUNT,
-    help="Sample this many images of each class and choose from them, with mode guidance one for each mode; see --select.",
+    help="Sample this many images of each class and choose from them by --select. With mode guidance one is chosen for each "
+    "mode.",
 )
 @click.option(
     "--select",
@@ -88,8 +90,8 @@ _METHODS = (
     "--mode-guidance",
     type=click.FloatRange(0),
     metavar="SCALE",
-    help="Set the scale of mode guidance, which steers image i of a class to mode i of its real images early in "
-    "sampling and needs these images; 0 turns it off.  "
+    help="Set the scale of mode guidance, which steers image i of a class early in sampling to mode i, the center of a cluster "
+    "of its real images' latents, and needs these images; 0 turns it off.  "
     f"[default: {default_mode_guidance('flow'):g} for models of flow matching, "
     f"and {default_mode_guidance('epsilon'):g} with --guidance, --guidance-interval or other models]",
 )
@@ -177,5 +179,6 @@ def generate(
     complete = earlier is not None and saved.tensor.stat().st_mtime_ns == earlier.st_mtime_ns
     if complete:
         output.note(f"{out} is complete; nothing was made. --replace makes it again.")
-    output.finish([] if complete else [saved.tensor, saved.provenance, saved.sheet], "ddkit evaluate", saved.tensor)
+    step = "ddkit refine" if out.parent == SUBMISSION_FOLDER else "ddkit evaluate"
+    output.finish([] if complete else [saved.tensor, saved.provenance, saved.sheet], step, saved.tensor)
     output.result({"tensor": saved.tensor, "facts": saved.provenance, "sheet": saved.sheet})

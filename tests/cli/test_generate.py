@@ -17,7 +17,7 @@ def test_generate_from_real_writes_the_default_files(colors, tmp_path, monkeypat
     assert json.loads(done.stdout)["tensor"] == "submission/colors.pt"
     assert torch.load(tmp_path / "submission" / "colors.pt", weights_only=True).shape == (4, 3, 16, 16)
     assert {path.name for path in (tmp_path / "submission").iterdir()} == {"colors.pt", "colors.json", "colors.png"}
-    assert "next: ddkit evaluate submission/colors.pt" in done.stderr
+    assert "next: ddkit refine submission/colors.pt" in done.stderr
 
 
 def test_influence_guidance_is_announced_with_the_training_that_it_begins_with(colors, colors_model, tmp_path, monkeypatch):
