@@ -182,8 +182,8 @@ def examine_datasets() -> Iterator[Diagnosis]:
             else:
                 yield Diagnosis("ok", f"dataset {name}", counts)
         else:
-            command = f"ddkit data prepare {name}"
-            yield Diagnosis("slow", f"dataset {name}", "not prepared yet", f"{command}, or the next command prepares it.")
+            remedy = f"ddkit data prepare {name}. Or the first command that needs it prepares it."
+            yield Diagnosis("slow", f"dataset {name}", "not prepared yet", remedy)
 
 
 _PARTS: dict[str, Callable[[], Iterator[Diagnosis]]] = {

@@ -70,7 +70,8 @@ def check_path(
         raise UsageError("--dataset applies to a single file.", remedy)
     if not path.exists():
         command = "ddkit pack" if path.suffix.lower() == ".zip" else generate_command()
-        return report_of([Finding("error", "F001", f"{path} does not exist. Make it: {command}", path.name)])
+        message = f"{path} does not exist. Check the path, or make one: {command}"
+        return report_of([Finding("error", "F001", message, path.name)])
     if path.suffix.lower() == ".zip" and not path.is_dir():
         return _check_zip(path, ipc, progress)
     findings: list[Finding] = []

@@ -58,7 +58,8 @@ class _Group(click.Group):
             explained = _explained(error)
             bug = f"This is a bug in ddkit. {type(error).__name__}: {error}"
             shown = explained or DDKitError(bug, "Run it with --debug for the traceback.")
-            click.echo(click.style("Error: ", fg="red", bold=True) + shown.message, err=True)
+            label = "" if shown.exit_code == _EXIT_INTERRUPTED else click.style("Error: ", fg="red", bold=True)
+            click.echo(label + shown.message, err=True)
             if shown.remedy:
                 click.echo(shown.remedy, err=True)
             ctx.exit(explained.exit_code if explained else _EXIT_BUG)
@@ -108,6 +109,6 @@ def main() -> None:
     \b
     Try it:    ddkit demo
     Enter:     ddkit enter --time 8h
-    Track 1:   ddkit generate --from-real random, refine, evaluate, check, pack, report
-    Track 2:   ddkit train, tune, pack --track 2, evaluate --track 2
+    Track 1:   ddkit data prepare, generate, refine, evaluate, check, pack, report
+    Track 2:   ddkit data prepare, train, tune, pack --track 2, evaluate --track 2
     """

@@ -15,7 +15,7 @@ from ddkit.cli._options import example
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script with which SHELL completes ddkit's commands and options."""
+    """Print the script with which your shell completes ddkit's commands and options."""
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(ctx.find_root().command, {}, "ddkit", "_DDKIT_COMPLETE").source())

@@ -19,6 +19,7 @@ from ddkit.runtime.files import cache_folder
 if TYPE_CHECKING:
     from ddkit.data.store import StoreFacts
 
+_NOT_PREPARED = "not prepared"
 
 _name_argument = click.argument(
     "name", shell_complete=lambda ctx, parameter, word: [name for name in store.known_names() if name.startswith(word)]
@@ -49,6 +50,8 @@ def list_datasets(output: Output) -> None:
         table.add_row(row["name"], str(row["classes"] or "-"), str(row["image_size"] or "-"), *counts, row["state"])
     output.note(f"Prepared datasets are kept in {cache_folder()}.")
     output.result(rows, table)
+    if missing := [row["name"] for row in rows if row["state"] == _NOT_PREPARED]:
+        output.finish([], f"ddkit data prepare {missing[0]}")
 
 
 @data.command(
@@ -148,7 +151,7 @@ def _row(name: str) -> dict[str, Any]:
     try:
         facts = store.store_facts(name)
     except MissingDataError:
-        return {**row, "state": f"not prepared: ddkit data prepare {name}"}
+        return {**row, "state": _NOT_PREPARED}
     except BadDataError as error:
         return {**row, "state": error.message}
     counts = {split: split_facts.images for split, split_facts in facts.splits.items()}

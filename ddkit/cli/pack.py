@@ -72,7 +72,8 @@ _TRACK_2_OPTIONS = (
     click.option("--proof-images", type=COUNT, metavar="N",
                  help="Track 2: end the test after this many images of each dataset, one of each class or more.  "
                  "[default: as many as the budget allows]"),
-    click.option("--fresh-venv", is_flag=True, help="Track 2: test the bundle in an environment that pip installs."),
+    click.option("--fresh-venv", is_flag=True,
+                 help="Track 2: test the bundle in a new environment into which pip installs its requirements."),
     click.option("--no-proof", is_flag=True, help="Track 2: do not test the bundle."),
 )  # fmt: skip
 

@@ -15,7 +15,9 @@ from ddkit.cli._output import Output
     epilog=example("ddkit pull user/cifar100-10 --out theirs/cifar100.pt"),
 )
 @click.argument("hub_id", metavar="USER/NAME")
-@click.option("--dataset", help="Name the set's dataset.  [default: from the JSON on the hub, or its file name]")
+@click.option(
+    "--dataset", metavar="NAME", help="Name the set's dataset.  [default: from the JSON on the hub, or its file name]"
+)
 @click.option("--out", type=FILE, help="Write the set to this file.  [default: submission/<dataset>.pt]")
 @click.option("--replace", is_flag=True, help="Write the set even if another one is there.")
 @output_options

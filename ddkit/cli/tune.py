@@ -51,6 +51,7 @@ class _ImagesPerClass(click.ParamType):
 @click.option(
     "--model",
     type=FOLDER,
+    metavar="FOLDER_OR_HUB_ID",
     help="Tune the model in this folder, or with this id on the Hugging Face hub, such as user/name.  "
     "[default: runs/<dataset>]",
 )
@@ -119,10 +120,10 @@ def tune(
 ) -> None:
     """Search for the best sampling steps, guidance, mode guidance, images per class and share to keep of a track 2 bundle.
 
-    The search is by successive halving: every candidate generates for the same time budget, and networks are trained on
-    what it made and tested on held-out training images. The test images are never used. The better half is tried again
-    with twice the epochs, until two are left. The accuracies tell the settings apart; they are not official. A trial that
-    was made is not repeated: run the same command again to continue.
+    DATASET is cifar100 if not given. The search is by successive halving: every candidate generates for the same time
+    budget, and networks are trained on what it made and tested on held-out training images. The test images are never
+    used. The better half is tried again with twice the epochs, until two are left. The accuracies tell the settings apart;
+    they are not official. A trial that was made is not repeated: run the same command again to continue.
     """
     from ddkit.cli import _bundle
     from ddkit.data.store import dataset_spec

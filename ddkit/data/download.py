@@ -82,7 +82,9 @@ def download(archive: Archive, folder: Path, *, patience: RetryPolicy = RetryPol
         if (found := _md5(part)) != archive.md5:
             part.unlink()
             message = f"{archive.url} is not the expected file: its MD5 is {found}, expected {archive.md5}."
-            raise BadDataError(message, f"Try again later, or get {archive.file_name} elsewhere and give it to --from.")
+            raise BadDataError(
+                message, f"Try again later, or get {archive.file_name} elsewhere and give it to ddkit data prepare --from."
+            )
         os.replace(part, path)
     except OSError as error:
         raise explain_os_error(error, error.filename or path) from error
@@ -163,7 +165,8 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
 def _unreachable(archive: Archive, error: Exception) -> DDKitError:
     return MissingDataError(
         f"{archive.url} could not be downloaded: {error}.",
-        f"Try again (the download continues where it stopped), or get {archive.file_name} elsewhere and give it to --from.",
+        f"Try again (the download continues where it stopped), or get {archive.file_name} elsewhere and give it to "
+        "ddkit data prepare --from.",
     )
 
 

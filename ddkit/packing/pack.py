@@ -55,7 +55,7 @@ def pack(
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
-        raise MissingDataError(f"There is no submission folder {folder}.", f"Make a set first: {generate_command()}")
+        raise MissingDataError(f"There is no folder {folder}.", f"Make a set first: {generate_command()}")
     files, _ = submission_files(folder)
     before = {file.name: _hash_of(file) for file in files}
     chosen, remark = records.choose_name(name, out.stem, before) if records else ("", "")

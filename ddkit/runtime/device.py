@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ddkit.errors import ComputeError, UsageError
+from ddkit.errors import ComputeError, UsageError, counted
 from ddkit.runtime import container
 from ddkit.runtime.environment import processes_here
 
@@ -158,7 +158,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{cpu_model()}, {torch.get_num_threads()} threads"
+        return f"{cpu_model()}, {counted(torch.get_num_threads(), 'thread', 'threads')}"
     return device.type
 
 

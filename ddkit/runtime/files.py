@@ -55,8 +55,8 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFileErr
         errno.EPERM: "Change its permissions, or choose another place.",
         errno.EROFS: "That file system is read-only: choose another place.",
         errno.ENOENT: "Check the path.",
-        errno.EEXIST: "A file is in the way of that folder: choose another place.",
-        errno.ENOTDIR: "A file is in the way of a folder: choose another place.",
+        errno.EEXIST: "A file is where a folder is needed: choose another place.",
+        errno.ENOTDIR: "A file is where a folder is needed: choose another place.",
     }
     reason, remedy = error.strerror or str(error), remedies.get(error.errno or 0, "")
     if "another place" in remedy and cache_folder() in Path(path).parents:

@@ -88,7 +88,7 @@ def test_a_zip_with_bytes_after_its_end_is_refused(tmp_path, folder, extra):
 def test_empty_or_missing_folder_says_what_to_do(tmp_path):
     assert codes(check_path(tmp_path)) == ["F002"]
     assert codes(check_path(tmp_path / "absent")) == ["F001"]
-    assert check_path(tmp_path / "absent.zip").findings[0].message.endswith("Make it: ddkit pack")
+    assert check_path(tmp_path / "absent.zip").findings[0].message.endswith("make one: ddkit pack")
 
 
 def test_file_of_an_unknown_dataset_raises_usage_error(tmp_path):

@@ -58,7 +58,7 @@ def test_prepared_dataset_is_listed_and_shown(photos, work, own_cache):
     rows = {row["name"]: row for row in json.loads(listed.stdout)}
     assert set(rows) == {"cifar100", "tinyimagenet", "glyphs", "pets"}
     assert (rows["pets"]["train"], rows["pets"]["test"], rows["pets"]["image_size"]) == (6, 4, 16)
-    assert rows["cifar100"]["state"] == "not prepared: ddkit data prepare cifar100"
+    assert rows["cifar100"]["state"] == "not prepared"
 
     shown = run("show", "pets", "--split", "test", "--per-class", "1", "--out", "sheet.png")
     assert shown.exit_code == 0, shown.stderr
@@ -119,7 +119,7 @@ def test_prepare_without_a_network_names_what_to_give_instead(own_cache, monkeyp
     finished = run("prepare", "tinyimagenet")
     said = " ".join(finished.stderr.split())
     assert finished.exit_code == 3
-    assert "tiny-imagenet-200.zip could not be downloaded" in said and "give it to --from" in said
+    assert "tiny-imagenet-200.zip could not be downloaded" in said and "give it to ddkit data prepare --from" in said
     assert not (own_cache / "tinyimagenet").exists()
 
 

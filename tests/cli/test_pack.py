@@ -90,7 +90,7 @@ def test_pack_tuned_takes_the_best_settings_of_the_search(colors, colors_model, 
     (["--track", "2", "--tuned", "--guidance", "2"], 2, "--tuned sets the sampler"),
     (["--track", "2", "--tuned", "--precision", "float32"], 2, "--tuned sets the sampler"),
     (["--track", "2", "--tuned", "--mode-guidance", "1"], 2, "--tuned sets the sampler"),
-    ([], 3, "There is no submission folder"),
+    ([], 3, "There is no folder submission"),
 ])  # fmt: skip
 def test_pack_with_wrong_options_or_missing_files_fails(work, words, status, said):
     _, errors = run(*words, status=status)

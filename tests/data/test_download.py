@@ -113,7 +113,7 @@ def test_no_network_names_what_to_give_instead(tmp_path):
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/archive.bin"
         with pytest.raises(MissingDataError, match="could not be downloaded: .*refused") as caught:
             download(archive_at(url), tmp_path, patience=QUICK)
-    assert "get archive.bin elsewhere and give it to --from" in caught.value.remedy
+    assert "get archive.bin elsewhere and give it to ddkit data prepare --from" in caught.value.remedy
 
 
 def test_silent_server_is_given_up(tmp_path):
