@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 
 from ddkit.data.prepare import open_dataset
 from ddkit.data.store import ImageSet, train_sha256
-from ddkit.errors import ComputeError, UsageError
+from ddkit.errors import ComputeError, UsageError, counted
 from ddkit.generator.autoencoder import build_autoencoder
 from ddkit.generator.config import SECONDS_WORTH_COMPILING, GeneratorConfig
 from ddkit.generator.difffit import plain_copy
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 AUTOENCODER_SHARE = 0.15  # of a training time given in seconds
 _NO_LIMIT = 10**9  # steps, when time is the limit
+_MOST_OF_START = 0.5  # of the averaged weights, above which training has changed them little
 # All trainings compile at the same step: one that a time limits computes the same as one of as many steps, and a resumed
 # one the same as one never stopped. Compiling takes up to a minute.
 _PLAIN_STEPS = 200
@@ -259,6 +260,11 @@ class _Run(Callback):
         if keeper.every and trainer.step and trainer.step % keeper.every == 0:  # stopped before it was scored
             keeper.score_once(trainer)
         trainer.run()
+        decay = self.config.ema_decay or 0.0
+        if (kept := decay**trainer.step) > _MOST_OF_START:
+            log.warning("The averaged weights, which are the result, are still %.0f %% those of the beginning: a decay of %g "
+                        "is slow for %s. Train longer, or start over with --fresh --ema-width 0.1.",
+                        100 * kept, decay, counted(trainer.step, "step", "steps"))  # fmt: skip
         keeper.score_once(trainer)
         if self.accelerator.is_main_process and not (has_model(self.folder) and read_facts(self.folder).steps == trainer.step):
             keeper.on_save(trainer)  # which a kill between the last checkpoint and its model has left out

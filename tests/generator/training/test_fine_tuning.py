@@ -99,6 +99,13 @@ def test_images_of_another_size_are_resized_for_training_and_sampled_at_their_ow
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("decay", "said"), [(0.9999, "still 100 % those of the beginning"), (0.5, "")])
+def test_averaged_weights_that_keep_to_the_beginning_are_named(data, tuning, own, tmp_path, caplog, decay, said):
+    train(data, TrainingRequest(dataclasses.replace(tuning(own, steps=2), ema_decay=decay), tmp_path / "run"))
+    assert said in caplog.text and ("averaged weights" in caplog.text) == bool(said)
+
+
+@pytest.mark.slow
 def test_fine_tuning_our_generator_resumes_bit_for_bit(data, tuning, own, tmp_path):
     train(data, TrainingRequest(tuning(own, steps=6), tmp_path / "straight"))
     train(data, TrainingRequest(tuning(own, steps=2), tmp_path / "resumed"))
