@@ -227,18 +227,20 @@ class TrainingRun:
             try:
                 return self.engine.gradients(images, labels)
             except Exception as error:
-                plan, failure = self._plan, error
-                if plan is None or not (plan.needs_gpu or is_out_of_memory(error)):
+                plan = self._plan
+                failure = "" if is_out_of_memory(error) else str(error).split("\n")[0] or type(error).__name__
+                if plan is None or (failure and not plan.needs_gpu):
                     raise
-            # Outside the handler, so that the traceback does not hold on to the memory.
-            self._use_less(plan, len(images), failure.with_traceback(None))
+            # Outside the handler, and without the error, whose tracebacks hold on to the memory.
+            self._use_less(plan, len(images), failure)
 
-    def _use_less(self, plan: EnginePlan, batch_size: int, error: Exception) -> None:
+    def _use_less(self, plan: EnginePlan, batch_size: int, failure: str) -> None:
+        """failure: what graph or compiler said; empty where memory is short."""
         smaller: EnginePlan | None
-        if not is_out_of_memory(error):
+        if failure:
             smaller = dataclasses.replace(plan, kind="cuda_graph" if plan.kind == "compiled" else "plain")
             what = "torch.compile" if plan.kind == "compiled" else "A CUDA graph"
-            _log.warning("%s does not work here and is left out: %s", what, str(error).split("\n")[0])
+            _log.warning("%s does not work here and is left out: %s", what, failure)
         elif smaller := with_smaller_chunks(plan, batch_size):
             instead = f"{smaller.chunk} images at a time" if smaller.chunk != plan.chunk else "without a CUDA graph"
             _log.warning("Not enough memory: computing %s from now on.", instead)
@@ -246,7 +248,7 @@ class TrainingRun:
             raise ComputeError(
                 "There is not enough memory to train the network even on one image at a time.",
                 "Close other programs, or use another --device.",
-            ) from error
+            )
         self.close()
         self._plan = smaller
 

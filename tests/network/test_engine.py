@@ -178,10 +178,11 @@ def test_a_closed_engine_keeps_no_graph_and_no_gradient(gpu):
     assert kept() is None
 
 
-def test_after_a_failed_capture_the_steps_run_on_the_runs_own_stream(gpu, monkeypatch):
+def test_after_a_failed_capture_its_memory_is_free_and_the_steps_run_on_the_runs_own_stream(gpu, monkeypatch):
     """torch.cuda.graph does not leave its stream; two steps on two streams would run at the same time."""
     run = started(GRAPH, 1, size=32)
     streams, sgd_step, capture_begins = [], torch.optim.SGD.step, torch.cuda.graph.__enter__
+    recordings, held = [], []
 
     def step(self):
         streams.append(torch.cuda.current_stream())
@@ -189,12 +190,15 @@ def test_after_a_failed_capture_the_steps_run_on_the_runs_own_stream(gpu, monkey
 
     def begin_without_memory(self):
         capture_begins(self)
+        recordings.append(weakref.ref(self._graph))
         gpu.largest_tensor = FIRST_MAPS - 1
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     monkeypatch.setattr(torch.cuda.graph, "__enter__", begin_without_memory)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.extend(each() is not None for each in recordings))
     losses_of(run, 2)
     assert run.state_dict()["plan"]["kind"] == "plain"
+    assert held and not any(held), "the memory of what failed was not free for the plain engine"
     assert len(streams) == 6 and len(set(streams)) == 1 and torch.cuda.current_stream() not in streams
 
 
