@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from classifier import Classifier
-from sampling import Sampler
 from shards import Failure, Job, Shard, say, shards_of
 
 FIRST_BATCH, LARGEST_BATCH = 8, 4096  # images
@@ -30,6 +28,9 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
     device = choose_device(job, worker)
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
+    from classifier import Classifier  # imports diffusers, which takes seconds, for which no missing GPU should wait
+    from sampling import Sampler
+
     sampler = Sampler(job.model, job.entry, device, job.seed)
     classifier = Classifier(job.model / "classifier", job.entry, device) if job.keep < 1 else None
     if worker == 0:
