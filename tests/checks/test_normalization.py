@@ -151,6 +151,7 @@ def converted(images, message):
 def test_any_wrong_constants_of_real_images_are_solved_and_can_be_converted(variant, request):
     spec, mean, std, code = WRONG_8_BIT[variant]
     pixels = request.getfixturevalue(f"{spec.name}_images")
+    pixels = pixels[:: spec.image_size // 32]  # of larger images fewer tell as much
     images = with_constants(pixels, mean, std)
     finding = judge_normalization(images, spec).finding
     assert (finding.level, finding.code) == ("error", code)
