@@ -180,7 +180,4 @@ def _provenance(model: Model, source: FromModel, settings: SamplingSettings) -> 
 def _identity(provenance: dict[str, Any], ipc: int, spec: DatasetSpec) -> dict[str, Any]:
     """Everything that decides the set's bytes: neither the model folder's name nor the batch size does."""
     own = {name: value for name, value in provenance.items() if name not in ("model", "batch_size")}
-    if own.get("selected_in") == "float32":
-        del own["selected_in"]  # as before there was another, so that sets of that time are continued
-    normalization = [spec.mean, spec.std]
-    return {"dataset_sha256": "", **own, "ipc": ipc, "normalisation": normalization, "ddkit": versions()["ddkit"]}
+    return {**own, "ipc": ipc, "normalization": [spec.mean, spec.std], "ddkit": versions()["ddkit"]}
