@@ -78,11 +78,9 @@ def train(
     """
     from ddkit.generator.training.plan import train_generator
 
-    folder = None if out is None else Path(out)
-    limits = {"steps": steps, "seconds": seconds}
-    options |= {name: value for name, value in limits.items() if value is not None}
+    folder, progress = None if out is None else Path(out), progress or default_listener()
     return train_generator(
-        dataset, preset=preset, folder=folder, device=device, progress=progress or default_listener(), **options
+        dataset, preset=preset, steps=steps, seconds=seconds, folder=folder, device=device, progress=progress, **options
     )
 
 

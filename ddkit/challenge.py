@@ -36,7 +36,6 @@ class DatasetSpec:
 class Track:
     """One track of the challenge: how many images, epochs and rounds."""
 
-    number: int
     title: str
     epochs_setting: int  # E; training runs E + 1 epochs (0 ... E)
     rounds: int  # fresh networks whose test accuracies are averaged
@@ -73,8 +72,8 @@ TEST_IMAGES = 10_000  # of each of them
 TRAIN_IMAGES_PER_CLASS = 500  # of each of them
 
 TRACKS = {
-    1: Track(1, "fixed IPC = 10", epochs_setting=1000, rounds=3, ipc=10, time_budget_seconds=None),
-    2: Track(2, "generative, 10 minutes", epochs_setting=100, rounds=3, ipc=None, time_budget_seconds=600.0),
+    1: Track("fixed IPC = 10", epochs_setting=1000, rounds=3, ipc=10, time_budget_seconds=None),
+    2: Track("generative, 10 minutes", epochs_setting=100, rounds=3, ipc=None, time_budget_seconds=600.0),
 }
 
 # Training of one network, the same for both tracks and both datasets.

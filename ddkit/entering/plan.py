@@ -339,7 +339,7 @@ def _measure(each: SetRecipe, of_track: int, device: torch.device) -> Speeds:
     spec = dataset_spec(each.dataset)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (_REAL_PER_CLASS * spec.num_classes, *spec.image_shape), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(spec.num_classes).repeat_interleave(_REAL_PER_CLASS)
+    labels = class_labels(spec.num_classes, _REAL_PER_CLASS)
     real = ImageSet(pixels, labels, tuple(map(str, range(spec.num_classes))))
     images = normalize(pixels[: IPC * spec.num_classes], spec)
     evaluation = estimate_evaluation(

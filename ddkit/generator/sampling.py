@@ -60,14 +60,14 @@ class Sampler:
     def __init__(
         self,
         model: Model,
-        settings: SamplingSettings | None = None,
+        settings: SamplingSettings,
         device: torch.device | str = "cpu",
         *,
         modes: Tensor | None = None,
         influence: Influence | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.settings = resolve_settings(settings or SamplingSettings(), self.device)
+        self.settings = resolve_settings(settings, self.device)
         self.facts = model.facts
         require_label_dropout(self.facts, self.settings.guidance)
         assert (self.settings.mode_guidance > 0) == (modes is not None)

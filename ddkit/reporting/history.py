@@ -114,7 +114,7 @@ def build_history(results: Sequence[Result], packed: Sequence[Packed], tracks: I
 
 def _in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
     """The steps by time; those of the same time, or of none, stay in their order."""
-    return tuple(sorted(steps, key=lambda step: _seconds(step)))
+    return tuple(sorted(steps, key=_seconds))
 
 
 def _evaluated(result: Result) -> Step:
