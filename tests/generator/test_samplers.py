@@ -82,6 +82,21 @@ def test_mode_guidance_in_many_steps_agrees_with_one_step_after_another(sampler,
     torch.testing.assert_close(torch.tensordot(plan.final, torch.stack(terms), dims=1).double(), point, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_many_steps_of_any_number_reach_the_deviation_of_the_data(sampler, prediction):
+    """The latents are normal with a deviation of 0.5, and the network knows that: what it makes of noise is then linear."""
+    plan, objective = make_plan(sampler, prediction, 150), Objective(ObjectiveConfig(prediction))
+    terms = [torch.ones(1, 1)]
+    for i, time in enumerate(plan.times[:, None]):
+        point = plan.inputs[i, : len(terms)] @ torch.cat(terms)
+        signal, spread = objective.levels(time, point[:, None])
+        clean = 0.25 * signal / (0.25 * signal**2 + spread**2) * point
+        noise = (point - signal * clean) / spread
+        terms.append(plan.term(i, point[:, None], objective.target(clean, noise, time)))
+    assert float(plan.final @ torch.cat(terms)) == pytest.approx(0.5, abs=0.015)
+
+
 def test_unipc_is_steered_to_the_mode_as_far_as_other_samplers():
     shares = [make_plan(sampler, "flow", 10, mode_guidance=0.5).final[1] for sampler in SAMPLERS]
     assert max(shares) - min(shares) < 0.05
