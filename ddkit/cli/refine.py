@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
 from ddkit.cli._options import (
     COUNT,
@@ -22,7 +21,7 @@ from ddkit.cli._options import (
     resumable_options,
     save_every_option,
 )
-from ddkit.cli._output import Output
+from ddkit.cli._output import Output, plain_table
 from ddkit.distill.settings import OBJECTIVES, PRESETS, RefineLimits, RefineSettings
 from ddkit.errors import UsageError, counted
 from ddkit.network.plan import PRECISIONS
@@ -170,7 +169,7 @@ def _show_estimate(output: Output, estimate: RefineEstimate) -> None:
         ("memory", f"about {estimate.memory / 2**30:.1f} GiB, {estimate.free_memory / 2**30:.1f} GiB are free"),
         ("accuracy", _expectation(estimate.accuracy)),
     ]
-    table = Table("what", "measured or expected")
+    table = plain_table("what", "measured or expected")
     for row in rows:
         table.add_row(*row)
     output.result(dataclasses.asdict(estimate), table)

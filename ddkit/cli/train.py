@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
 from ddkit.cli._options import COUNT, FOLDER, RUNS_FOLDER, Duration, example, resumable_options, save_every_option
-from ddkit.cli._output import Output
+from ddkit.cli._output import Output, plain_table
 from ddkit.errors import BadFileError
 from ddkit.generator.config import ARCHITECTURES, METHODS, PRECISIONS, PREDICTIONS, MinimaxConfig
 from ddkit.generator.presets import DEFAULT_PRESET, PRESETS
@@ -238,7 +237,8 @@ def _show_costs(output: Output, request: TrainingRequest, costs: Estimate, short
     else:
         steps = costs.steps_within(request.seconds)
     facts = {"fits": costs.fits, "steps": steps, "config": dataclasses.asdict(request.config), "choices": request.choices}
-    table = Table("stage", "parameters", "memory", "images/s", "steps", "batch", "time")
+    numbers = ("parameters", "memory", "images/s", "steps", "batch", "time")
+    table = plain_table("stage", *numbers, right=numbers)
     for stage, count in zip(costs.stages, steps, strict=True):
         speed, seconds = stage.images_per_second, stage.seconds_for(count)
         table.add_row(
