@@ -128,7 +128,7 @@ class Output:
             else:
                 click.echo_via_pager(text)
         elif shown is not None:
-            self.out.print(shown)
+            self.out.print(shown, soft_wrap=isinstance(shown, str) and not self.out.is_terminal)
 
     def finish(self, outputs: Sequence[object], next_command: str = "", *arguments: object) -> None:
         """Print at a command's end how long it took, which files it wrote, and what to type next.

@@ -334,12 +334,12 @@ class BundleSettings:
         require_share("keep", self.keep)
 
     def __str__(self) -> str:
-        """The settings in words, such as "dpm++, 10 steps, guidance 1, no mode guidance, auto, 50 % kept"."""
+        """The settings in words, such as "dpm++, 10 steps, guidance 1, no mode guidance, precision auto, 50 % kept"."""
         sampling = self.sampling
         modes = f"mode guidance {sampling.mode_guidance:g}" if sampling.mode_guidance else "no mode guidance"
         return (
-            f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}, {modes}, {sampling.precision}, "
-            f"{100 * self.keep:g} % kept"
+            f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}, {modes}, "
+            f"precision {sampling.precision}, {100 * self.keep:g} % kept"
         )
 
     @property
