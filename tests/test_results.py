@@ -107,5 +107,5 @@ def test_records_that_are_not_to_be_written_are_remembered(file):
 
 def test_a_file_that_cannot_be_written_is_known_before_anything_is_computed(tmp_path):
     (tmp_path / "results.jsonl").write_text("")
-    with pytest.raises(BadFileError, match="in the way"):
+    with pytest.raises(BadFileError, match="where a folder is needed"):
         Records(tmp_path / "results.jsonl" / "results.jsonl")

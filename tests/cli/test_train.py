@@ -151,7 +151,7 @@ def test_invalid_options_end_with_one_message(ddkit, colors, monkeypatch, words,
 @pytest.mark.slow
 def test_dry_run_on_a_gpu_says_what_was_chosen_and_why(gpu, ddkit, colors, short_measurements, tmp_path):
     gpu.memory = [(200 * 2**20, 4 * 2**30)]
-    done = ddkit("train", "--dataset", colors, "--out", str(tmp_path / "run"), "--dry-run", "--json")
+    done = ddkit("train", "--dataset", colors, "--out", str(tmp_path / "run"), "--batch-size", "8", "--dry-run", "--json")
     assert done.exit_code == 0, done.output
     said = " ".join(done.stderr.split())
     assert "Preset tiny: NVIDIA Pretended has 0.2 GiB of free memory, and it needs about" in said

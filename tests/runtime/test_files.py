@@ -60,7 +60,7 @@ def test_refused_write_names_the_requested_path(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BadFileError) as caught:
         files.write_text(tmp_path / "file" / "here.txt", "text")
-    assert str(tmp_path / "file") in caught.value.message and "A file is in the way" in caught.value.remedy
+    assert str(tmp_path / "file") in caught.value.message and "where a folder is needed" in caught.value.remedy
     with pytest.raises(BadFileError) as caught:
         files.write_text("/proc/here.txt", "text")
     assert caught.value.message.startswith("/proc/here.txt:")
