@@ -17,12 +17,12 @@ import torch
 from ddkit.challenge import CHALLENGE_DATASETS, TRAIN_IMAGES_PER_CLASS
 from ddkit.data.store import list_prepared, store_facts
 from ddkit.errors import DDKitError, counted
-from ddkit.network.autotune import choose_plan, has_bfloat16
+from ddkit.network.autotune import choose_plan
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine
 from ddkit.network.kernels import CompileError, compiler_command
 from ddkit.runtime.container import available_cpus, cpu_quota
-from ddkit.runtime.device import cpu_model, describe_device, free_memory, usable_gpus, why_no_gpu
+from ddkit.runtime.device import cpu_model, describe_device, free_memory, has_bfloat16, usable_gpus, why_no_gpu
 from ddkit.runtime.environment import versions
 from ddkit.runtime.files import cache_folder
 from ddkit.runtime.progress import span_text
@@ -97,7 +97,7 @@ def _processor() -> Iterator[Diagnosis]:
     cpus, quota = available_cpus(), cpu_quota()
     text = f"{cpu_model()}, {counted(cpus, 'usable CPU', 'usable CPUs')}"
     text += f" by the container's quota of {quota:g}" if quota else ""
-    text += ", with bfloat16 instructions" if has_bfloat16() else ""
+    text += ", with bfloat16 instructions" if has_bfloat16(torch.device("cpu")) else ""
     yield Diagnosis("ok", "processor", text)
     threads = torch.get_num_threads()
     text = f"PyTorch uses {threads}, OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}"

@@ -113,8 +113,8 @@ _METHODS = (
 @click.option(
     "--precision",
     type=SAMPLING_PRECISION,
-    help="Compute in this precision. auto samples in bfloat16 on GPUs that compute it fast, and in float32 elsewhere, and "
-    "chooses images in the faster one.  "
+    help="Compute in this precision. auto samples in bfloat16 on GPUs and processors with instructions for it, else in "
+    "float32, and chooses images in the faster one.  "
     f"[default: {_DEFAULTS.precision}]",
 )
 @click.option("--compile/--no-compile", default=None, help="Compile the networks first; worth it above a few thousand images.")

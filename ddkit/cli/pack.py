@@ -62,8 +62,8 @@ _TRACK_2_OPTIONS = (
                  help="Track 2: keep this share of the images. A classifier trained on the real images labels them, and those "
                  f"that show their class most clearly are kept; 1 keeps all, as they were sampled.  [default: {BUNDLE_KEEP}]"),
     click.option("--precision", type=SAMPLING_PRECISION,
-                 help="Track 2: sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.  "
-                 f"[default: {BUNDLE_SAMPLING.precision}]"),
+                 help="Track 2: sample in this precision; auto is bfloat16 on GPUs and processors with instructions for it, "
+                 f"else float32.  [default: {BUNDLE_SAMPLING.precision}]"),
     click.option("--bundle-device", type=click.Choice(["auto", "cpu", "cuda"]),
                  default="auto", help="Track 2: run the bundle on this device; cuda requires a GPU."),
     click.option("--half", is_flag=True, help="Track 2: store weights as float16, and print what that changes."),

@@ -89,7 +89,7 @@ class _ImagesPerClass(click.ParamType):
     "--precision",
     type=SAMPLING_PRECISION,
     default="auto",
-    help="Sample in this precision; auto is bfloat16 on GPUs that are fast at it, else float32.",
+    help="Sample in this precision; auto is bfloat16 on GPUs and processors with instructions for it, else float32.",
 )
 @click.option("--time-budget", type=Duration(), default="60s", help="Let the generator run this long for each trial.")
 @click.option(

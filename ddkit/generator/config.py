@@ -240,7 +240,7 @@ class SamplingSettings:
         the noise in the latents; 0 turns it off. `ddkit.generator.influence` says what differs from the paper, and
         tools/results/generator.md what it is worth.
     batch_size: images at once; None for BATCH_ON_GPU on a GPU and BATCH_ELSEWHERE elsewhere.
-    precision: "float32", "bfloat16" or "auto", which is bfloat16 on GPUs that have it and float32 elsewhere.
+    precision: "float32", "bfloat16" or "auto", which is bfloat16 on GPUs and processors with instructions for it, else float32.
     compile: use torch.compile, which is worth it above a few thousand images.
     """
 

@@ -28,7 +28,7 @@ from ddkit.generator.model_folder import Model
 from ddkit.generator.networks import null_class, predict
 from ddkit.generator.objective import TIME_SCALE, Objective
 from ddkit.generator.samplers import make_plan
-from ddkit.runtime.device import is_out_of_memory, release_memory, shortage_explained, upload
+from ddkit.runtime.device import has_bfloat16, is_out_of_memory, release_memory, shortage_explained, upload
 from ddkit.runtime.seeds import generator_for
 from ddkit.runtime.threads import cores_for, parallel_map
 
@@ -41,11 +41,10 @@ _INFLUENCE_GUIDED = (0.08, 0.4)  # from which to which share of the steps (IGD's
 
 def resolve_settings(settings: SamplingSettings, device: torch.device) -> SamplingSettings:
     """The settings with the batch size and the precision that "auto" means on that device."""
-    on_gpu = device.type == "cuda"
-    size = settings.batch_size or (BATCH_ON_GPU if on_gpu else BATCH_ELSEWHERE)
+    size = settings.batch_size or (BATCH_ON_GPU if device.type == "cuda" else BATCH_ELSEWHERE)
     precision = settings.precision
     if precision == "auto":
-        precision = "bfloat16" if on_gpu and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+        precision = "bfloat16" if has_bfloat16(device) else "float32"
     return replace(settings, batch_size=size, precision=precision)
 
 

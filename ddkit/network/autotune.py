@@ -22,7 +22,7 @@ from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine, close_engine
 from ddkit.network.kernels import CompileError
 from ddkit.network.plan import PRECISIONS, EnginePlan
-from ddkit.runtime.device import cpu_flags, describe_device, release_memory
+from ddkit.runtime.device import describe_device, has_bfloat16, release_memory
 from ddkit.runtime.files import cache_folder, one_at_a_time, read_json, write_json
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _CHUNKS = (4, 8, 16, 32, 64)
 _LEAST_IMAGES = 64
 _ENGINES = "2026-11-28, 2"  # when they last became other or faster ones; what was remembered before is measured again
 _PLAIN_CHUNK = 16
-_BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 # Compiling for a GPU saves less than this share of the time, and takes at least so many seconds: where that cannot pay it
 # is not tried. Both are assumptions from public measurements; no GPU was at hand.
 _MOST_SAVED_BY_COMPILING = 0.5
@@ -72,7 +71,7 @@ def choose_plan(network: nn.Module, precision: str, batch_size: int, *, images_l
     """
     weights = next(network.parameters())
     device = weights.device
-    if precision == "auto" and not (type(network) is ConvNet and device.type == "cpu" and has_bfloat16()):
+    if precision == "auto" and not (type(network) is ConvNet and device.type == "cpu" and has_bfloat16(device)):
         precision = "float32"
     if type(network) is not ConvNet:
         return _plan_without_measuring(network, precision)
@@ -110,21 +109,21 @@ def _fastest(network: ConvNet, precision: str, batch_size: int) -> tuple[str, _M
 
 def candidates(network: ConvNet, precision: str, batch_size: int) -> list[EnginePlan]:
     """The plans worth trying for the official network on its device; on a GPU, those that compile nothing."""
-    device = next(network.parameters()).device.type
-    if device == "cuda":
+    device = next(network.parameters()).device
+    if device.type == "cuda":
         chunk = _chunk(_CHUNK_IN_GPU_CACHE, network)
         kinds = [("plain", 0), ("cuda_graph", 0), *([("cuda_graph", chunk)] if chunk < batch_size else [])]
         return [EnginePlan(kind, precision, of, channels_last=last) for kind, of in kinds for last in (False, True)]
-    if device != "cpu":
+    if device.type != "cpu":
         return [EnginePlan("plain", precision)]
     workers = torch.get_num_threads()
     most = -(-batch_size // workers)
     chunks = sorted({min(most, _chunk(chunk, network)) for chunk in _CHUNKS})
     plain = EnginePlan("plain", precision, chunks[-1])
-    plans = [plain] if precision == "float32" or has_bfloat16() or not winograd.fits(network) else []
+    plans = [plain] if precision == "float32" or has_bfloat16(device) or not winograd.fits(network) else []
     if winograd.fits(network):
         # PyTorch's products of bfloat16 are far too slow as well without instructions for it.
-        products = ("torch", "own") if precision == "float32" or has_bfloat16() else ("own",)
+        products = ("torch", "own") if precision == "float32" or has_bfloat16(device) else ("own",)
         plans += [EnginePlan("winograd", precision, chunk, workers, each) for each in products for chunk in chunks]
     return plans
 
@@ -217,11 +216,6 @@ def prescribed_plans(plans: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
         yield
     finally:
         _prescribed.reset(token)
-
-
-def has_bfloat16() -> bool:
-    """True if this processor has instructions for bfloat16."""
-    return bool(_BFLOAT16_INSTRUCTIONS & cpu_flags())
 
 
 def _plan_without_measuring(network: nn.Module, precision: str) -> EnginePlan:

@@ -21,6 +21,8 @@ from ddkit.runtime.environment import processes_here
 
 _log = logging.getLogger(__name__)
 
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
 
 def resolve_device(name: str) -> torch.device:
     """The device of that name: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -206,6 +208,13 @@ def shortage_explained(explanation: Callable[[], ComputeError]) -> Iterator[None
 def cpu_model() -> str:
     """The processor's model name."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """True if the device has instructions for bfloat16, and so computes networks faster in it than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and bool(_BFLOAT16_FLAGS & cpu_flags())
 
 
 def cpu_flags() -> frozenset[str]:

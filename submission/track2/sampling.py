@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MODES_FILE = "modes.safetensors"
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 class Sampler:
@@ -109,10 +110,21 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
-    """True if a precision is bfloat16 on a device; "auto" is on GPUs of capability 8.0 and more, which are fast at it."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    return precision == "bfloat16"
+    """True if a precision is bfloat16 on a device; "auto" is where the device has instructions for it, and so is faster."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and bool(BFLOAT16_FLAGS & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """The names of the processor's instruction sets; empty if the system does not list them."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return set()
+    return set(next((flags for name, _, flags in lines if name.strip() in ("flags", "Features")), "").split())
 
 
 def _load_scheduler(folder: Path) -> Any:

@@ -252,11 +252,15 @@ def test_noise_of_the_next_batch_is_drawn_while_a_batch_is_sampled(gpu, make_mod
     assert [len(images) for images in sampler.images(torch.zeros(8, dtype=torch.int64), torch.arange(8))] == [4, 4]
 
 
-def test_sampling_defaults_suit_the_device(gpu):
+def test_sampling_defaults_suit_the_device(gpu, monkeypatch):
     settings = resolve_settings(SamplingSettings(), CUDA)
     assert (settings.precision, settings.batch_size) == ("bfloat16", 1024)
-    settings = resolve_settings(SamplingSettings(), torch.device("cpu"))
-    assert (settings.precision, settings.batch_size) == ("float32", 256)
+    gpu.capability = (7, 5)
+    assert resolve_settings(SamplingSettings(), CUDA).precision == "float32"
+    for flags, precision in ((("avx2", "avx512f"), "float32"), (("avx512f", "avx512_bf16"), "bfloat16")):
+        monkeypatch.setattr("ddkit.runtime.device.cpu_flags", lambda flags=flags: frozenset(flags))
+        settings = resolve_settings(SamplingSettings(), torch.device("cpu"))
+        assert (settings.precision, settings.batch_size) == (precision, 256)
     assert resolve_settings(SamplingSettings(precision="float32", batch_size=7), CUDA).batch_size == 7
 
 

@@ -29,6 +29,7 @@ from ddkit.generator.sampling import Sampler, SamplingSettings, class_ordered
 from ddkit.network.networks import build_network
 from ddkit.packing.bundle import BundleModel, BundleSettings, build_folder
 from ddkit.runtime.container import available_cpus
+from ddkit.runtime.device import has_bfloat16
 from ddkit.runtime.torch_file import load_tensors
 
 SAMPLING = SamplingSettings(steps=3, guidance=1.5, batch_size=64)
@@ -522,10 +523,13 @@ class TestParts:
     def test_every_way_to_say_that_memory_is_used_up_is_known(self, load, error, expected):
         assert load("worker").is_out_of_memory(error) is expected
 
-    def test_precision_auto_is_float32_where_there_is_no_gpu(self, load):
-        computes = load("sampling").computes_in_bfloat16
-        assert not computes("auto", torch.device("cpu")) and computes("bfloat16", torch.device("cpu"))
-        assert not computes("float32", torch.device("cpu"))
+    def test_precision_auto_is_bfloat16_on_processors_with_instructions_for_it(self, load, monkeypatch):
+        sampling, cpu = load("sampling"), torch.device("cpu")
+        assert sampling.computes_in_bfloat16("auto", cpu) is has_bfloat16(cpu)
+        for flags, expected in (({"avx2", "avx512f"}, False), ({"avx512f", "avx512_bf16"}, True), (set(), False)):
+            monkeypatch.setattr(sampling, "cpu_flags", lambda flags=flags: flags)
+            assert sampling.computes_in_bfloat16("auto", cpu) is expected
+            assert sampling.computes_in_bfloat16("bfloat16", cpu) and not sampling.computes_in_bfloat16("float32", cpu)
 
     @pytest.mark.parametrize(("ipc", "bytes_per_value", "said"), [(50, 4, "room for 48 images"), (None, 4, ""), (50, 1, "")])
     def test_the_memory_of_whoever_loads_the_file_limits_a_fixed_set_too(

@@ -21,7 +21,15 @@ from ddkit.generator.training.estimate import Estimate, estimate, shortage
 from ddkit.generator.training.run_folder import has_training, read_run_record
 from ddkit.generator.training.tracking import SCORE_NAMES
 from ddkit.generator.training.train import TrainingData, TrainingRequest, train
-from ddkit.runtime.device import describe_device, free_memory, own_device, resolve_device, shared_gpus
+from ddkit.runtime.device import (
+    cpu_model,
+    describe_device,
+    free_memory,
+    has_bfloat16,
+    own_device,
+    resolve_device,
+    shared_gpus,
+)
 from ddkit.runtime.environment import processes
 from ddkit.runtime.progress import Listener, ignore, span_text, time_option
 from ddkit.runtime.records import override
@@ -106,9 +114,9 @@ def plan_training(
     same weight. method: one of METHODS; `settings["init"]`, the preset minimax-paper and a folder with a fine-tuning
     imply "minimax". folder: by default `runs`/<dataset>, or `runs`/<dataset>-minimax. resume: a training must be there.
     fresh: the training in the folder is to be removed. track_every, features: as in TrainingRequest.
-    A new training on a GPU takes the largest of GPU_PRESETS that fits into its memory, and bfloat16 where the GPU
-    computes it fast. Raises UsageError for arguments that contradict each other or are unknown, MissingModelError when
-    there is nothing to resume or to start fine-tuning from, and what `start_from` raises.
+    A new training on a GPU takes the largest of GPU_PRESETS that fits into its memory, and one on a device with
+    instructions for bfloat16 computes in it. Raises UsageError for arguments that contradict each other or are unknown,
+    MissingModelError when there is nothing to resume or to start fine-tuning from, and what `start_from` raises.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     _check_contradictions(given, seconds=seconds, resume=resume, fresh=fresh)
@@ -269,9 +277,10 @@ def _new_config(
     config = preset(name).config(data.image_size)
     if chooses_precision and config.precision == "float32":
         device = own_device(resolve_device(device_name))
-        if device.type == "cuda" and all(torch.cuda.get_device_capability(gpu)[0] >= 8 for gpu in shared_gpus(device)):
+        if all(has_bfloat16(each) for each in (shared_gpus(device) if device.type == "cuda" else [device])):
             config = dataclasses.replace(config, precision="bfloat16")
-            choices.append(f"Precision bfloat16: {describe_device(device)} computes it faster than float32.")
+            name_of_device = cpu_model() if device.type == "cpu" else describe_device(device)
+            choices.append(f"Precision bfloat16: {name_of_device} computes it faster than float32.")
     return name, config, tuple(choices)
 
 

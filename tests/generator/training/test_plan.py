@@ -12,6 +12,7 @@ from ddkit.generator.model_folder import save_model
 from ddkit.generator.presets import preset
 from ddkit.generator.training.plan import SETTINGS, plan_training, require_time, train_generator
 from ddkit.generator.training.run_folder import RunRecord, write_run_record
+from ddkit.runtime.device import cpu_model
 
 
 @pytest.fixture
@@ -26,6 +27,14 @@ def begin(data, tmp_path):
         return folder
 
     return begin
+
+
+@pytest.fixture(autouse=True)
+def flags(monkeypatch):
+    """The names of the processor's instruction sets, none of them for bfloat16 at first."""
+    flags = {"avx2", "avx512f"}
+    monkeypatch.setattr("ddkit.runtime.device.cpu_flags", lambda: flags)
+    return flags
 
 
 @pytest.fixture
@@ -47,6 +56,18 @@ def test_new_training_is_the_preset_with_the_given_settings(plan):
     assert (config.denoiser_optimizer.batch_size, config.denoiser_optimizer.learning_rate) == (7, 0.5)
     assert (config.objective.prediction, config.denoiser.architecture, config.flips, config.seed) == ("v", "dit", False, 9)
     assert config.autoencoder_optimizer == preset("demo").config(16).autoencoder_optimizer
+
+
+def test_new_training_computes_in_bfloat16_where_the_processor_has_instructions_for_it(plan, begin, flags):
+    assert plan(preset="tiny").choices == ()
+    begin("begun", preset("demo").config(16))
+    flags.add("avx512_bf16")
+    said = plan(preset="tiny")
+    assert said.config == dataclasses.replace(preset("tiny").config(16), precision="bfloat16")
+    assert said.choices == (f"Precision bfloat16: {cpu_model()} computes it faster than float32.",)
+    asked = plan(preset="tiny", precision="float32")
+    assert asked.config.precision == "float32" and asked.choices == ()
+    assert plan("begun").config.precision == "float32"
 
 
 def test_settings_of_the_objective_and_of_averaging_are_applied(plan):
