@@ -16,6 +16,7 @@ from sampling import upload
 
 WIDTH, BLOCKS = 128, 3
 IMAGES_AT_ONCE = 256
+IMAGES_AT_ONCE_ON_CPU = 16  # whose maps stay in a core's caches, which takes half the time
 
 
 class Classifier:
@@ -33,7 +34,8 @@ class Classifier:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) uint8 on the CPU -> (n, classes) float16 in [0, 1] on the CPU."""
-        logits = torch.cat([self._logits(some) for some in pixels.split(IMAGES_AT_ONCE)])
+        at_once = IMAGES_AT_ONCE_ON_CPU if self._mean.device.type == "cpu" else IMAGES_AT_ONCE
+        logits = torch.cat([self._logits(some) for some in pixels.split(at_once)])
         return logits.softmax(1).half().cpu()
 
     def _logits(self, pixels: Tensor) -> Tensor:
