@@ -132,7 +132,8 @@ def _read_class_map(
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help="Compute in this precision.  [default: the preset's, or bfloat16 on GPUs and processors with instructions for it]",
+    help="Compute in this precision. bfloat16 is faster on GPUs and processors with instructions for it.  "
+    "[default: the preset's, or the faster one]",
 )
 @click.option(
     "--compile/--no-compile", default=None, help="Compile the networks if the training is long enough.  [default: the preset's]"

@@ -79,7 +79,8 @@ def encode(autoencoder: AutoencoderKL, pixels: Tensor, latent_side: int) -> Tens
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor, image_size: int) -> Tensor:
     """(N, C, s, s), not scaled -> (N, 3, S, S) around [-1, 1], S = image_size; the inverse of `encode`."""
-    return resize(F.pixel_shuffle(autoencoder.decode(latents).sample, pixel_patch(autoencoder)), image_size)
+    pixels = F.pixel_shuffle(autoencoder.decode(latents).sample, pixel_patch(autoencoder))
+    return resize(pixels.float(), image_size)  # on a CPU PyTorch resizes no bfloat16
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -95,11 +95,11 @@ class Sampler:
         """Latents to pixels around [0, 1], (n, 3, S, S) float32."""
         latents = (latents / self._autoencoder.config.scaling_factor).contiguous(memory_format=torch.channels_last)
         patch = math.isqrt(self._autoencoder.config.out_channels // 3)  # pixels that lie in the channels
-        pixels = F.pixel_shuffle(self._autoencoder.decode(latents).sample, patch)
+        pixels = F.pixel_shuffle(self._autoencoder.decode(latents).sample, patch).float()
         side = self._entry["image_size"]
         if pixels.shape[-1] != side:
             pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
-        return pixels.float() / 2 + 0.5
+        return pixels / 2 + 0.5
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

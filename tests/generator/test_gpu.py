@@ -147,10 +147,10 @@ def test_tracked_training_scores_on_the_gpu_asked_for(gpu, second_gpu, data, con
 ])  # fmt: skip
 def test_sampling_waits_once_a_batch(gpu, second_gpu, make_model, architecture, prediction, sampler):
     """For the images, which come back."""
-    settings = SamplingSettings(sampler, steps=6, batch_size=4, guidance_interval=(0.2, 0.8))
+    settings = SamplingSettings(sampler, steps=6, batch_size=4, guidance_interval=(0.2, 0.8), precision="float32")
     labels, indices = class_ordered(8, 3)
     on_cpu = torch.cat([*Sampler(make_model(architecture, prediction), settings).images(labels, indices)])
-    ours = Sampler(make_model(architecture, prediction), dataclasses.replace(settings, precision="float32"), second_gpu)
+    ours = Sampler(make_model(architecture, prediction), settings, second_gpu)
     made = []
     assert waits_of(gpu, lambda: made.extend(ours.images(labels, indices))) == 6, gpu.waits
     assert (torch.cat(made).int() - on_cpu.int()).abs().max() <= 1
@@ -358,7 +358,8 @@ class TestPlan:
         assert found[0] == found[1] and found[0].preset != "small"
         assert "the smallest of 2 GPUs has 0.5 GiB of memory" in found[0].choices[0]
 
-    def test_machine_without_a_gpu_keeps_the_default(self, data, tmp_path):
+    def test_machine_without_a_gpu_keeps_the_default(self, data, tmp_path, monkeypatch):
+        monkeypatch.setattr("ddkit.runtime.device.cpu_flags", frozenset)
         request = plan_training(data, {}, runs=tmp_path, device="cpu")
         assert (request.preset, request.config.precision) == ("tiny", "float32")
         assert request.choices == ("Preset tiny: the default for training without a GPU.",)

@@ -77,7 +77,7 @@ def test_influence_is_the_mean_over_the_networks(influence, images):
 
 class TestSampling:
     def images(self, make_model, influence, scale, size=4, **settings):
-        chosen = SamplingSettings(steps=5, batch_size=size, influence_guidance=scale, **settings)
+        chosen = SamplingSettings(steps=5, batch_size=size, influence_guidance=scale, precision="float32", **settings)
         sampler = Sampler(make_model(), chosen, influence=influence if scale else None)
         return torch.cat([*sampler.images(LABELS, INDICES)])
 

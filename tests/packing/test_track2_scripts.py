@@ -584,6 +584,14 @@ class TestParts:
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
         assert torch.equal(ours, theirs)
 
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_samples_get_the_side_of_the_datasets_images(self, load, colors, save_colors_model, tmp_path, precision):
+        settings = BundleSettings(SamplingSettings(steps=2, guidance=1.0, precision=precision), keep=1.0)
+        built = build_folder([BundleModel(colors, save_colors_model(tmp_path / "model"), settings)], tmp_path / "other")
+        facts = json.loads((built / "models" / colors / "entry.json").read_text())
+        sampler = load("sampling").Sampler(built / "models" / colors, facts | {"image_size": 40}, "cpu", 3)
+        assert sampler([0, 1], [0, 0]).shape == (2, 3, 40, 40)
+
 
 class TestOnAPretendedGPU:
     """The worker of the second of two GPUs: what it makes, on which device, and how often it waits."""

@@ -67,8 +67,9 @@ def same(first, second, **tolerance):
         torch.testing.assert_close(second[name], value, msg=name, **(tolerance or {"atol": 0, "rtol": 0}))
 
 
-def sampled(model):
-    return torch.cat([*Sampler(model, SamplingSettings(steps=2, batch_size=4)).images(*class_ordered(2, 3))])
+def sampled(model, precision="float32"):
+    settings = SamplingSettings(steps=2, batch_size=4, precision=precision)
+    return torch.cat([*Sampler(model, settings).images(*class_ordered(2, 3))])
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -95,7 +96,7 @@ def test_images_of_another_size_are_resized_for_training_and_sampled_at_their_ow
     model = train(large, TrainingRequest(tuning(pretrained, prediction="epsilon", steps=1), tmp_path / "run"))
     with safe_open(tmp_path / "run" / "checkpoints" / "latents.safetensors", "pt") as file:
         assert file.get_slice("latents").get_shape() == [12, 2, 4, 8, 8]
-    assert sampled(model).shape == (6, 3, 40, 40)
+    assert {sampled(model, precision).shape for precision in ("float32", "bfloat16")} == {(6, 3, 40, 40)}
 
 
 @pytest.mark.slow
