@@ -189,8 +189,8 @@ def test_mode_guidance_by_images_prepared_since_is_not_taken_for_the_set_that_is
 
 @pytest.mark.slow
 def test_influence_guidance_makes_another_set_and_is_recorded(colors, model_folder, tmp_path):
-    settings = SamplingSettings(steps=3, influence_guidance=0.2)
-    plain = generate(colors, 2, FromModel(model_folder, SamplingSettings(steps=3)), tmp_path / "plain.pt")
+    settings = SamplingSettings(steps=3, influence_guidance=0.2, precision="float32")
+    plain = generate(colors, 2, FromModel(model_folder, SamplingSettings(steps=3, precision="float32")), tmp_path / "plain.pt")
     guided = generate(colors, 2, FromModel(model_folder, settings), tmp_path / "guided.pt")
     assert not torch.equal(pixels(plain.tensor, colors), pixels(guided.tensor, colors))
     facts = [json.loads(saved.provenance.read_text()) for saved in (plain, guided)]
