@@ -359,8 +359,10 @@ def _measure(each: SetRecipe, of_track: int, device: torch.device) -> Speeds:
         return speeds
     from ddkit.entering.training import sampling_speed
     from ddkit.generator.training.estimate import estimate
+    from ddkit.generator.training.plan import suitable_precision
 
     config = training_config(each)
+    config = dataclasses.replace(config, precision=each.train_precision or suitable_precision(config, device))
     costs = estimate(config, spec.image_size, spec.num_classes, device)
     sampling = each.bundle_settings.sampling if of_track == 2 else each.sampling_settings
     return dataclasses.replace(

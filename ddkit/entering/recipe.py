@@ -12,9 +12,10 @@ from typing import Any
 from ddkit import challenge
 from ddkit.data.store import dataset_spec, is_prepared, train_sha256
 from ddkit.distill.settings import RefineSettings
-from ddkit.errors import BadFileError, UsageError
+from ddkit.errors import BadFileError, UsageError, did_you_mean
 from ddkit.generator.config import (
     BUNDLE_SAMPLING,
+    PRECISIONS,
     BundleSettings,
     SamplingSettings,
     default_mode_guidance,
@@ -42,6 +43,7 @@ class SetRecipe:
     dataset_sha256: of the prepared training split; "" accepts any. preset: of the generator whose images are refined or,
     on track 2, that is packed; "" takes random real images.
     autoencoder_steps, train_steps: lengths of the generator's training; None while a time decides, or for the preset's.
+    train_precision: one of PRECISIONS, in which the generator trains; "" takes the one that suits the device.
     compile: as in `ddkit.generator.config.GeneratorConfig`. refine: None refines nothing. refine_steps: None while a time
     decides. sampling: how the generator samples on track 1, and bundle: how it does on track 2; None takes this version's
     defaults, and names that their tables leave out those of `SamplingSettings`, without mode guidance. sha256: of the set's
@@ -53,6 +55,7 @@ class SetRecipe:
     preset: str = ""
     autoencoder_steps: Count | None = None
     train_steps: Count | None = None
+    train_precision: str = ""
     compile: bool | None = None
     refine: RefineSettings | None = None
     refine_steps: Count | None = None
@@ -64,6 +67,8 @@ class SetRecipe:
         dataset_spec(self.dataset)  # raises UsageError for an unknown name
         if self.preset:
             preset_of(self.preset)
+        if self.train_precision not in ("", *PRECISIONS):
+            raise UsageError(f"Unknown precision '{self.train_precision}'.", did_you_mean(self.train_precision, PRECISIONS))
 
     @property
     def bundle_settings(self) -> BundleSettings:

@@ -199,8 +199,7 @@ class Workplace:
             each = dataclasses.replace(each, compile=seconds >= SECONDS_WORTH_COMPILING and each.compile is not False)
         from ddkit.entering.training import train_generator
 
-        steps, autoencoder_steps = train_generator(each, self.recipe.seed, folder, seconds, self._device, progress)
-        changed = dataclasses.replace(each, train_steps=steps, autoencoder_steps=autoencoder_steps)
+        changed = train_generator(each, self.recipe.seed, folder, seconds, self._device, progress)
         self.recipe = self.recipe.with_set(changed)
 
     def _started_from(self, name: str) -> Path:

@@ -50,16 +50,17 @@ def sampling_speed(config: GeneratorConfig, spec: DatasetSpec, settings: Samplin
 
 def train_generator(
     each: SetRecipe, seed: int, folder: Path, seconds: float | None, device: str, progress: Listener
-) -> tuple[int, int | None]:
+) -> SetRecipe:
     """Train the generator of a set in `folder`, or continue its training.
 
-    seconds: of training, None for the recipe's steps. Returns the steps of the denoiser and those of the autoencoder, None
-    if that was not trained.
+    seconds: of training, None for the recipe's steps. Returns the set's recipe with the steps and the precision of the
+    training that is there now.
     """
     data = TrainingData.open(each.dataset, progress=progress)
     settings = {
         "seed": seed,
         "steps": each.train_steps,
+        "precision": each.train_precision or None,
         "compile": each.compile,
         "autoencoder_optimizer.steps": each.autoencoder_steps,
     }
@@ -69,4 +70,9 @@ def train_generator(
     require_memory(data, request)
     model = train(data, request, progress=progress)
     steps = [r["step"] for r in read_records(folder / METRICS_FILE) if r["stage"] == AutoencoderStage.name]
-    return model.facts.steps, max(steps, default=None)
+    return dataclasses.replace(
+        each,
+        train_steps=model.facts.steps,
+        autoencoder_steps=max(steps, default=None),
+        train_precision=request.config.precision,
+    )

@@ -57,6 +57,7 @@ dataset = "colors"
 preset = "demo"
 autoencoder_steps = 3
 train_steps = 3
+train_precision = "float32"
 [sets.bundle]
 images_per_class = 2
 keep = 1
@@ -166,6 +167,8 @@ def test_an_entry_killed_twice_is_ended_by_the_same_command_and_its_recipe_makes
     assert first.sets == second.sets and first.accuracies == second.accuracies
     assert (first.sets[0].refine_steps, first.sets[0].train_steps, first.seed) == (3, 4, 3)
     assert (first.sets[0].sampling.steps, first.sets[0].sampling.guidance) == (2, 3.0)
+    trained = json.loads((entry / "runs/glyphs/config.json").read_text())["config"]
+    assert first.sets[0].train_precision == trained["precision"]
 
 
 def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_samples_with(work, colors, forked_scripts):
@@ -178,6 +181,8 @@ def test_a_bundle_is_made_again_from_its_recipe_with_the_settings_that_it_sample
         facts = json.loads(bundle.read("models/colors/entry.json"))
     wanted = {"sampler": "dpm++", "steps": 3, "guidance": 1.5, "precision": "float32", "images_per_class": 2, "keep": 1}
     assert wanted.items() <= facts.items()
+    trained = json.loads((work / "entry/runs/colors/config.json").read_text())["config"]
+    assert trained["precision"] == "float32"
     made = read_recipe(work / "entry/recipe.toml")
     (result,) = read(work / "entry/runs/results.jsonl").results
     assert made.sets[0].bundle_settings.sampling.steps == 3 and made.sets[0].sha256 == result.sha256

@@ -16,7 +16,13 @@ RECIPE = Recipe(
     (
         SetRecipe("cifar100", "ab" * 32, refine=RefineSettings(batch_real=8, pool=PoolSettings(size=3)), refine_steps=7),
         SetRecipe(
-            "glyphs", preset="demo", train_steps=5, refine=RefineSettings("dm", seed=2), refine_steps=0, sha256="cd" * 32
+            "glyphs",
+            preset="demo",
+            train_steps=5,
+            train_precision="bfloat16",
+            refine=RefineSettings("dm", seed=2),
+            refine_steps=0,
+            sha256="cd" * 32,
         ),
     ),
     seed=2,
@@ -68,7 +74,10 @@ def test_a_recipe_that_does_not_say_how_its_bundle_samples_takes_defaults(tmp_pa
 def test_recorded_recipes_can_be_read_and_have_all_lengths():
     found = {path.stem: read_recipe(path) for path in RECIPES.glob("*.toml")}
     assert len(found) > 1
-    assert all(each.refine is not None and each.refine_steps for recipe in found.values() for each in recipe.sets)
+    for recipe in found.values():
+        for each in recipe.sets:
+            assert each.train_steps if recipe.track == 2 else each.refine is not None and each.refine_steps
+    assert found["cifar100-track2-44.38"].sets[0].bundle_settings.images_per_class == 250
     recorded = found["cifar100-33.89"].sets[0]
     assert (recorded.refine.pool.size, recorded.refine.precision, recorded.refine_steps) == (0, "float32", 1792)
 
@@ -93,6 +102,7 @@ def test_a_recipe_of_few_lines_takes_defaults(tmp_path):
         ('track = 3\n[[sets]]\ndataset = "glyphs"\n', "Unknown track 3"),
         ('track = 2\n[[sets]]\ndataset = "glyphs"\n', "needs a generator"),
         ('[[sets]]\ndataset = "glyphs"\npreset = "dem"\n', "Did you mean 'demo'"),
+        ('[[sets]]\ndataset = "glyphs"\ntrain_precision = "bfloat"\n', "Unknown precision 'bfloat'. Did you mean 'bfloat16'"),
         ('[[sets]]\ndataset = "glyphs"\nrefine_steps = -1\n', "sets: refine_steps cannot be -1"),
         ('[[sets]]\ndataset = "glyphs"\nrefine = 3\n', "sets: refine cannot be 3"),
         ('[[sets]]\ndataset = "glyphs"\n[sets.refine]\nrate = 3\n', "Unknown setting 'rate'"),

@@ -275,13 +275,18 @@ def _new_config(
         name, reason = preset_for(data.image_size, data.num_classes, device_name)
         choices.append(reason)
     config = preset(name).config(data.image_size)
-    if chooses_precision and config.precision == "float32":
-        device = own_device(resolve_device(device_name))
-        if all(has_bfloat16(each) for each in (shared_gpus(device) if device.type == "cuda" else [device])):
-            config = dataclasses.replace(config, precision="bfloat16")
-            name_of_device = cpu_model() if device.type == "cpu" else describe_device(device)
-            choices.append(f"Precision bfloat16: {name_of_device} computes it faster than float32.")
+    device = own_device(resolve_device(device_name))
+    if chooses_precision and config.precision != (suitable := suitable_precision(config, device)):
+        config = dataclasses.replace(config, precision=suitable)
+        name_of_device = cpu_model() if device.type == "cpu" else describe_device(device)
+        choices.append(f"Precision {suitable}: {name_of_device} computes it faster than float32.")
     return name, config, tuple(choices)
+
+
+def suitable_precision(config: GeneratorConfig, device: torch.device) -> str:
+    """bfloat16 if every device that shares the training has instructions for it, else the configuration's own precision."""
+    devices = shared_gpus(device) if device.type == "cuda" else [device]
+    return "bfloat16" if config.precision == "float32" and all(map(has_bfloat16, devices)) else config.precision
 
 
 def _completed(
