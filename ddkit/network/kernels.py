@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from ddkit.errors import BadFileError, DDKitError
-from ddkit.runtime.device import cpu_flags, cpu_model
+from ddkit.runtime.container import cpu_flags
+from ddkit.runtime.device import cpu_model
 from ddkit.runtime.files import atomic_write, cache_folder
 
 # -O3 unrolls the loops over taps and vectors; no flag relaxes the arithmetic but fused multiply-add, which is GCC's

@@ -1,4 +1,5 @@
-"""The CPUs and the memory that a container leaves this process, and OpenMP's threads, set before torch reads them once.
+"""The CPUs and the memory that a container leaves this process, what its processor can do, and OpenMP's threads, set before
+torch reads them once.
 
 Track 2's bundle carries this file, so it imports nothing of ddkit.
 
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path, PurePosixPath
 
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of processors with instructions for bfloat16
 _WAIT_POLICY, _NUM_THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
 _THIS_PROCESS = Path("/proc/self")
 # A control group's limit of memory, the memory used, and the part of it that holds files: by version 2, and by version 1.
@@ -75,6 +77,20 @@ def free_memory(process: Path = _THIS_PROCESS) -> int:
                 spare = sum(_figures(folder / "memory.stat", files))
                 found.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + spare)
     return max(0, min(found))
+
+
+def cpu_flags() -> frozenset[str]:
+    """The names of the processor's instruction sets; empty if the system does not list them."""
+    return frozenset((cpuinfo("flags") or cpuinfo("Features")).split())
+
+
+def cpuinfo(field: str) -> str:
+    """A field of Linux's description of the first processor, or an empty text."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")
 
 
 def _figures(path: Path, name: str) -> list[int]:

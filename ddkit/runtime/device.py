@@ -10,18 +10,16 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import psutil
 import torch
 
 from ddkit.errors import ComputeError, UsageError, counted
 from ddkit.runtime import container
+from ddkit.runtime.container import BFLOAT16_FLAGS, cpu_flags, cpuinfo
 from ddkit.runtime.environment import processes_here
 
 _log = logging.getLogger(__name__)
-
-_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -207,25 +205,11 @@ def shortage_explained(explanation: Callable[[], ComputeError]) -> Iterator[None
 
 def cpu_model() -> str:
     """The processor's model name."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """True if the device has instructions for bfloat16, and so computes networks faster in it than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and bool(_BFLOAT16_FLAGS & cpu_flags())
-
-
-def cpu_flags() -> frozenset[str]:
-    """The names of the processor's instruction sets; empty if the system does not list them."""
-    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
-
-
-def _cpuinfo(field: str) -> str:
-    """A field of Linux's description of the first processor, or an empty text."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")
+    return device.type == "cpu" and bool(BFLOAT16_FLAGS & cpu_flags())

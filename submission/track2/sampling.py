@@ -1,6 +1,6 @@
 """A model folder made ready to sample: which image of which class in, pixels out.
 
-Needs torch, diffusers and safetensors, and `linear_plan.py` next to it, and `denoiser.py` if the model is a U-ViT.
+Needs torch, diffusers and safetensors, `container.py` and `linear_plan.py` next to it, and for a U-ViT `denoiser.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+from container import BFLOAT16_FLAGS, cpu_flags
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from linear_plan import linear_plan, weighted_sum
 from safetensors.torch import load_file
@@ -22,7 +23,6 @@ from torch.nn import functional as F
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MODES_FILE = "modes.safetensors"
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 class Sampler:
@@ -116,15 +116,6 @@ def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and bool(BFLOAT16_FLAGS & cpu_flags())
-
-
-def cpu_flags() -> set[str]:
-    """The names of the processor's instruction sets; empty if the system does not list them."""
-    try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return set()
-    return set(next((flags for name, _, flags in lines if name.strip() in ("flags", "Features")), "").split())
 
 
 def _load_scheduler(folder: Path) -> Any:
