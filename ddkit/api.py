@@ -5,16 +5,19 @@
 Files are given as paths, and written where the commands write them; `evaluate` and `check` also take a set in memory.
 `progress` is called with a `ddkit.runtime.progress.Progress` now and then; None shows bars in a Jupyter notebook and nothing
 elsewhere.
-All functions raise `ddkit.errors.DDKitError` for what the user can correct.
+All functions raise `ddkit.errors.DDKitError` for what the user can correct, and compute alike whatever default device and
+dtype a notebook has set in PyTorch.
 Ctrl-C saves the state of a long computation; the same call then continues it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ddkit.results import RESULTS_FILE, Result
 from ddkit.runtime.progress import Listener, default_listener
@@ -33,8 +36,31 @@ if TYPE_CHECKING:
     from ddkit.sets.findings import Report
 
 PathLike = str | os.PathLike[str]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
+def _with_torch_defaults(function: Callable[P, T]) -> Callable[P, T]:
+    """Let `function` compute under PyTorch's own defaults: tensors are made on the CPU, in float32."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        import torch
+
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        # As a context torch.device sees every operation, so it is entered only where it changes something.
+        device = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+        try:
+            with device:
+                return function(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(dtype)
+
+    return wrapped
+
+
+@_with_torch_defaults
 def load_dataset(name: str, split: str = "train", *, progress: Listener | None = None) -> ImageSet:
     """Open the "train" or "test" split of a dataset, after preparing a built-in one if needed.
 
@@ -46,6 +72,7 @@ def load_dataset(name: str, split: str = "train", *, progress: Listener | None =
     return open_dataset(name, split, progress=progress or default_listener())
 
 
+@_with_torch_defaults
 def read_set(path: PathLike, dataset: str | None = None) -> DistilledSet:
     """Read a distilled set without executing anything in it.
 
@@ -58,6 +85,7 @@ def read_set(path: PathLike, dataset: str | None = None) -> DistilledSet:
     return read_set(path, dataset)
 
 
+@_with_torch_defaults
 def train(
     dataset: str,
     *,
@@ -84,6 +112,7 @@ def train(
     )
 
 
+@_with_torch_defaults
 def generate(
     dataset: str,
     ipc: int = 10,
@@ -133,6 +162,7 @@ def generate(
     )
 
 
+@_with_torch_defaults
 def refine(
     path: PathLike,
     *,
@@ -181,6 +211,7 @@ def refine(
     )
 
 
+@_with_torch_defaults
 def evaluate(
     path: PathLike | DistilledSet | Tensor,
     *,
@@ -223,6 +254,7 @@ def evaluate(
     return result
 
 
+@_with_torch_defaults
 def check(
     path: PathLike | DistilledSet | Tensor = "submission",
     *,
@@ -269,6 +301,7 @@ def _given_set(given: PathLike | DistilledSet | Tensor, dataset: str | None) -> 
     return DistilledSet(given.images, given.spec), given.spec.name
 
 
+@_with_torch_defaults
 def enter(
     datasets: str | Iterable[str] = ("cifar100", "tinyimagenet"),
     *,
@@ -308,6 +341,7 @@ def enter(
     return enter_challenge(wanted, Path(folder), seconds=seconds, device=device, progress=progress or default_listener())
 
 
+@_with_torch_defaults
 def pack(
     folder: PathLike = "submission",
     out: PathLike = "submission.zip",
@@ -337,6 +371,7 @@ def pack(
     )
 
 
+@_with_torch_defaults
 def push(
     path: PathLike, hub_id: str, *, license: str | None = None, private: bool = False, results: PathLike = RESULTS_FILE
 ) -> str:
@@ -352,6 +387,7 @@ def push(
     return push_planned(plan_upload(path, hub_id, license=license, results=results), private=private)
 
 
+@_with_torch_defaults
 def pull(hub_id: str, out: PathLike | None = None, *, dataset: str | None = None, replace: bool = False) -> DistilledSet:
     """Download a distilled set from the Hugging Face hub, without executing anything in it, and write its three files.
 
@@ -365,6 +401,7 @@ def pull(hub_id: str, out: PathLike | None = None, *, dataset: str | None = None
     return read_set(pull_set(hub_id, out, dataset=dataset, replace=replace).tensor, dataset)
 
 
+@_with_torch_defaults
 def report(
     results: PathLike = RESULTS_FILE,
     *,

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
 from click.testing import CliRunner
 
 import ddkit
 from ddkit import api
 from ddkit.cli import main
 from ddkit.data.glyphs import PER_CLASS
+from ddkit.distill.settings import RefineSettings
 from ddkit.errors import InterruptedRunError, InvalidSubmissionError, UsageError
 from ddkit.generator.config import SamplingSettings
 from ddkit.runtime.progress import Progress
@@ -147,6 +149,29 @@ def test_evaluate_of_a_set_in_memory_gives_the_numbers_of_its_file(few_letters, 
     assert changed.sha256 != evaluations[0].sha256 and changed.kind == "submission"
     with pytest.raises(InvalidSubmissionError, match="tensor in memory: The tensor has 9 rows"):
         ddkit.evaluate(read.images[:9], dataset="glyphs")
+
+
+@pytest.mark.slow
+def test_defaults_of_pytorch_that_a_notebook_changed_change_nothing(few_letters, tmp_path, monkeypatch):
+    def accuracy_of_a_refined_set():
+        read = ddkit.generate("glyphs", ipc=1, from_real="first", replace=True)
+        assert "<img" in read._repr_html_() and ddkit.check(read, ipc=1).ok
+        settings = RefineSettings(dm_steps=0, batch_real=8)
+        refined = ddkit.refine(read.path, steps=1, settings=settings, out="refined.pt", fresh=True)
+        options = {"dataset": "glyphs", "rounds": 1, "epochs_setting": 1, "state": f"state {torch.get_default_dtype()}"}
+        return ddkit.evaluate(refined.files.tensor, **options).loss_curves
+
+    monkeypatch.chdir(tmp_path)
+    expected = accuracy_of_a_refined_set()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert accuracy_of_a_refined_set() == expected
+        assert torch.get_default_dtype() == torch.float64 and torch.empty(()).is_meta
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
 
 
 def test_check_takes_a_set_in_memory(folder):

@@ -110,8 +110,8 @@ def set_files(path: str | os.PathLike[str]) -> SetFiles:
 
 
 def class_labels(num_classes: int, ipc: int) -> Tensor:
-    """The labels that the scorer implies: (num_classes * ipc,) int64, ipc rows of class 0, then of class 1, and so on."""
-    return torch.arange(num_classes).repeat_interleave(ipc)
+    """The labels that the scorer implies, on the CPU: (num_classes * ipc,) int64, ipc rows of class 0, of 1, and so on."""
+    return torch.arange(num_classes, device="cpu").repeat_interleave(ipc)
 
 
 def require_tensor_name(path: Path) -> None:
