@@ -84,12 +84,12 @@ class CudaGraphEngine(PlainEngine):
 
     def __init__(self, network: nn.Module, plan: EnginePlan) -> None:
         super().__init__(network, plan)
-        self._parameters = list(network.parameters())
+        self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if plan.kind == "compiled":
             self._loss = torch.compile(self._loss, dynamic=False)
         self._captures: dict[int, _Capture] = {}  # by batch size: the last batch of an epoch is a short one
         self._pool = torch.cuda.graph_pool_handle()  # one for all sizes, which never run at the same time
-        self._stream = torch.cuda.Stream(self._parameters[0].device)
+        self._stream = torch.cuda.Stream(next(network.parameters()).device)
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""

@@ -30,6 +30,7 @@ from ddkit.data.images import normalize_
 from ddkit.errors import ComputeError, UsageError
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan, with_smaller_chunks
+from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import Engine, build_engine, close_engine
 from ddkit.network.plan import PRECISIONS, EnginePlan
 from ddkit.runtime.device import is_out_of_memory, release_memory, upload
@@ -94,6 +95,8 @@ class TrainingRun:
     ) -> None:
         if len(images) != len(labels) or len(images) == 0:
             raise UsageError(f"Cannot train on {len(images)} images with {len(labels)} labels.")
+        if isinstance(network, ConvNet):
+            _require_inputs_of(network, images, labels)
         if images.dtype == torch.uint8 and spec is None:
             raise UsageError("Training on uint8 pixels needs the dataset's constants.")
         self.network = network
@@ -281,7 +284,8 @@ def train_network(
 
     images: (N, 3, S, S) float, normalized. labels: (N,) int64, below the network's number of classes. Both on any device.
     epochs_setting: E of PROTOCOL.md. generator: on the CPU; one seeded with 0 when None.
-    Raises UsageError for settings that make no sense, ComputeError if a loss is NaN or infinite.
+    Raises UsageError for settings that make no sense and for images or labels that a ConvNet does not take, ComputeError if
+    a loss is NaN or infinite.
     """
     settings = TrainingSettings(epochs_setting, batch_size, augment, shuffle, precision)
     images, labels = (tensor.to(next(network.parameters()).device) for tensor in (images, labels))
@@ -291,6 +295,16 @@ def train_network(
         losses += run.epoch()
     run.close()
     return losses
+
+
+def _require_inputs_of(network: ConvNet, images: Tensor, labels: Tensor) -> None:
+    """Raise UsageError unless the network can be trained on these images and labels."""
+    side, classes = network.image_size, network.num_classes
+    if images.shape[1:] != (3, side, side):
+        raise UsageError(f"The network takes images of shape (N, 3, {side}, {side}), got {tuple(images.shape)}.")
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= classes:
+        raise UsageError(f"The network has {classes} classes, 0 to {classes - 1}, but the labels go from {least} to {most}.")
 
 
 def _optimizer(network: nn.Module, learning_rate: float) -> torch.optim.SGD:

@@ -84,7 +84,7 @@ class WinogradEngine:
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the batch, a scalar; leaves its gradients in the parameters' `.grad`."""
-        images = images.float().contiguous()
+        images = self._readable(images)
         weights = self._weights.read(self._network, backward=True)
         batch = _Batch(images, labels, self._network)
         active = self._share_out(len(images), lambda worker, ranges: worker.train(batch, ranges, weights))
@@ -103,6 +103,8 @@ class WinogradEngine:
                 gradients |= {f"features.{place}.weight": weight, f"features.{place}.bias": bias}
                 gradients[f"features.{place - 1}.bias"] = torch.zeros_like(bias)
             for name, parameter in self._network.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 if parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
                 parameter.grad.copy_(gradients[name])
@@ -111,7 +113,7 @@ class WinogradEngine:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, num_classes) float32, without gradients."""
-        images = images.float().contiguous()
+        images = self._readable(images)
         weights = self._weights.read(self._network, backward=False)
         batch = _Batch(images, None, self._network)
         self._share_out(len(images), lambda worker, ranges: worker.test(batch, ranges, weights))
@@ -123,7 +125,7 @@ class WinogradEngine:
 
         keep: of N images, filled with what `image_gradients` needs.
         """
-        images = images.float().contiguous()
+        images = self._readable(images)
         if keep is None:
             weights = self._weights.read(self._network, backward=False)
         else:
@@ -139,12 +141,19 @@ class WinogradEngine:
         kept: by `embed` of the same images; overwritten, so usable once. The weights are those of that call; none of their
         gradients is computed.
         """
-        images, embedding_gradients = images.float().contiguous(), embedding_gradients.float().contiguous()
+        images, embedding_gradients = self._readable(images), embedding_gradients.float().contiguous()
         weights = kept.weights
         assert weights is not None, "embed has filled the maps"
         gradients, of_batch = torch.empty_like(images), (images, embedding_gradients)
         self._share_out(len(images), lambda worker, ranges: worker.differentiate(*of_batch, gradients, ranges, weights, kept))
         return gradients
+
+    def _readable(self, images: Tensor) -> Tensor:
+        """The images as the compiled code reads them, which would read beyond the memory of smaller ones."""
+        side = self._network.image_size
+        if images.shape[1:] != (3, side, side):
+            raise ValueError(f"images must be (N, 3, {side}, {side}), got {tuple(images.shape)}")
+        return images.float().contiguous()
 
     def _share_out(self, n: int, work: Callable[[_Worker, list[_Range]], None]) -> list[_Worker]:
         """Have each worker do its part of `n` images, which depends on nothing but the plan; returns who had one."""

@@ -56,11 +56,26 @@ def test_a_measured_choice_is_remembered(own_cache):
 
 
 def test_choices_that_are_made_at_the_same_time_are_all_remembered(own_cache):
-    plan = EnginePlan("cuda_graph", "float32")  # a single one, which is not measured
+    plan = EnginePlan("compiled", "float32")  # a single one, which is not measured
     keys = [f"processor {number}" for number in range(40)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda key: autotune._best(key, None, [plan], 8), keys))
     assert sorted(json.loads((own_cache / "_engines.json").read_text())) == sorted(keys)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
+def test_a_choice_without_memory_is_made_again(own_cache, monkeypatch):
+    def without_memory(*arguments):
+        raise torch.OutOfMemoryError("as on a GPU that another process fills")
+
+    network = build_network("convnet", 10, 16, seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "build_engine", without_memory)
+        assert choose_plan(network, "float32", 8).kind == "plain"
+    assert not (own_cache / "_engines.json").exists()
+    assert choose_plan(network, "float32", 8) in candidates(network, "float32", 8)
+    assert (own_cache / "_engines.json").exists()
 
 
 @pytest.mark.slow

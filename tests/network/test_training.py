@@ -240,6 +240,30 @@ def test_settings_out_of_range_raise_usage_error(settings):
         train_network(ConvNet(4, 16), *small_set(), **settings)
 
 
+@pytest.mark.parametrize("side, channels", [(32, 3), (8, 3), (16, 1)])
+def test_images_that_the_network_does_not_take_raise_usage_error(side, channels):
+    with pytest.raises(UsageError, match=rf"takes images of shape \(N, 3, 16, 16\), got \(40, {channels}, {side}, {side}\)"):
+        train_network(ConvNet(4, 16), torch.zeros(40, channels, side, side), torch.arange(40) % 4, epochs_setting=0)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_beyond_the_networks_classes_raise_usage_error(label):
+    images, labels = small_set()
+    labels[3] = label
+    with pytest.raises(UsageError, match="The network has 4 classes, 0 to 3, but the labels go from"):
+        train_network(ConvNet(4, 16), images, labels, epochs_setting=0)
+
+
+@pytest.mark.parametrize("n", [12, 40])  # which one engine computes, and another
+def test_frozen_parameters_stay_as_they_are(n):
+    network = build_network("convnet", 4, 16, seed=0)
+    network.features.requires_grad_(False)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    train_network(network, *small_set(n), epochs_setting=0)
+    changed = {key for key, value in network.state_dict().items() if not value.equal(before[key])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
 def test_a_loss_that_is_nan_raises_at_once():
     images, labels = small_set()
     images[3] = math.nan

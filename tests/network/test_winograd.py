@@ -64,6 +64,15 @@ def test_winograd_agrees_with_the_plain_engine_for_any_division(size, n, chunk, 
         assert (gradient - gradients[key]).norm() <= 5e-3 * scale, key
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 16, 16), (2, 3, 16), (3, 16, 16)])
+def test_images_of_another_shape_are_refused_before_their_memory_is_read(shape):
+    engine = build_engine(build_network("convnet", 10, 16, seed=0), EnginePlan("winograd", "float32", 2, 1))
+    images, labels = torch.zeros(shape), torch.zeros(2, dtype=torch.int64)
+    for compute in (lambda: engine.gradients(images, labels), lambda: engine.logits(images), lambda: engine.embed(images)):
+        with pytest.raises(ValueError, match=r"images must be \(N, 3, 16, 16\), got"):
+            compute()
+
+
 def test_gradients_do_not_remember_the_batch_before():
     network = build_network("convnet", 10, 16, seed=0)
     engine = build_engine(network, EnginePlan("winograd", "float32", 2, 2))
