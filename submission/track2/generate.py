@@ -185,7 +185,8 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     keep = entry.get("keep", 1.0)
     if keep < 1 and not (model / "classifier").is_dir():
         raise Failure("--keep needs a classifier, and the bundle has none; pack it again without --keep 1.", 2)
-    if options.most and options.most < (classes := entry["num_classes"]):
+    classes = entry["num_classes"]
+    if options.most and options.most < classes:
         raise Failure(
             f"--most {options.most} is less than an image of each of the {classes} classes; give {classes} or more.", 2
         )
@@ -193,10 +194,10 @@ def make_job(options: argparse.Namespace, began: float) -> Job:
     check_writable(out)
     device = options.device or entry["device"]
     budget = math.inf if options.time_budget is None else options.time_budget
-    room = check_space(entry, out, options.ipc, 1 if options.pixels else 4, keep)
-    packed = (entry.get("images_per_class") or room) * entry["num_classes"]
-    limit = min(room, made_for(options.most or packed, keep))
-    images = limit if options.ipc is None else made_for(options.ipc, keep) * entry["num_classes"]
+    room = 0 if options.join else check_space(entry, out, options.ipc, 1 if options.pixels else 4, keep)
+    packed = entry.get("images_per_class") or room
+    limit = min(room // classes, made_for(options.most // classes if options.most else packed, keep)) * classes
+    images = limit if options.ipc is None else made_for(options.ipc, keep) * classes
     workers = options.processes or min(usual_workers(device), math.ceil(images / LEAST_FOR_A_WORKER))
     return Job(model, entry, out, options.seed, device, workers, options.ipc, limit, began, budget, options.pixels)
 
@@ -254,7 +255,7 @@ def check_space(entry: Mapping[str, Any], out: Path, ipc: int | None, bytes_per_
     if room < needed:
         raise Failure(f"{on_disk / 1e6:,.0f} MB are free in {out.parent}, room for {room:,} images; {needed:,} are needed.")
     loaded = int(0.7 * in_memory / (values * keep * bytes_per_value + labeling))
-    if ipc and loaded < needed:
+    if loaded < needed:
         raise Failure(f"{in_memory / 1e6:,.0f} MB of memory are free, room for {loaded:,} images; {needed:,} are needed.")
     return min(room, loaded)
 

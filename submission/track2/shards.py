@@ -45,7 +45,7 @@ class Failure(Exception):
 class Job:
     """What to make; the same for all workers.
 
-    entry: the model folder's entry.json. workers: how many share the work. limit: of images made, by disk and memory.
+    entry: the model folder's entry.json. workers: how many share the work. limit: of images made, equally many a class.
     began: when the process started, on time.monotonic()'s clock. budget: seconds from then on; math.inf with --ipc.
     pixels: write the images as bytes, with the constants, instead of normalized.
     """
@@ -94,9 +94,11 @@ class Job:
         return self.entry.get("keep", 1.0)
 
     def share(self, worker: int) -> int:
-        """How many images the worker may make."""
+        """How many images the worker may make. All workers together may make the same number of each class."""
         if self.ipc is None:
-            return len(range(worker, self.limit, self.workers))
+            turns, rest = divmod(self.limit // self.classes, self.workers)
+            # Of the turns that are left over the worker makes the classes up to where the one `rest` places further began.
+            return turns * self.classes + self._first_class(worker + rest) - self._first_class(worker)
         return len(range(worker, made_for(self.ipc, self.keep), self.workers)) * self.classes
 
     def image(self, worker: int, position: int) -> tuple[int, int]:
@@ -105,7 +107,11 @@ class Job:
         The indices are dealt out to the workers. Each takes all classes in turn, and each begins with another one.
         """
         turn, place = divmod(position, self.classes)
-        return (place + worker * self.classes // self.workers) % self.classes, worker + self.workers * turn
+        return (place + self._first_class(worker)) % self.classes, worker + self.workers * turn
+
+    def _first_class(self, worker: int) -> int:
+        """Where the worker begins; beyond the number of classes for a number beyond that of the workers."""
+        return worker * self.classes // self.workers
 
 
 def shards_folder(out: Path) -> Path:
@@ -174,7 +180,7 @@ class Shard:
         self.indices += indices
         self.end += count
 
-    def written(self, master: Connection) -> Shard:
+    def write(self, master: Connection) -> Shard:
         """Write it and say so; returns the next one."""
         if not multiprocessing.parent_process().is_alive():
             sys.exit()  # the folder may be another run's by now
@@ -219,12 +225,12 @@ def join(job: Job) -> tuple[int, str]:
     labels, chosen = labels[chosen], order[chosen]
     shape = (len(chosen), 3, entry["image_size"], entry["image_size"])
     kind = torch.ByteStorage if job.pixels else torch.FloatStorage
-    images = Written(kind, shape, gathered(shards, counts, chosen, settings["workers"], None if job.pixels else entry))
+    images = StreamedTensor(kind, shape, gathered(shards, counts, chosen, settings["workers"], None if job.pixels else entry))
     if ipc and not job.pixels:
         write_set(job, images)
     else:
-        constants = {name: whole(torch.tensor(entry[name])) for name in ("mean", "std")} if job.pixels else {}
-        write_set(job, {"images": images, "labels": whole(labels), **constants})
+        constants = {name: streamed(torch.tensor(entry[name])) for name in ("mean", "std")} if job.pixels else {}
+        write_set(job, {"images": images, "labels": streamed(labels), **constants})
     shutil.rmtree(job.shards, ignore_errors=True)
     per_class = torch.bincount(labels, minlength=entry["num_classes"])
     least, most = int(per_class.min()), int(per_class.max())
@@ -278,7 +284,7 @@ class Storage:
         self.kind, self.size = kind, size
 
 
-class Written:
+class StreamedTensor:
     """A tensor on its way to the file, a block of rows at a time. kind: such as torch.FloatStorage."""
 
     def __init__(self, kind: Any, shape: tuple[int, ...], blocks: Iterable[Any]) -> None:
@@ -292,16 +298,16 @@ class Written:
         return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, collections.OrderedDict())
 
 
-def whole(tensor: Any) -> Written:
+def streamed(tensor: Any) -> StreamedTensor:
     """A tensor that is in memory, as one block."""
     import torch
 
     kind = {torch.int64: torch.LongStorage, torch.float32: torch.FloatStorage}[tensor.dtype]
-    return Written(kind, tuple(tensor.shape), [tensor])
+    return StreamedTensor(kind, tuple(tensor.shape), [tensor])
 
 
 def write_set(job: Job, content: Any) -> None:
-    """Write a `Written` or a dict of them as torch.save would, without ever holding the images in memory."""
+    """Write a `StreamedTensor` or a dict of them as torch.save would, without ever holding the images in memory."""
     try:
         with atomic_write(job.out) as file:
             save(content, file)

@@ -53,8 +53,8 @@ def make_images(job: Job, worker: int, stop_at: Any, master: Connection) -> None
             continue
         batch.learn(time.monotonic() - began)
         if time.monotonic() - shard.began > job.seconds_per_shard:
-            shard = shard.written(master)
-    shard.written(master)
+            shard = shard.write(master)
+    shard.write(master)
 
 
 def choose_device(job: Job, worker: int) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -413,9 +414,13 @@ class TestParts:
         assert second[:5] == [(c, 1) for c in (2, 3, 4, 0, 1)]  # another class first
         assert len(set(first + second)) == 20
         assert [job(workers=2, ipc=3).share(worker) for worker in (0, 1)] == [10, 5]
-        for workers in (1, 2, 4, 8):
-            few = job(workers=workers, limit=6)
-            assert sum(few.share(worker) for worker in range(workers)) == 6
+
+    @pytest.mark.parametrize("classes, workers, of_each", [(5, 1, 3), (5, 2, 3), (5, 8, 1), (100, 8, 1), (100, 6, 10)])
+    def test_workers_share_a_limited_number_of_images_evenly_over_the_classes(self, job, classes, workers, of_each):
+        shared = job(workers=workers, entry={"num_classes": classes}, limit=of_each * classes)
+        images = [shared.image(worker, place) for worker in range(workers) for place in range(shared.share(worker))]
+        assert len(set(images)) == len(images)
+        assert Counter(c for c, _ in images) == dict.fromkeys(range(classes), of_each)
 
     def test_no_class_is_more_than_one_image_ahead(self, load):
         labels = torch.tensor([0, 0, 1, 2, 1, 0, 0])
@@ -547,6 +552,12 @@ class TestParts:
                 generate.check_space(entry, out, ipc, bytes_per_value)
         else:
             assert generate.check_space(entry, out, ipc, bytes_per_value) == 595_000 // (3072 * bytes_per_value)
+
+    def test_without_memory_a_run_with_a_budget_ends_before_it_begins(self, load, tmp_path, monkeypatch):
+        generate, shards = load("generate"), load("shards")
+        monkeypatch.setattr(generate, "free_memory", lambda: 0)  # as in a container at its limit
+        with pytest.raises(shards.Failure, match=r"0 MB of memory are free, room for 0 images; 2 are needed\."):
+            generate.check_space({"num_classes": 2, "image_size": 32}, tmp_path / "images.pt", None, 4)
 
     def test_the_process_began_before_it_looked_at_the_clock(self, load):
         assert 0 <= load("generate").process_age() < 10
