@@ -77,7 +77,7 @@ _DEFAULTS = RefineSettings()
 @click.option(
     "--precision",
     type=click.Choice(("auto", *PRECISIONS)),
-    help=f"Compute in this precision; auto takes the faster one.  [default: {_DEFAULTS.precision}]",
+    help=f"Compute in this precision; auto takes the faster one on a CPU, else float32.  [default: {_DEFAULTS.precision}]",
 )
 @click.option(
     "--set",

@@ -123,8 +123,9 @@ def estimate_refinement(
     """
     chosen, distilled = resolve_device(device), read_set(path, dataset)
     spec = distilled.spec
-    needed, free = memory_needed(spec, distilled.ipc, settings, chosen), free_memory(chosen)
     real = open_dataset(spec.name, "train", progress=progress)
+    needed, free = memory_needed(spec, distilled.ipc, settings, chosen), free_memory(chosen)
+    needed += 0 if chosen.type == "cpu" else real.images.nbytes  # which move to the device first
     speed = measure_refinement(distilled.images, spec, real, settings, device=chosen)
     steps, seconds = speed.within(limits, settings)
     accuracy = expected_accuracy(spec.name, distilled.ipc, settings, steps, start=path)

@@ -46,6 +46,7 @@ from ddkit.runtime.records import read_record
 from ddkit.runtime.seeds import generator_for, network_seed
 from ddkit.sets.distilled import (
     KIND_REFINED,
+    KIND_SUBMISSION,
     DistilledSet,
     SetFiles,
     class_labels,
@@ -114,9 +115,9 @@ def refine(
     ignore_codes: codes of findings of `check` that are not to stop the refinement.
     A set that does not improve is left as it is.
     Raises InvalidSubmissionError for a set that `check` refuses, and what `open_dataset` and `save_set` raise.
-    Raises UsageError if `out` does not end in .pt or holds the result of another refinement; if `path` or `out` is a copy
-    that the folder keeps; if the folder belongs to another set, other settings or other real images; and while another
-    process refines in it.
+    Raises UsageError if `out` does not end in .pt or holds the result of another refinement or a set that ddkit did not make;
+    if `path` or `out` is a copy that the folder keeps; if the folder belongs to another set, other settings or other real
+    images; and while another process refines in it.
     After writing the best set so far, raises InterruptedRunError once asked to stop, ComputeError if the refinement diverges
     or memory is short, and BadFileError if the system refuses a file.
     """
@@ -127,22 +128,18 @@ def refine(
     before = read_set(original_set(path, folder) if fresh else path, dataset)
     spec = before.spec
     real = open_dataset(spec.name, "train", progress=progress)
-    _require_memory(before, settings, chosen)
     holdout = TrainHoldout(real, spec, held_out=settings.held_out, seed=settings.seed, device=chosen)
+    _require_memory(before, settings, chosen)  # of what the real images leave
     with exclusive(folder, "refines", elsewhere="--run"):
         if fresh:
             start_over(path, folder, out)
         state = _begin_or_resume(before, path, settings, folder, ignore_codes)
         earlier = state.step
-        if (
-            target.resolve() != path.resolve()
-            and read_provenance(target).get("kind") == KIND_REFINED
-            and not (state.made(target) or is_kept_copy(target, folder))
-        ):
-            raise UsageError(
-                f"{target} holds the result of another refinement, which would be lost.",
-                "Name another file with --out, or delete it.",
-            )
+        if target.exists() and target.resolve() != path.resolve() and not (state.made(target) or is_kept_copy(target, folder)):
+            kind = read_provenance(target).get("kind", KIND_SUBMISSION)
+            if kind in (KIND_REFINED, KIND_SUBMISSION):
+                what = "the result of another refinement" if kind == KIND_REFINED else "a set that ddkit did not make"
+                raise UsageError(f"{target} holds {what}, which would be lost.", "Name another file with --out, or delete it.")
         try:
             kept = state.before.tensor
             original = read_set(kept, spec.name).images if kept.is_file() else None  # somebody may have deleted it

@@ -110,11 +110,12 @@ class RefineSettings:
     ema: decay of the exponential moving average of the images, which is validated and written. 0 takes the
         images themselves.
     displayable: keep pixels within [0, 255], which the challenge does not ask for.
-    precision: of steps and validations: "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster.
+    precision: of steps and validations: "float32", "bfloat16" or "auto", which takes the faster of the two on a CPU and
+        float32 on other devices.
     val_every: steps between two validations on held-out training images; the set that validates best is written.
     val_epochs: E of the training in a validation.
-    val_margin: a later set is preferred unless it validates worse than the best by more than this, a fraction. A small E
-        does not show all that later steps bring at the official one.
+    val_margin: a later set is preferred unless it validates worse than the original, or worse than the best by more than
+        this, a fraction. A small E does not show all that later steps bring at the official one.
     held_out: share of each class's training images that is held out.
     experts, student: of "mtt".
     """

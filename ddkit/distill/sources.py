@@ -32,7 +32,8 @@ class FromModel:
 
     folder: the model's. device: a name for `resolve_device`. candidates: images of each class to choose from; None
     takes the samples as they come. select: the selection method, one of `ddkit.sets.select`; None takes DEFAULT_METHOD.
-    Features that it compares are computed in the precision of `sampling`, where "auto" takes the faster one.
+    Features that it compares are computed in the precision of `sampling`, where "auto" takes the faster one on a CPU and
+    float32 on other devices.
     Raises UsageError for an unknown method, and for one without candidates.
     """
 
@@ -67,7 +68,7 @@ class FromModel:
 @dataclass(frozen=True)
 class FromReal:
     """Real training images. select: the selection method, one of `ddkit.sets.select`. device, select_precision: where and
-    in which precision it computes features, "float32", "bfloat16" or "auto", which takes bfloat16 where it measures faster."""
+    in which precision it computes features, "float32", "bfloat16" or "auto", as in `FeatureSettings`."""
 
     select: str = "random"
     seed: int = 0

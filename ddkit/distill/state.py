@@ -141,7 +141,10 @@ class RefinementState:
         return bool(self.validations) and self.validations[-1].step == self.step
 
     def record(self, accuracy: float) -> None:
-        """Record the validation of the present images, which are the best unless they are worse by more than the margin."""
+        """Record the validation of the present images.
+
+        They are the best unless they are worse than the original set, or worse than the best by more than the margin.
+        """
         self.validations.append(Validation(self.step, round(self.seconds, 1), accuracy))
         highest = max(validation.accuracy for validation in self.validations)
         if accuracy >= max(self.first.accuracy, highest - self.settings["val_margin"]):

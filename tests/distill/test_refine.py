@@ -348,6 +348,13 @@ class TestRefused:
         assert torch.equal(read(other), made)
         run(start, tmp_path / "run", 0, changing, out=other)
 
+    def test_out_with_a_set_that_ddkit_did_not_make(self, start, tmp_path):
+        out = tmp_path / "mine.pt"
+        torch.save(-read(start), out)
+        with pytest.raises(UsageError, match="a set that ddkit did not make"):
+            run(start, tmp_path / "run", 1, DM, out=out)
+        assert torch.equal(read(out), -read(start))
+
     def test_out_with_the_result_of_other_settings(self, start, tmp_path):
         out, slower = tmp_path / "out.pt", dataclasses.replace(DM, learning_rate=1e-3)
         run(start, tmp_path / "first", 1, slower, out=out)

@@ -55,22 +55,24 @@ def load_latest(folder: Path, stage: str) -> Checkpoint | None:
 
     A damaged newest file is skipped, with a warning. Raises BadFileError when there are files and none can be read.
     """
-    paths = list_checkpoints(folder, stage)
-    problem: BadFileError | None = None
-    for path in reversed(paths):
+    problems: list[BadFileError] = []
+    for path in reversed(list_checkpoints(folder, stage)):
         try:
-            return load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
         except BadFileError as error:
-            log.warning("%s Continuing from the checkpoint before it.", error.message)
-            problem = problem or error
-    if problem is not None:
-        raise problem
+            problems.append(error)
+        else:
+            for problem in problems:
+                log.warning("%s Continuing from the checkpoint before it.", problem.message)
+            return checkpoint
+    if problems:
+        raise problems[0]
     return None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint; nothing in it is executed. Raises BadFileError when it is damaged or has another format."""
-    remedy = "Delete it to continue from the one before, or start over with --fresh."
+    remedy = "Start over with --fresh."
     try:
         value = load_restricted(path)
     except (OSError, UnloadableError) as error:

@@ -19,7 +19,7 @@ from ddkit.runtime.device import free_memory, upload
 from ddkit.runtime.seeds import Shuffling, generator_for
 
 _STEPS_DRAWN = 100  # at most, whose row numbers go to the device at once
-_MOST_OF_MEMORY = 0.25  # of a GPU's free memory that training data may take
+_MOST_OF_MEMORY = 0.04  # of a GPU's free memory that pixels or latents may take; a plan leaves a tenth of it
 
 
 class Stage(ABC):
