@@ -244,7 +244,6 @@ class Refinement:
         self._observer = random_network(self._spec, "observer", settings.seed).to(device)
         if state.step == 0 and not state.validations:
             state.precision = choose_plan(self._observer, settings.precision, len(self._labels)).precision
-            state.validation_precision = state.precision
         self._embed = build_embedder(self._observer, len(self._labels), state.precision)
         self._pool = self._build_pool() if state.pool else None
         if settings.objective == "mtt":
@@ -399,7 +398,7 @@ class Refinement:
         # The name of the seed is that of ddkit 0.1.0, so that its refinements resume comparably.
         network = random_network(self._spec, "judge", settings.seed).to(self._device)
         generator = torch.Generator().manual_seed(network_seed("judge", settings.seed))
-        training = TrainingSettings(settings.val_epochs, precision=self._state.validation_precision)
+        training = TrainingSettings(settings.val_epochs, precision=self._state.precision)
         run = TrainingRun(network, self._average.clone(), self._labels, training, generator)
         while not run.finished:
             if stop:
@@ -479,7 +478,6 @@ def _write(state: RefinementState, settings: RefineSettings, spec: DatasetSpec, 
         "before": read_provenance(state.before.tensor),
         "dataset_sha256": state.dataset_sha256,
         "computed_in": state.precision,
-        "validated_in": state.validation_precision,
         "pool_start": state.pool_start,
         "pool_networks_diverged": int(state.pool.get("diverged", 0)),
         **state.settings,

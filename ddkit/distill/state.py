@@ -58,7 +58,7 @@ class RefinementState:
     settings: plain values, which have to stay the same. start_sha256: of the file of the original set.
     dataset_sha256: of the real training images. images, velocity (momentum of the pixels), average (moving average of
     the images) and best_images (the average that validated best, at best_step): (N, 3, S, S) float32 on the CPU.
-    precision, validation_precision: in which steps and validations compute, "float32" or "bfloat16".
+    precision: in which steps and validations compute, "float32" or "bfloat16".
     pool_start: step from which the pool is used, None before.
     pool: what `OnlinePool.state` returned, empty before. student_lr: learning rate of the student of "mtt", None before.
     """
@@ -73,7 +73,6 @@ class RefinementState:
     best_images: Tensor
     best_step: int = 0
     precision: str = "float32"
-    validation_precision: str = "float32"
     step: int = 0
     seconds: float = 0.0
     pool_start: int | None = None
@@ -277,6 +276,7 @@ def _load(path: Path) -> dict[str, Any]:
         return _from_0_1_0(kept, path)
     if version != _VERSION:
         raise BadFileError(f"{path} was written by another version of ddkit.", _FRESH)
+    kept.pop("validation_precision", None)  # of states from before it was always that of the steps
     return kept
 
 
