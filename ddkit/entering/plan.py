@@ -173,20 +173,21 @@ class _Planner:
 
     def within(self, seconds: float, spent: float, *, begun: bool) -> Outline:
         """The plan for a time, which decides the lengths of the trainings and refinements."""
-        recipe = self._choose_evaluation(self._recipe, seconds)
-        least = sum(map(self._least, recipe.sets))
-        expected = self._choose_comparisons(recipe, seconds, seconds - spent - least)
+        least = sum(map(self._least, self._recipe.sets))
+        room = seconds - spent - least  # for the stages whose length the time does not decide
+        recipe = self._choose_evaluation(self._recipe, seconds, room)
+        expected = self._choose_comparisons(recipe, seconds, room)
         fixed = sum(expected.values()) * MARGIN
-        left = seconds - spent - fixed
-        if left < least:
+        if room < fixed:
             needed = spent + fixed + least
             made, budget = ("refining", "") if recipe.track == 1 else ("training", " or --time-budget")
+            # The time that was given is not repeated, since rounding it up could show the time that is needed.
             raise UsageError(
-                f"--time {time_option(seconds)} is too short: this entry needs {time_option(needed)} at least on this machine, "
+                f"The time is too short: this entry needs {time_option(needed)} at least on this machine, "
                 f"{time_option(least)} for {made} and {time_option(spent + fixed)} for the rest.",
                 f"Give --time {time_option(needed)} or more, smaller --epochs-setting, --rounds{budget}, or fewer --datasets.",
             )
-        share, flexible = left / len(recipe.sets), []
+        share, flexible = (room - fixed + least) / len(recipe.sets), []
         for each in recipe.sets:
             parts = [f"train {each.dataset}"] * bool(each.preset) + [f"refine {each.dataset}"] * (each.refine is not None)
             expected |= dict.fromkeys(parts, share / max(1, len(parts)))
@@ -244,16 +245,19 @@ class _Planner:
         test = speeds.per_test_image * _images(each.dataset, "test")
         return settings.number_of_rounds * (budget + (settings.training.epochs_setting + 1) * epoch + test)
 
-    def _choose_evaluation(self, recipe: Recipe, seconds: float) -> Recipe:
-        """The recipe with the first of _EVALUATIONS that takes at most half of the time, unless it says how to evaluate."""
+    def _choose_evaluation(self, recipe: Recipe, seconds: float, room: float) -> Recipe:
+        """The recipe with the first of _EVALUATIONS that takes at most half of the time and fits into `room` with the rest,
+        else with the last, unless it says how to evaluate.
+        """
         if recipe.epochs_setting is not None or recipe.rounds is not None:
             return recipe
         official = None
         for epochs, count in _EVALUATIONS[recipe.track]:
             found = dataclasses.replace(recipe, epochs_setting=epochs, rounds=count)
-            needed = _evaluation_seconds(self._fixed(found, comparisons=False))
+            expected = self._fixed(found, comparisons=False)
+            needed = _evaluation_seconds(expected)
             official = needed if official is None else official
-            if needed <= _SHARE_OF_EVALUATION * seconds:
+            if needed <= _SHARE_OF_EVALUATION * seconds and MARGIN * sum(expected.values()) <= room:
                 break
         if (epochs, count) != _EVALUATIONS[recipe.track][0]:
             uses, takes = f"E = {epochs} and {counted(count, 'round', 'rounds')}", f"would take {time_option(official or 0)}"

@@ -252,7 +252,7 @@ def test_time_that_was_lost_shortens_a_stage_that_had_begun(work):
 def test_more_time_refines_further_and_other_settings_are_refused(work):
     words = ("--datasets", "glyphs", "--epochs-setting", "0", "--rounds", "1", "--folder", "entry")
     least = finish(*words, "--time", "1s")
-    assert least[0] == 2 and "--time 1s is too short: this entry needs" in " ".join(least[2].split())
+    assert least[0] == 2 and "The time is too short: this entry needs" in " ".join(least[2].split())
     assert not (work / "entry/runs").exists()
 
     def refined():

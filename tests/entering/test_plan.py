@@ -42,10 +42,24 @@ def test_too_little_time_is_refused_with_the_least_that_suffices():
     recipe = draft(("cifar100",), epochs_setting=20, rounds=1)
     with pytest.raises(UsageError, match=r"Give --time (\d+)m or more") as refused:
         outline_at(SPEEDS, recipe, 100)
+    assert "2m" not in refused.value.message  # what 100 s would be rounded up to
     least = 60 * int(refused.value.remedy.split("--time ")[1].split("m")[0])
     assert outline_at(SPEEDS, recipe, least).expected["refine cifar100"] > 0
     with pytest.raises(UsageError, match="too short"):
         outline_at(SPEEDS, recipe, least - 61)
+
+
+@pytest.mark.slow
+def test_every_time_from_the_least_that_a_refusal_names_is_accepted_and_no_shorter_one():
+    speeds = {"cifar100": Speeds(RefineSpeed({"dm": 15.0, "random networks": 15.0, "pool": 15.0}, 0.8, 5.0), 0.8, 0.0005)}
+    times, refused = range(120, 4800, 60), {}
+    for seconds in times:
+        try:
+            outline_at(speeds, draft(("cifar100",)), seconds, spent=60)
+        except UsageError as error:
+            refused[seconds] = 60 * int(error.remedy.split("--time ")[1].split("m")[0])
+    (least,) = set(refused.values())
+    assert list(refused) == list(range(times.start, least, 60)) and least in times
 
 
 def test_the_evaluation_is_official_if_half_of_the_time_suffices_for_it():
