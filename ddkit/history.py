@@ -166,7 +166,8 @@ def find_recipe(source: str | os.PathLike[str], sha256: str) -> str:
     It lies next to the set, under the set's own name or as recipe.toml, or one folder above, and names the set's hash.
     """
     path = Path(source)
-    places = (path.with_suffix(".toml"), path.parent / RECIPE_FILE, path.parent.parent / RECIPE_FILE)
+    # A folder such as "." or "/" has no name to change the ending of.
+    places = (path.parent / f"{path.stem}.toml", path.parent / RECIPE_FILE, path.parent.parent / RECIPE_FILE)
     return next((str(place) for place in places if sha256 and _names_hash(place, sha256)), "")
 
 

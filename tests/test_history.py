@@ -101,3 +101,12 @@ def test_recipe_is_found_by_the_hash_that_it_names(tmp_path, place):
     assert find_recipe(source, "b" * 64) == "" == find_recipe(source, "")
     (known,) = known_files({"cifar100.pt": "a" * 64}, [dataclasses.replace(result(), source=str(source))], ())
     assert known.recipe == str(tmp_path / place) and place in known.sentences()[-1]
+
+
+@pytest.mark.parametrize("source", [".", "", "/", "..", "submission/"])
+def test_a_folder_as_the_source_of_a_result_has_no_recipe_or_the_one_in_it(tmp_path, monkeypatch, source):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert find_recipe(source, "a" * 64) == ""
+    (tmp_path / "work" / "recipe.toml").write_text('sha256 = "' + "a" * 64 + '"\n')
+    assert find_recipe(source, "a" * 64) == ("" if source == "/" else "recipe.toml")

@@ -46,7 +46,7 @@ class Step:
     def when(self) -> str:
         """Day and minute, in this machine's time zone."""
         moment = _moment(self.date)
-        return moment.astimezone().strftime("%Y-%m-%d %H:%M") if moment else "unknown"
+        return moment.strftime("%Y-%m-%d %H:%M") if moment else "unknown"
 
 
 @dataclass(frozen=True)
@@ -185,17 +185,18 @@ def _chart(title: str, steps: Sequence[Step]) -> TimeChart:
     ticks = []
     for k in range(_MOST_TIME_TICKS):
         share = k / (_MOST_TIME_TICKS - 1)
-        moment = datetime.datetime.fromtimestamp(start + share * length).astimezone()
+        moment = datetime.datetime.fromtimestamp(start + share * length, datetime.timezone.utc).astimezone()
         ticks.append(Tick(100 * share, moment.strftime(form)))
     return TimeChart(title, tuple(marks), tuple(ticks), y_ticks)
 
 
 def _moment(date: str) -> datetime.datetime | None:
+    """The date in this machine's time zone; None for what is none there."""
     try:
         moment = datetime.datetime.fromisoformat(date)
-    except ValueError:
+        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).astimezone()
+    except (ValueError, OverflowError):  # the latter before year 1 and after 9999
         return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
 
 
 def _seconds(step: Step) -> float:

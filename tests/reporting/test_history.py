@@ -101,6 +101,20 @@ def test_unknown_date_is_listed_first_and_not_charted(results, result):
     assert len(history.charts[0].marks) == 3
 
 
+@pytest.mark.parametrize("date", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+def test_date_outside_of_the_calendar_is_unknown(result, date):
+    sets = [result(name, "cifar100", 0.2, epochs_setting=50, date=when) for name, when in (("odd", date), ("usual", day(1)))]
+    history = build_history(sets, [])
+    assert [(step.name, step.when == "unknown") for step in history.steps] == [("odd", True), ("usual", False)]
+    assert history.charts == ()
+
+
+def test_chart_from_the_first_year_on_has_its_ticks(result):
+    early = result("early", "cifar100", 0.2, epochs_setting=50, date="0001-01-02T00:00:00+00:00")
+    (chart,) = build_history([early, result("usual", "cifar100", 0.3, epochs_setting=50, date=day(1))], []).charts
+    assert [mark.x for mark in chart.marks] == [0, 100] and len(chart.x_ticks) == 4
+
+
 def test_tracks_are_told_apart(results, result):
     ours = [*results, result("track two", "cifar100", 0.2, track=2)]
     assert [step.name for step in build_history(ours, [], [2]).steps] == ["track two"]
