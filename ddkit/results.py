@@ -158,21 +158,28 @@ class Records:
         """All records, oldest first."""
         return tuple(self._results.values())
 
-    def add(self, result: Result) -> None:
-        """Add a result, and append it to the file unless it holds the same result of the same evaluation."""
+    def add(self, result: Result) -> bool:
+        """Add a result, and append it to the file, unless it holds the same result of the same evaluation of that path.
+
+        Returns whether the result was added.
+        """
         known = self._results.get(_identity(result))
         if known is not None and len(known.class_rounds) >= len(result.class_rounds):
-            return  # an old record is written again if it does not have the accuracies by class and round
+            return False  # an old record is written again if it does not have the accuracies by class and round
         self._results[_identity(result)] = result
         if self._writes:
             append(result, self._path)
+        return True
 
 
 def _identity(result: Result) -> tuple[Any, ...]:
-    """Equal for a result that was only read back from the state of a finished evaluation."""
+    """Equal for a result that was only read back from the state of a finished evaluation.
+
+    A file that was renamed since is another one, since the report looks for it where the latest record says.
+    """
     return (
-        result.name, result.kind, result.sha256, result.dataset, result.track, result.epochs_setting, result.network,
-        result.augment, result.precision, result.seed, result.accuracies,
+        result.name, result.kind, result.sha256, result.source, result.dataset, result.track, result.epochs_setting,
+        result.network, result.augment, result.precision, result.seed, result.accuracies,
     )  # fmt: skip
 
 

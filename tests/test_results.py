@@ -86,9 +86,15 @@ def test_records_are_written_at_once_and_known_ones_not_again(file):
     other = dataclasses.replace(RESULT, seed=1, made_by={})
     records = Records(file)
     records.add(dataclasses.replace(RESULT, date="2026-01-01", seconds=9.0))  # read back from its finished state
-    records.add(other)
-    records.add(other)
+    assert [records.add(other), records.add(other)] == [True, False]
     assert records.results == (RESULT, other) == read(file).results
+
+
+def test_a_result_of_a_file_that_was_renamed_is_recorded_under_the_new_path(file):
+    renamed = dataclasses.replace(RESULT, source="submission/renamed.pt")
+    append(RESULT, file)
+    assert Records(file).add(renamed) and not Records(file).add(renamed)
+    assert [result.source for result in read(file).results] == ["submission/cifar100.pt", "submission/renamed.pt"]
 
 
 def test_an_old_record_is_written_again_with_the_accuracies_by_class_and_round(file):

@@ -318,8 +318,8 @@ class _Job:
 
     def _record(self, result: Result) -> Result:
         """Record a result and report it at once, since the next evaluation may take hours, or fail."""
-        self._records.add(result)
-        self._on_event(f"{result.source} on {result.dataset}: {100 * result.mean:.2f} %, recorded.")
+        kept = "recorded" if self._records.add(result) else f"which {self._settings.results} holds already"
+        self._on_event(f"{result.source} on {result.dataset}: {100 * result.mean:.2f} %, {kept}.")
         return result
 
     def _rank(self, distilled: DistilledSet, result: Result) -> Ranking:

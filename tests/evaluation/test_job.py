@@ -48,6 +48,22 @@ def test_a_given_name_is_recorded_and_noted_if_another_set_has_it(folder, settin
 
 
 @pytest.mark.slow
+def test_a_set_that_was_renamed_is_recorded_under_its_new_path_and_again_only_then(folder, settings):
+    events = []
+    first, second = folder / "colors_refined.pt", folder / "colors.pt"
+    second.rename(first)
+    settings = with_(settings, dataset="colors")
+    for path in (first, first, second):
+        if not path.exists():
+            first.rename(path)
+        evaluate_files([path], settings, on_event=events.append)
+    said = [event for event in events if " %, " in event]
+    assert [event.endswith("%, recorded.") for event in said] == [True, False, True]
+    assert said[1].endswith(f"which {settings.results} holds already.")
+    assert [result.source for result in read(settings.results).results] == [str(first), str(second)]
+
+
+@pytest.mark.slow
 def test_without_files_every_set_of_the_folder_is_evaluated(folder, settings):
     torch.save(torch.zeros(3), folder / "notes.pt")
     events = []
