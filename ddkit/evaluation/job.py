@@ -104,12 +104,20 @@ class JobOutcome:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The challenge's score, the mean over both datasets, of each name with official results on both."""
-        means: dict[str, dict[str, float]] = {}
+        """The challenge's score, the mean over both datasets, of each name with official results on both.
+
+        Of several files for a dataset the one that is packed counts, `<dataset>.pt`; without it there is no score.
+        """
+        found: dict[str, dict[str, list[Result]]] = {}
         for result in self.results:
             if result.official and result.kind == KIND_SUBMISSION:
-                means.setdefault(result.name, {})[result.dataset] = result.mean
-        return {name: sum(of.values()) / len(of) for name, of in means.items() if len(of) == len(CHALLENGE_DATASETS)}
+                found.setdefault(result.name, {}).setdefault(result.dataset, []).append(result)
+        scores = {}
+        for name, of in found.items():
+            chosen = [each for results in of.values() if (each := _packed_one(results)) is not None]
+            if len(chosen) == len(CHALLENGE_DATASETS):
+                scores[name] = sum(each.mean for each in chosen) / len(chosen)
+        return scores
 
 
 def evaluate_files(
@@ -343,6 +351,12 @@ class _Job:
             )  # fmt: skip
             self._records.add(known[-1])
         return of_result(result, known)
+
+
+def _packed_one(results: Sequence[Result]) -> Result | None:
+    """Of the results for one dataset that of `<dataset>.pt`, else of the only file; None where several files claim it."""
+    named = [each for each in results if Path(each.source).stem == each.dataset] or results
+    return named[-1] if len({each.sha256 for each in named}) == 1 else None
 
 
 def _source_of(each: DistilledSet | PublishedSet) -> FixedSet:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from ddkit.challenge import CHALLENGE_DATASETS, PUBLISHED, TEST_IMAGES, TRACKS, Entry
@@ -203,18 +204,24 @@ def latest_of_most_rounds(results: Iterable[tuple[_Conditions, Result]]) -> dict
 def _drafts(results: Sequence[Result]) -> list[_Draft]:
     """Results of one name under the same settings in one row, and a new row whenever a dataset occurs again.
 
+    Of several files for a dataset only the one that is packed, `<dataset>.pt`, shares a row with other datasets.
     A later evaluation of the same set under the same seed replaces an earlier one, unless it has fewer rounds.
     """
     newest = latest_of_most_rounds(((_GroupKey.of(r), r.kind, r.name, r.dataset, r.sha256, r.seed), r) for r in results)
+    stems: dict[_Conditions, set[str]] = {}
+    for (*shared, _, _), result in newest.items():  # without hash and seed
+        stems.setdefault(tuple(shared), set()).add(PurePath(result.source).stem)
     drafts: list[_Draft] = []
-    latest: dict[tuple[Any, ...], _Draft] = {}
-    for (*row, dataset, _, _), result in newest.items():
-        before = latest.get(tuple(row))
+    latest: dict[_Conditions, _Draft] = {}
+    for (key, kind, name, dataset, _, _), result in newest.items():
+        stem = PurePath(result.source).stem
+        apart = kind == "submission" and stem != dataset and len(stems[key, kind, name, dataset]) > 1
+        row = (key, kind, name, stem if apart else "")
+        before = latest.get(row)
         if before is None or dataset in before.results:
-            key, kind, name = row
-            latest[tuple(row)] = _Draft(key, name, kind, earlier=before.all_results if before else {})
-            drafts.append(latest[tuple(row)])
-        latest[tuple(row)].results[dataset] = result
+            latest[row] = _Draft(key, name, kind, earlier=before.all_results if before else {})
+            drafts.append(latest[row])
+        latest[row].results[dataset] = result
     return drafts
 
 

@@ -91,6 +91,15 @@ def test_the_challenges_score_is_the_mean_of_official_results_on_both_datasets(r
         assert JobOutcome((cifar100, other)).scores == {}
 
 
+def test_of_two_files_for_a_dataset_the_score_is_of_the_one_that_is_packed_or_there_is_none(result):
+    other = result("mine", "tinyimagenet", 0.1, 0.12, 0.11)
+    packed = result("mine", "cifar100", 0.3, 0.31, 0.32)
+    first, second = (result("mine", "cifar100", value, 0.4, 0.4, source=f"mine/{value}.pt") for value in (0.4, 0.5))
+    assert JobOutcome((packed, first, other)).scores == {"mine": pytest.approx(0.21)}
+    assert JobOutcome((first, second, other)).scores == {}
+    assert JobOutcome((first, other)).scores == {"mine": pytest.approx(0.255)}
+
+
 @pytest.mark.parametrize("changes, said", [
     ({"evaluation": EvaluationSettings(augment=False), "ranking": True}, "--ranking needs"),
     ({"evaluation": EvaluationSettings(track=2), "ranking": True}, "--ranking needs"),

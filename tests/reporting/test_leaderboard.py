@@ -111,6 +111,26 @@ def test_evaluated_again_after_a_change_both_stand_there(result):
     assert [row.value for row in build([old, again])[1].rows] == pytest.approx([0.225])
 
 
+def test_a_set_that_was_renamed_is_one_row_with_its_new_path(result):
+    old = result("mine", "cifar100", 0.20, 0.21, 0.22)
+    new = dataclasses.replace(old, source="mine/renamed.pt")
+    (row,) = (row for row in build([old, new])[0].rows if row.is_local)
+    assert row.results["cifar100"].source == "mine/renamed.pt"
+
+
+def test_of_two_files_for_a_dataset_the_one_that_is_packed_has_the_score_or_none_has(result):
+    other = result("mine", "tinyimagenet", 0.1, 0.12, 0.11)
+    packed = result("mine", "cifar100", 0.3, 0.31, 0.32)
+    first, second = (result("mine", "cifar100", value, 0.4, 0.4, source=f"mine/{value}.pt") for value in (0.4, 0.5))
+
+    def scores(*results):
+        return [row.score for row in build(results)[0].rows if row.is_local]
+
+    assert scores(packed, first, other) == scores(first, packed, other) == [pytest.approx(0.21), None]
+    assert scores(first, second, other) == [None] * 3
+    assert scores(first, other) == [pytest.approx(0.255)]
+
+
 def test_a_quick_look_takes_no_place_of_more_rounds(result):
     long = result("mine", "cifar100", 0.20, 0.22, 0.21, epochs_setting=50)
     real = result("random", "cifar100", 0.13, 0.15, 0.14, epochs_setting=50, kind="random-real")
