@@ -29,7 +29,15 @@ from ddkit.results import RESULTS_FILE, Result, read
 from ddkit.runtime import hub
 from ddkit.runtime.files import atomic_write, read_json, sha256_of, write_json
 from ddkit.sets.contact_sheet import contact_sheet
-from ddkit.sets.distilled import DistilledSet, SetFiles, draw_sheet, read_set, require_tensor_name, set_files
+from ddkit.sets.distilled import (
+    DistilledSet,
+    SetFiles,
+    draw_sheet,
+    read_set,
+    require_nothing_else,
+    require_tensor_name,
+    set_files,
+)
 
 _CARD = "README.md"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -96,9 +104,10 @@ def pull(
     """Download a distilled set, and write it, its JSON and its contact sheet.
 
     out: the tensor's file; None means submission/<dataset>.pt. dataset: None takes its name from the JSON on the hub, else
-    from the file's name. replace: write even over another set. The file is read as those of strangers are: nothing in it
-    is executed.
-    Raises UsageError if another set is at `out`, MissingDataError if the hub has no such set, and what `read_set` raises.
+    from the file's name. replace: write even over another set, or other files. The file is read as those of strangers are:
+    nothing in it is executed.
+    Raises UsageError if another set, or something else, is at `out`, MissingDataError if the hub has no such set, and what
+    `read_set` raises.
     """
     hub.require_hub_id(hub_id)
     tensors = _tensors(hub.dataset_files(hub_id))
@@ -116,6 +125,8 @@ def pull(
     spec = found_set.spec
     files = set_files(Path("submission", f"{spec.name}.pt") if out is None else out)
     require_tensor_name(files.tensor)
+    if not replace:
+        require_nothing_else(files.tensor)
     if not replace and files.tensor.exists() and sha256_of(files.tensor) != sha256:
         raise UsageError(f"{files.tensor} is another set, which would be lost.", "Name a file with --out, or add --replace.")
     with atomic_write(files.tensor) as target:

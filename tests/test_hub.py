@@ -67,6 +67,16 @@ def test_set_comes_back_bit_for_bit_with_its_provenance(hub, log_in, made, tmp_p
         assert sheet.width > 90
 
 
+def test_pull_over_a_json_that_is_no_sets_is_refused(hub, log_in, made, tmp_path):
+    ddkit.push(made, SET)
+    own = tmp_path / "notes.json"
+    own.write_text('{"mine": 1}')
+    with pytest.raises(UsageError, match="notes.json is not known to be of a set"):
+        ddkit.pull(SET, tmp_path / "notes.pt")
+    assert own.read_text() == '{"mine": 1}'
+    assert ddkit.pull(SET, tmp_path / "notes.pt", replace=True).path.exists()
+
+
 def test_model_on_the_hub_is_sampled_by_its_id(hub, log_in, colors_model, tmp_path):
     (colors_model / "checkpoints").mkdir()
     (colors_model / "checkpoints" / "state.pt").write_bytes(b"pickled")

@@ -14,7 +14,14 @@ from ddkit.errors import UsageError
 from ddkit.metrics.features import FeatureSettings, resolve_precision
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.progress import Listener, ignore
-from ddkit.sets.distilled import KIND_REFINED, KIND_SUBMISSION, SetFiles, read_provenance, require_tensor_name
+from ddkit.sets.distilled import (
+    KIND_REFINED,
+    KIND_SUBMISSION,
+    SetFiles,
+    read_provenance,
+    require_nothing_else,
+    require_tensor_name,
+)
 from ddkit.sets.select import LABEL_METHODS, ImageFeatures, choose
 
 
@@ -26,14 +33,16 @@ def generate(
     out: the tensor's path, a .pt file. A model's samples are kept next to it while they are made, so that the same call
     continues after an interruption or a kill; it does nothing when the set is complete. Processes that
     `accelerate launch` started share the classes, and the images do not depend on their number. replace: make the set
-    again in any case, even over a refined set, which has cost hours, or one that is the user's own.
+    again in any case, even over a refined set, which has cost hours, or files that are the user's own.
     Raises UsageError for fewer than one image a class, another ending than .pt, an unknown dataset, a model of another
-    dataset, or such a set at `out`; InterruptedRunError once asked to stop; and what `load_model`, `open_dataset`,
+    dataset, or such files at `out`; InterruptedRunError once asked to stop; and what `load_model`, `open_dataset`,
     `find_modes`, `find_influence` and `save_set` raise.
     """
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, got {ipc}.", "The challenge asks for --ipc 10.")
     require_tensor_name(out)
+    if not replace:
+        require_nothing_else(out)
     kind = read_provenance(out).get("kind", KIND_SUBMISSION)
     if out.exists() and not replace and kind in (KIND_REFINED, KIND_SUBMISSION):
         what = "a refined set" if kind == KIND_REFINED else "a set that ddkit generate did not make"

@@ -160,6 +160,26 @@ def likely_dataset(file_name: str) -> str:
     return by_plain_name[likely[0]] if likely else ""
 
 
+def require_nothing_else(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError where the set at `path`, which is not there yet, would overwrite a JSON or a picture of something else.
+
+    What ddkit wrote is known by the JSON's "sha256", also where the tensor was removed.
+    """
+    files = set_files(path)
+    try:
+        found = read_json(files.provenance) if files.provenance.exists() else None
+    except BadFileError:
+        found = None
+    if files.tensor.exists() or (isinstance(found, dict) and "sha256" in found):
+        return
+    for other in (files.provenance, files.sheet):
+        if other.exists():
+            raise UsageError(
+                f"{other} is not known to be of a set that ddkit made, and would be lost.",
+                "Name another file with --out, or add --replace.",
+            )
+
+
 def save_set(
     path: str | os.PathLike[str],
     images: Tensor,

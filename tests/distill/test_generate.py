@@ -94,6 +94,23 @@ def test_set_that_it_did_not_make_raises_usage_error(colors, tmp_path):
         generate(colors, 2, FromReal("random"), own.tensor)
 
 
+@pytest.mark.parametrize(("ending", "content"), [(".json", b'{"mine": 1}'), (".json", b"no JSON"), (".png", b"mine")])
+def test_json_or_picture_that_ddkit_did_not_write_raises_usage_error(colors, tmp_path, ending, content):
+    own = tmp_path / f"notes{ending}"
+    own.write_bytes(content)
+    with pytest.raises(UsageError, match=f"notes{ending} is not known to be of a set"):
+        generate(colors, 2, FromReal("first"), tmp_path / "notes.pt")
+    assert own.read_bytes() == content and not (tmp_path / "notes.pt").exists()
+    generate(colors, 2, FromReal("first"), tmp_path / "notes.pt", replace=True)
+    assert own.read_bytes() != content
+
+
+def test_json_and_picture_of_a_set_whose_tensor_was_removed_are_replaced(colors, tmp_path):
+    files = generate(colors, 2, FromReal("first"), tmp_path / "set.pt")
+    files.tensor.unlink()
+    assert generate(colors, 2, FromReal("first"), files.tensor).tensor.exists()
+
+
 class TestInvalidRequests:
     @pytest.fixture
     def earlier(self, colors, tmp_path):
