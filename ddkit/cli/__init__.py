@@ -74,9 +74,9 @@ def _explained(error: Exception) -> DDKitError | None:
         return error
     if isinstance(error, OSError) and error.errno is not None:
         return explain_os_error(error, error.filename or "writing")
-    if not isinstance(error, (RuntimeError, ImportError)):
+    if not isinstance(error, (RuntimeError, ImportError, MemoryError)):
         return None
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or isinstance(error, MemoryError):
         from ddkit.runtime.device import explain_gpu_error
 
         if explained := explain_gpu_error(error):

@@ -104,6 +104,10 @@ def explain_gpu_error(error: Exception) -> ComputeError | None:
             "Install a build for it from https://pytorch.org, or try --device cpu.",
         )
     if is_out_of_memory(error):
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+            return ComputeError(
+                "The memory of this machine is used up.", "Close other programs that use it. Saved states are kept."
+            )
         return ComputeError(
             "The memory of the device is used up.",
             "Close other programs that use it, which nvidia-smi shows for a GPU, or choose another --device. "
@@ -168,8 +172,8 @@ def _warn_once(text: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if PyTorch reports by this error that an allocation failed, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """True if Python or PyTorch reports by this error that an allocation failed, on a GPU or on the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if not isinstance(error, RuntimeError):
         return False
@@ -197,7 +201,7 @@ def shortage_explained(explanation: Callable[[], ComputeError]) -> Iterator[None
     """Replace the error of a failed allocation in the context by the one that `explanation` makes."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise explanation() from error

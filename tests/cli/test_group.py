@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import processes
 import pytest
+import torch
 from click.testing import CliRunner
 
 import ddkit.cli
@@ -165,6 +167,24 @@ def test_a_bug_exits_with_70_and_debug_shows_its_traceback(fault):
         finished = subprocess.run([sys.executable, "-c", code, *flags, "completion", "bash"], capture_output=True, text=True)
         assert (finished.returncode == 70) != traceback
         assert f"{fault}: no such thing" in finished.stderr and ("Traceback" in finished.stderr) == traceback
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_the_cpu_is_one_message(tmp_path):
+    for name, ipc in (("small.pt", 1), ("large.pt", 100)):  # 1 and 123 MB
+        torch.save(torch.rand(100 * ipc, 3, 32, 32), tmp_path / name)
+    code = (
+        "import resource, sys\n"
+        "from ddkit.cli import main\n"
+        "options = ['--dataset', 'cifar100', '--ipc']\n"
+        "main(['check', 'small.pt', *options, '1'], standalone_mode=False)\n"  # imports everything
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**25,) * 2)\n"
+        "main(['check', 'large.pt', *options, '100'])\n"
+    )
+    finished = processes.run("-c", code, cwd=tmp_path)
+    assert finished.returncode == 3, finished.stderr
+    assert "The memory of this machine is used up." in finished.stderr and "bug" not in finished.stderr
 
 
 def test_completion_prints_a_script_for_the_shell():

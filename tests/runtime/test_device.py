@@ -152,6 +152,8 @@ def test_hidden_gpus_are_said_only_where_one_is_asked_for(old_driver):
     (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "another process has it"),
     (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), "no code for this GPU"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory of the device is used up"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "memory of this machine"),
+    (MemoryError(), "memory of this machine is used up"),
 ])  # fmt: skip
 def test_errors_of_a_gpu_are_explained_with_a_remedy(error, said):
     explained = explain_gpu_error(error)
@@ -168,6 +170,7 @@ def test_other_errors_are_not_explained_as_those_of_a_gpu():
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    MemoryError(),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."),
 ], ids=lambda error: str(error)[:40])  # fmt: skip
