@@ -16,7 +16,7 @@ import torch
 
 from ddkit.challenge import CHALLENGE_DATASETS, TRAIN_IMAGES_PER_CLASS
 from ddkit.data.store import list_prepared, store_facts
-from ddkit.errors import DDKitError, counted
+from ddkit.errors import BadDataError, DDKitError, counted
 from ddkit.network.autotune import choose_plan
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import build_engine
@@ -170,7 +170,11 @@ def examine_datasets() -> Iterator[Diagnosis]:
     prepared = list_prepared()
     for name in dict.fromkeys([spec.name for spec in CHALLENGE_DATASETS] + list(prepared)):
         if name in prepared:
-            facts = store_facts(name)
+            try:
+                facts = store_facts(name)
+            except BadDataError as error:
+                yield Diagnosis("broken", f"dataset {name}", error.message, error.remedy)
+                continue
             counts = ", ".join(counted(split.images, f"{key} image", f"{key} images") for key, split in facts.splits.items())
             complete = TRAIN_IMAGES_PER_CLASS * facts.spec.num_classes
             train = facts.splits["train"].images if "train" in facts.splits else 0

@@ -45,6 +45,16 @@ def test_prepared_datasets_are_listed_with_their_counts(letters):
     assert line.status == "ok" and "5,000 train images" in line.finding
 
 
+def test_datasets_after_a_damaged_one_are_listed(own_cache):
+    for name in ("apples", "pears"):
+        (own_cache / name).mkdir(parents=True)
+        (own_cache / name / "meta.json").write_text("{")
+    lines = {line.what: line for line in examine_datasets()}
+    assert lines.keys() == {"dataset cifar100", "dataset tinyimagenet", "dataset apples", "dataset pears"}
+    assert lines["dataset pears"].status == "broken" and "data prepare pears" in lines["dataset pears"].remedy
+    assert re.search(r"is damaged: .+[^.]\.$", lines["dataset pears"].finding)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_diagnose_measures_the_engine_in_images_a_second():

@@ -221,7 +221,9 @@ def store_facts(name: str) -> StoreFacts:
 
 
 def _damaged(name: str, what: str) -> BadDataError:
-    return BadDataError(f"The prepared '{name}' is damaged: {what}.", f"Prepare it again: {_command(name, force=True)}")
+    return BadDataError(
+        f"The prepared '{name}' is damaged: {what.rstrip('.')}.", f"Prepare it again: {_command(name, force=True)}"
+    )
 
 
 def _command(name: str, *, force: bool = False) -> str:
