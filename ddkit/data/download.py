@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ddkit import __version__
 from ddkit.errors import BadDataError, BadFileError, DDKitError, MissingDataError
@@ -118,6 +119,7 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
     have = _size(part)
     headers = {"User-Agent": f"ddkit/{__version__}", **({"Range": f"bytes={have}-"} if have else {})}
     request = urllib.request.Request(archive.url, headers=headers)
+    free = shutil.disk_usage(part.parent).free
     try:
         # `urlopen` would keep the proxies that were set when it was first called.
         with urllib.request.build_opener().open(request, timeout=timeout) as response:
@@ -129,14 +131,12 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
                 begin = int(match[1])
             length = response.headers.get("Content-Length")
             total = begin + int(length) if length is not None else None
-            free = shutil.disk_usage(part.parent).free
             if total is not None and total - have > free:
                 raise BadFileError(
                     f"{part.parent}: {(total - have) / _MEGABYTE:,.0f} MB are missing and {free / _MEGABYTE:,.0f} MB are free.",
                     "Free some space there, or set DDKIT_CACHE to another place.",
                 )
-            with part.open("ab") as file:
-                file.truncate(begin)  # a server that ignores the range sends everything again
+            with _opened(part, begin) as file:  # a server that ignores the range sends everything again
                 while block := response.read(_BLOCK):
                     try:
                         file.write(block)
@@ -160,6 +160,16 @@ def _fetch_rest(archive: Archive, part: Path, timeout: float, progress: Listener
         raise _BrokenTransferError(str(error)) from error
     except (OSError, http.client.HTTPException) as error:
         raise _BrokenTransferError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+
+
+def _opened(part: Path, size: int) -> BinaryIO:
+    """`part`, cut to `size` bytes, to append to. A refusal is no failure of the network: it raises BadFileError."""
+    try:
+        file = part.open("ab")
+        file.truncate(size)
+    except OSError as error:
+        raise explain_os_error(error, part) from error
+    return file
 
 
 def _unreachable(archive: Archive, error: Exception) -> DDKitError:

@@ -111,8 +111,6 @@ def prepare(
             if source is None and name in OFFICIAL:
                 # The store has all that the archive had.
                 (_downloads() / OFFICIAL[name].file_name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # an unfinished download of another archive stays
-                    _downloads().rmdir()
     return folder
 
 

@@ -155,6 +155,12 @@ def test_folder_that_cannot_be_made_is_refused(serve, tmp_path):
         download(archive_at(serve(DATA).url), tmp_path / "file" / "below")
 
 
+def test_part_that_cannot_be_written_is_no_failure_of_the_network(serve, tmp_path):
+    (tmp_path / "archive.bin.part").mkdir()
+    with pytest.raises(BadFileError, match=r"archive\.bin\.part: Is a directory"):
+        download(archive_at(serve(DATA).url), tmp_path, patience=RetryPolicy(pause=0.01))
+
+
 def test_official_archives_have_known_names_and_checksums():
     assert {name: (archive.file_name, archive.md5) for name, archive in OFFICIAL.items()} == {
         "cifar100": ("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
