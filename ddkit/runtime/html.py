@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_LONGEST_SIDE = 16383  # pixels of WebP
+
 
 def html_table(rows: Iterable[Sequence[object]], headings: Sequence[str] = ()) -> str:
     """A table of plain text."""
@@ -23,7 +25,13 @@ def html_table(rows: Iterable[Sequence[object]], headings: Sequence[str] = ()) -
 
 
 def data_uri(picture: Image, lossless: bool = False) -> str:
-    """The picture as WebP in a data URI; with losses by default, so that a page stays small."""
+    """The picture as WebP in a data URI; with losses by default, so that a page stays small.
+
+    A picture with a side that WebP cannot hold is made smaller.
+    """
     buffer = io.BytesIO()
+    if max(picture.size) > _LONGEST_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     picture.save(buffer, format="WEBP", lossless=lossless, quality=85)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
