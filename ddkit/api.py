@@ -232,8 +232,9 @@ def evaluate(
     gives the same numbers: (C * ipc, 3, S, S) float32, normalized, class by class. Images that are not those of a file are
     recorded with a hash of their own. dataset: of a tensor in memory; for a file, None takes it from the JSON next to it,
     else from the file's name.
-    name: under which the result is recorded; None takes the name of the file's folder. rounds, epochs_setting: None takes
-    the challenge's 3 rounds and E = 1000. reference: the challenge's test file; None takes the prepared test split.
+    name: under which the result is recorded; None takes the name of the file's folder, and "in-memory" for images that are
+    not those of a file. rounds, epochs_setting: None takes the challenge's 3 rounds and E = 1000.
+    reference: the challenge's test file; None takes the prepared test split.
     results: the file that the result is added to. state: the folder from which an interrupted evaluation continues.
     `Result.mean` is the accuracy, a fraction, and `Result.interval` its 95 % confidence interval.
     Raises InvalidSubmissionError for a set that `check` refuses.

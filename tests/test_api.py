@@ -143,6 +143,7 @@ def test_evaluate_of_a_set_in_memory_gives_the_numbers_of_its_file(few_letters, 
     ]
     assert len({(result.accuracies, result.loss_curves) for result in evaluations}) == 1
     assert evaluations[1].sha256 == evaluations[0].sha256 and evaluations[2].source == "tensor in memory"
+    assert [result.name for result in evaluations] == [read.path.resolve().parent.name] * 2 + ["in-memory"]
     assert [result.kind for result in evaluations] == ["first-real", "first-real", "submission"]
     read.images.mul_(-1)  # which are neither the images of the file then, nor real ones
     changed = ddkit.evaluate(read, rounds=1, epochs_setting=1)

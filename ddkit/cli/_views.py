@@ -175,10 +175,12 @@ def comparison_view(compared: SetsCompared, *, show_all: bool = False) -> Render
         table.add_row(Text(each.name), percent(each.first), percent(each.second), _difference(each.estimate))
         if left_out and k == _MOST_CLASSES - 1:
             table.add_row(Text(f"... {left_out} more: --all", style="dim"))
+    estimates = (compared.difference, *(each.estimate for each in compared.classes))
     how = "paired rounds" if compared.paired else "Welch's interval"
+    intervals = f", with 95 % intervals ({how})" if any(each.half_width is not None for each in estimates) else ""
     recipes = zip(names, compared.recipes, strict=True)
     remarks = [
-        f"Differences in points, the first minus the second, with 95 % intervals ({how}).",
+        f"Differences in points, the first minus the second{intervals}.",
         *compared.remarks,
         *(f"Recipe of {name}: {recipe}" for name, recipe in recipes if recipe),
     ]

@@ -130,7 +130,7 @@ def make_entry(
             f"The time was up before {', '.join(entry.unfinished)}. Run the same command with a longer --time to finish.",
             label="warning",
         )
-    output.note(f"All stages together took {span_text(entry.seconds)}.")
+    output.note(f"Everything together took {span_text(entry.seconds)}.")
     output.result(
         {
             "seconds": entry.seconds,

@@ -35,7 +35,8 @@ class JobSettings:
     """Settings of `evaluate_files` for all its files.
 
     evaluation: how each is evaluated. dataset: of all files; None finds it for each file (see `ddkit.sets.distilled`).
-    name: under which results are recorded; None takes the name of the file's folder, which joins an entry's two sets.
+    name: under which results are recorded; None takes the name of the file's folder, which joins an entry's two sets,
+        and "in-memory" for a set that is not a file's.
     reference: the challenge's `{dataset}_test.pt`; None takes the prepared test set.
     conversion: how sets in other layouts than the challenge's are converted; any but the default converts all sets.
     ranking: also compute DD-Ranking's scores, after the evaluations that they need.
@@ -288,7 +289,8 @@ class _Job:
         # Trajectory matching calls the two files of every set images_best.pt and labels_best.pt.
         by_file = published and labels_next_to(path) is None
         place = path.resolve()
-        name = self._settings.name or (_name_of(place) if by_file else place.parent.name)
+        own_name = _name_of(place) if by_file else place.parent.name if distilled.path else "in-memory"
+        name = self._settings.name or own_name
         kind = distilled.kind if distilled.kind in BASELINE_KINDS else KIND_SUBMISSION
         return self._record(evaluation.result(name, sha256, str(path), kind=kind, made_by=distilled.provenance))
 

@@ -147,11 +147,14 @@ def _compared(first: Result, second: Result) -> SetsCompared:
     paired = (first.seed, first.rounds) == (second.seed, second.rounds) and first.track == 1
     whole = _estimate(first.accuracies, second.accuracies, paired)
     remarks = []
-    if whole.half_width is None and min(first.rounds, second.rounds) > 1:
+    single = min(first.rounds, second.rounds) == 1
+    if single:
+        remarks.append("A single round gives no interval: it does not tell how much others would differ.")
+    elif whole.half_width is None:
         same = "The difference is the same in every round" if paired else "The rounds do not vary"
         remarks.append(f"{same}, so no interval can be given: rounds that agree do not tell how much others would differ.")
     recorded = bool(first.class_rounds and second.class_rounds)
-    if first.per_class and second.per_class and not recorded:
+    if first.per_class and second.per_class and not recorded and not single:
         remarks.append(
             "The records do not hold the accuracy of each class in each round, so the classes have no intervals. Run the same "
             "ddkit evaluate again: finished rounds are read and not repeated."

@@ -113,6 +113,16 @@ def test_comparison_of_rounds_that_do_not_vary_has_no_color(result):
     assert "\x1b[32m" not in line and "±" not in line
 
 
+@pytest.mark.parametrize(("rounds", "said"), [(1, False), (2, True)])
+def test_comparison_speaks_of_intervals_only_where_there_are_some(result, rounds, said):
+    values = {"high": (0.4, 0.42), "low": (0.2, 0.23)}
+    (found,) = compare_sets("high", "low", [result(name, "cifar100", *each[:rounds]) for name, each in values.items()])
+    console = Console(file=io.StringIO(), width=100)
+    console.print(comparison_view(found))
+    text = console.file.getvalue()
+    assert ("with 95 % intervals (paired rounds)" in text, "A single round gives no interval" in text) == (said, not said)
+
+
 @pytest.fixture
 def results(result):
     return [
