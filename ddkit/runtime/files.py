@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -26,6 +28,7 @@ LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _BLOCK = 1 << 20  # bytes
+_SECONDS_OF_A_DAY = 86400
 
 
 def cache_folder() -> Path:
@@ -129,7 +132,7 @@ def _acquire(lock_file: Path, *, timeout: float) -> contextlib.AbstractContextMa
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of an empty temporary file next to `path`; on success it is synced and renamed to `path`.
 
-    On any error the temporary file is removed and `path` is unchanged.
+    On any error the temporary file is removed and `path` is unchanged. Those that a kill left a day ago are removed too.
     The parent folder is created if needed. If `path` is a link, the file that it leads to is replaced.
     Raises BadFileError if the system refuses, or if `path` is a folder, a pipe or a device, which cannot be replaced.
     """
@@ -139,6 +142,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.exists() and (problem := why_not_a_file(path)):
             raise BadFileError(f"{path} {problem}.", "Name a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_away(path)
         temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb+") as file:
@@ -187,8 +191,20 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """A name next to `path` that nobody else uses; `ddkit.data.prepare` clears away what a kill left under such names."""
+    """A name next to `path` that nobody else uses.
+
+    What a kill leaves under such names is cleared away by the next `atomic_write` to `path` after a day, and in the cache by
+    `ddkit.data.prepare`.
+    """
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+
+
+def _clear_away(path: Path) -> None:
+    """Remove what a kill left of earlier writes to `path`. What is less than a day old may be another process's."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _SECONDS_OF_A_DAY:
+                left.unlink()
 
 
 def _reported_path(error: OSError, path: Path) -> str | os.PathLike[str]:

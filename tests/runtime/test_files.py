@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_a_writer_killed_midway_leaves_the_old_file(tmp_path):
     writer.kill()
     writer.wait()
     assert path.read_bytes() == b"old"
+
+
+def test_what_a_killed_writer_left_is_removed_a_day_later_and_nothing_else(tmp_path):
+    names = {".set[1].pt.0123abcd.tmp": 2, ".set[1].pt.0123abce.tmp": 0, ".other.pt.0123abcd.tmp": 2, "set[1].pt.tmp": 2}
+    for name, days in names.items():
+        (tmp_path / name).write_text("")
+        then = time.time() - 86400 * days
+        os.utime(tmp_path / name, (then, then))
+    files.write_text(tmp_path / "set[1].pt", "new")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*names, "set[1].pt"} - {".set[1].pt.0123abcd.tmp"}
 
 
 def test_refused_write_names_the_requested_path(tmp_path):
