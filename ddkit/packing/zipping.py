@@ -39,8 +39,8 @@ def write_zip(members: Mapping[str, Path], path: Path) -> dict[str, str]:
 def unpack(path: Path, folder: Path) -> Path:
     """Unpack a zip into a folder, member by member; returns the folder.
 
-    Leftovers of macOS are left out. Raises BadFileError for a damaged zip, for members whose names lead out of the folder,
-    for links, pipes and devices, and if the disk has no room for what the members claim.
+    Leftovers of macOS are left out. Raises BadFileError for a damaged zip, for members whose names lead out of the folder
+    or clash with each other, for links, pipes and devices, and if the disk has no room for what the members claim.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -55,8 +55,14 @@ def unpack(path: Path, folder: Path) -> Path:
                 if not is_ordinary(info):
                     kind = "marked as a link, a pipe or a device, not as a file"
                     raise BadFileError(f"{path}: the member '{info.filename}' is {kind}.")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(info) as source, target.open("xb") as file:
+                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file = target.open("xb")
+                except (FileExistsError, NotADirectoryError) as error:
+                    raise BadFileError(
+                        f"{path}: the member '{info.filename}' clashes with another one.", "Pack it again."
+                    ) from error
+                with file, archive.open(info) as source:
                     shutil.copyfileobj(source, file)
     except ZIP_ERRORS as error:
         raise BadFileError(f"{path} cannot be unpacked: {error}.", "Pack it again.") from error

@@ -150,6 +150,16 @@ def test_members_that_lead_out_are_refused(tmp_path, name):
         pass
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("names", [("generate.py",) * 2, ("a", "a/b"), ("a/b", "a"), ("a", "a/b/c")])
+def test_members_that_clash_are_refused_by_name(tmp_path, names):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        for name in names:
+            archive.writestr(zipfile.ZipInfo(name), "")
+    with pytest.raises(BadFileError, match=rf"bad\.zip: the member '{names[1]}' clashes"), open_bundle(tmp_path / "bad.zip"):
+        pass
+
+
 def test_paths_that_are_not_bundles_raise(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.zip").write_text("no zip")
