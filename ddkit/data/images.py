@@ -43,4 +43,5 @@ def resize(images: Tensor, side: int) -> Tensor:
 @functools.cache
 def _constants(values: tuple[float, float, float], device: torch.device) -> Tensor:
     """(1, 3, 1, 1) on the device. Kept there, as a GPU is waited for when numbers are copied to it."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    with torch.inference_mode(False):  # else a first use in that mode would forbid gradients to all later ones
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)

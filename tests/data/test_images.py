@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -18,3 +20,12 @@ def test_pixels_normalized_in_place_are_the_same_bits_and_come_back(spec):
 
 def test_values_beyond_black_and_white_are_clamped():
     assert to_uint8(torch.tensor([-0.5, 0.0, 0.5, 1.0, 1.7])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_images_normalized_first_in_inference_mode_can_have_gradients_later():
+    spec = dataclasses.replace(CIFAR100, mean=(0.123, 0.456, 0.789))
+    with torch.inference_mode():
+        normalize(torch.zeros(1, 3, 4, 4), spec)
+    images = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    (normalize(images, spec) * images).sum().backward()
+    assert images.grad.isfinite().all()
