@@ -71,7 +71,7 @@ def test_pull_over_a_json_that_is_no_sets_is_refused(hub, log_in, made, tmp_path
     ddkit.push(made, SET)
     own = tmp_path / "notes.json"
     own.write_text('{"mine": 1}')
-    with pytest.raises(UsageError, match="notes.json is not known to be of a set"):
+    with pytest.raises(UsageError, match="notes.json does not belong to a set"):
         ddkit.pull(SET, tmp_path / "notes.pt")
     assert own.read_text() == '{"mine": 1}'
     assert ddkit.pull(SET, tmp_path / "notes.pt", replace=True).path.exists()

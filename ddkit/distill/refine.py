@@ -53,6 +53,7 @@ from ddkit.sets.distilled import (
     dataset_of,
     read_provenance,
     read_set,
+    require_nothing_else,
     require_tensor_name,
     save_set,
 )
@@ -115,14 +116,15 @@ def refine(
     ignore_codes: codes of findings of `check` that are not to stop the refinement.
     A set that does not improve is left as it is.
     Raises InvalidSubmissionError for a set that `check` refuses, and what `open_dataset` and `save_set` raise.
-    Raises UsageError if `out` does not end in .pt or holds the result of another refinement or a set that ddkit did not make;
-    if `path` or `out` is a copy that the folder keeps; if the folder belongs to another set, other settings or other real
-    images; and while another process refines in it.
+    Raises UsageError if `out` does not end in .pt or holds the result of another refinement or a set that ddkit did not make,
+    or if a JSON or a picture of something else has a name that it needs; if `path` or `out` is a copy that the folder keeps;
+    if the folder belongs to another set, other settings or other real images; and while another process refines in it.
     After writing the best set so far, raises InterruptedRunError once asked to stop, ComputeError if the refinement diverges
     or memory is short, and BadFileError if the system refuses a file.
     """
     target = out or path
     require_tensor_name(target)
+    require_nothing_else(target)
     refuse_kept_copy(folder, path, target)
     chosen, dataset = resolve_device(device), dataset_of(path, dataset)
     before = read_set(original_set(path, folder) if fresh else path, dataset)

@@ -175,8 +175,8 @@ def require_nothing_else(path: str | os.PathLike[str]) -> None:
     for other in (files.provenance, files.sheet):
         if other.exists():
             raise UsageError(
-                f"{other} is not known to be of a set that ddkit made, and would be lost.",
-                "Name another file with --out, or add --replace.",
+                f"{other} does not belong to a set that ddkit made, and would be lost.",
+                "Name another file with --out, or move that one away.",
             )
 
 

@@ -283,7 +283,8 @@ class TestNothingLost:
         path = write_tree(photos)
         program = f"from ddkit.data.prepare import prepare; prepare('pets', {str(path)!r})"
         both = [processes.start("-c", program) for _ in range(2)]
-        assert [process.communicate()[1] for process in both] == ["", ""]
+        said = [process.communicate()[1] for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
         assert in_cache(own_cache) == ["pets"] and len(load_dataset("pets", "train")) == 6
 
     def test_file_system_without_locks_is_used(self, write_tree, photos, own_cache, monkeypatch):

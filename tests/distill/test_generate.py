@@ -98,7 +98,7 @@ def test_set_that_it_did_not_make_raises_usage_error(colors, tmp_path):
 def test_json_or_picture_that_ddkit_did_not_write_raises_usage_error(colors, tmp_path, ending, content):
     own = tmp_path / f"notes{ending}"
     own.write_bytes(content)
-    with pytest.raises(UsageError, match=f"notes{ending} is not known to be of a set"):
+    with pytest.raises(UsageError, match=f"notes{ending} does not belong to a set"):
         generate(colors, 2, FromReal("first"), tmp_path / "notes.pt")
     assert own.read_bytes() == content and not (tmp_path / "notes.pt").exists()
     generate(colors, 2, FromReal("first"), tmp_path / "notes.pt", replace=True)

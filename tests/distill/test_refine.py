@@ -354,6 +354,9 @@ class TestRefused:
         with pytest.raises(UsageError, match="a set that ddkit did not make"):
             run(start, tmp_path / "run", 1, DM, out=out)
         assert torch.equal(read(out), -read(start))
+        (tmp_path / "notes.json").write_text("[]")
+        with pytest.raises(UsageError, match="notes.json does not belong to a set that ddkit made"):
+            run(start, tmp_path / "run", 1, DM, out=tmp_path / "notes.pt")
 
     def test_out_with_the_result_of_other_settings(self, start, tmp_path):
         out, slower = tmp_path / "out.pt", dataclasses.replace(DM, learning_rate=1e-3)
