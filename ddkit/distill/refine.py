@@ -29,9 +29,17 @@ from ddkit.distill.matching import dm_loss, frepo_loss, siamese_augment
 from ddkit.distill.pool import OnlinePool, pool_memory, require_memory
 from ddkit.distill.settings import OBJECTIVES, RefineLimits, RefineSettings
 from ddkit.distill.spectrum import Spectrum
-from ddkit.distill.state import STATE_FILE, RefinementState, is_kept_copy, original_set, refuse_kept_copy, start_over
+from ddkit.distill.state import (
+    STATE_FILE,
+    RefinementState,
+    is_kept_copy,
+    original_set,
+    refuse_kept_copy,
+    require_no_loss,
+    start_over,
+)
 from ddkit.distill.student import Student
-from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, UsageError, counted
+from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, counted
 from ddkit.evaluation.rounds import predict
 from ddkit.network.autotune import choose_plan
 from ddkit.network.embedding import build_embedder
@@ -46,7 +54,6 @@ from ddkit.runtime.records import read_record
 from ddkit.runtime.seeds import generator_for, network_seed
 from ddkit.sets.distilled import (
     KIND_REFINED,
-    KIND_SUBMISSION,
     DistilledSet,
     SetFiles,
     class_labels,
@@ -138,10 +145,7 @@ def refine(
         state = _begin_or_resume(before, path, settings, folder, ignore_codes)
         earlier = state.step
         if target.exists() and target.resolve() != path.resolve() and not (state.made(target) or is_kept_copy(target, folder)):
-            kind = read_provenance(target).get("kind", KIND_SUBMISSION)
-            if kind in (KIND_REFINED, KIND_SUBMISSION):
-                what = "the result of another refinement" if kind == KIND_REFINED else "a set that ddkit did not make"
-                raise UsageError(f"{target} holds {what}, which would be lost.", "Name another file with --out, or delete it.")
+            require_no_loss(target)
         try:
             kept = state.before.tensor
             original = read_set(kept, spec.name).images if kept.is_file() else None  # somebody may have deleted it

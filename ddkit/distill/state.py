@@ -21,7 +21,7 @@ from ddkit.errors import BadFileError, UsageError
 from ddkit.runtime.files import atomic_write, sha256_of, write_text
 from ddkit.runtime.records import differences
 from ddkit.runtime.tensor_files import UnloadableError, load_restricted, save_torch
-from ddkit.sets.distilled import SetFiles, read_provenance, set_files
+from ddkit.sets.distilled import KIND_REFINED, KIND_SUBMISSION, SetFiles, read_provenance, set_files
 
 STATE_FILE = "state.pt"
 RECORDS_FILE = "records.jsonl"
@@ -184,7 +184,7 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
     out: where the refined set was written; `path` when None. The refined set there is kept in the folder as refined.pt,
     .json and .png, and so is a damaged file at `path`. Only files that a refinement wrote are removed from the folder.
     Raises UsageError if the set at `path` is neither the original nor a result of that refinement, because the only copy
-    of the original would be lost.
+    of the original would be lost, and what `require_no_loss` raises for `out`.
     """
     before = _before(folder)
     if before.exists():
@@ -202,6 +202,8 @@ def start_over(path: Path, folder: Path, out: Path | None = None) -> None:
                         f"{folder} holds the refinement of a set other than {path}, and its only copy, {before.name}.",
                         _another(folder),
                     )
+                elif not is_kept_copy(file, folder):
+                    require_no_loss(file)
         _copy_set(before, path)  # also where a kill halfway has given back the tensor but not its JSON and sheet
     for file in (folder / STATE_FILE, folder / RECORDS_FILE, *vars(set_files(before)).values()):
         file.unlink(missing_ok=True)
@@ -211,6 +213,14 @@ def is_kept_copy(path: Path, folder: Path) -> bool:
     """True if the folder keeps the set at `path` as one that --fresh replaced."""
     kept = _given_up(folder)
     return kept.is_file() and sha256_of(kept) == sha256_of(path)
+
+
+def require_no_loss(path: Path) -> None:
+    """Raise UsageError where a set at `path` cannot be made again: another refinement's result, or one not made by ddkit."""
+    kind = read_provenance(path).get("kind", KIND_SUBMISSION)
+    if kind in (KIND_REFINED, KIND_SUBMISSION):
+        what = "the result of another refinement" if kind == KIND_REFINED else "a set that ddkit did not make"
+        raise UsageError(f"{path} holds {what}, which would be lost.", "Name another file with --out, or delete it.")
 
 
 def refuse_kept_copy(folder: Path, *paths: Path) -> None:

@@ -71,8 +71,10 @@ def test_start_over_keeps_the_refined_set_from_where_it_was_written(start, tmp_p
     run(start, folder, 0, out=out, fresh=True)
     assert contents(start) == before and contents(folder / "refined.pt") == refined
     out.write_bytes(b"another's")
-    run(start, folder, 0, out=out, fresh=True)
-    assert contents(folder / "refined.pt") == refined, "what no refinement made is no refined set"
+    with pytest.raises(UsageError, match="a set that ddkit did not make, which would be lost"):
+        run(start, folder, 0, out=out, fresh=True)
+    assert out.read_bytes() == b"another's" and contents(folder / "refined.pt") == refined
+    assert RefinementState.read(folder).step == 0, "the refinement is not discarded"
 
 
 def test_a_start_that_fails_discards_nothing(start, tmp_path):

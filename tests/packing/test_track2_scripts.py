@@ -650,18 +650,18 @@ class TestOnAPretendedGPU:
 
         return run
 
-    @staticmethod
-    def places(load):
+    @pytest.fixture
+    def places(self, job):
         """Classes and indices of the second worker's 32 images."""
-        job = SimpleNamespace(classes=2, workers=2)
-        return zip(*(load("shards").Job.image(job, 1, position) for position in range(32)), strict=True)
+        shared = job(workers=2, entry={"num_classes": 2})
+        return zip(*(shared.image(1, position) for position in range(32)), strict=True)
 
     @pytest.mark.slow
-    def test_workers_make_on_gpus_what_a_cpu_makes(self, load, make_images):
+    def test_workers_make_on_gpus_what_a_cpu_makes(self, load, make_images, places):
         said, made, model, facts = make_images()
         assert [kind for kind, _ in said if kind != "written"] == ["loaded", "loaded"]
         assert sum(value[0] for kind, value in said if kind == "written") == 64
-        classes, indices = self.places(load)
+        classes, indices = places
         wanted = load("sampling").Sampler(model, facts, "cpu", 0)(classes, indices)
         images, shown = zip(*made, strict=True)
         assert (torch.stack(images).int() - wanted.int()).abs().max() <= 1
@@ -669,13 +669,13 @@ class TestOnAPretendedGPU:
         torch.testing.assert_close(torch.stack(shown), judged, atol=0.02, rtol=0)
 
     @pytest.mark.slow
-    def test_worker_halves_its_batches_where_memory_is_short(self, load, gpu, make_images):
+    def test_worker_halves_its_batches_where_memory_is_short(self, load, gpu, make_images, places):
         def allow_maps_of_five_images():
             gpu.largest_tensor = 5 * 128 * 16 * 16 * 4
 
         said, made, model, facts = make_images(loaded=allow_maps_of_five_images)
         assert gpu.released and not [value for kind, value in said if kind == "failed"]
-        wanted = load("sampling").Sampler(model, facts, "cpu", 0)(*self.places(load))
+        wanted = load("sampling").Sampler(model, facts, "cpu", 0)(*places)
         assert (torch.stack([image for image, _ in made]).int() - wanted.int()).abs().max() <= 1
 
     @pytest.mark.slow
