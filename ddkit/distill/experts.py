@@ -22,7 +22,7 @@ from ddkit.runtime.seeds import generator_for
 
 _CACHE_FOLDER = "_experts"  # no dataset can have this name
 _KEY = "parameters"
-_VERSION = 1  # counts changes to how an expert is trained
+_VERSION = 2  # counts changes to how an expert is trained
 
 
 class _StoppedError(Exception):
@@ -34,7 +34,7 @@ class Experts:
 
     They belong to the real images, the seed and the settings of the training. A trajectory takes some 140 to 550 MB and is
     written when it is finished, so a kill costs one.
-    dataset_sha256: hash of the real training images.
+    dataset_sha256: hash of the real training images. precision: of the training, "float32" or "bfloat16".
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class Experts:
         settings: ExpertSettings,
         *,
         seed: int,
+        precision: str,
         device: torch.device,
         progress: Listener = ignore,
     ) -> None:
         self._holdout, self._settings, self._seed = holdout, settings, seed
-        self._device, self._progress = device, progress
+        self._precision, self._device, self._progress = precision, device, progress
         training = (settings.steps, settings.batch_size, settings.learning_rate, settings.keep_every)
-        made_of = (_VERSION, dataset_sha256, holdout.held_out_share, seed, training)
+        made_of = (_VERSION, dataset_sha256, holdout.held_out_share, seed, precision, training)
         self._folder = cache_folder() / _CACHE_FOLDER / f"{holdout.spec.name}-{cache_key(made_of)}"
         self._trajectories: list[Tensor] = []
 
@@ -78,7 +79,7 @@ class Experts:
         """The trajectory, (steps / keep_every + 1, P) float32 on the CPU: the start, then every checkpoint."""
         settings, spec = self._settings, self._holdout.spec
         network = random_network(spec, "expert", self._seed, number).to(self._device)
-        engine = build_engine(network, choose_plan(network, "float32", settings.batch_size))
+        engine = build_engine(network, choose_plan(network, self._precision, settings.batch_size))
         optimizer = torch.optim.SGD(network.parameters(), settings.learning_rate)
         generator = generator_for("cpu", "expert", self._seed, number)
         kept = [flat_parameters(network).cpu()]

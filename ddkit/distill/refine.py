@@ -253,10 +253,11 @@ class Refinement:
         self._embed = build_embedder(self._observer, len(self._labels), state.precision)
         self._pool = self._build_pool() if state.pool else None
         if settings.objective == "mtt":
-            self._student = Student(self._spec, ipc, settings.student, device)
+            self._student = Student(self._spec, ipc, settings.student, state.precision, device)
             self._experts = Experts(
-                holdout, state.dataset_sha256, settings.experts, seed=settings.seed, device=device, progress=progress
-            )
+                holdout, state.dataset_sha256, settings.experts,
+                seed=settings.seed, precision=state.precision, device=device, progress=progress,
+            )  # fmt: skip
         count = max(1, _PIXELS_OF_SPECTRUM // self._spec.image_size**2)
         self._spectrum = Spectrum(holdout.sample(count).to(device), settings.spectrum) if settings.spectrum else None
         self._range = _displayable_range(self._spec).to(device)

@@ -53,18 +53,21 @@ class Student:
     The difference also sees where a ReLU changes sign, which automatic differentiation does not: at one step of
     CIFAR-100 it led down 1.7 times as steeply.
 
-    images_per_class: of the set. images_at_once: images of a step.
+    images_per_class: of the set. precision: "float32" or "bfloat16"; on ten classes of CIFAR-100 their gradients have a cosine
+    of 0.97, where those of two segments have 0.1. images_at_once: images of a step.
     """
 
-    def __init__(self, spec: DatasetSpec, images_per_class: int, settings: StudentSettings, device: torch.device) -> None:
+    def __init__(
+        self, spec: DatasetSpec, images_per_class: int, settings: StudentSettings, precision: str, device: torch.device
+    ) -> None:
         self._spec, self._ipc, self._device = spec, images_per_class, device
         self._steps, self._at_once = settings.steps, min(settings.images_per_class, images_per_class)
         self._labels = class_labels(spec.num_classes, images_per_class).to(device)
         self.images_at_once = spec.num_classes * self._at_once
         # Two networks, as different engines compute gradients to images and to parameters.
         self._learner, self._observer = (random_network(spec, "student").to(device) for _ in range(2))
-        self._engine = build_engine(self._learner, choose_plan(self._learner, "float32", self.images_at_once))
-        self._embed = build_embedder(self._observer, self.images_at_once)
+        self._engine = build_engine(self._learner, choose_plan(self._learner, precision, self.images_at_once))
+        self._embed = build_embedder(self._observer, self.images_at_once, precision)
 
     def initial_lr(
         self,

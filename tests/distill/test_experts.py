@@ -30,7 +30,7 @@ def holdout(colors):
 
 def experts(holdout, settings=QUICK, *, sha256="of-these", seed=0, told=None):
     progress = {} if told is None else {"progress": told.append}
-    ours = Experts(holdout, sha256, settings, seed=seed, device=CPU, **progress)
+    ours = Experts(holdout, sha256, settings, seed=seed, precision="float32", device=CPU, **progress)
     ours.prepare()
     assert ours.ready
     return ours
@@ -82,7 +82,7 @@ def test_experts_asked_to_stop_keep_the_finished_ones(holdout, own_cache):
             if report.done == 5 and not stop:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        ours = Experts(holdout, "of-these", QUICK, seed=0, device=CPU, progress=listen)
+        ours = Experts(holdout, "of-these", QUICK, seed=0, precision="float32", device=CPU, progress=listen)
         ours.prepare(stop)
         assert stop
         raise InterruptedRunError("as whoever asked for them does")

@@ -49,9 +49,9 @@ def way(spec, real):
     return start, flat_parameters(network)
 
 
-def student(spec, steps=1, images_per_class=1):
+def student(spec, steps=1, images_per_class=1, precision="float32"):
     """Of a set of two images a class."""
-    return Student(spec, 2, StudentSettings(steps, images_per_class), CPU)
+    return Student(spec, 2, StudentSettings(steps, images_per_class), precision, CPU)
 
 
 def draws(seed=0):
@@ -69,6 +69,15 @@ def test_the_gradient_of_one_step_predicts_how_the_distance_changes(spec, images
     rise = (distance(spec, images + step, way) - distance(spec, images - step, way)) / 2
     assert rise == pytest.approx((gradient * step).sum().item(), rel=0.5)
     assert rise > 0
+
+
+@pytest.mark.slow
+def test_the_gradient_in_bfloat16_is_nearly_that_of_float32(spec, images, way):
+    exact, rounded = (
+        student(spec, 3, precision=precision).match(images, *way, RATE, draws()) for precision in ("float32", "bfloat16")
+    )
+    assert rounded.distance == pytest.approx(exact.distance, rel=0.01) and rounded.distance != exact.distance
+    assert F.cosine_similarity(rounded.gradient.flatten(), exact.gradient.flatten(), dim=0) > 0.9
 
 
 @pytest.mark.slow
