@@ -82,7 +82,7 @@ class StudentSettings:
     """
 
     steps: int = 20
-    images_per_class: int = 5
+    images_per_class: int = 1
     lr_momentum: float = 0.05
 
     def __post_init__(self) -> None:
