@@ -131,7 +131,8 @@ def refine(
     """
     target = out or path
     require_tensor_name(target)
-    require_nothing_else(target)
+    if out is not None:
+        require_nothing_else(out)
     refuse_kept_copy(folder, path, target)
     chosen, dataset = resolve_device(device), dataset_of(path, dataset)
     before = read_set(original_set(path, folder) if fresh else path, dataset)

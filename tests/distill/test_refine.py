@@ -18,7 +18,7 @@ from ddkit.distill.refine import Refined, refine
 from ddkit.distill.settings import ExpertSettings, PoolSettings, RefineLimits, RefineSettings, StudentSettings
 from ddkit.distill.spectrum import Spectrum
 from ddkit.distill.state import RECORDS_FILE
-from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, InvalidSubmissionError, UsageError
+from ddkit.errors import BadFileError, ComputeError, InterruptedRunError, InvalidSubmissionError, MissingDataError, UsageError
 from ddkit.network.embedding import build_embedder
 from ddkit.network.networks import build_network
 from ddkit.runtime.files import sha256_of
@@ -357,6 +357,8 @@ class TestRefused:
         (tmp_path / "notes.json").write_text("[]")
         with pytest.raises(UsageError, match="notes.json does not belong to a set that ddkit made"):
             run(start, tmp_path / "run", 1, DM, out=tmp_path / "notes.pt")
+        with pytest.raises(MissingDataError, match=r"notes\.pt"):  # a set that is missing, which nothing would overwrite
+            run(tmp_path / "notes.pt", tmp_path / "run", 1, DM)
 
     def test_out_with_the_result_of_other_settings(self, start, tmp_path):
         out, slower = tmp_path / "out.pt", dataclasses.replace(DM, learning_rate=1e-3)
