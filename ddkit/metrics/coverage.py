@@ -9,22 +9,22 @@ NEIGHBORS = 5  # k of Naeem et al. 2020
 _ROWS_AT_ONCE = 256  # of a distance matrix, so that memory is bounded
 
 
-def density_and_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBORS) -> tuple[float, float]:
+def density_and_coverage(real: Tensor, generated: Tensor) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020, equations 5 and 6).
 
-    A real image's neighborhood is the ball around it that reaches its k-th nearest other real image. Density is the mean
-    number of real neighborhoods that hold a generated image, divided by k; it can exceed 1. Coverage is the fraction of
-    real images whose neighborhood holds a generated image, 0 to 1.
+    A real image's neighborhood is the ball around it that reaches its k-th nearest other real image, with k =
+    NEIGHBORS. Density is the mean number of real neighborhoods that hold a generated image, divided by k; it can exceed 1.
+    Coverage is the fraction of real images whose neighborhood holds a generated image, 0 to 1.
     real: (N, D) features with N > k. generated: (M, D) features, M > 0.
     """
     held, covered = torch.zeros((2,), dtype=torch.int64, device=real.device)
     for rows in real.split(_ROWS_AT_ONCE):
-        # k + 1, since the nearest one is the image itself.
-        radius = _distances(rows, real).kthvalue(k + 1, dim=1).values
+        # One more, since the nearest one is the image itself.
+        radius = _distances(rows, real).kthvalue(NEIGHBORS + 1, dim=1).values
         inside = _distances(rows, generated) <= radius[:, None]
         held += inside.sum()
         covered += inside.any(dim=1).sum()
-    return int(held) / (k * len(generated)), int(covered) / len(real)
+    return int(held) / (NEIGHBORS * len(generated)), int(covered) / len(real)
 
 
 def within_class_diversity(features: Tensor, labels: Tensor) -> float | None:
@@ -40,12 +40,12 @@ def within_class_diversity(features: Tensor, labels: Tensor) -> float | None:
     return float(torch.stack(means).mean()) if means else None
 
 
-def nearest(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest candidate of each query: (N,) int64 indices and (N,) float32 distances.
+def nearest(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """The k-th nearest candidate of each query: (N,) int64 indices and (N,) float32 distances.
 
-    queries: (N, D). candidates: (M, D), not empty.
+    queries: (N, D). candidates: (M, D) with M >= k.
     """
-    found = [_distances(rows, candidates).min(dim=1) for rows in queries.split(_ROWS_AT_ONCE)]
+    found = [_distances(rows, candidates).kthvalue(k, dim=1) for rows in queries.split(_ROWS_AT_ONCE)]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]).float()
 
 

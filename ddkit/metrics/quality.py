@@ -80,7 +80,7 @@ def measure(
     rest = torch.ones(len(dataset.labels), dtype=torch.bool).index_fill_(0, others, False).nonzero().flatten()
     everything = torch.cat([real, features(dataset.images[rest], progress)])
     indices, distances = nearest(ours, everything)
-    unit = nearest(other, real)[1].median().clamp_min(1e-6)
+    unit = nearest(other, everything, 2)[1].median().clamp_min(1e-6)  # of which the nearest is the image itself
     return Quality(
         images=len(images),
         metrics=_metrics(ours, labels, real, distances / unit),

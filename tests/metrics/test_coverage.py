@@ -11,10 +11,9 @@ def draws(n: int, d: int = 6, seed: int = 0) -> torch.Tensor:
 
 
 def test_by_hand_on_a_line():
-    # Real images at 0, 1, 3, 7 with k = 1: radii 1, 1, 2, 4. One generated at 2 lies within 1 and 2 of 1 and 3 only.
-    real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
-    density, coverage = density_and_coverage(real, torch.tensor([[2.0]]), k=1)
-    assert (density, coverage) == (2.0, 0.5)
+    # The fifth nearest others lie 31, 30, 28, 24, 16, 31 and 62 away. One generated at 34 lies so near to 31 and 63 only.
+    real = torch.tensor([[0.0], [1.0], [3.0], [7.0], [15.0], [31.0], [63.0]])
+    assert density_and_coverage(real, torch.tensor([[34.0]])) == (2 / 5, 2 / 7)
 
 
 def test_the_same_distribution_is_dense_and_covered():
@@ -50,3 +49,4 @@ def test_a_copy_is_its_own_nearest_at_no_distance():
     indices, distances = nearest(real[places], real)
     assert indices.tolist() == places.tolist()
     assert distances.max() < 1e-5
+    assert (nearest(real[places], real, 2)[1] > 0.1).all(), "the nearest other one"

@@ -35,6 +35,12 @@ def test_real_images_measure_like_real_images():
     assert quality.real.nearest == 1
 
 
+def test_half_of_a_class_is_as_near_to_real_images_as_these_to_each_other():
+    dataset = real_set(600)
+    other = real_set(300, seed=1)  # a hundred of a class of two hundred: as many real ones stand in
+    assert measure(other.images, other.labels, dataset, Pixels()).metrics.nearest == pytest.approx(1, abs=0.05)
+
+
 def test_copies_are_found_with_their_originals():
     dataset = real_set(600)
     quality = measure(dataset.images, dataset.labels, dataset, Pixels())  # half of them stand in for a perfect set

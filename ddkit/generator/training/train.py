@@ -257,7 +257,8 @@ class _Run(Callback):
             steps, seconds = _NO_LIMIT, self.request.seconds - used
         keeper = _ModelKeeper(self, autoencoder)
         trainer = self._trainer(stage, steps, seconds, keeper)
-        if keeper.every and trainer.step and trainer.step % keeper.every == 0:  # stopped before it was scored
+        resumed_at = trainer.step
+        if keeper.every and resumed_at and resumed_at % keeper.every == 0 and not keeper.other_score:  # stopped unscored
             keeper.score_once(trainer)
         trainer.run()
         decay = self.config.ema_decay or 0.0
@@ -265,6 +266,10 @@ class _Run(Callback):
             log.warning("The averaged weights, which are the result, are still %.0f %% those of the beginning: a decay of %g "
                         "is slow for %s. Train longer, or start over with --fresh --ema-width 0.1.",
                         100 * kept, decay, counted(trainer.step, "step", "steps"))  # fmt: skip
+        if keeper.other_score and trainer.step == resumed_at:  # the weights of the best step may be nowhere else
+            log.warning("The model in %s was chosen by its score %s and stays as it is, because there was nothing left to train.",
+                        self.folder, keeper.other_score)  # fmt: skip
+            return
         keeper.score_once(trainer)
         if self.accelerator.is_main_process and not (has_model(self.folder) and read_facts(self.folder).steps == trainer.step):
             keeper.on_save(trainer)  # which a kill between the last checkpoint and its model has left out
@@ -294,15 +299,20 @@ class _ModelKeeper(Callback):
     """Keeps the folder's model at the newest state, or, with tracking, at the best score.
 
     best: the score of the model in the folder, if it was tracked by the same name on the same images.
+    other_score: the name of another score of these images by which that model was chosen.
     """
 
     def __init__(self, run: _Run, autoencoder: AutoencoderKL) -> None:
         self.run, self.autoencoder = run, autoencoder
         self.best: float | None = None
+        self.other_score = ""
+        name = None
         if run.tracking is not None:
-            self.every = run.tracking.every_steps
-            if has_model(run.folder) and (facts := read_facts(run.folder)).dataset_sha256 == run.data.sha256:
-                self.best = facts.metrics.get(run.tracking.name)
+            self.every, name = run.tracking.every_steps, run.tracking.name
+        if has_model(run.folder) and (facts := read_facts(run.folder)).dataset_sha256 == run.data.sha256:
+            self.best = facts.metrics.get(name) if name else None
+            if self.best is None:
+                self.other_score = ", ".join(facts.metrics)
 
     def on_save(self, trainer: Trainer) -> None:
         if self.best is None:

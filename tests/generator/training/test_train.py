@@ -324,6 +324,19 @@ class TestTracking:
         ]
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("other", [None, Tracking("frechet_inception", lambda model: 3.0, every_steps=2)])
+    def test_finished_training_keeps_the_model_that_another_score_chose(self, data, config, tmp_path, caplog, other):
+        scores = iter([1.0, 5.0, 9.0])
+        tracking = Tracking("frechet", lambda model: next(scores), every_steps=2)
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=tracking)
+        train(data, TrainingRequest(with_steps(config, 6), tmp_path), tracking=other)
+        facts = read_facts(tmp_path)
+        assert (facts.steps, dict(facts.metrics)) == (2, {"frechet": 1.0})
+        assert "chosen by its score frechet" in caplog.text
+        train(data, TrainingRequest(with_steps(config, 8), tmp_path), tracking=other)
+        assert read_facts(tmp_path).steps == 8
+
+    @pytest.mark.slow
     def test_score_missed_by_a_stop_is_made_on_resuming(self, data, config, tmp_path):
         def stop(report):
             if report.task == "Training the denoiser" and report.done == 3:
