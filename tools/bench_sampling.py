@@ -75,7 +75,7 @@ def plain(model: Model, config: SamplingSettings, device: torch.device, precisio
 def fast(model: Model, config: SamplingSettings, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """ddkit's sampler."""
     sampler = Sampler(model, config, device)
-    return lambda labels, noise: sampler.from_noise(noise, labels)
+    return lambda labels, noise: sampler.from_noise(noise, labels, torch.arange(len(labels)))
 
 
 def measure(

@@ -32,8 +32,9 @@ def generate(
 
     out: the tensor's path, a .pt file. A model's samples are kept next to it while they are made, so that the same call
     continues after an interruption or a kill; it does nothing when the set is complete. Processes that
-    `accelerate launch` started share the classes, and the images do not depend on their number. replace: make the set
-    again in any case, even over a refined set, which has cost hours, or files that are the user's own.
+    `accelerate launch` started share the classes. The images do not depend on their number, but another number of them does
+    not continue. replace: make the set again in any case, even over a refined set, which has cost hours, or files that are
+    the user's own.
     Raises UsageError for fewer than one image a class, another ending than .pt, an unknown dataset, a model of another
     dataset, or such files at `out`; InterruptedRunError once asked to stop; and what `load_model`, `open_dataset`,
     `find_modes`, `find_influence` and `save_set` raise.

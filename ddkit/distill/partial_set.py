@@ -6,7 +6,6 @@ run with other settings or another model neither uses nor destroys them.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -41,13 +40,18 @@ class PartialSet:
     """The rows of one set, from the first one on without a gap.
 
     path: the path of the set. identity: plain values, everything that its images depend on.
-    shape: (3, S, S), the shape of an image.
+    shape: (3, S, S), the shape of an image. rank, size: which of how many processes makes these rows; another number of
+    processes does not continue them.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], shape: tuple[int, ...], *, rank: int = 0, size: int = 1
+    ) -> None:
         self._identity, self._shape = json.loads(json.dumps(identity)), shape
-        self._folder = path.parent / f".{path.stem}.parts-{digest_of(identity)}"
-        for folder in path.parent.glob(f".{glob.escape(path.stem)}.parts-*"):
+        self._path, self._digest = path, digest_of(identity)
+        part = f"-{rank}-of-{size}" if size > 1 else ""
+        self._folder = path.parent / f".{path.stem}{part}.parts-{self._digest}"
+        for folder in self._folders():
             if folder != self._folder and (changes := self._differences(folder / _IDENTITY_FILE)):
                 log.warning(
                     "%s was left by an interrupted run with other settings and is not used (%s). "
@@ -75,8 +79,15 @@ class PartialSet:
         save_safetensors({"images": rows.contiguous()}, self._folder / f"rows-{start:09d}.safetensors")
 
     def discard(self) -> None:
-        """Remove these rows, as the set is written; rows of other settings stay."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove the rows of all processes, as the set is written; rows of other settings stay."""
+        for folder in self._folders():
+            if folder.name.endswith(f".parts-{self._digest}"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        """The folders of this set's rows, with whatever settings and number of processes."""
+        name = re.compile(rf"\.{re.escape(self._path.stem)}(-\d+-of-\d+)?\.parts-[0-9a-f]+")
+        return sorted(folder for folder in self._path.parent.glob(".*.parts-*") if name.fullmatch(folder.name))
 
     def _read(self, path: Path) -> Tensor | None:
         try:

@@ -65,8 +65,7 @@ def generate_samples(dataset: str, ipc: int, source: FromModel, out: Path, repla
         if group.is_main and not files.sheet.exists():
             draw_sheet(read_set(out, spec.name).images, spec, files.sheet)
         return files
-    own = out if group.size == 1 else out.with_stem(f"{out.stem}-{group.rank}-of-{group.size}")
-    partial = PartialSet(own, identity, spec.image_shape)
+    partial = PartialSet(out, identity, spec.image_shape, rank=group.rank, size=group.size)
     modes = influence = extract = None
     if settings.mode_guidance:
         modes = find_modes(

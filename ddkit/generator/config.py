@@ -78,7 +78,10 @@ class DenoiserConfig:
         if self.hidden_size % self.num_heads:
             raise UsageError(f"DenoiserConfig.hidden_size {self.hidden_size} is not a multiple of {self.num_heads} heads.")
         if self.architecture == "uvit" and self.depth % 2 == 0:
-            raise UsageError(f"DenoiserConfig.depth of a U-ViT must be odd, got {self.depth}.")
+            raise UsageError(
+                f"DenoiserConfig.depth of a U-ViT must be odd, got {self.depth}.",
+                "Choose a preset that is made for it, such as tiny, or leave out --architecture.",
+            )
 
     def patch_size(self, latent_side: int) -> int:
         """The side of a patch. Raises UsageError when the latents cannot be cut into that many patches."""

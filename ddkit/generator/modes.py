@@ -5,6 +5,8 @@ Source: Chan-Santiago et al. 2025, "MGD3: Mode-Guided Dataset Distillation using
 
 from __future__ import annotations
 
+import functools
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from ddkit.data.store import ImageSet
-from ddkit.errors import UsageError
+from ddkit.errors import BadFileError, UsageError
 from ddkit.generator.model_facts import WEIGHTS_FILE
 from ddkit.generator.model_folder import Model
 from ddkit.generator.training.latents import LATENTS_FILE, cached_latents, latents_identity, read_latents
@@ -45,7 +47,7 @@ def find_modes(
     folder: the model's folder. If its training has left the latents of the images there, they are used; else `images` are
     encoded on the device. images: the prepared training split. dataset_sha256: its hash. count: k. The modes of a class with
     no more images are the latents of its images in random order, repeated. The cache keeps the modes, and the latents that
-    were encoded.
+    were encoded; where it may not be written, both are computed each time.
     Raises UsageError for a class without images, and what `cached_latents` raises.
     """
     autoencoder = sha256_of(folder / "vae" / WEIGHTS_FILE)
@@ -62,10 +64,17 @@ def find_modes(
         kept = read_latents(path, images.labels, with_flips) or read_latents(path, images.labels, identity)
         if kept is None:
             own = cache / f"{name}-{cache_key((identity, model.latent_shape))}-{LATENTS_FILE}"
-            network, side = model.autoencoder.to(device), model.latent_shape[1]
+            encoded = functools.partial(
+                cached_latents, autoencoder=model.autoencoder.to(device), images=images, latent_side=model.latent_shape[1],
+                flips=False, identity=identity, progress=progress,
+            )  # fmt: skip
             # Another process that finds another number of modes writes to the same file.
             with one_at_a_time(own.with_name(f".{own.name}.lock"), f"encodes the images of {name}"):
-                kept = cached_latents(own, network, images, side, flips=False, identity=identity, progress=progress)
+                try:
+                    kept = encoded(own)
+                except BadFileError:  # such as a cache that others share for reading
+                    with tempfile.TemporaryDirectory(prefix="ddkit-latents-", ignore_cleanup_errors=True) as temporary:
+                        kept = encoded(Path(temporary, LATENTS_FILE))
         latents = scale * kept.latents[:, 0].float()
         return {"modes": _centers(latents, images.labels, len(members), count, seed, progress)}
 

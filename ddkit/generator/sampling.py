@@ -127,15 +127,15 @@ class Sampler:
             [torch.randn(self._latent_shape, generator=generator_for("cpu", "sample", seed, c, i)) for c, i in pairs]
         )
 
-    def from_noise(self, noise: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
+    def from_noise(self, noise: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """The images that given noise becomes: (n, C, s, s) standard normal, (n,) -> (n, 3, S, S) uint8 on the CPU.
 
-        indices: (n,) numbers of the images within their classes; only mode guidance needs them, to choose the mode.
+        indices: (n,) numbers of the images within their classes, by which mode guidance chooses the mode.
         n is at most the batch size. Where memory runs out, fewer are computed at a time from then on; raises ComputeError
         where it is too little for one.
         """
         centers = noise.new_empty(len(noise), 0)
-        if self._modes is not None and indices is not None:
+        if self._modes is not None:
             centers = self._modes[labels, indices % self._modes.shape[1]]
         while True:
             parts = list(zip(*(rows.split(self._part) for rows in (noise, labels, centers)), strict=True))

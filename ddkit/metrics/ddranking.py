@@ -83,7 +83,7 @@ class Ranking:
 
 
 def from_results(results: Iterable[Result]) -> tuple[Ranking, ...]:
-    """The scores of every submission evaluated with augmentation, newest last, one for each set and setting."""
+    """The scores of every submission evaluated with augmentation, one for each set and setting."""
     results = tuple(results)
     index = _index(results)
     subjects = {(r.dataset, r.sha256, *_settings(r)): r for r in results if r.kind == "submission" and r.augment}

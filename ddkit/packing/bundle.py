@@ -33,7 +33,7 @@ from ddkit.generator.model_facts import (
 )
 from ddkit.generator.model_folder import Model, load_model
 from ddkit.generator.modes import find_modes
-from ddkit.generator.samplers import make_scheduler
+from ddkit.generator.samplers import make_plan, make_scheduler
 from ddkit.generator.sampling import Sampler
 from ddkit.history import PackedRecords, require_name
 from ddkit.metrics.features import CLASSIFIER, convnet_features
@@ -245,12 +245,14 @@ def _add_model(model: BundleModel, folder: Path, progress: Listener) -> ModelFac
     """Write a model's folder: its parts without what only ddkit reads, its sampler, classifier and modes, and entry.json."""
     loaded, settings = load_model(model.folder, dataset=model.dataset), model.settings
     require_present_dataset(loaded.facts, model.folder)
-    require_label_dropout(loaded.facts, settings.sampling.guidance)
+    sampling = settings.sampling
+    require_label_dropout(loaded.facts, sampling.guidance)
+    make_plan(sampling.sampler, loaded.facts.prediction, sampling.steps, mode_guidance=sampling.mode_guidance)  # or refused
     for part in ("vae", DENOISER_PART):
         _copy_part(model.folder / part, folder / part, half=settings.half)
-    make_scheduler(settings.sampling.sampler, loaded.facts.prediction).save_config(folder / "scheduler")
+    make_scheduler(sampling.sampler, loaded.facts.prediction).save_config(folder / "scheduler")
     modes = 0
-    if settings.has_classifier or settings.sampling.mode_guidance:
+    if settings.has_classifier or sampling.mode_guidance:
         try:
             real = open_dataset(model.dataset, "train", progress=progress)
         except DDKitError as error:

@@ -69,6 +69,16 @@ class TestParts:
         assert len(self.parts(tmp_path, steps=4).load()) == 2
         assert len(self.parts(tmp_path, steps=8).load()) == 0
 
+    def test_rows_of_another_number_of_processes_are_not_taken_up_but_go_with_the_others(self, tmp_path):
+        of_two = [PartialSet(tmp_path / "set.pt", {}, SHAPE, rank=rank, size=2) for rank in range(2)]
+        for parts in of_two:
+            parts.append(0, rows(0, 2))
+        alone = PartialSet(tmp_path / "set.pt", {}, SHAPE)
+        assert [len(parts.load()) for parts in (*of_two, alone)] == [2, 2, 0]
+        PartialSet(tmp_path / "set-0.pt", {}, SHAPE).append(0, rows(0, 3))
+        alone.discard()
+        assert [path.parent.name.partition(".parts")[0] for path in part_files(tmp_path)] == [".set-0"]
+
     def test_set_names_are_not_patterns(self, tmp_path):
         one, other = (PartialSet(tmp_path / name, {}, SHAPE) for name in ("set[1].pt", "set1.pt"))
         for parts in (one, other):

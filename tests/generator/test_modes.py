@@ -1,6 +1,7 @@
 """The modes of each class in latent space: what k-means finds, of kept latents and of images."""
 
 import dataclasses
+import shutil
 import threading
 
 import pytest
@@ -95,6 +96,15 @@ def test_two_searches_at_the_same_time_do_not_encode_into_one_file(trained, data
     second.join()
     for modes, name in zip(expected, ("one", "two"), strict=True):
         torch.testing.assert_close(found[name], modes, atol=2e-3, rtol=1e-3)
+
+
+def test_modes_are_found_where_the_cache_cannot_be_written(trained, data):
+    _, folder = trained
+    expected = modes_of(trained, data, 1)
+    (folder / "checkpoints" / "latents.safetensors").unlink()
+    shutil.rmtree(cache_folder() / "_modes")
+    (cache_folder() / "_modes").write_text("a file where the folder would be")
+    torch.testing.assert_close(modes_of(trained, data, 1), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_latents_of_other_images_are_not_used(trained, data):

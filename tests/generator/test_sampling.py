@@ -125,7 +125,7 @@ def test_sampler_agrees_with_diffusers_own_loop(make_model, sampler, prediction)
     plain = by_diffusers(model, make_scheduler(sampler, prediction), labels, noise, steps=4, guidance=3.0)
 
     ours = Sampler(model, SamplingSettings(sampler, steps=4, guidance=3.0, batch_size=4))
-    assert difference(ours.from_noise(noise, labels), (plain * 255).round().to(torch.uint8)) <= 1
+    assert difference(ours.from_noise(noise, labels, torch.zeros_like(labels)), (plain * 255).round().to(torch.uint8)) <= 1
 
 
 class TestGuidance:
@@ -137,9 +137,10 @@ class TestGuidance:
         model = make_model()
         null = torch.full((3,), 3)
         sampler = Sampler(model, SamplingSettings(steps=3, batch_size=3, guidance=0.0))
-        noise = sampler.noise(torch.arange(3), torch.zeros(3, dtype=int))
+        labels, indices = torch.arange(3), torch.zeros(3, dtype=int)
+        noise = sampler.noise(labels, indices)
         free = Sampler(model, SamplingSettings(steps=3, batch_size=3, guidance=1.0))
-        assert difference(sampler.from_noise(noise, torch.arange(3)), free.from_noise(noise, null)) <= 1
+        assert difference(sampler.from_noise(noise, labels, indices), free.from_noise(noise, null, indices)) <= 1
 
     def test_empty_guidance_interval_turns_guidance_off(self, make_model):
         model = make_model()
@@ -187,7 +188,7 @@ class TestModeGuidance:
         plain = by_diffusers(model, scheduler, self.LABELS, noise, steps=4, guidance=3.0, added=added)
         made = ours.from_noise(noise, self.LABELS, self.INDICES)
         assert difference(made, (plain * 255).round().to(torch.uint8)) <= 1
-        without = Sampler(model, SamplingSettings(sampler, steps=4, guidance=3.0)).from_noise(noise, self.LABELS)
+        without = Sampler(model, SamplingSettings(sampler, steps=4, guidance=3.0)).from_noise(noise, self.LABELS, self.INDICES)
         assert difference(made, without) > 1
 
     def test_images_do_not_depend_on_the_batch_size(self, make_model):

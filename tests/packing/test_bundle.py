@@ -120,6 +120,9 @@ def test_models_that_cannot_be_bundled_raise(model, colors, tmp_path):
         build_folder([model, model], tmp_path / "entry")
     with pytest.raises(MissingModelError):
         build_folder([BundleModel(colors, tmp_path / "nowhere")], tmp_path / "entry")
+    many = BundleSettings(SamplingSettings("unipc", steps=1000, guidance=1.25), keep=1.0)
+    with pytest.raises(UsageError, match="cannot take as many as 1000 steps"):
+        build_folder([BundleModel(colors, model.folder, many)], tmp_path / "entry")
     facts = json.loads((model.folder / "ddkit.json").read_text())
     (model.folder / "ddkit.json").write_text(json.dumps(facts | {"label_dropout": 0.0}))
     with pytest.raises(UsageError, match="without label dropout"):

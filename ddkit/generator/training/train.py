@@ -267,7 +267,7 @@ class _Run(Callback):
                         "is slow for %s. Train longer, or start over with --fresh --ema-width 0.1.",
                         100 * kept, decay, counted(trainer.step, "step", "steps"))  # fmt: skip
         if keeper.other_score and trainer.step == resumed_at:  # the weights of the best step may be nowhere else
-            log.warning("The model in %s was chosen by its score %s and stays as it is, because there was nothing left to train.",
+            log.warning("The model in %s was chosen by its score %s and stays as it is: nothing was left to train.",
                         self.folder, keeper.other_score)  # fmt: skip
             return
         keeper.score_once(trainer)
