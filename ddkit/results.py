@@ -179,7 +179,7 @@ def _identity(result: Result) -> tuple[Any, ...]:
     """
     return (
         result.name, result.kind, result.sha256, result.source, result.dataset, result.track, result.epochs_setting,
-        result.network, result.augment, result.precision, result.seed, result.accuracies,
+        result.network, result.augment, result.precision, result.seed, result.accuracies, result.test_sha256,
     )  # fmt: skip
 
 

@@ -97,6 +97,11 @@ def test_a_result_of_a_file_that_was_renamed_is_recorded_under_the_new_path(file
     assert [result.source for result in read(file).results] == ["submission/cifar100.pt", "submission/renamed.pt"]
 
 
+def test_a_result_on_other_test_images_is_recorded_even_if_it_is_equal(file):
+    append(RESULT, file)
+    assert Records(file).add(dataclasses.replace(RESULT, test_sha256="ab" * 32))
+
+
 def test_an_old_record_is_written_again_with_the_accuracies_by_class_and_round(file):
     append(RESULT, file)
     whole = dataclasses.replace(RESULT, class_rounds=((0.25, 0.25),) * 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,10 @@ def compare_sets(
     if not common:
         if ours == theirs:
             raise UsageError(f"'{first}' and '{second}' are the same results.", "Name two different sets.")
+        settings = _settings(ours), _settings(theirs)
+        differ = "tested on the same images" if len(set(settings)) == 1 else "evaluated under the same settings"
         raise UsageError(
-            f"'{first}' and '{second}' were not evaluated under the same settings: {_settings(ours)} and {_settings(theirs)}.",
+            f"'{first}' and '{second}' were not {differ}: {settings[0]} and {settings[1]}.",
             "Evaluate both in the same way: ddkit evaluate A.pt B.pt",
         )
     chosen: dict[str, tuple[Result, Result]] = {}
@@ -122,7 +125,9 @@ def _recorded(word: str, results: Sequence[Result]) -> list[Result]:
         sha256 = sha256_of(path)
         if found := [each for each in results if each.sha256 == sha256]:
             return found
-        raise MissingDataError(f"{word} was not evaluated as it is.", f"Evaluate it: ddkit evaluate {word}")
+        if path.suffix == ".zip":
+            raise MissingDataError(f"No results are recorded with the hash of {word}.", "Give the name it was evaluated under.")
+        raise MissingDataError(f"{word} was not evaluated as it is.", f"Evaluate it: ddkit evaluate {shlex.quote(word)}")
     found = [each for each in results if word in _names(each)]
     if not found and len(word) >= _FEWEST_DIGITS:
         found = [each for each in results if each.sha256.startswith(word.lower())]

@@ -5,6 +5,7 @@ Nothing here imports torch, so that a leaderboard of thousands of results is sho
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -46,7 +47,13 @@ def _build_track(track: int, results: Sequence[Result]) -> list[Group]:
             others.setdefault(draft.key, []).append(draft)
     # Datasets of the challenge first; sorting keeps the newest first within both.
     ordered = sorted(others.items(), key=lambda item: item[0].dataset is not None)
-    return groups + [_other_group(key, members, baselines) for key, members in ordered]
+    titles = Counter(key.title() for key in others)
+    for key, members in ordered:
+        title = key.title()
+        if titles[title] > 1:
+            title += f", test images {key.test_sha256[:6] or 'of unknown content'}"
+        groups.append(_other_group(key, title, members, baselines))
+    return groups
 
 
 def _official_group(track: int, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]) -> Group:
@@ -66,7 +73,9 @@ def _official_group(track: int, drafts: Sequence[_Draft], baselines: Mapping[_Co
     )  # fmt: skip
 
 
-def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]) -> Group:
+def _other_group(
+    key: _GroupKey, title: str, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]
+) -> Group:
     rows = _with_distinct_names(_best_first(_local_row(d, baselines, ()) for d in drafts))
     present = {name for row in rows for name in row.accuracy}
     datasets = tuple(sorted(present, key=_dataset_order))
@@ -75,7 +84,7 @@ def _other_group(key: _GroupKey, drafts: Sequence[_Draft], baselines: Mapping[_C
     if key.track == 1 and any(row.is_local for row in rows) and not any(row.kind == "random-real" for row in rows):
         remarks.append("No random real images were evaluated under these settings.")
     remarks += _on_equal_rounds(rows)
-    return Group(key.track, False, key.title(), datasets, tuple(rows), tuple(remarks), shared)
+    return Group(key.track, False, title, datasets, tuple(rows), tuple(remarks), shared)
 
 
 def _on_equal_rounds(rows: Iterable[Row]) -> list[str]:
@@ -92,6 +101,7 @@ class _GroupKey:
     dataset: None for the challenge's datasets, whose mean is one score.
     ipc: smallest and largest images per class; None in track 2, where the entry decides.
     time_budget, test_images: None if they are the protocol's; the latter also for other datasets.
+    test_sha256: see `_test_sha256`.
     """
 
     track: int
@@ -104,6 +114,7 @@ class _GroupKey:
     ipc: tuple[int, int] | None
     time_budget: float | None
     test_images: int | None
+    test_sha256: str
 
     @classmethod
     def of(cls, result: Result) -> _GroupKey:
@@ -120,6 +131,7 @@ class _GroupKey:
             result.images_per_class if result.track == 1 else None,
             None if usual_budget else result.time_budget,
             result.test_images if in_challenge and result.test_images != TEST_IMAGES else None,
+            _test_sha256(result),
         )
 
     def title(self) -> str:
@@ -133,6 +145,8 @@ class _GroupKey:
             parts.append(f"{self.time_budget:g} s to generate")
         if self.test_images is not None:
             parts.append(f"{self.test_images:,} test images")
+        elif self.dataset is None and self.test_sha256:
+            parts.append("other test images")
         if self.network != "convnet":
             parts.append(self.network)
         if not self.augment:
@@ -171,6 +185,12 @@ def _dataset_order(name: str) -> tuple[int, str]:
     return (_CHALLENGE_NAMES.index(name) if name in _CHALLENGE_NAMES else len(_CHALLENGE_NAMES)), name
 
 
+def _test_sha256(result: Result) -> str:
+    """The hash of the test images; "" for those of the challenge, and in old records."""
+    official = result.dataset in _CHALLENGE_NAMES and not any("test images" in text for text in result.deviations)
+    return "" if official else result.test_sha256
+
+
 def settings_title(result: Result) -> str:
     """The settings of an evaluation in words: "official", or such as "E = 50, no augmentation"; first the track, if it is 2."""
     settings = "official" if result.official else _GroupKey.of(result).title().partition(": ")[2]
@@ -188,6 +208,7 @@ def conditions(result: Result) -> _Conditions:
     return (
         result.dataset, result.track, result.epochs_setting, result.network, result.augment, result.precision,
         result.images_per_class if result.track == 1 else None, result.time_budget, result.test_images or TEST_IMAGES,
+        _test_sha256(result),
     )  # fmt: skip
 
 

@@ -111,6 +111,12 @@ def test_sets_of_other_settings_are_not_compared(pair, result):
         compare_sets("new", "quick", [*pair, quick])
 
 
+def test_sets_that_were_tested_on_other_images_are_not_compared(pair):
+    first, second = (dataclasses.replace(each, test_sha256=sha) for each, sha in zip(pair, ("ab", "cd"), strict=True))
+    with pytest.raises(UsageError, match="not tested on the same images"):
+        compare_sets("new", "old", [first, second])
+
+
 def test_generators_are_compared_without_pairs_and_only_within_the_same_time(result):
     facts = {"track": 2, "official": False, "epochs_setting": 100}
     first, second = (result(name, "mine", *scores, ipc=ipc, time_budget=600.0, **facts)

@@ -94,6 +94,25 @@ def test_what_was_obtained_otherwise_is_not_compared(result, other):
     assert "No random real images were evaluated under these settings." in group.remarks
 
 
+def test_results_on_other_test_images_are_not_compared_and_replace_nothing(result):
+    mine = result("mine", "glyphs", 0.50, 0.52, test_sha256="ab" * 32)
+    random = result("random", "glyphs", 0.13, 0.15, kind="random-real", test_sha256="ab" * 32)
+    elsewhere = dataclasses.replace(mine, accuracies=(0.1, 0.1), test_sha256="cd" * 32)
+    other, first = build([mine, random, elsewhere])[1:]
+    assert [row.value for row in first.rows] == pytest.approx([0.51, 0.14]) and first.rows[0].to_random is not None
+    assert [row.value for row in other.rows] == pytest.approx([0.1]) and other.rows[0].to_random is None
+    assert first.title.endswith("test images ababab") and other.title.endswith("test images cdcdcd")
+
+
+def test_test_images_of_the_challenge_are_one_set_and_others_are_named(result):
+    known = [result(name, "cifar100", 0.2, epochs_setting=50, test_sha256=sha) for name, sha in (("a", ""), ("b", "ab"))]
+    strange = result("c", "cifar100", 0.2, epochs_setting=50, test_sha256="cd",
+                     deviations=("test images or labels that are not the challenge's",))  # fmt: skip
+    *_, other, same = build([*known, strange])
+    assert sorted(row.name for row in same.rows) == ["a", "b"] and "test images" not in same.title
+    assert [row.name for row in other.rows] == ["c"] and other.title.endswith("other test images")
+
+
 def test_deviations_that_a_whole_group_shares_are_shown_once(result):
     group = build([
         result("a", "cifar100", 0.2, epochs_setting=50, deviations=("E = 50 instead of 1000",)),
