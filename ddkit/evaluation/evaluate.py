@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from ddkit.results import Outcome, Result
 from ddkit.runtime.device import describe_device, resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.environment import versions
+from ddkit.runtime.files import LOCK_FILE, one_at_a_time
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 
@@ -57,8 +60,16 @@ class EvaluationSettings:
     time_budget: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rounds", "epochs_setting", "seed"):
+            if (value := getattr(self, name)) is not None:
+                try:
+                    object.__setattr__(self, name, operator.index(value))  # a whole number of NumPy is none of JSON
+                except TypeError:
+                    raise UsageError(f"EvaluationSettings.{name} must be a whole number, got {value!r}.") from None
         if self.rounds is not None and self.rounds < 1:
             raise UsageError(f"The number of rounds must be positive, got {self.rounds}.")
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"The seed must be from 0 to {2**31 - 1}, got {self.seed}.")
         if self.time_budget is not None and self.time_budget <= 0:
             raise UsageError(f"The time budget must be positive, got {self.time_budget}.")
         if self.time_budget is not None and self.track == 1:
@@ -202,12 +213,13 @@ def evaluate_source(
     # GPU where each round has its own images, which can be gigabytes.
     at_once = SIDE_BY_SIDE if group.device.type == "cuda" and source.budget is None else 1
     results: list[tuple[int, RoundResult]] = []
-    with stop_requests() as stop:
-        for start in range(0, len(local), at_once):
-            indices = local[start : start + at_once]
-            results += zip(indices, run.rounds(indices, stop), strict=True)
-    # Every process gets all results, and so the same evaluation.
-    gathered = sorted(group.gather(results), key=lambda pair: pair[0])
+    with run.alone(group):
+        with stop_requests() as stop:
+            for start in range(0, len(local), at_once):
+                indices = local[start : start + at_once]
+                results += zip(indices, run.rounds(indices, stop), strict=True)
+        # Every process gets all results, and so the same evaluation.
+        gathered = sorted(group.gather(results), key=lambda pair: pair[0])
     return _summary([result for _, result in gathered], test_set, settings, source, group.device)
 
 
@@ -236,6 +248,15 @@ class _Run:
         self._rounds = RoundSettings(settings.network, settings.training, settings.seed, str(self.device))
         self._folder = self.state.path and Path(self.state.path) / _key(self.source, self.test_set, self._rounds)
         self._epochs_done: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def alone(self, group: ProcessGroup) -> Iterator[None]:
+        """Wait until no other process makes the same evaluation with the same state, whose finished rounds are then read."""
+        with contextlib.ExitStack() as locks:
+            if self._folder is not None and group.is_main:
+                locks.enter_context(one_at_a_time(self._folder / LOCK_FILE, "makes the same evaluation"))
+            group.gather([])  # the others wait for the main process
+            yield
 
     def rounds(self, indices: Sequence[int], stop: StopRequest) -> list[RoundResult]:
         """The results of these rounds, trained side by side where they are not finished already."""

@@ -73,9 +73,7 @@ def _official_group(track: int, drafts: Sequence[_Draft], baselines: Mapping[_Co
     )  # fmt: skip
 
 
-def _other_group(
-    key: _GroupKey, title: str, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]
-) -> Group:
+def _other_group(key: _GroupKey, title: str, drafts: Sequence[_Draft], baselines: Mapping[_Conditions, Result]) -> Group:
     rows = _with_distinct_names(_best_first(_local_row(d, baselines, ()) for d in drafts))
     present = {name for row in rows for name in row.accuracy}
     datasets = tuple(sorted(present, key=_dataset_order))

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -291,6 +293,35 @@ def test_continued_round_trains_on_the_images_that_it_began_with(tmp_path):
     assert not list(tmp_path.rglob("*-images.pt")), "a finished round has no use for them"
 
 
+def test_two_evaluations_with_one_state_follow_each_other(tmp_path, caplog):
+    """The second begins while the first trains, and then reads its rounds."""
+    calls, second = [], {}
+
+    def generate(seed, budget):
+        calls.append(seed)
+        return made_by_round(seed, budget)
+
+    def evaluate_again():
+        second["outcome"] = track2(generate)(StateFolder(tmp_path))
+
+    other = threading.Thread(target=evaluate_again)
+
+    def begin_the_second(report):
+        if not other.ident:
+            other.start()
+            other.join(1.5)
+
+    first = track2(generate)(StateFolder(tmp_path), begin_the_second)
+    other.join()
+    assert same(first, second["outcome"]) and len(calls) == 2
+    assert "another process that makes the same evaluation" in caplog.text
+
+
+def test_settings_of_numpy_are_recorded_as_plain_numbers():
+    settings = EvaluationSettings(rounds=np.int64(2), epochs_setting=np.int32(3), seed=np.int64(1))
+    assert [type(value) for value in (settings.rounds, settings.epochs_setting, settings.seed)] == [int] * 3
+
+
 def test_images_that_cannot_be_trained_on_are_refused_and_not_kept(tmp_path):
     def generate(seed, budget):
         made = made_by_round(seed, budget)
@@ -478,8 +509,9 @@ def test_generator_on_track_1_raises_usage_error():
 
 @pytest.mark.parametrize(
     "options",
-    [{"rounds": 0}, {"epochs_setting": -1}, {"network": "convent"}, {"precision": "float16"}, {"track": 3}, {"time_budget": 5}],
-)
+    [{"rounds": 0}, {"epochs_setting": -1}, {"network": "convent"}, {"precision": "float16"}, {"track": 3}, {"time_budget": 5},
+     {"rounds": 1.5}, {"epochs_setting": 1.5}, {"seed": -1}, {"seed": 2**31}, {"seed": "a"}],
+)  # fmt: skip
 def test_settings_out_of_range_raise_usage_error(options):
     with pytest.raises(UsageError):
         EvaluationSettings(**{"rounds": 2, "epochs_setting": 3, **options})
