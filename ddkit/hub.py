@@ -27,7 +27,7 @@ from ddkit.generator.training.run_folder import read_run_record
 from ddkit.history import RECIPE_FILE, find_recipe
 from ddkit.results import RESULTS_FILE, Result, read
 from ddkit.runtime import hub
-from ddkit.runtime.files import atomic_write, read_json, sha256_of, write_json
+from ddkit.runtime.files import atomic_write, read_json, require_ending, sha256_of, write_json
 from ddkit.sets.contact_sheet import contact_sheet
 from ddkit.sets.distilled import (
     DistilledSet,
@@ -35,7 +35,6 @@ from ddkit.sets.distilled import (
     draw_sheet,
     read_set,
     require_nothing_else,
-    require_tensor_name,
     set_files,
 )
 
@@ -124,7 +123,7 @@ def pull(
     found_set = read_set(folder / tensor, dataset or provenance.get("dataset"))
     spec = found_set.spec
     files = set_files(Path("submission", f"{spec.name}.pt") if out is None else out)
-    require_tensor_name(files.tensor)
+    require_ending(files.tensor, ".pt")
     if not replace:
         require_nothing_else(files.tensor)
     if not replace and files.tensor.exists() and sha256_of(files.tensor) != sha256:

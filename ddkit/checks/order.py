@@ -27,6 +27,7 @@ from ddkit.checks.rows import find_row_order
 from ddkit.data.images import denormalize
 from ddkit.data.store import class_titles, store_facts
 from ddkit.errors import BadDataError, InvalidSubmissionError, MissingDataError, UsageError, first_few
+from ddkit.runtime.files import require_ending
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_torch
 from ddkit.sets.distilled import class_labels, read_set
@@ -101,8 +102,8 @@ def reorder_rows(path: str | os.PathLike[str], out: str | os.PathLike[str], *, d
     """Write the set at `path` to `out` with its rows in the order that the real images tell; returns the rows moved.
 
     dataset: None takes it from the JSON next to the set or from the file's name.
-    Raises UsageError if `out` is `path` itself or `path` is not a tensor's file, MissingDataError if the real images are not
-    prepared, InvalidSubmissionError if the set cannot be used or its order cannot be found.
+    Raises UsageError if `out` exists or does not end in .pt, or `path` is not a tensor's file, MissingDataError if the real
+    images are not prepared, InvalidSubmissionError if the set cannot be used or its order cannot be found.
     """
     path, out = Path(path), Path(out)
     if path.is_dir() or path.suffix.lower() == ".zip":
@@ -110,8 +111,9 @@ def reorder_rows(path: str | os.PathLike[str], out: str | os.PathLike[str], *, d
             f"--fix-order reorders one tensor at a time, and {path} is not a tensor.",
             "Name the tensor: ddkit check submission/cifar100.pt --fix-order OUT",
         )
-    if out.exists() and out.samefile(path):
-        raise UsageError("The reordered set would replace the original.", "Name another file for it.")
+    require_ending(out, ".pt")
+    if out.exists():
+        raise UsageError(f"The reordered set would replace {out}.", "Name another file for it.")
     distilled = read_set(path, dataset)
     rows = detected_rows(distilled.images, distilled.spec)
     if rows is None:

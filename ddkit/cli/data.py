@@ -14,7 +14,7 @@ from ddkit.cli._output import Output, plain_table
 from ddkit.data import store
 from ddkit.data.class_names import SPLIT_NAMES
 from ddkit.errors import BadDataError, MissingDataError, counted
-from ddkit.runtime.files import cache_folder
+from ddkit.runtime.files import cache_folder, require_ending
 
 if TYPE_CHECKING:
     from ddkit.data.store import StoreFacts
@@ -129,6 +129,8 @@ def prepare(output: Output, name: str, source: Path | None, force: bool, **optio
 def show(output: Output, name: str, split: str, per_class: int, classes: str | None, out: Path | None) -> None:
     """Draw a contact sheet: the first images of each class in a row."""
     store.dataset_spec(name)  # an unknown name is refused at once, before torch is loaded
+    out = out or Path(f"{name}-{split}.png")
+    require_ending(out, ".png")
     from ddkit.data.prepare import open_dataset
     from ddkit.sets.contact_sheet import contact_sheet, save_png
 
@@ -138,7 +140,6 @@ def show(output: Output, name: str, split: str, per_class: int, classes: str | N
     chosen = store.find_classes(name, classes.split(",")) if classes else range(len(titles))
     rows = [row for label in chosen for row in (images.labels == label).nonzero().flatten()[:per_class].tolist()]
     sheet = contact_sheet(images.images[rows], images.labels[rows], titles, per_class=per_class)
-    out = out or Path(f"{name}-{split}.png")
     save_png(sheet, out)
     output.result({"out": str(out), "classes": [images.class_names[label] for label in chosen]})
     output.finish([out], f"ddkit generate --dataset {name} --from-real random")

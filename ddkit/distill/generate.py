@@ -13,6 +13,7 @@ from ddkit.distill.sources import FromModel, FromReal, feature_extractor, save
 from ddkit.errors import UsageError
 from ddkit.metrics.features import FeatureSettings, resolve_precision
 from ddkit.runtime.device import resolve_device
+from ddkit.runtime.files import require_ending
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import (
     KIND_REFINED,
@@ -20,7 +21,6 @@ from ddkit.sets.distilled import (
     SetFiles,
     read_provenance,
     require_nothing_else,
-    require_tensor_name,
 )
 from ddkit.sets.select import LABEL_METHODS, ImageFeatures, choose
 
@@ -41,7 +41,7 @@ def generate(
     """
     if ipc < 1:
         raise UsageError(f"A set needs at least one image per class, got {ipc}.", "The challenge asks for --ipc 10.")
-    require_tensor_name(out)
+    require_ending(out, ".pt")
     if not replace:
         require_nothing_else(out)
     kind = read_provenance(out).get("kind", KIND_SUBMISSION)

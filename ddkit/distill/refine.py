@@ -47,7 +47,7 @@ from ddkit.network.parameters import flat_parameters, load_flat_parameters, rand
 from ddkit.network.training import TrainingRun, TrainingSettings
 from ddkit.runtime.device import free_memory, larger_gpu, resolve_device, shortage_explained
 from ddkit.runtime.environment import versions
-from ddkit.runtime.files import exclusive
+from ddkit.runtime.files import exclusive, require_ending
 from ddkit.runtime.interrupt import StopRequest, stop_requests
 from ddkit.runtime.progress import Listener, Progress, ignore
 from ddkit.runtime.records import read_record
@@ -61,7 +61,6 @@ from ddkit.sets.distilled import (
     read_provenance,
     read_set,
     require_nothing_else,
-    require_tensor_name,
     save_set,
 )
 
@@ -130,7 +129,7 @@ def refine(
     or memory is short, and BadFileError if the system refuses a file.
     """
     target = out or path
-    require_tensor_name(target)
+    require_ending(target, ".pt")
     if out is not None:
         require_nothing_else(out)
     refuse_kept_copy(folder, path, target)

@@ -42,7 +42,7 @@ from ddkit.packing.proof import REQUIREMENTS, SCRIPT, Proof, ProofSettings, data
 from ddkit.packing.zipping import unpack, write_zip
 from ddkit.runtime import container
 from ddkit.runtime.device import resolve_device
-from ddkit.runtime.files import atomic_folder, atomic_write, read_json, sha256_of, write_json, write_text
+from ddkit.runtime.files import atomic_folder, atomic_write, read_json, require_ending, sha256_of, write_json, write_text
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.runtime.tensor_files import save_safetensors
 
@@ -99,6 +99,7 @@ def pack_bundle(
                 f"Give --proof-images {least} or more.",
             )
     require_name(name)
+    require_ending(out, ".zip")
     with tempfile.TemporaryDirectory(prefix="ddkit-pack-") as temporary, atomic_write(out) as zipped:
         zip_folder(build_folder(models, Path(temporary) / "bundle", progress=progress), zipped)
         files = packed_files(zipped)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ddkit.challenge import TRACKS
 from ddkit.checks.check import check_path, submission_files
-from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError, UsageError
+from ddkit.errors import BadFileError, InvalidSubmissionError, MissingDataError
 from ddkit.history import PackedRecords, find_recipe
 from ddkit.packing.zipping import write_zip
 from ddkit.runtime.archives import ZIP_ERRORS
-from ddkit.runtime.files import atomic_write, explain_os_error, sha256_of, sha256_of_stream, why_not_a_file
+from ddkit.runtime.files import atomic_write, explain_os_error, require_ending, sha256_of, sha256_of_stream, why_not_a_file
 from ddkit.runtime.progress import Listener, ignore
 from ddkit.sets.distilled import check_command, generate_command, read_set
 from ddkit.sets.findings import Report
@@ -50,10 +50,11 @@ def pack(
     or else under that of the file `out`; None records nothing. on_report: called with what the check found, before
     anything is written. on_event: called with a sentence if the zip is recorded under another name.
     Raises MissingDataError without a folder or a tensor in it, InvalidSubmissionError for what `check` refuses, UsageError
-    if `out` is one of the tensors or the records hold the name for other files, and BadFileError where the system refuses.
+    if `out` does not end in .zip or the records hold the name for other files, and BadFileError where the system refuses.
     An earlier zip stays as it was in each case.
     """
     folder, out = Path(folder), Path(out)
+    require_ending(out, ".zip")
     if not folder.is_dir():
         raise MissingDataError(f"There is no folder {folder}.", f"Make a set first: {generate_command()}")
     files, _ = submission_files(folder)
@@ -71,10 +72,6 @@ def pack(
         on_report(report)
     if not files:
         raise MissingDataError(f"There is no tensor in {folder} to pack.", f"Make one: {generate_command()}")
-    if any(out.exists() and out.samefile(file) for file in files):
-        raise UsageError(
-            f"The zip would replace {out}, which is one of the files to pack.", "Name another file: --out NAME.zip."
-        )
     with atomic_write(out) as temporary:
         written = write_zip({file.name: file for file in files}, temporary)
         if written != before:

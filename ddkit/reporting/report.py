@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import MissingDataError, UsageError
+from ddkit.errors import MissingDataError
 from ddkit.history import PackedRecords, packed_file
 from ddkit.metrics import ddranking
 from ddkit.reporting.compare import SetsCompared, compare_sets, comparison_sheet
@@ -18,6 +18,7 @@ from ddkit.reporting.history import History, build_history
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.rows import Group, Row, dataset_title
 from ddkit.results import RESULTS_FILE, Result, read
+from ddkit.runtime.files import require_ending
 from ddkit.runtime.html import html_table
 from ddkit.runtime.progress import Listener, ignore
 
@@ -99,12 +100,12 @@ def report(
     write two sheets of images of each into `runs_folder`/quality. compare: two sets, as
     `ddkit.reporting.compare.compare_sets` takes them, to be compared; their images are written next to each other into
     `runs_folder`/compare. on_event: called with a sentence before a part that takes long.
-    Raises MissingDataError for a missing file, BadFileError if the system refuses a file, UsageError if the page would
-    replace the results, and what `quality_of` raises.
+    Raises MissingDataError for a missing file, BadFileError if the system refuses a file, UsageError if the page does
+    not end in .html, and what `quality_of` raises.
     """
     path, tracks = Path(results), None if tracks is None else tuple(tracks)
-    if html is not None and Path(html).exists() and path.exists() and Path(html).samefile(path):
-        raise UsageError(f"The page would replace {path}, the record of all evaluations.", "Name another file for the page.")
+    if html is not None:
+        require_ending(Path(html), ".html", ".htm")
     if not path.is_file() and path != RESULTS_FILE:
         raise MissingDataError(f"There is no results file {path}.", "Make one: ddkit evaluate --results PATH")
     reading = read(path)

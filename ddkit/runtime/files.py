@@ -67,6 +67,14 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFileErr
     return BadFileError(f"{path}: {reason}.", remedy)
 
 
+def require_ending(path: Path, *endings: str) -> None:
+    """Raise UsageError for a file to write that does not end so: it may be one of another kind, which would be lost."""
+    if path.suffix not in endings:
+        raise UsageError(
+            f"{path} does not end in {' or '.join(endings)}.", f"Name a file such as {path.with_suffix(endings[0])}."
+        )
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, what: str, *, elsewhere: str, is_main: bool = True) -> Iterator[None]:
     """Let only one process at a time work in a folder, which is created if needed.

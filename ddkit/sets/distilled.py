@@ -114,12 +114,6 @@ def class_labels(num_classes: int, ipc: int) -> Tensor:
     return torch.arange(num_classes, device="cpu").repeat_interleave(ipc)
 
 
-def require_tensor_name(path: Path) -> None:
-    """Raise UsageError for a tensor's file that does not end in .pt, since its JSON and its sheet differ in the ending."""
-    if path.suffix != ".pt":
-        raise UsageError(f"{path} does not end in .pt.", "Name the tensor's file, such as submission/cifar100.pt.")
-
-
 def read_set(path: str | os.PathLike[str], dataset: str | None = None, *, ipc: int | None = None) -> DistilledSet:
     """Read a distilled set without executing anything in it.
 

@@ -306,13 +306,16 @@ def test_reorder_rows_of_a_right_order_copies_it(tmp_path, folder):
     assert torch.equal(written, original)
 
 
-def test_reorder_rows_onto_the_original_raises_usage_error(tmp_path, folder):
+def test_reorder_rows_onto_another_file_raises_usage_error(tmp_path, folder):
     before = (folder / "glyphs.pt").read_bytes()
     (tmp_path / "link.pt").symlink_to(folder / "glyphs.pt")
-    for out in (folder / "glyphs.pt", folder / ".." / "submission" / "glyphs.pt", tmp_path / "link.pt"):
-        with pytest.raises(UsageError, match="would replace the original"):
+    (tmp_path / "other.pt").write_bytes(before)
+    for out in (folder / "glyphs.pt", folder / ".." / "submission" / "glyphs.pt", tmp_path / "link.pt", tmp_path / "other.pt"):
+        with pytest.raises(UsageError, match="reordered set would replace"):
             reorder_rows(folder / "glyphs.pt", out)
-    assert (folder / "glyphs.pt").read_bytes() == before
+    with pytest.raises(UsageError, match="does not end in .pt"):
+        reorder_rows(folder / "glyphs.pt", tmp_path / "results.jsonl")
+    assert (folder / "glyphs.pt").read_bytes() == (tmp_path / "other.pt").read_bytes() == before
 
 
 def test_reorder_rows_of_noise_raises_and_writes_nothing(tmp_path, folder):

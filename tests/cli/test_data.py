@@ -98,6 +98,7 @@ def test_bad_files_exit_with_3_unless_they_may_be_skipped(broken, own_cache):
         (["show", "mine"], 2, "ddkit data prepare mine --from PATH"),
         (["prepare", "pets", "--from", ".", "--test-split", "train"], 2, "'train' is not one of"),
         (["show", "glyhps"], 2, "Did you mean 'glyphs'?"),
+        (["show", "glyphs", "--out", "runs/set.pt"], 2, "Name a file such as runs/set.png"),
         (["prepare", "pets/../x", "--from", "."], 2, "cannot be a dataset's name"),
         (["prepare", "pets", "--from", "nowhere.zip"], 3, "nowhere.zip does not exist"),
         (["prepare", "glyphs", "--from", "."], 2, "drawn, not read"),
