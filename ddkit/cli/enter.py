@@ -18,7 +18,7 @@ from ddkit.cli._output import Output, span_text
 from ddkit.cli._stages import StageView, stage_table
 from ddkit.cli._views import leaderboard_view
 from ddkit.entering.recipe import Recipe, read_recipe
-from ddkit.errors import BadFileError, UsageError
+from ddkit.errors import DDKitError, UsageError
 from ddkit.runtime.files import cache_folder
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _inside(folder: Path) -> Iterator[None]:
     os.chdir(folder)
     try:
         yield
-    except BadFileError as error:
-        raise BadFileError(f"In {folder}: {error.message}", error.remedy) from error
+    except DDKitError as error:  # whose paths and commands are those of someone who is in the folder
+        raise type(error)(f"In {folder}: {error.message}", error.remedy) from error
     finally:
         os.chdir(before)

@@ -167,7 +167,7 @@ def enter(
     ]:
         on_event(f"warning: the recipe was made with other versions ({'; '.join(others)}): the sets may differ.")
     recipe.require_datasets()
-    with exclusive(folder, "makes an entry", elsewhere="--folder"), prescribed_plans(recipe.engines):
+    with exclusive(folder.absolute(), "makes an entry", elsewhere="--folder"), prescribed_plans(recipe.engines):
         state = _begin_or_resume(recipe, folder, seconds, device, progress)
         state.save(folder)
         return _Run(state, folder, device, on_event).carry_out(recipe, progress, watch)

@@ -247,20 +247,22 @@ class _Planner:
 
     def _choose_evaluation(self, recipe: Recipe, seconds: float, room: float) -> Recipe:
         """The recipe with the first of _EVALUATIONS that takes at most half of the time and fits into `room` with the rest,
-        else with the last, unless it says how to evaluate.
+        else with the last. What the recipe says of the evaluation is kept.
         """
-        if recipe.epochs_setting is not None or recipe.rounds is not None:
+        if recipe.epochs_setting is not None and recipe.rounds is not None:
             return recipe
-        official = None
+        official = _EVALUATIONS[recipe.track][0]
         for epochs, count in _EVALUATIONS[recipe.track]:
+            epochs = epochs if recipe.epochs_setting is None else recipe.epochs_setting
+            count = count if recipe.rounds is None else recipe.rounds
             found = dataclasses.replace(recipe, epochs_setting=epochs, rounds=count)
             expected = self._fixed(found, comparisons=False)
-            needed = _evaluation_seconds(expected)
-            official = needed if official is None else official
-            if needed <= _SHARE_OF_EVALUATION * seconds and MARGIN * sum(expected.values()) <= room:
+            if _evaluation_seconds(expected) <= _SHARE_OF_EVALUATION * seconds and MARGIN * sum(expected.values()) <= room:
                 break
-        if (epochs, count) != _EVALUATIONS[recipe.track][0]:
-            uses, takes = f"E = {epochs} and {counted(count, 'round', 'rounds')}", f"would take {time_option(official or 0)}"
+        if (epochs, count) != official:
+            whole = dataclasses.replace(recipe, epochs_setting=official[0], rounds=official[1])
+            uses = f"E = {epochs} and {counted(count, 'round', 'rounds')}"
+            takes = f"would take {time_option(_evaluation_seconds(self._fixed(whole, comparisons=False)))}"
             if any(dataset_spec(name).in_challenge for name in recipe.datasets):
                 command = "ddkit evaluate" + " --track 2" * (recipe.track == 2)
                 self._notes.append(
@@ -268,7 +270,7 @@ class _Planner:
                     f"afterwards: {command}"
                 )
             else:
-                most = "E = {} and {} rounds".format(*_EVALUATIONS[recipe.track][0])
+                most = "E = {} and {} rounds".format(*official)
                 self._notes.append(f"The evaluation uses {uses}; the challenge's {most} {takes}.")
         return found
 

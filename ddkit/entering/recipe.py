@@ -44,10 +44,11 @@ class SetRecipe:
     on track 2, that is packed; "" takes random real images.
     autoencoder_steps, train_steps: lengths of the generator's training; None while a time decides, or for the preset's.
     train_precision: one of PRECISIONS, in which the generator trains; "" takes the one that suits the device.
-    compile: as in `ddkit.generator.config.GeneratorConfig`. refine: None refines nothing. refine_steps: None while a time
-    decides. sampling: how the generator samples on track 1, and bundle: how it does on track 2; None takes this version's
-    defaults, and names that their tables leave out those of `SamplingSettings`, without mode guidance. sha256: of the set's
-    file that came out, or on track 2 of the bundle's files, as an evaluation records it; "" if it is not known.
+    compile: as in `ddkit.generator.config.GeneratorConfig`. refine: None refines nothing, which needs a preset.
+    refine_steps: None while a time decides. sampling: how the generator samples on track 1, and bundle: how it does on
+    track 2; None takes this version's defaults, and names that their tables leave out those of `SamplingSettings`, without
+    mode guidance. sha256: of the set's file that came out, or on track 2 of the bundle's files, as an evaluation records
+    it; "" if it is not known.
     """
 
     dataset: str
@@ -113,6 +114,11 @@ class Recipe:
             raise UsageError(f"An entry takes each dataset once, not {', '.join(names) or 'none'}.")
         if self.track == 2 and not all(each.preset for each in self.sets):
             raise UsageError("On track 2 every dataset needs a generator.", "Add the name of its preset.")
+        if self.track == 1 and not all(each.preset or each.refine is not None for each in self.sets):
+            raise UsageError(
+                "On track 1 every set needs a generator or a refinement.",
+                "Add the name of a preset, or a table refine, which may be empty: refine = {}",
+            )
 
     @property
     def datasets(self) -> tuple[str, ...]:

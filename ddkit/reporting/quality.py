@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from ddkit.data.images import denormalize, to_uint8
 from ddkit.data.store import class_titles, dataset_spec, load_dataset
-from ddkit.errors import MissingDataError
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.metrics.features import FeatureSettings, convnet_features, is_cached
 from ddkit.metrics.quality import Quality, measure
 from ddkit.reporting.rows import dataset_title
@@ -89,10 +89,23 @@ def measure_sets(
     on_event: Callable[[str], object] = lambda text: None,
     progress: Listener = ignore,
 ) -> list[SetQuality]:
-    """The quality of the set at `path`, or of the sets in that folder; on_event is called with a sentence before each."""
+    """The quality of the set at `path`, or of the sets in that folder; on_event is called with a sentence before each.
+
+    Files of a folder that are for no known dataset are named and left out, if there are others.
+    """
     measured, on = [], resolve_device(device)
+    datasets: dict[Path, str] = {}
+    unknown: list[UsageError] = []
     for file in sets_at(path):
-        dataset = dataset_of(file)
+        try:
+            datasets[file] = dataset_of(file)
+        except UsageError as error:
+            unknown.append(error)
+    if not datasets:
+        raise unknown[0]
+    for problem in unknown:
+        on_event(f"ignored: {problem.message}")
+    for file, dataset in datasets.items():
         has_network = is_cached(load_dataset(dataset, "train"), dataset_spec(dataset), device=on)
         first = "" if has_network else " First a small network is trained on these, which takes minutes."
         on_event(f"Comparing the images of {file} with real images.{first}")

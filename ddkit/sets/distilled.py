@@ -262,6 +262,7 @@ def _dataset_name(path: Path, dataset: str | None, provenance: Mapping[str, Any]
     name = dataset or provenance.get("dataset")
     if name is None and path.stem not in known_names():
         likely = likely_dataset(path.name)
-        remedy = f"If it is for {likely}, rename it to {likely}.pt or add --dataset {likely}." if likely else ""
-        raise UsageError(f"{path} is not named after a known dataset.", remedy or "Add --dataset NAME.")
+        remedy = f"If it is for {likely}, rename it to {likely}.pt" if likely else "Rename it to NAME.pt"
+        remedy += f", or add --dataset {likely or 'NAME'} if the command has it."
+        raise UsageError(f"{path} is not named after a known dataset.", remedy)
     return str(name or path.stem)

@@ -14,7 +14,7 @@ from ddkit.distill.settings import RefineSettings
 from ddkit.entering.plan import Speeds, draft, outline_at
 from ddkit.entering.recipe import Recipe, SetRecipe, read_recipe, write_recipe
 from ddkit.entering.stages import Workplace
-from ddkit.runtime.files import write_json
+from ddkit.runtime.files import exclusive, write_json
 
 pytestmark = pytest.mark.usefixtures("work", "short_measurements")
 
@@ -90,6 +90,13 @@ def test_damaged_state_is_named_with_the_folder_of_the_entry(work):
     (work / "entry" / "runs" / "entry.json").write_text("{")
     done = ddkit("--time", "20m", "--datasets", "glyphs", "--folder", "entry")
     assert done.exit_code == 3 and "In entry: runs/entry.json is not JSON" in " ".join(done.output.split())
+
+
+def test_folder_in_which_another_process_works_is_named(work):
+    with exclusive(work / "entry", "makes an entry", elsewhere="--folder"):
+        done = ddkit("--time", "20m", "--datasets", "glyphs", "--folder", "entry")
+    said = " ".join(done.output.split())
+    assert done.exit_code == 2 and "In entry: Another process makes an entry in" in said and "entry." in said
 
 
 def test_a_relative_cache_folder_lies_where_the_command_was_typed(work, letters, own_cache, monkeypatch):

@@ -11,7 +11,7 @@ from ddkit.challenge import CIFAR100
 from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
 from ddkit.distill.estimate import RefineSpeed
-from ddkit.distill.settings import RefineLimits
+from ddkit.distill.settings import RefineLimits, RefineSettings
 from ddkit.entering.plan import MARGIN, Outline, Speeds, draft, make_outline, outline_at, refine_limit
 from ddkit.entering.recipe import Recipe, SetRecipe
 from ddkit.errors import MissingDataError, UsageError
@@ -71,8 +71,15 @@ def test_the_evaluation_is_official_if_half_of_the_time_suffices_for_it():
     letters = outline_at({"glyphs": SPEEDS["cifar100"]}, draft(("glyphs",)), 1800)
     assert any("; the challenge's E = 1000 and 3 rounds would take" in note for note in letters.notes)
     assert not any("official" in note for note in letters.notes)
-    asked = outline_at(SPEEDS, draft(("cifar100",), rounds=2), 8 * 3600).recipe
-    assert (asked.epochs_setting, asked.rounds) == (None, 2)
+
+
+@pytest.mark.parametrize(("hours", "asked", "chosen"), [
+    (8, {"rounds": 2}, (1000, 2)), (0.5, {"rounds": 2}, (200, 2)),
+    (8, {"epochs_setting": 900}, (900, 3)), (0.7, {"epochs_setting": 900}, (900, 1)),
+])  # fmt: skip
+def test_only_what_was_not_asked_for_is_chosen(hours, asked, chosen):
+    recipe = outline_at(SPEEDS, draft(("cifar100",), **asked), hours * 3600).recipe
+    assert (recipe.epochs_setting, recipe.rounds) == chosen
 
 
 def test_random_real_images_are_evaluated_under_the_same_settings_if_half_of_the_time_suffices_for_them_too():
@@ -186,7 +193,7 @@ def test_a_recipe_without_a_length_is_refused_where_no_time_decides():
 )
 def test_an_evaluation_that_makes_no_sense_is_refused_before_anything_is_measured(wrong, said):
     with pytest.raises(UsageError, match=said):
-        make_outline(Recipe((SetRecipe("cifar100"),), **wrong), None, device="no device")
+        make_outline(Recipe((SetRecipe("cifar100", refine=RefineSettings()),), **wrong), None, device="no device")
 
 
 def test_draft_of_an_unknown_dataset_raises_usage_error():

@@ -126,8 +126,13 @@ def test_read_recipe_of_what_is_not_toml_raises_bad_file_error(tmp_path):
             read_recipe(tmp_path / name)
 
 
+def test_a_set_of_track_1_that_nothing_makes_is_refused():
+    with pytest.raises(UsageError, match="every set needs a generator or a refinement.*refine = {}"):
+        Recipe((SetRecipe("glyphs"),))
+
+
 def test_a_recipe_of_other_images_is_refused_and_one_without_a_hash_is_not(letters):
-    drawn = SetRecipe(letters, "12" * 32)
+    drawn = SetRecipe(letters, "12" * 32, refine=RefineSettings())
     with pytest.raises(UsageError, match="other training images of 'glyphs' .*SHA-256 is 121212121212.*delete the line"):
         Recipe((drawn,)).require_datasets()
     Recipe((dataclasses.replace(drawn, dataset_sha256=""),)).require_datasets()

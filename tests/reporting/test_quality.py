@@ -7,9 +7,9 @@ from PIL import Image
 from ddkit.data.images import normalize
 from ddkit.data.prepare import prepare
 from ddkit.data.store import dataset_spec, load_dataset
-from ddkit.errors import MissingDataError
+from ddkit.errors import MissingDataError, UsageError
 from ddkit.metrics.features import FeatureSettings
-from ddkit.reporting.quality import quality_of, sets_at
+from ddkit.reporting.quality import measure_sets, quality_of, sets_at
 from ddkit.sets.contact_sheet import contact_sheet, neighbor_sheet, side_by_side
 from ddkit.sets.distilled import save_set
 
@@ -66,6 +66,18 @@ def test_sets_of_a_folder(tmp_path):
     assert [path.name for path in sets_at(tmp_path)] == ["a.pt", "b.pt"]
     with pytest.raises(MissingDataError, match="no distilled set at"):
         sets_at(tmp_path / "missing")
+
+
+@pytest.mark.slow
+def test_files_of_no_known_dataset_are_named_and_left_out_of_a_folder(spots, tmp_path):
+    folder = tmp_path / "mixed"
+    save(folder / "spots.pt", spots, load_dataset(spots, "train").images[::10])
+    torch.save(torch.zeros(8, 3, 16, 16), folder / "zzz.pt")
+    said = []
+    assert [one.title for one in measure_sets(folder, on_event=said.append)] == [f"spots: {folder / 'spots.pt'}"]
+    assert said[0] == f"ignored: {folder / 'zzz.pt'} is not named after a known dataset."
+    with pytest.raises(UsageError, match="Rename it to NAME.pt"):
+        measure_sets(folder / "zzz.pt")
 
 
 def plain(*levels: int, side: int = 8) -> torch.Tensor:
