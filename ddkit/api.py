@@ -266,7 +266,7 @@ def check(
     """Check a submission folder, one tensor's file or a zip, without executing anything in it, or a set in memory.
 
     path: of one of these; or the set itself, as `read_set` returns it or as the tensor that is to be saved.
-    dataset: of a tensor in memory; for one file, None finds it from the JSON next to the file or from its name. ipc: the
+    dataset: of a tensor in memory; for one file, None finds it from its name or else from the JSON next to it. ipc: the
     images per class that there must be; None accepts any number. `Report.ok` is the verdict, `Report.findings` the reasons.
     """
     from ddkit.checks.check import check_path, check_set

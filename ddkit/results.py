@@ -18,6 +18,7 @@ from ddkit.statistics import mean_interval, sample_std
 
 FORMAT_VERSION = 1
 RESULTS_FILE = Path("runs/results.jsonl")
+IN_MEMORY = "tensor in memory"  # the source of a set without a file
 
 
 class Scores:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import PureWindowsPath
 
 import huggingface_hub.constants
 import pytest
@@ -104,6 +105,7 @@ def test_model_in_the_cache_needs_no_network(hub, log_in, colors_model, monkeypa
     first = find_model(MODEL)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert find_model(MODEL) == first and load_model(first).facts.dataset == "colors"
+    assert find_model(PureWindowsPath(MODEL)) == first, "a path, as the options of commands are"
 
 
 def test_pushing_again_uploads_only_what_changed(hub, log_in, colors_model):

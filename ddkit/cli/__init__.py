@@ -5,7 +5,9 @@ No module imports torch before its command runs, so that help is shown at once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -28,6 +30,7 @@ _OF_DATA = ("data list", "data prepare", "data show")
 
 _EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h; 1, which Python uses, means an unacceptable submission
 _EXIT_INTERRUPTED = 130
+_EXIT_PIPE = 141  # as shells show a command that SIGPIPE ended
 
 
 class _Group(click.Group):
@@ -50,8 +53,12 @@ class _Group(click.Group):
         signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
-            raise  # click handles these; the last one ends quietly, since nobody reads the output any more
+        except (click.exceptions.Exit, click.Abort, click.ClickException):
+            raise  # click handles these
+        except (BrokenPipeError, SystemExit):  # nobody reads the output any more, which rich tells by the latter
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left is written at the end
+            ctx.exit(_EXIT_PIPE)
         except Exception as error:
             if ctx.find_root().meta.get("ddkit.debug"):
                 raise

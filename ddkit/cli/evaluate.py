@@ -175,7 +175,11 @@ def _as_data(outcome: JobOutcome) -> dict[str, Any]:
 
     return {
         "results": [values(result) for result in outcome.results],
-        "comparisons": [values(comparison) for _, _, comparison in outcome.comparisons],
+        "comparisons": [
+            {"dataset": first.dataset, "first": first.source, "second": second.source, **values(comparison)}
+            for first, second, comparison in outcome.comparisons
+        ],
+        "scores": outcome.scores,
         "rankings": [ranking.as_data() for ranking in outcome.rankings],
     }
 

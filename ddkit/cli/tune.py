@@ -38,7 +38,7 @@ class _ImagesPerClass(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if str(value).strip().lower() == "all":
             return "all"
-        if not str(value).strip().isdigit() or int(value) < 1:
+        if not str(value).strip().isdecimal() or int(value) < 1:
             self.fail(f"'{value}' is not a number of images; write 50, or all.", param, ctx)
         return int(value)
 

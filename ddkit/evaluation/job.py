@@ -21,7 +21,7 @@ from ddkit.evaluation.test_sets import TestSet, as_test_set, load_reference
 from ddkit.evaluation.timed_script import ScriptEntry
 from ddkit.evaluation.tracks import hash_of_folder
 from ddkit.metrics.ddranking import MissingEvaluation, Ranking, of_result
-from ddkit.results import RESULTS_FILE, Records, Result
+from ddkit.results import IN_MEMORY, RESULTS_FILE, Records, Result
 from ddkit.runtime.device import resolve_device
 from ddkit.runtime.distributed import ProcessGroup
 from ddkit.runtime.progress import Listener, ignore
@@ -274,7 +274,7 @@ class _Job:
                 self._on_event(f"warning {finding.code}: {finding.message}")
 
     def _evaluate_set(self, distilled: DistilledSet | PublishedSet) -> Result:
-        settings, path = self._settings.evaluation, distilled.path or Path("tensor in memory")
+        settings, path = self._settings.evaluation, distilled.path or Path(IN_MEMORY)
         sha256 = distilled.sha256 or hash_of(distilled.images, distilled.labels)
         self._note_used_name(distilled.spec.name, sha256)
         self._on_event(f"Evaluating {path} on {distilled.spec.name}: {_length(settings)}.")

@@ -148,6 +148,10 @@ def _without_zca(read: LabeledImages, spec: DatasetSpec, progress: Listener) -> 
 def _normalized(read: LabeledImages, spec: DatasetSpec, path: Path, given: str) -> tuple[Tensor, str, list[str]]:
     """The images as the challenge normalizes them, what that changed as a phrase ("" for nothing), and sentences on it."""
     if read.images.dtype == torch.uint8:
+        if given != "auto":
+            raise InvalidSubmissionError(
+                f"These are 8-bit pixels, which nobody has normalized: {read.layout}.", "Leave --normalization out."
+            )
         return normalize(read.images, spec), "", [f"Its 8-bit pixels were normalized with {spec.name}'s constants."]
     right = named_constants(spec)["challenge"]
     if given != "auto":

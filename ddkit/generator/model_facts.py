@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ddkit import __version__
 from ddkit.data.store import class_names, dataset_spec
@@ -52,7 +52,8 @@ def find_model(source: str | os.PathLike[str]) -> Path:
 
     Raises MissingModelError when it cannot be downloaded or the hub holds something else under that id.
     """
-    folder, hub_id = Path(source).expanduser(), os.fspath(source)
+    # On Windows a path has other slashes than the id that it was made from.
+    folder, hub_id = Path(source).expanduser(), source.as_posix() if isinstance(source, PurePath) else os.fspath(source)
     if folder.is_dir() or not is_hub_id(hub_id):
         return folder
     # The facts come first: nobody should wait for the weights of something else.

@@ -14,7 +14,7 @@ from ddkit.history import find_recipe
 from ddkit.metrics import ddranking
 from ddkit.reporting.charts import LineChart, line_chart
 from ddkit.reporting.rows import dataset_title
-from ddkit.results import Result
+from ddkit.results import IN_MEMORY, Result
 from ddkit.runtime.files import sha256_of
 from ddkit.runtime.html import data_uri
 from ddkit.sets.findings import Finding
@@ -138,6 +138,8 @@ class SetDetails:
 def _why_gone(path: Path, result: Result) -> str:
     if result.track == 2:
         return "The generator makes other images for each round."
+    if result.source == IN_MEMORY:
+        return "The set was evaluated in memory, without a file whose images could be shown."
     try:
         if not path.is_file():
             return f"The evaluated file, {path}, is no longer there."

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddkit import challenge
 from ddkit.errors import MissingDataError
 from ddkit.history import PackedRecords, packed_file
 from ddkit.metrics import ddranking
@@ -75,6 +76,7 @@ class Leaderboard:
             "quality": [one.as_data() for one in self.quality],
             "history": self.history.as_data(),
             "comparisons": [one.as_data() for one in self.comparisons],
+            "written": list(map(str, self.written)),
         }
 
 
@@ -104,6 +106,8 @@ def report(
     not end in .html, and what `quality_of` raises.
     """
     path, tracks = Path(results), None if tracks is None else tuple(tracks)
+    for number in tracks or ():
+        challenge.track(number)  # or refused
     if html is not None:
         require_ending(Path(html), ".html", ".htm")
     if not path.is_file() and path != RESULTS_FILE:

@@ -9,6 +9,7 @@ from ddkit import __version__
 from ddkit.errors import DDKitError
 
 _NAMED_IN_RESULTS = ("torch", "torchvision", "diffusers")
+_PACKAGES = {"PIL": "pillow", "yaml": "pyyaml"}  # of modules that are called otherwise
 
 
 class BrokenInstallError(DDKitError):
@@ -28,7 +29,9 @@ def explain_broken_install(error: Exception) -> BrokenInstallError | None:
             "Install a pair that was: pip install --force-reinstall torch torchvision",
         )
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ddkit"):
-        return BrokenInstallError(f"The Python package '{error.name}' is missing.", f"pip install {error.name}")
+        package = error.name.partition(".")[0]
+        package = _PACKAGES.get(package, package)
+        return BrokenInstallError(f"The Python package '{package}' is missing.", f"pip install {package}")
     return None
 
 

@@ -117,6 +117,8 @@ def test_two_sets_are_compared_round_by_round(work):
     data = json.loads(output)
     (comparison,) = data["comparisons"]
     accuracies = [result["accuracies"] for result in data["results"]]
+    assert [comparison[name] for name in ("dataset", "first", "second")] == ["blobs", str(first), str(second)]
+    assert data["scores"] == {}  # no official results
     assert comparison["paired"] and comparison["differences"] == pytest.approx(
         [a - b for a, b in zip(*accuracies, strict=True)]
     )

@@ -36,6 +36,16 @@ def test_help_names_every_command_and_imports_no_torch():
     assert all(f"  {command} " in finished.stdout for command in COMMANDS)
 
 
+def test_output_that_nobody_reads_ends_as_with_sigpipe():
+    """Status 1 would mean an unacceptable submission."""
+    for words in (["data", "list"], ["data", "list", "--json"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        finished = subprocess.run([sys.executable, "-m", "ddkit", *words], stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert finished.returncode == 141 and "Error" not in finished.stderr, finished.stderr
+
+
 def commands_of(group: click.Group, parent: click.Context | None = None) -> Iterator[tuple[str, click.Command, click.Context]]:
     """(name, command, context) of every command, those of groups within groups included."""
     above = click.Context(group, parent=parent, info_name=group.name, **group.context_settings)

@@ -80,6 +80,7 @@ def test_a_search_halves_its_candidates_and_repeats_nothing(colors, colors_model
 @pytest.mark.parametrize("words, status, said", [
     (["colors", "--steps", "0"], 2, "--steps"),
     (["colors", "--images", "few"], 2, "not a number of images"),
+    (["colors", "--images", "²"], 2, "not a number of images"),
     (["colors", "--track", "1"], 2, "--track"),
     (["colours"], 2, "Did you mean 'colors'?"),
     (["colors"], 3, "ddkit train"),

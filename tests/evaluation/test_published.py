@@ -126,6 +126,8 @@ def test_zca_is_undone_when_told_to(small_letters, save):
     assert any("do not look whitened" in note for note in plain.notes)
     with pytest.raises(InvalidSubmissionError, match="never whitened"):
         open_published(save(images, labels), conversion=Conversion(zca=True))
+    with pytest.raises(InvalidSubmissionError, match="8-bit pixels.*Leave --normalization out"):
+        open_published(save(images, labels), conversion=Conversion(normalization="unit"))
 
 
 def test_bare_tensor_is_converted_class_by_class(pixels, tmp_path):

@@ -10,6 +10,7 @@ from ddkit.data.images import normalize
 from ddkit.data.store import dataset_spec, load_dataset
 from ddkit.reporting.html import render, write_html
 from ddkit.reporting.page import gather
+from ddkit.results import IN_MEMORY
 from ddkit.runtime.files import sha256_of
 from ddkit.sets.distilled import save_set
 
@@ -100,6 +101,11 @@ def test_a_deleted_folder_and_a_dataset_that_is_not_prepared_leave_the_numbers(r
     (view,) = page.entries[0].sets
     assert "no longer there" in view.gone and view.classes[0].name == "class 3"
     assert "class 0" in render(page)
+
+
+def test_a_set_without_a_file_is_said_to_have_had_none(result):
+    page = gather([result("mine", "cifar100", 0.5, source=IN_MEMORY, epochs_setting=3)])
+    assert "evaluated in memory" in page.entries[0].sets[0].gone
 
 
 def test_a_path_that_cannot_be_read_leaves_the_numbers(result):

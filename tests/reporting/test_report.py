@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from ddkit.errors import UsageError
 from ddkit.reporting.leaderboard import build
 from ddkit.reporting.report import as_data, report
 from ddkit.results import append
@@ -35,6 +36,12 @@ def test_report_of_a_results_file_ranks_it_and_writes_the_page(result, tmp_path)
     assert [row.name for group in board.groups for row in group.rows] == ["M-DATM", "mine"]
     assert board.as_data()["leaderboard"][1]["rows"][0]["accuracy"] == {"glyphs": pytest.approx(0.55)}
     assert "mine" in page.read_text(encoding="utf-8") and board.problems == ()
+    assert board.as_data()["written"] == [str(page)]
+
+
+def test_report_of_no_track_there_is_raises_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="Unknown track 3"):
+        report(tracks=[3])
 
 
 def test_report_of_one_track_counts_and_compares_its_results_only(result, tmp_path):

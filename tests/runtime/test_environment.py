@@ -28,6 +28,8 @@ def test_a_torch_and_torchvision_that_do_not_fit_are_one_message(tmp_path):
 def test_a_missing_package_is_named():
     broken = explain_broken_install(ModuleNotFoundError("No module named 'scipy'", name="scipy"))
     assert "'scipy' is missing" in broken.message
+    for module, package in (("PIL", "pillow"), ("pyarrow.parquet", "pyarrow")):
+        assert explain_broken_install(ModuleNotFoundError(name=module)).remedy == f"pip install {package}"
     assert explain_broken_install(RuntimeError("something else")) is None
 
 
