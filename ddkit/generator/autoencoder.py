@@ -27,7 +27,7 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int, *, seed: int) 
     config.latent_shape(image_size)
     levels = len(config.channels)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # which leaves those of GPUs alone
         autoencoder = AutoencoderKL(
             in_channels=3 * config.pixel_patch**2,
             out_channels=3 * config.pixel_patch**2,

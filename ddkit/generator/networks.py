@@ -19,7 +19,7 @@ def build_denoiser(config: DenoiserConfig, latent_shape: tuple[int, ...], num_cl
     channels, side, _ = latent_shape
     patch_size = config.patch_size(side)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # which leaves those of GPUs alone
         if config.architecture == "uvit":
             return UViT(side, channels, num_classes, patch_size, config.hidden_size, config.depth, config.num_heads)
         denoiser = DiTTransformer2DModel(

@@ -25,7 +25,7 @@ def build_network(name: str, num_classes: int, image_size: int, *, seed: int) ->
         raise UsageError(f"Unknown network '{name}'.", did_you_mean(name, tuple(NETWORKS)))
     # Modules initialize themselves from the global generator, whose state is restored; one thread at a time.
     with _INITIALIZING, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # which leaves those of GPUs alone
         return NETWORKS[name](num_classes, image_size)
 
 

@@ -210,11 +210,12 @@ def test_stems_of_residual_networks_keep_what_follows_affordable(name, size, ker
     assert pooled == (name == "resnet_ap10")
 
 
-def test_a_network_is_drawn_from_its_seed_alone():
+def test_a_network_is_drawn_from_its_seed_alone(monkeypatch):
     torch.manual_seed(5)
-    before = torch.get_rng_state()
+    before, seeds_of_gpus = torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds_of_gpus.append)
     first = build_network("convnet", 4, 16, seed=3)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before) and seeds_of_gpus == []
     torch.manual_seed(6)
     again, other = build_network("convnet", 4, 16, seed=3), build_network("convnet", 4, 16, seed=4)
     assert torch.equal(first.classifier.weight, again.classifier.weight)
