@@ -176,7 +176,9 @@ def refine(
     device: str = "auto",
     progress: Listener | None = None,
 ) -> Refined:
-    """Optimize the pixels of the set at `path`, or continue to, and write the version that validates best.
+    """Optimize the pixels of the set at `path`, or continue to, and write one that validates well.
+
+    It is the latest version within `RefineSettings.val_margin` of the best on held-out training images.
 
     dataset: None takes its name from the JSON next to the file, else from the file's name. steps: in all, 1200 if neither
     is given; or seconds: of work in all. settings: None takes those that the run was begun with, else the preset "track1" of

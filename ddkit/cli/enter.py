@@ -46,7 +46,7 @@ _MOST_ROWS = 12
     "--recipe",
     "recipe_file",
     type=FILE,
-    help="Make the entry that this recipe.toml describes again; it has all lengths, so that --time is not needed.",
+    help="Make the entry that this recipe.toml describes again; it states all numbers of steps, so --time is not needed.",
 )
 @click.option("--dry-run", is_flag=True, help="Measure this machine briefly and print the plan; write nothing.")
 @click.option(

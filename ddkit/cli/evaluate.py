@@ -114,7 +114,7 @@ _MOST_ROUNDS_SHOWN = 5
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Only measure a few batches, print the time and memory needed, and say if it would be official.",
+    help="Only measure a few batches, print the time and memory needed, and say whether the result would be official.",
 )
 @save_every_option("30s")
 @click.option("--results", type=FILE, default=RESULTS_FILE, help="Read results from this file, and add new ones to it.")

@@ -100,8 +100,8 @@ _METHODS = (
     type=click.FloatRange(0),
     metavar="SCALE",
     help="Set the scale of influence guidance, which steers samples early to images that train a classifier as the real images "
-    "of their class do, and takes four times as long; 0 turns it off. On CIFAR-100 0.05 helped with --guidance 3, and "
-    "nothing was gained with mode guidance.  "
+    "of their class do. Sampling then takes four times as long or more; 0 turns it off. On CIFAR-100 0.05 helped with "
+    "--guidance 3, and nothing was gained with mode guidance.  "
     f"[default: {_DEFAULTS.influence_guidance:g}]",
 )
 @click.option("--sampler", type=SAMPLER, help=f"Choose the sampler.  [default: {_DEFAULTS.sampler}]")

@@ -117,10 +117,11 @@ def refine(
 ) -> None:
     """Optimize the pixels of the set PATH so that the challenge's network learns more from it.
 
-    The first steps match the mean features of each class with those of its real images. The others make a regression on
-    the set's features classify real images better: first in random networks, later in a pool of networks that train on
-    the set. The version that does best on held-out training images is written. The test images are never used. Run the
-    same command again to resume, or with more --steps or --time to refine further.
+    The first steps match the mean features of each class with those of its real images. The later steps fit a ridge
+    regression to the set's features and reduce its error on real images: first with random networks, then with a pool of
+    networks that train on the set. The latest version whose accuracy on held-out training images is within one point of
+    the best is written. The test images are never used. Run the same command again to resume, or with more --steps or
+    --time to refine further.
     """
     from ddkit.distill import refine as refining
     from ddkit.distill.estimate import estimate_refinement, expected_accuracy

@@ -114,7 +114,8 @@ def refine(
     save_every_seconds: float = 120.0,
     progress: Listener = ignore,
 ) -> Refined:
-    """Refine the set at `path`, resuming from the state in `folder`, and write the set that validates best.
+    """Refine the set at `path`, resuming from the state in `folder`, and write the latest version that validates within
+    `RefineSettings.val_margin` of the best.
 
     dataset: its name; None takes it from the set's provenance or file name.
     folder: keeps the original set (before.pt, .json, .png), the state and records.jsonl. out: `path` when None.

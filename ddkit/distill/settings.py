@@ -112,9 +112,9 @@ class RefineSettings:
     displayable: keep pixels within [0, 255], which the challenge does not ask for.
     precision: of steps and validations: "float32", "bfloat16" or "auto", which takes the faster of the two on a CPU and
         float32 on other devices.
-    val_every: steps between two validations on held-out training images; the set that validates best is written.
+    val_every: steps between two validations on held-out training images.
     val_epochs: E of the training in a validation.
-    val_margin: a later set is preferred unless it validates worse than the original, or worse than the best by more than
+    val_margin: the latest set is written that validates no worse than the original, and worse than the best by at most
         this, a fraction. A small E does not show all that later steps bring at the official one.
     held_out: share of each class's training images that is held out.
     experts, student: of "mtt".

@@ -56,10 +56,10 @@ class Candidate:
     mode_guidance: float = 0.0
 
     def __str__(self) -> str:
-        """The settings in words, such as "8 steps, guidance 2, 50 images a class, the surest 50 %"."""
+        """The settings in words, such as "8 steps, guidance 2, 50 images a class, the most confident 50 %"."""
         steps = f"{counted(self.steps, 'step', 'steps')}, " if self.steps else ""
         count = "" if self.images_per_class is None else f", {counted(self.images_per_class, 'image', 'images')} a class"
-        kept = "" if self.keep == 1 else f", the surest {100 * self.keep:g} %"
+        kept = "" if self.keep == 1 else f", the most confident {100 * self.keep:g} %"
         modes = f", mode guidance {self.mode_guidance:g}" if self.mode_guidance else ""
         return f"{steps}guidance {self.guidance:g}{modes}{count}{kept}"
 

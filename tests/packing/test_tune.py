@@ -39,7 +39,7 @@ def trial(steps, *accuracies, guidance=1.0, **changes):
 def test_the_candidates_are_all_combinations():
     search = Search((2, 4), (1.0, 3.0), (None, 50), (1.0, 0.5))
     assert len(search.candidates) == 16 and Candidate(2, 3.0, 50, 0.5) in search.candidates
-    assert str(Candidate(2, 3.0, 50, 0.5)) == "2 steps, guidance 3, 50 images a class, the surest 50 %"
+    assert str(Candidate(2, 3.0, 50, 0.5)) == "2 steps, guidance 3, 50 images a class, the most confident 50 %"
     assert str(Candidate(2, 3.0)) == "2 steps, guidance 3"
     guided = Search((2, 4), (1.0,), keep=(1.0,), mode_guidance=(0.0, 0.2))
     assert len(guided.candidates) == 4 and Candidate(4, 1.0, mode_guidance=0.2) in guided.candidates
