@@ -28,10 +28,12 @@ from ddkit.challenge import (
 )
 from ddkit.data.images import normalize_
 from ddkit.errors import ComputeError, UsageError
+from ddkit.network import winograd
 from ddkit.network.augment import random_augment
 from ddkit.network.autotune import choose_plan, with_smaller_chunks
 from ddkit.network.convnet import ConvNet
 from ddkit.network.engine import Engine, build_engine, close_engine
+from ddkit.network.kernels import CompileError
 from ddkit.network.plan import PRECISIONS, EnginePlan
 from ddkit.runtime.device import is_out_of_memory, release_memory, upload
 
@@ -214,6 +216,14 @@ class TrainingRun:
         self._plan = EnginePlan.from_dict(state["plan"]) if state["plan"] else None
         if self._plan and not self._plan.suits(self._images.device.type):
             self._plan = None
+        if self._plan and self._plan.kind == "winograd":
+            try:
+                winograd.load()
+            except CompileError as error:  # begun on a machine with a compiler
+                _log.warning(
+                    "The rest of the training rounds otherwise, as the engine of its beginning is missing: %s", error
+                )
+                self._plan = None
         self._wait_for_others()
 
     def _wait_for_others(self) -> None:

@@ -2,6 +2,11 @@
 
 import io
 import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -155,6 +160,30 @@ def test_a_run_continued_within_an_epoch_is_bit_identical():
     assert [continued.epoch(), continued.epoch()] == losses[1:]
     for ours, theirs in zip(continued.network.parameters(), whole.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_a_run_is_continued_where_its_engine_cannot_be_compiled(own_cache, tmp_path):
+    images, labels = small_set()
+    settings, plan = TrainingSettings(1, batch_size=5), EnginePlan("winograd", "float32", chunk=5)
+    run = TrainingRun(build_network("convnet", 4, 16, seed=1), images, labels, settings, seeded(2), plan)
+    run.epoch()
+    torch.save((images, labels, run.state_dict()), tmp_path / "state.pt")
+    code = textwrap.dedent(f"""
+        import torch
+        from ddkit.network.networks import build_network
+        from ddkit.network.training import TrainingRun, TrainingSettings
+        images, labels, state = torch.load({str(tmp_path / "state.pt")!r})
+        network = build_network("convnet", 4, 16, seed=1)
+        run = TrainingRun(network, images, labels, TrainingSettings(1, batch_size=5), torch.Generator())
+        run.load_state_dict(state)
+        print(*run.epoch())
+    """)
+    there = {"CXX": "no-such-compiler", "DDKIT_CACHE": str(tmp_path / "elsewhere")}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | there, capture_output=True, text=True, check=True)
+    assert [*map(float, done.stdout.split())] == pytest.approx(run.epoch(), rel=1e-4)
+    assert "rounds otherwise" in done.stderr and "no-such-compiler" in done.stderr
 
 
 def test_training_repeats_with_its_generator_and_differs_with_another():
