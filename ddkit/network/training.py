@@ -220,9 +220,7 @@ class TrainingRun:
             try:
                 winograd.load()
             except CompileError as error:  # begun on a machine with a compiler
-                _log.warning(
-                    "The rest of the training rounds otherwise, as the engine of its beginning is missing: %s", error
-                )
+                _log.warning("The rest of the training rounds otherwise, as the engine of its beginning is missing: %s", error)
                 self._plan = None
         self._wait_for_others()
 
