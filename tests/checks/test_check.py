@@ -7,7 +7,7 @@ from ddkit.challenge import GLYPHS
 from ddkit.checks.check import check_path, check_set, check_tensor
 from ddkit.data.images import denormalize
 from ddkit.errors import UsageError
-from ddkit.sets.distilled import read_set
+from ddkit.sets.distilled import read_set, save_set
 from ddkit.sets.findings import Finding, report_of
 
 
@@ -30,6 +30,20 @@ def test_check_path_judges_a_file_and_a_zip_alike(tmp_path, folder):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.write(folder / "glyphs.pt", "submission/glyphs.pt")
     assert codes(check_path(tmp_path / "s.zip"), "error") == ["F010", "F002"]
+
+
+@pytest.mark.parametrize(("kind", "level"), [("generated", "warning"), ("refined", "error")])
+def test_classes_that_seem_swapped_are_doubted_where_ddkit_made_the_set_class_by_class(tmp_path, glyph_images, kind, level):
+    blocks = glyph_images.unflatten(0, (10, 10)).clone()
+    blocks[[2, 7]] = blocks[[7, 2]]
+    save_set(tmp_path / "glyphs.pt", blocks.flatten(0, 1), GLYPHS, {"kind": kind})
+    for report in (check_path(tmp_path), check_path(tmp_path / "glyphs.pt"), check_set(read_set(tmp_path / "glyphs.pt"))):
+        (found,) = (finding for finding in report.findings if finding.code == "L007")
+        assert found.level == level and "2 (H) and 7 (T)" in found.message and report.ok == (level == "warning")
+        assert ("seems right except for a few classes" in found.message) == ("Reorder" not in found.message) == report.ok
+    blocks = blocks.flip(0)
+    save_set(tmp_path / "glyphs.pt", blocks.flatten(0, 1), GLYPHS, {"kind": kind})
+    assert not check_path(tmp_path).ok
 
 
 @pytest.mark.slow
