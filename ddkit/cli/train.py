@@ -79,7 +79,7 @@ def _read_class_map(
     "--class-map",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     callback=_read_class_map,
-    help="Minimax: read the label of --init for each class from this JSON file; null starts from their mean.",
+    help="Minimax: read the label of --init for each class from this JSON file; null takes the mean of all labels.",
 )
 @click.option(
     "--steps", type=COUNT, help="Train the denoiser for this many steps in all, after the autoencoder.  [default: the preset's]"

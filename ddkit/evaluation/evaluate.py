@@ -63,7 +63,7 @@ class EvaluationSettings:
         for name in ("rounds", "epochs_setting", "seed"):
             if (value := getattr(self, name)) is not None:
                 try:
-                    object.__setattr__(self, name, operator.index(value))  # a whole number of NumPy is none of JSON
+                    object.__setattr__(self, name, operator.index(value))  # JSON takes no integers of NumPy
                 except TypeError:
                     raise UsageError(f"EvaluationSettings.{name} must be a whole number, got {value!r}.") from None
         if self.rounds is not None and self.rounds < 1:

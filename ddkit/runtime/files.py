@@ -70,9 +70,8 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> BadFileErr
 def require_ending(path: Path, *endings: str) -> None:
     """Raise UsageError for a file to write that does not end so: it may be one of another kind, which would be lost."""
     if path.suffix not in endings:
-        raise UsageError(
-            f"{path} does not end in {' or '.join(endings)}.", f"Name a file such as {path.with_suffix(endings[0])}."
-        )
+        example = path.parent / f"{path.stem or 'NAME'}{endings[0]}"
+        raise UsageError(f"{path} does not end in {' or '.join(endings)}.", f"Name a file such as {example}.")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -115,6 +116,13 @@ def test_read_json_names_the_file(tmp_path):
         files.read_json(tmp_path / "torn.json")
     with pytest.raises(BadFileError, match="absent.json"):
         files.read_json(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(("name", "example"), [("a/b.c.pt", "a/b.c.html"), (".", "NAME.html"), ("page", "page.html")])
+def test_a_file_of_another_kind_is_refused_with_a_name_to_take(name, example):
+    with pytest.raises(UsageError, match=f"does not end in .html or .htm. Name a file such as {re.escape(example)}.$"):
+        files.require_ending(Path(name), ".html", ".htm")
+    files.require_ending(Path("a/b.htm"), ".html", ".htm")
 
 
 def test_sha256_is_of_the_bytes(tmp_path):
