@@ -30,9 +30,9 @@ class _StoppedError(Exception):
 
 
 class Experts:
-    """A few trajectories, kept in the cache for the next refinement of the same dataset.
+    """Trajectories, kept in the cache for the next refinement of the same dataset.
 
-    They belong to the real images, the seed and the settings of the training. A trajectory takes some 140 to 550 MB and is
+    They belong to the real images, the seed and the settings of the training. A trajectory takes some 90 to 330 MB and is
     written when it is finished, so a kill costs one.
     dataset_sha256: hash of the real training images. precision: of the training, "float32" or "bfloat16".
     """

@@ -68,6 +68,8 @@ _PIXELS_OF_SPECTRUM = 2000 * 32**2  # so many images of side 32 determine varian
 _LARGEST_PIXEL = 1000.0  # in standard deviations of the dataset's pixels; refined sets that score well stay within ten
 # For the memory that a refinement needs: floats of each kind that exist at a time.
 _COPIES_OF_IMAGES, _COPIES_OF_REAL, _COPIES_OF_KERNEL = 12, 3, 8
+# One learning rate then serves "mtt" as well; measured on ten and on all hundred classes of CIFAR-100.
+_MTT_SCALE = 10
 _VALIDATING = "Validating on held-out images"
 _LARGEST_MAPS = 6 * 2**27  # as embedders compute parts of a batch where there is no engine
 
@@ -351,8 +353,8 @@ class Refinement:
         if not math.isfinite(match.best_lr) or match.gradient is None:
             raise self._diverged("its gradients are not finite")
         state.student_lr += settings.student.lr_momentum * (match.best_lr - state.student_lr)
-        # For each image of a student's step, over which its loss is a mean. One learning rate then serves all objectives.
-        self._update_pixels(self._student.images_at_once * match.gradient, used)
+        # For each image of a student's step, over which its loss is a mean.
+        self._update_pixels(_MTT_SCALE * self._student.images_at_once * match.gradient, used)
         self._refuse_divergence(match.distance, self._images.abs().max().item())
         return match.distance
 

@@ -23,15 +23,16 @@ OBJECTIVES = {
 class ExpertSettings:
     """The training of experts: gradient descent without momentum at one learning rate.
 
-    count: number of experts, each from another random network. steps, batch_size, learning_rate: of each training; with
-    larger rates or smaller batches most of a segment is noise of the batches.
+    count: number of experts, each from another random network; a set that follows only a few does not lead towards others.
+    steps, batch_size, learning_rate: of each training; with larger rates or smaller batches most of a segment is noise of
+    the batches, as it is in later steps.
     keep_every: steps between two saved checkpoints.
     span: steps of a segment, which a student has to match. The default is two epochs of CIFAR-100 without its held-out
     tenth.
     """
 
-    count: int = 3
-    steps: int = 3500
+    count: int = 8
+    steps: int = 2100
     batch_size: int = 256
     learning_rate: float = 0.01
     keep_every: int = 50
