@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ def check_set(distilled: DistilledSet, *, ipc: int | None = None, progress: List
         return report_of([Finding("error", "T008", message, where)])
     findings = [*distilled.warnings, *describe_tensor(tensor, spec, where, ipc=ipc)]
     refused = any(finding.level == "error" for finding in findings)
-    found = _findings_on(None if refused else tensor, findings, spec, where, progress)
-    return report_of(_with_origin(found, distilled.provenance))
+    kind = distilled.provenance.get("kind")
+    return report_of(_findings_on(None if refused else tensor, findings, spec, where, progress, lambda: kind in _MADE_BY_CLASS))
 
 
 def check_tensor(tensor: Tensor, dataset: str, *, ipc: int | None = TRACKS[1].ipc, progress: Listener = ignore) -> Report:
@@ -95,10 +95,8 @@ def check_path(
     for done, (file, spec) in enumerate(zip(files, specs, strict=True)):
         progress(Progress(f"checking {path.name}", done, len(files), "files"))
         read = read_tensor(file, spec, ipc=ipc)
-        found = _findings_on(*read, spec, file.name, progress)
-        if any(finding.code == "L007" for finding in found):  # no other file is read again, such as a pipe
-            found = _with_origin(found, read_provenance(file))
-        findings += found
+        made_by_class = functools.partial(_says_made_by_class, file)
+        findings += _findings_on(*read, spec, file.name, progress, made_by_class)
     if files:
         progress(Progress(f"checking {path.name}", len(files), len(files), "files"))
     return report_of(findings)
@@ -200,22 +198,9 @@ def _check_zip(path: Path, ipc: int | None, progress: Listener) -> Report:
     return report_of(findings)
 
 
-def _with_origin(findings: Sequence[Finding], provenance: Mapping[str, Any]) -> list[Finding]:
-    """The findings on a set; few classes that seem exchanged are only a warning where ddkit made it class by class.
-
-    A generator may draw two classes alike; that it draws most of them in another order is still an error.
-    """
-    if provenance.get("kind") not in _MADE_BY_CLASS:
-        return list(findings)
-    trusted = []
-    for found in findings:
-        if (found.level, found.code) == ("error", "L007"):
-            seen = found.message.partition(" Reorder them:")[0]
-            seen = seen.replace("The rows are not in the order of the labels; they are", "The order of the rows seems")
-            message = f"{seen} But ddkit made the set class by class, as the JSON next to it says: they may only look alike."
-            found = replace(found, level="warning", message=message)
-        trusted.append(found)
-    return trusted
+def _says_made_by_class(file: Path) -> bool:
+    """Whether the JSON next to the file says that ddkit sampled or drew its images class by class."""
+    return read_provenance(file).get("kind") in _MADE_BY_CLASS
 
 
 def _findings_on(
@@ -224,10 +209,11 @@ def _findings_on(
     spec: DatasetSpec,
     where: str,
     progress: Listener,
+    made_by_class: Callable[[], bool] = lambda: False,
 ) -> list[Finding]:
     """The findings on a file and those on its numbers, which are compared with the real images.
 
-    tensor: of the right shape and type; None if it could not be read.
+    tensor: of the right shape and type; None if it could not be read. made_by_class: see `order_findings`.
     """
     if tensor is None:
         return findings
@@ -245,7 +231,7 @@ def _findings_on(
     verdict = judge_normalization(tensor, spec, where)
     findings = [*findings, *([verdict.finding] if verdict else [])]
     if verdict is None or verdict.finding.level != "error":
-        findings += order_findings(tensor, spec, where, progress=progress)
+        findings += order_findings(tensor, spec, where, made_by_class=made_by_class, progress=progress)
     elif verdict.constants:
         # Under wrong constants images resemble no class, so that their order is not judged. Their content is, under their own.
         spec = replace(spec, mean=verdict.constants.mean, std=verdict.constants.std)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -82,11 +82,20 @@ class _Candidate:
     interleaved: bool = False
 
 
-def order_findings(images: Tensor, spec: DatasetSpec, where: str, *, progress: Listener = ignore) -> list[Finding]:
+def order_findings(
+    images: Tensor,
+    spec: DatasetSpec,
+    where: str,
+    *,
+    made_by_class: Callable[[], bool] = lambda: False,
+    progress: Listener = ignore,
+) -> list[Finding]:
     """Judge the order of the rows and of the color channels (codes L001 to L014 and N006).
 
-    images: (C * ipc, 3, S, S) float32, normalized with `spec`. If the real images are not prepared or the classes are too
-    few to judge, one remark (L011) says that the order was not compared.
+    images: (C * ipc, 3, S, S) float32, normalized with `spec`. made_by_class: asked only where few classes seem exchanged
+    (L007), whether ddkit made the images class by class, so that they may only look alike; it is then a warning.
+    If the real images are not prepared or the classes are too few to judge, one remark (L011) says that the order was not
+    compared.
     """
     try:
         model, logp, verdict = _judge(images, spec, progress)
@@ -95,7 +104,7 @@ def order_findings(images: Tensor, spec: DatasetSpec, where: str, *, progress: L
     if verdict.code not in _NAMED_ORDERS and (exchanged := _exchanged_channels(images, logp, model, spec, verdict, where)):
         # With wrong colors, images resemble few classes, so that the seeming order says nothing.
         return [exchanged]
-    return [_finding(logp, verdict, spec, where)]
+    return [_finding(logp, verdict, spec, where, verdict.code == "L007" and made_by_class())]
 
 
 def reorder_rows(path: str | os.PathLike[str], out: str | os.PathLike[str], *, dataset: str | None = None) -> int:
@@ -408,7 +417,7 @@ def _class_errors(gains: Tensor, labels: Tensor) -> float:
     return float(means.mean() / (means.std() / classes**0.5).clamp_min(1e-9))
 
 
-def _finding(logp: Tensor, verdict: OrderVerdict, spec: DatasetSpec, where: str) -> Finding:
+def _finding(logp: Tensor, verdict: OrderVerdict, spec: DatasetSpec, where: str, doubted: bool) -> Finding:
     titles = class_titles(spec.name)
     if verdict.code == "L001":
         means = _centered(_group_means(logp, False))
@@ -442,7 +451,11 @@ def _finding(logp: Tensor, verdict: OrderVerdict, spec: DatasetSpec, where: str)
         return Finding("error", verdict.code, message, where)
     # The names of blocks that hold all classes would say nothing.
     named = f": {_moved_words(logp, verdict, verdict.labels, titles)}" if verdict.by_block else ""
-    message = f"The rows are not in the order of the labels; they are {verdict.words} ({_strength(verdict)}){named}. {repair}"
+    order = f"{verdict.words} ({_strength(verdict)}){named}"
+    if doubted:  # a generator may draw two classes alike; that it draws most of them in another order is still an error
+        origin = "But ddkit made the set class by class, as the JSON next to it says: they may only look alike."
+        return Finding("warning", verdict.code, f"The order of the rows seems {order}. {origin}", where)
+    message = f"The rows are not in the order of the labels; they are {order}. {repair}"
     return Finding("error", verdict.code, message, where)
 
 
