@@ -96,7 +96,7 @@ def test_random_real_images_are_evaluated_under_the_same_settings_if_half_of_the
 
 
 def test_validation_takes_a_part_of_a_short_refinement_only():
-    for hours, epochs in ((0.5, 20), (8, 200)):
+    for hours, epochs in ((0.5, 20), (8, 300)):
         plan = outline_at(SPEEDS, draft(("cifar100",), epochs_setting=20, rounds=1), 3600 * hours)
         assert plan.recipe.sets[0].refine.val_epochs >= epochs
         seconds = plan.expected["refine cifar100"]
