@@ -162,8 +162,10 @@ def refine(
 
 
 def _show_estimate(output: Output, estimate: RefineEstimate) -> None:
-    kinds = {"dm": "dm", "random networks": "frepo, random networks", "pool": "frepo, pool"}
+    kinds = {"dm": "dm", "random networks": "frepo, random networks", "pool": "frepo, pool", "mtt": "mtt"}
     rows = [(f"a step of {kinds[kind]}", f"{seconds:.2f} s") for kind, seconds in estimate.speed.per_step.items()]
+    if estimate.speed.experts:
+        rows.append(("experts, trained once", span_text(estimate.speed.experts)))
     rows += [
         ("steps in all", f"{estimate.steps:,} in {span_text(estimate.seconds)}"),
         ("validation", span_text(estimate.validation_seconds)),

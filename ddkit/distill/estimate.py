@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ddkit.challenge import DatasetSpec
 from ddkit.data.prepare import open_dataset
-from ddkit.data.store import ImageSet
+from ddkit.data.store import ImageSet, train_sha256
+from ddkit.distill.experts import Experts
 from ddkit.distill.holdout import TrainHoldout
 from ddkit.distill.refine import Refinement, memory_needed
 from ddkit.distill.settings import PRESETS, RefineLimits, RefineSettings
 from ddkit.distill.state import RefinementState
-from ddkit.errors import UsageError
 from ddkit.runtime.device import free_memory, resolve_device
 from ddkit.runtime.interrupt import StopRequest
 from ddkit.runtime.progress import Listener, ignore
@@ -40,13 +40,15 @@ _MAY_DIFFER = ("seed", "precision", "val_every", "val_epochs", "val_margin")
 class RefineSpeed:
     """Seconds that parts of a refinement take on this machine.
 
-    per_step: by kind of step, "dm", "random networks" and "pool". per_epoch: of training a network on the set, as a
-    validation and an evaluation do. per_test: of testing it on the held-out images.
+    per_step: by kind of step, "dm", "random networks", "pool" and "mtt". per_epoch: of training a network on the set, as a
+    validation and an evaluation do. per_test: of testing it on the held-out images. experts: of training all experts of
+    "mtt" that the cache does not hold.
     """
 
     per_step: Mapping[str, float]
     per_epoch: float
     per_test: float
+    experts: float = 0.0
 
     def validations(self, settings: RefineSettings, steps: int) -> float:
         """Seconds of all validations of a refinement of so many steps."""
@@ -56,9 +58,8 @@ class RefineSpeed:
         """Steps and seconds until the limit is reached, without validation."""
         step, seconds = 0, 0.0
         while limits.progress(step, seconds) < 1:
-            if settings.objective_at(step) == "dm":
-                kind = "dm"
-            else:
+            kind = settings.objective_at(step)
+            if kind == "frepo":
                 kind = "pool" if settings.uses_pool_at(step, limits.time_used(seconds)) else "random networks"
             seconds += self.per_step[kind]
             step += 1
@@ -69,9 +70,9 @@ class RefineSpeed:
 class RefineEstimate:
     """The time and memory that a refinement will take.
 
-    speed: the measured one. steps, seconds: in all, without validation. validation_seconds: of all validations.
-    memory, free_memory: bytes. accuracy: expected at the official E, a fraction; None where no comparable refinement has
-    been recorded.
+    speed: the measured one. steps, seconds: in all, without validation and the training of experts.
+    validation_seconds: of all validations. memory, free_memory: bytes. accuracy: expected at the official E, a fraction;
+    None where no comparable refinement has been recorded.
     """
 
     speed: RefineSpeed
@@ -119,30 +120,33 @@ def estimate_refinement(
     """Try each kind of step and an epoch of validation for the set at `path`, of which nothing is kept.
 
     path: of the set that the refinement starts from, or has started from, as `original_set` finds it.
-    Raises UsageError for the objective "mtt", which would have to train its experts first, and all that `refine` raises
-    for the set and the device.
+    Raises all that `refine` raises for the set and the device.
     """
     chosen, distilled = resolve_device(device), read_set(path, dataset)
     spec = distilled.spec
     real = open_dataset(spec.name, "train", progress=progress)
     needed, free = memory_needed(spec, distilled.ipc, settings, chosen), free_memory(chosen)
     needed += 0 if chosen.type == "cpu" else real.images.nbytes  # which move to the device first
-    speed = measure_refinement(distilled.images, spec, real, settings, device=chosen)
+    speed = measure_refinement(distilled.images, spec, real, settings, device=chosen, dataset_sha256=train_sha256(spec.name))
     steps, seconds = speed.within(limits, settings)
     accuracy = expected_accuracy(spec.name, distilled.ipc, settings, steps, start=path)
     return RefineEstimate(speed, steps, seconds, speed.validations(settings, steps), needed, free, accuracy)
 
 
 def measure_refinement(
-    images: Tensor, spec: DatasetSpec, real: ImageSet, settings: RefineSettings, *, device: torch.device
+    images: Tensor,
+    spec: DatasetSpec,
+    real: ImageSet,
+    settings: RefineSettings,
+    *,
+    device: torch.device,
+    dataset_sha256: str = "",
 ) -> RefineSpeed:
-    """Try each kind of step and an epoch of validation, of which nothing is kept.
+    """Try each kind of step, an epoch of validation and a step of an expert, of which nothing is kept.
 
     images: (C * ipc, 3, S, S) float32, normalized. real: training images; made-up ones of the right shape take as long.
-    Raises UsageError for the objective "mtt", which would have to train its experts first.
+    dataset_sha256: hash of the real images, by which trained experts are found in the cache.
     """
-    if settings.objective == "mtt":
-        raise UsageError("A dry run cannot measure mtt, which trains its experts first.")
     holdout = TrainHoldout(real, spec, held_out=settings.held_out, seed=settings.seed, device=device)
     kinds = {"dm": 0} if settings.dm_steps or settings.objective == "dm" else {}
     if settings.objective == "frepo":
@@ -151,7 +155,10 @@ def measure_refinement(
             kinds["random networks"] = settings.dm_steps
         if settings.pool.size:
             kinds["pool"] = pool_begin
-    tried = dataclasses.replace(settings, val_epochs=_TRIALS)
+    if settings.objective == "mtt":
+        kinds["mtt"] = settings.dm_steps
+    few = dataclasses.replace(settings.experts, count=1, steps=_TRIALS, keep_every=1, span=1)
+    tried = dataclasses.replace(settings, val_epochs=_TRIALS, experts=few)
     times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         state = RefinementState(
@@ -161,7 +168,14 @@ def measure_refinement(
             refinement.validate(StopRequest())
             epoch = times[-2] - times[-3]
             test = max(0.0, times[-1] - times[-2] - epoch)
-            per_step = {}
+            per_step, experts = {}, 0.0
+            if settings.objective == "mtt":
+                state.student_lr = settings.experts.learning_rate  # any will do
+                refinement.prepare_mtt(StopRequest())
+                real_experts = Experts(
+                    holdout, dataset_sha256, settings.experts, seed=settings.seed, precision=state.precision, device=device
+                )
+                experts = (times[-1] - times[-2]) * real_experts.missing_steps
             for kind, step in kinds.items():
                 for trial in range(_TRIALS):
                     state.step, state.seconds = step + trial, 0.0
@@ -169,4 +183,4 @@ def measure_refinement(
                     if device.type == "cpu" and state.seconds > _LONG_STEP:
                         break
                 per_step[kind] = state.seconds
-    return RefineSpeed(per_step, epoch, test)
+    return RefineSpeed(per_step, epoch, test, experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ class Experts:
 
     They belong to the real images, the seed and the settings of the training. A trajectory takes some 90 to 330 MB and is
     written when it is finished, so a kill costs one.
-    dataset_sha256: hash of the real training images. precision: of the training, "float32" or "bfloat16".
+    dataset_sha256: hash of the real training images; empty for experts that are not to be kept.
+    precision: of the training, "float32" or "bfloat16".
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Experts:
     ) -> None:
         self._holdout, self._settings, self._seed = holdout, settings, seed
         self._precision, self._device, self._progress = precision, device, progress
+        self._kept = bool(dataset_sha256)
         training = (settings.steps, settings.batch_size, settings.learning_rate, settings.keep_every)
         made_of = (_VERSION, dataset_sha256, holdout.held_out_share, seed, precision, training)
         self._folder = cache_folder() / _CACHE_FOLDER / f"{holdout.spec.name}-{cache_key(made_of)}"
@@ -59,14 +62,19 @@ class Experts:
     def ready(self) -> bool:
         return len(self._trajectories) == self._settings.count
 
+    @property
+    def missing_steps(self) -> int:
+        """Steps of the training of all experts that the cache does not hold."""
+        return self._settings.steps * sum(not self._path(number).exists() for number in range(self._settings.count))
+
     def prepare(self, stop: StopRequest | None = None) -> None:
         """Train the experts that the cache does not hold. Returns early when asked to stop."""
         with contextlib.suppress(_StoppedError):
             for number in range(len(self._trajectories), self._settings.count):
-                path = self._folder / f"{number:03d}.safetensors"
                 train = functools.partial(self._train, number, stop)
-                kept = cached_tensors(path, (_KEY,), f"expert {number + 1} of {self._settings.count}", train)
-                self._trajectories.append(kept[_KEY])
+                what = f"expert {number + 1} of {self._settings.count}"
+                found = cached_tensors(self._path(number), (_KEY,), what, train) if self._kept else train()
+                self._trajectories.append(found[_KEY])
 
     def sample_segment(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two checkpoints of one expert, `span` steps apart: parameters as (P,) float32 on the CPU."""
@@ -74,6 +82,9 @@ class Experts:
         stride = self._settings.span // self._settings.keep_every
         begin = int(torch.randint(len(trajectory) - stride, (1,), generator=generator))
         return trajectory[begin].clone(), trajectory[begin + stride].clone()
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:03d}.safetensors"
 
     def _train(self, number: int, stop: StopRequest | None) -> dict[str, Tensor]:
         """The trajectory, (steps / keep_every + 1, P) float32 on the CPU: the start, then every checkpoint."""

@@ -288,7 +288,7 @@ class Refinement:
                     return
                 elif self._settings.objective_at(state.step) == "mtt" and (not self._experts.ready or state.student_lr is None):
                     self._save()
-                    self._prepare_mtt(stop)
+                    self.prepare_mtt(stop)
                 else:
                     self.take_step(limits)
                 stopping = bool(stop)
@@ -348,7 +348,7 @@ class Refinement:
         state, settings = self._state, self._settings
         generator = generator_for("cpu", "refine", settings.seed, state.step)
         segment = self._experts.sample_segment(generator)
-        assert state.student_lr is not None, "_prepare_mtt comes first"
+        assert state.student_lr is not None, "prepare_mtt comes first"
         match = self._student.match(self._images, *segment, state.student_lr, generator)
         if not math.isfinite(match.best_lr) or match.gradient is None:
             raise self._diverged("its gradients are not finite")
@@ -392,7 +392,7 @@ class Refinement:
             seed=self._settings.seed, precision=state.precision, kept=state.pool or None,
         )  # fmt: skip
 
-    def _prepare_mtt(self, stop: StopRequest) -> None:
+    def prepare_mtt(self, stop: StopRequest) -> None:
         """Train experts and find the student's learning rate. Returns early when asked to stop."""
         with shortage_explained(self._shortage):
             self._experts.prepare(stop)

@@ -7,8 +7,8 @@ import pytest
 from ddkit.distill.estimate import estimate_refinement, expected_accuracy
 from ddkit.distill.generate import FromReal, generate
 from ddkit.distill.refine import refine
-from ddkit.distill.settings import PoolSettings, RefineLimits, RefineSettings
-from ddkit.errors import ComputeError, UsageError
+from ddkit.distill.settings import ExpertSettings, PoolSettings, RefineLimits, RefineSettings, StudentSettings
+from ddkit.errors import ComputeError
 from ddkit.runtime import device
 
 QUICK = RefineSettings(
@@ -53,9 +53,16 @@ def test_estimate_measures_only_kinds_of_steps_that_occur(start, changes, kinds)
     assert list(found.speed.per_step) == kinds and found.steps == 3
 
 
-def test_estimate_of_mtt_raises_usage_error(start):
-    with pytest.raises(UsageError, match="trains its experts first"):
-        estimate_refinement(start, "colors", dataclasses.replace(QUICK, objective="mtt"), RefineLimits(3))
+@pytest.mark.slow
+def test_estimate_of_mtt_counts_the_experts_that_the_cache_lacks(start, own_cache, tmp_path):
+    few = ExpertSettings(count=2, steps=4, batch_size=4, keep_every=1, span=2)
+    settings = dataclasses.replace(QUICK, objective="mtt", experts=few, student=StudentSettings(steps=2))
+    found = estimate_refinement(start, "colors", settings, RefineLimits(5))
+    assert list(found.speed.per_step) == ["dm", "mtt"] and found.speed.experts > 0
+    assert found.seconds == pytest.approx(2 * found.speed.per_step["dm"] + 3 * found.speed.per_step["mtt"])
+    assert not (own_cache / "_experts").exists(), "a dry run keeps nothing"
+    refine(start, "colors", settings, RefineLimits(3), tmp_path / "run")
+    assert estimate_refinement(start, "colors", settings, RefineLimits(5)).speed.experts == 0
 
 
 def test_expected_accuracy_rises_to_the_recorded_one_and_stays_there():
