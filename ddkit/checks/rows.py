@@ -20,6 +20,7 @@ _WHOLE = 12.0  # nats by which a shift of a part of the rows must beat that of a
 _EXCHANGE_PRICE = 15.0  # nats, for the rows at one position of every other block
 _SAME_GAIN = 0.9  # of the exchange's gain, from which a shift explains the same rows more simply
 _KEPT = 50.0  # nats for keeping a row's label when the numbers of rows are balanced
+_STILL_GAINED = 0.8  # of the gain, by the balanced labels
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,18 @@ def find_row_order(evidence: Tensor, labels: Tensor) -> RowOrder | None:
     evidence = evidence * max(likelihoods)[1]
     shifted, shift_gain, shift_words = _shifted(evidence, labels, ipc)
     exchanged, exchange_gain, exchange_words = _exchanged(evidence, labels, ipc)
-    if max(shift_gain, exchange_gain) <= 0:
+    gain = max(shift_gain, exchange_gain)
+    if gain <= 0:
         return None
     if shift_gain >= _SAME_GAIN * exchange_gain:
-        return RowOrder("L013", _balanced(evidence, shifted, ipc), shift_words)
-    return RowOrder("L014", _balanced(evidence, exchanged, ipc), exchange_words)
+        code, found, words = "L013", shifted, shift_words
+    else:
+        code, found, words = "L014", exchanged, exchange_words
+    found = _balanced(evidence, found, ipc)
+    # A block that only looks like another class gains nothing here, because no rows elsewhere show its own.
+    if float((evidence.gather(1, found[:, None]) - evidence.gather(1, labels[:, None])).sum()) < _STILL_GAINED * gain:
+        return None
+    return RowOrder(code, found, words)
 
 
 def _shifted(evidence: Tensor, labels: Tensor, ipc: int) -> tuple[Tensor, float, str]:

@@ -39,6 +39,14 @@ def test_right_order_with_any_number_of_images_is_l001():
         assert torch.equal(verdict.labels, torch.arange(CLASSES).repeat_interleave(ipc))
 
 
+def test_a_block_that_looks_like_another_class_is_no_shift_of_its_rows():
+    for resembled in (15, 16, 18):
+        rows = scores(evidence=4.0)
+        seeming = 8.0 * F.one_hot(torch.tensor(resembled), CLASSES) - 4.0 * F.one_hot(torch.tensor(17), CLASSES)
+        rows[17, :8] = torch.log_softmax(rows[17, :8] + seeming, dim=-1)
+        assert judged(rows.flatten(0, 1)).code == "L001", resembled
+
+
 @pytest.mark.parametrize(
     ("code", "blocks"),
     [
