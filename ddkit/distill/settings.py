@@ -24,19 +24,18 @@ class ExpertSettings:
     """The training of experts: gradient descent without momentum at one learning rate.
 
     count: number of experts, each from another random network; a set that follows only a few does not lead towards others.
-    steps, batch_size, learning_rate: of each training; with larger rates or smaller batches most of a segment is noise of
-    the batches, as it is in later steps.
+    steps, batch_size, learning_rate: of each training. A set teaches little more than the experts know at their end, so
+        that they have to come far; with larger rates, smaller batches or shorter segments more of a segment is noise.
     keep_every: steps between two saved checkpoints.
-    span: steps of a segment, which a student has to match. The default is two epochs of CIFAR-100 without its held-out
-    tenth.
+    span: steps of a segment, which a student has to match.
     """
 
     count: int = 8
     steps: int = 2100
     batch_size: int = 256
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     keep_every: int = 50
-    span: int = 350
+    span: int = 150
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "steps", "batch_size", "learning_rate", "keep_every", "span")
